@@ -1,0 +1,136 @@
+"""The nouns that cross folders.
+
+Conventions that hold everywhere:
+
+- Per-step tensors are `[batch, time]`, time last, left-aligned: row b's step t stands in column t.
+- `mask` has one polarity: True means "this step counts".
+- `discount` is gamma * (1 - terminated): 0 after a step that ended its episode, so a length cut
+  (truncation) bootstraps and an end of sequence does not.
+- Log-probabilities are in nats.
+- Ends are known by length, never by token id, so a tokenizer whose pad is its eos is harmless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One question to the policy.
+
+    `ids` carry no padding; `text` is what they decode from, as the model sees it; `row` keeps the other
+    columns of the data row for rewards that need them; `index` is the row's stable place in its data set and
+    names its random stream.
+    """
+
+    ids: list[int]
+    text: str
+    row: dict[str, Any] = field(default_factory=dict)
+    index: int = 0
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response to one prompt, as the rollout engine made it.
+
+    `ids` are the sampled tokens, the end token included when it was sampled. `logp[t]` is the log-probability
+    (nats) of `ids[t]` under the distribution that it was drawn from: after temperature and after whatever
+    top-k, top-p, min-p or minimum length cut away. `support` lists, per token, the ids that were allowed
+    (None: the whole vocabulary). `finish` says why it ended: "eos" and "stop" terminate, "length" truncates.
+    `index` counts the samples of one prompt. `text` is the response without end token or stop string.
+    """
+
+    prompt: Prompt
+    ids: list[int]
+    logp: list[float]
+    finish: Finish
+    text: str = ""
+    index: int = 0
+    support: list[Tensor] | None = None
+
+    @property
+    def terminated(self) -> bool:
+        return self.finish != "length"
+
+
+@dataclass(slots=True)
+class Tokens:
+    """Prompts with responses as a policy reads them; the one input of every model role.
+
+    A causal model joins each prompt with its response; an encoder-decoder gives the prompt to its encoder.
+    Both are right-padded; what stands in the padding is never read (a test perturbs it). `mask` marks the
+    response tokens that count in losses and may have holes (a user's turn between two assistant turns);
+    `response_length` is the structural end, so `mask` is False at and after it.
+
+    `prompt` [B, P], `prompt_length` [B], `response` [B, T], `response_length` [B], `mask` [B, T].
+    """
+
+    prompt: Int[Tensor, "B P"]
+    prompt_length: Int[Tensor, " B"]
+    response: Int[Tensor, "B T"]
+    response_length: Int[Tensor, " B"]
+    mask: Bool[Tensor, "B T"]
+    support: list[list[Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return self.response.shape[0]
+
+    def rows(self, index: Tensor) -> Tokens:
+        """The given rows, in the given order, with the padding that they no longer need cut off."""
+        prompt_length, response_length = self.prompt_length[index], self.response_length[index]
+        P, T = int(prompt_length.max()), max(int(response_length.max()), 1)
+        return Tokens(
+            self.prompt[index, :P],
+            prompt_length,
+            self.response[index, :T],
+            response_length,
+            self.mask[index, :T],
+            None if self.support is None else [self.support[i] for i in index.tolist()],
+        )
+
+    def to(self, device: torch.device | str) -> Tokens:
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """Experience, whether it came from CartPole, a table or a language model. One row is one episode.
+
+    `value[:, t]` is V of the state before step t, so it has one column more than there are steps: the column
+    at a row's length is V of the state after its last step, which a truncated episode bootstraps from.
+    `logp_old` is the behaviour log-probability, `logp_ref` the reference's. `group` numbers the prompt that a
+    row answers. `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
+    """
+
+    mask: Bool[Tensor, "B T"]
+    reward: Float[Tensor, "B T"]
+    discount: Float[Tensor, "B T"]
+    logp_old: Float[Tensor, "B T"]
+    logp_ref: Float[Tensor, "B T"] | None = None
+    value: Float[Tensor, "B T+1"] | None = None
+    group: Int[Tensor, " B"] | None = None
+    logp_rollout: Float[Tensor, "B T"] | None = None
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+
+Stats = dict[str, float]
+"""Scalars of one step by name, such as `{"loss/policy": 0.01, "kl": 1.3}`; what `metrics.jsonl` holds."""
+
+
+class SteersmanError(Exception):
+    """What a user can mend: bad data, a bad recipe, a model that does not fit. Printed without a traceback."""
