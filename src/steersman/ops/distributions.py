@@ -1,0 +1,100 @@
+"""Categorical distributions given as logits [..., V]: which tokens may be sampled, entropy, exact KL.
+
+Every mask is True where a token is allowed, and each row's mask depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+SORT_BELOW = 1024
+"""Up to this vocabulary one full sort is cheaper than looking at the head of the distribution first."""
+
+
+def top_k_mask(logits: Float[Tensor, "*lead V"], k: int) -> Bool[Tensor, "*lead V"]:
+    """The k largest logits of each row; all where k is 0 or not below V. Exactly k, even with ties."""
+    if k < 0:
+        raise ValueError(f"top_k must be 0 (off) or a positive count, got {k}")
+    if k == 0 or k >= logits.shape[-1]:
+        return torch.ones_like(logits, dtype=torch.bool)
+    best = logits.topk(k, dim=-1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def top_p_mask(
+    logits: Float[Tensor, "*lead V"], p: float, min_tokens_to_keep: int = 1
+) -> Bool[Tensor, "*lead V"]:
+    """The nucleus: the smallest set of most likely tokens whose mass reaches p.
+
+    The token that crosses p is kept; at least `min_tokens_to_keep` are. p >= 1 allows every token.
+    For a large vocabulary only the head is sorted, and only rows whose head does not reach p look further.
+
+    Source: arXiv 1904.09751, eq. 2 and 3.
+    """
+    if not p > 0:
+        raise ValueError(f"top_p must be above 0, got {p}")
+    if min_tokens_to_keep < 1:
+        raise ValueError(f"min_tokens_to_keep must be at least 1, got {min_tokens_to_keep}")
+    V = logits.shape[-1]
+    if p >= 1 or min_tokens_to_keep >= V:
+        return torch.ones_like(logits, dtype=torch.bool)
+    flat = logits.detach().reshape(-1, V)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    log_z = flat.logsumexp(-1, keepdim=True)
+    allowed = torch.zeros_like(flat, dtype=torch.bool)
+    rows = torch.arange(flat.shape[0], device=flat.device)
+    head = V if V <= SORT_BELOW else min(V, max(256, min_tokens_to_keep))
+    while rows.numel():
+        some = flat[rows]
+        if head == V:
+            value, index = some.sort(dim=-1, descending=True, stable=True)
+        else:
+            value, index = some.topk(head, dim=-1)
+        mass = (value - log_z[rows]).exp()
+        cumulative = mass.cumsum(-1)
+        keep = cumulative - mass < p  # the mass before a token is still short of p
+        keep[:, :min_tokens_to_keep] = True
+        reached = (cumulative[:, -1] >= p) | (head == V)
+        kept = torch.zeros_like(some, dtype=torch.bool).scatter_(-1, index, keep)
+        allowed[rows[reached]] = kept[reached]
+        rows = rows[~reached]
+        head = V if head * 16 >= V else head * 16
+    return allowed.reshape(logits.shape)
+
+
+def min_p_mask(logits: Float[Tensor, "*lead V"], min_p: float) -> Bool[Tensor, "*lead V"]:
+    """Tokens whose probability is at least min_p times that of the most likely one; 0 allows every token.
+
+    Source: arXiv 2407.01082, section 3.
+    """
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie in [0, 1], got {min_p}")
+    if min_p == 0:
+        return torch.ones_like(logits, dtype=torch.bool)
+    return logits >= logits.amax(-1, keepdim=True) + math.log(min_p)
+
+
+def categorical_entropy(logits: Float[Tensor, "*lead V"]) -> Float[Tensor, "*lead"]:
+    """H = -sum_v p_v log p_v in nats, in float32 or better. A logit of -inf adds nothing."""
+    logp = _log_softmax(logits)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+
+
+def categorical_kl(
+    logits_p: Float[Tensor, "*lead V"], logits_q: Float[Tensor, "*lead V"]
+) -> Float[Tensor, "*lead"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, exact, in float32 or better.
+
+    Infinite where p allows a token that q forbids; a token that p forbids adds nothing.
+    """
+    logp, logq = _log_softmax(logits_p), _log_softmax(logits_q)
+    difference = (logp - logq).masked_fill(logp == -torch.inf, 0.0)
+    return (logp.exp() * difference).sum(-1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
