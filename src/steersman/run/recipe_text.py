@@ -1,0 +1,163 @@
+"""How recipes look as text: the YAML dialect, the words for types, suggestions, and the help table."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+import yaml
+from pydantic import BaseModel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from steersman.run.config import Section
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML with YAML 1.2's scalars: `1e-4` is a number, `no` and `off` are text, a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"`{key}` stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes exactly what RecipeLoader would otherwise not read back as text."""
+
+
+_SCALARS = [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+        "-+.0123456789",
+    ),
+]
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+for _class in (RecipeLoader, RecipeDumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for _kind, _pattern, _first in _SCALARS:
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+        )
+
+_PLAIN = {
+    float: "number",
+    int: "whole number",
+    bool: "true or false",
+    str: "text",
+    Path: "path",
+    type(None): "null",
+    Any: "anything",
+}
+
+
+def type_text(annotation: Any, metadata: list[Any] | None = None) -> str:
+    """A type with its limits in words, such as "number > 0 or null"."""
+    limits = "".join(_limit(m) for m in metadata or [])
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join("null" if a is None else str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        words = [type_text(a, metadata if a in (int, float, str) else None) for a in args]
+        return " or ".join(dict.fromkeys(words))
+    if annotation in _PLAIN:
+        return _PLAIN[annotation] + limits
+    if origin in (list, tuple):
+        return f"list of {type_text(args[0])}{limits}" if args else "list"
+    if origin is dict:
+        return f"mapping of {type_text(args[0])} to {type_text(args[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a section with " + ", ".join(annotation.model_fields)
+    if hasattr(annotation, "__metadata__"):
+        return type_text(args[0], [*annotation.__metadata__, *(metadata or [])])
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _limit(rule: Any) -> str:
+    for kind, field, sign in (
+        (annotated_types.Gt, "gt", ">"),
+        (annotated_types.Ge, "ge", ">="),
+        (annotated_types.Lt, "lt", "<"),
+        (annotated_types.Le, "le", "<="),
+    ):
+        if isinstance(rule, kind):
+            return f" {sign} {getattr(rule, field)}"
+    if isinstance(rule, annotated_types.MinLen):
+        return f", at least {rule.min_length}"
+    if isinstance(rule, annotated_types.MaxLen):
+        return f", at most {rule.max_length}"
+    return ""
+
+
+def suggestion(key: str, here: list[str], known: list[str]) -> str:
+    """What an unknown key probably meant, given the keys of its own section and all keys of the recipe."""
+    leaf = key.rsplit(".", 1)[-1]
+    elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    if elsewhere:
+        places = " or ".join(f"`{k.rsplit('.', 1)[0]}`" if "." in k else "the top level" for k in elsewhere)
+        return f"`{leaf}` belongs under {places}: write {' or '.join(elsewhere)}"
+    leaves = {k.rsplit(".", 1)[-1]: k for k in here}
+    near = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, 1)]
+    near = near or difflib.get_close_matches(key, known, 1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return "known here: " + ", ".join(here)
+
+
+def help_table(model: type[Section]) -> Table:
+    """Every setting of a recipe class for `--help`: key, type, default and meaning, grouped by section."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("type", style="dim", max_width=30)
+    table.add_column("default", style="cyan", max_width=24, overflow="fold")
+    table.add_column("meaning", ratio=1)
+    _help_rows(table, model, None, "")
+    return table
+
+
+def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) -> None:
+    from steersman.run.config import Section, section_of
+
+    sections = []
+    for name, info in model.model_fields.items():
+        inner = section_of(info.annotation)
+        own = (
+            info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else ...
+        )
+        # A section's default may come from the recipe around it rather than from its own class.
+        value = getattr(default, name) if isinstance(default, Section) else own
+        if inner is not None:
+            sections.append((name, info, inner, value))
+            continue
+        shown = "required" if value is ... else _shown(value)
+        kind = type_text(info.annotation, info.metadata)
+        table.add_row(f"--{prefix}{name}", kind, Text(shown), Text(info.description or ""))
+    for name, info, inner, value in sections:
+        meaning = info.description or (inner.__doc__ or "").strip().split("\n")[0]
+        off = " (off by default)" if value is None else ""
+        table.add_row("")
+        table.add_row(Text(f"{prefix}{name}", style="bold"), "", "", Text(meaning + off, style="italic"))
+        _help_rows(table, inner, value, f"{prefix}{name}.")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if value != "" else '""'
