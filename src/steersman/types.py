@@ -112,7 +112,8 @@ class Trajectory:
     `value[:, t]` is V of the state before step t, so it has one column more than there are steps: the column
     at a row's length is V of the state after its last step, which a truncated episode bootstraps from.
     `logp_old` is the behaviour log-probability, `logp_ref` the reference's. `group` numbers the prompt that a
-    row answers. `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
+    row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
+    prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
     """
 
     mask: Bool[Tensor, "B T"]
@@ -122,6 +123,7 @@ class Trajectory:
     logp_ref: Float[Tensor, "B T"] | None = None
     value: Float[Tensor, "B T+1"] | None = None
     group: Int[Tensor, " B"] | None = None
+    baseline: Float[Tensor, " B"] | None = None
     logp_rollout: Float[Tensor, "B T"] | None = None
 
     def __len__(self) -> int:

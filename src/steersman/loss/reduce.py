@@ -13,37 +13,45 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Average = Literal["token", "sequence", "constant"]
-"""How tokens are averaged.
+Average = Literal["token", "sequence", "episode"]
+"""How steps are averaged.
 
-- "token": every token of the batch weighs the same (PPO; DAPO, arXiv 2503.14476, eq. 8).
+- "token": every step of the batch weighs the same (PPO; DAPO, arXiv 2503.14476, eq. 12).
 - "sequence": mean within each sequence, then over sequences (GRPO, arXiv 2402.03300, eq. 3).
-- "constant": sum within each sequence divided by one fixed length, then the mean over sequences
-  (Dr.GRPO, arXiv 2503.20783), so that long answers are not weighted down.
+- "episode": sum within each sequence, divided by one fixed number that is the same for all (Dr.GRPO, arXiv
+  2503.20783), then the mean over sequences. Only this one leaves the gradient of an expected return unbiased:
+  the other two divide by a random length.
 """
 
 
 def token_weight(
-    mask: Bool[Tensor, "B T"], average: Average, constant: float = 1.0
+    mask: Bool[Tensor, "B T"], average: Average, constant: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "B T"]:
-    """Weight of each step, a function of its own row only. `constant` is the fixed length of "constant"."""
-    weight = mask.float()
+    """Weight of each step, a function of its own row only. `constant` is the fixed number of "episode"."""
+    weight = mask.to(dtype)
     if average == "sequence":
         return weight / weight.sum(-1, keepdim=True).clamp(min=1)
-    if average == "constant":
+    if average == "episode":
         return weight / constant
     return weight
 
 
-def denominator(mask: Bool[Tensor, "B T"], average: Average) -> Float[Tensor, ""]:
-    """What the weighted sum over the whole optimisation batch is divided by: tokens, or sequences."""
-    count = mask.sum() if average == "token" else mask.any(-1).sum()
-    return count.clamp(min=1).float()
+def denominator(mask: Bool[Tensor, "B T"], average: Average) -> int:
+    """What the weighted sum over the whole optimisation batch is divided by: steps, or sequences; at least 1.
+
+    A sequence with no step that counts (an empty response) is still a sequence of "episode": its return was
+    sampled. For "sequence" it is not, having no mean.
+    """
+    if average == "token":
+        count = int(mask.sum())
+    elif average == "sequence":
+        count = int(mask.any(-1).sum())
+    else:
+        count = len(mask)
+    return max(count, 1)
 
 
-def reduce(
-    loss: Float[Tensor, "B T"], weight: Float[Tensor, "B T"], denominator: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
+def reduce(loss: Float[Tensor, "B T"], weight: Float[Tensor, "B T"], denominator: int | float) -> Float[Tensor, ""]:
     """sum(weight * loss) / denominator. Steps of weight 0 contribute nothing, not even NaN."""
     kept = torch.where(weight != 0, loss, torch.zeros_like(loss))
     return (weight * kept).sum() / denominator

@@ -1,0 +1,66 @@
+"""Baselines without a critic: other samples of the same prompt, or one reference response."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+GroupScale = Literal["none", "group", "batch"]
+
+
+def _group_sums(
+    score: Float[Tensor, " B"], group: Int[Tensor, " B"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " G"], Float[Tensor, " G"]]:
+    _, member = group.unique(return_inverse=True)
+    groups = int(member.max()) + 1 if len(member) else 0
+    zero = score.new_zeros(groups)
+    return member, zero.index_add(0, member, score), zero.index_add(0, member, torch.ones_like(score))
+
+
+def leave_one_out(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """score_i minus the mean of the others of its group: an unbiased baseline; 0 for a group of one.
+
+    Source: RLOO, arXiv 2402.14740, section 2.3 (Kool et al. 2019).
+    """
+    member, total, count = _group_sums(score, group)
+    others = (count[member] - 1).clamp(min=1)
+    baseline = (total[member] - score) / others
+    return torch.where(count[member] > 1, score - baseline, torch.zeros_like(score))
+
+
+def group_mean(
+    score: Float[Tensor, " B"], group: Int[Tensor, " B"], scale: GroupScale = "group", eps: float = 1e-4
+) -> Float[Tensor, " B"]:
+    """score_i minus its group's mean, divided by the group's (or the batch's) standard deviation + eps, or not.
+
+    The mean contains score_i, so without scaling the gradient is (G - 1) / G times the exact one; dividing by the
+    group's deviation weighs prompts by how hard they are to tell apart (a bias that Dr.GRPO, arXiv 2503.20783,
+    removes). The deviation divides by n - 1. A group whose scores are all equal gets exactly 0: no signal.
+    Source: GRPO, arXiv 2402.03300, section 4.1.2.
+    """
+    member, total, count = _group_sums(score, group)
+    centred = score - (total / count)[member]
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        deviation = (centred.square().sum() / max(len(score) - 1, 1)).sqrt().expand_as(score)
+    else:
+        squares = torch.zeros_like(total).index_add(0, member, centred.square())
+        deviation = (squares / (count - 1).clamp(min=1)).sqrt()[member]
+    return torch.where(no_signal(score, group), torch.zeros_like(score), centred / (deviation + eps))
+
+
+def no_signal(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """True for every sample of a group in which all scores are exactly equal: it can teach nothing."""
+    member, total, _ = _group_sums(score, group)
+    high = torch.full_like(total, -torch.inf).scatter_reduce(0, member, score, "amax")
+    low = torch.full_like(total, torch.inf).scatter_reduce(0, member, score, "amin")
+    return (high == low)[member]
+
+
+def spread(score: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """One number per response put on each of its tokens; 0 where the mask is False."""
+    return torch.where(mask, score[:, None], torch.zeros((), dtype=score.dtype, device=score.device))

@@ -1,0 +1,69 @@
+"""What an on-policy algorithm is: hyper-parameters, and which advantage and loss it chooses.
+
+The loop (`train/on_policy.py` for language models, `train/control.py` for Gymnasium, `tabular/verify.py` for the
+exact oracle) is the same for all. To add one: a file with a subclass, and a line in `algorithms/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from steersman.advantage.gae import Advantage
+from steersman.loss.reduce import Average
+from steersman.ops.kl import KLEstimator
+from steersman.run.config import Section
+from steersman.types import Trajectory
+
+
+class Coefficients(NamedTuple):
+    """Coefficients that a controller may move: `beta` on KL to the reference, `beta_old` on KL to the sampler."""
+
+    beta: float = 0.0
+    beta_old: float = 0.0
+
+
+class Algorithm(Section):
+    """Hyper-parameters that every on-policy algorithm has; a subclass adds its own, an advantage and a loss."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    bias: ClassVar[str] = ""
+    """Why the estimator's expectation is not the exact gradient; empty where it is."""
+    critic: ClassVar[bool] = False
+    group: ClassVar[bool] = False
+    """Compares the samples of one prompt, so needs at least two of them."""
+    baseline: ClassVar[Literal["none", "greedy", "moving"]] = "none"
+    update: ClassVar[Literal["gradient", "trust_region"]] = "gradient"
+
+    gamma: float = Field(1.0, ge=0, le=1, description="discount per token (or step)")
+    beta: float = Field(0.05, ge=0, description="coefficient of KL(policy || reference)")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="where the KL term goes: into every token's reward, or into the loss"
+    )
+    kl_estimator: KLEstimator = Field("k1", description="k1, k2 or k3; see steersman.ops.kl for their bias")
+    kl_target: float | None = Field(
+        None, gt=0, description="KL in nats per response that beta is steered to; null keeps beta fixed"
+    )
+    kl_horizon: float = Field(10_000, gt=0, description="samples over which the controller of beta acts")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    average: Average = Field("token", description="how steps are averaged: token, sequence or episode")
+    epochs: int = Field(1, ge=1, description="passes over the samples of one iteration")
+    minibatches: int = Field(1, ge=1, description="optimizer updates per epoch")
+    stop_kl: float | None = Field(
+        None, gt=0, description="stop an iteration's updates when KL to the sampler exceeds this, nats per token"
+    )
+
+    def advantage(self, traj: Trajectory) -> Advantage:
+        """Advantages `[B, T]`, and the critic's targets where there is one."""
+        raise NotImplementedError
+
+    def loss(
+        self, logp: Float[Tensor, "B T"], traj: Trajectory, adv: Float[Tensor, "B T"], coef: Coefficients
+    ) -> Float[Tensor, "B T"]:
+        """The policy's loss per step, without the entropy bonus and the KL term to the reference."""
+        raise NotImplementedError

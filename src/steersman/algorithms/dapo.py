@@ -1,0 +1,25 @@
+"""DAPO, arXiv 2503.14476: GRPO with an asymmetric clip, token-level averaging, dynamic sampling, no KL."""
+
+from pydantic import Field
+
+from steersman.algorithms.grpo import GRPO
+from steersman.loss.reduce import Average
+
+
+class DAPO(GRPO):
+    """Clip-higher, groups without signal replaced by fresh ones, soft punishment of overlong responses."""
+
+    name = "dapo"
+    title = "DAPO"
+    paper = "arXiv 2503.14476"
+    bias = "scores are divided by their group's deviation, tokens by a random length; groups are selected"
+
+    beta: float = Field(0.0, ge=0, description="coefficient of KL(policy || reference)")
+    clip_high: float = Field(0.28, gt=0, description="ratio is clipped above 1 plus this")
+    average: Average = Field("token", description="how steps are averaged: token, sequence or episode")
+    dynamic_sampling: int = Field(
+        3, ge=0, description="how many further rounds may be sampled to replace groups whose scores are all equal"
+    )
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before the length limit over which a penalty of up to 1 grows; 0 is off"
+    )

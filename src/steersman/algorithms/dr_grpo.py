@@ -1,0 +1,20 @@
+"""Dr.GRPO, arXiv 2503.20783: GRPO without the two divisions that bias it (deviation and response length)."""
+
+from pydantic import Field
+
+from steersman.advantage.group import GroupScale
+from steersman.algorithms.grpo import GRPO
+from steersman.loss.reduce import Average
+
+
+class DrGRPO(GRPO):
+    """GRPO done right: group mean as baseline, a fixed length as divisor, no KL term by default."""
+
+    name = "dr-grpo"
+    title = "Dr.GRPO"
+    paper = "arXiv 2503.20783"
+    bias = "the baseline contains the sample itself: (G - 1) / G times the exact gradient"
+
+    scale: GroupScale = Field("none", description="divide by the deviation of the group, the batch, or none")
+    beta: float = Field(0.0, ge=0, description="coefficient of KL(policy || reference)")
+    average: Average = Field("episode", description="how steps are averaged: token, sequence or episode")

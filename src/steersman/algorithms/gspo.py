@@ -1,0 +1,24 @@
+"""GSPO, arXiv 2507.18071: GRPO's advantage with one ratio per sequence."""
+
+from pydantic import Field
+from torch import Tensor
+
+from steersman.algorithms.base import Coefficients
+from steersman.algorithms.grpo import GRPO
+from steersman.loss.policy import sequence_clipped
+from steersman.types import Trajectory
+
+
+class GSPO(GRPO):
+    """The ratio is the geometric mean over a response's tokens, clipped in a far narrower range."""
+
+    name = "gspo"
+    title = "GSPO"
+    paper = "arXiv 2507.18071"
+
+    clip_low: float = Field(3e-4, gt=0, lt=1, description="sequence ratio is clipped below 1 minus this")
+    clip_high: float = Field(4e-4, gt=0, description="sequence ratio is clipped above 1 plus this")
+    beta: float = Field(0.0, ge=0, description="coefficient of KL(policy || reference)")
+
+    def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
+        return sequence_clipped(logp, traj.logp_old, adv, traj.mask, self.clip_low, self.clip_high)

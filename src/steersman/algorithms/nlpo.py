@@ -1,0 +1,22 @@
+"""NLPO, arXiv 2210.01241: PPO whose actions are limited to the top-p set of a lagging copy of the policy.
+
+The limit acts while sampling and in the loss: log-probabilities are those of the masked distribution on both
+sides, so the ratio is 1 before the first update. The masking copy is refreshed every `mask_every` iterations.
+"""
+
+from pydantic import Field
+
+from steersman.algorithms.ppo import PPO
+
+
+class NLPO(PPO):
+    """PPO on the masked policy."""
+
+    name = "nlpo"
+    title = "NLPO"
+    paper = "arXiv 2210.01241"
+    bias = PPO.bias + "; tokens outside the mask get no gradient"
+
+    mask_top_p: float = Field(0.9, gt=0, le=1, description="mass of the masking policy's allowed set")
+    mask_min_tokens: int = Field(2, ge=1, description="fewest tokens that stay allowed")
+    mask_every: int = Field(20, ge=1, description="iterations between refreshes of the masking policy (mu)")

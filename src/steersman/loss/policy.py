@@ -1,0 +1,100 @@
+"""Policy losses, `[B, T]` each, to be minimised. `adv` carries no gradient.
+
+Ratios are exp(logp - logp_old). Before the first update they are exactly 1 up to rounding, because the engine
+records the log-probability under the distribution that it sampled from.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steersman.ops.masked import masked_mean
+
+
+def reinforce(logp: Float[Tensor, "B T"], adv: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """-A_t log pi(a_t | s_t): the score-function estimator. Source: Williams 1992."""
+    return -adv * logp
+
+
+def surrogate(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], adv: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """-rho_t A_t: the importance-weighted objective of TRPO and KL-penalised PPO. Source: arXiv 1502.05477, eq. 14."""
+    return -(logp - logp_old).exp() * adv
+
+
+def clipped(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Float[Tensor, "B T"]:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), bounded by `dual_clip` * |A| where A < 0.
+
+    Source: PPO, arXiv 1707.06347, eq. 7; asymmetric clip: DAPO, arXiv 2503.14476, eq. 10; dual clip:
+    arXiv 1912.09729, eq. 5 (the bound applies only to negative advantages and must exceed 1).
+    """
+    ratio = (logp - logp_old).exp()
+    loss = torch.maximum(-ratio * adv, -ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+    if dual_clip is None:
+        return loss
+    return torch.where(adv < 0, torch.minimum(loss, -dual_clip * adv), loss)
+
+
+def sequence_clipped(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "B T"]:
+    """The clipped loss under one ratio per sequence, s = exp(mean_t (logp - logp_old)), put on every token.
+
+    Source: GSPO, arXiv 2507.18071, eq. 5 to 7. With the "sequence" average its gradient is the paper's.
+    """
+    mean_difference = masked_mean(logp - logp_old, mask, dim=-1)[:, None]
+    return clipped(mean_difference.expand_as(logp), torch.zeros_like(logp), adv, clip_low, clip_high)
+
+
+def clipped_weight(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    weight_high: float,
+    weight_low: float = 0.0,
+) -> Float[Tensor, "B T"]:
+    """-stop(clip(rho, weight_low, weight_high)) A log pi: every token keeps a gradient, only its weight is bounded.
+
+    Source: CISPO, arXiv 2506.13585, eq. 4 and 5.
+    """
+    weight = (logp - logp_old).exp().clamp(weight_low, weight_high).detach()
+    return -weight * adv * logp
+
+
+def truncated_importance(
+    logp_old: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], cap: float
+) -> Float[Tensor, "B T"]:
+    """min(pi_train / pi_rollout, cap) per token: the weight that corrects rollouts made by another engine.
+
+    Biased where the cap binds, with variance bounded by it. Source: Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training".
+    """
+    return (logp_old - logp_rollout).exp().clamp(max=cap).detach()
+
+
+def clip_fraction(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, ""]:
+    """Share of the steps that count whose ratio lies outside the clip range."""
+    ratio = (logp - logp_old).exp()
+    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+    return masked_mean(outside.to(logp.dtype), mask)

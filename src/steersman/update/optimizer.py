@@ -1,0 +1,102 @@
+"""One role's optimiser: AdamW, a schedule, gradient clipping, and a stop at the first number that is not one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from steersman.run.config import Section
+from steersman.types import Stats, SteersmanError
+
+
+class OptimizerConfig(Section):
+    """How one model's weights are updated."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the rate falls after warm-up: not, or to min_lr linearly or by a half cosine"
+    )
+    warmup: float = Field(
+        0.0, ge=0, description="updates over which the rate rises from 0; below 1 it is a share of all updates"
+    )
+    min_lr: float = Field(0.0, ge=0, le=1, description="where a schedule ends, as a share of lr")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, on matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW second-moment decay")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+
+
+class Optimizer:
+    """AdamW over the parameters that require gradients, with its schedule; all of it in `state_dict`.
+
+    `total` is the number of updates that the schedule spans.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total: int) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise SteersmanError("nothing to train: no parameter requires a gradient")
+        self.config, self.total, self.updates = config, max(total, 1), 0
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        config = self.config
+        warmup = config.warmup if config.warmup >= 1 else config.warmup * self.total
+        if self.updates < warmup:
+            return config.lr * (self.updates + 1) / warmup
+        done = min((self.updates - warmup) / max(self.total - warmup, 1), 1.0)
+        if config.schedule == "linear":
+            share = 1 - done
+        elif config.schedule == "cosine":
+            share = (1 + math.cos(math.pi * done)) / 2
+        else:
+            return config.lr
+        return config.lr * (config.min_lr + (1 - config.min_lr) * share)
+
+    def step(self) -> Stats:
+        """Clip, update and clear the gradients; returns `lr` and `grad_norm` (before clipping).
+
+        Raises `NotFiniteError` before anything is changed when the gradient is NaN or infinite.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            self.zero_grad()
+            raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")
+        lr = self.rate()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.zero_grad()
+        self.updates += 1
+        return {"lr": lr, "grad_norm": norm}
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        return {"adamw": self.adamw.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        self.updates = state["updates"]
+
+
+class NotFiniteError(SteersmanError):
+    """A loss, gradient or weight became NaN or infinite; nothing was updated with it."""

@@ -1,0 +1,121 @@
+"""Policy losses against transcriptions of the papers, element by element, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from steersman.loss.policy import (
+    clip_fraction,
+    clipped,
+    clipped_weight,
+    reinforce,
+    sequence_clipped,
+    surrogate,
+    truncated_importance,
+)
+from steersman.loss.value import explained_variance, value_loss
+
+g = torch.Generator().manual_seed(0)
+B, T = 5, 6
+LOGP = torch.randn(B, T, generator=g).double() * 0.4 - 2
+OLD = LOGP + torch.randn(B, T, generator=g).double() * 0.4
+ADV = torch.randn(B, T, generator=g).double()
+MASK = torch.arange(T) < torch.tensor([6, 3, 5, 1, 2])[:, None]
+
+
+def each(f):
+    return torch.tensor(
+        [[f(LOGP[b, t].item(), OLD[b, t].item(), ADV[b, t].item()) for t in range(T)] for b in range(B)]
+    )
+
+
+def gradient(loss_of):
+    x = LOGP.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(x).sum(), x)[0]
+
+
+def numeric(loss_of, eps=1e-6):
+    out = torch.zeros_like(LOGP)
+    for b in range(B):
+        for t in range(T):
+            d = torch.zeros_like(LOGP)
+            d[b, t] = eps
+            out[b, t] = (loss_of(LOGP + d).sum() - loss_of(LOGP - d).sum()) / (2 * eps)
+    return out
+
+
+def test_reinforce_and_surrogate():
+    torch.testing.assert_close(reinforce(LOGP, ADV), each(lambda p, q, a: -a * p).double())
+    torch.testing.assert_close(
+        surrogate(LOGP, OLD, ADV), each(lambda p, q, a: -a * math.exp(p) / math.exp(q)).double()
+    )
+
+
+@pytest.mark.parametrize("dual", [None, 1.5])
+def test_clipped(dual):
+    def paper(p, q, a):
+        ratio = math.exp(p - q)
+        objective = min(ratio * a, min(max(ratio, 1 - 0.1), 1 + 0.3) * a)
+        if dual is not None and a < 0:
+            objective = max(objective, dual * a)
+        return -objective
+
+    def ours(x):
+        return clipped(x, OLD, ADV, 0.1, 0.3, dual)
+
+    torch.testing.assert_close(ours(LOGP), each(paper).double())
+    torch.testing.assert_close(gradient(ours), numeric(ours), atol=1e-7, rtol=1e-6)
+    flat = gradient(ours) == 0
+    assert flat.any()
+    assert not flat.all()
+
+
+def test_sequence_clipped_has_one_ratio_per_sequence():
+    loss = sequence_clipped(LOGP, OLD, ADV, MASK, 0.05, 0.1)
+    for b in range(B):
+        n = int(MASK[b].sum())
+        s = math.exp(sum((LOGP[b, t] - OLD[b, t]).item() for t in range(n)) / n)
+        for t in range(n):
+            a = ADV[b, t].item()
+            assert loss[b, t].item() == pytest.approx(-min(s * a, min(max(s, 0.95), 1.1) * a))
+    poisoned = torch.where(MASK, LOGP, torch.nan)
+    assert torch.equal(sequence_clipped(poisoned, OLD, ADV, MASK, 0.05, 0.1)[MASK], loss[MASK])
+
+
+def test_clipped_weight_keeps_every_gradient():
+    grad = gradient(lambda x: clipped_weight(x, OLD, ADV, 1.2))
+    torch.testing.assert_close(grad, each(lambda p, q, a: -a * min(math.exp(p - q), 1.2)).double())
+
+
+def test_truncated_importance_is_capped_and_detached():
+    x = LOGP.clone().requires_grad_()
+    weight = truncated_importance(x, OLD, 1.25)
+    assert not weight.requires_grad
+    torch.testing.assert_close(weight, each(lambda p, q, a: min(math.exp(p - q), 1.25)).double())
+
+
+def test_clip_fraction_counts_steps_outside():
+    ratio = (LOGP - OLD).exp()
+    inside = [0.9 <= ratio[b, t].item() <= 1.2 for b in range(B) for t in range(T) if MASK[b, t]]
+    expected = 1 - sum(inside) / len(inside)
+    assert clip_fraction(LOGP, OLD, MASK, 0.1, 0.2).item() == pytest.approx(expected)
+
+
+def test_value_loss_is_pessimistic_when_clipped():
+    value, old, ret = LOGP, OLD, ADV
+    torch.testing.assert_close(value_loss(value, old, ret), each(lambda v, o, r: (v - r) ** 2 / 2).double())
+
+    def paper(v, o, r):
+        near = o + max(-0.1, min(0.1, v - o))
+        return max((v - r) ** 2, (near - r) ** 2) / 2
+
+    torch.testing.assert_close(value_loss(value, old, ret, clip=0.1), each(paper).double())
+
+
+def test_explained_variance():
+    ret = ADV
+    assert explained_variance(ret, ret, MASK).item() == pytest.approx(1.0)
+    assert explained_variance(torch.zeros_like(ret), ret, MASK).item() == pytest.approx(0.0)
+    assert explained_variance(-ret, ret, MASK).item() == pytest.approx(-3.0)
+    assert explained_variance(ret, torch.ones_like(ret), MASK).item() == 0.0
