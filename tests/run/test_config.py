@@ -68,9 +68,7 @@ def refusal(path: Path | None, *overrides: str) -> str:
 
 def test_file_then_overrides_and_the_recipe_class_keeps_its_own_defaults(recipe):
     path = recipe("model: base\ntrain:\n  warmup: 5\ncritic:\nmode: off\n")
-    r = load_recipe(
-        Recipe, path, ["--train.warmup", "7", "--critic.lr=3e-4", "--quiet", "--batch.micro-batch", "2"]
-    )
+    r = load_recipe(Recipe, path, ["--train.warmup", "7", "--critic.lr=3e-4", "--quiet", "--batch.micro-batch", "2"])
     assert r.train == Optim(lr=1e-4, warmup=7)  # 1e-4 is the recipe's default, not Optim's own 1e-3
     assert r.critic == Optim(lr=3e-4)
     assert r.quiet is True

@@ -103,15 +103,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise SteersmanError(
-            f"recipe {path}: expected `section:` blocks at the top level, got {type(data).__name__}"
-        )
+        raise SteersmanError(f"recipe {path}: expected `section:` blocks at the top level, got {type(data).__name__}")
     return data
 
 
-def _apply_overrides(
-    model: type[Section], data: dict[str, Any], overrides: list[str]
-) -> tuple[list[str], set[str]]:
+def _apply_overrides(model: type[Section], data: dict[str, Any], overrides: list[str]) -> tuple[list[str], set[str]]:
     """Writes the overrides into `data`; gives the problems met and the dotted keys that were set."""
     known = dict(walk_keys(model))
     problems: list[str] = []
@@ -120,9 +116,7 @@ def _apply_overrides(
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") or token == "--":
-            problems.append(
-                f"{token}: not understood on the command line; settings look like --section.key value"
-            )
+            problems.append(f"{token}: not understood on the command line; settings look like --section.key value")
             continue
         key, equals, text = token[2:].partition("=")
         key = key.replace("-", "_")

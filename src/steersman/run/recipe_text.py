@@ -51,9 +51,7 @@ for _class in (RecipeLoader, RecipeDumper):
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for _kind, _pattern, _first in _SCALARS:
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first)
-        )
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 _PLAIN = {
     float: "number",
@@ -136,9 +134,7 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) ->
     sections = []
     for name, info in model.model_fields.items():
         inner = section_of(info.annotation)
-        own = (
-            info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else ...
-        )
+        own = info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else ...
         # A section's default may come from the recipe around it rather than from its own class.
         value = getattr(default, name) if isinstance(default, Section) else own
         if inner is not None:

@@ -1,0 +1,222 @@
+"""Checkpoints that are whole or not there, random states, and stopping at the end of a step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from steersman.run.folder import recover, save_dir
+from steersman.types import Stats, SteersmanError
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """What was saved after `step` steps."""
+
+    step: int
+    state: dict[str, Any]
+    metrics: Stats
+    path: Path
+
+
+class Checkpointer:
+    """Saves and finds `checkpoints/step-N` of a run folder; keeps the last few and the best few.
+
+    `state` is nested dicts and lists of tensors, numbers, strings and None: what `torch.load` reads with
+    `weights_only=True`, so that opening a checkpoint runs no code of its maker. A manifest with the size and
+    SHA-256 of each file tells a whole checkpoint from one that was cut.
+
+    `metric` (of the stats given to `save`) ranks checkpoints; `mode` says whether more is better.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        metric: str | None = None,
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
+        if keep_last < 1:
+            raise SteersmanError(f"keep_last is {keep_last}, but at least 1 checkpoint must stay to resume from")
+        self.folder = Path(folder) / "checkpoints"
+        self.keep_last, self.keep_best, self.metric, self.mode = keep_last, keep_best, metric, mode
+        if self.folder.exists():
+            recover(self.folder)
+
+    def save(self, step: int, state: dict[str, Any], metrics: Stats | None = None) -> Path:
+        """Writes the checkpoint whole, then drops the ones that need not be kept.
+
+        Raises SteersmanError where the disk is full; earlier checkpoints stay.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}"
+        kept = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
+        save_dir(path, lambda tmp: _write(tmp, step, state, kept))
+        self._drop_old()
+        return path
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; warns of each newer one that is damaged."""
+        for path in reversed(self._paths()):
+            damage = damage_of(path)
+            if damage is None:
+                return path
+            warnings.warn(f"checkpoint {path} is damaged ({damage}); using the one before it", stacklevel=2)
+        return None
+
+    def best(self) -> Path | None:
+        """The whole checkpoint with the best metric, None where none carries it."""
+        ranked = [p for p in self._ranked() if damage_of(p) is None]
+        return ranked[0] if ranked else None
+
+    def load(self, path: Path | None = None) -> Checkpoint | None:
+        """The checkpoint at `path`, or the newest whole one; tensors come to the CPU.
+
+        Raises SteersmanError where the one asked for by name is damaged.
+        """
+        if path is None:
+            path = self.latest()
+            if path is None:
+                return None
+        else:
+            damage = damage_of(path)
+            if damage is not None:
+                raise SteersmanError(f"checkpoint {path}: it is damaged ({damage}); choose another")
+        manifest = json.loads((path / "manifest.json").read_text())
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return Checkpoint(manifest["step"], state, manifest["metrics"], path)
+
+    def _paths(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def _ranked(self) -> list[Path]:
+        """Checkpoints that carry the metric, best first; of equals the newer first."""
+        sign = -1 if self.mode == "max" else 1
+        scored = []
+        for age, path in enumerate(reversed(self._paths())):
+            value = _manifest(path).get("metrics", {}).get(self.metric)
+            if value is not None:
+                scored.append((sign * value, age, path))
+        return [path for _, _, path in sorted(scored)]
+
+    def _drop_old(self) -> None:
+        keep = {*self._paths()[-self.keep_last :], *self._ranked()[: self.keep_best]}
+        for path in self._paths():
+            if path not in keep:
+                # Renamed first, so that a kill leaves rubbish with a name that says so, not half a checkpoint.
+                rubbish = path.with_name(f".tmp-{path.name}")
+                os.rename(path, rubbish)
+                shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder by its manifest, None where it is whole."""
+    manifest = _manifest(path)
+    if "files" not in manifest:
+        return "its manifest is missing or cut"
+    for name, told in manifest["files"].items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != told["bytes"]:
+            return f"{name} has {file.stat().st_size} of {told['bytes']} bytes"
+        if _sha256(file) != told["sha256"]:
+            return f"{name} does not match its SHA-256"
+    return None
+
+
+def _write(folder: Path, step: int, state: dict[str, Any], metrics: Stats) -> None:
+    with (folder / "state.pt").open("wb") as file:
+        torch.save(state, file)
+    files = {"state.pt": {"bytes": (folder / "state.pt").stat().st_size, "sha256": _sha256(folder / "state.pt")}}
+    manifest = {"step": step, "metrics": metrics, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def rng_state() -> dict[str, Any]:
+    """The global random states of Python, NumPy and torch (CPU, and each CUDA device in use)."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` gave; CUDA states only as far as there are devices."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, device)
+
+
+class StopRequest:
+    """While open, the first SIGTERM or Ctrl-C only sets `signal_name`; the loop ends its step, saves and leaves.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread Python takes no signals, and this
+    does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def __enter__(self) -> StopRequest:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            # The print machinery may be in the middle of a line; a bare write is safe in a handler.
+            text = f"\n{self.signal_name}: finishing this step and saving; Ctrl-C (again) aborts at once\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

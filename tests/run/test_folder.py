@@ -1,0 +1,180 @@
+"""The run folder: one process, one run, whole files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from steersman.run.config import Section, load_recipe
+from steersman.run.folder import RunFolder, open_folders, replace_dir, save_dir, write_atomic
+from steersman.types import SteersmanError
+
+
+class Recipe(Section):
+    rate: float = Field(0.1, description="rate")
+    name: str = Field("a", description="name")
+
+
+def python(code: str, *args: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *args], text=True, stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options,
+    )  # fmt: skip
+
+
+HOLDER = """
+    import sys
+    from pathlib import Path
+    from steersman.run.config import Section
+    from steersman.run.folder import RunFolder
+    from steersman.types import SteersmanError
+    try:
+        folder = RunFolder(Path(sys.argv[1]), Section(), resume="resume" in sys.argv)
+    except SteersmanError as error:
+        print("refused:", error)
+        sys.exit(2)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_config_is_written_and_reads_back(tmp_path):
+    with RunFolder(tmp_path / "a" / "b", Recipe(rate=1e-5)) as folder:
+        assert load_recipe(Recipe, folder / "config.yaml", []) == Recipe(rate=1e-5)
+        assert open_folders == [folder.path]
+        assert not folder.resumed
+    assert open_folders == []
+
+
+def test_a_folder_with_a_run_is_refused_unless_resuming(tmp_path):
+    RunFolder(tmp_path, Recipe()).close()
+    with pytest.raises(SteersmanError, match=r"another run already; .*--resume.*--run\.dir"):
+        RunFolder(tmp_path, Recipe())
+    with RunFolder(tmp_path, Recipe(rate=0.2), resume=True) as folder:
+        assert folder.resumed
+        assert folder.changes == ["rate: 0.1 -> 0.2"]
+        assert (folder / "config.before-resume-1.yaml").exists()
+    with RunFolder(tmp_path, Recipe(rate=0.2), resume=True) as folder:
+        assert folder.changes == []
+
+
+def test_resume_where_nothing_was_yet_starts_fresh(tmp_path):
+    with RunFolder(tmp_path / "new", Recipe(), resume=True) as folder:
+        assert not folder.resumed
+
+
+def test_two_processes_one_folder(tmp_path):
+    first = python(HOLDER, str(tmp_path))
+    try:
+        assert first.stdout.readline() == "held\n"
+        out, err = python(HOLDER, str(tmp_path), "resume").communicate(timeout=60)
+        assert "refused" in out, err
+        assert f"process {first.pid} is writing to it" in out
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    # the lock dies with its holder, however that died
+    with RunFolder(tmp_path, Recipe(), resume=True):
+        pass
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(SteersmanError, match="can not be made"):
+        RunFolder(tmp_path / "f", Recipe())
+
+
+FILL = """
+    import resource, sys
+    from pathlib import Path
+    import torch
+    from safetensors.torch import save_file
+    from steersman.run.checkpoint import Checkpointer
+    from steersman.run.folder import save_dir, write_atomic
+    from steersman.types import SteersmanError
+
+    root = Path(sys.argv[1])
+    big = {"w": torch.zeros(1_000_000)}
+    if sys.argv[2] == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+    keeper = Checkpointer(root)
+    write_atomic(root / "f.bin", b"old")
+    save_dir(root / "model", lambda d: save_file({"w": torch.ones(3)}, d / "w.safetensors"))
+    keeper.save(1, {"w": torch.ones(3)})
+    for attempt in (
+        lambda: write_atomic(root / "f.bin", b"new" * 1_000_000),
+        lambda: save_dir(root / "model", lambda d: save_file(big, d / "w.safetensors")),
+        lambda: save_dir(root / "model", lambda d: torch.save(big, d / "w.pt")),
+        lambda: keeper.save(2, big),
+    ):
+        try:
+            attempt()
+            print("no error")
+        except SteersmanError as error:
+            print("said:", error)
+    print((root / "f.bin").read_bytes(), sorted(p.name for p in root.rglob("*") if p.is_file()))
+    print("latest", keeper.load().step, keeper.load().state)
+"""
+
+
+def check_full_disk(out: str, err: str) -> None:
+    assert out.count("said:") == 4, out + err
+    assert out.count("the disk is full") == 4
+    assert "make room and run again with --resume" in out
+    assert "b'old' ['f.bin', 'manifest.json', 'state.pt', 'w.safetensors']" in out
+    assert "latest 1 {'w': tensor([1., 1., 1.])}" in out
+
+
+def test_size_limit_leaves_what_was_saved(tmp_path):
+    check_full_disk(*python(FILL, str(tmp_path), "limit").communicate(timeout=60))
+
+
+def test_a_disk_that_really_fills(tmp_path):
+    mount = f"mount -t tmpfs -o size=900k tmpfs {tmp_path}"
+    can = shutil.which("unshare") and subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True)
+    if not can or can.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    code = [sys.executable, "-c", textwrap.dedent(FILL), str(tmp_path), "tmpfs"]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *code], capture_output=True, text=True
+    )
+    check_full_disk(done.stdout, done.stderr)
+
+
+def test_replacing_a_folder_and_a_kill_between_the_renames(tmp_path):
+    final = tmp_path / "run" / "model"
+    save_dir(final, lambda d: (d / "x").write_text("1"))
+    save_dir(final, lambda d: (d / "x").write_text("2"))
+    assert (final / "x").read_text() == "2"
+    assert [p.name for p in final.parent.iterdir()] == ["model"]
+
+    def killed_inside(d: Path) -> None:
+        (d / "x").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_dir(final, killed_inside)
+    assert (final / "x").read_text() == "2"
+    # what a SIGKILL after the first rename of replace_dir leaves behind
+    final.rename(final.with_name(".old-model"))
+    (final.parent / ".tmp-model").mkdir()
+    with RunFolder(final.parent, Recipe(), resume=True):
+        assert (final / "x").read_text() == "2"
+        assert not (final.parent / ".tmp-model").exists()
+
+
+def test_write_atomic_never_shows_a_half(tmp_path):
+    write_atomic(tmp_path / "a", "ä" * 10)
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "ä" * 10
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "f").write_text("1")
+    replace_dir(tmp_path / "t", tmp_path / "u")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "u"]
