@@ -12,6 +12,7 @@ Conventions that hold everywhere:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -80,6 +81,34 @@ class Tokens:
     mask: Bool[Tensor, "B T"]
     support: list[list[Tensor]] | None = None
 
+    @classmethod
+    def from_ids(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]] | None = None,
+        support: list[list[Tensor]] | None = None,
+    ) -> Tokens:
+        """Right-padded from lists; without `masks` every response token counts. Padding holds id 0, never read."""
+        response_length = torch.tensor([len(r) for r in responses])
+        if masks is None:
+            mask = torch.arange(max(int(response_length.max()), 1)) < response_length[:, None]
+        else:
+            mask = _pad(masks, torch.bool)
+        return cls(
+            _pad(prompts, torch.long),
+            torch.tensor([len(p) for p in prompts]),
+            _pad(responses, torch.long),
+            response_length,
+            mask,
+            support,
+        )
+
+    @property
+    def length(self) -> Int[Tensor, " B"]:
+        """Tokens of prompt and response together."""
+        return self.prompt_length + self.response_length
+
     def __len__(self) -> int:
         return self.response.shape[0]
 
@@ -105,6 +134,13 @@ class Tokens:
         return replace(self, **moved)
 
 
+def _pad(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    out = torch.zeros(len(rows), max(max(map(len, rows)), 1), dtype=dtype)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = torch.tensor(row, dtype=dtype)
+    return out
+
+
 @dataclass(slots=True)
 class Trajectory:
     """Experience, whether it came from CartPole, a table or a language model. One row is one episode.
@@ -128,6 +164,16 @@ class Trajectory:
 
     def __len__(self) -> int:
         return self.mask.shape[0]
+
+    def rows(self, index: Tensor) -> Trajectory:
+        """The given rows, in the given order, with the columns that none of them needs cut off."""
+        counts = self.mask[index].any(0).nonzero()
+        T = int(counts[-1]) + 1 if len(counts) else 1
+        picked = {f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        for name, x in picked.items():
+            if x.ndim == 2:
+                picked[name] = x[:, : T + 1] if name == "value" else x[:, :T]
+        return replace(self, **picked)
 
 
 Stats = dict[str, float]

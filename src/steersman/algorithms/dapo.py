@@ -7,7 +7,7 @@ from steersman.loss.reduce import Average
 
 
 class DAPO(GRPO):
-    """Clip-higher, groups without signal replaced by fresh ones, soft punishment of overlong responses."""
+    """Clip-higher and dynamic sampling; the soft punishment of long responses is `reward.overlong_buffer`."""
 
     name = "dapo"
     title = "DAPO"
@@ -19,7 +19,4 @@ class DAPO(GRPO):
     average: Average = Field("token", description="how steps are averaged: token, sequence or episode")
     dynamic_sampling: int = Field(
         3, ge=0, description="how many further rounds may be sampled to replace groups whose scores are all equal"
-    )
-    overlong_buffer: int = Field(
-        0, ge=0, description="tokens before the length limit over which a penalty of up to 1 grows; 0 is off"
     )

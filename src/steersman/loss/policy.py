@@ -21,7 +21,10 @@ def reinforce(logp: Float[Tensor, "B T"], adv: Float[Tensor, "B T"]) -> Float[Te
 def surrogate(
     logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], adv: Float[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """-rho_t A_t: the importance-weighted objective of TRPO and KL-penalised PPO. Source: arXiv 1502.05477, eq. 14."""
+    """-rho_t A_t, the importance-weighted objective of TRPO and KL-penalised PPO.
+
+    Source: arXiv 1502.05477, eq. 14.
+    """
     return -(logp - logp_old).exp() * adv
 
 

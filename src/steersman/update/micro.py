@@ -1,0 +1,27 @@
+"""Micro-batches: how many rows go through a model at once, decided by tokens and not by rows."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def micro_batches(length: Int[Tensor, " B"], max_tokens: int) -> list[Int[Tensor, " b"]]:
+    """Row numbers in groups whose padded size, rows x longest, is at most `max_tokens`.
+
+    Rows of like length go together, longest first, so that little padding is computed and memory peaks at the
+    start. A single row longer than `max_tokens` is a group of its own.
+    """
+    order = length.argsort(descending=True, stable=True)
+    groups, start = [], 0
+    while start < len(order):
+        rows = max(1, max_tokens // max(int(length[order[start]]), 1))
+        groups.append(order[start : start + rows])
+        start += rows
+    return groups
+
+
+def split_evenly(rows: Int[Tensor, " B"], parts: int) -> list[Int[Tensor, " b"]]:
+    """The rows in `parts` consecutive groups whose sizes differ by one at most; empty groups are left out."""
+    return [group for group in torch.tensor_split(rows, parts) if len(group)]
