@@ -1,0 +1,124 @@
+"""The recipe's `reward` section, and the reward that it describes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from steersman.reward import shaping
+from steersman.reward.core import CallableReward, Reward, WeightedSum
+from steersman.reward.rules import BUILTINS
+from steersman.run.config import Section
+from steersman.types import Stats, SteersmanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RewardPart(Section):
+    """One reward: exactly one of model, function and builtin."""
+
+    model: str | None = Field(None, description="folder or hub name of a reward model")
+    function: str | None = Field(None, description="module:function or path/to/file.py:function")
+    builtin: str | None = Field(None, description=f"one of: {', '.join(BUILTINS)}")
+    weight: float = Field(1.0, description="factor in the sum; negative to punish")
+    args: dict[str, Any] = Field(default_factory=dict, description="fixed settings of the function or builtin")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="the function's parameter: the data's column that fills it"
+    )
+    text_bridge: bool = Field(True, description="let a reward model with another tokenizer read decoded text")
+    batch_size: int = Field(64, ge=1, description="samples that the reward model scores at a time")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardPart:
+        given = [kind for kind in ("model", "function", "builtin") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of model, function and builtin; {' and '.join(given) or 'none'} given"
+            )
+        if self.builtin is not None and self.builtin not in BUILTINS:
+            near = difflib.get_close_matches(self.builtin, BUILTINS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BUILTINS)}"
+            raise ValueError(f"there is no builtin reward '{self.builtin}'; {hint}")
+        if self.model is not None and (self.args or self.columns):
+            raise ValueError("args and columns belong to a function or builtin, not to a model")
+        return self
+
+
+class RewardConfig(Section):
+    """What is rewarded, and how scores are shaped before they become rewards of tokens."""
+
+    parts: dict[str, RewardPart] = Field(default_factory=dict, description="name: reward; they are summed")
+    normalise: bool = Field(False, description="subtract the running mean of scores, divide by their deviation")
+    clip: float | None = Field(None, gt=0, description="scores are cut to [-clip, clip], after normalising")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted where the length limit cut a response")
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before the length limit over which the score falls by 1 (DAPO); 0: off"
+    )
+    whiten: bool = Field(False, description="scale token rewards to unit variance over the batch")
+
+
+def build_reward(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"
+) -> WeightedSum:
+    """The reward that the section describes; `tokenizer` is the policy's.
+
+    Raises SteersmanError when there is no part, or a part's model or function does not load or fit.
+    """
+    if not config.parts:
+        raise SteersmanError(
+            "reward.parts: no reward given; for instance `parts: {mood: {builtin: vader_sentiment}}`"
+        )
+    return WeightedSum(
+        {name: (part.weight, _build_part(name, part, tokenizer, device)) for name, part in config.parts.items()}
+    )
+
+
+def _build_part(
+    name: str, part: RewardPart, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> Reward:
+    if part.builtin is not None:
+        return CallableReward(BUILTINS[part.builtin], name, part.args, part.columns)
+    if part.function is not None:
+        return CallableReward(part.function, name, part.args, part.columns)
+    assert part.model is not None
+    raise NotImplementedError
+
+
+class ScoreShaping:
+    """The section's settings applied to the scores of a batch; `state_dict` belongs in checkpoints.
+
+    In this order: normalise, clip, missing-EOS penalty, overlong penalty; so the penalties are in units of the
+    normalised score and clipping can't hide them.
+    """
+
+    def __init__(self, config: RewardConfig):
+        self.config, self.norm = config, shaping.RunningNorm()
+
+    def __call__(self, scores: Tensor, terminated: Tensor, length: Tensor, max_length: int) -> tuple[Tensor, Stats]:
+        """Shaped scores [B] from raw ones, `terminated` [B], response `length` [B] in tokens and its limit."""
+        config, raw = self.config, scores
+        if config.normalise:
+            self.norm.update(scores)
+            scores = self.norm.normalise(scores)
+        if config.clip is not None:
+            scores = scores.clamp(-config.clip, config.clip)
+        scores = shaping.missing_eos_penalty(scores, terminated, config.missing_eos_penalty)
+        if config.overlong_buffer:
+            scores = scores + shaping.overlong_penalty(length, max_length, config.overlong_buffer)
+        spread = float(raw.std(correction=0))
+        return scores, {
+            "score/mean": float(raw.mean()),
+            "score/std": spread,
+            "score/shaped": float(scores.mean()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.norm.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norm.load_state_dict(state)

@@ -1,0 +1,223 @@
+"""What a reward is: samples in, scores out, each part by its name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steersman.reward.functions import describe_function, load_function
+from steersman.types import Sample, SteersmanError
+
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Scores:
+    """Rewards of a batch of samples, on the CPU in float32.
+
+    `total` [B] is what is optimised; `parts` holds each reward's own value [B] before its weight; `per_token`
+    [B, T], where a reward judges tokens, sums over T to `total` and is 0 past a row's end.
+    """
+
+    total: Float[Tensor, " B"]
+    parts: dict[str, Float[Tensor, " B"]]
+    per_token: Float[Tensor, "B T"] | None = None
+
+
+class Reward(Protocol):
+    """Anything that scores samples; `describe` says in one line what it is, for the page before a run."""
+
+    def score(self, samples: Sequence[Sample]) -> Scores: ...
+
+    def describe(self) -> str: ...
+
+
+class WeightedSum:
+    """total = sum_k weight_k * score_k, every score_k logged under its name before its weight.
+
+    When a part judges tokens, the parts that judge whole responses stand at the last token of `per_token`.
+    Raises SteersmanError when there is no part, or when a weight is not a finite number.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[float, Reward]]):
+        if not parts:
+            raise SteersmanError("reward: there is no part; give at least one model, function or builtin")
+        for name, (weight, _) in parts.items():
+            if not math.isfinite(weight):
+                raise SteersmanError(f"reward '{name}': the weight is {weight}; give a finite number")
+        self.parts = dict(parts)
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        scored = {name: (weight, reward.score(samples)) for name, (weight, reward) in self.parts.items()}
+        total = torch.stack([weight * scores.total for weight, scores in scored.values()]).sum(0)
+        per_token = None
+        if any(scores.per_token is not None for _, scores in scored.values()):
+            per_token = sum((w * _per_token(s, samples) for w, s in scored.values()), torch.zeros(()))
+        return Scores(total, {name: scores.total for name, (_, scores) in scored.items()}, per_token)
+
+    def describe(self) -> str:
+        return "; ".join(f"{weight:g} x {name} ({r.describe()})" for name, (weight, r) in self.parts.items())
+
+
+def _per_token(scores: Scores, samples: Sequence[Sample]) -> Tensor:
+    if scores.per_token is not None:
+        return scores.per_token
+    out = torch.zeros(len(samples), max(len(s.ids) for s in samples))
+    for row, sample in enumerate(samples):
+        out[row, len(sample.ids) - 1] = scores.total[row]
+    return out
+
+
+class CallableReward:
+    """A reward that is a function of texts.
+
+    `function` is a Python callable, "module:function" or "path/to/file.py:function". It is called once a batch
+    as `f(prompts=[...], completions=[...], **columns)` (by position when it has other names for the two), where
+    `columns` are the data row's other columns as lists, those that it has parameters for or all if it
+    takes `**`. A parameter `samples` receives the Samples. `columns` renames: {"answer": "solution"} fills the
+    parameter `answer` from the data's column `solution`. `args` are fixed keyword arguments.
+
+    It returns one number per completion, or for each completion one number per response token.
+
+    Raises SteersmanError naming the reward when the function can't be imported, lacks a column, raises (the
+    original exception is chained), or returns a wrong count, a wrong type, NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        function: str | RewardFunction,
+        name: str | None = None,
+        args: Mapping[str, Any] | None = None,
+        columns: Mapping[str, str] | None = None,
+    ):
+        self.function = load_function(function) if isinstance(function, str) else function
+        self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
+        self.args, self.columns = dict(args or {}), dict(columns or {})
+        parameters = _parameters(self.function)
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.by_name = "completions" in [p.name for p in named] or not named
+        if not self.by_name:
+            named = named[2:]
+        self.named = {p.name: p.default is p.empty for p in named}
+        for key in [*self.args, *self.columns]:
+            if key not in self.named and not self.takes_all:
+                known = ", ".join(n for n in self.named if n not in ("prompts", "completions")) or "none"
+                raise SteersmanError(
+                    f"reward '{self.name}': '{key}' is not a parameter of the function; it has: {known}"
+                )
+
+    def describe(self) -> str:
+        return f"function {describe_function(self.function)}"
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        texts = {"prompts": [s.prompt.text for s in samples], "completions": [s.text for s in samples]}
+        keywords = self._columns(samples) | self.args
+        try:
+            if self.by_name:
+                wanted = {k: v for k, v in texts.items() if k in self.named or self.takes_all}
+                values = self.function(**wanted, **keywords)
+            else:
+                values = self.function(*texts.values(), **keywords)
+        except SteersmanError:
+            raise
+        except Exception as error:
+            raise SteersmanError(
+                f"reward '{self.name}': the function raised {type(error).__name__}: {error} "
+                f"(batch of {len(samples)}, first prompt: {_shorten(samples[0].prompt.text)})"
+            ) from error
+        return _scores(self.name, values, samples)
+
+    def _columns(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The keyword lists of this batch: data columns, renamed, and the samples where asked for."""
+        reserved = {"prompts", "completions", "samples"}
+        have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
+        wanted = {parameter: self.columns.get(parameter, parameter) for parameter in self.named}
+        if self.takes_all:
+            wanted = {c: c for c in have} | wanted | self.columns
+        out: dict[str, Any] = {"samples": list(samples)} if "samples" in self.named else {}
+        for parameter, column in wanted.items():
+            if parameter in reserved or parameter in self.args:
+                continue
+            if column in have:
+                out[parameter] = [s.prompt.row.get(column) for s in samples]
+            elif self.named.get(parameter) or parameter in self.columns:
+                raise SteersmanError(
+                    f"reward '{self.name}': the function needs the column '{column}', which the data does "
+                    f"not have; it has: {', '.join(have) or 'none'}. Point to another one with "
+                    f"`columns: {{{parameter}: NAME}}`"
+                )
+        return out
+
+
+def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some compiled functions have none to show: prompts and completions only
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return [inspect.Parameter(name, kind) for name in ("_prompts", "_completions")]
+
+
+def _scores(name: str, values: Any, samples: Sequence[Sample]) -> Scores:
+    """The checked return value of a reward function as Scores."""
+    values = _plain(values)
+    if not isinstance(values, list):
+        raise SteersmanError(
+            f"reward '{name}': returned {type(values).__name__}; return a list of one float per completion"
+        )
+    if len(values) != len(samples):
+        raise SteersmanError(
+            f"reward '{name}': returned {len(values)} values for {len(samples)} completions; return one each"
+        )
+    rows = [_plain(value) for value in values]
+    if not any(isinstance(row, list) for row in rows):
+        total = [_number(name, row, i, None, samples[i]) for i, row in enumerate(rows)]
+        scores = torch.tensor(total, dtype=torch.float32)
+        return Scores(scores, {name: scores})
+    per_token = torch.zeros(len(samples), max(len(s.ids) for s in samples))
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        if not isinstance(row, list) or len(row) != len(sample.ids):
+            given = f"{len(row)} values" if isinstance(row, list) else type(row).__name__
+            raise SteersmanError(
+                f"reward '{name}': gave {given} for sample {i}, which has {len(sample.ids)} response tokens; "
+                f"return one float per token for every completion, or one float per completion"
+            )
+        numbers = [_number(name, value, i, t, sample) for t, value in enumerate(row)]
+        per_token[i, : len(row)] = torch.tensor(numbers, dtype=torch.float32)
+    total = per_token.sum(1)
+    return Scores(total, {name: total}, per_token)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and tuples as lists, their scalars as Python numbers; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _number(name: str, value: Any, row: int, token: int | None, sample: Sample) -> float:
+    value = _plain(value)
+    place = f"sample {row}" if token is None else f"sample {row}, token {token}"
+    if not isinstance(value, Real):
+        raise SteersmanError(
+            f"reward '{name}': gave {type(value).__name__} {_shorten(str(value))} for {place}; return floats"
+        )
+    number = float(value)
+    if not math.isfinite(number):
+        raise SteersmanError(
+            f"reward '{name}': gave {number} for {place} (prompt: {_shorten(sample.prompt.text)}, completion: "
+            f"{_shorten(sample.text)}); return a finite number for every completion"
+        )
+    return number
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")

@@ -1,0 +1,100 @@
+import json
+import re
+
+import pytest
+from reward_samples import make_samples
+
+from steersman.reward.core import CallableReward
+from steersman.reward.rules import BUILTINS, math_answer, word_coverage
+from steersman.types import SteersmanError
+
+EMPTY = [""]
+
+
+def rule(name, completion, **keywords):
+    return BUILTINS[name](EMPTY, [completion], **keywords)[0]
+
+
+def test_vader_is_the_packages_own_compound():
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    texts = ["She was very happy!", "It was bad.", "", "friend " * 60, "Ein Satz."]
+    own = SentimentIntensityAnalyzer()
+    assert BUILTINS["vader_sentiment"](EMPTY * 5, texts) == [own.polarity_scores(t)["compound"] for t in texts]
+
+
+def test_length_counts_words_and_measures_distance_to_a_target():
+    assert rule("length", "one two three") == 3
+    assert rule("length", "one two three", target=4) == -0.25
+    with pytest.raises(SteersmanError, match="target is 0"):
+        rule("length", "a", target=0)
+
+
+def test_exact_match_contains_and_regex():
+    assert rule("exact_match", " The  Cat ", answer=["the cat"]) == 1
+    assert rule("exact_match", "The Cat", answer=["the cat"], ignore_case=False) == 0
+    assert rule("exact_match", "72", answer=[72]) == 1
+    assert rule("contains", "A red ball", strings=["red", "blue"]) == 0.5
+    assert rule("regex", "it is 12 o'clock", pattern=r"\d+") == 1
+    with pytest.raises(SteersmanError, match="not a regular expression"):
+        rule("regex", "", pattern="(")
+    with pytest.raises(SteersmanError, match="list of one string"):
+        rule("contains", "", strings="red")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("48 / 2 = 24, so 48 + 24 = 72.\n#### 72", "She sold 24.\n#### 72", 1),
+        ("#### 72\nThanks!", "#### 72", 1),
+        ("#### 71", "#### 72", 0),
+        ("#### 1,200.00", "#### 1200", 1),
+        ("#### $18", "#### 18", 1),
+        ("It is 24 or 72. #### 24", "#### 72", 0),
+        ("The answer is 72", "#### 72", 1),
+        ("I think it was 72 apples", "72", 1),
+        ("so we get \\boxed{\\frac{1}{2}}", "0.5", 1),
+        ("$\\frac{2}{4}$", "\\frac{1}{2}", 1),
+        ("no idea", "#### 72", 0),
+        ("", "#### 72", 0),
+        ("####", "#### 72", 0),
+    ],
+)
+def test_math_answers(completion, answer, right):
+    assert math_answer(EMPTY, [completion], answer=[answer]) == [right]
+
+
+def test_math_accepts_every_gsm8k_reference_and_refuses_its_neighbour(shared):
+    rows = [json.loads(line) for line in (shared / "gsm8k/train.jsonl").open()][:400]
+    answers = [row["answer"] for row in rows]
+    assert math_answer(answers, answers, answer=answers) == [1.0] * len(rows)
+    wrong = [re.sub(r"#### .*", "#### 123457", answer) for answer in answers]
+    assert math_answer(answers, wrong, answer=answers) == [0.0] * len(rows)
+
+
+def test_word_coverage_compares_stems():
+    assert rule("word_coverage", "The dogs were running home.", concepts=["dog run frisbee"]) == pytest.approx(2 / 3)
+    assert rule("word_coverage", "nothing", concepts=[["dog", "run"]]) == 0
+    with pytest.raises(SteersmanError, match="empty"):
+        rule("word_coverage", "x", concepts=[""])
+
+
+def test_commongen_references_cover_their_concepts(shared):
+    folder = shared / "commongen"
+    (source,) = folder.glob("*dev.src_alpha.txt")
+    (target,) = folder.glob("*dev.tgt.txt")
+    concepts, sentences = source.read_text().splitlines(), target.read_text().splitlines()
+    covered = word_coverage(sentences, sentences, concepts=concepts)
+    assert sum(covered) / len(covered) > 0.9
+    assert sum(word_coverage(sentences, sentences[1:] + sentences[:1], concepts=concepts)) / len(covered) < 0.8
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_every_builtin_is_a_reward_like_a_users_own(name):
+    settings = {"contains": {"strings": ["cat"]}, "regex": {"pattern": "cat"}}
+    row = {"answer": "a cat", "concepts": "cat", "unused": 1}
+    samples = make_samples(["a cat", "", "ein Hund, ü", "cat " * 30], [row] * 4)
+    scores = CallableReward(BUILTINS[name], name, settings.get(name)).score(samples)
+    assert scores.total.shape == (4,)
+    assert scores.total.isfinite().all()
+    assert list(scores.parts) == [name]

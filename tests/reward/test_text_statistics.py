@@ -1,0 +1,33 @@
+import pytest
+
+from steersman.reward import text
+
+
+def test_words_keep_apostrophes_and_drop_punctuation():
+    assert text.words("“Don’t!” said Mia's mom, twice...") == ["don't", "said", "mia's", "mom", "twice"]
+
+
+def test_sentences_end_at_marks_with_quotes_and_at_lines():
+    assert text.sentences('He ran. "Stop!" she said\nThe end') == ["He ran.", '"Stop!', "she said", "The end"]
+    assert text.sentences(" \n ") == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [
+        (["a b a b"], 2, 2 / 3),  # ab ba ab
+        (["a b", "a b"], 2, 1 / 2),  # n-grams don't cross texts
+        (["a b", "c d"], 1, 1.0),
+        (["a"], 2, 0.0),
+        ([], 2, 0.0),
+    ],
+)
+def test_distinct_n_counts_by_hand(texts, n, expected):
+    assert text.distinct_n(texts, n) == pytest.approx(expected)
+
+
+def test_distinct_each_and_repetition_by_hand():
+    assert text.distinct_n_each(["a b c", "a a a", ""], 2) == [1.0, 0.5, 0.0]
+    assert text.repetition("x y z x y z", 3) == pytest.approx(1 / 4)  # xyz yzx zxy xyz
+    assert text.repetition("x y", 3) == 0.0
+    assert text.repetition("friend " * 60, 3) > 0.98
