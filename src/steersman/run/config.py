@@ -239,7 +239,14 @@ def _value_problem(model: type[Section], error: dict[str, Any], from_command: se
     key = ""
     for part in error["loc"]:
         longer = f"{key}.{part}" if key else str(part)
-        if longer in known or isinstance(part, int) or key not in known or section_of(known[key].annotation):
+        is_mapping = key in known and get_origin(known[key].annotation) is dict
+        if (
+            longer in known
+            or isinstance(part, int)
+            or key not in known
+            or is_mapping
+            or section_of(known[key].annotation)
+        ):
             key = longer
     where = _where(key, from_command) if key else "the recipe"
     if error["type"] == "missing":
