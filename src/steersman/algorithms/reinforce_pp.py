@@ -24,9 +24,11 @@ class REINFORCEPlusPlus(Algorithm):
 
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
     clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 plus this")
+    whiten: bool = Field(True, description="advantages to mean 0, variance 1 over the steps of an iteration")
 
     def advantage(self, traj: Trajectory) -> Advantage:
-        return Advantage(whiten(return_to_go(traj), traj.mask))
+        adv = return_to_go(traj)
+        return Advantage(whiten(adv, traj.mask) if self.whiten else adv)
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return clipped(logp, traj.logp_old, adv, self.clip_low, self.clip_high)

@@ -1,0 +1,1 @@
+"""`steersman verify`: every method against the exact oracle, in one table."""

@@ -1,0 +1,114 @@
+"""Is a method's gradient estimator unbiased? Its expectation over every possible batch, beside the exact one.
+
+Two answers for each method. As shipped: its own advantage, loss and averaging on the batch that it would draw.
+Core: the same code with the biases that it names switched off (whitening, division by a deviation or a random
+length, a KL term in the loss, the sample inside its own baseline), which must leave the exact gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steersman.advantage.returns import episode_return
+from steersman.algorithms import Algorithm, Coefficients
+from steersman.algorithms.nlpo import NLPO
+from steersman.loss.reduce import denominator, reduce, token_weight
+from steersman.ops.distributions import top_p_mask
+from steersman.ops.kl import kl_estimate
+from steersman.tabular.oracle import Batch, exact_gradient, expected_gradient, relative_deviation
+from steersman.tabular.token_mdp import TokenMDP
+from steersman.types import Trajectory
+
+SIZE = 2
+"""Answers per prompt of a group method, and prompts per batch of the others, in the enumeration."""
+
+
+@dataclass(slots=True)
+class GradientCheck:
+    """Largest relative deviation from the exact gradient, as shipped and with the named biases switched off."""
+
+    shipped: float
+    core: float
+    bias: str
+
+
+def check_gradient(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> GradientCheck:
+    """The method's expected gradient at `logits` [S, V], by enumerating every batch that it could draw.
+
+    The critic is a table of arbitrary numbers and lam is 1 in the core, so that nothing leans on its being right.
+    """
+    algorithm = algorithm.model_copy(update={"beta": mdp.beta})
+    shipped = _deviation(algorithm, mdp, logits, 1.0)
+    # subtracting a group's mean, the sample included, scales the gradient by (G - 1) / G
+    rescale = SIZE / (SIZE - 1) if hasattr(algorithm, "scale") else 1.0
+    return GradientCheck(shipped, _deviation(_core(algorithm), mdp, logits, rescale), algorithm.bias)
+
+
+def _core(algorithm: Algorithm) -> Algorithm:
+    off = {"average": "episode", "kl_in": "reward", "kl_estimator": "k1", "whiten": False, "lam": 1.0, "scale": "none"}
+    return algorithm.model_copy(update={k: v for k, v in off.items() if k in type(algorithm).model_fields})
+
+
+def _deviation(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor, rescale: float) -> float:
+    policy = masked(algorithm, logits)
+    found = expected_gradient(
+        mdp,
+        policy,
+        batch_loss(algorithm, mdp, policy),
+        size=SIZE if algorithm.group else 1,
+        count=1 if algorithm.group else SIZE,
+        kl=algorithm.kl_in == "reward",
+        value=arbitrary_critic(mdp),
+        stacked=False,
+    )
+    return relative_deviation(rescale * found, -exact_gradient(mdp, policy))
+
+
+def masked(algorithm: Algorithm, logits: Tensor) -> Tensor:
+    """The policy that a method samples from; NLPO's is limited to the top-p set of the masking policy."""
+    if not isinstance(algorithm, NLPO):
+        return logits
+    allowed = top_p_mask(logits, algorithm.mask_top_p, algorithm.mask_min_tokens)
+    return logits.masked_fill(~allowed, -torch.inf)
+
+
+def arbitrary_critic(mdp: TokenMDP) -> Tensor:
+    """Values `[S]` that have nothing to do with the problem."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(len(mdp.states), generator=generator, dtype=torch.float64)
+
+
+def batch_loss(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Callable[[Batch], Tensor]:
+    """The number whose gradient the method descends, for one draw of a batch."""
+    coef = Coefficients(beta=mdp.beta, beta_old=1.0)
+    greedy = episode_return(mdp.trajectory(logits, mdp.greedy(logits)))
+
+    def loss(batch: Batch) -> Tensor:
+        traj = batch.trajectory
+        if algorithm.baseline == "greedy":
+            traj.baseline = greedy[mdp.prompt[batch.rows]]
+        elif algorithm.baseline == "moving":
+            traj.baseline = torch.full_like(traj.reward[:, 0], 0.3)
+        return policy_loss(algorithm, batch.logp, traj, coef)
+
+    return loss
+
+
+def policy_loss(algorithm: Algorithm, logp: Tensor, traj: Trajectory, coef: Coefficients) -> Tensor:
+    """advantage -> loss -> KL term -> reduce, on one whole batch."""
+    return loss_given(algorithm, algorithm.advantage(traj).adv, logp, traj, coef)
+
+
+def loss_given(
+    algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory, coef: Coefficients
+) -> Tensor:
+    """loss -> KL term -> reduce, for advantages that are known already."""
+    per_step = algorithm.loss(logp, traj, adv, coef)
+    if algorithm.kl_in == "loss" and traj.logp_ref is not None:
+        per_step = per_step + coef.beta * kl_estimate(logp, traj.logp_ref, algorithm.kl_estimator)
+    weight = token_weight(traj.mask, algorithm.average, dtype=logp.dtype)
+    return reduce(per_step, weight, denominator(traj.mask, algorithm.average))

@@ -1,0 +1,136 @@
+"""Does a method, run on sampled data, reach the optimum that is known in closed form?
+
+The policy is a table of logits on a token MDP, the critic a table of values. One number per seed: how much of the
+way from the reference's J to the best possible J* a fixed budget of samples has gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steersman.advantage.returns import episode_return
+from steersman.algorithms import Algorithm, Coefficients
+from steersman.algorithms.nlpo import NLPO
+from steersman.algorithms.ppo_kl import PPOKL
+from steersman.algorithms.trpo import TRPO
+from steersman.loss.value import value_loss
+from steersman.ops.kl import kl_estimate
+from steersman.ops.masked import masked_mean
+from steersman.tabular.token_mdp import TokenMDP
+from steersman.types import Trajectory
+from steersman.update.kl_controller import DoublingKL, FixedKL
+from steersman.update.natural import trust_region_step
+from steersman.verify.gradient import loss_given, masked
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What every method is given: `iterations` of `prompts` x `size` sampled sequences."""
+
+    iterations: int = 300
+    prompts: int = 32
+    size: int = 4
+    lr: float = 0.05
+    lr_critic: float = 0.1
+
+
+def way_to_optimum(algorithm: Algorithm, mdp: TokenMDP, seed: int, budget: Budget | None = None) -> float:
+    """(J(pi) - J(ref)) / (J* - J(ref)) after training from the reference; 1 is the optimum."""
+    run = _Run(algorithm.model_copy(update={"beta": mdp.beta}), mdp, seed, budget or Budget())
+    for iteration in range(run.budget.iterations):
+        run.iteration(iteration)
+    low, high = float(mdp.objective(mdp.logp_ref)), float(mdp.j_star())
+    with torch.no_grad():
+        return (float(mdp.objective(run.policy())) - low) / (high - low)
+
+
+class _Run:
+    """The on-policy loop with tables in the place of models."""
+
+    def __init__(self, algorithm: Algorithm, mdp: TokenMDP, seed: int, budget: Budget) -> None:
+        self.algorithm, self.mdp, self.budget = algorithm, mdp, budget
+        self.generator = torch.Generator().manual_seed(seed)
+        self.logits = nn.Parameter(mdp.logp_ref.clone())
+        self.critic = nn.Parameter(torch.zeros(len(mdp.states), dtype=torch.float64))
+        self.actor_step = torch.optim.Adam([self.logits], lr=budget.lr)
+        self.critic_step = torch.optim.Adam([self.critic], lr=budget.lr_critic)
+        self.rate = torch.optim.lr_scheduler.LinearLR(self.actor_step, 1.0, 0.02, budget.iterations)
+        self.beta_old = FixedKL(0.0)
+        if isinstance(algorithm, PPOKL):
+            self.beta_old = DoublingKL(algorithm.beta_old, algorithm.target_old)
+        self.lagging = mdp.logp_ref.clone()
+        self.moving = torch.zeros((), dtype=torch.float64)
+
+    def policy(self) -> Tensor:
+        """The logits that are sampled from: the table, or for NLPO the table under the lagging copy's mask."""
+        if not isinstance(self.algorithm, NLPO):
+            return self.logits
+        return torch.where(masked(self.algorithm, self.lagging).isinf(), -torch.inf, self.logits)
+
+    def iteration(self, iteration: int) -> None:
+        """prompts -> rollout -> reward -> advantage -> minibatches -> loss -> update."""
+        algorithm, mdp, old = self.algorithm, self.mdp, self.policy().detach()
+        size = self.budget.size if algorithm.group else 1
+        draws = self.budget.prompts * self.budget.size // size
+        rows = mdp.sample(old, draws, self.generator, size)
+        group = torch.arange(draws).repeat_interleave(size)
+        value = self.critic.detach() if algorithm.critic else None
+        traj = mdp.trajectory(old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group)
+        self._baseline(traj, old, rows)
+        adv, ret = algorithm.advantage(traj)
+        if isinstance(algorithm, TRPO):
+            self._trust_region(algorithm, traj, adv, rows, old)
+        for _ in range(algorithm.epochs):
+            order = torch.randperm(len(rows), generator=self.generator)
+            for part in order.tensor_split(algorithm.minibatches):
+                self._minibatch(traj.rows(part), adv[part], ret if ret is None else ret[part], rows[part])
+        self.rate.step()
+        new = self._logp(rows).detach()
+        self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
+        if isinstance(algorithm, NLPO) and (iteration + 1) % algorithm.mask_every == 0:
+            self.lagging = self.logits.detach().clone()
+
+    def _minibatch(self, traj: Trajectory, adv: Tensor, ret: Tensor | None, rows: Tensor) -> None:
+        T = traj.mask.shape[1]
+        if not isinstance(self.algorithm, TRPO):
+            coef = Coefficients(self.mdp.beta, self.beta_old.coef)
+            loss = loss_given(self.algorithm, adv[:, :T], self._logp(rows)[:, :T], traj, coef)
+            self._descend(loss, self.actor_step)
+        if ret is not None:
+            value = self.mdp.along(self.critic, rows)[:, :T]
+            self._descend(masked_mean(value_loss(value, value.detach(), ret[:, :T]), traj.mask), self.critic_step)
+
+    def _trust_region(self, algorithm: TRPO, traj: Trajectory, adv: Tensor, rows: Tensor, old: Tensor) -> None:
+        before = torch.log_softmax(self.mdp.along(old, rows)[:, :-1], -1)
+
+        def surrogate() -> Tensor:
+            return loss_given(algorithm, adv, self._logp(rows), traj, Coefficients())
+
+        def distance() -> Tensor:
+            new = torch.log_softmax(self.mdp.along(self.logits, rows)[:, :-1], -1)
+            return masked_mean((before.exp() * (before - new)).sum(-1), traj.mask)
+
+        trust_region_step(
+            [self.logits], [surrogate], [distance], max_kl=algorithm.max_kl, cg_steps=algorithm.cg_steps,
+            damping=algorithm.damping, backtracks=algorithm.backtracks, backtrack_ratio=algorithm.backtrack_ratio,
+        )  # fmt: skip
+
+    def _baseline(self, traj: Trajectory, old: Tensor, rows: Tensor) -> None:
+        if self.algorithm.baseline == "greedy":
+            greedy = self.mdp.trajectory(old, self.mdp.greedy(old))
+            traj.baseline = episode_return(greedy)[self.mdp.prompt[rows]]
+        elif self.algorithm.baseline == "moving":
+            traj.baseline = self.moving.expand(len(rows))
+            self.moving = 0.9 * self.moving + 0.1 * episode_return(traj).mean()
+
+    def _logp(self, rows: Tensor) -> Tensor:
+        return self.mdp.sequence_logp(self.policy())[rows]
+
+    @staticmethod
+    def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
