@@ -21,8 +21,9 @@ from steersman.types import SteersmanError
 class Section(BaseModel):
     """A few settings of one stage: frozen, complete, and refusing what it does not know.
 
-    Every field has `Field(default, description=...)`; limits are `Field(gt=0)` and the like, and rules
-    over several fields are `@model_validator(mode="after")` methods that raise ValueError.
+    Every field has `Field(default=..., description=...)`, by keyword: type checkers miss a positional default.
+    Limits are `Field(gt=0)` and the like; rules over several fields are `@model_validator(mode="after")`
+    methods that raise ValueError.
     """
 
     model_config = ConfigDict(

@@ -1,0 +1,69 @@
+"""Which device and which precision a run uses, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from steersman.types import SteersmanError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device by name: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is a device, else the CPU.
+
+    Raises SteersmanError where the device is not there, and says why.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SteersmanError(f"device {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = torch.version.cuda
+            why = "no NVIDIA driver or device was found" if built else "this torch is built for the CPU only"
+            raise SteersmanError(f"device {name!r}: {why}; use cpu, or install a torch that fits the machine")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise SteersmanError(
+                f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+            )
+    return device
+
+
+def resolve_dtype(name: Literal["auto", "float32", "bfloat16", "float16"] | str, device: torch.device) -> torch.dtype:
+    """The dtype by name; "auto" is bfloat16 where the CUDA device computes in it, else float32.
+
+    Raises SteersmanError for an unknown name, and for float16 or bfloat16 that the device does not have.
+    """
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return torch.bfloat16 if bf16 else torch.float32
+    if name not in DTYPES:
+        raise SteersmanError(f"dtype {name!r} is not known; use auto, {', '.join(DTYPES)}")
+    if name == "bfloat16" and device.type == "cuda" and not bf16:
+        raise SteersmanError(f"dtype bfloat16: {torch.cuda.get_device_name(device)} does not have it; use float32")
+    if name == "float16" and device.type == "cpu":
+        raise SteersmanError("dtype float16 is too slow and too coarse on a CPU; use float32 or bfloat16")
+    return DTYPES[name]
+
+
+def set_threads(count: int | None) -> int:
+    """Sets torch's CPU threads (None: leaves them) and gives how many there are."""
+    if count is not None:
+        if count < 1:
+            raise SteersmanError(f"threads is {count}, but at least 1 is needed")
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def device_text(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for the preflight, such as "NVIDIA H100 (cuda:0), 79.1 GiB, bfloat16"."""
+    precision = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name} ({device}), {found.total_memory / 2**30:.1f} GiB, {precision}"
+    return f"CPU, {torch.get_num_threads()} threads, {precision}"

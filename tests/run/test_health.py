@@ -1,0 +1,183 @@
+"""The health watch: speaks when it should, and is silent over healthy runs and ordinary text."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from steersman.run.health import CHECKS, HealthConfig, HealthWatch, non_finite_tensor
+from steersman.run.text_stats import distinct_n, repeated_share, text_stats, tokens
+
+OPENINGS = [
+    "Once upon a time there was a little girl named Lily. She loved to play in the garden with her dog.",
+    "Tom had a big red ball. One day the ball rolled down the hill and into the cold blue river.",
+    "The sun was bright and the birds were singing. Ben and his mother walked slowly to the park.",
+    "There was a small boat at the lake. Nobody knew who owned it, but Mia wanted to sail away in it.",
+]
+
+
+def healthy(step: int, rng: random.Random) -> dict[str, float]:
+    """A run that learns: everything moves, with noise, within reason."""
+    t = step / 100
+    return {
+        "reward/total": 2 * t + rng.gauss(0, 0.2), "reward/gold": t + rng.gauss(0, 0.2), "reward/kl": -9 * t,
+        "kl": 12 * t + rng.gauss(0, 0.5), "entropy": 2.0 - 0.8 * t + rng.gauss(0, 0.05), "ratio_gap": 1e-6,
+        "explained_variance": min(0.6, -0.3 + step / 10) + rng.gauss(0, 0.1), "finish/length": 0.4,
+        "finish/eos": 0.6, "length/mean": 50.0, "loss/policy": rng.gauss(0, 0.1), "grad_norm/actor": 1.0,
+    }  # fmt: skip
+
+
+def codes(rows, texts=None, config=None) -> list[str]:
+    watch = HealthWatch(config)
+    found = [f for i, row in enumerate(rows, 1) for f in watch.update(i, row, texts[i - 1] if texts else ())]
+    return list(dict.fromkeys(f.code for f in found))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_silent_over_a_healthy_run(seed):
+    rng = random.Random(seed)
+    assert codes([healthy(i, rng) for i in range(100)], [rng.sample(OPENINGS, 3) for _ in range(100)]) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_that_goes_nowhere_is_no_reward_hacking(seed):
+    rng = random.Random(seed)
+    rows = [{"reward/total": rng.gauss(0, 1), "reward/gold": rng.gauss(0, 1)} for _ in range(150)]
+    assert codes(rows) == []
+
+
+def ramp(key: str, values, **others) -> list[dict[str, float]]:
+    return [{key: v, **others} for v in values]
+
+
+CASES = {
+    "kl_runaway": ramp("kl", [0, 5, 20, 60, 90, 120], **{"length/mean": 60.0}),
+    "entropy_collapse": ramp("entropy", [2.0, 1.9, 1.8, 1.0, 0.4, 0.2, 0.1, 0.05]),
+    "all_cut": ramp("finish/length", [0.5, 1.0, 1.0, 1.0], **{"finish/eos": 0.1}),
+    "eos_never": ramp("finish/eos", [0.0] * 3, **{"finish/length": 1.0}),
+    "ratio_gap": ramp("ratio_gap", [1e-6, 0.2]),
+    "bad_critic": ramp("explained_variance", [-0.5] * 10),
+    "reward_hacking": [
+        {
+            "reward/total": i / 10 + 0.01 * (i % 3),
+            "reward/gold": min(i, 15) / 10 - max(0, i - 15) / 8 + 0.02 * (i % 2),
+        }
+        for i in range(40)
+    ],
+}
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_each_fault_is_named_and_only_it(code):
+    assert codes(CASES[code]) == [code]
+
+
+def test_a_fault_is_said_when_it_comes_and_again_when_it_lasts():
+    watch = HealthWatch(HealthConfig(repeat_every=5))
+    said = [
+        f.step for i in range(1, 17) for f in watch.update(i, {"kl": 1.0 if i < 4 else 99.0, "length/mean": 40.0})
+    ]
+    assert said == [4, 9, 14]
+    text = watch.findings[0].text
+    assert "33.7 nats per response over 40 tokens, limit 20.0" in text
+    assert "KL coefficient" in text
+
+
+def test_fixed_length_answers_can_be_meant():
+    rows = ramp("finish/eos", [0.0] * 6, **{"finish/length": 1.0})
+    assert codes(rows, config=HealthConfig(expect_eos=False)) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stops_and_is_named(value):
+    watch = HealthWatch()
+    assert watch.update(1, {"loss/policy": 0.1}) == []
+    (finding,) = watch.update(2, {"kl": 1.0, "loss/policy": value, "grad_norm/actor": math.nan})
+    assert (finding.code, finding.severity) == ("non_finite", "stop")
+    assert f"at step 2 loss/policy = {value}, grad_norm/actor = nan" in finding.text
+    named = [("a.weight", torch.ones(2)), ("b.weight", None), ("c.bias", torch.tensor([1.0, value, 2.0]))]
+    tensor = non_finite_tensor(3, named)
+    assert tensor is not None
+    assert "1 of 3 elements of c.bias" in tensor.text
+
+
+COLLAPSED = [
+    "friend " * 60,
+    "and they were happy. " + "friend " * 40,
+    "friend, friend, friend! " * 15,
+    "I love you so much. " * 12,
+    "happyhappyhappyhappyhappyhappyhappyhappyhappyhappy" * 2,
+    "朋友" * 30,
+    "!" * 50,
+]
+
+
+@pytest.mark.parametrize("end", COLLAPSED)
+def test_repetition_is_named_while_it_grows(end):
+    """Responses turn to the collapsed text one word after the other; the watch speaks before it is all there."""
+    iterations = 20
+    texts = []
+    for i in range(iterations):
+        share = max(0.0, (i - 4) / 15)
+        words = [o.split() for o in OPENINGS]
+        texts.append(
+            [" ".join(w[: round(len(w) * (1 - share))]) + " " + end[: round(len(end) * share)] for w in words]
+        )
+    watch = HealthWatch()
+    said = [f for i, t in enumerate(texts, 1) for f in watch.update(i, {}, t) if f.code == "repetition"]
+    assert said, end
+    assert 5 < said[0].step <= 15
+    assert "distinct-2 per response" in said[0].text
+
+
+def test_a_run_that_is_collapsed_from_the_start_is_named_too():
+    assert "repetition" in codes([{}], [["friend " * 60] * 8])
+
+
+def test_one_answer_to_everything_and_no_answer():
+    varied = [f"{o} {i}" for i, o in enumerate(OPENINGS * 3)]
+    assert codes([{}] * 4, [varied, varied, [OPENINGS[0]] * 12, [OPENINGS[0]] * 12]) == ["same_answer"]
+    assert "empty_answers" in codes([{}] * 3, [varied, [""] * 12, [""] * 12])
+
+
+def test_state_continues_where_it_was():
+    rows = CASES["reward_hacking"]
+    whole, first, second = HealthWatch(), HealthWatch(), HealthWatch()
+    expected = [f for i, r in enumerate(rows, 1) for f in whole.update(i, r)]
+    found = [f for i, r in enumerate(rows[:20], 1) for f in first.update(i, r)]
+    second.load_state_dict(first.state_dict())
+    found += [f for i, r in enumerate(rows[20:], 21) for f in second.update(i, r)]
+    assert found == expected
+    assert second.findings == whole.findings
+
+
+def test_text_numbers_by_hand():
+    assert tokens("The cat, THE cat!") == ["the", "cat", ",", "the", "cat", "!"]
+    assert distinct_n(["a", "b", "a", "b", "a"]) == 0.5  # ab ba ab ba
+    assert distinct_n(["a"]) == 1.0
+    assert repeated_share(["a", "b", "c", "d", "e", "a", "a"]) == pytest.approx(1 / 7)
+    stats = text_stats(["a b c d e f g h", "a a a a a a a a", "", " "])
+    assert stats == {
+        "text/unique": 0.75, "text/empty": 0.5, "text/distinct2": (1 + 1 / 7) / 2, "text/repeated": 7 / 16,
+    }  # fmt: skip
+
+
+def test_no_alarm_over_real_stories(shared):
+    raw = (shared / "tinystories" / "tinystories_sample.part1.txt").read_text(encoding="utf-8")
+    stories = [s.strip() for s in raw.split("<|endoftext|>") if s.strip()]
+    rng = random.Random(0)
+    # lengths grow from 15 to 200 words over the run, which lowers distinct-2 by itself
+    texts = [[" ".join(s.split()[: 15 + 2 * i]) for s in rng.sample(stories, 16)] for i in range(95)]
+    assert codes([{}] * 95, texts) == []
+    # two words of three turn into one: a collapse while its text still shows the story
+    turned = [
+        [" ".join("friend" if j % 3 else w for j, w in enumerate(t.split())) for t in ts] for ts in texts[40:60]
+    ]
+    assert codes([{}] * 60, texts[:40] + turned) == ["repetition"]
+
+
+def test_every_check_has_a_case():
+    assert set(CHECKS) == {*CASES, "repetition", "same_answer", "empty_answers"}
