@@ -169,6 +169,17 @@ def test_extreme_logits_stay_finite():
     assert weight.grad.isfinite().all()
 
 
+def test_no_denormal_numbers_reach_the_products(monkeypatch):
+    hidden, weight, bias, target = inputs(dtype=torch.float32)
+    seen = []
+    monkeypatch.setattr(logprob, "_addmm_", lambda out, a, b: seen.append(a.clone()))
+    logp, _ = linear_logp(hidden * 30, weight, bias, target)
+    logp.sum().backward()
+    tiny = torch.finfo(torch.float32).tiny
+    assert any((du == 0).any() for du in seen)
+    assert all(((du == 0) | (du.abs() >= tiny)).all() for du in seen)
+
+
 def test_target_outside_the_support_is_minus_infinity_without_gradient():
     hidden, weight, bias, target = inputs()
     support = Support.pack([torch.tensor([(t + 1) % V, (t + 7) % V]) for t in target.tolist()])
@@ -236,7 +247,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from steersman.ops.logprob import linear_logp
 N, H, V = 512, 256, 128_000
-hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H).requires_grad_()
+hidden, weight = torch.randn(N, H, requires_grad=True), (torch.randn(V, H) / 16).requires_grad_()
 target = torch.randint(0, V, (N,))
 (torch.randn(64, H, requires_grad=True) @ torch.randn(H, 64)).sum().backward()  # start the threads
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
