@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steersman.tabular.markov import stochastic
 from steersman.types import SteersmanError, Tokens
 
 LARGEST = 200_000
@@ -52,11 +53,11 @@ class Language:
         self._list_states()
         self._list_sequences()
         K = len(self.prompts)
-        self.prompt_prob = torch.full((K,), 1 / K, dtype=torch.float64)
-        if prompt_prob is not None:
-            self.prompt_prob = prompt_prob.to(torch.float64)
-            if prompt_prob.shape != (K,) or (prompt_prob < 0).any() or abs(float(prompt_prob.sum()) - 1) > 1e-9:
-                raise SteersmanError(f"prompt_prob must hold {K} probabilities that add up to 1")
+        if prompt_prob is None:
+            prompt_prob = torch.full((K,), 1 / K, dtype=torch.float64)
+        if prompt_prob.shape != (K,):
+            raise SteersmanError(f"prompt_prob must have shape [{K}], got {list(prompt_prob.shape)}")
+        self.prompt_prob = stochastic(prompt_prob, "prompt_prob")
 
     def _validate(self) -> None:
         if self.vocab < 2 or self.horizon < 1 or not 0 <= self.eos < self.vocab:
