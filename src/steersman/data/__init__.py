@@ -1,0 +1,48 @@
+"""Files -> rows -> recognised shape -> typed examples -> token ids -> `Tokens`."""
+
+from steersman.data.batches import Batches
+from steersman.data.collate import collate, collate_groups, collate_pairs, pack
+from steersman.data.config import DataConfig
+from steersman.data.describe import Summary, describe
+from steersman.data.encode import Encoded, EncodedSet, encode, encode_prompts, layout
+from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating
+from steersman.data.load import Loaded, demonstrations, feedback, preferences, prompts, rankings, ratings
+from steersman.data.read import BadRows, Row, RowError, read_rows
+from steersman.data.template import end_ids
+from steersman.data.tokenize import Codec, Layout
+
+__all__ = [
+    "BadRows",
+    "Batches",
+    "Codec",
+    "DataConfig",
+    "Demonstration",
+    "Encoded",
+    "EncodedSet",
+    "Feedback",
+    "Layout",
+    "Loaded",
+    "Preference",
+    "Query",
+    "Ranking",
+    "Rating",
+    "Row",
+    "RowError",
+    "Summary",
+    "collate",
+    "collate_groups",
+    "collate_pairs",
+    "demonstrations",
+    "describe",
+    "encode",
+    "encode_prompts",
+    "end_ids",
+    "feedback",
+    "layout",
+    "pack",
+    "preferences",
+    "prompts",
+    "rankings",
+    "ratings",
+    "read_rows",
+]  # fmt: skip

@@ -1,0 +1,104 @@
+"""What a run says about its data before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from steersman.data.encode import Encoded, EncodedSet
+from steersman.data.load import Loaded
+from steersman.data.template import end_ids
+from steersman.data.tokenize import Layout
+
+
+@dataclass(slots=True)
+class Summary:
+    """`lines` are sentences to print; `samples` are rendered examples as pieces (text, counts in the loss).
+
+    `lengths` maps p50, p95 and max to tokens. `end_share` is the share of answers whose end token counts in
+    the loss (1 is right: where it is less, the model does not learn to stop there), `loss_share` the share of
+    all tokens that count.
+    """
+
+    rows: int
+    held_out: int
+    lengths: dict[str, int]
+    truncated_share: float
+    end_share: float
+    loss_share: float
+    lines: list[str] = field(default_factory=list)
+    samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+
+
+def describe(loaded: Loaded, encoded: EncodedSet, laid: Layout, samples: int = 3) -> Summary:
+    """The summary of a set that is ready to be trained on."""
+    sequences = [e for group in encoded.groups for e in group]
+    lengths = np.array([len(e) for e in sequences])
+    ends = set(end_ids(laid.codec.tokenizer))
+    ended = sum(any(m and i in ends for i, m in zip(e.response, e.mask, strict=True)) for e in sequences)
+    summary = Summary(
+        rows=len(encoded.examples),
+        held_out=len(loaded.held_out),
+        lengths={
+            "p50": int(np.percentile(lengths, 50)),
+            "p95": int(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        truncated_share=encoded.cut / len(encoded.groups),
+        end_share=ended / len(sequences),
+        loss_share=sum(sum(e.mask) for e in sequences) / int(lengths.sum()),
+    )
+    summary.lines = _lines(summary, loaded, encoded, laid)
+    step = max(1, len(encoded.groups) // samples)
+    summary.samples = [spans(laid, g[0]) for g in encoded.groups[::step][:samples]]
+    return summary
+
+
+def spans(laid: Layout, e: Encoded) -> list[tuple[str, bool]]:
+    """A sequence as text in pieces, special tokens shown, each with whether it counts in the loss."""
+    ids = e.prompt + e.response
+    counts = [False] * len(e.prompt) + e.mask
+    cuts = [i for i in range(1, len(ids)) if counts[i] != counts[i - 1]]
+    pieces: list[tuple[str, bool]] = []
+    shown = ""
+    for begin, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        # decoding what precedes too keeps the spaces between pieces as they are
+        whole = laid.codec.tokenizer.decode(ids[:end], skip_special_tokens=False)
+        pieces.append((whole[len(shown) :], counts[begin]))
+        shown = whole
+    return pieces
+
+
+def _lines(summary: Summary, loaded: Loaded, encoded: EncodedSet, laid: Layout) -> list[str]:
+    lengths = summary.lengths
+    lines = [
+        f"{summary.rows} examples, {summary.held_out} held out; {loaded.shape.sentence}",
+        f"{lengths['p50']} tokens in the middle, {lengths['p95']} at the 95th percentile, {lengths['max']} at most; "
+        f"{summary.loss_share:.0%} of them count in the loss",
+    ]
+    if _in_turns(encoded, laid):
+        lines.append(f"conversations are laid out by {laid.template.sentence}")
+    if loaded.left_out.counts:
+        lines.append(loaded.left_out.sentence)
+    if encoded.dropped or encoded.cut:
+        lines.append(f"too long: {encoded.dropped} left out, {encoded.cut} cut ({summary.truncated_share:.1%})")
+    if summary.end_share < 1:
+        lines.append(f"only {summary.end_share:.1%} of the answers have their end token in the loss")
+    if encoded.special:
+        reading = "as such" if laid.codec.allow_special_tokens else "as ordinary text"
+        lines.append(
+            f"{encoded.special} examples spell a special token; it is read {reading} (data.allow_special_tokens)"
+        )
+    if encoded.open_prompts:
+        lines.append(
+            f"{encoded.open_prompts} prompts end in white space, which splits off a token that models know joined "
+            "with the next word; end prompts without it and set data.completion_prefix"
+        )
+    return lines
+
+
+def _in_turns(encoded: EncodedSet, laid: Layout) -> bool:
+    prompts: Sequence = [e.prompt for e in encoded.examples[:1]]
+    return any(not isinstance(p, str) or laid.wrap_in_chat for p in prompts)

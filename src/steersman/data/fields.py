@@ -1,0 +1,184 @@
+"""Reading one field of a row, with an error that names file, row and field where it is not as it should be."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from steersman.data.examples import Content, Message
+from steersman.data.read import Row, nearest
+
+ROLES = {
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "agent": "assistant", "bing": "assistant", "bard": "assistant",
+    "system": "system", "developer": "system",
+    "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+
+
+def value(row: Row, column: str) -> Any:
+    if column not in row.data:
+        hint = nearest(row.names.get(column, column), row.data)
+        raise row.fault("missing field", f"the row has no such field (it has {', '.join(row.data)}){hint}", column)
+    if row.data[column] is None:
+        raise row.fault("missing value", "the field is null", column)
+    return row.data[column]
+
+
+def text(row: Row, column: str) -> str:
+    got = value(row, column)
+    if not isinstance(got, str):
+        raise row.fault("wrong type", f"must be text, not {type(got).__name__} ({str(got)[:40]!r})", column)
+    return got
+
+
+def optional_text(row: Row, column: str) -> str:
+    return text(row, column) if row.data.get(column) is not None else ""
+
+
+def number(row: Row, column: str, got: Any = None) -> float:
+    got = value(row, column) if got is None else got
+    if isinstance(got, str):  # what CSV holds
+        try:
+            got = float(got)
+        except ValueError:
+            raise row.fault("wrong type", f"must be a number, not {got[:40]!r}", column) from None
+    if not isinstance(got, int | float) or isinstance(got, bool):
+        raise row.fault("wrong type", f"must be a number, not {type(got).__name__}", column)
+    if not math.isfinite(got):
+        raise row.fault("number not finite", f"must be a finite number, not {got}", column)
+    return float(got)
+
+
+def optional_number(row: Row, column: str) -> float | None:
+    return number(row, column) if row.data.get(column) is not None else None
+
+
+def label(row: Row, column: str) -> bool:
+    """A thumb: true/false, 1/0, or 1/-1, also as text."""
+    got = value(row, column)
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False}
+    name = str(got).strip().lower()
+    if isinstance(got, bool | int | float | str) and name in words:
+        return words[name]
+    raise row.fault("wrong type", f"must be true or false (or 1 and 0), not {str(got)[:40]!r}", column)
+
+
+def listing(row: Row, column: str) -> list[Any]:
+    got = value(row, column)
+    if not isinstance(got, list):
+        raise row.fault("wrong type", f"must be a list, not {type(got).__name__}", column)
+    return got
+
+
+def content(row: Row, column: str) -> Content:
+    """Plain text, or turns: a list of {role, content} or {from, value}, or a single one of them."""
+    got = value(row, column)
+    if isinstance(got, str):
+        return got
+    if isinstance(got, dict):
+        return [turn(row, column, got, "assistant")]
+    if isinstance(got, list):
+        return turns(row, column, got)
+    raise row.fault("wrong type", f"must be text or a list of turns, not {type(got).__name__}", column)
+
+
+def turns(row: Row, column: str, items: list[Any]) -> list[Message]:
+    if not items:
+        raise row.fault("empty conversation", "the conversation has no turn", column)
+    return [turn(row, column, item, None, i) for i, item in enumerate(items)]
+
+
+def turn(row: Row, column: str, item: Any, default_role: str | None, index: int = 0) -> Message:
+    at = f"turn {index + 1}"
+    if not isinstance(item, dict):
+        raise row.fault("wrong type", f"{at} must be an object, not {type(item).__name__}", column)
+    role = item.get("role", item.get("from", default_role))
+    if role not in ROLES:
+        known = "system, user, assistant, tool"
+        hint = nearest(str(role), ROLES)
+        raise row.fault("unknown role", f"{at} has the role {role!r}; known are {known}{hint}", column)
+    body = item.get("content", item.get("value", item.get("text")))
+    if isinstance(body, list):
+        body = _parts(row, column, at, body)
+    if body is None and item.get("tool_calls"):
+        body = ""
+    if not isinstance(body, str):
+        what = "has no content" if body is None else f"must hold text, not {type(body).__name__}"
+        raise row.fault("missing value" if body is None else "wrong type", f"{at} {what}", column)
+    made: Message = {"role": ROLES[role], "content": body}
+    if made["role"] == "assistant" and not body.strip() and not item.get("tool_calls"):
+        raise row.fault("empty completion", f"{at}, the assistant's, is empty", column)
+    if item.get("tool_calls"):
+        made["tool_calls"] = item["tool_calls"]
+    if isinstance(item.get("name"), str):
+        made["name"] = item["name"]
+    return made
+
+
+def _parts(row: Row, column: str, at: str, parts: list[Any]) -> str:
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else None for p in parts]
+    if any(not isinstance(t, str) for t in texts):
+        raise row.fault("wrong type", f"{at} holds a part that is not text; images and sound are not read", column)
+    return "".join(t for t in texts if t)
+
+
+def conversation(row: Row, column: str) -> tuple[list[Message], list[Message]]:
+    """A whole conversation as (turns before the first assistant turn, the rest up to the last assistant turn).
+
+    Turns after the last assistant turn teach nothing and are cut off.
+    """
+    messages = turns(row, column, listing(row, column))
+    system = optional_text(row, "system")
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not speaks:
+        raise row.fault("no assistant turn", "no turn of the conversation is the assistant's", column)
+    if speaks[0] == 0:
+        raise row.fault("empty prompt", "the conversation begins with the assistant", column)
+    return messages[: speaks[0]], messages[speaks[0] : speaks[-1] + 1]
+
+
+def last_reply(row: Row, column: str) -> tuple[list[Message], list[Message]]:
+    """A whole conversation as (everything before the last assistant turn, that turn)."""
+    prompt, rest = conversation(row, column)
+    return prompt + rest[:-1], rest[-1:]
+
+
+def common_prompt(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Content, Content, Content]:
+    """Two whole conversations as (the turns they share, rest of the chosen, rest of the rejected)."""
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    n = min(n, len(chosen) - 1, len(rejected) - 1)
+    heads = (chosen[n]["role"], rejected[n]["role"])
+    if n == 0 or heads != ("assistant", "assistant"):
+        raise row.fault(
+            "conversations differ before the reply",
+            f"the two conversations part at turn {n + 1}, which is not the assistant's in both",
+            "chosen",
+        )
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def instruction(row: Row) -> list[Message]:
+    """Alpaca's instruction and optional input as turns."""
+    asked = text(row, "instruction")
+    if not asked.strip():
+        raise row.fault("empty prompt", "the instruction is empty", "instruction")
+    extra = optional_text(row, "input")
+    system = optional_text(row, "system")
+    body = f"{asked}\n\n{extra}" if extra.strip() else asked
+    head: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": body}]
+
+
+def json_text(row: Row, column: str) -> Any:
+    """A field that holds JSON as text."""
+    try:
+        return json.loads(text(row, column))
+    except json.JSONDecodeError as error:
+        raise row.fault("broken JSON", f"the field does not hold whole JSON ({error.msg})", column) from error

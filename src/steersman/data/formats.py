@@ -1,0 +1,211 @@
+"""The conventional formats: which columns each is known by, and how one of its rows becomes an example.
+
+Formats of single data sets, which need more than one row or a parse, are in `sources.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+from steersman.data import fields as f
+from steersman.data.examples import (
+    Content,
+    Demonstration,
+    Example,
+    Feedback,
+    Message,
+    Preference,
+    Query,
+    Ranking,
+    Rating,
+    answered,
+    assistant,
+    is_empty,
+    preference,
+    ranking,
+)
+from steersman.data.read import Row
+from steersman.data.shapes import Format, Probe
+
+
+def _text_row(row: Row) -> Demonstration:
+    body = f.text(row, "text")
+    if not body.strip():
+        raise row.fault("empty completion", "the text is empty", "text")
+    return Demonstration("", body, row)
+
+
+def _completion_row(row: Row) -> Demonstration:
+    prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
+    return Demonstration(prompt, completion, row)
+
+
+def _messages_row(column: str) -> Callable[[Row], Example]:
+    return lambda row: Demonstration(*f.conversation(row, column), row)
+
+
+def _open_query(row: Row) -> Query:
+    """The conversation up to the reply that the policy is to give: trailing assistant turns are taken off."""
+    column = "messages" if "messages" in row.data else "conversations"
+    messages = f.turns(row, column, f.listing(row, column))
+    system = f.optional_text(row, "system")
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if is_empty(messages):
+        raise row.fault("empty prompt", "nothing precedes the assistant's reply", column)
+    return Query(messages, row, row.data)
+
+
+def _alpaca_row(row: Row) -> Demonstration:
+    output = f.text(row, "output")
+    if not output.strip():
+        raise row.fault("empty completion", "the output is empty", "output")
+    return Demonstration(f.instruction(row), assistant(output), row)
+
+
+def _scored_pair(row: Row) -> tuple[float | None, float, float]:
+    """margin, agreement and weight, where the row has them."""
+    margin = f.optional_number(row, "margin")
+    agreement = f.optional_number(row, "agreement")
+    weight = f.optional_number(row, "weight")
+    if agreement is not None and not 0 <= agreement <= 1:
+        raise row.fault("out of range", f"must lie between 0 and 1, not {agreement}", "agreement")
+    return margin, 1.0 if agreement is None else agreement, 1.0 if weight is None else weight
+
+
+def _pair_row(row: Row) -> Preference:
+    prompt, chosen, rejected = (f.content(row, c) for c in ("prompt", "chosen", "rejected"))
+    if _whole(chosen) and _whole(rejected):  # the prompt column repeats what the conversations hold
+        return preference(row, *f.common_prompt(row, chosen, rejected), *_scored_pair(row))
+    return preference(row, prompt, chosen, rejected, *_scored_pair(row))
+
+
+def _whole(answer: Content) -> TypeGuard[list[Message]]:
+    return not isinstance(answer, str) and answer[0]["role"] != "assistant"
+
+
+def _conversation_pair_row(row: Row) -> Preference:
+    chosen, rejected = (f.turns(row, c, f.listing(row, c)) for c in ("chosen", "rejected"))
+    return preference(row, *f.common_prompt(row, chosen, rejected), *_scored_pair(row))
+
+
+def _alpaca_pair_row(row: Row) -> Preference:
+    return preference(row, f.instruction(row), f.text(row, "chosen"), f.text(row, "rejected"), *_scored_pair(row))
+
+
+def _sharegpt_pair_row(row: Row) -> Preference:
+    column = "conversations" if "conversations" in row.data else "messages"
+    prompt = f.turns(row, column, f.listing(row, column))
+    return preference(row, prompt, f.content(row, "chosen"), f.content(row, "rejected"), *_scored_pair(row))
+
+
+def _label_row(row: Row) -> Feedback:
+    prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
+    return Feedback(prompt, completion, f.label(row, "label"), row)
+
+
+def _chat_label_row(row: Row) -> Feedback:
+    column = "messages" if "messages" in row.data else "conversations"
+    return Feedback(*f.last_reply(row, column), f.label(row, "label"), row)
+
+
+def _ranking_row(row: Row) -> Ranking:
+    column = "responses" if "responses" in row.data else "completions"
+    answers: list[Content] = []
+    for answer in f.listing(row, column):
+        if not isinstance(answer, str | list):
+            raise row.fault(
+                "wrong type", f"every response must be text or turns, not {type(answer).__name__}", column
+            )
+        answers.append(answer if isinstance(answer, str) else f.turns(row, column, answer))
+    if "ranks" in row.data:
+        ranks = [f.number(row, "ranks", r) for r in f.listing(row, "ranks")]
+    else:
+        ranks = [-f.number(row, "scores", s) for s in f.listing(row, "scores")]
+    return ranking(row, f.content(row, "prompt"), answers, ranks)
+
+
+def _rating_row(row: Row) -> Rating:
+    if "prompt" in row.data:
+        prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
+    else:
+        prompt, completion = "", _text_row(row).completion
+    got = row.data.get("scores")
+    if isinstance(got, dict):
+        scores = {name: f.number(row, name, s) for name, s in got.items() if s is not None}
+        missing = [name for name, s in got.items() if s is None]
+        if missing:
+            raise row.fault("missing value", "the rating is null", missing[0])
+    else:
+        name = "score" if "score" in row.data else "rating"
+        scores = {name: f.number(row, name)}
+    return Rating(prompt, completion, scores, row)
+
+
+def _query_row(row: Row) -> Query:
+    prompt = f.content(row, "prompt")
+    if is_empty(prompt):
+        raise row.fault("empty prompt", "the prompt is empty", "prompt")
+    return Query(prompt, row, row.data)
+
+
+def _is_label(got: Any) -> bool:
+    return str(got).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0", "-1")
+
+
+def _has(*columns: str) -> Callable[[Probe], bool]:
+    return lambda seen: all(c in seen for c in columns)
+
+
+def _has_score(seen: Probe) -> bool:
+    scored = isinstance(seen.get("scores"), dict) or "score" in seen or "rating" in seen
+    return scored and ({"prompt", "completion"} <= seen.keys() or ("text" in seen and "prompt" not in seen))
+
+
+def _has_turns(seen: Probe, *columns: str) -> bool:
+    return any(isinstance(seen.get(c), list) for c in columns)
+
+
+CONVENTIONAL = [
+    Format("rankings", "ranking", "rankings: prompt, responses, ranks or scores",
+           lambda s: "prompt" in s and _has_turns(s, "responses", "completions") and ("ranks" in s or "scores" in s),
+           _ranking_row),
+    Format("alpaca pairs", "preference", "Alpaca rows with pairs: instruction, input, chosen, rejected",
+           lambda s: _has("instruction", "chosen", "rejected")(s) and "prompt" not in s and "output" not in s,
+           _alpaca_pair_row),
+    Format("sharegpt pairs", "preference", "conversations with a chosen and a rejected reply",
+           lambda s: _has("chosen", "rejected")(s) and _has_turns(s, "conversations", "messages")
+           and "prompt" not in s,
+           _sharegpt_pair_row),
+    Format("pairs", "preference", "preference pairs: prompt, chosen, rejected",
+           _has("prompt", "chosen", "rejected"), _pair_row),
+    Format("conversation pairs", "preference",
+           "pairs of whole conversations: chosen, rejected; the prompt is what they share",
+           lambda s: isinstance(s.get("chosen"), list) and isinstance(s.get("rejected"), list),
+           _conversation_pair_row),
+    Format("chat feedback", "feedback", "thumbs up and down: messages, label",
+           lambda s: _has_turns(s, "messages", "conversations") and "label" in s and _is_label(s["label"]),
+           _chat_label_row),
+    Format("feedback", "feedback", "thumbs up and down: prompt, completion, label",
+           lambda s: _has("prompt", "completion", "label")(s) and _is_label(s["label"]), _label_row),
+    Format("ratings", "rating", "ratings: prompt, completion (or text) and a number per attribute",
+           _has_score, _rating_row),
+    Format("messages", "demonstration", "conversations: messages with role and content",
+           lambda s: _has_turns(s, "messages"), _messages_row("messages"), as_query=_open_query),
+    Format("sharegpt messages", "demonstration", "ShareGPT conversations: from and value",
+           lambda s: _has_turns(s, "conversations"), _messages_row("conversations"), as_query=_open_query),
+    Format("alpaca", "demonstration", "Alpaca rows: instruction, input, output",
+           lambda s: _has("instruction", "output")(s) and "prompt" not in s, _alpaca_row),
+    Format("alpaca pairs and outputs", "preference", "Alpaca rows with pairs: instruction, input, chosen, rejected",
+           lambda s: _has("instruction", "chosen", "rejected")(s) and "prompt" not in s, _alpaca_pair_row),
+    Format("prompt and completion", "demonstration", "prompt and completion",
+           _has("prompt", "completion"), _completion_row),
+    Format("prompts", "query", "prompts, the other columns kept for rewards", _has("prompt"), _query_row),
+    Format("instructions", "query", "instructions to answer",
+           lambda s: "instruction" in s and "prompt" not in s,
+           lambda row: Query(f.instruction(row), row, row.data)),
+    Format("text", "demonstration", "plain text", _has("text"), _text_row),
+]  # fmt: skip

@@ -1,0 +1,245 @@
+"""The room's front door: a data section -> typed examples, split, with an account of what was left out."""
+
+from __future__ import annotations
+
+import fnmatch
+import string
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Generic, TypeVar, cast
+
+from steersman.data import fields as f
+from steersman.data.config import DataConfig
+from steersman.data.examples import (
+    Content,
+    Demonstration,
+    Example,
+    Feedback,
+    Preference,
+    Query,
+    Ranking,
+    Rating,
+    has_ties,
+)
+from steersman.data.read import BadRows, Row, RowError, local_files, nearest, read_rows
+from steersman.data.shapes import Kind, Shape, examples, recognise
+from steersman.data.sources import FORMATS
+from steersman.data.split import split, without
+from steersman.types import SteersmanError
+
+E = TypeVar("E", bound=Example)
+PROBED = 64
+
+
+@dataclass(slots=True)
+class Loaded(Generic[E]):
+    """Examples in the order of the files, the held-out ones apart; `shape.sentence` says what they were."""
+
+    train: list[E]
+    held_out: list[E]
+    shape: Shape
+    left_out: BadRows
+
+
+def demonstrations(config: DataConfig) -> Loaded[Demonstration]:
+    """What the model should say, for supervised fine-tuning."""
+    return cast(Loaded[Demonstration], load(config, "demonstration"))
+
+
+def preferences(config: DataConfig) -> Loaded[Preference]:
+    """Pairs of a better and a worse answer, for reward models and direct preference optimisation."""
+    return cast(Loaded[Preference], load(config, "preference"))
+
+
+def feedback(config: DataConfig) -> Loaded[Feedback]:
+    """Thumbs up and down. Raises SteersmanError where all are the same: nothing can be learned from that."""
+    loaded = cast(Loaded[Feedback], load(config, "feedback"))
+    ups = sum(e.label for e in loaded.train)
+    if ups in (0, len(loaded.train)):
+        name = "true" if ups else "false"
+        raise SteersmanError(
+            f"{_name(config)}: all {len(loaded.train)} labels are {name}; thumbs up and thumbs down are both needed"
+        )
+    return loaded
+
+
+def rankings(config: DataConfig) -> Loaded[Ranking]:
+    """K ranked answers per prompt."""
+    return cast(Loaded[Ranking], load(config, "ranking"))
+
+
+def ratings(config: DataConfig) -> Loaded[Rating]:
+    """Answers with a number per attribute. Raises SteersmanError where rows rate different attributes."""
+    loaded = cast(Loaded[Rating], load(config, "rating"))
+    names = set(loaded.train[0].scores)
+    for e in chain(loaded.train, loaded.held_out):
+        if set(e.scores) != names:
+            raise e.row.fault("missing field", f"rates {sorted(e.scores)}, but the first row rates {sorted(names)}")
+    return loaded
+
+
+def prompts(config: DataConfig) -> Loaded[Query]:
+    """Prompts for the policy to answer, with their rows' columns for rewards."""
+    return cast(Loaded[Query], load(config, "query"))
+
+
+def load(config: DataConfig, want: Kind) -> Loaded[Any]:
+    """Read, recognise, check and split; the typed functions above are this with a kind.
+
+    Raises SteersmanError for what `read_rows` refuses, for rows of no known or no fitting shape, and at the
+    first bad row unless `on_bad_row` is skip.
+    """
+    left_out = BadRows(config.on_bad_row)
+    shape, found = _examples(config, config.path, want, left_out)
+    held: list[Example] = []
+    if config.held_out_files:
+        train_files = _files(config.path)
+        inside = [p for p in config.held_out_files if any(_same(file, p) for file in train_files)]
+        outside = [p for p in config.held_out_files if p not in inside]
+        held = [e for e in found if any(_same(e.row.file, p) for p in inside)]
+        found = [e for e in found if not any(_same(e.row.file, p) for p in inside)]
+        if outside:
+            held += _examples(config, outside, want, left_out)[1]
+        found, shared = without(found, held)
+        for e in shared:
+            left_out.note("prompt is held out", e.row.where())
+    if config.limit is not None:
+        found = found[: config.limit]
+    if not found:
+        raise SteersmanError(f"{_name(config)}: no usable row ({left_out.sentence}){_first(left_out)}")
+    if config.held_out:
+        found, more = split(found, config.held_out)
+        held = held + more
+    return Loaded(found, held, shape, left_out)
+
+
+def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
+    rows = iter(read_rows(path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split))
+    prepared = _prepared(rows, config, bad)
+    first = list(islice(prepared, PROBED))
+    if not first:
+        raise SteersmanError(f"{_name(config)}: no usable row ({bad.sentence}){_first(bad)}")
+    shape = recognise(first, want, FORMATS)
+    everything: Iterable[Row] = chain(first, prepared)
+    if shape.format.regroup:
+        everything = shape.format.regroup(everything, bad)
+    out: list[Example] = []
+    # held-out files may come out of the same rows, so the limit stops reading only where they do not
+    limit = None if config.held_out_files else config.limit
+    for row in everything:
+        try:
+            out += [e for e in examples(shape, row) if _keep(e, config, bad)]
+        except RowError as error:
+            bad.add(error)
+        if limit is not None and len(out) >= limit:
+            break
+    return shape, out
+
+
+def _prepared(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iterator[Row]:
+    for row in rows:
+        try:
+            _rename(row, config)
+        except RowError as error:
+            bad.add(error)
+        else:
+            yield row
+
+
+def _rename(row: Row, config: DataConfig) -> None:
+    """Canonical names for the user's columns, the prompt from its template, the ratings in one place."""
+    added: dict[str, Any] = {}
+    for name, column in config.columns.items():
+        if column not in row.data:
+            has = ", ".join(map(repr, row.data))
+            raise row.fault(
+                "missing field",
+                f"data.columns maps {name!r} to {column!r}, which the row has not (it has {has})"
+                f"{nearest(column, row.data)}",
+                column,
+            )
+        added[name] = row.data[column]
+        row.names[name] = column
+    if config.prompt_template is not None:
+        added["prompt"] = _fill(row, config.prompt_template)
+    if config.scores:
+        added["scores"] = {name: f.number(row, name) for name in config.scores}
+    row.data = row.data | added
+
+
+def _fill(row: Row, template: str) -> str:
+    try:
+        wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise SteersmanError(f"data.prompt_template: {error}; write {{{{ and }}}} for plain braces") from error
+    for name in wanted:
+        if not name.isidentifier() and name not in row.data:
+            raise SteersmanError(f"data.prompt_template: {{{name}}} is no column name")
+        f.value(row, name)
+    return template.format_map(row.data)
+
+
+def _keep(example: Example, config: DataConfig, bad: BadRows) -> bool:
+    """Options that need the finished example: opening words, prefix, ties, range."""
+    if isinstance(example, Query) and isinstance(example.prompt, str) and config.opening_words and _is_text(example):
+        example.prompt = _opening(example.prompt, config.opening_words)
+    if config.completion_prefix:
+        _prefix(example, config.completion_prefix)
+    if has_ties(example) and config.ties != "keep":
+        fault = example.row.fault("tie", "the answers are tied (data.ties: keep or drop says what to do with ties)")
+        if config.ties == "stop":
+            raise fault
+        bad.note("tie", str(fault))
+        return False
+    if isinstance(example, Rating) and config.score_range:
+        low, high = config.score_range
+        for name, score in example.scores.items():
+            if not low <= score <= high:
+                raise example.row.fault("out of range", f"must lie between {low:g} and {high:g}, not {score:g}", name)
+    return True
+
+
+def _is_text(example: Query) -> bool:
+    return "prompt" not in example.row.data
+
+
+def _opening(body: str, words: int) -> str:
+    """The first words, their spacing kept."""
+    end = 0
+    for _ in range(words):
+        while end < len(body) and body[end].isspace():
+            end += 1
+        while end < len(body) and not body[end].isspace():
+            end += 1
+    return body[:end]
+
+
+def _prefix(example: Example, prefix: str) -> None:
+    def put(answer: Content) -> Content:
+        return prefix + answer if isinstance(answer, str) and not answer.startswith(prefix) else answer
+
+    if isinstance(example, Preference):
+        example.chosen, example.rejected = put(example.chosen), put(example.rejected)
+    elif isinstance(example, Ranking):
+        example.completions = [put(c) for c in example.completions]
+    elif isinstance(example, Demonstration | Feedback | Rating) and example.prompt:
+        example.completion = put(example.completion)
+
+
+def _files(path: str | list[str]) -> list[str]:
+    listed = [path] if isinstance(path, str) else path
+    return [str(file) for one in listed for file in local_files(one) or []]
+
+
+def _same(file: str, pattern: str) -> bool:
+    """True where a file is meant by a pattern: its path, its name, or a glob of either."""
+    return fnmatch.fnmatch(file, pattern) or fnmatch.fnmatch(file.rsplit("/", 1)[-1], pattern)
+
+
+def _name(config: DataConfig) -> str:
+    return config.path if isinstance(config.path, str) else ", ".join(config.path)
+
+
+def _first(bad: BadRows) -> str:
+    return "".join(f"; for example {message}" for message in list(bad.first.values())[:1])

@@ -1,0 +1,57 @@
+"""Held-out rows, chosen so that no prompt is ever on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+from steersman.data.examples import Demonstration, Example
+from steersman.types import SteersmanError
+
+E = TypeVar("E", bound=Example)
+
+
+def prompt_key(example: Example) -> str:
+    """A stable hash (hex) of the prompt, or of the text where there is no prompt."""
+    prompt = example.prompt
+    if isinstance(example, Demonstration) and not prompt:
+        prompt = example.completion
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def split(examples: Sequence[E], held_out: float | int) -> tuple[list[E], list[E]]:
+    """(train, held out), both in the given order; a prompt's examples stay together.
+
+    A prompt is held out by its hash alone, so the split does not depend on the order of the file or on a seed,
+    and a row added later moves no other row. `held_out` below 1 is a share of prompts (in expectation); an
+    integer is a number of examples, reached with the prompts of smallest hash (more, where the last prompt has
+    several examples).
+
+    Raises SteersmanError where one side would be empty.
+    """
+    if held_out == 0:
+        return list(examples), []
+    keys = [prompt_key(e) for e in examples]
+    if held_out < 1:
+        chosen = {k for k in keys if int(k[:13], 16) / 16**13 < held_out}
+    else:
+        chosen = set(sorted(keys)[: int(held_out)])
+    train = [e for e, k in zip(examples, keys, strict=True) if k not in chosen]
+    held = [e for e, k in zip(examples, keys, strict=True) if k in chosen]
+    if not train or not held:
+        side = "training" if not train else "held-out"
+        raise SteersmanError(
+            f"data.held_out: {held_out:g} of {len(keys)} examples over {len(set(keys))} prompts leaves no {side} "
+            "example; change data.held_out"
+        )
+    return train, held
+
+
+def without(examples: Sequence[E], held: Sequence[E]) -> tuple[list[E], list[E]]:
+    """The examples whose prompt is not among the held-out ones, and those whose prompt is."""
+    held_keys = {prompt_key(e) for e in held}
+    shared = [prompt_key(e) in held_keys for e in examples]
+    apart = [e for e, s in zip(examples, shared, strict=True) if not s]
+    return apart, [e for e, s in zip(examples, shared, strict=True) if s]

@@ -1,0 +1,170 @@
+"""Conversations -> pieces of text, each marked as counting in the loss or not.
+
+The template is the tokenizer's own. A tokenizer without one gets `PLAIN`, a plain text layout without special
+tokens other than its own end token.
+
+Only the assistant's turns count. Where a turn begins and ends is found by rendering growing prefixes of the
+conversation: what the template adds to "everything so far, ready for a reply" when the reply is put in is
+the reply. That needs each rendering to begin with the one before; a template that is not so (it rewrites
+earlier turns, say by dropping their thoughts) is refused, unless it marks the turns itself with
+`{% generation %}` or only the last turn is trained on, which is the same as at sampling time by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from steersman.data.examples import Message
+from steersman.types import SteersmanError
+
+PLAIN = (
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n' }}"
+    "{% elif m.role == 'assistant' %}{{ 'Assistant: ' + m.content + (eos_token or '') + '\n' }}"
+    "{% else %}{{ m.content + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Special tokens written in a message are fenced with these private characters before rendering, so that the
+# tokenizer can tell them from the template's own.
+FENCE_OPEN, FENCE_CLOSE = "\ue0b0", "\ue0b1"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a rendered conversation; `counts` is True for what the assistant says."""
+
+    text: str
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """How a tokenizer lays out conversations. `own` is False for the plain default."""
+
+    tokenizer: Any
+    source: str
+    own: bool
+    fenced: re.Pattern[str] | None
+
+    @property
+    def sentence(self) -> str:
+        if self.own:
+            return "the tokenizer's own chat template"
+        return 'the default template "plain" (User: ... Assistant: ...), because the tokenizer has none'
+
+    def render(self, messages: Sequence[Message], *, for_reply: bool = False) -> str:
+        """The conversation as text; with `for_reply` it ends where the assistant is to speak."""
+        fenced = [{**m, "content": self._fence(m["content"])} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                fenced, chat_template=self.source, tokenize=False, add_generation_prompt=for_reply
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise SteersmanError(
+                f"the chat template refuses a conversation of {roles}: {error}; change the turns or the template"
+            ) from error
+
+    def segments(
+        self, messages: Sequence[Message], start: int = 0, turns: Literal["all", "last"] = "all"
+    ) -> list[Segment]:
+        """The rendered conversation up to its last reply, cut where the assistant begins and ends.
+
+        Assistant turns before message `start` belong to the prompt and do not count; of the others all count,
+        or only the last one.
+
+        Raises SteersmanError for a template that is not prefix-stable on this conversation.
+        """
+        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= start]
+        speaks = speaks if turns == "all" else speaks[-1:]
+        if self.own and _GENERATION.search(self.source):
+            return self._marked(messages, speaks)
+        out: list[Segment] = []
+        done = ""
+        for i in speaks:
+            before = self.render(messages[:i], for_reply=True)
+            after = self.render(messages[: i + 1])
+            if not (before.startswith(done) and after.startswith(before)):
+                raise SteersmanError(_unstable(i, done, before, after))
+            out += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+            done = after
+        return [s for s in out if s.text]
+
+    def _marked(self, messages: Sequence[Message], speaks: list[int]) -> list[Segment]:
+        """The same by the template's own `{% generation %}` marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        fenced = [{**m, "content": self._fence(m["content"])} for m in messages]
+        made: Any = render_jinja_template(
+            conversations=[fenced],
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        (text,), (spans,) = made
+        first = self.render(messages[: speaks[0]], for_reply=True) if speaks else text
+        if not text.startswith(first):
+            raise SteersmanError(_unstable(speaks[0], "", first, text))
+        out, at = [], 0
+        for begin, end in spans:
+            if begin >= len(first) and end > begin:
+                out += [Segment(text[at:begin], False), Segment(text[begin:end], True)]
+                at = end
+        return [s for s in [*out, Segment(text[at:], False)] if s.text]
+
+    def _fence(self, text: str) -> str:
+        if self.fenced is None:
+            return text
+        text = text.replace(FENCE_OPEN, "").replace(FENCE_CLOSE, "")
+        return self.fenced.sub(lambda m: f"{FENCE_OPEN}{m.group()}{FENCE_CLOSE}", text)
+
+
+def chat_template(tokenizer: Any, *, allow_special_tokens: bool = False) -> ChatTemplate:
+    """The tokenizer's chat template, or the plain default where it has none."""
+    source = None
+    if tokenizer.chat_template:
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none of them the default one
+            raise SteersmanError(f"{tokenizer.name_or_path}: {error}") from error
+    names = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    fenced = re.compile("|".join(map(re.escape, names))) if names and not allow_special_tokens else None
+    return ChatTemplate(tokenizer, source or PLAIN, source is not None, fenced)
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The strings that the tokenizer reads as control tokens, those of its vocabulary included."""
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a reply: the tokenizer's eos, and what its chat template writes after a reply."""
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if not tokenizer.chat_template:
+        return ids
+    template = chat_template(tokenizer)
+    talk: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tail = template.render(talk).rpartition("b")[2]
+    special = set(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))
+    found = [i for i in tokenizer.encode(tail, add_special_tokens=False) if i in special]
+    return list(dict.fromkeys([*ids, *found[:1]]))
+
+
+def _unstable(turn: int, done: str, before: str, after: str) -> str:
+    shorter, longer = (done, before) if not before.startswith(done) else (before, after)
+    at = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    return (
+        f"the chat template is not prefix-stable: with turn {turn + 1} added, what stood before it changes "
+        f"(...{shorter[max(0, at - 20) : at + 20]!r} becomes ...{longer[max(0, at - 20) : at + 20]!r}), so the "
+        "assistant's part can not be told. Train on the last turn only (data.assistant_turns: last), use a "
+        "template with {% generation %} marks, or cut the conversations so that each has one reply"
+    )
