@@ -3,13 +3,20 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
-from steersman.reward import ModelReward
-from steersman.types import Prompt, Sample, SteersmanError, Tokens
+from steersman.model import ScalarModel
+from steersman.reward import ModelReward, RewardConfig, build_reward
+from steersman.types import Prompt, Sample, SteersmanError
 
-WORDS = "<pad> <bos> <eos> the cat was happy sad and then".split()  # noqa: SIM905
+WORDS = ["<pad>", "<bos>", "<eos>", "the", "cat", "was", "happy", "sad", "and", "then"]
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -20,19 +27,24 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-class Bag(nn.Module):
-    """The contract's `score` with a number anyone can work out: 100 * prompt ids' sum + response ids' sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.one = nn.Parameter(torch.ones(()))
-        self.seen: list[Tokens] = []
-
-    def score(self, tokens: Tokens) -> torch.Tensor:
-        self.seen.append(tokens)
-        columns = torch.arange(tokens.prompt.shape[1]) < tokens.prompt_length[:, None]
-        prompt = torch.where(columns, tokens.prompt, 0).sum(1)
-        return self.one * (100 * prompt + torch.where(tokens.mask, tokens.response, 0).sum(1))
+def classifier(family: str, context: int = 32, vocab: int = 16):
+    torch.manual_seed(0)
+    small = {"vocab_size": vocab, "num_labels": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(n_positions=context, n_embd=16, n_layer=2, n_head=2, **small, **dropout)
+        model = GPT2ForSequenceClassification(config)
+    else:
+        config = LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=context, **small,
+        )  # fmt: skip
+        model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(5)
+    return model.eval()
 
 
 def sample(prompt: str, response: str, tokenizer, finish="eos") -> Sample:
@@ -54,49 +66,72 @@ def samples(policy_tokenizer):
     ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_a_shared_vocabulary_is_read_as_sampled(samples, policy_tokenizer, batch_size):
-    model = Bag()
-    reward = ModelReward(model, word_tokenizer(WORDS), policy_tokenizer, name="rm", batch_size=batch_size)
+def alone(model, ids: list[int]) -> float:
+    """The classifier's own head on the last state of one unpadded row."""
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state
+        return float(model.score(hidden[0, -1]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_shared_vocabulary_is_read_as_sampled(family, samples, policy_tokenizer):
+    model = classifier(family)
+    scalar = ScalarModel(model, word_tokenizer(WORDS))
+    reward = ModelReward(scalar.train(), policy_tokenizer, name="rm")
     scores = reward.score(samples)
-    assert scores.total.tolist() == [100 * sum(s.prompt.ids) + sum(s.ids) for s in samples]
+    expected = [alone(model, s.prompt.ids + s.ids) for s in samples]
+    assert max(expected) - min(expected) > 0.01
+    assert scores.total.tolist() == pytest.approx(expected, abs=1e-4)
     assert list(scores.parts) == ["rm"]
     assert not scores.total.requires_grad
-    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in scalar.parameters())
     assert not model.training
-    assert all(len(t) <= batch_size for t in model.seen)
     assert "policy's tokenizer" in reward.describe()
 
 
 def test_another_vocabulary_goes_over_the_text_bridge_aloud(samples, policy_tokenizer, caplog):
-    other = word_tokenizer([*WORDS[:3], *reversed(WORDS[3:])])
-    reward = ModelReward(Bag(), other, policy_tokenizer, name="rm")
+    other, model = word_tokenizer([*WORDS[:3], *reversed(WORDS[3:])]), classifier("llama")
+    reward = ModelReward(ScalarModel(model, other), policy_tokenizer, name="rm")
     assert "text bridge" in caplog.text
     assert "text bridge" in reward.describe()
-    expected = [
-        100 * sum(other(s.prompt.text)["input_ids"])
-        + sum(other(s.text)["input_ids"])
-        + (other.eos_token_id if s.finish == "eos" else 0)
-        for s in samples
-    ]
-    assert reward.score(samples).total.tolist() == expected
-    assert expected != [100 * sum(s.prompt.ids) + sum(s.ids) for s in samples]
+    expected = []
+    for s in samples:
+        end = [other.eos_token_id] if s.finish == "eos" else []
+        expected.append(alone(model, other(s.prompt.text)["input_ids"] + other(s.text)["input_ids"] + end))
+    assert reward.score(samples).total.tolist() == pytest.approx(expected, abs=1e-4)
+    assert expected != pytest.approx([alone(model, s.prompt.ids + s.ids) for s in samples], abs=1e-2)
 
 
 def test_the_bridge_can_be_refused(policy_tokenizer):
+    scalar = ScalarModel(classifier("llama"), word_tokenizer([*WORDS, "more"]))
     with pytest.raises(SteersmanError, match=r"'rm': .*vocabulary \(11 tokens\) is not the policy's \(10 tokens\)"):
-        ModelReward(Bag(), word_tokenizer([*WORDS, "more"]), policy_tokenizer, name="rm", text_bridge=False)
+        ModelReward(scalar, policy_tokenizer, name="rm", text_bridge=False)
 
 
 def test_samples_beyond_the_models_context_are_refused(samples, policy_tokenizer):
-    reward = ModelReward(Bag(), policy_tokenizer, policy_tokenizer, name="rm", max_length=8)
+    reward = ModelReward(ScalarModel(classifier("gpt2", context=8), policy_tokenizer), policy_tokenizer, name="rm")
     with pytest.raises(SteersmanError, match=r"sample 0 has 9 tokens.*context of 8"):
         reward.score(samples)
 
 
 def test_broken_weights_are_named(samples, policy_tokenizer):
-    model = Bag()
-    reward = ModelReward(model, policy_tokenizer, policy_tokenizer, name="rm")
-    model.one.data.fill_(float("nan"))
+    model = classifier("llama")
+    reward = ModelReward(ScalarModel(model, policy_tokenizer), policy_tokenizer, name="rm")
+    model.score.weight.data.fill_(float("nan"))
     with pytest.raises(SteersmanError, match=r"'rm': the reward model gave nan for sample 0 \(3 of 3"):
         reward.score(samples)
+
+
+def test_a_recipe_loads_a_reward_model_and_refuses_an_untrained_head(tmp_path, samples, policy_tokenizer):
+    model = classifier("llama")
+    model.save_pretrained(tmp_path / "rm")
+    policy_tokenizer.save_pretrained(tmp_path / "rm")
+    config = RewardConfig.model_validate({"parts": {"rm": {"model": str(tmp_path / "rm"), "weight": -2}}})
+    total = build_reward(config, policy_tokenizer, "cpu").score(samples).total
+    assert total.tolist() == pytest.approx([-2 * alone(model, s.prompt.ids + s.ids) for s in samples], abs=1e-4)
+
+    GPT2LMHeadModel(classifier("gpt2").config).save_pretrained(tmp_path / "lm")
+    policy_tokenizer.save_pretrained(tmp_path / "lm")
+    config = RewardConfig.model_validate({"parts": {"rm": {"model": str(tmp_path / "lm")}}})
+    with pytest.raises(SteersmanError, match=r"'rm': the head of .*lm is all zeros.*steersman reward"):
+        build_reward(config, policy_tokenizer, "cpu")

@@ -9,8 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.model import load_scalar
 from steersman.reward import shaping
 from steersman.reward.core import CallableReward, Reward, WeightedSum
+from steersman.reward.models import ModelReward
 from steersman.reward.rules import BUILTINS
 from steersman.run.config import Section
 from steersman.types import Stats, SteersmanError
@@ -31,7 +33,6 @@ class RewardPart(Section):
         default_factory=dict, description="the function's parameter: the data's column that fills it"
     )
     text_bridge: bool = Field(True, description="let a reward model with another tokenizer read decoded text")
-    batch_size: int = Field(64, ge=1, description="samples that the reward model scores at a time")
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardPart:
@@ -86,7 +87,8 @@ def _build_part(
     if part.function is not None:
         return CallableReward(part.function, name, part.args, part.columns)
     assert part.model is not None
-    raise NotImplementedError
+    model = load_scalar(part.model, device=device, trainable=False)
+    return ModelReward(model, tokenizer, name=name, text_bridge=part.text_bridge)
 
 
 class ScoreShaping:

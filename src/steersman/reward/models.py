@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from steersman.model import ScalarModel
 from steersman.reward.core import Scores
 from steersman.types import Sample, SteersmanError, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from steersman.model.scalar import ScalarModel
 
 _log = logging.getLogger("steersman.reward")
 
@@ -27,31 +26,33 @@ class ModelReward:
     reads a text bridge: prompt and completion decoded without special tokens and encoded by its own tokenizer,
     with its own end token where the response ended with one; `describe` and a log line say so.
 
-    `max_length` is the model's context in tokens, `batch_size` samples are scored at a time, longest together.
-    Raises SteersmanError when the vocabularies differ and `text_bridge` is False; when scoring, if a sample is
-    longer than `max_length` or a score is not finite.
+    Raises SteersmanError when the vocabularies differ and `text_bridge` is False, or when the model's head was
+    never trained (all zeros); when scoring, if a sample is longer than the model's context or a score is not
+    finite.
     """
 
     def __init__(
         self,
         model: ScalarModel,
-        tokenizer: PreTrainedTokenizerBase,
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "reward_model",
         text_bridge: bool = True,
-        max_length: int | None = None,
-        batch_size: int = 64,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self.name, self.max_length, self.batch_size = name, max_length, batch_size
-        self.bridged = tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        self.tokenizer, self.policy_tokenizer, self.name = model.tokenizer, policy_tokenizer, name
+        self.context: int | None = getattr(model.model.config, "max_position_embeddings", None)
+        self.bridged = self.tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        if not model.model.score.weight.any():
+            raise SteersmanError(
+                f"reward '{name}': the head of {model.model.name_or_path} is all zeros, so every score would be 0: "
+                f"it is a language model, or a reward model before training; train it with `steersman reward`"
+            )
         if self.bridged and not text_bridge:
             raise SteersmanError(
-                f"reward '{name}': the reward model's vocabulary ({len(tokenizer)} tokens) is not the policy's "
-                f"({len(policy_tokenizer)} tokens). Train the reward model from the same base model, or allow "
-                f"decoding and encoding again with `text_bridge: true`"
+                f"reward '{name}': the reward model's vocabulary ({len(self.tokenizer)} tokens) is not the "
+                f"policy's ({len(policy_tokenizer)} tokens). Train the reward model from the same base model, or "
+                f"allow decoding and encoding again with `text_bridge: true`"
             )
         if self.bridged:
             _log.warning("reward '%s': %s", name, self.describe())
@@ -65,19 +66,14 @@ class ModelReward:
     def score(self, samples: Sequence[Sample]) -> Scores:
         pairs = [self._bridge(s) if self.bridged else (s.prompt.ids, s.ids) for s in samples]
         lengths = [len(prompt) + len(response) for prompt, response in pairs]
-        if self.max_length is not None and max(lengths) > self.max_length:
+        if self.context is not None and max(lengths) > self.context:
             row = lengths.index(max(lengths))
             raise SteersmanError(
                 f"reward '{self.name}': sample {row} has {lengths[row]} tokens with its prompt, more than the "
-                f"reward model's context of {self.max_length}; shorten prompts or responses"
+                f"reward model's context of {self.context}; shorten prompts or responses"
             )
-        order = sorted(range(len(pairs)), key=lengths.__getitem__)
-        device = next(self.model.parameters()).device
-        scores = torch.zeros(len(pairs))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            tokens = Tokens.from_ids([pairs[r][0] for r in rows], [pairs[r][1] for r in rows]).to(device)
-            scores[torch.tensor(rows)] = self.model.score(tokens).float().cpu()
+        tokens = Tokens.from_ids([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        scores = self.model.score(tokens).float().cpu()
         self._check(scores, samples)
         return Scores(scores, {self.name: scores})
 
