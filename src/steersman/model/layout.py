@@ -1,0 +1,120 @@
+"""How a batch of prompts with responses is laid out for a causal trunk, and where its states are found again.
+
+Rows are joined (prompt, then response) and right-padded, or several are laid into one row of the trunk with
+positions that start anew. Either way a row is known by the flat index of its first token, so what follows does
+not care which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from steersman.types import SteersmanError, Tokens
+
+
+@dataclass(slots=True)
+class Layout:
+    """What the trunk reads: `ids` [R, L]; `positions` [R, L] when packed; `start` [B], where each row begins in
+    the flattened ids."""
+
+    ids: Int[Tensor, "R L"]
+    positions: Int[Tensor, "R L"] | None
+    start: Int[Tensor, " B"]
+
+
+def join(tokens: Tokens) -> Layout:
+    """One row of the trunk per row of the batch. Padding becomes id 0 whatever stood there."""
+    if (tokens.prompt_length < 1).any():
+        row = int((tokens.prompt_length < 1).nonzero()[0])
+        raise SteersmanError(
+            f"row {row} of the batch has an empty prompt, so nothing predicts its first response token; "
+            "start every prompt with at least one token, such as the tokenizer's bos or eos"
+        )
+    prompt_length, length = tokens.prompt_length[:, None], tokens.length[:, None]
+    L = int(length.max())
+    column = torch.arange(L, device=tokens.prompt.device).expand(len(tokens), L)
+    from_prompt = tokens.prompt.gather(1, column.clamp(max=tokens.prompt.shape[1] - 1))
+    from_response = tokens.response.gather(1, (column - prompt_length).clamp(0, tokens.response.shape[1] - 1))
+    ids = torch.where(column < prompt_length, from_prompt, from_response).masked_fill(column >= length, 0)
+    return Layout(ids, None, torch.arange(len(tokens), device=ids.device) * L)
+
+
+def pack(tokens: Tokens, max_tokens: int) -> Layout:
+    """Several rows of the batch in one row of the trunk, up to `max_tokens` or the longest one.
+
+    Longest first, each into the first row with room. What is left of a trunk row is a segment of its own.
+    """
+    joined = join(tokens)
+    lengths = tokens.length.tolist()
+    room: list[int] = []
+    place = {}
+    capacity = max(max_tokens, max(lengths))
+    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        r = next((r for r, free in enumerate(room) if free >= lengths[b]), len(room))
+        if r == len(room):
+            room.append(capacity)
+        place[b] = (r, capacity - room[r])
+        room[r] -= lengths[b]
+    fill = torch.tensor([capacity - free for free in room], device=joined.ids.device)
+    L = int(fill.max())
+    start = torch.tensor([place[b][0] * L + place[b][1] for b in range(len(lengths))], device=fill.device)
+    column = torch.arange(joined.ids.shape[1], device=fill.device).expand_as(joined.ids)
+    real = column < tokens.length[:, None]
+    where = (start[:, None] + column)[real]
+    ids = torch.zeros(len(room), L, dtype=joined.ids.dtype, device=fill.device)
+    positions = (torch.arange(L, device=fill.device) - fill[:, None]).clamp(min=0)
+    ids.view(-1)[where] = joined.ids[real]
+    positions.view(-1)[where] = column[real]
+    return Layout(ids, positions, start)
+
+
+def response_slots(tokens: Tokens, extra: int = 0) -> Bool[Tensor, "B T+extra"]:
+    """True at a row's response tokens and `extra` more columns after the last one."""
+    column = torch.arange(tokens.response.shape[1] + extra, device=tokens.response.device)
+    return column < (tokens.response_length + extra)[:, None]
+
+
+def predicting(tokens: Tokens, layout: Layout, extra: int = 0) -> Int[Tensor, " N"]:
+    """Flat indices of the states that predict each response token, row by row; with `extra` 1 also the state
+    after each row's last token."""
+    slots = response_slots(tokens, extra)
+    first = layout.start + tokens.prompt_length - 1
+    return (first[:, None] + torch.arange(slots.shape[1], device=slots.device))[slots]
+
+
+def spread(packed: Tensor, slots: Bool[Tensor, "B W"]) -> Tensor:
+    """Packed numbers back into `[B, W]`, 0 elsewhere."""
+    return packed.new_zeros(slots.shape).masked_scatter(slots, packed)
+
+
+def length_groups(length: Int[Tensor, " B"], max_tokens: int) -> list[Tensor]:
+    """Rows sorted by length, in groups of at most `max_tokens` tokens with their padding (or one row)."""
+    order = length.argsort(stable=True)
+    groups, begin, lengths = [], 0, length[order].tolist()
+    for i, n in enumerate(lengths):
+        if i > begin and (i + 1 - begin) * n > max_tokens:
+            groups.append(order[begin:i])
+            begin = i
+    return [*groups, order[begin:]]
+
+
+def in_groups(
+    tokens: Tokens, max_tokens: int | None, run: Callable[[Tokens], tuple[Tensor, ...]], width: int
+) -> tuple[Tensor, ...]:
+    """`run` over the batch; without gradients in groups of like length, put back in order in `[B, width]`."""
+    whole = max_tokens is None or torch.is_grad_enabled()
+    groups = [] if whole else length_groups(tokens.length, max_tokens)  # type: ignore[arg-type]
+    if len(groups) < 2:
+        return run(tokens)
+    out: tuple[Tensor, ...] = ()
+    for rows in groups:
+        parts = run(tokens.rows(rows))
+        out = out or tuple(part.new_zeros(len(tokens), width) for part in parts)
+        for whole_part, part in zip(out, parts, strict=True):
+            whole_part[rows, : part.shape[1]] = part
+    return out

@@ -1,0 +1,79 @@
+"""LoRA adapters on a model, and the weights that they add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from steersman.types import SteersmanError
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """W + (alpha / r) B A, with A of r rows; B starts at zero, so training starts from the model as it is.
+
+    `targets` are names of linear layers, or "all-linear" for all but the output layer. `dropout` above 0 makes
+    the log-probabilities of training random, and the first ratio no longer 1.
+
+    Source: arXiv 2106.09685, section 4.1.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+def add_lora(model: Any, config: LoraConfig) -> peft.PeftModel:
+    """Puts adapters on the model in place; everything else is frozen.
+
+    Raises SteersmanError where `targets` match no layer, or the output layer.
+    """
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapters = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise SteersmanError(
+            f"lora.targets {config.targets!r} do not fit {type(model).__name__}: {error}\n"
+            f"Its linear layers are called {', '.join(linear)}; or use 'all-linear'"
+        ) from error
+    require_plain_output(model)
+    return adapters  # type: ignore[return-value]
+
+
+def require_plain_output(model: Any) -> None:
+    """Raises SteersmanError if the output layer carries an adapter: it is applied without running the module."""
+    if isinstance(model.get_output_embeddings(), LoraLayer):
+        raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every adapter added into its layer, under the names of a model without adapters.
+
+    The model itself is left as it is: merging in place and undoing it would not give the same bits back.
+    """
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                for adapter in layer.active_adapters:  # type: ignore[attr-defined]
+                    weight = state[f"{name}.weight"]
+                    delta = layer.get_delta_weight(adapter)  # type: ignore[operator]
+                    state[f"{name}.weight"] = (weight + delta).to(weight.dtype)
+    return state

@@ -1,0 +1,140 @@
+"""The policy: a live causal language model that gives log-probabilities of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+
+from steersman.model.layout import Layout, in_groups, join, pack, predicting, response_slots, spread
+from steersman.model.probe import packs_exactly, probe_causal, probe_ids
+from steersman.ops.logprob import Head, Support, linear_logp
+from steersman.types import SteersmanError, Tokens
+
+
+@dataclass(slots=True)
+class Logp:
+    """Log-probabilities (nats) of response tokens, and entropies if asked for; 0 at and after a row's length."""
+
+    logp: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"] | None = None
+
+
+class Policy(nn.Module):
+    """log pi(response token | prompt and response before it) under any causal model of the ecosystem.
+
+    The model is used as it is, without a copy. Rows are right-padded and no attention mask is passed: under
+    causal attention nothing to the right can be seen. Only the states that predict response tokens go through
+    the output layer, and their logits never stand whole in memory (`ops.logprob.linear_logp`).
+
+    `pack`: lay several rows into one of up to so many tokens, with the same results. `max_tokens`: without
+    gradients, run in groups of like length of at most so many tokens with their padding. `notes` say what
+    loading found or changed.
+
+    Raises SteersmanError if the model's own logits are not what trunk and output layer give, if it is not
+    causal, or if it can not pack where packing is asked for.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, pack: int | None = None, max_tokens: int | None = 8192) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.form = probe_causal(model)
+        self.pack, self.max_tokens = pack, max_tokens
+        self.notes: list[str] = []
+        if pack is not None and not packs_exactly(self.form.trunk, probe_ids(model)):
+            raise SteersmanError(
+                f"{type(model).__name__} does not keep packed sequences apart with attention "
+                f"'{model.config._attn_implementation}'; leave packing off for this model"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def adapters(self) -> PeftModel | None:
+        """The LoRA adapters on the model, if it has any."""
+        return self.__dict__.get("_adapters")
+
+    def head(self) -> Head:
+        """The output layer."""
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias, self.form.logit_scale, self.form.softcap)
+
+    def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
+        """States that predict each response token, packed row by row.
+
+        With `extra` 1 each row also has the state after its last token. A row without response gives none (one).
+        """
+        tokens = tokens.to(self.device)
+        layout = join(tokens) if self.pack is None else pack(tokens, self.pack)
+        return states(self.form.trunk, layout)[predicting(tokens, layout, extra)]
+
+    def logp(self, tokens: Tokens, *, temperature: float = 1.0, entropy: bool = False) -> Logp:
+        """Log-probability of every response token, under softmax(logits / temperature) restricted to the
+        tokens' support where they have one. Holes in the mask are computed like the rest."""
+        tokens = tokens.to(self.device)
+
+        def run(part: Tokens) -> tuple[Tensor, ...]:
+            out = self.logp_from(part, self.hidden(part), temperature=temperature, entropy=entropy)
+            return (out.logp,) if out.entropy is None else (out.logp, out.entropy)
+
+        return Logp(*in_groups(tokens, self.max_tokens, run, tokens.response.shape[1]))
+
+    def logp_from(
+        self, tokens: Tokens, hidden: Float[Tensor, "N H"], *, temperature: float = 1.0, entropy: bool = False
+    ) -> Logp:
+        """`logp` where the states of `hidden` are already there."""
+        tokens = tokens.to(self.device)
+        slots, head = response_slots(tokens), self.head()
+        logp, entropies = linear_logp(
+            hidden,
+            head.weight,
+            head.bias,
+            tokens.response[slots],
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            entropy=entropy,
+            support=_support(tokens, self.device),
+        )
+        return Logp(spread(logp, slots), None if entropies is None else spread(entropies, slots))
+
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """The policy before training: this same module with its adapters off and without gradients.
+
+        Raises SteersmanError where there are no adapters, because the weights themselves are trained then.
+        """
+        if self.adapters is None:
+            raise SteersmanError(
+                "a policy without LoRA adapters holds no reference: its own weights are trained; load a second "
+                "policy from the same path with trainable=False"
+            )
+        with self.adapters.disable_adapter(), torch.no_grad():
+            yield self
+
+
+def states(trunk: nn.Module, layout: Layout) -> Float[Tensor, "RL H"]:
+    """The trunk's last hidden states, flattened. Without an attention mask; see the module's words on padding."""
+    positions = {} if layout.positions is None else {"position_ids": layout.positions}
+    return trunk(input_ids=layout.ids, use_cache=False, **positions).last_hidden_state.flatten(0, 1)
+
+
+def _support(tokens: Tokens, device: torch.device) -> Support | None:
+    if tokens.support is None:
+        return None
+    whole = torch.zeros(0, dtype=torch.long)
+    flat: list[Tensor] = []
+    for row, n in zip(tokens.support, tokens.response_length.tolist(), strict=True):
+        if row and len(row) != n:
+            raise ValueError(f"a response of {n} tokens has a support for {len(row)}")
+        flat += row or [whole] * n
+    return Support.pack(flat, device)
