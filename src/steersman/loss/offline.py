@@ -1,0 +1,90 @@
+"""Every offline preference loss by name: what it looks at, and where it leads.
+
+The fixed points are the population optima over all policies, for pairs drawn from a distribution mu and judged
+by Bradley-Terry with a reward r; q(y) is how often an answer is the chosen one. `tabular/preference_check.py`
+reaches each of them on the token MDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from steersman.loss.feedback import bco, kto
+from steersman.loss.preference import cpo, dpo, dpop, hinge, ipo, orpo, robust_dpo, simpo, tdpo1, tdpo2
+
+
+class Objective(NamedTuple):
+    """One offline loss. `data` says what its rows are: pairs, or single answers with a thumb up or down.
+
+    `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
+    """
+
+    function: Callable[..., Any]
+    data: Literal["pair", "feedback"]
+    source: str
+    needs_reference: bool
+    needs_full_kl: bool
+    length_normalised: bool
+    has_closed_form_optimum: bool
+    fixed_point: str
+
+
+LOSSES: dict[str, Objective] = {
+    "dpo": Objective(
+        dpo, "pair", "arXiv 2305.18290", True, False, False, True,
+        "pi proportional to pi_ref exp(r / beta); with label smoothing eps, the win rate of every answer under "
+        "the implicit reward matches (1 - eps) p + eps (1 - p), a flatter policy",
+    ),
+    "robust_dpo": Objective(
+        robust_dpo, "pair", "arXiv 2403.00409", True, False, False, True,
+        "pi proportional to pi_ref exp(r / beta), from labels flipped with the stated probability",
+    ),
+    "ipo": Objective(
+        ipo, "pair", "arXiv 2310.12036", True, False, False, True,
+        "pi proportional to pi_ref exp(P(y beats mu) / beta): win rates in the place of rewards, so bounded",
+    ),
+    "hinge": Objective(
+        hinge, "pair", "arXiv 2305.10425", False, False, False, False,
+        "implicit rewards differ by whole multiples of the margin: order is learnt, strength is not",
+    ),
+    "dpop": Objective(
+        dpop, "pair", "arXiv 2402.13228", True, False, False, False,
+        "between DPO's optimum (lambda = 0) and pi_ref, which it is exactly from a finite lambda on when every "
+        "answer is chosen now and then",
+    ),
+    "tdpo1": Objective(
+        tdpo1, "pair", "arXiv 2404.11999", True, True, False, True,
+        "pi(a|s) proportional to pi_ref(a|s) exp(Q_ref(s, a) / beta), with the action values of the reference "
+        "itself: one step of improvement per token, not the optimum over sequences",
+    ),
+    "tdpo2": Objective(
+        tdpo2, "pair", "arXiv 2404.11999", True, True, False, False,
+        "where the semi-gradient vanishes: nearer to pi_ref than TDPO1's fixed point at alpha = 1; DPO's optimum "
+        "at alpha = 0",
+    ),
+    "simpo": Objective(
+        simpo, "pair", "arXiv 2405.14734", False, False, True, False,
+        "at gamma = 0, log pi(y) = |y| (r(y) + c) / beta, whatever pi_ref was; gamma > 0 overstates every lead",
+    ),
+    "orpo": Objective(
+        orpo, "pair", "arXiv 2403.07691", False, False, True, False,
+        "a compromise between the chosen answers' distribution (per token) and the odds term's own optimum, "
+        "pi(y) = sigma(r(y) + c)^|y|",
+    ),
+    "cpo": Objective(
+        cpo, "pair", "arXiv 2401.08417", False, False, False, False,
+        "a compromise between pi proportional to exp(r / beta) and the chosen answers' distribution q; "
+        "whatever pi_ref was",
+    ),
+    "kto": Objective(
+        kto, "feedback", "arXiv 2402.01306", True, False, False, False,
+        "no mass on answers whose weighted dislikes outnumber their weighted likes; the others share it, less those "
+        "that fell too low on the way for the saturated sigmoid to recover",
+    ),
+    "bco": Objective(
+        bco, "feedback", "arXiv 2404.04656", True, False, False, False,
+        "pi proportional to pi_ref exp(r / beta) when likes are sigma(r - r0) and r0 is half-way between the mean "
+        "rewards of liked and disliked answers",
+    ),
+}  # fmt: skip

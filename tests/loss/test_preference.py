@@ -1,0 +1,336 @@
+"""Offline preference losses beside transcriptions of the papers, value and gradient, in float64.
+
+Every transcription takes per-token log-probabilities of one pair as plain tensors of that pair's true length and
+writes the paper's formula with exp, log and division, so it shares nothing with the code under test.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from steersman.loss import feedback, preference
+from steersman.loss.offline import LOSSES
+
+B, T, S = 5, 6, 4
+
+
+def sig(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+# Transcriptions. y, z: per-token log pi of chosen and rejected; yr, zr: the reference's; ky, kz: KL per token.
+
+
+def paper_dpo(y, z, yr, zr, ky, kz, beta):  # 2305.18290 (7)
+    return -torch.log(sig(beta * (y.sum() - yr.sum()) - beta * (z.sum() - zr.sum())))
+
+
+def paper_cdpo(y, z, yr, zr, ky, kz, beta, eps):
+    a = paper_dpo(y, z, yr, zr, ky, kz, beta)
+    b = paper_dpo(z, y, zr, yr, ky, kz, beta)  # the flipped label
+    return (1 - eps) * a + eps * b
+
+
+def paper_rdpo(y, z, yr, zr, ky, kz, beta, eps):  # 2403.00409
+    a = paper_dpo(y, z, yr, zr, ky, kz, beta)
+    b = paper_dpo(z, y, zr, yr, ky, kz, beta)
+    return ((1 - eps) * a - eps * b) / (1 - 2 * eps)
+
+
+def paper_ipo(y, z, yr, zr, ky, kz, tau):  # 2310.12036 (17), h of (15)
+    h = torch.log(torch.exp(y.sum()) * torch.exp(zr.sum()) / (torch.exp(z.sum()) * torch.exp(yr.sum())))
+    return (h - 1 / (2 * tau)) ** 2
+
+
+def paper_ipo_normalised(y, z, yr, zr, ky, kz, tau):
+    return ((y - yr).mean() - (z - zr).mean() - 1 / (2 * tau)) ** 2
+
+
+def paper_slic(y, z, yr, zr, ky, kz, delta):  # 2305.10425: no reference
+    gap = delta - y.sum() + z.sum()
+    return gap if gap > 0 else 0 * gap
+
+
+def paper_rso_hinge(y, z, yr, zr, ky, kz, gamma):  # 2309.06657, hinge-norm
+    gap = 1 - gamma * ((y.sum() - yr.sum()) - (z.sum() - zr.sum()))
+    return gap if gap > 0 else 0 * gap
+
+
+def paper_dpop(y, z, yr, zr, ky, kz, beta, lam):  # 2402.13228 (3)
+    drop = torch.log(torch.exp(yr.sum()) / torch.exp(y.sum()))
+    drop = drop if drop > 0 else 0 * drop
+    return -torch.log(sig(beta * ((y.sum() - yr.sum()) - (z.sum() - zr.sum()) - lam * drop)))
+
+
+def paper_tdpo1(y, z, yr, zr, ky, kz, beta):  # 2404.11999
+    u = beta * (y.sum() - yr.sum()) - beta * (z.sum() - zr.sum())
+    delta = beta * kz.sum() - beta * ky.sum()
+    return -torch.log(sig(u - delta))
+
+
+def paper_tdpo2(y, z, yr, zr, ky, kz, beta, alpha):
+    u = beta * (y.sum() - yr.sum()) - beta * (z.sum() - zr.sum())
+    delta2 = beta * kz.sum() - beta * ky.sum().detach()
+    return -torch.log(sig(u - alpha * delta2))
+
+
+def paper_simpo(y, z, yr, zr, ky, kz, beta, gamma):  # 2405.14734 (6)
+    return -torch.log(sig(beta / len(y) * y.sum() - beta / len(z) * z.sum() - gamma))
+
+
+def paper_orpo(y, z, yr, zr, ky, kz, lam):  # 2403.07691 (3)-(7)
+    p, q = torch.exp(y.sum() / len(y)), torch.exp(z.sum() / len(z))
+    ratio = (p / (1 - p)) / (q / (1 - q))
+    return -y.sum() / len(y) + lam * -torch.log(sig(torch.log(ratio)))
+
+
+def paper_cpo(y, z, yr, zr, ky, kz, beta):  # 2401.08417
+    prefer = -torch.log(sig(beta * y.sum() - beta * z.sum()))
+    return prefer - y.sum()
+
+
+CASES = {
+    "dpo": (paper_dpo, (0.3,), preference.dpo, {"beta": 0.3}),
+    "conservative": (paper_cdpo, (0.3, 0.2), preference.dpo, {"beta": 0.3, "label_smoothing": 0.2}),
+    "robust": (paper_rdpo, (0.3, 0.2), preference.robust_dpo, {"beta": 0.3, "flip": 0.2}),
+    "ipo": (paper_ipo, (0.4,), preference.ipo, {"beta": 0.4}),
+    "ipo mean": (paper_ipo_normalised, (0.4,), preference.ipo, {"beta": 0.4, "length_normalised": True}),
+    "slic": (paper_slic, (1.5,), preference.hinge, {"beta": 1.0, "margin": 1.5}),
+    "rso": (paper_rso_hinge, (0.7,), preference.hinge, {"beta": 0.7}),
+    "dpop": (paper_dpop, (0.3, 5.0), preference.dpop, {"beta": 0.3, "penalty": 5.0}),
+    "tdpo1": (paper_tdpo1, (0.3,), preference.tdpo1, {"beta": 0.3}),
+    "tdpo2": (paper_tdpo2, (0.3, 0.7), preference.tdpo2, {"beta": 0.3, "alpha": 0.7}),
+    "simpo": (paper_simpo, (2.0, 0.6), preference.simpo, {"beta": 2.0, "margin": 0.6}),
+    "orpo": (paper_orpo, (0.25,), preference.orpo, {"weight": 0.25}),
+    "cpo": (paper_cpo, (0.3,), preference.cpo, {"beta": 0.3}),
+}
+
+
+def batch(seed: int = 0):
+    """[B, T] and [B, S] log-probabilities with ragged masks (one hole), and all that the losses could read."""
+    g = torch.Generator().manual_seed(seed)
+
+    def logp(width):
+        return (-2 * torch.rand(B, width, generator=g, dtype=torch.float64) - 0.05).requires_grad_()
+
+    def kl(width):
+        return torch.rand(B, width, generator=g, dtype=torch.float64).requires_grad_()
+
+    chosen_mask = torch.arange(T) < torch.tensor([6, 3, 1, 4, 5])[:, None]
+    chosen_mask[0, 2] = False
+    rejected_mask = torch.arange(S) < torch.tensor([2, 4, 4, 1, 3])[:, None]
+    named = {
+        "chosen": logp(T), "rejected": logp(S), "ref_chosen": logp(T), "ref_rejected": logp(S),
+        "chosen_kl": kl(T), "rejected_kl": kl(S),
+    }  # fmt: skip
+    return named, chosen_mask, rejected_mask
+
+
+def ours(function, options, named, chosen_mask, rejected_mask, reference_free=False):
+    rest = {k: v for k, v in named.items() if k not in ("chosen", "rejected")}
+    if reference_free:
+        rest = {}
+    pair = preference.pair_logp(named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest)
+    return function(pair, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient_agree_with_the_paper(name):
+    paper, arguments, function, options = CASES[name]
+    named, cm, rm = batch()
+    loss, explain = ours(function, options, named, cm, rm, reference_free=name == "slic")
+    rows = []
+    for b in range(B):
+        own = [named[k][b][m[b]] for k, m in zip(named, [cm, rm] * 3, strict=True)]
+        rows.append(paper(own[0], own[1], own[2], own[3], own[4], own[5], *arguments))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    weight = torch.tensor([1.0, 0.5, 2.0, 3.0, 0.1], dtype=torch.float64)  # rows must not mix
+    leaves = [named["chosen"], named["rejected"], named["chosen_kl"], named["rejected_kl"]]
+    got = torch.autograd.grad((weight * loss).sum(), leaves, allow_unused=True, materialize_grads=True)
+    want = torch.autograd.grad((weight * expected).sum(), leaves, allow_unused=True, materialize_grads=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert all(x.shape == (B,) and not x.requires_grad for x in explain.values())
+    torch.testing.assert_close(explain["margin"], explain["reward_chosen"] - explain["reward_rejected"])
+
+
+def test_both_sides_of_the_kinks_are_met():
+    """Otherwise the comparison above would prove half of hinge and DPOP."""
+    named, cm, rm = batch()
+    for name in ("slic", "rso"):
+        _, _, function, options = CASES[name]
+        loss, _ = ours(function, options, named, cm, rm, reference_free=name == "slic")
+        assert (loss == 0).any(), name
+        assert (loss > 0).any(), name
+    drop = ((named["ref_chosen"] - named["chosen"]) * cm).sum(-1)
+    assert (drop > 0).any()
+    assert (drop < 0).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_under_a_false_mask_matters(name):
+    _, _, function, options = CASES[name]
+    named, cm, rm = batch()
+    masks = dict(zip(named, [cm, rm] * 3, strict=True))
+    dirty = {k: torch.where(masks[k], v, torch.nan) for k, v in named.items()}
+    clean, clean_explain = ours(function, options, named, cm, rm)
+    spoilt, spoilt_explain = ours(function, options, dirty, cm, rm)
+    assert torch.equal(clean, spoilt)
+    assert all(torch.equal(clean_explain[k], spoilt_explain[k]) for k in clean_explain)
+    grads = torch.autograd.grad(spoilt.sum(), list(named.values()), allow_unused=True, materialize_grads=True)
+    for key, grad in zip(named, grads, strict=True):
+        assert (grad[~masks[key]] == 0).all(), key
+        assert grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_extreme_logps_stay_finite(name):
+    _, _, function, options = CASES[name]
+    tensors = [
+        torch.tensor(x, requires_grad=True)
+        for x in ([-5000.0, -1e-9, 0.0, -3.0], [-1e-9, -5000.0, 0.0, -4000.0], [-2.0] * 4, [-2.0] * 4)
+    ]
+    kl = torch.tensor([4000.0, 0.0, 0.0, 1.0])
+    length = torch.tensor([100.0, 1.0, 0.0, 7.0])
+    pair = preference.PairLogp(tensors[0], tensors[1], length, length, tensors[2], tensors[3], kl, kl)
+    loss, _ = function(pair, **options)
+    grads = torch.autograd.grad(loss.sum(), tensors[:2])
+    assert loss.isfinite().all()
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_log_odds_at_both_ends():
+    logp = torch.tensor([-1e-12, -1e-6, -0.5, -50.0], dtype=torch.float64)
+    expected = [math.log(1e12), math.log(1e6), math.log(math.exp(-0.5) / (1 - math.exp(-0.5))), -50.0]
+    torch.testing.assert_close(
+        preference.log_odds(logp), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+
+
+def test_relations_between_the_losses():
+    named, cm, rm = batch()
+    run = lambda f, **options: ours(f, options, named, cm, rm)[0]  # noqa: E731
+    torch.testing.assert_close(run(preference.dpop, beta=0.3, penalty=0.0), run(preference.dpo, beta=0.3))
+    torch.testing.assert_close(run(preference.tdpo2, beta=0.3, alpha=0.0), run(preference.dpo, beta=0.3))
+    torch.testing.assert_close(run(preference.tdpo2, beta=0.3, alpha=1.0), run(preference.tdpo1, beta=0.3))
+    torch.testing.assert_close(run(preference.robust_dpo, beta=0.3, flip=0.0), run(preference.dpo, beta=0.3))
+    whole = run(preference.cpo, beta=0.3) - run(preference.cpo, beta=0.3, nll_weight=0.0)
+    torch.testing.assert_close(whole, -(named["chosen"] * cm).sum(-1))
+    per_token = run(preference.cpo, length_normalised_nll=True) - run(preference.cpo, nll_weight=0.0)
+    torch.testing.assert_close(per_token, -(named["chosen"] * cm).sum(-1) / cm.sum(-1))
+    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm)
+    torch.testing.assert_close(preference.chosen_nll(pair), per_token)
+
+
+def test_robust_dpo_is_unbiased_under_flips():
+    """Flip a share eps of labels: the expected loss is DPO's on the clean ones."""
+    named, cm, rm = batch()
+    swapped = {
+        k: named[k.replace("chosen", "?").replace("rejected", "chosen").replace("?", "rejected")] for k in named
+    }
+    kept, _ = ours(preference.robust_dpo, {"beta": 0.3, "flip": 0.2}, named, cm, rm)
+    flipped, _ = ours(preference.robust_dpo, {"beta": 0.3, "flip": 0.2}, swapped, rm, cm)
+    clean, _ = ours(preference.dpo, {"beta": 0.3}, named, cm, rm)
+    torch.testing.assert_close(0.8 * kept + 0.2 * flipped, clean)
+
+
+# Single answers ---------------------------------------------------------------------------------------------
+
+
+def answers(seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    logp, ref = (-6 * torch.rand(2, 8, generator=g, dtype=torch.float64)).unbind()
+    return logp.requires_grad_(), ref, torch.tensor([1, 0, 1, 1, 0, 0, 1, 0]).bool()
+
+
+def test_kto_agrees_with_the_paper():
+    logp, ref, good = answers()
+    z, beta, like, dislike = 0.7, 0.4, 1.2, 0.9
+    loss, explain = feedback.kto(
+        logp, ref, good, torch.tensor(z, dtype=torch.float64), beta=beta,
+        desirable_weight=like, undesirable_weight=dislike,
+    )  # fmt: skip
+    rows = []
+    for a, r, g in zip(logp, ref, good, strict=True):  # 2402.01306 (8): lambda_y - v(x, y)
+        reward = torch.log(torch.exp(a) / torch.exp(r))
+        rows.append(like - like * sig(beta * (reward - z)) if g else dislike - dislike * sig(beta * (z - reward)))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logp)[0] for x in (loss, expected)))
+    torch.testing.assert_close(explain["reward"], beta * (logp - ref).detach())
+
+
+def test_kto_reference_point_is_clamped_and_detached():
+    logp = torch.tensor([1.0, 3.0], requires_grad=True)
+    assert feedback.kto_reference_point(logp, torch.zeros(2)).item() == 2.0
+    assert feedback.kto_reference_point(-logp, torch.zeros(2)).item() == 0.0
+    assert not feedback.kto_reference_point(logp, torch.zeros(2)).requires_grad
+
+
+def test_bco_agrees_with_the_paper():
+    logp, ref, good = answers()
+    beta = 0.4
+    reward = beta * (logp - ref)
+    shift = feedback.bco_shift(reward, good)
+    delta = (sum(reward[good]) / 4 + sum(reward[~good]) / 4) / 2
+    delta = delta.detach()
+    torch.testing.assert_close(shift, delta)
+    assert not shift.requires_grad
+    loss, _ = feedback.bco(logp, ref, good, shift, beta=beta)
+    expected = torch.stack(
+        [
+            -torch.log(sig(r - shift)) if g else -torch.log(1 - sig(r - shift))
+            for r, g in zip(reward, good, strict=True)
+        ]
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logp, retain_graph=True)[0] for x in (loss, expected)))
+
+
+def test_bco_shift_with_one_kind_only():
+    assert feedback.bco_shift(torch.tensor([1.0, 3.0]), torch.tensor([True, True])).item() == 2.0
+
+
+def test_feedback_losses_stay_finite_at_extremes():
+    logp = torch.tensor([-5000.0, 0.0, -5000.0, 0.0], requires_grad=True)
+    ref, good = torch.tensor([0.0, -5000.0, -1.0, -1.0]), torch.tensor([True, True, False, False])
+    for loss, _ in (
+        feedback.kto(logp, ref, good, torch.tensor(0.0)),
+        feedback.bco(logp, ref, good, torch.tensor(0.0)),
+    ):
+        assert loss.isfinite().all()
+        assert torch.autograd.grad(loss.sum(), logp)[0].isfinite().all()
+
+
+# The table --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_table_says_what_each_loss_needs(name):
+    """Take away what the table says is not needed: nothing changes. Take away what is: it is missed."""
+    spec = LOSSES[name]
+    if spec.data == "feedback":
+        assert {"logp", "ref_logp", "desirable"} <= set(inspect.signature(spec.function).parameters)
+        return
+    named, cm, rm = batch()
+    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **{k: named[k] for k in list(named)[2:]})
+    no_kl = pair._replace(chosen_kl=None, rejected_kl=None)
+    if spec.needs_full_kl:
+        with pytest.raises(TypeError, match="divergences"):
+            spec.function(no_kl)
+    else:
+        assert torch.equal(spec.function(no_kl)[0], spec.function(pair)[0])
+    bare = pair._replace(ref_chosen=None, ref_rejected=None)
+    if spec.needs_reference:
+        with pytest.raises(TypeError, match="reference"):
+            spec.function(bare)
+    else:
+        assert spec.function(bare)[0].isfinite().all()
+    longer = pair._replace(chosen_length=2 * pair.chosen_length)
+    assert torch.equal(spec.function(longer)[0], spec.function(pair)[0]) != spec.length_normalised
