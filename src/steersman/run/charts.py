@@ -1,0 +1,99 @@
+"""Line charts for the report: SVG whose colours are left to the page, so that they suit light and dark."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+SERIES = 8
+"""Lines that one chart can show in colours that are told apart."""
+
+# Colours that stand for the page's own: replaced by CSS variables once the picture is text.
+_INK, _RULE = "#010203", "#010204"
+_LINES = [f"#0102{16 + i:02x}" for i in range(SERIES)]
+_STYLE = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "axes.edgecolor": _RULE,
+    "axes.labelcolor": _INK, "xtick.color": _RULE, "ytick.color": _RULE, "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": _RULE, "grid.linewidth": 0.6, "ytick.major.size": 0,
+    "axes.formatter.useoffset": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One series: its name and its points (step, value), all finite."""
+
+    name: str
+    steps: list[float]
+    values: list[float]
+
+
+def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> str:
+    """The chart as an `<svg>` element; long noisy series are drawn pale with their running mean above them."""
+    style: Any = _STYLE | {"svg.hashsalt": title}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        for color, line in zip(_LINES, lines, strict=False):
+            smooth = running_mean(line.values)
+            noisy = smooth is not line.values
+            marker = "o" if len(line.values) <= 20 else None
+            axes.plot(line.steps, line.values, color=color, lw=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1,
+                      marker=marker, ms=3)  # fmt: skip
+            if noisy:
+                axes.plot(line.steps, smooth, color=color, lw=1.8)
+        values = [v for line in lines for v in line.values]
+        if 0 < min(values) < max(values) and (log or _far_apart(lines)):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(numticks=6))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("step")
+        axes.margins(x=0.01)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(out.getvalue(), title)
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Centred mean over about a twentieth of the series; the same list where it is short or smooth."""
+    half = len(values) // 40
+    travelled = sum(abs(b - a) for a, b in itertools.pairwise(values))
+    if half < 1 or travelled < 3 * (max(values) - min(values)):
+        return values
+    total = [0.0]
+    for value in values:
+        total.append(total[-1] + value)
+    out = []
+    for i in range(len(values)):
+        low, high = max(0, i - half), min(len(values), i + half + 1)
+        out.append((total[high] - total[low]) / (high - low))
+    return out
+
+
+def _far_apart(lines: Sequence[Line]) -> bool:
+    """Whether one line would lie flat on the floor beside another."""
+    middles = [statistics.median(line.values) for line in lines]
+    return max(middles) > 30 * min(middles)
+
+
+def _themed(svg: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    # Ids must not meet those of the other charts on the page.
+    salt = re.sub(r"\W", "", title)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{salt}-", svg)
+    svg = svg.replace(_INK, "var(--ink-soft)").replace(_RULE, "var(--rule)")
+    for i, color in enumerate(_LINES):
+        svg = svg.replace(color, f"var(--s{i})")
+    return svg

@@ -1,0 +1,154 @@
+"""The report: made for any verb from whatever is there, with nothing of the data taken for markup."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from steersman.run.charts import Line, line_chart, running_mean
+from steersman.run.report import charts, findings, sample_pairs, summary_rows, write_report
+from steersman.types import SteersmanError
+
+EVIL = '<script>alert("x")</script> & $\\frac{'
+
+
+@pytest.fixture
+def run(tmp_path):
+    rng = random.Random(0)
+    rows = [
+        {"step": i, "seconds": i / 2, "reward/total": i + rng.gauss(0, 1), f"reward/{EVIL}": 1.0,
+         "kl": i / 9, "loss": -i, "ratio_gap": 1e-6, "held_out/loss": 2.0, "kl/coefficient": 0.1,
+         "lr/actor": 0.0, "odd/thing": 3}
+        for i in range(1, 61)
+    ]  # fmt: skip
+    rows[5]["kl"] = "nan"
+    lines = [json.dumps(r) for r in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 61, "kl": 1']))
+    samples = [
+        {"step": s, "index": k, "prompt": EVIL, "completion": f"answer {s} {EVIL}", "finish": "eos",
+         "reward": {"model": s * (1 - 2 * k), "gold": 1.0, EVIL: "nan"}}
+        for s in (0, 30, 60) for k in (0, 1)
+    ]  # fmt: skip
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    seen = [{"step": s, "code": "kl_runaway", "severity": "warning", "text": f"at {s} {EVIL}"} for s in (4, 24)]
+    (tmp_path / "health.jsonl").write_text("\n".join(map(json.dumps, seen)))
+    summary = {
+        "verb": "ppo",
+        "seconds": 99.5,
+        "gold_before": 0.1,
+        "gold_after": 0.5,
+        "kl": 3.25,
+        "nested": {EVIL: None},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.yaml").write_text(f"model: '{EVIL}'\n")
+    return tmp_path
+
+
+def test_everything_that_is_there_is_shown_and_escaped(run):
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 8
+    for part in [
+        "Reward",
+        "KL to the reference",
+        "Gap between",
+        "answer 0",
+        "answer 60",
+        "99.5",
+        "at 24",
+        "step 4 to 24",
+    ]:
+        assert part in page
+    assert not re.search(r'(src|href)="(?!#)', page.replace('xlink:href="#', 'href="#'))  # nothing from elsewhere
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        ET.fromstring(svg)
+        assert "#0102" not in svg  # every colour belongs to the page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_charts_group_by_what_is_measured(run):
+    rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    found = {c.title: [name for name, _ in c.legend] for c in charts(rows)}
+    assert list(found) == [
+        "Reward", "KL to the reference", "Coefficients", "Losses", "Gap between rollout and training",
+        "Learning rates", "Odd",
+    ]  # fmt: skip
+    assert found["Losses"] == ["loss", "loss (held out)"]
+    assert found["Reward"][0] == "total"
+    many = [{"step": 1, **{f"x/{i}": i for i in range(20)}}]
+    assert charts(many)[0].left_out == 12
+
+
+def test_pairs_are_the_first_and_last_answer_to_a_prompt():
+    rows = [
+        {"step": s, "index": i, "prompt": f"p{i}", "completion": f"c{s}", "reward": {"a": s, "b": -s, "c": 1}}
+        for s in (9, 0, 5) for i in (0, 1)
+    ]  # fmt: skip
+    pairs = sample_pairs(rows)
+    assert [p.prompt for p in pairs] == ["p0", "p1"]
+    assert (pairs[0].before["completion"], pairs[0].after["completion"]) == ("c0", "c9")
+    assert [r["step"] for r in pairs[0].between] == [5]
+    assert pairs[0].rewards == [("a", "0", "9", "up"), ("b", "0", "−9", "down"), ("c", "1", "1", "same")]
+
+
+def test_summary_and_findings():
+    compared, single = summary_rows(
+        {"gold_before": 1, "gold_after": 2, "kl": 3, "only_after": 4, "n": {"x_before": 5}}
+    )
+    assert compared == [("gold", 1, 2)]
+    assert single == [("kl", 3), ("only after", 4), ("n x before", 5)]
+    rows = [
+        {"step": 1, "code": "a", "severity": "note", "text": "t1"},
+        {"step": 9, "code": "b", "severity": "stop", "text": "t2"},
+        {"step": 21, "code": "a", "severity": "note", "text": "t3"},
+    ]
+    assert [(f["code"], f["first"], f["last"], f["times"], f["text"]) for f in findings(rows)] == [
+        ("b", 9, 9, 1, "t2"),
+        ("a", 1, 21, 2, "t3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", "a: 1"),
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", '{"step": 1, "a": "nan"}\n{"step": 2, "b": 0.0}\n[1]\n'),
+        ("samples.jsonl", '{"step": 1, "completion": "x", "prompt": null, "reward": 0.5}\n{"step": 2}\n'),
+        ("summary.json", "{cut"),
+        ("summary.json", "[]"),
+    ],
+)
+def test_parts_of_a_run_make_a_report_too(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert "</html>" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(SteersmanError, match="no such folder"):
+        write_report(tmp_path / "none")
+    with pytest.raises(SteersmanError, match="holds no run"):
+        write_report(tmp_path)
+
+
+def test_running_mean_by_hand():
+    smooth = [float(i) for i in range(100)]
+    assert running_mean(smooth) is smooth
+    noisy = [float(i % 2) for i in range(80)]
+    mean = running_mean(noisy)
+    assert mean[0] == pytest.approx(1 / 3)  # of 0, 1, 0
+    assert mean[10] == pytest.approx(2 / 5)  # of 0, 1, 0, 1, 0
+    assert running_mean([1.0, 9.0]) == [1.0, 9.0]
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1e30, 1e30], [1e-9, 1e-3, 1e6]])
+def test_charts_of_awkward_numbers(values):
+    svg = line_chart("x", [Line("a", list(map(float, range(len(values)))), values)], log=True)
+    ET.fromstring(svg)
+    assert "mathdefault" not in svg
