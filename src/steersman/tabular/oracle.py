@@ -109,6 +109,7 @@ def expected_gradient(
     logits = made.detach().requires_grad_()
     source = logits.detach() if behaviour is None else behaviour
     index, prob = groups(mdp, source, size, count)
+    index, prob = index[prob > 0], prob[prob > 0]  # what is never drawn has no ratio, and 0 * NaN is NaN
     everything = mdp.trajectory(source, gamma=gamma, kl=kl, value=value)
 
     def draw(index: Tensor) -> Batch:

@@ -49,7 +49,14 @@ def check_gradient(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Gradi
 
 
 def _core(algorithm: Algorithm) -> Algorithm:
-    off = {"average": "episode", "kl_in": "reward", "kl_estimator": "k1", "whiten": False, "lam": 1.0, "scale": "none"}
+    off = {
+        "average": "episode",
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+        "whiten": False,
+        "lam": 1.0,
+        "scale": "none",
+    }
     return algorithm.model_copy(update={k: v for k, v in off.items() if k in type(algorithm).model_fields})
 
 
@@ -103,9 +110,7 @@ def policy_loss(algorithm: Algorithm, logp: Tensor, traj: Trajectory, coef: Coef
     return loss_given(algorithm, algorithm.advantage(traj).adv, logp, traj, coef)
 
 
-def loss_given(
-    algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory, coef: Coefficients
-) -> Tensor:
+def loss_given(algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory, coef: Coefficients) -> Tensor:
     """loss -> KL term -> reduce, for advantages that are known already."""
     per_step = algorithm.loss(logp, traj, adv, coef)
     if algorithm.kl_in == "loss" and traj.logp_ref is not None:

@@ -78,7 +78,9 @@ class _Run:
         rows = mdp.sample(old, draws, self.generator, size)
         group = torch.arange(draws).repeat_interleave(size)
         value = self.critic.detach() if algorithm.critic else None
-        traj = mdp.trajectory(old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group)
+        traj = mdp.trajectory(
+            old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group
+        )
         self._baseline(traj, old, rows)
         adv, ret = algorithm.advantage(traj)
         if isinstance(algorithm, TRPO):

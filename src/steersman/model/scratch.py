@@ -1,0 +1,42 @@
+"""A model with fresh weights, from a few numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from steersman.model.policy import Policy
+from steersman.types import SteersmanError
+
+
+def fresh_policy(
+    tokenizer_path: str,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    pack: int | None = None,
+) -> Policy:
+    """A randomly initialised causal model: `settings` are its config's fields, `model_type` among them.
+
+    Vocabulary size and the ids of special tokens are the tokenizer's unless given. Raises SteersmanError for an
+    unknown model type, field values that its class refuses, or a folder without a tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    except (OSError, ValueError) as error:
+        raise SteersmanError(f"model.path {tokenizer_path}: no tokenizer can be loaded from it ({error})") from error
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    merged = {"vocab_size": len(tokenizer), **special, **settings}
+    model_type = merged.pop("model_type", None)
+    if model_type is None:
+        raise SteersmanError("model.scratch: give model_type, such as llama or gpt2, and the model's sizes")
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **merged))
+    except (ValueError, TypeError) as error:
+        raise SteersmanError(f"model.scratch: {error}") from error
+    return Policy(model.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer, pack=pack)

@@ -1,0 +1,69 @@
+"""From samples and scores to `Tokens` and a `Trajectory`: what was said, and what it was worth step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steersman.algorithms.base import Algorithm
+from steersman.reward.shaping import kl_shaped
+from steersman.types import Sample, Tokens, Trajectory
+
+
+def tokens_of(samples: Sequence[Sample]) -> Tokens:
+    """The samples as one right-padded batch; every response token counts."""
+    support = [s.support for s in samples]
+    return Tokens.from_ids(
+        [s.prompt.ids for s in samples],
+        [s.ids for s in samples],
+        support=None if any(s is None for s in support) else support,  # type: ignore[arg-type]
+    )
+
+
+def behaviour_logp(samples: Sequence[Sample], T: int) -> Float[Tensor, "B T"]:
+    """Log-probabilities recorded while sampling; 0 beyond each response."""
+    logp = torch.zeros(len(samples), T)
+    for b, sample in enumerate(samples):
+        logp[b, : len(sample.logp)] = torch.tensor(sample.logp)
+    return logp
+
+
+def trajectory(
+    samples: Sequence[Sample],
+    tokens: Tokens,
+    score: Float[Tensor, " B"],
+    algorithm: Algorithm,
+    beta: float,
+    *,
+    logp_ref: Float[Tensor, "B T"] | None = None,
+    value: Float[Tensor, "B T+1"] | None = None,
+    baseline: Float[Tensor, " B"] | None = None,
+    per_token: Float[Tensor, "B T"] | None = None,
+) -> Trajectory:
+    """One row per sample: the score at the last token (or per token), the KL penalty at every token.
+
+    `score` is the shaped score of each response. The discount is gamma, and 0 after a response that ended by
+    itself; a response cut by the length limit keeps gamma there, so the critic's value bootstraps it.
+    """
+    mask, B = tokens.mask, len(samples)
+    logp_old = behaviour_logp(samples, mask.shape[1]).to(mask.device)
+    penalty = beta if algorithm.kl_in == "reward" and logp_ref is not None else 0.0
+    reward = kl_shaped(
+        score,
+        logp_old,
+        logp_old if logp_ref is None else logp_ref,
+        mask,
+        penalty,
+        algorithm.kl_estimator,
+        per_token,
+    )
+    discount = torch.full_like(reward, algorithm.gamma)
+    last = (tokens.response_length - 1).clamp(min=0)
+    terminated = torch.tensor([s.terminated for s in samples], device=mask.device)
+    rows = torch.arange(B, device=mask.device)
+    discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
+    group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
+    return Trajectory(mask, reward, discount, logp_old, logp_ref, value, group, baseline)

@@ -1,0 +1,63 @@
+"""Models as a recipe's `model` section asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from steersman.model import LoraConfig, Policy, ScalarModel, fresh_policy, load_policy, load_scalar, save
+from steersman.run.device import resolve_dtype
+from steersman.train.sections import ModelConfig, RunConfig
+
+
+def policy_from(
+    config: ModelConfig, run: RunConfig, device: torch.device, *, trainable: bool = True, pack: int | None = None
+) -> Policy:
+    """The section's causal model; frozen and without adapters where it is not `trainable`."""
+    dtype = _dtype(config, device)
+    if config.scratch is not None and trainable:
+        policy = fresh_policy(config.path, config.scratch, seed=run.seed, dtype=dtype, device=device, pack=pack)
+    else:
+        lora = None
+        if config.lora is not None and trainable:
+            lora = LoraConfig(r=config.lora.r, alpha=config.lora.alpha, targets=config.lora.targets)
+        policy = load_policy(
+            config.path, dtype=dtype, device=device, attention=config.attention, lora=lora, trainable=trainable,
+            pack=pack,
+        )  # fmt: skip
+    _prepare(policy, config, run, trainable)
+    return policy
+
+
+def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path: str | None = None) -> ScalarModel:
+    """A reward model or critic from the section's path, or from another one in the section's precision."""
+    dtype = _dtype(config, device)
+    model = load_scalar(path or config.path, dtype=dtype, device=device, attention=config.attention)
+    _prepare(model, config, run, True)
+    return model
+
+
+def save_model(model: Policy | ScalarModel, config: ModelConfig, folder: Path) -> None:
+    """The trained model in the Hugging Face layout, in the precision and form that the section asks for."""
+    dtype = None if config.save_dtype == "same" else getattr(torch, config.save_dtype)
+    save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)
+
+
+def context_length(model: Any) -> int | None:
+    """Longest sequence that the model has positions for, in tokens; None where it names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _dtype(config: ModelConfig, device: torch.device) -> str:
+    return str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+
+
+def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: bool) -> None:
+    module: Any = model
+    module.max_tokens = run.micro_tokens
+    if config.gradient_checkpointing and trainable:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        module.model.train()

@@ -1,0 +1,122 @@
+"""The offline loop: examples -> collate -> loss -> update -> observe.
+
+Supervised fine-tuning, reward models and preference optimisation differ only in their `Objective`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from steersman.data import Batches
+from steersman.run.config import Section
+from steersman.train.session import Session, to_cpu
+from steersman.train.tally import Tally
+from steersman.types import Stats
+from steersman.update.micro import micro_batches
+from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
+
+
+class OfflineConfig(Section):
+    """How long and in what batches to train on given examples."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data; a fraction is allowed")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer updates")
+    batch_size: int = Field(16, ge=1, description="examples (or groups of answers) per optimizer update")
+    keep: Literal["last", "best"] = Field(
+        "last", description="which weights the saved model has: the last, or the best on held-out data"
+    )
+
+
+class Objective(Protocol):
+    """What is learned from examples: a loss over rows, and a look at held-out data.
+
+    `cost` is the number of tokens of each example with all its answers. `denominator` is counted once over the
+    whole batch, and `loss` divides by it, so that micro-batches add up to the batch exactly.
+    """
+
+    module: nn.Module
+    cost: Sequence[int]
+
+    def denominator(self, rows: Sequence[int]) -> float: ...
+
+    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor: ...
+
+    def evaluate(self) -> Stats: ...
+
+
+class Offline:
+    """One offline run: the objective's trainable weights, its optimiser and the order of its data."""
+
+    def __init__(self, objective: Objective, config: OfflineConfig, optimizer: OptimizerConfig, run: Any) -> None:
+        self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
+        self.batches = Batches(len(objective.cost), config.batch_size, run.seed, objective.cost)
+        steps = max(1, round(config.epochs * len(self.batches)))
+        self.total = min(steps, config.max_steps or steps)
+        self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)
+        self.cost = torch.tensor(objective.cost)
+
+    def run(self, session: Session) -> None:
+        """Trains to the end; the held-out data is looked at before the first step, now and then, and at the end."""
+        session.begin(self, self.total)
+        if session.start == 0:
+            session.observe(0, self.objective.evaluate())
+        order = self.batches.forever()
+        for step in session.steps():
+            stats = self.step(next(order))
+            if step % self.eval_every == 0 or step == self.total:
+                stats |= self.objective.evaluate()
+            session.observe(step, stats)
+
+    def step(self, rows: Sequence[int]) -> Stats:
+        """One optimizer update on the given examples."""
+        started, tally = time.monotonic(), Tally()
+        denominator, index = self.objective.denominator(rows), torch.tensor(rows)
+        for part in micro_batches(self.cost[index], self.micro_tokens):
+            loss = self.objective.loss(index[part].tolist(), denominator, tally)
+            if not torch.isfinite(loss):
+                raise NotFiniteError(f"the loss is {float(loss)}")
+            loss.backward()
+        stats = self.optimizer.step() | tally.means()
+        seconds = time.monotonic() - started
+        return stats | {"time/step": seconds, "throughput": float(self.cost[index].sum()) / seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": to_cpu(trainable(self.objective.module)),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_trainable(self.objective.module, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["batches"])
+
+
+def trainable(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name; tied ones once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Puts `trainable` back, in place."""
+    for name, p in trainable(module).items():
+        p.copy_(saved[name])
+
+
+def restore_best(session: Session, state: Offline) -> bool:
+    """Loads the weights of the checkpoint that was best on held-out data; False where none was ranked."""
+    best = session.checkpoints.best()
+    found = None if best is None else session.checkpoints.load(best)
+    if found is None:
+        return False
+    load_trainable(state.objective.module, found.state["state"]["model"])
+    session.log.note(f"the saved model has the weights of step {found.step}, the best on held-out data")
+    return True

@@ -1,0 +1,218 @@
+"""The on-policy loop: prompts -> rollout -> reward -> advantage -> minibatches -> loss -> update -> observe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.advantage.group import no_signal
+from steersman.advantage.returns import values
+from steersman.algorithms.base import Coefficients
+from steersman.loss.value import explained_variance
+from steersman.ops.masked import masked_mean, masked_sum
+from steersman.reward import Scores
+from steersman.reward.shaping import constant_note
+from steersman.run.seed import stream
+from steersman.train.experience import tokens_of, trajectory
+from steersman.train.roles import Roles
+from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
+from steersman.update.kl_controller import DoublingKL, FixedKL, ProportionalKL
+
+
+@dataclass(slots=True)
+class Observation:
+    """What one iteration leaves to be logged."""
+
+    stats: Stats
+    samples: list[Sample]
+    scores: Scores
+    notes: list[str]
+
+
+class OnPolicy:
+    """One on-policy run: models, optimisers and every state that a resumed run needs."""
+
+    def __init__(self, recipe: Any, roles: Roles, prompts: Sequence[Prompt], batches: Any) -> None:
+        self.recipe, self.roles, self.prompts, self.batches = recipe, roles, prompts, batches
+        self._order = batches.forever()
+        self.algorithm = recipe.algorithm
+        self.beta = self._beta_controller()
+        self.beta_old = (
+            DoublingKL(self.algorithm.beta_old, self.algorithm.target_old)
+            if hasattr(self.algorithm, "beta_old")
+            else FixedKL(0.0)
+        )
+        self.moving_mean, self.moving_count = 0.0, 0
+        self.done = 0
+
+    def iteration(self) -> Observation:
+        """One pass through the loop."""
+        clock = Clock()
+        samples, scores = self.sample(self.next_prompts())
+        clock.lap("rollout")
+        tokens, traj, shaping = self.experience(samples, scores)
+        clock.lap("score")
+        advantage = self.algorithm.advantage(traj)
+        coef = Coefficients(self.beta.coef, self.beta_old.coef)
+        stats = self.roles.learner.update(
+            tokens, traj, advantage, coef, stream(self.recipe.run.seed, "minibatches", self.done)
+        )
+        clock.lap("update")
+        stats |= (
+            shaping | self.observe(samples, scores, tokens, traj, advantage.ret) | clock.stats(int(tokens.mask.sum()))
+        )
+        self.adapt(stats)
+        self.done += 1
+        note = constant_note(scores.total)
+        return Observation(stats, samples, scores, [note] if note else [])
+
+    def next_prompts(self) -> list[Prompt]:
+        return [self.prompts[i] for i in next(self._order)]
+
+    def sample(self, prompts: list[Prompt]) -> tuple[list[Sample], Scores]:
+        """Responses to the prompts with their scores; groups without signal replaced where the method asks."""
+        n, extra = self.recipe.rollout.samples, getattr(self.algorithm, "dynamic_sampling", 0)
+        samples = self.roles.generate(prompts, seed=(self.recipe.run.seed, self.done), n=n)
+        scores = self.roles.reward.score(samples)
+        for attempt in range(extra):
+            group = torch.tensor([s.prompt.index for s in samples])
+            keep = (~no_signal(scores.total, group)).nonzero().flatten().tolist()
+            missing = len(prompts) - len(keep) // n
+            if missing <= 0:
+                break
+            more = self.roles.generate(
+                self.next_prompts()[:missing], seed=(self.recipe.run.seed, self.done, attempt + 1), n=n
+            )
+            samples = [samples[i] for i in keep] + more
+            scores = _join(scores, keep, self.roles.reward.score(more))
+        return samples, scores
+
+    def experience(self, samples: list[Sample], scores: Scores) -> tuple[Tokens, Trajectory, Stats]:
+        """Reference log-probabilities, values and baselines of the samples, and their shaped rewards."""
+        roles, recipe = self.roles, self.recipe
+        tokens = tokens_of(samples).to(roles.device)
+        terminated = torch.tensor([s.terminated for s in samples])
+        score, stats = roles.shaping(
+            scores.total, terminated, tokens.response_length.cpu(), recipe.rollout.max_new_tokens
+        )
+        with torch.no_grad():
+            logp_ref = (
+                None
+                if roles.reference is None
+                else roles.reference.logp(tokens, temperature=recipe.rollout.temperature).logp
+            )
+            value = None if roles.learner.critic is None else roles.learner.critic.value(tokens)
+        traj = trajectory(
+            samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
+            logp_ref=logp_ref, value=value, per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
+        )  # fmt: skip
+        traj.baseline = self.baseline(samples, traj)
+        return tokens, traj, stats
+
+    def baseline(self, samples: list[Sample], traj: Trajectory) -> Tensor | None:
+        """Greedy responses' scores (ReMax), or the mean return of earlier iterations (REINFORCE)."""
+        if self.algorithm.baseline == "greedy":
+            prompts = list({s.prompt.index: s.prompt for s in samples}.values())
+            greedy = self.roles.generate(prompts, seed=0, n=1, greedy=True)
+            score = dict(zip((p.index for p in prompts), self.roles.reward.score(greedy).total.tolist(), strict=True))
+            return torch.tensor([score[s.prompt.index] for s in samples], device=traj.reward.device)
+        if self.algorithm.baseline == "moving":
+            before = self.moving_mean
+            returns = masked_sum(traj.reward, traj.mask, dim=-1)
+            self.moving_count += len(returns)
+            self.moving_mean += (float(returns.mean()) - before) * max(len(returns) / self.moving_count, 0.1)
+            return torch.full_like(returns, before)
+        return None
+
+    def observe(
+        self, samples: list[Sample], scores: Scores, tokens: Tokens, traj: Trajectory, ret: Tensor | None
+    ) -> Stats:
+        """What an iteration looked like: rewards by name, KL, entropy, ends, lengths, the critic's fit."""
+        ends = [s.finish for s in samples]
+        stats: Stats = {"reward/total": float(scores.total.mean())}
+        stats |= {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
+        stats |= {f"finish/{end}": ends.count(end) / len(ends) for end in ("eos", "stop", "length")}
+        stats["length/mean"] = sum(len(s.ids) for s in samples) / len(samples)
+        # -log pi of a sampled token is an unbiased estimate of the entropy, and costs nothing
+        stats["entropy"] = -float(masked_mean(traj.logp_old, traj.mask))
+        if traj.logp_ref is not None:
+            stats["kl"] = float(masked_sum(traj.logp_old - traj.logp_ref, traj.mask, dim=-1).mean())
+            stats["beta"] = self.beta.coef
+        if ret is not None and traj.value is not None:
+            stats["explained_variance"] = float(explained_variance(values(traj)[0], ret, traj.mask))
+            stats["value/mean"] = float(masked_mean(traj.value[:, :-1], traj.mask))
+        return stats
+
+    def adapt(self, stats: Stats) -> None:
+        """Lets the controllers of the KL coefficients see this iteration's KL."""
+        if "kl" in stats:
+            self.beta.update(stats["kl"])
+        if "kl/old" in stats:
+            self.beta_old.update(stats["kl/old"])
+        self.roles.refresh(self.done + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "done": self.done,
+            "beta": self.beta.state_dict(),
+            "beta_old": self.beta_old.state_dict(),
+            "moving": [self.moving_mean, self.moving_count],
+            "batches": self.batches.state_dict(),
+            "roles": self.roles.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        self.beta.load_state_dict(state["beta"])
+        self.beta_old.load_state_dict(state["beta_old"])
+        self.moving_mean, self.moving_count = state["moving"]
+        self.batches.load_state_dict(state["batches"])
+        self.roles.load_state_dict(state["roles"])
+
+    def _beta_controller(self) -> FixedKL:
+        algorithm = self.algorithm
+        if algorithm.kl_target is None:
+            return FixedKL(algorithm.beta)
+        samples = self.recipe.rollout.prompts * self.recipe.rollout.samples
+        return ProportionalKL(algorithm.beta, algorithm.kl_target, algorithm.kl_horizon, samples)
+
+
+class Clock:
+    """Seconds of each stage of an iteration."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def stats(self, tokens: int) -> Stats:
+        total = time.monotonic() - self.start
+        stats = {f"time/{name}": seconds for name, seconds in self.laps.items()}
+        return stats | {
+            "time/iteration": total,
+            "throughput/iteration": tokens / max(total, 1e-9),
+            "throughput/rollout": tokens / max(self.laps.get("rollout", total), 1e-9),
+        }
+
+
+def _join(scores: Scores, keep: list[int], more: Scores) -> Scores:
+    """The kept rows of `scores`, then all of `more`."""
+    per_token = None
+    if scores.per_token is not None and more.per_token is not None:
+        width = max(scores.per_token.shape[1], more.per_token.shape[1])
+        parts = [scores.per_token[keep], more.per_token]
+        per_token = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
+    return Scores(
+        torch.cat([scores.total[keep], more.total]),
+        {name: torch.cat([part[keep], more.parts[name]]) for name, part in scores.parts.items()},
+        per_token,
+    )

@@ -1,0 +1,202 @@
+"""The last stages of the on-policy loop: minibatches -> loss -> update, for actor and critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from steersman.advantage.gae import Advantage
+from steersman.algorithms.base import Algorithm, Coefficients
+from steersman.loss.policy import clip_fraction
+from steersman.loss.reduce import denominator, reduce, token_weight
+from steersman.loss.value import value_loss
+from steersman.model import Policy, ScalarModel, SharedCritic
+from steersman.ops.kl import kl_estimate
+from steersman.ops.masked import masked_sum
+from steersman.train.tally import Tally
+from steersman.types import Stats, Tokens, Trajectory
+from steersman.update.micro import micro_batches, split_evenly
+from steersman.update.natural import trust_region_step
+from steersman.update.optimizer import NotFiniteError, Optimizer
+
+Critic = ScalarModel | SharedCritic
+
+
+@dataclass(slots=True)
+class Learner:
+    """Actor and critic with their optimisers, and the algorithm that says what their losses are.
+
+    `temperature` is the one sampled with; `length_limit` the fixed divisor of the "episode" average.
+    With a `SharedCritic` one optimiser holds everything, and the value loss counts `vf_coef` times.
+    """
+
+    algorithm: Algorithm
+    policy: Policy
+    actor: Optimizer
+    critic: Critic | None = None
+    critic_optimizer: Optimizer | None = None
+    temperature: float = 1.0
+    length_limit: int = 1
+    micro_tokens: int = 16_384
+    value_clip: float | None = None
+    vf_coef: float = 0.5
+
+    def update(
+        self, tokens: Tokens, traj: Trajectory, advantage: Advantage, coef: Coefficients, generator: torch.Generator
+    ) -> Stats:
+        """All epochs over one iteration's samples; returns losses, norms and how far the policy moved.
+
+        `ratio_gap` is the largest |logp - logp_old| before the first update: rounding, unless the rollout was
+        made by something else than this policy. Raises NotFiniteError naming the loss that is not a number.
+        """
+        tally, stats = Tally(), Stats()
+        trust_region = self.algorithm.update == "trust_region"
+        if trust_region:
+            stats |= self._trust_region(tokens, traj, advantage.adv, coef)
+        for epoch in range(self.algorithm.epochs):
+            order = torch.randperm(len(tokens), generator=generator)
+            moved = 0.0
+            for part, rows in enumerate(split_evenly(order, self.algorithm.minibatches)):
+                first = epoch == 0 and part == 0
+                moved = self._minibatch(tokens, traj, advantage, coef, rows, tally, first, not trust_region)
+                stats |= self._step(not trust_region)
+            if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
+                stats["epochs"] = epoch + 1.0
+                break
+        return stats | tally.means()
+
+    def _minibatch(
+        self,
+        tokens: Tokens,
+        traj: Trajectory,
+        advantage: Advantage,
+        coef: Coefficients,
+        rows: Tensor,
+        tally: Tally,
+        first: bool,
+        with_policy: bool,
+    ) -> float:
+        """Gradients of one minibatch, micro-batch by micro-batch; returns its KL to the sampler per token."""
+        mask = tokens.mask[rows]
+        steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
+        moved, gap = torch.zeros(()), torch.zeros(())
+        for micro in micro_batches(tokens.length[rows], self.micro_tokens):
+            index = rows[micro]
+            batch, part = tokens.rows(index), traj.rows(index)
+            T = part.mask.shape[1]
+            losses: list[Tensor] = []
+            logp, entropy, value = self._forward(batch, with_policy)
+            if logp is not None:
+                per_step = self._policy_loss(logp, entropy, part, advantage.adv[index, :T], coef)
+                weight = token_weight(part.mask, self.algorithm.average, self.length_limit, per_step.dtype)
+                losses.append(reduce(per_step, weight, policy_count))
+                tally.add("loss/policy", losses[-1] * policy_count, policy_count)
+                distance = kl_estimate(part.logp_old, logp.detach(), "k3")
+                moved = moved + masked_sum(distance, part.mask).cpu()
+                if first:
+                    difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
+                    gap = torch.maximum(gap, difference.max().cpu())
+                self._note_clipping(logp.detach(), part, tally)
+            if value is not None and advantage.ret is not None and part.value is not None:
+                per_step = value_loss(value, part.value[:, :-1], advantage.ret[index, :T], self.value_clip)
+                weight = token_weight(part.mask, "token", dtype=per_step.dtype)
+                loss = reduce(per_step, weight, steps)
+                tally.add("loss/value", loss * steps, steps)
+                losses.append(loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss)
+            total = torch.stack(losses).sum()
+            if not torch.isfinite(total):
+                names = ", ".join(f"{loss.item():g}" for loss in losses)
+                raise NotFiniteError(f"the loss is not a finite number (policy, value: {names})")
+            total.backward()
+        if with_policy:
+            tally.add("kl/old", moved, steps)
+            if first:
+                tally.add("ratio_gap", gap, 1)
+        return float(moved) / steps
+
+    def _forward(self, batch: Tokens, with_policy: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """log-probabilities, entropies and values of the response tokens, each only if it is needed."""
+        want_entropy = self.algorithm.entropy_coef > 0
+        if isinstance(self.critic, SharedCritic):
+            out, value = self.critic.logp_value(batch, temperature=self.temperature, entropy=want_entropy)
+            return out.logp if with_policy else None, out.entropy, value[:, :-1]
+        logp = entropy = None
+        if with_policy:
+            out = self.policy.logp(batch, temperature=self.temperature, entropy=want_entropy)
+            logp, entropy = out.logp, out.entropy
+        return logp, entropy, None if self.critic is None else self.critic.value(batch)[:, :-1]
+
+    def _policy_loss(
+        self, logp: Tensor, entropy: Tensor | None, part: Trajectory, adv: Tensor, coef: Coefficients
+    ) -> Tensor:
+        """The algorithm's loss with the KL term (where it belongs in the loss) and the entropy bonus."""
+        loss = self.algorithm.loss(logp, part, adv, coef)
+        if self.algorithm.kl_in == "loss" and part.logp_ref is not None:
+            loss = loss + coef.beta * kl_estimate(logp, part.logp_ref, self.algorithm.kl_estimator)
+        if entropy is not None:
+            loss = loss - self.algorithm.entropy_coef * entropy
+        return loss
+
+    def _note_clipping(self, logp: Tensor, part: Trajectory, tally: Tally) -> None:
+        low, high = getattr(self.algorithm, "clip_low", None), getattr(self.algorithm, "clip_high", None)
+        if low is not None and high is not None:
+            count = int(part.mask.sum())
+            tally.add("clip_fraction", clip_fraction(logp, part.logp_old, part.mask, low, high) * count, count)
+
+    def _step(self, with_policy: bool) -> Stats:
+        stats: Stats = {}
+        if with_policy:
+            stats |= {f"{name}/actor": x for name, x in self.actor.step().items()}
+        if self.critic_optimizer is not None:
+            stats |= {f"{name}/critic": x for name, x in self.critic_optimizer.step().items()}
+        return stats
+
+    def _trust_region(self, tokens: Tokens, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Stats:
+        """TRPO's step on the actor: surrogate and exact KL over whole distributions, in micro-batches."""
+        config: Any = self.algorithm
+        policy_count, steps = denominator(tokens.mask, config.average), denominator(tokens.mask, "token")
+        surrogates, distances = [], []
+        for rows in micro_batches(tokens.length, self.micro_tokens):
+            batch, part = tokens.rows(rows), traj.rows(rows)
+            part_adv = adv[rows, : part.mask.shape[1]]
+            weight = token_weight(part.mask, config.average, self.length_limit)
+
+            def surrogate(batch=batch, part=part, part_adv=part_adv, weight=weight) -> Tensor:
+                out = self.policy.logp(batch, temperature=self.temperature, entropy=config.entropy_coef > 0)
+                return reduce(self._policy_loss(out.logp, out.entropy, part, part_adv, coef), weight, policy_count)
+
+            with torch.no_grad():
+                old = self._distribution(batch)
+
+            def distance(batch=batch, old=old) -> Tensor:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                    new = self._distribution(batch)
+                return (old.exp() * (old - new)).sum() / steps
+
+            surrogates.append(surrogate)
+            distances.append(distance)
+        stats = trust_region_step(
+            self.actor.parameters,
+            surrogates,
+            distances,
+            max_kl=config.max_kl,
+            cg_steps=config.cg_steps,
+            damping=config.damping,
+            backtracks=config.backtracks,
+            backtrack_ratio=config.backtrack_ratio,
+        )
+        stats["grad_norm/actor"] = stats.pop("grad_norm")
+        return stats
+
+    def _distribution(self, batch: Tokens) -> Tensor:
+        """log pi(. | s) at every response token, `[N, V]`, twice differentiable."""
+        head = self.policy.head()
+        logits = F.linear(self.policy.hidden(batch), head.weight, head.bias).float() * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return F.log_softmax(logits / self.temperature, dim=-1)

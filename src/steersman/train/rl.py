@@ -1,0 +1,181 @@
+"""The on-policy verbs: `steersman ppo`, `grpo`, `rloo`, ... differ in their algorithm's section alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from steersman.data import Batches, encode_prompts, layout, prompts
+from steersman.model import Policy
+from steersman.ops.masked import masked_sum
+from steersman.reward.text import distinct_n
+from steersman.run.device import device_text
+from steersman.run.preflight import Preflight
+from steersman.train.experience import behaviour_logp, tokens_of
+from steersman.train.models import context_length, save_model
+from steersman.train.on_policy import OnPolicy
+from steersman.train.preflight import policy_role, scalar_role
+from steersman.train.recipe import OnPolicyRecipe
+from steersman.train.roles import Roles, build_roles
+from steersman.train.session import Session
+from steersman.types import Prompt, Stats
+
+
+def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Trains, and leaves the policy in `<run folder>/model`; returns the summary that the run folder holds."""
+    session = Session(
+        recipe.algorithm.name, recipe, resume=resume, metric="held_out/reward/total",
+        shown=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
+    )  # fmt: skip
+    with session:
+        roles = build_roles(recipe, session.device)
+        train, held_out = _prompts(recipe, roles.policy)
+        lengths = [len(p.ids) for p in train]
+        batches = Batches(len(train), recipe.rollout.prompts, recipe.run.seed, None, drop_last=True)
+        state = OnPolicy(recipe, roles, train, batches)
+        watch = HeldOut(roles, held_out, recipe)
+        _preflight(session, recipe, roles, train, held_out, max(lengths))
+        session.begin(state, recipe.iterations)
+        before = watch.look(session, 0) if session.start == 0 else watch.recall(session)
+        after = before
+        for step in session.steps():
+            seen = state.iteration()
+            for note in seen.notes:
+                session.log.note(note, style="yellow")
+            if step % recipe.run.eval_every == 0 or step == recipe.iterations:
+                after = watch.look(session, step)
+                seen.stats.update(after)
+            session.observe(step, seen.stats, [s.text for s in seen.samples])
+        if session.stopped:
+            return session.summary({})
+        save_model(roles.policy, recipe.model, session.path / "model")
+        return session.summary(
+            {
+                "model": str(session.path / "model"),
+                **{f"{name.removeprefix('held_out/')}_before": x for name, x in before.items()},
+                **{f"{name.removeprefix('held_out/')}_after": x for name, x in after.items()},
+                "findings": [f"{f.code} at step {f.step}" for f in session.watch.findings],
+            }
+        )
+
+
+class HeldOut:
+    """The same held prompts, answered again and again with the same random streams."""
+
+    def __init__(self, roles: Roles, prompts: list[Prompt], recipe: OnPolicyRecipe) -> None:
+        self.roles, self.prompts, self.recipe = roles, prompts, recipe
+
+    def look(self, session: Session, step: int) -> Stats:
+        """Samples and scores the held prompts; writes them to samples.jsonl; returns `held_out/...` numbers.
+
+        `held_out/kl` is nats per response and `held_out/perplexity` that of the responses under the reference.
+        """
+        if not self.prompts:
+            return {}
+        roles = self.roles
+        samples = roles.generate(self.prompts, seed=(self.recipe.run.seed, 1 << 40), n=1)
+        scores = roles.reward.score(samples)
+        stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
+        stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
+        stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
+        stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
+        if roles.reference is not None:
+            stats |= self._distance(samples)
+        rows = [
+            {
+                "index": s.prompt.index,
+                "prompt": s.prompt.text,
+                "completion": s.text,
+                "finish": s.finish,
+                "reward": {name: float(part[i]) for name, part in scores.parts.items()},
+            }
+            for i, s in enumerate(samples)
+        ]
+        session.log.samples(step, rows)
+        return stats
+
+    def recall(self, session: Session) -> Stats:
+        """The numbers of step 0 as a resumed run finds them in its log."""
+        row = next((r for r in session.metrics() if r["step"] == 0), {})
+        return {k: v for k, v in row.items() if k.startswith("held_out/")}
+
+    @torch.no_grad()
+    def _distance(self, samples: list) -> Stats:
+        tokens = tokens_of(samples).to(self.roles.device)
+        ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp
+        logp = behaviour_logp(samples, tokens.mask.shape[1]).to(ref.device)
+        plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp
+        mean = float(masked_sum(plain, tokens.mask)) / max(int(tokens.mask.sum()), 1)
+        return {
+            "held_out/kl": float(masked_sum(logp - ref, tokens.mask, dim=-1).mean()),
+            "held_out/perplexity": math.exp(min(-mean, 50)),
+        }
+
+
+def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held prompts; without held-out rows the last few training prompts are looked at too."""
+    loaded = prompts(recipe.data)
+    laid = layout(policy.tokenizer, recipe.data)
+    context, new = context_length(policy.model), recipe.rollout.max_new_tokens
+    train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
+    if loaded.held_out:
+        held_out, _, _ = encode_prompts(loaded.held_out, laid, recipe.data, context, new)
+    else:
+        held_out = train[-recipe.rollout.held_out :] if recipe.rollout.held_out else []
+    return train, held_out[: recipe.rollout.held_out]
+
+
+def _preflight(
+    session: Session, recipe: OnPolicyRecipe, roles: Roles, train: list[Prompt], held: list[Prompt], longest: int
+) -> None:
+    algorithm, rollout, run = recipe.algorithm, recipe.rollout, recipe.run
+    pre = Preflight(f"steersman {algorithm.name}: {algorithm.title} ({algorithm.paper})")
+    samples = rollout.prompts * rollout.samples
+    length = longest + rollout.max_new_tokens
+    pre.fact("run folder", str(session.path))
+    pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
+    pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
+    pre.fact("reward", roles.reward.describe())
+    pre.fact("per iteration", f"{rollout.prompts} prompts x {rollout.samples} = {samples} samples")
+    pre.fact(
+        "updates",
+        f"{algorithm.epochs} epochs x {algorithm.minibatches} minibatches of {samples // algorithm.minibatches} samples",
+    )
+    pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
+    pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
+    pre.role(
+        policy_role(
+            "actor", roles.policy, recipe.model.path, run.micro_tokens, length, rows=min(rollout.max_batch, samples)
+        )
+    )
+    critic = roles.learner.critic
+    if critic is not None and hasattr(critic, "model"):
+        pre.role(scalar_role("critic", critic, critic.model.name_or_path, run.micro_tokens, length))
+    if isinstance(roles.reference, Policy):
+        pre.role(
+            policy_role(
+                "reference",
+                roles.reference,
+                roles.reference.model.name_or_path,
+                run.micro_tokens,
+                length,
+                trained=False,
+            )
+        )
+    for name, part in roles.reward.parts.items():
+        model = getattr(part[1], "model", None)
+        if model is not None:
+            pre.role(
+                scalar_role(
+                    f"reward {name}", model, model.model.name_or_path, run.micro_tokens, length, trained=False
+                )
+            )
+    step = max(1, len(train) // 3)
+    for prompt in train[::step][:3]:
+        pre.sample([(prompt.text, False)])
+    for note in roles.policy.notes:
+        pre.fact("model", note)
+    pre.check()
+    pre.show()

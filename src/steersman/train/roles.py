@@ -1,0 +1,153 @@
+"""The models of an on-policy run: actor, critic, reward and reference, and what samples from the actor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steersman.algorithms.nlpo import NLPO
+from steersman.model import Logp, Policy, SharedCritic
+from steersman.reward import ScoreShaping, WeightedSum, build_reward
+from steersman.rollout import Engine, Sampling
+from steersman.train.models import policy_from, scalar_from
+from steersman.train.offline import load_trainable, trainable
+from steersman.train.policy_update import Critic, Learner
+from steersman.train.recipe import CriticConfig, OnPolicyRecipe
+from steersman.train.session import to_cpu
+from steersman.types import Prompt, Sample, SteersmanError, Tokens
+from steersman.update.optimizer import Optimizer
+
+
+@dataclass
+class Roles:
+    """Everything with weights, and what uses them to sample and to judge."""
+
+    learner: Learner
+    reference: Any
+    reward: WeightedSum
+    shaping: ScoreShaping
+    engine: Engine
+    sampling: Sampling
+    device: torch.device
+    mask_model: torch.nn.Module | None = None
+
+    @property
+    def policy(self) -> Policy:
+        return self.learner.policy
+
+    def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
+        """Samples from the actor as it is now, under NLPO's mask where there is one."""
+        algorithm = self.learner.algorithm
+        return self.engine.generate(
+            prompts,
+            self.sampling.as_greedy() if greedy else self.sampling,
+            n=n,
+            seed=seed,
+            record_support=not greedy,
+            mask_model=self.mask_model,
+            mask_top_p=algorithm.mask_top_p if isinstance(algorithm, NLPO) else 1.0,
+        )
+
+    def refresh(self, iteration: int) -> None:
+        """Copies the actor into NLPO's masking policy every `mask_every` iterations."""
+        algorithm = self.learner.algorithm
+        if isinstance(algorithm, NLPO) and iteration % algorithm.mask_every == 0:
+            assert self.mask_model is not None
+            self.mask_model.load_state_dict(self.policy.model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        learner = self.learner
+        state = {"policy": to_cpu(trainable(learner.policy)), "actor": learner.actor.state_dict()}
+        state["shaping"] = self.shaping.norm.state_dict()
+        if learner.critic is not None:
+            state["critic"] = to_cpu(trainable(learner.critic))
+        if learner.critic_optimizer is not None:
+            state["critic_optimizer"] = learner.critic_optimizer.state_dict()
+        if self.mask_model is not None:
+            state["mask"] = to_cpu(self.mask_model.state_dict())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        learner = self.learner
+        load_trainable(learner.policy, state["policy"])
+        learner.actor.load_state_dict(state["actor"])
+        self.shaping.norm.load_state_dict(state["shaping"])
+        if learner.critic is not None:
+            load_trainable(learner.critic, state["critic"])
+        if learner.critic_optimizer is not None:
+            learner.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.mask_model is not None:
+            self.mask_model.load_state_dict(state["mask"])
+
+
+def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
+    """Loads and wires all models that the recipe's algorithm needs."""
+    algorithm, rollout = recipe.algorithm, recipe.rollout
+    policy = policy_from(recipe.model, recipe.run, device)
+    reward = build_reward(recipe.reward, policy.tokenizer, device)
+    critic = _critic(recipe, policy, device) if algorithm.critic else None
+    config = recipe.critic or CriticConfig()
+    updates = recipe.iterations * algorithm.epochs * algorithm.minibatches
+    shared = isinstance(critic, SharedCritic)
+    actor_parameters = critic.parameters() if shared else policy.parameters()
+    learner = Learner(
+        algorithm,
+        policy,
+        Optimizer(actor_parameters, recipe.optimizer, updates),
+        critic,
+        None if critic is None or shared else Optimizer(critic.parameters(), config.optimizer, updates),
+        temperature=rollout.temperature,
+        length_limit=rollout.max_new_tokens,
+        micro_tokens=recipe.run.micro_tokens,
+        value_clip=config.value_clip,
+        vf_coef=config.vf_coef,
+    )
+    engine = Engine(
+        policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=rollout.eos_token_id or None
+    )
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_k=rollout.top_k,
+        top_p=rollout.top_p, min_p=rollout.min_p, min_new_tokens=rollout.min_new_tokens, stop=tuple(rollout.stop),
+    )  # fmt: skip
+    mask_model = copy.deepcopy(policy.model).requires_grad_(False) if isinstance(algorithm, NLPO) else None
+    return Roles(
+        learner, _reference(recipe, policy, device), reward, ScoreShaping(recipe.reward), engine, sampling, device,
+        mask_model,
+    )  # fmt: skip
+
+
+class WithoutAdapters:
+    """The reference of a LoRA policy: the same module, adapters off, so no second copy of the weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def logp(self, tokens: Tokens, *, temperature: float = 1.0) -> Logp:
+        with self.policy.reference() as frozen:
+            return frozen.logp(tokens, temperature=temperature)
+
+
+def _reference(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> Any:
+    """The frozen policy that KL is measured to: the start, by default; with LoRA the actor without adapters."""
+    if recipe.reference == "none":
+        if recipe.algorithm.beta > 0:
+            raise SteersmanError("reference is none, but algorithm.beta is above 0: KL needs a reference")
+        return None
+    if recipe.model.lora is not None and recipe.reference == "start":
+        return WithoutAdapters(policy)
+    path = recipe.model.path if recipe.reference == "start" else recipe.reference
+    return policy_from(recipe.model.model_copy(update={"path": path}), recipe.run, device, trainable=False)
+
+
+def _critic(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> Critic:
+    init = (recipe.critic or CriticConfig()).init
+    if init == "shared":
+        return SharedCritic(policy)
+    if init == "auto":
+        models = [part.model for part in recipe.reward.parts.values() if part.model is not None]
+        init = models[0] if models else "policy"
+    return scalar_from(recipe.model, recipe.run, device, None if init == "policy" else init)
