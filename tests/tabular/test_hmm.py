@@ -89,8 +89,8 @@ def test_baum_welch_climbs_and_recovers_a_clear_model():
     first = HMM(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]))
     fitted, history = baum_welch(first, sequences, iterations=20, tolerance=1e-2)
     assert all(after >= before - 1e-9 for before, after in itertools.pairwise(history))
-    torch.testing.assert_close(fitted.transition, truth.transition, rtol=0, atol=0.06)
-    torch.testing.assert_close(fitted.emission, truth.emission, rtol=0, atol=0.06)
+    torch.testing.assert_close(fitted.transition, truth.transition, rtol=0, atol=0.1)
+    torch.testing.assert_close(fitted.emission, truth.emission, rtol=0, atol=0.1)
     assert history[-1] >= sum(float(truth.forward_backward(o).log_likelihood) for o in sequences)
 
 

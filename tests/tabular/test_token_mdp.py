@@ -46,6 +46,8 @@ def test_every_sequence_is_listed_once_and_probabilities_add_up(vocab, horizon, 
     assert len(distinct) == len(language)
     assert all((y[-1] == eos) or (len(y) == horizon) for _, y in distinct)
     assert all(eos not in y[:-1] for _, y in distinct)
+    last = language.sequences.gather(1, language.length[:, None] - 1).squeeze(1)
+    assert torch.equal(language.terminated, last == eos)
     prob = language.sequence_prob(policy(language))
     assert float(prob.sum()) == pytest.approx(1, abs=1e-14)
     assert torch.equal(language.mask.sum(-1), language.length)
