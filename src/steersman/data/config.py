@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from steersman.run.config import Section
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Which rows, how they are read, and how they become tokens."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str | list[str] = Field(
         description="file, folder, glob, list of these (jsonl, json, csv, tsv, parquet, txt; .gz of each) or hub name"

@@ -109,10 +109,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     engine = Engine(
         policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=rollout.eos_token_id or None
     )
-    sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_k=rollout.top_k,
-        top_p=rollout.top_p, min_p=rollout.min_p, min_new_tokens=rollout.min_new_tokens, stop=tuple(rollout.stop),
-    )  # fmt: skip
+    sampling = rollout.sampling()
     mask_model = copy.deepcopy(policy.model).requires_grad_(False) if isinstance(algorithm, NLPO) else None
     return Roles(
         learner, _reference(recipe, policy, device), reward, ScoreShaping(recipe.reward), engine, sampling, device,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.rollout import Sampling
 from steersman.run.config import Section
 
 
@@ -79,3 +80,15 @@ class RolloutConfig(Section):
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
             )
         return self
+
+    def sampling(self) -> Sampling:
+        """How tokens are drawn, as the engine takes it."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            min_new_tokens=self.min_new_tokens,
+            stop=tuple(self.stop),
+        )

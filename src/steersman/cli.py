@@ -1,0 +1,178 @@
+"""`steersman <verb> [recipe.yaml] [--section.key value ...]`.
+
+A verb is a row of VERBS; its module is imported when it is used, so that `steersman --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steersman.run.config import Section
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class."""
+
+    run: str
+    recipe: str
+    help: str
+
+
+VERBS = {
+    "quickstart": Verb("steersman.quickstart:run", "steersman.quickstart:QuickstartRecipe",
+                       "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
+    "sft": Verb("steersman.train.sft:run", "steersman.train.sft:SFTRecipe",
+                "supervised fine-tuning on text, prompts with completions, or chats"),
+    "reward": Verb("steersman.train.reward_model:run", "steersman.train.reward_model:RewardModelRecipe",
+                   "a reward model from preference pairs"),
+    **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text) for name, text in {
+        "ppo": "PPO with a critic against reward models, functions, or a weighted sum",
+        "ppo-kl": "PPO with an adaptive KL penalty in the place of the clip",
+        "trpo": "a natural-gradient step inside a KL ball, with a line search",
+        "nlpo": "PPO limited to the likely tokens of a lagging copy of the policy",
+        "a2c": "advantage actor-critic: GAE and the plain score-function loss",
+        "reinforce": "return-to-go against a moving baseline",
+        "reinforce-baseline": "return-to-go against a critic",
+        "reinforce++": "batch-normalised return-to-go, clipped, without a critic",
+        "rloo": "each response against the mean of its siblings",
+        "remax": "each response against the greedy one",
+        "grpo": "scores standardised within their group, clipped, KL in the loss",
+        "dr-grpo": "GRPO without the divisions that bias it",
+        "dapo": "GRPO with an asymmetric clip and dynamic sampling",
+        "gspo": "GRPO with one ratio per response",
+        "cispo": "GRPO with bounded weights in the place of the clip",
+    }.items()},
+    "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
+                     "sample responses from a model"),
+}  # fmt: skip
+REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and gives its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        _say_where("interrupted")
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        # types.py imports torch; an error of its own kind can only come from a process that did so too.
+        types = sys.modules.get("steersman.types")
+        if types is not None and isinstance(error, types.SteersmanError):
+            _red(str(error))
+            return 2
+        _say_where("the run failed")
+        raise
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(_usage())
+        return 0
+    if args[0] in ("--version", "-V"):
+        print(f"steersman {version('steersman')}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name == "report":
+        return _report(rest)
+    if name not in VERBS:
+        near = get_close_matches(name, [*VERBS, "report"], 1)
+        hint = f"did you mean {near[0]}?" if near else "steersman --help lists the verbs"
+        _red(f"{name}: there is no such verb; {hint}")
+        return 2
+    return _verb(name, VERBS[name], rest)
+
+
+def _verb(name: str, verb: Verb, args: list[str]) -> int:
+    flags = {"--help", "-h", "--print-config", "--resume"}
+    # A word right after a setting is its value, so only one in front can be the recipe.
+    path = Path(args[0]) if args and not args[0].startswith("-") else None
+    words = args[1:] if path is not None else args
+    given = {w for w in words if w in flags}
+    overrides = [w for w in words if w not in flags]
+    recipe_class: type[Section] = _load(verb.recipe)
+    if given & {"--help", "-h"}:
+        _verb_help(name, verb, recipe_class)
+        return 0
+    from steersman.run.config import dump_recipe, load_recipe
+
+    recipe = load_recipe(recipe_class, path, overrides)
+    if "--print-config" in given:
+        print(dump_recipe(recipe), end="")
+        return 0
+    summary = _load(verb.run)(recipe, resume="--resume" in given)
+    # A run that a signal ended early is whole and can be resumed, but what called it must not take it for done.
+    return 130 if summary.get("finished") is False else 0
+
+
+def _report(args: list[str]) -> int:
+    if len(args) != 1 or args[0] in ("--help", "-h"):
+        print(REPORT_HELP)
+        return 0 if args and args[0] in ("--help", "-h") else 2
+    from steersman.run.report import write_report
+
+    print(write_report(Path(args[0])))
+    return 0
+
+
+def _load(place: str) -> Any:
+    module, _, names = place.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in names.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    return found
+
+
+def _usage() -> str:
+    rows = [(name, verb.help) for name, verb in VERBS.items()] + [("report", REPORT_HELP)]
+    verbs = "\n".join(f"  {name:<20}{text}" for name, text in rows)
+    return f"""steersman: reinforcement learning and preference alignment of language models
+
+usage: steersman <verb> [recipe.yaml] [--section.key value ...]
+
+{verbs}
+
+steersman <verb> --help            every setting of the verb, with its default and meaning
+steersman <verb> --print-config    the resolved recipe as YAML, ready to be saved and changed
+steersman <verb> ... --resume      continue a run from its newest checkpoint
+steersman --version
+
+Settings on the command line win over the recipe: steersman ppo recipes/ppo.yaml --optimizer.lr 1e-5"""
+
+
+def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
+    from rich.console import Console
+
+    from steersman.run.recipe_text import help_table
+
+    console = Console()
+    console.print(f"steersman {name} [recipe.yaml] [--section.key value ...]", style="bold", markup=False)
+    console.print(f"{verb.help}\n\nAlso: --print-config, --resume, --help\n", markup=False, highlight=False)
+    console.print(help_table(recipe_class))
+
+
+def _red(text: str) -> None:
+    start, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{start}{text}{end}", file=sys.stderr)
+
+
+def _say_where(what: str) -> None:
+    """Points to the files of a run that ended badly."""
+    folder = sys.modules.get("steersman.run.folder")
+    where = f"; its files are in {folder.held[-1]}" if folder is not None and folder.held else ""
+    _red(f"{what}{where}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
