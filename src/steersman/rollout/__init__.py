@@ -1,0 +1,8 @@
+"""Generation: prompts in, samples with their behaviour log-probabilities out."""
+
+from steersman.rollout.cache import kv_cache_bytes
+from steersman.rollout.engine import Engine
+from steersman.rollout.port import Generator, Progress
+from steersman.rollout.sampling import Sampling
+
+__all__ = ["Engine", "Generator", "Progress", "Sampling", "kv_cache_bytes"]

@@ -1,0 +1,283 @@
+"""One call of the engine: sequences wait, are prefilled, live on the belt, and leave.
+
+Prompts are prefilled longest first, several to a forward and each once however often it is sampled; the first
+token of every sample comes from that forward. Ready sequences take free rows. Each step feeds every live row
+its last token; rows that finish leave at once and the last rows move into their places, so that only live rows
+are ever computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from steersman.ops.distributions import top_p_mask
+from steersman.rollout.decoder import Decoder
+from steersman.rollout.port import Progress
+from steersman.rollout.sampling import Sampling, draw, restrict, uniforms
+from steersman.rollout.text import Texts
+from steersman.types import Finish, Prompt, Sample, SteersmanError
+
+
+@dataclass(slots=True)
+class Growing:
+    """A response while it grows. `order` is its place in the result."""
+
+    prompt: Prompt
+    index: int
+    order: int
+    uniform: np.ndarray | None
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    support: list[Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Ready:
+    """A prefilled sequence with its first token, waiting for a row: row `row` of each decoder's prompt cache."""
+
+    sequence: Growing
+    caches: list[Cache]
+    row: int
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """Rows of the belt, tokens of one prefill (padding counted), and how many free rows make a refill worth it."""
+
+    rows: int
+    prefill_tokens: int
+    refill: int
+
+
+@dataclass(slots=True, frozen=True)
+class ActionMask:
+    """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`."""
+
+    decoder: Decoder
+    top_p: float
+
+
+class Batch:
+    """The state of one `Engine.generate`; `run` returns the finished samples in order."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampling: Sampling,
+        limits: Limits,
+        end_ids: Sequence[int],
+        texts: Texts,
+        *,
+        record_support: bool,
+        action_mask: ActionMask | None,
+        progress: Progress | None,
+    ) -> None:
+        self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
+        self.action_mask = action_mask
+        self.sampling, self.limits, self.texts, self.progress = sampling, limits, texts, progress
+        self.device = decoder.model.device
+        self.ends = frozenset(end_ids)
+        self.end_ids = torch.tensor(sorted(self.ends), dtype=torch.long, device=self.device)
+        self.cut = sampling.truncates or action_mask is not None
+        self.record = record_support and (self.cut or sampling.min_new_tokens > 0)
+        self.waiting: deque[tuple[Prompt, list[Growing]]] = deque()
+        self.ready: deque[Ready] = deque()
+        self.live: list[Growing] = []
+        self.done: dict[int, Sample] = {}
+        self.tokens = self.total = self.longest = 0
+
+    def run(self, prompts: Sequence[Prompt], n: int, seed: int | Sequence[int]) -> list[Sample]:
+        self._enqueue(prompts, n, seed)
+        rows, width = self.limits.rows, self.sampling.max_new_tokens
+        self.position = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # of the next token; tokens drawn
+        self.last = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.uniform = None if self.sampling.greedy else torch.zeros(rows, width, device=self.device)
+        for decoder in self.decoders:
+            decoder.belt.clear(self.longest)
+        while self.waiting or self.ready or self.live:
+            free = rows - len(self.live)
+            if (self.waiting or self.ready) and (not self.live or free >= self.limits.refill):
+                self._refill(free)
+            if self.live:
+                self._step()
+            if self.progress is not None:
+                self.progress(len(self.done), self.total, self.tokens)
+        return [self.done[order] for order in range(self.total)]
+
+    def _enqueue(self, prompts: Sequence[Prompt], n: int, seed: int | Sequence[int]) -> None:
+        met: dict[int, int] = {}
+        for place, prompt in enumerate(prompts):
+            occurrence = met[prompt.index] = met.get(prompt.index, -1) + 1
+            group = []
+            for j in range(n):
+                u = None
+                if not self.sampling.greedy:
+                    u = uniforms(seed, prompt.index, occurrence, j, self.sampling.max_new_tokens)
+                support = [] if self.record else None
+                group.append(Growing(prompt, j, place * n + j, u, support=support))
+            self.waiting.append((prompt, group))
+        self.waiting = deque(sorted(self.waiting, key=lambda item: -len(item[0].ids)))
+        self.total = len(prompts) * n
+        self.longest = max(len(prompt.ids) for prompt in prompts)
+
+    # -- admission -----------------------------------------------------------------------------------------
+
+    def _refill(self, free: int) -> None:
+        while self.waiting and len(self.ready) < free:
+            self._prefill()
+        entering = [self.ready.popleft() for _ in range(min(free, len(self.ready)))]
+        for _, group in groupby(entering, key=lambda r: (id(r.caches), len(r.sequence.prompt.ids))):
+            self._admit(list(group))
+
+    def _prefill(self) -> None:
+        """Read the next prompts and draw the first token of each of their samples."""
+        width, chunk, count = len(self.waiting[0][0].ids), [], 0
+        while self.waiting:
+            more = len(self.waiting[0][1])
+            full = (len(chunk) + 1) * width > self.limits.prefill_tokens or count + more > self.limits.rows
+            if chunk and full:
+                break
+            chunk.append(self.waiting.popleft())
+            count += more
+        read = [decoder.prefill([prompt.ids for prompt, _ in chunk]) for decoder in self.decoders]
+        caches = [cache for cache, _ in read]
+        entries = [Ready(s, caches, row) for row, (_, group) in enumerate(chunk) for s in group]
+        for at in range(0, len(entries), self.limits.rows):
+            some = entries[at : at + self.limits.rows]
+            rows = torch.tensor([entry.row for entry in some], device=self.device)
+            uniform = None
+            if not self.sampling.greedy:
+                uniform = self._to_device(np.array([entry.sequence.uniform[0] for entry in some]))  # type: ignore[index]
+            sequences = [entry.sequence for entry in some]
+            _, finished = self._sample([logits[rows] for _, logits in read], sequences, uniform)
+            self.ready.extend(entry for i, entry in enumerate(some) if i not in finished)
+
+    def _admit(self, entries: list[Ready]) -> None:
+        """Give rows to sequences that share a prefill and a prompt length."""
+        at, count = len(self.live), len(entries)
+        length = len(entries[0].sequence.prompt.ids)
+        source = torch.tensor([entry.row for entry in entries], device=self.device)
+        if not at and self.decoders[0].belt.rows == 0:
+            for decoder in self.decoders:
+                decoder.belt.clear(self.longest)
+        for decoder, cache in zip(self.decoders, entries[0].caches, strict=True):
+            decoder.belt.reserve(*self._belt_size(), cache)
+            decoder.belt.admit(cache, source, length)
+        rows = slice(at, at + count)
+        sequences = [entry.sequence for entry in entries]
+        self.position[0, rows] = length
+        self.position[1, rows] = 1
+        self.last[rows] = torch.tensor([s.ids[-1] for s in sequences], device=self.device)
+        if self.uniform is not None:
+            self.uniform[rows] = self._to_device(np.stack([s.uniform for s in sequences]))  # type: ignore[misc]
+        self.live += sequences
+
+    def _belt_size(self) -> tuple[int, int]:
+        """Rows and columns; where rows are refilled, some columns more, so that the belt seldom rewinds."""
+        longest = self.longest + self.sampling.max_new_tokens
+        slack = max(64, longest // 4) if self.total > self.limits.rows else 0
+        return self.limits.rows, -(-(longest + slack) // 16) * 16
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    # -- decoding ------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        count = len(self.live)
+        ids, position = self.last[:count, None], self.position[:, :count]
+        logits = [decoder.step(ids, position[0, :, None], self.longest) for decoder in self.decoders]
+        uniform = None
+        if self.uniform is not None:
+            uniform = self.uniform[:count].gather(1, position[1, :, None]).squeeze(1)
+        drawn, finished = self._sample(logits, self.live, uniform)
+        position += 1
+        self.last[:count] = drawn
+        if finished:
+            self._leave(finished)
+
+    def _sample(
+        self, logits: list[Tensor], sequences: list[Growing], uniform: Tensor | None
+    ) -> tuple[Tensor, set[int]]:
+        """Draw one token for each sequence; returns the tokens and which sequences they finished."""
+        banned = None
+        if self.sampling.min_new_tokens and self.ends:
+            short = [len(s.ids) < self.sampling.min_new_tokens for s in sequences]
+            banned = torch.tensor(short, device=self.device) if any(short) else None
+        allowed = top_p_mask(logits[1].float(), self.action_mask.top_p) if self.action_mask else None
+        x = restrict(logits[0], self.sampling, banned, self.end_ids, allowed)
+        drawn, logp = draw(x, uniform)
+        if self.record:
+            self._record(x, sequences)
+        finished = set()
+        for i, (sequence, token, lp) in enumerate(zip(sequences, drawn.tolist(), logp.tolist(), strict=True)):
+            if lp != lp:
+                raise SteersmanError(
+                    f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to "
+                    f"prompt {sequence.prompt.index}; its weights hold NaN or Inf, go back to a checkpoint"
+                )
+            sequence.ids.append(token)
+            sequence.logp.append(lp)
+            may_end = token in self.ends or self.texts.stop or len(sequence.ids) == self.sampling.max_new_tokens
+            if may_end and self._ended(sequence, token):
+                finished.add(i)
+        self.tokens += len(sequences)
+        return drawn, finished
+
+    def _record(self, x: Tensor, sequences: list[Growing]) -> None:
+        """Note which tokens each sequence could have drawn."""
+        if self.cut:
+            keep = x != -torch.inf
+            ids = keep.nonzero()[:, 1].cpu().split(keep.sum(-1).tolist())
+        else:  # only end tokens were banned: all rows share two lists
+            every = torch.arange(x.shape[-1])
+            other = every[~torch.isin(every, self.end_ids.cpu())]
+            ids = [other if len(s.ids) < self.sampling.min_new_tokens else every for s in sequences]
+        for sequence, some in zip(sequences, ids, strict=True):
+            sequence.support.append(some)  # type: ignore[union-attr]
+
+    def _ended(self, sequence: Growing, token: int) -> bool:
+        """Whether the token just appended ends the response; if so, file the sample."""
+        finish: Finish | None = None
+        text = None
+        if token in self.ends:
+            finish = "eos"
+        elif len(sequence.ids) >= self.sampling.min_new_tokens:
+            text = self.texts.stopped(sequence.prompt.ids, sequence.ids)
+            finish = None if text is None else "stop"
+        if finish is None and len(sequence.ids) == self.sampling.max_new_tokens:
+            finish = "length"
+        if finish is None:
+            return False
+        if text is None:
+            text = self.texts.response(sequence.prompt.ids, sequence.ids[: len(sequence.ids) - (finish == "eos")])
+        self.done[sequence.order] = Sample(
+            sequence.prompt, sequence.ids, sequence.logp, finish, text, sequence.index, sequence.support
+        )
+        return True
+
+    def _leave(self, finished: set[int]) -> None:
+        """Drop finished rows; the last live rows take their places."""
+        rows = len(self.live) - len(finished)
+        holes = [i for i in sorted(finished) if i < rows]
+        movers = [i for i in range(rows, len(self.live)) if i not in finished]
+        moves = list(zip(holes, movers, strict=True))
+        for decoder in self.decoders:
+            decoder.belt.keep(rows, moves)
+        if moves:
+            to, source = torch.tensor(holes, device=self.device), torch.tensor(movers, device=self.device)
+            self.position[:, to] = self.position[:, source]
+            self.last[to] = self.last[source]
+            if self.uniform is not None:
+                self.uniform[to] = self.uniform[source]
+        for hole, mover in moves:
+            self.live[hole] = self.live[mover]
+        del self.live[rows:]

@@ -1,0 +1,212 @@
+"""Key/value caches for decoding: a prompt's, written once, and the belt that all live sequences share.
+
+The belt is a buffer [slots, heads, columns, width] per layer, allocated once. Every live sequence ends at the
+same column: a newcomer's prompt is laid down so that it ends at the current one, and each step writes the next
+column of all rows with one slice copy. Keys carry their rotation already, so the column says nothing about the
+position. Attention reads the columns from the oldest live start to now, no more; rows that started later are
+masked before their start. A sliding window is the last columns of that range, for all rows alike, because
+distance in columns is distance in positions. When the belt runs out it is moved back to its beginning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from steersman.types import SteersmanError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_windows(config: PretrainedConfig) -> list[int | None]:
+    """Each layer's sliding window in tokens, None where it sees everything; refuses other kinds of layers."""
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or [FULL]) - {FULL, SLIDING}
+    windows: list[int | None] = []
+    for layer in DynamicCache(config=config).layers:
+        if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise SteersmanError(
+                f"rollout: a {text.model_type} model with layers of kind "
+                f"{sorted(kinds) or type(layer).__name__} is not supported; full and sliding-window attention are"
+            )
+        windows.append(getattr(layer, "sliding_window", None))
+    return windows
+
+
+def kv_cache_bytes(config: PretrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of `batch` sequences of `length` tokens: 2 * layers * batch * length * heads * width."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * batch * length * heads * width * dtype.itemsize
+
+
+class PromptLayer(CacheLayerMixin):
+    """Keeps the keys and values of one forward over right-padded prompts, as the model made them."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class BeltLayer(CacheLayerMixin):
+    """One layer of the belt; `first` and `column` are set by the belt before each step."""
+
+    is_sliding = False
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.first = self.column = 0
+        self.live_keys: Tensor | None = None
+        self.live_values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise RuntimeError("the belt is allocated by Belt.reserve")
+
+    def allocate(self, slots: int, columns: int, keys: Tensor, values: Tensor) -> None:
+        # zeros, not empty: a masked column's NaN would still poison the sum that it has no weight in
+        self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
+        self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values, column, first = self.live_keys, self.live_values, self.column, self.first
+        assert keys is not None and values is not None
+        keys.narrow(2, column, 1).copy_(key_states)
+        values.narrow(2, column, 1).copy_(value_states)
+        length = column + 1 - first
+        return keys.narrow(2, first, length), values.narrow(2, first, length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.column + query_length - self.first, 0
+
+    def get_seq_length(self) -> int:
+        return self.column - self.first
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Belt(Cache):
+    """The cache of all live sequences. Rows 0 to `rows` - 1 are live; `column` is where the next token goes."""
+
+    def __init__(self, windows: list[int | None]) -> None:
+        self.belts = [BeltLayer(window) for window in windows]
+        super().__init__(layers=list(self.belts))
+        self.windows = set(windows)
+        self.mask: Tensor | None = None
+        self.rows = self.column = self.first = 0
+        self.starts: list[int] = []
+
+    def clear(self, column: int) -> None:
+        """No live rows; the first prompts will end at `column`."""
+        self.starts, self.rows, self.first, self.column = [], 0, column, column
+
+    def reserve(self, slots: int, columns: int, like: Cache) -> None:
+        """Make room for `slots` rows and `columns` columns; what is there already is used again."""
+        first = like.layers[0].keys
+        assert isinstance(first, Tensor)
+        old = self.mask
+        if old is not None and old.dtype == first.dtype and old.device == first.device:
+            if old.shape[0] >= slots and old.shape[1] >= columns:
+                return
+            slots, columns = max(slots, old.shape[0]), max(columns, old.shape[1])
+        self.release()
+        for belt, layer in zip(self.belts, like.layers, strict=True):
+            belt.allocate(slots, columns, layer.keys, layer.values)  # type: ignore[arg-type]
+        self.mask = first.new_zeros(slots, columns)
+
+    def release(self) -> None:
+        """Give the buffers back."""
+        self.mask = None
+        for belt in self.belts:
+            belt.keys = belt.values = belt.live_keys = belt.live_values = None
+            belt.is_initialized = False
+
+    def admit(self, prompts: Cache, source: Tensor, length: int) -> None:
+        """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`."""
+        assert self.mask is not None
+        start, count = self.column - length, len(source)
+        rows = slice(self.rows, self.rows + count)
+        for belt, layer in zip(self.belts, prompts.layers, strict=True):
+            for buffer, fresh in ((belt.keys, layer.keys), (belt.values, layer.values)):
+                buffer[rows, :, start : self.column] = fresh[source, :, :length]  # type: ignore[index]
+        self.mask[rows, :start] = -torch.inf
+        self.mask[rows, start:] = 0
+        self.starts += [start] * count
+        self._resize(self.rows + count)
+
+    def keep(self, rows: int, moves: list[tuple[int, int]]) -> None:
+        """Shrink to `rows` rows after copying row `source` over row `target` for each (target, source)."""
+        assert self.mask is not None
+        for target, source in moves:
+            start = self.starts[target] = self.starts[source]
+            length = self.column - start
+            for belt in self.belts:
+                for buffer in (belt.keys, belt.values):
+                    assert buffer is not None
+                    buffer[target].narrow(1, start, length).copy_(buffer[source].narrow(1, start, length))
+            self.mask[target].copy_(self.mask[source])
+        del self.starts[rows:]
+        self._resize(rows)
+
+    def step(self, longest: int) -> Tensor | dict[str, Tensor]:
+        """Prepare the next column and return the attention mask for it, additive, [rows, 1, 1, columns seen].
+
+        `longest` is the longest prompt that may still come; a belt at its end keeps that much room before now.
+        """
+        assert self.mask is not None
+        if self.column == self.mask.shape[1]:
+            self._rewind(max(self.column - self.first, longest))
+        masks: dict[int | None, Tensor] = {}
+        for window in self.windows:
+            first = self.first if window is None else max(self.first, self.column + 1 - window)
+            mask = self.mask[: self.rows, None, None, first : self.column + 1]
+            masks[window] = mask.clone() if mask.is_cuda else mask  # CUDA's attention wants it aligned
+        for belt in self.belts:
+            belt.column = self.column
+            belt.first = self.column + 1 - masks[belt.window].shape[-1]
+        self.column += 1
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        return {FULL if window is None else SLIDING: mask for window, mask in masks.items()}
+
+    def _resize(self, rows: int) -> None:
+        self.rows = rows
+        self.first = min(self.starts, default=self.column)
+        for belt in self.belts:
+            belt.live_keys, belt.live_values = belt.keys[:rows], belt.values[:rows]  # type: ignore[index]
+
+    def _rewind(self, column: int) -> None:
+        """Move the live columns back so that they end at `column`."""
+        assert self.mask is not None
+        shift, first, rows = self.column - column, self.first, self.rows
+        for belt in self.belts:
+            for buffer in (belt.keys, belt.values):
+                assert buffer is not None
+                live = buffer[:rows, :, first : self.column].clone()  # the ranges overlap
+                buffer[:rows, :, first - shift : column] = live
+        for row, start in enumerate(self.starts):
+            self.starts[row] = start - shift
+            self.mask[row, : start - shift] = -torch.inf
+            self.mask[row, start - shift :] = 0
+        self.first, self.column = first - shift, column

@@ -1,0 +1,148 @@
+"""The generation engine: samples from a live causal model, whose own weights it reads at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steersman.rollout.batch import ActionMask, Batch, Limits
+from steersman.rollout.decoder import Decoder, generating
+from steersman.rollout.port import Progress
+from steersman.rollout.sampling import Sampling
+from steersman.rollout.text import Texts
+from steersman.types import Prompt, Sample, SteersmanError
+
+
+class Engine:
+    """Continuous batching over one cache written in place, for any causal model of the ecosystem's own classes.
+
+    `model` is a live `AutoModelForCausalLM` (with adapters or not); no weights are copied, so the next call sees
+    whatever an optimiser did to them. `max_batch` is the number of sequences decoded together (64 on a CPU, 256
+    on an accelerator). `eos_token_id` overrides the end tokens, which are otherwise the generation config's, or
+    the tokenizer's where it names none. Buffers stay for the next call until `release`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_batch: int | None = None,
+        prefill_tokens: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> None:
+        on_cpu = model.device.type == "cpu"
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch = max_batch or (64 if on_cpu else 256)
+        self.prefill_tokens = prefill_tokens or (2048 if on_cpu else 16384)
+        if self.max_batch < 1 or self.prefill_tokens < 1:
+            raise SteersmanError("rollout.max_batch and rollout.prefill_tokens must be at least 1")
+        self.end_ids = end_ids(model, tokenizer, eos_token_id)
+        self.decoder = Decoder(model)
+        self._mask_decoder: Decoder | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        record_support: bool = False,
+        mask_model: Any = None,
+        mask_top_p: float = 0.9,
+        progress: Progress | None = None,
+    ) -> list[Sample]:
+        """`n` samples of each prompt, those of the first prompt first.
+
+        A sample depends on the weights, its prompt's ids, `seed`, `prompt.index` and its number among the
+        prompt's samples, and on nothing else that is generated with it (but for float rounding). A prompt index
+        that comes twice gets a second set of streams. `logp` is that of the distribution drawn from; when greedy,
+        that of the untempered, untruncated distribution (minus banned end tokens). With `record_support` every
+        sample lists the tokens that were allowed at each step, where anything was cut away. `mask_model` is a
+        causal model with the same vocabulary whose nucleus of mass `mask_top_p` limits the actions
+        (Source: arXiv 2210.01241, section 4).
+
+        Raises SteersmanError for an empty prompt, one that does not fit the context together with
+        `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
+        finite; all but the last before anything is generated.
+        """
+        self._check(prompts, sampling, n)
+        if not prompts:
+            return []
+        limits = self._limits(len(prompts) * n)
+        action_mask = None if mask_model is None else self._action_mask(mask_model, mask_top_p)
+        batch = Batch(
+            self.decoder,
+            sampling,
+            limits,
+            self.end_ids,
+            Texts(self.tokenizer, sampling.stop),
+            record_support=record_support,
+            action_mask=action_mask,
+            progress=progress,
+        )
+        try:
+            with generating(self.model), generating(mask_model or self.model):
+                return batch.run(prompts, n, seed)
+        except BaseException:
+            self.release()  # the buffers may hold NaN, or a batch cut off half-way
+            raise
+
+    def update_weights(self) -> None:
+        """Nothing to do: the engine runs the policy itself. Part of the `Generator` port."""
+
+    def release(self) -> None:
+        """Give the cache's memory back; the next call allocates it again."""
+        self.decoder.belt.release()
+        self._mask_decoder = None
+
+    def _limits(self, sequences: int) -> Limits:
+        rows = min(self.max_batch, sequences)
+        return Limits(rows, self.prefill_tokens, refill=max(1, rows // 8))
+
+    def _action_mask(self, model: Any, top_p: float) -> ActionMask:
+        ours, theirs = (m.config.get_text_config().vocab_size for m in (self.model, model))
+        if ours != theirs:
+            raise SteersmanError(
+                f"rollout: the masking policy has {theirs} tokens and the policy {ours}; use one family"
+            )
+        if not 0 < top_p <= 1:
+            raise SteersmanError(f"rollout: mask_top_p is {top_p}; it must be above 0 and at most 1")
+        if self._mask_decoder is None or self._mask_decoder.model is not model:
+            self._mask_decoder = Decoder(model)
+        return ActionMask(self._mask_decoder, top_p)
+
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling, n: int) -> None:
+        if n < 1:
+            raise SteersmanError(f"rollout: n (samples per prompt) is {n}; it must be at least 1")
+        if sampling.stop and self.tokenizer is None:
+            raise SteersmanError("rollout: stop strings need a tokenizer; give the engine one or drop sampling.stop")
+        config = self.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        for prompt in prompts:
+            length = len(prompt.ids)
+            if length == 0:
+                raise SteersmanError(
+                    f"prompt {prompt.index} is empty; a causal model needs at least one token, such as BOS"
+                )
+            if context is not None and length + sampling.max_new_tokens > context:
+                raise SteersmanError(
+                    f"prompt {prompt.index} has {length} tokens, which with max_new_tokens={sampling.max_new_tokens} "
+                    f"makes {length + sampling.max_new_tokens}; the model's context is {context}. Shorten the prompt or "
+                    "lower max_new_tokens"
+                )
+            if min(prompt.ids) < 0 or max(prompt.ids) >= config.vocab_size:
+                raise SteersmanError(
+                    f"prompt {prompt.index} has a token id outside the model's vocabulary of {config.vocab_size}; "
+                    "the tokenizer belongs to another model"
+                )
+
+
+def end_ids(model: Any, tokenizer: Any, override: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a response: the override, else the generation config's, else the tokenizer's; may be none."""
+    settings = getattr(model, "generation_config", None)
+    for found in (override, getattr(settings, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
