@@ -150,6 +150,7 @@ class Trajectory:
     `logp_old` is the behaviour log-probability, `logp_ref` the reference's. `group` numbers the prompt that a
     row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
     prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
+    `score` is what a row earned without any KL penalty.
     """
 
     mask: Bool[Tensor, "B T"]
@@ -161,6 +162,7 @@ class Trajectory:
     group: Int[Tensor, " B"] | None = None
     baseline: Float[Tensor, " B"] | None = None
     logp_rollout: Float[Tensor, "B T"] | None = None
+    score: Float[Tensor, " B"] | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]

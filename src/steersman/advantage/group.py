@@ -32,25 +32,35 @@ def leave_one_out(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float
 
 
 def group_mean(
-    score: Float[Tensor, " B"], group: Int[Tensor, " B"], scale: GroupScale = "group", eps: float = 1e-4
+    score: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    scale: GroupScale = "group",
+    eps: float = 1e-4,
+    deviation_of: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
     """score_i minus its group's mean, divided by the group's (or the batch's) standard deviation + eps, or not.
 
     The mean contains score_i, so without scaling the gradient is (G - 1) / G times the exact one; dividing by the
     group's deviation weighs prompts by how hard they are to tell apart (a bias that Dr.GRPO, arXiv 2503.20783,
     removes). The deviation divides by n - 1. A group whose scores are all equal gets exactly 0: no signal.
+    `deviation_of` is measured in the place of `score` where that holds a KL penalty: the noise of a penalty must
+    not be blown up to unit size where the scores themselves say nothing.
     Source: GRPO, arXiv 2402.03300, section 4.1.2.
     """
     member, total, count = _group_sums(score, group)
     centred = score - (total / count)[member]
     if scale == "none":
         return centred
-    if scale == "batch":
-        deviation = (centred.square().sum() / max(len(score) - 1, 1)).sqrt().expand_as(score)
+    if deviation_of is None:
+        deviation_of, own = score, centred
     else:
-        squares = torch.zeros_like(total).index_add(0, member, centred.square())
+        own = group_mean(deviation_of, group, "none")
+    if scale == "batch":
+        deviation = (own.square().sum() / max(len(score) - 1, 1)).sqrt().expand_as(score)
+    else:
+        squares = torch.zeros_like(total).index_add(0, member, own.square())
         deviation = (squares / (count - 1).clamp(min=1)).sqrt()[member]
-    return torch.where(no_signal(score, group), torch.zeros_like(score), centred / (deviation + eps))
+    return torch.where(no_signal(deviation_of, group), torch.zeros_like(score), centred / (deviation + eps))
 
 
 def no_signal(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:

@@ -1,6 +1,6 @@
 """What an on-policy algorithm is: hyper-parameters, and which advantage and loss it chooses.
 
-The loop (`train/on_policy.py` for language models, `train/control.py` for Gymnasium, `tabular/verify.py` for the
+The loop (`train/on_policy.py` for language models, `train/control.py` for Gymnasium, `verify/training.py` for the
 exact oracle) is the same for all. To add one: a file with a subclass, and a line in `algorithms/__init__.py`.
 """
 
@@ -34,6 +34,8 @@ class Algorithm(Section):
     paper: ClassVar[str]
     bias: ClassVar[str] = ""
     """Why the estimator's expectation is not the exact gradient; empty where it is."""
+    fixed_point: ClassVar[str] = ""
+    """Where training comes to rest if not at the KL-regularised optimum; empty where it is that."""
     critic: ClassVar[bool] = False
     group: ClassVar[bool] = False
     """Compares the samples of one prompt, so needs at least two of them."""

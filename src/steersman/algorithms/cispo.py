@@ -4,13 +4,13 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.algorithms.base import Coefficients
-from steersman.algorithms.grpo import GRPO
+from steersman.algorithms.grpo import GroupRelative
 from steersman.loss.policy import clipped_weight
 from steersman.loss.reduce import Average
 from steersman.types import Trajectory
 
 
-class CISPO(GRPO):
+class CISPO(GroupRelative):
     """GRPO's advantage; REINFORCE's loss under a bounded, detached weight."""
 
     name = "cispo"

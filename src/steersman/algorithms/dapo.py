@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from steersman.algorithms.grpo import GRPO
+from steersman.algorithms.grpo import GroupRelative
 from steersman.loss.reduce import Average
 
 
-class DAPO(GRPO):
+class DAPO(GroupRelative):
     """Clip-higher and dynamic sampling; the soft punishment of long responses is `reward.overlong_buffer`."""
 
     name = "dapo"

@@ -3,11 +3,11 @@
 from pydantic import Field
 
 from steersman.advantage.group import GroupScale
-from steersman.algorithms.grpo import GRPO
+from steersman.algorithms.grpo import GroupRelative
 from steersman.loss.reduce import Average
 
 
-class DrGRPO(GRPO):
+class DrGRPO(GroupRelative):
     """GRPO done right: group mean as baseline, a fixed length as divisor, no KL term by default."""
 
     name = "dr-grpo"

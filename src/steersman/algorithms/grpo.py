@@ -16,27 +16,42 @@ from steersman.ops.kl import KLEstimator
 from steersman.types import Trajectory
 
 
-class GRPO(Algorithm):
-    """Group-relative advantage, no critic."""
+class GroupRelative(Algorithm):
+    """What the family shares: a response against its group's mean, and no critic.
 
-    name = "grpo"
-    title = "GRPO"
-    paper = "arXiv 2402.03300"
+    GRPO alone names a KL term. The others have none (beta = 0); where a user sets one it goes into the reward, as
+    for every method of this project that names no other place, so that pi* stays where training comes to rest: at
+    pi* all answers to a prompt have the same return, so no comparison of returns can move it. The deviation is that
+    of the scores without KL, and a group whose scores are all equal teaches nothing, whatever its KL.
+    """
+
     group = True
-    bias = "scores are divided by their group's deviation, tokens by a random length; the KL term is k3"
+    bias = "scores are divided by their group's deviation, tokens by a random length"
 
     scale: GroupScale = Field("group", description="divide by the deviation of the group, the batch, or none")
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
     clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 plus this")
+    average: Average = Field("sequence", description="how steps are averaged: token, sequence or episode")
+
+    def advantage(self, traj: Trajectory) -> Advantage:
+        total = episode_return(traj)
+        group = torch.zeros_like(total, dtype=torch.long) if traj.group is None else traj.group
+        return Advantage(spread(group_mean(total, group, self.scale, deviation_of=traj.score), traj.mask))
+
+    def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
+        return clipped(logp, traj.logp_old, adv, self.clip_low, self.clip_high)
+
+
+class GRPO(GroupRelative):
+    """Group-relative advantage, k3 in the loss (eq. 4)."""
+
+    name = "grpo"
+    title = "GRPO"
+    paper = "arXiv 2402.03300"
+    bias = "scores are divided by their group's deviation, tokens by a random length; the KL term is k3 in the loss"
+    fixed_point = "beta (pi_ref - pi) balances pi A: heavier tails than pi*, and A counts in deviations of the score"
+
     kl_in: Literal["reward", "loss"] = Field(
         "loss", description="where the KL term goes: into every token's reward, or into the loss"
     )
     kl_estimator: KLEstimator = Field("k3", description="k1, k2 or k3; see steersman.ops.kl for their bias")
-    average: Average = Field("sequence", description="how steps are averaged: token, sequence or episode")
-
-    def advantage(self, traj: Trajectory) -> Advantage:
-        group = torch.zeros(len(traj), dtype=torch.long) if traj.group is None else traj.group
-        return Advantage(spread(group_mean(episode_return(traj), group, self.scale), traj.mask))
-
-    def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
-        return clipped(logp, traj.logp_old, adv, self.clip_low, self.clip_high)

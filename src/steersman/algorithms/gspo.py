@@ -4,12 +4,12 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.algorithms.base import Coefficients
-from steersman.algorithms.grpo import GRPO
+from steersman.algorithms.grpo import GroupRelative
 from steersman.loss.policy import sequence_clipped
 from steersman.types import Trajectory
 
 
-class GSPO(GRPO):
+class GSPO(GroupRelative):
     """The ratio is the geometric mean over a response's tokens, clipped in a far narrower range."""
 
     name = "gspo"

@@ -16,6 +16,7 @@ class NLPO(PPO):
     title = "NLPO"
     paper = "arXiv 2210.01241"
     bias = PPO.bias + "; tokens outside the mask get no gradient"
+    fixed_point = "the optimum among the answers that the mask allows"
 
     mask_top_p: float = Field(0.9, gt=0, le=1, description="mass of the masking policy's allowed set")
     mask_min_tokens: int = Field(2, ge=1, description="fewest tokens that stay allowed")

@@ -24,8 +24,9 @@ class RLOO(Algorithm):
     average: Average = Field("episode", description="how steps are averaged; only `episode` is unbiased")
 
     def advantage(self, traj: Trajectory) -> Advantage:
-        group = torch.zeros(len(traj), dtype=torch.long) if traj.group is None else traj.group
-        return Advantage(spread(leave_one_out(episode_return(traj), group), traj.mask))
+        total = episode_return(traj)
+        group = torch.zeros_like(total, dtype=torch.long) if traj.group is None else traj.group
+        return Advantage(spread(leave_one_out(total, group), traj.mask))
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return reinforce(logp, adv)

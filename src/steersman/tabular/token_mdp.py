@@ -255,6 +255,7 @@ class TokenMDP(Language):
             logp_ref=self.sequence_logp_ref[rows],
             value=value.detach(),
             group=self.prompt[rows] if group is None else group,
+            score=self.total_reward[rows],
         )
 
     def preference_pairs(self) -> Pairs:

@@ -66,4 +66,4 @@ def trajectory(
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
-    return Trajectory(mask, reward, discount, logp_old, logp_ref, value, group, baseline)
+    return Trajectory(mask, reward, discount, logp_old, logp_ref, value, group, baseline, score=score)
