@@ -38,7 +38,7 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
 
 
 def kv_cache_bytes(config: PretrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of `batch` sequences of `length` tokens: 2 * layers * batch * length * heads * width."""
+    """Bytes of keys and values, 2 * layers * batch * length * heads * width * bytes of the dtype."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -90,7 +90,8 @@ class BeltLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values, column, first = self.live_keys, self.live_values, self.column, self.first
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         keys.narrow(2, column, 1).copy_(key_states)
         values.narrow(2, column, 1).copy_(value_states)
         length = column + 1 - first

@@ -129,8 +129,8 @@ class Engine:
             if context is not None and length + sampling.max_new_tokens > context:
                 raise SteersmanError(
                     f"prompt {prompt.index} has {length} tokens, which with max_new_tokens={sampling.max_new_tokens} "
-                    f"makes {length + sampling.max_new_tokens}; the model's context is {context}. Shorten the prompt or "
-                    "lower max_new_tokens"
+                    f"makes {length + sampling.max_new_tokens}; the model's context is {context}. Shorten the prompt "
+                    "or lower max_new_tokens"
                 )
             if min(prompt.ids) < 0 or max(prompt.ids) >= config.vocab_size:
                 raise SteersmanError(
