@@ -101,11 +101,17 @@ class ScoreShaping:
     def __init__(self, config: RewardConfig):
         self.config, self.norm = config, shaping.RunningNorm()
 
-    def __call__(self, scores: Tensor, terminated: Tensor, length: Tensor, max_length: int) -> tuple[Tensor, Stats]:
-        """Shaped scores [B] from raw ones, `terminated` [B], response `length` [B] in tokens and its limit."""
+    def __call__(
+        self, scores: Tensor, terminated: Tensor, length: Tensor, max_length: int, *, update: bool = True
+    ) -> tuple[Tensor, Stats]:
+        """Shaped scores [B] from raw ones, `terminated` [B], response `length` [B] in tokens and its limit.
+
+        Without `update` the running mean and deviation stay as they are (for a baseline's scores).
+        """
         config, raw = self.config, scores
         if config.normalise:
-            self.norm.update(scores)
+            if update:
+                self.norm.update(scores)
             scores = self.norm.normalise(scores)
         if config.clip is not None:
             scores = scores.clamp(-config.clip, config.clip)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.algorithms.base import Algorithm
+from steersman.ops.masked import whiten
 from steersman.reward.shaping import kl_shaped
 from steersman.types import Sample, Tokens, Trajectory
 
@@ -42,11 +43,13 @@ def trajectory(
     value: Float[Tensor, "B T+1"] | None = None,
     baseline: Float[Tensor, " B"] | None = None,
     per_token: Float[Tensor, "B T"] | None = None,
+    whiten_reward: bool = False,
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
     `score` is the shaped score of each response. The discount is gamma, and 0 after a response that ended by
     itself; a response cut by the length limit keeps gamma there, so the critic's value bootstraps it.
+    `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
     mask, B = tokens.mask, len(samples)
     logp_old = behaviour_logp(samples, mask.shape[1]).to(mask.device)
@@ -60,6 +63,8 @@ def trajectory(
         algorithm.kl_estimator,
         per_token,
     )
+    if whiten_reward:
+        reward = whiten(reward, mask, shift_mean=False)
     discount = torch.full_like(reward, algorithm.gamma)
     last = (tokens.response_length - 1).clamp(min=0)
     terminated = torch.tensor([s.terminated for s in samples], device=mask.device)

@@ -53,9 +53,17 @@ class Objective(Protocol):
 class Offline:
     """One offline run: the objective's trainable weights, its optimiser and the order of its data."""
 
-    def __init__(self, objective: Objective, config: OfflineConfig, optimizer: OptimizerConfig, run: Any) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        config: OfflineConfig,
+        optimizer: OptimizerConfig,
+        run: Any,
+        *,
+        shuffle: bool = True,
+    ) -> None:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
-        self.batches = Batches(len(objective.cost), config.batch_size, run.seed, objective.cost)
+        self.batches = Batches(len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle)
         steps = max(1, round(config.epochs * len(self.batches)))
         self.total = min(steps, config.max_steps or steps)
         self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)

@@ -60,8 +60,9 @@ class OnPolicy:
         advantage = self.algorithm.advantage(traj)
         coef = Coefficients(self.beta.coef, self.beta_old.coef)
         stats = self.roles.learner.update(
-            tokens, traj, advantage, coef, stream(self.recipe.run.seed, "minibatches", self.done)
-        )
+            tokens, traj, advantage, coef, stream(self.recipe.run.seed, "minibatches", self.done),
+            only_critic=self.warming_up,
+        )  # fmt: skip
         clock.lap("update")
         stats |= (
             shaping | self.observe(samples, scores, tokens, traj, advantage.ret) | clock.stats(int(tokens.mask.sum()))
@@ -70,6 +71,11 @@ class OnPolicy:
         self.done += 1
         note = constant_note(scores.total)
         return Observation(stats, samples, scores, [note] if note else [])
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether this iteration trains the critic alone."""
+        return self.recipe.critic is not None and self.done < self.recipe.critic.warmup
 
     def next_prompts(self) -> list[Prompt]:
         return [self.prompts[i] for i in next(self._order)]
@@ -96,10 +102,7 @@ class OnPolicy:
         """Reference log-probabilities, values and baselines of the samples, and their shaped rewards."""
         roles, recipe = self.roles, self.recipe
         tokens = tokens_of(samples).to(roles.device)
-        terminated = torch.tensor([s.terminated for s in samples])
-        score, stats = roles.shaping(
-            scores.total, terminated, tokens.response_length.cpu(), recipe.rollout.max_new_tokens
-        )
+        score, stats = self.shape(samples, scores)
         with torch.no_grad():
             logp_ref = (
                 None
@@ -109,17 +112,26 @@ class OnPolicy:
             value = None if roles.learner.critic is None else roles.learner.critic.value(tokens)
         traj = trajectory(
             samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
-            logp_ref=logp_ref, value=value, per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
+            logp_ref=logp_ref, value=value, whiten_reward=recipe.reward.whiten,
+            per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
         )  # fmt: skip
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
+
+    def shape(self, samples: list[Sample], scores: Scores, *, update: bool = True) -> tuple[Tensor, Stats]:
+        """Scores as the reward section shapes them; `update` counts them in the running mean and deviation."""
+        terminated = torch.tensor([s.terminated for s in samples])
+        length = torch.tensor([len(s.ids) for s in samples])
+        limit = self.recipe.rollout.max_new_tokens
+        return self.roles.shaping(scores.total, terminated, length, limit, update=update)
 
     def baseline(self, samples: list[Sample], traj: Trajectory) -> Tensor | None:
         """Greedy responses' scores (ReMax), or the mean return of earlier iterations (REINFORCE)."""
         if self.algorithm.baseline == "greedy":
             prompts = list({s.prompt.index: s.prompt for s in samples}.values())
             greedy = self.roles.generate(prompts, seed=0, n=1, greedy=True)
-            score = dict(zip((p.index for p in prompts), self.roles.reward.score(greedy).total.tolist(), strict=True))
+            shaped, _ = self.shape(greedy, self.roles.reward.score(greedy), update=False)
+            score = dict(zip((p.index for p in prompts), shaped.tolist(), strict=True))
             return torch.tensor([score[s.prompt.index] for s in samples], device=traj.reward.device)
         if self.algorithm.baseline == "moving":
             before = self.moving_mean
@@ -150,7 +162,7 @@ class OnPolicy:
 
     def adapt(self, stats: Stats) -> None:
         """Lets the controllers of the KL coefficients see this iteration's KL."""
-        if "kl" in stats:
+        if "kl" in stats and not self.warming_up:
             self.beta.update(stats["kl"])
         if "kl/old" in stats:
             self.beta_old.update(stats["kl/old"])

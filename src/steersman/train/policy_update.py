@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, log_softmax, pad
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Algorithm, Coefficients
@@ -47,27 +47,38 @@ class Learner:
     vf_coef: float = 0.5
 
     def update(
-        self, tokens: Tokens, traj: Trajectory, advantage: Advantage, coef: Coefficients, generator: torch.Generator
+        self,
+        tokens: Tokens,
+        traj: Trajectory,
+        advantage: Advantage,
+        coef: Coefficients,
+        generator: torch.Generator,
+        *,
+        only_critic: bool = False,
     ) -> Stats:
         """All epochs over one iteration's samples; returns losses, norms and how far the policy moved.
+
+        With `only_critic` the policy stays as it is. Minibatches end before the update at which KL to the sampler
+        exceeds the algorithm's `stop_kl`; `epochs` then tells how many passes were made.
 
         `ratio_gap` is the largest |logp - logp_old| before the first update: rounding, unless the rollout was
         made by something else than this policy. Raises NotFiniteError naming the loss that is not a number.
         """
         tally, stats = Tally(), Stats()
+        traj, advantage = _zeroed(traj, advantage)
         trust_region = self.algorithm.update == "trust_region"
-        if trust_region:
+        with_policy = not trust_region and not only_critic
+        if trust_region and not only_critic:
             stats |= self._trust_region(tokens, traj, advantage.adv, coef)
         for epoch in range(self.algorithm.epochs):
             order = torch.randperm(len(tokens), generator=generator)
-            moved = 0.0
             for part, rows in enumerate(split_evenly(order, self.algorithm.minibatches)):
                 first = epoch == 0 and part == 0
-                moved = self._minibatch(tokens, traj, advantage, coef, rows, tally, first, not trust_region)
-                stats |= self._step(not trust_region)
-            if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
-                stats["epochs"] = epoch + 1.0
-                break
+                moved = self._minibatch(tokens, traj, advantage, coef, rows, tally, first, with_policy)
+                if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
+                    self._zero_grad()
+                    return stats | tally.means() | {"epochs": epoch + part / self.algorithm.minibatches}
+                stats |= self._step(with_policy)
         return stats | tally.means()
 
     def _minibatch(
@@ -82,7 +93,7 @@ class Learner:
         with_policy: bool,
     ) -> float:
         """Gradients of one minibatch, micro-batch by micro-batch; returns its KL to the sampler per token."""
-        mask = tokens.mask[rows]
+        mask = traj.mask[rows]
         steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
         moved, gap = torch.zeros(()), torch.zeros(())
         for micro in micro_batches(tokens.length[rows], self.micro_tokens):
@@ -90,7 +101,7 @@ class Learner:
             batch, part = tokens.rows(index), traj.rows(index)
             T = part.mask.shape[1]
             losses: list[Tensor] = []
-            logp, entropy, value = self._forward(batch, with_policy)
+            logp, entropy, value = (seen(x, part.mask) for x in self._forward(batch, with_policy))
             if logp is not None:
                 per_step = self._policy_loss(logp, entropy, part, advantage.adv[index, :T], coef)
                 weight = token_weight(part.mask, self.algorithm.average, self.length_limit, per_step.dtype)
@@ -156,10 +167,15 @@ class Learner:
             stats |= {f"{name}/critic": x for name, x in self.critic_optimizer.step().items()}
         return stats
 
+    def _zero_grad(self) -> None:
+        self.actor.zero_grad()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad()
+
     def _trust_region(self, tokens: Tokens, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Stats:
         """TRPO's step on the actor: surrogate and exact KL over whole distributions, in micro-batches."""
         config: Any = self.algorithm
-        policy_count, steps = denominator(tokens.mask, config.average), denominator(tokens.mask, "token")
+        policy_count, steps = denominator(traj.mask, config.average), denominator(traj.mask, "token")
         surrogates, distances = [], []
         for rows in micro_batches(tokens.length, self.micro_tokens):
             batch, part = tokens.rows(rows), traj.rows(rows)
@@ -168,7 +184,9 @@ class Learner:
 
             def surrogate(batch=batch, part=part, part_adv=part_adv, weight=weight) -> Tensor:
                 out = self.policy.logp(batch, temperature=self.temperature, entropy=config.entropy_coef > 0)
-                return reduce(self._policy_loss(out.logp, out.entropy, part, part_adv, coef), weight, policy_count)
+                logp, entropy = seen(out.logp, part.mask), seen(out.entropy, part.mask)
+                assert logp is not None
+                return reduce(self._policy_loss(logp, entropy, part, part_adv, coef), weight, policy_count)
 
             with torch.no_grad():
                 old = self._distribution(batch)
@@ -194,9 +212,27 @@ class Learner:
         return stats
 
     def _distribution(self, batch: Tokens) -> Tensor:
-        """log pi(. | s) at every response token, `[N, V]`, twice differentiable."""
+        """log pi(. | s) at every response token that counts, `[N, V]`, twice differentiable."""
         head = self.policy.head()
-        logits = F.linear(self.policy.hidden(batch), head.weight, head.bias).float() * head.logit_scale
+        columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+        counts = batch.mask[columns < batch.response_length[:, None]]
+        logits = linear(self.policy.hidden(batch)[counts], head.weight, head.bias).float() * head.logit_scale
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
-        return F.log_softmax(logits / self.temperature, dim=-1)
+        return log_softmax(logits / self.temperature, dim=-1)
+
+
+def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:
+    """`x` cut to the mask's width and 0 where it is False, so that nothing there reaches a gradient, not even NaN."""
+    return None if x is None else torch.where(mask, x[:, : mask.shape[1]], 0.0)
+
+
+def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advantage]:
+    """The same experience with 0 under the mask: exp of what stands there could be infinite, and 0 x inf is NaN."""
+    mask = traj.mask
+    value = None if traj.value is None else pad(torch.where(mask, traj.value[:, :-1], 0.0), (0, 1))
+    logp_old, adv = torch.where(mask, traj.logp_old, 0.0), torch.where(mask, advantage.adv, 0.0)
+    return (
+        replace(traj, logp_old=logp_old, logp_ref=seen(traj.logp_ref, mask), value=value),
+        Advantage(adv, seen(advantage.ret, mask)),
+    )

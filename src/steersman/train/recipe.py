@@ -59,6 +59,35 @@ class OnPolicyRecipe(Section, Generic[A]):
             )
         if self.critic is not None and not algorithm.critic:
             raise ValueError(f"{algorithm.title} has no critic; remove the section `critic`")
+        if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.beta > 0:
+            raise ValueError(
+                "algorithm.kl_estimator k1 has an expected gradient of 0 inside the loss, so it would restrain "
+                "nothing; use k2 or k3 there, or algorithm.kl_in: reward"
+            )
+        if self.model.scratch is not None:
+            raise ValueError(
+                "model.scratch: a model with fresh weights has nothing to say yet; train it with sft first"
+            )
+        if self.reward.whiten and algorithm.baseline == "greedy":
+            raise ValueError(
+                f"reward.whiten changes the scale of returns, which {algorithm.title} compares with the greedy "
+                "response's score; use reward.normalise instead"
+            )
+        if self.critic is not None and self.critic.init == "shared":
+            if algorithm.update == "trust_region":
+                raise ValueError(
+                    f"critic.init shared: {algorithm.title} moves the actor by a line search, and the critic by "
+                    "gradient steps of its own; give it a critic of its own (critic.init: policy)"
+                )
+            if self.critic.warmup:
+                raise ValueError(
+                    "critic.warmup: a shared critic can not learn without changing the actor's trunk; remove "
+                    "warmup, or give the critic a model of its own (critic.init: policy)"
+                )
+        if self.critic is not None and self.critic.warmup >= self.iterations:
+            raise ValueError(
+                f"critic.warmup is {self.critic.warmup} of {self.iterations} iterations: none is left for the policy"
+            )
         if samples % algorithm.minibatches:
             raise ValueError(
                 f"{samples} samples per iteration (rollout.prompts x rollout.samples) do not divide into "

@@ -123,7 +123,7 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
         train = encode(loaded.train, laid, recipe.data, context)
         held_out = encode(loaded.held_out, laid, recipe.data, context) if loaded.held_out else None
         objective = PairwiseReward(model, train, held_out, recipe.train, recipe.run.micro_tokens)
-        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run)
+        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
         pre = Preflight("steersman reward")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
         pre.role(scalar_role("reward model", model, recipe.model.path, recipe.run.micro_tokens, max(train.lengths)))

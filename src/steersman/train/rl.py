@@ -33,13 +33,16 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         roles = build_roles(recipe, session.device)
         train, held_out = _prompts(recipe, roles.policy)
         lengths = [len(p.ids) for p in train]
-        batches = Batches(len(train), recipe.rollout.prompts, recipe.run.seed, None, drop_last=True)
+        batches = Batches(
+            len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True
+        )
         state = OnPolicy(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
         _preflight(session, recipe, roles, train, held_out, max(lengths))
         session.begin(state, recipe.iterations)
-        before = watch.look(session, 0) if session.start == 0 else watch.recall(session)
-        after = before
+        if session.start == 0:
+            session.observe(0, watch.look(session, 0))
+        before, after = watch.recall(session)
         for step in session.steps():
             seen = state.iteration()
             for note in seen.notes:
@@ -96,10 +99,11 @@ class HeldOut:
         session.log.samples(step, rows)
         return stats
 
-    def recall(self, session: Session) -> Stats:
-        """The numbers of step 0 as a resumed run finds them in its log."""
-        row = next((r for r in session.metrics() if r["step"] == 0), {})
-        return {k: v for k, v in row.items() if k.startswith("held_out/")}
+    def recall(self, session: Session) -> tuple[Stats, Stats]:
+        """The numbers of step 0 and the newest ones as they stand in the log, which a resumed run goes on with."""
+        rows = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in session.metrics()]
+        looks = [row for row in rows if row] or [{}]
+        return looks[0], looks[-1]
 
     @torch.no_grad()
     def _distance(self, samples: list) -> Stats:
@@ -141,7 +145,7 @@ def _preflight(
     pre.fact("per iteration", f"{rollout.prompts} prompts x {rollout.samples} = {samples} samples")
     pre.fact(
         "updates",
-        f"{algorithm.epochs} epochs x {algorithm.minibatches} minibatches of {samples // algorithm.minibatches} samples",
+        f"{algorithm.epochs} epochs x {algorithm.minibatches} minibatches of {samples // algorithm.minibatches}",
     )
     pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")

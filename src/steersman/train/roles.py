@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from steersman.algorithms.nlpo import NLPO
-from steersman.model import Logp, Policy, SharedCritic
+from steersman.model import Logp, Policy, ScalarModel, SharedCritic
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
+from steersman.reward.models import ModelReward
 from steersman.rollout import Engine, Sampling
 from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import load_trainable, trainable
@@ -89,15 +90,16 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     algorithm, rollout = recipe.algorithm, recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device)
     reward = build_reward(recipe.reward, policy.tokenizer, device)
-    critic = _critic(recipe, policy, device) if algorithm.critic else None
+    critic = _critic(recipe, policy, reward, device) if algorithm.critic else None
     config = recipe.critic or CriticConfig()
-    updates = recipe.iterations * algorithm.epochs * algorithm.minibatches
+    per_iteration = algorithm.epochs * algorithm.minibatches
+    updates = recipe.iterations * per_iteration
     shared = isinstance(critic, SharedCritic)
     actor_parameters = critic.parameters() if shared else policy.parameters()
     learner = Learner(
         algorithm,
         policy,
-        Optimizer(actor_parameters, recipe.optimizer, updates),
+        Optimizer(actor_parameters, recipe.optimizer, updates - config.warmup * per_iteration),
         critic,
         None if critic is None or shared else Optimizer(critic.parameters(), config.optimizer, updates),
         temperature=rollout.temperature,
@@ -137,14 +139,29 @@ def _reference(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> 
     if recipe.model.lora is not None and recipe.reference == "start":
         return WithoutAdapters(policy)
     path = recipe.model.path if recipe.reference == "start" else recipe.reference
-    return policy_from(recipe.model.model_copy(update={"path": path}), recipe.run, device, trainable=False)
+    reference = policy_from(recipe.model.model_copy(update={"path": path}), recipe.run, device, trainable=False)
+    _same_tokens("reference", path, reference, policy)
+    return reference
 
 
-def _critic(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> Critic:
+def _critic(recipe: OnPolicyRecipe, policy: Policy, reward: WeightedSum, device: torch.device) -> Critic:
     init = (recipe.critic or CriticConfig()).init
     if init == "shared":
         return SharedCritic(policy)
     if init == "auto":
-        models = [part.model for part in recipe.reward.parts.values() if part.model is not None]
-        init = models[0] if models else "policy"
-    return scalar_from(recipe.model, recipe.run, device, None if init == "policy" else init)
+        judges = (part for _, part in reward.parts.values() if isinstance(part, ModelReward) and not part.bridged)
+        init = next((judge.model.model.name_or_path for judge in judges), "policy")
+    if init == "policy":
+        return scalar_from(recipe.model, recipe.run, device)
+    critic = scalar_from(recipe.model, recipe.run, device, init)
+    _same_tokens("critic.init", init, critic, policy)
+    return critic
+
+
+def _same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy) -> None:
+    """Raises SteersmanError where a model that reads the policy's own ids has another vocabulary."""
+    if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise SteersmanError(
+            f"{key}: the tokenizer of {path} ({len(model.tokenizer)} tokens) is not the policy's "
+            f"({len(policy.tokenizer)} tokens), but it reads the policy's token ids; use a model of the same family"
+        )

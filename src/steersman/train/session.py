@@ -1,4 +1,4 @@
-"""What every training run needs around its loop: the folder, the log, the watch, checkpoints, and leaving in order."""
+"""What every training run needs around its loop: folder, log, watch, checkpoints, and leaving in order."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Session:
         seed_everything(self.config.seed, deterministic=self.config.deterministic)
         self.device = resolve_device(self.config.device)
         self.resume, self.watch = resume, HealthWatch(health)
-        self.start, self.stopped = 0, False
+        self.last_metrics: Stats = {}
+        self.start, self.step, self.stopped, self.begun = 0, 0, False, False
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
@@ -68,16 +69,21 @@ class Session:
         self.signal = self._stack.enter_context(StopRequest())
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             if (self.path / "metrics.jsonl").exists():
                 write_report(self.path)
+            if not self.begun and not self.folder.resumed:
+                # What was refused before it began is no run: the mended recipe may use the folder.
+                (self.path / "config.yaml").unlink(missing_ok=True)
         finally:
             self._stack.close()
+        if isinstance(error, NotFiniteError):
+            self._halt(self.step, str(error))
 
     def begin(self, state: Stateful, total: int) -> None:
         """Restores the newest whole checkpoint when resuming, and opens the log; `total` counts steps."""
-        self.state, self.total = state, total
+        self.state, self.total, self.begun = state, total, True
         found = self.checkpoints.load() if self.folder.resumed else None
         if found is not None:
             state.load_state_dict(found.state["state"])
@@ -103,13 +109,11 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, after those that were done before; a checkpoint now and then, and at the end."""
-        self.last_metrics: Stats = {}
         self.saved = self.start
         for step in range(self.start + 1, self.total + 1):
-            try:
-                yield step
-            except NotFiniteError as error:
-                self._halt(step, str(error))
+            # A checkpoint is ranked by what was measured on its own weights, so a resumed run ranks alike.
+            self.step, self.last_metrics = step, {}
+            yield step
             if self.signal:
                 self.stopped = True
             if self.stopped or step % self.config.save_every == 0 or step == self.total:

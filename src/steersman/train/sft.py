@@ -102,7 +102,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
         held_out = encode(loaded.held_out, laid, recipe.data, context).first if loaded.held_out else []
         state = Offline(
             SFT(policy, train.first, held_out, recipe.run.micro_tokens),
-            recipe.train, recipe.optimizer, recipe.run,
+            recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle,
         )  # fmt: skip
         pre = Preflight("steersman sft")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
