@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class."""
+    """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class.
+
+    `recipe` may also be a function of the recipe's path and the overrides that chooses the class.
+    """
 
     run: str
     recipe: str
@@ -50,6 +53,10 @@ VERBS = {
         "gspo": "GRPO with one ratio per response",
         "cispo": "GRPO with bounded weights in the place of the clip",
     }.items()},
+    "control": Verb("steersman.control.run:run", "steersman.control.recipe:recipe_class",
+                    "the same methods, DQN and tabular ones on a Gymnasium environment"),
+    "dpo": Verb("steersman.train.preference:run", "steersman.train.preference:PreferenceRecipe",
+                "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name"),
     "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
                      "sample responses from a model"),
 }  # fmt: skip
@@ -101,7 +108,8 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
     words = args[1:] if path is not None else args
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
-    recipe_class: type[Section] = _load(verb.recipe)
+    found = _load(verb.recipe)
+    recipe_class: type[Section] = found if isinstance(found, type) else found(path, overrides)
     if given & {"--help", "-h"}:
         _verb_help(name, verb, recipe_class)
         return 0
