@@ -41,7 +41,7 @@ class Learner:
     critic: Critic | None = None
     critic_optimizer: Optimizer | None = None
     temperature: float = 1.0
-    length_limit: int = 1
+    length_limit: float = 1.0
     micro_tokens: int = 16_384
     value_clip: float | None = None
     vf_coef: float = 0.5

@@ -103,7 +103,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         critic,
         None if critic is None or shared else Optimizer(critic.parameters(), config.optimizer, updates),
         temperature=rollout.temperature,
-        length_limit=rollout.max_new_tokens,
+        length_limit=float(rollout.max_new_tokens),
         micro_tokens=recipe.run.micro_tokens,
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
