@@ -148,18 +148,18 @@ def count(number: int) -> str:
 
 def _role_table(roles: Sequence[Role]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("model")
-    table.add_column("from", overflow="fold")
-    kinds = ("weights", "gradients", "optimizer", "activations", "cache")
-    for name in ("parameters", "trained", *kinds, "peak, about"):
-        table.add_column(name, justify="right")
+    table.add_column("model", no_wrap=True)
+    for name in ("parameters", "trained", "peak, about"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("of which, and where from")
     for role in roles:
-        shares = [size(getattr(role.memory, kind)) if getattr(role.memory, kind) else "-" for kind in kinds]
+        kinds = ("weights", "gradients", "optimizer", "activations", "cache")
+        shares = ", ".join(f"{k} {size(getattr(role.memory, k))}" for k in kinds if getattr(role.memory, k))
         trained = count(role.trained) if role.trained else "-"
         peak = size(role.memory.total) if role.memory.total else "-"
-        table.add_row(role.name, Text(role.source), count(role.parameters), trained, *shares, peak)
-    total = sum(role.memory.total for role in roles)
-    table.add_row("together", "", "", "", *[""] * len(kinds), size(total), style="bold")
+        origin = Text(f"{shares}\n" if shares else "").append(role.source, style="dim")
+        table.add_row(role.name, count(role.parameters), trained, peak, origin)
+    table.add_row("together", "", "", size(sum(role.memory.total for role in roles)), "", style="bold")
     return table
 
 

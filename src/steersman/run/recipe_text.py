@@ -118,11 +118,10 @@ def suggestion(key: str, here: list[str], known: list[str]) -> str:
 
 
 def help_table(model: type[Section]) -> Table:
-    """Every setting of a recipe class for `--help`: key, type, default and meaning, grouped by section."""
+    """Every setting of a recipe class for `--help`, grouped by section: key, default, meaning and type."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("setting", no_wrap=True)
-    table.add_column("type", style="dim", max_width=30)
-    table.add_column("default", style="cyan", max_width=24, overflow="fold")
+    table.add_column("setting", overflow="fold", min_width=24)
+    table.add_column("default", style="cyan", max_width=12, overflow="fold")
     table.add_column("meaning", ratio=1)
     _help_rows(table, model, None, "")
     return table
@@ -141,13 +140,14 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) ->
             sections.append((name, info, inner, value))
             continue
         shown = "required" if value is ... else _shown(value)
-        kind = type_text(info.annotation, info.metadata)
-        table.add_row(f"--{prefix}{name}", kind, Text(shown), Text(info.description or ""))
+        meaning = Text(info.description or "")
+        meaning.append(f"  ({type_text(info.annotation, info.metadata)})", style="dim")
+        table.add_row(f"--{prefix}{name}", Text(shown), meaning)
     for name, info, inner, value in sections:
         meaning = info.description or (inner.__doc__ or "").strip().split("\n")[0]
         off = " (off by default)" if value is None else ""
         table.add_row("")
-        table.add_row(Text(f"{prefix}{name}", style="bold"), "", "", Text(meaning + off, style="italic"))
+        table.add_row(Text(f"{prefix}{name}", style="bold"), "", Text(meaning + off, style="italic"))
         _help_rows(table, inner, value, f"{prefix}{name}.")
 
 
