@@ -40,6 +40,7 @@ class OnPolicy:
     def __init__(self, recipe: Any, roles: Roles, prompts: Sequence[Prompt], batches: Any) -> None:
         self.recipe, self.roles, self.prompts, self.batches = recipe, roles, prompts, batches
         self._order = batches.forever()
+        self.waiting: list[int] = []
         self.algorithm = recipe.algorithm
         self.beta = self._beta_controller()
         self.beta_old = (
@@ -77,8 +78,13 @@ class OnPolicy:
         """Whether this iteration trains the critic alone."""
         return self.recipe.critic is not None and self.done < self.recipe.critic.warmup
 
-    def next_prompts(self) -> list[Prompt]:
-        return [self.prompts[i] for i in next(self._order)]
+    def next_prompts(self, count: int | None = None) -> list[Prompt]:
+        """The next prompts of the data's order, an iteration's worth by default; none is passed over."""
+        count = count or self.recipe.rollout.prompts
+        while len(self.waiting) < count:
+            self.waiting += next(self._order)
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        return [self.prompts[i] for i in taken]
 
     def sample(self, prompts: list[Prompt]) -> tuple[list[Sample], Scores]:
         """Responses to the prompts with their scores; groups without signal replaced where the method asks."""
@@ -91,9 +97,8 @@ class OnPolicy:
             missing = len(prompts) - len(keep) // n
             if missing <= 0:
                 break
-            more = self.roles.generate(
-                self.next_prompts()[:missing], seed=(self.recipe.run.seed, self.done, attempt + 1), n=n
-            )
+            seed = (self.recipe.run.seed, self.done, attempt + 1)
+            more = self.roles.generate(self.next_prompts(missing), seed=seed, n=n)
             samples = [samples[i] for i in keep] + more
             scores = _join(scores, keep, self.roles.reward.score(more))
         return samples, scores
@@ -175,6 +180,7 @@ class OnPolicy:
             "beta_old": self.beta_old.state_dict(),
             "moving": [self.moving_mean, self.moving_count],
             "batches": self.batches.state_dict(),
+            "waiting": self.waiting,
             "roles": self.roles.state_dict(),
         }
 
@@ -184,6 +190,7 @@ class OnPolicy:
         self.beta_old.load_state_dict(state["beta_old"])
         self.moving_mean, self.moving_count = state["moving"]
         self.batches.load_state_dict(state["batches"])
+        self.waiting = list(state["waiting"])
         self.roles.load_state_dict(state["roles"])
 
     def _beta_controller(self) -> FixedKL:

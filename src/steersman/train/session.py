@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +72,9 @@ class Session:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             if (self.path / "metrics.jsonl").exists():
-                write_report(self.path)
+                # A report that can not be written must not hide why the run failed.
+                with nullcontext() if error is None else suppress(Exception):
+                    write_report(self.path)
             if not self.begun and not self.folder.resumed:
                 # What was refused before it began is no run: the mended recipe may use the folder.
                 (self.path / "config.yaml").unlink(missing_ok=True)

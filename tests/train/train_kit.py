@@ -1,0 +1,139 @@
+"""Tiny models on disk with a letter tokenizer, data files and recipes, for the tests of the loops."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import tiny_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import Fuse
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steersman.train.recipe import OnPolicyRecipe
+from steersman.train.verbs import RECIPES
+
+LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " ", ".", ",", "\n", "!", "?"]
+
+REWARDS = '''
+def count_a(prompts, completions):
+    return [c.count("a") / 4 for c in completions]
+
+def per_token(prompts, completions, samples):
+    return [[0.1 * (i % 7) for i in s.ids] for s in samples]
+
+def nan(prompts, completions):
+    return [float("nan")] * len(completions)
+
+def short(prompts, completions):
+    return [0.0] * (len(completions) - 1)
+
+def broken(prompts, completions):
+    return [1 / 0 for _ in completions]
+
+CALLS = []
+
+def broken_later(prompts, completions):
+    CALLS.append(1)
+    return [1 / 0 if len(CALLS) > 4 else len(c) for c in completions]
+
+def constant(prompts, completions):
+    return [1.0] * len(completions)
+
+def huge(prompts, completions):
+    return [1e38 * c.count("e") for c in completions]
+'''
+
+
+def letters(eos: str | None = "</s>", vocabulary: list[str] = LETTERS) -> PreTrainedTokenizerFast:
+    """One token per letter; no pad token."""
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token=eos)
+
+
+def save_tiny(folder: Path, family: str = "llama", scale: float = 1.0, seed: int = 0, **tokenizer: Any) -> Path:
+    """A random model of the family, whose vocabulary is the letters'."""
+    tiny_model(family, vocab=len(LETTERS), seed=seed, scale=scale).save_pretrained(folder)
+    letters(**tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_mini(folder: Path, seed: int = 0) -> Path:
+    """The smallest Llama that still has every part: one layer, 16 wide."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(LETTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    letters().save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prompts_file(folder: Path, count: int = 12) -> Path:
+    words = ["the cat", "a dog sat", "we", "look at", "no", "she said so", "hm,", "it is", "you and me", "oh", "up", "far"]
+    return write_jsonl(folder / "prompts.jsonl", [{"prompt": words[i % 12] + " " * (i // 12)} for i in range(count)])
+
+
+def rewards_file(folder: Path) -> Path:
+    path = folder / "rewards.py"
+    path.write_text(REWARDS)
+    return path
+
+
+def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`extra` laid over `base`; keys with dots reach into sections."""
+    out = json.loads(json.dumps(base))
+    for key, value in extra.items():
+        *path, last = key.split(".")
+        spot = out
+        for name in path:
+            if spot.get(name) is None:
+                spot[name] = {}
+            spot = spot[name]
+        spot[last] = value
+    return out
+
+
+def settings(folder: Path, model: Path, reward: str = "count_a") -> dict[str, Any]:
+    """A recipe's plain settings: 4 prompts, 2 samples, 8 tokens."""
+    return {
+        "model": {"path": str(model)},
+        "data": {"path": str(prompts_file(folder))},
+        "reward": {"parts": {"score": {"function": f"{rewards_file(folder)}:{reward}"}}},
+        "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 8, "held_out": 3},
+        "optimizer": {"lr": 3e-3},
+        "iterations": 2,
+        "run": {"dir": str(folder / "run"), "threads": 1, "eval_every": 2, "save_every": 1},
+    }
+
+
+def recipe(name: str, base: dict[str, Any], **extra: Any) -> OnPolicyRecipe:
+    """The algorithm's recipe; `__` in a name stands for a dot."""
+    return RECIPES[name].model_validate(merge(base, {k.replace("__", "."): v for k, v in extra.items()}))
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics without what measures time."""
+    return {k: v for k, v in row.items() if k != "seconds" and not k.startswith(("time/", "throughput"))}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
