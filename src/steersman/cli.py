@@ -57,6 +57,8 @@ VERBS = {
                     "the same methods, DQN and tabular ones on a Gymnasium environment"),
     "dpo": Verb("steersman.train.preference:run", "steersman.train.preference:PreferenceRecipe",
                 "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name"),
+    "verify": Verb("steersman.verify.run:run", "steersman.verify.run:VerifyRecipe",
+                   "every method against exact answers on a small language, in one table"),
     "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
                      "sample responses from a model"),
 }  # fmt: skip

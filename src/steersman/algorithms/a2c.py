@@ -18,8 +18,8 @@ class A2C(Algorithm):
     paper = "arXiv 1602.01783"
     critic = True
 
-    lam: float = Field(1.0, ge=0, le=1, description="GAE's lambda: 1 is Monte-Carlo minus V, 0 one-step")
-    average: Average = Field("episode", description="how steps are averaged; only `episode` is unbiased")
+    lam: float = Field(default=1.0, ge=0, le=1, description="GAE's lambda: 1 is Monte-Carlo minus V, 0 one-step")
+    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         return gae(traj, self.lam)

@@ -42,22 +42,24 @@ class Algorithm(Section):
     baseline: ClassVar[Literal["none", "greedy", "moving"]] = "none"
     update: ClassVar[Literal["gradient", "trust_region"]] = "gradient"
 
-    gamma: float = Field(1.0, ge=0, le=1, description="discount per token (or step)")
-    beta: float = Field(0.05, ge=0, description="coefficient of KL(policy || reference)")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount per token (or step)")
+    beta: float = Field(default=0.05, ge=0, description="coefficient of KL(policy || reference)")
     kl_in: Literal["reward", "loss"] = Field(
-        "reward", description="where the KL term goes: into every token's reward, or into the loss"
+        default="reward", description="where the KL term goes: into every token's reward, or into the loss"
     )
-    kl_estimator: KLEstimator = Field("k1", description="k1, k2 or k3; see steersman.ops.kl for their bias")
+    kl_estimator: KLEstimator = Field(default="k1", description="k1, k2 or k3; see steersman.ops.kl for their bias")
     kl_target: float | None = Field(
-        None, gt=0, description="KL in nats per response that beta is steered to; null keeps beta fixed"
+        default=None, gt=0, description="KL in nats per response that beta is steered to; null keeps beta fixed"
     )
-    kl_horizon: float = Field(10_000, gt=0, description="samples over which the controller of beta acts")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    average: Average = Field("token", description="how steps are averaged: token, sequence or episode")
-    epochs: int = Field(1, ge=1, description="passes over the samples of one iteration")
-    minibatches: int = Field(1, ge=1, description="optimizer updates per epoch")
+    kl_horizon: float = Field(default=10_000, gt=0, description="samples over which the controller of beta acts")
+    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    epochs: int = Field(default=1, ge=1, description="passes over the samples of one iteration")
+    minibatches: int = Field(default=1, ge=1, description="optimizer updates per epoch")
     stop_kl: float | None = Field(
-        None, gt=0, description="stop an iteration's updates when KL to the sampler exceeds this, nats per token"
+        default=None,
+        gt=0,
+        description="stop an iteration's updates when KL to the sampler exceeds this, nats per token",
     )
 
     def advantage(self, traj: Trajectory) -> Advantage:

@@ -17,9 +17,9 @@ class CISPO(GroupRelative):
     title = "CISPO"
     paper = "arXiv 2506.13585"
 
-    beta: float = Field(0.0, ge=0, description="coefficient of KL(policy || reference)")
-    clip_high: float = Field(4.0, gt=0, description="importance weights are cut above 1 plus this")
-    average: Average = Field("token", description="how steps are averaged: token, sequence or episode")
+    beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
+    clip_high: float = Field(default=4.0, gt=0, description="importance weights are cut above 1 plus this")
+    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return clipped_weight(logp, traj.logp_old, adv, 1 + self.clip_high)

@@ -14,9 +14,11 @@ class DAPO(GroupRelative):
     paper = "arXiv 2503.14476"
     bias = "scores are divided by their group's deviation, tokens by a random length; groups are selected"
 
-    beta: float = Field(0.0, ge=0, description="coefficient of KL(policy || reference)")
-    clip_high: float = Field(0.28, gt=0, description="ratio is clipped above 1 plus this")
-    average: Average = Field("token", description="how steps are averaged: token, sequence or episode")
+    beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
+    clip_high: float = Field(default=0.28, gt=0, description="ratio is clipped above 1 plus this")
+    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
     dynamic_sampling: int = Field(
-        3, ge=0, description="how many further rounds may be sampled to replace groups whose scores are all equal"
+        default=3,
+        ge=0,
+        description="how many further rounds may be sampled to replace groups whose scores are all equal",
     )

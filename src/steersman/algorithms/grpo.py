@@ -28,10 +28,10 @@ class GroupRelative(Algorithm):
     group = True
     bias = "scores are divided by their group's deviation, tokens by a random length"
 
-    scale: GroupScale = Field("group", description="divide by the deviation of the group, the batch, or none")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
-    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 plus this")
-    average: Average = Field("sequence", description="how steps are averaged: token, sequence or episode")
+    scale: GroupScale = Field(default="group", description="divide by the deviation of the group, the batch, or none")
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
+    clip_high: float = Field(default=0.2, gt=0, description="ratio is clipped above 1 plus this")
+    average: Average = Field(default="sequence", description="how steps are averaged: token, sequence or episode")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         total = episode_return(traj)
@@ -52,6 +52,6 @@ class GRPO(GroupRelative):
     fixed_point = "beta (pi_ref - pi) balances pi A: heavier tails than pi*, and A counts in deviations of the score"
 
     kl_in: Literal["reward", "loss"] = Field(
-        "loss", description="where the KL term goes: into every token's reward, or into the loss"
+        default="loss", description="where the KL term goes: into every token's reward, or into the loss"
     )
-    kl_estimator: KLEstimator = Field("k3", description="k1, k2 or k3; see steersman.ops.kl for their bias")
+    kl_estimator: KLEstimator = Field(default="k3", description="k1, k2 or k3; see steersman.ops.kl for their bias")

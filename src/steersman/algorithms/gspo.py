@@ -16,9 +16,9 @@ class GSPO(GroupRelative):
     title = "GSPO"
     paper = "arXiv 2507.18071"
 
-    clip_low: float = Field(3e-4, gt=0, lt=1, description="sequence ratio is clipped below 1 minus this")
-    clip_high: float = Field(4e-4, gt=0, description="sequence ratio is clipped above 1 plus this")
-    beta: float = Field(0.0, ge=0, description="coefficient of KL(policy || reference)")
+    clip_low: float = Field(default=3e-4, gt=0, lt=1, description="sequence ratio is clipped below 1 minus this")
+    clip_high: float = Field(default=4e-4, gt=0, description="sequence ratio is clipped above 1 plus this")
+    beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return sequence_clipped(logp, traj.logp_old, adv, traj.mask, self.clip_low, self.clip_high)

@@ -18,6 +18,6 @@ class NLPO(PPO):
     bias = PPO.bias + "; tokens outside the mask get no gradient"
     fixed_point = "the optimum among the answers that the mask allows"
 
-    mask_top_p: float = Field(0.9, gt=0, le=1, description="mass of the masking policy's allowed set")
-    mask_min_tokens: int = Field(2, ge=1, description="fewest tokens that stay allowed")
-    mask_every: int = Field(20, ge=1, description="iterations between refreshes of the masking policy (mu)")
+    mask_top_p: float = Field(default=0.9, gt=0, le=1, description="mass of the masking policy's allowed set")
+    mask_min_tokens: int = Field(default=2, ge=1, description="fewest tokens that stay allowed")
+    mask_every: int = Field(default=20, ge=1, description="iterations between refreshes of the masking policy (mu)")

@@ -19,15 +19,15 @@ class PPO(Algorithm):
     critic = True
     bias = "advantages are whitened over the batch that they are estimated from, and divided by a random length"
 
-    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda: 1 is Monte-Carlo minus V, 0 one-step")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
-    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 plus this")
+    lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda: 1 is Monte-Carlo minus V, 0 one-step")
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
+    clip_high: float = Field(default=0.2, gt=0, description="ratio is clipped above 1 plus this")
     dual_clip: float | None = Field(
-        None, gt=1, description="bound on the loss of negative advantages, in units of |advantage|"
+        default=None, gt=1, description="bound on the loss of negative advantages, in units of |advantage|"
     )
-    whiten: bool = Field(True, description="advantages to mean 0, variance 1 over the steps of an iteration")
-    epochs: int = Field(4, ge=1, description="passes over the samples of one iteration")
-    minibatches: int = Field(2, ge=1, description="optimizer updates per epoch")
+    whiten: bool = Field(default=True, description="advantages to mean 0, variance 1 over the steps of an iteration")
+    epochs: int = Field(default=4, ge=1, description="passes over the samples of one iteration")
+    minibatches: int = Field(default=2, ge=1, description="optimizer updates per epoch")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         adv, ret = gae(traj, self.lam)

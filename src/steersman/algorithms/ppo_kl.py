@@ -20,8 +20,8 @@ class PPOKL(PPO):
     name = "ppo-kl"
     title = "PPO (KL penalty)"
 
-    beta_old: float = Field(1.0, ge=0, description="initial coefficient of KL(old || new)")
-    target_old: float = Field(0.01, gt=0, description="KL(old || new) per token that the coefficient aims at")
+    beta_old: float = Field(default=1.0, ge=0, description="initial coefficient of KL(old || new)")
+    target_old: float = Field(default=0.01, gt=0, description="KL(old || new) per token that the coefficient aims at")
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         step = kl_estimate(traj.logp_old, logp, "k3")

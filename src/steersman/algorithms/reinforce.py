@@ -24,7 +24,7 @@ class REINFORCE(Algorithm):
     paper = "Williams 1992"
     baseline = "moving"
 
-    average: Average = Field("episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         adv = return_to_go(traj)

@@ -22,9 +22,9 @@ class REINFORCEPlusPlus(Algorithm):
     paper = "arXiv 2501.03262"
     bias = "advantages are whitened over the batch that they are estimated from, and divided by a random length"
 
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
-    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 plus this")
-    whiten: bool = Field(True, description="advantages to mean 0, variance 1 over the steps of an iteration")
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
+    clip_high: float = Field(default=0.2, gt=0, description="ratio is clipped above 1 plus this")
+    whiten: bool = Field(default=True, description="advantages to mean 0, variance 1 over the steps of an iteration")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         adv = return_to_go(traj)

@@ -20,7 +20,7 @@ class ReMax(Algorithm):
     paper = "arXiv 2310.10505"
     baseline = "greedy"
 
-    average: Average = Field("episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         if traj.baseline is None:

@@ -21,7 +21,7 @@ class RLOO(Algorithm):
     paper = "arXiv 2402.14740"
     group = True
 
-    average: Average = Field("episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         total = episode_return(traj)

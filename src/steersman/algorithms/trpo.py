@@ -20,12 +20,12 @@ class TRPO(PPO):
     paper = "arXiv 1502.05477"
     update = "trust_region"
 
-    max_kl: float = Field(0.01, gt=0, description="trust region: mean KL(old || new) in nats per token")
-    cg_steps: int = Field(10, ge=1, description="conjugate-gradient iterations")
-    damping: float = Field(0.1, ge=0, description="added to the Fisher matrix's diagonal")
-    backtracks: int = Field(10, ge=1, description="how often the line search may shrink the step")
-    backtrack_ratio: float = Field(0.8, gt=0, lt=1, description="by how much it shrinks each time")
-    epochs: int = Field(4, ge=1, description="the critic's passes over the samples of one iteration")
+    max_kl: float = Field(default=0.01, gt=0, description="trust region: mean KL(old || new) in nats per token")
+    cg_steps: int = Field(default=10, ge=1, description="conjugate-gradient iterations")
+    damping: float = Field(default=0.1, ge=0, description="added to the Fisher matrix's diagonal")
+    backtracks: int = Field(default=10, ge=1, description="how often the line search may shrink the step")
+    backtrack_ratio: float = Field(default=0.8, gt=0, lt=1, description="by how much it shrinks each time")
+    epochs: int = Field(default=4, ge=1, description="the critic's passes over the samples of one iteration")
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return surrogate(logp, traj.logp_old, adv)

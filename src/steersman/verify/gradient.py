@@ -2,12 +2,12 @@
 
 Two answers for each method. As shipped: its own advantage, loss and averaging on the batch that it would draw.
 Core: the same code with the biases that it names switched off (whitening, division by a deviation or a random
-length, a KL term in the loss, the sample inside its own baseline), which must leave the exact gradient.
+length, a KL term in the loss, the sample inside its own baseline, a mask), which must leave the exact gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,60 +19,92 @@ from steersman.algorithms.nlpo import NLPO
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.ops.distributions import top_p_mask
 from steersman.ops.kl import kl_estimate
-from steersman.tabular.oracle import Batch, exact_gradient, expected_gradient, relative_deviation
+from steersman.tabular.oracle import Batch, Table, exact_gradient, expected_gradient, relative_deviation
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
 
 SIZE = 2
 """Answers per prompt of a group method, and prompts per batch of the others, in the enumeration."""
 
+OFF = {
+    "average": "episode", "kl_in": "reward", "kl_estimator": "k1", "whiten": False, "lam": 1.0, "scale": "none",
+    "mask_top_p": 1.0,
+}  # fmt: skip
+"""The settings that switch a named bias off, whichever of them a method has."""
+
 
 @dataclass(slots=True)
 class GradientCheck:
-    """Largest relative deviation from the exact gradient, as shipped and with the named biases switched off."""
+    """Largest relative deviation from the exact gradient, as shipped and with the named biases switched off.
+
+    `cosine` is that of the shipped estimator's expectation with the exact gradient: a method that standardises
+    its advantages changes the gradient's size on purpose, and what matters then is where it points.
+    """
 
     shipped: float
     core: float
-    bias: str
+    cosine: float
 
 
-def check_gradient(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> GradientCheck:
-    """The method's expected gradient at `logits` [S, V], by enumerating every batch that it could draw.
+def example() -> tuple[TokenMDP, Tensor]:
+    """Fifteen sentences of one to three words, rewards per token and per sentence, and the logits of some policy."""
+    mdp = TokenMDP.random(3, 3, 0.5, seed=2, per_token=True)
+    generator = torch.Generator().manual_seed(3)
+    return mdp, torch.randn(mdp.next_state.shape, generator=generator, dtype=torch.float64)
 
-    The critic is a table of arbitrary numbers and lam is 1 in the core, so that nothing leans on its being right.
+
+def check_gradient(
+    algorithm: Algorithm, mdp: TokenMDP, policy: Table, params: Sequence[Tensor] | None = None, size: int = SIZE
+) -> GradientCheck:
+    """The method's expected gradient at a policy, by enumerating every batch that it could draw.
+
+    `policy` is a table of logits [S, V], or a function that makes them from `params`, such as a transformer's. A
+    batch is one prompt with `size` answers for group methods, `size` prompts for the others. The critic is a table
+    of arbitrary numbers and lam is 1 in the core, so that nothing leans on its being right.
     """
     algorithm = algorithm.model_copy(update={"beta": mdp.beta})
-    shipped = _deviation(algorithm, mdp, logits, 1.0)
+    found, exact = _expected_and_exact(algorithm, mdp, policy, params, size)
+    core, core_exact = _expected_and_exact(unbiased(algorithm), mdp, policy, params, size)
     # subtracting a group's mean, the sample included, scales the gradient by (G - 1) / G
-    rescale = SIZE / (SIZE - 1) if hasattr(algorithm, "scale") else 1.0
-    return GradientCheck(shipped, _deviation(_core(algorithm), mdp, logits, rescale), algorithm.bias)
+    rescale = size / (size - 1) if hasattr(algorithm, "scale") else 1.0
+    return GradientCheck(
+        relative_deviation(found, exact),
+        relative_deviation(rescale * core, core_exact),
+        float(torch.cosine_similarity(found, exact, 0)),
+    )
 
 
-def _core(algorithm: Algorithm) -> Algorithm:
-    off = {
-        "average": "episode",
-        "kl_in": "reward",
-        "kl_estimator": "k1",
-        "whiten": False,
-        "lam": 1.0,
-        "scale": "none",
-    }
-    return algorithm.model_copy(update={k: v for k, v in off.items() if k in type(algorithm).model_fields})
+def unbiased(algorithm: Algorithm) -> Algorithm:
+    """The method with every setting of OFF that it has."""
+    return algorithm.model_copy(update={k: v for k, v in OFF.items() if k in type(algorithm).model_fields})
 
 
-def _deviation(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor, rescale: float) -> float:
-    policy = masked(algorithm, logits)
+def _expected_and_exact(
+    algorithm: Algorithm, mdp: TokenMDP, policy: Table, params: Sequence[Tensor] | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient that is descended, and minus the exact one of J, both at the policy that is sampled from."""
+    now = masked(algorithm, policy.detach() if isinstance(policy, Tensor) else policy().detach())
+
+    def limited() -> Tensor:
+        made = policy if isinstance(policy, Tensor) else policy()
+        return made.masked_fill(now.isinf(), -torch.inf)
+
+    if params is None:
+        assert isinstance(policy, Tensor)
+        policy = policy.detach().requires_grad_()
+        params = [policy]
     found = expected_gradient(
         mdp,
-        policy,
-        batch_loss(algorithm, mdp, policy),
-        size=SIZE if algorithm.group else 1,
-        count=1 if algorithm.group else SIZE,
+        limited,
+        batch_loss(algorithm, mdp, now),
+        params,
+        size=size if algorithm.group else 1,
+        count=1 if algorithm.group else size,
         kl=algorithm.kl_in == "reward",
         value=arbitrary_critic(mdp),
         stacked=False,
     )
-    return relative_deviation(rescale * found, -exact_gradient(mdp, policy))
+    return found, -exact_gradient(mdp, limited, params)
 
 
 def masked(algorithm: Algorithm, logits: Tensor) -> Tensor:

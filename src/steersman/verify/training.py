@@ -6,7 +6,9 @@ way from the reference's J to the best possible J* a fixed budget of samples has
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,6 @@ from torch import Tensor, nn
 from steersman.advantage.returns import episode_return
 from steersman.algorithms import Algorithm, Coefficients
 from steersman.algorithms.nlpo import NLPO
-from steersman.algorithms.ppo_kl import PPOKL
-from steersman.algorithms.trpo import TRPO
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_mean
@@ -30,24 +30,46 @@ from steersman.verify.gradient import loss_given, masked
 class Budget:
     """What every method is given: `iterations` of `prompts` x `size` sampled sequences."""
 
-    iterations: int = 300
+    iterations: int = 200
     prompts: int = 32
     size: int = 4
-    lr: float = 0.05
+    lr: float = 0.1
     lr_critic: float = 0.1
 
 
-def way_to_optimum(algorithm: Algorithm, mdp: TokenMDP, seed: int, budget: Budget | None = None) -> float:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Shares of the way from the reference's J: to J*, and to the best J that the method's support allows."""
+
+    optimum: float
+    allowed: float
+
+
+def example() -> TokenMDP:
+    """Four tokens, two prompts with 40 answers each of one to three tokens, standard normal scores, beta 0.3."""
+    return TokenMDP.random(4, 3, 0.3, seed=0, prompts=2)
+
+
+def way_to_optimum(algorithm: Algorithm, mdp: TokenMDP, seed: int, budget: Budget | None = None) -> Way:
     """(J(pi) - J(ref)) / (J* - J(ref)) after training from the reference; 1 is the optimum."""
-    run = _Run(algorithm.model_copy(update={"beta": mdp.beta}), mdp, seed, budget or Budget())
+    run = Run(algorithm.model_copy(update={"beta": mdp.beta}), mdp, seed, budget or Budget())
     for iteration in range(run.budget.iterations):
         run.iteration(iteration)
-    low, high = float(mdp.objective(mdp.logp_ref)), float(mdp.j_star())
     with torch.no_grad():
-        return (float(mdp.objective(run.policy())) - low) / (high - low)
+        low, here = float(mdp.objective(mdp.logp_ref)), float(mdp.objective(run.policy()))
+        gain = here - low
+        return Way(gain / (float(mdp.j_star()) - low), gain / (best_within(mdp, run.policy()) - low))
 
 
-class _Run:
+def best_within(mdp: TokenMDP, logits: Tensor) -> float:
+    """The largest J of any policy with the support of this one: E_x[ beta log sum pi_ref(y|x) exp(r / beta) ]."""
+    value = mdp.sequence_logp_ref.sum(-1) + mdp.total_reward / mdp.beta
+    made = mdp.sequence_prob(logits) > 0
+    own = made & (mdp.prompt == torch.arange(len(mdp.prompts))[:, None])
+    return float((mdp.prompt_prob * mdp.beta * torch.where(own, value, -math.inf).logsumexp(-1)).sum())
+
+
+class Run:
     """The on-policy loop with tables in the place of models."""
 
     def __init__(self, algorithm: Algorithm, mdp: TokenMDP, seed: int, budget: Budget) -> None:
@@ -57,47 +79,47 @@ class _Run:
         self.critic = nn.Parameter(torch.zeros(len(mdp.states), dtype=torch.float64))
         self.actor_step = torch.optim.Adam([self.logits], lr=budget.lr)
         self.critic_step = torch.optim.Adam([self.critic], lr=budget.lr_critic)
-        self.rate = torch.optim.lr_scheduler.LinearLR(self.actor_step, 1.0, 0.02, budget.iterations)
-        self.beta_old = FixedKL(0.0)
-        if isinstance(algorithm, PPOKL):
-            self.beta_old = DoublingKL(algorithm.beta_old, algorithm.target_old)
-        self.lagging = mdp.logp_ref.clone()
+        settings: Any = algorithm
+        self.beta_old = (
+            DoublingKL(settings.beta_old, settings.target_old) if hasattr(algorithm, "beta_old") else FixedKL(0.0)
+        )
+        self.forbidden = masked(algorithm, self.logits.detach()).isinf()
         self.moving = torch.zeros((), dtype=torch.float64)
 
     def policy(self) -> Tensor:
-        """The logits that are sampled from: the table, or for NLPO the table under the lagging copy's mask."""
-        if not isinstance(self.algorithm, NLPO):
-            return self.logits
-        return torch.where(masked(self.algorithm, self.lagging).isinf(), -torch.inf, self.logits)
+        """The logits that are sampled from: the table, for NLPO without what its lagging copy forbids."""
+        return self.logits.masked_fill(self.forbidden, -torch.inf)
 
     def iteration(self, iteration: int) -> None:
         """prompts -> rollout -> reward -> advantage -> minibatches -> loss -> update."""
         algorithm, mdp, old = self.algorithm, self.mdp, self.policy().detach()
+        # the rate falls to a fiftieth, so that the noise of the last batches is averaged away
+        self.actor_step.param_groups[0]["lr"] = self.budget.lr * (1 - 0.98 * iteration / self.budget.iterations)
         size = self.budget.size if algorithm.group else 1
         draws = self.budget.prompts * self.budget.size // size
         rows = mdp.sample(old, draws, self.generator, size)
         group = torch.arange(draws).repeat_interleave(size)
-        value = self.critic.detach() if algorithm.critic else None
+        value = self.critic.detach() if algorithm.critic else torch.zeros_like(self.critic)
         traj = mdp.trajectory(
             old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group
         )
         self._baseline(traj, old, rows)
         adv, ret = algorithm.advantage(traj)
-        if isinstance(algorithm, TRPO):
+        if algorithm.update == "trust_region":
             self._trust_region(algorithm, traj, adv, rows, old)
         for _ in range(algorithm.epochs):
             order = torch.randperm(len(rows), generator=self.generator)
             for part in order.tensor_split(algorithm.minibatches):
                 self._minibatch(traj.rows(part), adv[part], ret if ret is None else ret[part], rows[part])
-        self.rate.step()
-        new = self._logp(rows).detach()
-        self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
+        if self.beta_old.coef > 0:
+            new = self._logp(rows).detach()
+            self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
         if isinstance(algorithm, NLPO) and (iteration + 1) % algorithm.mask_every == 0:
-            self.lagging = self.logits.detach().clone()
+            self.forbidden = masked(algorithm, self.logits.detach()).isinf()
 
     def _minibatch(self, traj: Trajectory, adv: Tensor, ret: Tensor | None, rows: Tensor) -> None:
         T = traj.mask.shape[1]
-        if not isinstance(self.algorithm, TRPO):
+        if self.algorithm.update == "gradient":
             coef = Coefficients(self.mdp.beta, self.beta_old.coef)
             loss = loss_given(self.algorithm, adv[:, :T], self._logp(rows)[:, :T], traj, coef)
             self._descend(loss, self.actor_step)
@@ -105,7 +127,7 @@ class _Run:
             value = self.mdp.along(self.critic, rows)[:, :T]
             self._descend(masked_mean(value_loss(value, value.detach(), ret[:, :T]), traj.mask), self.critic_step)
 
-    def _trust_region(self, algorithm: TRPO, traj: Trajectory, adv: Tensor, rows: Tensor, old: Tensor) -> None:
+    def _trust_region(self, algorithm: Any, traj: Trajectory, adv: Tensor, rows: Tensor, old: Tensor) -> None:
         before = torch.log_softmax(self.mdp.along(old, rows)[:, :-1], -1)
 
         def surrogate() -> Tensor:
@@ -122,7 +144,7 @@ class _Run:
 
     def _baseline(self, traj: Trajectory, old: Tensor, rows: Tensor) -> None:
         if self.algorithm.baseline == "greedy":
-            greedy = self.mdp.trajectory(old, self.mdp.greedy(old))
+            greedy = self.mdp.trajectory(old, self.mdp.greedy(old), kl=False)
             traj.baseline = episode_return(greedy)[self.mdp.prompt[rows]]
         elif self.algorithm.baseline == "moving":
             traj.baseline = self.moving.expand(len(rows))

@@ -1,0 +1,107 @@
+"""The tables of `steersman verify`, for a terminal and for a page of text."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from steersman.tabular.preference_check import FixedPoint
+from steersman.verify.identities import Identity
+from steersman.verify.judge import EXACT, REACHED, Method
+
+MARKS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def method_table(methods: list[Method], seeds: int, iterations: int) -> RenderableType:
+    """One row per on-policy method, and below it what its marks mean."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title="On-policy methods", title_style="bold", title_justify="left",
+        collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    for name in (
+        "method",
+        "paper",
+        "",
+        "gradient\nshipped",
+        "\ncore",
+        "\ncosine",
+        "way to J*, %\nshipped",
+        "\ncore",
+        "\ns",
+    ):
+        table.add_column(name, justify="left" if name in ("method", "paper", "") else "right", no_wrap=True)
+    notes: dict[str, str] = {}
+    for method in methods:
+        check = method.gradient
+        table.add_row(
+            Text(method.title, style="bold"),
+            method.paper.removeprefix("arXiv "),
+            " ".join(_mark(notes, text) for text in (*method.bias.split("; "), _rest(method)) if text),
+            _deviation(check.shipped, bool(method.bias)),
+            _deviation(check.core),
+            f"{check.cosine:.3f}",
+            _way(method.way, bool(method.fixed_point)),
+            _way(method.way_core),
+            f"{method.seconds:.0f}",
+        )
+    legend = Text("\n").join(Text(f"{mark}  {text}") for text, mark in notes.items())
+    reading = (
+        "Gradient: largest relative deviation of the estimator's expectation, over every batch that could be drawn, "
+        "from the exact gradient, and the cosine between the two. Way: share of the way from J(pi_ref) to J* after "
+        f"{iterations} iterations of 128 sampled answers, mean of {seeds} seeds (and the worst). Core: with the "
+        "named biases switched off."
+    )
+    return Group("", table, Padding(legend, (0, 2)), Padding(Text(reading, style="dim"), (1, 2)))
+
+
+def offline_table(rows: list[FixedPoint]) -> RenderableType:
+    """One row per offline preference loss, descended on infinite data."""
+    table = Table(box=box.SIMPLE_HEAD, title="Offline preference losses", title_style="bold", title_justify="left")
+    for name in ("loss", "rests where", "off by", "J* - J"):
+        table.add_column(name, justify="left" if name in ("loss", "rests where") else "right")
+    for row in rows:
+        style = "green" if row.holds else "bold red"
+        gap = Text(f"{abs(row.gap):.4f}", style="green" if row.reaches_optimum else "")
+        table.add_row(
+            Text(row.name, style="bold"), Text(row.statement), Text(f"{row.deviation:.0e}", style=style), gap
+        )
+    return table
+
+
+def identity_table(rows: list[Identity]) -> RenderableType:
+    """One row per identity of the estimators."""
+    table = Table(box=box.SIMPLE_HEAD, title="Estimators", title_style="bold", title_justify="left")
+    for name in ("estimator", "identity", "off by"):
+        table.add_column(name, justify="right" if name == "off by" else "left")
+    for row in rows:
+        table.add_row(Text(row.name, style="bold"), Text(row.statement), _deviation(row.deviation))
+    return table
+
+
+def _deviation(x: float, by_design: bool = False) -> Text:
+    if x < EXACT:
+        return Text(f"{x:.0e}", style="green")
+    return Text(f"{x:.3f}", style="yellow" if by_design else "bold red")
+
+
+def _way(ways: list[float], elsewhere: bool = False) -> Text:
+    if not ways:
+        return Text("")
+    style = "green" if min(ways) >= REACHED else "yellow" if elsewhere else "bold red"
+    return Text(f"{100 * mean(ways):.1f} ({100 * min(ways):.1f})", style=style)
+
+
+def _mark(notes: dict[str, str], text: str) -> str:
+    return notes.setdefault(text, MARKS[len(notes)])
+
+
+def _rest(method: Method) -> str:
+    if not method.fixed_point:
+        return ""
+    reached = f" ({mean(method.way_allowed):.1%} of the way there)" if method.limited else ""
+    return f"comes to rest elsewhere: {method.fixed_point}{reached}"
