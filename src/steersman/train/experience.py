@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from steersman.algorithms.base import Algorithm
 from steersman.ops.masked import whiten
 from steersman.reward.shaping import kl_shaped
 from steersman.types import Sample, Tokens, Trajectory
+
+Cut = Literal["end", "bootstrap"]
 
 
 def tokens_of(samples: Sequence[Sample]) -> Tokens:
@@ -44,14 +47,24 @@ def trajectory(
     baseline: Float[Tensor, " B"] | None = None,
     per_token: Float[Tensor, "B T"] | None = None,
     whiten_reward: bool = False,
+    cut: Cut = "end",
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
-    `score` is the shaped score of each response. The discount is gamma, and 0 after a response that ended by
-    itself; a response cut by the length limit keeps gamma there, so the critic's value bootstraps it.
+    `score` is the shaped score of each response. The discount is gamma, and 0 after the last token. `cut` says
+    what the length limit's cut is: "end", the response is judged as it stands and nothing follows; "bootstrap",
+    it would have gone on, so its score is withheld, the discount stays gamma, and the critic's value after the
+    last token stands for what is missing. (Paying the score and bootstrapping too counts it twice, and the
+    critic, which learns from its own value there, runs away: see docs/log.md.)
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
     mask, B = tokens.mask, len(samples)
+    terminated = torch.tensor([s.terminated for s in samples], device=mask.device)
+    if cut == "bootstrap":
+        score = torch.where(terminated, score, torch.zeros_like(score))
+        per_token = None if per_token is None else torch.where(terminated[:, None], per_token, 0.0)
+    else:
+        terminated = torch.ones_like(terminated)
     logp_old = behaviour_logp(samples, mask.shape[1]).to(mask.device)
     penalty = beta if algorithm.kl_in == "reward" and logp_ref is not None else 0.0
     reward = kl_shaped(
@@ -67,7 +80,6 @@ def trajectory(
         reward = whiten(reward, mask, shift_mean=False)
     discount = torch.full_like(reward, algorithm.gamma)
     last = (tokens.response_length - 1).clamp(min=0)
-    terminated = torch.tensor([s.terminated for s in samples], device=mask.device)
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)

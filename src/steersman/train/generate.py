@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts
-from steersman.rollout import Engine, Sampling
 from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.train.models import context_length, policy_from
+from steersman.train.roles import sampler
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Sample
 
@@ -46,7 +46,7 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
     rows = prompts(config).train if recipe.data else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
     laid = layout(policy.tokenizer, config)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
-    engine = Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=rollout.eos_token_id or None)
+    engine = sampler(policy, rollout)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
     samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
     if recipe.out is None:

@@ -119,6 +119,7 @@ class OnPolicy:
             samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
             logp_ref=logp_ref, value=value, whiten_reward=recipe.reward.whiten,
             per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
+            cut="end" if recipe.critic is None else recipe.critic.cut,
         )  # fmt: skip
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats

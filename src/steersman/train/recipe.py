@@ -11,6 +11,7 @@ from steersman.data import DataConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
+from steersman.train.experience import Cut
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.update.optimizer import OptimizerConfig
 
@@ -28,6 +29,11 @@ class CriticConfig(Section):
     value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from its old one; null is off")
     vf_coef: float = Field(0.5, gt=0, description="weight of the value loss where the trunk is shared")
     warmup: int = Field(0, ge=0, description="first iterations in which only the critic learns")
+    cut: Cut = Field(
+        "end",
+        description="a response cut by the length limit: `end`, judged as it stands; `bootstrap`, its score is "
+        "withheld and the critic's value stands for what would have followed",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from steersman.algorithms.nlpo import NLPO
+from steersman.data import end_ids as template_ends
 from steersman.model import Logp, Policy, ScalarModel, SharedCritic
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.engine import end_ids
 from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
+from steersman.train.sections import RolloutConfig
 from steersman.train.session import to_cpu
 from steersman.types import Prompt, Sample, SteersmanError, Tokens
 from steersman.update.optimizer import Optimizer
@@ -108,15 +111,22 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
     )
-    engine = Engine(
-        policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=rollout.eos_token_id or None
-    )
+    engine = sampler(policy, rollout)
     sampling = rollout.sampling()
     mask_model = copy.deepcopy(policy.model).requires_grad_(False) if isinstance(algorithm, NLPO) else None
     return Roles(
         learner, _reference(recipe, policy, device), reward, ScoreShaping(recipe.reward), engine, sampling, device,
         mask_model,
     )  # fmt: skip
+
+
+def sampler(policy: Policy, rollout: RolloutConfig) -> Engine:
+    """The engine on this policy. A response ends with the recipe's ids, or else with the model's own end tokens
+    and the chat template's end of turn."""
+    ends = rollout.eos_token_id
+    if not ends:
+        ends = sorted({*end_ids(policy.model, policy.tokenizer, None), *template_ends(policy.tokenizer)})
+    return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
 
 
 class WithoutAdapters:
