@@ -124,7 +124,7 @@ def test_critic_and_reward_come_from_the_reward_model(base, tmp_path, mini):
     torch.testing.assert_close(critic.model.score.weight, judge.model.score.weight)
     assert all(p.requires_grad for p in critic.parameters())
     # another vocabulary: the judge reads text, but a critic reads ids, so it starts from the policy
-    other = save_tiny(tmp_path / "other", vocabulary=[*"<unk> <s> </s>".split(), *(chr(i) for i in range(65, 97))])
+    other = save_tiny(tmp_path / "other", vocabulary=[*["<unk>", "<s>", "</s>"], *(chr(i) for i in range(65, 97))])
     judge = load_scalar(other)
     torch.nn.init.normal_(judge.model.score.weight)
     save(judge, judge.tokenizer, tmp_path / "judge2")
@@ -238,7 +238,9 @@ def test_the_penalty_of_ppo_kl_follows_how_far_the_policy_moved(base):
 
 def test_same_seed_same_run_and_another_seed_another(base, tmp_path):
     def one(folder: str, seed: int):
-        again = merge(base, {"run.dir": str(tmp_path / folder), "run.seed": seed, "rollout.top_p": 0.9, "iterations": 1})
+        again = merge(
+            base, {"run.dir": str(tmp_path / folder), "run.seed": seed, "rollout.top_p": 0.9, "iterations": 1}
+        )
         rl.run(recipe("ppo", again))
         return [plain(row) for row in rows(tmp_path / folder)], weights(tmp_path / folder / "model")
 

@@ -18,7 +18,7 @@ from steersman.train.verbs import RECIPES
 
 LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " ", ".", ",", "\n", "!", "?"]
 
-REWARDS = '''
+REWARDS = """
 def count_a(prompts, completions):
     return [c.count("a") / 4 for c in completions]
 
@@ -45,7 +45,7 @@ def constant(prompts, completions):
 
 def huge(prompts, completions):
     return [1e38 * c.count("e") for c in completions]
-'''
+"""
 
 
 def letters(eos: str | None = "</s>", vocabulary: list[str] = LETTERS) -> PreTrainedTokenizerFast:
@@ -82,7 +82,20 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def prompts_file(folder: Path, count: int = 12) -> Path:
-    words = ["the cat", "a dog sat", "we", "look at", "no", "she said so", "hm,", "it is", "you and me", "oh", "up", "far"]
+    words = [
+        "the cat",
+        "a dog sat",
+        "we",
+        "look at",
+        "no",
+        "she said so",
+        "hm,",
+        "it is",
+        "you and me",
+        "oh",
+        "up",
+        "far",
+    ]
     return write_jsonl(folder / "prompts.jsonl", [{"prompt": words[i % 12] + " " * (i // 12)} for i in range(count)])
 
 

@@ -1,0 +1,141 @@
+"""From samples and scores to a trajectory, by numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from train_kit import merge
+
+from steersman.algorithms import ALGORITHMS
+from steersman.reward import RewardConfig, ScoreShaping
+from steersman.train.experience import behaviour_logp, tokens_of, trajectory
+from steersman.types import Prompt, Sample
+
+SAMPLES = [
+    Sample(Prompt([4, 5], "", index=7), [6, 7, 2], [-1.0, -2.0, -0.5], "eos"),
+    Sample(Prompt([4], "", index=3), [8, 9], [-0.25, -0.75], "length"),
+    Sample(Prompt([4, 4, 4], "", index=7), [9], [-3.0], "stop"),
+]
+REF = torch.tensor([[-1.5, -1.0, -0.5], [-0.25, -1.75, 9.0], [-2.0, 9.0, 9.0]])
+SCORE = torch.tensor([2.0, -1.0, 0.5])
+
+
+def made(beta: float, name: str = "ppo", settings: dict | None = None, **given):
+    algorithm = ALGORITHMS[name](**{"gamma": 0.9, **(settings or {})})
+    return algorithm, trajectory(SAMPLES, tokens_of(SAMPLES), SCORE, algorithm, beta, **given)
+
+
+def test_kl_at_every_token_and_the_score_at_the_last_only():
+    _, traj = made(0.2, logp_ref=REF)
+    # -0.2 * (logp - logp_ref), and the score where the response ends
+    expected = [
+        [-0.2 * 0.5, -0.2 * -1.0, 2.0],
+        [0.0, -0.2 * 1.0 - 1.0, 0.0],
+        [-0.2 * -1.0 + 0.5, 0.0, 0.0],
+    ]
+    torch.testing.assert_close(traj.reward, torch.tensor(expected))
+    assert traj.mask.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    assert traj.group.tolist() == [7, 3, 7]
+    torch.testing.assert_close(traj.logp_old, torch.tensor([[-1.0, -2.0, -0.5], [-0.25, -0.75, 0], [-3.0, 0, 0]]))
+
+
+def test_a_penalty_that_belongs_to_the_loss_is_not_in_the_reward():
+    _, traj = made(0.2, settings={"kl_in": "loss", "kl_estimator": "k2"}, logp_ref=REF)
+    torch.testing.assert_close(traj.reward, torch.tensor([[0, 0, 2.0], [0, -1.0, 0], [0.5, 0, 0]]))
+    _, none = made(0.2)
+    torch.testing.assert_close(none.reward, traj.reward)
+
+
+def test_every_response_ends_where_it_was_judged():
+    _, traj = made(0.0)
+    expected = [[0.9, 0.9, 0.0], [0.9, 0.0, 0.9], [0.0, 0.9, 0.9]]
+    torch.testing.assert_close(traj.discount, torch.tensor(expected))
+    torch.testing.assert_close(traj.reward, torch.tensor([[0, 0, 2.0], [0, -1.0, 0], [0.5, 0, 0]]))
+
+
+def test_a_cut_that_bootstraps_withholds_the_score_and_goes_on():
+    _, traj = made(0.2, logp_ref=REF, cut="bootstrap")
+    expected = [[0.9, 0.9, 0.0], [0.9, 0.9, 0.9], [0.0, 0.9, 0.9]]
+    torch.testing.assert_close(traj.discount, torch.tensor(expected))
+    # the KL penalty stays
+    torch.testing.assert_close(traj.reward, torch.tensor([[-0.1, 0.2, 2.0], [0, -0.2, 0], [0.7, 0, 0]]))
+    _, dense = made(0.0, cut="bootstrap", per_token=torch.tensor([[1.0, 0, 0], [5.0, 6.0, 0], [0.5, 0, 0]]))
+    torch.testing.assert_close(dense.reward, torch.tensor([[1.0, 0, 1.0], [0, 0, 0], [0.5, 0, 0]]))
+
+
+@pytest.mark.parametrize("cut", ["end", "bootstrap"])
+def test_gae_bootstraps_only_the_response_that_was_cut(cut):
+    value = torch.tensor([[1.0, 2.0, 3.0, 50.0], [4.0, 5.0, 6.0, 70.0], [1.5, 80.0, 90.0, 90.0]])
+    algorithm, traj = made(0.0, settings={"lam": 0.5, "whiten": False}, value=value, cut=cut)
+    adv, ret = algorithm.advantage(traj)
+    d2 = 2.0 - 3.0
+    d1 = 0.9 * 3.0 - 2.0
+    d0 = 0.9 * 2.0 - 1.0
+    e1 = 0.9 * 6.0 - 5.0 if cut == "bootstrap" else -1.0 - 5.0  # V after the cut, or the score
+    e0 = 0.9 * 5.0 - 4.0
+    f0 = 0.5 - 1.5
+    expected = [[d0 + 0.45 * (d1 + 0.45 * d2), d1 + 0.45 * d2, d2], [e0 + 0.45 * e1, e1, 0.0], [f0, 0.0, 0.0]]
+    torch.testing.assert_close(adv, torch.tensor(expected))
+    torch.testing.assert_close(ret, torch.where(traj.mask, torch.tensor(expected) + value[:, :-1], 0.0))
+
+
+def test_whitened_rewards_have_variance_one_and_keep_their_mean():
+    _, plain = made(0.2, logp_ref=REF)
+    _, white = made(0.2, logp_ref=REF, whiten_reward=True)
+    before, after = plain.reward[plain.mask].double(), white.reward[white.mask].double()
+    mean = sum(before.tolist()) / 6
+    spread = math.sqrt(sum((x - mean) ** 2 for x in before.tolist()) / 6)
+    expected = [(x - mean) / spread + mean for x in before.tolist()]
+    torch.testing.assert_close(after, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert white.reward[~white.mask].abs().sum() == 0
+
+
+def test_a_reward_per_token_stands_at_its_tokens_and_the_rest_of_the_score_at_the_end():
+    per_token = torch.tensor([[0.5, 0.25, 0.25], [1.0, -2.0, 77.0], [0.5, 77.0, 77.0]])
+    _, traj = made(0.0, per_token=per_token)
+    # the score of row 0 is 2, of which 1 stands at tokens already: the last one gets the other 1
+    torch.testing.assert_close(traj.reward, torch.tensor([[0.5, 0.25, 1.25], [1.0, -2.0, 0], [0.5, 0, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"missing_eos_penalty": 0.5}, [2.0, -1.5, 0.5]),
+        ({"clip": 0.75}, [0.75, -0.75, 0.5]),
+        ({"clip": 0.75, "missing_eos_penalty": 1.0}, [0.75, -1.75, 0.5]),
+        # scores 2, -1, 0.5: mean 0.5, deviation sqrt(1.5)
+        ({"normalise": True}, [1.5 / 1.5**0.5, -1.5 / 1.5**0.5, 0.0]),
+        ({"normalise": True, "clip": 1.0}, [1.0, -1.0, 0.0]),
+        # limit 3, buffer 2: length 3 loses 1, length 2 loses 0.5
+        ({"overlong_buffer": 2}, [1.0, -1.5, 0.5]),
+    ],
+)
+def test_scores_are_shaped_before_they_become_rewards(settings, expected):
+    shaping = ScoreShaping(RewardConfig(**settings))
+    ended, length = torch.tensor([s.terminated for s in SAMPLES]), torch.tensor([len(s.ids) for s in SAMPLES])
+    score, stats = shaping(SCORE, ended, length, 3)
+    torch.testing.assert_close(score, torch.tensor(expected))
+    assert stats["score/mean"] == 0.5
+
+
+def test_behaviour_logp_is_what_was_recorded():
+    assert behaviour_logp(SAMPLES, 4)[1].tolist() == [-0.25, -0.75, 0.0, 0.0]
+
+
+def test_the_recipe_reaches_the_trajectory(base):
+    """`reward.whiten` and the missing-EOS penalty act in the loop, not only in the functions."""
+    from test_every_algorithm import on_policy
+
+    asked = merge(base, {"reward.whiten": True, "reward.missing_eos_penalty": 2.0})
+    state = on_policy("ppo", asked)
+    samples, scores = state.sample(state.next_prompts())
+    _, traj, _ = state.experience(samples, scores)
+    assert any(s.finish == "length" for s in samples)
+    assert float(traj.reward[traj.mask].double().var(correction=0)) == pytest.approx(1.0, rel=1e-3)
+    plain = on_policy("ppo", merge(base, {"reward.missing_eos_penalty": 2.0}))
+    _, traj, _ = plain.experience(*plain.sample(plain.next_prompts()))
+    for row, sample in enumerate(samples):
+        expected = sample.text.count("a") / 4 - 2.0 * (sample.finish == "length")
+        assert float(traj.reward[row].sum()) == pytest.approx(expected, abs=1e-5)
