@@ -34,7 +34,8 @@ def method_table(methods: list[Method], seeds: int, iterations: int) -> Renderab
         "\ncore",
         "\ns",
     ):
-        table.add_column(name, justify="left" if name in ("method", "paper", "") else "right", no_wrap=True)
+        text = name in ("method", "paper")
+        table.add_column(name, justify="left" if text or not name else "right", no_wrap=not text)
     notes: dict[str, str] = {}
     for method in methods:
         check = method.gradient
