@@ -118,7 +118,8 @@ class Session:
             yield step
             if self.signal:
                 self.stopped = True
-            if self.stopped or step % self.config.save_every == 0 or step == self.total:
+            due = step % self.config.save_every == 0 or step == self.total
+            if due or self.stopped or self._is_best():
                 self.save(step)
             if self.stopped:
                 self.log.note(
@@ -145,6 +146,13 @@ class Session:
         state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
         self.checkpoints.save(step, state, self.last_metrics)
         self.saved = step
+
+    def _is_best(self) -> bool:
+        """Whether this step measured the best held-out value so far, and the best are to be kept."""
+        seen = [row[self.metric] for row in self.metrics() if self.metric in row] if self.last_metrics else []
+        if self.config.keep_best == 0 or len(seen) < 2:
+            return False
+        return seen[-1] > max(seen[:-1]) if self.mode == "max" else seen[-1] < min(seen[:-1])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
