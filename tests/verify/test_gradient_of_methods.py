@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import cache
 
 import pytest
@@ -106,6 +107,40 @@ def test_unbiased_over_several_prompts(name):
     mdp = TokenMDP.random(3, 2, 0.5, seed=5, prompts=2, per_token=True, cut="terminate")
     logits = torch.sin(torch.arange(mdp.next_state.numel(), dtype=torch.float64)).reshape(mdp.next_state.shape)
     assert gradient.check_gradient(ALGORITHMS[name](), mdp, logits).shipped < 1e-8
+
+
+def with_junk(x: torch.Tensor | None, fill: float) -> torch.Tensor | None:
+    """One more column after the first, and one more at the end."""
+    if x is None or x.ndim == 1:
+        return x
+    junk = torch.full_like(x[:, :1], fill)
+    return torch.cat([x[:, :1], junk, x[:, 1:], junk], 1)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_nothing_under_a_false_mask_reaches_advantage_or_loss(name):
+    """A hole after the first token (another's turn in a dialogue) and padding, full of large numbers."""
+    mdp, logits = gradient.example()
+    algorithm = ALGORITHMS[name](beta=0.3, gamma=0.9)
+    traj = mdp.trajectory(logits, gamma=0.9, kl=False, value=gradient.arbitrary_critic(mdp))
+    traj.group, traj.baseline = torch.arange(len(mdp)) // 3, torch.full((len(mdp),), 0.2, dtype=torch.float64)
+    holed = {f.name: with_junk(getattr(traj, f.name), 50.0) for f in fields(traj)}
+    holed["mask"] = with_junk(traj.mask, False)
+    junk = Trajectory(**holed)
+    logp = (traj.logp_old + 0.1 * torch.sin(torch.arange(traj.logp_old.numel()).reshape(traj.mask.shape))).detach()
+    coef = Coefficients(0.3, 1.0)
+    a, b = algorithm.advantage(traj), algorithm.advantage(junk)
+    assert (b.adv[~junk.mask] == 0).all()
+    torch.testing.assert_close(a.adv[traj.mask], b.adv[junk.mask])
+    if a.ret is not None:
+        torch.testing.assert_close(a.ret[traj.mask], b.ret[junk.mask])
+    one, two = logp.clone().requires_grad_(), with_junk(logp, -3.0).requires_grad_()
+    losses = [gradient.loss_given(algorithm, x.adv, y, t, coef) for x, y, t in ((a, one, traj), (b, two, junk))]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(one.grad[traj.mask], two.grad[junk.mask])
+    assert (two.grad[~junk.mask] == 0).all()
 
 
 # Where a method comes to rest --------------------------------------------------------------------------------

@@ -63,9 +63,10 @@ def way_to_optimum(algorithm: Algorithm, mdp: TokenMDP, seed: int, budget: Budge
 
 def best_within(mdp: TokenMDP, logits: Tensor) -> float:
     """The largest J of any policy with the support of this one: E_x[ beta log sum pi_ref(y|x) exp(r / beta) ]."""
+    own = (mdp.sequence_prob(logits) > 0) & (mdp.prompt == torch.arange(len(mdp.prompts))[:, None])
+    if mdp.beta == 0:
+        return float((mdp.prompt_prob * torch.where(own, mdp.total_reward, -math.inf).amax(-1)).sum())
     value = mdp.sequence_logp_ref.sum(-1) + mdp.total_reward / mdp.beta
-    made = mdp.sequence_prob(logits) > 0
-    own = made & (mdp.prompt == torch.arange(len(mdp.prompts))[:, None])
     return float((mdp.prompt_prob * mdp.beta * torch.where(own, value, -math.inf).logsumexp(-1)).sum())
 
 
