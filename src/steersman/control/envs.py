@@ -1,0 +1,310 @@
+"""Gymnasium environments side by side, and what they give: experience with one row per episode or fragment.
+
+Every episode of every copy has a seed of its own, derived from the run's seed, so an environment's state is known
+by that seed and the actions since: a checkpoint holds those and a resumed run plays them again. That is exact for
+any environment that is deterministic given its seed, physics engines included, and needs nothing from it.
+
+Autoreset is off: a step that ends an episode returns that episode's own last observation, which a truncated one
+bootstraps from, and the new episode begins with a reset that is asked for. There are no phantom steps between two
+episodes and no final observations hidden in `info`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steersman.run.seed import sub_seed
+from steersman.types import SteersmanError
+
+LONGEST = 100_000
+"""An episode that is to be played to its end may not be longer than this many steps."""
+
+Act = Callable[[Tensor], Tensor]
+"""Observations [N, D] to actions [N] or [N, A], in the policy's own units."""
+
+
+@dataclass(slots=True)
+class Experience:
+    """What was seen and done. Row b is one episode or a fragment of one, left-aligned; `length` [B] its steps.
+
+    `obs` has one column more than there are steps: the column at a row's length is the observation after its last
+    step. `terminated` [B] says that the row's last step ended its episode; a row that a time limit or the end of
+    the collection cut is not terminated. `returns` and `lengths` are of the episodes that ended, in the rewards
+    that the environment gave, whole, also where their earlier steps lie in earlier experience.
+    """
+
+    obs: Float[Tensor, "B T+1 D"]
+    action: Tensor
+    reward: Float[Tensor, "B T"]
+    length: Int[Tensor, " B"]
+    terminated: Bool[Tensor, " B"]
+    returns: list[float]
+    lengths: list[int]
+
+    @property
+    def mask(self) -> Bool[Tensor, "B T"]:
+        return torch.arange(self.reward.shape[1]) < self.length[:, None]
+
+    def discount(self, gamma: float) -> Float[Tensor, "B T"]:
+        """gamma * (1 - terminated), 0 in the padding."""
+        last = torch.arange(self.reward.shape[1]) == self.length[:, None] - 1
+        return gamma * (self.mask & ~(last & self.terminated[:, None])).float()
+
+
+class Normaliser:
+    """(x - mean) / std of all observations that it was shown, held within +-`bound`; the identity before that.
+
+    Source of the update: Chan, Golub and LeVeque 1979, parallel variance.
+    """
+
+    def __init__(self, size: int, bound: float = 10.0) -> None:
+        self.mean, self.square, self.count = torch.zeros(size), torch.zeros(size), 0
+        self.bound = bound
+
+    def __call__(self, obs: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead D"]:
+        if self.count < 2:
+            return obs
+        std = (self.square / self.count).sqrt().clamp(min=1e-6)
+        return ((obs - self.mean) / std).clamp(-self.bound, self.bound)
+
+    def update(self, obs: Float[Tensor, "M D"]) -> None:
+        count = self.count + len(obs)
+        delta = obs.mean(0) - self.mean
+        self.square = self.square + obs.var(0, correction=0) * len(obs) + delta**2 * self.count * len(obs) / count
+        self.mean = self.mean + delta * len(obs) / count
+        self.count = count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "square": self.square, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.square, self.count = state["mean"], state["square"], state["count"]
+
+
+class Worlds:
+    """`count` copies of one environment.
+
+    `make` builds one copy; `seed` is the root of all episodes' seeds, `names` tells uses of one seed apart.
+    Observations come out as float32 [N, D]: boxes flattened, discrete ones one-hot. Continuous actions are taken in
+    units of the action box, -1 to 1, and clipped to it; where the box has no bounds, as they are.
+
+    Raises SteersmanError for observation or action spaces that no method here takes.
+    """
+
+    def __init__(self, make: Callable[[], gym.Env], count: int, seed: int, *names: str) -> None:
+        self.vector = SyncVectorEnv([make] * count, autoreset_mode=AutoresetMode.DISABLED)
+        self.count, self.seed, self.names = count, seed, names
+        self.observation_space, self.action_space = (
+            self.vector.single_observation_space,
+            self.vector.single_action_space,
+        )
+        self.obs_size = observation_size(self.observation_space)
+        self.actions = action_size(self.action_space)
+        spec = self.vector.envs[0].spec
+        self.time_limit = (spec.max_episode_steps if spec is not None else None) or 1000
+        self.episode = [-1] * count
+        self.history: list[list[np.ndarray]] = [[] for _ in range(count)]
+        self.earned = np.zeros(count)
+        self.obs = self.begin(np.ones(count, dtype=bool))
+
+    def begin(self, which: np.ndarray) -> Tensor:
+        """Starts a new episode in the copies where `which` is True; returns the observations of all."""
+        if not which.any():
+            return self.obs
+        for i in np.flatnonzero(which):
+            self.episode[i] += 1
+            self.history[i], self.earned[i] = [], 0.0
+        raw, _ = self.vector.reset(
+            seed=[self._seed(i) for i in range(self.count)], options={"reset_mask": which.copy()}
+        )
+        self.obs = self._flat(raw)
+        return self.obs
+
+    def step(self, action: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """(observations, rewards, terminated, truncated); a copy that ended must be begun anew before the next."""
+        given = self._given(action)
+        raw, reward, terminated, truncated, _ = self.vector.step(given)
+        for i, history in enumerate(self.history):
+            history.append(given[i])
+        self.earned += reward
+        self.obs = self._flat(raw)
+        return self.obs, reward, terminated, truncated & ~terminated
+
+    def close(self) -> None:
+        self.vector.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"episode": list(self.episode), "history": [torch.from_numpy(np.array(h)) for h in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Plays the episodes that were under way again, from their seeds, to where they stood."""
+        self.episode = [e - 1 for e in state["episode"]]
+        self.begin(np.ones(self.count, dtype=bool))
+        obs = self.obs.clone()
+        for i, (env, actions) in enumerate(zip(self.vector.envs, state["history"], strict=True)):
+            for action in actions.numpy():
+                raw, reward, *_ = env.step(action)
+                self.history[i].append(action)
+                self.earned[i] += float(reward)
+                obs[i] = self._flat(np.asarray(raw)[None])[0]
+        self.obs = obs
+
+    def _seed(self, i: int) -> int:
+        return sub_seed(self.seed, *self.names, "episode", i, self.episode[i])
+
+    def _flat(self, raw: np.ndarray) -> Tensor:
+        if isinstance(self.observation_space, spaces.Discrete):
+            index = torch.from_numpy(raw.astype(np.int64)) - int(self.observation_space.start)
+            return torch.nn.functional.one_hot(index, self.obs_size).float()
+        return torch.from_numpy(raw.reshape(len(raw), -1).astype(np.float32))
+
+    def _given(self, action: Tensor) -> np.ndarray:
+        """The action as the environment takes it."""
+        space = self.action_space
+        if isinstance(space, spaces.Discrete):
+            return action.cpu().numpy() + int(space.start)
+        assert isinstance(space, spaces.Box)
+        raw = action.cpu().numpy().reshape(len(action), *space.shape)
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+        scaled = np.where(bounded, low + (np.clip(raw, -1, 1) + 1) / 2 * (high - low), raw)
+        return np.clip(scaled, space.low, space.high).astype(space.dtype)
+
+
+def maker(name: str, options: dict[str, Any], *, render: bool = False) -> Callable[[], gym.Env]:
+    """A function that builds the environment by name; builds one at once, so that what is wrong shows now.
+
+    Raises SteersmanError for a name that Gymnasium does not know, options that it refuses, or a missing package.
+    """
+    extra = {**options, "render_mode": "rgb_array"} if render else options
+    try:
+        gym.make(name, **extra).close()
+    except gym.error.DependencyNotInstalled as error:
+        box2d = "; pip install 'steersman[box2d]'" if "box2d" in str(error).lower() else ""
+        raise SteersmanError(f"env {name}: a package that it needs is missing ({error}){box2d}") from error
+    except (gym.error.Error, TypeError, ModuleNotFoundError) as error:
+        near = get_close_matches(name, list(gym.registry), 1)
+        hint = f"; did you mean {near[0]}?" if near and near[0] != name else ""
+        raise SteersmanError(f"env {name}: Gymnasium can not make it ({error}){hint}") from error
+    return lambda: gym.make(name, **extra)
+
+
+def observation_size(space: spaces.Space) -> int:
+    """Numbers in one flattened observation."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.Box):
+        return int(np.prod(space.shape))
+    raise SteersmanError(
+        f"the observation space {space} can not be taken: multilayer perceptrons take Box and Discrete; wrap the "
+        "environment in gymnasium.wrappers.FlattenObservation"
+    )
+
+
+def action_size(space: spaces.Space) -> int:
+    """Number of choices of a Discrete space, of dimensions of a Box."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return int(np.prod(space.shape))
+    raise SteersmanError(
+        f"the action space {space} can not be taken: policies here act in Discrete or float Box spaces"
+    )
+
+
+def collect(worlds: Worlds, act: Act, steps: int) -> Experience:
+    """`steps` steps of every copy, begun where the last collection stopped; rows are split where episodes end."""
+    tape = _Tape(worlds)
+    for _ in range(steps):
+        tape.step(act)
+    return tape.experience()
+
+
+def collect_episodes(worlds: Worlds, act: Act, episodes: int) -> Experience:
+    """Exactly `episodes` whole episodes, all begun here.
+
+    Every episode that is begun is played to its end, so short ones are not drawn more often than long ones. Copies
+    with nothing left to begin go on, unrecorded, until the last one is done.
+    """
+    worlds.begin(np.array([len(history) > 0 for history in worlds.history]))
+    tape = _Tape(worlds)
+    tape.live[episodes:] = False
+    begun, taken = min(worlds.count, episodes), 0
+    while tape.live.any():
+        ended = tape.step(act)
+        for i in np.flatnonzero(ended & tape.live):
+            tape.live[i] = begun < episodes
+            begun += int(tape.live[i])
+        taken += 1
+        if taken > LONGEST * episodes:
+            raise SteersmanError(
+                f"episodes have no end in {LONGEST} steps, and this method needs whole ones; give the environment a "
+                "limit with --env_options.max_episode_steps"
+            )
+    return tape.experience()
+
+
+class _Tape:
+    """Records steps of all copies, then cuts the recording into rows."""
+
+    def __init__(self, worlds: Worlds) -> None:
+        self.worlds, self.live = worlds, np.ones(worlds.count, dtype=bool)
+        self.frames: list[tuple[Tensor, Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.returns: list[float] = []
+        self.lengths: list[int] = []
+
+    def step(self, act: Act) -> np.ndarray:
+        worlds, obs = self.worlds, self.worlds.obs
+        with torch.no_grad():
+            action = act(obs)
+        after, reward, terminated, truncated = worlds.step(action)
+        ended = terminated | truncated
+        self.frames.append((obs, action.cpu(), after, reward, terminated, ended, self.live.copy()))
+        for i in np.flatnonzero(ended & self.live):
+            self.returns.append(float(worlds.earned[i]))
+            self.lengths.append(len(worlds.history[i]))
+        if ended.any():
+            worlds.begin(ended)
+        return ended
+
+    def experience(self) -> Experience:
+        obs, action, after, reward, terminated, ended, live = zip(*self.frames, strict=True)
+        ends, alive = np.stack(ended), np.stack(live)
+        rows = [row for i in range(self.worlds.count) for row in _rows(ends[:, i], alive[:, i], i)]
+        B, T = len(rows), max(stop - start for _, start, stop in rows)
+        obs, action, after = torch.stack(obs), torch.stack(action), torch.stack(after)
+        reward, over = torch.from_numpy(np.stack(reward)).float(), torch.from_numpy(np.stack(terminated))
+        out = Experience(
+            obs=torch.zeros(B, T + 1, obs.shape[-1]),
+            action=torch.zeros(B, T, *action.shape[2:], dtype=action.dtype),
+            reward=torch.zeros(B, T),
+            length=torch.tensor([stop - start for _, start, stop in rows]),
+            terminated=torch.stack([over[stop - 1, i] for i, _, stop in rows]),
+            returns=self.returns,
+            lengths=self.lengths,
+        )
+        for b, (i, start, stop) in enumerate(rows):
+            n = stop - start
+            out.obs[b, :n], out.obs[b, n] = obs[start:stop, i], after[stop - 1, i]
+            out.action[b, :n], out.reward[b, :n] = action[start:stop, i], reward[start:stop, i]
+        return out
+
+
+def _rows(ended: np.ndarray, live: np.ndarray, i: int) -> list[tuple[int, int, int]]:
+    """(copy, first step, one past the last step) of each episode or fragment that was live."""
+    stops = [int(t) + 1 for t in np.flatnonzero(ended)]
+    if not stops or stops[-1] < len(ended):
+        stops.append(len(ended))
+    starts = [0, *stops[:-1]]
+    return [(i, start, stop) for start, stop in zip(starts, stops, strict=True) if live[start]]

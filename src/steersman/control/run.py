@@ -1,0 +1,119 @@
+"""`steersman control --env CartPole-v1 --algorithm ppo`: trains, evaluates, saves, draws the learning curve."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from gymnasium import spaces
+
+from steersman.algorithms.base import Algorithm
+from steersman.control.curve import learning_curves
+from steersman.control.dqn import DQN
+from steersman.control.envs import Worlds, maker
+from steersman.control.evaluate import evaluate, record
+from steersman.control.loop import OnPolicy
+from steersman.control.policies import ActionValue, Value
+from steersman.control.recipe import TABULAR, ControlRecipe
+from steersman.control.tabular import Tabular
+from steersman.run.device import device_text
+from steersman.run.folder import write_atomic
+from steersman.run.preflight import Preflight
+from steersman.train.session import Session
+from steersman.types import Stats, SteersmanError
+
+
+def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Trains, and leaves `policy.pt`, `curve.png` and the report in the run folder; returns its summary."""
+    session = Session(
+        "control", recipe, resume=resume, metric="held_out/return",
+        shown=("reward/return", "length/episode", "held_out/return"),
+    )  # fmt: skip
+    make = maker(recipe.env, recipe.env_options)
+    with session:
+        numbers = _tables(session, recipe, make) if recipe.algorithm in TABULAR else _networks(session, recipe, make)
+        if session.stopped:
+            return session.summary({})
+        if any("reward/return" in row for row in session.metrics()):
+            learning_curves({recipe.algorithm: [session.path]}, session.path / "curve.png")
+        told = "  ".join(f"{name.removeprefix('held_out/')} {x:.4g}" for name, x in numbers.items())
+        session.log.note(f"{recipe.env}, {recipe.algorithm}: {told}")
+        return session.summary(numbers)
+
+
+def build(recipe: ControlRecipe, make: Callable[[], gym.Env], device: torch.device) -> OnPolicy | DQN:
+    """The run's state before its first step.
+
+    Raises SteersmanError for spaces that the method can not take.
+    """
+    worlds = Worlds(make, recipe.rollout.copies, recipe.run.seed, "training")
+    if recipe.algorithm != "dqn":
+        return OnPolicy(recipe, worlds, device)
+    if not isinstance(worlds.action_space, spaces.Discrete):
+        raise SteersmanError(
+            f"DQN takes the largest of a few action values, and {recipe.env} acts in {worlds.action_space}; use a "
+            "policy-gradient method such as ppo"
+        )
+    if recipe.rollout.episodes is not None or recipe.rollout.normalise:
+        raise SteersmanError(
+            "rollout.episodes and rollout.normalise: DQN learns from single steps, old ones too, so it neither needs "
+            "whole episodes nor can take observations on a scale that moves; remove them"
+        )
+    return DQN(recipe, worlds, device)
+
+
+def _networks(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]) -> Stats:
+    state = build(recipe, make, session.device)
+    _preflight(session, recipe, state)
+    session.begin(state, recipe.iterations)
+    for step in session.steps():
+        stats = state.iteration()
+        if step % recipe.run.eval_every == 0:
+            stats |= evaluate(state, make, recipe, recipe.evaluation.during)
+        session.observe(step, stats)
+    state.worlds.close()
+    if session.stopped:
+        return {}
+    buffer = io.BytesIO()
+    torch.save(state.networks(), buffer)
+    write_atomic(session.path / "policy.pt", buffer.getvalue())
+    if recipe.video is not None:
+        rendered = maker(recipe.env, recipe.env_options, render=True)
+        frames = record(state, rendered, recipe, Path(recipe.video))
+        session.log.note(f"video: {recipe.video}, {frames} frames")
+    return evaluate(state, make, recipe, recipe.evaluation.episodes) | {"env_steps": float(state.env_steps)}
+
+
+def _tables(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]) -> Stats:
+    if recipe.video is not None:
+        raise SteersmanError("video: only runs with networks record one; remove it")
+    state = Tabular(recipe, make())
+    session.begin(state, recipe.iterations)
+    state.learn()
+    for step in session.steps():
+        session.observe(step, state.row(step))
+    return state.against_optimum()
+
+
+def _preflight(session: Session, recipe: ControlRecipe, state: OnPolicy | DQN) -> None:
+    rollout, worlds, settings = recipe.rollout, state.worlds, recipe.settings
+    title = f"{settings.title} ({settings.paper})" if isinstance(settings, Algorithm) else "DQN (Mnih et al. 2015)"
+    pre = Preflight(f"steersman control: {title} on {recipe.env}")
+    pre.fact("run folder", str(session.path))
+    pre.fact("device", device_text(session.device, torch.float32))
+    pre.fact("observations", str(worlds.observation_space))
+    pre.fact("actions", str(worlds.action_space))
+    what = f"{rollout.steps} steps" if rollout.episodes is None else f"{rollout.episodes} whole episodes"
+    per = f"{what} of {rollout.copies} copies" if rollout.episodes is None else f"{what} on {rollout.copies} copies"
+    pre.fact("per iteration", per)
+    pre.fact("iterations", recipe.iterations)
+    networks: dict[str, torch.nn.Module | Value | ActionValue | None]
+    networks = {"Q": state.q} if isinstance(state, DQN) else {"policy": state.policy, "critic": state.critic}
+    for name, network in networks.items():
+        if network is not None:
+            pre.fact(name, f"{sum(p.numel() for p in network.parameters()):,} parameters")
+    pre.show()

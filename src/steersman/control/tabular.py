@@ -1,0 +1,75 @@
+"""Tabular learners under the control verb: learn from episodes, then judge by the exact values of the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from steersman.control.recipe import ControlRecipe, TabularSettings
+from steersman.run.seed import sub_seed
+from steersman.tabular.gym import from_gymnasium
+from steersman.tabular.learning import Learned, learn, linear, power
+from steersman.tabular.mdp import policy_iteration
+from steersman.types import Stats, SteersmanError
+
+
+class Tabular:
+    """One run of a tabular learner; `rows` lays its episodes out as `iterations` rows of the log.
+
+    Learning takes seconds and is begun anew when a run is resumed.
+    """
+
+    def __init__(self, recipe: ControlRecipe, env: gym.Env) -> None:
+        self.recipe, self.env = recipe, env
+        self.settings: TabularSettings = recipe.settings
+        self.learned: Learned | None = None
+
+    def learn(self) -> None:
+        settings, recipe = self.settings, self.recipe
+        method: Any = recipe.algorithm
+        self.learned = learn(
+            self.env,
+            method,
+            episodes=settings.episodes,
+            discount=settings.gamma,
+            alpha=power(settings.alpha, scale=settings.alpha_scale),
+            epsilon=linear(settings.epsilon_start, settings.epsilon_end, settings.episodes // 2),
+            seed=sub_seed(recipe.run.seed, "tabular") % 2**31,
+            initial=settings.initial,
+        )
+
+    def row(self, step: int) -> Stats:
+        """Means over the step's share of the episodes."""
+        assert self.learned is not None
+        edges = torch.linspace(0, self.settings.episodes, self.recipe.iterations + 1).round().long().tolist()
+        part = slice(edges[step - 1], max(edges[step], edges[step - 1] + 1))
+        return {
+            "reward/return": float(self.learned.returns[part].mean()),
+            "length/episode": float(self.learned.lengths[part].float().mean()),
+            "env_steps": float(self.learned.lengths[: part.stop].sum()),
+        }
+
+    def against_optimum(self) -> Stats:
+        """The learned policy's exact value at the start beside the optimum, where the process is known."""
+        assert self.learned is not None
+        try:
+            mdp = from_gymnasium(self.env, self.settings.gamma)
+        except SteersmanError:
+            return {}
+        # the process has one more state, the end, in which any action will do
+        policy = torch.cat([self.learned.policy, self.learned.policy.new_zeros(1)])
+        best = policy_iteration(mdp)
+        own, optimum = float(mdp.performance(policy)), float(mdp.start @ best.value)
+        return {"value": own, "optimum": optimum, "optimal": float(abs(own - optimum) <= 1e-9 * max(1, abs(optimum)))}
+
+    def greedy_action(self, state: int) -> int:
+        assert self.learned is not None
+        return int(self.learned.policy[state])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.learned is None else {"q": self.learned.q}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: the same seed learns the same table."""

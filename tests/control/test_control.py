@@ -1,0 +1,288 @@
+"""The loops and the verb: they learn, repeat, resume, and refuse what they can not do."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import gymnasium as gym
+import pytest
+import torch
+from gymnasium import spaces
+from PIL import Image
+
+from steersman.algorithms import ALGORITHMS
+from steersman.cli import main
+from steersman.control.envs import maker
+from steersman.control.evaluate import evaluate
+from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refusal
+from steersman.control.run import build
+from steersman.run.config import dump_recipe, load_recipe
+from steersman.run.seed import seed_everything
+from steersman.types import SteersmanError
+
+GRADIENT = [name for name in ALGORITHMS if refusal(name) is None]
+SMALL = ["--rollout.copies", "2", "--iterations", "4", "--network.hidden", "[16]"]
+
+
+def recipe(*words: str) -> ControlRecipe:
+    return load_recipe(recipe_class(None, list(words)), None, list(words))
+
+
+def small(name: str, *words: str) -> ControlRecipe:
+    if name == "dqn":
+        size = ["--settings.learning_starts", "32", "--settings.updates", "4", "--rollout.steps", "32"]
+    elif RECIPES[name]().rollout.episodes is None:
+        size = ["--settings.epochs", "2", "--rollout.steps", "32"]
+    else:
+        size = ["--rollout.episodes", "3"]
+    return recipe("--algorithm", name, *SMALL, *size, *words)
+
+
+def fresh(made: ControlRecipe):
+    seed_everything(made.run.seed)
+    return build(made, maker(made.env, made.env_options), torch.device("cpu"))
+
+
+def weights(state) -> torch.Tensor:
+    networks = state.networks()
+    return torch.cat([x.flatten() for x in networks.get("policy", networks.get("q")).values()])
+
+
+@pytest.mark.parametrize("name", [*GRADIENT, "dqn"])
+def test_same_seed_same_result_and_resumed_run_ends_with_the_same_bits(name):
+    options = ["--rollout.normalise", "true"] if name in ("ppo", "reinforce") else []
+    made = small(name, *options)
+    once, twice = fresh(made), fresh(made)
+    start = weights(once).clone()
+    stats = [[state.iteration() for _ in range(2)] for state in (once, twice)]
+    assert stats[0] == stats[1]
+    saved = twice.state_dict()
+    torch.save(saved, buffer := io.BytesIO())
+    buffer.seek(0)
+    resumed = fresh(made)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for _ in range(2):
+        assert once.iteration() == resumed.iteration()
+    assert torch.equal(weights(once), weights(resumed))
+    assert not torch.equal(weights(once), start)
+    if once.__class__.__name__ == "OnPolicy" and once.critic is not None:
+        for a, b in zip(once.critic.parameters(), resumed.critic.parameters(), strict=True):
+            assert torch.equal(a, b)
+    other = fresh(small(name, *options, "--run.seed", "1"))
+    assert not torch.equal(weights(other), start), "another seed, another run"
+
+
+@pytest.mark.parametrize("name", ["ppo", "trpo", "reinforce"])
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_ratio_is_one_before_the_first_update(name, env):
+    state = fresh(small(name, "--env", env, "--env_options.max_episode_steps", "40"))
+    for _ in range(2):
+        stats = state.iteration()
+        assert stats.get("ratio_gap", 0.0) < 1e-5
+    if name == "trpo":
+        assert 0 < stats["trpo/kl"] <= 0.01
+        assert stats["trpo/improvement"] > 0
+
+
+def test_gaussian_policy_samples_what_its_log_probability_says():
+    state = fresh(small("ppo", "--env", "Pendulum-v1", "--network.log_std", "-0.7"))
+    obs = torch.randn(1, 3).expand(40_000, 3)
+    action = state.policy.sample(obs, torch.Generator().manual_seed(0))
+    distribution = state.policy.distribution(obs)
+    assert float(action.detach().std()) == pytest.approx(torch.tensor(-0.7).exp().item(), rel=0.02)
+    assert -float(distribution.log_prob(action).mean()) == pytest.approx(float(distribution.entropy()[0]), abs=0.02)
+
+
+def test_categorical_policy_samples_its_probabilities():
+    state = fresh(small("ppo", "--env", "Acrobot-v1"))
+    torch.nn.init.normal_(state.policy.net[-1].weight)
+    obs = torch.randn(1, 6).expand(40_000, 6)
+    action = state.policy.sample(obs, torch.Generator().manual_seed(0))
+    share = torch.bincount(action, minlength=3) / len(action)
+    torch.testing.assert_close(share, state.policy.distribution(obs).probs[0], atol=0.01, rtol=0)
+
+
+def test_minibatch_gradients_average_to_the_whole_batch():
+    """The gradient of 4 minibatches, weighted by size, is that of one; `episode` weights as the formula says."""
+    state = fresh(small("reinforce", "--settings.average", "episode"))
+    from steersman.control.learner import flatten
+    from steersman.loss.reduce import token_weight
+
+    learner = state.learner
+    seen = state.collect(torch.Generator().manual_seed(0))
+    obs, action, traj = state.experience(seen)
+    adv = learner.algorithm.advantage(traj)
+    weight = token_weight(traj.mask, "episode", 500.0) / len(traj) * traj.mask.sum()
+    batch = flatten(obs, action, traj, adv, weight)
+    total = learner.policy_loss(batch, None)[0]
+    parts = [batch.rows(i) for i in torch.arange(len(batch)).tensor_split(4)]
+    apart = sum(learner.policy_loss(p, None)[0] * len(p) for p in parts) / len(batch)
+    torch.testing.assert_close(apart, total)
+    expected = 0.0
+    for b, n in enumerate(seen.length.tolist()):
+        logp = state.policy.distribution(obs[b, :n]).log_prob(action[b, :n])
+        to_go = [sum(0.99 ** (k - t) * float(seen.reward[b, k]) for k in range(t, n)) for t in range(n)]
+        expected -= float((torch.tensor(to_go) * logp.detach()).sum())
+    assert float(total) == pytest.approx(expected / 500 / len(traj), rel=1e-4)
+
+
+def test_double_dqn_target_by_hand():
+    from steersman.control.dqn import td_target
+
+    learning, lagging = torch.tensor([[1.0, 3.0], [5.0, 2.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    reward, discount = torch.tensor([1.0, 2.0]), torch.tensor([0.9, 0.0])
+    after = torch.tensor([[0], [1]])
+    q, target = (lambda obs, table=t: table[obs[:, 0]] for t in (learning, lagging))
+    assert td_target(q, target, reward, discount, after, double=True).tolist() == [19.0, 2.0]
+    discount = torch.tensor([0.9, 0.9])
+    assert td_target(q, target, reward, discount, after, double=True).tolist() == pytest.approx([19.0, 29.0])
+    assert td_target(q, target, reward, discount, after, double=False).tolist() == pytest.approx([19.0, 38.0])
+
+
+def test_replay_keeps_the_newest_and_marks_ends():
+    from steersman.control.dqn import Replay
+    from steersman.control.envs import Worlds, collect
+
+    worlds = Worlds(maker("CartPole-v1", {"max_episode_steps": 12}), 2, 0, "test")
+    replay = Replay(50, 4)
+    falling = lambda obs: torch.zeros(len(obs), dtype=torch.int64)  # noqa: E731
+    for _ in range(4):
+        seen = collect(worlds, falling, 20)
+        replay.add(seen, 0.9, 1.0)
+    assert replay.count == 50
+    # pushed to one side the pole falls in 8 to 11 steps: every episode terminates
+    ends = replay.discount == 0
+    assert int(ends.sum()) > 2
+    # within an episode the next observation of one transition is the observation of the following
+    order = (replay.next + torch.arange(50)) % 50
+    obs, after, ends = replay.obs[order], replay.after[order], ends[order]
+    linked = (after[:-1] == obs[1:]).all(-1)
+    assert bool((linked | ends[:-1])[: int(seen.length[:-1].sum()) - 1].float().mean() > 0.9)
+
+
+def test_fast_learning():
+    """CartPole from about 20 to beyond 150 in a few seconds."""
+    made = recipe("--algorithm", "ppo", "--iterations", "12")
+    state = fresh(made)
+    for _ in range(made.iterations):
+        state.iteration()
+    assert evaluate(state, maker(made.env, {}), made, 20)["held_out/return"] > 150
+
+
+@pytest.mark.slow
+def test_cartpole_is_solved_by_ppo():
+    made = recipe("--algorithm", "ppo", "--iterations", "40", "--run.seed", "3")
+    state = fresh(made)
+    for _ in range(made.iterations):
+        state.iteration()
+    assert evaluate(state, maker(made.env, {}), made, 100)["held_out/return"] >= 475
+
+
+def test_verb_leaves_policy_curve_report_and_video(tmp_path):
+    video = tmp_path / "out.gif"
+    words = ["control", "--algorithm", "trpo", *SMALL, "--rollout.steps", "32", "--video", str(video)]
+    words += ["--evaluation.episodes", "5", "--run.eval_every", "2", "--evaluation.during", "2"]
+    assert main([*words, "--run.dir", str(tmp_path / "run")]) == 0
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["held_out/return"] > 5
+    assert Image.open(run / "curve.png").size[0] > 300
+    assert "CartPole" in (run / "config.yaml").read_text()
+    assert (run / "report.html").exists()
+    assert Image.open(video).n_frames > 3
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert {"held_out/return", "reward/return", "env_steps", "trpo/kl"} <= rows[3].keys() | rows[1].keys() | rows[
+        0
+    ].keys()
+    saved = torch.load(run / "policy.pt", weights_only=True)
+    assert saved["policy"]["net.0.weight"].shape == (16, 4)
+
+
+def test_verb_finishes_what_a_shorter_run_began(tmp_path):
+    """Four iterations in one go, and two resumed to four, end with the same weights."""
+    words = [
+        "control",
+        "--algorithm",
+        "ppo",
+        "--rollout.copies",
+        "2",
+        "--rollout.steps",
+        "32",
+        "--evaluation.episodes",
+    ]
+    words += ["3", "--optimizer.schedule", "constant", "--critic.optimizer.schedule", "constant"]
+    assert main([*words, "--iterations", "4", "--run.dir", str(tmp_path / "a")]) == 0
+    assert main([*words, "--iterations", "2", "--run.dir", str(tmp_path / "b")]) == 0
+    assert main([*words, "--iterations", "4", "--run.dir", str(tmp_path / "b"), "--resume"]) == 0
+    a, b = (torch.load(tmp_path / x / "policy.pt", weights_only=True)["policy"] for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tabular_learner_reaches_the_optimum_through_the_verb(tmp_path):
+    words = ["control", "--env", "CliffWalking-v1", "--algorithm", "q-learning", "--settings.episodes", "600"]
+    words += ["--settings.epsilon_start", "0.1", "--settings.alpha_scale", "1e9", "--settings.alpha", "1"]
+    assert main([*words, "--iterations", "20", "--run.dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["optimal"] == 1.0
+    assert summary["value"] == pytest.approx(-sum(0.99**t for t in range(13)))
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
+    if name in RECIPES:
+        made = recipe("--algorithm", name)
+        assert load_recipe(RECIPES[name], None, []) == made
+        assert dump_recipe(made)
+    else:
+        with pytest.raises(SteersmanError, match="for control choose one of reinforce"):
+            recipe("--algorithm", name)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--algorithm", "grpo"], "GRPO compares several answers to one prompt"),
+        (["--algorithm", "remax"], "greedy answer"),
+        (["--algorithm", "nlpo"], "vocabulary"),
+        (["--algorithm", "pppo"], "there is no method 'pppo'"),
+        (["--algorithm=reinforce", "--critic.value_clip", "0.2"], "REINFORCE has no critic; remove"),
+        (["--algorithm", "dqn", "--critic.value_clip", "0.2"], "dqn has no critic; remove"),
+        (["--algorithm", "ppo", "--critic", "null"], "PPO needs a critic"),
+        (["--algorithm", "reinforce", "--rollout.episodes", "null"], "set rollout.episodes"),
+        (["--algorithm", "a2c", "--settings.average", "episode"], "fragments"),
+        (["--algorithm", "ppo", "--settings.beta", "0.1"], "leaving a reference"),
+        (["--algorithm", "ppo", "--settings.lam", "1.5"], "settings.lam"),
+        (["--algorithm", "ppo", "--settings.gamma", "-0.1"], "settings.gamma"),
+        (["--algorithm", "ppo", "--settings.double", "true"], "settings.double"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(words, said):
+    with pytest.raises(SteersmanError, match=said):
+        recipe(*words)
+
+
+def test_dqn_refuses_continuous_actions_by_name():
+    with pytest.raises(SteersmanError, match="Pendulum-v1 acts in Box"):
+        fresh(small("dqn", "--env", "Pendulum-v1"))
+
+
+def test_tabular_learner_refuses_continuous_observations(tmp_path, capsys):
+    assert main(["control", "--algorithm", "sarsa", "--run.dir", str(tmp_path / "r")]) == 2
+    assert "discrete observation space" in capsys.readouterr().err
+
+
+def test_video_of_what_renders_nothing_is_refused(tmp_path):
+    from steersman.control.evaluate import record
+
+    class Blind(gym.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return self.observation_space.sample(), {}
+
+    state = fresh(small("ppo"))
+    with pytest.raises(SteersmanError, match="renders no pictures"):
+        record(state, Blind, state.recipe, tmp_path / "x.gif")

@@ -1,0 +1,35 @@
+"""The code on documentation pages runs, block after block, as a reader would type it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ["from-bellman-to-ppo.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_runs(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) >= 5, "the page lost its snippets"
+    space: dict[str, object] = {"__name__": "__page__"}
+    for block in blocks:
+        # blank lines in front keep the line numbers of a traceback those of the page
+        source = "\n" * text[: block.start(1)].count("\n") + block[1]
+        exec(compile(source, str(DOCS / page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_printed_output_is_what_the_page_says(page, capsys):
+    """A comment right after a print is its output."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    first = BLOCK.search(text)
+    assert first is not None
+    exec(compile(first[1], page, "exec"), {})
+    told = re.findall(r"^print\(.*\)\n# (.*)$", first[1], re.MULTILINE)
+    assert told == capsys.readouterr().out.splitlines()
