@@ -130,9 +130,9 @@ def load_scalar(
     if fresh:
         nn.init.zeros_(model.score.weight)
         notes.append(f"{source}: a new scalar head of zeros on its trunk; the output layer is not used")
+        _log.info(notes[-1])
     _check_vocabulary(source, tokenizer, model)
     scalar = ScalarModel(model.to(_device(device)), tokenizer)
-    _say(notes[-1:] if fresh else [])
     scalar.notes = notes
     return scalar if trainable else scalar.requires_grad_(False)
 
@@ -149,9 +149,9 @@ def _find(path: str | Path) -> tuple[str, bool]:
         return str(local), True
     if local.exists():
         raise SteersmanError(f"{text}: is a file; give the model's folder")
-    parts = local.parts
-    like_path = isinstance(path, Path) or text.startswith((".", "~", "/")) or len(parts) != 2
-    if (like_path and len(parts) > 1) or Path(parts[0]).is_dir():
+    parts = text.split("/")
+    like_path = isinstance(path, Path) or text.startswith((".", "~", "/")) or len(parts) > 2
+    if like_path or Path(parts[0]).is_dir():
         raise SteersmanError(f"{text}: no such model folder{_nearest(local)}")
     return text, False
 
@@ -177,27 +177,41 @@ def _config(source: str, local: bool, notes: list[str]) -> Any:
             f"{source}: no such folder{_nearest(Path(source))}, and no hub model of that name could be fetched: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    changed = {}
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for key, value in part.to_dict().items():
-            if isinstance(value, float) and value > 0 and any(word in key for word in NOISE):
-                setattr(part, key, 0.0)
-                changed[key] = value
+    changed = dropout_off(config)
     if changed:
         was = ", ".join(f"{key} {value}" for key, value in changed.items())
         notes.append(f"{source}: dropout is off while training (was {was}), so that sampling and training agree")
-        _say(notes[-1:])
+        _log.info(notes[-1])
     return config
 
 
+def dropout_off(config: Any) -> dict[str, float]:
+    """Sets every probability of a random forward pass in a config to 0; returns what was not 0 before."""
+    changed = {}
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            # GPT-2's summary head, which has a dropout of its own, is not a part of any role
+            noisy = any(word in key for word in NOISE) and not key.startswith("summary")
+            if noisy and isinstance(value, float) and value > 0:
+                setattr(part, key, 0.0)
+                changed[key] = value
+    return changed
+
+
 def _tokenizer(source: str, local: bool) -> Any:
+    tokenizer: Any = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        # for some families a folder without tokenizer files gives one that knows its special tokens alone
+        found = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        reason = "" if found else "no vocabulary there"
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
         raise SteersmanError(
-            f"{source}: no tokenizer could be loaded from there ({str(error).splitlines()[0]}); save the model's "
-            "tokenizer into the same folder with tokenizer.save_pretrained"
-        ) from error
+            f"{source}: no tokenizer could be loaded from there ({reason}); save the model's tokenizer into the "
+            "same folder with tokenizer.save_pretrained"
+        )
     if tokenizer.eos_token_id is None:
         raise SteersmanError(
             f"{source}: its tokenizer has no end-of-sequence token, so no response could ever end; set "
@@ -229,7 +243,8 @@ def _weights(
 
 def _complete(source: str, model: Any, info: dict[str, Any], allowed: str = "") -> None:
     """Raises SteersmanError unless every weight but the `allowed` one came from disk in its right shape."""
-    shapes = {str(key[0]): key[1:] for key in info["mismatched_keys"] if key[0] != allowed}
+    mismatched: set[tuple[Any, ...]] = info["mismatched_keys"]  # (name, stored shape, shape of the model)
+    shapes = {name: pair for name, *pair in mismatched if name != allowed}
     if "score.weight" in shapes:
         raise SteersmanError(
             f"{source}: config.num_labels is 1, but the shapes of the stored `score` head and of one with a single "
@@ -245,7 +260,7 @@ def _complete(source: str, model: Any, info: dict[str, Any], allowed: str = "") 
         )
 
 
-def _shapes(pair: tuple[Any, ...]) -> str:
+def _shapes(pair: list[Any]) -> str:
     return " and ".join(str(list(shape)) for shape in pair)
 
 
@@ -272,11 +287,6 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _some(names: Any) -> str:
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _say(notes: list[str]) -> None:
-    for note in notes:
-        _log.info(note)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from steersman.types import SteersmanError
 
@@ -39,6 +40,7 @@ def add_lora(model: Any, config: LoraConfig) -> peft.PeftModel:
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
         lora_dropout=config.dropout,
         target_modules=config.targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2 stores weights transposed
         task_type="CAUSAL_LM",
     )
     try:

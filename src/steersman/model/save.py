@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,6 @@ def _write(model: Policy | ScalarModel, folder: Path, merged: bool, dtype: torch
     if dtype is not None:
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     model.model.save_pretrained(folder, state_dict=state)
+    if dtype is not None:  # the file names the precision in memory, and loading goes by it
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).split(".")[1]}, indent=2))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from steersman.model.load import dropout_off
 from steersman.model.policy import Policy
 from steersman.types import SteersmanError
 
@@ -36,7 +37,9 @@ def fresh_policy(
         raise SteersmanError("model.scratch: give model_type, such as llama or gpt2, and the model's sizes")
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **merged))
+        config = AutoConfig.for_model(model_type, **merged)
+        dropout_off(config)
+        model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError) as error:
         raise SteersmanError(f"model.scratch: {error}") from error
     return Policy(model.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer, pack=pack)

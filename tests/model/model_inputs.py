@@ -1,0 +1,30 @@
+"""A tokenizer of 97 words and a ragged batch, for the tests of the model room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+def word_tokenizer(vocab: int = 97, eos: str | None = "</s>", pad: str | None = None) -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token=eos,
+                                   pad_token=pad)  # fmt: skip
+
+
+def ragged(prompts=(3, 7, 1, 5, 2), responses=(4, 9, 6, 0, 1), vocab: int = 97, seed: int = 5) -> dict[str, Any]:
+    """Lists of ids of the given lengths; ids of eos and pad occur among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(0, vocab, (n,), generator=generator).tolist()
+
+    out = {"prompts": [ids(n) for n in prompts], "responses": [ids(n) for n in responses]}
+    out["responses"][1][2:5] = [2, 0, 2]
+    out["prompts"][1][1] = 2
+    return out

@@ -1,0 +1,188 @@
+"""What loads, what it says, and everything that is refused, by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from model_inputs import word_tokenizer
+from tiny_models import tiny_config, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from steersman.model import load_policy, load_scalar
+from steersman.model.load import dropout_off
+from steersman.types import SteersmanError
+
+
+def edit(folder, name="config.json", **fields):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(match: str):
+    return pytest.raises(SteersmanError, match=match)
+
+
+def test_loads_what_was_there(family, model_folder, tokens):
+    model = tiny_model(family)
+    policy = load_policy(model_folder(family), device="cpu")
+    state = model.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in policy.model.state_dict().items())
+    assert all(p.requires_grad for p in policy.parameters())
+    assert policy.tokenizer.pad_token_id is None
+    assert policy.notes == []
+
+
+def test_options(model_folder):
+    folder = model_folder()
+    policy = load_policy(folder, dtype="bfloat16", attention="eager", trainable=False, pack=64)
+    assert policy.model.dtype == torch.bfloat16
+    assert policy.model.config._attn_implementation == "eager"
+    assert not any(p.requires_grad for p in policy.parameters())
+    assert policy.pack == 64
+    with refused("dtype 'int3' is not one of float32"):
+        load_policy(folder, dtype="int3")
+
+
+def test_a_local_path_never_asks_a_hub(model_folder, monkeypatch):
+    import socket
+
+    def no_network(*_args):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    load_policy(model_folder())
+
+
+def test_dropout_is_off_and_it_says_so(tmp_path, tokenizer, tokens):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for model in (load_policy(tmp_path), load_scalar(tmp_path)):
+        assert "resid_pdrop 0.1" in model.notes[0]
+        assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+    policy = load_policy(tmp_path).train()
+    assert torch.equal(policy.logp(tokens).logp, policy.eval().logp(tokens).logp)
+    assert dropout_off(tiny_config("gpt2")) == {}
+
+
+def test_paths_that_lead_nowhere(model_folder, tmp_path):
+    folder = model_folder("qwen2")
+    with refused(r"qwen2-modle: no such model folder; in .* there is qwen2-model"):
+        load_policy(tmp_path / "qwen2-modle")
+    with refused("there is qwen2-model"):
+        load_policy(str(tmp_path / "runs" / "deep" / "model"))
+    with refused("no model there .*did you mean its folder qwen2-model"):
+        load_policy(tmp_path)
+    with refused("is a file; give the model's folder"):
+        load_policy(folder / "config.json")
+    with refused("no such folder.*no hub model of that name could be fetched"):
+        load_policy("nobody/no-such-model-here")
+    with refused("no such model folder"):
+        load_scalar(str(tmp_path / "missing"))
+
+
+def test_other_kinds_of_model(tmp_path, tokenizer):
+    t5 = T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    with refused("encoder-decoder models \\(t5\\)"):
+        load_policy(tmp_path / "t5")
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    with refused("type 'clip' is not a causal language model"):
+        load_policy(tmp_path / "clip")
+    bert = BertConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(bert).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with refused("weights of BertLMHeadModel are missing"):
+        load_policy(tmp_path / "bert")
+
+
+def test_a_reward_model_is_not_a_policy(model_folder, tokenizer):
+    folder = model_folder(model=AutoModelForSequenceClassification.from_config(tiny_config("llama")))
+    with refused("LlamaForCausalLM are missing.*lm_head.*holds LlamaForSequenceClassification"):
+        load_policy(folder)
+
+
+def test_tokenizers(model_folder, tmp_path):
+    with refused("no tokenizer could be loaded"):
+        load_policy(model_folder("qwen2", tokenizer=None))
+    with refused('no end-of-sequence token.*"eos_token"'):
+        load_policy(model_folder("gpt2", tokenizer=word_tokenizer(eos=None)))
+    with refused("ids up to 97, but the model's vocabulary has 97 rows"):
+        load_policy(model_folder("llama", tokenizer=word_tokenizer(98)))
+    with refused("ids up to 97"):
+        load_scalar(model_folder("llama", tokenizer=word_tokenizer(98)))
+    load_policy(model_folder("qwen3", tokenizer=word_tokenizer(90)))  # rows to spare
+
+
+def test_broken_files(model_folder):
+    folder = model_folder()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with refused("weights can not be loaded"):
+        load_policy(folder)
+    (folder / "config.json").write_text("{")
+    with refused("config.json can not be read"):
+        load_policy(folder)
+
+
+def test_weights_of_another_shape(model_folder):
+    folder = model_folder()
+    edit(folder, intermediate_size=64)
+    with refused("missing or of another shape"):
+        load_policy(folder)
+
+
+def test_scalar_from_a_language_model(family, model_folder, tokens):
+    scalar = load_scalar(model_folder(family), device="cpu")
+    assert "new scalar head of zeros" in scalar.notes[-1]
+    assert not scalar.score(tokens).any()
+    trunk = tiny_model(family).base_model.state_dict()
+    assert all(torch.equal(x, trunk[name]) for name, x in scalar.trunk.state_dict().items())
+    scalar.score(tokens).sum().backward()
+    assert scalar.model.score.weight.grad.any()
+
+
+def test_scalar_as_it_is(model_folder, tokens):
+    config = tiny_config("llama")
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    folder = model_folder(model=model)
+    scalar = load_scalar(folder, trainable=False)
+    assert torch.equal(scalar.model.score.weight, model.score.weight)
+    assert scalar.notes == []
+    assert not any(p.requires_grad for p in scalar.parameters())
+    assert not load_scalar(folder, init="fresh").model.score.weight.any()
+
+
+def test_scalar_with_two_labels(model_folder):
+    folder = model_folder(model=AutoModelForSequenceClassification.from_config(tiny_config("llama")))
+    with refused(r"llama-model: config\.num_labels is 2.*exactly one.*init='fresh'"):
+        load_scalar(folder)
+    assert load_scalar(folder, init="fresh").model.score.weight.shape == (1, 32)
+    edit(folder, num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    with refused(r"num_labels is 1, but.*\[2, 32\] and \[1, 32\]"):
+        load_scalar(folder)
+
+
+def test_plain_transformers_still_load_it_all(model_folder):
+    folder = model_folder()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    load_policy(folder)
+    load_scalar(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    AutoModelForCausalLM.from_pretrained(folder)

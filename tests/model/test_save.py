@@ -1,0 +1,142 @@
+"""Round trips through plain transformers, adapters, and disks that fill."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from steersman.model import LoraConfig, Policy, load_policy, load_scalar, save
+from steersman.types import SteersmanError
+
+
+def nudge(module: torch.nn.Module) -> None:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def test_policy_round_trip(family, model_folder, tmp_path, tokens):
+    policy = load_policy(model_folder(family))
+    nudge(policy)
+    folder = save(policy, None, tmp_path / "out" / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(plain(tokens.prompt).logits, policy.model(tokens.prompt).logits)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    assert tokenizer.pad_token is None
+    assert torch.equal(load_policy(folder).logp(tokens).logp, policy.logp(tokens).logp)
+
+
+def test_scalar_round_trip(family, model_folder, tmp_path, tokens):
+    scalar = load_scalar(model_folder(family))
+    nudge(scalar)
+    folder = save(scalar, scalar.tokenizer, tmp_path / "reward")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert plain.config.num_labels == 1
+    row = tokens.rows(torch.tensor([0]))
+    ids = torch.cat([row.prompt, row.response], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits[:, 0], scalar.score(row))
+    again = load_scalar(folder)
+    assert again.notes == []
+    assert torch.equal(again.value(tokens), scalar.value(tokens))
+
+
+def test_tied_embeddings_stay_tied(model_folder, tmp_path):
+    policy = load_policy(model_folder("gpt2"))
+    nudge(policy)
+    again = load_policy(save(policy, None, tmp_path / "tied"))
+    assert again.model.lm_head.weight is again.model.transformer.wte.weight
+    assert torch.equal(again.model.lm_head.weight, policy.model.lm_head.weight)
+
+
+def test_precision_on_disk(model_folder, tmp_path):
+    policy = load_policy(model_folder())
+    folder = save(policy, None, tmp_path / "half", dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert plain.dtype == torch.bfloat16
+    assert policy.model.dtype == torch.float32
+    assert torch.equal(plain.lm_head.weight, policy.model.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_lora(family, model_folder, tmp_path, tokens):
+    base_folder = model_folder(family)
+    base = load_policy(base_folder).logp(tokens).logp.detach()
+    policy = load_policy(base_folder, lora=LoraConfig(r=4, alpha=8.0))
+    names = [n for n, p in policy.named_parameters() if p.requires_grad]
+    assert names
+    assert all(".lora_" in n for n in names)
+    assert torch.equal(policy.logp(tokens).logp, base)  # B starts at zero
+    nudge(policy)
+    tuned = policy.logp(tokens).logp
+    assert (tuned - base).abs().max() > 1e-2
+    with policy.reference() as reference:
+        logp = reference.logp(tokens).logp
+        assert not logp.requires_grad
+        assert torch.equal(logp, base)
+    assert torch.equal(policy.logp(tokens).logp, tuned)
+
+    before = {n: x.clone() for n, x in policy.state_dict().items()}
+    merged = save(policy, None, tmp_path / "merged")
+    assert all(torch.equal(x, before[n]) for n, x in policy.state_dict().items())
+    assert not (merged / "adapter_config.json").exists()
+    plain = Policy(AutoModelForCausalLM.from_pretrained(merged), None)
+    torch.testing.assert_close(plain.logp(tokens).logp, tuned, rtol=1e-4, atol=1e-3)
+
+    adapters = save(policy, None, tmp_path / "adapters", merged=False)
+    assert not (adapters / "model.safetensors").exists()
+    again = load_policy(adapters)
+    torch.testing.assert_close(again.logp(tokens).logp, tuned, rtol=1e-5, atol=1e-5)
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == names
+    with again.reference() as reference:
+        assert torch.equal(reference.logp(tokens).logp, base)
+
+
+def test_lora_targets(model_folder):
+    folder = model_folder()
+    with pytest.raises(SteersmanError, match=r"do not fit LlamaForCausalLM.*\n.*q_proj"):
+        load_policy(folder, lora=LoraConfig(targets=["query"]))
+    with pytest.raises(SteersmanError, match="include the output layer"):
+        load_policy(folder, lora=LoraConfig(targets=["q_proj", "lm_head"]))
+
+
+def test_a_disk_that_fills_loses_nothing(model_folder, tmp_path, monkeypatch):
+    policy = load_policy(model_folder())
+    folder = save(policy, None, tmp_path / "kept")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    nudge(policy)
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(policy.tokenizer, "save_pretrained", full)  # after the weights, before the end
+    with pytest.raises(SteersmanError, match="kept: the disk is full"):
+        save(policy, None, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".kept")]
+
+
+def test_a_folder_is_replaced_whole(model_folder, tmp_path):
+    policy = load_policy(model_folder())
+    folder = save(policy, None, tmp_path / "again")
+    (folder / "stale.txt").write_text("from before")
+    nudge(policy)
+    save(policy, None, folder)
+    assert not (folder / "stale.txt").exists()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_saving_does_not_need_the_folder_it_came_from(tmp_path, tokenizer, tokens):
+    policy = Policy(tiny_model("qwen2"), tokenizer)
+    again = load_policy(save(policy, None, tmp_path / "fresh"))
+    assert torch.equal(again.logp(tokens).logp, policy.logp(tokens).logp)
