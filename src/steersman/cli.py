@@ -30,7 +30,7 @@ class Verb:
 
 
 VERBS = {
-    "quickstart": Verb("steersman.quickstart:run", "steersman.quickstart:QuickstartRecipe",
+    "quickstart": Verb("steersman.train.quickstart:run", "steersman.train.quickstart:QuickstartRecipe",
                        "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
     "sft": Verb("steersman.train.sft:run", "steersman.train.sft:SFTRecipe",
                 "supervised fine-tuning on text, prompts with completions, or chats"),
