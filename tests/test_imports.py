@@ -1,0 +1,138 @@
+"""The rooms stand on each other as docs/architecture.md says: imports point down, and heavy libraries stay home."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "steersman"
+
+MATHS = {"ops", "types"}
+MAY = {
+    "types": set(),
+    "assets": set(),
+    "ops": {"types"},
+    "run": {"types"},
+    "data": MATHS | {"run"},
+    "model": MATHS | {"run"},
+    "rollout": MATHS | {"run", "model"},
+    "reward": MATHS | {"run", "model"},
+    "tabular": MATHS | {"run", "loss"},  # preference losses are followed to their fixed points there
+    "loss": MATHS | {"run"},
+    "advantage": MATHS | {"run"},
+    "update": MATHS | {"run"},
+    "algorithms": MATHS | {"run", "advantage", "loss"},
+    "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
+    "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},
+    "train": MATHS
+    | {"run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms", "assets"},
+}  # fmt: skip
+"""What each room may import of the others; `cli` may import all."""
+
+HOMES = {
+    "transformers": {"model", "data", "reward", "rollout"},
+    "peft": {"model"},
+    "datasets": {"data"},
+    "gymnasium": {"control", "tabular/gym.py"},
+    "matplotlib": {"run", "control"},
+    "rich": {"run", "train", "control", "verify", "cli.py"},
+}
+"""Where a library may be imported: rooms, or files."""
+
+TEST_ONLY = {"pytest", "hypothesis", "beartype", "tests", "unittest", "tiny_models"}
+
+
+def imports(source: str, package: str) -> list[tuple[int, str]]:
+    """Every module that is imported anywhere in the source, with its line; relative ones made absolute."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, name.name) for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            module = ".".join(x for x in (base, node.module) if x)
+            # `from steersman import train` names a room as much as `from steersman.train import rl` does
+            found += [
+                (node.lineno, f"{module}.{name.name}" if module == "steersman" else module) for name in node.names
+            ]
+    return found
+
+
+def sources() -> list[tuple[str, str, list[tuple[int, str]]]]:
+    """(path from src, room, imports) of every file."""
+    out = []
+    for path in sorted(SRC.rglob("*.py")):
+        inside = path.relative_to(SRC)
+        room = inside.parts[0].removesuffix(".py")
+        package = ".".join(["steersman", *inside.parts[:-1]])
+        out.append((str(inside), room, imports(path.read_text(), package)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def every():
+    return sources()
+
+
+def test_every_room_is_in_the_plan(every):
+    rooms = {room for _, room, _ in every if room not in ("cli", "__init__")}
+    assert rooms <= set(MAY), f"give {rooms - set(MAY)} a place in the plan"
+    assert len(rooms) >= 12
+
+
+def test_imports_point_down(every):
+    wrong = []
+    for path, room, found in every:
+        if room in ("cli", "__init__"):
+            continue
+        for line, module in found:
+            parts = module.split(".")
+            if parts[0] == "steersman" and len(parts) > 1 and parts[1] != room and parts[1] not in MAY[room]:
+                wrong.append(f"{path}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_plan_has_no_circle():
+    def below(room: str, seen: tuple[str, ...] = ()) -> None:
+        assert room not in seen, f"circle: {' -> '.join([*seen, room])}"
+        for other in MAY[room]:
+            below(other, (*seen, room))
+
+    for room in MAY:
+        below(room)
+
+
+def test_libraries_stay_in_their_rooms(every):
+    wrong = []
+    for path, room, found in every:
+        for line, module in found:
+            homes = HOMES.get(module.split(".")[0])
+            if homes is not None and room not in homes and path not in homes:
+                wrong.append(f"{path}:{line} imports {module}; its place is {', '.join(sorted(homes))}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_test_helper_in_the_package(every):
+    wrong = [
+        f"{path}:{line} imports {m}" for path, _, found in every for line, m in found if m.split(".")[0] in TEST_ONLY
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_help_needs_no_model_library(every):
+    """`steersman --help` answers at once: the command line imports what it needs when it needs it."""
+    tree = ast.parse((SRC / "cli.py").read_text())
+    heavy = {"torch", "transformers", "steersman"}
+    top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name for n in top}
+    assert not {name for name in names if name.split(".")[0] in heavy}
+
+
+def test_the_walk_sees_what_it_should():
+    text = "import torch\nfrom steersman import train\nfrom . import x\nfrom ..loss.policy import y\n"
+    text += "def f():\n    import gymnasium\n"
+    found = {module for _, module in imports(text, "steersman.ops")}
+    assert found == {"torch", "steersman.train", "steersman.ops", "steersman.loss.policy", "gymnasium"}

@@ -1,0 +1,245 @@
+"""A run that was killed and resumed ends with the same weights, bit for bit, as one that was not (invariant 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from train_kit import merge, plain, recipe, rows, weights, write_jsonl
+
+from steersman import cli
+from steersman.algorithms import ALGORITHMS
+from steersman.train import reward_model, rl, sft
+
+SLOW_REWARD = """
+import time
+
+def count_a(prompts, completions):
+    time.sleep(0.04)
+    return [c.count("a") / 4 for c in completions]
+"""
+WORDS = ["yes it is.", "no", "a cat, a dog, and two", "ok", "look there", "e", "so she said", "hm", "what?", "go on"]
+
+
+def cut_after(calls: int):
+    """A reward that ends the process's work in the middle of an iteration, after so many calls."""
+    left = [calls]
+
+    def score(prompts, completions):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return [c.count("a") / 4 for c in completions]
+
+    return score
+
+
+FULL = {
+    "optimizer.schedule": "cosine", "optimizer.warmup": 2, "reward.normalise": True, "rollout.top_p": 0.95,
+    "iterations": 5, "run.save_every": 2, "run.eval_every": 3, "run.keep_last": 2,
+}  # fmt: skip
+OWN = {
+    "ppo": {"critic.warmup": 1, "algorithm.kl_target": 0.01, "algorithm.kl_horizon": 50},
+    "nlpo": {"algorithm.mask_every": 2, "algorithm.kl_target": 0.01, "algorithm.kl_horizon": 50},
+    "a2c": {"critic.init": "shared"},
+    "rloo": {"model.lora": {"r": 2}, "optimizer.lr": 0.05},
+    "trpo": {"rollout.top_p": 1.0, "algorithm.cg_steps": 3},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, base, tmp_path, monkeypatch):
+    asked = merge(base, FULL | OWN.get(name, {}))
+    rl.run(recipe(name, asked))
+    again = merge(asked, {"run.dir": str(tmp_path / "cut")})
+    with monkeypatch.context() as patch:
+        from steersman.reward import core
+
+        stop = cut_after({"remax": 11, "dapo": 7}.get(name, 5))
+        patch.setattr(core, "load_function", lambda _: stop)
+        with pytest.raises(KeyboardInterrupt):
+            rl.run(recipe(name, again))
+    assert max(row["step"] for row in rows(tmp_path / "cut")) in (2, 3, 4)
+    rl.run(recipe(name, again), resume=True)
+    compare(tmp_path / "run", tmp_path / "cut")
+
+
+def compare(whole: Path, cut: Path) -> None:
+    assert [row["step"] for row in rows(cut)] == [row["step"] for row in rows(whole)]
+    for a, b in zip(rows(whole), rows(cut), strict=True):
+        assert plain(a) == plain(b)
+    a, b = weights(whole / "model"), weights(cut / "model")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {p.name for p in (cut / "checkpoints").iterdir()}
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (whole, cut))
+    differ = {"seconds", "run", "model"}
+    assert {k: v for k, v in one.items() if k not in differ} == {k: v for k, v in two.items() if k not in differ}
+    if (whole / "samples.jsonl").exists():
+        assert (whole / "samples.jsonl").read_text() == (cut / "samples.jsonl").read_text()
+
+
+def test_a_run_resumed_after_its_last_step_still_knows_how_it_ended(base, tmp_path):
+    first = rl.run(recipe("rloo", base))
+    (tmp_path / "run" / "summary.json").unlink()
+    again = rl.run(recipe("rloo", base), resume=True)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+
+
+def test_a_checkpoint_cut_in_half_is_passed_over(base, tmp_path):
+    asked = merge(base, {"iterations": 4})
+    rl.run(recipe("ppo", asked))
+    whole = weights(tmp_path / "run" / "model")
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    state = newest / "state.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="damaged"):
+        rl.run(recipe("ppo", asked), resume=True)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    again = weights(tmp_path / "run" / "model")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_the_best_checkpoint_is_one_that_was_measured(tmp_path, mini):
+    """Saving at steps without a look at the held-out data must not lend them an older number."""
+    asked = sft_settings(tmp_path, mini, "run", keep="best")
+    asked["run"] |= {"save_every": 1, "eval_every": 4, "keep_last": 20}
+    sft.run(sft.SFTRecipe.model_validate(asked))
+    measured = {row["step"] for row in rows(tmp_path / "run") if "held_out/loss" in row}
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert ("held_out/loss" in manifest["metrics"]) == (manifest["step"] in measured)
+
+
+# --- processes that are really killed -----------------------------------------------------------------------------
+
+
+def sft_settings(tmp_path, mini, folder: str, keep: str = "last") -> dict:
+    data = [{"prompt": "ask" + "?" * (i % 4), "completion": WORDS[i % 10] + " " * (i // 10)} for i in range(30)]
+    return {
+        "model": {"path": str(mini)},
+        "data": {"path": str(write_jsonl(tmp_path / "sft.jsonl", data)), "held_out": 6},
+        "train": {"batch_size": 4, "epochs": 6, "keep": keep},
+        "optimizer": {"lr": 0.01, "schedule": "linear", "warmup": 3},
+        "run": {"dir": str(tmp_path / folder), "threads": 1, "save_every": 2, "eval_every": 4, "micro_tokens": 40},
+    }
+
+
+def reward_settings(tmp_path, mini, folder: str) -> dict:
+    pairs = [
+        {
+            "prompt": "which" + "?" * (i % 4),
+            "chosen": WORDS[i % 10] + " a" * (i // 10),
+            "rejected": WORDS[(i + 3) % 10],
+        }
+        for i in range(30)
+    ]
+    asked = sft_settings(tmp_path, mini, folder, "best")
+    asked["data"]["path"] = str(write_jsonl(tmp_path / "pairs.jsonl", pairs))
+    return asked
+
+
+def nlpo_settings(base, tmp_path, folder: str) -> dict:
+    (tmp_path / "rewards.py").write_text(SLOW_REWARD)
+    own = {"iterations": 14, "run.dir": str(tmp_path / folder), "run.save_every": 1, "critic.init": "policy"}
+    return merge(base, FULL | OWN["nlpo"] | own)
+
+
+def start(verb: str, settings: dict, tmp_path: Path, *flags: str) -> subprocess.Popen:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return subprocess.Popen(
+        [sys.executable, "-m", "steersman.cli", verb, str(path), *flags],
+        stdout=(tmp_path / "out.txt").open("ab"), stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(process: subprocess.Popen, path: Path, count: int) -> None:
+    """Until the file has so many lines, or the process has ended."""
+    end = time.monotonic() + 120
+    while process.poll() is None and lines(path) < count:
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.002)
+
+
+def kill_and_resume(verb: str, settings: dict, tmp_path: Path, seed: int, kills: int = 1) -> int:
+    """Kills the run by SIGKILL at random moments, resumes until it is done; returns how often it died."""
+    r, died, metrics = random.Random(seed), 0, Path(settings["run"]["dir"]) / "metrics.jsonl"
+    while True:
+        process = start(verb, settings, tmp_path, *(["--resume"] if died else []))
+        if died < kills:
+            wait_for(process, metrics, lines(metrics) + r.randint(2, 5))
+            time.sleep(r.random() * 0.08)
+            process.kill()
+        code = process.wait(120)
+        if code == 0:
+            return died
+        assert code == -signal.SIGKILL, (tmp_path / "out.txt").read_text()[-3000:]
+        died += 1
+
+
+@pytest.mark.slow
+def test_sigkill_sft(tmp_path, mini):
+    sft.run(sft.SFTRecipe.model_validate(sft_settings(tmp_path, mini, "whole", "best")))
+    assert kill_and_resume("sft", sft_settings(tmp_path, mini, "cut", "best"), tmp_path, seed=1) == 1
+    compare(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_sigkill_reward_model(tmp_path, mini):
+    reward_model.run(reward_model.RewardModelRecipe.model_validate(reward_settings(tmp_path, mini, "whole")))
+    assert kill_and_resume("reward", reward_settings(tmp_path, mini, "cut"), tmp_path, seed=2) == 1
+    compare(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_sigkill_on_policy(base, tmp_path):
+    """Critic, adaptive KL, running normalisation, the masking copy and their optimisers all come back."""
+    rl.run(recipe("nlpo", nlpo_settings(base, tmp_path, "whole")))
+    betas = {row["beta"] for row in rows(tmp_path / "whole")[1:]}
+    assert len(betas) > 5
+    assert kill_and_resume("nlpo", nlpo_settings(base, tmp_path, "cut"), tmp_path, seed=3, kills=2) == 2
+    compare(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so(base, tmp_path, capfd):
+    """In this process: the signal comes from within the third iteration's reward."""
+    asked = merge(base, FULL | OWN["nlpo"] | {"run.save_every": 100, "run.eval_every": 100})
+    path = tmp_path / "recipe.yaml"
+    rl.run(recipe("nlpo", asked))
+    (tmp_path / "rewards.py").write_text(
+        "import os, signal\nleft = [4]\n\n"
+        "def count_a(prompts, completions):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [c.count('a') / 4 for c in completions]\n"
+    )
+    path.write_text(yaml.safe_dump(merge(asked, {"run.dir": str(tmp_path / "cut")})))
+    sys.modules.pop("rewards", None)
+    assert cli.main(["nlpo", str(path)]) == 130
+    said = "".join(capfd.readouterr())
+    assert "SIGTERM" in said
+    assert "--resume" in said
+    assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 3]
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (summary["finished"], summary["steps"]) == (False, 3)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not (tmp_path / "cut" / "model").exists()
+    assert cli.main(["nlpo", str(path), "--resume"]) == 0
+    a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "cut" / "model")
+    assert all(torch.equal(a[k], b[k]) for k in a)
