@@ -11,12 +11,14 @@ import torch
 from gymnasium import spaces
 from PIL import Image
 
-from steersman.algorithms import ALGORITHMS
+from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.cli import main
 from steersman.control.envs import maker
 from steersman.control.evaluate import evaluate
+from steersman.control.learner import flatten
 from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refusal
 from steersman.control.run import build
+from steersman.loss.reduce import token_weight
 from steersman.run.config import dump_recipe, load_recipe
 from steersman.run.seed import seed_everything
 from steersman.types import SteersmanError
@@ -106,18 +108,15 @@ def test_categorical_policy_samples_its_probabilities():
 def test_minibatch_gradients_average_to_the_whole_batch():
     """The gradient of 4 minibatches, weighted by size, is that of one; `episode` weights as the formula says."""
     state = fresh(small("reinforce", "--settings.average", "episode"))
-    from steersman.control.learner import flatten
-    from steersman.loss.reduce import token_weight
-
     learner = state.learner
     seen = state.collect(torch.Generator().manual_seed(0))
     obs, action, traj = state.experience(seen)
     adv = learner.algorithm.advantage(traj)
     weight = token_weight(traj.mask, "episode", 500.0) / len(traj) * traj.mask.sum()
     batch = flatten(obs, action, traj, adv, weight)
-    total = learner.policy_loss(batch, None)[0]
+    total = learner.policy_loss(batch, Coefficients())[0]
     parts = [batch.rows(i) for i in torch.arange(len(batch)).tensor_split(4)]
-    apart = sum(learner.policy_loss(p, None)[0] * len(p) for p in parts) / len(batch)
+    apart = sum(learner.policy_loss(p, Coefficients())[0] * len(p) for p in parts) / len(batch)
     torch.testing.assert_close(apart, total)
     expected = 0.0
     for b, n in enumerate(seen.length.tolist()):
@@ -125,6 +124,17 @@ def test_minibatch_gradients_average_to_the_whole_batch():
         to_go = [sum(0.99 ** (k - t) * float(seen.reward[b, k]) for k in range(t, n)) for t in range(n)]
         expected -= float((torch.tensor(to_go) * logp.detach()).sum())
     assert float(total) == pytest.approx(expected / 500 / len(traj), rel=1e-4)
+
+
+def test_entropy_bonus_lowers_the_loss_by_its_coefficient_times_the_entropy():
+    losses = []
+    for coef in ("0.0", "0.5"):
+        state = fresh(small("ppo", "--settings.entropy_coef", coef))
+        obs, action, traj = state.experience(state.collect(torch.Generator().manual_seed(0)))
+        batch = flatten(obs, action, traj, state.algorithm.advantage(traj), traj.mask.float())
+        loss, _, entropy = state.learner.policy_loss(batch, Coefficients())
+        losses.append(float(loss))
+    assert losses[0] - losses[1] == pytest.approx(0.5 * float(entropy.mean()), rel=1e-4)
 
 
 def test_double_dqn_target_by_hand():
