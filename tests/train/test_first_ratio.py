@@ -43,7 +43,9 @@ def score_function_gradient(model, samples, adv, temperature: float) -> list[tor
     return list(torch.autograd.grad(total / sum(len(s.ids) for s in samples), list(model.parameters())))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f in ("gpt2", "llama", "qwen2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize(("temperature", "cut"), CASES)
 def test_the_first_ratio_is_one_and_the_gradient_is_reinforces(family, temperature, cut):
     policy, samples = sampled(family, temperature, cut)

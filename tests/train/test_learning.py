@@ -14,8 +14,10 @@ from steersman.train import reward_model, rl, sft
 SENTENCES = ["the cat sat on a mat.", "we go home now.", "look, a red sun!", "is it you?"]
 
 
+@pytest.mark.slow
 def test_sft_learns_four_sentences_by_heart(tmp_path, mini):
-    data = write_jsonl(tmp_path / "four.jsonl", [{"prompt": c, "completion": s} for c, s in zip("abcd", SENTENCES)])
+    taught = [{"prompt": cue, "completion": text} for cue, text in zip("abcd", SENTENCES, strict=True)]
+    data = write_jsonl(tmp_path / "four.jsonl", taught)
     settings = {
         "model": {"path": str(mini), "scratch": {
             "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -66,18 +68,18 @@ def test_a_reward_model_tells_two_clear_classes_apart(tmp_path, mini):
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("ppo", {"critic.optimizer": {"lr": 0.02}}),
+        pytest.param("ppo", {"critic.optimizer": {"lr": 0.02}}, marks=pytest.mark.slow),
         ("grpo", {"rollout.samples": 4}),
         ("rloo", {"rollout.samples": 4, "optimizer.lr": 0.02}),
-        ("ppo", {"critic.init": "shared"}),
+        pytest.param("ppo", {"critic.init": "shared"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_simple_reward_is_learned_in_seconds(name, own, base, tmp_path):
     asked = merge(
         base,
         {
-            "rollout.prompts": 12, "rollout.samples": 3, "rollout.held_out": 0, "iterations": 25, "run.save_every": 1000,
-            "run.eval_every": 1000, "optimizer.lr": 0.01, "algorithm.beta": 0.0,
+            "rollout.prompts": 12, "rollout.samples": 3, "rollout.held_out": 0, "iterations": 25,
+            "run.save_every": 1000, "run.eval_every": 1000, "optimizer.lr": 0.01, "algorithm.beta": 0.0,
         }
         | own,
     )  # fmt: skip
@@ -95,8 +97,9 @@ def test_a_strong_kl_term_holds_the_policy_and_a_weak_one_does_not(base, tmp_pat
         asked = merge(
             base,
             {
-                "rollout.prompts": 12, "rollout.samples": 3, "iterations": 15, "run.save_every": 1000,
-                "run.eval_every": 1000, "optimizer.lr": 0.01, "algorithm.beta": beta, "run.dir": str(tmp_path / f"{beta}"),
+                "rollout.prompts": 12, "rollout.samples": 3, "iterations": 15,
+                "run.save_every": 1000, "run.eval_every": 1000, "optimizer.lr": 0.01, "algorithm.beta": beta,
+                "run.dir": str(tmp_path / f"{beta}"),
             },
         )  # fmt: skip
         gone[beta] = rl.run(recipe("rloo", asked))["kl_after"]
@@ -105,9 +108,7 @@ def test_a_strong_kl_term_holds_the_policy_and_a_weak_one_does_not(base, tmp_pat
 
 @pytest.mark.slow
 def test_the_runaway_is_named_while_it_happens(shared, tmp_path):
-    """A group-relative run with a weak KL term toward VADER's score ends in "happy happy happy"; the watch says so."""
-    stories = sorted((shared / "tinystories").glob("*"))
-    assert stories
+    """A group-relative run with a weak KL term toward VADER's score ends in repetition; the watch says so."""
     openings = [
         "Once upon a time, there was a",
         "One day, a little",

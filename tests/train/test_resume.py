@@ -56,7 +56,12 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+QUICK = {"ppo", "nlpo", "dapo", "reinforce"}  # critic and controllers; mask copy; waiting prompts; moving baseline
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, base, tmp_path, monkeypatch):
     asked = merge(base, FULL | OWN.get(name, {}))
     rl.run(recipe(name, asked))
