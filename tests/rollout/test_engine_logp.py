@@ -77,7 +77,9 @@ def test_windows_shorter_than_the_sequences(kind):
     assert_recorded(model, samples, sampling)
 
 
-def test_the_belt_rewinds_without_a_trace(causal_model, monkeypatch):
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_the_belt_rewinds_without_a_trace(name, monkeypatch):
+    causal_model = tiny_model(name)
     rewinds = []
     rewind = Belt._rewind
     monkeypatch.setattr(Belt, "_rewind", lambda self, column: (rewinds.append(column), rewind(self, column)))

@@ -16,9 +16,9 @@ from itertools import groupby
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from steersman.ops.distributions import top_p_mask
+from steersman.rollout.cache import PromptCache
 from steersman.rollout.decoder import Decoder
 from steersman.rollout.port import Progress
 from steersman.rollout.sampling import Sampling, draw, restrict, uniforms
@@ -44,7 +44,7 @@ class Ready:
     """A prefilled sequence with its first token, waiting for a row: row `row` of each decoder's prompt cache."""
 
     sequence: Growing
-    caches: list[Cache]
+    caches: list[PromptCache]
     row: int
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
-from steersman.rollout.cache import Belt, PromptLayer, layer_windows
+from steersman.rollout.cache import Belt, PromptCache, layer_windows
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """The attention backends that take a mask per row and column."""
@@ -23,14 +22,14 @@ class Decoder:
         self.model = model
         self.belt = Belt(layer_windows(model.config))
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] after each one's last token."""
         lengths = [len(ids) for ids in prompts]
         width = max(lengths)
         device = self.model.device
         padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=device)
         last = torch.tensor(lengths, device=device) - 1
-        cache = Cache(layers=[PromptLayer() for _ in self.belt.belts])
+        cache = PromptCache(len(self.belt.belts))
         positions = torch.arange(width, device=device).expand(len(prompts), -1)
         with _last_only(self.model.get_output_embeddings(), last):
             out = self.model(
@@ -66,18 +65,20 @@ def _last_only(head: nn.Module, last: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def generating(model: Any) -> Iterator[None]:
+def generating(*models: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, and an attention backend that takes masks; everything put back after."""
-    training = [module for module in model.modules() if module.training]
-    backend = model.config._attn_implementation
-    model.eval()
-    if backend not in MASKED_ATTENTION:
-        model.set_attn_implementation("sdpa")
+    training = [module for model in models for module in model.modules() if module.training]
+    backends = [(model, model.config._attn_implementation) for model in models]
+    other = [(model, backend) for model, backend in backends if backend not in MASKED_ATTENTION]
     try:
+        for model in models:
+            model.eval()
+        for model, _ in other:
+            model.set_attn_implementation("sdpa")
         with torch.inference_mode():
             yield
     finally:
         for module in training:
             module.training = True
-        if backend not in MASKED_ATTENTION:
+        for model, backend in other:
             model.set_attn_implementation(backend)

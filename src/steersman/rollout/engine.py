@@ -83,7 +83,7 @@ class Engine:
             progress=progress,
         )
         try:
-            with generating(self.model), generating(mask_model or self.model):
+            with generating(self.model, *([] if mask_model is None else [mask_model])):
                 return batch.run(prompts, n, seed)
         except BaseException:
             self.release()  # the buffers may hold NaN, or a batch cut off half-way
