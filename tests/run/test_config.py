@@ -152,8 +152,21 @@ def test_missing_file_missing_key_missing_value(tmp_path):
         load_recipe(Recipe, None, [])
     assert "--train.lr: a value is missing" in refusal(None, "--train.lr")
     assert "--train.lr: a value is missing" in refusal(None, "--train.lr", "--quiet")
-    assert "stray: not understood" in refusal(None, "--quiet=true", "stray")
+    assert "stray: not understood here" in refusal(None, "--quiet=true", "stray")
     assert "--train.lr.x" in refusal(None, "--train.lr=1", "--train.lr.x=3")
+
+
+def test_a_required_section_is_missing_key_by_key():
+    class Data(Section):
+        path: str = Field(description="file")
+        limit: int = Field(3, description="rows")
+
+    class Outer(Section):
+        data: Data
+
+    with pytest.raises(SteersmanError, match=r"^settings: data\.path: missing \(file\).*--data\.path VALUE$"):
+        load_recipe(Outer)
+    assert load_recipe(Outer, None, ["--data.path", "x"]).data == Data(path="x")
 
 
 def test_dump_reads_back_equal_and_carries_the_meanings(recipe):

@@ -14,7 +14,7 @@ import pytest
 from pydantic import Field
 
 from steersman.run.config import Section, load_recipe
-from steersman.run.folder import RunFolder, open_folders, replace_dir, save_dir, write_atomic
+from steersman.run.folder import RunFolder, held, replace_dir, save_dir, write_atomic
 from steersman.types import SteersmanError
 
 
@@ -49,9 +49,8 @@ HOLDER = """
 def test_config_is_written_and_reads_back(tmp_path):
     with RunFolder(tmp_path / "a" / "b", Recipe(rate=1e-5)) as folder:
         assert load_recipe(Recipe, folder / "config.yaml", []) == Recipe(rate=1e-5)
-        assert open_folders == [folder.path]
+        assert held[-1] == folder.path
         assert not folder.resumed
-    assert open_folders == []
 
 
 def test_a_folder_with_a_run_is_refused_unless_resuming(tmp_path):

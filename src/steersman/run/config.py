@@ -117,7 +117,10 @@ def _apply_overrides(model: type[Section], data: dict[str, Any], overrides: list
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") or token == "--":
-            problems.append(f"{token}: not understood on the command line; settings look like --section.key value")
+            problems.append(
+                f"{token}: not understood here; settings look like --section.key value, "
+                "and a recipe file comes right after the verb"
+            )
             continue
         key, equals, text = token[2:].partition("=")
         key = key.replace("-", "_")
@@ -211,6 +214,9 @@ def _defaults(model: type[Section]) -> dict[str, Any]:
         if not info.is_required():
             default = info.get_default(call_default_factory=True, validated_data={})
             out[name] = default.model_dump() if isinstance(default, Section) else default
+        elif (inner := section_of(info.annotation)) is not None:
+            # A required section is begun empty, so that what is missing is told key by key.
+            out[name] = _defaults(inner)
     return out
 
 

@@ -26,8 +26,8 @@ from steersman.types import SteersmanError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TMP, _OLD = ".tmp-", ".old-"
 
-open_folders: list[Path] = []
-"""Folders that this process holds, so that the command line can say where a run that failed has its files."""
+held: list[Path] = []
+"""Folders that this process has held, newest last: the command line says where a failed run has its files."""
 
 
 class RunFolder:
@@ -65,13 +65,11 @@ class RunFolder:
         except BaseException:
             self._lock.close()
             raise
-        open_folders.append(self.path)
+        held.append(self.path)
 
     def close(self) -> None:
         """Lets go of the folder; a second call does nothing."""
-        if not self._lock.closed:
-            self._lock.close()
-            open_folders.remove(self.path)
+        self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self

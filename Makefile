@@ -1,0 +1,35 @@
+# `make quickstart` and `make test` need Python 3.11 or newer and nothing else: they make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test check bench clean
+
+quickstart: $(READY)
+	$(BIN)/steersman quickstart
+
+# Two processes of one thread each: on tiny models more threads only wait for each other.
+test: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+bench: $(READY)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# The stamp comes last, so an interrupted installation is taken up again; --clear would throw it away.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "steersman needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.11" % v[:2])'
+	test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV)

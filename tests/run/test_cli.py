@@ -1,0 +1,160 @@
+"""The command line: answers at once, exits with the right code, says what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from steersman import cli
+from steersman.cli import VERBS, main
+from steersman.run.config import Section
+from steersman.run.folder import RunFolder
+from steersman.types import SteersmanError
+
+
+class Optim(Section):
+    lr: float = Field(default=1e-3, gt=0, description="learning rate")
+
+
+class Recipe(Section):
+    dir: str = Field(default="", description="folder")
+    fail: str = Field(default="", description="how to fail")
+    train: Optim = Field(default=Optim(), description="training")
+
+
+def run(recipe: Recipe, *, resume: bool) -> dict:
+    if recipe.dir:
+        with RunFolder(Path(recipe.dir), recipe, resume=resume):
+            return act(recipe, resume)
+    return act(recipe, resume)
+
+
+def act(recipe: Recipe, resume: bool) -> dict:
+    if recipe.fail == "user":
+        raise SteersmanError("data.jsonl, row 3: empty completion")
+    if recipe.fail == "bug":
+        raise RuntimeError("a bug")
+    if recipe.fail == "interrupt":
+        raise KeyboardInterrupt
+    print("ran", recipe.train.lr, resume)
+    return {"finished": recipe.fail != "signal"}
+
+
+@pytest.fixture
+def steersman(monkeypatch, capsys):
+    """Runs a command line with one verb more, "toy"; gives (exit code, stdout, stderr)."""
+    toy = types.ModuleType("toy")
+    vars(toy).update(run=run, Recipe=Recipe)
+    monkeypatch.setitem(sys.modules, "toy", toy)
+    monkeypatch.setitem(VERBS, "toy", cli.Verb("toy:run", "toy:Recipe", "a toy"))
+
+    def command(*args: str) -> tuple[int, str, str]:
+        code = main(list(args))
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return command
+
+
+def test_help_answers_at_once_and_loads_no_torch():
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, 'rich' in sys.modules))\n"
+        "from steersman.cli import main; sys.exit(main(['--help']))"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    seconds = time.perf_counter() - begin
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "False False"
+    for verb in ["quickstart", "sft", "reward", "ppo", "generate", "report"]:
+        assert f"\n  {verb} " in done.stdout
+    assert seconds < 5  # a tenth of a second on an idle machine; the machine that tests need not be one
+
+
+def test_version_and_no_arguments(steersman):
+    assert steersman("--version")[1].startswith("steersman 0.")
+    assert steersman()[0] == 0
+
+
+def test_an_unknown_verb_names_the_nearest(steersman):
+    code, _, err = steersman("pppo")
+    assert (code, "did you mean ppo?" in err) == (2, True)
+    code, _, err = steersman("dance")
+    assert (code, "--help lists the verbs" in err) == (2, True)
+
+
+def test_a_verb_runs_with_recipe_and_overrides(steersman, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train:\n  lr: 1e-5\n")
+    assert steersman("toy", str(recipe)) == (0, "ran 1e-05 False\n", "")
+    assert steersman("toy", str(recipe), "--train.lr", "3e-4", "--resume") == (0, "ran 0.0003 True\n", "")
+
+
+def test_print_config_is_a_recipe(steersman, tmp_path):
+    code, out, _ = steersman("toy", "--train.lr=1e-5", "--print-config")
+    assert code == 0
+    assert "# learning rate" in out
+    (tmp_path / "r.yaml").write_text(out)
+    assert steersman("toy", str(tmp_path / "r.yaml"))[1] == "ran 1e-05 False\n"
+
+
+def test_help_of_a_verb(steersman, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = steersman("toy", "--help")
+    assert code == 0
+    assert "--train.lr" in out
+    assert "learning rate" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--fail", "user"], "data.jsonl, row 3: empty completion\n"),
+        (["--train.rl", "3"], "settings: --train.rl: unknown key; did you mean train.lr?\n"),
+        (["none.yaml"], "recipe none.yaml: there is no such file\n"),
+    ],
+)
+def test_what_the_user_can_mend_has_no_traceback(steersman, args, said):
+    assert steersman("toy", *args) == (2, "", said)
+
+
+def test_a_bug_keeps_its_traceback_and_says_where_the_run_is(steersman, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="a bug"):
+        steersman("toy", "--fail=bug", "--dir", str(tmp_path / "run"))
+    assert f"the run failed; its files are in {tmp_path / 'run'}\n" in capsys.readouterr().err
+
+
+def test_interrupts_are_told_to_the_shell(steersman, tmp_path):
+    code, _, err = steersman("toy", "--fail=interrupt", "--dir", str(tmp_path / "run"))
+    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'run'}\n")
+    assert steersman("toy", "--fail=signal")[0] == 130
+
+
+def test_report_verb(steersman, tmp_path):
+    assert steersman("report")[0] == 2
+    code, _, err = steersman("report", str(tmp_path / "none"))
+    assert (code, "no such folder" in err) == (2, True)
+    (tmp_path / "summary.json").write_text('{"gold": 1}')
+    assert steersman("report", str(tmp_path)) == (0, f"{tmp_path / 'report.html'}\n", "")
+
+
+def test_an_error_reaches_the_shell_as_exit_code_2():
+    command = [sys.executable, "-m", "steersman.cli", "report", "/no/such/folder"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "run folder /no/such/folder: there is no such folder\n"
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_is_there(name, steersman):
+    code, out, _ = steersman(name, "--help")
+    assert code == 0
+    assert f"steersman {name} [recipe.yaml]" in out
