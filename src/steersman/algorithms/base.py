@@ -1,6 +1,6 @@
 """What an on-policy algorithm is: hyper-parameters, and which advantage and loss it chooses.
 
-The loop (`train/on_policy.py` for language models, `train/control.py` for Gymnasium, `verify/training.py` for the
+The loop (`train/on_policy.py` for language models, `control/` for Gymnasium, `verify/training.py` for the
 exact oracle) is the same for all. To add one: a file with a subclass, and a line in `algorithms/__init__.py`.
 """
 
