@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_inputs import ragged
 from tiny_models import tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, CohereConfig, Gemma2Config, GraniteConfig
@@ -127,6 +128,13 @@ def test_packing_changes_nothing(policy, tokens, weight, capacity):
     base = value_and_gradients(policy, tokens, weight)
     packed = Policy(policy.model, policy.tokenizer, pack=capacity)
     assert_same(base, value_and_gradients(packed, tokens, weight))
+
+
+def test_packing_beyond_the_learned_positions():
+    model = tiny_model("gpt2")  # 128 positions
+    tokens = Tokens.from_ids(**ragged((50,) * 6 + (2,), (10,) * 6 + (1,)))
+    expected = Policy(model, None).logp(tokens).logp
+    torch.testing.assert_close(Policy(model, None, pack=360).logp(tokens).logp, expected, **TIGHT)
 
 
 def test_groups_without_gradient_change_nothing(policy, tokens):
@@ -258,10 +266,22 @@ def test_an_output_layer_that_is_not_linear_is_refused():
 
 
 def test_a_trunk_that_sees_the_future_is_refused():
+    model = tiny_model("llama")
+
+    def blend(_module, _args, out):
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    model.model.register_forward_hook(blend)
+    with pytest.raises(SteersmanError, match="not a causal language model"):
+        Policy(model, None)
+
+
+def test_an_encoder_with_a_language_model_head_is_refused():
     config = BertConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
-    with pytest.raises(SteersmanError, match=r"not (a causal language model|read|a linear layer)"):
+    with pytest.raises(SteersmanError, match="does not read the trunk's last hidden state"):
         Policy(BertLMHeadModel(config), None)
 
 

@@ -47,7 +47,8 @@ def join(tokens: Tokens) -> Layout:
 def pack(tokens: Tokens, max_tokens: int) -> Layout:
     """Several rows of the batch in one row of the trunk, up to `max_tokens` or the longest one.
 
-    Longest first, each into the first row with room. What is left of a trunk row is a segment of its own.
+    Longest first, each into the first row with room. What is left over stands at position 0, token for token, so
+    no position goes beyond what the model has learned.
     """
     joined = join(tokens)
     lengths = tokens.length.tolist()
@@ -67,7 +68,7 @@ def pack(tokens: Tokens, max_tokens: int) -> Layout:
     real = column < tokens.length[:, None]
     where = (start[:, None] + column)[real]
     ids = torch.zeros(len(room), L, dtype=joined.ids.dtype, device=fill.device)
-    positions = (torch.arange(L, device=fill.device) - fill[:, None]).clamp(min=0)
+    positions = torch.zeros_like(ids)
     ids.view(-1)[where] = joined.ids[real]
     positions.view(-1)[where] = column[real]
     return Layout(ids, positions, start)
