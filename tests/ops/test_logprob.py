@@ -247,7 +247,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from steersman.ops.logprob import linear_logp
 N, H, V = 512, 256, 128_000
-hidden, weight = torch.randn(N, H, requires_grad=True), (torch.randn(V, H) / 16).requires_grad_()
+hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H).div_(16).requires_grad_()
 target = torch.randint(0, V, (N,))
 (torch.randn(64, H, requires_grad=True) @ torch.randn(H, 64)).sum().backward()  # start the threads
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,9 +25,7 @@ def top_k_mask(logits: Float[Tensor, "*lead V"], k: int) -> Bool[Tensor, "*lead 
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best, True)
 
 
-def top_p_mask(
-    logits: Float[Tensor, "*lead V"], p: float, min_tokens_to_keep: int = 1
-) -> Bool[Tensor, "*lead V"]:
+def top_p_mask(logits: Float[Tensor, "*lead V"], p: float, min_tokens_to_keep: int = 1) -> Bool[Tensor, "*lead V"]:
     """The nucleus: the smallest set of most likely tokens whose mass reaches p.
 
     The token that crosses p is kept; at least `min_tokens_to_keep` are. p >= 1 allows every token.
@@ -84,9 +82,7 @@ def categorical_entropy(logits: Float[Tensor, "*lead V"]) -> Float[Tensor, "*lea
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
-def categorical_kl(
-    logits_p: Float[Tensor, "*lead V"], logits_q: Float[Tensor, "*lead V"]
-) -> Float[Tensor, "*lead"]:
+def categorical_kl(logits_p: Float[Tensor, "*lead V"], logits_q: Float[Tensor, "*lead V"]) -> Float[Tensor, "*lead"]:
     """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, exact, in float32 or better.
 
     Infinite where p allows a token that q forbids; a token that p forbids adds nothing.
