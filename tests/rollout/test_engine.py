@@ -39,13 +39,14 @@ def test_ends_are_named_and_the_end_token_is_kept(model):
 def test_end_ids_override_and_lists(model):
     free = Engine(model, eos_token_id=()).generate(ragged(9), Sampling(20), seed=0)
     assert {s.finish for s in free} == {"length"}
-    ends = {s.ids[7] for s in free}
+    ends, tokenizer = {s.ids[7] for s in free}, character_tokenizer()
     for s, other in zip(
-        Engine(model, eos_token_id=list(ends)).generate(ragged(9), Sampling(20), seed=0), free, strict=True
+        Engine(model, tokenizer, eos_token_id=list(ends)).generate(ragged(9), Sampling(20), seed=0), free, strict=True
     ):
         first = next(t for t, token in enumerate(other.ids) if token in ends)
         assert s.finish == "eos"
         assert s.ids == other.ids[: first + 1]
+        assert s.text == tokenizer.decode(other.ids[:first], skip_special_tokens=True)
 
 
 def test_one_token_responses(model):
@@ -162,15 +163,21 @@ def test_bytes_of_the_cache_are_counted(model):
 
 
 def test_prompts_are_read_once_and_only_live_rows_are_computed(model, monkeypatch):
-    read, fed = [], []
+    read, fed, widths = [], [], []
     prefill, step = Decoder.prefill, Decoder.step
-    monkeypatch.setattr(Decoder, "prefill", lambda self, p: (read.extend(p), prefill(self, p))[1])
+
+    def note(prompts):
+        read.extend(prompts)
+        widths.append((len(prompts), len(prompts) * max(map(len, prompts))))
+
+    monkeypatch.setattr(Decoder, "prefill", lambda self, p: note(p) or prefill(self, p))
     monkeypatch.setattr(Decoder, "step", lambda self, ids, *a: (fed.append(len(ids)), step(self, ids, *a))[1])
     prompts, calls = ragged(9), []
     samples = Engine(model, max_batch=5, prefill_tokens=30).generate(
         prompts, Sampling(20), n=7, seed=0, progress=lambda *a: calls.append(a)
     )
     assert sorted(read) == sorted(p.ids for p in prompts)
+    assert all(count == 1 or size <= 30 for count, size in widths), "prefill_tokens is kept"
     tokens = sum(len(s.ids) for s in samples)
     assert sum(fed) == tokens - len(samples)  # each response's first token came from the prefill
     assert max(fed) == 5

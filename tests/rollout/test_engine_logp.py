@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.cache import Belt
+from steersman.rollout.sampling import uniforms
 from steersman.types import Prompt
 
 SETTINGS = [
@@ -127,6 +128,17 @@ def test_a_sample_does_not_depend_on_its_company(causal_model):
         ids(prompts[2:4], 2, max_batch=2, prefill_tokens=1),
     ):
         assert other == {key: whole[key] for key in other}
+
+
+def test_every_token_is_the_inverse_transform_of_its_own_uniform(causal_model):
+    """Replayed from plain forwards: the cumulative probability crosses token t's uniform at the sampled id."""
+    samples = Engine(causal_model, max_batch=3, eos_token_id=ENDS).generate(ragged(6), Sampling(12), n=2, seed=3)
+    for s in samples:
+        p = plain_logits(causal_model, s.prompt.ids, s.ids).softmax(-1)
+        above = p.cumsum(-1)[range(len(s.ids)), s.ids]
+        below = above - p[range(len(s.ids)), s.ids]
+        u = torch.from_numpy(uniforms(3, s.prompt.index, 0, s.index, 12)[: len(s.ids)]).double()
+        assert ((below - 1e-5 < u) & (u < above + 1e-5)).all()
 
 
 def test_the_seed_decides(causal_model):
