@@ -8,9 +8,9 @@ from pathlib import Path
 
 def story_model() -> Path:
     """Folder of the shipped language model, in the Hugging Face layout."""
-    return Path(str(files(__package__) / "story-model"))
+    return Path(str(files("steersman.assets") / "story-model"))
 
 
 def openings() -> list[str]:
     """The shipped story openings, four to twelve words each, in the order of the file."""
-    return (files(__package__) / "openings.txt").read_text(encoding="utf-8").splitlines()
+    return (files("steersman.assets") / "openings.txt").read_text(encoding="utf-8").splitlines()

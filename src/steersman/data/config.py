@@ -15,47 +15,56 @@ class DataConfig(Section):
     path: str | list[str] = Field(
         description="file, folder, glob, list of these (jsonl, json, csv, tsv, parquet, txt; .gz of each) or hub name"
     )
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    hub_split: str = Field("train", description="split of a hub data set")
+    subset: str | None = Field(default=None, description="configuration of a hub data set")
+    hub_split: str = Field(default="train", description="split of a hub data set")
     text_split: str = Field(
-        "auto", description="how .txt becomes rows: lines, blank (at blank lines), a separator line, or auto"
+        default="auto", description="how .txt becomes rows: lines, blank (at blank lines), a separator line, or auto"
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="canonical column: your column, such as {prompt: question}"
     )
     prompt_template: str | None = Field(
-        None, description='the prompt made from columns, such as "Question: {question}\\nAnswer:"'
+        default=None, description='the prompt made from columns, such as "Question: {question}\\nAnswer:"'
     )
-    completion_prefix: str = Field("", description='put before every plain-text answer, often " "')
+    completion_prefix: str = Field(default="", description='put before every plain-text answer, often " "')
     scores: list[str] = Field(default_factory=list, description="columns that hold ratings, one per attribute")
-    score_range: tuple[float, float] | None = Field(None, description="ratings outside [low, high] are bad rows")
+    score_range: tuple[float, float] | None = Field(
+        default=None, description="ratings outside [low, high] are bad rows"
+    )
     opening_words: int | None = Field(
-        None, ge=1, description="where text rows serve as prompts: this many first words of each"
+        default=None, ge=1, description="where text rows serve as prompts: this many first words of each"
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] = Field(
-        0, description="held-out rows, split by a hash of the prompt: a share below 1 or a count"
+        default=0, description="held-out rows, split by a hash of the prompt: a share below 1 or a count"
     )
     held_out_files: list[str] = Field(
         default_factory=list, description="files or globs whose rows are held out; taken away from path if there"
     )
-    limit: int | None = Field(None, ge=1, description="use only the first so many examples")
-    shuffle: bool = Field(True, description="a new order every epoch; off: the order of the file")
-    on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or leave it out and count it")
+    limit: int | None = Field(default=None, ge=1, description="use only the first so many examples")
+    shuffle: bool = Field(default=True, description="a new order every epoch; off: the order of the file")
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop", description="stop at a bad row, or leave it out and count it"
+    )
     ties: Literal["stop", "keep", "drop"] = Field(
-        "stop", description="a tied pair or a ranking with repeated ranks: a bad row, kept as a tie, or left out"
+        default="stop",
+        description="a tied pair or a ranking with repeated ranks: a bad row, kept as a tie, or left out",
     )
     on_too_long: Literal["error", "drop", "truncate"] = Field(
-        "error", description="rows longer than the limits: stop, leave out, or cut (prompts on the left)"
+        default="error", description="rows longer than the limits: stop, leave out, or cut (prompts on the left)"
     )
-    max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt, in tokens")
+    max_prompt_tokens: int | None = Field(default=None, ge=1, description="longest prompt, in tokens")
     max_length: int | None = Field(
-        None, ge=2, description="longest prompt + response, in tokens; the model's context if not given"
+        default=None, ge=2, description="longest prompt + response, in tokens; the model's context if not given"
     )
-    wrap_in_chat: bool = Field(False, description="put plain-text prompts into the chat template as a user's turn")
+    wrap_in_chat: bool = Field(
+        default=False, description="put plain-text prompts into the chat template as a user's turn"
+    )
     assistant_turns: Literal["all", "last"] = Field(
-        "all", description="which assistant turns of a conversation count in the loss"
+        default="all", description="which assistant turns of a conversation count in the loss"
     )
-    append_eos: bool = Field(True, description="end every answer with the end token, so that the end is learned")
+    append_eos: bool = Field(
+        default=True, description="end every answer with the end token, so that the end is learned"
+    )
     allow_special_tokens: bool = Field(
-        False, description="read special tokens written in the data's text as such; off: as ordinary text"
+        default=False, description="read special tokens written in the data's text as such; off: as ordinary text"
     )

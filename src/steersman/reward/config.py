@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class RewardPart(Section):
     """One reward: exactly one of model, function and builtin."""
 
-    model: str | None = Field(None, description="folder or hub name of a reward model")
-    function: str | None = Field(None, description="module:function or path/to/file.py:function")
-    builtin: str | None = Field(None, description=f"one of: {', '.join(BUILTINS)}")
-    weight: float = Field(1.0, description="factor in the sum; negative to punish")
+    model: str | None = Field(default=None, description="folder or hub name of a reward model")
+    function: str | None = Field(default=None, description="module:function or path/to/file.py:function")
+    builtin: str | None = Field(default=None, description=f"one of: {', '.join(BUILTINS)}")
+    weight: float = Field(default=1.0, description="factor in the sum; negative to punish")
     args: dict[str, Any] = Field(default_factory=dict, description="fixed settings of the function or builtin")
     columns: dict[str, str] = Field(
         default_factory=dict, description="the function's parameter: the data's column that fills it"
     )
-    text_bridge: bool = Field(True, description="let a reward model with another tokenizer read decoded text")
+    text_bridge: bool = Field(default=True, description="let a reward model with another tokenizer read decoded text")
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardPart:
@@ -54,13 +54,17 @@ class RewardConfig(Section):
     """What is rewarded, and how scores are shaped before they become rewards of tokens."""
 
     parts: dict[str, RewardPart] = Field(default_factory=dict, description="name: reward; they are summed")
-    normalise: bool = Field(False, description="subtract the running mean of scores, divide by their deviation")
-    clip: float | None = Field(None, gt=0, description="scores are cut to [-clip, clip], after normalising")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted where the length limit cut a response")
-    overlong_buffer: int = Field(
-        0, ge=0, description="tokens before the length limit over which the score falls by 1 (DAPO); 0: off"
+    normalise: bool = Field(
+        default=False, description="subtract the running mean of scores, divide by their deviation"
     )
-    whiten: bool = Field(False, description="scale token rewards to unit variance over the batch")
+    clip: float | None = Field(default=None, gt=0, description="scores are cut to [-clip, clip], after normalising")
+    missing_eos_penalty: float = Field(
+        default=0.0, ge=0, description="subtracted where the length limit cut a response"
+    )
+    overlong_buffer: int = Field(
+        default=0, ge=0, description="tokens before the length limit over which the score falls by 1 (DAPO); 0: off"
+    )
+    whiten: bool = Field(default=False, description="scale token rewards to unit variance over the batch")
 
 
 def build_reward(

@@ -26,14 +26,14 @@ class GenerateRecipe(Section):
     prompts: list[str] = Field(default_factory=list, description="prompts as text")
     data: DataConfig | None = None
     rollout: RolloutConfig = RolloutConfig(held_out=0)
-    greedy: bool = Field(False, description="the likeliest token each time")
-    out: str | None = Field(None, description="JSONL file to write; null prints the responses")
+    greedy: bool = Field(default=False, description="the likeliest token each time")
+    out: str | None = Field(default=None, description="JSONL file to write; null prints the responses")
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
     def _has_prompts(self) -> GenerateRecipe:
         if bool(self.prompts) == (self.data is not None):
-            raise ValueError('give either prompts, such as --prompts \'["Once upon a time"]\', or the section data')
+            raise ValueError("give either prompts, such as --prompts '[\"Once upon a time\"]', or the section data")
         return self
 
 
@@ -43,7 +43,11 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
     device, rollout = resolve_device(recipe.run.device), recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device, trainable=False)
     config = recipe.data or DataConfig(path="--prompts")
-    rows = prompts(config).train if recipe.data else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
+    rows = (
+        prompts(config).train
+        if recipe.data
+        else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
+    )
     laid = layout(policy.tokenizer, config)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     engine = sampler(policy, rollout)

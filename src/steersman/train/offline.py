@@ -25,11 +25,11 @@ from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfi
 class OfflineConfig(Section):
     """How long and in what batches to train on given examples."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data; a fraction is allowed")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer updates")
-    batch_size: int = Field(16, ge=1, description="examples (or groups of answers) per optimizer update")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data; a fraction is allowed")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer updates")
+    batch_size: int = Field(default=16, ge=1, description="examples (or groups of answers) per optimizer update")
     keep: Literal["last", "best"] = Field(
-        "last", description="which weights the saved model has: the last, or the best on held-out data"
+        default="last", description="which weights the saved model has: the last, or the best on held-out data"
     )
 
 
@@ -40,8 +40,11 @@ class Objective(Protocol):
     whole batch, and `loss` divides by it, so that micro-batches add up to the batch exactly.
     """
 
-    module: nn.Module
-    cost: Sequence[int]
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def cost(self) -> Sequence[int]: ...
 
     def denominator(self, rows: Sequence[int]) -> float: ...
 

@@ -80,7 +80,7 @@ class OnPolicy:
 
     def next_prompts(self, count: int | None = None) -> list[Prompt]:
         """The next prompts of the data's order, an iteration's worth by default; none is passed over."""
-        count = count or self.recipe.rollout.prompts
+        count = self.recipe.rollout.prompts if count is None else count
         while len(self.waiting) < count:
             self.waiting += next(self._order)
         taken, self.waiting = self.waiting[:count], self.waiting[count:]

@@ -6,6 +6,7 @@ the token-level methods, which need whole distributions, run the reference in ev
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -24,7 +25,6 @@ from steersman.ops.logprob import Head
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
-from steersman.run.recipe_text import suggestion
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
 from steersman.train.preflight import describe_run, policy_role
@@ -44,20 +44,26 @@ PairLossName = Literal[
 class PairLossConfig(Section):
     """Which loss, with which of its own settings."""
 
-    name: PairLossName = Field("dpo", description="the loss; see docs/algorithms.md for where each leads")
+    name: PairLossName = Field(default="dpo", description="the loss; see docs/algorithms.md for where each leads")
     settings: dict[str, float] = Field(
         default_factory=dict, description="the loss's own numbers, such as {beta: 0.1, label_smoothing: 0.1}"
     )
     nll: float = Field(
-        0.0, ge=0, description="weight of the chosen answers' mean negative log-likelihood, added to any loss"
+        default=0.0, ge=0, description="weight of the chosen answers' mean negative log-likelihood, added to any loss"
     )
 
     @model_validator(mode="after")
     def _known(self) -> PairLossConfig:
-        known = [p.name for p in inspect.signature(LOSSES[self.name].function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = [
+            p.name
+            for p in inspect.signature(LOSSES[self.name].function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
         for key in self.settings:
             if key not in known:
-                raise ValueError(f"{self.name} has no setting `{key}`{suggestion(key, known)}; it has: {', '.join(known)}")
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"{self.name} has no setting `{key}`{hint} It has: {', '.join(known)}")
         return self
 
 
@@ -69,7 +75,7 @@ class PreferenceRecipe(Section):
     loss: PairLossConfig = PairLossConfig()
     train: OfflineConfig = OfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
-    reference: str = Field("start", description="start (the policy before training) or a folder")
+    reference: str = Field(default="start", description="start (the policy before training) or a folder")
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
 

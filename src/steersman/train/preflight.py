@@ -6,7 +6,7 @@ from typing import Any
 
 from steersman.data import Summary
 from steersman.model import Policy, ScalarModel
-from steersman.run.device import device_text
+from steersman.run.device import device_text, resolve_dtype
 from steersman.run.preflight import Memory, Preflight, Role, activation_memory, cache_memory, weight_memory
 from steersman.train.session import Session
 
@@ -15,7 +15,7 @@ def describe_run(pre: Preflight, session: Session, batch: int, updates: int, dat
     """The lines that every offline verb has, and three rendered samples."""
     run = session.config
     pre.fact("run folder", str(session.path))
-    pre.fact("device", device_text(session.device, "float32"))
+    pre.fact("device", device_text(session.device, resolve_dtype(session.recipe.model.dtype, session.device)))
     for line in data.lines:
         pre.fact("data", line)
     pre.fact("examples per update", batch)

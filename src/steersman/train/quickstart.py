@@ -36,14 +36,16 @@ console = Console()
 class QuickstartRecipe(Section):
     """The whole pipeline on the included model; the defaults take a few minutes on two cores."""
 
-    dir: str = Field("runs/quickstart", description="folder of the run; each stage has one of its own in it")
-    seed: int = Field(0, ge=0, description="every random stream derives from it")
-    threads: int = Field(0, ge=0, description="CPU threads for torch; 0 leaves torch's own choice")
-    sft_samples: int = Field(4, ge=1, description="stories per opening that the model writes as demonstrations")
-    pair_samples: int = Field(8, ge=2, description="stories per opening that the judge compares")
-    iterations: int = Field(40, ge=1, description="iterations of PPO")
-    held_out: int = Field(40, ge=1, description="openings that no stage trains on")
-    max_new_tokens: int = Field(48, ge=8, description="longest story, in tokens")
+    dir: str = Field(default="runs/quickstart", description="folder of the run; each stage has one of its own in it")
+    seed: int = Field(default=0, ge=0, description="every random stream derives from it")
+    threads: int = Field(default=0, ge=0, description="CPU threads for torch; 0 leaves torch's own choice")
+    sft_samples: int = Field(
+        default=4, ge=1, description="stories per opening that the model writes as demonstrations"
+    )
+    pair_samples: int = Field(default=8, ge=2, description="stories per opening that the judge compares")
+    iterations: int = Field(default=40, ge=1, description="iterations of PPO")
+    held_out: int = Field(default=40, ge=1, description="openings that no stage trains on")
+    max_new_tokens: int = Field(default=48, ge=8, description="longest story, in tokens")
 
 
 def run(recipe: QuickstartRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -239,7 +241,9 @@ def show_outcome(summary: dict[str, Any], stories: Sequence[tuple[str, str, str]
         for label, text in (("before", before), ("after ", after)):
             console.print(f"[dim]{label}[/dim]  [dim]{_escape(opening)}[/dim]{_escape(text)}", highlight=False)
         console.print()
-    console.print(f"report   {report}\nmodel    {summary['model']}\n{summary['seconds']:.0f} seconds", highlight=False)
+    console.print(
+        f"report   {report}\nmodel    {summary['model']}\n{summary['seconds']:.0f} seconds", highlight=False
+    )
 
 
 def _escape(text: str) -> str:

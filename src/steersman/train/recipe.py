@@ -22,15 +22,17 @@ class CriticConfig(Section):
     """Where the critic comes from and how it is trained; methods without a critic refuse this section."""
 
     init: str = Field(
-        "auto",
+        default="auto",
         description="auto (the reward model if there is one, else the policy's trunk), shared (a head on the "
         "actor's own trunk), policy, or a folder",
     )
-    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from its old one; null is off")
-    vf_coef: float = Field(0.5, gt=0, description="weight of the value loss where the trunk is shared")
-    warmup: int = Field(0, ge=0, description="first iterations in which only the critic learns")
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="how far a value may move from its old one; null is off"
+    )
+    vf_coef: float = Field(default=0.5, gt=0, description="weight of the value loss where the trunk is shared")
+    warmup: int = Field(default=0, ge=0, description="first iterations in which only the critic learns")
     cut: Cut = Field(
-        "end",
+        default="end",
         description="a response cut by the length limit: `end`, judged as it stands; `bootstrap`, its score is "
         "withheld and the critic's value stands for what would have followed",
     )
@@ -48,9 +50,9 @@ class OnPolicyRecipe(Section, Generic[A]):
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig | None = None
     reference: str = Field(
-        "start", description="what KL is measured to: start (the policy before training), none, or a folder"
+        default="start", description="what KL is measured to: start (the policy before training), none, or a folder"
     )
-    iterations: int = Field(100, ge=1, description="passes through the loop: rollout, reward, update")
+    iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
 

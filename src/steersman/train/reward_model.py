@@ -29,10 +29,12 @@ from steersman.update.optimizer import OptimizerConfig
 class RewardModelConfig(OfflineConfig):
     """How long and in what batches to train, and what the loss is made of."""
 
-    use_margin: bool = Field(True, description="use the data's margins, where it has them")
-    centre: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps scores around 0")
+    use_margin: bool = Field(default=True, description="use the data's margins, where it has them")
+    centre: float = Field(
+        default=0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps scores around 0"
+    )
     keep: Literal["last", "best"] = Field(
-        "best", description="which weights the saved model has: the last, or the best on held-out data"
+        default="best", description="which weights the saved model has: the last, or the best on held-out data"
     )
 
 

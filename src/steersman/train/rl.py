@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from steersman.data import Batches, encode_prompts, layout, prompts
-from steersman.model import Policy
+from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.reward.text import distinct_n
 from steersman.run.device import device_text
@@ -155,7 +155,7 @@ def _preflight(
         )
     )
     critic = roles.learner.critic
-    if critic is not None and hasattr(critic, "model"):
+    if isinstance(critic, ScalarModel):
         pre.role(scalar_role("critic", critic, critic.model.name_or_path, run.micro_tokens, length))
     if isinstance(roles.reference, Policy):
         pre.role(

@@ -13,9 +13,9 @@ from steersman.run.config import Section
 class LoraSection(Section):
     """Low-rank adapters; without this section all weights are trained."""
 
-    r: int = Field(8, ge=1, description="rank")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / r")
-    targets: str | list[str] = Field("all-linear", description="names of linear layers, or all-linear")
+    r: int = Field(default=8, ge=1, description="rank")
+    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / r")
+    targets: str | list[str] = Field(default="all-linear", description="names of linear layers, or all-linear")
 
 
 class ModelConfig(Section):
@@ -23,55 +23,65 @@ class ModelConfig(Section):
 
     path: str = Field(description="folder or hub name of a model; with `scratch`, of a tokenizer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of weights and arithmetic; auto is bfloat16 where CUDA has it"
+        default="float32", description="precision of weights and arithmetic; auto is bfloat16 where CUDA has it"
     )
-    attention: str | None = Field(None, description="transformers' attention implementation; null is its choice")
-    lora: LoraSection | None = Field(None, description="train low-rank adapters only")
-    merge: bool = Field(True, description="with lora: save the model with the adapters added in")
+    attention: str | None = Field(
+        default=None, description="transformers' attention implementation; null is its choice"
+    )
+    lora: LoraSection | None = Field(default=None, description="train low-rank adapters only")
+    merge: bool = Field(default=True, description="with lora: save the model with the adapters added in")
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        "same", description="precision of the weights on disk"
+        default="same", description="precision of the weights on disk"
     )
-    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again instead of keeping them"
+    )
     scratch: dict[str, Any] | None = Field(
-        None, description="config fields of a model with fresh weights, model_type among them"
+        default=None, description="config fields of a model with fresh weights, model_type among them"
     )
 
 
 class RunConfig(Section):
     """Where a run lives and how it is kept."""
 
-    dir: str = Field("runs/latest", description="run folder: config, metrics, samples, checkpoints, models, report")
-    seed: int = Field(0, ge=0, description="every random stream derives from it")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(0, ge=0, description="CPU threads for torch; 0 leaves torch's own choice")
-    deterministic: bool = Field(False, description="refuse operations whose result can vary between runs")
-    micro_tokens: int = Field(
-        16_384, ge=1, description="padded tokens that go through a model at once; lower it to save memory"
+    dir: str = Field(
+        default="runs/latest", description="run folder: config, metrics, samples, checkpoints, models, report"
     )
-    eval_every: int = Field(10, ge=1, description="steps between looks at the held-out data")
-    save_every: int = Field(50, ge=1, description="steps between checkpoints")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept, newest first")
-    keep_best: int = Field(1, ge=0, description="checkpoints kept, best held-out value first")
+    seed: int = Field(default=0, ge=0, description="every random stream derives from it")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    threads: int = Field(default=0, ge=0, description="CPU threads for torch; 0 leaves torch's own choice")
+    deterministic: bool = Field(default=False, description="refuse operations whose result can vary between runs")
+    micro_tokens: int = Field(
+        default=16_384, ge=1, description="padded tokens that go through a model at once; lower it to save memory"
+    )
+    eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
+    save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(default=2, ge=1, description="checkpoints kept, newest first")
+    keep_best: int = Field(default=1, ge=0, description="checkpoints kept, best held-out value first")
     sinks: list[str] = Field(default_factory=list, description="where else to log: tensorboard, wandb")
 
 
 class RolloutConfig(Section):
     """What is sampled in each iteration."""
 
-    prompts: int = Field(32, ge=1, description="prompts per iteration")
-    samples: int = Field(1, ge=1, description="responses per prompt")
-    max_new_tokens: int = Field(64, ge=1, description="longest response, in tokens")
-    min_new_tokens: int = Field(0, ge=0, description="the end token is not sampled before this many")
-    temperature: float = Field(1.0, gt=0, description="logits are divided by it, while sampling and in the loss")
-    top_k: int = Field(0, ge=0, description="sample among the k likeliest tokens; 0 is off")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of this mass; 1 is off")
-    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this share of the likeliest; 0 is off")
+    prompts: int = Field(default=32, ge=1, description="prompts per iteration")
+    samples: int = Field(default=1, ge=1, description="responses per prompt")
+    max_new_tokens: int = Field(default=64, ge=1, description="longest response, in tokens")
+    min_new_tokens: int = Field(default=0, ge=0, description="the end token is not sampled before this many")
+    temperature: float = Field(
+        default=1.0, gt=0, description="logits are divided by it, while sampling and in the loss"
+    )
+    top_k: int = Field(default=0, ge=0, description="sample among the k likeliest tokens; 0 is off")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="sample from the smallest set of this mass; 1 is off")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="drop tokens below this share of the likeliest; 0 is off"
+    )
     stop: list[str] = Field(default_factory=list, description="strings that end a response")
     eos_token_id: list[int] = Field(
         default_factory=list, description="ids that end a response; empty takes the model's own"
     )
-    max_batch: int = Field(128, ge=1, description="sequences decoded side by side")
-    held_out: int = Field(16, ge=0, description="held-out prompts that are answered again and again")
+    max_batch: int = Field(default=128, ge=1, description="sequences decoded side by side")
+    held_out: int = Field(default=16, ge=0, description="held-out prompts that are answered again and again")
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:

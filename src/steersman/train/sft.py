@@ -33,7 +33,9 @@ class SFTConfig(OfflineConfig):
     """How long and in what batches to train on demonstrations."""
 
     pack: int = Field(
-        0, ge=0, description="put several examples into rows of so many tokens, kept apart by position; 0 is off"
+        default=0,
+        ge=0,
+        description="put several examples into rows of so many tokens, kept apart by position; 0 is off",
     )
 
 

@@ -74,7 +74,8 @@ def _total_and_gradient(parts: Sequence[Scalar], parameters: Sequence[nn.Paramet
 
 def _hessian_vector(part: Scalar, parameters: Sequence[nn.Parameter], v: Tensor) -> Tensor:
     first = torch.autograd.grad(part(), parameters, create_graph=True, allow_unused=True)
-    along = sum((g * piece).sum() for g, piece in zip(first, _split(v, parameters), strict=True) if g is not None)
+    pairs = zip(first, _split(v, parameters), strict=True)
+    along = torch.stack([(g * piece).sum() for g, piece in pairs if g is not None]).sum()
     return _flat(torch.autograd.grad(along, parameters, allow_unused=True), parameters)
 
 

@@ -17,19 +17,22 @@ from steersman.types import Stats, SteersmanError
 class OptimizerConfig(Section):
     """How one model's weights are updated."""
 
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="how the rate falls after warm-up: not, or to min_lr linearly or by a half cosine"
+        default="constant",
+        description="how the rate falls after warm-up: not, or to min_lr linearly or by a half cosine",
     )
     warmup: float = Field(
-        0.0, ge=0, description="updates over which the rate rises from 0; below 1 it is a share of all updates"
+        default=0.0,
+        ge=0,
+        description="updates over which the rate rises from 0; below 1 it is a share of all updates",
     )
-    min_lr: float = Field(0.0, ge=0, le=1, description="where a schedule ends, as a share of lr")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, on matrices only")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW second-moment decay")
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    min_lr: float = Field(default=0.0, ge=0, le=1, description="where a schedule ends, as a share of lr")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay, on matrices only")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW first-moment decay")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW second-moment decay")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
 
 
 class Optimizer:
