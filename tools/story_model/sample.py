@@ -1,12 +1,15 @@
 """Sample stories from the pretrained stories260k model, to train on next to the real ones.
 
-    python tools/story_model/sample.py --data ../shared/data --out runs/story-model/sampled.jsonl
+    python tools/story_model/sample.py --data ../shared/data --out runs/story-model/broad.jsonl \
+        --starts sentences --temperature 0.8 --count 3840
+    python tools/story_model/sample.py --data ../shared/data --out runs/story-model/simple.jsonl \
+        --starts words --temperature 0.7 --count 4096
 
-One story in four starts from nothing, the others from the first words of a real training story, which brings in
-names, animals and things that the model would seldom start with by itself. The held-out stories lend nothing.
-A temperature below 1 makes simpler and more fluent text than the real stories are.
-Rows are {"text": ..., "finished": ...}; `corpus.py` chooses among them. Same seed, same stories, whatever
---count is (a longer run only adds).
+Many stories start with words of a real training story, which brings in names, animals and things that the model
+would seldom start with by itself: with `sentences` every second one has a whole first sentence, with `words`
+three in four have its first few words. The held-out stories lend nothing. A temperature below 1 makes simpler and
+more fluent text than the real stories are. Rows are {"text": ..., "finished": ...}; `corpus.py` chooses among them.
+Same seed, same stories, whatever --count is (a longer run only adds).
 """
 
 from __future__ import annotations
@@ -29,8 +32,12 @@ CONTEXT = 512
 CHUNK = 256
 
 
-def opening(sentences: list[str], seed: int, index: int) -> str:
-    """Three or more first words of a sentence, drawn by `seed` and `index`."""
+def opening(sentences: list[str], starts: str, seed: int, index: int) -> str:
+    """What story `index` starts with; "" for nothing."""
+    if starts == "sentences":
+        return sentences[index // 2 % len(sentences)] if index % 2 else ""
+    if index % 4 == 0:
+        return ""
     draw = random.Random(f"{seed} {index}")
     given = draw.choice(sentences).split(" ")
     return " ".join(given[: draw.randint(min(3, len(given)), len(given))])
@@ -40,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with tinystories/ and stories260k/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=8192)
+    parser.add_argument("--starts", choices=("sentences", "words"), default="words")
+    parser.add_argument("--count", type=int, default=4096)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
@@ -60,7 +68,7 @@ def main() -> None:
         for start in range(0, args.count, CHUNK):
             prompts = []
             for index in range(start, start + CHUNK):
-                text = opening(openings, args.seed, index) if index % 4 else ""
+                text = opening(openings, args.starts, args.seed, index)
                 ids = tokenizer.encode(text) if text else [STORY]
                 prompts.append(Prompt(ids=ids, text=text, index=index))
             room = CONTEXT - max(len(p.ids) for p in prompts)

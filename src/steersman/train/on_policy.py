@@ -80,10 +80,10 @@ class OnPolicy:
 
     def next_prompts(self, count: int | None = None) -> list[Prompt]:
         """The next prompts of the data's order, an iteration's worth by default; none is passed over."""
-        count = self.recipe.rollout.prompts if count is None else count
-        while len(self.waiting) < count:
+        wanted: int = self.recipe.rollout.prompts if count is None else count
+        while len(self.waiting) < wanted:
             self.waiting += next(self._order)
-        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return [self.prompts[i] for i in taken]
 
     def sample(self, prompts: list[Prompt]) -> tuple[list[Sample], Scores]:
