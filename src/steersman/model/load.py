@@ -8,8 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +22,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging as hf_logging
 
 from steersman.model.lora import LoraConfig, add_lora, require_plain_output
 from steersman.model.policy import Policy
+from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel, require_one_output
 from steersman.types import SteersmanError
 
@@ -227,7 +225,7 @@ def _weights(
         raise SteersmanError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     more = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _silence():
+        with silence():
             return auto.from_pretrained(
                 source,
                 config=config,
@@ -287,17 +285,3 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _some(names: Any) -> str:
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """The library's own loading report and bar; what matters in them is checked and told here."""
-    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(hf_logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bar:
-            hf_logging.enable_progress_bar()

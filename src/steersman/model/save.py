@@ -10,6 +10,7 @@ import torch
 
 from steersman.model.lora import merged_state
 from steersman.model.policy import Policy
+from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
 from steersman.run.folder import save_dir
 
@@ -38,7 +39,8 @@ def save(
         _write(model, partial, merged, dtype)
         (tokenizer or model.tokenizer).save_pretrained(partial)
 
-    save_dir(folder, write)
+    with silence():
+        save_dir(folder, write)
     return folder
 
 

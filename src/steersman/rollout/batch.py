@@ -63,6 +63,7 @@ class ActionMask:
 
     decoder: Decoder
     top_p: float
+    min_tokens: int
 
 
 class Batch:
@@ -212,7 +213,11 @@ class Batch:
         if self.sampling.min_new_tokens and self.ends:
             short = [len(s.ids) < self.sampling.min_new_tokens for s in sequences]
             banned = torch.tensor(short, device=self.device) if any(short) else None
-        allowed = top_p_mask(logits[1].float(), self.action_mask.top_p) if self.action_mask else None
+        allowed = (
+            top_p_mask(logits[1].float(), self.action_mask.top_p, self.action_mask.min_tokens)
+            if self.action_mask
+            else None
+        )
         x = restrict(logits[0], self.sampling, banned, self.end_ids, allowed)
         drawn, logp = draw(x, uniform)
         if self.record:

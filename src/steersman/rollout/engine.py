@@ -51,6 +51,7 @@ class Engine:
         record_support: bool = False,
         mask_model: Any = None,
         mask_top_p: float = 0.9,
+        mask_min_tokens: int = 1,
         progress: Progress | None = None,
     ) -> list[Sample]:
         """`n` samples of each prompt, those of the first prompt first.
@@ -60,7 +61,8 @@ class Engine:
         that comes twice gets a second set of streams. `logp` is that of the distribution drawn from; when greedy,
         that of the untempered, untruncated distribution (minus banned end tokens). With `record_support` every
         sample lists the tokens that were allowed at each step, where anything was cut away. `mask_model` is a
-        causal model with the same vocabulary whose nucleus of mass `mask_top_p` limits the actions
+        causal model with the same vocabulary whose nucleus of mass `mask_top_p`, at least `mask_min_tokens` tokens,
+        limits the actions
         (Source: arXiv 2210.01241, section 4).
 
         Raises SteersmanError for an empty prompt, one that does not fit the context together with
@@ -71,7 +73,7 @@ class Engine:
         if not prompts:
             return []
         limits = self._limits(len(prompts) * n)
-        action_mask = None if mask_model is None else self._action_mask(mask_model, mask_top_p)
+        action_mask = None if mask_model is None else self._action_mask(mask_model, mask_top_p, mask_min_tokens)
         batch = Batch(
             self.decoder,
             sampling,
@@ -101,7 +103,7 @@ class Engine:
         rows = min(self.max_batch, sequences)
         return Limits(rows, self.prefill_tokens, refill=max(1, rows // 8))
 
-    def _action_mask(self, model: Any, top_p: float) -> ActionMask:
+    def _action_mask(self, model: Any, top_p: float, min_tokens: int) -> ActionMask:
         ours, theirs = (m.config.get_text_config().vocab_size for m in (self.model, model))
         if ours != theirs:
             raise SteersmanError(
@@ -111,7 +113,7 @@ class Engine:
             raise SteersmanError(f"rollout: mask_top_p is {top_p}; it must be above 0 and at most 1")
         if self._mask_decoder is None or self._mask_decoder.model is not model:
             self._mask_decoder = Decoder(model)
-        return ActionMask(self._mask_decoder, top_p)
+        return ActionMask(self._mask_decoder, top_p, min_tokens)
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling, n: int) -> None:
         if n < 1:

@@ -101,6 +101,12 @@ class OnPolicyRecipe(Section, Generic[A]):
                 f"{samples} samples per iteration (rollout.prompts x rollout.samples) do not divide into "
                 f"algorithm.minibatches = {algorithm.minibatches} equal parts"
             )
+        withheld = self.reward.missing_eos_penalty or self.reward.overlong_buffer
+        if withheld and self.critic is not None and self.critic.cut == "bootstrap":
+            raise ValueError(
+                "critic.cut bootstrap withholds the score of a cut response, and with it missing_eos_penalty and "
+                "overlong_buffer of section reward; set these to 0, or critic.cut: end"
+            )
         truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
         if truncated and algorithm.update == "trust_region":
             raise ValueError(

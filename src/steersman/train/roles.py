@@ -54,6 +54,7 @@ class Roles:
             record_support=not greedy,
             mask_model=self.mask_model,
             mask_top_p=algorithm.mask_top_p if isinstance(algorithm, NLPO) else 1.0,
+            mask_min_tokens=algorithm.mask_min_tokens if isinstance(algorithm, NLPO) else 1,
         )
 
     def refresh(self, iteration: int) -> None:

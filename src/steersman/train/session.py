@@ -16,6 +16,7 @@ from steersman.run.folder import RunFolder, write_atomic
 from steersman.run.health import Finding, HealthConfig, HealthWatch
 from steersman.run.log import Log, read_jsonl
 from steersman.run.report import write_report
+from steersman.run.text_stats import text_stats
 from steersman.run.seed import seed_everything
 from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
@@ -130,7 +131,8 @@ class Session:
 
     def observe(self, step: int, stats: Stats, texts: Sequence[str] = ()) -> list[Finding]:
         """Logs the step's numbers and lets the watch see them; a finding of severity "stop" ends the run."""
-        found = self.watch.update(step, stats, texts)
+        stats = {**stats, **text_stats(texts)}
+        found = self.watch.update(step, stats)
         self.log.step(step, stats)
         if self.metric in stats:
             self.last_metrics = {self.metric: stats[self.metric]}
