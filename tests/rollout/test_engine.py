@@ -163,27 +163,34 @@ def test_bytes_of_the_cache_are_counted(model):
 
 
 def test_prompts_are_read_once_and_only_live_rows_are_computed(model, monkeypatch):
-    read, fed, widths = [], [], []
+    read, fed = [], []
     prefill, step = Decoder.prefill, Decoder.step
 
-    def note(prompts):
-        read.extend(prompts)
-        widths.append((len(prompts), len(prompts) * max(map(len, prompts))))
-
-    monkeypatch.setattr(Decoder, "prefill", lambda self, p: note(p) or prefill(self, p))
+    monkeypatch.setattr(Decoder, "prefill", lambda self, p: (read.extend(p), prefill(self, p))[1])
     monkeypatch.setattr(Decoder, "step", lambda self, ids, *a: (fed.append(len(ids)), step(self, ids, *a))[1])
     prompts, calls = ragged(9), []
     samples = Engine(model, max_batch=5, prefill_tokens=30).generate(
         prompts, Sampling(20), n=7, seed=0, progress=lambda *a: calls.append(a)
     )
     assert sorted(read) == sorted(p.ids for p in prompts)
-    assert all(count == 1 or size <= 30 for count, size in widths), "prefill_tokens is kept"
     tokens = sum(len(s.ids) for s in samples)
     assert sum(fed) == tokens - len(samples)  # each response's first token came from the prefill
     assert max(fed) == 5
     assert sum(fed) / len(fed) > 4.5, "free rows are filled while anything waits"
     assert calls[-1] == (63, 63, tokens)
     assert calls == sorted(calls)
+
+
+def test_a_prefill_reads_no_more_than_its_budget(model, monkeypatch):
+    shapes = []
+    prefill = Decoder.prefill
+    monkeypatch.setattr(
+        Decoder, "prefill", lambda self, p: (shapes.append((len(p), max(map(len, p)))), prefill(self, p))[1]
+    )
+    Engine(model, prefill_tokens=40).generate([*ragged(9, longest=50), *ragged(9, longest=10)], Sampling(2), seed=0)
+    assert all(rows == 1 or rows * width <= 40 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 2
+    assert (1, 50) in shapes, "a prompt above the budget is read alone"
 
 
 # -- refusals -------------------------------------------------------------------------------------------------
@@ -238,4 +245,13 @@ def test_weights_that_are_not_finite_are_named_and_leave_no_trace():
     with pytest.raises(SteersmanError, match="not finite"):
         engine.generate(prompts, Sampling(12), seed=0)
     weight.copy_(kept)
-    assert ids_of(engine.generate(prompts, Sampling(12), seed=0)) == good
+
+    def spoil(done, total, tokens):  # while rows are live, so that the cache is spoilt too
+        weight[0, 0] = torch.nan
+
+    with pytest.raises(SteersmanError, match="not finite"):
+        engine.generate(prompts, Sampling(12), seed=0, progress=spoil)
+    weight.copy_(kept)
+    # longer prompts: what was spoilt would now lie under the shorter ones' masks
+    longer = [Prompt([5] * 60, "", index=20), *prompts]
+    assert ids_of(engine.generate(longer, Sampling(12), seed=0))[1:] == good
