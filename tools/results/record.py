@@ -33,10 +33,13 @@ OPENINGS = {"text_split": "<|endoftext|>", "opening_words": 8, "held_out": 64, "
 def verb(module: Any, recipe_class: Any, folder: Path, seed: int, values: dict[str, Any]) -> dict[str, Any]:
     """The summary of a run in `folder`, made now or found there."""
     done = folder / "summary.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    if done.exists() and (summary := json.loads(done.read_text()))["finished"]:
+        return summary
     run = {"dir": str(folder), "seed": seed, "threads": 1, **values.pop("run", {})}
-    return module.run(recipe_class.model_validate({**values, "run": run}), resume=folder.exists())
+    summary = module.run(recipe_class.model_validate({**values, "run": run}), resume=folder.exists())
+    if not summary["finished"]:
+        raise SystemExit(f"{folder}: stopped; the same command goes on")
+    return summary
 
 
 def ppo(folder: Path, seed: int, model: str, data: dict, parts: dict, rollout: dict, **more: Any) -> dict[str, Any]:
