@@ -3,7 +3,7 @@
     python tools/story_model/sample.py --data ../shared/data --out runs/story-model/broad.jsonl \
         --starts sentences --temperature 0.8 --count 3840
     python tools/story_model/sample.py --data ../shared/data --out runs/story-model/simple.jsonl \
-        --starts words --temperature 0.7 --count 4096
+        --starts words --temperature 0.7 --count 3840
 
 Many stories start with words of a real training story, which brings in names, animals and things that the model
 would seldom start with by itself: with `sentences` every second one has a whole first sentence, with `words`
