@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import pytest
@@ -64,9 +63,8 @@ def test_it_expects_stories_and_not_their_words_in_another_order(shipped):
     told = nats_per_character(*shipped, STORY)
     words = STORY.split(" ")
     turned = nats_per_character(*shipped, " ".join(words[::-1]))
-    assert told < 0.8
-    assert turned > 2 * told
-    assert told < 0.4 * math.log(len(shipped[1])) / 3.9  # 3.9 characters per token: uniform guessing costs 2.1
+    assert told < 0.345  # 0.332 as shipped; one layer without its attention gives 0.370
+    assert turned > 5 * told
 
 
 def test_openings_are_short_varied_and_leave_the_mood_open():
