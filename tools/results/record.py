@@ -194,10 +194,14 @@ def draw(name: str, out: Path, stages: dict[str, list[str]], seeds: list[int], f
     for axis, metric in zip([axes] if len(metrics) == 1 else axes, metrics, strict=True):
         for colour, stage in zip(("#1f5f8b", "#c2571a", "#2e8b57"), stages, strict=False):
             for seed in seeds:
-                rows = [json.loads(x) for x in (out / f"seed-{seed}" / stage / "metrics.jsonl").read_text().splitlines()]
+                rows = [
+                    json.loads(x) for x in (out / f"seed-{seed}" / stage / "metrics.jsonl").read_text().splitlines()
+                ]
                 points = [(r["step"], r[metric]) for r in rows if metric in r]
                 if points:
-                    axis.plot(*zip(*points, strict=True), color=colour, lw=1.2, label=stage if seed == seeds[0] else None)
+                    axis.plot(
+                        *zip(*points, strict=True), color=colour, lw=1.2, label=stage if seed == seeds[0] else None
+                    )
         axis.set_title(metric, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
@@ -212,7 +216,9 @@ CURVES = {
         for stage in ("rule", "model")
     },
     "arguments": {"reward": ["held_out/accuracy", "held_out/accuracy_longer_wins", "held_out/loss"]},
-    "politeness": {"ppo": ["held_out/reward/reward_model", "held_out/reward/watcher", "held_out/kl", "held_out/perplexity"]},
+    "politeness": {
+        "ppo": ["held_out/reward/reward_model", "held_out/reward/watcher", "held_out/kl", "held_out/perplexity"]
+    },
 }
 
 
