@@ -16,8 +16,8 @@ from steersman.run.folder import RunFolder, write_atomic
 from steersman.run.health import Finding, HealthConfig, HealthWatch
 from steersman.run.log import Log, read_jsonl
 from steersman.run.report import write_report
-from steersman.run.text_stats import text_stats
 from steersman.run.seed import seed_everything
+from steersman.run.text_stats import text_stats
 from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
