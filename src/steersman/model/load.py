@@ -148,7 +148,8 @@ def _find(path: str | Path) -> tuple[str, bool]:
     if local.exists():
         raise SteersmanError(f"{text}: is a file; give the model's folder")
     parts = text.split("/")
-    like_path = isinstance(path, Path) or text.startswith((".", "~", "/")) or len(parts) > 2
+    # run folders are under runs/ unless told otherwise, and no hub should be asked for one that is missing
+    like_path = isinstance(path, Path) or text.startswith((".", "~", "/", "runs/")) or len(parts) > 2
     if like_path or Path(parts[0]).is_dir():
         raise SteersmanError(f"{text}: no such model folder{_nearest(local)}")
     return text, False
