@@ -64,10 +64,6 @@ class Tabular:
         own, optimum = float(mdp.performance(policy)), float(mdp.start @ best.value)
         return {"value": own, "optimum": optimum, "optimal": float(abs(own - optimum) <= 1e-9 * max(1, abs(optimum)))}
 
-    def greedy_action(self, state: int) -> int:
-        assert self.learned is not None
-        return int(self.learned.policy[state])
-
     def state_dict(self) -> dict[str, Any]:
         return {} if self.learned is None else {"q": self.learned.q}
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 FORBIDDEN = -1e30
 """Logit of a token outside the support: exp gives exactly 0, and 0 * FORBIDDEN is 0 where 0 * -inf is NaN."""
@@ -37,6 +38,14 @@ class Head:
         flat = hidden.reshape(-1, hidden.shape[-1])
         tiles = _Tiles(flat, self, chunk=max(len(flat), 1), block=self.weight.shape[0])
         return tiles.logits(0, len(flat), 0, self.weight.shape[0])[0].reshape(*hidden.shape[:-1], -1)
+
+    def log_softmax(self, hidden: Float[Tensor, "N H"], temperature: float = 1.0) -> Float[Tensor, "N V"]:
+        """Whole distributions, in float32 (float64 stays), differentiable as often as needed; all [N, V] live."""
+        logits = linear(hidden, self.weight, self.bias)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return torch.log_softmax(logits / temperature, -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,12 +44,6 @@ def example(beta: float = 0.5, seed: int = 0) -> TokenMDP:
     return TokenMDP(3, 3, rough.score, 0.5 * rough.logp_ref, beta, prompts=2)
 
 
-def preference_checks(mdp: TokenMDP | None = None) -> list[FixedPoint]:
-    """Every method at its fixed point, for `steersman verify`; a few seconds."""
-    mdp = example() if mdp is None else mdp
-    return [check(mdp) for check in CHECKS.values()]
-
-
 def check_dpo(mdp: TokenMDP) -> FixedPoint:
     world = Population(mdp)
     logits = descend(world.expected(lambda pair: dpo(pair, beta=mdp.beta)[0]), mdp.logp_ref)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear, log_softmax, pad
+from torch.nn.functional import pad
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Algorithm, Coefficients
@@ -213,13 +213,9 @@ class Learner:
 
     def _distribution(self, batch: Tokens) -> Tensor:
         """log pi(. | s) at every response token that counts, `[N, V]`, twice differentiable."""
-        head = self.policy.head()
         columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
         counts = batch.mask[columns < batch.response_length[:, None]]
-        logits = linear(self.policy.hidden(batch)[counts], head.weight, head.bias).float() * head.logit_scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        return log_softmax(logits / self.temperature, dim=-1)
+        return self.policy.head().log_softmax(self.policy.hidden(batch)[counts], self.temperature)
 
 
 def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -106,8 +105,6 @@ class PairObjective:
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         pair, loss, explain = self._run(self.train, rows)
         weight = loss.new_tensor([self.train.examples[i].weight for i in rows])
-        if self.config.nll:
-            loss = loss + self.config.nll * chosen_nll(pair)
         tally.add("loss", (weight * loss).sum(), float(weight.sum()))
         for name, value in _told(pair, explain).items():
             tally.add(name, value.sum(), len(rows))
@@ -142,6 +139,8 @@ class PairObjective:
             sums = self.known[id(data)][list(rows)].to(logp.device)
             pair = pair._replace(ref_chosen=sums[:, 0], ref_rejected=sums[:, 1])
         loss, explain = self.entry.function(pair, **self.config.settings)
+        if self.config.nll:
+            loss = loss + self.config.nll * chosen_nll(pair)
         return pair, loss, explain
 
     def _divergence(self, tokens: Tokens, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,18 +168,12 @@ class PairObjective:
 def divergence_from(hidden_ref: Tensor, head_ref: Head, hidden: Tensor, head: Head, rows: int = 256) -> Tensor:
     """KL(pi_ref || pi) (nats) at each position `[N]`, with gradient to pi; `rows` positions' logits live at once."""
 
-    def part(h_ref: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-        logp_ref = F.log_softmax(_logits(h_ref, head_ref, head_ref.weight), -1)
-        logp = F.log_softmax(_logits(h, head, weight), -1)
-        return (logp_ref.exp() * (logp_ref - logp)).sum(-1)
+    def part(h_ref: Tensor, h: Tensor) -> Tensor:
+        logp_ref = head_ref.log_softmax(h_ref)
+        return (logp_ref.exp() * (logp_ref - head.log_softmax(h))).sum(-1)
 
     pieces = zip(hidden_ref.split(rows), hidden.split(rows), strict=True)
-    return torch.cat([checkpoint(part, a, b, head.weight, use_reentrant=False) for a, b in pieces])
-
-
-def _logits(hidden: Tensor, head: Head, weight: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight, head.bias).float() * head.logit_scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
 
 
 def _told(pair: PairLogp, explain: dict[str, Tensor]) -> dict[str, Tensor]:

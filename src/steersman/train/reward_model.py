@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.data import DataConfig, EncodedSet, Preference, collate_pairs, describe, encode, layout, preferences
-from steersman.loss.reward import pairwise
+from steersman.loss.reward import centring, pairwise
 from steersman.model import ScalarModel
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
@@ -73,7 +73,7 @@ class PairwiseReward:
         target = chosen.new_tensor([e.agreement for e in examples])
         weight = chosen.new_tensor([e.weight for e in examples])
         per_pair = pairwise(chosen, rejected, target=target, margin=chosen.new_tensor(margin))
-        per_pair = per_pair + self.config.centre * (chosen + rejected).square()
+        per_pair = per_pair + self.config.centre * centring(chosen, rejected)
         tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
         tally.add("accuracy", (chosen > rejected).float().sum(), len(rows))
         tally.add("margin", (chosen - rejected).sum(), len(rows))

@@ -1,0 +1,108 @@
+"""The preference loop: the objective's numbers from plain forward passes, split batches, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_models import tiny_model
+
+from steersman.data import Encoded, EncodedSet, Preference
+from steersman.data.read import Row
+from steersman.loss.offline import LOSSES
+from steersman.model import Policy
+from steersman.train.preference import PairLossConfig, PairObjective, divergence_from
+from steersman.train.tally import Tally
+
+PAIRS = [name for name, entry in LOSSES.items() if entry.data == "pair"]
+
+
+def encoded() -> EncodedSet[Preference]:
+    random = torch.Generator().manual_seed(3)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, 97, (n,), generator=random).tolist()
+
+    data: EncodedSet[Preference] = EncodedSet()
+    for number, (p, w, r) in enumerate([(3, 5, 2), (1, 2, 7), (4, 4, 4)]):
+        prompt = ids(p)
+        data.groups.append([Encoded(prompt, ids(n), [True] * n) for n in (w, r)])
+        data.examples.append(Preference("x", "a", "b", Row({}, "f", number), weight=1.0 + number))
+    return data
+
+
+def objective(config: PairLossConfig, seed: int = 1) -> PairObjective:
+    policy, reference = (Policy(tiny_model("llama", seed=s, scale=2.0).double(), None) for s in (seed, 2))
+    return PairObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+
+
+def plain_logp(policy: Policy, e: Encoded) -> torch.Tensor:
+    logits = policy.model(torch.tensor([e.prompt + e.response])).logits[0].log_softmax(-1)
+    at = range(len(e.prompt) - 1, len(e.prompt) + len(e.response) - 1)
+    return torch.stack([logits[t] for t in at])
+
+
+def test_dpo_equals_the_paper_on_plain_forward_passes():
+    made = objective(PairLossConfig(name="dpo", settings={"beta": 0.3}, nll=0.5))
+    total = weights = 0.0
+    for group, example in zip(made.train.groups, made.train.examples, strict=True):
+        sums = []
+        for e in group:
+            rows = torch.arange(len(e.response)), torch.tensor(e.response)
+            sums.append([plain_logp(m, e)[rows].sum() for m in (made.module, made.reference)])
+        (w, w_ref), (r, r_ref) = sums
+        loss = -torch.nn.functional.logsigmoid(0.3 * ((w - w_ref) - (r - r_ref))) - 0.5 * w / len(group[0].response)
+        total, weights = total + example.weight * float(loss), weights + example.weight
+    tally = Tally()
+    found = made.loss([0, 1, 2], made.denominator([0, 1, 2]), tally)
+    # the reference's sums are kept in float32
+    assert float(found) == pytest.approx(total / weights, rel=1e-5)
+    assert tally.means()["loss"] == pytest.approx(total / weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_micro_batches_add_up_for_every_loss(name):
+    made = objective(PairLossConfig(name=name, nll=0.1))
+    parameters = list(made.module.parameters())
+    denominator = made.denominator([0, 1, 2])
+    whole = torch.autograd.grad(made.loss([0, 1, 2], denominator, Tally()), parameters, allow_unused=True)
+    parts = [
+        torch.autograd.grad(made.loss([i], denominator, Tally()), parameters, allow_unused=True) for i in range(3)
+    ]
+    for k, g in enumerate(whole):
+        if g is not None:
+            torch.testing.assert_close(sum(p[k] for p in parts), g, rtol=1e-6, atol=1e-9)
+
+
+def test_divergence_is_the_exact_sum_with_gradient_to_the_policy():
+    made = objective(PairLossConfig(name="tdpo1"))
+    e = made.train.groups[0][0]
+    ref, own = plain_logp(made.reference, e).detach(), plain_logp(made.module, e)
+    exact = (ref.exp() * (ref - own)).sum(-1)
+    from steersman.data import collate
+
+    tokens = collate([e])
+    found = divergence_from(
+        made.reference.hidden(tokens).detach(), made.reference.head(), made.module.hidden(tokens), made.module.head(),
+        rows=2,
+    )  # fmt: skip
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+    weight = made.module.model.get_output_embeddings().weight
+    (a,), (b,) = (torch.autograd.grad(x.sum(), [weight], retain_graph=True) for x in (found, exact))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_held_out_numbers_are_those_of_the_same_pairs():
+    made = objective(PairLossConfig(name="simpo", nll=0.2))
+    for example in (*made.train.examples, *made.held_out.examples):
+        example.weight = 1.0
+    tally = Tally()
+    made.loss([0, 1, 2], 3.0, tally)
+    held = made.evaluate()
+    for name, value in tally.means().items():
+        assert held[f"held_out/{name}"] == pytest.approx(value, rel=1e-6)
+
+
+def test_an_unknown_setting_is_named_with_the_nearest():
+    with pytest.raises(ValidationError, match="did you mean label_smoothing"):
+        PairLossConfig(name="dpo", settings={"label_smooth": 0.1})
