@@ -14,11 +14,12 @@ MAY = {
     "types": set(),
     "assets": set(),
     "ops": {"types"},
-    "run": {"types"},
+    "run": MATHS,
     "data": MATHS | {"run"},
     "model": MATHS | {"run"},
     "rollout": MATHS | {"run", "model"},
-    "reward": MATHS | {"run", "model"},
+    "metrics": MATHS | {"run"},
+    "reward": MATHS | {"run", "model", "metrics"},
     "tabular": MATHS | {"run", "loss"},  # preference losses are followed to their fixed points there
     "loss": MATHS | {"run"},
     "advantage": MATHS | {"run"},
@@ -27,12 +28,12 @@ MAY = {
     "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
     "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},
     "train": MATHS
-    | {"run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms", "assets"},
+    | {"run", "data", "model", "rollout", "reward", "metrics", "advantage", "loss", "update", "algorithms", "assets"},
 }  # fmt: skip
 """What each room may import of the others; `cli` may import all."""
 
 HOMES = {
-    "transformers": {"model", "data", "reward", "rollout"},
+    "transformers": {"model", "data", "reward", "rollout", "metrics"},
     "peft": {"model"},
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py"},

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.reward.functions import describe_function, load_function
+from steersman.run.functions import describe_function, load_function
 from steersman.types import Sample, SteersmanError
 
 RewardFunction = Callable[..., Any]

@@ -1,0 +1,11 @@
+"""Metrics of texts, by name in `METRICS`: each a reward per sample and an evaluation over a set.
+
+rouge = metric("rougeL", {"stem": False})
+rouge.score(texts, references)      # one float per text
+rouge.corpus(texts, references)     # Corpus(value, low, high, count)
+"""
+
+from steersman.metrics.core import Batch, Corpus, Metric, Scorer
+from steersman.metrics.named import METRICS, metric
+
+__all__ = ["METRICS", "Batch", "Corpus", "Metric", "Scorer", "metric"]

@@ -1,0 +1,222 @@
+"""What a metric is: texts in, one score per text out, and a value of the whole set with its interval."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from steersman.types import SteersmanError
+
+Better = Literal["higher", "lower", "neither"]
+DRAWS, LEVEL = 1000, 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Value of a metric over a whole set of texts, with the ends of its confidence interval.
+
+    `low` and `high` are NaN where one text alone leaves nothing to measure a spread from. `count` is the number
+    of texts.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """Anything that judges texts.
+
+    `needs` names what must be given beside the texts: "references", "sources", or the name of a column such as
+    "table" or "concepts". `per_sample` is False for a metric that is defined on a whole set only, which can not
+    be a reward. `better` says in which direction the value improves. `implementation` names package, version
+    and tokenisation.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    per_sample: bool
+    better: Better
+
+    @property
+    def implementation(self) -> str: ...
+
+    def score(
+        self,
+        texts: Sequence[str],
+        references: Sequence[Any] | None = None,
+        sources: Sequence[str] | None = None,
+        **columns: Sequence[Any],
+    ) -> list[float]: ...
+
+    def corpus(
+        self,
+        texts: Sequence[str],
+        references: Sequence[Any] | None = None,
+        sources: Sequence[str] | None = None,
+        **columns: Sequence[Any],
+    ) -> Corpus: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a metric reads, checked: as many rows of each as there are texts, references as lists of strings."""
+
+    texts: list[str]
+    references: list[list[str]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def rows(self, index: Sequence[int]) -> Batch:
+        def take(values: list[Any]) -> list[Any]:
+            return [values[i] for i in index] if values else values
+
+        columns = {name: take(values) for name, values in self.columns.items()}
+        return Batch(take(self.texts), take(self.references), take(self.sources), columns)
+
+
+class Scorer(ABC):
+    """A metric that needs only one method: `rows`, the score of every text of a batch.
+
+    `score` and `corpus` check what they are given and what comes back, so that `rows` may rely on it.
+    `scores_empty` says that an empty text has a score by the metric's own definition; without it an empty text
+    is refused. `empty_reference` allows empty references, which are refused otherwise: they are holes in data.
+
+    Raises SteersmanError naming the metric, and the row where there is one: a need that is not given, lists of
+    different lengths, an empty reference, an empty text that has no score, a score that is not finite.
+    """
+
+    name: str = ""
+    needs: tuple[str, ...] = ()
+    per_sample: bool = True
+    better: Better = "higher"
+    scores_empty: bool = True
+    empty_reference: bool = False
+
+    @property
+    @abstractmethod
+    def implementation(self) -> str:
+        """Package, version and tokenisation."""
+
+    @abstractmethod
+    def rows(self, batch: Batch) -> Sequence[float]:
+        """One score per text."""
+
+    def score(
+        self,
+        texts: Sequence[str],
+        references: Sequence[Any] | None = None,
+        sources: Sequence[str] | None = None,
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        if not self.per_sample:
+            raise SteersmanError(
+                f"metric '{self.name}': it is defined on a whole set of texts and gives single texts no score, "
+                f"so it can not be a reward; use it in an evaluation"
+            )
+        batch = self.checked(texts, references, sources, columns)
+        return finite(self.name, self.rows(batch), len(batch.texts)) if batch.texts else []
+
+    def corpus(
+        self,
+        texts: Sequence[str],
+        references: Sequence[Any] | None = None,
+        sources: Sequence[str] | None = None,
+        **columns: Sequence[Any],
+    ) -> Corpus:
+        batch = self.checked(texts, references, sources, columns)
+        if not batch.texts:
+            raise SteersmanError(f"metric '{self.name}': there is no text to judge")
+        return self.over(batch)
+
+    def over(self, batch: Batch) -> Corpus:
+        """The value of a checked batch: the mean of its scores, unless a metric says otherwise."""
+        scores = finite(self.name, self.rows(batch), len(batch.texts))
+        return bootstrap(np.array([[s, 1.0] for s in scores]), lambda sums: sums[:, 0] / sums[:, 1], self.name)
+
+    def checked(
+        self,
+        texts: Sequence[str],
+        references: Sequence[Any] | None,
+        sources: Sequence[str] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Batch:
+        given = {"references": references, "sources": sources, **columns}
+        for need in self.needs:
+            if given.get(need) is None:
+                raise SteersmanError(f"metric '{self.name}': it needs {need}, and none are given")
+        wanted = {need: list(given[need]) for need in self.needs}
+        for need, values in wanted.items():
+            if len(values) != len(texts):
+                raise SteersmanError(f"metric '{self.name}': {len(texts)} texts but {len(values)} {need}")
+        for row, text in enumerate(texts):
+            self._check_text(row, text)
+        listed = [self._references(row, value) for row, value in enumerate(wanted.pop("references", []))]
+        for row, source in enumerate(wanted.get("sources", [])):
+            if not isinstance(source, str):
+                raise SteersmanError(f"metric '{self.name}', row {row}: the source is {_kind(source)}; give a text")
+        return Batch(list(texts), listed, wanted.pop("sources", []), wanted)
+
+    def _check_text(self, row: int, text: Any) -> None:
+        if not isinstance(text, str):
+            raise SteersmanError(f"metric '{self.name}', row {row}: the text is {_kind(text)}; give a string")
+        if not self.scores_empty and not text.strip():
+            raise SteersmanError(
+                f"metric '{self.name}', row {row}: the text is empty, and an empty text has no {self.name}; "
+                f"leave the row out, or give a reward the setting `empty: NUMBER`"
+            )
+
+    def _references(self, row: int, value: Any) -> list[str]:
+        """One reference or several as a list; each must be a text."""
+        listed = [value] if isinstance(value, str) else value
+        place = f"metric '{self.name}', row {row}"
+        if not isinstance(listed, (list, tuple)) or not listed:
+            raise SteersmanError(f"{place}: the reference is {_kind(value)}; give a text or a list of texts")
+        for reference in listed:
+            if not isinstance(reference, str):
+                raise SteersmanError(f"{place}: a reference is {_kind(reference)}; give a text or a list of texts")
+            if not self.empty_reference and not reference.strip():
+                raise SteersmanError(f"{place}: a reference is empty; leave it out or mend the data")
+        return list(listed)
+
+
+def finite(name: str, scores: Sequence[float], count: int) -> list[float]:
+    """The scores as floats; raises SteersmanError where one is missing or not finite, naming metric and row."""
+    values = [float(s) for s in scores]
+    if len(values) != count:
+        raise SteersmanError(f"metric '{name}': gave {len(values)} scores for {count} texts; give one each")
+    for row, value in enumerate(values):
+        if not math.isfinite(value):
+            raise SteersmanError(f"metric '{name}', row {row}: the score is {value}, not a finite number")
+    return values
+
+
+def bootstrap(
+    statistics: np.ndarray, value: Callable[[np.ndarray], np.ndarray], name: str, *, draws: int = DRAWS, seed: int = 0
+) -> Corpus:
+    """Percentile interval of a value that is a function of the rows' summed statistics.
+
+    `statistics` [N, K] has one row per text; `value` turns sums [D, K] into values [D]. Each draw takes N rows
+    with replacement. For sums that is a multinomial weight per row, so no text is scored twice.
+    Source: Efron 1979; Koehn 2004 for corpus metrics of text.
+    """
+    n = len(statistics)
+    point = float(value(statistics.sum(0, keepdims=True))[0])
+    if not math.isfinite(point):
+        raise SteersmanError(f"metric '{name}': the value over {n} texts is {point}, not a finite number")
+    if n < 2:
+        return Corpus(point, math.nan, math.nan, n)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    low, high = np.quantile(value(weights @ statistics), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Corpus(point, float(low), float(high), n)
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else "an empty list" if value == [] else type(value).__name__

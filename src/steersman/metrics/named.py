@@ -1,0 +1,75 @@
+"""The metrics by their names, and making one of a name and settings."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from steersman.metrics.core import Metric
+from steersman.metrics.rouge import Rouge
+from steersman.run.functions import load_function
+from steersman.types import SteersmanError
+
+METRICS: dict[str, Callable[..., Metric]] = {
+    "rouge1": partial(Rouge, "rouge1"),
+    "rouge2": partial(Rouge, "rouge2"),
+    "rougeL": partial(Rouge, "rougeL"),
+    "rougeLsum": partial(Rouge, "rougeLsum"),
+}
+"""Name -> factory; its keyword parameters are the metric's settings."""
+
+
+def metric(name: str, settings: Mapping[str, Any] | None = None) -> Metric:
+    """The metric of that name in `METRICS`, or of "module:Class" or "path/to/file.py:Class", with its settings.
+
+    Raises SteersmanError when there is no such metric, a setting is unknown or of the wrong type, or what a
+    user's class makes is not a metric.
+    """
+    factory = METRICS.get(name)
+    if factory is None:
+        if ":" not in name:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METRICS)}"
+            raise SteersmanError(f"there is no metric '{name}'; {hint}; one's own is module:Class or file.py:Class")
+        factory = load_function(name)
+    checked = _checked(name, factory, settings or {})
+    try:
+        made = factory(**checked)
+    except (TypeError, ValueError) as error:
+        raise SteersmanError(f"metric '{name}': {error}") from error
+    if not isinstance(made, Metric):
+        raise SteersmanError(
+            f"metric '{name}': it makes {type(made).__name__}, which is no metric; subclass steersman.metrics.Scorer"
+        )
+    return made
+
+
+def settings_of(factory: Callable[..., Metric]) -> dict[str, inspect.Parameter]:
+    """The settings that a factory takes, by name."""
+    fixed = len(factory.args) if isinstance(factory, partial) else 0
+    inner = factory.func if isinstance(factory, partial) else factory
+    return dict(list(inspect.signature(inner).parameters.items())[fixed:])
+
+
+def _checked(name: str, factory: Callable[..., Metric], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, known and of the types that the factory's annotations name."""
+    known = settings_of(factory)
+    for key in given:
+        if key not in known:
+            raise SteersmanError(f"metric '{name}': it has no setting '{key}'; it has: {', '.join(known) or 'none'}")
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in given]
+    if missing:
+        raise SteersmanError(f"metric '{name}': it needs the setting {' and '.join(missing)}")
+    hints = get_type_hints(factory.func if isinstance(factory, partial) else factory)
+    out = dict(given)
+    for key in given.keys() & hints.keys():
+        try:
+            out[key] = TypeAdapter(hints[key]).validate_python(given[key])
+        except ValidationError as error:
+            raise SteersmanError(f"metric '{name}': {key} is {given[key]!r}: {error.errors()[0]['msg']}") from None
+    return out
