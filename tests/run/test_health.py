@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
+from steersman.ops.text import distinct_share, ngrams, pieces, repeated_share, text_stats
 from steersman.run.health import CHECKS, HealthConfig, HealthWatch, non_finite_tensor
-from steersman.run.text_stats import distinct_n, repeated_share, text_stats, tokens
 
 OPENINGS = [
     "Once upon a time there was a little girl named Lily. She loved to play in the garden with her dog.",
@@ -155,9 +155,8 @@ def test_state_continues_where_it_was():
 
 
 def test_text_numbers_by_hand():
-    assert tokens("The cat, THE cat!") == ["the", "cat", ",", "the", "cat", "!"]
-    assert distinct_n(["a", "b", "a", "b", "a"]) == 0.5  # ab ba ab ba
-    assert distinct_n(["a"]) == 1.0
+    assert pieces("The cat, THE cat!") == ["the", "cat", ",", "the", "cat", "!"]
+    assert distinct_share(ngrams(["a", "b", "a", "b", "a"], 2)) == 0.5  # ab ba ab ba
     assert repeated_share(["a", "b", "c", "d", "e", "a", "a"]) == pytest.approx(1 / 7)
     stats = text_stats(["a b c d e f g h", "a a a a a a a a", "", " "])
     assert stats == {

@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer, SentiText
 
-from steersman.reward.text import ngrams, sentences, words
+from steersman.ops.text import ngrams, sentences, words
 
 
 def _set(listed: str) -> frozenset[str]:

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from steersman.reward import text
+from steersman.ops import text
 from steersman.reward.gold import gold
 from steersman.types import SteersmanError
 
@@ -48,7 +48,7 @@ def length(prompts: Sequence[str], completions: Sequence[str], *, target: int | 
 
 def distinct_n(prompts: Sequence[str], completions: Sequence[str], *, n: int = 2) -> list[float]:
     """Distinct n-grams / n-grams of each completion, in [0, 1]."""
-    return text.distinct_n_each(completions, n)
+    return [text.distinct_n([completion], n) for completion in completions]
 
 
 def repetition(prompts: Sequence[str], completions: Sequence[str], *, n: int = 3) -> list[float]:

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from steersman.ops.text import text_stats
 from steersman.run.config import Section
-from steersman.run.text_stats import text_stats
 from steersman.types import Stats
 
 Row = dict[str, float]

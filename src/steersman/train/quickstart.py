@@ -18,8 +18,8 @@ from rich.table import Table
 
 from steersman.assets import openings, story_model
 from steersman.data import Codec
+from steersman.ops.text import distinct_n, sentences
 from steersman.reward.gold import judge
-from steersman.reward.text import distinct_n, sentences
 from steersman.rollout import Engine, Sampling
 from steersman.run.config import Section
 from steersman.run.device import resolve_device

@@ -10,7 +10,7 @@ import torch
 from steersman.data import Batches, encode_prompts, layout, prompts
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
-from steersman.reward.text import distinct_n
+from steersman.ops.text import distinct_n
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from steersman.ops.text import text_stats
 from steersman.run.checkpoint import Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import RunFolder, write_atomic
@@ -17,7 +18,6 @@ from steersman.run.health import Finding, HealthConfig, HealthWatch
 from steersman.run.log import Log, read_jsonl
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
-from steersman.run.text_stats import text_stats
 from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError

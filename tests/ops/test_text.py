@@ -1,6 +1,6 @@
 import pytest
 
-from steersman.reward import text
+from steersman.ops import text
 
 
 def test_words_keep_apostrophes_and_drop_punctuation():
@@ -26,8 +26,12 @@ def test_distinct_n_counts_by_hand(texts, n, expected):
     assert text.distinct_n(texts, n) == pytest.approx(expected)
 
 
-def test_distinct_each_and_repetition_by_hand():
-    assert text.distinct_n_each(["a b c", "a a a", ""], 2) == [1.0, 0.5, 0.0]
+def test_repetition_by_hand():
     assert text.repetition("x y z x y z", 3) == pytest.approx(1 / 4)  # xyz yzx zxy xyz
     assert text.repetition("x y", 3) == 0.0
     assert text.repetition("friend " * 60, 3) > 0.98
+
+
+def test_scripts_without_spaces_are_read_by_character():
+    assert text.words("猫が 好きcats") == ["猫", "が", "好", "き", "cats"]
+    assert text.distinct_n(["猫猫猫"], 1) == pytest.approx(1 / 3)

@@ -1,0 +1,91 @@
+"""Statistics of plain text: words, sentences, n-grams; what metrics, the health watch and summaries count.
+
+A word is a run of letters or digits, lower-cased, with inner apostrophes kept ("didn't" is one word); a character
+of a script that is written without spaces is a word by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+_UNSPACED = "぀-ヿ㐀-鿿가-힣"
+_LETTER = rf"[^\W_{_UNSPACED}]"
+_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
+_PIECE = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
+
+T = TypeVar("T", bound=Hashable)
+
+
+def words(text: str) -> list[str]:
+    """The words of `text`, lower-cased, in order."""
+    return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def pieces(text: str) -> list[str]:
+    """Words and signs of a text, lower case; a run of letters too long for a word is cut in fours.
+
+    "friendfriendfriend..." is one word to a tokeniser, yet repeats itself; cut in fours it does so visibly.
+    """
+    out: list[str] = []
+    for piece in _PIECE.findall(text.lower()):
+        out += [piece] if len(piece) <= 24 else [piece[i : i + 4] for i in range(0, len(piece), 4)]
+    return out
+
+
+def sentences(text: str) -> list[str]:
+    """`text` cut after `.`, `!`, `?` (with closing quotes) and at line ends; empty pieces are left out."""
+    return [piece for piece in _SENTENCE_END.split(text) if piece and not piece.isspace()]
+
+
+def ngrams(tokens: Sequence[T], n: int) -> list[tuple[T, ...]]:
+    """All runs of `n` neighbours, in order; empty when there are fewer than `n` tokens."""
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def distinct_share(grams: Sequence[T], *, none: float = 0.0) -> float:
+    """Different ones among `grams`, as a share in [0, 1]; `none` where there are no grams."""
+    return len(set(grams)) / len(grams) if grams else none
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct n-grams / all n-grams over a corpus, in [0, 1]; 0 where there is no n-gram at all.
+
+    It falls as a corpus grows, so compare corpora of the same size. Source: arXiv 1510.03055 (distinct-1, -2),
+    with n-grams and not tokens as the denominator.
+    """
+    return distinct_share([gram for text in texts for gram in ngrams(words(text), n)])
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of the n-grams of `text` that have come before in it, in [0, 1); 0 where there is no n-gram."""
+    return 1 - distinct_share(ngrams(words(text), n), none=1.0)
+
+
+def repeated_share(tokens: Sequence[str], span: int = 4) -> float:
+    """Share of tokens that stood among the `span` tokens right before them."""
+    if len(tokens) < 2:
+        return 0.0
+    return sum(w in tokens[max(0, i - span) : i] for i, w in enumerate(tokens)) / len(tokens)
+
+
+def text_stats(texts: Sequence[str]) -> dict[str, float]:
+    """Means over the responses of one iteration, by which the health watch sees text collapse.
+
+    `text/distinct2` and `text/repeated` (per response, over its pieces, of responses with at least 8 of them,
+    where there are some), `text/unique` (share of different responses), `text/empty` (share of empty ones).
+    """
+    if not texts:
+        return {}
+    stripped = [t.strip() for t in texts]
+    long = [w for w in map(pieces, stripped) if len(w) >= 8]
+    stats = {
+        "text/unique": distinct_share(stripped),
+        "text/empty": sum(not t for t in stripped) / len(stripped),
+    }
+    if long:
+        stats["text/distinct2"] = sum(distinct_share(ngrams(w, 2)) for w in long) / len(long)
+        stats["text/repeated"] = sum(map(repeated_share, long)) / len(long)
+    return stats
