@@ -42,6 +42,7 @@ def trajectory(
     algorithm: Algorithm,
     beta: float,
     *,
+    logp_old: Float[Tensor, "B T"] | None = None,
     logp_ref: Float[Tensor, "B T"] | None = None,
     value: Float[Tensor, "B T+1"] | None = None,
     baseline: Float[Tensor, " B"] | None = None,
@@ -56,6 +57,8 @@ def trajectory(
     it would have gone on, so its score is withheld, the discount stays gamma, and the critic's value after the
     last token stands for what is missing. (Paying the score and bootstrapping too counts it twice, and the
     critic, which learns from its own value there, runs away: see docs/log.md.)
+    `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
+    `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
     mask, B = tokens.mask, len(samples)
@@ -65,7 +68,9 @@ def trajectory(
         per_token = None if per_token is None else torch.where(terminated[:, None], per_token, 0.0)
     else:
         terminated = torch.ones_like(terminated)
-    logp_old = behaviour_logp(samples, mask.shape[1]).to(mask.device)
+    recorded = behaviour_logp(samples, mask.shape[1]).to(mask.device)
+    logp_rollout = None if logp_old is None else recorded
+    logp_old = recorded if logp_old is None else logp_old
     penalty = beta if algorithm.kl_in == "reward" and logp_ref is not None else 0.0
     reward = kl_shaped(
         score,
@@ -83,4 +88,4 @@ def trajectory(
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
-    return Trajectory(mask, reward, discount, logp_old, logp_ref, value, group, baseline, score=score)
+    return Trajectory(mask, reward, discount, logp_old, logp_ref, value, group, baseline, logp_rollout, score)

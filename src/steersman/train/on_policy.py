@@ -13,6 +13,7 @@ from torch import Tensor
 from steersman.advantage.group import no_signal
 from steersman.advantage.returns import values
 from steersman.algorithms.base import Coefficients
+from steersman.loss.policy import truncated_importance
 from steersman.loss.value import explained_variance
 from steersman.ops.masked import masked_mean, masked_sum
 from steersman.reward import Scores
@@ -104,20 +105,23 @@ class OnPolicy:
         return samples, scores
 
     def experience(self, samples: list[Sample], scores: Scores) -> tuple[Tokens, Trajectory, Stats]:
-        """Reference log-probabilities, values and baselines of the samples, and their shaped rewards."""
+        """Reference log-probabilities, values and baselines of the samples, and their shaped rewards.
+
+        With `rollout.recompute_logp` the old log-probabilities are the policy's own, not the engine's.
+        """
         roles, recipe = self.roles, self.recipe
         tokens = tokens_of(samples).to(roles.device)
         score, stats = self.shape(samples, scores)
+        temperature = recipe.rollout.temperature
         with torch.no_grad():
-            logp_ref = (
-                None
-                if roles.reference is None
-                else roles.reference.logp(tokens, temperature=recipe.rollout.temperature).logp
+            logp_old = (
+                roles.policy.logp(tokens, temperature=temperature).logp if recipe.rollout.recompute_logp else None
             )
+            logp_ref = None if roles.reference is None else roles.reference.logp(tokens, temperature=temperature).logp
             value = None if roles.learner.critic is None else roles.learner.critic.value(tokens)
         traj = trajectory(
             samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
-            logp_ref=logp_ref, value=value, whiten_reward=recipe.reward.whiten,
+            logp_old=logp_old, logp_ref=logp_ref, value=value, whiten_reward=recipe.reward.whiten,
             per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
             cut="end" if recipe.critic is None else recipe.critic.cut,
         )  # fmt: skip
@@ -161,10 +165,23 @@ class OnPolicy:
         if traj.logp_ref is not None:
             stats["kl"] = float(masked_sum(traj.logp_old - traj.logp_ref, traj.mask, dim=-1).mean())
             stats["beta"] = self.beta.coef
+        if traj.logp_rollout is not None:
+            stats |= self._mismatch(traj)
         if ret is not None and traj.value is not None:
             stats["explained_variance"] = float(explained_variance(values(traj)[0], ret, traj.mask))
             stats["value/mean"] = float(masked_mean(traj.value[:, :-1], traj.mask))
         return stats
+
+    def _mismatch(self, traj: Trajectory) -> Stats:
+        """How far the engine's log-probabilities are from training's, and what the weights do about it."""
+        assert traj.logp_rollout is not None
+        cap = self.recipe.rollout.importance_cap
+        gap = torch.where(traj.mask, traj.logp_old - traj.logp_rollout, 0.0)
+        return {
+            "rollout/gap": float(gap.abs().max()),
+            "rollout/weight": float(masked_mean(truncated_importance(gap, torch.zeros_like(gap), cap), traj.mask)),
+            "rollout/capped": float(masked_mean((gap.exp() > cap).to(gap.dtype), traj.mask)),
+        }
 
     def adapt(self, stats: Stats) -> None:
         """Lets the controllers of the KL coefficients see this iteration's KL."""

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Algorithm, Coefficients
-from steersman.loss.policy import clip_fraction
+from steersman.loss.policy import clip_fraction, truncated_importance
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
@@ -33,6 +33,7 @@ class Learner:
 
     `temperature` is the one sampled with; `length_limit` the fixed divisor of the "episode" average.
     With a `SharedCritic` one optimiser holds everything, and the value loss counts `vf_coef` times.
+    `importance_cap` bounds the weights of steps whose trajectory has a `logp_rollout`.
     """
 
     algorithm: Algorithm
@@ -45,6 +46,7 @@ class Learner:
     micro_tokens: int = 16_384
     value_clip: float | None = None
     vf_coef: float = 0.5
+    importance_cap: float = 2.0
 
     def update(
         self,
@@ -145,10 +147,16 @@ class Learner:
     def _policy_loss(
         self, logp: Tensor, entropy: Tensor | None, part: Trajectory, adv: Tensor, coef: Coefficients
     ) -> Tensor:
-        """The algorithm's loss with the KL term (where it belongs in the loss) and the entropy bonus."""
+        """The algorithm's loss with the KL term (where it belongs in the loss) and the entropy bonus.
+
+        What is an average over sampled actions is weighted by min(pi_train / pi_rollout, cap) where another engine
+        sampled them; the entropy needs no action.
+        """
         loss = self.algorithm.loss(logp, part, adv, coef)
         if self.algorithm.kl_in == "loss" and part.logp_ref is not None:
             loss = loss + coef.beta * kl_estimate(logp, part.logp_ref, self.algorithm.kl_estimator)
+        if part.logp_rollout is not None:
+            loss = loss * truncated_importance(part.logp_old, part.logp_rollout, self.importance_cap)
         if entropy is not None:
             loss = loss - self.algorithm.entropy_coef * entropy
         return loss
@@ -229,6 +237,12 @@ def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advanta
     value = None if traj.value is None else pad(torch.where(mask, traj.value[:, :-1], 0.0), (0, 1))
     logp_old, adv = torch.where(mask, traj.logp_old, 0.0), torch.where(mask, advantage.adv, 0.0)
     return (
-        replace(traj, logp_old=logp_old, logp_ref=seen(traj.logp_ref, mask), value=value),
+        replace(
+            traj,
+            logp_old=logp_old,
+            logp_ref=seen(traj.logp_ref, mask),
+            value=value,
+            logp_rollout=seen(traj.logp_rollout, mask),
+        ),
         Advantage(adv, seen(advantage.ret, mask)),
     )

@@ -111,6 +111,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         micro_tokens=recipe.run.micro_tokens,
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
+        importance_cap=rollout.importance_cap,
     )
     engine = sampler(policy, rollout)
     sampling = rollout.sampling()

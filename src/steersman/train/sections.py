@@ -81,6 +81,15 @@ class RolloutConfig(Section):
         default_factory=list, description="ids that end a response; empty takes the model's own"
     )
     max_batch: int = Field(default=128, ge=1, description="sequences decoded side by side")
+    recompute_logp: bool = Field(
+        default=False,
+        description="where the sampler computes otherwise than training does (another engine or precision): old "
+        "log-probabilities from training's own forward, each step weighted by min(pi_train / pi_rollout, "
+        "importance_cap)",
+    )
+    importance_cap: float = Field(
+        default=2.0, ge=1, description="largest weight of a step with recompute_logp; it bounds the variance"
+    )
     held_out: int = Field(default=16, ge=0, description="held-out prompts that are answered again and again")
 
     @model_validator(mode="after")
