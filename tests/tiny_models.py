@@ -34,14 +34,43 @@ def tiny_config(family: str, vocab: int = 97):
 
 
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "gemma3"]
+PAIR_FAMILIES = ["t5", "bart"]
+"""Encoder-decoder families whose tests always run; `tiny_pair_config` knows more."""
+
+
+def tiny_pair_config(family: str, vocab: int = 97):
+    """A config of an encoder-decoder family; T5's decoder starts with its pad, BART's with its eos."""
+    from transformers import BartConfig, MBartConfig, MT5Config, PegasusConfig, T5Config, UMT5Config
+
+    if family in ("t5", "t5-gated", "mt5", "umt5"):
+        kind = {"mt5": MT5Config, "umt5": UMT5Config}.get(family, T5Config)
+        # an untied head has no scale before it; the decoder is deeper than the encoder
+        form = {} if family == "t5" else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        return kind(
+            vocab_size=vocab, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2, num_heads=4,
+            relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, **form,
+        )  # fmt: skip
+    kind = {"bart": BartConfig, "mbart": MBartConfig, "pegasus": PegasusConfig}[family]
+    return kind(
+        vocab_size=vocab, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
 
 
 def tiny_model(family: str, vocab: int = 97, seed: int = 0, scale: float = 3.0):
-    """A randomly initialised causal model whose logits are spread enough to make mistakes visible."""
-    from transformers import AutoModelForCausalLM
+    """A randomly initialised model whose logits are spread enough to make mistakes visible."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab))
+    if family in FAMILIES:
+        model = AutoModelForCausalLM.from_config(tiny_config(family, vocab))
+    else:
+        model = AutoModelForSeq2SeqLM.from_config(tiny_pair_config(family, vocab))
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.copy_(torch.randn(1, vocab))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:

@@ -29,12 +29,7 @@ class Layout:
 
 def join(tokens: Tokens) -> Layout:
     """One row of the trunk per row of the batch. Padding becomes id 0 whatever stood there."""
-    if (tokens.prompt_length < 1).any():
-        row = int((tokens.prompt_length < 1).nonzero()[0])
-        raise SteersmanError(
-            f"row {row} of the batch has an empty prompt, so nothing predicts its first response token; "
-            "start every prompt with at least one token, such as the tokenizer's bos or eos"
-        )
+    require_prompts(tokens)
     prompt_length, length = tokens.prompt_length[:, None], tokens.length[:, None]
     L = int(length.max())
     column = torch.arange(L, device=tokens.prompt.device).expand(len(tokens), L)
@@ -42,6 +37,16 @@ def join(tokens: Tokens) -> Layout:
     from_response = tokens.response.gather(1, (column - prompt_length).clamp(0, tokens.response.shape[1] - 1))
     ids = torch.where(column < prompt_length, from_prompt, from_response).masked_fill(column >= length, 0)
     return Layout(ids, None, torch.arange(len(tokens), device=ids.device) * L)
+
+
+def require_prompts(tokens: Tokens) -> None:
+    """Raises SteersmanError where a row has no prompt."""
+    if (tokens.prompt_length < 1).any():
+        row = int((tokens.prompt_length < 1).nonzero()[0])
+        raise SteersmanError(
+            f"row {row} of the batch has an empty prompt, so nothing predicts its first response token; "
+            "start every prompt with at least one token, such as the tokenizer's bos or eos"
+        )
 
 
 def pack(tokens: Tokens, max_tokens: int) -> Layout:

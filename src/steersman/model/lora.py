@@ -41,7 +41,7 @@ def add_lora(model: Any, config: LoraConfig) -> peft.PeftModel:
         lora_dropout=config.dropout,
         target_modules=config.targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2 stores weights transposed
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
     try:
         adapters = peft.get_peft_model(model, settings)

@@ -1,4 +1,4 @@
-"""The policy: a live causal language model that gives log-probabilities of responses."""
+"""The policy: a live language model that gives log-probabilities of responses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
-from steersman.model.layout import Layout, in_groups, join, pack, predicting, response_slots, spread
+from steersman.model.layout import in_groups, response_slots, spread
+from steersman.model.pairs import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.probe import packs_exactly, probe_causal, probe_ids
+from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
 from steersman.types import SteersmanError, Tokens
 
@@ -27,28 +29,35 @@ class Logp:
 
 
 class Policy(nn.Module):
-    """log pi(response token | prompt and response before it) under any causal model of the ecosystem.
+    """log pi(response token | prompt and response before it) under any model of the ecosystem, causal or
+    encoder-decoder.
 
-    The model is used as it is, without a copy. Rows are right-padded and no attention mask is passed: under
-    causal attention nothing to the right can be seen. Only the states that predict response tokens go through
-    the output layer, and their logits never stand whole in memory (`ops.logprob.linear_logp`).
+    The model is used as it is, without a copy; how it reads a batch is its `reader`'s business. Only the states
+    that predict response tokens go through the output layer, and their logits never stand whole in memory
+    (`ops.logprob.linear_logp`).
 
     `pack`: lay several rows into one of up to so many tokens, with the same results. `max_tokens`: without
     gradients, run in groups of like length of at most so many tokens with their padding. `notes` say what
     loading found or changed.
 
-    Raises SteersmanError if the model's own logits are not what trunk and output layer give, if it is not
-    causal, or if it can not pack where packing is asked for.
+    Raises SteersmanError if the model's own logits are not what trunk and output layer give, if later tokens or
+    padding show in its states, if an encoder-decoder names no start token, or if it can not pack where packing is
+    asked for.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, pack: int | None = None, max_tokens: int | None = 8192) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.form = probe_causal(model)
-        self.pack, self.max_tokens = pack, max_tokens
+        self.max_tokens = max_tokens
         self.notes: list[str] = []
-        if pack is not None and not packs_exactly(self.form.trunk, probe_ids(model)):
+        self.reader: Reader
+        if is_pair(model):
+            self.reader, self.form = pair_reader(model, tokenizer), probe_pair(model)
+        else:
+            self.form = probe_causal(model)
+            self.reader = Joined(self.form.trunk, pack)
+        if pack is not None and (is_pair(model) or not packs_exactly(self.form.trunk, probe_ids(model))):
             raise SteersmanError(
                 f"{type(model).__name__} does not keep packed sequences apart with attention "
                 f"'{model.config._attn_implementation}'; leave packing off for this model"
@@ -66,16 +75,15 @@ class Policy(nn.Module):
     def head(self) -> Head:
         """The output layer."""
         layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias, self.form.logit_scale, self.form.softcap)
+        scale = self.form.logit_scale * self.form.input_scale
+        return Head(layer.weight, output_bias(self.model, self.form), scale, self.form.softcap)
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         """States that predict each response token, packed row by row.
 
         With `extra` 1 each row also has the state after its last token. A row without response gives none (one).
         """
-        tokens = tokens.to(self.device)
-        layout = join(tokens) if self.pack is None else pack(tokens, self.pack)
-        return states(self.form.trunk, layout)[predicting(tokens, layout, extra)]
+        return self.reader.hidden(tokens.to(self.device), extra)
 
     def logp(self, tokens: Tokens, *, temperature: float = 1.0, entropy: bool = False) -> Logp:
         """Log-probability of every response token, under softmax(logits / temperature) restricted to the
@@ -120,12 +128,6 @@ class Policy(nn.Module):
             )
         with self.adapters.disable_adapter(), torch.no_grad():
             yield self
-
-
-def states(trunk: nn.Module, layout: Layout) -> Float[Tensor, "RL H"]:
-    """The trunk's last hidden states, flattened. Without an attention mask; see the module's words on padding."""
-    positions = {} if layout.positions is None else {"position_ids": layout.positions}
-    return trunk(input_ids=layout.ids, use_cache=False, **positions).last_hidden_state.flatten(0, 1)
 
 
 def _support(tokens: Tokens, device: torch.device) -> Support | None:

@@ -7,7 +7,7 @@ first, and some trunks are not causal. A model that does what is not understood 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +22,13 @@ ROWS, LENGTH = 2, 6
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The trunk's module, and the function between output layer and logits (see `ops.logprob.Head`)."""
+    """The trunk's module (of an encoder-decoder the decoder), and the function between its states and the logits
+    (see `ops.logprob.Head`): cap(logit_scale * (W (input_scale * h) + b))."""
 
     trunk: nn.Module
     logit_scale: float
     softcap: float | None
+    input_scale: float = 1.0
 
 
 def probe_causal(model: Any) -> Form:
@@ -35,14 +37,23 @@ def probe_causal(model: Any) -> Form:
     The output layer's result is replaced by a known wide range of numbers, so that a cap shows even where the
     weights give small logits. Raises SteersmanError naming what differs.
     """
-    name = _name(model)
+    name, ids = model_name(model), probe_ids(model)
+    with quiet(model):
+        seen, wide, logits = spied(model, lambda: model(input_ids=ids, use_cache=False).logits)
+        trunk = _trunk(model, ids, seen)
+        require_causal(lambda some: trunk(input_ids=some, use_cache=False).last_hidden_state, ids, name)
+    scale, softcap = after(model.config.get_text_config(), wide, logits, name)
+    return Form(trunk, scale, softcap)
+
+
+def spied(model: Any, forward: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What the output layer read in a forward pass, the wide numbers put in place of its result, and the logits."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise SteersmanError(
-            f"{name}: its output layer is {type(layer).__name__}, not a linear layer; steersman can not compute "
-            "its log-probabilities exactly"
+            f"{model_name(model)}: its output layer is {type(layer).__name__}, not a linear layer; steersman can not "
+            "compute its log-probabilities exactly"
         )
-    ids = probe_ids(model)
     generator = torch.Generator().manual_seed(0)
     wide = 80 * (2 * torch.rand(ROWS, LENGTH, layer.out_features, generator=generator) - 1)
     wide = wide.to(layer.weight.device, layer.weight.dtype)
@@ -52,16 +63,12 @@ def probe_causal(model: Any) -> Form:
         seen.append(args[0])
         return wide
 
-    with quiet(model):
-        handle = layer.register_forward_hook(replace)
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits
-        finally:
-            handle.remove()
-        trunk = _trunk(model, ids, seen[0] if seen else None)
-        require_causal(trunk, ids, name)
-    scale, softcap = _after(model.config.get_text_config(), wide.float(), logits.float(), name)
-    return Form(trunk, scale, softcap)
+    handle = layer.register_forward_hook(replace)
+    try:
+        logits = forward()
+    finally:
+        handle.remove()
+    return (seen[0] if seen else None), wide.float(), logits.float()
 
 
 def probe_ids(model: Any) -> Tensor:
@@ -69,10 +76,9 @@ def probe_ids(model: Any) -> Tensor:
     return (torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) * 7 + 3).remainder(rows).to(model.device)
 
 
-def require_causal(trunk: nn.Module, ids: Tensor, name: str) -> None:
+def require_causal(states: Callable[[Tensor], Tensor], ids: Tensor, name: str) -> None:
     """Raises SteersmanError if a later token changes an earlier state."""
-    whole = trunk(input_ids=ids, use_cache=False).last_hidden_state
-    part = trunk(input_ids=ids[:, : LENGTH // 2], use_cache=False).last_hidden_state
+    whole, part = states(ids), states(ids[:, : LENGTH // 2])
     if not close(whole[:, : LENGTH // 2], part):
         raise SteersmanError(
             f"{name}: its states change with tokens that come later, so it is not a causal language model (an "
@@ -116,12 +122,12 @@ def _trunk(model: Any, ids: Tensor, states: Tensor | None) -> nn.Module:
         if close(trunk(input_ids=ids, use_cache=False).last_hidden_state, states):
             return trunk
     raise SteersmanError(
-        f"{_name(model)}: its output layer does not read the trunk's last hidden state as it is, so the fused "
+        f"{model_name(model)}: its output layer does not read the trunk's last hidden state as it is, so the fused "
         "log-probability would be wrong; this model family is not supported yet"
     )
 
 
-def _after(config: Any, wide: Tensor, logits: Tensor, name: str) -> tuple[float, float | None]:
+def after(config: Any, wide: Tensor, logits: Tensor, name: str) -> tuple[float, float | None]:
     """Scale and cap between the output layer's result and the logits, the best among those that the config
     speaks of."""
     scales = [1.0]
@@ -146,5 +152,5 @@ def _form(x: Tensor, scale: float, softcap: float | None) -> Tensor:
     return x * scale if softcap is None else softcap * torch.tanh(x * scale / softcap)
 
 
-def _name(model: Any) -> str:
+def model_name(model: Any) -> str:
     return f"{type(model).__name__} at '{getattr(model, 'name_or_path', '')}'"

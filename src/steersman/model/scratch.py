@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from steersman.model.load import dropout_off
 from steersman.model.policy import Policy
@@ -21,9 +21,10 @@ def fresh_policy(
     device: torch.device | str = "cpu",
     pack: int | None = None,
 ) -> Policy:
-    """A randomly initialised causal model: `settings` are its config's fields, `model_type` among them.
+    """A randomly initialised model: `settings` are its config's fields, `model_type` among them.
 
-    Vocabulary size and the ids of special tokens are the tokenizer's unless given. Raises SteersmanError for an
+    Vocabulary size and the ids of special tokens are the tokenizer's unless given; an encoder-decoder's decoder
+    starts with the pad token, or with the end token where the tokenizer has no pad. Raises SteersmanError for an
     unknown model type, field values that its class refuses, or a folder without a tokenizer.
     """
     try:
@@ -39,7 +40,10 @@ def fresh_policy(
     try:
         config = AutoConfig.for_model(model_type, **merged)
         dropout_off(config)
-        model = AutoModelForCausalLM.from_config(config)
+        if config.is_encoder_decoder and "decoder_start_token_id" not in settings:
+            starts = (config.pad_token_id, config.eos_token_id)
+            config.decoder_start_token_id = next((i for i in starts if i is not None), None)
+        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     except (ValueError, TypeError) as error:
         raise SteersmanError(f"model.scratch: {error}") from error
     return Policy(model.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer, pack=pack)
