@@ -106,7 +106,8 @@ BY_HAND = {  # loss, options, lead in log pi/pi_ref (or, without a reference, in
     "dpo": (pref.dpo, {"beta": 0.5}, LEAD / 0.5, True),
     "conservative": (pref.dpo, {"beta": 0.5, "label_smoothing": 0.1}, logit(0.9 * WIN + 0.1 * (1 - WIN)) / 0.5, True),
     "ipo": (pref.ipo, {"beta": 0.5}, (2 * WIN - 1) / (2 * 0.5), True),
-    "hinge": (pref.hinge, {"beta": 0.5, "margin": 1.0}, 1.0 / 0.5, True),
+    "hinge": (pref.hinge, {"beta": 0.5, "margin": 1.0}, 1.0 / 0.5, False),
+    "rso": (pref.rso, {"beta": 0.5, "margin": 1.0}, 1.0 / 0.5, True),
     "dpop": (pref.dpop, {"beta": 0.5, "penalty": 0.5}, dpop_margin(0.5, 0.5), True),
     "simpo": (pref.simpo, {"beta": 2.0, "margin": 0.0}, LEAD / 2, False),
     "simpo margin": (pref.simpo, {"beta": 2.0, "margin": 0.6}, simpo_margin(0.6) / 2, False),
@@ -119,7 +120,7 @@ def test_two_answers_by_hand(name):
     function, options, lead, relative = BY_HAND[name]
     world = Population(TWO)
     loss = world.expected(lambda pair: function(pair, **options)[0])
-    if name == "hinge":
+    if name in ("hinge", "rso"):
         start = TWO.sequence_logp_ref.sum(-1)
         logits = descend_kinked(world, lambda pair: function(pair, **options)[0], start, steps=300)
     else:
@@ -132,7 +133,8 @@ def test_two_answers_by_hand(name):
 # What the statements in LOSSES add ------------------------------------------------------------------------------
 
 
-def test_hinge_rests_at_the_optimum_of_its_linear_program():
+@pytest.mark.parametrize("function", [pref.hinge, pref.rso])
+def test_hinge_rests_at_the_optimum_of_its_linear_program(function):
     """min sum prob xi  with  xi >= margin - beta (g_w - g_l), xi >= 0."""
     w, l, M, N = WORLD.chosen.numpy(), WORLD.rejected.numpy(), len(WORLD.chosen), len(MDP)  # noqa: E741
     A = np.zeros((M, N + M))
@@ -140,7 +142,7 @@ def test_hinge_rests_at_the_optimum_of_its_linear_program():
     A[np.arange(M), N + np.arange(M)] = -1
     cost = np.concatenate([np.zeros(N), WORLD.prob.numpy()])
     program = linprog(cost, A_ub=A, b_ub=-np.ones(M), bounds=[(None, None)] * N + [(0, None)] * M)
-    loss = lambda pair: pref.hinge(pair, beta=BETA)[0]  # noqa: E731
+    loss = lambda pair: function(pair, beta=BETA, margin=1.0)[0]  # noqa: E731
     logits = descend_kinked(WORLD, loss, MDP.sequence_logp_ref.sum(-1))
     assert WORLD.expected(loss)(logits).item() == pytest.approx(program.fun, abs=1e-6)
 

@@ -68,6 +68,9 @@ CASES = {
         for i in range(40)
     ],
 }
+CASES["chosen_falls"] = [
+    {"held_out/logp/chosen": -40.0 - 2 * i, "held_out/logp/rejected": -42.0 - 5 * i} for i in range(6)
+]
 
 
 @pytest.mark.parametrize("code", CASES)
@@ -180,3 +183,41 @@ def test_no_alarm_over_real_stories(shared):
 
 def test_every_check_has_a_case():
     assert set(CHECKS) == {*CASES, "repetition", "same_answer", "empty_answers"}
+
+
+def falling(fall: float, n: int = 20, good: str = "chosen", bad: str = "rejected") -> list[dict[str, float]]:
+    """Noisy batches whose preferred answers lose `fall` nats over the run, the others thrice as many."""
+    rng = random.Random(0)
+    return [
+        {
+            f"logp/{good}": -60 + rng.gauss(0, 1) - fall * i / n,
+            f"logp/{bad}": -60 + rng.gauss(0, 1) - 3 * fall * i / n,
+        }
+        for i in range(n)
+    ]
+
+
+def test_a_falling_chosen_likelihood_is_told_with_its_numbers_and_remedies():
+    watch = HealthWatch()
+    (finding,) = [f for i, row in enumerate(CASES["chosen_falls"]) for f in watch.update(i, row)]
+    assert finding.step == 3  # 6 nats of 40; 4 are the limit
+    for words in ("from -40.0 to -46.0", "rejected ones from -42.0 to -57.0", "held-out", "dpop", "loss.nll"):
+        assert words in finding.text
+
+
+@pytest.mark.parametrize(("good", "bad"), [("chosen", "rejected"), ("liked", "disliked")])
+def test_the_chosen_likelihood_may_rise_stay_or_fall_a_little(good, bad):
+    assert codes(falling(20.0, good=good, bad=bad)) == ["chosen_falls"]
+    for fall in (-20.0, 0.0, 3.0):
+        assert codes(falling(fall, good=good, bad=bad)) == []
+    # what counts is the held-out data where there is some, and steps without a look at it say nothing
+    rows = [
+        {**row, **({f"held_out/logp/{good}": -50.0} if i % 5 == 0 else {})}
+        for i, row in enumerate(falling(20.0, 20, good, bad))
+    ]
+    assert codes(rows) == []
+
+
+def test_kl_on_held_prompts_stands_in_for_that_of_rollouts():
+    assert codes([{"held_out/kl": 30.0, "held_out/length": 40.0}]) == ["kl_runaway"]
+    assert codes([{"held_out/kl": 30.0, "held_out/length": 40.0, "kl": 1.0, "length/mean": 40.0}]) == []

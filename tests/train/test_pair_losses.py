@@ -11,7 +11,8 @@ from steersman.data import Encoded, EncodedSet, Preference
 from steersman.data.read import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
-from steersman.train.preference import PairLossConfig, PairObjective, divergence_from
+from steersman.train.preference import PairLossConfig, PairObjective
+from steersman.train.reference import divergence
 from steersman.train.tally import Tally
 
 PAIRS = [name for name, entry in LOSSES.items() if entry.data == "pair"]
@@ -82,7 +83,7 @@ def test_divergence_is_the_exact_sum_with_gradient_to_the_policy():
     from steersman.data import collate
 
     tokens = collate([e])
-    found = divergence_from(
+    found = divergence(
         made.reference.hidden(tokens).detach(), made.reference.head(), made.module.hidden(tokens), made.module.head(),
         rows=2,
     )  # fmt: skip

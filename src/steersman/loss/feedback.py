@@ -27,6 +27,15 @@ def kto_reference_point(mismatched: Float[Tensor, " B"], ref_mismatched: Float[T
     return (mismatched - ref_mismatched).mean().clamp(min=0).detach()
 
 
+def auto_weights(likes: int, dislikes: int) -> tuple[float, float]:
+    """lambda_D, lambda_U such that lambda_D n_D = lambda_U n_U, the commoner label's being 1.
+
+    Source: arXiv 2402.01306, section 4.2 (a ratio between 1 and 3/2 is advised; this is 1).
+    """
+    most = max(likes, dislikes)
+    return most / likes, most / dislikes
+
+
 def kto(
     logp: Float[Tensor, " B"],
     ref_logp: Float[Tensor, " B"],
@@ -45,6 +54,8 @@ def kto(
     The paper asks for lambda_D n_D / (lambda_U n_U) between 1 and 3/2 where the labels are unbalanced.
 
     Source: arXiv 2402.01306, eq. 8. Departure: lambda_y - v is written out, so a perfect fit costs 0.
+    TRL 1.16 agrees, but for its mismatched answers: they are fixed once with the order of the data and may answer
+    the very same prompt, while `train/feedback.py` takes the next answer in the batch to another prompt.
     """
     ratio = logp - ref_logp
     gain = beta * (ratio - reference_point)
@@ -52,20 +63,6 @@ def kto(
     weight = torch.where(desirable, desirable_weight, undesirable_weight).to(gain.dtype)
     # 1 - sigma(x) = sigma(-x), without the cancellation
     return weight * torch.sigmoid(-sign * gain), {"reward": beta * ratio.detach()}
-
-
-def bco_shift(reward: Float[Tensor, " B"], desirable: Bool[Tensor, " B"]) -> Float[Tensor, ""]:
-    """BCO's reward shift: half-way between the mean implicit rewards of liked and disliked answers, detached.
-
-        delta = (E_D[beta rho] + E_U[beta rho]) / 2
-
-    A batch with one kind only gives that kind's mean. The paper smooths it over batches; keep a moving average.
-
-    Source: arXiv 2404.04656, section 3 (reward shift).
-    """
-    reward = reward.detach()
-    means = [reward[kind].mean() for kind in (desirable, ~desirable) if kind.any()]
-    return torch.stack(means).mean()
 
 
 def bco(
@@ -81,10 +78,14 @@ def bco(
         L = -log sigma(beta rho - delta)    for a desirable answer
         L = -log sigma(delta - beta rho)    for an undesirable one
 
+    `shift` is delta = (E_D[beta rho] + E_U[beta rho]) / 2, half-way between the mean rewards of the two kinds over
+    the data, without gradient; `train/feedback.py` keeps a moving average of each over the batches.
+
     Where liked and disliked answers belong to different prompts, the paper weights the disliked ones by
     p(liked | x) / p(disliked | x): multiply it onto what is returned.
 
-    Source: arXiv 2404.04656, section 3.
+    Source: arXiv 2404.04656, section 3. TRL 1.16 has the loss no more; its `bco_pair` is the sum over a pair at
+    delta = 0.
     """
     reward = beta * (logp - ref_logp)
     sign = torch.where(desirable, 1.0, -1.0).to(reward.dtype)

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from steersman.loss.feedback import bco, kto
-from steersman.loss.preference import cpo, dpo, dpop, hinge, ipo, orpo, robust_dpo, simpo, tdpo1, tdpo2
+from steersman.loss.preference import cpo, dpo, dpop, hinge, ipo, orpo, robust_dpo, rso, simpo, tdpo1, tdpo2
 
 
 class Objective(NamedTuple):
     """One offline loss. `data` says what its rows are: pairs, or single answers with a thumb up or down.
 
     `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
+    `takes_offset` says whether the margins of the data can be asked for.
     """
 
     function: Callable[..., Any]
@@ -28,13 +29,14 @@ class Objective(NamedTuple):
     length_normalised: bool
     has_closed_form_optimum: bool
     fixed_point: str
+    takes_offset: bool = False
 
 
 LOSSES: dict[str, Objective] = {
     "dpo": Objective(
         dpo, "pair", "arXiv 2305.18290", True, False, False, True,
         "pi proportional to pi_ref exp(r / beta); with label smoothing eps, the win rate of every answer under "
-        "the implicit reward matches (1 - eps) p + eps (1 - p), a flatter policy",
+        "the implicit reward matches (1 - eps) p + eps (1 - p), a flatter policy", takes_offset=True,
     ),
     "robust_dpo": Objective(
         robust_dpo, "pair", "arXiv 2403.00409", True, False, False, True,
@@ -46,7 +48,13 @@ LOSSES: dict[str, Objective] = {
     ),
     "hinge": Objective(
         hinge, "pair", "arXiv 2305.10425", False, False, False, False,
-        "implicit rewards differ by whole multiples of the margin: order is learnt, strength is not",
+        "beta log pi differs by whole multiples of the margin: order is learnt, strength is not; whatever pi_ref was",
+        takes_offset=True,
+    ),
+    "rso": Objective(
+        rso, "pair", "arXiv 2309.06657", True, False, False, False,
+        "beta log pi/pi_ref differs by whole multiples of the margin: order is learnt, strength is not",
+        takes_offset=True,
     ),
     "dpop": Objective(
         dpop, "pair", "arXiv 2402.13228", True, False, False, False,
@@ -66,6 +74,7 @@ LOSSES: dict[str, Objective] = {
     "simpo": Objective(
         simpo, "pair", "arXiv 2405.14734", False, False, True, False,
         "at gamma = 0, log pi(y) = |y| (r(y) + c) / beta, whatever pi_ref was; gamma > 0 overstates every lead",
+        takes_offset=True,
     ),
     "orpo": Objective(
         orpo, "pair", "arXiv 2403.07691", False, False, True, False,

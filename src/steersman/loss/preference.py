@@ -9,6 +9,7 @@ caller's. With w and l the chosen and rejected answer, all formulas use
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ class PairLogp(NamedTuple):
 
     `chosen` and `rejected` are log-probabilities of whole answers (nats), `ref_*` the reference's, `*_length`
     the number of tokens that counted, `*_kl` the sequential divergence sum_t KL(pi_ref(. | s_t) || pi(. | s_t))
-    over the vocabulary. What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks
-    is a TypeError.
+    over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
+    losses with `takes_offset` read it). What a loss does not need may be None (`offline.LOSSES` says); what it needs
+    and lacks is a TypeError.
     """
 
     chosen: Float[Tensor, " B"]
@@ -38,6 +40,14 @@ class PairLogp(NamedTuple):
     ref_rejected: Float[Tensor, " B"] | None = None
     chosen_kl: Float[Tensor, " B"] | None = None
     rejected_kl: Float[Tensor, " B"] | None = None
+    offset: Float[Tensor, " B"] | None = None
+
+    def swapped(self) -> PairLogp:
+        """The same answers under the opposite label."""
+        return PairLogp(
+            self.rejected, self.chosen, self.rejected_length, self.chosen_length, self.ref_rejected, self.ref_chosen,
+            self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset,
+        )  # fmt: skip
 
 
 def pair_logp(
@@ -82,6 +92,10 @@ def _divergences(pair: PairLogp) -> tuple[Tensor, Tensor]:
     return pair.chosen_kl, pair.rejected_kl
 
 
+def _less_offset(lead: Tensor, pair: PairLogp) -> Tensor:
+    return lead if pair.offset is None else lead - pair.offset
+
+
 def _explain(chosen: Tensor, rejected: Tensor) -> Explain:
     chosen, rejected = chosen.detach(), rejected.detach()
     return {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}
@@ -90,14 +104,17 @@ def _explain(chosen: Tensor, rejected: Tensor) -> Explain:
 def dpo(pair: PairLogp, *, beta: float = 0.1, label_smoothing: float = 0.0) -> tuple[Float[Tensor, " B"], Explain]:
     """Direct preference optimisation; with `label_smoothing` eps in [0, 1/2) the conservative variant.
 
-        L = -(1 - eps) log sigma(m) - eps log sigma(-m),     m = beta (rho(w) - rho(l))
+        L = -(1 - eps) log sigma(m) - eps log sigma(-m),     m = beta (rho(w) - rho(l)) - offset
 
-    `beta` > 0 is the strength of the KL penalty that the implicit reward beta rho belongs to.
+    `beta` > 0 is the strength of the KL penalty that the implicit reward beta rho belongs to. An offset asks for a
+    lead of that size where the answers are known to differ by more than a little.
 
-    Source: arXiv 2305.18290, eq. 7; eps: Mitchell, "A note on DPO with noisy preferences", 2023, eq. 3.
+    Source: arXiv 2305.18290, eq. 7; eps: Mitchell, "A note on DPO with noisy preferences", 2023, eq. 3;
+    offset: arXiv 2402.10571, section 3.
+    Departure from TRL 1.16, whose sigmoid loss has no eps any more: the conservative variant is kept.
     """
     ratio_w, ratio_l = _ratios(pair)
-    m = beta * (ratio_w - ratio_l)
+    m = _less_offset(beta * (ratio_w - ratio_l), pair)
     loss = -(1 - label_smoothing) * logsigmoid(m) - label_smoothing * logsigmoid(-m)
     return loss, _explain(beta * ratio_w, beta * ratio_l)
 
@@ -126,8 +143,9 @@ def ipo(pair: PairLogp, *, beta: float = 0.1, length_normalised: bool = False) -
     `beta` is the paper's tau.
 
     Source: arXiv 2310.12036, eq. 17.
-    Departure: with `length_normalised`, rho is the mean over an answer's tokens, as several libraries do after
-    advice of the authors; the target then is per token and the optimum another.
+    Departure: with `length_normalised`, rho is the mean over an answer's tokens; the target then is per token and
+    the optimum another. TRL does so always, on advice of the authors; without it the loss is the paper's formula,
+    whose optimum `steersman verify` reaches, so that is the default here.
     """
     ratio_w, ratio_l = _ratios(pair)
     if length_normalised:
@@ -138,21 +156,30 @@ def ipo(pair: PairLogp, *, beta: float = 0.1, length_normalised: bool = False) -
 
 
 def hinge(pair: PairLogp, *, beta: float = 1.0, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
-    """Sequence-likelihood calibration: a hinge on the margin between the two answers.
+    """Sequence-likelihood calibration: a hinge on the lead of the chosen answer's log-probability; no reference.
 
-        L = max(0, delta - beta (rho(w) - rho(l)))
+        L = max(0, delta + offset - beta (log pi(w) - log pi(l)))
 
-    Without reference log-probabilities rho is log pi: SLiC-HF's calibration term at beta = 1, with `margin` its
-    delta; its regularisation term is `chosen_nll`. With them it is the hinge-norm loss of RSO at delta = 1.
+    `margin` is delta; `beta` = 1 in the paper, whose regularisation term is `chosen_nll`.
 
-    Source: arXiv 2305.10425, section 2.2; arXiv 2309.06657, section 3 (hinge-norm).
+    Source: arXiv 2305.10425, section 2.2.
     """
-    if pair.ref_chosen is None:
-        ratio_w, ratio_l = pair.chosen, pair.rejected
-    else:
-        ratio_w, ratio_l = _ratios(pair)
-    loss = relu(margin - beta * (ratio_w - ratio_l))
-    return loss, _explain(beta * ratio_w, beta * ratio_l)
+    reward_w, reward_l = beta * pair.chosen, beta * pair.rejected
+    return relu(margin - _less_offset(reward_w - reward_l, pair)), _explain(reward_w, reward_l)
+
+
+def rso(pair: PairLogp, *, beta: float = 0.1, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
+    """The hinge of statistical rejection sampling optimisation ("hinge-norm"): SLiC relative to a reference.
+
+        L = max(0, delta + offset - beta (rho(w) - rho(l)))
+
+    `margin` is delta, 1 in the paper; `beta` is its gamma.
+
+    Source: arXiv 2309.06657, section 3 (hinge-norm).
+    """
+    ratio_w, ratio_l = _ratios(pair)
+    lead = _less_offset(beta * (ratio_w - ratio_l), pair)
+    return relu(margin - lead), _explain(beta * ratio_w, beta * ratio_l)
 
 
 def dpop(pair: PairLogp, *, beta: float = 0.3, penalty: float = 50.0) -> tuple[Float[Tensor, " B"], Explain]:
@@ -201,15 +228,15 @@ def tdpo2(pair: PairLogp, *, beta: float = 0.1, alpha: float = 0.5) -> tuple[Flo
 def simpo(pair: PairLogp, *, beta: float = 2.0, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
     """Simple preference optimisation: the reward is the answer's mean log-probability; no reference.
 
-        L = -log sigma(beta / |w| log pi(w) - beta / |l| log pi(l) - gamma)
+        L = -log sigma(beta / |w| log pi(w) - beta / |l| log pi(l) - gamma - offset)
 
-    `margin` is gamma, in reward units.
+    `margin` is gamma, in reward units, as in the paper (its program, and others, set gamma / beta).
 
     Source: arXiv 2405.14734, eq. 6.
     """
     reward_w = beta * pair.chosen / pair.chosen_length.clamp(min=1)
     reward_l = beta * pair.rejected / pair.rejected_length.clamp(min=1)
-    return -logsigmoid(reward_w - reward_l - margin), _explain(reward_w, reward_l)
+    return -logsigmoid(_less_offset(reward_w - reward_l, pair) - margin), _explain(reward_w, reward_l)
 
 
 def log_odds(logp: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -227,6 +254,9 @@ def orpo(pair: PairLogp, *, weight: float = 0.1) -> tuple[Float[Tensor, " B"], E
     `weight` is lambda. The implicit rewards are lambda log p.
 
     Source: arXiv 2403.07691, eq. 3-7.
+    Departure from TRL, and from the authors' program by default: the likelihood term is over the answer's tokens,
+    one mean per answer, as in the paper's eq. 2; theirs is one mean over the prompts' and answers' tokens of a
+    batch, which trains on the prompt and weighs an answer by its length.
     """
     mean_w = pair.chosen / pair.chosen_length.clamp(min=1)
     mean_l = pair.rejected / pair.rejected_length.clamp(min=1)
@@ -244,7 +274,9 @@ def cpo(
     `nll_weight` is lambda, 1 in the paper.
 
     Source: arXiv 2401.08417, section 3.
-    Departure: with `length_normalised_nll` the second term is the mean over tokens, as in the authors' program.
+    Departure: with `length_normalised_nll` the second term is the mean over the answer's tokens. The authors'
+    program and TRL take it per token too, as one mean over all tokens of a batch, so that an answer's weight there
+    depends on the lengths of its neighbours.
     """
     reward_w, reward_l = beta * pair.chosen, beta * pair.rejected
     loss = -logsigmoid(reward_w - reward_l) + nll_weight * chosen_nll(pair, length_normalised_nll)
@@ -257,3 +289,22 @@ def chosen_nll(pair: PairLogp, length_normalised: bool = True) -> Float[Tensor, 
     Source: arXiv 2404.19733, eq. 1 (per token); arXiv 2401.08417, section 3 (whole answer).
     """
     return -pair.chosen / pair.chosen_length.clamp(min=1) if length_normalised else -pair.chosen
+
+
+def soft_labelled(
+    loss: Callable[[PairLogp], tuple[Float[Tensor, " B"], Explain]], pair: PairLogp, agreement: Float[Tensor, " B"]
+) -> tuple[Float[Tensor, " B"], Explain]:
+    """Any pair loss under a soft label: its expectation when the label is drawn by one of the raters.
+
+        a L(w, l) + (1 - a) L(l, w)
+
+    `agreement` a in [0, 1] is the share of raters who preferred the first answer. Since a population's loss is
+    linear in how often a pair is labelled each way, the optimum is that of the raters' single votes. What is
+    explained is the pair in the given order. For DPO this is cross-entropy with a as the target.
+
+    Source: arXiv 2310.12036, section 5 (a preference is one draw of a Bernoulli variable).
+    """
+    value, explain = loss(pair)
+    if bool((agreement == 1).all()):
+        return value, explain
+    return agreement * value + (1 - agreement) * loss(pair.swapped())[0], explain

@@ -4,7 +4,9 @@ Each check is a pure function of the history (one dict of numbers per iteration)
 sentence with the numbers that it saw and what to do, or None. What it reads, where it is there:
 `reward/total`, `reward/<name>`, `kl` (nats per response), `entropy` (nats per token), `ratio_gap`
 (max |logp_train - logp_rollout|), `explained_variance`, `finish/length`, `finish/eos` (shares),
-`length/mean` (tokens), and `text/*` made from the responses themselves (`text_stats`).
+`length/mean` (tokens), and `text/*` made from the responses themselves (`text_stats`). Offline preference methods
+measure `held_out/kl` with `held_out/length` in the place of `kl` and `length/mean`, and the log-probabilities of the
+given answers, `logp/<side>` (nats per answer), where a side is chosen and rejected, or liked and disliked.
 """
 
 from __future__ import annotations
@@ -65,6 +67,9 @@ class HealthConfig(Section):
     reward_ignore: list[str] = Field(
         default=["total", "kl", "penalty"], description="reward/<name> that are no reward of their own"
     )
+    chosen_fall: float = Field(
+        default=0.1, gt=0, description="chosen likelihood falls: by this share of its negative log-likelihood"
+    )
     repeat_every: int = Field(default=20, gt=0, description="iterations before a finding that lasts is said again")
 
 
@@ -123,6 +128,8 @@ class HealthWatch:
 
 READ = {
     "step", "kl", "entropy", "ratio_gap", "explained_variance", "finish/length", "finish/eos", "length/mean",
+    "held_out/kl", "held_out/length",
+    *(f"{where}logp/{side}" for where in ("", "held_out/") for side in ("chosen", "rejected", "liked", "disliked")),
 }  # fmt: skip
 
 
@@ -149,18 +156,19 @@ def non_finite_tensor(step: int, named: Iterable[tuple[str, Tensor | None]]) -> 
 
 
 def kl_runaway(history: list[Row], c: HealthConfig) -> str | None:
-    last = _tail(history, "kl", 3)
+    last, length = _tail(history, "kl", 3), _tail(history, "length/mean", 1)
+    if last is None and not any("kl" in row for row in history):
+        last, length = _tail(history, "held_out/kl", 1), _tail(history, "held_out/length", 1)
     if last is None:
         return None
     kl = sum(last) / len(last)
-    length = _tail(history, "length/mean", 1)
     limit = c.kl_per_token * length[0] if length else c.kl_per_response
     if kl <= limit:
         return None
     per = f" over {length[0]:.0f} tokens" if length else ""
     return (
         f"KL to the reference runs away: {kl:.1f} nats per response{per}, limit {limit:.1f}. The policy has left "
-        "the text that its reward was made for; raise the KL coefficient or lower the learning rate."
+        "the text that its reward was made for; raise the KL coefficient (beta) or lower the learning rate."
     )
 
 
@@ -269,6 +277,30 @@ def reward_hacking(history: list[Row], c: HealthConfig) -> str | None:
     return None
 
 
+def chosen_falls(history: list[Row], c: HealthConfig) -> str | None:
+    """On held-out answers where there are some, which are the same each time; else on means of five batches."""
+    for good, bad in (("chosen", "rejected"), ("liked", "disliked")):
+        held = any(f"held_out/logp/{good}" in row for row in history)
+        where, span = ("held_out/", 1) if held else ("", 5)
+        seen = [row for row in history if f"{where}logp/{good}" in row]
+        if seen[-1:] != history[-1:] or len(seen) < 2 * span:
+            continue
+        first, last = (
+            [_average(rows, f"{where}logp/{x}") for x in (good, bad)] for rows in (seen[:span], seen[-span:])
+        )
+        fall = first[0] - last[0]
+        if fall <= max(c.chosen_fall * -first[0], 1.0):
+            continue
+        other = "" if math.isnan(first[1]) else f", and of {bad} ones from {first[1]:.1f} to {last[1]:.1f}"
+        return (
+            f"{good} likelihood falls: log pi of {good} answers went from {first[0]:.1f} to {last[0]:.1f} nats per "
+            f"answer on {'held-out' if held else 'training'} data{other}. The loss asks for a difference alone, and "
+            "gets it by making both unlikely; their probability goes to answers that nobody judged. Remedies: "
+            "an NLL term (loss.nll, such as 0.2), a larger beta, a lower learning rate, or for pairs the loss dpop."
+        )
+    return None
+
+
 Check = Callable[[list[Row], HealthConfig], str | None]
 CHECKS: dict[str, tuple[Literal["note", "warning", "stop"], Check]] = {
     "kl_runaway": ("warning", kl_runaway),
@@ -281,6 +313,7 @@ CHECKS: dict[str, tuple[Literal["note", "warning", "stop"], Check]] = {
     "ratio_gap": ("warning", ratio_gap),
     "bad_critic": ("warning", bad_critic),
     "reward_hacking": ("warning", reward_hacking),
+    "chosen_falls": ("warning", chosen_falls),
 }
 
 
@@ -321,6 +354,12 @@ def _parted(
         _mean([b for _, b in then]),
         _mean([b for _, b in now]),
     )
+
+
+def _average(rows: list[Row], key: str) -> float:
+    """The mean of a key over the rows that have it; NaN where none has."""
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / len(values) if values else math.nan
 
 
 def _mean(x: Sequence[float]) -> float:

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from steersman.loss.feedback import bco, kto
 from steersman.loss.offline import LOSSES
-from steersman.loss.preference import cpo, dpo, dpop, hinge, ipo, orpo, robust_dpo, simpo, tdpo1, tdpo2
+from steersman.loss.preference import (
+    cpo,
+    dpo,
+    dpop,
+    hinge,
+    ipo,
+    orpo,
+    robust_dpo,
+    rso,
+    simpo,
+    tdpo1,
+    tdpo2,
+)
 from steersman.tabular.population import Population, descend, descend_frozen, descend_kinked
 from steersman.tabular.token_mdp import TokenMDP
 
@@ -83,17 +95,29 @@ def check_ipo(mdp: TokenMDP) -> FixedPoint:
 
 
 def check_hinge(mdp: TokenMDP, margin: float = 1.0) -> FixedPoint:
-    """A sum of hinges in differences is minimal at a vertex, and the vertices are whole multiples of the margin."""
-    world = Population(mdp)
-    start = mdp.sequence_logp_ref.sum(-1)
+    world, start = Population(mdp), torch.zeros(len(mdp), dtype=torch.float64)
     logits = descend_kinked(world, lambda pair: hinge(pair, beta=mdp.beta, margin=margin)[0], start)
-    reward = mdp.beta * world.log_ratio(logits)
-    rows = torch.where(world.own, mdp.sequence_prob(logits), -1).argmax(-1)
-    base = reward[rows][mdp.prompt]
-    vertex = base + margin * torch.round((reward - base) / margin)
-    deviation = world.distance(logits, mdp.sequence_logp_ref.sum(-1) + vertex / mdp.beta)
-    statement = "beta log pi/pi_ref differs by whole multiples of the margin: order without strength"
+    deviation = _off_vertex(world, logits, mdp.sequence_logp(logits).sum(-1), start, margin)
+    statement = "beta log pi differs by whole multiples of the margin, whatever pi_ref was"
     return _row("hinge", statement, world, logits, deviation)
+
+
+def check_rso(mdp: TokenMDP, margin: float = 1.0) -> FixedPoint:
+    world, start = Population(mdp), mdp.sequence_logp_ref.sum(-1)
+    logits = descend_kinked(world, lambda pair: rso(pair, beta=mdp.beta, margin=margin)[0], start)
+    deviation = _off_vertex(world, logits, world.log_ratio(logits), start, margin)
+    statement = "beta log pi/pi_ref differs by whole multiples of the margin: order without strength"
+    return _row("rso", statement, world, logits, deviation)
+
+
+def _off_vertex(world: Population, logits: Tensor, score: Tensor, base: Tensor, margin: float) -> float:
+    """A sum of hinges in differences is minimal at a vertex, and the vertices are whole multiples of the margin."""
+    mdp = world.mdp
+    reward = mdp.beta * score
+    rows = torch.where(world.own, mdp.sequence_prob(logits), -1).argmax(-1)
+    zero = reward[rows][mdp.prompt]
+    vertex = zero + margin * torch.round((reward - zero) / margin)
+    return world.distance(logits, base + vertex / mdp.beta)
 
 
 def dpop_threshold(mdp: TokenMDP) -> float:
@@ -294,6 +318,7 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "robust_dpo": check_robust,
     "ipo": check_ipo,
     "hinge": check_hinge,
+    "rso": check_rso,
     "dpop": check_dpop,
     "tdpo1": check_tdpo1,
     "tdpo2": check_tdpo2,

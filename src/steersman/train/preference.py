@@ -1,7 +1,8 @@
 """`steersman dpo` and its relatives: offline preference optimisation on pairs.
 
-The reference's log-probabilities of the given answers are computed once, before the first step, and kept; only
-the token-level methods, which need whole distributions, run the reference in every step.
+The reference's log-probabilities of the given answers are computed once, before the first step, and kept in memory
+(a resumed run computes them again: one forward over the data); only the token-level methods, which need whole
+distributions, run the reference in every step.
 """
 
 from __future__ import annotations
@@ -14,30 +15,46 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from steersman.data import DataConfig, EncodedSet, Preference, collate_pairs, describe, encode, layout, preferences
+from steersman.data import (
+    BadRows,
+    DataConfig,
+    EncodedSet,
+    Preference,
+    collate_pairs,
+    describe,
+    encode,
+    layout,
+    preferences,
+)
 from steersman.loss.offline import LOSSES
-from steersman.loss.preference import PairLogp, chosen_nll, pair_logp
+from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
-from steersman.ops.logprob import Head
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
+from steersman.train.held_prompts import HeldPrompts, SamplesConfig, held_prompts
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
 from steersman.train.preflight import describe_run, policy_role
+from steersman.train.reference import Reference, answer_logp, divergence, reference_from
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
 from steersman.train.sft import finish
 from steersman.train.tally import Tally
-from steersman.types import Stats, Tokens
+from steersman.types import Stats, SteersmanError, Tokens
 from steersman.update.micro import micro_batches
 from steersman.update.optimizer import OptimizerConfig
 
 PairLossName = Literal[
-    "dpo", "robust_dpo", "ipo", "hinge", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo"
+    "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo"
 ]  # fmt: skip
+RANGES = {  # of the settings that leave a loss without meaning outside of them
+    "beta": (lambda x: x > 0, "above 0"),
+    "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
+    "flip": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
+    "penalty": (lambda x: x >= 0, "at least 0"),
+}
 
 
 class PairLossConfig(Section):
@@ -50,6 +67,12 @@ class PairLossConfig(Section):
     nll: float = Field(
         default=0.0, ge=0, description="weight of the chosen answers' mean negative log-likelihood, added to any loss"
     )
+    soft_labels: bool = Field(
+        default=True, description="count a pair on which raters disagree both ways, each in proportion to its votes"
+    )
+    margin_weight: float = Field(
+        default=0.0, ge=0, description="times the data's margin: by how much the implicit reward should lead"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> PairLossConfig:
@@ -58,11 +81,16 @@ class PairLossConfig(Section):
             for p in inspect.signature(LOSSES[self.name].function).parameters.values()
             if p.kind is p.KEYWORD_ONLY
         ]
-        for key in self.settings:
+        if self.margin_weight and not LOSSES[self.name].takes_offset:
+            able = ", ".join(name for name, entry in LOSSES.items() if entry.takes_offset)
+            raise ValueError(f"{self.name} has no place for margins; loss.margin_weight goes with {able}")
+        for key, value in self.settings.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"{self.name} has no setting `{key}`{hint} It has: {', '.join(known)}")
+            if key in RANGES and not RANGES[key][0](value):
+                raise ValueError(f"{self.name}: {key} is {value}; it must be {RANGES[key][1]}")
         return self
 
 
@@ -75,29 +103,47 @@ class PreferenceRecipe(Section):
     train: OfflineConfig = OfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
     reference: str = Field(default="start", description="start (the policy before training) or a folder")
+    samples: SamplesConfig = SamplesConfig()
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
 
+    @model_validator(mode="after")
+    def _trained_before(self) -> PreferenceRecipe:
+        refuse_scratch(self.model)
+        return self
+
+
+def refuse_scratch(model: ModelConfig) -> None:
+    """Raises ValueError for a model with fresh weights."""
+    if model.scratch is not None:
+        raise ValueError("model.scratch: a model with fresh weights prefers nothing yet; train it with sft first")
+
 
 class PairObjective:
-    """The objective: the mean of a pair loss, both answers in one forward."""
+    """The objective: the mean of a pair loss, both answers in one forward.
+
+    `watch` answers held prompts at every look at held-out data.
+    """
 
     def __init__(
         self,
         policy: Policy,
-        reference: Policy | None,
+        reference: Reference | None,
         train: EncodedSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: PairLossConfig,
         micro_tokens: int,
+        watch: HeldPrompts | None = None,
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
-        self.config, self.entry, self.micro_tokens = config, LOSSES[config.name], micro_tokens
+        self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
         self.cost = [2 * length for length in train.lengths]
         self.known: dict[int, Tensor] = {}
-        if reference is not None and not self.entry.needs_full_kl:
+        if self.entry.needs_reference and not self.entry.needs_full_kl:
+            assert reference is not None
             for data in filter(None, (train, held_out)):
-                self.known[id(data)] = self._reference_sums(data)
+                answers = [e for group in data.groups for e in group]
+                self.known[id(data)] = answer_logp(reference, answers, micro_tokens).view(-1, 2)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -112,17 +158,18 @@ class PairObjective:
 
     @torch.no_grad()
     def evaluate(self) -> Stats:
-        """The same numbers on held-out pairs."""
+        """The same numbers on held-out pairs, and what the policy says to held prompts."""
+        told = {} if self.watch is None else self.watch.look()
         if self.held_out is None:
-            return {}
+            return told
         tally, cost = Tally(), torch.tensor([2 * length for length in self.held_out.lengths])
         for rows in micro_batches(cost, self.micro_tokens):
             pair, loss, explain = self._run(self.held_out, rows.tolist())
             for name, value in {"loss": loss, **_told(pair, explain)}.items():
                 tally.add(f"held_out/{name}", value.sum(), len(rows))
-        return tally.means()
+        return told | tally.means()
 
-    def _run(self, data: EncodedSet[Preference], rows: Sequence[int]) -> tuple[PairLogp, Tensor, dict[str, Tensor]]:
+    def _run(self, data: EncodedSet[Preference], rows: Sequence[int]) -> tuple[PairLogp, Tensor, Explain]:
         tokens = collate_pairs([data.groups[i] for i in rows]).to(self.module.device)
         n = len(rows)
         hidden = self.module.hidden(tokens)
@@ -138,10 +185,16 @@ class PairObjective:
         if id(data) in self.known:
             sums = self.known[id(data)][list(rows)].to(logp.device)
             pair = pair._replace(ref_chosen=sums[:, 0], ref_rejected=sums[:, 1])
+        examples = [data.examples[i] for i in rows]
+        if self.config.margin_weight:
+            lead = logp.new_tensor([e.margin or 0.0 for e in examples])
+            pair = pair._replace(offset=self.config.margin_weight * lead)
+        agreement = logp.new_tensor([e.agreement if self.config.soft_labels else 1.0 for e in examples])
+        return pair, *soft_labelled(self._one_way, pair, agreement)
+
+    def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:
         loss, explain = self.entry.function(pair, **self.config.settings)
-        if self.config.nll:
-            loss = loss + self.config.nll * chosen_nll(pair)
-        return pair, loss, explain
+        return loss + self.config.nll * chosen_nll(pair) if self.config.nll else loss, explain
 
     def _divergence(self, tokens: Tokens, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities and KL(pi_ref || pi) at every response token, `[2B, T]`."""
@@ -149,34 +202,12 @@ class PairObjective:
         with torch.no_grad():
             hidden_ref = self.reference.hidden(tokens)
             ref = self.reference.logp_from(tokens, hidden_ref).logp
-        per_token = divergence_from(hidden_ref, self.reference.head(), hidden, self.module.head())
+        per_token = divergence(hidden_ref, self.reference.head(), hidden, self.module.head())
         slots = torch.arange(tokens.response.shape[1], device=hidden.device) < tokens.response_length[:, None]
         return ref, torch.zeros_like(ref).masked_scatter(slots, per_token)
 
-    @torch.no_grad()
-    def _reference_sums(self, data: EncodedSet[Preference]) -> Tensor:
-        """log pi_ref of every chosen and rejected answer, `[pairs, 2]`, on the CPU."""
-        assert self.reference is not None
-        sums = torch.zeros(len(data.groups), 2)
-        for rows in micro_batches(torch.tensor([2 * length for length in data.lengths]), self.micro_tokens):
-            tokens = collate_pairs([data.groups[i] for i in rows.tolist()]).to(self.reference.device)
-            logp = torch.where(tokens.mask, self.reference.logp(tokens).logp, 0.0).sum(-1)
-            sums[rows] = logp.view(2, -1).T.float().cpu()
-        return sums
 
-
-def divergence_from(hidden_ref: Tensor, head_ref: Head, hidden: Tensor, head: Head, rows: int = 256) -> Tensor:
-    """KL(pi_ref || pi) (nats) at each position `[N]`, with gradient to pi; `rows` positions' logits live at once."""
-
-    def part(h_ref: Tensor, h: Tensor) -> Tensor:
-        logp_ref = head_ref.log_softmax(h_ref)
-        return (logp_ref.exp() * (logp_ref - head.log_softmax(h))).sum(-1)
-
-    pieces = zip(hidden_ref.split(rows), hidden.split(rows), strict=True)
-    return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
-
-
-def _told(pair: PairLogp, explain: dict[str, Tensor]) -> dict[str, Tensor]:
+def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:
     """What explains a preference loss: both likelihoods apart, how far they moved, the implicit reward's margin."""
     told = {
         "accuracy": (explain["margin"] > 0).float(),
@@ -190,6 +221,21 @@ def _told(pair: PairLogp, explain: dict[str, Tensor]) -> dict[str, Tensor]:
     return told
 
 
+def drop_equal(data: EncodedSet[Preference], left_out: BadRows) -> EncodedSet[Preference]:
+    """Without the pairs whose answers are the same tokens, as they can be once they were cut to length.
+
+    Raises SteersmanError naming the row where `on_bad_row` is stop, and where nothing is left.
+    """
+    keep = [i for i, (chosen, rejected) in enumerate(data.groups) if chosen.response != rejected.response]
+    for i in sorted(set(range(len(data.groups))) - set(keep)):
+        row = data.examples[i].row
+        left_out.add(row.fault("answers equal when cut", "both answers are the same tokens, cut to data.max_length"))
+    if not keep:
+        raise SteersmanError("no pair is left: in all of them the answers are the same tokens; see data.max_length")
+    data.groups, data.examples = [data.groups[i] for i in keep], [data.examples[i] for i in keep]
+    return data
+
+
 def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
@@ -197,25 +243,41 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         shown=("loss", "accuracy", "held_out/accuracy", "drift/chosen"), health=recipe.health,
     )  # fmt: skip
     with session:
+        entry = LOSSES[recipe.loss.name]
         policy = policy_from(recipe.model, recipe.run, session.device)
         laid = layout(policy.tokenizer, recipe.data)
         loaded = preferences(recipe.data)
         context = context_length(policy.model)
-        train = encode(loaded.train, laid, recipe.data, context)
-        held_out = encode(loaded.held_out, laid, recipe.data, context) if loaded.held_out else None
-        reference = None
-        if LOSSES[recipe.loss.name].needs_reference:
-            path = recipe.model.path if recipe.reference == "start" else recipe.reference
-            reference = policy_from(
-                recipe.model.model_copy(update={"path": path}), recipe.run, session.device, trainable=False
-            )
-        objective = PairObjective(policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens)
-        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run)
-        pre = Preflight(f"steersman {recipe.loss.name} ({LOSSES[recipe.loss.name].source})")
+        train = drop_equal(encode(loaded.train, laid, recipe.data, context), loaded.left_out)
+        held_out = None
+        if loaded.held_out:
+            held_out = drop_equal(encode(loaded.held_out, laid, recipe.data, context), loaded.left_out)
+        _check_margins(recipe.loss, train)
+        watched = recipe.samples.count(entry.needs_reference) > 0
+        reference = watch = None
+        if entry.needs_reference or watched:
+            reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
+        if reference is not None and watched:
+            watch = held_prompts(policy, reference, held_out or train, recipe.samples, session)
+        objective = PairObjective(policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch)
+        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
+        pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
-        pre.fact("leads to", LOSSES[recipe.loss.name].fixed_point)
-        pre.role(policy_role("policy", policy, recipe.model.path, recipe.run.micro_tokens, max(train.lengths)))
+        pre.fact("leads to", entry.fixed_point)
+        longest = max(train.lengths)
+        pre.role(policy_role("policy", policy, recipe.model.path, recipe.run.micro_tokens, longest))
+        if isinstance(reference, Policy):
+            path = reference.model.name_or_path
+            pre.role(policy_role("reference", reference, path, recipe.run.micro_tokens, longest, trained=False))
         pre.check()
         pre.show()
         state.run(session)
         return finish(session, state, recipe, policy)
+
+
+def _check_margins(config: PairLossConfig, data: EncodedSet[Preference]) -> None:
+    if config.margin_weight and not any(e.margin for e in data.examples):
+        raise SteersmanError(
+            f"loss.margin_weight is {config.margin_weight:g}, but no pair has a margin; give the data a column "
+            "`margin` (data.columns can name yours) or leave loss.margin_weight out"
+        )

@@ -1,0 +1,111 @@
+"""What the policy says to held prompts, and how far it has gone from the reference there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from steersman.data import EncodedSet
+from steersman.model import Policy
+from steersman.ops.masked import masked_sum
+from steersman.ops.text import text_stats
+from steersman.run.config import Section
+from steersman.train.experience import tokens_of
+from steersman.train.models import context_length
+from steersman.train.reference import Reference, divergence
+from steersman.train.roles import sampler
+from steersman.train.sections import RolloutConfig
+from steersman.train.session import Session
+from steersman.types import Prompt, Sample, Stats
+from steersman.update.micro import micro_batches
+
+
+class SamplesConfig(Section):
+    """Answers sampled on held prompts at every look at held-out data: KL to the reference, and text to read."""
+
+    prompts: int | None = Field(
+        default=None, ge=0, description="how many; 0 is off; null is 16 where the method has a reference, else 0"
+    )
+    max_new_tokens: int = Field(default=48, ge=1, description="longest answer, in tokens")
+    stop: list[str] = Field(default_factory=list, description="strings that end an answer")
+    eos_token_id: list[int] = Field(
+        default_factory=list, description="ids that end an answer; empty takes the model's own"
+    )
+
+    def count(self, has_reference: bool) -> int:
+        """How many prompts are answered."""
+        return self.prompts if self.prompts is not None else 16 if has_reference else 0
+
+
+class HeldPrompts:
+    """The same prompts, answered again and again with the same random streams, at temperature 1.
+
+    `held_out/kl` estimates KL(pi || pi_ref) in nats per response (of at most `max_new_tokens` tokens). It is the
+    mean over sampled responses of the sum over their steps of the whole distribution's divergence,
+
+        E_{y ~ pi} sum_t KL(pi(. | y_<t) || pi_ref(. | y_<t)),
+
+    which has the expectation of sum_t log pi/pi_ref without the noise of the sampled token, and is never below 0.
+    `held_out/perplexity` is that of the responses under the reference.
+    """
+
+    def __init__(
+        self, policy: Policy, reference: Reference, prompts: list[Prompt], config: SamplesConfig, session: Session
+    ) -> None:
+        self.policy, self.reference, self.prompts, self.session = policy, reference, prompts, session
+        rollout = RolloutConfig(
+            max_new_tokens=config.max_new_tokens, stop=config.stop, eos_token_id=config.eos_token_id
+        )
+        self.engine, self.sampling, self.written = sampler(policy, rollout), rollout.sampling(), -1
+
+    @torch.no_grad()
+    def look(self) -> Stats:
+        """Samples, writes the answers to samples.jsonl once per step, and measures."""
+        if not self.prompts:
+            return {}
+        samples = self.engine.generate(self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40))
+        self._write(samples)
+        stats: Stats = {"held_out/length": sum(len(s.ids) for s in samples) / len(samples)}
+        return stats | text_stats([s.text for s in samples]) | self._distance(samples)
+
+    def _distance(self, samples: list[Sample]) -> Stats:
+        kl, logp_ref, count = 0.0, 0.0, 0
+        lengths = torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])
+        for rows in micro_batches(lengths, self.session.config.micro_tokens):
+            tokens = tokens_of([samples[i] for i in rows.tolist()]).to(self.policy.device)
+            hidden, hidden_ref = self.policy.hidden(tokens), self.reference.hidden(tokens)
+            kl += float(divergence(hidden, self.policy.head(), hidden_ref, self.reference.head()).sum())
+            logp_ref += float(masked_sum(self.reference.logp_from(tokens, hidden_ref).logp, tokens.mask))
+            count += int(tokens.mask.sum())
+        perplexity = math.exp(min(-logp_ref / max(count, 1), 50))
+        return {"held_out/kl": kl / len(samples), "held_out/perplexity": perplexity}
+
+    def _write(self, samples: list[Sample]) -> None:
+        if self.written == self.session.step or not hasattr(self.session, "log"):
+            return
+        self.written = self.session.step
+        rows: list[dict[str, Any]] = [
+            {"index": s.prompt.index, "prompt": s.prompt.text, "completion": s.text, "finish": s.finish}
+            for s in samples
+        ]
+        self.session.log.samples(self.session.step, rows)
+
+
+def held_prompts(
+    policy: Policy, reference: Reference, data: EncodedSet[Any], config: SamplesConfig, session: Session
+) -> HeldPrompts | None:
+    """The watch over the first different prompts of the data; None where no answer fits.
+
+    Prompts that leave no room for an answer in the model's context are passed over.
+    """
+    count, context = config.count(True), context_length(policy.model)
+    room = None if context is None else context - config.max_new_tokens
+    ids = dict.fromkeys(tuple(group[0].prompt) for group in data.groups)
+    fitting = [list(one) for one in ids if room is None or len(one) <= room][:count]
+    if not fitting:
+        return None
+    prompts = [Prompt(one, policy.tokenizer.decode(one), index=i) for i, one in enumerate(fitting)]
+    return HeldPrompts(policy, reference, prompts, config, session)

@@ -1,0 +1,87 @@
+"""The frozen model that offline methods measure themselves against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from steersman.data import Encoded, collate
+from steersman.model import Logp, Policy
+from steersman.ops.logprob import Head
+from steersman.train.models import policy_from
+from steersman.train.sections import ModelConfig, RunConfig
+from steersman.types import SteersmanError, Tokens
+from steersman.update.micro import micro_batches
+
+
+class AdaptersOff:
+    """The reference of a LoRA policy: the same module with its adapters off, so no second copy of the weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def head(self) -> Head:
+        return self.policy.head()
+
+    def hidden(self, tokens: Tokens) -> Float[Tensor, "N H"]:
+        with self.policy.reference() as frozen:
+            return frozen.hidden(tokens)
+
+    def logp(self, tokens: Tokens) -> Logp:
+        with self.policy.reference() as frozen:
+            return frozen.logp(tokens)
+
+    def logp_from(self, tokens: Tokens, hidden: Float[Tensor, "N H"]) -> Logp:
+        with self.policy.reference() as frozen:
+            return frozen.logp_from(tokens, hidden)
+
+
+Reference = Policy | AdaptersOff
+
+
+def reference_from(path: str, config: ModelConfig, run: RunConfig, policy: Policy) -> Reference:
+    """`path` is "start", the policy before training, or a folder.
+
+    Raises SteersmanError where a folder's model reads other token ids than the policy.
+    """
+    if path == "start" and config.lora is not None:
+        return AdaptersOff(policy)
+    folder = config.path if path == "start" else path
+    reference = policy_from(config.model_copy(update={"path": folder}), run, policy.device, trainable=False)
+    if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise SteersmanError(
+            f"reference: the tokenizer of {folder} ({len(reference.tokenizer)} tokens) is not the policy's "
+            f"({len(policy.tokenizer)} tokens), but it reads the policy's token ids; use a model of the same family"
+        )
+    return reference
+
+
+@torch.no_grad()
+def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) -> Float[Tensor, " N"]:
+    """log pi of whole answers, over the tokens that count (nats), on the CPU."""
+    found: dict[int, Tensor] = {}
+    for part in micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens):
+        tokens = collate([rows[i] for i in part.tolist()]).to(model.device)
+        logp = model.logp(tokens).logp
+        sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1).cpu()
+        found |= dict(zip(part.tolist(), sums, strict=True))
+    return torch.stack([found[i] for i in range(len(rows))])
+
+
+def divergence(hidden_p: Tensor, head_p: Head, hidden: Tensor, head: Head, rows: int = 256) -> Float[Tensor, " N"]:
+    """KL(p || q) (nats) at each position, q from `hidden` and `head`; `rows` positions' logits live at once."""
+
+    def part(h_p: Tensor, h: Tensor) -> Tensor:
+        logp = head_p.log_softmax(h_p)
+        return (logp.exp() * (logp - head.log_softmax(h))).sum(-1)
+
+    pieces = zip(hidden_p.split(rows), hidden.split(rows), strict=True)
+    return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
