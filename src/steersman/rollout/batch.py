@@ -12,17 +12,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steersman.ops.distributions import top_p_mask
-from steersman.rollout.cache import PromptCache
-from steersman.rollout.decoder import Decoder
-from steersman.rollout.port import Progress
+from steersman.rollout.port import Progress, Stepper
 from steersman.rollout.sampling import Sampling, draw, restrict, uniforms
-from steersman.rollout.text import Texts
 from steersman.types import Finish, Prompt, Sample, SteersmanError
 
 
@@ -44,7 +42,7 @@ class Ready:
     """A prefilled sequence with its first token, waiting for a row: row `row` of each decoder's prompt cache."""
 
     sequence: Growing
-    caches: list[PromptCache]
+    caches: list[Any]
     row: int
 
 
@@ -61,7 +59,7 @@ class Limits:
 class ActionMask:
     """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`."""
 
-    decoder: Decoder
+    decoder: Stepper
     top_p: float
     min_tokens: int
 
@@ -71,11 +69,11 @@ class Batch:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Stepper,
         sampling: Sampling,
         limits: Limits,
         end_ids: Sequence[int],
-        texts: Texts,
+        texts: Any,
         *,
         record_support: bool,
         action_mask: ActionMask | None,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.rollout import native
 from steersman.rollout.cache import Belt, PromptCache, layer_windows
-
-MASKED_ATTENTION = ("sdpa", "eager")
-"""The attention backends that take a mask per row and column."""
+from steersman.rollout.text import Texts
+from steersman.types import Prompt, SteersmanError
 
 
 class Decoder:
@@ -52,6 +52,20 @@ class Decoder:
         )
         return out.logits[:, -1]
 
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raises SteersmanError unless prompt and `new_tokens` fit the model's context."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = len(prompt.ids)
+        if context is not None and length + new_tokens > context:
+            raise SteersmanError(
+                f"prompt {prompt.index} has {length} tokens, which with max_new_tokens={new_tokens} makes "
+                f"{length + new_tokens}; the model's context is {context}. Shorten the prompt or lower max_new_tokens"
+            )
+
+    def texts(self, tokenizer: Any, stop: tuple[str, ...]) -> Texts:
+        """What decodes responses."""
+        return Texts(tokenizer, stop)
+
 
 @contextmanager
 def _last_only(head: nn.Module, last: Tensor) -> Iterator[None]:
@@ -66,15 +80,15 @@ def _last_only(head: nn.Module, last: Tensor) -> Iterator[None]:
 
 @contextmanager
 def generating(*models: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients, and an attention backend that takes masks; everything put back after."""
+    """Evaluation mode, no gradients, and the fastest attention that takes masks; everything put back after."""
     training = [module for model in models for module in model.modules() if module.training]
-    backends = [(model, model.config._attn_implementation) for model in models]
-    other = [(model, backend) for model, backend in backends if backend not in MASKED_ATTENTION]
+    other = [(model, model.config._attn_implementation) for model in models]
+    other = [(model, backend) for model, backend in other if backend != _backend(model)]
     try:
         for model in models:
             model.eval()
         for model, _ in other:
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(_backend(model))
         with torch.inference_mode():
             yield
     finally:
@@ -82,3 +96,11 @@ def generating(*models: Any) -> Iterator[None]:
             module.training = True
         for model, backend in other:
             model.set_attn_implementation(backend)
+
+
+def _backend(model: Any) -> str:
+    """The attention to decode with: the model's own where only it can be had, else torch's or the compiled one."""
+    if model.config._attn_implementation == "eager":
+        return "eager"
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    return native.ATTENTION if on_cpu and native.library() is not None else "sdpa"

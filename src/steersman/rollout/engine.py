@@ -1,4 +1,4 @@
-"""The generation engine: samples from a live causal model, whose own weights it reads at every step."""
+"""The generation engine: samples from a live model, whose own weights it reads at every step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 from steersman.rollout.batch import ActionMask, Batch, Limits
 from steersman.rollout.decoder import Decoder, generating
-from steersman.rollout.port import Progress
+from steersman.rollout.port import Progress, Stepper
 from steersman.rollout.sampling import Sampling
-from steersman.rollout.text import Texts
+from steersman.rollout.seq2seq import PairDecoder
 from steersman.types import Prompt, Sample, SteersmanError
 
 
 class Engine:
-    """Continuous batching over one cache written in place, for any causal model of the ecosystem's own classes.
+    """Continuous batching over one cache written in place, for any model of the ecosystem's own classes.
 
-    `model` is a live `AutoModelForCausalLM` (with adapters or not); no weights are copied, so the next call sees
+    `model` is a live `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` (with adapters or not), which then reads a
+    prompt with its encoder and keeps what its decoder looks at in it; no weights are copied, so the next call sees
     whatever an optimiser did to them. `max_batch` is the number of sequences decoded together (64 on a CPU, 256
     on an accelerator). `eos_token_id` overrides the end tokens, which are otherwise the generation config's, or
     the tokenizer's where it names none. Buffers stay for the next call until `release`.
@@ -38,8 +39,8 @@ class Engine:
         if self.max_batch < 1 or self.prefill_tokens < 1:
             raise SteersmanError("rollout.max_batch and rollout.prefill_tokens must be at least 1")
         self.end_ids = end_ids(model, tokenizer, eos_token_id)
-        self.decoder = Decoder(model)
-        self._mask_decoder: Decoder | None = None
+        self.decoder = decoder_for(model, tokenizer)
+        self._mask_decoder: Stepper | None = None
 
     def generate(
         self,
@@ -61,9 +62,8 @@ class Engine:
         that comes twice gets a second set of streams. `logp` is that of the distribution drawn from; when greedy,
         that of the untempered, untruncated distribution (minus banned end tokens). With `record_support` every
         sample lists the tokens that were allowed at each step, where anything was cut away. `mask_model` is a
-        causal model with the same vocabulary whose nucleus of mass `mask_top_p`, at least `mask_min_tokens` tokens,
-        limits the actions
-        (Source: arXiv 2210.01241, section 4).
+        model of the same style with the same vocabulary whose nucleus of mass `mask_top_p`, at least
+        `mask_min_tokens` tokens, limits the actions (Source: arXiv 2210.01241, section 4).
 
         Raises SteersmanError for an empty prompt, one that does not fit the context together with
         `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
@@ -79,7 +79,7 @@ class Engine:
             sampling,
             limits,
             self.end_ids,
-            Texts(self.tokenizer, sampling.stop),
+            self.decoder.texts(self.tokenizer, sampling.stop),
             record_support=record_support,
             action_mask=action_mask,
             progress=progress,
@@ -112,7 +112,7 @@ class Engine:
         if not 0 < top_p <= 1:
             raise SteersmanError(f"rollout: mask_top_p is {top_p}; it must be above 0 and at most 1")
         if self._mask_decoder is None or self._mask_decoder.model is not model:
-            self._mask_decoder = Decoder(model)
+            self._mask_decoder = decoder_for(model, self.tokenizer)
         return ActionMask(self._mask_decoder, top_p, min_tokens)
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling, n: int) -> None:
@@ -121,24 +121,22 @@ class Engine:
         if sampling.stop and self.tokenizer is None:
             raise SteersmanError("rollout: stop strings need a tokenizer; give the engine one or drop sampling.stop")
         config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
         for prompt in prompts:
-            length = len(prompt.ids)
-            if length == 0:
+            if not prompt.ids:
                 raise SteersmanError(
-                    f"prompt {prompt.index} is empty; a causal model needs at least one token, such as BOS"
+                    f"prompt {prompt.index} is empty; a model needs at least one token, such as BOS or EOS"
                 )
-            if context is not None and length + sampling.max_new_tokens > context:
-                raise SteersmanError(
-                    f"prompt {prompt.index} has {length} tokens, which with max_new_tokens={sampling.max_new_tokens} "
-                    f"makes {length + sampling.max_new_tokens}; the model's context is {context}. Shorten the prompt "
-                    "or lower max_new_tokens"
-                )
+            self.decoder.check(prompt, sampling.max_new_tokens)
             if min(prompt.ids) < 0 or max(prompt.ids) >= config.vocab_size:
                 raise SteersmanError(
                     f"prompt {prompt.index} has a token id outside the model's vocabulary of {config.vocab_size}; "
                     "the tokenizer belongs to another model"
                 )
+
+
+def decoder_for(model: Any, tokenizer: Any) -> Stepper:
+    """What reads prompts and steps through responses, by the model's style."""
+    return PairDecoder(model, tokenizer) if model.config.is_encoder_decoder else Decoder(model)
 
 
 def end_ids(model: Any, tokenizer: Any, override: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from steersman.rollout.sampling import Sampling
 from steersman.types import Prompt, Sample
 
 Progress = Callable[[int, int, int], None]
 """Called with (finished samples, all samples, tokens so far)."""
+
+
+class Stepper(Protocol):
+    """What reads prompts and steps through responses with one model: a causal decoder, or an encoder-decoder.
+
+    `belt` is the cache of all live rows; `prefill` makes what its `admit` takes.
+    """
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def belt(self) -> Any: ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
+        """What was made of right-padded prompts, and the logits [B, V] of each one's first response token."""
+        ...
+
+    def step(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Logits [B, V] after feeding each live row one token; ids and positions (prompt counted) are [B, 1]."""
+        ...
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raises SteersmanError unless the prompt and `new_tokens` fit."""
+        ...
+
+    def texts(self, tokenizer: Any, stop: tuple[str, ...]) -> Any:
+        """What decodes responses and finds stop strings in them."""
+        ...
 
 
 class Generator(Protocol):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steersman.ops.distributions import min_p_mask, top_k_mask, top_p_mask
+from steersman.rollout import native
 from steersman.types import SteersmanError
 
 BLOCK = 256
@@ -120,6 +121,8 @@ def draw(x: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     probability 0 is never returned, whatever rounding does. Without `uniform`: the most likely token (the
     first of equals).
     """
+    if uniform is not None and native.draws(x):
+        return native.draw(x, uniform)
     top = x.amax(-1, keepdim=True)
     blocked = x.shape[-1] > 4 * BLOCK
     width = -(-x.shape[-1] // BLOCK) * BLOCK if blocked else x.shape[-1]

@@ -11,6 +11,7 @@ from steersman.data import Batches, encode_prompts, layout, prompts
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
+from steersman.rollout import native
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of
@@ -142,6 +143,8 @@ def _preflight(
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
     pre.fact("reward", roles.reward.describe())
+    if session.device.type == "cpu" and native.why_not() is not None:
+        pre.fact("rollout", f"without its compiled loops, so slower: {native.why_not()}")
     pre.fact("per iteration", f"{rollout.prompts} prompts x {rollout.samples} = {samples} samples")
     pre.fact(
         "updates",

@@ -1,0 +1,278 @@
+// The two inner loops of decoding on a CPU: attention of one new token per sequence, and one draw per row.
+//
+// Compiled at first use (see __init__.py), called through ctypes, float32 throughout. Both functions do what their
+// torch counterparts do, to rounding; tests/rollout/test_native.py holds them to that.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// exp(x) for x <= 0, within 2 ulp; exactly 0 below the smallest normal number; NaN stays NaN. Branch-free, so that
+// loops over it become vector instructions.
+inline float exp_nonpositive(float x) {
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to the nearest integer
+    const float n = (x * 1.44269504f + shift) - shift;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log(2) in two parts
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float y = p * r * r + r + 1.0f;
+    const int32_t bits = (static_cast<int32_t>(n) + 127) * (1 << 23);
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return x < -87.3365447f ? 0.0f : y * scale;
+}
+
+struct Attention {
+    const float *query, *keys, *values, *mask;
+    float* out;
+    int64_t rows, heads, kv_heads, columns;
+    int64_t width, value_width;                      // used where the template's WIDTH is 0
+    int64_t key_row, key_head, value_row, value_head;  // strides in elements; columns lie side by side
+    int64_t mask_row;
+    float scale;
+};
+
+// softmax over columns [first, columns) of scores, in place; returns 1 / sum
+inline float soften(float* scores, int64_t first, int64_t columns) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = first; j < columns; ++j) top = scores[j] > top ? scores[j] : top;
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = first; j < columns; ++j) {
+        scores[j] = exp_nonpositive(scores[j] - top);
+        total += scores[j];
+    }
+    return 1.0f / total;
+}
+
+// Sixteen numbers at once; compilers split them where the processor's registers are narrower.
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t lane_ids __attribute__((vector_size(64)));
+
+inline lanes load(const float* from) {
+    lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+// Lane l: a[l] + a[l ^ STEP] where bit STEP of l is 0, else the same of b. Folding 16 vectors in four such steps
+// leaves in lane l the sum over all lanes of vector l.
+template <int STEP>
+inline lanes fold(lanes a, lanes b) {
+    lane_ids same, other;
+    for (int l = 0; l < 16; ++l) {
+        same[l] = (l & STEP) ? 16 + l : l;
+        other[l] = same[l] ^ STEP;
+    }
+#ifdef __clang__
+    lanes out;
+    for (int l = 0; l < 16; ++l) out[l] = (l & STEP) ? b[l] + b[l ^ STEP] : a[l] + a[l ^ STEP];
+    return out;
+#else
+    return __builtin_shuffle(a, b, same) + __builtin_shuffle(a, b, other);
+#endif
+}
+
+template <int STEP>
+inline lanes fold_all(const lanes* x) {  // 2 * STEP vectors
+    if constexpr (STEP == 1) {
+        return fold<1>(x[0], x[1]);
+    } else {
+        lanes half[STEP];
+        for (int i = 0; i < STEP; ++i) half[i] = fold<STEP>(x[i], x[i + STEP]);
+        return fold_all<STEP / 2>(half);
+    }
+}
+
+// The dot products of one query with 16 keys that lie side by side; WIDTH is 8 or a multiple of 16.
+template <int WIDTH>
+inline lanes dots(const lanes* query, const float* keys) {
+    if constexpr (WIDTH == 8) {  // two keys to a vector: those of vector i end in lanes i and i + 8
+        lanes x[8];
+        for (int i = 0; i < 8; ++i) x[i] = query[0] * load(keys + 16 * i);
+        const lanes sums = fold_all<4>(x);  // lane l: key 2 * (l % 8) + l / 8
+        lane_ids order;
+        for (int l = 0; l < 16; ++l) order[l] = l / 2 + 8 * (l % 2);
+#ifdef __clang__
+        lanes out;
+        for (int l = 0; l < 16; ++l) out[l] = sums[l / 2 + 8 * (l % 2)];
+        return out;
+#else
+        return __builtin_shuffle(sums, order);
+#endif
+    } else {
+        lanes x[16];
+        for (int i = 0; i < 16; ++i) {
+            x[i] = query[0] * load(keys + i * WIDTH);
+            for (int c = 1; c < WIDTH / 16; ++c) x[i] += query[c] * load(keys + i * WIDTH + 16 * c);
+        }
+        return fold_all<8>(x);
+    }
+}
+
+template <int WIDTH>
+void scores_of(const float* query, const float* keys, float scale, int64_t width, int64_t first, int64_t columns,
+               float* scores) {
+    int64_t j = first;
+    if constexpr (WIDTH > 0) {
+        lanes q[WIDTH == 8 ? 1 : WIDTH / 16];
+        if constexpr (WIDTH == 8) {
+            for (int l = 0; l < 16; ++l) q[0][l] = query[l % 8];
+        } else {
+            for (int c = 0; c < WIDTH / 16; ++c) q[c] = load(query + 16 * c);
+        }
+        for (; j + 16 <= columns; j += 16) {
+            const lanes some = scale * dots<WIDTH>(q, keys + j * WIDTH);
+            std::memcpy(scores + j, &some, sizeof some);
+        }
+    }
+    for (; j < columns; ++j) {
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t d = 0; d < width; ++d) dot += query[d] * keys[j * width + d];
+        scores[j] = scale * dot;
+    }
+}
+
+// sum over columns of weight * value, times `factor`
+template <int WIDTH>
+void weigh(const float* weights, const float* values, float factor, int64_t width, int64_t first, int64_t columns,
+           float* out) {
+    if constexpr (WIDTH >= 16) {
+        constexpr int parts = WIDTH / 16, chains = parts >= 4 ? 1 : 4 / parts;  // one chain waits for itself
+        lanes sum[chains][parts] = {};
+        int64_t j = first;
+        for (; j + chains <= columns; j += chains)
+            for (int i = 0; i < chains; ++i)
+                for (int c = 0; c < parts; ++c) sum[i][c] += weights[j + i] * load(values + (j + i) * WIDTH + 16 * c);
+        for (; j < columns; ++j)
+            for (int c = 0; c < parts; ++c) sum[0][c] += weights[j] * load(values + j * WIDTH + 16 * c);
+        for (int c = 0; c < parts; ++c) {
+            for (int i = 1; i < chains; ++i) sum[0][c] += sum[i][c];
+            sum[0][c] *= factor;
+            std::memcpy(out + 16 * c, &sum[0][c], sizeof(lanes));
+        }
+    } else if constexpr (WIDTH == 8) {
+        lanes sum[2] = {};
+        int64_t j = first;
+        for (; j + 4 <= columns; j += 4)
+            for (int i = 0; i < 2; ++i) {
+                lanes weight;
+                for (int l = 0; l < 16; ++l) weight[l] = weights[j + 2 * i + l / 8];
+                sum[i] += weight * load(values + (j + 2 * i) * 8);
+            }
+        sum[0] += sum[1];
+        for (int d = 0; d < 8; ++d) out[d] = sum[0][d] + sum[0][d + 8];
+        for (; j < columns; ++j)
+            for (int d = 0; d < 8; ++d) out[d] += weights[j] * values[j * 8 + d];
+        for (int d = 0; d < 8; ++d) out[d] *= factor;
+    } else {
+        std::fill(out, out + width, 0.0f);
+        for (int64_t j = first; j < columns; ++j) {
+            const float weight = weights[j] * factor;
+#pragma omp simd
+            for (int64_t d = 0; d < width; ++d) out[d] += weight * values[j * width + d];
+        }
+    }
+}
+
+template <int WIDTH>
+void attend(const Attention& a, int64_t row, int64_t kv_head, float* scores) {
+    const float* keys = a.keys + row * a.key_row + kv_head * a.key_head;
+    const float* values = a.values + row * a.value_row + kv_head * a.value_head;
+    const float* mask = a.mask ? a.mask + row * a.mask_row : nullptr;
+    const int64_t group = a.heads / a.kv_heads;
+    int64_t first = 0;  // columns before this sequence began
+    while (mask && first + 1 < a.columns && mask[first] == -INFINITY) ++first;
+    for (int64_t head = row * a.heads + kv_head * group, g = 0; g < group; ++g, ++head) {
+        scores_of<WIDTH>(a.query + head * a.width, keys, a.scale, a.width, first, a.columns, scores);
+        if (mask)
+            for (int64_t j = first; j < a.columns; ++j) scores[j] += mask[j];
+        const float inverse = soften(scores, first, a.columns);
+        weigh<WIDTH>(scores, values, inverse, a.value_width, first, a.columns, a.out + head * a.value_width);
+    }
+}
+
+template <int WIDTH>
+void attend_all(const Attention& a, int threads) {
+    const int64_t items = a.rows * a.kv_heads;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(a.columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < items; ++i) attend<WIDTH>(a, i / a.kv_heads, i % a.kv_heads, scores.data());
+    }
+}
+
+void draw_row(const float* x, int64_t size, float uniform, int64_t* id, float* logp) {
+    constexpr int64_t block = 256;
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t v = 0; v < size; ++v) top = x[v] > top ? x[v] : top;
+    std::vector<double> mass((size + block - 1) / block);
+    double total = 0.0;
+    for (size_t b = 0; b < mass.size(); ++b) {
+        const int64_t end = std::min(size, static_cast<int64_t>(b + 1) * block);
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t v = b * block; v < end; ++v) sum += exp_nonpositive(x[v] - top);
+        total += mass[b] = sum;
+    }
+    const double target = static_cast<double>(uniform) * total;
+    double before = 0.0;
+    size_t b = 0;
+    while (b + 1 < mass.size() && before + mass[b] <= target) before += mass[b++];
+    // Rounding may leave the target just beyond its block's tokens; then the last one that may be drawn stands.
+    int64_t found = -1;
+    float weights[block];
+    for (; b < mass.size() && found < 0; ++b) {
+        const int64_t start = b * block, count = std::min(size - start, block);
+#pragma omp simd
+        for (int64_t v = 0; v < count; ++v) weights[v] = exp_nonpositive(x[start + v] - top);
+        for (int64_t v = 0; v < count; ++v) {
+            if (!(weights[v] > 0.0f)) continue;
+            found = start + v;
+            before += weights[v];
+            if (before > target) break;
+        }
+    }
+    for (int64_t v = size - 1; found < 0 && v > 0; --v)
+        if (x[v] == top) found = v;
+    *id = std::max<int64_t>(found, 0);
+    *logp = static_cast<float>(static_cast<double>(x[*id] - top) - std::log(total));
+}
+
+}  // namespace
+
+extern "C" {
+
+void decode_attention(const float* query, const float* keys, const float* values, const float* mask, float* out,
+                      const int64_t* sizes, float scale, int threads) {
+    const Attention a{query,    keys,     values,   mask,     out,      sizes[0], sizes[1],  sizes[2],
+                      sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale};
+    const int64_t width = a.width == a.value_width ? a.width : 0;
+    switch (width) {
+        case 8: return attend_all<8>(a, threads);
+        case 16: return attend_all<16>(a, threads);
+        case 32: return attend_all<32>(a, threads);
+        case 64: return attend_all<64>(a, threads);
+        case 128: return attend_all<128>(a, threads);
+        default: return attend_all<0>(a, threads);
+    }
+}
+
+void draw(const float* x, const float* uniform, int64_t* ids, float* logp, int64_t rows, int64_t size, int64_t stride,
+          int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; ++r) draw_row(x + r * stride, size, uniform[r], ids + r, logp + r);
+}
+}

@@ -1,0 +1,252 @@
+"""A live encoder-decoder that reads prompts once and then one response token per row and step, with its cache.
+
+The decoder's own keys and values ride on the belt, exactly as a causal model's do, but its sequences begin with
+the decoder's start token and hold no prompt. Beside the belt each live row has the keys and values of its
+prompt, made in one forward of the encoder however often the prompt is sampled, and a mask over their padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from steersman.model.pairs import decoder_context, decoder_start
+from steersman.model.probe import close, model_name, quiet
+from steersman.rollout.cache import Belt, PromptCache, PromptLayer
+from steersman.rollout.text import Texts
+from steersman.types import Prompt, SteersmanError
+
+
+class PairCache:
+    """What one prefill made: `own` of the decoder's start, `cross` of the prompts."""
+
+    def __init__(self, layers: int) -> None:
+        self.own, self.cross = PromptCache(layers), PromptCache(layers)
+
+
+class PairBelt:
+    """The cache of all live sequences: the decoder's belt, and each row's prompt in buffers [slots, heads, width]."""
+
+    def __init__(self, layers: int, start: int) -> None:
+        self.own, self.start = Belt([None] * layers), start
+        self.cross = [PromptLayer() for _ in range(layers)]
+        self.past = EncoderDecoderCache(self.own, Cache(layers=list(self.cross)))
+        self.past.is_updated = dict.fromkeys(range(layers), True)
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.longest = 0
+        self.lengths: list[int] = []
+
+    @property
+    def rows(self) -> int:
+        return self.own.rows
+
+    def clear(self, column: int) -> None:
+        """No live rows; `column` is the longest prompt that will come."""
+        self.longest, self.lengths = column, []
+        self.own.clear(self.start)
+
+    def reserve(self, slots: int, columns: int, like: PairCache) -> None:
+        """Room for `slots` rows; `columns` counts the longest prompt, which has its own buffer here."""
+        self.own.reserve(slots, columns - self.longest + self.start, like.own)
+        keys = like.cross.read[0].keys
+        assert isinstance(keys, Tensor)
+        if self.buffers:
+            old = self.buffers[0][0]
+            if old.dtype == keys.dtype and old.device == keys.device:
+                if old.shape[0] >= slots and old.shape[2] >= self.longest:
+                    return
+                slots, self.longest = max(slots, old.shape[0]), max(self.longest, old.shape[2])
+        self.buffers = [
+            (_room(slots, self.longest, layer.keys), _room(slots, self.longest, layer.values))
+            for layer in like.cross.read
+        ]
+        self.mask = keys.new_zeros(slots, self.longest)
+        self.length = torch.zeros(slots, 1, dtype=torch.long, device=keys.device)
+
+    def release(self) -> None:
+        """Give the buffers back."""
+        self.own.release()
+        self.buffers, self.lengths = [], []
+        for layer in self.cross:
+            layer.keys = layer.values = None
+
+    def admit(self, prompts: PairCache, source: Tensor, length: int) -> None:
+        """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`."""
+        at, count = self.rows, len(source)
+        rows = slice(at, at + count)
+        for buffers, layer in zip(self.buffers, prompts.cross.read, strict=True):
+            for buffer, fresh in zip(buffers, (layer.keys, layer.values), strict=True):
+                buffer[rows, :, :length] = fresh[source, :, :length]  # type: ignore[index]
+        self.mask[rows] = -torch.inf
+        self.mask[rows, :length] = 0
+        self.length[rows] = length
+        self.lengths += [length] * count
+        self.own.admit(prompts.own, source, self.start)
+        self._show()
+
+    def keep(self, rows: int, moves: list[tuple[int, int]]) -> None:
+        """Shrink to `rows` rows after copying row `source` over row `target` for each (target, source)."""
+        self.own.keep(rows, moves)
+        for target, source in moves:
+            length = self.lengths[target] = self.lengths[source]
+            for buffers in self.buffers:
+                for buffer in buffers:
+                    buffer[target, :, :length] = buffer[source, :, :length]
+            self.mask[target], self.length[target] = self.mask[source], self.length[source]
+        del self.lengths[rows:]
+        self._show()
+
+    def _show(self) -> None:
+        """What attention may read: live rows, up to the longest live prompt."""
+        self.width = max(self.lengths, default=0)
+        for layer, (keys, values) in zip(self.cross, self.buffers, strict=True):
+            layer.keys, layer.values = keys[: self.rows, :, : self.width], values[: self.rows, :, : self.width]
+        mask = self.mask[: self.rows, None, None, : self.width]
+        self.cross_mask = mask.clone() if mask.is_cuda else mask  # CUDA's attention wants it aligned
+
+
+class PairDecoder:
+    """Prefill and step of one encoder-decoder. No weights are copied: the module itself is called each time.
+
+    Raises SteersmanError for a model whose rows can not stand at different positions of the decoder.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.model = model
+        self.start = decoder_start(model, tokenizer)
+        with quiet(model):
+            layers = self._layers()
+            self.belt = PairBelt(layers, len(self.start))
+            self._probe()
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
+        """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""
+        cache = PairCache(len(self.belt.cross))
+        width, device = max(map(len, prompts)), self.model.device
+        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=device)
+        length = torch.tensor([len(ids) for ids in prompts], device=device)
+        out = self.model(
+            input_ids=padded,
+            attention_mask=(torch.arange(width, device=device) < length[:, None]).long(),
+            decoder_input_ids=torch.tensor(self.start, device=device).expand(len(prompts), -1),
+            past_key_values=EncoderDecoderCache(cache.own, cache.cross),
+            use_cache=True,
+        )
+        return cache, out.logits[:, -1]
+
+    def step(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Logits [B, V] after feeding each live row one token; ids and positions [B, 1] count the prompt too."""
+        belt = self.belt
+        own = positions - belt.length[: belt.rows] + len(self.start)
+        with _positions(self.model.get_decoder(), own):
+            out = self.model(
+                encoder_outputs=(belt.mask.new_zeros(1).expand(belt.rows, 1, 1),),  # its keys and values are cached
+                attention_mask=belt.cross_mask,
+                decoder_input_ids=ids,
+                decoder_attention_mask=belt.own.step(len(self.start)),
+                past_key_values=belt.past,
+                use_cache=True,
+            )
+        return out.logits[:, -1]
+
+    def check(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raises SteersmanError unless the prompt fits the encoder and `new_tokens` the decoder."""
+        source = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        target = decoder_context(self.model, self.start)
+        if source is not None and len(prompt.ids) > source:
+            raise SteersmanError(
+                f"prompt {prompt.index} has {len(prompt.ids)} tokens; the encoder's context is {source}. Shorten the "
+                "prompt (data.max_prompt_tokens with data.on_too_long: truncate)"
+            )
+        if target is not None and new_tokens > target:
+            raise SteersmanError(
+                f"max_new_tokens is {new_tokens}, but the decoder's context has room for a response of {target} "
+                "tokens; lower rollout.max_new_tokens"
+            )
+
+    def texts(self, tokenizer: Any, stop: tuple[str, ...]) -> TargetTexts:
+        """What decodes responses."""
+        return TargetTexts(tokenizer, stop)
+
+    def _layers(self) -> int:
+        past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        ids = torch.tensor([self.start], device=self.model.device)
+        self.model(input_ids=ids, decoder_input_ids=ids, past_key_values=past, use_cache=True)
+        return len(past.cross_attention_cache.layers)
+
+    def _probe(self) -> None:
+        """Two rows, one of which comes two tokens later, must read as they do alone."""
+        device, rows = self.model.device, self.model.get_input_embeddings().weight.shape[0]
+        prompts = [[3 % rows, 5 % rows, 4 % rows], [5 % rows]]
+        said = [[7 % rows, 3 % rows, 9 % rows, 4 % rows], [6 % rows, 8 % rows]]
+        cache, _ = self.prefill(prompts)
+        self.belt.clear(3)
+        self.belt.reserve(2, 3 + 4, cache)
+        logits = torch.zeros(0)
+        for t in range(4):
+            if t in (0, 2):
+                row = self.belt.rows
+                self.belt.admit(cache, torch.tensor([row], device=device), len(prompts[row]))
+            live = [(said[0][t], 3 + t), (said[1][t - 2], 1 + t - 2)][: self.belt.rows]
+            ids, positions = torch.tensor(live, device=device).split(1, -1)
+            logits = self.step(ids, positions, 3)
+        alone = [
+            self.model(
+                input_ids=torch.tensor([prompt], device=device),
+                decoder_input_ids=torch.tensor([[*self.start, *ids]], device=device),
+                use_cache=False,
+            ).logits[0, -1]
+            for prompt, ids in zip(prompts, said, strict=True)
+        ]
+        self.belt.release()
+        if not close(logits, torch.stack(alone)):
+            raise SteersmanError(
+                f"rollout: {model_name(self.model)} can not decode sequences of different ages side by side; this "
+                "encoder-decoder family is not supported (T5, mT5, UMT5, BART, mBART and Pegasus are)"
+            )
+
+
+class TargetTexts:
+    """`Texts` of responses that begin a text of their own, whatever the prompt was."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+        self.inner = Texts(tokenizer, stop)
+        self.stop = stop
+
+    def response(self, prompt: list[int], ids: list[int]) -> str:
+        return self.inner.response([], ids)
+
+    def stopped(self, prompt: list[int], ids: list[int]) -> str | None:
+        return self.inner.stopped([], ids)
+
+
+@contextmanager
+def _positions(decoder: Any, positions: Tensor) -> Iterator[None]:
+    """Let a decoder with absolute positions use [B, 1] of them, one per row, where it would use one for all.
+
+    T5's positions are distances, which the belt's columns give by themselves.
+    """
+    table: nn.Module | None = getattr(decoder, "embed_positions", None)
+    if table is None:
+        yield
+        return
+    before = table.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": positions.flatten()}), with_kwargs=True
+    )
+    after = table.register_forward_hook(lambda _, args, out: out.reshape(len(positions), 1, -1))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _room(slots: int, width: int, like: Any) -> Tensor:
+    """A buffer [slots, heads, width, size]. Zeros, since NaN under a mask would still poison the sum."""
+    return like.new_zeros(slots, like.shape[1], width, like.shape[3])
