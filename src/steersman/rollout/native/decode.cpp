@@ -40,14 +40,14 @@ struct Attention {
     float scale;
 };
 
-// softmax over columns [first, columns) of scores, in place; returns 1 / sum
-inline float soften(float* scores, int64_t first, int64_t columns) {
+// exp(scores - their maximum), in place; returns 1 / their sum
+inline float soften(float* scores, int64_t columns) {
     float top = -INFINITY;
 #pragma omp simd reduction(max : top)
-    for (int64_t j = first; j < columns; ++j) top = scores[j] > top ? scores[j] : top;
+    for (int64_t j = 0; j < columns; ++j) top = scores[j] > top ? scores[j] : top;
     float total = 0.0f;
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = first; j < columns; ++j) {
+    for (int64_t j = 0; j < columns; ++j) {
         scores[j] = exp_nonpositive(scores[j] - top);
         total += scores[j];
     }
@@ -119,65 +119,81 @@ inline lanes dots(const lanes* query, const float* keys) {
     }
 }
 
+// Sixteen columns of keys or values: where they lie, or, of the last few, a copy filled up with zeros.
 template <int WIDTH>
-void scores_of(const float* query, const float* keys, float scale, int64_t width, int64_t first, int64_t columns,
-               float* scores) {
-    int64_t j = first;
+inline const float* tile(const float* from, int64_t at, int64_t columns, float* copy) {
+    if (at + 16 <= columns) return from + at * WIDTH;
+    std::memcpy(copy, from + at * WIDTH, (columns - at) * WIDTH * sizeof(float));
+    std::fill(copy + (columns - at) * WIDTH, copy + 16 * WIDTH, 0.0f);
+    return copy;
+}
+
+// scores[j] = scale * query . key j, for `columns` columns rounded up to 16
+template <int WIDTH>
+void scores_of(const float* query, const float* keys, float scale, int64_t width, int64_t columns, float* scores) {
     if constexpr (WIDTH > 0) {
+        float copy[16 * WIDTH];
         lanes q[WIDTH == 8 ? 1 : WIDTH / 16];
         if constexpr (WIDTH == 8) {
             for (int l = 0; l < 16; ++l) q[0][l] = query[l % 8];
         } else {
             for (int c = 0; c < WIDTH / 16; ++c) q[c] = load(query + 16 * c);
         }
-        for (; j + 16 <= columns; j += 16) {
-            const lanes some = scale * dots<WIDTH>(q, keys + j * WIDTH);
+        for (int64_t j = 0; j < columns; j += 16) {
+            const lanes some = scale * dots<WIDTH>(q, tile<WIDTH>(keys, j, columns, copy));
             std::memcpy(scores + j, &some, sizeof some);
         }
-    }
-    for (; j < columns; ++j) {
-        float dot = 0.0f;
+    } else {
+        for (int64_t j = 0; j < columns; ++j) {
+            float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
-        for (int64_t d = 0; d < width; ++d) dot += query[d] * keys[j * width + d];
-        scores[j] = scale * dot;
+            for (int64_t d = 0; d < width; ++d) dot += query[d] * keys[j * width + d];
+            scores[j] = scale * dot;
+        }
     }
 }
 
-// sum over columns of weight * value, times `factor`
+// out = factor * sum over columns of weight * value; weights beyond the columns, up to a multiple of 16, are 0
 template <int WIDTH>
-void weigh(const float* weights, const float* values, float factor, int64_t width, int64_t first, int64_t columns,
-           float* out) {
+void weigh(const float* weights, const float* values, float factor, int64_t width, int64_t columns, float* out) {
     if constexpr (WIDTH >= 16) {
         constexpr int parts = WIDTH / 16, chains = parts >= 4 ? 1 : 4 / parts;  // one chain waits for itself
+        float copy[16 * WIDTH];
         lanes sum[chains][parts] = {};
-        int64_t j = first;
-        for (; j + chains <= columns; j += chains)
-            for (int i = 0; i < chains; ++i)
-                for (int c = 0; c < parts; ++c) sum[i][c] += weights[j + i] * load(values + (j + i) * WIDTH + 16 * c);
-        for (; j < columns; ++j)
-            for (int c = 0; c < parts; ++c) sum[0][c] += weights[j] * load(values + j * WIDTH + 16 * c);
+        for (int64_t j = 0; j < columns; j += 16) {
+            const float* some = tile<WIDTH>(values, j, columns, copy);
+            for (int i = 0; i < 16; ++i)
+                for (int c = 0; c < parts; ++c)
+                    sum[i % chains][c] += weights[j + i] * load(some + i * WIDTH + 16 * c);
+        }
         for (int c = 0; c < parts; ++c) {
             for (int i = 1; i < chains; ++i) sum[0][c] += sum[i][c];
             sum[0][c] *= factor;
             std::memcpy(out + 16 * c, &sum[0][c], sizeof(lanes));
         }
     } else if constexpr (WIDTH == 8) {
+        float copy[16 * 8];
         lanes sum[2] = {};
-        int64_t j = first;
-        for (; j + 4 <= columns; j += 4)
-            for (int i = 0; i < 2; ++i) {
-                lanes weight;
-                for (int l = 0; l < 16; ++l) weight[l] = weights[j + 2 * i + l / 8];
-                sum[i] += weight * load(values + (j + 2 * i) * 8);
+        for (int64_t j = 0; j < columns; j += 16) {
+            const float* some = tile<8>(values, j, columns, copy);
+            const lanes weight = load(weights + j);
+            for (int i = 0; i < 8; ++i) {  // two columns to a vector
+                lane_ids pair;
+                for (int l = 0; l < 16; ++l) pair[l] = 2 * i + l / 8;
+#ifdef __clang__
+                lanes both;
+                for (int l = 0; l < 16; ++l) both[l] = weight[2 * i + l / 8];
+#else
+                const lanes both = __builtin_shuffle(weight, pair);
+#endif
+                sum[i % 2] += both * load(some + 16 * i);
             }
+        }
         sum[0] += sum[1];
-        for (int d = 0; d < 8; ++d) out[d] = sum[0][d] + sum[0][d + 8];
-        for (; j < columns; ++j)
-            for (int d = 0; d < 8; ++d) out[d] += weights[j] * values[j * 8 + d];
-        for (int d = 0; d < 8; ++d) out[d] *= factor;
+        for (int d = 0; d < 8; ++d) out[d] = factor * (sum[0][d] + sum[0][d + 8]);
     } else {
         std::fill(out, out + width, 0.0f);
-        for (int64_t j = first; j < columns; ++j) {
+        for (int64_t j = 0; j < columns; ++j) {
             const float weight = weights[j] * factor;
 #pragma omp simd
             for (int64_t d = 0; d < width; ++d) out[d] += weight * values[j * width + d];
@@ -187,18 +203,19 @@ void weigh(const float* weights, const float* values, float factor, int64_t widt
 
 template <int WIDTH>
 void attend(const Attention& a, int64_t row, int64_t kv_head, float* scores) {
-    const float* keys = a.keys + row * a.key_row + kv_head * a.key_head;
-    const float* values = a.values + row * a.value_row + kv_head * a.value_head;
     const float* mask = a.mask ? a.mask + row * a.mask_row : nullptr;
-    const int64_t group = a.heads / a.kv_heads;
     int64_t first = 0;  // columns before this sequence began
     while (mask && first + 1 < a.columns && mask[first] == -INFINITY) ++first;
+    const float* keys = a.keys + row * a.key_row + kv_head * a.key_head + first * a.width;
+    const float* values = a.values + row * a.value_row + kv_head * a.value_head + first * a.value_width;
+    const int64_t group = a.heads / a.kv_heads, columns = a.columns - first;
     for (int64_t head = row * a.heads + kv_head * group, g = 0; g < group; ++g, ++head) {
-        scores_of<WIDTH>(a.query + head * a.width, keys, a.scale, a.width, first, a.columns, scores);
+        scores_of<WIDTH>(a.query + head * a.width, keys, a.scale, a.width, columns, scores);
         if (mask)
-            for (int64_t j = first; j < a.columns; ++j) scores[j] += mask[j];
-        const float inverse = soften(scores, first, a.columns);
-        weigh<WIDTH>(scores, values, inverse, a.value_width, first, a.columns, a.out + head * a.value_width);
+            for (int64_t j = 0; j < columns; ++j) scores[j] += mask[first + j];
+        const float inverse = soften(scores, columns);
+        std::fill(scores + columns, scores + (columns + 15) / 16 * 16, 0.0f);
+        weigh<WIDTH>(scores, values, inverse, a.value_width, columns, a.out + head * a.value_width);
     }
 }
 
@@ -207,7 +224,7 @@ void attend_all(const Attention& a, int threads) {
     const int64_t items = a.rows * a.kv_heads;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scores(a.columns);
+        std::vector<float> scores((a.columns + 15) / 16 * 16);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < items; ++i) attend<WIDTH>(a, i / a.kv_heads, i % a.kv_heads, scores.data());
     }
