@@ -26,7 +26,7 @@ SETS = [
     (preferences, "hh_rlhf", {"on_bad_row": "skip"}, 1828,
      {"transcripts differ before the last reply": 4, "empty completion": 2}),
     (preferences, "ukp_convarg1/strict_pairs", {}, 9205, {}),
-    (rankings, "ukp_convarg1/ranking", {"ties": "keep"}, 26, {}),
+    (rankings, "ukp_convarg1/ranking", {"ties": "keep"}, 26, {"answer given twice": 10}),
     (preferences, "instruction_preference", {"on_bad_row": "skip"}, 900, {"chosen equals rejected": 6}),
     (demonstrations, "instruction_preference", {}, 906, {}),
     (prompts, "instruction_preference", {}, 906, {}),
@@ -43,6 +43,7 @@ SETS = [
     (preferences, "oasst_trees", {}, 597, {}),
     (feedback, "taskmaster_reward", {"on_bad_row": "skip"}, 1998, {"empty completion": 2}),
     (ratings, "nlg_human_ratings", NLG, 2051, {}),
+    (ratings, "vader_sentiment/movieReviewSnippets_GroundTruth.part1.txt", {}, 8826, {}),
     (demonstrations, "ntrex/newstest2019-src.eng.txt", {}, 1997, {}),
 ]  # fmt: skip
 

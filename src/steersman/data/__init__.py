@@ -5,8 +5,19 @@ from steersman.data.collate import collate, collate_groups, collate_pairs, pack
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
 from steersman.data.encode import Encoded, EncodedSet, encode, encode_prompts, layout
-from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating
-from steersman.data.load import Loaded, demonstrations, feedback, preferences, prompts, rankings, ratings
+from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
+from steersman.data.load import (
+    Loaded,
+    attributes,
+    demonstrations,
+    feedback,
+    preferences,
+    prompts,
+    rankings,
+    ratings,
+    recognised,
+    steps,
+)
 from steersman.data.read import BadRows, Row, RowError, read_rows
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Codec, Layout
@@ -28,7 +39,9 @@ __all__ = [
     "Rating",
     "Row",
     "RowError",
+    "Steps",
     "Summary",
+    "attributes",
     "collate",
     "collate_groups",
     "collate_pairs",
@@ -45,4 +58,6 @@ __all__ = [
     "rankings",
     "ratings",
     "read_rows",
+    "recognised",
+    "steps",
 ]  # fmt: skip

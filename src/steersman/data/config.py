@@ -28,6 +28,10 @@ class DataConfig(Section):
     )
     completion_prefix: str = Field(default="", description='put before every plain-text answer, often " "')
     scores: list[str] = Field(default_factory=list, description="columns that hold ratings, one per attribute")
+    rank_by: str | None = Field(
+        default=None, description="the rows of one prompt become a ranking by this column, higher is better"
+    )
+    step_separator: str = Field(default="\n", min_length=1, description="what stands between two steps of an answer")
     score_range: tuple[float, float] | None = Field(
         default=None, description="ratings outside [low, high] are bad rows"
     )
@@ -50,7 +54,12 @@ class DataConfig(Section):
         description="a tied pair or a ranking with repeated ranks: a bad row, kept as a tie, or left out",
     )
     on_too_long: Literal["error", "drop", "truncate"] = Field(
-        default="error", description="rows longer than the limits: stop, leave out, or cut (prompts on the left)"
+        default="error", description="rows longer than the limits: stop, leave out, or cut"
+    )
+    cut: Literal["auto", "left", "right"] = Field(
+        default="auto",
+        description="which end of a prompt `truncate` takes away; auto: the left one, or the right one of the source "
+        "that an encoder reads",
     )
     max_prompt_tokens: int | None = Field(default=None, ge=1, description="longest prompt, in tokens")
     max_length: int | None = Field(

@@ -40,7 +40,8 @@ class Preference:
     """`chosen` was preferred to `rejected` for the same prompt.
 
     `margin` is how much better it is, in the data's own units. `agreement` is the share of raters who chose
-    it (a tie counts half): the soft label of the pair, 1 for a single rater. `weight` scales its loss.
+    it (a tie counts half): the soft label of the pair, 1 for a single rater. `weight` scales its loss. `votes`
+    are the raters one by one where they are known: 1 for `chosen`, 0 for `rejected`, 1/2 for a tie.
     """
 
     prompt: Content
@@ -50,6 +51,7 @@ class Preference:
     margin: float | None = None
     agreement: float = 1.0
     weight: float = 1.0
+    votes: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -75,12 +77,32 @@ class Ranking:
 
 @dataclass(slots=True)
 class Rating:
-    """One completion with a number for each attribute, higher meaning more of it."""
+    """One completion with a number for each attribute, higher meaning more of it; not every row rates all."""
 
     prompt: Content
     completion: Content
     scores: dict[str, float]
     row: Row
+
+
+@dataclass(slots=True)
+class Steps:
+    """An answer in steps, each with a label in [0, 1]: right so far, or the share of roll-outs that succeed.
+
+    `separator` stands between two steps of the answer.
+    """
+
+    prompt: Content
+    steps: list[str]
+    labels: list[float]
+    row: Row
+    separator: str = "\n"
+
+    @property
+    def completion(self) -> Content:
+        """The whole answer, as one text or, under a conversation, as one turn."""
+        whole = self.separator.join(self.steps)
+        return whole if isinstance(self.prompt, str) else assistant(whole)
 
 
 @dataclass(slots=True)
@@ -92,7 +114,7 @@ class Query:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-Example = Demonstration | Preference | Feedback | Ranking | Rating | Query
+Example = Demonstration | Preference | Feedback | Ranking | Rating | Steps | Query
 
 
 def is_empty(content: Content) -> bool:
@@ -125,6 +147,7 @@ def preference(
     margin: float | None = None,
     agreement: float = 1.0,
     weight: float = 1.0,
+    votes: tuple[float, ...] = (),
 ) -> Preference:
     """A checked pair: nothing empty, the answers not equal."""
     prompt, (chosen, rejected) = aligned(prompt, chosen, rejected)
@@ -135,7 +158,7 @@ def preference(
             raise row.fault("empty completion", "the answer is empty", column)
     if _bare(chosen) == _bare(rejected):
         raise row.fault("chosen equals rejected", "the chosen answer equals the rejected one", "chosen")
-    return Preference(prompt, chosen, rejected, row, margin, agreement, weight)
+    return Preference(prompt, chosen, rejected, row, margin, agreement, weight, votes)
 
 
 def answered(row: Row, prompt: Content, completion: Content, column: str = "completion") -> tuple[Content, Content]:
@@ -161,6 +184,11 @@ def ranking(row: Row, prompt: Content, completions: list[Content], ranks: list[f
         raise row.fault("empty completion", "one of the responses is empty", "responses")
     if any(not math.isfinite(r) for r in ranks):
         raise row.fault("rank not finite", f"ranks must be finite numbers, not {ranks}", "ranks")
+    for i, j in combinations(range(len(ranks)), 2):
+        if ranks[i] != ranks[j] and _bare(completions[i]) == _bare(completions[j]):
+            raise row.fault(
+                "equal responses", f"responses {i + 1} and {j + 1} are the same text under two ranks", "responses"
+            )
     return Ranking(prompt, completions, ranks, row)
 
 

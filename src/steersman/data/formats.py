@@ -19,6 +19,7 @@ from steersman.data.examples import (
     Query,
     Ranking,
     Rating,
+    Steps,
     answered,
     assistant,
     is_empty,
@@ -66,14 +67,24 @@ def _alpaca_row(row: Row) -> Demonstration:
     return Demonstration(f.instruction(row), assistant(output), row)
 
 
-def _scored_pair(row: Row) -> tuple[float | None, float, float]:
-    """margin, agreement and weight, where the row has them."""
+def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...]]:
+    """margin, agreement, weight and votes, where the row has them; the votes' mean is the agreement."""
     margin = f.optional_number(row, "margin")
     agreement = f.optional_number(row, "agreement")
     weight = f.optional_number(row, "weight")
-    if agreement is not None and not 0 <= agreement <= 1:
-        raise row.fault("out of range", f"must lie between 0 and 1, not {agreement}", "agreement")
-    return margin, 1.0 if agreement is None else agreement, 1.0 if weight is None else weight
+    votes = ()
+    if row.data.get("votes") is not None:
+        votes = tuple(_share(row, "votes", f.number(row, "votes", v)) for v in f.listing(row, "votes"))
+        if votes and agreement is None:
+            agreement = sum(votes) / len(votes)
+    agreement = 1.0 if agreement is None else _share(row, "agreement", agreement)
+    return margin, agreement, 1.0 if weight is None else weight, votes
+
+
+def _share(row: Row, column: str, got: float) -> float:
+    if not 0 <= got <= 1:
+        raise row.fault("out of range", f"must lie between 0 and 1, not {got:g}", column)
+    return got
 
 
 def _pair_row(row: Row) -> Preference:
@@ -135,14 +146,28 @@ def _rating_row(row: Row) -> Rating:
         prompt, completion = "", _text_row(row).completion
     got = row.data.get("scores")
     if isinstance(got, dict):
-        scores = {name: f.number(row, name, s) for name, s in got.items() if s is not None}
-        missing = [name for name, s in got.items() if s is None]
-        if missing:
-            raise row.fault("missing value", "the rating is null", missing[0])
+        scores = {name: f.number(row, name, s) for name, s in got.items() if s is not None and s != ""}
+        if not scores:
+            raise row.fault("missing value", "the row rates no attribute", "scores")
     else:
         name = "score" if "score" in row.data else "rating"
         scores = {name: f.number(row, name)}
     return Rating(prompt, completion, scores, row)
+
+
+def _steps_row(row: Row) -> Steps:
+    column = "steps" if "steps" in row.data else "completions"
+    steps, labels = f.listing(row, column), f.listing(row, "labels")
+    for i, step in enumerate(steps):
+        if not isinstance(step, str) or not step.strip():
+            raise row.fault("empty step", f"step {i + 1} must be text that is not empty", column)
+    if len(steps) != len(labels) or not steps:
+        raise row.fault("wrong number of labels", f"{len(steps)} steps but {len(labels)} labels", "labels")
+    shares = [_share(row, "labels", float(x) if isinstance(x, bool) else f.number(row, "labels", x)) for x in labels]
+    prompt = f.content(row, "prompt")
+    if is_empty(prompt):
+        raise row.fault("empty prompt", "the prompt is empty", "prompt")
+    return Steps(prompt, steps, shares, row)
 
 
 def _query_row(row: Row) -> Query:
@@ -170,6 +195,9 @@ def _has_turns(seen: Probe, *columns: str) -> bool:
 
 
 CONVENTIONAL = [
+    Format("steps", "steps", "answers in steps with a label for each: prompt, steps, labels",
+           lambda s: "prompt" in s and _has_turns(s, "labels") and _has_turns(s, "steps", "completions"),
+           _steps_row),
     Format("rankings", "ranking", "rankings: prompt, responses, ranks or scores",
            lambda s: "prompt" in s and _has_turns(s, "responses", "completions") and ("ranks" in s or "scores" in s),
            _ranking_row),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar, cast
@@ -20,10 +20,12 @@ from steersman.data.examples import (
     Query,
     Ranking,
     Rating,
+    Steps,
     has_ties,
 )
+from steersman.data.ranked import ranked
 from steersman.data.read import BadRows, Row, RowError, local_files, nearest, read_rows
-from steersman.data.shapes import Kind, Shape, examples, recognise
+from steersman.data.shapes import Kind, Shape, examples, kind_of, recognise
 from steersman.data.sources import FORMATS
 from steersman.data.split import split, without
 from steersman.types import SteersmanError
@@ -70,13 +72,44 @@ def rankings(config: DataConfig) -> Loaded[Ranking]:
 
 
 def ratings(config: DataConfig) -> Loaded[Rating]:
-    """Answers with a number per attribute. Raises SteersmanError where rows rate different attributes."""
+    """Answers with a number per attribute; a row need not rate all of them.
+
+    Raises SteersmanError for an attribute that no training row rates.
+    """
     loaded = cast(Loaded[Rating], load(config, "rating"))
-    names = set(loaded.train[0].scores)
-    for e in chain(loaded.train, loaded.held_out):
-        if set(e.scores) != names:
-            raise e.row.fault("missing field", f"rates {sorted(e.scores)}, but the first row rates {sorted(names)}")
+    rated = attributes(loaded.train)
+    for name in [*config.scores, *attributes(loaded.held_out)]:
+        if name not in rated:
+            raise SteersmanError(
+                f"{_name(config)}: no training row rates {name!r}; rated are {', '.join(map(repr, rated))}"
+                f"{nearest(name, loaded.train[0].row.data)}. Mend data.scores or the files"
+            )
     return loaded
+
+
+def attributes(rated: Iterable[Rating]) -> list[str]:
+    """The attributes that occur, in the order of their first row."""
+    return list(dict.fromkeys(name for e in rated for name in e.scores))
+
+
+def steps(config: DataConfig) -> Loaded[Steps]:
+    """Answers in steps, each step with a label."""
+    return cast(Loaded[Steps], load(config, "steps"))
+
+
+def recognised(config: DataConfig, among: Sequence[Kind]) -> Kind:
+    """Which of some kinds the rows are by themselves; the typed functions above then load them.
+
+    Raises SteersmanError naming the columns where they are none of them.
+    """
+    if config.rank_by is not None and "ranking" in among:
+        return "ranking"
+    bad = BadRows("skip")
+    rows = read_rows(config.path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split)
+    first = list(islice(_prepared(iter(rows), config, bad), PROBED))
+    if not first:
+        raise SteersmanError(f"{_name(config)}: no usable row ({bad.sentence}){_first(bad)}")
+    return kind_of(first, among, FORMATS) or recognise(first, among[0], FORMATS).want
 
 
 def prompts(config: DataConfig) -> Loaded[Query]:
@@ -117,6 +150,8 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
     rows = iter(read_rows(path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split))
     prepared = _prepared(rows, config, bad)
+    if config.rank_by is not None:
+        prepared = iter(ranked(prepared, config.rank_by, bad))
     first = list(islice(prepared, PROBED))
     if not first:
         raise SteersmanError(f"{_name(config)}: no usable row ({bad.sentence}){_first(bad)}")
@@ -164,7 +199,7 @@ def _rename(row: Row, config: DataConfig) -> None:
     if config.prompt_template is not None:
         added["prompt"] = _fill(row, config.prompt_template)
     if config.scores:
-        added["scores"] = {name: f.number(row, name) for name in config.scores}
+        added["scores"] = {name: row.data.get(name) for name in config.scores}
     row.data = row.data | added
 
 
@@ -186,6 +221,16 @@ def _keep(example: Example, config: DataConfig, bad: BadRows) -> bool:
         example.prompt = _opening(example.prompt, config.opening_words)
     if config.completion_prefix:
         _prefix(example, config.completion_prefix)
+    if isinstance(example, Steps):
+        example.separator = config.step_separator
+        split_again = [s for s in example.steps if example.separator in s.strip()]
+        if split_again:
+            raise example.row.fault(
+                "step labels do not match steps",
+                f"the step {split_again[0][:40]!r} holds data.step_separator {example.separator!r}, so it would be "
+                "several steps with one label",
+                "steps",
+            )
     if has_ties(example) and config.ties != "keep":
         fault = example.row.fault("tie", "the answers are tied (data.ties: keep or drop says what to do with ties)")
         if config.ties == "stop":
@@ -225,6 +270,8 @@ def _prefix(example: Example, prefix: str) -> None:
         example.completions = [put(c) for c in example.completions]
     elif isinstance(example, Demonstration | Feedback | Rating) and example.prompt:
         example.completion = put(example.completion)
+    elif isinstance(example, Steps) and isinstance(example.prompt, str):
+        example.steps = [str(put(example.steps[0])), *example.steps[1:]]
 
 
 def _files(path: str | list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from steersman.data.examples import (
 from steersman.data.read import BadRows, Row, nearest
 from steersman.types import SteersmanError
 
-Kind = Literal["demonstration", "preference", "feedback", "ranking", "rating", "query"]
+Kind = Literal["demonstration", "preference", "feedback", "ranking", "rating", "steps", "query"]
 Probe = dict[str, Any]
 """Column -> the first value of it that is not None, over the first rows."""
 
@@ -87,6 +87,15 @@ def recognise(rows: list[Row], want: Kind, formats: list[Format]) -> Shape:
     raise SteersmanError(_unknown(rows[0], seen, want, fitting))
 
 
+def kind_of(rows: list[Row], among: Sequence[Kind], formats: list[Format]) -> Kind | None:
+    """The kind of the first format that fits the rows and gives one of the wanted kinds by itself."""
+    seen = probe(rows)
+    renamed = {name: alias for name, names in ALIASES.items() if (alias := _alias(seen, name, names))}
+    widened = seen | {name: seen[alias] for name, alias in renamed.items()}
+    fits = (f.kind for f in formats if f.kind in among and (f.matches(seen) or f.matches(widened)))
+    return next(fits, None)
+
+
 def examples(shape: Shape, row: Row) -> Sequence[Example]:
     """The examples of the wanted kind that a row gives."""
     for name, column in shape.columns.items():
@@ -140,6 +149,7 @@ NOUNS: dict[Kind, str] = {
     "feedback": "thumbs up and down",
     "ranking": "rankings",
     "rating": "ratings",
+    "steps": "answers with labelled steps",
     "query": "prompts",
 }
 NEEDS: dict[Kind, str] = {
@@ -148,6 +158,7 @@ NEEDS: dict[Kind, str] = {
     "feedback": "prompt, completion and label",
     "ranking": "prompt, responses and ranks (or scores)",
     "rating": "prompt, completion and a score (data.scores names the rating columns)",
+    "steps": "prompt, steps and labels, one label per step",
     "query": "prompt (or messages, or data.prompt_template)",
 }
 
@@ -183,4 +194,5 @@ DERIVED: dict[tuple[Kind, Kind], tuple[Callable[[Any], Sequence[Example]], str]]
     ("feedback", "query"): (_query, "without the completions"),
     ("ranking", "query"): (_query, "without the responses"),
     ("rating", "query"): (_query, "without the completions"),
+    ("steps", "query"): (_query, "without the steps"),
 }  # fmt: skip

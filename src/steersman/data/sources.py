@@ -15,6 +15,7 @@ from steersman.data.examples import (
     Message,
     Preference,
     Ranking,
+    Rating,
     assistant,
     is_empty,
     preference,
@@ -25,6 +26,7 @@ from steersman.data.read import BadRows, Row, RowError
 from steersman.data.shapes import Format
 
 _SPEAKERS = {"user": "user", "agent": "assistant", "api": "tool"}
+_RATED = re.compile(r"[^\t\n]+\t-?\d+(\.\d+)?\t[^\t\n]+$")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -74,12 +76,15 @@ def _debate_pair(row: Row) -> Preference:
     return preference(row, prompt_of_file(row.file), _argument(row, better), _argument(row, worse))
 
 
-def _debate_rankings(rows: Iterable[Row], _: BadRows) -> Iterable[Row]:
-    """One row per file, with all of its arguments."""
+def _debate_rankings(rows: Iterable[Row], bad: BadRows) -> Iterable[Row]:
+    """One row per file, with all of its arguments; of an argument given twice, the first place counts."""
     by_file: dict[str, Row] = {}
     for row in rows:
         whole = by_file.setdefault(row.file, Row({"items": []}, row.file, 1, "line"))
-        whole.data["items"].append(row)
+        if row.data["argument"] in (item.data["argument"] for item in whole.data["items"]):
+            bad.note("answer given twice", row.where("argument"))
+        else:
+            whole.data["items"].append(row)
     return by_file.values()
 
 
@@ -95,14 +100,16 @@ def _voted_pair(row: Row) -> Preference:
     for column, vote in votes.items():
         if vote not in (0, 1, 2):
             raise row.fault("out of range", f"a vote must be 1, 2 or 0 for a tie, not {vote:g}", column)
-    share = sum({1: 1.0, 2: 0.0, 0: 0.5}[int(v)] for v in votes.values()) / len(votes)
+    cast = tuple({1: 1.0, 2: 0.0, 0: 0.5}[int(v)] for v in votes.values())
+    share = sum(cast) / len(cast)
     first, second = f.text(row, "response1"), f.text(row, "response2")
     prompt = f.instruction(row)
     columns = ("response1", "response2")
     if share < 0.5:
         first, second, columns, share = second, first, columns[::-1], 1 - share
+        cast = tuple(1 - v for v in cast)
     row.names = row.names | dict(zip(("chosen", "rejected"), columns, strict=True))
-    return preference(row, prompt, first, second, agreement=share)
+    return preference(row, prompt, first, second, agreement=share, votes=cast)
 
 
 def _tree_rankings(rows: Iterable[Row], bad: BadRows) -> Iterable[Row]:
@@ -156,6 +163,17 @@ def _agent_turn(row: Row, column: str, item: Any) -> Message:
     return {"role": _SPEAKERS[item["role"]], "content": body}
 
 
+def _rated_line(row: Row) -> Rating:
+    """`name <tab> mean rating <tab> text`: lines of vaderSentiment's ground truth."""
+    pieces = f.text(row, "text").split("\t")
+    if len(pieces) != 3:
+        raise row.fault("wrong number of fields", f"{len(pieces)} fields between tabs, expected 3", "text")
+    if is_empty(pieces[2]):
+        raise row.fault("empty completion", "the text is empty", "text")
+    row.data = row.data | {"id": pieces[0]}
+    return Rating("", pieces[2], {"rating": f.number(row, "text", pieces[1])}, row)
+
+
 def _is_transcripts(seen: dict[str, Any]) -> bool:
     whole = [seen.get("chosen"), seen.get("rejected")]
     return "prompt" not in seen and all(isinstance(t, str) and "\n\nAssistant:" in t for t in whole)
@@ -171,6 +189,8 @@ FORMATS = [
     Format("trees", "ranking", "conversation trees with ranked replies",
            lambda s: isinstance(s.get("prompt"), dict) and "replies" in s["prompt"],
            _tree_ranking, regroup=_tree_rankings),
+    Format("rated lines", "rating", "lines of a name, a rating and a text, with tabs between them",
+           lambda s: isinstance(s.get("text"), str) and bool(_RATED.match(s["text"])), _rated_line),
     Format("rewarded turns", "feedback", "dialogue turns with a reward of 0 or 1",
            lambda s: {"context", "generation", "reward"} <= s.keys(), _rewarded_turn),
     Format("transcripts", "preference",

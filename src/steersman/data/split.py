@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TypeVar
 
-from steersman.data.examples import Demonstration, Example
+from steersman.data.examples import Demonstration, Example, Rating
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)
@@ -16,7 +16,7 @@ E = TypeVar("E", bound=Example)
 def prompt_key(example: Example) -> str:
     """A stable hash (hex) of the prompt, or of the text where there is no prompt."""
     prompt = example.prompt
-    if isinstance(example, Demonstration) and not prompt:
+    if isinstance(example, Demonstration | Rating) and not prompt:
         prompt = example.completion
     return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -129,6 +129,15 @@ def centring(chosen: Float[Tensor, "*B"], rejected: Float[Tensor, "*B"]) -> Floa
     return (chosen + rejected) ** 2
 
 
+def ranking_centring(score: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    """Mean of (r_i + r_j)^2 over the pairs of a prompt's answers: `centring` for K answers; 0 without a pair."""
+    first, second = torch.triu_indices(score.shape[1], score.shape[1], offset=1, device=score.device)
+    pair = mask[:, first] & mask[:, second]
+    kept = torch.where(mask, score, torch.zeros_like(score))
+    total = (centring(kept[:, first], kept[:, second]) * pair).sum(-1)
+    return total / pair.sum(-1).clamp(min=1)
+
+
 def process(
     logit: Float[Tensor, "B T"], label: Float[Tensor, "B T"], step: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:

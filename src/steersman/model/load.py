@@ -8,30 +8,41 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
-from torch import nn
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
+from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.lora import LoraConfig, add_lora, require_plain_output
+from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
 from steersman.model.quiet import silence
-from steersman.model.scalar import ScalarModel, require_one_output
+from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
 from steersman.types import SteersmanError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
+
+HEADS = ("score.weight", *(f"classification_head.{x}.{y}" for x in ("dense", "out_proj") for y in ("weight", "bias")))
+"""Weights of the heads of sequence classifiers."""
+
+WIDE = ("t5", "mt5", "umt5", "longt5")
+"""Families whose activations outgrow float16: they were trained in bfloat16."""
 
 _log = logging.getLogger("steersman.model")
 
@@ -46,15 +57,15 @@ def load_policy(
     trainable: bool = True,
     pack: int | None = None,
 ) -> Policy:
-    """A causal language model and its tokenizer, as a policy.
+    """A language model, causal or encoder-decoder, and its tokenizer, as a policy.
 
     `device` None is CUDA where there is one. `attention` names one of the ecosystem's implementations, such as
     "sdpa" or "eager". Every dropout probability is set to 0, so that the log-probabilities of training are those
     of sampling (the first ratio is 1). A folder of saved adapters loads them on the model they name. What was
     found or changed is in the policy's `notes`.
 
-    Raises SteersmanError if there is nothing at the path, it is no causal language model, weights are missing,
-    the tokenizer is missing, has no end token or has more ids than the model has embeddings.
+    Raises SteersmanError if there is nothing at the path, it is no language model that writes, weights are
+    missing, the tokenizer is missing, has no end token or has more ids than the model has embeddings.
     """
     source, local = _find(path)
     saved_adapters = local and (Path(source) / "adapter_config.json").exists()
@@ -65,15 +76,19 @@ def load_policy(
         base, base_local = source, local
     notes: list[str] = []
     config = _config(base, base_local, notes)
-    if config.is_encoder_decoder:
-        raise SteersmanError(f"{base}: encoder-decoder models ({config.model_type}) are not supported yet")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    pair = config.is_encoder_decoder
+    if type(config) not in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else MODEL_FOR_CAUSAL_LM_MAPPING):
         raise SteersmanError(
-            f"{base}: a model of type '{config.model_type}' is not a causal language model; give a decoder model "
-            "such as a GPT-2, Llama, Qwen or Gemma"
+            f"{base}: a model of type '{config.model_type}' is not a causal language model, nor an encoder with a "
+            "decoder; give a decoder model such as a GPT-2, Llama, Qwen or Gemma, or a T5 or BART"
         )
+    if dtype == "float16" and config.model_type in WIDE:
+        notes.append(f"{base}: {config.model_type} models are known to overflow in float16; use bfloat16 or float32")
+        _log.warning(notes[-1])
     tokenizer = _tokenizer(base, base_local)
-    model, info = _weights(AutoModelForCausalLM, base, base_local, config, dtype, attention)
+    model, info = _weights(
+        AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM, base, base_local, config, dtype, attention
+    )
     _complete(base, model, info)
     _check_vocabulary(base, tokenizer, model)
     model = model.to(_device(device))
@@ -110,29 +125,96 @@ def load_scalar(
     source, local = _find(path)
     notes: list[str] = []
     config = _config(source, local, notes)
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise SteersmanError(f"{source}: there is no sequence classifier of type '{config.model_type}'")
-    classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
-    fresh = init == "fresh" or not classifier
+    meaning = Meaning.of(config)
+    # the trunk of a model of several attributes is what a critic can begin from
+    fresh = init == "fresh" or not is_classifier(config) or len(meaning.attributes) > 1
     if not fresh and config.num_labels != 1:
         raise SteersmanError(
             f"{source}: config.num_labels is {config.num_labels}, but a reward model or critic must give exactly "
             "one number. If it was saved by mistake with the default of 2, train it again with num_labels=1; to "
             "keep the trunk and start a new head, load it with init='fresh'"
         )
-    config.num_labels = 1
-    tokenizer = _tokenizer(source, local)
-    model, info = _weights(AutoModelForSequenceClassification, source, local, config, dtype, attention)
-    _complete(source, model, info, "score.weight" if fresh else "")
-    require_one_output(model)
-    if fresh:
-        nn.init.zeros_(model.score.weight)
-        notes.append(f"{source}: a new scalar head of zeros on its trunk; the output layer is not used")
-        _log.info(notes[-1])
-    _check_vocabulary(source, tokenizer, model)
+    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes)
     scalar = ScalarModel(model.to(_device(device)), tokenizer)
     scalar.notes = notes
     return scalar if trainable else scalar.requires_grad_(False)
+
+
+def load_reward(
+    path: str | Path,
+    *,
+    attributes: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+    trainable: bool = True,
+) -> ScalarModel | AttributeModel | GatedModel:
+    """A reward model as it was saved: of one number, of several attributes, or with gating over them.
+
+    With `attributes`, one output for each: a saved model of just these, or new heads of zeros on the trunk.
+
+    Raises SteersmanError as `load_scalar` does, and where a saved model has other attributes than those asked for.
+    """
+    source, local = _find(path)
+    notes: list[str] = []
+    config = _config(source, local, notes)
+    meaning = Meaning.of(config)
+    wanted = tuple(attributes) or meaning.attributes
+    if len(wanted) < 2:
+        return load_scalar(path, dtype=dtype, device=device, attention=attention, trainable=trainable)
+    fresh = len(meaning.attributes) < 2
+    if not fresh and wanted != meaning.attributes:
+        raise SteersmanError(
+            f"{source}: a reward model of {', '.join(meaning.attributes)}, but the data rates {', '.join(wanted)}; "
+            "name the same attributes in the same order in data.scores, or start from its language model"
+        )
+    model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes)
+    model = model.to(_device(device))
+    kind = GatedModel if meaning.gating else AttributeModel
+    loaded = kind(model, tokenizer, wanted)
+    if isinstance(loaded, GatedModel):
+        loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))
+    loaded.notes = notes
+    return loaded if trainable else loaded.requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model, without the model. Raises SteersmanError where there is none."""
+    source, local = _find(path)
+    return _tokenizer(source, local)
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a config is of a sequence classifier, with a head of its own."""
+    return any("ForSequenceClassification" in name for name in config.architectures or [])
+
+
+def _classifier(
+    source: str,
+    local: bool,
+    config: Any,
+    outputs: int,
+    fresh: bool,
+    dtype: str,
+    attention: str | None,
+    notes: list[str],
+) -> tuple[Any, Any]:
+    """A sequence classifier with so many outputs, its head all zeros where it is `fresh`, and the tokenizer."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise SteersmanError(f"{source}: there is no sequence classifier of type '{config.model_type}'")
+    config.num_labels = outputs
+    if fresh:
+        Meaning.forget(config)
+    tokenizer = _tokenizer(source, local)
+    model, info = _weights(AutoModelForSequenceClassification, source, local, config, dtype, attention)
+    _complete(source, model, info, HEADS if fresh else ())
+    require_outputs(model, outputs)
+    if fresh:
+        fresh_head(model)
+        notes.append(f"{source}: a new scalar head of zeros on its trunk; the output layer is not used")
+        _log.info(notes[-1])
+    _check_vocabulary(source, tokenizer, model)
+    return model, tokenizer
 
 
 def _find(path: str | Path) -> tuple[str, bool]:
@@ -240,17 +322,17 @@ def _weights(
         raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error
 
 
-def _complete(source: str, model: Any, info: dict[str, Any], allowed: str = "") -> None:
-    """Raises SteersmanError unless every weight but the `allowed` one came from disk in its right shape."""
+def _complete(source: str, model: Any, info: dict[str, Any], allowed: Sequence[str] = ()) -> None:
+    """Raises SteersmanError unless every weight but the `allowed` ones came from disk in its right shape."""
     mismatched: set[tuple[Any, ...]] = info["mismatched_keys"]  # (name, stored shape, shape of the model)
-    shapes = {name: pair for name, *pair in mismatched if name != allowed}
+    shapes = {name: pair for name, *pair in mismatched if name not in allowed}
     if "score.weight" in shapes:
         raise SteersmanError(
             f"{source}: config.num_labels is 1, but the shapes of the stored `score` head and of one with a single "
             f"output are {_shapes(shapes['score.weight'])}; train the head again with num_labels=1, or start a "
             "new one with init='fresh'"
         )
-    missing = {*info["missing_keys"], *shapes} - {allowed}
+    missing = {*info["missing_keys"], *shapes} - {*allowed}
     if missing:
         stored = _some(model.config.architectures or ["an unknown architecture"])
         raise SteersmanError(

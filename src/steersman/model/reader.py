@@ -19,7 +19,11 @@ from steersman.types import Tokens
 
 
 class Reader(Protocol):
-    """The states of a batch, by row and response token."""
+    """The states of a batch, by row and response token. `start` is what a decoder of its own reads before each
+    response; a causal model, which reads the prompt there, has none."""
+
+    @property
+    def start(self) -> tuple[int, ...]: ...
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         """States that predict each response token, packed row by row; with `extra` 1 each row also has the state
@@ -37,6 +41,10 @@ class Joined:
 
     trunk: nn.Module
     pack: int | None = None
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return ()
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         layout = join(tokens) if self.pack is None else pack(tokens, self.pack)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.lora import merged_state
 from steersman.model.policy import Policy
 from steersman.model.quiet import silence
@@ -16,7 +18,7 @@ from steersman.run.folder import save_dir
 
 
 def save(
-    model: Policy | ScalarModel,
+    model: Policy | ScalarModel | AttributeModel,
     tokenizer: Any | None,
     folder: str | Path,
     *,
@@ -44,7 +46,9 @@ def save(
     return folder
 
 
-def _write(model: Policy | ScalarModel, folder: Path, merged: bool, dtype: torch.dtype | None) -> None:
+def _write(
+    model: Policy | ScalarModel | AttributeModel, folder: Path, merged: bool, dtype: torch.dtype | None
+) -> None:
     adapters = model.adapters if isinstance(model, Policy) else None
     if adapters is not None and not merged:
         adapters.save_pretrained(str(folder))
@@ -53,6 +57,8 @@ def _write(model: Policy | ScalarModel, folder: Path, merged: bool, dtype: torch
     if dtype is not None:
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     model.model.save_pretrained(folder, state_dict=state)
+    if isinstance(model, GatedModel):
+        save_file(model.gating.state_dict(), folder / GATING_FILE)
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).split(".")[1]}, indent=2))

@@ -1,4 +1,4 @@
-"""Models that give one number: reward models and critics, which share one architecture."""
+"""Models that give numbers: reward models and critics, which share one architecture."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steersman.model.layout import in_groups, join, predicting, response_slots, spread
-from steersman.model.policy import Logp, Policy, states
-from steersman.model.probe import close, probe_ids, quiet, require_causal
+from steersman.model.layout import in_groups, response_slots, spread
+from steersman.model.meaning import Meaning
+from steersman.model.pairs import is_pair, pair_reader, read
+from steersman.model.policy import Logp, Policy
+from steersman.model.probe import close, model_name, probe_ids, quiet, require_causal
+from steersman.model.reader import Joined, Reader
 from steersman.types import SteersmanError, Tokens
 
 
-class ScalarModel(nn.Module):
-    """A causal trunk with a linear head of one output: V of a state, or the score of a whole response.
+class Headed(nn.Module):
+    """A trunk with a head; where a row ends is known by its length.
 
-    Wraps `AutoModelForSequenceClassification` with `num_labels=1`. Where a row ends is known by its length, so
-    the model's own search for the last token that is not padding is not used.
+    Wraps `AutoModelForSequenceClassification`. The model's own search for the last token that is not padding is
+    not used. Of an encoder-decoder the head reads the decoder's states of the response, while the encoder reads
+    the prompt. `meaning` says what the head's numbers are; it is kept in the config, so that saving keeps it.
 
-    Raises SteersmanError if the head does not give exactly one number, or the trunk is not causal.
+    Raises SteersmanError if the head does not give `outputs` numbers, or later tokens or padding show.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int | None = 8192) -> None:
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, model: Any, tokenizer: Any, outputs: int, *, max_tokens: int | None = 8192) -> None:
         super().__init__()
-        require_one_output(model)
+        require_outputs(model, outputs)
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.trunk_name = model.base_model_prefix
         self.notes: list[str] = []
+        self.reader: Reader = pair_reader(self.trunk, tokenizer) if is_pair(model) else Joined(self.trunk)
+        self.means(Meaning.of(model.config))
         self._probe()
 
     @property
@@ -39,36 +48,47 @@ class ScalarModel(nn.Module):
     def trunk(self) -> nn.Module:
         return getattr(self.model, self.trunk_name)
 
-    def value(self, tokens: Tokens) -> Float[Tensor, "B T+1"]:
-        """V before each response token, and after the last one in the column of the row's length; 0 beyond."""
+    @property
+    def decoder_start(self) -> tuple[int, ...]:
+        """What an encoder-decoder's decoder reads before a response; nothing for a causal model."""
+        return self.reader.start
+
+    @property
+    def output(self) -> nn.Linear:
+        """The layer that gives the numbers."""
+        return output_layer(self.model)
+
+    def means(self, meaning: Meaning) -> None:
+        """Says what the head's numbers are from now on."""
+        self.meaning = meaning
+        meaning.write(self.model.config)
+        outputs = self.model.config.num_labels
+        for name, given, plain in (("shift", meaning.shift, 0.0), ("scale", meaning.scale, 1.0)):
+            units = torch.tensor(given or [plain] * outputs, device=self.device)
+            self.register_buffer(name, units, persistent=False)
+
+    def outputs(self, tokens: Tokens) -> Float[Tensor, "B A"]:
+        """The head's numbers at the last token of prompt + response, before their units."""
         tokens = tokens.to(self.device)
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
-            layout = join(part)
-            hidden = states(self.trunk, layout)[predicting(part, layout, extra=1)]
-            return (spread(self._head(hidden), response_slots(part, extra=1)),)
+            return (self._head(self.reader.ends(part)[1]),)
 
-        return in_groups(tokens, self.max_tokens, run, tokens.response.shape[1] + 1)[0]
+        return in_groups(tokens, self.max_tokens, run, self.model.config.num_labels)[0]
 
-    def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
-        """The number at the last token of prompt + response."""
-        tokens = tokens.to(self.device)
+    def _head(self, hidden: Tensor) -> Float[Tensor, "N A"]:
+        return scalar_head(self.model)(hidden).float()
 
-        def run(part: Tokens) -> tuple[Tensor, ...]:
-            layout = join(part)
-            last = layout.start + part.length - 1
-            return (self._head(states(self.trunk, layout)[last])[:, None],)
-
-        return in_groups(tokens, self.max_tokens, run, 1)[0][:, 0]
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.score(hidden)[:, 0].float()
+    def _in_units(self, numbers: Float[Tensor, "*s A"]) -> Float[Tensor, "*s A"]:
+        return numbers * self.scale + self.shift if self.meaning.scale else numbers
 
     def _probe(self) -> None:
-        ids = probe_ids(self.model)[:1]
-        name = f"{type(self.model).__name__} at '{self.model.name_or_path}'"
+        ids, name = probe_ids(self.model)[:1], model_name(self.model)
         with quiet(self.model):
-            require_causal(self.trunk, ids, name)
+            if is_pair(self.model):  # the class's own forward gives its input to both sides, so it shows nothing
+                read(self.trunk, ids.flip(1), ids)
+                return
+            require_causal(lambda some: self.trunk(input_ids=some, use_cache=False).last_hidden_state, ids, name)
             seen: list[Tensor] = []
             handle = self.model.score.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
             try:
@@ -81,6 +101,27 @@ class ScalarModel(nn.Module):
                 f"{name}: its score head does not read the trunk's last hidden state as it is; this model family "
                 "is not supported as reward model or critic yet"
             )
+
+
+class ScalarModel(Headed):
+    """A head of one output: V of a state, or the score of a whole response, in the units of its `meaning`."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int | None = 8192) -> None:
+        super().__init__(model, tokenizer, 1, max_tokens=max_tokens)
+
+    def value(self, tokens: Tokens) -> Float[Tensor, "B T+1"]:
+        """V before each response token, and after the last one in the column of the row's length; 0 beyond."""
+        tokens = tokens.to(self.device)
+
+        def run(part: Tokens) -> tuple[Tensor, ...]:
+            hidden = self.reader.hidden(part, extra=1)
+            return (spread(self._in_units(self._head(hidden))[:, 0], response_slots(part, extra=1)),)
+
+        return in_groups(tokens, self.max_tokens, run, tokens.response.shape[1] + 1)[0]
+
+    def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
+        """The number at the last token of prompt + response."""
+        return self._in_units(self.outputs(tokens))[:, 0]
 
 
 class SharedCritic(nn.Module):
@@ -128,23 +169,53 @@ class SharedCritic(nn.Module):
         return spread(value, response_slots(tokens, extra=1))
 
 
-def require_one_output(model: Any) -> None:
-    """Raises SteersmanError unless the model is a sequence classifier whose head gives exactly one number."""
+def require_outputs(model: Any, outputs: int) -> None:
+    """Raises SteersmanError unless the model is a sequence classifier whose head gives so many numbers."""
     path, labels = model.name_or_path, model.config.num_labels
-    if labels != 1:
+    if labels != outputs:
         raise SteersmanError(
-            f"{path}: config.num_labels is {labels}, but a reward model or critic must give exactly one number; "
-            "load it with num_labels=1 and train its head again, or start from the language model that it was "
-            "made from"
+            f"{path}: config.num_labels is {labels}, but {_needed(outputs)}; load it with num_labels={outputs} and "
+            "train its head again, or start from the language model that it was made from"
         )
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear):
+    head = output_layer(model)
+    if head.out_features != outputs:
         raise SteersmanError(
-            f"{path}: {type(model).__name__} has no linear `score` head on a causal trunk, so it can not be a "
-            "reward model or critic; use a decoder model's ForSequenceClassification"
+            f"{path}: the weight of its `score` head is {tuple(head.weight.shape)}, but config.num_labels is "
+            f"{outputs}; {_needed(outputs)}, so it needs [{outputs}, {head.in_features}]; train the head again with "
+            f"num_labels={outputs}"
         )
-    if head.out_features != 1:
+
+
+def _needed(outputs: int) -> str:
+    if outputs == 1:
+        return "a reward model or critic must give exactly one number"
+    return f"a reward model of {outputs} attributes must give {outputs} numbers"
+
+
+def scalar_head(model: Any) -> nn.Module:
+    """The module between states and numbers: a linear layer, or T5's and BART's dense layer, tanh, linear layer."""
+    head = getattr(model, "classification_head" if is_pair(model) else "score", None)
+    return nn.Identity() if head is None else head
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """The last layer of the head. Raises SteersmanError where there is none."""
+    head = scalar_head(model)
+    layer = getattr(head, "out_proj", head)
+    if not isinstance(layer, nn.Linear):
         raise SteersmanError(
-            f"{path}: the weight of its `score` head is {tuple(head.weight.shape)}, but config.num_labels is 1; a "
-            f"reward model or critic needs [1, {head.in_features}]; train the head again with num_labels=1"
+            f"{model.name_or_path}: {type(model).__name__} has no linear `score` head on a causal trunk (nor a "
+            "`classification_head` on an encoder-decoder), so it can not be a reward model or critic; use a decoder "
+            "model's ForSequenceClassification"
         )
+    return layer
+
+
+def fresh_head(model: Any) -> None:
+    """A head of zeros; a dense layer before it starts as the identity, so that nothing is drawn at random."""
+    nn.init.zeros_(output_layer(model).weight)
+    dense = getattr(scalar_head(model), "dense", None)
+    if dense is not None:
+        nn.init.zeros_(output_layer(model).bias)
+        nn.init.eye_(dense.weight)
+        nn.init.zeros_(dense.bias)

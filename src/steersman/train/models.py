@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from steersman.model import LoraConfig, Policy, ScalarModel, fresh_policy, load_policy, load_scalar, save
+from steersman.model import (
+    AttributeModel,
+    LoraConfig,
+    Policy,
+    ScalarModel,
+    fresh_policy,
+    load_policy,
+    load_reward,
+    load_scalar,
+    save,
+)
 from steersman.run.device import resolve_dtype
 from steersman.train.sections import ModelConfig, RunConfig
 
@@ -40,7 +51,17 @@ def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path:
     return model
 
 
-def save_model(model: Policy | ScalarModel, config: ModelConfig, folder: Path) -> None:
+def reward_from(
+    config: ModelConfig, run: RunConfig, device: torch.device, attributes: Sequence[str] = ()
+) -> ScalarModel | AttributeModel:
+    """A reward model as it was saved, or with one output for each of the attributes that are asked for."""
+    dtype = _dtype(config, device)
+    model = load_reward(config.path, attributes=attributes, dtype=dtype, device=device, attention=config.attention)
+    _prepare(model, config, run, True)
+    return model
+
+
+def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig, folder: Path) -> None:
     """The trained model in the Hugging Face layout, in the precision and form that the section asks for."""
     dtype = None if config.save_dtype == "same" else getattr(torch, config.save_dtype)
     save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steersman.data import Summary
-from steersman.model import Policy, ScalarModel
+from steersman.model import Headed, Policy
 from steersman.run.device import device_text, resolve_dtype
 from steersman.run.preflight import Memory, Preflight, Role, activation_memory, cache_memory, weight_memory
 from steersman.train.session import Session
@@ -33,7 +33,7 @@ def policy_role(
 
 
 def scalar_role(
-    name: str, model: ScalarModel, source: str, tokens: int, length: int, *, trained: bool = True
+    name: str, model: Headed, source: str, tokens: int, length: int, *, trained: bool = True
 ) -> Role:
     """A reward model's or critic's row of the table."""
     return _role(name, model.model, source, tokens, length, trained, 0)

@@ -1,140 +1,258 @@
-"""`steersman reward`: a reward model from preference pairs."""
+"""`steersman reward`: a reward model from whatever people said: pairs, rankings, ratings, thumbs or steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from steersman.data import DataConfig, EncodedSet, Preference, collate_pairs, describe, encode, layout, preferences
-from steersman.loss.reward import centring, pairwise
-from steersman.model import ScalarModel
+from steersman.data import (
+    DataConfig,
+    EncodedSet,
+    Loaded,
+    attributes,
+    describe,
+    encode,
+    feedback,
+    layout,
+    preferences,
+    rankings,
+    ratings,
+    recognised,
+    steps,
+)
+from steersman.data.shapes import NOUNS, Kind
+from steersman.model import AttributeModel, GatedModel, ScalarModel
+from steersman.run.calibration import calibration_png
 from steersman.run.config import Section
+from steersman.run.folder import write_atomic
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
-from steersman.train.models import context_length, save_model, scalar_from
-from steersman.train.offline import Offline, OfflineConfig, restore_best
+from steersman.train.models import context_length, reward_from, save_model, scalar_from
+from steersman.train.offline import Offline, restore_best
 from steersman.train.preflight import describe_run, scalar_role
+from steersman.train.rewards.config import EvaluationConfig, GatingConfig, RewardModelConfig
+from steersman.train.rewards.gating import GatingReward
+from steersman.train.rewards.pairs import PairwiseReward, RankingReward
+from steersman.train.rewards.points import FeedbackReward, RatingReward, StepReward
+from steersman.train.rewards.report import Report
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
-from steersman.train.tally import Tally
-from steersman.types import Stats
-from steersman.update.micro import micro_batches
+from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 
-
-class RewardModelConfig(OfflineConfig):
-    """How long and in what batches to train, and what the loss is made of."""
-
-    use_margin: bool = Field(default=True, description="use the data's margins, where it has them")
-    centre: float = Field(
-        default=0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps scores around 0"
-    )
-    keep: Literal["last", "best"] = Field(
-        default="best", description="which weights the saved model has: the last, or the best on held-out data"
-    )
+KINDS: tuple[Kind, ...] = ("preference", "ranking", "rating", "feedback", "steps")
+LOADERS = {"preference": preferences, "ranking": rankings, "rating": ratings, "feedback": feedback, "steps": steps}
+LEARNS = {
+    "preference": "Bradley-Terry on pairs; a pair on which raters differ has their share as its label",
+    "ranking": "all answers of a prompt in one forward; {loss}",
+    "rating": "regression on {names}, in the data's units",
+    "feedback": "the log-odds of a thumb up",
+    "steps": "the log-odds that an answer is right so far, at the end of each step",
+}
+METRIC = {"preference": ("held_out/accuracy", "max"), "ranking": ("held_out/accuracy", "max")}
+"""What ranks checkpoints; for other kinds the held-out loss does."""
 
 
 class RewardModelRecipe(Section):
-    """A Bradley-Terry reward model: -log sigmoid(r_chosen - r_rejected), from a base, SFT or reward model."""
+    """A reward model of one number, of several attributes, or of steps, from a base, SFT or reward model."""
 
     model: ModelConfig
     data: DataConfig
+    kind: Literal["auto", "preference", "ranking", "rating", "feedback", "steps"] = Field(
+        default="auto", description="what the data is used as; auto goes by its shape, and says so"
+    )
+    stage: Literal["train", "gating", "evaluate"] = Field(
+        default="train",
+        description="train; or mix a trained model's attributes by preferences (gating); or only evaluate a model",
+    )
     train: RewardModelConfig = RewardModelConfig()
+    gating: GatingConfig = GatingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
 
 
-class PairwiseReward:
-    """The objective: mean Bradley-Terry loss per pair, both answers in one forward."""
-
-    def __init__(
-        self,
-        model: ScalarModel,
-        train: EncodedSet[Preference],
-        held_out: EncodedSet[Preference] | None,
-        config: RewardModelConfig,
-        micro_tokens: int,
-    ) -> None:
-        self.module, self.train, self.held_out, self.config, self.micro = model, train, held_out, config, micro_tokens
-        self.cost = [2 * length for length in train.lengths]
-
-    def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
-
-    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        chosen, rejected = self._scores(self.train, rows)
-        examples = [self.train.examples[i] for i in rows]
-        margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
-        target = chosen.new_tensor([e.agreement for e in examples])
-        weight = chosen.new_tensor([e.weight for e in examples])
-        per_pair = pairwise(chosen, rejected, target=target, margin=chosen.new_tensor(margin))
-        per_pair = per_pair + self.config.centre * centring(chosen, rejected)
-        tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
-        tally.add("accuracy", (chosen > rejected).float().sum(), len(rows))
-        tally.add("margin", (chosen - rejected).sum(), len(rows))
-        return (weight * per_pair).sum() / denominator
-
-    @torch.no_grad()
-    def evaluate(self) -> Stats:
-        """Held-out loss and accuracy, and how well the trivial rule "the longer answer wins" does beside it."""
-        held = self.held_out
-        if held is None:
-            return {}
-        chosen, rejected = torch.zeros(len(held.groups)), torch.zeros(len(held.groups))
-        cost = torch.tensor([2 * length for length in held.lengths])
-        for rows in micro_batches(cost, self.micro):
-            a, b = self._scores(held, rows.tolist())
-            chosen[rows], rejected[rows] = a.float().cpu(), b.float().cpu()
-        lengths = torch.tensor([[len(g[0].response), len(g[1].response)] for g in held.groups]).float()
-        return {
-            "held_out/loss": float(pairwise(chosen, rejected).mean()),
-            "held_out/accuracy": agreement(chosen - rejected),
-            "held_out/accuracy_longer_wins": agreement(lengths[:, 0] - lengths[:, 1]),
-            "held_out/margin": float((chosen - rejected).mean()),
-            "held_out/score_mean": float(torch.cat([chosen, rejected]).mean()),
-            "held_out/score_std": float(torch.cat([chosen, rejected]).std()),
-        }
-
-    def _scores(self, data: EncodedSet[Preference], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        tokens = collate_pairs([data.groups[i] for i in rows]).to(self.module.device)
-        chosen, rejected = self.module.score(tokens).chunk(2)
-        return chosen, rejected
-
-
-def agreement(lead: Tensor) -> float:
-    """Share of pairs with a positive lead; a lead of 0 counts half."""
-    return float(((lead > 0).float() + 0.5 * (lead == 0).float()).mean())
-
-
 def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
+    """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds.
+
+    `evaluation.json` holds everything that was measured on held-out data, `calibration.png` its picture.
+    """
+    kind = _kind(recipe)
+    metric, mode = METRIC.get(kind, ("held_out/loss", "min"))
     session = Session(
-        "reward", recipe, resume=resume, metric="held_out/accuracy",
-        shown=("loss", "accuracy", "held_out/accuracy"), health=recipe.health,
+        "reward", recipe, resume=resume, metric=metric, mode=mode,
+        shown=("loss", "accuracy", metric), health=recipe.health,
     )  # fmt: skip
     with session:
+        if recipe.stage == "evaluate":
+            return _evaluate(session, recipe, kind)
+        if recipe.stage == "gating":
+            return _gating(session, recipe)
+        return _train(session, recipe, kind)
+
+
+Objective = PairwiseReward | RankingReward | RatingReward | FeedbackReward | StepReward
+
+
+def _kind(recipe: RewardModelRecipe) -> Kind:
+    if recipe.stage == "gating":
+        if recipe.kind not in ("auto", "preference"):
+            raise SteersmanError(f"kind: {recipe.kind}, but the gating stage learns from preferences (or rankings)")
+        return "preference"
+    return recognised(recipe.data, KINDS) if recipe.kind == "auto" else recipe.kind
+
+
+def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
+    loaded: Loaded[Any] = LOADERS[kind](recipe.data)
+    names = attributes(loaded.train) if kind == "rating" else []
+    names = recipe.data.scores or names
+    if kind == "rating" and len(names) > 1:
+        model = reward_from(recipe.model, recipe.run, session.device, names)
+    else:
         model = scalar_from(recipe.model, recipe.run, session.device)
-        laid = layout(model.tokenizer, recipe.data)
-        loaded = preferences(recipe.data)
-        context = context_length(model.model)
-        train = encode(loaded.train, laid, recipe.data, context)
-        held_out = encode(loaded.held_out, laid, recipe.data, context) if loaded.held_out else None
-        objective = PairwiseReward(model, train, held_out, recipe.train, recipe.run.micro_tokens)
-        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
-        pre = Preflight("steersman reward")
-        describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
-        pre.role(scalar_role("reward model", model, recipe.model.path, recipe.run.micro_tokens, max(train.lengths)))
-        pre.check()
-        pre.show()
-        state.run(session)
-        if session.stopped:
-            return session.summary({})
-        if recipe.train.keep == "best":
-            restore_best(session, state)
-        save_model(model, recipe.model, session.path / "model")
-        return session.summary({"model": str(session.path / "model"), **objective.evaluate()})
+        model.means(replace(model.meaning, kind=kind, attributes=tuple(names) if kind == "rating" else ()))
+    laid = layout(model, recipe.data)
+    train = _encode(loaded.train, laid, recipe, model)
+    held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
+    objective = _objective(kind, model, train, held_out, recipe, names)
+    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
+    pre = Preflight("steersman reward")
+    describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
+    loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
+    pre.fact("recognised", f"{NOUNS[kind]}: {LEARNS[kind].format(loss=loss, names=', '.join(names))}")
+    _show(pre, model, recipe, max(train.lengths))
+    state.run(session)
+    if session.stopped:
+        return session.summary({})
+    if recipe.train.keep == "best":
+        restore_best(session, state)
+    save_model(model, recipe.model, session.path / "model")
+    return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": kind})
+
+
+def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
+    loaded = preferences(recipe.data)
+    model = _attribute_model(recipe, session)
+    laid = layout(model, recipe.data)
+    train = _encode(loaded.train, laid, recipe, model)
+    held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
+    objective = GatingReward(model, train, held_out, recipe.train, recipe.gating, recipe.run.micro_tokens)
+    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
+    pre = Preflight("steersman reward, stage gating (arXiv 2406.12845)")
+    describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
+    pre.fact("recognised", f"preferences, to mix {', '.join(objective.names)} by the prompt; trunk and heads stay")
+    penalties = zip(objective.names, objective.module.penalty.tolist(), strict=True)
+    pre.fact("verbosity", f"{recipe.gating.verbosity}: " + ", ".join(f"{n} {p:+.3f}" for n, p in penalties))
+    _show(pre, model, recipe, max(train.lengths))
+    state.run(session)
+    if session.stopped:
+        return session.summary({})
+    if recipe.train.keep == "best":
+        restore_best(session, state)
+    sizes = {key: getattr(recipe.gating, key) for key in ("hidden", "layers", "verbosity")}
+    model.means(replace(model.meaning, gating=sizes))
+    gated = GatedModel(model.model, model.tokenizer, objective.names)
+    gated.gating.load_state_dict(objective.module.state_dict())
+    save_model(gated, recipe.model, session.path / "model")
+    return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": "gating"})
+
+
+def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
+    """The held-out rows where the data section holds some out, all rows else."""
+    loaded: Loaded[Any] = LOADERS[kind](recipe.data)
+    if loaded.held_out:
+        loaded.train = loaded.held_out
+    model: Any = reward_from(recipe.model, recipe.run, session.device).requires_grad_(False)
+    if not model.output.weight.any():
+        raise SteersmanError(f"{recipe.model.path}: its head is all zeros, so there is no reward model to evaluate")
+    names = (
+        list(model.meaning.attributes) or recipe.data.scores or attributes(loaded.train) if kind == "rating" else []
+    )
+    laid = layout(model, recipe.data)
+    data = _encode(loaded.train, laid, recipe, model)
+    objective = _objective(kind, model, data, data, recipe, names)
+    pre = Preflight("steersman reward, stage evaluate")
+    describe_run(pre, session, len(data.groups), 0, describe(loaded, data, laid))
+    pre.fact("recognised", NOUNS[kind])
+    _show(pre, model, recipe, max(data.lengths))
+    session.begin(_Nothing(), 0)
+    session.saved = 0
+    session.observe(0, objective.evaluate())
+    return _finish(session, recipe, objective, {"model": recipe.model.path, "kind": kind})
+
+
+class _Nothing:
+    """The state of a run that changes nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _encode(examples: Any, laid: Any, recipe: RewardModelRecipe, model: ScalarModel | AttributeModel) -> EncodedSet:
+    return encode(examples, laid, recipe.data, context_length(model.model))
+
+
+def _objective(
+    kind: Kind,
+    model: Any,
+    train: EncodedSet,
+    held_out: EncodedSet | None,
+    recipe: RewardModelRecipe,
+    names: list[str],
+) -> Objective:
+    given = (model, train, held_out, recipe.train, recipe.run.micro_tokens)
+    match kind:
+        case "rating":
+            return RatingReward(*given, names)
+        case "ranking":
+            return RankingReward(*given)
+        case "feedback":
+            return FeedbackReward(*given)
+        case "steps":
+            return StepReward(*given)
+        case _:
+            return PairwiseReward(*given)
+
+
+def _attribute_model(recipe: RewardModelRecipe, session: Session) -> AttributeModel:
+    model = reward_from(recipe.model, recipe.run, session.device).requires_grad_(False)
+    if not isinstance(model, AttributeModel):
+        raise SteersmanError(
+            f"model.path: {recipe.model.path} is no reward model of several attributes, which gating mixes; train "
+            "one first: `steersman reward` on ratings, with two columns in data.scores at least"
+        )
+    return model
+
+
+def _show(pre: Preflight, model: Any, recipe: RewardModelRecipe, longest: int) -> None:
+    pre.role(scalar_role("reward model", model, recipe.model.path, recipe.run.micro_tokens, longest))
+    for note in model.notes:
+        pre.fact("model", note)
+    pre.check()
+    pre.show()
+
+
+def _finish(
+    session: Session, recipe: RewardModelRecipe, objective: Objective | GatingReward, told: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that is measured on held-out data, written and said."""
+    report: Report | None = objective.report(recipe.evaluation)
+    if report is None:
+        return session.summary(told)
+    write_atomic(session.path / "evaluation.json", json.dumps(report.plain(), indent=1))
+    curve = report.calibration
+    if curve is not None:
+        calibration_png(
+            session.path / "calibration.png", curve.said, curve.seen, curve.count,
+            low=0.5 if report.kind in ("preference", "ranking", "gating") else 0.0, error=curve.ece,
+        )  # fmt: skip
+    for line in report.lines():
+        session.log.note(line)
+    return session.summary({**told, **objective.evaluate(), **report.summary()})

@@ -1,0 +1,64 @@
+"""What the numbers of a reward model's head mean; it travels in the model's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KEY = "steersman"
+"""The field of config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """number = shift + scale * head, one of each per output; without them the head's number is the score.
+
+    `kind` is what it was trained on: preference, ranking, rating, feedback or steps. `attributes` name the outputs
+    of a model of ratings. `separator` ends a step where `kind` is steps. `gating` holds the sizes of the network
+    that mixes the attributes, where there is one.
+    """
+
+    kind: str = "preference"
+    attributes: tuple[str, ...] = ()
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    separator: str = ""
+    gating: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Any) -> Meaning:
+        """What a config says; the default where it says nothing."""
+        saved = getattr(config, KEY, None) or {}
+        names = ("attributes", "shift", "scale")
+        return cls(**{k: tuple(v) if k in names else v for k, v in saved.items()})
+
+    def write(self, config: Any) -> None:
+        """Puts it into a config, for `save_pretrained`."""
+        if self == Meaning() and not hasattr(config, KEY):
+            return
+        setattr(config, KEY, {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()})
+
+    @staticmethod
+    def forget(config: Any) -> None:
+        """Takes it out of a config whose head begins anew."""
+        if hasattr(config, KEY):
+            delattr(config, KEY)
+
+
+def step_ends(tokenizer: Any, ids: Sequence[int], separator: str) -> list[int]:
+    """Places of the tokens that complete a step: the last of each separator, and the last token of all.
+
+    A last piece without visible text (an end token after a separator) is no step.
+    """
+    ends: list[int] = []
+    text = ""
+    for place, token in enumerate(ids):
+        text += tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if separator in text:
+            body, _, text = text.rpartition(separator)
+            if body.strip(separator).strip():
+                ends.append(place)
+    if text.strip():
+        ends.append(len(ids) - 1)
+    return ends

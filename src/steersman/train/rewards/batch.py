@@ -1,0 +1,29 @@
+"""Numbers of many answers at once, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.data import Encoded, collate
+from steersman.types import Tokens
+from steersman.update.micro import micro_batches
+
+
+@torch.no_grad()
+def over_answers(groups: Sequence[Sequence[Encoded]], micro_tokens: int, run: Callable[[Tokens], Tensor]) -> Tensor:
+    """`run` on every answer of every group, in batches of like length; `[N, ...]` in order, on the CPU."""
+    answers = [e for group in groups for e in group]
+    parts, order = [], []
+    for rows in micro_batches(torch.tensor([len(e) for e in answers]), micro_tokens):
+        parts.append(run(collate([answers[i] for i in rows.tolist()])).float().cpu())
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def scores_of(model: Any, groups: Sequence[Sequence[Encoded]], micro_tokens: int) -> Tensor:
+    """The reward model's score of every answer, `[N]`."""
+    return over_answers(groups, micro_tokens, model.score)

@@ -1,0 +1,209 @@
+"""Reward models of comparisons: pairs, and rankings of K answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
+from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
+from steersman.model import ScalarModel
+from steersman.train.rewards.batch import scores_of
+from steersman.train.rewards.config import EvaluationConfig, RewardModelConfig
+from steersman.train.rewards.report import Report, keys, pair_report, ranking_report, subsets
+from steersman.train.tally import Tally
+from steersman.types import Stats, SteersmanError
+
+
+class PairwiseReward:
+    """The objective: mean Bradley-Terry loss per pair, both answers in one forward."""
+
+    def __init__(
+        self,
+        model: ScalarModel,
+        train: EncodedSet[Preference],
+        held_out: EncodedSet[Preference] | None,
+        config: RewardModelConfig,
+        micro_tokens: int,
+    ) -> None:
+        require_loss(config, "preference", ("auto", "pairs"))
+        self.module, self.train, self.held_out, self.config, self.micro = model, train, held_out, config, micro_tokens
+        self.cost = [2 * length for length in train.lengths]
+
+    def denominator(self, rows: Sequence[int]) -> float:
+        return sum(self.train.examples[i].weight for i in rows)
+
+    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
+        tokens = collate_pairs([self.train.groups[i] for i in rows]).to(self.module.device)
+        chosen, rejected = self.module.score(tokens).chunk(2)
+        examples = [self.train.examples[i] for i in rows]
+        margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
+        target = chosen.new_tensor([e.agreement for e in examples])
+        weight = chosen.new_tensor([e.weight for e in examples])
+        per_pair = pairwise(chosen, rejected, target=target, margin=chosen.new_tensor(margin))
+        per_pair = per_pair + self.config.centre * centring(chosen, rejected)
+        tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
+        tally.add("accuracy", right(chosen - rejected, target).sum(), int((target != 0.5).sum()))
+        tally.add("margin", (chosen - rejected).sum(), len(rows))
+        return (weight * per_pair).sum() / denominator
+
+    def evaluate(self) -> Stats:
+        """Held-out loss and accuracy, and how well the trivial rule "the longer answer wins" does beside it."""
+        held = self.held_out
+        if held is None:
+            return {}
+        scores = self._scores(held)
+        target = torch.tensor([e.agreement for e in held.examples])
+        decided = target != 0.5
+        lead, longer = scores[:, 0] - scores[:, 1], longer_lead(held.groups)
+        return {
+            "held_out/loss": float(pairwise(scores[:, 0], scores[:, 1], target=target).mean()),
+            "held_out/accuracy": share(right(lead, target)[decided]),
+            "held_out/accuracy_longer_wins": share(right(longer, target)[decided]),
+            "held_out/margin": float(lead.mean()),
+            "held_out/score_mean": float(scores.mean()),
+            "held_out/score_std": float(scores.std()),
+        }
+
+    def report(self, config: EvaluationConfig) -> Report | None:
+        held = self.held_out
+        if held is None:
+            return None
+        scores = self._scores(held).double().numpy()
+        return pair_report(
+            scores[:, 0] - scores[:, 1],
+            np.array([e.agreement for e in held.examples]),
+            lengths=np.array([[len(e.response) for e in group] for group in held.groups]),
+            scores=scores,
+            votes=[e.votes for e in held.examples],
+            prompts=keys(held.examples),
+            subset=subsets(held.examples, config.subset),
+            draws=config.draws,
+        )
+
+    def _scores(self, data: EncodedSet[Preference]) -> Tensor:
+        return scores_of(self.module, data.groups, self.micro).view(-1, 2)
+
+
+class RankingReward:
+    """The objective: all K answers of a prompt in one forward; the mean over its pairs, or Plackett-Luce.
+
+    Answers beyond a prompt's own count are masked, so prompts with different K share a batch. Centring is the
+    mean of (r_i + r_j)^2 over the pairs.
+    """
+
+    def __init__(
+        self,
+        model: ScalarModel,
+        train: EncodedSet[Ranking],
+        held_out: EncodedSet[Ranking] | None,
+        config: RewardModelConfig,
+        micro_tokens: int,
+    ) -> None:
+        require_loss(config, "ranking", ("auto", "pairs", "plackett_luce"))
+        self.module, self.train, self.held_out, self.config, self.micro = model, train, held_out, config, micro_tokens
+        self.listwise = config.loss == "plackett_luce"
+        self.cost = [len(group) * max(map(len, group)) for group in train.groups]
+
+    def denominator(self, rows: Sequence[int]) -> float:
+        return float(len(rows))
+
+    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
+        groups = [self.train.groups[i] for i in rows]
+        tokens, owner = collate_groups(groups)
+        score, mask = side_by_side(self.module.score(tokens.to(self.module.device)), owner)
+        rank = dense_ranks([self.train.examples[i].ranks for i in rows]).to(score.device)
+        per_prompt = self.per_prompt(score, rank, mask)
+        tally.add("loss", per_prompt.sum(), len(rows))
+        leads = (score[:, :, None] - score[:, None, :])[rank[:, :, None] < rank[:, None, :]]
+        tally.add("accuracy", right(leads).sum(), leads.numel())
+        return per_prompt.sum() / denominator
+
+    def per_prompt(self, score: Tensor, rank: Tensor, mask: Tensor) -> Tensor:
+        """The loss of each ranking, `[B]`."""
+        loss = plackett_luce(score, rank, mask) if self.listwise else ranking(score, rank, mask)
+        return loss + self.config.centre * ranking_centring(score, mask) if self.config.centre else loss
+
+    def evaluate(self) -> Stats:
+        """Held-out loss per prompt, and pairs of unequal rank that are put right, of all prompts together."""
+        held = self.held_out
+        if held is None:
+            return {}
+        flat = scores_of(self.module, held.groups, self.micro)
+        owner = torch.repeat_interleave(torch.arange(len(held.groups)), torch.tensor(list(map(len, held.groups))))
+        score, mask = side_by_side(flat, owner)
+        rank = dense_ranks([e.ranks for e in held.examples])
+        leads, longer = [], []
+        for group, example, numbers in zip(held.groups, held.examples, _per_group(flat, held), strict=True):
+            for i, j in ordered_pairs(example.ranks):
+                leads.append(numbers[i] - numbers[j])
+                longer.append(float(len(group[i].response) - len(group[j].response)))
+        return {
+            "held_out/loss": float(self.per_prompt(score, rank, mask).mean()),
+            "held_out/accuracy": share(right(torch.tensor(leads))),
+            "held_out/accuracy_longer_wins": share(right(torch.tensor(longer))),
+            "held_out/score_mean": float(flat.mean()),
+            "held_out/score_std": float(flat.std()),
+        }
+
+    def report(self, config: EvaluationConfig) -> Report | None:
+        held = self.held_out
+        if held is None:
+            return None
+        flat = scores_of(self.module, held.groups, self.micro)
+        return ranking_report(
+            _per_group(flat, held),
+            [e.ranks for e in held.examples],
+            [[len(e.response) for e in group] for group in held.groups],
+            subset=subsets(held.examples, config.subset),
+            draws=config.draws,
+        )
+
+
+def _per_group(flat: Tensor, data: EncodedSet[Ranking]) -> list[list[float]]:
+    return [part.tolist() for part in flat.split([len(group) for group in data.groups])]
+
+
+def ordered_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """Places (better, worse) of every pair of unequal rank."""
+    pairs = combinations(range(len(ranks)), 2)
+    return [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in pairs if ranks[i] != ranks[j]]
+
+
+def side_by_side(score: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [N] of answers whose prompts are numbered by `owner` [N] as `[B, K]`, and where there is one."""
+    count = torch.bincount(owner)
+    mask = (torch.arange(int(count.max())) < count[:, None]).to(score.device)
+    return score.new_zeros(mask.shape).masked_scatter(mask, score), mask
+
+
+def dense_ranks(ranks: Sequence[Sequence[float]]) -> Tensor:
+    """Ranks as integers from 0, equal ones equal, `[B, K]`; what is missing stands behind all, at the same place."""
+    out = torch.full((len(ranks), max(map(len, ranks))), 1 << 30)
+    for row, given in zip(out, ranks, strict=True):
+        row[: len(given)] = torch.from_numpy(np.unique(given, return_inverse=True)[1])
+    return out
+
+
+def right(lead: Tensor, target: Tensor | None = None) -> Tensor:
+    """1 where the lead is on the side that most raters are on, 1/2 for a lead of 0; 0 where raters are split."""
+    side = torch.ones_like(lead) if target is None else (target - 0.5).sign()
+    return ((lead * side > 0).float() + 0.5 * (lead == 0).float()) * (side != 0)
+
+
+def share(x: Tensor) -> float:
+    return float(x.mean()) if x.numel() else float("nan")
+
+
+def longer_lead(groups: Sequence[Sequence[Encoded]]) -> Tensor:
+    return torch.tensor([float(len(g[0].response) - len(g[1].response)) for g in groups])
+
+
+def require_loss(config: RewardModelConfig, kind: str, fitting: Sequence[str]) -> None:
+    """Raises SteersmanError where the recipe asks for a loss of another kind of data."""
+    if config.loss not in fitting:
+        raise SteersmanError(f"train.loss is {config.loss}, but the data is of kind {kind}: {' or '.join(fitting)}")

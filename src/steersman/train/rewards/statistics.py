@@ -1,0 +1,133 @@
+"""Shares, correlations and calibration, with 95% intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Array = np.ndarray
+Z = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95% interval and the count behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def wilson(right: float, n: int) -> Estimate:
+    """A share of independent trials with Wilson's interval; (NaN, 0, 1) of none.
+
+    Source: Wilson 1927.
+    """
+    if n == 0:
+        return Estimate(math.nan, 0.0, 1.0, 0)
+    p = right / n
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return Estimate(p, centre - half, centre + half, n)
+
+
+def bootstrap(
+    statistic: Callable[..., float], arrays: Sequence[Array], *, clusters: Array | None = None, draws: int = 1000
+) -> Estimate:
+    """A statistic of rows with the percentile interval over resampled rows, or over resampled clusters of rows.
+
+    Rows of one prompt hang together: `clusters` [N] names the prompt. The interval is (-inf, inf) for fewer than
+    two clusters, and draws without a number are left out. The random stream is fixed.
+    """
+    n = len(arrays[0])
+    value = float(statistic(*arrays)) if n else math.nan
+    members = _members(np.arange(n) if clusters is None else clusters)
+    if len(members) < 2:
+        return Estimate(value, -math.inf, math.inf, n)
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(draws):
+        picked = rng.integers(len(members), size=len(members))
+        rows = picked if clusters is None else np.concatenate([members[i] for i in picked])
+        seen.append(float(statistic(*(a[rows] for a in arrays))))
+    kept = [x for x in seen if math.isfinite(x)]
+    low, high = np.percentile(kept, [2.5, 97.5]) if kept else (-math.inf, math.inf)
+    return Estimate(value, float(low), float(high), n)
+
+
+def _members(clusters: Array) -> list[Array]:
+    order = np.argsort(clusters, kind="stable")
+    _, starts = np.unique(clusters[order], return_index=True)
+    return np.split(order, starts[1:])
+
+
+def mean(x: Array) -> float:
+    return float(np.mean(x)) if len(x) else math.nan
+
+
+def pearson(x: Array, y: Array) -> float:
+    """Linear correlation; NaN where either side does not vary."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def spearman(x: Array, y: Array) -> float:
+    """Correlation of ranks, ties sharing their mean rank; NaN where either side does not vary."""
+    return pearson(stats.rankdata(x), stats.rankdata(y)) if len(x) > 1 else math.nan
+
+
+def kendall(x: Array, y: Array) -> float:
+    """Kendall's tau-b; NaN where either side does not vary."""
+    return float(stats.kendalltau(x, y).statistic)
+
+
+def rmse(x: Array, y: Array) -> float:
+    return float(np.sqrt(np.mean((x - y) ** 2)))
+
+
+def auc(score: Array, label: Array) -> float:
+    """P(a positive scores above a negative), ties counting half; labels above 1/2 are positive. NaN for one class."""
+    positive = label > 0.5
+    n, m = int(positive.sum()), int((~positive).sum())
+    if n == 0 or m == 0:
+        return math.nan
+    return float((stats.rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Said and seen probability in bins of equal width, and the expected calibration error."""
+
+    said: list[float]
+    seen: list[float]
+    count: list[int]
+    ece: float
+
+
+def calibration(said: Array, outcome: Array, *, low: float = 0.0, bins: int = 10) -> Calibration:
+    """Bins of [low, 1]; ECE = sum_b (n_b / N) |seen_b - said_b|. Empty bins are left out.
+
+    Source: arXiv 1706.04599, eq. 3.
+    """
+    place = np.clip(((said - low) / (1 - low) * bins).astype(int), 0, bins - 1)
+    rows = [place == b for b in range(bins) if (place == b).any()]
+    mean_said, mean_seen = [mean(said[r]) for r in rows], [mean(outcome[r]) for r in rows]
+    count = [int(r.sum()) for r in rows]
+    gaps = [n * abs(a - b) for n, a, b in zip(count, mean_said, mean_seen, strict=True)]
+    return Calibration(mean_said, mean_seen, count, sum(gaps) / max(sum(count), 1))
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-np.clip(x, -60, 60)))
