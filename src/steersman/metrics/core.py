@@ -10,7 +10,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from steersman.ops.text import unspaced, words
 from steersman.types import SteersmanError
+
+Cut = Literal["words", "space"]
+CUTS: dict[Cut, Callable[[str], list[str]]] = {"words": words, "space": lambda text: text.lower().split()}
+"""How a text becomes tokens, lower case: `ops.text.words`, or at white space, for text that is tokenised already."""
 
 Better = Literal["higher", "lower", "neither"]
 DRAWS, LEVEL = 1000, 0.95
@@ -40,10 +45,17 @@ class Metric(Protocol):
     and tokenisation.
     """
 
-    name: str
-    needs: tuple[str, ...]
-    per_sample: bool
-    better: Better
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    @property
+    def per_sample(self) -> bool: ...
+
+    @property
+    def better(self) -> Better: ...
 
     @property
     def implementation(self) -> str: ...
@@ -174,7 +186,8 @@ class Scorer(ABC):
             )
 
     def _references(self, row: int, value: Any) -> list[str]:
-        """One reference or several as a list; each must be a text."""
+        """One reference or several as a list; each must be a text, or a number that answers a sum."""
+        value = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
         listed = [value] if isinstance(value, str) else value
         place = f"metric '{self.name}', row {row}"
         if not isinstance(listed, (list, tuple)) or not listed:
@@ -216,6 +229,35 @@ def bootstrap(
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     low, high = np.quantile(value(weights @ statistics), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Corpus(point, float(low), float(high), n)
+
+
+def jackknife(whole: Batch, value: Callable[[Batch], float], name: str, *, groups: int = 20) -> Corpus:
+    """Normal interval of a value that no resampling with repeats can give, such as a share of distinct n-grams.
+
+        se^2 = (G - 1) / G * sum_g (value without group g - their mean)^2        value +- 1.96 se
+
+    A text that is drawn twice would repeat itself, so the bootstrap is biased there; leaving groups out is not.
+    Row i is in group i mod G. Source: Efron and Tibshirani 1993, ch. 11 (delete-d jackknife).
+    """
+    n = len(whole.texts)
+    point = finite(name, [value(whole)], 1)[0]
+    G = min(groups, n)
+    if G < 2:
+        return Corpus(point, math.nan, math.nan, n)
+    without = np.array([value(whole.rows([i for i in range(n) if i % G != g])) for g in range(G)])
+    half = 1.96 * math.sqrt((G - 1) / G * float(((without - without.mean()) ** 2).sum()))
+    return Corpus(point, point - half, point + half, n)
+
+
+def check_script(name: str, references: Sequence[Sequence[str]], mend: str) -> None:
+    """Raises SteersmanError for a reference in a script without spaces, which a tokeniser at spaces can't cut."""
+    for row, listed in enumerate(references):
+        for reference in listed:
+            if unspaced(reference):
+                raise SteersmanError(
+                    f"metric '{name}', row {row}: the reference is in a script without spaces, which the tokeniser "
+                    f"would take for one word: {reference[:30]!r}; {mend}"
+                )
 
 
 def _kind(value: Any) -> str:

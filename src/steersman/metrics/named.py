@@ -10,8 +10,19 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from steersman.metrics.answers import ConceptCoverage, ExactMatch, MathAnswer, TokenF1
+from steersman.metrics.bertscore import BERTScore
+from steersman.metrics.cider import CIDEr
 from steersman.metrics.core import Metric
+from steersman.metrics.diversity import MSTTR, Distinct, Entropy, Length, Repetition, Unique
+from steersman.metrics.ifeval import IFEval
+from steersman.metrics.java import METEOR15, spice
+from steersman.metrics.learned import Classifier, Perplexity
+from steersman.metrics.nltk_scores import BLEU, METEOR
+from steersman.metrics.parent import PARENT
 from steersman.metrics.rouge import Rouge
+from steersman.metrics.sacre import TER, ChrF, SacreBLEU
+from steersman.metrics.sentiment import VaderSentiment
 from steersman.run.functions import load_function
 from steersman.types import SteersmanError
 
@@ -20,6 +31,31 @@ METRICS: dict[str, Callable[..., Metric]] = {
     "rouge2": partial(Rouge, "rouge2"),
     "rougeL": partial(Rouge, "rougeL"),
     "rougeLsum": partial(Rouge, "rougeLsum"),
+    "bleu": BLEU,
+    "sacrebleu": SacreBLEU,
+    "chrf": ChrF,
+    "chrf++": partial(ChrF, "chrf++", 2),
+    "ter": TER,
+    "meteor": METEOR,
+    "meteor1.5": METEOR15,
+    "cider": CIDEr,
+    "spice": spice,
+    "parent": PARENT,
+    "bertscore": BERTScore,
+    "classifier": Classifier,
+    "perplexity": Perplexity,
+    "vader_sentiment": VaderSentiment,
+    "exact_match": ExactMatch,
+    "token_f1": TokenF1,
+    "math_answer": MathAnswer,
+    "concept_coverage": ConceptCoverage,
+    "distinct": Distinct,
+    "unique": Unique,
+    "entropy": Entropy,
+    "msttr": MSTTR,
+    "repetition": Repetition,
+    "length": Length,
+    "ifeval": IFEval,
 }
 """Name -> factory; its keyword parameters are the metric's settings."""
 

@@ -9,45 +9,55 @@ from importlib.metadata import version
 from typing import Literal
 
 from steersman.metrics.core import Batch, Scorer
+from steersman.ops.text import words
 from steersman.types import SteersmanError
-
-Variant = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
 
 @dataclass
 class Rouge(Scorer):
     """ROUGE's F1 of the text against its nearest reference, in [0, 1].
 
-    `rougeLsum` takes every line for a sentence; `split_sentences` lets nltk cut texts into sentences first
-    (its data must be there). The package's own tokeniser keeps a-z and 0-9 only, so a reference in another
-    script has no tokens, which is refused; `tokens: words` reads letters of every script.
+    `rougeLsum` takes every line for a sentence. The package's own tokeniser keeps a-z and 0-9 only, so a
+    reference in another script has no tokens, which is refused; `tokens: words` reads letters of every script,
+    without stemming.
     Source: Lin 2004; the best of several references by F1, as the package's `score_multi`.
     """
 
-    name: Variant = "rougeL"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: str = "rougeL"
     stem: bool = True
     tokens: Literal["rouge", "words"] = "rouge"
     needs = ("references",)
 
     @property
     def implementation(self) -> str:
-        return f"rouge-score {version('rouge-score')}, {self.name} F1, tokens: {self.tokens}, stem: {self.stem}"
+        stem = self.stem and self.tokens == "rouge"
+        return f"rouge-score {version('rouge-score')}, {self.name} F1, tokens: {self.tokens}, stem: {stem}"
 
     def rows(self, batch: Batch) -> Sequence[float]:
-        scorer = self._scorer
         for row, references in enumerate(batch.references):
-            if not any(scorer._tokenizer.tokenize(r) for r in references):
+            if not any(self._tokenizer.tokenize(r) for r in references):
                 raise SteersmanError(
                     f"metric '{self.name}', row {row}: no reference has a letter that ROUGE's tokeniser knows "
                     f"(a-z, 0-9): {references[0][:40]!r}; set `tokens: words`, or use chrf"
                 )
         return [
-            scorer.score_multi(references, text)[self.name].fmeasure
+            self._scorer.score_multi(references, text)[self.name].fmeasure
             for text, references in zip(batch.texts, batch.references, strict=True)
         ]
+
+    @cached_property
+    def _tokenizer(self):
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        return _Words() if self.tokens == "words" else DefaultTokenizer(self.stem)
 
     @cached_property
     def _scorer(self):
         from rouge_score.rouge_scorer import RougeScorer
 
-        return RougeScorer([self.name], use_stemmer=self.stem)
+        return RougeScorer([self.name], tokenizer=self._tokenizer)
+
+
+class _Words:
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-_UNSPACED = "぀-ヿ㐀-鿿가-힣"
+_UNSPACED = "぀-ヿ㐀-鿿가-힣"  # kana, Han, Hangul
 _LETTER = rf"[^\W_{_UNSPACED}]"
 _WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
 _PIECE = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
@@ -33,6 +33,12 @@ def pieces(text: str) -> list[str]:
     for piece in _PIECE.findall(text.lower()):
         out += [piece] if len(piece) <= 24 else [piece[i : i + 4] for i in range(0, len(piece), 4)]
     return out
+
+
+def unspaced(text: str) -> bool:
+    """Whether most letters of `text` belong to a script that is written without spaces."""
+    letters = [c for c in text if c.isalpha()]
+    return 2 * len(re.findall(f"[{_UNSPACED}]", text)) > len(letters)
 
 
 def sentences(text: str) -> list[str]:

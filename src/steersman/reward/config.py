@@ -9,9 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.metrics import METRICS, metric
+from steersman.metrics.workers import Parallel
 from steersman.model import load_scalar
 from steersman.reward import shaping
 from steersman.reward.core import CallableReward, Reward, WeightedSum
+from steersman.reward.metrics import MetricReward
 from steersman.reward.models import ModelReward
 from steersman.reward.rules import BUILTINS
 from steersman.run.config import Section
@@ -21,32 +24,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_KINDS = ("model", "function", "builtin", "metric")
+
+
 class RewardPart(Section):
-    """One reward: exactly one of model, function and builtin."""
+    """One reward: exactly one of model, function, builtin and metric."""
 
     model: str | None = Field(default=None, description="folder or hub name of a reward model")
     function: str | None = Field(default=None, description="module:function or path/to/file.py:function")
     builtin: str | None = Field(default=None, description=f"one of: {', '.join(BUILTINS)}")
-    weight: float = Field(default=1.0, description="factor in the sum; negative to punish")
-    args: dict[str, Any] = Field(default_factory=dict, description="fixed settings of the function or builtin")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="the function's parameter: the data's column that fills it"
+    metric: str | None = Field(
+        default=None, description="name of a metric (docs/metrics.md), module:Class or path/to/file.py:Class"
     )
+    weight: float = Field(default=1.0, description="factor in the sum; negative to punish")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="fixed settings of the function, builtin or metric"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="the function's parameter, or what the metric needs: the data's column that fills it",
+    )
+    empty: float | None = Field(
+        default=None, description="a metric's score of an empty response; null leaves it to the metric"
+    )
+    workers: int = Field(default=0, ge=0, description="processes that share a metric's work; 0 is this one alone")
     text_bridge: bool = Field(default=True, description="let a reward model with another tokenizer read decoded text")
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardPart:
-        given = [kind for kind in ("model", "function", "builtin") if getattr(self, kind) is not None]
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of model, function and builtin; {' and '.join(given) or 'none'} given"
-            )
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; {' and '.join(given) or 'none'} given")
         if self.builtin is not None and self.builtin not in BUILTINS:
             near = difflib.get_close_matches(self.builtin, BUILTINS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BUILTINS)}"
             raise ValueError(f"there is no builtin reward '{self.builtin}'; {hint}")
         if self.model is not None and (self.args or self.columns):
-            raise ValueError("args and columns belong to a function or builtin, not to a model")
+            raise ValueError("args and columns belong to a function, builtin or metric, not to a model")
+        if self.metric is None and (self.empty is not None or self.workers):
+            raise ValueError("empty and workers belong to a metric")
+        if self.metric is not None and self.metric not in METRICS and ":" not in self.metric:
+            near = difflib.get_close_matches(self.metric, METRICS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METRICS)}"
+            raise ValueError(f"there is no metric '{self.metric}'; {hint}")
         return self
 
 
@@ -90,9 +110,22 @@ def _build_part(
         return CallableReward(BUILTINS[part.builtin], name, part.args, part.columns)
     if part.function is not None:
         return CallableReward(part.function, name, part.args, part.columns)
+    if part.metric is not None:
+        return _metric_part(name, part)
     assert part.model is not None
     model = load_scalar(part.model, device=device, trainable=False)
     return ModelReward(model, tokenizer, name=name, text_bridge=part.text_bridge)
+
+
+def _metric_part(name: str, part: RewardPart) -> MetricReward:
+    assert part.metric is not None
+    made = Parallel(part.metric, part.args, part.workers) if part.workers else metric(part.metric, part.args)
+    if made.better == "lower" and part.weight > 0:
+        raise SteersmanError(
+            f"reward '{name}': a lower {made.name} is better, and its weight is {part.weight:g}; "
+            f"give it a negative weight"
+        )
+    return MetricReward(made, name, part.columns, part.empty)
 
 
 class ScoreShaping:

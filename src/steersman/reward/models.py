@@ -42,8 +42,9 @@ class ModelReward:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.policy_tokenizer, self.name = model.tokenizer, policy_tokenizer, name
         self.context: int | None = getattr(model.model.config, "max_position_embeddings", None)
+        self.reach = max if model.decoder_start else sum  # an encoder-decoder has a context for each side
         self.bridged = self.tokenizer.get_vocab() != policy_tokenizer.get_vocab()
-        if not model.model.score.weight.any():
+        if not model.output.weight.any():
             raise SteersmanError(
                 f"reward '{name}': the head of {model.model.name_or_path} is all zeros, so every score would be 0: "
                 f"it is a language model, or a reward model before training; train it with `steersman reward`"
@@ -65,7 +66,9 @@ class ModelReward:
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Scores:
         pairs = [self._bridge(s) if self.bridged else (s.prompt.ids, s.ids) for s in samples]
-        lengths = [len(prompt) + len(response) for prompt, response in pairs]
+        lengths = [
+            self.reach((len(prompt), len(response) + len(self.model.decoder_start))) for prompt, response in pairs
+        ]
         if self.context is not None and max(lengths) > self.context:
             row = lengths.index(max(lengths))
             raise SteersmanError(

@@ -1,0 +1,164 @@
+"""Answers against what is right: exact match, token F1, mathematics, concepts to be named."""
+
+from __future__ import annotations
+
+import re
+import string
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from typing import Any, Literal
+
+from steersman.metrics.core import Batch, Scorer
+from steersman.metrics.stems import stem
+from steersman.ops.text import words
+from steersman.types import SteersmanError
+
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def squad_normal(text: str) -> str:
+    """Lower case, without ASCII punctuation and articles, white space joined. Source: arXiv 1606.05250."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+@dataclass
+class ExactMatch(Scorer):
+    """1 where the text is one of the references after normalising, else 0. An empty reference means no answer.
+
+    `normal`: squad drops case, punctuation and articles; space only joins white space and drops case.
+    """
+
+    normal: Literal["squad", "space"] = "squad"
+    name = "exact_match"
+    needs = ("references",)
+    empty_reference = True
+
+    @property
+    def implementation(self) -> str:
+        return f"steersman's own, equal to SQuAD's evaluate-v1.1; normal: {self.normal}"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        normal = squad_normal if self.normal == "squad" else spaced
+        return [
+            float(normal(text) in {normal(r) for r in references})
+            for text, references in zip(batch.texts, batch.references, strict=True)
+        ]
+
+
+def spaced(text: str) -> str:
+    """Case folded, white space joined."""
+    return " ".join(text.split()).casefold()
+
+
+@dataclass
+class TokenF1(Scorer):
+    """F1 of the bag of words against the best reference, in [0, 1], words as SQuAD normalises them.
+
+    Two empty answers agree (1), as in SQuAD 2.0. Source: arXiv 1606.05250.
+    """
+
+    name = "token_f1"
+    needs = ("references",)
+    empty_reference = True
+
+    @property
+    def implementation(self) -> str:
+        return "steersman's own, equal to SQuAD's evaluate-v2.0"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        return [
+            max(_f1(squad_normal(text).split(), squad_normal(r).split()) for r in references)
+            for text, references in zip(batch.texts, batch.references, strict=True)
+        ]
+
+
+def _f1(ours: Sequence[str], theirs: Sequence[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    same = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * same / (len(ours) + len(theirs))
+
+
+@dataclass
+class MathAnswer(Scorer):
+    """1 where the text's final answer equals the reference's, else 0.
+
+    The final answer is what stands after the last "####" (as in GSM8K, in texts and references alike); without
+    it math-verify looks for one, and where it finds none the last number counts.
+    """
+
+    name = "math_answer"
+    needs = ("references",)
+
+    @property
+    def implementation(self) -> str:
+        return f"math-verify {version('math-verify')}, after GSM8K's mark"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        return [
+            float(any(math_equal(text, reference) for reference in references))
+            for text, references in zip(batch.texts, batch.references, strict=True)
+        ]
+
+
+def math_equal(completion: str, answer: str) -> bool:
+    """Whether the final answer of the completion is the answer's."""
+    wanted = answer.rpartition("####")[2].strip()
+    marked = "####" in completion
+    given = completion.rpartition("####")[2].strip().split("\n")[0] if marked else completion
+    target = _as_number(wanted)
+    if marked and target is not None and (number := _as_number(given)) is not None:
+        return number == target
+    # The library takes half a second to import, so only who asks for it pays.
+    from math_verify import parse, verify
+
+    # math-verify's time limits use signals, which only the main thread may set.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    found = parse(given, parsing_timeout=limit)  # pyright: ignore[reportArgumentType]
+    if not found:
+        numbers = _NUMBER.findall(given)
+        return bool(numbers) and target is not None and _as_number(numbers[-1]) == target
+    expected = parse(f"${wanted}$", parsing_timeout=limit)  # pyright: ignore[reportArgumentType]
+    return bool(expected) and verify(expected, found, timeout_seconds=limit)
+
+
+def _as_number(written: str) -> Fraction | None:
+    """ "$1,200.50." as 2401/2; None where the text is more than one number."""
+    bare = written.strip().strip("$€£%. ").replace(",", "").replace(" ", "")
+    try:
+        return Fraction(bare)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+@dataclass
+class ConceptCoverage(Scorer):
+    """Share of the row's concepts, in [0, 1], that stand in the text, compared by Porter's stem.
+
+    The column `concepts` has a list of words or a text of words.
+    """
+
+    name = "concept_coverage"
+    needs = ("concepts",)
+
+    @property
+    def implementation(self) -> str:
+        return f"steersman's own over ops.text.words and nltk {version('nltk')} Porter stems"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        pairs = zip(batch.texts, batch.columns["concepts"], strict=True)
+        return [covered(text, concepts, f"'{self.name}', row {row}") for row, (text, concepts) in enumerate(pairs)]
+
+
+def covered(text: str, concepts: Any, who: str = "'concept_coverage'") -> float:
+    """Share of the concepts whose stem is among the text's; raises SteersmanError where there is no concept."""
+    listed = concepts.split() if isinstance(concepts, str) else concepts
+    if not isinstance(listed, (list, tuple)) or not (wanted := {stem(str(word)) for word in listed}):
+        raise SteersmanError(f"metric {who}: the concepts are empty or no list; give at least one word")
+    return len(wanted & {stem(word) for word in words(text)}) / len(wanted)

@@ -1,0 +1,186 @@
+"""Scores of trained models: classifiers and regressors of texts, perplexity under a causal model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.metrics.core import Batch, Better, Corpus, Scorer, bootstrap
+from steersman.metrics.encoders import fit, in_batches, load, room
+from steersman.types import SteersmanError
+
+
+@dataclass
+class Classifier(Scorer):
+    """A sequence classifier's probability of one label, or a regressor's value (one output: `label` not given).
+
+    `label` is a name or number of the model's own; `output: logit` gives its score before the softmax (sigmoid
+    for multi-label models). `beside` makes pairs: `reference` (BLEURT's way: reference first, best of several),
+    or `source`. Raises SteersmanError when the model does not load, has no trained head or no such label.
+    """
+
+    path: str
+    label: str | int | None = None
+    output: Literal["probability", "logit"] = "probability"
+    beside: Literal["nothing", "reference", "source"] = "nothing"
+    batch_size: int = 64
+    truncate: bool = False
+    device: str = "auto"
+    name = "classifier"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return {"nothing": (), "reference": ("references",), "source": ("sources",)}[self.beside]
+
+    @property
+    def implementation(self) -> str:
+        what = "value" if self.label is None else f"{self.output} of {self.label}"
+        return f"transformers AutoModelForSequenceClassification, {self.path}, {what}, beside: {self.beside}"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        if self.beside == "reference":
+            pairs = [(r, t) for t, listed in zip(batch.texts, batch.references, strict=True) for r in listed]
+            scores, out = iter(self._scores(pairs)), []
+            for listed in batch.references:
+                out.append(max(next(scores) for _ in listed))
+            return out
+        if self.beside == "source":
+            return self._scores(list(zip(batch.sources, batch.texts, strict=True)))
+        return self._scores([(text,) for text in batch.texts])
+
+    def _scores(self, parts: Sequence[tuple[str, ...]]) -> list[float]:
+        model, tokenizer, index = self._model
+        limit = room(model, tokenizer)
+        cut: dict[str, Any] = {"truncation": True, "max_length": limit} if self.truncate else {}
+        encoded = [tokenizer(*part, **cut) for part in parts]
+        ids = [e["input_ids"] for e in encoded]
+        fit(ids, limit, self.name, self.path)
+        if any(not listed for listed in ids):  # a tokeniser that adds nothing leaves an empty text without tokens
+            row = next(i for i, listed in enumerate(ids) if not listed)
+            raise SteersmanError(f"metric '{self.name}', row {row}: the text has no token for {self.path} to read")
+
+        def read(padded: Tensor, mask: Tensor, rows: list[int]) -> list[float]:
+            inputs: dict[str, Tensor] = {"input_ids": padded, "attention_mask": mask}
+            if "token_type_ids" in encoded[0]:
+                kinds = torch.zeros_like(padded)
+                for b, i in enumerate(rows):
+                    kinds[b, : len(ids[i])] = torch.tensor(encoded[i]["token_type_ids"])
+                inputs["token_type_ids"] = kinds
+            if model.config.pad_token_id is not None:
+                inputs["input_ids"] = padded.masked_fill(mask == 0, model.config.pad_token_id)
+            return self._read_out(model(**inputs).logits.float(), index).tolist()
+
+        size = self.batch_size if model.config.pad_token_id is not None else 1
+        return in_batches(ids, read, size, model.device)
+
+    def _read_out(self, logits: Tensor, index: int | None) -> Tensor:
+        if index is None:
+            return logits[:, 0]
+        if self.output == "logit":
+            return logits[:, index]
+        many = self._model[0].config.problem_type == "multi_label_classification"
+        return (logits.sigmoid() if many else logits.softmax(-1))[:, index]
+
+    @cached_property
+    def _model(self) -> tuple[Any, Any, int | None]:
+        from transformers import AutoModelForSequenceClassification
+
+        model, tokenizer = load(AutoModelForSequenceClassification, self.path, self.name, self.device)
+        names: dict[int, str] = model.config.id2label
+        if self.label is None and len(names) == 1:
+            return model, tokenizer, None
+        listed = ", ".join(f"{i}: {n}" for i, n in sorted(names.items()))
+        found = [i for i, n in names.items() if self.label is not None and self.label in (i, n, str(i))]
+        if not found:
+            said = "no label is given" if self.label is None else f"it has no label '{self.label}'"
+            raise SteersmanError(f"metric '{self.name}': {self.path}: {said}; its labels are {listed}")
+        return model, tokenizer, found[0]
+
+
+@dataclass
+class Perplexity(Scorer):
+    """exp of the mean negative log-probability per token under a causal model; lower is likelier.
+
+        exp(-1/n sum_t log p(x_t | x_<t))
+
+    The model's begin token is put in front where it has one; else the first token is not judged. With `after:
+    source` the source stands in front, as it is, and only the text's tokens are judged. `unit: nats` gives the
+    mean itself. A set's value weighs every token alike. An empty text has none and is refused. A text that is
+    longer than the model reads is refused, or cut with `truncate`.
+    """
+
+    path: str
+    unit: Literal["perplexity", "nats"] = "perplexity"
+    after: Literal["nothing", "source"] = "nothing"
+    batch_size: int = 32
+    truncate: bool = False
+    device: str = "auto"
+    name = "perplexity"
+    better: Better = field(default="lower", init=False, repr=False)
+    scores_empty = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("sources",) if self.after == "source" else ()
+
+    @property
+    def implementation(self) -> str:
+        return f"transformers AutoModelForCausalLM, {self.path}, in {self.unit} per token, after {self.after}"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        return [self._value(nats / count) for nats, count in self._sums(batch)]
+
+    def over(self, batch: Batch) -> Corpus:
+        sums = np.array(self._sums(batch))
+
+        def value(totals: np.ndarray) -> np.ndarray:
+            mean = totals[:, 0] / totals[:, 1]
+            return mean if self.unit == "nats" else np.exp(mean)
+
+        return bootstrap(sums, value, self.name)
+
+    def _value(self, nats: float) -> float:
+        return nats if self.unit == "nats" else float(np.exp(nats))
+
+    def _sums(self, batch: Batch) -> list[tuple[float, float]]:
+        """Per text: the sum of -log p over its judged tokens, and how many they are."""
+        model, tokenizer = self._model
+        limit = room(model, tokenizer)
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        fronts, ids = [], []
+        for row, text in enumerate(batch.texts):
+            front = list(begin)
+            if self.after == "source":
+                front += tokenizer(batch.sources[row], add_special_tokens=False)["input_ids"]
+            own = tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole = front + own
+            fronts.append(max(len(front), 1))
+            ids.append(whole[:limit] if self.truncate else whole)
+            if len(ids[-1]) <= fronts[-1]:
+                raise SteersmanError(
+                    f"metric '{self.name}', row {row}: no token of the text can be judged "
+                    f"({len(own)} tokens, {len(front)} in front of them, {limit} read)"
+                )
+        fit(ids, limit, self.name, self.path)
+
+        def read(padded: Tensor, mask: Tensor, rows: list[int]) -> list[tuple[float, float]]:
+            logits = model(input_ids=padded, attention_mask=mask).logits[:, :-1].float()
+            nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), padded[:, 1:], reduction="none")
+            return [
+                (float(nats[b, fronts[i] - 1 : len(ids[i]) - 1].double().sum()), float(len(ids[i]) - fronts[i]))
+                for b, i in enumerate(rows)
+            ]
+
+        return in_batches(ids, read, self.batch_size, model.device)
+
+    @cached_property
+    def _model(self) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM
+
+        return load(AutoModelForCausalLM, self.path, self.name, self.device)

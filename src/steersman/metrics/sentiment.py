@@ -1,0 +1,40 @@
+"""Lexicon sentiment by the `vaderSentiment` package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.metadata import version
+
+from steersman.metrics.core import Batch, Scorer
+
+
+@dataclass
+class VaderSentiment(Scorer):
+    """VADER's compound sentiment of English text, in [-1, 1]; 0 for a text without a word of its lexicon.
+
+    Easily hacked: it loves "friend friend". Source: Hutto and Gilbert 2014.
+    """
+
+    name = "vader_sentiment"
+
+    @property
+    def implementation(self) -> str:
+        return f"vaderSentiment {version('vaderSentiment')}, compound"
+
+    def rows(self, batch: Batch) -> Sequence[float]:
+        return [compound(text) for text in batch.texts]
+
+
+@lru_cache(maxsize=65536)
+def compound(text: str) -> float:
+    """The package's compound score, remembered."""
+    return _analyzer().polarity_scores(text)["compound"]
+
+
+@cache
+def _analyzer():
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()

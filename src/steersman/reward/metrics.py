@@ -1,0 +1,87 @@
+"""A metric as a reward: texts against the references, sources and columns of their data rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from steersman.metrics import Metric
+from steersman.reward.core import Scores
+from steersman.types import Sample, SteersmanError
+
+_log = logging.getLogger("steersman.reward")
+_OTHER_NAMES = {"references": ("references", "reference")}
+
+
+class MetricReward:
+    """The metric's score of every response; references and columns come from the prompts' data rows.
+
+    `columns` says which column of the data fills what the metric needs; without it the column of the same name
+    does (`reference` for references too), and the prompts themselves for sources. `empty` is the score of an
+    empty response; without it the metric's own value counts, and a log line says so the first time.
+
+    Raises SteersmanError naming the reward when the metric scores whole sets only, a column is missing, or the
+    metric refuses a sample.
+    """
+
+    def __init__(
+        self, metric: Metric, name: str, columns: Mapping[str, str] | None = None, empty: float | None = None
+    ):
+        self.metric, self.name, self.columns, self.empty = metric, name, dict(columns or {}), empty
+        self.told_empty = False
+        if not metric.per_sample:
+            hint = "; give it `args: {corpus_file: FILE.jsonl}`" if metric.name == "cider" else ""
+            raise SteersmanError(
+                f"reward '{name}': the metric {metric.name} is defined on a whole set of texts and can not be a "
+                f"reward as it is{hint}"
+            )
+        for key in self.columns:
+            if key not in metric.needs:
+                needed = ", ".join(metric.needs) or "no column"
+                raise SteersmanError(
+                    f"reward '{name}': columns: the metric {metric.name} has no '{key}'; it needs {needed}"
+                )
+
+    def describe(self) -> str:
+        return f"metric {self.metric.name}: {self.metric.implementation}"
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        empty = [i for i, s in enumerate(samples) if not s.text.strip()]
+        if empty and self.empty is None and not self.told_empty:
+            self.told_empty = True
+            _log.warning(
+                "reward '%s': the response of sample %d is empty; %s scores it by its own rule (set `empty` to choose)",
+                self.name, empty[0], self.metric.name,
+            )  # fmt: skip
+        left = set(empty) if self.empty is not None else set()
+        judged = [i for i in range(len(samples)) if i not in left]
+        total = torch.full((len(samples),), self.empty or 0.0)
+        if judged:
+            total[judged] = torch.tensor(self._judge([samples[i] for i in judged]))
+        return Scores(total, {self.name: total})
+
+    def _judge(self, samples: Sequence[Sample]) -> list[float]:
+        given = {need: self._column(need, samples) for need in self.metric.needs}
+        references, sources = given.pop("references", None), given.pop("sources", None)
+        try:
+            return self.metric.score([s.text for s in samples], references, sources, **given)
+        except SteersmanError as error:
+            raise SteersmanError(
+                f"reward '{self.name}': {error} (prompt 0: {samples[0].prompt.text[:60]!r})"
+            ) from error
+
+    def _column(self, need: str, samples: Sequence[Sample]) -> list[Any]:
+        if need == "sources" and need not in self.columns:
+            return [s.prompt.text for s in samples]
+        have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
+        wanted = (self.columns[need],) if need in self.columns else _OTHER_NAMES.get(need, (need,))
+        for column in wanted:
+            if column in have:
+                return [s.prompt.row.get(column) for s in samples]
+        raise SteersmanError(
+            f"reward '{self.name}': the metric {self.metric.name} needs {need}, and the data have no column "
+            f"'{wanted[0]}'; they have: {', '.join(have) or 'none'}. Point to one with `columns: {{{need}: NAME}}`"
+        )
