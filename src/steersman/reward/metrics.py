@@ -53,7 +53,7 @@ class MetricReward:
         if empty and self.empty is None and not self.told_empty:
             self.told_empty = True
             _log.warning(
-                "reward '%s': the response of sample %d is empty; %s scores it by its own rule (set `empty` to choose)",
+                "reward '%s': sample %d is empty; %s scores it by its own rule (set `empty` to choose)",
                 self.name, empty[0], self.metric.name,
             )  # fmt: skip
         left = set(empty) if self.empty is not None else set()

@@ -1,7 +1,7 @@
 """Rewards that are rules, by name in `BUILTINS`: plain functions of texts and columns, like a user's own.
 
-Those that are metrics too are computed there (`metrics/`). Keyword parameters without a default are columns of the data (rename them with `columns`); those with one
-are settings (`args`).
+Those that are metrics too are computed there (`metrics/`). Keyword parameters without a default are columns of the
+data (rename them with `columns`); those with one are settings (`args`).
 """
 
 from __future__ import annotations
