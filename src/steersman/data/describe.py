@@ -34,7 +34,7 @@ class Summary:
 
 def describe(loaded: Loaded, encoded: EncodedSet, laid: Layout, samples: int = 3) -> Summary:
     """The summary of a set that is ready to be trained on."""
-    sequences = [e for group in encoded.groups for e in group]
+    sequences = _all(encoded)
     lengths = np.array([len(e) for e in sequences])
     ends = set(end_ids(laid.codec.tokenizer))
     ended = sum(any(m and i in ends for i, m in zip(e.response, e.mask, strict=True)) for e in sequences)
@@ -57,9 +57,15 @@ def describe(loaded: Loaded, encoded: EncodedSet, laid: Layout, samples: int = 3
 
 
 def spans(laid: Layout, e: Encoded) -> list[tuple[str, bool]]:
-    """A sequence as text in pieces, special tokens shown, each with whether it counts in the loss."""
-    ids = e.prompt + e.response
-    counts = [False] * len(e.prompt) + e.mask
+    """A sequence as text in pieces, special tokens shown, each with whether it counts in the loss. Of an
+    encoder-decoder both sides are named."""
+    if laid.joined:
+        return _pieces(laid, e.prompt + e.response, [False] * len(e.prompt) + e.mask)
+    source = _pieces(laid, e.prompt, [False] * len(e.prompt))
+    return [("source: ", False), *source, ("\ntarget: ", False), *_pieces(laid, e.response, e.mask)]
+
+
+def _pieces(laid: Layout, ids: list[int], counts: list[bool]) -> list[tuple[str, bool]]:
     cuts = [i for i in range(1, len(ids)) if counts[i] != counts[i - 1]]
     pieces: list[tuple[str, bool]] = []
     shown = ""
@@ -78,6 +84,11 @@ def _lines(summary: Summary, loaded: Loaded, encoded: EncodedSet, laid: Layout) 
         f"{lengths['p50']} tokens in the middle, {lengths['p95']} at the 95th percentile, {lengths['max']} at most; "
         f"{summary.loss_share:.0%} of them count in the loss",
     ]
+    if not laid.joined:
+        source, target = max(len(g[0].prompt) for g in encoded.groups), max(len(e.response) for e in _all(encoded))
+        lines.append(
+            f"the encoder reads the prompt, {source} tokens at most; the decoder writes the answer, {target} at most"
+        )
     if _in_turns(encoded, laid):
         lines.append(f"conversations are laid out by {laid.template.sentence}")
     if loaded.left_out.counts:
@@ -97,6 +108,10 @@ def _lines(summary: Summary, loaded: Loaded, encoded: EncodedSet, laid: Layout) 
             "with the next word; end prompts without it and set data.completion_prefix"
         )
     return lines
+
+
+def _all(encoded: EncodedSet) -> list[Encoded]:
+    return [e for group in encoded.groups for e in group]
 
 
 def _in_turns(encoded: EncodedSet, laid: Layout) -> bool:

@@ -16,7 +16,8 @@ boundary is a fixed cut: a prompt that ends in a space usually leaves that space
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from steersman.data.examples import Content, Message, user
 from steersman.data.template import FENCE_CLOSE, FENCE_OPEN, ChatTemplate, chat_template, special_tokens
@@ -29,8 +30,8 @@ _ANCHORS = ("\n", "a", "0")
 class Codec:
     """A tokenizer with its habits at the beginning of a text known and undone where they do not belong.
 
-    `prefix` and `suffix` are the ids that it puts around every text by itself; `suffix` is never used. `eos_id`
-    is None where it has no end token.
+    `prefix` and `suffix` are the ids that it puts around every text by itself; `suffix` is used for the prompts of
+    encoder-decoders alone. `eos_id` is None where it has no end token.
     """
 
     def __init__(self, tokenizer: Any, *, allow_special_tokens: bool = False) -> None:
@@ -65,12 +66,12 @@ class Codec:
                     return whole[len(head) :]
         return self._encode(text, control)
 
-    def finish(self, text: str, *, eos: bool = True) -> list[int]:
-        """Ids of an answer with the end token, once."""
+    def finish(self, text: str, *, eos: bool = True, opens: bool = False) -> list[int]:
+        """Ids of an answer with the end token, once; it continues another text unless it `opens` one."""
         name = self.tokenizer.eos_token
         if eos and name and not self.allow_special_tokens:
             text = text.removesuffix(name)
-        ids = self.more(text)
+        ids = self._encode(text) if opens else self.more(text)
         if not eos:
             return ids
         if self.eos_id is None:
@@ -115,8 +116,22 @@ class Codec:
         return text.removeprefix(name) if name and bos in self.prefix else text
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many tokens fit: of a prompt, of a response, of both together. None is no limit."""
+
+    prompt: int | None
+    response: int | None
+    both: int | None
+
+
 class Layout:
-    """Prompts and answers -> ids and masks, for text (no template) and conversations (the chat template)."""
+    """Prompts and answers -> ids and masks, for text (no template) and conversations (the chat template).
+
+    `joined` says that a model reads prompt and answer as one sequence.
+    """
+
+    joined: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -157,6 +172,29 @@ class Layout:
             [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         )
         return self._chat([*turns, *reply], len(turns))
+
+    def room(self, max_prompt: int | None, max_length: int | None, context: int | None) -> Room:
+        """What fits, by the data section's limits and the model's context."""
+        return Room(max_prompt, None, smallest(max_length, context))
+
+    def prompt_room(self, max_prompt: int | None, context: int | None, new_tokens: int) -> int | None:
+        """The longest prompt that leaves room for `new_tokens`. Raises SteersmanError where there is none."""
+        limit = smallest(max_prompt, None if context is None else context - new_tokens)
+        if limit is not None and limit < 1:
+            raise SteersmanError(
+                f"{new_tokens} new tokens leave no room for a prompt in a context of {context} tokens"
+            )
+        return limit
+
+    def cut(self, ids: list[int], limit: int, side: Literal["auto", "left", "right"]) -> list[int]:
+        """A prompt's ids without those at one side that are too many; what the tokenizer puts around every text
+        stays, and one id of the text at least. `auto` is left, or right where the prompt is an encoder's source."""
+        head = self.codec.prefix if ids[: len(self.codec.prefix)] == self.codec.prefix else []
+        tail = [] if self.joined else self.codec.suffix
+        body = ids[len(head) : len(ids) - len(tail)]
+        keep = max(limit - len(head) - len(tail), min(1, len(body)))
+        left = side == "left" or (side == "auto" and self.joined)
+        return head + (body[len(body) - keep :] if left and len(body) > keep else body[:keep]) + tail
 
     def _turns(self, content: Content) -> list[Message]:
         return user(content) if isinstance(content, str) else content
@@ -200,3 +238,8 @@ class Layout:
         if ends and not self.codec.tokenizer.decode(piece[ends[-1] + 1 :]).strip():
             return ends[-1] + 1
         return len(piece)
+
+
+def smallest(*limits: int | None) -> int | None:
+    """The least of the limits that are given."""
+    return min((limit for limit in limits if limit is not None), default=None)

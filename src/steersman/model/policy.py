@@ -49,7 +49,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.pack, self.max_tokens = pack, max_tokens
         self.notes: list[str] = []
         self.reader: Reader
         if is_pair(model):
@@ -66,6 +66,11 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def decoder_start(self) -> tuple[int, ...]:
+        """What an encoder-decoder's decoder reads before a response; nothing for a causal model."""
+        return self.reader.start
 
     @property
     def adapters(self) -> PeftModel | None:

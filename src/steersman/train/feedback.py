@@ -295,7 +295,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device)
-        laid = layout(policy.tokenizer, recipe.data)
+        laid = layout(policy, recipe.data)
         loaded = feedback(recipe.data)
         context = context_length(policy.model)
         train = encode(loaded.train, laid, recipe.data, context)

@@ -48,7 +48,7 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
         if recipe.data
         else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
     )
-    laid = layout(policy.tokenizer, config)
+    laid = layout(policy, config)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     engine = sampler(policy, rollout)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()

@@ -245,7 +245,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session:
         entry = LOSSES[recipe.loss.name]
         policy = policy_from(recipe.model, recipe.run, session.device)
-        laid = layout(policy.tokenizer, recipe.data)
+        laid = layout(policy, recipe.data)
         loaded = preferences(recipe.data)
         context = context_length(policy.model)
         train = drop_equal(encode(loaded.train, laid, recipe.data, context), loaded.left_out)

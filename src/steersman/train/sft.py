@@ -97,7 +97,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
-        laid = layout(policy.tokenizer, recipe.data)
+        laid = layout(policy, recipe.data)
         loaded = demonstrations(recipe.data)
         context = context_length(policy.model)
         train = encode(loaded.train, laid, recipe.data, context)
