@@ -1,0 +1,123 @@
+"""steersman's side of a benchmark: the product's own loops, driven turn by turn.
+
+    python benchmarks/ours.py SCENARIO FOLDER THREADS DEVICE DTYPE PROMPTS SAMPLES
+
+Started by the scripts; see duel.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import NEW, SETTINGS, Turns
+
+from steersman.data import Batches, demonstrations, encode, encode_prompts, layout, preferences, prompts
+from steersman.rollout import Engine
+from steersman.run.device import resolve_device
+from steersman.train.models import policy_from, scalar_from
+from steersman.train.offline import Offline
+from steersman.train.on_policy import OnPolicy
+from steersman.train.preference import PairObjective, PreferenceRecipe
+from steersman.train.reward_model import PairwiseReward, RewardModelRecipe
+from steersman.train.roles import build_roles
+from steersman.train.sft import SFT, SFTRecipe
+from steersman.train.verbs import RECIPES
+
+BATCH = 16
+OPTIMIZER = {"lr": SETTINGS["lr"], "max_grad_norm": SETTINGS["max_grad_norm"]}
+
+
+def on_policy(name: str, folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: int, turns: Turns) -> None:
+    """PPO with a critic and a reward model, or GRPO with a reward function; one turn is one iteration."""
+    settings: dict[str, Any] = {
+        "model": {"path": str(folder / "policy"), "dtype": dtype},
+        "data": {"path": str(folder / "prompts.jsonl")},
+        "rollout": {"prompts": rows, "samples": samples, "max_new_tokens": NEW},
+        "algorithm": {"beta": SETTINGS["beta"], "epochs": 1, "minibatches": 1},
+        "optimizer": OPTIMIZER,
+        "run": run,
+        "iterations": 1000,
+    }
+    if name == "ppo":
+        settings["reward"] = {"parts": {"judge": {"model": str(folder / "scalar")}}}
+        settings["critic"] = {"init": str(folder / "scalar"), "optimizer": OPTIMIZER}
+    else:
+        settings["reward"] = {"parts": {"even": {"function": f"{folder / 'rewards.py'}:even"}}}
+    recipe: Any = RECIPES[name].model_validate(settings)
+    roles = build_roles(recipe, resolve_device(run["device"]))
+    # no end token, so that every response has the same length
+    roles.engine = Engine(roles.policy.model, roles.policy.tokenizer, max_batch=recipe.rollout.max_batch, eos_token_id=[])
+    laid = layout(roles.policy.tokenizer, recipe.data)
+    train, _, _ = encode_prompts(prompts(recipe.data).train, laid, recipe.data, None, NEW)
+    state = OnPolicy(recipe, roles, train, Batches(len(train), rows, 0, drop_last=True))
+    turns.ready()
+    while True:
+        turns.wait()
+        stats = state.iteration().stats
+        phases = {key: stats[f"time/{key}"] for key in ("rollout", "score", "update")}
+        turns.done(tokens=rows * samples * NEW, phases=phases, ratio_gap=stats["ratio_gap"])
+
+
+def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int, turns: Turns) -> None:
+    """DPO, reward model or SFT; one turn is one epoch of `steps` batches of 16.
+
+    DPO's reference is scored once, before the first step. One epoch pays for that, so its seconds are told and
+    counted.
+    """
+    path = "sft.jsonl" if name == "sft" else "pairs.jsonl"
+    kind = "scalar" if name == "reward" else "policy"
+    recipe_of: dict[str, Any] = {"dpo": PreferenceRecipe, "reward": RewardModelRecipe, "sft": SFTRecipe}
+    recipe = recipe_of[name].model_validate(
+        {
+            "model": {"path": str(folder / kind), "dtype": dtype},
+            "data": {"path": str(folder / path), "limit": steps * BATCH},
+            "train": {"batch_size": BATCH, "epochs": 1000},
+            "optimizer": {**OPTIMIZER, "schedule": "constant"},
+            "run": run,
+        }
+    )
+    device = resolve_device(run["device"])
+    started = time.perf_counter()
+    once = 0.0
+    model: Any = (scalar_from if name == "reward" else policy_from)(recipe.model, recipe.run, device)
+    laid = layout(model.tokenizer, recipe.data)
+    loaded: Any = demonstrations(recipe.data) if name == "sft" else preferences(recipe.data)
+    train = encode(loaded.train, laid, recipe.data)
+    objective: Any
+    if name == "sft":
+        objective = SFT(model, train.first, [], recipe.run.micro_tokens)
+    elif name == "reward":
+        objective = PairwiseReward(model, train, None, recipe.train, recipe.run.micro_tokens)
+    else:
+        reference = policy_from(recipe.model, recipe.run, device, trainable=False)
+        started = time.perf_counter()
+        objective = PairObjective(model, reference, train, None, recipe.loss, recipe.run.micro_tokens)
+        once = time.perf_counter() - started
+    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run)
+    order = state.batches.forever()
+    tokens = sum(len(e) for group in train.groups for e in group)
+    turns.ready(once=once)
+    while True:
+        turns.wait()
+        for _ in range(steps):
+            state.step(next(order))
+        turns.done(tokens=tokens)
+
+
+def main() -> None:
+    turns = Turns()
+    name, folder, threads, device, dtype, rows, samples = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    run = {"device": device, "threads": int(threads)}
+    if name in ("ppo", "grpo"):
+        on_policy(name, Path(folder), run, dtype, int(rows), int(samples), turns)
+    else:
+        offline(name, Path(folder), run, dtype, int(rows), turns)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""SFT steps: batches of 16, mixed lengths; a turn is one epoch over the same 8 batches' rows (2 for 128k words).
+
+    python benchmarks/sft.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
+"""
+
+from duel import scenario
+
+if __name__ == "__main__":
+    scenario("sft", __doc__ or "", "trl116", "1.16.0", {"other": 8, "llama36m": 2, "llama128k": 2})
