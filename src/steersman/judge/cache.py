@@ -1,0 +1,65 @@
+"""Replies on disk: one line each, appended as they come, so that nothing judged is lost."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from steersman.run.folder import saving
+from steersman.run.log import read_jsonl
+
+Reply = dict[str, Any]
+"""What a judge answered, as JSON: {"text", "tokens"} of one that writes, {"logp"} or {"score"} of the others."""
+
+
+class ReplyCache:
+    """Replies by key; with a path, those of earlier runs too.
+
+    Each is one appended line, flushed to the disk, so that a kill loses at most the one being written; a line
+    that was cut is passed over. Several processes may share a file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.replies = path, {}
+        if path is None:
+            return
+        for row in read_jsonl(path):
+            if isinstance(row.get("key"), str) and isinstance(row.get("reply"), dict):
+                self.replies.setdefault(row["key"], row["reply"])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.replies
+
+    def __getitem__(self, key: str) -> Reply:
+        return self.replies[key]
+
+    def add(self, key: str, reply: Reply, asked: dict[str, Any]) -> None:
+        """Keeps the reply; `asked` is written beside it, to be read by people.
+
+        Raises SteersmanError where the disk is full.
+        """
+        self.replies[key] = reply
+        if self.path is None:
+            return
+        line = json.dumps({"key": key, **asked, "reply": reply}, ensure_ascii=False) + "\n"
+        with saving(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                end = file.seek(0, os.SEEK_END)
+                if end:
+                    file.seek(end - 1)
+                    # A line that a kill cut short must not swallow this one.
+                    line = line if file.read(1) == b"\n" else "\n" + line
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 (hex) of what a reply depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""The recipe's judge section."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from steersman.reward import RewardPart
+from steersman.run.config import Section
+
+
+class EndpointConfig(Section):
+    """A judge behind an OpenAI-compatible chat endpoint."""
+
+    url: str = Field(description="address up to the version, such as http://localhost:8000/v1")
+    model: str = Field(description="name of the model, as the endpoint knows it; the cache goes by it")
+    key_env: str = Field(
+        default="OPENAI_API_KEY", description="environment variable with the key; unset: none is sent"
+    )
+    temperature: float = Field(default=0.0, ge=0, description="of the judge's own sampling")
+    max_tokens: int = Field(default=512, ge=1, description="longest reply, in tokens")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="further fields of the request, such as {seed: 0}"
+    )
+    timeout: float = Field(default=60.0, gt=0, description="seconds to wait for a reply")
+    retries: int = Field(default=5, ge=0, description="further tries after a time-out, a 429, a 5xx or a lost line")
+    max_wait: float = Field(default=60.0, gt=0, description="longest pause between tries, in seconds")
+    concurrency: int = Field(default=8, ge=1, description="requests under way at once")
+
+
+class LocalConfig(Section):
+    """A judge that is a causal model on this machine."""
+
+    path: str = Field(description="folder or hub name of the model")
+    read: Literal["logp", "text"] = Field(
+        default="logp", description="weigh the verdicts' log-probabilities, or let it write and read its reply"
+    )
+    max_tokens: int = Field(default=128, ge=1, description="longest reply, in tokens, where it writes one")
+    batch: int = Field(default=32, ge=1, description="questions that it reads at once")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+
+
+class JudgeConfig(Section):
+    """Who decides which answer is better: exactly one of endpoint, local and reward."""
+
+    endpoint: EndpointConfig | None = Field(default=None, description="a model behind an OpenAI-compatible endpoint")
+    local: LocalConfig | None = Field(default=None, description="a model on this machine")
+    reward: dict[str, RewardPart] = Field(
+        default_factory=dict, description="name: reward model, function or builtin; summed as in a reward section"
+    )
+    rubric: str = Field(
+        default="Judge how helpful, correct and well written the answer is. Do not favour length.",
+        description="what the judge looks at",
+    )
+    compare: str | None = Field(
+        default=None, description="template with {rubric}, {prompt}, {first} and {second}; null: the built-in one"
+    )
+    grade: str | None = Field(
+        default=None,
+        description="template with {rubric}, {prompt}, {answer}, {low} and {high}; null: the built-in one",
+    )
+    scale: tuple[int, int] = Field(default=(1, 10), description="lowest and highest grade")
+    tie_margin: float = Field(
+        default=0.0, ge=0, description="a lead of a reward (or of log-probability, local) up to this is a tie"
+    )
+    on_unparsable: Literal["drop", "tie", "stop"] = Field(
+        default="drop", description="a reply without verdict: leave the question out, call it a tie, or stop"
+    )
+    max_calls: int | None = Field(default=None, ge=1, description="budget: replies paid for, those of the cache too")
+    max_tokens: int | None = Field(default=None, ge=1, description="budget: tokens of requests and replies")
+    on_budget: Literal["stop", "drop"] = Field(
+        default="stop", description="budget spent: stop (what was judged is kept), or leave the rest unjudged"
+    )
+    cache: str | None = Field(
+        default=None, description="file of replies, shared between runs; null: judge.jsonl in the run folder"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> JudgeConfig:
+        given = [name for name in ("endpoint", "local", "reward") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of endpoint, local and reward; {' and '.join(given) or 'none'} given")
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: the lowest grade must be below the highest")
+        needs = {"compare": ("prompt", "first", "second"), "grade": ("prompt", "answer")}
+        for name, holes in needs.items():
+            template = getattr(self, name)
+            missing = [h for h in holes if template is not None and not re.search(rf"\{{{h}\}}", template)]
+            if missing:
+                raise ValueError(f"{name}: the template has no {{{missing[0]}}}, so the judge would not see it")
+        return self

@@ -1,0 +1,90 @@
+"""A judge that is a causal model on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from steersman.data import Layout, end_ids
+from steersman.judge.cache import Reply
+from steersman.judge.config import LocalConfig
+from steersman.model import load_policy
+from steersman.rollout import Engine, Sampling
+from steersman.run.device import resolve_device
+from steersman.types import Prompt, SteersmanError, Tokens
+
+
+class Local:
+    """Reads a question and weighs the verdicts, or writes a reply.
+
+    With `read: logp` the reply is the log-probability (nats) of each verdict word right after the question, a
+    deterministic number that needs no parsing. With `read: text` the model writes greedily and its text is read
+    as an endpoint's. A tokenizer with a chat template sees the question as a user's turn.
+    """
+
+    def __init__(self, config: LocalConfig) -> None:
+        self.config = config
+        self.policy = load_policy(config.path, device=resolve_device(config.device), trainable=False)
+        tokenizer = self.policy.tokenizer
+        self.chats = getattr(tokenizer, "chat_template", None) is not None
+        self.layout = Layout(tokenizer, wrap_in_chat=self.chats)
+        self.context = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        self.engine = Engine(self.policy.model, tokenizer, eos_token_id=end_ids(tokenizer) or None)
+
+    def weigh(
+        self,
+        texts: Sequence[str],
+        verdicts: Sequence[str],
+        keep: Callable[[int, Reply], None],
+        may_ask: Callable[[], bool],
+    ) -> None:
+        """Gives `keep` the log-probability of every verdict after each text: {"logp": {verdict: nats}}."""
+        said = [self.layout.codec.more(v if self.chats else f" {v}") for v in verdicts]
+        for start in range(0, len(texts), self.config.batch):
+            if not may_ask():
+                return
+            ids = [self._ids(text, max(map(len, said))) for text in texts[start : start + self.config.batch]]
+            tokens = Tokens.from_ids([i for i in ids for _ in said], [s for _ in ids for s in said])
+            with torch.no_grad():
+                logp = torch.where(tokens.mask.to(self.policy.device), self.policy.logp(tokens).logp, 0.0).sum(-1)
+            for row, told in enumerate(logp.view(len(ids), len(said)).tolist()):
+                reply: Reply = {"logp": dict(zip(verdicts, told, strict=True))}
+                keep(start + row, reply | {"tokens": len(ids[row]) + 1})
+
+    def write(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
+        """Gives `keep` what the model writes after each text: {"text": ...}."""
+        sampling = Sampling(max_new_tokens=self.config.max_tokens, temperature=0.0)
+        for start in range(0, len(texts), self.config.batch):
+            if not may_ask():
+                return
+            part = texts[start : start + self.config.batch]
+            prompts = [Prompt(self._ids(t, self.config.max_tokens), t, index=i) for i, t in enumerate(part)]
+            for row, sample in enumerate(self.engine.generate(prompts, sampling)):
+                keep(start + row, {"text": sample.text, "tokens": len(sample.prompt.ids) + len(sample.ids)})
+
+    def _ids(self, text: str, room: int) -> list[int]:
+        ids, _ = self.layout.prompt(text)
+        if self.context is not None and len(ids) + room > self.context:
+            raise SteersmanError(
+                f"judge {self.config.path}: a question has {len(ids)} tokens, which with {room} for the reply is "
+                f"more than the model's context of {self.context}; shorten the answers or the judge's template, or "
+                "take a judge with a longer context"
+            )
+        return ids
+
+
+def likeliest(logp: dict[str, float], margin: float) -> float:
+    """A comparison's share from the verdicts' log-probabilities: the likeliest of A, B and C; a tie where A leads
+    B (or B leads A) by `margin` nats or less."""
+    if abs(logp["A"] - logp["B"]) <= margin or logp["C"] > max(logp["A"], logp["B"]):
+        return 0.5
+    return float(logp["A"] > logp["B"])
+
+
+def expected(logp: dict[str, float]) -> float:
+    """The grade expected under the grades' probabilities, sum_g g p(g) / sum_g p(g)."""
+    top = max(logp.values())
+    weight = {int(g): math.exp(x - top) for g, x in logp.items()}
+    return sum(g * w for g, w in weight.items()) / sum(weight.values())

@@ -1,0 +1,84 @@
+"""What a judge is asked, and how its reply is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+COMPARE = """You compare two answers to the same prompt. {rubric}
+The order in which the answers stand means nothing.
+
+<prompt>
+{prompt}
+</prompt>
+
+<answer A>
+{first}
+</answer A>
+
+<answer B>
+{second}
+</answer B>
+
+Weigh them in a sentence or two. Then end with one of [[A]], [[B]], or [[C]] where neither is better.
+Verdict:"""
+
+GRADE = """You grade an answer to a prompt with a whole number from {low} to {high}, {high} being best. {rubric}
+
+<prompt>
+{prompt}
+</prompt>
+
+<answer>
+{answer}
+</answer>
+
+Say why in a sentence or two. Then end with the grade in double brackets, such as [[{low}]].
+Grade:"""
+
+_SHARE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
+_MARKED = re.compile(r"\[\[\s*([^\[\]]{1,12}?)\s*\]\]")
+_BARE = re.compile(r"(?:answer|verdict|grade|rating|score)?\s*:?\s*\**\s*([abc]|tie|-?\d+(?:\.\d+)?)\s*\**\.?", re.I)
+_HOLE = re.compile(r"\{(rubric|prompt|first|second|answer|low|high)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Two answers to compare in the order in which they are shown, or one to grade (`second` None)."""
+
+    prompt: str
+    first: str
+    second: str | None = None
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """The template with its holes filled, in one pass: braces inside the filled-in texts stay as they are."""
+    return _HOLE.sub(lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
+
+
+def verdict(reply: str) -> float | None:
+    """1 where the reply says A (the first answer), 0 for B, 0.5 for a tie; None where it says neither.
+
+    The last [[mark]] counts; without one the reply must be the verdict and nothing else.
+    """
+    found = _said(reply)
+    return None if found is None else _SHARE.get(found.upper())
+
+
+def grade(reply: str, low: int, high: int) -> float | None:
+    """The grade that the reply gives; None where it gives none, or one outside the scale."""
+    found = _said(reply)
+    try:
+        value = float((found or "").split("/")[0])
+    except ValueError:
+        return None
+    return value if low <= value <= high else None
+
+
+def _said(reply: str) -> str | None:
+    marks = _MARKED.findall(reply)
+    if marks:
+        return marks[-1]
+    bare = _BARE.fullmatch(reply.strip())
+    return bare[1] if bare else None

@@ -1,0 +1,61 @@
+"""A reward as a judge: for offline work, and for labels whose source can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from steersman.data import Layout
+from steersman.data.examples import Content
+from steersman.model import load_tokenizer
+from steersman.reward import RewardConfig, RewardPart, WeightedSum, build_reward
+from steersman.types import Prompt, Sample
+
+CHUNK = 256
+"""Answers that a reward model reads at once."""
+
+
+class Scorer:
+    """Score of an answer under a weighted sum of rewards, from its text.
+
+    The texts become the ids of the first reward model's own tokenizer, with its end token, as in its training;
+    rewards that are functions see the texts. `columns` are the prompt's row, for functions that need them.
+    """
+
+    def __init__(self, parts: Mapping[str, RewardPart], device: torch.device | str = "cpu") -> None:
+        paths = [part.model for part in parts.values() if part.model is not None]
+        tokenizer = load_tokenizer(paths[0]) if paths else None
+        self.layout = Layout(tokenizer) if tokenizer is not None else None
+        config = RewardConfig(parts=dict(parts))
+        self.reward: WeightedSum = build_reward(config, tokenizer, device)  # pyright: ignore[reportArgumentType]
+
+    def __call__(
+        self, prompts: Sequence[Content], answers: Sequence[str], columns: Sequence[dict] | None = None
+    ) -> dict[str, list[float]]:
+        """Each part's scores by name, and their weighted sum as `total`."""
+        rows = columns or [{} for _ in prompts]
+        samples = [self._sample(*item) for item in zip(prompts, answers, rows, strict=True)]
+        out: dict[str, list[float]] = {name: [] for name in ["total", *self.reward.parts]}
+        for start in range(0, len(samples), CHUNK):
+            scores = self.reward.score(samples[start : start + CHUNK])
+            for name, values in {"total": scores.total, **scores.parts}.items():
+                out[name] += values.tolist()
+        return out
+
+    def describe(self) -> str:
+        return self.reward.describe()
+
+    def _sample(self, prompt: Content, answer: str, row: dict) -> Sample:
+        text = prompt if isinstance(prompt, str) else as_text(prompt)
+        if self.layout is None:
+            return Sample(Prompt([0], text, row), [0], [0.0], "eos", answer)
+        ids, response, _ = self.layout.answer(prompt, answer)
+        return Sample(Prompt(ids, text, row), response, [0.0] * len(response), "eos", answer)
+
+
+def as_text(content: Content) -> str:
+    """A prompt as a judge reads it: text as it is, turns as "Role: text" with a blank line between."""
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in content)

@@ -1,0 +1,69 @@
+"""A local model as judge: its log-probabilities are the model's own, and its text is read like an endpoint's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steersman.assets import story_model
+from steersman.judge import Judge, JudgeConfig
+from steersman.judge.local import expected, likeliest
+from steersman.types import SteersmanError
+
+SHORT = {"compare": "{prompt} A: {first} B: {second} Best:", "grade": "{prompt} {answer} Grade:", "scale": [1, 3]}
+ITEMS = [("A cat", "sat.", "ran away and was sad."), ("A dog", "was happy.", "x")]
+
+
+def judge(tmp_path, **local) -> Judge:
+    section = {"local": {"path": str(story_model()), **local}, **SHORT}
+    return Judge(JudgeConfig.model_validate(section), tmp_path / "judge.jsonl")
+
+
+def logp_by_hand(question: str, verdict: str) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(story_model())
+    model = AutoModelForCausalLM.from_pretrained(story_model(), dtype=torch.float64)
+    ids = tokenizer(question)["input_ids"]
+    whole = tokenizer(question + verdict)["input_ids"]
+    assert whole[: len(ids)] == ids
+    with torch.no_grad():
+        logp = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(float(logp[t - 1, whole[t]]) for t in range(len(ids), len(whole)))
+
+
+def test_the_weighed_verdicts_are_the_models_own_log_probabilities(tmp_path):
+    opened = judge(tmp_path)
+    outcomes = opened.compare(ITEMS)
+    replies = {tuple(r["logp"].values()) for r in opened.cache.replies.values()}
+    for prompt, a, b in ITEMS:
+        by_hand = [logp_by_hand(f"{prompt} A: {a} B: {b} Best:", f" {v}") for v in "ABC"]
+        assert any(all(math.isclose(x, y, abs_tol=1e-4) for x, y in zip(r, by_hand, strict=True)) for r in replies)
+    assert all(o is not None for o in outcomes)
+
+
+def test_a_grade_is_the_expected_one(tmp_path):
+    got = judge(tmp_path).grade([("A cat", "sat.")])
+    weight = [math.exp(logp_by_hand("A cat sat. Grade:", f" {g}")) for g in (1, 2, 3)]
+    wanted = sum(g * w for g, w in zip((1, 2, 3), weight, strict=True)) / sum(weight)
+    assert got == [pytest.approx(wanted, abs=1e-4)]
+
+
+def test_a_model_that_writes_stories_writes_no_verdict_and_that_is_counted(tmp_path):
+    opened = judge(tmp_path, read="text", max_tokens=6)
+    assert opened.compare(ITEMS) == [None, None]
+    assert opened.stats()["judge/unparsable"] == 1
+
+
+def test_a_question_longer_than_the_context_is_refused(tmp_path):
+    with pytest.raises(SteersmanError, match="more than the model's context"):
+        judge(tmp_path).compare([("word " * 3000, "a", "b")])
+
+
+def test_reading_of_log_probabilities():
+    assert likeliest({"A": -1.0, "B": -2.0, "C": -3.0}, 0.0) == 1.0
+    assert likeliest({"A": -3.0, "B": -2.0, "C": -3.0}, 0.0) == 0.0
+    assert likeliest({"A": -1.0, "B": -1.5, "C": -9.0}, 0.6) == 0.5
+    assert likeliest({"A": -2.0, "B": -1.5, "C": -1.0}, 0.0) == 0.5
+    assert expected({"1": math.log(0.25), "3": math.log(0.75)}) == pytest.approx(2.5)
