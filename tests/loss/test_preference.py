@@ -238,6 +238,58 @@ def test_robust_dpo_is_unbiased_under_flips():
     torch.testing.assert_close(0.8 * kept + 0.2 * flipped, clean)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_soft_label_is_the_mean_over_single_votes(name):
+    """Three raters of four: the loss of three votes one way and one the other, for value and gradient."""
+    _, _, function, options = CASES[name]
+    named, cm, rm = batch()
+    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **{k: named[k] for k in list(named)[2:]})
+    swapped = {
+        k: named[k.replace("chosen", "?").replace("rejected", "chosen").replace("?", "rejected")] for k in named
+    }
+    agreement = torch.tensor([0.75, 1.0, 0.0, 0.5, 0.25], dtype=torch.float64)
+    loss, explain = preference.soft_labelled(lambda p: function(p, **options), pair, agreement)
+    for_it, against = ours(function, options, named, cm, rm)[0], ours(function, options, swapped, rm, cm)[0]
+    votes = (for_it * torch.tensor([3, 4, 0, 2, 1]) + against * torch.tensor([1, 0, 4, 2, 3])) / 4
+    torch.testing.assert_close(loss, votes)
+    leaves = [named["chosen"], named["rejected"]]
+    for x, y in zip(*(torch.autograd.grad(v.sum(), leaves, retain_graph=True) for v in (loss, votes)), strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(explain, function(pair, **options)[1])
+
+
+def paper_odpo(y, z, yr, zr, beta, delta):  # 2402.10571
+    return -torch.log(sig(beta * (y.sum() - yr.sum()) - beta * (z.sum() - zr.sum()) - delta))
+
+
+def test_offsets_ask_for_a_lead():
+    named, cm, rm = batch()
+    delta = torch.tensor([0.0, 0.3, 1.2, 2.0, 0.7], dtype=torch.float64)
+    rest = {k: v for k, v in named.items() if "kl" not in k and "ref" in k}
+    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **rest)._replace(offset=delta)
+    own = [[named[k][b][m[b]] for k, m in zip(list(named)[:4], [cm, rm] * 2, strict=True)] for b in range(B)]
+    expected = torch.stack([paper_odpo(*x, 0.3, d) for x, d in zip(own, delta, strict=True)])
+    torch.testing.assert_close(preference.dpo(pair, beta=0.3)[0], expected)
+    lead = pair.chosen - pair.rejected
+    torch.testing.assert_close(preference.hinge(pair)[0], (1 + delta - lead).clamp(min=0))
+    simpo = preference.simpo(pair, beta=2.0, margin=0.5)[0]
+    means = 2 * pair.chosen / pair.chosen_length - 2 * pair.rejected / pair.rejected_length
+    torch.testing.assert_close(simpo, -torch.log(sig(means - 0.5 - delta)))
+    # under the opposite label the lead is asked of the other answer
+    torch.testing.assert_close(
+        preference.soft_labelled(lambda p: preference.dpo(p, beta=0.3), pair, torch.zeros(B, dtype=torch.float64))[0],
+        preference.dpo(pair.swapped()._replace(offset=-delta), beta=0.3)[0],
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.data == "pair"])
+def test_table_says_which_losses_take_an_offset(name):
+    named, cm, rm = batch()
+    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **{k: named[k] for k in list(named)[2:]})
+    moved = LOSSES[name].function(pair._replace(offset=torch.ones(B, dtype=torch.float64)))[0]
+    assert torch.equal(moved, LOSSES[name].function(pair)[0]) != LOSSES[name].takes_offset
+
+
 # Single answers ---------------------------------------------------------------------------------------------
 
 

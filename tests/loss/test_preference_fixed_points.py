@@ -202,6 +202,18 @@ def test_nll_term_alone_is_the_chosen_distribution():
     assert WORLD.distance(logits, WORLD.marginal(WORLD.chosen).log()) < 1e-5
 
 
+def test_shares_of_raters_lead_where_their_single_votes_do():
+    """Each pair once, with the share of raters as its label, in the place of both orders in that proportion."""
+    once = WORLD.chosen < WORLD.rejected
+    weight = torch.where(once, 2 * WORLD.weight, 0.0)
+
+    def loss(logits):
+        pair = WORLD.pair(logits)
+        return (weight * pref.soft_labelled(lambda p: pref.dpo(p, beta=BETA), pair, WORLD.prefer)[0]).sum()
+
+    assert WORLD.distance(descend(loss, MDP.logp_ref), MDP.closed_form()[0]) < 1e-4
+
+
 def test_kto_shares_the_mass_among_the_liked():
     """Where likes win by c(y), mu c beta s (1 - s) is proportional to pi, s = sigma(beta rho); z is 0 in the end."""
     liked = torch.sigmoid(MDP.total_reward)

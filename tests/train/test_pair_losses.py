@@ -7,13 +7,14 @@ import torch
 from pydantic import ValidationError
 from tiny_models import tiny_model
 
-from steersman.data import Encoded, EncodedSet, Preference
+from steersman.data import BadRows, Encoded, EncodedSet, Preference, RowError
 from steersman.data.read import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
-from steersman.train.preference import PairLossConfig, PairObjective
+from steersman.train.preference import PairLossConfig, PairObjective, drop_equal
 from steersman.train.reference import divergence
 from steersman.train.tally import Tally
+from steersman.types import SteersmanError
 
 PAIRS = [name for name, entry in LOSSES.items() if entry.data == "pair"]
 
@@ -107,3 +108,60 @@ def test_held_out_numbers_are_those_of_the_same_pairs():
 def test_an_unknown_setting_is_named_with_the_nearest():
     with pytest.raises(ValidationError, match="did you mean label_smoothing"):
         PairLossConfig(name="dpo", settings={"label_smooth": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"name": "robust_dpo", "settings": {"flip": 0.5}}, "below 0.5"),
+        ({"name": "simpo", "settings": {"beta": 0.0}}, "above 0"),
+        ({"name": "ipo", "margin_weight": 1.0}, "goes with dpo, hinge, rso, simpo"),
+    ],
+)
+def test_settings_without_meaning_are_refused(config, words):
+    with pytest.raises(ValidationError, match=words):
+        PairLossConfig(**config)
+
+
+def test_soft_labels_and_margins_of_the_data_count():
+    made = objective(PairLossConfig(name="dpo", settings={"beta": 0.3}, margin_weight=0.5))
+    for example, agreement, margin in zip(made.train.examples, (0.75, 1.0, 0.5), (2.0, None, 1.0), strict=True):
+        example.weight, example.agreement, example.margin = 1.0, agreement, margin
+    expected = 0.0
+    for group, agreement, lead in zip(made.train.groups, (0.75, 1.0, 0.5), (1.0, 0.0, 0.5), strict=True):
+        (w, w_ref), (r, r_ref) = (
+            [
+                plain_logp(m, e)[torch.arange(len(e.response)), torch.tensor(e.response)].sum()
+                for m in (made.module, made.reference)
+            ]
+            for e in group
+        )
+        z = 0.3 * ((w - w_ref) - (r - r_ref)) - lead
+        for share, sign in ((agreement, 1), (1 - agreement, -1)):
+            expected -= share * float(torch.nn.functional.logsigmoid(sign * z).detach()) / 3
+    assert float(made.loss([0, 1, 2], 3.0, Tally()).detach()) == pytest.approx(expected, rel=1e-5)
+    made.config = made.config.model_copy(update={"soft_labels": False, "margin_weight": 0.0})
+    for example in made.train.examples:
+        example.agreement = 0.1
+    hard = float(made.loss([0, 1, 2], 3.0, Tally()).detach())
+    for example in made.train.examples:
+        example.agreement = 1.0
+    assert hard == float(made.loss([0, 1, 2], 3.0, Tally()).detach())
+
+
+def test_pairs_that_the_length_limit_made_equal_are_named_or_left_out():
+    def cut() -> EncodedSet[Preference]:
+        data = encoded()
+        data.groups[1] = [Encoded(e.prompt, e.response[:1], [True]) for e in data.groups[1]]
+        data.groups[1][1].response = data.groups[1][0].response
+        return data
+
+    with pytest.raises(RowError, match=r"f, row 1.*same tokens.*on_bad_row"):
+        drop_equal(cut(), BadRows())
+    left_out = BadRows("skip")
+    assert [e.row.number for e in drop_equal(cut(), left_out).examples] == [0, 2]
+    assert left_out.counts == {"answers equal when cut": 1}
+    alone = cut()
+    alone.groups, alone.examples = alone.groups[1:2], alone.examples[1:2]
+    with pytest.raises(SteersmanError, match="no pair is left"):
+        drop_equal(alone, BadRows("skip"))

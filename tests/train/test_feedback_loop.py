@@ -1,0 +1,275 @@
+"""KTO and BCO from files to a model: numbers from plain forward passes, resume, held prompts, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_models import tiny_model
+from train_kit import merge, plain, rows, weights, write_jsonl
+
+from steersman import cli
+from steersman.data import Encoded, EncodedSet, Feedback
+from steersman.data.read import Row
+from steersman.model import LoraConfig, Policy, load_policy
+from steersman.train import feedback, preference
+from steersman.train.feedback import RECIPES, BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.train.reference import AdaptersOff, answer_logp, divergence
+from steersman.train.tally import Tally
+from steersman.types import SteersmanError, Tokens
+
+WORDS = [
+    "yes it is.",
+    "no",
+    "a cat, a dog",
+    "ok",
+    "look there",
+    "so she said",
+    "hm",
+    "what?",
+    "go on",
+    "far",
+]
+
+
+def encoded(labels: str = "+-+-+", same_prompt: bool = False) -> EncodedSet[Feedback]:
+    random = torch.Generator().manual_seed(5)
+    data: EncodedSet[Feedback] = EncodedSet()
+    for number, sign in enumerate(labels):
+        ids = torch.randint(3, 97, (4 + number,), generator=random).tolist()
+        prompt = [7, 8] if same_prompt else [7, 8 + number]
+        data.groups.append([Encoded(prompt, ids, [True] * len(ids))])
+        data.examples.append(Feedback("p", "c", sign == "+", Row({}, "f", number), weight=1.0 + number))
+    return data
+
+
+def objective(config, seed: int = 1) -> FeedbackObjective:
+    policy, reference = (Policy(tiny_model("llama", seed=s, scale=2.0).double(), None) for s in (seed, 2))
+    return FeedbackObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+
+
+def plain_logp(policy: Policy, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    logits = policy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(logits[len(prompt) - 1 + t, token] for t, token in enumerate(answer))
+
+
+def test_kto_equals_the_paper_on_plain_forward_passes():
+    made = objective(KTOConfig(beta=0.05, desirable_weight="auto", undesirable_weight=2.0, nll=0.5))
+    assert made.weights == (1.0, 2.0)
+    batch = [0, 1, 4]
+    made.look(batch)
+    one = [made.train.groups[i][0] for i in batch]
+    with torch.no_grad():
+        apart = [
+            plain_logp(made.module, a.prompt, b.response) - plain_logp(made.reference, a.prompt, b.response)
+            for a, b in zip(one, one[1:] + one[:1], strict=True)
+        ]
+    point = max(0.0, float(sum(apart)) / 3)
+    assert made.threshold == pytest.approx(point, rel=1e-9)
+    total = 0.0
+    for i, e in zip(batch, one, strict=True):
+        own, ref = (float(plain_logp(m, e.prompt, e.response).detach()) for m in (made.module, made.reference))
+        lead = 0.05 * (own - ref - point)
+        if made.train.examples[i].label:
+            loss = 1.0 / (1 + math.exp(lead)) - 0.5 * own / len(e.response)
+        else:
+            loss = 2.0 / (1 + math.exp(-lead))
+        total += (1 + i) * loss
+    found = made.loss(batch, made.denominator(batch), Tally())
+    assert float(found.detach()) == pytest.approx(total / (1 + 2 + 5), rel=1e-9)
+
+
+def test_bco_shift_follows_both_labels():
+    made = objective(BCOConfig(beta=0.05, shift_decay=0.75))
+    reward = 0.05 * (answer_logp(made.module, made.train.first, 10_000) - made.known[id(made.train)])
+    assert made.threshold == 0.0
+    means = {True: 0.0, False: 0.0}
+    for batch in ([0, 1, 2], [3], [0, 4], [1, 2, 3]):  # one batch has one label only, which leaves the other mean
+        for i in batch:  # micro-batches of one
+            made.loss([i], 1.0, Tally())
+        made.settle()
+        for label in (True, False):
+            of = [float(reward[i]) for i in batch if made.train.examples[i].label == label]
+            if of:
+                means[label] = 0.75 * means[label] + 0.25 * sum(of) / len(of)
+        assert made.threshold == pytest.approx(sum(means.values()) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("config", [KTOConfig(), BCOConfig()])
+def test_micro_batches_add_up(config):
+    made = objective(config)
+    made.look([0, 1, 2, 3, 4])
+    parameters = list(made.module.parameters())
+    whole = torch.autograd.grad(made.loss([0, 1, 2, 3, 4], 5.0, Tally()), parameters)
+    parts = [torch.autograd.grad(made.loss([i], 5.0, Tally()), parameters) for i in range(5)]
+    for k, g in enumerate(whole):
+        torch.testing.assert_close(sum(p[k] for p in parts), g, rtol=1e-7, atol=1e-11)
+
+
+def test_mismatched_answers_answer_another_prompt_and_fit():
+    data = encoded()
+    found = mismatched(data, [2, 0, 4], context=None)
+    assert [e.prompt for e in found] == [data.groups[i][0].prompt for i in (2, 0, 4)]
+    assert [e.response for e in found] == [data.groups[i][0].response for i in (0, 4, 2)]
+    data.groups[1][0].prompt = data.groups[0][0].prompt  # pairs split in two give the same prompt twice
+    found = mismatched(data, [0, 1, 2], context=6)
+    assert [e.response for e in found] == [data.groups[i][0].response[:4] for i in (2, 2, 0)]
+    assert mismatched(encoded(same_prompt=True), [0, 1, 2], None) == []
+
+
+def test_weights_balance_the_counts():
+    assert feedback.auto_weights(30, 10) == (1.0, 3.0)
+    assert feedback.auto_weights(10, 40) == (4.0, 1.0)
+    made = objective(KTOConfig())  # three likes, two dislikes
+    assert made.weights == (1.0, 1.5)
+
+
+def test_outranks_counts_all_pairs():
+    assert outranks(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])) == (1 + 1 + 0 + 0.5) / 4
+
+
+# Whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path, mini):
+    table = [{"prompt": f"say {w}", "completion": f" {w} {w}", "label": i % 3 > 0} for i, w in enumerate(WORDS * 3)]
+    return {
+        "model": {"path": str(mini)},
+        "data": {"path": str(write_jsonl(tmp_path / "feedback.jsonl", table)), "held_out": 0.3},
+        "train": {"epochs": 2, "batch_size": 6},
+        "optimizer": {"lr": 3e-3},
+        "samples": {"prompts": 3, "max_new_tokens": 5},
+        "run": {"dir": str(tmp_path / "run"), "threads": 1, "eval_every": 3, "save_every": 2},
+    }
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, asked, tmp_path, monkeypatch):
+    summary = feedback.run(RECIPES[name].model_validate(asked))
+    assert summary["finished"]
+    again = RECIPES[name].model_validate(merge(asked, {"run.dir": str(tmp_path / "cut")}))
+    with monkeypatch.context() as patch:
+        whole = FeedbackObjective.settle
+
+        def stop(self):
+            whole(self)
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+
+        calls: list[int] = []
+        patch.setattr(FeedbackObjective, "settle", stop)
+        with pytest.raises(KeyboardInterrupt):
+            feedback.run(again)
+    assert max(row["step"] for row in rows(tmp_path / "cut")) == 3  # the checkpoint is of step 2
+    feedback.run(again, resume=True)
+    one, two = ([plain(row) for row in rows(tmp_path / d)] for d in ("run", "cut"))
+    assert one == two
+    assert {"held_out/auc", "held_out/kl", "held_out/perplexity", "held_out/logp/liked", "threshold"} <= set(one[-1])
+    assert one[0]["held_out/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert one[-1]["held_out/kl"] > 1e-4
+    a, b = (weights(tmp_path / d / "model") for d in ("run", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    told = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in told} == {0, 3, 6, len(one) - 1}
+    assert len([row for row in told if row["step"] == 0]) == 3
+
+
+def test_pairs_split_in_two_learn_to_tell_liked_from_disliked(asked, tmp_path):
+    table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": " no no no"} for w in WORDS * 2]
+    data = {"data.path": str(write_jsonl(tmp_path / "pairs.jsonl", table)), "train.epochs": 6}
+    summary = feedback.run(RECIPES["kto"].model_validate(merge(asked, data)))
+    assert summary["held_out/auc"] > 0.9
+
+
+@pytest.mark.parametrize("verb", ["kto", "bco"])
+def test_one_label_only_is_refused(verb, asked, tmp_path, capsys):
+    table = [{"prompt": w, "completion": f" {w}", "label": True} for w in WORDS]
+    write_jsonl(tmp_path / "feedback.jsonl", table)
+    given = [f"--{k}.{n}={json.dumps(v)}" for k, section in asked.items() for n, v in section.items()]
+    assert cli.main([verb, *[x for one in given for x in one.split("=", 1)]]) == 2
+    told = capsys.readouterr().err
+    assert "feedback.jsonl" in told
+    assert "labels are true" in told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_label_that_is_left_after_the_length_limit_is_refused(asked, tmp_path):
+    table = [{"prompt": "a", "completion": " ok" if i % 2 else " far" * 12, "label": i % 2 > 0} for i in range(10)]
+    write_jsonl(tmp_path / "feedback.jsonl", table)
+    recipe = RECIPES["kto"].model_validate(
+        merge(asked, {"data.held_out": 0, "data.on_too_long": "drop", "data.max_length": 20})
+    )
+    with pytest.raises(SteersmanError, match="thumbs up, and 5 were too long"):
+        feedback.run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.batch_size": 1}, "reference point"),
+        ({"loss.undesirable_weight": -1.0}, "undesirable_weight"),
+        ({"loss.beta": 0.0}, "beta"),
+        ({"model.scratch": {"model_type": "llama"}}, "sft"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused(asked, changes, words):
+    with pytest.raises(ValidationError, match=words):
+        RECIPES["kto"].model_validate(merge(asked, {"loss": {}} | changes))
+
+
+# Reference and held prompts, which the pair losses share ------------------------------------------------------
+
+
+def test_the_reference_of_adapters_is_the_model_without_them(mini):
+    policy, plain_one = load_policy(mini, lora=LoraConfig(r=2)), load_policy(mini, trainable=False)
+    with torch.no_grad():
+        for p in (p for p in policy.parameters() if p.requires_grad):
+            p.add_(0.1 * torch.ones_like(p))
+    reference = AdaptersOff(policy)
+    tokens = Tokens.from_ids([[3, 4], [5]], [[6, 7, 8], [9, 10]])
+    with torch.no_grad():
+        expected, moved = plain_one.logp(tokens).logp, policy.logp(tokens).logp
+        torch.testing.assert_close(reference.logp(tokens).logp, expected)
+        torch.testing.assert_close(reference.logp_from(tokens, reference.hidden(tokens)).logp, expected)
+    assert (moved - expected).abs().max() > 0.01
+
+
+def test_sampled_kl_is_that_of_all_answers(mini):
+    """Enumerated: answers of at most two tokens to one prompt; the estimate's expectation is the exact KL."""
+    policy, reference = (Policy(tiny_model("llama", vocab=5, seed=s, scale=4.0), None) for s in (0, 1))
+
+    def per_state(prompt):
+        tokens = Tokens.from_ids([prompt], [[0]])
+        h, r = policy.hidden(tokens), reference.hidden(tokens)
+        return (
+            divergence(h, policy.head(), r, reference.head())[0],
+            policy.head().log_softmax(h)[0].exp(),
+            (policy.head().log_softmax(h)[0] - reference.head().log_softmax(r)[0]),
+        )
+
+    with torch.no_grad():
+        first, prob, ratio = per_state([3, 4])
+        exact = estimate = 0.0
+        for a in range(5):
+            kl, p, q = per_state([3, 4, a])
+            estimate += prob[a] * (first + kl)
+            exact += prob[a] * (ratio[a] + (p * q).sum())
+    torch.testing.assert_close(estimate, exact)
+    assert estimate > 0.02
+
+
+def test_pairs_with_adapters_measure_kl_and_resume_without_a_second_model(asked, tmp_path, monkeypatch):
+    table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": f" no {w}"} for w in WORDS * 2]
+    write_jsonl(tmp_path / "feedback.jsonl", table)
+    loaded = []
+    monkeypatch.setattr("steersman.train.reference.policy_from", lambda *a, **k: loaded.append(a))
+    changes = {"model.lora": {"r": 2}, "loss": {"name": "tdpo2"}}
+    summary = preference.run(preference.PreferenceRecipe.model_validate(merge(asked, changes)))
+    assert loaded == []
+    assert summary["held_out/kl"] > 0
+    assert summary["held_out/accuracy"] > 0.8
