@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 from model_inputs import ragged, word_tokenizer
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, PAIR_FAMILIES, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from steersman.types import Tokens
+
+
+@pytest.fixture(params=[*FAMILIES, *PAIR_FAMILIES])
+def family(request) -> str:
+    """Both styles: causal and encoder-decoder."""
+    return request.param
+
+
+@pytest.fixture
+def live_model(family):
+    return tiny_model(family)
 
 
 @pytest.fixture

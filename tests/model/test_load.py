@@ -155,7 +155,7 @@ def test_scalar_from_a_language_model(family, model_folder, tokens):
     trunk = tiny_model(family).base_model.state_dict()
     assert all(torch.equal(x, trunk[name]) for name, x in scalar.trunk.state_dict().items())
     scalar.score(tokens).sum().backward()
-    assert scalar.model.score.weight.grad.any()
+    assert scalar.output.weight.grad.any()
 
 
 def test_scalar_as_it_is(model_folder, tokens):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_config, tiny_model
+from tiny_models import FAMILIES, PAIR_FAMILIES, tiny_config, tiny_model, tiny_pair_config
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from steersman.model import Policy, ScalarModel, SharedCritic
@@ -16,7 +16,7 @@ TIGHT = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def tiny_classifier(family: str, labels: int = 1):
-    config = tiny_config(family)
+    config = tiny_config(family) if family in FAMILIES else tiny_pair_config(family)
     config.num_labels = labels
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_config(config).eval()
@@ -26,7 +26,7 @@ def tiny_classifier(family: str, labels: int = 1):
     return model
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *PAIR_FAMILIES])
 def scalar(request, tokenizer) -> ScalarModel:
     return ScalarModel(tiny_classifier(request.param), tokenizer)
 
@@ -34,6 +34,11 @@ def scalar(request, tokenizer) -> ScalarModel:
 def alone(model, tokens, b: int, t: int) -> float:
     """The class's own logit after prompt b and t response tokens; one row, so nothing is padding."""
     P = int(tokens.prompt_length[b])
+    if model.config.is_encoder_decoder:  # the class itself reads one text on both sides; trunk and head are its own
+        shifted = torch.cat([torch.tensor([model.config.decoder_start_token_id]), tokens.response[b, :t]])[None]
+        with torch.no_grad():
+            trunk = model.base_model(tokens.prompt[b : b + 1, :P], decoder_input_ids=shifted)
+            return float(model.classification_head(trunk.last_hidden_state[:, -1]))
     ids = torch.cat([tokens.prompt[b, :P], tokens.response[b, :t]])[None]
     model.config.pad_token_id = None
     with torch.no_grad():
@@ -67,8 +72,9 @@ def test_padding_order_and_groups_change_nothing(scalar, tokens):
         torch.testing.assert_close(scalar.score(tokens), score, **TIGHT)
 
 
-def test_gradients_do_not_see_padding(tokens):
-    scalar = ScalarModel(tiny_classifier("llama"), None)
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_gradients_do_not_see_padding(tokens, family):
+    scalar = ScalarModel(tiny_classifier(family), None)
     scalar.value(tokens).square().sum().backward()
     base = [p.grad.clone() for p in scalar.parameters()]
     scalar.zero_grad()

@@ -40,6 +40,9 @@ def character_tokenizer():
 def plain_logits(model, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """Logits [T, V] that predict each response token, by one unpadded, uncached forward."""
     with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            decoder = torch.tensor([[model.config.decoder_start_token_id, *ids[:-1]]])
+            return model(torch.tensor([prompt]), decoder_input_ids=decoder).logits[0].double()
         logits = model(torch.tensor([prompt + ids])).logits[0]
     return logits[len(prompt) - 1 : -1].double()
 

@@ -64,7 +64,7 @@ def probe_pair(model: Any) -> Form:
             "would be wrong; this model family is not supported yet"
         )
     bias = getattr(model, "final_logits_bias", None)
-    wide = wide if bias is None else wide + bias.float()
+    wide = wide if bias is None else (wide.to(bias.dtype) + bias).float()  # rounded as the model rounds it
     logit_scale, softcap = after(decoder.config, wide, logits, name)
     return Form(decoder, logit_scale, softcap, scale)
 
