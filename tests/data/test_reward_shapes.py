@@ -32,7 +32,7 @@ def test_the_kind_is_that_of_the_rows(tmp_path):
     assert kind(tmp_path, {"prompt": "q", "completion": "a", "label": 1}) == "feedback"
     assert kind(tmp_path, {"question": "q", "answer": "a", "score": 1}) == "rating"
     assert kind(tmp_path, {"prompt": "q", "completion": "a", "x": 1, "y": 2}, scores=["x", "y"]) == "rating"
-    assert kind(tmp_path, {"prompt": "q", "completion": "a", "x": 1}, rank_by="x") == "ranking"
+    assert kind(tmp_path, {"prompt": "q", "completion": "a", "x": 1}, rank_by=["x"]) == "ranking"
     assert kind(tmp_path, STEPS) == "steps"
     with pytest.raises(SteersmanError, match=r"these rows are prompt and completion.*preference pairs, which need"):
         kind(tmp_path, {"prompt": "q", "completion": "a"})
@@ -96,12 +96,14 @@ def test_texts_without_a_prompt_can_be_held_out_one_by_one(tmp_path):
 def test_rows_of_one_prompt_become_a_ranking(tmp_path):
     given = [("q", "a", 1), ("r", "x", 3), ("q", "b", "2.5"), ("q", "a", 9), ("s", "only", 1), ("r", "y", 3)]
     rows = [{"prompt": p, "completion": c, "good": g} for p, c, g in given]
-    loaded = load(tmp_path, rankings, rows, rank_by="good", ties="drop")
+    loaded = load(tmp_path, rankings, rows, rank_by=["good"], ties="drop")
     (e,) = loaded.train
     assert (e.prompt, e.completions, e.ranks) == ("q", ["a", "b"], [-1, -2.5])
+    twice = load(tmp_path, rankings, [r | {"fine": "1"} for r in rows], rank_by=["good", "fine"], ties="drop").train
+    assert twice[0].ranks == [-2, -3.5]
     assert loaded.left_out.counts == {"answer given twice": 1, "prompt with one answer only": 1, "tie": 1}
     with pytest.raises(SteersmanError, match=r"line 1, field 'god': .*did you mean 'good'"):
-        load(tmp_path, rankings, rows, rank_by="god")
+        load(tmp_path, rankings, rows, rank_by=["god"])
 
 
 def test_one_text_under_two_ranks(tmp_path):

@@ -28,8 +28,9 @@ class DataConfig(Section):
     )
     completion_prefix: str = Field(default="", description='put before every plain-text answer, often " "')
     scores: list[str] = Field(default_factory=list, description="columns that hold ratings, one per attribute")
-    rank_by: str | None = Field(
-        default=None, description="the rows of one prompt become a ranking by this column, higher is better"
+    rank_by: list[str] = Field(
+        default_factory=list,
+        description="the rows of one prompt become a ranking by this column, or the sum of these; higher is better",
     )
     step_separator: str = Field(default="\n", min_length=1, description="what stands between two steps of an answer")
     score_range: tuple[float, float] | None = Field(

@@ -102,7 +102,7 @@ def recognised(config: DataConfig, among: Sequence[Kind]) -> Kind:
 
     Raises SteersmanError naming the columns where they are none of them.
     """
-    if config.rank_by is not None and "ranking" in among:
+    if config.rank_by and "ranking" in among:
         return "ranking"
     bad = BadRows("skip")
     rows = read_rows(config.path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split)
@@ -150,7 +150,7 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
     rows = iter(read_rows(path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split))
     prepared = _prepared(rows, config, bad)
-    if config.rank_by is not None:
+    if config.rank_by:
         prepared = iter(ranked(prepared, config.rank_by, bad))
     first = list(islice(prepared, PROBED))
     if not first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steersman.metrics import METRICS, metric
 from steersman.metrics.workers import Parallel
-from steersman.model import load_scalar
+from steersman.model import load_reward
 from steersman.reward import shaping
 from steersman.reward.core import CallableReward, Reward, WeightedSum
 from steersman.reward.metrics import MetricReward
@@ -49,6 +49,12 @@ class RewardPart(Section):
     )
     workers: int = Field(default=0, ge=0, description="processes that share a metric's work; 0 is this one alone")
     text_bridge: bool = Field(default=True, description="let a reward model with another tokenizer read decoded text")
+    attribute: str | None = Field(
+        default=None, description="the attribute that counts, of a reward model that has several"
+    )
+    steps: Literal["mean", "sum", "min"] = Field(
+        default="mean", description="what a reward model of steps pays: p/K at each step, p at each, or the least p"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardPart:
@@ -61,6 +67,8 @@ class RewardPart(Section):
             raise ValueError(f"there is no builtin reward '{self.builtin}'; {hint}")
         if self.model is not None and (self.args or self.columns):
             raise ValueError("args and columns belong to a function, builtin or metric, not to a model")
+        if self.model is None and (self.attribute is not None or self.steps != "mean"):
+            raise ValueError("attribute and steps belong to a model")
         if self.metric is None and (self.empty is not None or self.workers):
             raise ValueError("empty and workers belong to a metric")
         if self.metric is not None and self.metric not in METRICS and ":" not in self.metric:
@@ -113,8 +121,10 @@ def _build_part(
     if part.metric is not None:
         return _metric_part(name, part)
     assert part.model is not None
-    model = load_scalar(part.model, device=device, trainable=False)
-    return ModelReward(model, tokenizer, name=name, text_bridge=part.text_bridge)
+    model = load_reward(part.model, device=device, trainable=False)
+    return ModelReward(
+        model, tokenizer, name=name, text_bridge=part.text_bridge, attribute=part.attribute, steps=part.steps
+    )
 
 
 def _metric_part(name: str, part: RewardPart) -> MetricReward:

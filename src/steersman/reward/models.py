@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from steersman.model import ScalarModel
+from steersman.model import AttributeModel, ScalarModel, step_ends
 from steersman.reward.core import Scores
 from steersman.types import Sample, SteersmanError, Tokens
 
@@ -26,6 +26,11 @@ class ModelReward:
     reads a text bridge: prompt and completion decoded without special tokens and encoded by its own tokenizer,
     with its own end token where the response ended with one; `describe` and a log line say so.
 
+    A model of several attributes gives its own mixture (`AttributeModel.score`, gated where it has gating), or the
+    one that `attribute` names, in the units of its ratings. A model of steps gives the probability p_k that step k
+    is right at the token that ends it: `steps` says whether these are shared out (mean: p_k / K), added (sum), or
+    the least of them counts alone, where it stands (min). A sum pays for more steps, right or not.
+
     Raises SteersmanError when the vocabularies differ and `text_bridge` is False, or when the model's head was
     never trained (all zeros); when scoring, if a sample is longer than the model's context or a score is not
     finite.
@@ -33,11 +38,13 @@ class ModelReward:
 
     def __init__(
         self,
-        model: ScalarModel,
+        model: ScalarModel | AttributeModel,
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "reward_model",
         text_bridge: bool = True,
+        attribute: str | None = None,
+        steps: Literal["mean", "sum", "min"] = "mean",
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.policy_tokenizer, self.name = model.tokenizer, policy_tokenizer, name
@@ -49,6 +56,13 @@ class ModelReward:
                 f"reward '{name}': the head of {model.model.name_or_path} is all zeros, so every score would be 0: "
                 f"it is a language model, or a reward model before training; train it with `steersman reward`"
             )
+        known = model.meaning.attributes
+        if attribute is not None and attribute not in known:
+            raise SteersmanError(
+                f"reward '{name}': {model.model.name_or_path} has no attribute {attribute!r}; it has: "
+                f"{', '.join(known) or 'none, it gives one number'}"
+            )
+        self.attribute, self.steps = attribute, steps
         if self.bridged and not text_bridge:
             raise SteersmanError(
                 f"reward '{name}': the reward model's vocabulary ({len(self.tokenizer)} tokens) is not the "
@@ -60,8 +74,20 @@ class ModelReward:
 
     def describe(self) -> str:
         if self.bridged:
-            return "reward model with another tokenizer than the policy's: reads decoded text (text bridge)"
-        return "reward model with the policy's tokenizer: reads the sampled tokens"
+            how = "with another tokenizer than the policy's: reads decoded text (text bridge)"
+        else:
+            how = "with the policy's tokenizer: reads the sampled tokens"
+        return f"reward model{self._of()} {how}"
+
+    def _of(self) -> str:
+        meaning = self.model.meaning
+        if self.attribute is not None:
+            return f" of {self.attribute}"
+        if meaning.kind == "steps":
+            return f" of steps ({self.steps})"
+        if len(meaning.attributes) > 1:
+            return f" of {', '.join(meaning.attributes)}, {'gated' if meaning.gating else 'their mean'},"
+        return ""
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Scores:
@@ -76,9 +102,36 @@ class ModelReward:
                 f"reward model's context of {self.context}; shorten prompts or responses"
             )
         tokens = Tokens.from_ids([prompt for prompt, _ in pairs], [response for _, response in pairs])
-        scores = self.model.score(tokens).float().cpu()
+        if self.model.meaning.kind == "steps":
+            return self._by_steps(samples, tokens)
+        if isinstance(self.model, AttributeModel) and self.attribute is not None:
+            numbers = self.model.attributes(tokens)[:, self.model.meaning.attributes.index(self.attribute)]
+        else:
+            numbers = self.model.score(tokens)
+        scores = numbers.float().cpu()
         self._check(scores, samples)
         return Scores(scores, {self.name: scores})
+
+    def _by_steps(self, samples: Sequence[Sample], tokens: Tokens) -> Scores:
+        """Probabilities at the ends of steps; where the two tokenizers end them, in the order of the text."""
+        assert isinstance(self.model, ScalarModel)
+        separator = self.model.meaning.separator
+        right = self.model.value(tokens)[:, 1:].float().sigmoid().cpu()
+        per_token = torch.zeros(len(samples), max(len(s.ids) for s in samples))
+        for row, sample in enumerate(samples):
+            read = tokens.response[row, : int(tokens.response_length[row])].tolist()
+            seen = right[row, step_ends(self.tokenizer, read, separator)]
+            ends = step_ends(self.policy_tokenizer, sample.ids, separator)
+            count = min(len(ends), len(seen))
+            if count == 0:
+                continue
+            paid = seen[:count] / count if self.steps == "mean" else seen[:count]
+            if self.steps == "min":
+                paid = torch.where(torch.arange(count) == paid.argmin(), paid, 0.0)
+            per_token[row, ends[:count]] = paid
+        total = per_token.sum(1)
+        self._check(total, samples)
+        return Scores(total, {self.name: total}, per_token)
 
     def _bridge(self, sample: Sample) -> tuple[list[int], list[int]]:
         prompt = self.policy_tokenizer.decode(sample.prompt.ids, skip_special_tokens=True)

@@ -15,13 +15,19 @@ from steersman.update.micro import micro_batches
 
 @torch.no_grad()
 def over_answers(groups: Sequence[Sequence[Encoded]], micro_tokens: int, run: Callable[[Tokens], Tensor]) -> Tensor:
-    """`run` on every answer of every group, in batches of like length; `[N, ...]` in order, on the CPU."""
-    answers = [e for group in groups for e in group]
+    """`run` on every answer of every group, in batches of like length; `[N, ...]` in order, on the CPU.
+
+    An answer that stands in several groups (as in all pairs of a ranking) runs once.
+    """
+    known = [(*e.prompt, -1, *e.response) for group in groups for e in group]
+    once = dict(zip(known, (e for group in groups for e in group), strict=True))
+    place = {key: i for i, key in enumerate(once)}
+    answers = list(once.values())
     parts, order = [], []
     for rows in micro_batches(torch.tensor([len(e) for e in answers]), micro_tokens):
         parts.append(run(collate([answers[i] for i in rows.tolist()])).float().cpu())
         order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    return torch.cat(parts)[torch.cat(order).argsort()][[place[key] for key in known]]
 
 
 def scores_of(model: Any, groups: Sequence[Sequence[Encoded]], micro_tokens: int) -> Tensor:
