@@ -245,6 +245,8 @@ def jackknife(whole: Batch, value: Callable[[Batch], float], name: str, *, group
     if G < 2:
         return Corpus(point, math.nan, math.nan, n)
     without = np.array([value(whole.rows([i for i in range(n) if i % G != g])) for g in range(G)])
+    if not np.isfinite(without).all():  # too few texts are left without a group
+        return Corpus(point, math.nan, math.nan, n)
     half = 1.96 * math.sqrt((G - 1) / G * float(((without - without.mean()) ** 2).sum()))
     return Corpus(point, point - half, point + half, n)
 

@@ -33,10 +33,10 @@ class _Pooled(Scorer):
         return [self.of(ngrams(words(text), self.n)) for text in batch.texts]
 
     def over(self, batch: Batch) -> Corpus:
-        grams = {id(text): ngrams(words(text), self.n) for text in batch.texts}
+        grams = {text: ngrams(words(text), self.n) for text in batch.texts}
 
         def pooled(part: Batch) -> float:
-            return self.of([gram for text in part.texts for gram in grams[id(text)]])
+            return self.of([gram for text in part.texts for gram in grams[text]])
 
         return jackknife(batch, pooled, self.name)
 
@@ -97,8 +97,12 @@ class MSTTR(Scorer):
         return [self._of(words(text), f", row {row}: the text has") for row, text in enumerate(batch.texts)]
 
     def over(self, batch: Batch) -> Corpus:
+        tokens = {text: words(text) for text in batch.texts}
+        self._of([word for text in batch.texts for word in tokens[text]], ": the texts have")
+
         def joined(part: Batch) -> float:
-            return self._of([word for text in part.texts for word in words(text)], ": the texts have")
+            together = [word for text in part.texts for word in tokens[text]]
+            return self._of(together, "") if len(together) >= self.segment else math.nan
 
         return jackknife(batch, joined, self.name)
 

