@@ -13,33 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from recording import OPENINGS, over_seeds, plain_axes, plt, rows_of, verb
 
 from steersman.reward.rules import BUILTINS
 from steersman.train import reward_model, rl, sft
 from steersman.train.generate import GenerateRecipe
 from steersman.train.generate import run as generate
 from steersman.train.verbs import RECIPES
-
-OPENINGS = {"text_split": "<|endoftext|>", "opening_words": 8, "held_out": 64, "limit": 800}
-
-
-def verb(module: Any, recipe_class: Any, folder: Path, seed: int, values: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a run in `folder`, made now or found there."""
-    done = folder / "summary.json"
-    if done.exists() and (summary := json.loads(done.read_text()))["finished"]:
-        return summary
-    run = {"dir": str(folder), "seed": seed, "threads": 1, **values.pop("run", {})}
-    summary = module.run(recipe_class.model_validate({**values, "run": run}), resume=folder.exists())
-    if not summary["finished"]:
-        raise SystemExit(f"{folder}: stopped; the same command goes on")
-    return summary
 
 
 def ppo(folder: Path, seed: int, model: str, data: dict, parts: dict, rollout: dict, **more: Any) -> dict[str, Any]:
@@ -178,9 +160,7 @@ def collect(name: str, found: dict[int, dict[str, dict[str, Any]]]) -> dict[str,
         keys = [k for k, x in found[min(found)][stage].items() if isinstance(x, (int, float)) and k != "finished"]
         table[stage] = {}
         for key in keys:
-            values = [found[seed][stage].get(key, float("nan")) for seed in sorted(found)]
-            spread = stdev(values) if len(values) > 1 else 0.0
-            table[stage][key] = {"mean": round(mean(values), 4), "sd": round(spread, 4), "values": values}
+            table[stage][key] = over_seeds([found[seed][stage].get(key, float("nan")) for seed in sorted(found)])
         findings = {seed: found[seed][stage].get("findings") for seed in sorted(found)}
         if any(findings.values()):
             table[stage]["findings"] = findings
@@ -194,18 +174,13 @@ def draw(name: str, out: Path, stages: dict[str, list[str]], seeds: list[int], f
     for axis, metric in zip([axes] if len(metrics) == 1 else axes, metrics, strict=True):
         for colour, stage in zip(("#1f5f8b", "#c2571a", "#2e8b57"), stages, strict=False):
             for seed in seeds:
-                rows = [
-                    json.loads(x) for x in (out / f"seed-{seed}" / stage / "metrics.jsonl").read_text().splitlines()
-                ]
+                rows = rows_of(out / f"seed-{seed}" / stage)
                 points = [(r["step"], r[metric]) for r in rows if metric in r]
                 if points:
                     axis.plot(
                         *zip(*points, strict=True), color=colour, lw=1.2, label=stage if seed == seeds[0] else None
                     )
-        axis.set_title(metric, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain_axes(axis, metric)
     (axes if len(metrics) == 1 else axes[0]).legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=110)
 
