@@ -61,8 +61,8 @@ def spans(laid: Layout, e: Encoded) -> list[tuple[str, bool]]:
     encoder-decoder both sides are named."""
     if laid.joined:
         return _pieces(laid, e.prompt + e.response, [False] * len(e.prompt) + e.mask)
-    source = _pieces(laid, e.prompt, [False] * len(e.prompt))
-    return [("source: ", False), *source, ("\ntarget: ", False), *_pieces(laid, e.response, e.mask)]
+    source = laid.codec.tokenizer.decode(e.prompt, skip_special_tokens=False)
+    return [(f"source: {source}\ntarget: ", False), *_pieces(laid, e.response, e.mask)]
 
 
 def _pieces(laid: Layout, ids: list[int], counts: list[bool]) -> list[tuple[str, bool]]:
