@@ -85,14 +85,6 @@ def response_slots(tokens: Tokens, extra: int = 0) -> Bool[Tensor, "B T+extra"]:
     return column < (tokens.response_length + extra)[:, None]
 
 
-def predicting(tokens: Tokens, layout: Layout, extra: int = 0) -> Int[Tensor, " N"]:
-    """Flat indices of the states that predict each response token, row by row; with `extra` 1 also the state
-    after each row's last token."""
-    slots = response_slots(tokens, extra)
-    first = layout.start + tokens.prompt_length - 1
-    return (first[:, None] + torch.arange(slots.shape[1], device=slots.device))[slots]
-
-
 def spread(packed: Tensor, slots: Bool[Tensor, "B W"]) -> Tensor:
     """Packed numbers back into `[B, W]`, 0 elsewhere."""
     return packed.new_zeros(slots.shape).masked_scatter(slots, packed)

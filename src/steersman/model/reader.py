@@ -8,13 +8,14 @@ decoder is causal, so padding after a response is never seen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from steersman.model.layout import Layout, join, pack, predicting, require_prompts, response_slots
+from steersman.model.layout import Layout, join, pack, require_prompts, response_slots
+from steersman.model.shared import call_cost, like_lengths, read_shared, saved_tokens, shared_prompts, shares_exactly
 from steersman.types import Tokens
 
 
@@ -37,23 +38,71 @@ class Reader(Protocol):
 
 @dataclass(slots=True)
 class Joined:
-    """A causal trunk over prompt and response joined; `pack` lays several rows into one of so many tokens."""
+    """A causal trunk over prompt and response joined; `pack` lays several rows into one of so many tokens.
 
-    trunk: nn.Module
+    Without packing, rows of like length go through the trunk together, and a prompt that several rows share is
+    read once where the model allows it (`model.shared`) and that saves more than it costs.
+    """
+
+    trunk: Any
     pack: int | None = None
+    shares: bool | None = None
+    """Whether the trunk can share prompts; found out when it first would."""
 
     @property
     def start(self) -> tuple[int, ...]:
         return ()
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
-        layout = join(tokens) if self.pack is None else pack(tokens, self.pack)
-        return states(self.trunk, layout)[predicting(tokens, layout, extra)]
+        parts = self._parts(tokens)
+        width = torch.arange(tokens.response.shape[1] + extra, device=tokens.response.device)
+        count = tokens.response_length + extra
+        picked = [flat[(first[:, None] + width)[width < count[rows, None]]] for rows, flat, first in parts]
+        if len(parts) == 1:
+            return picked[0]
+        rows = torch.cat([rows for rows, _, _ in parts])
+        begin = torch.empty_like(count)
+        begin[rows] = count[rows].cumsum(0) - count[rows]
+        return torch.cat(picked)[(begin[:, None] + width)[width < count[:, None]]]
 
     def ends(self, tokens: Tokens) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
-        layout = join(tokens)
-        found = states(self.trunk, layout)
-        return found[layout.start + tokens.prompt_length - 1], found[layout.start + tokens.length - 1]
+        parts = self._parts(tokens)
+        back = torch.cat([rows for rows, _, _ in parts]).argsort()
+        before = torch.cat([flat[first] for _, flat, first in parts])
+        after = torch.cat([flat[first + tokens.response_length[rows]] for rows, flat, first in parts])
+        return before[back], after[back]
+
+    def _parts(self, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Groups of rows, the states of each group, flattened, and where the state before each row's response
+        is among them; the states after the response's tokens follow it."""
+        if self.pack is not None:
+            layout = pack(tokens, self.pack)
+            rows = torch.arange(len(tokens), device=layout.start.device)
+            return [(rows, states(self.trunk, layout), layout.start + tokens.prompt_length - 1)]
+        cost = call_cost(tokens.prompt.device)
+        if len(tokens) > 1 and self._may_share():
+            first, which = shared_prompts(tokens)
+            if saved_tokens(tokens, first) > cost and self._can_share():
+                found = read_shared(self.trunk, tokens, first, which, cost)
+                return [
+                    (rows, x.flatten(0, 1), torch.arange(len(x), device=x.device) * x.shape[1]) for rows, x in found
+                ]
+        parts = []
+        for rows in like_lengths(tokens.length, cost):
+            part = tokens.rows(rows)
+            layout = join(part)
+            parts.append((rows, states(self.trunk, layout), layout.start + part.prompt_length - 1))
+        return parts
+
+    def _may_share(self) -> bool:
+        # under gradient checkpointing the library keeps no keys and values
+        checkpointed = self.trunk.training and getattr(self.trunk, "is_gradient_checkpointing", False)
+        return self.shares is not False and not checkpointed
+
+    def _can_share(self) -> bool:
+        if self.shares is None:
+            self.shares = shares_exactly(self.trunk, self.trunk.get_input_embeddings().weight.shape[0])
+        return self.shares
 
 
 @dataclass(slots=True)

@@ -1,0 +1,123 @@
+"""A batch read with as few tokens as there are: rows of like length together, a prompt that several rows share once.
+
+Both give what one padded batch gives, up to rounding; a test holds them to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from steersman.model.layout import join, require_prompts
+from steersman.model.probe import close, quiet
+from steersman.types import Tokens
+
+CALL = {"cpu": 64, "accelerator": 2048}
+"""What one more run of the trunk costs, in tokens' worth of work: so much padding it must save."""
+
+
+def call_cost(device: torch.device) -> int:
+    return CALL["cpu" if device.type == "cpu" else "accelerator"]
+
+
+def like_lengths(length: Int[Tensor, " B"], cost: int) -> list[Int[Tensor, " b"]]:
+    """Rows in the groups of like length that make rows x longest + `cost`, summed over groups, least; longest first.
+
+    Exact: sorted by length, the best groups are consecutive, and rows of one length stay together.
+    """
+    order = length.argsort(descending=True, stable=True)
+    sizes, counts = torch.unique_consecutive(length[order], return_counts=True)
+    size, row = sizes.tolist(), [0, *counts.cumsum(0).tolist()]
+    best, cut = [0], [0]
+    for end in range(1, len(size) + 1):
+        totals = [best[begin] + (row[end] - row[begin]) * size[begin] + cost for begin in range(end)]
+        begin = min(range(end), key=totals.__getitem__)
+        best.append(totals[begin])
+        cut.append(begin)
+    groups, end = [], len(size)
+    while end:
+        groups.append(order[row[cut[end]] : row[end]].sort().values)
+        end = cut[end]
+    return groups[::-1]
+
+
+def shared_prompts(tokens: Tokens) -> tuple[Int[Tensor, " G"], Int[Tensor, " B"]]:
+    """The first row of each different prompt, and for every row which of these prompts it has."""
+    column = torch.arange(tokens.prompt.shape[1], device=tokens.prompt.device)
+    known = tokens.prompt.masked_fill(column >= tokens.prompt_length[:, None], -1)
+    once, which = torch.unique(known, dim=0, return_inverse=True)
+    rows = torch.arange(len(tokens), device=which.device)
+    first = rows.new_full((len(once),), len(tokens)).scatter_reduce(0, which, rows, "amin")
+    return first, which
+
+
+def saved_tokens(tokens: Tokens, first: Int[Tensor, " G"]) -> int:
+    """Tokens that need not be read when each different prompt is read once, padded to the longest."""
+    return int(tokens.prompt_length.sum()) - len(first) * int(tokens.prompt_length.max())
+
+
+def read_shared(
+    trunk: nn.Module, tokens: Tokens, first: Int[Tensor, " G"], which: Int[Tensor, " B"], cost: int
+) -> list[tuple[Int[Tensor, " b"], Float[Tensor, "b T+1 H"]]]:
+    """Groups of rows with their states before each response token and after the last one.
+
+    The different prompts are read first; the responses then look at the keys and values of their prompts.
+    """
+    require_prompts(tokens)
+    length = tokens.prompt_length[first]
+    prompts = tokens.prompt[first, : int(length.max())]
+    column = torch.arange(prompts.shape[1], device=prompts.device)
+    real = column < length[:, None]
+    memory = DynamicCache()
+    states = trunk(input_ids=prompts.masked_fill(~real, 0), past_key_values=memory, use_cache=True).last_hidden_state
+    last = states[torch.arange(len(first), device=length.device), length - 1]
+    parts = []
+    for rows in like_lengths(tokens.response_length, cost):
+        part = tokens.rows(rows)
+        prompt, P = which[rows], part.prompt.shape[1]
+        cache = DynamicCache()
+        layers: Any = memory.layers
+        for i, layer in enumerate(layers):
+            cache.update(layer.keys[prompt, :, :P], layer.values[prompt, :, :P], i)
+        T = part.response.shape[1]
+        step = torch.arange(T, device=prompts.device)
+        ids = part.response.masked_fill(step >= part.response_length[:, None], 0)
+        seen = torch.cat([real[prompt, :P], real.new_ones(len(rows), T)], 1)
+        states = trunk(
+            input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=seen.long(),
+            position_ids=part.prompt_length[:, None] + step,
+        ).last_hidden_state  # fmt: skip
+        parts.append((rows, torch.cat([last[prompt][:, None], states], 1)))
+    return parts
+
+
+def shares_exactly(trunk: nn.Module, rows: int) -> bool:
+    """Whether responses that look at the kept keys and values of their prompts get the states of a joined read.
+
+    `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a
+    model that takes no positions.
+    """
+    config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
+    kinds: Sequence[str] = getattr(config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
+        return False
+    prompts = [[(5 * i + 3) % rows for i in range(n)] for n in (3, 5)]
+    answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
+    tokens = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers).to(next(trunk.parameters()).device)
+    first, which = shared_prompts(tokens)
+    with quiet(trunk):
+        layout = join(tokens)
+        whole = trunk(input_ids=layout.ids, use_cache=False).last_hidden_state
+        try:
+            found = read_shared(trunk, tokens, first, which, cost=1 << 30)
+        except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
+            return False  # a family of its own kind of memory
+    (order, states) = found[0]
+    places = (tokens.prompt_length - 1)[:, None] + torch.arange(states.shape[1], device=states.device)
+    expected = whole[torch.arange(len(tokens), device=states.device)[:, None], places]
+    return close(states, expected[order])

@@ -1,0 +1,120 @@
+"""Reading with fewer tokens: groups of like length and shared prompts against one padded batch, and the plan."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+from steersman.model import shared
+from steersman.model.layout import join, response_slots
+from steersman.model.reader import Joined, states
+from steersman.types import Tokens
+
+SHARES = {"gpt2": True, "llama": True, "qwen2": True, "qwen3": True, "gemma3": False}
+
+
+def batch(seed: int = 0, vocab: int = 97) -> Tokens:
+    """Three prompts of unlike length, shuffled over nine rows; responses of very unlike length, one empty."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, vocab, (n,), generator=draw).tolist()
+
+    prompts = [ids(n) for n in (13, 9, 11)]
+    prompts[1] = [*prompts[1], 0]  # ends in the id that padding has
+    which, lengths = [2, 0, 1, 0, 0, 2, 1, 1, 0], [20, 1, 3, 19, 2, 0, 18, 4, 1]
+    tokens = Tokens.from_ids([prompts[i] for i in which], [ids(n) for n in lengths])
+    tokens.prompt[2, tokens.prompt_length[2] :] = 55  # what stands in the padding is never read
+    return tokens
+
+
+def plainly(trunk: Any, tokens: Tokens, extra: int) -> torch.Tensor:
+    """All rows in one padded batch."""
+    layout = join(tokens)
+    slots = response_slots(tokens, extra)
+    where = (layout.start + tokens.prompt_length - 1)[:, None] + torch.arange(slots.shape[1])
+    return states(trunk, layout)[where[slots]]
+
+
+def gradients(trunk: Any, out: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    trunk.zero_grad()
+    (out * weight).sum().backward()
+    return [p.grad.clone() for p in trunk.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("cost", [0, 3, 1 << 20])
+def test_same_states_and_gradients(family, extra, cost, monkeypatch):
+    trunk = tiny_model(family).base_model.double()
+    tokens, reader = batch(), Joined(trunk)
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: cost)
+    found, expected = reader.hidden(tokens, extra), plainly(trunk, tokens, extra)
+    assert reader.shares is (SHARES[family] if cost < 20 else None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(found.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(gradients(trunk, found, weight), gradients(trunk, expected, weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_ends(family, monkeypatch):
+    trunk = tiny_model(family).base_model.double()
+    tokens = batch()
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 2)
+    before, after = Joined(trunk).ends(tokens)
+    flat = plainly(trunk, tokens, 1)
+    count = tokens.response_length + 1
+    last = count.cumsum(0) - 1
+    torch.testing.assert_close(before, flat[last - tokens.response_length], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after, flat[last], rtol=1e-5, atol=1e-6)
+
+
+def test_shared_prompts_are_read_once(monkeypatch):
+    trunk = tiny_model("llama").base_model
+    seen: list[int] = []
+    trunk.register_forward_hook(
+        lambda _m, _args, kwargs, _out: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    reader, tokens = Joined(trunk, shares=True), batch()
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
+    reader.hidden(tokens)
+    # three prompts padded to 13; responses without any padding, but for the empty one, which is read as one token
+    assert sum(seen) == 3 * 13 + int(tokens.response_length.sum()) + 1
+
+
+def test_checkpointing_turns_sharing_off(monkeypatch):
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
+    reader, tokens = Joined(model.base_model), batch()
+    torch.testing.assert_close(reader.hidden(tokens), plainly(model.base_model, tokens, 0))
+    assert reader.shares is None
+    model.eval()
+    reader.hidden(tokens)
+    assert reader.shares
+
+
+def test_groups_are_the_cheapest():
+    draw = torch.Generator().manual_seed(0)
+    for cost in (0, 5, 40):
+        for _ in range(2):
+            length = torch.randint(1, 30, (5,), generator=draw)
+            groups = shared.like_lengths(length, cost)
+            assert sorted(torch.cat(groups).tolist()) == list(range(5))
+            assert all((g.diff() > 0).all() for g in groups)
+            found = sum(len(g) * int(length[g].max()) + cost for g in groups)
+            # not only consecutive groups are tried, so this checks that restriction too
+            others = (price(length.tolist(), label, cost) for label in itertools.product(range(5), repeat=5))
+            assert found == min(others)
+
+
+def price(length: list[int], label: tuple[int, ...], cost: int) -> int:
+    """Of an arbitrary grouping into any groups."""
+    groups = [[n for n, g in zip(length, label, strict=True) if g == k] for k in set(label)]
+    return sum(len(group) * max(group) + cost for group in groups)
