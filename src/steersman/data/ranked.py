@@ -12,13 +12,15 @@ from steersman.data.read import BadRows, Row, RowError
 def ranked(rows: Iterable[Row], by: Sequence[str], bad: BadRows) -> list[Row]:
     """One row (prompt, responses, scores) for every prompt that has two answers at least; higher scores are better.
 
-    Rows need `prompt` and `completion` (see data.columns) and the columns `by`, whose sum ranks. An answer that occurs twice under
-    a prompt keeps its first score; what is left out is counted. Other columns are those of the prompt's first row.
+    Rows need `prompt` and `completion` (see data.columns) and the columns `by`, whose sum ranks. An answer that
+    occurs twice under a prompt keeps its first score; what is left out is counted. Other columns are those of the
+    prompt's first row.
     """
     groups: dict[str, Row] = {}
     for row in rows:
         try:
-            prompt, answer, score = f.content(row, "prompt"), f.text(row, "completion"), sum(f.number(row, column) for column in by)
+            prompt, answer = f.content(row, "prompt"), f.text(row, "completion")
+            score = sum(f.number(row, column) for column in by)
         except RowError as error:
             bad.add(error)
             continue
