@@ -1,0 +1,58 @@
+"""For every on-policy method: settings that it can not take are refused, and a constant reward is said and harmless."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from train_kit import recipe, rewards_file
+
+from steersman.algorithms import ALGORITHMS
+from steersman.data import Batches
+from steersman.run.config import load_recipe
+from steersman.train.on_policy import OnPolicy
+from steersman.train.roles import build_roles
+from steersman.train.verbs import RECIPES
+from steersman.types import Prompt, SteersmanError
+
+
+@pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if a.group])
+def test_a_group_of_one_is_refused(name, base):
+    with pytest.raises(ValueError, match=r"rollout\.samples is 1; give at least 2"):
+        recipe(name, base, rollout__samples=1)
+
+
+@pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if not a.critic])
+def test_a_method_without_critic_refuses_its_settings(name, base):
+    with pytest.raises(ValueError, match="has no critic; remove the section `critic`"):
+        recipe(name, base, critic__value_clip=0.1)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("value", ["-0.1", "1.01"])
+def test_discount_and_lambda_are_shares(name, value):
+    keys = ["gamma", "lam"] if "lam" in ALGORITHMS[name].model_fields else ["gamma"]
+    for key in keys:
+        with pytest.raises(SteersmanError, match=rf"algorithm\.{key}: {value} was given; allowed: number >= 0 <= 1"):
+            load_recipe(RECIPES[name], None, [f"--algorithm.{key}", value])
+
+
+@pytest.mark.parametrize("shaping", [{}, {"normalise": True}])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_constant_reward_is_said_and_divides_nothing_by_zero(name, shaping, base, tmp_path):
+    """Without KL there is nothing to learn from at all: only a critic's error, or a sum of equal returns, is left."""
+    parts = {"score": {"function": f"{rewards_file(tmp_path)}:constant"}}
+    asked = recipe(name, base, reward={"parts": parts, **shaping}, algorithm__beta=0.0)
+    state = OnPolicy(
+        asked, build_roles(asked, torch.device("cpu")), [Prompt([3 + i], "", index=i) for i in range(12)],
+        Batches(12, asked.rollout.prompts, 0, drop_last=True),
+    )  # fmt: skip
+    before = [p.detach().clone() for p in state.roles.policy.parameters()]
+    seen = state.iteration()
+    assert "nothing to learn from" in seen.notes[0]
+    assert all(math.isfinite(x) for x in seen.stats.values()), seen.stats
+    after = list(state.roles.policy.parameters())
+    assert all(torch.isfinite(p).all() for p in after)
+    if asked.algorithm.group or name == "remax":
+        assert all(torch.equal(p, old) for p, old in zip(after, before, strict=True)), "equal answers teach nothing"
