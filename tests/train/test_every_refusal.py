@@ -1,4 +1,4 @@
-"""For every on-policy method: settings that it can not take are refused, and a constant reward is said and harmless."""
+"""What every on-policy method refuses by name; and a constant reward, which is said and harmless."""
 
 from __future__ import annotations
 
