@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 class Verb:
     """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class.
 
-    `recipe` may also be a function of the recipe's path and the overrides that chooses the class.
+    `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
+    file right after the verb that is no YAML is not a recipe but that setting.
     """
 
     run: str
     recipe: str
     help: str
+    file_key: str = ""
 
 
 VERBS = {
@@ -61,8 +63,23 @@ VERBS = {
         "kto": "single answers with a thumb up or down (or pairs, split in two), by prospect theory",
         "bco": "single answers with a thumb up or down, as a classifier whose logit is the implicit reward",
     }.items()},
+    "best-of-n": Verb("steersman.flywheel.best_of_n:run", "steersman.flywheel.best_of_n:BestOfNRecipe",
+                      "rejection sampling and RAFT: sample, score, keep, fine-tune; rounds"),
+    "online-dpo": Verb("steersman.flywheel.online_dpo:run", "steersman.flywheel.online_dpo:OnlineDPORecipe",
+                       "iterative DPO on the model's own answers, paired by a judge; rounds"),
+    "arena": Verb("steersman.flywheel.arena:run", "steersman.flywheel.arena:ArenaRecipe",
+                  "battles against opponents make data for SFT, DPO and PPO; ratings; rounds"),
+    "feedback": Verb("steersman.flywheel.feedback:run", "steersman.flywheel.feedback:FeedbackRecipe",
+                     "praise and complaints in conversations become examples for SFT and KTO"),
+    "judge": Verb("steersman.flywheel.label:run", "steersman.flywheel.label:LabelRecipe",
+                  "a judge compares or grades a file of answers: pairs, rankings or ratings come out"),
+    "grue": Verb("steersman.grue.run:run", "steersman.grue.recipe:GrueRecipe",
+                 "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric"),
     "verify": Verb("steersman.verify.run:run", "steersman.verify.run:VerifyRecipe",
                    "every method against exact answers on a small language, in one table"),
+    "evaluate": Verb("steersman.train.evaluate:run", "steersman.train.evaluate:EvaluateRecipe",
+                     "metrics with confidence intervals over a file of completions, or over a model's answers",
+                     file_key="file"),
     "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
                      "sample responses from a model"),
 }  # fmt: skip
@@ -112,6 +129,8 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
     # A word right after a setting is its value, so only one in front can be the recipe.
     path = Path(args[0]) if args and not args[0].startswith("-") else None
     words = args[1:] if path is not None else args
+    if path is not None and verb.file_key and path.suffix not in (".yaml", ".yml"):
+        path, words = None, [f"--{verb.file_key}", str(path), *words]
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
     found = _load(verb.recipe)

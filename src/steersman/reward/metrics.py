@@ -64,24 +64,31 @@ class MetricReward:
         return Scores(total, {self.name: total})
 
     def _judge(self, samples: Sequence[Sample]) -> list[float]:
-        given = {need: self._column(need, samples) for need in self.metric.needs}
-        references, sources = given.pop("references", None), given.pop("sources", None)
+        given = inputs(self.metric, self.name, samples, self.columns)
         try:
-            return self.metric.score([s.text for s in samples], references, sources, **given)
+            return self.metric.score([s.text for s in samples], **given)
         except SteersmanError as error:
-            raise SteersmanError(
-                f"reward '{self.name}': {error} (prompt 0: {samples[0].prompt.text[:60]!r})"
-            ) from error
+            first = samples[0].prompt.text[:60]
+            raise SteersmanError(f"reward '{self.name}': {error} (prompt of row 0: {first!r})") from error
 
-    def _column(self, need: str, samples: Sequence[Sample]) -> list[Any]:
-        if need == "sources" and need not in self.columns:
-            return [s.prompt.text for s in samples]
-        have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
-        wanted = (self.columns[need],) if need in self.columns else _OTHER_NAMES.get(need, (need,))
-        for column in wanted:
-            if column in have:
-                return [s.prompt.row.get(column) for s in samples]
-        raise SteersmanError(
-            f"reward '{self.name}': the metric {self.metric.name} needs {need}, and the data have no column "
-            f"'{wanted[0]}'; they have: {', '.join(have) or 'none'}. Point to one with `columns: {{{need}: NAME}}`"
-        )
+
+def inputs(metric: Metric, name: str, samples: Sequence[Sample], columns: Mapping[str, str]) -> dict[str, list[Any]]:
+    """What the metric needs beside the texts, out of the samples' data rows; `name` is who asks.
+
+    Raises SteersmanError when the data have no such column.
+    """
+    have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
+    out = {}
+    for need in metric.needs:
+        if need == "sources" and need not in columns:
+            out[need] = [s.prompt.text for s in samples]
+            continue
+        wanted = (columns[need],) if need in columns else _OTHER_NAMES.get(need, (need,))
+        column = next((c for c in wanted if c in have), None)
+        if column is None:
+            raise SteersmanError(
+                f"'{name}': the metric {metric.name} needs {need}, and the data have no column '{wanted[0]}'; they "
+                f"have: {', '.join(have) or 'none'}. Point to one with `columns: {{{need}: NAME}}`"
+            )
+        out[need] = [s.prompt.row.get(column) for s in samples]
+    return out

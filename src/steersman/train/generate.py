@@ -39,6 +39,16 @@ class GenerateRecipe(Section):
 
 def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Samples, and prints the responses or writes them as JSONL rows of prompt, completion, finish and logp."""
+    samples = sampled(recipe)
+    if recipe.out is None:
+        _show(samples)
+    else:
+        write_atomic(Path(recipe.out), "".join(json.dumps(_row(s), ensure_ascii=False) + "\n" for s in samples))
+    return {"samples": len(samples), "out": recipe.out}
+
+
+def sampled(recipe: GenerateRecipe) -> list[Sample]:
+    """The responses that the recipe asks for."""
     set_threads(recipe.run.threads or None)
     device, rollout = resolve_device(recipe.run.device), recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device, trainable=False)
@@ -52,12 +62,7 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     engine = sampler(policy, rollout)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
-    samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
-    if recipe.out is None:
-        _show(samples)
-    else:
-        write_atomic(Path(recipe.out), "".join(json.dumps(_row(s), ensure_ascii=False) + "\n" for s in samples))
-    return {"samples": len(samples), "out": recipe.out}
+    return engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
 
 
 def _row(sample: Sample) -> dict[str, Any]:

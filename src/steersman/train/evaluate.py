@@ -1,0 +1,133 @@
+"""`steersman evaluate`: metrics with confidence intervals over a file of completions, or over a model's answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from steersman.data import read_rows
+from steersman.metrics import Corpus, Metric, metric
+from steersman.reward.metrics import inputs
+from steersman.run.config import Section
+from steersman.run.folder import write_atomic
+from steersman.train.generate import GenerateRecipe, sampled
+from steersman.types import Prompt, Sample, SteersmanError
+
+
+class MetricSection(Section):
+    """One metric of the table."""
+
+    metric: str | None = Field(default=None, description="the metric's name, if the entry's own name is another")
+    args: dict[str, Any] = Field(default_factory=dict, description="the metric's settings")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="what the metric needs: the column that fills it"
+    )
+
+
+class EvaluateRecipe(Section):
+    """Metrics over the completions of `file`, or over what a model answers (`generate`)."""
+
+    file: str | None = Field(default=None, description="rows with completions: jsonl, json, csv, tsv, parquet")
+    completion: str = Field(default="completion", description="the column of the texts to judge")
+    prompt: str = Field(default="prompt", description="the column of the prompts, for metrics that read sources")
+    generate: GenerateRecipe | None = Field(default=None, description="answers of a model in the place of a file")
+    metrics: dict[str, MetricSection] = Field(
+        default_factory=dict, description="name: {metric, args, columns}; or a list of metrics' names"
+    )
+    as_json: bool = Field(default=False, description="print JSON instead of a table")
+    out: str | None = Field(default=None, description="JSON file to write")
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        listed = yaml.safe_load(value) if isinstance(value, str) else value  # a list comes as text from the command
+        listed = [listed] if isinstance(listed, str) else listed
+        return {str(name): {} for name in listed} if isinstance(listed, list) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EvaluateRecipe:
+        if (self.file is None) == (self.generate is None):
+            raise ValueError("give either a file of completions or the section generate")
+        if not self.metrics:
+            raise ValueError("give metrics, such as --metrics '[rougeL, chrf]'; docs/metrics.md lists them")
+        return self
+
+
+def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Judges, and prints the table; returns name -> value, low, high, count, implementation."""
+    made = {name: metric(part.metric or name, part.args) for name, part in recipe.metrics.items()}
+    samples = sampled(recipe.generate) if recipe.generate is not None else _from_file(recipe)
+    if not samples:
+        raise SteersmanError(f"{recipe.file or 'generate'}: there is no completion to judge")
+    values = {name: judge(one, name, samples, recipe.metrics[name].columns) for name, one in made.items()}
+    empty = [row for row, sample in enumerate(samples) if not sample.text.strip()]
+    summary = {
+        "completions": len(samples),
+        "empty": empty,
+        "metrics": {name: _entry(made[name], corpus) for name, corpus in values.items()},
+    }
+    text = json.dumps(summary, ensure_ascii=False, indent=1)
+    if recipe.out is not None:
+        write_atomic(Path(recipe.out), text + "\n")
+    if recipe.as_json:
+        print(text)
+    else:
+        _show(made, values, len(samples), empty)
+    return summary
+
+
+def judge(one: Metric, name: str, samples: list[Sample], columns: dict[str, str]) -> Corpus:
+    """The metric over all samples, with the rows' columns; errors say which entry of the recipe they belong to."""
+    try:
+        return one.corpus([s.text for s in samples], **inputs(one, name, samples, columns))
+    except SteersmanError as error:
+        raise SteersmanError(f"metrics.{name}: {error} (rows count from 0)") from error
+
+
+def _from_file(recipe: EvaluateRecipe) -> list[Sample]:
+    assert recipe.file is not None
+    samples = []
+    for row in read_rows(recipe.file):
+        text = row.data.get(recipe.completion)
+        if not isinstance(text, str):
+            have = ", ".join(row.data)
+            raise SteersmanError(
+                f"{row.where()}: there is no text in the column '{recipe.completion}'; the row has {have}. "
+                f"Name the column with --completion"
+            )
+        prompt = row.data.get(recipe.prompt)
+        samples.append(Sample(Prompt([], prompt if isinstance(prompt, str) else "", row.data), [], [], "eos", text))
+    return samples
+
+
+def _entry(one: Metric, corpus: Corpus) -> dict[str, Any]:
+    low, high = (None if math.isnan(x) else x for x in (corpus.low, corpus.high))
+    return {
+        "value": corpus.value,
+        "low": low,
+        "high": high,
+        "better": one.better,
+        "implementation": one.implementation,
+    }
+
+
+def _show(made: dict[str, Metric], values: dict[str, Corpus], count: int, empty: list[int]) -> None:
+    console = Console()
+    table = Table("metric", "value", "95% interval", "better", "computed by")
+    for name, corpus in values.items():
+        interval = "-" if math.isnan(corpus.low) else f"{_number(corpus.low)} to {_number(corpus.high)}"
+        table.add_row(name, _number(corpus.value), interval, made[name].better, made[name].implementation)
+    console.print(table)
+    rows = f"; rows {', '.join(map(str, empty[:10]))}{', ...' if len(empty) > 10 else ''}" if empty else ""
+    console.print(f"{count} completions, {len(empty)} of them empty{rows}", highlight=False)
+
+
+def _number(x: float) -> str:
+    return f"{x:.4f}" if abs(x) < 10 else f"{x:.2f}"
