@@ -42,8 +42,9 @@ def build_model(name: str, kind: str = "policy", seed: int = 0) -> Any:
     config = LlamaConfig(
         vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["inner"],
         num_hidden_layers=shape["layers"], num_attention_heads=HEADS, num_key_value_heads=HEADS,
-        max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1,
+        max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
+    config.num_labels = 1
     return (LlamaForCausalLM if kind == "policy" else LlamaForSequenceClassification)(config)
 
 

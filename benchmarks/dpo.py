@@ -1,6 +1,6 @@
-"""DPO steps: batches of 16, mixed lengths; a turn is one epoch over the same 8 batches' rows (2 for 128k words).
+"""DPO steps: batches of 16 pairs, mixed lengths; a turn is one epoch over the same rows.
 
-    python benchmarks/dpo.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
+python benchmarks/dpo.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
 """
 
 from duel import scenario

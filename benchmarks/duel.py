@@ -66,7 +66,13 @@ class Side:
 
 
 def duel(
-    scenario: str, peer: str, shape: str, args: argparse.Namespace, rows: int, samples: int, suffix: str = ""
+    scenario: str,
+    peer: str,
+    shape: str,
+    args: argparse.Namespace,
+    rows: int,
+    samples: int,
+    script: str = "trl_side.py",
 ) -> dict[str, Any]:
     """Median seconds of both sides, their ratio in each pair, and their peak memory."""
     with ExitStack() as stack:
@@ -74,7 +80,7 @@ def duel(
         write_inputs(folder, shape)
         arguments = [str(folder), str(args.threads), args.device, args.dtype, str(rows), str(samples)]
         sides = {
-            "peer": Side(PEERS / peer / "bin" / "python", "trl_side.py", scenario + suffix, arguments, args.threads),
+            "peer": Side(PEERS / peer / "bin" / "python", script, scenario, arguments, args.threads),
             "steersman": Side(sys.executable, "ours.py", scenario, arguments, args.threads),
         }
         for side in sides.values():
@@ -104,6 +110,18 @@ def duel(
         "samples": samples,
         "memory": memory,
     }
+
+
+def told(name: str, found: dict[str, Any]) -> str:
+    """One line of a result."""
+    s, memory = found["seconds"], found["memory"]
+    pairs = ", ".join(f"{r:.2f}" for r in found["ratios"])
+    peaks = f"{memory['peer']['peak_mib']:.0f} and {memory['steersman']['peak_mib']:.0f} MiB"
+    phases = ", ".join(f"{phase} {x:.2f}" for phase, x in found["phases"].items())
+    return (
+        f"{name:8} {found['model']:9} {found['rows']:2}x{found['samples']} {s['peer']:7.2f} s beside "
+        f"{s['steersman']:6.2f} s: {found['ratio']:.2f}x ({pairs}); {peaks}; {phases}"
+    )
 
 
 def parser(doc: str, models: list[str], repeats: int = 3) -> argparse.ArgumentParser:
@@ -142,15 +160,18 @@ def scenario(name: str, doc: str, peer: str, version: str, rows: dict[str, int],
     """The whole of a script: the duel for each model, printed and written."""
     args = parser(doc, ["llama5m", "llama36m"]).parse_args()
     results = []
-    print(f"{name}: {'model':10} {'peer s':>8} {'ours s':>8} {'ratio':>6}  peak MiB of both", flush=True)
     for shape in args.models:
-        found = duel(name, peer, shape, args, rows.get(shape, rows["other"]), samples)
-        results.append(found)
-        s, memory = found["seconds"], found["memory"]
-        print(
-            f"{name}: {shape:10} {s['peer']:8.2f} {s['steersman']:8.2f} {found['ratio']:6.2f}  "
-            f"{memory['peer']['peak_mib']:.0f} {memory['steersman']['peak_mib']:.0f}  "
-            f"{', '.join(f'{r:.2f}' for r in found['ratios'])}  {found['phases']}",
-            flush=True,
-        )
+        results.append(duel(name, peer, shape, args, rows.get(shape, rows["other"]), samples))
+        print(told(name, results[-1]), flush=True)
     print(write(args, name, {**about(args, {"trl": version}), "scenario": name, "results": results}))
+
+
+def rollout(doc: str, peer: str, version: str) -> None:
+    """The whole of the script beside vLLM: rows alone and groups of 8, for each model."""
+    args = parser(doc, ["llama5m", "llama36m"]).parse_args()
+    results = []
+    for shape in args.models:
+        for rows, samples in ((64, 1), (8, 8)):
+            results.append(duel("rollout", peer, shape, args, rows, samples, "vllm_side.py"))
+            print(told("rollout", results[-1]), flush=True)
+    print(write(args, "vllm_rollout", {**about(args, {"vllm": version}), "scenario": "rollout", "results": results}))

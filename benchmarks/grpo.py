@@ -1,6 +1,6 @@
 """GRPO iteration: 8 prompts of 32 tokens, 8 samples of 64 tokens each, KL to a reference in the loss.
 
-    python benchmarks/grpo.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
+python benchmarks/grpo.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
 """
 
 from duel import scenario

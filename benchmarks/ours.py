@@ -7,6 +7,8 @@ Started by the scripts; see duel.py.
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from common import NEW, SETTINGS, Turns
 
 from steersman.data import Batches, demonstrations, encode, encode_prompts, layout, preferences, prompts
-from steersman.rollout import Engine
+from steersman.rollout import Engine, Sampling
 from steersman.run.device import resolve_device
 from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import Offline
@@ -24,14 +26,18 @@ from steersman.train.on_policy import OnPolicy
 from steersman.train.preference import PairObjective, PreferenceRecipe
 from steersman.train.reward_model import PairwiseReward, RewardModelRecipe
 from steersman.train.roles import build_roles
+from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.sft import SFT, SFTRecipe
 from steersman.train.verbs import RECIPES
+from steersman.types import Prompt
 
 BATCH = 16
 OPTIMIZER = {"lr": SETTINGS["lr"], "max_grad_norm": SETTINGS["max_grad_norm"]}
 
 
-def on_policy(name: str, folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: int, turns: Turns) -> None:
+def on_policy(
+    name: str, folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: int, turns: Turns
+) -> None:
     """PPO with a critic and a reward model, or GRPO with a reward function; one turn is one iteration."""
     settings: dict[str, Any] = {
         "model": {"path": str(folder / "policy"), "dtype": dtype},
@@ -50,7 +56,9 @@ def on_policy(name: str, folder: Path, run: dict[str, Any], dtype: str, rows: in
     recipe: Any = RECIPES[name].model_validate(settings)
     roles = build_roles(recipe, resolve_device(run["device"]))
     # no end token, so that every response has the same length
-    roles.engine = Engine(roles.policy.model, roles.policy.tokenizer, max_batch=recipe.rollout.max_batch, eos_token_id=[])
+    roles.engine = Engine(
+        roles.policy.model, roles.policy.tokenizer, max_batch=recipe.rollout.max_batch, eos_token_id=[]
+    )
     laid = layout(roles.policy.tokenizer, recipe.data)
     train, _, _ = encode_prompts(prompts(recipe.data).train, laid, recipe.data, None, NEW)
     state = OnPolicy(recipe, roles, train, Batches(len(train), rows, 0, drop_last=True))
@@ -108,12 +116,28 @@ def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int
         turns.done(tokens=tokens)
 
 
+def rollout(folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: int, turns: Turns) -> None:
+    """The engine alone, on a policy as the on-policy loop loads it; one turn is one call."""
+    device = resolve_device(run["device"])
+    policy = policy_from(ModelConfig(path=str(folder / "policy"), dtype=dtype), RunConfig(**run), device)  # type: ignore
+    texts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    ids = policy.tokenizer(texts[:rows])["input_ids"]
+    given = [Prompt(row, text, index=i) for i, (row, text) in enumerate(zip(ids, texts, strict=False))]
+    engine = Engine(policy.model, eos_token_id=[])
+    turns.ready()
+    for seed in itertools.count():
+        turns.wait()
+        turns.done(tokens=sum(len(s.ids) for s in engine.generate(given, Sampling(128), n=samples, seed=seed)))
+
+
 def main() -> None:
     turns = Turns()
     name, folder, threads, device, dtype, rows, samples = sys.argv[1:]
     torch.set_num_threads(int(threads))
     run = {"device": device, "threads": int(threads)}
-    if name in ("ppo", "grpo"):
+    if name == "rollout":
+        rollout(Path(folder), run, dtype, int(rows), int(samples), turns)
+    elif name in ("ppo", "grpo"):
         on_policy(name, Path(folder), run, dtype, int(rows), int(samples), turns)
     else:
         offline(name, Path(folder), run, dtype, int(rows), turns)

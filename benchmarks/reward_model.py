@@ -1,6 +1,6 @@
-"""Reward-model steps: batches of 16, mixed lengths; a turn is one epoch over the same 8 batches' rows (2 for 128k words).
+"""Reward-model steps: batches of 16, mixed lengths; a turn is one epoch over the same rows.
 
-    python benchmarks/reward_model.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
+python benchmarks/reward_model.py [--models llama5m llama36m llama128k] [--repeats 3] [--threads 2]
 """
 
 from duel import scenario

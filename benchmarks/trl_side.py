@@ -8,13 +8,12 @@ TRL's default, is off unless the scenario's name ends in `-checkpointed`: it sav
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import NEW, SETTINGS, Turns
+from common import NEW, SETTINGS, Turns, peak_mib
 
 turns = Turns()
 
@@ -38,7 +37,6 @@ class TurnTaker(TrainerCallback):
         self.steps, self.tokens, self.seen = steps, tokens, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        turns.imported = max(turns.imported, 0.0)
         turns.ready()
         turns.wait()
 
@@ -77,7 +75,9 @@ def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: i
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
-    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=settings["output_dir"])
+    data = load_dataset(
+        "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=settings["output_dir"]
+    )
     data = data.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns=["prompt"])
     config = PPOConfig(
         **settings, per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_mini_batches=1,
@@ -97,7 +97,9 @@ def grpo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: 
 
     space: dict[str, Any] = {}
     exec((folder / "rewards.py").read_text(), space)
-    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=settings["output_dir"])
+    data = load_dataset(
+        "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=settings["output_dir"]
+    )
     config = GRPOConfig(
         **settings, per_device_train_batch_size=rows * samples, gradient_accumulation_steps=1, num_iterations=1,
         num_generations=samples, max_completion_length=NEW, temperature=1.0, beta=SETTINGS["beta"],
@@ -115,7 +117,9 @@ def offline(name: str, folder: Path, device: str, dtype: str, settings: dict[str
     import trl
 
     file = "sft.jsonl" if name == "sft" else "pairs.jsonl"
-    data: Dataset = load_dataset("json", data_files=str(folder / file), split="train", cache_dir=settings["output_dir"])
+    data: Dataset = load_dataset(
+        "json", data_files=str(folder / file), split="train", cache_dir=settings["output_dir"]
+    )
     data = data.select(range(steps * BATCH))
     settings |= {"per_device_train_batch_size": BATCH, "num_train_epochs": 1000, "max_length": None}
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
@@ -137,7 +141,7 @@ def main() -> None:
     name, folder, threads, device, dtype, rows, samples = sys.argv[1:]
     name, checkpointed = name.removesuffix("-checkpointed"), name.endswith("-checkpointed")
     torch.set_num_threads(int(threads))
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    turns.imported = peak_mib()
     settings = common_settings(device, dtype, checkpointed)
     if name in ("ppo", "grpo"):
         make = ppo if name == "ppo" else grpo
