@@ -27,6 +27,9 @@ MAY = {
     "algorithms": MATHS | {"run", "advantage", "loss"},
     "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
     "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},
+    "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
+    "flywheel": MATHS | {"run", "data", "model", "rollout", "reward", "judge", "train", "algorithms", "update"},
+    "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update"},
     "train": MATHS
     | {"run", "data", "model", "rollout", "reward", "metrics", "advantage", "loss", "update", "algorithms", "assets"},
 }  # fmt: skip
@@ -37,8 +40,9 @@ HOMES = {
     "peft": {"model"},
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py"},
-    "matplotlib": {"run", "control"},
-    "rich": {"run", "train", "control", "verify", "cli.py"},
+    "matplotlib": {"run", "control", "grue"},
+    "rich": {"run", "train", "control", "verify", "flywheel", "grue", "cli.py"},
+    "httpx2": {"judge"},
 }
 """Where a library may be imported: rooms, or files."""
 

@@ -1,0 +1,219 @@
+"""The cells of a matrix, each with the recipe of the verb that fills it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from steersman.algorithms import ALGORITHMS
+from steersman.grue.recipe import SUPERVISED, ZERO, Generation, GrueRecipe
+from steersman.grue.task import Task
+from steersman.run.config import Section
+from steersman.train.sft import SFTRecipe
+from steersman.train.verbs import RECIPES
+from steersman.types import SteersmanError
+
+SLOW = {"bertscore", "classifier", "perplexity", "spice", "meteor1.5", "cider", "parent"}
+"""Metrics that are too slow, or not defined on single texts, to be looked at in every iteration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One place of the matrix; `verb` is None for zero-shot, which trains nothing."""
+
+    task: Task
+    method: str
+    seed: int
+    folder: Path
+    verb: str | None
+    recipe: Section | None
+    judged: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name} {self.method} seed {self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    @property
+    def done(self) -> bool:
+        return self.result.exists()
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What made the cell; a cell made otherwise can not stand beside it. A matrix may be moved as a whole."""
+        root = json.dumps(str(self.folder.parents[3]))[1:-1]
+        dumped = self.recipe.model_dump(mode="json") if self.recipe is not None else None
+        recipe = json.loads(json.dumps(dumped).replace(f'"{root}/', '"MATRIX/'))
+        who = {"task": self.task.name, "method": self.method, "seed": self.seed, "verb": self.verb}
+        return who | {"judged": self.judged, "recipe": recipe}
+
+
+def cells(recipe: GrueRecipe, tasks: list[Task]) -> list[Cell]:
+    """All cells in the order in which they run: seed by seed, so that a part of the matrix is a whole one of fewer
+    seeds, and what others start from first.
+
+    A supervised cell that is not asked for is made where `supervised+...` starts from it.
+    """
+    methods = list(recipe.methods)
+    if SUPERVISED not in methods and any(m.startswith(f"{SUPERVISED}+") for m in methods):
+        methods.append(SUPERVISED)
+    methods.sort(key=lambda m: (m != ZERO, m != SUPERVISED))
+    return [cell(recipe, task, method, seed) for seed in recipe.seeds for task in tasks for method in methods]
+
+
+def cell(recipe: GrueRecipe, task: Task, method: str, seed: int) -> Cell:
+    """One cell with its verb's recipe; raises SteersmanError naming the cell where the recipe does not fit."""
+    folder, evaluation = cell_folder(recipe, task, method, seed), recipe.evaluation
+    judged = {
+        "greedy": evaluation.greedy, "msttr_segment": evaluation.msttr_segment,
+        "generation": generation(recipe, task),
+        "reward": reward_parts(recipe, task), "metrics": {k: dict(v) for k, v in task.metrics.items()},
+        "start": recipe.model.path,
+    }  # fmt: skip
+    try:
+        if method == ZERO:
+            return Cell(task, method, seed, folder, None, None, judged)
+        if method == SUPERVISED:
+            return Cell(task, method, seed, folder, "sft", supervised(recipe, task, seed), judged)
+        verb = method.removeprefix(f"{SUPERVISED}+")
+        start = recipe.model.path
+        if verb != method:
+            start = str(cell_folder(recipe, task, SUPERVISED, seed) / "model")
+        return Cell(task, method, seed, folder, verb, on_policy(recipe, task, verb, start, folder, seed), judged)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        raise SteersmanError(f"cell {task.name} {method}: {told}") from None
+
+
+def cell_folder(recipe: GrueRecipe, task: Task, method: str, seed: int) -> Path:
+    return Path(recipe.run.dir) / "cells" / task.name / method / f"seed-{seed}"
+
+
+def data_folder(recipe: GrueRecipe, task: Task) -> Path:
+    return Path(recipe.run.dir) / "data" / task.name
+
+
+def supervised(recipe: GrueRecipe, task: Task, seed: int) -> SFTRecipe:
+    """`steersman sft` on the task's references."""
+    data = data_folder(recipe, task)
+    return SFTRecipe.model_validate(
+        {
+            "model": recipe.model.model_dump(),
+            "data": {
+                "path": str(data / "demonstrations.jsonl"),
+                "held_out_files": [str(data / "held-out-demonstrations.jsonl")],
+                "completion_prefix": task.answer_prefix,
+                "on_too_long": "truncate",
+            },
+            "train": recipe.supervised.train.model_dump(),
+            "optimizer": recipe.supervised.optimizer.model_dump(),
+            "run": _run(recipe, task, SUPERVISED, seed),
+        }
+    )
+
+
+def on_policy(recipe: GrueRecipe, task: Task, verb: str, start: str, folder: Path, seed: int) -> Section:
+    """The verb toward the task's reward, from the start model or the supervised one."""
+    rl, data = recipe.rl, data_folder(recipe, task)
+    values: dict[str, Any] = {
+        "model": recipe.model.model_dump() | {"path": start, "scratch": None},
+        "data": {
+            "path": str(data / "prompts.jsonl"),
+            "held_out_files": [str(data / "held-out.jsonl")],
+            "on_too_long": "truncate",
+        },
+        "reward": {"parts": reward_parts(recipe, task) | watched(recipe, task), "normalise": rl.normalise},
+        "rollout": {
+            **generation(recipe, task), "prompts": rl.prompts, "samples": rl.samples, "held_out": rl.looks,
+        },
+        "algorithm": recipe.algorithms.get(verb, {}),
+        "optimizer": rl.optimizer.model_dump(),
+        "iterations": rl.iterations,
+        "run": _run(recipe, task, folder.parent.name, seed),
+    }  # fmt: skip
+    if ALGORITHMS[verb].critic:
+        values["critic"] = {"optimizer": rl.critic.model_dump()}
+    return RECIPES[verb].model_validate(values)
+
+
+def reward_parts(recipe: GrueRecipe, task: Task) -> dict[str, dict[str, Any]]:
+    """What is rewarded: the recipe's word, or else the task's; a metric of an empty response is 0."""
+    own = recipe.per_task.get(task.name)
+    if own is not None and own.reward is not None:
+        return {name: part.model_dump(exclude_defaults=True) for name, part in own.reward.items()}
+    return {name: _scoring(part) for name, part in task.rewards.items()}
+
+
+def watched(recipe: GrueRecipe, task: Task) -> dict[str, dict[str, Any]]:
+    """The task's other metrics as parts of weight 0: they draw learning curves and teach nothing."""
+    if not recipe.rl.watch:
+        return {}
+    rewards = reward_parts(recipe, task)
+    same = [(p.get("metric"), p.get("args", {})) for p in rewards.values()]
+    return {
+        name: _scoring({**spec, "weight": 0.0})
+        for name, spec in task.metrics.items()
+        if name not in rewards and spec["metric"] not in SLOW and (spec["metric"], spec.get("args", {})) not in same
+    }
+
+
+def generation(recipe: GrueRecipe, task: Task) -> dict[str, Any]:
+    """The task's settings of sampling, the recipe's over them, the task's own section of the recipe over those."""
+    own = recipe.per_task.get(task.name)
+    layers = [recipe.generation, own.generation if own else Generation()]
+    given = [{k: v for k, v in layer.model_dump().items() if v is not None} for layer in layers]
+    return dict(task.generation) | given[0] | given[1]
+
+
+def start_model(recipe: GrueRecipe, task: Task, seed: int) -> str:
+    """The model under which perplexity is measured: what training starts from, or the supervised one where that has
+    fresh weights."""
+    if recipe.model.scratch is None:
+        return recipe.model.path
+    return str(cell_folder(recipe, task, SUPERVISED, seed) / "model")
+
+
+def check_stamp(cell: Cell) -> None:
+    """Raises SteersmanError where the cell's folder holds a cell that was made with other settings."""
+    path = cell.folder / "cell.json"
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(cell.stamp))
+    changes = [k for k, v in _flat(now).items() if _flat(before).get(k) != v and not k.startswith(_FREE)]
+    if changes:
+        key = changes[0]
+        raise SteersmanError(
+            f"cell {cell.name}: {cell.folder} was made with {key} {_flat(before).get(key)!r}, and the recipe now "
+            f"asks for {_flat(now)[key]!r}; take it back, choose another --run.dir, or delete that folder"
+        )
+
+
+_FREE = ("recipe.run.dir", "recipe.run.threads", "recipe.run.device", "recipe.run.save_every")
+"""What may change between the cells of one matrix without changing what they measure."""
+
+
+def _scoring(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {"empty": 0.0, **part} if "metric" in part else dict(part)
+
+
+def _run(recipe: GrueRecipe, task: Task, method: str, seed: int) -> dict[str, Any]:
+    run = recipe.run
+    return {
+        "dir": str(cell_folder(recipe, task, method, seed)), "seed": seed, "device": run.device,
+        "threads": run.threads, "micro_tokens": run.micro_tokens, "eval_every": run.eval_every,
+        "save_every": run.save_every, "keep_last": 1, "keep_best": int(method == SUPERVISED),
+    }  # fmt: skip
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix.rstrip("."): data}
+    return {k: v for name, inner in data.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}

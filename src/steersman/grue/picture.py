@@ -1,0 +1,77 @@
+"""One picture of a matrix: learning curves of the reward, and how far every other metric moved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from steersman.grue.recipe import SUPERVISED, ZERO
+from steersman.grue.results import Results, started_from
+from steersman.grue.task import Task
+
+COLOURS = ["#2b5f8f", "#c8642b", "#2f8a62", "#9d4a92", "#a58310", "#4b8fb5", "#b3505a", "#6d7480"]
+FURTHEST = 100.0
+"""Per cent beyond which a move is drawn at the edge."""
+
+
+def draw(results: Results, path: Path) -> None:
+    """Writes a PNG with two rows of panels, one column per task; nothing where no cell is done."""
+    tasks = [task for task in results.tasks if results.methods(task)]
+    if not tasks:
+        return
+    trained = list(dict.fromkeys(m for t in tasks for m in results.methods(t) if m not in (ZERO, SUPERVISED)))
+    colours = {m: COLOURS[i % len(COLOURS)] for i, m in enumerate(trained)}
+    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(3.1 * len(tasks) + 1, 6.6), layout="constrained")
+        panels: Any = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1, 1.25])
+        for column, task in enumerate(tasks):
+            _curves(panels[0, column], results, task, colours)
+            _moves(panels[1, column], results, task, colours)
+        panels[0, 0].set_ylabel("reward on held-out prompts")
+        handles = [Line2D([], [], color=c, marker="o", ms=4, label=m) for m, c in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6) or 1, frameon=False)
+        figure.savefig(path, dpi=130)
+
+
+def _curves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> None:
+    for line in results.curves(task, "reward/total"):
+        axes.plot(line.steps, line.values, color=colours[line.name], marker="o", ms=2.5, lw=1.3)
+    axes.set_title(task.name, fontweight="bold")
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y", lw=0.4)
+
+
+def _moves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> None:
+    """Change of each metric that was not rewarded, in per cent of what the method started from."""
+    names: list[str] = []
+    shift = 0.8 / max(len(colours), 1)
+    for order, (method, colour) in enumerate(colours.items()):
+        for move in results.moves(task, method) if method in results.methods(task) else []:
+            group = "preference" if move.metric in task.metrics else "natural"
+            before = results.mean(task, started_from(method), group, move.metric)
+            if before is None or before.value == 0:
+                continue
+            if move.metric not in names:
+                names.append(move.metric)
+            percent = 100 * move.change.value / abs(before.value)
+            at = names.index(move.metric) + (order + 0.5) * shift - 0.4
+            axes.plot([max(-FURTHEST, min(FURTHEST, percent))], [at], "o", ms=4, color=colour,
+                      mfc=colour if move.seen else "none")  # fmt: skip
+            if move.change.half is not None:
+                half = 100 * move.change.half / abs(before.value)
+                low, high = (max(-FURTHEST, min(FURTHEST, percent + s * half)) for s in (-1, 1))
+                if math.isfinite(half):
+                    axes.plot([low, high], [at, at], lw=1, color=colour)
+    axes.axvline(0, color="#6d7480", lw=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(-1.05 * FURTHEST, 1.05 * FURTHEST)
+    axes.set_xlabel("change in metrics not rewarded, %")
+    axes.grid(axis="x", lw=0.4)

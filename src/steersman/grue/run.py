@@ -1,0 +1,161 @@
+"""`steersman grue`: the matrix, cell by cell."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from steersman.grue.cells import Cell, cell_folder, data_folder, start_model
+from steersman.grue.check import checked, room
+from steersman.grue.evaluate import judge
+from steersman.grue.page import write_pages
+from steersman.grue.recipe import SUPERVISED, GrueRecipe
+from steersman.grue.results import collect
+from steersman.grue.rows import write_rows
+from steersman.run.folder import RunFolder, write_atomic
+from steersman.types import SteersmanError
+
+console = Console()
+
+
+def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Fills the cells that are not done, and writes the pages; returns what summary.json holds.
+
+    The whole matrix is checked first. A cell that fails is told and left, the others go on; with `resume` it is
+    tried again. Raises SteersmanError where a cell failed, after the pages are written.
+    """
+    started = time.monotonic()
+    tasks, rows, every = checked(recipe)
+    with RunFolder(Path(recipe.run.dir), recipe, resume=resume) as folder:
+        for task in tasks:
+            write_rows(data_folder(recipe, task), task, rows[task.name])
+            console.print(f"{task.name}: {rows[task.name].note}", style="dim", highlight=False)
+        short = room(recipe, len(every))
+        if short:
+            console.print(short, style="yellow", highlight=False)
+        clock, failed, stopped = Clock(every), {}, False
+        for cell in every:
+            if cell.done:
+                continue
+            blocked = _blocked(cell, recipe, failed)
+            if blocked:
+                failed[cell.name] = blocked
+                continue
+            console.print(clock.line(cell), highlight=False)
+            try:
+                stopped = not fill(cell, recipe)
+            except SteersmanError as error:
+                failed[cell.name] = str(error)
+                console.print(f"cell {cell.name} failed: {error}", style="red", highlight=False, markup=False)
+            if stopped:
+                break
+            clock.done(cell)
+        results = collect(recipe, tasks, every, failed)
+        summary: dict[str, Any] = {
+            "verb": "grue", "finished": not stopped and not failed, "cells": len(results.found),
+            "planned": len(every), "failed": failed, "seconds": round(time.monotonic() - started, 1),
+            "run": str(folder.path),
+        }  # fmt: skip
+        if results.found:
+            summary |= write_pages(results, folder.path)
+        write_atomic(folder.path / "summary.json", json.dumps(summary, indent=1))
+    _tell(summary)
+    if failed and not stopped:
+        first = next(iter(failed.items()))
+        raise SteersmanError(
+            f"{len(failed)} of {len(every)} cells failed, such as {first[0]}: {first[1]}. The pages in {folder.path} "
+            "show the others; --resume tries the failed ones again"
+        )
+    return summary
+
+
+def fill(cell: Cell, recipe: GrueRecipe) -> bool:
+    """Trains the cell by its verb and judges it; False where a signal stopped it, which a later call goes on from."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    write_atomic(cell.folder / "cell.json", json.dumps(cell.stamp, indent=1))
+    if cell.recipe is not None and not _trained(cell):
+        name = {"sft": "steersman.train.sft"}.get(cell.verb or "", "steersman.train.rl")
+        with _output(cell, recipe):
+            summary = importlib.import_module(name).run(cell.recipe, resume=True)
+        if not summary["finished"]:
+            return False
+    result = judge(cell, recipe)
+    if not recipe.run.keep_checkpoints:
+        shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
+    spent = json.dumps({**result, "cell_seconds": round(time.monotonic() - began, 2)}, indent=1)
+    write_atomic(cell.result, spent)
+    return True
+
+
+class Clock:
+    """How far the matrix is, and how long the rest will take, judged by the cells of the same method."""
+
+    def __init__(self, every: list[Cell]) -> None:
+        self.every, self.spent = every, {}
+        for cell in every:
+            if cell.done:
+                self.done(cell)
+
+    def done(self, cell: Cell) -> None:
+        if cell.done:
+            seconds = json.loads(cell.result.read_text(encoding="utf-8")).get("cell_seconds")
+            if seconds is not None:
+                self.spent.setdefault(cell.method, []).append(seconds)
+
+    def left(self) -> float | None:
+        """Seconds for the cells that are not done; None while nothing is known."""
+        known = [s for listed in self.spent.values() for s in listed]
+        if not known:
+            return None
+        means = {method: statistics.fmean(listed) for method, listed in self.spent.items()}
+        return sum(means.get(c.method, max(means.values())) for c in self.every if not c.done)
+
+    def line(self, cell: Cell) -> str:
+        number, left = sum(c.done for c in self.every) + 1, self.left()
+        rest = (
+            "" if left is None else f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
+        )
+        return f"cell {number} of {len(self.every)}: {cell.name}{rest}"
+
+
+def _trained(cell: Cell) -> bool:
+    path = cell.folder / "summary.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("finished", False)
+
+
+def _blocked(cell: Cell, recipe: GrueRecipe, failed: dict[str, str]) -> str | None:
+    """Why a cell can not begin: what it starts from, or is measured by, did not come to be."""
+    needs = []
+    if cell.method.startswith(f"{SUPERVISED}+"):
+        needs.append(str(cell_folder(recipe, cell.task, SUPERVISED, cell.seed) / "model"))
+    if cell.method != SUPERVISED and recipe.model.scratch is not None:
+        needs.append(start_model(recipe, cell.task, cell.seed))
+    lacking = [path for path in needs if not Path(path).exists()]
+    return f"there is no {lacking[0]}: the supervised cell failed" if lacking else None
+
+
+@contextlib.contextmanager
+def _output(cell: Cell, recipe: GrueRecipe):
+    """The verb's own pages and progress, into a file of the cell unless they are wanted on the screen."""
+    if recipe.run.show_cells:
+        yield
+        return
+    with (cell.folder / "output.txt").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+def _tell(summary: dict[str, Any]) -> None:
+    state = "done" if summary["finished"] else "stopped; go on with --resume"
+    console.print(f"{summary['cells']} of {summary['planned']} cells; {state}", highlight=False)
+    for name in ("table", "goodhart", "page", "leaderboard"):
+        if name in summary:
+            console.print(f"{name:<12}{summary[name]}", highlight=False)

@@ -1,0 +1,242 @@
+"""The seven tasks on their stand-ins and on rows of the originals' shape, and what is wrong with a matrix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grue_kit import TASK, settings, write_task
+from pydantic import ValidationError
+
+from steersman.assets import story_model
+from steersman.grue.check import checked
+from steersman.grue.evaluate import metrics_of, over
+from steersman.grue.recipe import GrueRecipe
+from steersman.grue.rows import task_rows
+from steersman.grue.run import run
+from steersman.grue.task import TASKS, in_split, load_task
+from steersman.types import SteersmanError
+
+
+def recipe_of(folder: Path, **more: Any) -> GrueRecipe:
+    return GrueRecipe.model_validate(settings(folder, **more))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_reads_its_stand_in(name, shared):
+    recipe = GrueRecipe.model_validate(
+        {"model": {"path": str(story_model())}, "tasks": [name],
+         "data": {"source": "files", "folder": str(shared), "train": 50, "held_out": 20}}
+    )  # fmt: skip
+    task = load_task(name)
+    rows = task_rows(task, recipe)
+    assert (len(rows.train), len(rows.held_out)) == (50, 20)
+    every = [*rows.train, *rows.held_out]
+    assert all(row["references"] and row["prompt"].strip() for row in every)
+    assert not {r["prompt"] for r in rows.train} & {r["prompt"] for r in rows.held_out}
+    for made, spec in metrics_of(task).values():
+        own = over(made, spec, [r["references"][0] for r in rows.held_out], rows.held_out)
+        other = over(made, spec, ["zzz"] * 20, rows.held_out)
+        if made.needs and made.better != "neither":  # a reference beats nonsense
+            assert (own.value > other.value) == (made.better == "higher"), made.name
+
+
+ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "imdb": ({"text": "word " * 60, "label": 1}, {"references": [" ".join(["word"] * 12)]}),
+    "commongen": (
+        {"concept_set_idx": 0, "concepts": ["ski", "mountain"], "target": "Skier skis down the mountain"},
+        {"prompt": "Words: ski, mountain. Sentence:", "references": ["Skier skis down the mountain"]},
+    ),
+    "summarisation": (
+        {"article": "It rained. " * 300, "highlights": "Rain .", "id": "x"},
+        {"references": ["Rain ."], "prompt": " ".join(["It rained."] * 180) + "\nSummary:"},
+    ),
+    "table-to-text": (
+        {
+            "table_page_title": "A. Smith",
+            "table_section_title": "Career",
+            "table": [
+                [{"value": "Year", "is_header": True}, {"value": "Club", "is_header": True}],
+                [{"value": "2001", "is_header": False}, {"value": "York", "is_header": False}],
+            ],
+            "highlighted_cells": [[1, 1]],
+            "sentence_annotations": {"final_sentence": ["Smith played for York."]},
+        },
+        {
+            "prompt": "Facts: page: A. Smith; section: Career; Club: York. Sentence:",
+            "table": [["page", "A. Smith"], ["section", "Career"], ["Club", "York"]],
+            "references": ["Smith played for York."],
+        },
+    ),
+    "narrative-qa": (
+        {
+            "document": {"summary": {"text": "A fox ran."}},
+            "question": {"text": "Who ran?"},
+            "answers": [{"text": "a fox"}, {"text": "the fox"}],
+        },
+        {"prompt": "A fox ran.\nQuestion: Who ran?\nAnswer:", "references": ["a fox", "the fox"]},
+    ),
+    "translation": (
+        {"translation": {"en": "Good day", "de": "Guten Tag"}},
+        {"prompt": "Translate English to German: Good day\nGerman:", "references": ["Guten Tag"]},
+    ),
+    "dialogue": (
+        {"dialog": [f"turn {i} " for i in range(8)], "act": [1] * 8},
+        {"prompt": "A: turn 0\nB:", "references": ["turn 1"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_reads_a_saved_copy_of_the_original(name, tmp_path):
+    raw, expected = ORIGINALS[name]
+    task = load_task(name)
+    assert task.original is not None
+    (tmp_path / name).mkdir()
+    changed = json.loads(json.dumps(raw).replace("word word", "other word", 1).replace("rain", "snow"))
+    for split, row in (("train", {**changed, **_other(name)}), ("validation", raw)):
+        path = tmp_path / name / f"{task.original.splits[split]}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+    recipe = GrueRecipe.model_validate(
+        {"model": {"path": "none"}, "tasks": [name], "data": {"source": "hub", "folder": str(tmp_path)}}
+    )
+    rows = task_rows(task, recipe).held_out
+    assert any(expected.items() <= row.items() for row in rows), rows
+    if name == "dialogue":
+        assert len(rows) == 7
+        assert max(row["prompt"].count("\n") for row in rows) == 5
+
+
+def _other(name: str) -> dict[str, Any]:
+    """Makes the training row another prompt than the validation row's."""
+    return {
+        "imdb": {"text": "other " * 60},
+        "commongen": {"concepts": ["ball"]},
+        "summarisation": {"article": "Sun."},
+        "table-to-text": {"table_page_title": "B. Jones"},
+        "narrative-qa": {"question": {"text": "Why?"}},
+        "translation": {"translation": {"en": "Bye", "de": "Tschau"}},
+        "dialogue": {"dialog": ["hm", "ha"]},
+    }[name]
+
+
+def test_offline_the_original_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    recipe = GrueRecipe.model_validate({"model": {"path": "none"}, "tasks": ["commongen"]})
+    with pytest.raises(SteersmanError, match=r"load_dataset\('allenai/common_gen'\).*save_to_disk.*source: files"):
+        task_rows(load_task("commongen"), recipe)
+
+
+def test_a_row_of_another_set_is_named(tmp_path):
+    (tmp_path / "commongen").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "commongen" / f"{split}.jsonl").write_text('{"words": ["a"]}\n')
+    recipe = GrueRecipe.model_validate(
+        {"model": {"path": "none"}, "tasks": ["commongen"], "data": {"folder": str(tmp_path)}}
+    )
+    with pytest.raises(SteersmanError, match=r"commongen.*train\.jsonl.*not a row of allenai/common_gen.*words"):
+        task_rows(load_task("commongen"), recipe)
+
+
+def test_rows_of_one_prompt_are_one_row_with_all_references(tmp_path):
+    recipe, path = recipe_of(tmp_path), tmp_path / "colours.py"
+    row = {"thing": "ball", "references": ["round.", "red and the ball is nice."]}
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": 100})})
+    [ball] = [r for r in task_rows(load_task(str(path)), recipe).train if r["thing"] == "ball"]
+    assert ball["references"] == ["red and the ball is nice.", "blue ball.", "round."]
+
+
+def test_a_prompt_on_both_sides_is_held_out(tmp_path):
+    path = write_task(tmp_path)
+    with (tmp_path / "validation.jsonl").open("a") as file:
+        file.write('{"thing": "cat", "references": ["x"]}\n')
+    data = {"source": "files", "folder": str(tmp_path), "held_out": 7}
+    rows = task_rows(load_task(str(path)), GrueRecipe.model_validate({"model": {"path": "none"}, "data": data}))
+    assert "A cat is" not in {r["prompt"] for r in rows.train}
+    assert "A cat is" in {r["prompt"] for r in rows.held_out}
+    assert "1 training prompts are held out" in rows.note
+
+
+def test_in_split_is_stable_and_about_a_tenth():
+    held = [k for k in map(str, range(2000)) if in_split(k, "validation")]
+    assert 150 < len(held) < 250
+    assert not any(in_split(k, "train") for k in held)
+
+
+BAD_TASKS = [
+    (
+        'prompt="A {thing} is"',
+        'prompt="A {thingy} is"',
+        "the prompt needs 'thingy', and the row has thing, references",
+    ),
+    ('"metric": "length"', '"metric": "lenght"', "did you mean length"),
+    ('{"metric": "length"}', '{"metric": "concept_coverage"}', "needs concepts, and a row has no concepts"),
+    ('rewards={"rougeL": {"metric": "rougeL"}}', 'rewards={"d": {"metric": "cider"}}', "reward.*can not be a reward"),
+    ('rewards={"rougeL": {"metric": "rougeL"}}', 'rewards={"d": {"function": "nix.py:f"}}', "reward.*no file nix.py"),
+    ("files=files", 'file_splits=("train",), files=files', "it has no split 'validation'; it has train"),
+    ("files=files", "files=None", "it reads no local files"),
+    ("yield json.loads(line)", "yield 3", "the reader gives int"),
+    ("yield json.loads(line)", "yield {**json.loads(line), 'references': 'x'}", "references must be a list"),
+    ("yield json.loads(line)", "yield {'thing': line}", "needs references, and a row has no references"),
+    ('f"{split}.jsonl"', 'f"{split}.json"', "reading split 'train'.*FileNotFoundError"),
+    ("TASK =", "THING =", "it has no TASK"),
+    ('name="colours"', 'name="imdb"', "taken by a task of the project"),
+    ("import json\n", "import jsom\n", "ModuleNotFoundError"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "told"), BAD_TASKS, ids=[t[:30] for *_, t in BAD_TASKS])
+def test_a_bad_task_is_named_before_any_cell_runs(old, new, told, tmp_path):
+    values = settings(tmp_path)
+    assert old in TASK
+    write_task(tmp_path, TASK.replace(old, new))
+    with pytest.raises(SteersmanError, match=told):
+        run(GrueRecipe.model_validate(values))
+    assert not (tmp_path / "matrix").exists()
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    values = settings(tmp_path, tasks=["comongen", str(tmp_path / "none.py"), str(write_task(tmp_path))])
+    values["data"]["held_out_split"] = "tset"
+    with pytest.raises(SteersmanError) as caught:
+        checked(GrueRecipe.model_validate(values))
+    told = str(caught.value)
+    assert "3 problems" in told
+    assert "did you mean commongen?" in told
+    assert "there is no file" in told
+    assert "it has no split 'tset'" in told
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"methods": ["zero-shot", "superviced"]}, "did you mean supervised"),
+        ({"methods": ["ppo", "ppo"]}, "listed twice"),
+        ({"algorithms": {"gropo": {}}}, "did you mean grpo"),
+        ({"data": {"source": "files"}}, "say where the files are"),
+        ({"model": {"path": "x", "scratch": {"model_type": "t5"}}}, "zero-shot.*nothing to say"),
+    ],
+)
+def test_a_bad_recipe_is_named(more, told, tmp_path):
+    with pytest.raises(ValidationError, match=told):
+        recipe_of(tmp_path, **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"per_task": {"colour": {"train": 3}}}, "did you mean colours"),
+        ({"algorithms": {"grpo": {"minibatches": 3}}}, r"cell colours supervised\+grpo.*do not divide"),
+        ({"algorithms": {"grpo": {"clip": 3}}}, r"cell colours supervised\+grpo.*algorithm\.clip"),
+        ({"per_task": {"colours": {"reward": {"r": {"metric": "parent"}}}}}, "reward.*needs"),
+        ({"generation": {"min_new_tokens": 9}}, "min_new_tokens"),
+    ],
+)
+def test_a_cell_that_can_not_run_is_named_before_any_runs(more, told, tmp_path):
+    with pytest.raises(SteersmanError, match=told):
+        run(recipe_of(tmp_path, **more))
+    assert not (tmp_path / "matrix").exists()
