@@ -29,9 +29,9 @@ class Meaning:
     @classmethod
     def of(cls, config: Any) -> Meaning:
         """What a config says; the default where it says nothing."""
-        saved = getattr(config, KEY, None) or {}
-        names = ("attributes", "shift", "scale")
-        return cls(**{k: tuple(v) if k in names else v for k, v in saved.items()})
+        saved: dict[str, Any] = getattr(config, KEY, None) or {}
+        lists: Any = {name: tuple(saved[name]) for name in ("attributes", "shift", "scale") if name in saved}
+        return cls(**(saved | lists))
 
     def write(self, config: Any) -> None:
         """Puts it into a config, for `save_pretrained`."""

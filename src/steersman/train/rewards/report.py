@@ -176,7 +176,7 @@ def ranking_report(
     length = np.array([[lengths[k][i], lengths[k][j]] for k, i, j in rows], dtype=float)
     report = pair_report(
         score[:, 0] - score[:, 1], np.ones(len(rows)), lengths=length, scores=score, prompts=owner,
-        subset=[subset[k] for k in owner] if subset else (), draws=draws,
+        subset=[subset[int(k)] for k in owner] if subset else (), draws=draws,
     )  # fmt: skip
     report.kind = "ranking"
     best = [float(r[int(np.argmax(s))] == min(r)) for s, r in zip(scores, ranks, strict=True)]

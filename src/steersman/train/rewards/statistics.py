@@ -90,7 +90,8 @@ def spearman(x: Array, y: Array) -> float:
 
 def kendall(x: Array, y: Array) -> float:
     """Kendall's tau-b; NaN where either side does not vary."""
-    return float(stats.kendalltau(x, y).statistic)
+    result: Any = stats.kendalltau(x, y)
+    return float(result.statistic)
 
 
 def rmse(x: Array, y: Array) -> float:
