@@ -37,7 +37,7 @@ VERBS = {
     "sft": Verb("steersman.train.sft:run", "steersman.train.sft:SFTRecipe",
                 "supervised fine-tuning on text, prompts with completions, or chats"),
     "reward": Verb("steersman.train.reward_model:run", "steersman.train.reward_model:RewardModelRecipe",
-                   "a reward model from preference pairs"),
+                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps"),
     **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text) for name, text in {
         "ppo": "PPO with a critic against reward models, functions, or a weighted sum",
         "ppo-kl": "PPO with an adaptive KL penalty in the place of the clip",
