@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from tiny_models import tiny_model
-from train_kit import merge, plain, rows, weights, write_jsonl
+from train_kit import letters, merge, plain, rows, weights, write_jsonl
 
 from steersman import cli
 from steersman.data import Encoded, EncodedSet, Feedback
@@ -17,9 +18,10 @@ from steersman.data.read import Row
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.train import feedback, preference
 from steersman.train.feedback import RECIPES, BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.train.held_prompts import HeldPrompts, SamplesConfig
 from steersman.train.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.tally import Tally
-from steersman.types import SteersmanError, Tokens
+from steersman.types import Prompt, SteersmanError, Tokens
 
 WORDS = [
     "yes it is.",
@@ -261,6 +263,29 @@ def test_sampled_kl_is_that_of_all_answers(mini):
             exact += prob[a] * (ratio[a] + (p * q).sum())
     torch.testing.assert_close(estimate, exact)
     assert estimate > 0.02
+
+
+def test_held_prompts_report_the_divergence_of_what_was_sampled():
+    """KL(pi || pi_ref), not the other way about, from plain forward passes over the sampled answers."""
+    policy, reference = (Policy(tiny_model("llama", seed=s, scale=4.0), letters()) for s in (0, 1))
+    session = SimpleNamespace(config=SimpleNamespace(seed=3, micro_tokens=12), step=0)
+    prompts = [Prompt([5, 6, 7], "a", index=0), Prompt([9], "b", index=1), Prompt([11, 12], "c", index=2)]
+    watch = HeldPrompts(policy, reference, prompts, SamplesConfig(max_new_tokens=6), session)
+    made: list = []
+    generate = watch.engine.generate
+    watch.engine.generate = lambda *a, **k: made.extend(generate(*a, **k)) or made
+    told = watch.look()
+    total = nats = count = 0.0
+    for sample in made:
+        ids, first = torch.tensor([sample.prompt.ids + sample.ids]), len(sample.prompt.ids) - 1
+        with torch.no_grad():
+            p, q = (m.model(ids).logits[0, first:-1].double().log_softmax(-1) for m in (policy, reference))
+        total += float((p.exp() * (p - q)).sum())
+        nats -= float(q[torch.arange(len(sample.ids)), sample.ids].sum())
+        count += len(sample.ids)
+    assert told["held_out/kl"] == pytest.approx(total / 3, rel=1e-4)
+    assert told["held_out/perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert told["held_out/length"] == count / 3
 
 
 def test_pairs_with_adapters_measure_kl_and_resume_without_a_second_model(asked, tmp_path, monkeypatch):
