@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from steersman.metrics.core import CUTS, Batch, Corpus, Cut, Scorer, bootstrap
-from steersman.metrics.stems import stem
+from steersman.metrics.stems import Stemmer
 
 Smooth = Literal["none", "epsilon", "add-1", "halving"]
 _METHODS: dict[Smooth, str] = {"none": "method0", "epsilon": "method1", "add-1": "method2", "halving": "method3"}
@@ -74,11 +74,6 @@ class BLEU(Scorer):
         return brevity_penalty(nearest, length) * float(np.exp(np.mean([np.log(float(p)) for p in smoothed])))
 
 
-class _Stemmer:
-    def stem(self, word: str) -> str:
-        return stem(word)
-
-
 class _NoSynonyms:
     def synsets(self, word: str) -> list[Any]:
         return []
@@ -112,5 +107,5 @@ class METEOR(Scorer):
     def _score(self) -> Any:
         from nltk.translate.meteor_score import meteor_score
 
-        stand_ins: dict[str, Any] = {"stemmer": _Stemmer(), "wordnet": _NoSynonyms()}
+        stand_ins: dict[str, Any] = {"stemmer": Stemmer(), "wordnet": _NoSynonyms()}
         return partial(meteor_score, **stand_ins)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Literal
 
 from steersman.metrics.core import Batch, Scorer
+from steersman.metrics.stems import Stemmer
 from steersman.ops.text import words
 from steersman.types import SteersmanError
 
@@ -47,15 +48,25 @@ class Rouge(Scorer):
 
     @cached_property
     def _tokenizer(self):
-        from rouge_score.tokenizers import DefaultTokenizer
-
-        return _Words() if self.tokens == "words" else DefaultTokenizer(self.stem)
+        return _Words() if self.tokens == "words" else _RougeTokens(self.stem)
 
     @cached_property
     def _scorer(self):
         from rouge_score.rouge_scorer import RougeScorer
 
         return RougeScorer([self.name], tokenizer=self._tokenizer)
+
+
+class _RougeTokens:
+    """The package's own tokens; only the stems are remembered, which are most of its time."""
+
+    def __init__(self, stem: bool):
+        self.stemmer = Stemmer() if stem else None
+
+    def tokenize(self, text: str) -> list[str]:
+        from rouge_score import tokenize
+
+        return tokenize.tokenize(text, self.stemmer)
 
 
 class _Words:

@@ -11,6 +11,13 @@ def stem(word: str) -> str:
     return _porter().stem(word.lower())
 
 
+class Stemmer:
+    """The same as an object, for packages that ask for one."""
+
+    def stem(self, word: str) -> str:
+        return stem(word)
+
+
 @cache
 def _porter():
     from nltk.stem.porter import PorterStemmer
