@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from reward_kit import settings, word
-from train_kit import merge, plain, rows, weights, write_jsonl
+from train_kit import merge, plain, recipe, rows, weights, write_jsonl
 
 from steersman.model import AttributeModel, GatedModel, load_reward, load_scalar
-from steersman.train import offline, reward_model
+from steersman.train import offline, reward_model, rl
 from steersman.types import SteersmanError, Tokens
 
 KINDS = ["preference", "ranking", "rating", "attributes", "feedback", "steps"]
@@ -113,8 +113,8 @@ def test_a_regression_speaks_in_the_datas_units(tmp_path, mini, attributes):
     hidden = model.model(input_ids=torch.tensor([[1, 5, 9, 2]])).logits[0, 0]
     (shift,), (scale,) = model.meaning.shift, model.meaning.scale
     assert shift == pytest.approx(11.7, abs=0.1)
-    assert float(model.score(tokens)[1]) == pytest.approx(float(hidden) * scale + shift, abs=1e-4)
-    assert float(model.value(tokens)[1, 2]) == pytest.approx(float(model.score(tokens)[1]), abs=1e-4)
+    assert float(model.score(tokens)[1].detach()) == pytest.approx(float(hidden.detach()) * scale + shift, abs=1e-4)
+    assert torch.equal(model.value(tokens)[1, 2], model.score(tokens)[1])
     several = load_reward(attributes, device="cpu")
     assert isinstance(several, AttributeModel)
     said = several.attributes(tokens)
@@ -180,3 +180,21 @@ def test_rankings_can_be_forced_to_be_pairs(tmp_path, mini, capsys):
     assert "all pairs of unequal rank" in " ".join(capsys.readouterr().out.split())
     assert math.isfinite(summary["held_out/accuracy"])
     assert word(3) == "ok"
+
+
+def test_models_of_steps_and_of_attributes_drive_ppo(base, attributes, tmp_path, mini):
+    """As rewards, and as what its critic begins from."""
+    trained = merge(settings(tmp_path, mini, "steps", "steps"), {"data.step_separator": "a"})
+    words = [{"prompt": "q" + "?" * (i % 4), "steps": ["b", "c d"], "labels": [1, i % 2]} for i in range(20)]
+    trained["data"] |= {"path": str(write_jsonl(tmp_path / "by-a.jsonl", words)), "held_out": 0}
+    run(trained)
+    parts = {
+        "steps": {"model": str(tmp_path / "steps" / "model"), "steps": "sum"},
+        "taste": {"model": str(attributes)},
+    }
+    asked = merge(base, {"reward.parts": parts, "iterations": 2, "run.dir": str(tmp_path / "ppo")})
+    summary = rl.run(recipe("ppo", asked))
+    assert summary["finished"]
+    last = rows(tmp_path / "ppo")[-1]
+    assert 0 < last["reward/steps"] < 9
+    assert last["reward/total"] == pytest.approx(last["reward/steps"] + last["reward/taste"], abs=1e-4)

@@ -23,7 +23,7 @@ def calibration_png(
     axes.set_xlim(low - 0.02, 1.02)
     axes.set_ylim(min([low, *seen]) - 0.05, 1.05)
     axes.set_xlabel("probability that the model says")
-    axes.set_ylabel("share of raters who agree")
+    axes.set_ylabel("share seen")
     axes.set_title(f"expected calibration error {error:.3f}", fontsize=10)
     axes.grid(color="#e4e1da", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
