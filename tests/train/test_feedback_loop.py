@@ -181,6 +181,33 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, asked, tmp_
     assert len([row for row in told if row["step"] == 0]) == 3
 
 
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_an_interrupted_run_on_pairs_goes_on_as_if_nothing_had_happened(name, asked, tmp_path, monkeypatch):
+    table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": f" no {w}"} for w in WORDS * 3]
+    write_jsonl(tmp_path / "feedback.jsonl", table)
+    changes = {"loss": {"name": name, "nll": 0.1}, "optimizer.schedule": "cosine", "optimizer.warmup": 2}
+    read = preference.PreferenceRecipe.model_validate
+    preference.run(read(merge(asked, changes)))
+    again = read(merge(asked, changes | {"run.dir": str(tmp_path / "cut")}))
+    with monkeypatch.context() as patch:
+        whole, calls = preference.PairObjective.denominator, []
+
+        def stop(self, batch):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return whole(self, batch)
+
+        patch.setattr(preference.PairObjective, "denominator", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preference.run(again)
+    preference.run(again, resume=True)
+    one, two = ([plain(row) for row in rows(tmp_path / d)] for d in ("run", "cut"))
+    assert one == two
+    a, b = (weights(tmp_path / d / "model") for d in ("run", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_pairs_split_in_two_learn_to_tell_liked_from_disliked(asked, tmp_path):
     table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": " no no no"} for w in WORDS * 2]
     data = {"data.path": str(write_jsonl(tmp_path / "pairs.jsonl", table)), "train.epochs": 6}

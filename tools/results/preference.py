@@ -3,12 +3,12 @@
     python tools/results/preference.py run --data ../shared/data --out runs/preference --seeds 0 --minutes 7
     python tools/results/preference.py table --out runs/preference --docs docs/results
 
-`run` makes what is missing and begins no further cell after `--minutes` of CPU time; the same command goes on. The tasks:
+`run` makes what is missing and begins no further cell after `--minutes` of CPU time; the same command goes on. Tasks:
 
 - sentiment: stories260k; pairs of its own continuations of story openings, the one that VADER likes better chosen.
   VADER's score of new continuations is the gold reward.
-- politeness: stories260k after SFT on `instruction_preference`; its pairs of polite and impolite answers. The judge is
-  a reward model trained on the same pairs from the base model, so it is a judge and no gold.
+- politeness: stories260k after SFT on `instruction_preference`; its pairs of polite and impolite answers. The judge
+  is a reward model trained on the same pairs from the base model, so it is a judge and no gold.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def start(task: str, data: Path, out: Path) -> tuple[str, dict[str, Any], dict[s
 
 
 def label_pairs(model: str, data: Path, table: Path) -> None:
-    """Four continuations of each opening; VADER's best against its worst, and the middle two, if they differ by 0.1."""
+    """Four continuations per opening: VADER's best against its worst, and the middle two, if they differ by 0.1."""
     drawn = table.with_name("drawn.jsonl")
     table.parent.mkdir(parents=True, exist_ok=True)
     recipe = {
