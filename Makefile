@@ -22,7 +22,7 @@ check: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 bench: $(READY)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/run_all.py
 
 # The stamp comes last, so an interrupted installation is taken up again; --clear would throw it away.
 $(READY): pyproject.toml constraints.txt

@@ -62,15 +62,18 @@ def build_tokenizer(vocab: int) -> Any:
     )
 
 
-def write_inputs(folder: Path, name: str, rows: int = 192) -> None:
+def write_inputs(folder: Path, name: str, rows: int = 192, *, models: bool = True) -> None:
     """Models and data of one shape: policy/, scalar/, prompts.jsonl, pairs.jsonl, sft.jsonl, rewards.py.
 
     Prompts of 32 tokens; pairs and demonstrations of mixed lengths: prompts of 8 to 64 tokens, responses of 16
     to 256 (log-uniform).
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(SHAPES[name]["vocab"])
-    for kind in ("policy", "scalar"):
+    tokenizer = build_tokenizer(SHAPES[name]["vocab"]) if models else None
+    for kind in ("policy", "scalar") if models else ():
         build_model(name, kind).save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
     draw = random.Random(0)

@@ -87,7 +87,8 @@ def duel(
             stack.callback(side.close)
         start = {name: side.hear() for name, side in sides.items()}
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        for repeat in range(args.repeats + 1):
+        # a pair of the larger models takes long enough to be steady
+        for repeat in range((args.repeats if shape == "llama5m" else max(args.repeats - 1, 1)) + 1):
             for name, side in sides.items():
                 answer = side.say("go")
                 if repeat:

@@ -6,4 +6,4 @@ python benchmarks/reward_model.py [--models llama5m llama36m llama128k] [--repea
 from duel import scenario
 
 if __name__ == "__main__":
-    scenario("reward", __doc__ or "", "trl116", "1.16.0", {"other": 8, "llama36m": 2, "llama128k": 2})
+    scenario("reward", __doc__ or "", "trl116", "1.16.0", {"other": 4, "llama36m": 2, "llama128k": 1})
