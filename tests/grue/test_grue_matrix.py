@@ -208,6 +208,36 @@ def test_more_seeds_give_intervals(done, tmp_path):
     assert whole.half == pytest.approx(4.30265 * 0.1527525 / 3**0.5, rel=1e-4)
 
 
+def test_one_seed_s_moves_are_seen_only_beyond_the_prompts_noise(done, tmp_path):
+    """Moves of 0.1 with intervals of half widths 0.02 and 0 (seen), 0.06 and 0 (not), 0 and 0 (seen)."""
+    folder, values, _ = done
+    values = {**values, "run": {**values["run"], "dir": str(tmp_path)}}
+    shutil.copytree(folder / "cells", tmp_path / "cells")
+    recipe = GrueRecipe.model_validate(values)
+    tasks, _, every = checked(recipe)
+    for method, level, width in (("supervised", 0.5, 1), ("supervised+grpo", 0.4, 0)):
+        path = tmp_path / "cells" / "colours" / method / "seed-0" / "evaluation.json"
+        found = json.loads(path.read_text())
+        for name, half in (("distinct1", 0.02 * width), ("distinct2", 0.06 * width), ("empty", 0.0)):
+            found["natural"][name] = [level, level - half, level + half]
+        path.write_text(json.dumps(found))
+    moves = {m.metric: m for m in collect(recipe, tasks, every, {}).moves(tasks[0], "supervised+grpo")}
+    assert [moves[n].seen for n in ("distinct1", "distinct2", "empty")] == [True, False, True]
+    # fewer distinct words go against the metric's direction, fewer empty answers do not
+    assert [moves[n].harm for n in ("distinct1", "distinct2", "empty")] == [True, False, False]
+
+
+def test_an_encoder_decoder_with_fresh_weights(tmp_path):
+    values = settings(tmp_path, methods=["supervised", "supervised+grpo"])
+    values["model"]["scratch"] = {
+        "model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2,
+    }  # fmt: skip
+    assert run(GrueRecipe.model_validate(values))["finished"]
+    found = evaluation(tmp_path / "matrix", "supervised+grpo")
+    assert found["natural"]["perplexity"][0] > 1
+    assert "- supervised+grpo: reward" in (tmp_path / "matrix" / "goodhart.md").read_text()
+
+
 def test_statistics_of_nothing_and_of_one():
     assert mean([]) is None
     one = mean([2.0])
@@ -244,5 +274,5 @@ def test_time_left_is_judged_by_the_same_method(done):
 
 def test_the_recipe_that_ships_loads():
     root = Path(__file__).parents[2]
-    for name in ("recipes/grue.yaml", "recipes/results/grue-small.yaml"):
+    for name in ("recipes/grue.yaml", "recipes/results/grue-small.yaml", "recipes/results/grue-small-t5.yaml"):
         assert load_recipe(GrueRecipe, root / name).tasks

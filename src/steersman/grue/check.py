@@ -11,7 +11,7 @@ from steersman.grue.cells import Cell, cells, check_stamp, reward_parts
 from steersman.grue.evaluate import metrics_of, needed, over
 from steersman.grue.recipe import GrueRecipe
 from steersman.grue.rows import TaskRows, task_rows
-from steersman.grue.task import Task, load_task
+from steersman.grue.task import TASKS, Task, load_task
 from steersman.metrics import metric
 from steersman.reward import RewardConfig, build_reward
 from steersman.run.device import resolve_device
@@ -32,11 +32,10 @@ def checked(recipe: GrueRecipe) -> tuple[list[Task], dict[str, TaskRows], list[C
     names = [task.name for task in tasks]
     problems += [f"tasks: two tasks are named '{n}'" for n in dict.fromkeys(names) if names.count(n) > 1]
     for name in recipe.per_task:
-        if name not in names and not problems:
-            near = difflib.get_close_matches(name, names, n=1)
-            problems.append(
-                f"per_task: '{name}' is no task of this matrix{f'; did you mean {near[0]}?' if near else ''}"
-            )
+        if name not in {*names, *TASKS} and not problems:
+            near = difflib.get_close_matches(name, [*names, *TASKS], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"per_task: '{name}' is no task of this matrix or of the project{hint}")
     rows: dict[str, TaskRows] = {}
     for task in tasks:
         _collect(problems, lambda task=task: rows.update({task.name: task_rows(task, recipe)}))

@@ -24,8 +24,8 @@ from steersman.run.folder import write_atomic
 READING = (
     "Changes against what a method started from (the start model, or the supervised one), paired by seed. `↑` and "
     "`↓` stand where the interval over seeds leaves 0 out, `~` where it does not; `!` marks a move against the "
-    "metric's own direction that is more than noise (of one seed: bootstrap intervals over the prompts that do not "
-    "meet)."
+    "metric's own direction that is more than noise (of one seed: than twice the half width of the wider bootstrap "
+    "interval over the prompts)."
 )
 ARROWS = {"higher": "↑", "lower": "↓", "not told apart": "~", "one seed": ""}
 

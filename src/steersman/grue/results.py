@@ -28,9 +28,9 @@ NATURAL: dict[str, str] = {
 class Move:
     """What a method did to one metric, against what it started from.
 
-    `seen`: the change is more than noise. Over several seeds that is an interval without 0; of one seed, bootstrap
-    intervals over the prompts that do not meet, which is stricter than a test of the difference and knows nothing of
-    what another seed would give.
+    `seen`: the change is more than noise. Over several seeds that is an interval without 0; of one seed, more than
+    twice the half width of the wider bootstrap interval over the prompts, which knows nothing of what another seed
+    would give.
     """
 
     metric: str
@@ -98,12 +98,15 @@ class Results:
         return out
 
     def _apart(self, task: Task, ours: str, theirs: str, group: Group, name: str) -> bool:
-        """Whether the bootstrap intervals of the one seed that both have do not meet."""
+        """Whether the one seed's change is above twice the wider of the two bootstrap intervals' half widths.
+
+        The wider one, because a set where nothing was hit has an interval of no width and yet is no certainty.
+        """
         for seed in self.by_seed(task, ours, group, name):
             pair = [self.found.get((task.name, m, seed), {}).get(group, {}).get(name) for m in (ours, theirs)]
             if all(isinstance(v, list) and None not in v for v in pair):
-                (_, low, high), (_, low_before, high_before) = pair
-                return low > high_before or high < low_before
+                half = max((high - low) / 2 for _, low, high in pair)
+                return abs(pair[0][0] - pair[1][0]) > 2 * half
         return False
 
     def comparisons(self, task: Task) -> list[tuple[str, str, Mean]]:
