@@ -77,6 +77,21 @@ def test_a_ranking_in_one_forward_is_its_pairs_one_by_one(tmp_path, mini):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_accuracy_in_training_counts_the_pairs_that_are_there(tmp_path, mini):
+    objective, tally = objective_of("ranking", tmp_path, mini), Tally()
+    rows, right, count = [0, 1, 2], 0.0, 0
+    objective.loss(rows, 3.0, tally)
+    for i in rows:
+        ranks = objective.train.examples[i].ranks
+        r = [float(alone(objective.module, e)[-1, 0].detach()) for e in objective.train.groups[i]]
+        for a, b in itertools.permutations(range(len(r)), 2):
+            if ranks[a] < ranks[b]:
+                right, count = right + (r[a] > r[b]), count + 1
+    assert count == 8  # prompts of 2, 3 and 4 answers: 1, 2 and 5 pairs of unequal rank
+    assert tally.counts["accuracy"] == count
+    assert tally.means()["accuracy"] == pytest.approx(right / count)
+
+
 def test_plackett_luce_draws_the_best_then_the_best_of_the_rest(tmp_path, mini):
     objective = objective_of("ranking", tmp_path, mini, loss="plackett_luce")
     rows, total = [0, 3, 2], 0.0

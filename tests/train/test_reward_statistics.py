@@ -103,9 +103,11 @@ def test_a_rating_report_by_hand():
 
 def test_a_binary_report_by_hand():
     report = binary_report(np.array([2.0, -1.0, 0.5, -3.0]), np.array([1.0, 1.0, 0.0, 0.0]), base=0.75,
-                           lengths=np.array([4.0, 3, 2, 1]), clusters=np.arange(4), draws=100)  # fmt: skip
+                           lengths=np.array([4.0, 3, 2, 1]), clusters=np.arange(4), subset=["x", "x", "y", "x"],
+                           draws=100)  # fmt: skip
     assert report.numbers["accuracy"].value == 0.5
     assert report.numbers["auc"].value == 0.75
     assert report.baselines["more_frequent_class"] == 0.5
     assert report.baselines["auc_of_length"] == 1.0
+    assert report.baselines["more_frequent_class_of_each_subset"] == 0.75
     assert report.baselines["cross_entropy_of_the_share"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)

@@ -119,7 +119,8 @@ class RankingReward:
         rank = dense_ranks([self.train.examples[i].ranks for i in rows]).to(score.device)
         per_prompt = self.per_prompt(score, rank, mask)
         tally.add("loss", per_prompt.sum(), len(rows))
-        leads = (score[:, :, None] - score[:, None, :])[rank[:, :, None] < rank[:, None, :]]
+        ordered = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+        leads = (score[:, :, None] - score[:, None, :])[ordered]
         tally.add("accuracy", right(leads).sum(), leads.numel())
         return per_prompt.sum() / denominator
 
@@ -182,8 +183,8 @@ def side_by_side(score: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_ranks(ranks: Sequence[Sequence[float]]) -> Tensor:
-    """Ranks as integers from 0, equal ones equal, `[B, K]`; what is missing stands behind all, at the same place."""
-    out = torch.full((len(ranks), max(map(len, ranks))), 1 << 30)
+    """Ranks as integers from 0, equal ones equal, `[B, K]`; 0 where there is none (see the mask)."""
+    out = torch.zeros(len(ranks), max(map(len, ranks)), dtype=torch.long)
     for row, given in zip(out, ranks, strict=True):
         row[: len(given)] = torch.from_numpy(np.unique(given, return_inverse=True)[1])
     return out

@@ -251,6 +251,11 @@ def binary_report(
         "auc_of_length": auc(lengths, label),
         "cross_entropy_of_the_share": mean(cross_entropy(usual, label)),
     }
+    if subset:  # whoever knows the subset alone is right this often
+        shares = [label[np.array(subset) == name] > 0.5 for name in set(subset)]
+        report.baselines["more_frequent_class_of_each_subset"] = sum(max(x.sum(), (~x).sum()) for x in shares) / len(
+            label
+        )
     report.length = {"spearman_of_score": spearman(lengths, logit)}
     report.calibration = calibration(p, label)
     report.subsets = by_subset(subset, lambda rows: wilson(float(hit[rows].sum()), int(rows.sum())))
