@@ -11,7 +11,7 @@ from steersman.data import BadRows, Encoded, EncodedSet, Preference, RowError
 from steersman.data.read import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
-from steersman.train.preference import PairLossConfig, PairObjective, drop_equal
+from steersman.train.preference import PairLossConfig, PairObjective, drop_equal, right
 from steersman.train.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
@@ -165,3 +165,14 @@ def test_pairs_that_the_length_limit_made_equal_are_named_or_left_out():
     alone.groups, alone.examples = alone.groups[1:2], alone.examples[1:2]
     with pytest.raises(SteersmanError, match="no pair is left"):
         drop_equal(alone, BadRows("skip"))
+
+
+def test_a_lead_that_is_rounding_is_half_right():
+    lead, logp = torch.tensor([1e-5, -1e-5, 1e-3, -2.0, 0.0]), torch.tensor([-90.0, -90.0, -90.0, -1.0, -0.5])
+    assert right(lead, logp).tolist() == [0.5, 0.5, 1.0, 0.0, 0.5]
+    made = objective(PairLossConfig(name="dpo"))
+    made.known = {
+        key: made._run(data, [0, 1, 2])[0] for key, data in ((id(d), d) for d in (made.train, made.held_out))
+    }
+    made.known = {key: torch.stack([p.chosen, p.rejected], 1).detach() for key, p in made.known.items()}
+    assert made.evaluate()["held_out/accuracy"] == 0.5

@@ -231,10 +231,11 @@ def draw(found: dict[str, Any], file: Path) -> None:
             (line[1], "drift chosen", "drift rejected", f"{task}: how far log pi moved on held-out pairs, nats"),
         ):
             plain_axes(axis, title)
-            for method, row in rows.items():
+            for number, (method, row) in enumerate(rows.items()):
                 spot = row[x]["mean"], row[y]["mean"]
                 axis.plot(*spot, "o", ms=4, color="#c2571a" if row["falls"] else "#1f5f8b")
-                axis.annotate(method, spot, fontsize=7, xytext=(3, 3), textcoords="offset points")
+                place = (3, 3 if number % 2 else -9)
+                axis.annotate(method, spot, fontsize=7, xytext=place, textcoords="offset points")
             axis.set_xlabel(x, fontsize=8)
             axis.set_ylabel(y, fontsize=8)
         line[0].axhline(found[task]["before"]["reward"], color="#888888", lw=0.8, ls=":")

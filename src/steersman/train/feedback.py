@@ -34,7 +34,7 @@ from steersman.run.preflight import Preflight
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig, held_prompts
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.preference import refuse_scratch
+from steersman.train.preference import refuse_scratch, right
 from steersman.train.preflight import describe_run, policy_role
 from steersman.train.reference import Reference, answer_logp, reference_from
 from steersman.train.sections import ModelConfig, RunConfig
@@ -219,8 +219,8 @@ class FeedbackObjective:
             lead = explain["reward"] - threshold
         if self.config.nll:
             loss = loss - self.config.nll * torch.where(label, logp / tokens.mask.sum(-1).clamp(min=1), 0.0)
-        right = torch.where(label, lead > 0, lead < 0).float()
-        return loss, {"reward": explain["reward"], "accuracy": right, "logp": logp.detach(), "ref": ref}
+        told = {"accuracy": right(torch.where(label, lead, -lead), logp.detach()), "logp": logp.detach(), "ref": ref}
+        return loss, told | {"reward": explain["reward"]}
 
     def _labels(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> Tensor:
         return torch.tensor([data.examples[i].label for i in rows], device=self.module.device)

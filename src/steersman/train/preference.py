@@ -210,7 +210,7 @@ class PairObjective:
 def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:
     """What explains a preference loss: both likelihoods apart, how far they moved, the implicit reward's margin."""
     told = {
-        "accuracy": (explain["margin"] > 0).float(),
+        "accuracy": right(explain["margin"], pair.chosen.detach()),
         "margin": explain["margin"],
         "logp/chosen": pair.chosen.detach(),
         "logp/rejected": pair.rejected.detach(),
@@ -219,6 +219,13 @@ def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:
         told["drift/chosen"] = pair.chosen.detach() - pair.ref_chosen
         told["drift/rejected"] = pair.rejected.detach() - pair.ref_rejected
     return told
+
+
+def right(lead: Tensor, logp: Tensor) -> Tensor:
+    """1 where the lead is positive, 0 where it is negative, 1/2 where it is rounding: at the start, policy and
+    reference are the same, and their log-probabilities `logp` (nats) equal but for the last bits."""
+    tie = lead.abs() <= 1e-6 * logp.abs().clamp(min=1)
+    return torch.where(tie, 0.5, (lead > 0).float())
 
 
 def drop_equal(data: EncodedSet[Preference], left_out: BadRows) -> EncodedSet[Preference]:
