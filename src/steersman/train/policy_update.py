@@ -98,7 +98,8 @@ class Learner:
         mask = traj.mask[rows]
         steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
         moved, gap = torch.zeros(()), torch.zeros(())
-        for micro in micro_batches(tokens.length[rows], self.micro_tokens):
+        group = None if traj.group is None else traj.group[rows]
+        for micro in micro_batches(tokens.length[rows], self.micro_tokens, group):
             index = rows[micro]
             batch, part = tokens.rows(index), traj.rows(index)
             T = part.mask.shape[1]

@@ -7,16 +7,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def micro_batches(length: Int[Tensor, " B"], max_tokens: int) -> list[Int[Tensor, " b"]]:
+def micro_batches(
+    length: Int[Tensor, " B"], max_tokens: int, group: Int[Tensor, " B"] | None = None
+) -> list[Int[Tensor, " b"]]:
     """Row numbers in groups whose padded size, rows x longest, is at most `max_tokens`.
 
     Rows of like length go together, longest first, so that little padding is computed and memory peaks at the
-    start. A single row longer than `max_tokens` is a group of its own.
+    start. Rows of one `group` (the answers to one prompt) stand together, in the place of the longest of them, so
+    that what they share is computed once. A single row longer than `max_tokens` is a group of its own.
     """
-    order = length.argsort(descending=True, stable=True)
+    order, bound = length.argsort(descending=True, stable=True), length
+    if group is not None:
+        _, which = group.unique(return_inverse=True)
+        bound = torch.zeros_like(length).scatter_reduce(0, which, length, "amax")[which]
+        order = order[which[order].argsort(stable=True)]
+        order = order[bound[order].argsort(descending=True, stable=True)]
     groups, start = [], 0
     while start < len(order):
-        rows = max(1, max_tokens // max(int(length[order[start]]), 1))
+        rows = max(1, max_tokens // max(int(bound[order[start]]), 1))
         groups.append(order[start : start + rows])
         start += rows
     return groups
