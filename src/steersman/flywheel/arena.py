@@ -1,0 +1,229 @@
+"""`steersman arena`: the model battles opponents, a judge decides, and what it lost becomes the next lesson.
+
+    for each round, each of its stages on prompts of its own:
+      sft   battles -> where the model lost, the winner's answer is a demonstration
+      dpo   battles -> every decided battle is a pair, winner chosen, loser rejected
+      ppo   battles -> the pairs train a reward model, and PPO follows it on the same prompts
+
+Source: Arena Learning, arXiv 2407.10627, sections 3.2 and 3.3. Departures: where several opponents won, the answer of
+the one who won most of the batch is the lesson; pairs come from all decided battles, those that the model won too;
+ratings after each round are a Bradley-Terry fit with bootstrap intervals over held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from steersman.algorithms.ppo import PPO
+from steersman.flywheel.league import League
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.players import usable
+from steersman.flywheel.sections import LoopRecipe
+from steersman.flywheel.wheel import Wheel, stage_data, stage_model
+from steersman.run.config import Section
+from steersman.train import preference, reward_model, rl, sft
+from steersman.train.offline import OfflineConfig
+from steersman.train.preference import PairLossConfig, PreferenceRecipe
+from steersman.train.recipe import CriticConfig
+from steersman.train.reward_model import RewardModelConfig, RewardModelRecipe
+from steersman.train.sft import SFTConfig, SFTRecipe
+from steersman.train.verbs import RECIPES
+from steersman.types import Stats
+from steersman.update.optimizer import OptimizerConfig
+
+
+class SFTStage(Section):
+    """Fine-tuning on the answers that beat the model."""
+
+    train: SFTConfig = SFTConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class DPOStage(Section):
+    """Preference optimisation on decided battles."""
+
+    loss: PairLossConfig = PairLossConfig()
+    train: OfflineConfig = OfflineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
+
+
+class PPOStage(Section):
+    """A reward model from decided battles, then PPO toward it."""
+
+    reward_train: RewardModelConfig = RewardModelConfig(keep="last")
+    reward_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
+    iterations: int = Field(default=20, ge=1, description="iterations of PPO")
+    prompts: int = Field(default=32, ge=1, description="prompts per iteration of PPO")
+    samples: int = Field(default=2, ge=1, description="answers per prompt in PPO")
+    algorithm: PPO = PPO()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+
+
+class ArenaRecipe(LoopRecipe):
+    """Arena Learning: battles against opponents make the data of every stage."""
+
+    opponents: dict[str, str] = Field(description="name: folder or hub name of a model to battle")
+    stages: list[Literal["sft", "dpo", "ppo"]] = Field(
+        default=["sft", "dpo", "ppo"],
+        description="what each round does, in order, each on a batch of prompts of its own",
+    )
+    sft: SFTStage = SFTStage()
+    dpo: DPOStage = DPOStage()
+    ppo: PPOStage = PPOStage()
+    draws: int = Field(default=300, ge=10, description="bootstrap draws behind the ratings' intervals")
+
+    @model_validator(mode="after")
+    def _has_opponents(self) -> ArenaRecipe:
+        if not self.opponents or not self.stages:
+            raise ValueError("give at least one opponent, such as {base: path/to/model}, and at least one stage")
+        if "model" in self.opponents or any(name.startswith("round-") for name in self.opponents):
+            raise ValueError("opponents: the names `model` and `round-...` are the model's own; choose others")
+        return self
+
+
+def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Turns the wheel; leaves each round's battles, data and model, and the ratings; returns the summary."""
+    shown = ("rating/model", "reward/judge", "kl")
+    path = recipe.model.path
+    with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
+        wheel = Wheel(ledger, recipe)
+        league = League(wheel, recipe.opponents, recipe.draws)
+        stats, samples = wheel.look(0, path)
+        ledger.finish_round(0, stats | league.rate(0), samples)
+        for number in range(1, recipe.rounds + 1):
+            counts: Stats = {}
+            for place, stage in enumerate(recipe.stages):
+                name = f"round-{number:02d}/{place + 1}-{stage}"
+                batch = (number - 1) * len(recipe.stages) + place
+                battles = fight(wheel, recipe, name, path, batch)
+                counts |= {f"lost/{stage}": sum(b["share"] == 0 for b in battles) / max(len(battles), 1)}
+                path, used = _STAGES[stage](wheel, recipe, name, path, battles)
+                counts[f"data/{stage}"] = used
+            stats, samples = wheel.look(number, path)
+            ledger.finish_round(number, stats | league.rate(number) | counts, samples)
+        return wheel.finish(path, {"table": league.table(recipe.rounds)})
+    return ledger.summary({})
+
+
+def fight(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -> Rows:
+    """Table: one battle per prompt and opponent, `share` 1 where the model won, 0 where it lost.
+
+    Prompts that the model, or an opponent, gave no usable answer to make no battle.
+    """
+    ledger, answers = wheel.ledger, {}
+    for seat, (player, where) in enumerate({"model": path, **recipe.opponents}.items()):
+        opened = wheel.player(where)
+        rows = wheel.answers(f"{name}/answers-{player}", opened, where, batch, 1, seat)
+        opened.release()
+        answers[player] = {r["index"]: r for r in usable(rows, recipe.unfinished)[0]}
+
+    def make() -> Rows:
+        met = [
+            (mine, answers[o][i], o)
+            for o in recipe.opponents
+            for i, mine in answers["model"].items()
+            if i in answers[o]
+        ]
+        asked = [(mine["prompt"], mine["completion"], theirs["completion"]) for mine, theirs, _ in met]
+        outcomes = wheel.judge.compare(asked, wheel.columns([mine for mine, _, _ in met]))
+        return [
+            {
+                "prompt": mine["prompt"], "index": mine["index"], "opponent": opponent, "mine": mine["completion"],
+                "theirs": theirs["completion"], "share": o.share, "consistent": o.consistent,
+            }
+            for (mine, theirs, opponent), o in zip(met, outcomes, strict=True)
+            if o is not None
+        ]  # fmt: skip
+
+    sources = ledger.sources(*(f"{name}/answers-{player}" for player in answers))
+    return ledger.table(f"{name}/battles", make, judge=wheel.about_judge(), made_from=sources)
+
+
+def lessons(battles: Rows) -> Rows:
+    """Demonstrations from lost battles, one a prompt: the answer of the opponent who won most in the batch."""
+    won = Counter(b["opponent"] for b in battles if b["share"] == 0)
+    best: dict[int, dict[str, Any]] = {}
+    for b in battles:
+        if b["share"] == 0 and (b["index"] not in best or won[b["opponent"]] > won[best[b["index"]]["teacher"]]):
+            best[b["index"]] = {
+                "prompt": b["prompt"], "completion": b["theirs"], "teacher": b["opponent"], "index": b["index"],
+            }  # fmt: skip
+    return list(best.values())
+
+
+def decided(battles: Rows) -> Rows:
+    """Pairs from every battle that was won or lost."""
+    return [
+        {
+            "prompt": b["prompt"], "chosen": b["mine"] if b["share"] == 1 else b["theirs"],
+            "rejected": b["theirs"] if b["share"] == 1 else b["mine"],
+            "winner": "model" if b["share"] == 1 else b["opponent"], "index": b["index"],
+        }
+        for b in battles
+        if b["share"] != 0.5
+    ]  # fmt: skip
+
+
+def _sft(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
+    ledger = wheel.ledger
+    rows = ledger.table(f"{name}/lessons", lambda: lessons(battles), made_from=ledger.sources(f"{name}/battles"))
+    if not rows:
+        ledger.log.note(f"{name}: the model lost no battle, so there is nothing to learn", style="yellow")
+        return path, 0
+    values = {
+        "model": stage_model(recipe, path),
+        "data": stage_data(recipe, str(ledger.path / f"{name}/lessons.jsonl")),
+    }
+    values |= {"train": recipe.sft.train, "optimizer": recipe.sft.optimizer}
+    return ledger.stage(f"{name}/train", sft.run, SFTRecipe.model_validate, values)["model"], len(rows)
+
+
+def _dpo(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
+    rows, data = _decided(wheel, recipe, name, battles)
+    if not rows:
+        return path, 0
+    config = recipe.dpo
+    values = {"model": stage_model(recipe, path), "data": data, "loss": config.loss, "train": config.train}
+    values |= {"optimizer": config.optimizer}
+    return wheel.ledger.stage(f"{name}/train", preference.run, PreferenceRecipe.model_validate, values)["model"], len(
+        rows
+    )
+
+
+def _ppo(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
+    rows, data = _decided(wheel, recipe, name, battles)
+    if not rows:
+        return path, 0
+    ledger, config, rollout = wheel.ledger, recipe.ppo, recipe.rollout
+    values = {"model": stage_model(recipe, path), "data": data}
+    values |= {"train": config.reward_train, "optimizer": config.reward_optimizer}
+    reward = ledger.stage(f"{name}/reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
+    asked = ledger.table(f"{name}/prompts", lambda: [{"prompt": wheel.train[i].prompt} for i in _places(battles)])
+    values = {
+        "model": stage_model(recipe, path), "data": stage_data(recipe, str(ledger.path / f"{name}/prompts.jsonl")),
+        "reward": {"parts": {"reward_model": {"model": reward}}, "normalise": True},
+        "rollout": rollout.model_dump()
+        | {"prompts": min(config.prompts, len(asked)), "samples": config.samples, "held_out": 0},
+        "algorithm": config.algorithm, "optimizer": config.optimizer, "critic": config.critic,
+        "iterations": config.iterations,
+    }  # fmt: skip
+    return ledger.stage(f"{name}/train", rl.run, RECIPES["ppo"].model_validate, values)["model"], len(rows)
+
+
+def _decided(wheel: Wheel, recipe: ArenaRecipe, name: str, battles: Rows) -> tuple[Rows, dict[str, Any]]:
+    ledger = wheel.ledger
+    rows = ledger.table(f"{name}/pairs", lambda: decided(battles), made_from=ledger.sources(f"{name}/battles"))
+    if not rows:
+        ledger.log.note(f"{name}: no battle was decided, so there is nothing to learn", style="yellow")
+    return rows, stage_data(recipe, str(ledger.path / f"{name}/pairs.jsonl"))
+
+
+def _places(battles: Rows) -> list[int]:
+    return sorted({b["index"] for b in battles})
+
+
+_STAGES = {"sft": _sft, "dpo": _dpo, "ppo": _ppo}

@@ -1,0 +1,109 @@
+"""`steersman best-of-n`: rejection sampling and RAFT. Sample n answers, score, keep the good ones, fine-tune; again.
+
+    for each round:  y_1..y_n ~ pi(. | x);  keep by score;  pi <- argmax_pi sum over kept of log pi(y | x)
+
+Source: RAFT, arXiv 2304.06767, algorithm 1 (`keep.rule: best`, best of each prompt's answers). Departures: an SFT
+run's own optimiser and epochs; `top` ranks over all prompts of a round, `threshold` is plain rejection sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.sections import LoopRecipe
+from steersman.flywheel.wheel import Wheel, stage_data, stage_model
+from steersman.run.config import Section
+from steersman.train import sft
+from steersman.train.sft import SFTConfig, SFTRecipe
+from steersman.types import SteersmanError
+from steersman.update.optimizer import OptimizerConfig
+
+
+class KeepConfig(Section):
+    """Which answers become demonstrations."""
+
+    rule: Literal["best", "top", "threshold"] = Field(
+        default="best", description="the best of each prompt, the best share of the round, or all above a grade"
+    )
+    share: float = Field(default=0.25, gt=0, le=1, description="with top: this share of the round's answers")
+    threshold: float = Field(default=0.0, description="with threshold: grades from this on")
+
+
+class BestOfNRecipe(LoopRecipe):
+    """Rejection sampling in rounds: what the judge liked becomes demonstrations."""
+
+    keep: KeepConfig = KeepConfig()
+    begin: Literal["last", "start"] = Field(
+        default="last", description="each round fine-tunes the last round's model, or the first one anew"
+    )
+    history: Literal["round", "all"] = Field(
+        default="round", description="train on this round's data, or on all so far"
+    )
+    train: SFTConfig = SFTConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+def run(recipe: BestOfNRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
+    shown = ("reward/judge", "kl", "win_rate/start")
+    path = recipe.model.path
+    with Ledger("best-of-n", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
+        wheel = Wheel(ledger, recipe)
+        ledger.finish_round(0, *wheel.look(0, path))
+        for number in range(1, recipe.rounds + 1):
+            name, player = f"round-{number:02d}", wheel.player(path)
+            sampled = wheel.answers(f"{name}/samples", player, path, number - 1, recipe.rollout.samples)
+            player.release()
+            graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+            kept = ledger.table(
+                f"{name}/kept", lambda rows=graded: keep(rows, recipe.keep),
+                made_from=ledger.sources(f"{name}/graded"), keep=recipe.keep.model_dump(),
+            )  # fmt: skip
+            first = number if recipe.history == "round" else 1
+            files = [str(ledger.path / f"round-{r:02d}" / "kept.jsonl") for r in range(first, number + 1)]
+            values = {
+                "model": stage_model(recipe, path if recipe.begin == "last" else recipe.model.path),
+                "data": stage_data(recipe, files), "train": recipe.train, "optimizer": recipe.optimizer,
+            }  # fmt: skip
+            path = ledger.stage(f"{name}/sft", sft.run, SFTRecipe.model_validate, values)["model"]
+            stats, samples = wheel.look(number, path)
+            stats |= {
+                "data/sampled": len(sampled), "data/graded": len(graded), "data/kept": len(kept),
+                "grade/sampled": _mean(graded), "grade/kept": _mean(kept),
+            }  # fmt: skip
+            ledger.finish_round(number, stats, samples)
+        return wheel.finish(path)
+    return ledger.summary({})
+
+
+def keep(rows: Rows, config: KeepConfig) -> Rows:
+    """The graded rows that the rule keeps, in their order; of equal grades the one sampled first.
+
+    Raises SteersmanError where none is left.
+    """
+    if config.rule == "best":
+        best: dict[int, dict[str, Any]] = {}
+        for row in rows:
+            if row["index"] not in best or row["grade"] > best[row["index"]]["grade"]:
+                best[row["index"]] = row
+        kept = list(best.values())
+    elif config.rule == "top":
+        count = max(1, round(config.share * len(rows)))
+        chosen = sorted(range(len(rows)), key=lambda i: -rows[i]["grade"])[:count]
+        kept = [rows[i] for i in sorted(chosen)]
+    else:
+        kept = [row for row in rows if row["grade"] >= config.threshold]
+    if not kept:
+        grades = sorted(row["grade"] for row in rows)
+        raise SteersmanError(
+            f"keep.threshold {config.threshold:g}: no answer reaches it; grades go from {grades[0]:.3g} over "
+            f"{grades[len(grades) // 2]:.3g} (median) to {grades[-1]:.3g}"
+        )
+    return kept
+
+
+def _mean(rows: Rows) -> float:
+    return sum(row["grade"] for row in rows) / len(rows)

@@ -1,0 +1,214 @@
+"""`steersman feedback`: user turns that praise or complain become labelled examples for SFT and KTO.
+
+Source: learning from naturally occurring feedback, arXiv 2407.10944. A praised answer is a thumb up (KTO) and a
+demonstration (SFT); a complaint, correction, request for clarification or repeated question is a thumb down.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from steersman.data import BadRows, DataConfig, RowError, read_rows
+from steersman.flywheel.conversations import Exchange, exchanges
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.reactions import DOWN, Down, category
+from steersman.judge import JudgeConfig, open_judge
+from steersman.judge.cache import key_of
+from steersman.judge.scored import as_text
+from steersman.run.config import Section
+from steersman.train import feedback as thumbs
+from steersman.train import sft
+from steersman.train.feedback import KTOConfig
+from steersman.train.offline import OfflineConfig
+from steersman.train.sections import ModelConfig, RunConfig
+from steersman.train.sft import SFTConfig, SFTRecipe
+from steersman.types import Stats, SteersmanError
+from steersman.update.optimizer import OptimizerConfig
+
+MOOD = """A user talks with an assistant. Judge from the user's newest turn alone how pleased the user is with the
+assistant's answer before it: {high} praises or thanks for it, {low} complains, corrects it or asks again, a number in
+the middle says nothing about it. {rubric}
+
+<conversation>
+{prompt}
+</conversation>
+
+<newest turn>
+{answer}
+</newest turn>
+
+End with the number in double brackets, such as [[{low}]].
+Grade:"""
+
+
+class KTOStage(Section):
+    """Training on thumbs."""
+
+    loss: KTOConfig = KTOConfig()
+    train: OfflineConfig = OfflineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
+
+
+class SFTStage(Section):
+    """Training on praised answers."""
+
+    train: SFTConfig = SFTConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class FeedbackRecipe(Section):
+    """Labelled examples out of conversations, and, where asked for, a model trained on them."""
+
+    data: DataConfig
+    judge: JudgeConfig | None = Field(
+        default=None, description="who reads the users' turns (on a scale of 1 to 5); null: rules that can be read"
+    )
+    no_prompt: Literal["count", "stop"] = Field(
+        default="count", description="feedback on an answer to no user's turn: leave it out and count it, or stop"
+    )
+    down: list[Down] = Field(default=list(DOWN), description="with rules: which reactions are a thumb down")
+    model: ModelConfig | None = Field(default=None, description="the model to train; null: only make the data")
+    then: list[Literal["sft", "kto"]] = Field(default=[], description="what to train, in order, each on the last")
+    sft: SFTStage = SFTStage()
+    kto: KTOStage = KTOStage()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> FeedbackRecipe:
+        if bool(self.then) != (self.model is not None):
+            raise ValueError("`model` and `then` belong together: give both to train, or neither to make data only")
+        return self
+
+
+def run(recipe: FeedbackRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Leaves reactions.jsonl, kto.jsonl and sft.jsonl, trains what the recipe asks for, returns the summary."""
+    with Ledger("feedback", recipe, resume=resume, rounds=0) as ledger:
+        reactions = ledger.table("reactions", lambda: _reactions(ledger, recipe), **_about(recipe))
+        labelled = [r for r in reactions if r["label"] is not None]
+        if not labelled:
+            raise SteersmanError(f"{recipe.data.path}: none of {len(reactions)} user turns praises or complains")
+        made_from = ledger.sources("reactions")
+        kto = ledger.table("kto", lambda: labelled, made_from=made_from)
+        praised = [{k: r[k] for k in ("prompt", "completion", "file", "row")} for r in labelled if r["label"]]
+        ledger.table("sft", lambda: praised, made_from=made_from)
+        seen = Counter(r["category"] for r in reactions)
+        stats: Stats = {f"reactions/{name}": seen[name] for name in sorted(seen)}
+        stats |= {"data/exchanges": len(reactions), "data/kto": len(kto), "data/sft": len(praised)}
+        ledger.finish_round(0, stats, [_shown(i, r) for i, r in enumerate(labelled[:40])])
+        told: dict[str, Any] = {
+            "data": {"kto": str(ledger.path / "kto.jsonl"), "sft": str(ledger.path / "sft.jsonl")}
+        }
+        told |= stats | {"yield": len(kto) / max(len(reactions), 1)}
+        return ledger.summary(told | _train(ledger, recipe))
+    return ledger.summary({})
+
+
+def _train(ledger: Ledger, recipe: FeedbackRecipe) -> dict[str, Any]:
+    """Runs the asked-for verbs, each on the model of the one before."""
+    if recipe.model is None:
+        return {}
+    path = recipe.model.path
+    limits = recipe.data.model_dump(include={"max_prompt_tokens", "max_length", "append_eos", "held_out"})
+    for name in recipe.then:
+        data = {"path": str(ledger.path / f"{name}.jsonl"), "assistant_turns": "last", "on_too_long": "drop"} | limits
+        values: dict[str, Any] = {"model": recipe.model.model_dump() | {"path": path, "merge": True}, "data": data}
+        config = recipe.sft if name == "sft" else recipe.kto
+        values |= {"train": config.train, "optimizer": config.optimizer}
+        if name == "sft":
+            summary = ledger.stage("1-sft", sft.run, SFTRecipe.model_validate, values)
+        else:
+            values["loss"] = recipe.kto.loss
+            summary = ledger.stage("2-kto", thumbs.run, thumbs.RECIPES["kto"].model_validate, values)
+        path = summary["model"]
+    return {"model": path}
+
+
+def _reactions(ledger: Ledger, recipe: FeedbackRecipe) -> Rows:
+    """Every exchange once, with its category and label (True, False, or null where it says nothing)."""
+    left_out = BadRows(recipe.data.on_bad_row)
+    found = list(_exchanges(recipe, left_out))
+    if left_out.counts:
+        ledger.log.note(left_out.sentence)
+    if not found:
+        raise SteersmanError(f"{recipe.data.path}: no answer with a user's turn after it ({left_out.sentence})")
+    if recipe.judge is None:
+        told = [(c, _label(c, recipe)) for c in (category(e.reaction, e.asked) for e in found)]
+    else:
+        told = _judged(ledger, recipe.judge, found)
+    return [
+        {
+            "prompt": e.prompt, "completion": e.answer, "label": label, "category": name, "reaction": e.reaction,
+            "file": e.row.file, "row": e.row.number,
+        }
+        for e, (name, label) in zip(found, told, strict=True)
+    ]  # fmt: skip
+
+
+def _exchanges(recipe: FeedbackRecipe, left_out: BadRows) -> Iterator[Exchange]:
+    seen: set[str] = set()
+    data = recipe.data
+    rows = read_rows(data.path, left_out, subset=data.subset, hub_split=data.hub_split)
+    for count, row in enumerate(rows):
+        if data.limit is not None and count >= data.limit:
+            return
+        row.data = row.data | {name: row.data[own] for name, own in data.columns.items() if own in row.data}
+        row.names = row.names | data.columns
+        try:
+            for e in exchanges(row):
+                key = key_of(e.prompt, e.answer, e.reaction)
+                if key in seen:
+                    continue
+                seen.add(key)
+                if not e.asked.strip() or not e.answer.strip():
+                    _without_prompt(recipe, e, left_out)
+                    continue
+                yield e
+        except RowError as error:
+            if error.reason == "feedback without prompt":
+                raise
+            left_out.add(error)
+
+
+def _without_prompt(recipe: FeedbackRecipe, e: Exchange, left_out: BadRows) -> None:
+    what = "an empty answer" if e.asked.strip() else "an answer that no user's turn precedes"
+    error = e.row.fault("feedback without prompt", f"the feedback {e.reaction[:60]!r} is on {what}", "prompt")
+    if recipe.no_prompt == "stop":
+        raise RowError(error.reason, f"{error} (no_prompt: count leaves such feedback out and counts it)")
+    left_out.note(error.reason, str(error))
+
+
+def _label(name: str, recipe: FeedbackRecipe) -> bool | None:
+    return True if name == "praise" else False if name in recipe.down else None
+
+
+def _judged(ledger: Ledger, config: JudgeConfig, found: list[Exchange]) -> list[tuple[str, bool | None]]:
+    """Praise from the second highest grade on, complaint up to the second lowest."""
+    settings = {"scale": (1, 5), "grade": config.grade or MOOD}
+    if not config.reward:
+        config = config.model_copy(update=settings)
+    judge = open_judge(config, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
+    items = [(as_text([*e.prompt, {"role": "assistant", "content": e.answer}]), e.reaction) for e in found]
+    low, high = (-0.5, 0.5) if config.reward else (2, 4)
+    out: list[tuple[str, bool | None]] = []
+    for grade in judge.grade(items):
+        if grade is None:
+            out.append(("unjudged", None))
+        else:
+            out.append(
+                ("praise", True) if grade >= high else ("complaint", False) if grade <= low else ("none", None)
+            )
+    return out
+
+
+def _about(recipe: FeedbackRecipe) -> dict[str, Any]:
+    judge = "rules" if recipe.judge is None else recipe.judge.model_dump(mode="json", exclude_defaults=True)
+    return {"judge": judge, "made_from": recipe.data.path, "down": list(recipe.down)}
+
+
+def _shown(index: int, row: dict[str, Any]) -> dict[str, Any]:
+    said = f"{row['prompt'][-1]['content']}\n→ {row['completion']}"
+    return {"index": index, "prompt": said, "completion": row["reaction"], "reward": {"label": float(row["label"])}}

@@ -1,0 +1,134 @@
+"""`steersman judge`: a judge as label maker. Pairs or answers in, a labelled file out (RLAIF, arXiv 2212.08073).
+
+prompt with two answers        -> prompt, chosen, rejected, agreement       (compared, in both orders)
+prompt with responses          -> prompt, responses, ranks, grades          (each graded)
+prompt with completion         -> prompt, completion, grade                 (graded)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steersman.data import BadRows, DataConfig, Row, RowError, read_rows
+from steersman.data import fields as f
+from steersman.data.examples import Content, is_empty
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.judge import Judge, JudgeConfig, open_judge
+from steersman.judge.scored import as_text
+from steersman.run.config import Section
+from steersman.train.sections import RunConfig
+from steersman.types import SteersmanError
+
+PAIRS = (("chosen", "rejected"), ("first", "second"), ("response1", "response2"))
+"""Columns that hold two answers to compare; those of the first that the row has are taken."""
+
+
+class LabelRecipe(Section):
+    """Labels for a file of pairs, of several answers a prompt, or of single answers."""
+
+    data: DataConfig
+    judge: JudgeConfig
+    ties: Literal["drop", "keep"] = Field(
+        default="drop", description="tied pairs: leave out, or keep with agreement 0.5"
+    )
+    run: RunConfig = RunConfig()
+
+
+@dataclass(slots=True)
+class Asked:
+    """A row to be judged; `pair` says that its two answers are compared, else all are graded."""
+
+    prompt: Content
+    answers: list[str]
+    pair: bool
+    row: Row
+
+
+def run(recipe: LabelRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Leaves labelled.jsonl in the run folder, and returns the summary."""
+    with Ledger("judge", recipe, resume=resume, rounds=0) as ledger:
+        judge = open_judge(recipe.judge, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
+        left_out = BadRows(recipe.data.on_bad_row)
+        asked = list(_asked(recipe.data, left_out))
+        if not asked:
+            raise SteersmanError(f"{recipe.data.path}: no row to judge ({left_out.sentence})")
+        about = recipe.judge.model_dump(mode="json", exclude_defaults=True, exclude={"endpoint": {"key_env", "url"}})
+        # Asked anew by a resumed run too: the replies are in the cache, and the counts are the same.
+        rows = _labelled(recipe, judge, asked)
+        ledger.table("labelled", lambda: rows, judge=about, made_from=recipe.data.path)
+        if not rows:
+            raise SteersmanError(f"{recipe.data.path}: the judge labelled none of {len(asked)} rows")
+        if left_out.counts:
+            ledger.log.note(left_out.sentence)
+        stats = {"data/asked": len(asked), "data/labelled": len(rows), **judge.stats()}
+        decided = [r for r in rows if r.get("agreement") == 1.0]
+        if decided and all("chosen" in a.row.data for a in asked):
+            stats["judge/agrees_with_data"] = sum(r["chosen_was"] == "chosen" for r in decided) / len(decided)
+        ledger.finish_round(0, stats, [])
+        return ledger.summary({"labelled": str(ledger.path / "labelled.jsonl"), **stats})
+    return ledger.summary({})
+
+
+def _asked(config: DataConfig, left_out: BadRows) -> Iterator[Asked]:
+    for count, row in enumerate(read_rows(config.path, left_out, subset=config.subset, hub_split=config.hub_split)):
+        if config.limit is not None and count >= config.limit:
+            return
+        row.data = row.data | {name: row.data[own] for name, own in config.columns.items() if own in row.data}
+        row.names = row.names | config.columns
+        try:
+            yield _one(row)
+        except RowError as error:
+            left_out.add(error)
+
+
+def _one(row: Row) -> Asked:
+    prompt = f.instruction(row) if "instruction" in row.data else f.content(row, "prompt")
+    if is_empty(prompt):
+        raise row.fault("empty prompt", "the prompt is empty", "prompt")
+    columns = next((p for p in PAIRS if p[0] in row.data and p[1] in row.data), None)
+    if columns is not None:
+        answers = [as_text(f.content(row, c)) for c in columns]
+    elif "responses" in row.data:
+        columns, answers = ("responses",), [str(x) for x in f.listing(row, "responses")]
+    else:
+        columns, answers = ("completion",), [as_text(f.content(row, "completion"))]
+    for i, answer in enumerate(answers):
+        if not answer.strip():
+            raise row.fault("empty completion", "the answer is empty", columns[min(i, len(columns) - 1)])
+    pair = len(columns) == 2
+    if pair and answers[0].strip() == answers[1].strip():
+        raise row.fault("equal answers", f"the answer equals that in {columns[1]!r}", columns[0])
+    if columns == ("responses",) and len(answers) < 2:
+        raise row.fault("single-item ranking", "a ranking needs two responses at least", "responses")
+    return Asked(prompt, answers, pair, row)
+
+
+def _labelled(recipe: LabelRecipe, judge: Judge, asked: list[Asked]) -> Rows:
+    pairs = [a for a in asked if a.pair]
+    compared = judge.compare([(a.prompt, *a.answers) for a in pairs], [a.row.data for a in pairs])  # type: ignore
+    singles = [(a, answer) for a in asked if not a.pair for answer in a.answers]
+    graded = iter(judge.grade([(a.prompt, x) for a, x in singles], [a.row.data for a, _ in singles]))
+    told: dict[int, dict[str, Any]] = {}
+    for a, outcome in zip(pairs, compared, strict=True):
+        if outcome is not None and (outcome.share != 0.5 or recipe.ties == "keep"):
+            first = outcome.share >= 0.5
+            names = next(p for p in PAIRS if p[0] in a.row.data and p[1] in a.row.data)
+            told[id(a)] = {
+                "prompt": a.prompt, "chosen": a.answers[not first], "rejected": a.answers[first],
+                "agreement": 0.5 if outcome.share == 0.5 else 1.0, "chosen_was": names[not first],
+                "consistent": outcome.consistent,
+            }  # fmt: skip
+    for a in asked:
+        if a.pair:
+            continue
+        grades = [next(graded) for _ in a.answers]
+        if "responses" not in a.row.data and grades[0] is not None:
+            told[id(a)] = {"prompt": a.prompt, "completion": a.answers[0], "grade": grades[0]}
+        elif "responses" in a.row.data and None not in grades:
+            ranks = [sum(other > g for other in grades if other is not None) for g in grades if g is not None]
+            told[id(a)] = {"prompt": a.prompt, "responses": a.answers, "ranks": ranks, "grades": grades}
+    return [told[id(a)] | {"file": a.row.file, "row": a.row.number} for a in asked if id(a) in told]

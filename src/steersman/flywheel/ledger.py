@@ -1,0 +1,206 @@
+"""The folder of a flywheel: rounds, the data that each made with where it came from, and going on after a kill.
+
+    config.yaml, metrics.jsonl (one row a round), samples.jsonl, summary.json, report.html, judge.jsonl
+    round-01/samples.jsonl, samples.provenance.json, ..., round-01/sft/ (a verb's run folder), round-01/round.json
+
+A table is written whole or not at all, and is not made again once it is there; a long one is made in parts that
+are kept. A stage that is a verb has the verb's own checkpoints. So a killed run goes on within its round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from steersman.judge.judge import InterruptedJudgeError
+from steersman.run.checkpoint import StopRequest
+from steersman.run.device import resolve_device, set_threads
+from steersman.run.folder import RunFolder, write_atomic
+from steersman.run.log import Log, read_jsonl
+from steersman.run.report import write_report
+from steersman.run.seed import seed_everything
+from steersman.train.sections import RunConfig
+from steersman.types import Stats
+
+Rows = list[dict[str, Any]]
+
+
+class StoppedError(Exception):
+    """A signal ended the run early; everything made so far is whole and `--resume` goes on."""
+
+
+class Ledger:
+    """One run of a flywheel, as a context manager that swallows `StoppedError` (then `stopped` is True).
+
+    `rounds` counts the rounds to come; round 0 is the look at the model before any.
+    """
+
+    def __init__(self, verb: str, recipe: Any, *, resume: bool, rounds: int, shown: Sequence[str] = ()) -> None:
+        self.verb, self.recipe, self.resume, self.rounds, self.shown = verb, recipe, resume, rounds, shown
+        self.config: RunConfig = recipe.run
+        set_threads(self.config.threads or None)
+        seed_everything(self.config.seed, deterministic=self.config.deterministic)
+        self.device = resolve_device(self.config.device)
+        self.stopped, self.began = False, False
+        self._stack, self._hashes = ExitStack(), dict[str, str]()
+
+    def __enter__(self) -> Ledger:
+        self.folder = self._stack.enter_context(RunFolder(Path(self.config.dir), self.recipe, resume=self.resume))
+        self.path = self.folder.path
+        self.signal = self._stack.enter_context(StopRequest())
+        logged = {row.get("step") for row in read_jsonl(self.path / "metrics.jsonl")}
+        whole = [r for r in range(self.rounds + 1) if r in logged and self._round_file(r).exists()]
+        self.done = next((r - 1 for r in range(self.rounds + 2) if r not in whole), self.rounds)
+        self.log = self._stack.enter_context(
+            Log(
+                self.path, title=self.verb, total=self.rounds, resumed_step=self.done, shown=self.shown,
+                sinks=self.config.sinks,
+            )
+        )  # fmt: skip
+        for change in self.folder.changes:
+            self.log.note(f"the recipe changed since the run began: {change}", style="yellow")
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.stopped = isinstance(error, StoppedError | InterruptedJudgeError)
+        if self.stopped:
+            self.log.note(f"stopped by {self.signal.signal_name}; go on with --resume --run.dir {self.path}")
+        try:
+            # A report that can not be written must not hide why the run failed.
+            with nullcontext() if error is None else suppress(Exception):
+                write_report(self.path)
+            if not self.began and not self.folder.resumed:
+                # What was refused before it made anything is no run: the mended recipe may use the folder.
+                (self.path / "config.yaml").unlink(missing_ok=True)
+                (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        finally:
+            self._stack.close()
+        return self.stopped
+
+    def table(self, name: str, make: Callable[[], Rows], **about: Any) -> Rows:
+        """The rows of `<name>.jsonl`: read where the file is there, else made, written whole, and returned.
+
+        `about` goes into `<name>.provenance.json` beside it, with the file's rows and SHA-256.
+        """
+        self.check()
+        path = self.path / f"{name}.jsonl"
+        if not (path.exists() and self._about(name).exists()):
+            rows = make()
+            self.check()
+            self._write(name, rows, about)
+        return read_jsonl(path)
+
+    def parts(self, name: str, count: int, make: Callable[[int], Rows], **about: Any) -> Rows:
+        """`table` for what takes long: made in `count` parts, each kept as soon as it is there."""
+        folder = self.path / f"{name}.parts"
+
+        def joined() -> Rows:
+            rows: Rows = []
+            for i in range(count):
+                self.check()
+                part = folder / f"{i:05d}.jsonl"
+                if not part.exists():
+                    self.began = True
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_atomic(part, _lines(make(i)))
+                rows += read_jsonl(part)
+            return rows
+
+        rows = self.table(name, joined, **about)
+        shutil.rmtree(folder, ignore_errors=True)
+        return rows
+
+    def stage(self, name: str, run: Callable[..., dict[str, Any]], recipe: Callable[[Any], Any], values: Any) -> dict:
+        """Runs a verb in the folder `name`, on from its newest checkpoint, or gives the summary of its finished run.
+
+        Its checkpoints go once it is finished: its model and summary are what the next stage needs.
+        """
+        self.check()
+        folder = self.path / name
+        summary = _finished(folder)
+        if summary is None:
+            values = {**values, "run": {**self.config.model_dump(), **values.get("run", {}), "dir": str(folder)}}
+            summary = run(recipe(values), resume=True)
+            if not summary["finished"]:
+                self.signal.signal_name = self.signal.signal_name or "a signal"
+                raise StoppedError
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return summary
+
+    def finish_round(self, number: int, stats: Stats, samples: Rows) -> None:
+        """Writes down the round: one row of metrics.jsonl, and the held-out answers into samples.jsonl."""
+        if number > self.done:
+            self._round_file(number).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._round_file(number), json.dumps(stats, indent=1))
+            self.log.samples(number, samples)
+            self.log.step(number, stats)
+        self.check()
+
+    def check(self) -> None:
+        """Raises StoppedError where a signal asked the run to stop."""
+        if self.signal:
+            raise StoppedError
+
+    def metrics(self) -> Rows:
+        """The rows of metrics.jsonl so far."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+    def summary(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Writes `summary.json`, and returns it."""
+        rows = self.metrics()
+        seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
+        told = {
+            "verb": self.verb, "finished": not self.stopped, "rounds": max((r["step"] for r in rows), default=0),
+            "seconds": seconds, "run": str(self.path), **numbers,
+        }  # fmt: skip
+        write_atomic(self.path / "summary.json", json.dumps(told, indent=1))
+        return told
+
+    def model(self, path: str) -> dict[str, str]:
+        """A model for provenance: its path (within the run folder where it lies there) and its weights' SHA-256."""
+        folder = Path(path)
+        inside = folder.resolve().is_relative_to(self.path.resolve())
+        shown = str(folder.resolve().relative_to(self.path.resolve())) if inside else path
+        if path not in self._hashes:
+            digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+            for file in files:
+                digest.update(file.read_bytes())
+            self._hashes[path] = digest.hexdigest() if files else "not a local folder"
+        return {"path": shown, "sha256": self._hashes[path]}
+
+    def sources(self, *names: str) -> dict[str, str]:
+        """Tables for provenance: name and SHA-256."""
+        return {name: _sha256(self.path / f"{name}.jsonl") for name in names}
+
+    def _write(self, name: str, rows: Rows, about: Mapping[str, Any]) -> None:
+        path, self.began = self.path / f"{name}.jsonl", True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _lines(rows))
+        told = {"file": path.name, "rows": len(rows), "sha256": _sha256(path), "seed": self.config.seed, **about}
+        write_atomic(self._about(name), json.dumps(told, indent=1, ensure_ascii=False))
+
+    def _about(self, name: str) -> Path:
+        return self.path / f"{name}.provenance.json"
+
+    def _round_file(self, number: int) -> Path:
+        return self.path / f"round-{number:02d}" / "round.json"
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["finished"] else None
+    return None
+
+
+def _lines(rows: Rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

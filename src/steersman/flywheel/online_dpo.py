@@ -1,0 +1,161 @@
+"""`steersman online-dpo`: iterative DPO under the KL-constrained objective. Sample, score, pair, train; again.
+
+    for each round:  y_1..y_n ~ pi_t(. | x);  (y_w, y_l) by the judge;  pi_{t+1} <- DPO on the pairs against pi_ref
+
+With `reference: start` the target stays max E[r] - beta KL(pi || pi_0), and the rounds only collect better data for
+it; with `last` the reference moves along, and the constraint is on each round's step alone.
+
+Source: arXiv 2312.11456, algorithm 2, and 2405.07863, section 3 (best against worst of n, pi_0 as reference, all
+pairs so far: `history: all`). Departures: no second, exploring policy beside the main one; more temperature
+(`rollout.temperature`) is the exploration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.players import usable
+from steersman.flywheel.sections import LoopRecipe
+from steersman.flywheel.wheel import Wheel, said, stage_data, stage_model
+from steersman.run.config import Section
+from steersman.train import preference
+from steersman.train.offline import OfflineConfig
+from steersman.train.preference import PairLossConfig, PreferenceRecipe
+from steersman.types import SteersmanError
+from steersman.update.optimizer import OptimizerConfig
+
+
+class PairsConfig(Section):
+    """How a prompt's answers become pairs."""
+
+    by: Literal["grade", "compare"] = Field(
+        default="grade", description="the judge grades each answer, or compares them two by two in both orders"
+    )
+    form: Literal["best_worst", "all"] = Field(
+        default="best_worst", description="one pair a prompt, the best against the worst, or every decided pair"
+    )
+    min_lead: float = Field(default=0.0, ge=0, description="with grade: pairs need more than this between them")
+
+
+class OnlineDPORecipe(LoopRecipe):
+    """Iterative preference optimisation on the model's own answers."""
+
+    pairs: PairsConfig = PairsConfig()
+    begin: Literal["last", "start"] = Field(
+        default="last", description="each round trains the last round's model, or the first one anew"
+    )
+    reference: Literal["start", "last"] = Field(
+        default="start", description="KL is measured to the first model, or to the one that the round begins with"
+    )
+    history: Literal["round", "all"] = Field(
+        default="round", description="train on this round's pairs, or on all so far"
+    )
+    loss: PairLossConfig = PairLossConfig()
+    train: OfflineConfig = OfflineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
+
+    @model_validator(mode="after")
+    def _two_at_least(self) -> OnlineDPORecipe:
+        if self.rollout.samples < 2:
+            raise ValueError(f"rollout.samples is {self.rollout.samples}, but a pair needs 2 answers to a prompt")
+        return self
+
+
+def run(recipe: OnlineDPORecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
+    shown = ("reward/judge", "kl", "win_rate/start")
+    path = recipe.model.path
+    with Ledger("online-dpo", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
+        wheel = Wheel(ledger, recipe)
+        ledger.finish_round(0, *wheel.look(0, path))
+        for number in range(1, recipe.rounds + 1):
+            name, player = f"round-{number:02d}", wheel.player(path)
+            sampled = wheel.answers(f"{name}/samples", player, path, number - 1, recipe.rollout.samples)
+            player.release()
+            pairs = _pairs(wheel, recipe, name, sampled)
+            first = number if recipe.history == "round" else 1
+            files = [str(ledger.path / f"round-{r:02d}" / "pairs.jsonl") for r in range(first, number + 1)]
+            begin = path if recipe.begin == "last" else recipe.model.path
+            values = {
+                "model": stage_model(recipe, begin), "data": stage_data(recipe, files), "loss": recipe.loss,
+                "reference": path if recipe.reference == "last" else recipe.model.path,
+                "train": recipe.train, "optimizer": recipe.optimizer,
+            }  # fmt: skip
+            path = ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
+            stats, samples = wheel.look(number, path)
+            leads = [p["lead"] for p in pairs]
+            stats |= {"data/sampled": len(sampled), "data/pairs": len(pairs), "lead": sum(leads) / len(leads)}
+            ledger.finish_round(number, stats, samples)
+        return wheel.finish(path)
+    return ledger.summary({})
+
+
+def _pairs(wheel: Wheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> Rows:
+    """Table: prompt, chosen, rejected and by how much (`lead`: of grades, or of shares won)."""
+    ledger, config = wheel.ledger, recipe.pairs
+    if config.by == "grade":
+        graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+        about = {"made_from": ledger.sources(f"{name}/graded")}
+
+        def make() -> Rows:
+            return list(pairs_of(graded, config))
+    else:
+        answers, left_out = usable(sampled, recipe.unfinished)
+        about = {"made_from": ledger.sources(f"{name}/samples"), "left_out": left_out, "judge": wheel.about_judge()}
+
+        def make() -> Rows:
+            return list(pairs_of(*compared(wheel, answers, config)))
+
+    pairs = ledger.table(f"{name}/pairs", make, **about, pairs=config.model_dump())
+    if not pairs:
+        _, left_out = usable(sampled, recipe.unfinished)
+        raise SteersmanError(
+            f"{name}: no pair from {len(sampled)} answers (left out: {said(left_out)}): the judge finds the rest "
+            "equal, or no prompt has two; sample more or warmer, lower pairs.min_lead, or set unfinished to trim"
+        )
+    return pairs
+
+
+def compared(wheel: Wheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
+    """Grades from comparisons, the share that an answer won of those with its siblings; or, for all pairs, each
+    decided comparison as a pair of rows with grades 1 and 0."""
+    duels = [(a, b) for a, b in combinations(answers, 2) if a["index"] == b["index"]]
+    asked = [(a["prompt"], a["completion"], b["completion"]) for a, b in duels]
+    outcomes = wheel.judge.compare(asked, wheel.columns([a for a, _ in duels]))
+    told = [(a, b, o.share) for (a, b), o in zip(duels, outcomes, strict=True) if o is not None]
+    if config.form == "all":
+        # Each duel is a prompt of its own here, so that only what was compared is paired.
+        rows = [
+            {**row, "grade": grade, "duel": i}
+            for i, (a, b, share) in enumerate(told)
+            for row, grade in ((a, share), (b, 1 - share))
+        ]
+        return rows, config.model_copy(update={"min_lead": 0.0})
+    won: dict[int, list[float]] = {}
+    for a, b, share in told:
+        won.setdefault(id(a), []).append(share)
+        won.setdefault(id(b), []).append(1 - share)
+    rows = [{**r, "grade": sum(won[id(r)]) / len(won[id(r)])} for r in answers if id(r) in won]
+    return rows, config.model_copy(update={"min_lead": 0.0})
+
+
+def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
+    """Pairs of graded answers to the same prompt whose grades lie more than `min_lead` apart."""
+    groups: dict[tuple[int, int], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["index"], row.get("duel", -1)), []).append(row)
+    for group in groups.values():
+        ordered = sorted(group, key=lambda r: -r["grade"])
+        every = combinations(ordered, 2)
+        for better, worse in [(ordered[0], ordered[-1])] if config.form == "best_worst" else every:
+            lead = better["grade"] - worse["grade"]
+            if lead > config.min_lead:
+                yield {
+                    "prompt": better["prompt"], "chosen": better["completion"], "rejected": worse["completion"],
+                    "lead": lead, "index": better["index"],
+                }  # fmt: skip

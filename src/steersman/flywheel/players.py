@@ -1,0 +1,134 @@
+"""Whoever answers prompts: a model, loaded when it is needed, and its answers as rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from steersman.data import DataConfig, Query, encode_prompts, layout
+from steersman.data.examples import Content, user
+from steersman.data.load import prompts
+from steersman.flywheel.sections import Unfinished
+from steersman.model import Policy
+from steersman.ops.masked import masked_sum
+from steersman.rollout import Engine
+from steersman.train.experience import tokens_of
+from steersman.train.models import context_length, policy_from
+from steersman.train.roles import sampler
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.types import Sample, SteersmanError, Tokens
+
+Rows = list[dict[str, Any]]
+
+
+class Player:
+    """A frozen model that answers; its weights are read at the first question and let go by `release`."""
+
+    def __init__(self, config: ModelConfig, run: RunConfig, device: torch.device) -> None:
+        self.config, self.run, self.device = config, run, device
+        self._policy: Policy | None = None
+        self._engine: Engine | None = None
+
+    @property
+    def policy(self) -> Policy:
+        if self._policy is None:
+            self._policy = policy_from(self.config, self.run, self.device, trainable=False)
+        return self._policy
+
+    def answer(
+        self, queries: Sequence[Query], places: Sequence[int], data: DataConfig, rollout: RolloutConfig, *,
+        n: int, seed: Sequence[int],
+    ) -> tuple[Rows, list[Sample]]:  # fmt: skip
+        """`n` answers to the queries at `places`, as rows and as samples; a query too long may be left out.
+
+        A row has `prompt` (text or turns), `completion`, `index` (of its query), `sample`, `finish`, `tokens`.
+        """
+        asked, _, _ = encode_prompts(
+            [queries[i] for i in places], layout(self.policy, data), data,
+            context_length(self.policy.model), rollout.max_new_tokens,
+        )  # fmt: skip
+        found = [places[p.index] for p in asked]
+        for prompt, place in zip(asked, found, strict=True):
+            prompt.index = place  # the random stream is the query's, whatever batch it stands in
+        if self._engine is None:
+            self._engine = sampler(self.policy, rollout)
+        samples = self._engine.generate(asked, rollout.sampling(), n=n, seed=list(seed))
+        rows = [
+            {
+                "prompt": queries[s.prompt.index].prompt, "completion": s.text, "index": s.prompt.index,
+                "sample": s.index, "finish": s.finish, "tokens": len(s.ids),
+            }
+            for s in samples
+        ]  # fmt: skip
+        return rows, samples
+
+    @torch.no_grad()
+    def logp(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[float]:
+        """log-probability (nats) of each answer under this model's whole distribution."""
+        tokens = tokens_of(samples)
+        tokens = Tokens(tokens.prompt, tokens.prompt_length, tokens.response, tokens.response_length, tokens.mask)
+        logp = self.policy.logp(tokens, temperature=temperature).logp
+        return masked_sum(logp, tokens.mask.to(logp.device), dim=-1).tolist()
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self._policy = self._engine = None
+
+
+def load_queries(data: DataConfig, held: int) -> tuple[list[Query], list[Query]]:
+    """Training prompts and held ones; without held-out rows the last few training prompts are looked at."""
+    loaded = prompts(data)
+    for query in [*loaded.train, *loaded.held_out]:
+        if data.wrap_in_chat and isinstance(query.prompt, str):
+            query.prompt = user(query.prompt)
+    if not loaded.held_out and len(loaded.train) <= held:
+        raise SteersmanError(
+            f"data: {len(loaded.train)} prompts, and rollout.held_out is {held}: none is left to train on"
+        )
+    if loaded.held_out or not held:
+        return loaded.train, loaded.held_out[:held]
+    return loaded.train[:-held], loaded.train[-held:]
+
+
+def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
+    """The rows that may teach, trimmed where asked for, and how many were left out, by reason.
+
+    An answer counts as finished when it ended by itself: the length limit's cut is no end to be learned.
+    """
+    kept: Rows = []
+    left_out = {"empty": 0, "unfinished": 0, "repeated": 0}
+    seen: set[tuple[int, str]] = set()
+    for row in rows:
+        text, cut = row["completion"], row["finish"] == "length"
+        if cut and unfinished == "trim":
+            text, cut = sentences_of(text), False
+        if not text.strip():
+            left_out["empty"] += 1
+        elif cut and unfinished == "drop":
+            left_out["unfinished"] += 1
+        elif (row["index"], text.strip()) in seen:
+            left_out["repeated"] += 1
+        else:
+            seen.add((row["index"], text.strip()))
+            kept.append({**row, "completion": text})
+    return kept, left_out
+
+
+def sentences_of(text: str) -> str:
+    """The text up to the end of its last whole sentence, with a closing quotation mark that belongs to it."""
+    end = max(text.rfind(mark) for mark in ".!?")
+    whole = text[: end + 1]
+    return whole + '"' if whole.count('"') % 2 else whole
+
+
+def perplexity(logp: Sequence[float], tokens: Sequence[int]) -> float:
+    """exp(-sum logp / sum tokens)."""
+    return math.exp(min(-sum(logp) / max(sum(tokens), 1), 50))
+
+
+def text_of(content: Content) -> str:
+    """A prompt to show: text as it is, of turns the last one's."""
+    return content if isinstance(content, str) else content[-1]["content"]

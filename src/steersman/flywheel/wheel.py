@@ -1,0 +1,209 @@
+"""What the loops share: prompts, answers, grades, and the look at held-out prompts after each round."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from steersman.data import Batches
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
+from steersman.flywheel.sections import LoopRecipe
+from steersman.judge import open_judge
+from steersman.judge.scored import Scorer
+from steersman.ops.text import distinct_n
+from steersman.train.sections import ModelConfig
+from steersman.types import Stats, SteersmanError
+
+LOOK = 1 << 30
+"""Stream of the held-out answers: the same in every round."""
+
+
+class Wheel:
+    """A loop's standing parts, and its steps as tables in the ledger.
+
+    `train` and `held` are the prompts; the judge decides what is learned, `gold` (the recipe's `watch`) only looks.
+    """
+
+    def __init__(self, ledger: Ledger, recipe: LoopRecipe) -> None:
+        self.ledger, self.recipe = ledger, recipe
+        self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out)
+        stopping = lambda: bool(ledger.signal)  # noqa: E731
+        self.judge = open_judge(recipe.judge, ledger.path, stopping=stopping, device=ledger.device)
+        self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
+        # Rows carry their prompts as turns already where the recipe wraps them.
+        self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
+        self.start = self.player(recipe.model.path)
+        size = min(recipe.rollout.prompts, len(self.train))
+        self.batches = Batches(len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True)
+
+    def player(self, path: str, model: ModelConfig | None = None) -> Player:
+        """The model at `path`, in the recipe's precision unless `model` says another."""
+        config = (model or self.recipe.model).model_copy(update={"path": path, "lora": None})
+        return Player(config, self.recipe.run, self.ledger.device)
+
+    def batch(self, number: int) -> list[int]:
+        """The prompts of batch `number` (from 0), by place; batches pass over all prompts before any comes again."""
+        fresh = Batches(
+            self.batches.size, self.batches.batch_size, self.recipe.run.seed, shuffle=self.batches.shuffle,
+            drop_last=True,
+        )  # fmt: skip
+        return next(islice(fresh.forever(), number, None))
+
+    def answers(self, name: str, player: Player, path: str, batch: int, n: int, seat: int = 0) -> Rows:
+        """Table: `n` answers of a player to the prompts of a batch, as they were sampled.
+
+        Players in different seats draw from different random streams, so that a model can meet itself.
+        """
+        places, rollout = self.batch(batch), self.recipe.rollout
+        size = max(1, 4 * rollout.max_batch // n)
+        chunks = [places[i : i + size] for i in range(0, len(places), size)]
+        seed = (self.recipe.run.seed, batch, seat)
+
+        def make(i: int) -> Rows:
+            return player.answer(self.train, chunks[i], self.data, rollout, n=n, seed=seed)[0]
+
+        return self.ledger.parts(
+            name, len(chunks), make, batch=batch, model=self.ledger.model(path), streams=list(seed),
+            rollout=rollout.model_dump(exclude={"held_out", "max_batch"}),
+        )  # fmt: skip
+
+    def graded(self, name: str, source: str, rows: Rows) -> Rows:
+        """Table: the usable rows of `source` with the judge's `grade`; ungraded ones are left out and counted."""
+        kept, left_out = usable(rows, self.recipe.unfinished)
+        if not kept:
+            raise SteersmanError(
+                f"none of {len(rows)} sampled answers can be used ({said(left_out)}); raise rollout.max_new_tokens, "
+                "or set unfinished to trim or keep"
+            )
+
+        def make() -> Rows:
+            grades = self.judge.grade([(r["prompt"], r["completion"]) for r in kept], self.columns(kept))
+            return [{**r, "grade": g} for r, g in zip(kept, grades, strict=True) if g is not None]
+
+        graded = self.ledger.table(
+            name, make, judge=self.about_judge(), made_from=self.ledger.sources(source), left_out=left_out
+        )
+        if not graded:
+            raise SteersmanError(f"the judge graded none of {len(kept)} answers: {self.judge.describe()}")
+        return graded
+
+    def columns(self, rows: Rows) -> list[dict[str, Any]]:
+        """The data's other columns of each row's prompt, for rewards that need them."""
+        return [self.train[r["index"]].columns for r in rows]
+
+    def look(self, number: int, path: str) -> tuple[Stats, Rows]:
+        """Answers the held-out prompts with the same random streams each round, and measures them.
+
+        `kl` is nats per answer to the model before round 1, estimated from the answers; `win_rate` is against
+        that model's answers by the judge; each `gold/...` has its standard error beside it.
+        """
+        name = f"round-{number:02d}/held-out"
+        player = self.player(path)
+        rows = self.ledger.table(name, lambda: self._look(player), model=self.ledger.model(path), streams=[LOOK])
+        self.judge.counts.clear()
+        before = rows if number == 0 else self.ledger.table("round-00/held-out", list)
+        stats: Stats = {
+            "reward/judge": _mean([r["grade"] for r in rows if r["grade"] is not None]),
+            "kl": _mean([r["logp"] - r["logp_start"] for r in rows]),
+            "perplexity": perplexity([r["logp_plain"] for r in rows], [r["tokens"] for r in rows]),
+            "text/distinct2": distinct_n([r["completion"] for r in rows], 2),
+            "length": _mean([r["tokens"] for r in rows]),
+            "finish/ended": _mean([float(r["finish"] != "length") for r in rows]),
+        }
+        if number:
+            stats |= self.against(rows, before)
+        for part in rows[0]["gold"]:
+            values = [r["gold"][part] for r in rows]
+            stats |= {f"gold/{part}": _mean(values), f"gold_se/{part}": standard_error(values)}
+        return stats, [_shown(r) for r in rows]
+
+    def against(self, rows: Rows, before: Rows) -> Stats:
+        """The share of held-out prompts won against the first model's answers, a tie counting half."""
+        outcomes = self.judge.compare(
+            [(r["prompt"], r["completion"], b["completion"]) for r, b in zip(rows, before, strict=True)],
+            [self.held[r["index"]].columns for r in rows],
+        )
+        shares = [o.share for o in outcomes if o is not None]
+        return ({"win_rate/start": _mean(shares)} if shares else {}) | self.judge.stats()
+
+    def about_judge(self) -> dict[str, Any]:
+        """The judge for provenance, without addresses or names of keys."""
+        hidden = {"key_env", "url", "timeout", "retries", "max_wait", "concurrency"}
+        return self.recipe.judge.model_dump(
+            mode="json", exclude={"endpoint": hidden, "cache": True}, exclude_defaults=True
+        )
+
+    def finish(self, path: str, more: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes the summary: the model, and the held-out numbers before and after."""
+        rows = [r for r in self.ledger.metrics() if "reward/judge" in r]
+        first, last = rows[0], rows[-1]
+        shown = [k for k in last if k not in ("step", "seconds") and not k.startswith(("judge/", "data/"))]
+        compared = {
+            f"{k}_{when}": r[k] for k in shown if k in first for when, r in (("before", first), ("after", last))
+        }
+        return self.ledger.summary({"model": path, **compared, **(more or {})})
+
+    def _look(self, player: Player) -> Rows:
+        rollout = self.recipe.rollout
+        rows, samples = player.answer(
+            self.held, range(len(self.held)), self.data, rollout, n=1, seed=(self.recipe.run.seed, LOOK)
+        )
+        logp = player.logp(samples, rollout.temperature)
+        logp_start = self.start.logp(samples, rollout.temperature)
+        plain = self.start.logp(samples)
+        columns = [self.held[r["index"]].columns for r in rows]
+        grades = self.judge.grade([(r["prompt"], r["completion"]) for r in rows], columns)
+        texts = [r["completion"] for r in rows]
+        gold = self.gold([r["prompt"] for r in rows], texts, columns) if self.gold is not None else {}
+        gold.pop("total", None)
+        self.start.release()
+        return [
+            {
+                **r, "logp": logp[i], "logp_start": logp_start[i], "logp_plain": plain[i], "grade": grades[i],
+                "gold": {part: values[i] for part, values in gold.items()},
+            }
+            for i, r in enumerate(rows)
+        ]  # fmt: skip
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def said(counts: dict[str, int]) -> str:
+    """ "3 empty, 2 unfinished", or "none left out"."""
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none left out"
+
+
+def stage_data(recipe: LoopRecipe, path: str | list[str]) -> dict[str, Any]:
+    """A verb's data section for a table of the loop, with the recipe's limits of length."""
+    kept = {"max_prompt_tokens", "max_length", "append_eos", "allow_special_tokens", "shuffle"}
+    limits = {k: v for k, v in recipe.data.model_dump().items() if k in kept}
+    too_long = recipe.data.on_too_long
+    return {
+        "path": path,
+        "assistant_turns": "last",
+        "on_too_long": "drop" if too_long == "error" else too_long,
+    } | limits
+
+
+def stage_model(recipe: LoopRecipe, path: str) -> dict[str, Any]:
+    """A verb's model section: the recipe's, at another path, saved whole."""
+    return recipe.model.model_dump() | {"path": path, "merge": True}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    reward = {"judge": row["grade"], **row["gold"]}
+    return {
+        "index": row["index"], "prompt": text_of(row["prompt"]), "completion": row["completion"],
+        "finish": row["finish"], "reward": {k: v for k, v in reward.items() if v is not None},
+    }  # fmt: skip

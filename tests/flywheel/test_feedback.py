@@ -1,0 +1,128 @@
+"""User turns that praise or complain are found and become examples; feedback without prompt is named or counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from wheel_kit import jsonl, rows_of
+
+from steersman.data import DataConfig
+from steersman.data.load import demonstrations, feedback
+from steersman.flywheel.feedback import FeedbackRecipe, run
+from steersman.flywheel.reactions import category, overlap
+from steersman.types import SteersmanError
+
+
+def said(role, text):
+    return {"role": role, "content": text}
+
+
+CHATS = [
+    [said("user", "Tell me of a cat."), said("assistant", "A cat sat."), said("user", "Thank you, lovely!")],
+    [said("user", "And a dog?"), said("assistant", "No."), said("user", "That is not what I asked."),
+     said("assistant", "A dog ran."), said("user", "Great, thanks.")],
+    [said("assistant", "Hello there."), said("user", "Great idea, thanks!")],
+    [said("user", "Sing."), said("assistant", "La la."), said("user", "Who wrote it?")],
+]  # fmt: skip
+
+
+def recipe(tmp_path, rows, run_name="run", **extra):
+    path = rows if isinstance(rows, str) else str(jsonl(tmp_path / "chats.jsonl", rows))
+    section = {"data": {"path": path}, "run": {"dir": str(tmp_path / run_name), "threads": 1}}
+    for key, value in extra.items():
+        section[key] = section.get(key, {}) | value if isinstance(value, dict) else value
+    return FeedbackRecipe.model_validate(section)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Thanks, that helps!", "praise"), ("Wow, thank you so much.", "praise"), ("That makes sense", "praise"),
+        ("Good idea. And then?", "praise"), ("You're right", "praise"), ("thank youuu", "none"),
+        ("No, thank you.", "none"), ("Thanks anyway", "none"), ("Thanks, but I meant the other one", "mixed"),
+        ("That's great, but too long", "mixed"), ("That is wrong.", "correction"),
+        ("No, I meant the river", "correction"), ("that\u2019s not what i asked", "correction"),
+        ("That doesn't answer the question", "complaint"), ("You are useless", "complaint"),
+        ("What do you mean?", "clarification"), ("Are you sure?", "clarification"), ("huh?", "clarification"),
+        ("What is a river?", "none"), ("It is a great wall in China", "none"), ("", "none"),
+    ],
+)  # fmt: skip
+def test_reactions_are_read_by_rules(text, wanted):
+    assert category(text) == wanted
+
+
+def test_a_repeated_question_is_a_complaint_of_its_own():
+    assert category("Show me cheap hotels in Rome, please", "show me cheap hotels in Rome") == "rephrase"
+    assert category("Show me cheap flights to Oslo", "show me cheap hotels in Rome") == "none"
+    assert overlap("yes", "yes") == 0
+
+
+def test_conversations_become_thumbs_and_demonstrations_that_the_loaders_read(tmp_path):
+    summary = run(recipe(tmp_path, [{"messages": m} for m in CHATS]))
+    assert (summary["data/exchanges"], summary["data/kto"], summary["data/sft"]) == (4, 3, 2)
+    thumbs = feedback(DataConfig(path=str(tmp_path / "run/kto.jsonl")))
+    assert [(e.completion[0]["content"], e.label) for e in thumbs.train] == [
+        ("A cat sat.", True), ("No.", False), ("A dog ran.", True),
+    ]  # fmt: skip
+    assert [m["content"] for m in thumbs.train[2].prompt] == ["And a dog?", "No.", "That is not what I asked."]
+    praised = demonstrations(DataConfig(path=str(tmp_path / "run/sft.jsonl")))
+    assert len(praised.train) == 2
+    told = json.loads((tmp_path / "run/reactions.provenance.json").read_text())
+    assert told["judge"] == "rules"
+
+
+def test_feedback_without_prompt_is_counted_or_stops(tmp_path, capsys):
+    run(recipe(tmp_path, [{"messages": m} for m in CHATS]))
+    assert "1 feedback without prompt" in capsys.readouterr().out
+    with pytest.raises(SteersmanError, match=r"chats\.jsonl, line 3, field 'prompt': the feedback 'Great idea"):
+        run(recipe(tmp_path, [{"messages": m} for m in CHATS], "other", no_prompt="stop"))
+
+
+def test_feedback_in_words_beside_an_answer(tmp_path):
+    rows = [
+        {"prompt": "Say hi.", "completion": "Hi!", "feedback": "Thanks!"},
+        {"prompt": "Say no.", "completion": "Yes.", "feedback": "That is wrong."},
+        {"prompt": "", "completion": "Yes.", "feedback": "That is wrong."},
+        {"prompt": "x", "completion": "y", "feedback": 7},
+    ]
+    with pytest.raises(SteersmanError, match=r"line 4, field 'feedback': must be text"):
+        run(recipe(tmp_path, rows))
+    summary = run(recipe(tmp_path, rows, data={"on_bad_row": "skip"}))
+    assert [r["label"] for r in rows_of(tmp_path / "run/kto.jsonl")] == [True, False]
+    assert summary["data/exchanges"] == 2
+
+
+def test_rows_that_hold_no_conversation_are_named(tmp_path):
+    with pytest.raises(SteersmanError, match=r"line 1: the row holds no conversation \(it has text\)"):
+        run(recipe(tmp_path, [{"text": "hm"}]))
+    with pytest.raises(SteersmanError, match="none of 1 user turns praises or complains"):
+        run(recipe(tmp_path, [{"messages": CHATS[3]}]))
+
+
+def test_a_reward_can_read_the_mood_in_the_place_of_rules(tmp_path):
+    judge = {"reward": {"mood": {"builtin": "vader_sentiment"}}}
+    run(recipe(tmp_path, [{"messages": m} for m in CHATS], judge=judge))
+    kto = rows_of(tmp_path / "run/kto.jsonl")
+    assert [r["label"] for r in kto if r["reaction"].startswith(("Thank", "Great"))] == [True, True]
+
+
+def test_training_on_feedback_runs_both_verbs(tmp_path, mini_model):
+    rows = [{"messages": m} for m in CHATS for _ in range(1)]
+    rows += [{"messages": [said("user", f"ask {c}"), *CHATS[0][1:]]} for c in "abcdef"]
+    train = {"train": {"batch_size": 4}, "optimizer": {"lr": 1e-2}}
+    asked = {"model": {"path": str(mini_model)}, "then": ["sft", "kto"], "sft": train, "kto": train}
+    summary = run(recipe(tmp_path, rows, **asked))
+    assert summary["model"].endswith("2-kto/model")
+    assert (tmp_path / "run/1-sft/model/model.safetensors").exists()
+    with pytest.raises(ValueError, match="belong together"):
+        recipe(tmp_path, rows, then=["sft"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "least"), [("hh_rlhf", 150), ("oasst_trees", 20), ("taskmaster_reward", 10), ("sgd_dialogues", 1000)]
+)
+def test_real_conversations_are_read(shared, tmp_path, folder, least):
+    summary = run(recipe(tmp_path, str(shared / folder), data={"on_bad_row": "skip"}))
+    assert summary["data/kto"] >= least
+    assert 0 < summary["yield"] < 0.3

@@ -1,0 +1,75 @@
+"""The judge as label maker: pairs, rankings and ratings come out, and bad rows are named."""
+
+from __future__ import annotations
+
+import pytest
+from wheel_kit import jsonl, rows_of
+
+from steersman.data import DataConfig
+from steersman.data.load import preferences, rankings
+from steersman.flywheel.label import LabelRecipe, run
+from steersman.types import SteersmanError
+
+JUDGE = {"reward": {"n": {"builtin": "length"}}}
+
+
+def label(tmp_path, rows, name="run", resume=False, **extra):
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    section = {"data": {"path": str(path)}, "judge": JUDGE, "run": {"dir": str(tmp_path / name), "threads": 1}}
+    for key, value in extra.items():
+        section[key] = section.get(key, {}) | value if isinstance(value, dict) else value
+    summary = run(LabelRecipe.model_validate(section), resume=resume)
+    return summary, rows_of(tmp_path / name / "labelled.jsonl")
+
+
+def test_pairs_are_turned_round_where_the_judge_says_so(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a b c", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": "a b"}]
+    summary, out = label(tmp_path, rows)
+    assert [(r["chosen"], r["rejected"], r["chosen_was"]) for r in out] == [
+        ("a b c", "a", "chosen"),
+        ("a b", "a", "rejected"),
+    ]
+    assert summary["judge/agrees_with_data"] == 0.5
+    assert len(preferences(DataConfig(path=str(tmp_path / "run/labelled.jsonl"))).train) == 2
+
+
+@pytest.mark.parametrize(("ties", "count"), [("drop", 1), ("keep", 2)])
+def test_ties_are_dropped_or_kept_as_such(tmp_path, ties, count):
+    rows = [{"prompt": "p", "first": "a b", "second": "c d"}, {"prompt": "q", "first": "a", "second": "a b"}]
+    _, out = label(tmp_path, rows, ties=ties)
+    assert len(out) == count
+    assert [r["agreement"] for r in out] == ([0.5, 1.0] if ties == "keep" else [1.0])
+
+
+def test_several_answers_become_a_ranking_and_single_ones_get_a_grade(tmp_path):
+    _, out = label(tmp_path, [{"prompt": "p", "responses": ["a", "a b c", "a b", "b a"]}])
+    assert out[0]["ranks"] == [3, 0, 1, 1]
+    assert rankings(DataConfig(path=str(tmp_path / "run/labelled.jsonl"), ties="keep")).train[0].ranks == [3, 0, 1, 1]
+    _, out = label(tmp_path, [{"prompt": "p", "completion": "a b"}], "other")
+    assert out[0]["grade"] == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": " a"}, "line 2, field 'chosen': the answer equals"),
+        ({"prompt": " ", "completion": "a"}, "line 2, field 'prompt': the prompt is empty"),
+        ({"prompt": "p", "first": "a", "second": ""}, "line 2, field 'second': the answer is empty"),
+        ({"prompt": "p", "responses": ["a"]}, "line 2, field 'responses': a ranking needs two"),
+        ({"completion": "a"}, "line 2, field 'prompt': the row has no such field"),
+    ],
+)
+def test_bad_rows_are_named_or_counted(tmp_path, row, what, capsys):
+    rows = [{"prompt": "p", "completion": "fine words"}, row]
+    with pytest.raises(SteersmanError, match=what):
+        label(tmp_path, rows)
+    _, out = label(tmp_path, rows, data={"on_bad_row": "skip"})
+    assert len(out) == 1
+    assert "1 rows left out" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_the_same_again(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a b c", "rejected": "a"}]
+    first, _ = label(tmp_path, rows)
+    again, _ = label(tmp_path, rows, resume=True)
+    assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
