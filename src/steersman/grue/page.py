@@ -27,6 +27,12 @@ READING = (
     "metric's own direction that is more than noise (of one seed: than twice the half width of the wider bootstrap "
     "interval over the prompts)."
 )
+TITLES = {
+    "reward/total": "reward",
+    "perplexity": "perplexity under the model it began with",
+    "length": "length, tokens",
+    "kl": "KL to the model it began with, nats",
+}
 ARROWS = {"higher": "↑", "lower": "↓", "not told apart": "~", "one seed": ""}
 
 
@@ -197,7 +203,11 @@ def html_page(results: Results, others: Sequence[dict[str, Any]]) -> str:
                 "charts": charts(results, task), "sheets": sheets(results, task),
             })  # fmt: skip
     return environment.get_template("grue.html.j2").render(
-        head=head(results), sections=sections, others=other_entries(others) if others else None
+        head=[line.replace("`", "") for line in head(results)],
+        reading=READING.replace("`", ""),
+        looks=results.recipe.rl.looks,
+        sections=sections,
+        others=other_entries(others) if others else None,
     )
 
 
@@ -207,7 +217,7 @@ def charts(results: Results, task: Task) -> list[tuple[str, Markup, list[str]]]:
     for name in results.watched(task):
         lines = results.curves(task, name)[:SERIES]
         if lines:
-            title = name.removeprefix("reward/") if name != "reward/total" else "reward"
+            title = TITLES.get(name, name.removeprefix("reward/"))
             out.append((title, Markup(line_chart(f"{task.name} {title}", lines)), [line.name for line in lines]))
     return out
 

@@ -73,5 +73,5 @@ def _moves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> 
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(-1.05 * FURTHEST, 1.05 * FURTHEST)
-    axes.set_xlabel("change in metrics not rewarded, %")
+    axes.set_xlabel("change in metrics not rewarded, %\n(filled: more than noise)")
     axes.grid(axis="x", lw=0.4)
