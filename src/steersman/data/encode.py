@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from steersman.data.config import DataConfig
-from steersman.data.examples import Content, Demonstration, Example, Feedback, Preference, Query, Ranking, Rating
-from steersman.data.tokenize import Layout
+from steersman.data.examples import (
+    Content,
+    Demonstration,
+    Example,
+    Feedback,
+    Preference,
+    Query,
+    Ranking,
+    Rating,
+    Steps,
+)
+from steersman.data.pairs import PairLayout
+from steersman.data.tokenize import Layout, Room, smallest
 from steersman.types import Prompt, SteersmanError
 
 E = TypeVar("E", bound=Example)
@@ -55,9 +67,11 @@ class EncodedSet(Generic[E]):
         return [group[0] for group in self.groups]
 
 
-def layout(tokenizer: object, config: DataConfig) -> Layout:
-    """The layout that a data section asks for."""
-    return Layout(
+def layout(reader: Any, config: DataConfig) -> Layout:
+    """The layout that a data section asks for, for a policy or scalar model; a bare tokenizer is a causal model's."""
+    tokenizer, start = getattr(reader, "tokenizer", reader), getattr(reader, "decoder_start", ())
+    kind = functools.partial(PairLayout, start=len(start)) if start else Layout
+    return kind(
         tokenizer,
         append_eos=config.append_eos,
         allow_special_tokens=config.allow_special_tokens,
@@ -67,16 +81,17 @@ def layout(tokenizer: object, config: DataConfig) -> Layout:
 
 
 def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int | None = None) -> EncodedSet[E]:
-    """Token ids and masks of examples, at most `max_length` tokens each (the model's `context` if that is less).
+    """Token ids and masks of examples, at most `max_length` tokens each (the model's `context` if that is less; an
+    encoder-decoder has one for the prompt and one for the answer).
 
     Raises SteersmanError at the first example that is too long where `on_too_long` is error, at a conversation
     that the template can not lay out, and where nothing is left.
     """
     out: EncodedSet[E] = EncodedSet()
-    max_length = smallest(config.max_length, context)
+    room = laid.room(config.max_prompt_tokens, config.max_length, context)
     for example in examples:
         group = _group(example, laid)
-        fitting, was_cut = _fit(example, group, laid, config, max_length)
+        fitting, was_cut = _fit(example, group, laid, config, room)
         if fitting is None:
             out.dropped += 1
             continue
@@ -85,9 +100,9 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
         out.cut += was_cut
         contents = [example.prompt, *answers(example)]
         out.special += any(laid.codec.has_special(c) for c in contents)
-        out.open_prompts += isinstance(example.prompt, str) and example.prompt[-1:].isspace()
+        out.open_prompts += laid.joined and isinstance(example.prompt, str) and example.prompt[-1:].isspace()
     if not out.groups:
-        raise SteersmanError(f"no example fits: all {out.dropped} are longer than {max_length} tokens")
+        raise SteersmanError(f"no example fits: all {out.dropped} are longer than {_limits(room)}")
     return out
 
 
@@ -101,9 +116,7 @@ def encode_prompts(
 
     Raises SteersmanError at the first prompt that is too long where `on_too_long` is error.
     """
-    limit = smallest(config.max_prompt_tokens, None if context is None else context - new_tokens)
-    if limit is not None and limit < 1:
-        raise SteersmanError(f"{new_tokens} new tokens leave no room for a prompt in a context of {context} tokens")
+    limit = laid.prompt_room(config.max_prompt_tokens, context, new_tokens)
     out, dropped, cut = [], 0, 0
     for index, query in enumerate(queries):
         try:
@@ -117,7 +130,7 @@ def encode_prompts(
                 dropped += 1
                 continue
             cut += 1
-            ids = _cut_left(ids, limit, laid)
+            ids = laid.cut(ids, limit, config.cut)
             text = laid.codec.decode(ids, after=False)
         out.append(Prompt(ids, text, query.columns, index))
     if not out:
@@ -132,7 +145,7 @@ def answers(example: Example) -> list[Content]:
             return [example.chosen, example.rejected]
         case Ranking():
             return example.completions
-        case Demonstration() | Feedback() | Rating():
+        case Demonstration() | Feedback() | Rating() | Steps():
             return [example.completion]
         case Query():
             return []
@@ -142,11 +155,6 @@ _MEND = (
     "Raise data.max_length or data.max_prompt_tokens, or set data.on_too_long to drop or truncate "
     "(both are counted and reported)"
 )
-
-
-def smallest(*limits: int | None) -> int | None:
-    """The least of the limits that are given."""
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _group(example: Example, laid: Layout) -> list[Encoded]:
@@ -163,33 +171,30 @@ def _group(example: Example, laid: Layout) -> list[Encoded]:
 
 
 def _fit(
-    example: Example, group: list[Encoded], laid: Layout, config: DataConfig, max_length: int | None
+    example: Example, group: list[Encoded], laid: Layout, config: DataConfig, room: Room
 ) -> tuple[list[Encoded] | None, bool]:
     prompt, longest = group[0].prompt, max(len(e.response) for e in group)
     # text alone has only its first token as prompt, which a limit on prompts does not mean
-    max_prompt = config.max_prompt_tokens if example.prompt else None
-    fits = (max_prompt is None or len(prompt) <= max_prompt) and (
-        max_length is None or len(prompt) + longest <= max_length
-    )
-    if fits:
+    most = (room.prompt if example.prompt else None, room.response, room.both)
+    sizes = (len(prompt), longest, len(prompt) + longest)
+    if all(limit is None or size <= limit for size, limit in zip(sizes, most, strict=True)):
         return group, False
     if config.on_too_long == "error":
-        limits = f"max_prompt_tokens {max_prompt}, max_length {max_length}"
         raise example.row.fault(
-            "too long", f"{len(prompt)} prompt tokens and {longest} response tokens exceed {limits}. {_MEND}"
+            "too long", f"{len(prompt)} prompt tokens and {longest} response tokens exceed {_limits(room)}. {_MEND}"
         )
     if config.on_too_long == "drop":
         return None, False
-    room = smallest(max_prompt, None if max_length is None else max_length - longest)
-    prompt = _cut_left(prompt, room or 0, laid)
-    end = None if max_length is None else max_length - len(prompt)
+    longest = smallest(longest, room.response) or 0
+    limit = smallest(most[0], None if room.both is None else room.both - longest, len(prompt))
+    prompt = laid.cut(prompt, limit or 0, config.cut)
+    end = smallest(room.response, None if room.both is None else room.both - len(prompt))
     cut = [Encoded(prompt, e.response[:end], e.mask[:end]) for e in group]
     # what is left must still teach something
     return (cut, True) if all(any(e.mask) for e in cut) else (None, False)
 
 
-def _cut_left(ids: list[int], limit: int, laid: Layout) -> list[int]:
-    """The last ids, behind what the tokenizer puts in front of every text; one id of its own at least."""
-    head = laid.codec.prefix if ids[: len(laid.codec.prefix)] == laid.codec.prefix else []
-    tail = max(limit - len(head), min(1, len(ids) - len(head)))
-    return head + ids[len(ids) - tail :] if len(ids) - len(head) > tail else ids
+def _limits(room: Room) -> str:
+    """The limits in words, by the recipe's names."""
+    named = {"prompt": room.prompt, "response (the decoder's context)": room.response, "both together": room.both}
+    return ", ".join(f"{limit} of {name}" for name, limit in named.items() if limit is not None)
