@@ -164,6 +164,12 @@ def test_ifeval_counts_sentences_and_reads_loosely():
     for (name, settings), kept in ((many, 1.0), (few, 0.0)):
         columns = {"instruction_id_list": [[name]], "kwargs": [[settings]]}
         assert metric("ifeval").score([text], **columns) == [kept]
+    columns = {"instruction_id_list": [["detectable_format:number_bullet_lists"]], "kwargs": [[{"num_bullets": 2}]]}
+    assert [metric("ifeval").score(["\n".join(["* x", "- y", "- z"][:n])], **columns) for n in (1, 2, 3)] == [
+        [0],
+        [1],
+        [0],
+    ]
     columns = {"instruction_id_list": [["punctuation:no_comma", "startend:quotation"]], "kwargs": [[{}, None]]}
     said = 'Sure, here:\n"all of it"'
     assert metric("ifeval").score([said], **columns) == [0.0]

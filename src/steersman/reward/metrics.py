@@ -68,8 +68,11 @@ class MetricReward:
         try:
             return self.metric.score([s.text for s in samples], **given)
         except SteersmanError as error:
+            without = " and counted without empty responses" if self.empty is not None else ""
             first = samples[0].prompt.text[:60]
-            raise SteersmanError(f"reward '{self.name}': {error} (prompt of row 0: {first!r})") from error
+            raise SteersmanError(
+                f"reward '{self.name}': {error} (rows counted from 0{without}; prompt of row 0: {first!r})"
+            ) from error
 
 
 def inputs(metric: Metric, name: str, samples: Sequence[Sample], columns: Mapping[str, str]) -> dict[str, list[Any]]:
