@@ -106,7 +106,7 @@ def supervised(recipe: GrueRecipe, task: Task, seed: int) -> SFTRecipe:
     data = data_folder(recipe, task)
     return SFTRecipe.model_validate(
         {
-            "model": recipe.model.model_dump(),
+            "model": recipe.model.model_dump() | {"merge": True},
             "data": {
                 "path": str(data / "demonstrations.jsonl"),
                 "held_out_files": [str(data / "held-out-demonstrations.jsonl")],
@@ -124,7 +124,7 @@ def on_policy(recipe: GrueRecipe, task: Task, verb: str, start: str, folder: Pat
     """The verb toward the task's reward, from the start model or the supervised one."""
     rl, data = recipe.rl, data_folder(recipe, task)
     values: dict[str, Any] = {
-        "model": recipe.model.model_dump() | {"path": start, "scratch": None},
+        "model": recipe.model.model_dump() | {"path": start, "scratch": None, "merge": True},
         "data": {
             "path": str(data / "prompts.jsonl"),
             "held_out_files": [str(data / "held-out.jsonl")],
