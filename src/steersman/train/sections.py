@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from steersman.rollout import Sampling
@@ -41,6 +42,13 @@ class ModelConfig(Section):
     )
 
 
+def micro_tokens(device: str) -> int:
+    """How many tokens go through a model at once: enough to keep an accelerator busy; on a CPU, few enough that
+    activations stay below the size (32 MiB) from which every tensor is fresh memory from the system, page by page."""
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return 2_048 if on_cpu else 16_384
+
+
 class RunConfig(Section):
     """Where a run lives and how it is kept."""
 
@@ -52,7 +60,10 @@ class RunConfig(Section):
     threads: int = Field(default=0, ge=0, description="CPU threads for torch; 0 leaves torch's own choice")
     deterministic: bool = Field(default=False, description="refuse operations whose result can vary between runs")
     micro_tokens: int = Field(
-        default=16_384, ge=1, description="padded tokens that go through a model at once; lower it to save memory"
+        default_factory=lambda known: micro_tokens(known.get("device", "auto")),
+        ge=1,
+        description="padded tokens that go through a model at once, 2,048 on a CPU and 16,384 on an accelerator if "
+        "not given; lower it to save memory",
     )
     eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
