@@ -96,13 +96,13 @@ def test_a_limited_judge_is_asked_again_after_the_time_that_it_names(tmp_path):
 
     def behave(n, text):
         times.append(time.monotonic())
-        return (429, {"retry-after": "0.3"}, "slow down") if n == 0 else longer_wins(n, text)
+        return (429, {"retry-after": "0.8"}, "slow down") if n == 0 else longer_wins(n, text)
 
     with serving(behave) as server:
         settings = config(server, endpoint={"concurrency": 1, "max_wait": 5.0})
         judge = Judge(settings, tmp_path / "judge.jsonl")
         assert shares(judge.compare(ITEMS[:1])) == [1.0]
-    assert times[1] - times[0] >= 0.29
+    assert times[1] - times[0] >= 0.79
     assert judge.endpoint is not None
     assert judge.endpoint.tries_again == 1
 
