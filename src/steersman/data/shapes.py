@@ -92,8 +92,9 @@ def kind_of(rows: list[Row], among: Sequence[Kind], formats: list[Format]) -> Ki
     seen = probe(rows)
     renamed = {name: alias for name, names in ALIASES.items() if (alias := _alias(seen, name, names))}
     widened = seen | {name: seen[alias] for name, alias in renamed.items()}
-    fits = (f.kind for f in formats if f.kind in among and (f.matches(seen) or f.matches(widened)))
-    return next(fits, None)
+    fits = (f for f in formats if f.kind in among and (f.matches(seen) or f.matches(widened)))
+    found = next(fits, None)
+    return found.kind if found else None
 
 
 def examples(shape: Shape, row: Row) -> Sequence[Example]:
