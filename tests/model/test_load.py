@@ -152,6 +152,8 @@ def test_scalar_from_a_language_model(family, model_folder, tokens):
     scalar = load_scalar(model_folder(family), device="cpu")
     assert "new scalar head of zeros" in scalar.notes[-1]
     assert not scalar.score(tokens).any()
+    if scalar.decoder_start:  # nothing is drawn at random, so that the same recipe gives the same run
+        assert torch.equal(scalar.model.classification_head.dense.weight, torch.eye(32))
     trunk = tiny_model(family).base_model.state_dict()
     assert all(torch.equal(x, trunk[name]) for name, x in scalar.trunk.state_dict().items())
     scalar.score(tokens).sum().backward()
