@@ -17,7 +17,7 @@ TITLES = {
     "ppo": "PPO iteration: 64 prompts of 32 tokens, 64 new tokens, critic, reward model, reference",
     "grpo": "GRPO iteration: 8 prompts x 8 samples, 64 new tokens, KL to a reference",
     "dpo": "DPO epoch: batches of 16 pairs of mixed lengths, reference included",
-    "reward_model": "Reward-model epoch: the same pairs",
+    "reward": "Reward-model epoch: the same pairs",
     "sft": "SFT epoch: batches of 16 of mixed lengths",
     "vllm_rollout": "Rollout beside vLLM's CPU build: 64 x 1 and 8 x 8, 128 new tokens",
 }
@@ -29,7 +29,7 @@ the peers' environments are made in `benchmarks/README.md`, what was tried in `d
 Both sides have the same random Llama-style model (llama5m: hidden 256, 4 layers; llama36m: hidden 512, 8 layers;
 vocabulary 4,096), the same data, hyper-parameters and number of tokens. Each runs in a process of its own; they take
 turns on the same machine, the first turn of each is not counted, and the ratio is the median of the pairs. TRL runs
-without gradient checkpointing, which is its default: that makes it faster, and its memory larger.
+without the gradient checkpointing that is its default: that makes it faster, and its memory larger.
 """
 
 
@@ -61,7 +61,7 @@ def phases_of(name: str, result: dict[str, Any], dtype: str) -> list[Phase]:
         return [prompt, *work.decode("rollout", rows * samples, 32, 128)]
     with tempfile.TemporaryDirectory() as made:
         write_inputs(Path(made), result["model"], models=False)
-        return offline(work, {"reward_model": "reward"}.get(name, name), Path(made), rows)
+        return offline(work, name, Path(made), rows)
 
 
 def _rates(folder: Path, fresh: bool) -> Rates:

@@ -59,7 +59,8 @@ VERBS = {
                     "the same methods, DQN and tabular ones on a Gymnasium environment"),
     "dpo": Verb("steersman.train.preference:run", "steersman.train.preference:PreferenceRecipe",
                 "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name"),
-    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text) for name, text in {
+    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text)
+       for name, text in {
         "kto": "single answers with a thumb up or down (or pairs, split in two), by prospect theory",
         "bco": "single answers with a thumb up or down, as a classifier whose logit is the implicit reward",
     }.items()},

@@ -223,8 +223,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "critic_lr": 1e-2,
     },
     "reinforce++": {"lr": 1e-2},
-    "a2c": {"settings": {"lam": 0.97}, "rollout": {"steps": 64}, "lr": 3e-3, "iterations": 300},
-    "trpo": {"settings": {"epochs": 6, "minibatches": 4}, "iterations": 50},
+    "a2c": {"settings": {"lam": 0.97}, "rollout": {"steps": 64}, "lr": 1.5e-3, "iterations": 450},
+    "trpo": {"settings": {"epochs": 6, "minibatches": 4}, "iterations": 80},
     "ppo": {"settings": {"epochs": 6, "minibatches": 4}, "lr": 3e-3, "iterations": 50},
     "ppo-kl": {"settings": {"epochs": 6, "minibatches": 4}, "lr": 3e-3, "iterations": 50},
 }

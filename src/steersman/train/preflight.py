@@ -32,9 +32,7 @@ def policy_role(
     return _role(name, policy.model, source, tokens, length, trained, rows)
 
 
-def scalar_role(
-    name: str, model: Headed, source: str, tokens: int, length: int, *, trained: bool = True
-) -> Role:
+def scalar_role(name: str, model: Headed, source: str, tokens: int, length: int, *, trained: bool = True) -> Role:
     """A reward model's or critic's row of the table."""
     return _role(name, model.model, source, tokens, length, trained, 0)
 
