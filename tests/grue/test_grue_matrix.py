@@ -263,6 +263,13 @@ def test_others_add_to_the_leaderboard(done, tmp_path):
     assert path.read_text() == "{"
 
 
+def test_supervised_training_is_looked_at_less_often(done):
+    recipe = GrueRecipe.model_validate({**done[1], "supervised": {**done[1]["supervised"], "eval_every": 7}})
+    _, _, every = checked(recipe)
+    looks = {cell.method: cell.recipe.run.eval_every for cell in every if cell.recipe is not None}
+    assert looks == {"supervised": 7, "supervised+grpo": 1}
+
+
 def test_time_left_is_judged_by_the_same_method(done):
     recipe = GrueRecipe.model_validate({**done[1], "seeds": [0, 1]})
     _, _, every = checked(recipe)

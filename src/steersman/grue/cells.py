@@ -205,10 +205,12 @@ def _scoring(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(recipe: GrueRecipe, task: Task, method: str, seed: int) -> dict[str, Any]:
-    run = recipe.run
+    run, looks = recipe.run, recipe.run.eval_every
+    if method == SUPERVISED:  # its steps are many and short, those of the on-policy methods few and long
+        looks = recipe.supervised.eval_every or looks
     return {
         "dir": str(cell_folder(recipe, task, method, seed)), "seed": seed, "device": run.device,
-        "threads": run.threads, "micro_tokens": run.micro_tokens, "eval_every": run.eval_every,
+        "threads": run.threads, "micro_tokens": run.micro_tokens, "eval_every": looks,
         "save_every": run.save_every, "keep_last": 1, "keep_best": int(method == SUPERVISED),
     }  # fmt: skip
 

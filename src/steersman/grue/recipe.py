@@ -46,6 +46,9 @@ class Supervised(Section):
 
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    eval_every: int | None = Field(
+        default=None, ge=1, description="its steps between looks at the held-out data; null takes run.eval_every"
+    )
 
 
 class OnPolicy(Section):
