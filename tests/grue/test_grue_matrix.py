@@ -263,9 +263,8 @@ def test_others_add_to_the_leaderboard(done, tmp_path):
     assert path.read_text() == "{"
 
 
-def test_supervised_training_is_looked_at_less_often(done):
-    recipe = GrueRecipe.model_validate({**done[1], "supervised": {**done[1]["supervised"], "eval_every": 7}})
-    _, _, every = checked(recipe)
+def test_supervised_training_is_looked_at_less_often(tmp_path):
+    every = checked(GrueRecipe.model_validate(settings(tmp_path, supervised={"eval_every": 7})))[2]
     looks = {cell.method: cell.recipe.run.eval_every for cell in every if cell.recipe is not None}
     assert looks == {"supervised": 7, "supervised+grpo": 1}
 
