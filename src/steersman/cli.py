@@ -188,7 +188,7 @@ Settings on the command line win over the recipe: steersman ppo recipes/ppo.yaml
 def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
     from rich.console import Console
 
-    from steersman.run.recipe_text import help_table
+    from steersman.run.help import help_table
 
     console = Console()
     console.print(f"steersman {name} [recipe.yaml] [--section.key value ...]", style="bold", markup=False)

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
 from steersman.run.config import Section, dump_recipe, load_recipe
-from steersman.run.recipe_text import help_table
+from steersman.run.help import help_table
 from steersman.types import SteersmanError
 
 

@@ -1,4 +1,4 @@
-"""How recipes look as text: the YAML dialect, the words for types, suggestions, and the help table."""
+"""How recipes look as text: the YAML dialect, the words for types, and suggestions."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import difflib
 import re
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import yaml
 from pydantic import BaseModel
-from rich.table import Table
-from rich.text import Text
-
-if TYPE_CHECKING:
-    from steersman.run.config import Section
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -115,45 +110,3 @@ def suggestion(key: str, here: list[str], known: list[str]) -> str:
     if near:
         return f"did you mean {near[0]}?"
     return "known here: " + ", ".join(here)
-
-
-def help_table(model: type[Section]) -> Table:
-    """Every setting of a recipe class for `--help`, grouped by section: key, default, meaning and type."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("setting", overflow="fold", min_width=24)
-    table.add_column("default", style="cyan", max_width=12, overflow="fold")
-    table.add_column("meaning", ratio=1)
-    _help_rows(table, model, None, "")
-    return table
-
-
-def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) -> None:
-    from steersman.run.config import Section, section_of
-
-    sections = []
-    for name, info in model.model_fields.items():
-        inner = section_of(info.annotation)
-        own = info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else ...
-        # A section's default may come from the recipe around it rather than from its own class.
-        value = getattr(default, name) if isinstance(default, Section) else own
-        if inner is not None:
-            sections.append((name, info, inner, value))
-            continue
-        shown = "required" if value is ... else _shown(value)
-        meaning = Text(info.description or "")
-        meaning.append(f"  ({type_text(info.annotation, info.metadata)})", style="dim")
-        table.add_row(f"--{prefix}{name}", Text(shown), meaning)
-    for name, info, inner, value in sections:
-        meaning = info.description or (inner.__doc__ or "").strip().split("\n")[0]
-        off = " (off by default)" if value is None else ""
-        table.add_row("")
-        table.add_row(Text(f"{prefix}{name}", style="bold"), "", Text(meaning + off, style="italic"))
-        _help_rows(table, inner, value, f"{prefix}{name}.")
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if value != "" else '""'
