@@ -33,14 +33,14 @@ from steersman.model import Policy
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
+from steersman.train.carry_out import carry_out
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig, held_prompts
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.preflight import describe_run, policy_role
+from steersman.train.preflight import describe_run
 from steersman.train.reference import Reference, answer_logp, divergence, reference_from
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
-from steersman.train.sft import finish
 from steersman.train.tally import Tally
 from steersman.types import Stats, SteersmanError, Tokens
 from steersman.update.micro import micro_batches
@@ -271,15 +271,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
         pre.fact("leads to", entry.fixed_point)
-        longest = max(train.lengths)
-        pre.role(policy_role("policy", policy, recipe.model.path, recipe.run.micro_tokens, longest))
-        if isinstance(reference, Policy):
-            path = reference.model.name_or_path
-            pre.role(policy_role("reference", reference, path, recipe.run.micro_tokens, longest, trained=False))
-        pre.check()
-        pre.show()
-        state.run(session)
-        return finish(session, state, recipe, policy)
+        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference)
 
 
 def _check_margins(config: PairLossConfig, data: EncodedSet[Preference]) -> None:

@@ -18,9 +18,10 @@ from steersman.ops.masked import masked_sum
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
-from steersman.train.models import context_length, policy_from, save_model
-from steersman.train.offline import Offline, OfflineConfig, restore_best
-from steersman.train.preflight import describe_run, policy_role
+from steersman.train.carry_out import carry_out
+from steersman.train.models import context_length, policy_from
+from steersman.train.offline import Offline, OfflineConfig
+from steersman.train.preflight import describe_run
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
 from steersman.train.tally import Tally
@@ -108,18 +109,4 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
         )  # fmt: skip
         pre = Preflight("steersman sft")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
-        pre.role(policy_role("policy", policy, recipe.model.path, recipe.run.micro_tokens, max(train.lengths)))
-        pre.check()
-        pre.show()
-        state.run(session)
-        return finish(session, state, recipe, policy)
-
-
-def finish(session: Session, state: Offline, recipe: Any, policy: Policy) -> dict[str, Any]:
-    """Saves the model and the summary of a run that came to its end."""
-    if session.stopped:
-        return session.summary({})
-    if recipe.train.keep == "best":
-        restore_best(session, state)
-    save_model(policy, recipe.model, session.path / "model")
-    return session.summary({"model": str(session.path / "model"), **state.objective.evaluate()})
+        return carry_out(pre, session, state, recipe, policy, max(train.lengths))
