@@ -17,7 +17,8 @@ from steersman.data import Encoded, EncodedSet, Feedback
 from steersman.data.read import Row
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.train import feedback, preference
-from steersman.train.feedback import RECIPES, BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.train.feedback import RECIPES
+from steersman.train.feedback_objective import BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig
 from steersman.train.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.tally import Tally

@@ -22,7 +22,7 @@ from steersman.judge.scored import as_text
 from steersman.run.config import Section
 from steersman.train import feedback as thumbs
 from steersman.train import sft
-from steersman.train.feedback import KTOConfig
+from steersman.train.feedback_objective import KTOConfig
 from steersman.train.offline import OfflineConfig
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.sft import SFTConfig, SFTRecipe

@@ -1,87 +1,32 @@
 """`steersman kto` and `steersman bco`: offline optimisation on single answers with a thumb up or down.
 
-Pairs serve as well: the chosen answer is a thumb up, the rejected one a thumb down. What both methods measure over
-a whole batch before its update (KTO's reference point, BCO's reward shift) does not depend on its micro-batches.
+Pairs serve as well: the chosen answer is a thumb up, the rejected one a thumb down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from steersman.data import (
-    Batches,
-    DataConfig,
-    Encoded,
-    EncodedSet,
-    Feedback,
-    collate,
-    describe,
-    encode,
-    feedback,
-    layout,
-)
-from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
+from steersman.data import Batches, DataConfig, EncodedSet, Feedback, describe, encode, feedback, layout
 from steersman.loss.offline import LOSSES
-from steersman.model import Policy
 from steersman.run.config import Section
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import carry_out
-from steersman.train.held_prompts import HeldPrompts, SamplesConfig, held_prompts
+from steersman.train.feedback_objective import BCOConfig, FeedbackObjective, KTOConfig
+from steersman.train.held_prompts import SamplesConfig, held_prompts
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.preference import refuse_scratch, right
+from steersman.train.preference import refuse_scratch
 from steersman.train.preflight import describe_run
-from steersman.train.reference import Reference, answer_logp, reference_from
+from steersman.train.reference import reference_from
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
-from steersman.train.tally import Tally
 from steersman.types import Stats, SteersmanError
-from steersman.update.micro import micro_batches
 from steersman.update.optimizer import OptimizerConfig
-
-
-class KTOConfig(Section):
-    """Kahneman-Tversky optimisation's own numbers."""
-
-    name: Literal["kto"] = "kto"
-    beta: float = Field(default=0.1, gt=0, description="how fast a gain or loss saturates; the KL penalty's strength")
-    desirable_weight: float | Literal["auto"] = Field(
-        default="auto", description="lambda_D; auto: 1, or what makes the rarer label count as much as the other"
-    )
-    undesirable_weight: float | Literal["auto"] = Field(
-        default="auto", description="lambda_U; auto as above. The paper wants lambda_D n_D / lambda_U n_U in [1, 1.5]"
-    )
-    nll: float = Field(
-        default=0.0, ge=0, description="weight of the liked answers' mean negative log-likelihood, added to the loss"
-    )
-
-    @model_validator(mode="after")
-    def _positive(self) -> KTOConfig:
-        for name in ("desirable_weight", "undesirable_weight"):
-            value = getattr(self, name)
-            if value != "auto" and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0, or auto")
-        return self
-
-
-class BCOConfig(Section):
-    """Binary classifier optimisation's own numbers."""
-
-    name: Literal["bco"] = "bco"
-    beta: float = Field(default=0.1, gt=0, description="scale of the implicit reward; the KL penalty's strength")
-    shift_decay: float = Field(
-        default=0.9, ge=0, lt=1, description="the reward shift's moving average keeps this share of itself per batch"
-    )
-    nll: float = Field(
-        default=0.0, ge=0, description="weight of the liked answers' mean negative log-likelihood, added to the loss"
-    )
-
 
 L = TypeVar("L", KTOConfig, BCOConfig)
 
@@ -111,150 +56,6 @@ class FeedbackRecipe(Section, Generic[L]):
 
 
 RECIPES = {"kto": FeedbackRecipe[KTOConfig], "bco": FeedbackRecipe[BCOConfig]}
-
-
-class FeedbackObjective:
-    """The objective: the mean loss of single answers, each weighed by its label's lambda and its row's weight.
-
-    `threshold` (nats for KTO's reference point, reward units for BCO's shift) is what an answer's implicit reward
-    is compared with; `look` sets it before an update, `settle` learns from the update's own batch.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Reference,
-        train: EncodedSet[Feedback],
-        held_out: EncodedSet[Feedback] | None,
-        config: KTOConfig | BCOConfig,
-        micro_tokens: int,
-        watch: HeldPrompts | None = None,
-    ) -> None:
-        self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
-        self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
-        self.cost = train.lengths
-        self.context = context_length(policy.model)
-        self.known = {
-            id(data): answer_logp(reference, data.first, micro_tokens) for data in filter(None, (train, held_out))
-        }
-        self.threshold = 0.0
-        self.means = {True: 0.0, False: 0.0}  # of the implicit reward by label: 0 while the policy is the reference
-        self.seen = Tally()
-        self.weights = (1.0, 1.0)
-        if isinstance(config, KTOConfig):
-            ups = sum(e.label for e in train.examples)
-            auto = auto_weights(ups, len(train.examples) - ups)
-            asked = (config.desirable_weight, config.undesirable_weight)
-            self.weights = (auto[0] if asked[0] == "auto" else asked[0], auto[1] if asked[1] == "auto" else asked[1])
-
-    def look(self, rows: Sequence[int]) -> None:
-        """What the whole batch says before its update: KTO's reference point."""
-        if self.config.name == "kto":
-            pairs = mismatched(self.train, rows, self.context)
-            if pairs:
-                own, ref = (answer_logp(m, pairs, self.micro_tokens) for m in (self.module, self.reference))
-                self.threshold = float(kto_reference_point(own, ref))
-
-    def settle(self) -> None:
-        """BCO's shift for the next batch: half-way between the labels' moving mean rewards, this batch's included."""
-        if isinstance(self.config, BCOConfig):
-            keep = self.config.shift_decay
-            for label, mean in ((True, "up"), (False, "down")):
-                if mean in self.seen.sums:
-                    self.means[label] = keep * self.means[label] + (1 - keep) * self.seen.means()[mean]
-            self.threshold, self.seen = sum(self.means.values()) / 2, Tally()
-
-    def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
-
-    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        loss, told = self._run(self.train, rows)
-        label = self._labels(self.train, rows)
-        weight = loss.new_tensor([self.train.examples[i].weight for i in rows])
-        tally.add("loss", (weight * loss).sum(), float(weight.sum()))
-        for kind, name in ((label, "up"), (~label, "down")):
-            self.seen.add(name, told["reward"][kind].sum(), int(kind.sum())) if kind.any() else None
-        _add(tally, "", label, told)
-        return (weight * loss).sum() / denominator
-
-    @torch.no_grad()
-    def evaluate(self) -> Stats:
-        """The same numbers on held-out answers, how often a liked one outranks a disliked one, and held prompts."""
-        stats = {"threshold": self.threshold} | ({} if self.watch is None else self.watch.look())
-        if self.held_out is None:
-            return stats
-        tally, rewards, cost = Tally(), torch.zeros(len(self.held_out.groups)), torch.tensor(self.held_out.lengths)
-        for part in micro_batches(cost, self.micro_tokens):
-            rows = part.tolist()
-            loss, told = self._run(self.held_out, rows)
-            tally.add("held_out/loss", loss.sum(), len(rows))
-            _add(tally, "held_out/", self._labels(self.held_out, rows), told)
-            rewards[part] = told["reward"].float().cpu()
-        label = torch.tensor([e.label for e in self.held_out.examples])
-        if label.any() and not label.all():
-            stats["held_out/auc"] = outranks(rewards[label], rewards[~label])
-        return stats | tally.means()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "means": dict(self.means)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.threshold, self.means = state["threshold"], dict(state["means"])
-
-    def _run(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = collate([data.groups[i][0] for i in rows]).to(self.module.device)
-        per_token = self.module.logp_from(tokens, self.module.hidden(tokens)).logp
-        logp = torch.where(tokens.mask, per_token, torch.zeros_like(per_token)).sum(-1)
-        ref = self.known[id(data)][list(rows)].to(logp.device)
-        label, threshold = self._labels(data, rows), logp.new_tensor(self.threshold)
-        if isinstance(self.config, KTOConfig):
-            up, down = self.weights
-            loss, explain = kto(
-                logp, ref, label, threshold,
-                beta=self.config.beta, desirable_weight=up, undesirable_weight=down,
-            )  # fmt: skip
-            lead = explain["reward"] - self.config.beta * threshold
-        else:
-            loss, explain = bco(logp, ref, label, threshold, beta=self.config.beta)
-            lead = explain["reward"] - threshold
-        if self.config.nll:
-            loss = loss - self.config.nll * torch.where(label, logp / tokens.mask.sum(-1).clamp(min=1), 0.0)
-        told = {"accuracy": right(torch.where(label, lead, -lead), logp.detach()), "logp": logp.detach(), "ref": ref}
-        return loss, told | {"reward": explain["reward"]}
-
-    def _labels(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> Tensor:
-        return torch.tensor([data.examples[i].label for i in rows], device=self.module.device)
-
-
-def _add(tally: Tally, prefix: str, label: Tensor, told: dict[str, Tensor]) -> None:
-    """What explains a loss on single answers: both labels' likelihoods apart, and how far they moved."""
-    tally.add(f"{prefix}accuracy", told["accuracy"].sum(), len(label))
-    for kind, name in ((label, "liked"), (~label, "disliked")):
-        if kind.any():
-            count = int(kind.sum())
-            tally.add(f"{prefix}logp/{name}", told["logp"][kind].sum(), count)
-            tally.add(f"{prefix}drift/{name}", (told["logp"] - told["ref"])[kind].sum(), count)
-            tally.add(f"{prefix}reward/{name}", told["reward"][kind].sum(), count)
-
-
-def mismatched(data: EncodedSet[Feedback], rows: Sequence[int], context: int | None) -> list[Encoded]:
-    """Each row's prompt with the answer of the next row of the batch that answers another prompt.
-
-    A row whose prompt is the only one in the batch gives none; an answer that does not fit the context is cut.
-    """
-    found, batch = [], [data.groups[i][0] for i in rows]
-    for k, own in enumerate(batch):
-        other = next((e for e in (*batch[k + 1 :], *batch[:k]) if e.prompt != own.prompt), None)
-        if other is not None:
-            room = None if context is None else context - len(own.prompt)
-            found.append(Encoded(own.prompt, other.response[:room], other.mask[:room]))
-    return [e for e in found if any(e.mask)]
-
-
-def outranks(liked: Tensor, disliked: Tensor) -> float:
-    """How often a liked answer has more implicit reward than a disliked one, over all such pairs; a tie is half."""
-    lead = liked[:, None] - disliked[None, :]
-    return float(((lead > 0).float() + 0.5 * (lead == 0).float()).mean())
 
 
 class FeedbackRun(Offline):
