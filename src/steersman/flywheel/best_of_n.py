@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steersman.flywheel.ledger import Ledger, Rows
-from steersman.flywheel.sections import LoopRecipe
+from steersman.flywheel.ledger import Rows
+from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.flywheel.wheel import Wheel, stage_data, stage_model
 from steersman.run.config import Section
 from steersman.train import sft
 from steersman.train.sft import SFTConfig, SFTRecipe
-from steersman.types import SteersmanError
+from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 
 
@@ -32,51 +32,37 @@ class KeepConfig(Section):
     threshold: float = Field(default=0.0, description="with threshold: grades from this on")
 
 
-class BestOfNRecipe(LoopRecipe):
+class BestOfNRecipe(RoundsRecipe):
     """Rejection sampling in rounds: what the judge liked becomes demonstrations."""
 
     keep: KeepConfig = KeepConfig()
-    begin: Literal["last", "start"] = Field(
-        default="last", description="each round fine-tunes the last round's model, or the first one anew"
-    )
-    history: Literal["round", "all"] = Field(
-        default="round", description="train on this round's data, or on all so far"
-    )
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 def run(recipe: BestOfNRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
-    shown = ("reward/judge", "kl", "win_rate/start")
-    path = recipe.model.path
-    with Ledger("best-of-n", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
-        wheel = Wheel(ledger, recipe)
-        ledger.finish_round(0, *wheel.look(0, path))
-        for number in range(1, recipe.rounds + 1):
-            name, player = f"round-{number:02d}", wheel.player(path)
-            sampled = wheel.answers(f"{name}/samples", player, path, number - 1, recipe.rollout.samples)
-            player.release()
-            graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
-            kept = ledger.table(
-                f"{name}/kept", lambda rows=graded: keep(rows, recipe.keep),
-                made_from=ledger.sources(f"{name}/graded"), keep=recipe.keep.model_dump(),
-            )  # fmt: skip
-            first = number if recipe.history == "round" else 1
-            files = [str(ledger.path / f"round-{r:02d}" / "kept.jsonl") for r in range(first, number + 1)]
-            values = {
-                "model": stage_model(recipe, path if recipe.begin == "last" else recipe.model.path),
-                "data": stage_data(recipe, files), "train": recipe.train, "optimizer": recipe.optimizer,
-            }  # fmt: skip
-            path = ledger.stage(f"{name}/sft", sft.run, SFTRecipe.model_validate, values)["model"]
-            stats, samples = wheel.look(number, path)
-            stats |= {
-                "data/sampled": len(sampled), "data/graded": len(graded), "data/kept": len(kept),
-                "grade/sampled": _mean(graded), "grade/kept": _mean(kept),
-            }  # fmt: skip
-            ledger.finish_round(number, stats, samples)
-        return wheel.finish(path)
-    return ledger.summary({})
+    return turn("best-of-n", recipe, resume=resume, learn=_learn)
+
+
+def _learn(wheel: Wheel, recipe: BestOfNRecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
+    """One round's model: the kept answers are demonstrations."""
+    ledger, name = wheel.ledger, folder(number)
+    graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+    kept = ledger.table(
+        f"{name}/kept", lambda: keep(graded, recipe.keep),
+        made_from=ledger.sources(f"{name}/graded"), keep=recipe.keep.model_dump(),
+    )  # fmt: skip
+    values = {
+        "model": stage_model(recipe, first_model(recipe, path)),
+        "data": stage_data(recipe, tables(wheel, recipe, number, "kept")),
+        "train": recipe.train, "optimizer": recipe.optimizer,
+    }  # fmt: skip
+    path = ledger.stage(f"{name}/sft", sft.run, SFTRecipe.model_validate, values)["model"]
+    return path, {
+        "data/sampled": len(sampled), "data/graded": len(graded), "data/kept": len(kept),
+        "grade/sampled": _mean(graded), "grade/kept": _mean(kept),
+    }  # fmt: skip
 
 
 def keep(rows: Rows, config: KeepConfig) -> Rows:

@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.ledger import Rows
 from steersman.flywheel.players import usable
-from steersman.flywheel.sections import LoopRecipe
+from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.flywheel.wheel import Wheel, said, stage_data, stage_model
 from steersman.run.config import Section
 from steersman.train import preference
 from steersman.train.offline import OfflineConfig
 from steersman.train.preference import PairLossConfig, PreferenceRecipe
-from steersman.types import SteersmanError
+from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 
 
@@ -42,18 +42,12 @@ class PairsConfig(Section):
     min_lead: float = Field(default=0.0, ge=0, description="with grade: pairs need more than this between them")
 
 
-class OnlineDPORecipe(LoopRecipe):
+class OnlineDPORecipe(RoundsRecipe):
     """Iterative preference optimisation on the model's own answers."""
 
     pairs: PairsConfig = PairsConfig()
-    begin: Literal["last", "start"] = Field(
-        default="last", description="each round trains the last round's model, or the first one anew"
-    )
     reference: Literal["start", "last"] = Field(
         default="start", description="KL is measured to the first model, or to the one that the round begins with"
-    )
-    history: Literal["round", "all"] = Field(
-        default="round", description="train on this round's pairs, or on all so far"
     )
     loss: PairLossConfig = PairLossConfig()
     train: OfflineConfig = OfflineConfig()
@@ -68,31 +62,22 @@ class OnlineDPORecipe(LoopRecipe):
 
 def run(recipe: OnlineDPORecipe, *, resume: bool = False) -> dict[str, Any]:
     """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
-    shown = ("reward/judge", "kl", "win_rate/start")
-    path = recipe.model.path
-    with Ledger("online-dpo", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
-        wheel = Wheel(ledger, recipe)
-        ledger.finish_round(0, *wheel.look(0, path))
-        for number in range(1, recipe.rounds + 1):
-            name, player = f"round-{number:02d}", wheel.player(path)
-            sampled = wheel.answers(f"{name}/samples", player, path, number - 1, recipe.rollout.samples)
-            player.release()
-            pairs = _pairs(wheel, recipe, name, sampled)
-            first = number if recipe.history == "round" else 1
-            files = [str(ledger.path / f"round-{r:02d}" / "pairs.jsonl") for r in range(first, number + 1)]
-            begin = path if recipe.begin == "last" else recipe.model.path
-            values = {
-                "model": stage_model(recipe, begin), "data": stage_data(recipe, files), "loss": recipe.loss,
-                "reference": path if recipe.reference == "last" else recipe.model.path,
-                "train": recipe.train, "optimizer": recipe.optimizer,
-            }  # fmt: skip
-            path = ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
-            stats, samples = wheel.look(number, path)
-            leads = [p["lead"] for p in pairs]
-            stats |= {"data/sampled": len(sampled), "data/pairs": len(pairs), "lead": sum(leads) / len(leads)}
-            ledger.finish_round(number, stats, samples)
-        return wheel.finish(path)
-    return ledger.summary({})
+    return turn("online-dpo", recipe, resume=resume, learn=_learn)
+
+
+def _learn(wheel: Wheel, recipe: OnlineDPORecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
+    """One round's model: the answers, paired by the judge, are preferences."""
+    name = folder(number)
+    pairs = _pairs(wheel, recipe, name, sampled)
+    values = {
+        "model": stage_model(recipe, first_model(recipe, path)),
+        "data": stage_data(recipe, tables(wheel, recipe, number, "pairs")), "loss": recipe.loss,
+        "reference": path if recipe.reference == "last" else recipe.model.path,
+        "train": recipe.train, "optimizer": recipe.optimizer,
+    }  # fmt: skip
+    path = wheel.ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
+    leads = [p["lead"] for p in pairs]
+    return path, {"data/sampled": len(sampled), "data/pairs": len(pairs), "lead": sum(leads) / len(leads)}
 
 
 def _pairs(wheel: Wheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> Rows:
