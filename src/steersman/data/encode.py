@@ -8,17 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from steersman.data.config import DataConfig
-from steersman.data.examples import (
-    Content,
-    Demonstration,
-    Example,
-    Feedback,
-    Preference,
-    Query,
-    Ranking,
-    Rating,
-    Steps,
-)
+from steersman.data.examples import Example, Query, answers
 from steersman.data.pairs import PairLayout
 from steersman.data.tokenize import Layout, Room, smallest
 from steersman.types import Prompt, SteersmanError
@@ -136,19 +126,6 @@ def encode_prompts(
     if not out:
         raise SteersmanError(f"no prompt fits: all {dropped} are longer than {limit} tokens")
     return out, dropped, cut
-
-
-def answers(example: Example) -> list[Content]:
-    """The answers of an example, in order."""
-    match example:
-        case Preference():
-            return [example.chosen, example.rejected]
-        case Ranking():
-            return example.completions
-        case Demonstration() | Feedback() | Rating() | Steps():
-            return [example.completion]
-        case Query():
-            return []
 
 
 _MEND = (

@@ -192,6 +192,19 @@ def ranking(row: Row, prompt: Content, completions: list[Content], ranks: list[f
     return Ranking(prompt, completions, ranks, row)
 
 
+def answers(example: Example) -> list[Content]:
+    """The answers of an example, in order."""
+    match example:
+        case Preference():
+            return [example.chosen, example.rejected]
+        case Ranking():
+            return example.completions
+        case Demonstration() | Feedback() | Rating() | Steps():
+            return [example.completion]
+        case Query():
+            return []
+
+
 def has_ties(example: Example) -> bool:
     """True for a ranking with repeated ranks and for a pair on which the raters are split evenly."""
     if isinstance(example, Ranking):
