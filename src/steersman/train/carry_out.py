@@ -32,10 +32,17 @@ def carry_out(
         pre.role(policy_role("reference", reference, reference.model.name_or_path, tokens, longest, trained=False))
     pre.check()
     pre.show()
-    state.run(session)
-    if session.stopped:
+    if not trained(session, state, recipe.train.keep):
         return session.summary({})
-    if recipe.train.keep == "best":
-        restore_best(session, state)
     save_model(policy, recipe.model, session.path / "model")
     return session.summary({"model": str(session.path / "model"), **state.objective.evaluate()})
+
+
+def trained(session: Session, state: Offline, keep: str) -> bool:
+    """Trains, and takes up the best checkpoint again where `keep` says so; False where a signal ended the run."""
+    state.run(session)
+    if session.stopped:
+        return False
+    if keep == "best":
+        restore_best(session, state)
+    return True

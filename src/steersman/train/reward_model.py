@@ -30,8 +30,9 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.health import HealthConfig
 from steersman.run.preflight import Preflight
+from steersman.train.carry_out import trained
 from steersman.train.models import context_length, reward_from, save_model, scalar_from
-from steersman.train.offline import Offline, restore_best
+from steersman.train.offline import Offline
 from steersman.train.preflight import describe_run, scalar_role
 from steersman.train.rewards.config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.train.rewards.gating import GatingReward
@@ -125,11 +126,8 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
     pre.fact("recognised", f"{NOUNS[kind]}: {LEARNS[kind].format(loss=loss, names=', '.join(names))}")
     _show(pre, model, recipe, max(train.lengths))
-    state.run(session)
-    if session.stopped:
+    if not trained(session, state, recipe.train.keep):
         return session.summary({})
-    if recipe.train.keep == "best":
-        restore_best(session, state)
     save_model(model, recipe.model, session.path / "model")
     return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": kind})
 
@@ -148,11 +146,8 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
     penalties = zip(objective.names, objective.module.penalty.tolist(), strict=True)
     pre.fact("verbosity", f"{recipe.gating.verbosity}: " + ", ".join(f"{n} {p:+.3f}" for n, p in penalties))
     _show(pre, model, recipe, max(train.lengths))
-    state.run(session)
-    if session.stopped:
+    if not trained(session, state, recipe.train.keep):
         return session.summary({})
-    if recipe.train.keep == "best":
-        restore_best(session, state)
     sizes = {key: getattr(recipe.gating, key) for key in ("hidden", "layers", "verbosity")}
     model.means(replace(model.meaning, gating=sizes))
     gated = GatedModel(model.model, model.tokenizer, objective.names)
