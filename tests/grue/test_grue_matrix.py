@@ -16,6 +16,7 @@ from grue_kit import settings
 from steersman.grue import run as grue_run
 from steersman.grue.cells import cells
 from steersman.grue.check import checked
+from steersman.grue.compare import compared
 from steersman.grue.leaderboard import add, read
 from steersman.grue.recipe import GrueRecipe
 from steersman.grue.results import collect
@@ -105,6 +106,7 @@ def test_pages(done):
     page = (folder / "grue.md").read_text()
     assert "| supervised+grpo | 1 |" in page
     assert "One seed: no intervals" in page
+    assert "| task | supervised − zero-shot | supervised+grpo − supervised |" in page
     assert "rougeL" in (folder / "goodhart.md").read_text()
     html = (folder / "grue.html").read_text()
     assert html.count("<svg") >= 4
@@ -208,6 +210,35 @@ def test_more_seeds_give_intervals(done, tmp_path):
     assert whole.half == pytest.approx(4.30265 * 0.1527525 / 3**0.5, rel=1e-4)
 
 
+def test_a_difference_over_prompts_is_paired_by_prompt(done, tmp_path):
+    """Two seeds, three prompts: what the seeds say of a prompt is averaged, and the interval is over prompts."""
+    folder, values, _ = done
+    values = {**values, "seeds": [0, 1], "run": {**values["run"], "dir": str(tmp_path)}}
+    recipe = GrueRecipe.model_validate(values)
+    tasks, _, every = checked(recipe)
+    rewards = {
+        "supervised": [[0.1, 0.5, 0.9], [0.3, 0.5, 0.7]],
+        "supervised+grpo": [[0.2, 0.7, 1.0], [0.6, 0.5, 0.9]],
+    }
+    for method, listed in rewards.items():
+        for seed, answers in enumerate(listed):
+            cell = tmp_path / "cells" / "colours" / method / f"seed-{seed}"
+            cell.mkdir(parents=True)
+            result = {**evaluation(folder, method), "seed": seed, "reward": {"total": sum(answers) / 3}}
+            (cell / "evaluation.json").write_text(json.dumps(result))
+            (cell / "held_out.jsonl").write_text("".join(json.dumps({"reward": r}) + "\n" for r in answers))
+    results = collect(recipe, tasks, every, {})
+    change = results.over_prompts(tasks[0], "supervised+grpo", "supervised")
+    # per prompt 0.2, 0.1, 0.15: mean 0.15, s 0.05, t(0.975, 2) = 4.30265; per seed 0.13333 and 0.16667
+    assert change is not None
+    assert (change.value, change.count) == (pytest.approx(0.15), 3)
+    assert change.half == pytest.approx(4.30265 * 0.05 / 3**0.5, rel=1e-4)
+    assert "supervised+grpo against supervised: +0.15 ± 0.21 (not told apart) [± 0.12, higher]" in compared(
+        results, tasks[0]
+    )
+    assert results.over_prompts(tasks[0], "supervised", "zero-shot") is None
+
+
 def test_one_seed_s_moves_are_seen_only_beyond_the_prompts_noise(done, tmp_path):
     """Moves of 0.1 with intervals of half widths 0.02 and 0 (seen), 0.06 and 0 (not), 0 and 0 (seen)."""
     folder, values, _ = done
@@ -235,6 +266,8 @@ def test_an_encoder_decoder_with_fresh_weights(tmp_path):
     assert run(GrueRecipe.model_validate(values))["finished"]
     found = evaluation(tmp_path / "matrix", "supervised+grpo")
     assert found["natural"]["perplexity"][0] > 1
+    named = {entry["model"] for entry in read(tmp_path / "matrix" / "leaderboard.json")}
+    assert named == {f"t5 of fresh weights, tokenizer {values['model']['path']}"}
     assert "- supervised+grpo: reward" in (tmp_path / "matrix" / "goodhart.md").read_text()
 
 

@@ -35,7 +35,7 @@ def entries(results: Results) -> list[dict[str, Any]]:
             out.append({
                 "by": "steersman", "version": version("steersman"), "date": date.today().isoformat(),
                 "task": task.name, "data": recipe.data.source, "held_out": prompts[0],
-                "model": recipe.model.path, "method": method, "metrics": metrics,
+                "model": recipe.model_name, "method": method, "metrics": metrics,
             })  # fmt: skip
     return out
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from steersman.grue import leaderboard
 from steersman.grue.cells import cell_folder, reward_parts
+from steersman.grue.compare import OVERVIEW, compared, comparisons, counted, overview, shown, told
 from steersman.grue.evaluate import metrics_of, read_answers
 from steersman.grue.picture import draw
 from steersman.grue.recipe import SUPERVISED, ZERO
@@ -33,7 +34,6 @@ TITLES = {
     "length": "length, tokens",
     "kl": "KL to the model it began with, nats",
 }
-ARROWS = {"higher": "↑", "lower": "↓", "not told apart": "~", "one seed": ""}
 
 
 def write_pages(results: Results, folder: Path) -> dict[str, str]:
@@ -58,6 +58,7 @@ def as_json(results: Results) -> dict[str, Any]:
     return {
         "recipe": results.recipe.model_dump(mode="json"),
         "done": len(results.found), "planned": results.planned, "failed": results.failed,
+        "comparisons": comparisons(results),
         "metrics": {t.name: {n: m.implementation for n, (m, _) in metrics_of(t).items()} for t in results.tasks},
         "cells": list(results.found.values()),
     }  # fmt: skip
@@ -71,22 +72,28 @@ def head(results: Results) -> list[str]:
     )
     seeds = len(recipe.seeds)
     spread = f"Means over {seeds} seeds with 95% Student intervals." if seeds > 1 else "One seed: no intervals."
-    lines = [f"{whole} {spread} Model `{recipe.model.path}`, data: {recipe.data.source}."]
+    lines = [f"{whole} {spread} Model `{recipe.model_name}`, data: {recipe.data.source}."]
     lines += [f"Failed: {name}: {why}" for name, why in results.failed.items()]
     return lines
 
 
 def table_page(results: Results, others: Sequence[dict[str, Any]]) -> str:
     """The table of the benchmark's paper (arXiv 2210.01241): preference metrics beside naturalness metrics."""
-    out = ["# GRUE", "", *head(results), "", "`*` marks what was rewarded.", ""]
+    out = ["# GRUE", "", *head(results), "", OVERVIEW, "", *markdown(*overview(results)), "",
+           "`*` marks what was rewarded.", ""]  # fmt: skip
     for task in results.tasks:
         if not results.methods(task):
             continue
         out += [f"## {task.name}: {task.about}", "", *markdown(*table(results, task)), ""]
         missing = missing_values(results, task)
         out += [f"- {line}" for line in missing] + ([""] if missing else [])
-        out += ["Reward, paired by seed:", "", *(f"- {line}" for line in compared(results, task)), ""]
-    out += [f"{n} comparisons at 95%: about one in twenty is a false alarm." for n in [_count(results)] if n] + [""]
+        out += [
+            "Reward, paired by seed, and in brackets the same models over the held-out prompts:",
+            "",
+            *(f"- {line}" for line in compared(results, task)),
+            "",
+        ]
+    out += [f"{n} comparisons at 95%: about one in twenty is a false alarm." for n in [counted(results)] if n] + [""]
     if others:
         out += ["## Entries of others", "", *markdown(*other_entries(others)), ""]
     return "\n".join(out)
@@ -103,20 +110,6 @@ def table(results: Results, task: Task) -> tuple[list[str], list[list[str]]]:
         seeds = str(len(results.by_seed(task, method, "reward", "total")))
         rows.append([method, seeds, *(shown(v) for v in values)])
     return header, rows
-
-
-def compared(results: Results, task: Task) -> list[str]:
-    """One sentence per comparison of rewards."""
-    words = {
-        "higher": "higher",
-        "lower": "lower",
-        "not told apart": "not told apart",
-        "one seed": "one seed, no interval",
-    }
-    return [
-        f"{a} against {b}: {shown(change, signed=True)} ({words[change.sign]})"
-        for a, b, change in results.comparisons(task)
-    ]
 
 
 def missing_values(results: Results, task: Task) -> list[str]:
@@ -151,7 +144,7 @@ def goodhart(results: Results, task: Task) -> tuple[list[str], list[list[str]], 
     moves = {m: {move.metric: move for move in results.moves(task, m)} for m in methods}
     reward = {m: results.change(task, m, started_from(m), "reward", "total") for m in methods}
     named = ", ".join(reward_parts(results.recipe, task))
-    rows = [[f"reward ({named})", "higher", *(_change(reward[m]) for m in methods)]]
+    rows = [[f"reward ({named})", "higher", *(told(reward[m]) for m in methods)]]
     names = dict.fromkeys(name for found in moves.values() for name in found)
     for name in names:
         better = next(found[name].better for found in moves.values() if name in found)
@@ -204,6 +197,8 @@ def html_page(results: Results, others: Sequence[dict[str, Any]]) -> str:
             })  # fmt: skip
     return environment.get_template("grue.html.j2").render(
         head=[line.replace("`", "") for line in head(results)],
+        overview_reading=OVERVIEW.replace("`", ""),
+        overview=overview(results),
         reading=READING.replace("`", ""),
         looks=results.recipe.rl.looks,
         sections=sections,
@@ -239,20 +234,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in listed]
 
 
-def shown(value: Mean | None, *, signed: bool = False) -> str:
-    """Three figures, with half the interval's width where there is one."""
-    if value is None:
-        return "–"
-    text = f"{value.value:{'+' if signed else ''}.3g}"
-    return text if value.half is None else f"{text} ± {value.half:.2g}"
-
-
-def _change(change: Mean | None) -> str:
-    return "–" if change is None else f"{shown(change, signed=True)} {ARROWS[change.sign]}".strip()
-
-
 def _move(move: Move | None) -> str:
-    return "–" if move is None else _change(move.change) + (" !" if move.harm else "")
+    return "–" if move is None else told(move.change) + (" !" if move.harm else "")
 
 
 def _sentence(method: str, reward: Mean | None, moves: dict[str, Move]) -> str:
@@ -262,11 +245,6 @@ def _sentence(method: str, reward: Mean | None, moves: dict[str, Move]) -> str:
     alone = reward is not None and reward.half is None
     told = f"worse: {', '.join(harmed)}" if harmed else "nothing else was seen to go against its direction"
     return f"{method}: {rise}; {told}{' (one seed)' if alone else ''}"
-
-
-def _count(results: Results) -> int:
-    found = [c for task in results.tasks for c in results.comparisons(task)]
-    return sum(change.half is not None for _, _, change in found)
 
 
 def _line(text: str) -> str:

@@ -16,31 +16,43 @@ from steersman.grue.results import Results, started_from
 from steersman.grue.task import Task
 
 COLOURS = ["#2b5f8f", "#c8642b", "#2f8a62", "#9d4a92", "#a58310", "#4b8fb5", "#b3505a", "#6d7480"]
+ABREAST = 4
+"""Tasks side by side; more would be too small to read on a page."""
 FURTHEST = 100.0
 """Per cent beyond which a move is drawn at the edge."""
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes a PNG with two rows of panels, one column per task; nothing where no cell is done."""
+    """Writes a PNG with two panels per task, four tasks abreast; nothing where no cell is done."""
     tasks = [task for task in results.tasks if results.methods(task)]
     if not tasks:
         return
     trained = list(dict.fromkeys(m for t in tasks for m in results.methods(t) if m not in (ZERO, SUPERVISED)))
     colours = {m: COLOURS[i % len(COLOURS)] for i, m in enumerate(trained)}
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(3.1 * len(tasks) + 1, 6.6), layout="constrained")
-        panels: Any = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1, 1.25])
-        for column, task in enumerate(tasks):
-            _curves(panels[0, column], results, task, colours)
-            _moves(panels[1, column], results, task, colours)
-        panels[0, 0].set_ylabel("reward on held-out prompts")
+        blocks, wide = math.ceil(len(tasks) / ABREAST), min(len(tasks), ABREAST)
+        figure = Figure(figsize=(3.1 * wide + 1, 6.6 * blocks), layout="constrained")
+        panels: Any = figure.subplots(2 * blocks, wide, squeeze=False, height_ratios=[1, 1.25] * blocks)
+        for place in range(blocks * wide):
+            upper, lower = (panels[2 * (place // wide) + i, place % wide] for i in (0, 1))
+            if place < len(tasks):
+                _curves(upper, results, tasks[place], colours)
+                _moves(lower, results, tasks[place], colours)
+            else:
+                upper.set_axis_off()
+                lower.set_axis_off()
+            if place % wide == 0:
+                upper.set_ylabel("reward on held-out prompts")
         handles = [Line2D([], [], color=c, marker="o", ms=4, label=m) for m, c in colours.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6) or 1, frameon=False)
         figure.savefig(path, dpi=130)
 
 
 def _curves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> None:
+    """The mean over seeds, and each seed thinly behind it."""
     for line in results.curves(task, "reward/total"):
+        for seed in results.seed_curves(task, line.name, "reward/total") if len(results.recipe.seeds) > 1 else []:
+            axes.plot(seed.steps, seed.values, color=colours[line.name], lw=0.6, alpha=0.4)
         axes.plot(line.steps, line.values, color=colours[line.name], marker="o", ms=2.5, lw=1.3)
     axes.set_title(task.name, fontweight="bold")
     axes.set_xlabel("iteration")

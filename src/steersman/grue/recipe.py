@@ -129,6 +129,13 @@ class GrueRecipe(Section):
     evaluation: Evaluation = Evaluation()
     run: MatrixRun = MatrixRun()
 
+    @property
+    def model_name(self) -> str:
+        """What tables and leaderboards call the model; fresh weights are not the model whose tokenizer they have."""
+        if self.model.scratch is None:
+            return self.model.path
+        return f"{self.model.scratch.get('model_type', 'model')} of fresh weights, tokenizer {self.model.path}"
+
     @field_validator("methods")
     @classmethod
     def _known(cls, methods: list[str]) -> list[str]:

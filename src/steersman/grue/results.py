@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steersman.grue.cells import Cell, cell_folder, reward_parts
-from steersman.grue.evaluate import metrics_of
+from steersman.grue.evaluate import metrics_of, read_answers
 from steersman.grue.recipe import SUPERVISED, ZERO, GrueRecipe
 from steersman.grue.statistics import Mean, difference, mean
 from steersman.grue.task import Task
@@ -73,6 +73,23 @@ class Results:
     def change(self, task: Task, ours: str, theirs: str, group: Group, name: str) -> Mean | None:
         return difference(self.by_seed(task, ours, group, name), self.by_seed(task, theirs, group, name))
 
+    def over_prompts(self, task: Task, ours: str, theirs: str) -> Mean | None:
+        """The difference of the reward with Student's interval over the held-out prompts, paired by prompt.
+
+        Each prompt's difference is its mean over the seeds that both methods have, so the interval says how sure the
+        difference of these trained models is on other prompts, and nothing about other seeds.
+        """
+        both = [s for s in self.by_seed(task, ours, "reward", "total") if (task.name, theirs, s) in self.found]
+        answers = [[self._rewards(task, m, s) for m in (ours, theirs)] for s in both]
+        if not all(len(a) == len(b) > 0 for a, b in answers):
+            return None
+        pairs = [[x - y for x, y in zip(a, b, strict=True)] for a, b in answers]
+        return mean([sum(prompt) / len(pairs) for prompt in zip(*pairs, strict=True)])
+
+    def _rewards(self, task: Task, method: str, seed: int) -> list[float]:
+        folder = cell_folder(self.recipe, task, method, seed)
+        return [row["reward"] for row in read_answers(folder)] if (folder / "held_out.jsonl").exists() else []
+
     def columns(self, task: Task) -> list[tuple[Group, str]]:
         """The reward, the task's metrics, then what the text is like."""
         return [("reward", "total"), *(("preference", n) for n in task.metrics), *(("natural", n) for n in NATURAL)]
@@ -122,15 +139,23 @@ class Results:
         out = []
         for method in self.methods(task):
             steps: dict[float, list[float]] = {}
-            for seed in self.recipe.seeds:
-                folder = cell_folder(self.recipe, task, method, seed)
-                for row in _log(folder) if method not in (ZERO, SUPERVISED) else []:
-                    value = row.get(f"held_out/{name}")
-                    if isinstance(value, int | float):
-                        steps.setdefault(float(row["step"]), []).append(float(value))
+            for line in self.seed_curves(task, method, name):
+                for step, value in zip(line.steps, line.values, strict=True):
+                    steps.setdefault(step, []).append(value)
             if steps:
                 at = sorted(steps)
                 out.append(Line(method, at, [sum(steps[s]) / len(steps[s]) for s in at]))
+        return out
+
+    def seed_curves(self, task: Task, method: str, name: str) -> list[Line]:
+        """The same of one on-policy method, one line per seed."""
+        out = []
+        for seed in self.recipe.seeds if method not in (ZERO, SUPERVISED) else []:
+            rows = _log(cell_folder(self.recipe, task, method, seed))
+            told = [(float(r["step"]), r.get(f"held_out/{name}")) for r in rows]
+            points = [(step, float(value)) for step, value in told if isinstance(value, int | float)]
+            if points:
+                out.append(Line(f"{method} seed {seed}", [p[0] for p in points], [p[1] for p in points]))
         return out
 
     def watched(self, task: Task) -> list[str]:
