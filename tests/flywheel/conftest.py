@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wheel_kit import save_mini
+from letter_models import save_mini
 
 
 @pytest.fixture(autouse=True)
@@ -15,4 +15,4 @@ def _no_reports(monkeypatch):
 
 @pytest.fixture(scope="session")
 def mini_model(tmp_path_factory):
-    return save_mini(tmp_path_factory.mktemp("mini") / "model")
+    return save_mini(tmp_path_factory.mktemp("mini") / "model", context=128)

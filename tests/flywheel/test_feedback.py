@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from wheel_kit import jsonl, rows_of
+from letter_models import rows_of, write_jsonl
 
 from steersman.data import DataConfig
 from steersman.data.load import demonstrations, feedback
@@ -28,7 +28,7 @@ CHATS = [
 
 
 def recipe(tmp_path, rows, run_name="run", **extra):
-    path = rows if isinstance(rows, str) else str(jsonl(tmp_path / "chats.jsonl", rows))
+    path = rows if isinstance(rows, str) else str(write_jsonl(tmp_path / "chats.jsonl", rows))
     section = {"data": {"path": path}, "run": {"dir": str(tmp_path / run_name), "threads": 1}}
     for key, value in extra.items():
         section[key] = section.get(key, {}) | value if isinstance(value, dict) else value

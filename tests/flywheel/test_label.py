@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wheel_kit import jsonl, rows_of
+from letter_models import rows_of, write_jsonl
 
 from steersman.data import DataConfig
 from steersman.data.load import preferences, rankings
@@ -14,7 +14,7 @@ JUDGE = {"reward": {"n": {"builtin": "length"}}}
 
 
 def label(tmp_path, rows, name="run", resume=False, **extra):
-    path = jsonl(tmp_path / "in.jsonl", rows)
+    path = write_jsonl(tmp_path / "in.jsonl", rows)
     section = {"data": {"path": str(path)}, "judge": JUDGE, "run": {"dir": str(tmp_path / name), "threads": 1}}
     for key, value in extra.items():
         section[key] = section.get(key, {}) | value if isinstance(value, dict) else value

@@ -13,7 +13,8 @@ from collections import Counter
 
 import pytest
 import yaml
-from wheel_kit import jsonl, left, loop_settings, rows_of, save_mini
+from letter_models import rows_of, save_mini, write_jsonl
+from wheel_kit import left, loop_settings
 
 from steersman.flywheel import arena, best_of_n, ledger, online_dpo
 from steersman.run.report import write_report
@@ -34,7 +35,7 @@ def turn(name, tmp_path, model, folder="run", *, resume=False, **extra):
     if name == "arena":
         own = own | {"opponents": {"other": str(model.parent / "other")}, "rounds": 1}
         if not (model.parent / "other").exists():
-            save_mini(model.parent / "other", seed=1)
+            save_mini(model.parent / "other", seed=1, context=128)
     settings = loop_settings(tmp_path, model, folder, **own)
     for key, value in extra.items():
         settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
@@ -275,7 +276,7 @@ def test_constant_judges_give_no_pairs_and_that_is_said(tmp_path, mini_model):
 
 
 def test_conversations_as_prompts(tmp_path, mini_model):
-    data = jsonl(
+    data = write_jsonl(
         tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in "abcdefghi"]
     )
     turn("best-of-n", tmp_path, mini_model, rounds=1, data={"path": str(data)})

@@ -1,64 +1,17 @@
-"""A mini model with a letter tokenizer, recipes of the loops on it, and what two runs are compared by."""
+"""Recipes of the loops on a mini model, and what two runs are compared by."""
 
 from __future__ import annotations
 
-import json
-import string
 from pathlib import Path
 from typing import Any
 
-import torch
+from letter_models import WORDS, rows_of, write_jsonl
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import Fuse
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " ", ".", ",", "\n", "!", "?"]
-WORDS = [
-    "the cat",
-    "a dog sat",
-    "we",
-    "look at",
-    "no",
-    "she said so",
-    "hm,",
-    "it is",
-    "you and me",
-    "oh",
-    "up",
-    "far",
-]
-
-
-def save_mini(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    inner.decoder = Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-    return folder
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def loop_settings(folder: Path, model: Path, run: str, **extra: Any) -> dict[str, Any]:
     """12 prompts, 3 of them held out; 2 rounds of 4 prompts; the judge counts the letter a."""
-    data = jsonl(folder / "prompts.jsonl", [{"prompt": w} for w in WORDS])
+    data = write_jsonl(folder / "prompts.jsonl", [{"prompt": w} for w in WORDS])
     (folder / "rewards.py").write_text(
         "def count_a(prompts, completions):\n    return [float(c.count('a') - c.count('e')) for c in completions]\n"
     )

@@ -7,12 +7,12 @@ written out here as a term, so that it is exactly that and nothing else.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from letter_models import LETTERS, letters
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from steersman.types import Tokens
 
 trl = pytest.importorskip("trl", reason="TRL is not installed here; the comparison with it is left out")
 pytest.importorskip("accelerate", reason="TRL's trainers need accelerate")
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from train_kit import LETTERS, letters  # noqa: E402
 
 PAIRS = [
     ("the cat", " sat on it.", " no"),

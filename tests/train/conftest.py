@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from train_kit import save_mini, settings
+from letter_models import save_mini
+from train_kit import settings
 
 from steersman.train import session
 

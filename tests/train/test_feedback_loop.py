@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from letter_models import letters, write_jsonl
 from pydantic import ValidationError
 from tiny_models import tiny_model
-from train_kit import letters, merge, plain, rows, weights, write_jsonl
+from train_kit import merge, plain, rows, weights
 
 from steersman import cli
 from steersman.data import Encoded, EncodedSet, Feedback

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from letter_models import LETTERS, letters
 from tiny_models import FAMILIES, tiny_model
-from train_kit import LETTERS, letters
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients

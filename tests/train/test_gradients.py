@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from letter_models import LETTERS, letters, write_jsonl
 from tiny_models import tiny_model
-from train_kit import LETTERS, letters, write_jsonl
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients

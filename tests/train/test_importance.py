@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from letter_models import LETTERS, letters
 from tiny_models import tiny_model
-from train_kit import LETTERS, letters, recipe, rows, weights
+from train_kit import recipe, rows, weights
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from train_kit import merge, recipe, rows, write_jsonl
+from letter_models import write_jsonl
+from train_kit import merge, recipe, rows
 from transformers import AutoModelForCausalLM
 
 from steersman.train import reward_model, rl, sft

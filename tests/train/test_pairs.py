@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from letter_models import LETTERS, letters, write_jsonl
 from tiny_models import tiny_model, tiny_pair_config
-from train_kit import LETTERS, letters, merge, recipe, rows, settings, weights, write_jsonl
+from train_kit import merge, recipe, rows, settings, weights
 from transformers import AutoModelForSeq2SeqLM
 
 from steersman.advantage.gae import Advantage

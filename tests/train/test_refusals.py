@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import yaml
-from train_kit import letters, merge, prompts_file, recipe, rewards_file, rows, save_mini, weights, write_jsonl
+from letter_models import letters, save_mini, write_jsonl
+from train_kit import merge, prompts_file, recipe, rewards_file, rows, weights
 
 from steersman import cli
 from steersman.run.config import load_recipe

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from train_kit import merge, plain, recipe, rows, weights, write_jsonl
+from letter_models import write_jsonl
+from train_kit import merge, plain, recipe, rows, weights
 
 from steersman import cli
 from steersman.algorithms import ALGORITHMS

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from letter_models import write_jsonl
 from reward_kit import settings, word
-from train_kit import merge, plain, recipe, rows, weights, write_jsonl
+from train_kit import merge, plain, recipe, rows, weights
 
 from steersman.model import AttributeModel, GatedModel, load_reward, load_scalar
 from steersman.train import offline, reward_model, rl

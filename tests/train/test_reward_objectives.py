@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from letter_models import write_jsonl
 from reward_kit import settings
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from train_kit import write_jsonl
 
 from steersman.data import DataConfig, collate_pairs, encode, feedback, layout, preferences, rankings, ratings, steps
 from steersman.model import AttributeModel, load_reward, load_scalar

@@ -1,22 +1,17 @@
-"""Tiny models on disk with a letter tokenizer, data files and recipes, for the tests of the loops."""
+"""Tiny models on disk, data files and recipes, for the tests of the loops."""
 
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 from typing import Any
 
 import torch
+from letter_models import LETTERS, WORDS, letters, rows_of, write_jsonl
 from tiny_models import tiny_model
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import Fuse
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steersman.train.recipe import OnPolicyRecipe
 from steersman.train.verbs import RECIPES
-
-LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " ", ".", ",", "\n", "!", "?"]
 
 REWARDS = """
 def count_a(prompts, completions):
@@ -48,14 +43,6 @@ def huge(prompts, completions):
 """
 
 
-def letters(eos: str | None = "</s>", vocabulary: list[str] = LETTERS) -> PreTrainedTokenizerFast:
-    """One token per letter; no pad token."""
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    inner.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token=eos)
-
-
 def save_tiny(folder: Path, family: str = "llama", scale: float = 1.0, seed: int = 0, **tokenizer: Any) -> Path:
     """A random model of the family, whose vocabulary is the letters'."""
     tiny_model(family, vocab=len(LETTERS), seed=seed, scale=scale).save_pretrained(folder)
@@ -63,40 +50,8 @@ def save_tiny(folder: Path, family: str = "llama", scale: float = 1.0, seed: int
     return folder
 
 
-def save_mini(folder: Path, seed: int = 0) -> Path:
-    """The smallest Llama that still has every part: one layer, 16 wide."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    letters().save_pretrained(folder)
-    return folder
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def prompts_file(folder: Path, count: int = 12) -> Path:
-    words = [
-        "the cat",
-        "a dog sat",
-        "we",
-        "look at",
-        "no",
-        "she said so",
-        "hm,",
-        "it is",
-        "you and me",
-        "oh",
-        "up",
-        "far",
-    ]
-    return write_jsonl(folder / "prompts.jsonl", [{"prompt": words[i % 12] + " " * (i // 12)} for i in range(count)])
+    return write_jsonl(folder / "prompts.jsonl", [{"prompt": WORDS[i % 12] + " " * (i // 12)} for i in range(count)])
 
 
 def rewards_file(folder: Path) -> Path:
@@ -138,7 +93,7 @@ def recipe(name: str, base: dict[str, Any], **extra: Any) -> OnPolicyRecipe:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return rows_of(run / "metrics.jsonl")
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
