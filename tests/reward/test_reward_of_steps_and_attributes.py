@@ -6,29 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model_reward import WORDS, classifier, sample
+from reward_classifiers import WORDS, classifier, word_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from steersman.model import AttributeModel, GatedModel, Meaning, ScalarModel, save, step_ends
 from steersman.reward import ModelReward, RewardConfig, build_reward
 from steersman.types import SteersmanError
-
-
-@pytest.fixture
-def policy_tokenizer():
-    from test_model_reward import word_tokenizer
-
-    return word_tokenizer(WORDS)
-
-
-@pytest.fixture
-def samples(policy_tokenizer):
-    return [
-        sample("the cat", "was happy and then was sad", policy_tokenizer),
-        sample("cat", "was", policy_tokenizer, "length"),
-        sample("the", "cat was sad and", policy_tokenizer),
-    ]
 
 
 def state(model, ids):
@@ -71,8 +55,6 @@ def test_steps_are_paid_where_they_end(steps, samples, policy_tokenizer):
 
 
 def test_steps_over_the_text_bridge_stand_at_the_policys_tokens(samples, policy_tokenizer):
-    from test_model_reward import word_tokenizer
-
     scalar = steps_model(word_tokenizer([*WORDS[:3], *reversed(WORDS[3:])]))
     scores = ModelReward(scalar, policy_tokenizer, steps="sum").score(samples)
     assert [row.nonzero().flatten().tolist() for row in scores.per_token] == [[2, 6], [0], [3]]
