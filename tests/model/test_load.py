@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from steersman.model import load_policy, load_scalar
-from steersman.model.load import dropout_off
+from steersman.model.source import dropout_off
 from steersman.types import SteersmanError
 
 

@@ -1,17 +1,20 @@
-"""LoRA adapters on a model, and the weights that they add up to."""
+"""LoRA adapters on a model, and the weights that they add up to.
+
+peft is imported where adapters are: it takes seconds, and most runs have none.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from steersman.types import SteersmanError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +33,14 @@ class LoraConfig:
     targets: str | list[str] = "all-linear"
 
 
-def add_lora(model: Any, config: LoraConfig) -> peft.PeftModel:
+def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     """Puts adapters on the model in place; everything else is frozen.
 
     Raises SteersmanError where `targets` match no layer, or the output layer.
     """
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
@@ -51,12 +57,23 @@ def add_lora(model: Any, config: LoraConfig) -> peft.PeftModel:
             f"lora.targets {config.targets!r} do not fit {type(model).__name__}: {error}\n"
             f"Its linear layers are called {', '.join(linear)}; or use 'all-linear'"
         ) from error
-    require_plain_output(model)
+    _require_plain_output(model)
     return adapters  # type: ignore[return-value]
 
 
-def require_plain_output(model: Any) -> None:
+def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
+    """Puts the adapters saved in a folder on the model in place. Raises SteersmanError as `add_lora` does."""
+    import peft
+
+    adapters = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    _require_plain_output(model)
+    return adapters
+
+
+def _require_plain_output(model: Any) -> None:
     """Raises SteersmanError if the output layer carries an adapter: it is applied without running the module."""
+    from peft.tuners.lora import LoraLayer
+
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
 
@@ -66,6 +83,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
     The model itself is left as it is: merging in place and undoing it would not give the same bits back.
     """
+    from peft.tuners.lora import LoraLayer
+
     state = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in model.state_dict().items()

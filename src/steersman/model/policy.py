@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 
 from steersman.model.layout import in_groups, response_slots, spread
@@ -18,6 +17,9 @@ from steersman.model.probe import packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
 from steersman.types import SteersmanError, Tokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from steersman.model.load import dropout_off
 from steersman.model.policy import Policy
+from steersman.model.source import dropout_off
 from steersman.types import SteersmanError
 
 

@@ -1,0 +1,171 @@
+"""The parts of a model in a folder or under a hub name: config, tokenizer and weights, refused with the reason.
+
+A path that exists is read from disk alone; no hub is asked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from steersman.model.quiet import silence
+from steersman.types import SteersmanError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
+"""Parts of the names of config fields that make a forward pass in training mode random."""
+
+_log = logging.getLogger("steersman.model")
+
+
+def find(path: str | Path) -> tuple[str, bool]:
+    """The path as a string, and whether it is a local folder. What looks like a path must exist."""
+    text = str(path)
+    local = Path(text).expanduser()
+    if local.is_dir():
+        if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
+            inside = sorted(p.parent.name for p in local.glob("*/config.json"))
+            hint = f"; did you mean its folder {_some(inside)}?" if inside else ""
+            raise SteersmanError(f"{text}: no model there (no config.json){hint}")
+        return str(local), True
+    if local.exists():
+        raise SteersmanError(f"{text}: is a file; give the model's folder")
+    parts = text.split("/")
+    # run folders are under runs/ unless told otherwise, and no hub should be asked for one that is missing
+    like_path = isinstance(path, Path) or text.startswith((".", "~", "/", "runs/")) or len(parts) > 2
+    if like_path or Path(parts[0]).is_dir():
+        raise SteersmanError(f"{text}: no such model folder{_nearest(local)}")
+    return text, False
+
+
+def _nearest(path: Path) -> str:
+    """What lies where the path stops to exist, the most similar names first."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    names = [p.name for p in missing.parent.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    near = difflib.get_close_matches(missing.name, names, n=3) or sorted(names)[:8]
+    where = f"in {missing.parent.resolve()}"
+    return f"; {where} there is {', '.join(near)}" if near else f"; {where} there is no folder at all"
+
+
+def read_config(source: str, local: bool, notes: list[str]) -> Any:
+    """The config, dropout off, which is noted. Raises SteersmanError where there is none, or it can not be read."""
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        if local:
+            raise SteersmanError(f"{source}/config.json can not be read as a model's config: {error}") from error
+        raise SteersmanError(
+            f"{source}: no such folder{_nearest(Path(source))}, and no hub model of that name could be fetched: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    changed = dropout_off(config)
+    if changed:
+        was = ", ".join(f"{key} {value}" for key, value in changed.items())
+        notes.append(f"{source}: dropout is off while training (was {was}), so that sampling and training agree")
+        _log.info(notes[-1])
+    return config
+
+
+def dropout_off(config: Any) -> dict[str, float]:
+    """Sets every probability of a random forward pass in a config to 0; returns what was not 0 before."""
+    changed = {}
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            # GPT-2's summary head, which has a dropout of its own, is not a part of any role
+            noisy = any(word in key for word in NOISE) and not key.startswith("summary")
+            if noisy and isinstance(value, float) and value > 0:
+                setattr(part, key, 0.0)
+                changed[key] = value
+    return changed
+
+
+def read_tokenizer(source: str, local: bool) -> Any:
+    """The tokenizer. Raises SteersmanError where there is none, or it has no vocabulary or no end token."""
+    tokenizer: Any = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        # for some families a folder without tokenizer files gives one that knows its special tokens alone
+        found = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        reason = "" if found else "no vocabulary there"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise SteersmanError(
+            f"{source}: no tokenizer could be loaded from there ({reason}); save the model's tokenizer into the "
+            "same folder with tokenizer.save_pretrained"
+        )
+    if tokenizer.eos_token_id is None:
+        raise SteersmanError(
+            f"{source}: its tokenizer has no end-of-sequence token, so no response could ever end; set "
+            '"eos_token" in tokenizer_config.json to a token of its vocabulary'
+        )
+    return tokenizer
+
+
+def read_weights(
+    auto: Any, source: str, local: bool, config: Any, dtype: str, attention: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """The model of class `auto`, and what its loading tells. Raises SteersmanError where weights can not be read."""
+    if dtype not in DTYPES:
+        raise SteersmanError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    more = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with silence():
+            return auto.from_pretrained(
+                source,
+                config=config,
+                dtype=DTYPES[dtype],
+                local_files_only=local,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the loading info, and refused below by name
+                **more,
+            )
+    except Exception as error:  # each weight format has errors of its own
+        raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error
+
+
+def require_complete(source: str, model: Any, info: dict[str, Any], allowed: Sequence[str] = ()) -> None:
+    """Raises SteersmanError unless every weight but the `allowed` ones came from disk in its right shape."""
+    mismatched: set[tuple[Any, ...]] = info["mismatched_keys"]  # (name, stored shape, shape of the model)
+    shapes = {name: pair for name, *pair in mismatched if name not in allowed}
+    if "score.weight" in shapes:
+        raise SteersmanError(
+            f"{source}: config.num_labels is 1, but the shapes of the stored `score` head and of one with a single "
+            f"output are {_shapes(shapes['score.weight'])}; train the head again with num_labels=1, or start a "
+            "new one with init='fresh'"
+        )
+    missing = {*info["missing_keys"], *shapes} - {*allowed}
+    if missing:
+        stored = _some(model.config.architectures or ["an unknown architecture"])
+        raise SteersmanError(
+            f"{source}: weights of {type(model).__name__} are missing or of another shape there "
+            f"({_some(missing)}); the folder holds {stored}"
+        )
+
+
+def _shapes(pair: list[Any]) -> str:
+    return " and ".join(str(list(shape)) for shape in pair)
+
+
+def require_vocabulary(source: str, tokenizer: Any, model: Any) -> None:
+    """Raises SteersmanError for fewer embedding rows than ids; more are padding, and fine."""
+    ids = max(tokenizer.get_vocab().values()) + 1
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids > rows:
+        raise SteersmanError(
+            f"{source}: its tokenizer has ids up to {ids - 1}, but the model's vocabulary has {rows} rows; the "
+            "tokenizer belongs to another model, or tokens were added without model.resize_token_embeddings"
+        )
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
