@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers as hf  # its names are imported when they are asked for, which takes seconds
 from safetensors.torch import load_file
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
 
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.lora import LoraConfig, add_lora, load_lora
@@ -34,7 +27,11 @@ from steersman.model.source import (
 )
 from steersman.types import SteersmanError
 
-HEADS = ("score.weight", *(f"classification_head.{x}.{y}" for x in ("dense", "out_proj") for y in ("weight", "bias")))
+HEADS = tuple(
+    f"{head}.{weight}"
+    for head in ("score", "score.out_proj", "classification_head.dense", "classification_head.out_proj")
+    for weight in ("weight", "bias")
+)
 """Weights of the heads of sequence classifiers."""
 
 WIDE = ("t5", "mt5", "umt5", "longt5")
@@ -73,7 +70,7 @@ def load_policy(
     notes: list[str] = []
     config = read_config(base, base_local, notes)
     pair = config.is_encoder_decoder
-    if type(config) not in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else MODEL_FOR_CAUSAL_LM_MAPPING):
+    if type(config) not in (hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING):
         raise SteersmanError(
             f"{base}: a model of type '{config.model_type}' is not a causal language model, nor an encoder with a "
             "decoder; give a decoder model such as a GPT-2, Llama, Qwen or Gemma, or a T5 or BART"
@@ -83,7 +80,7 @@ def load_policy(
         _log.warning(notes[-1])
     tokenizer = read_tokenizer(base, base_local)
     model, info = read_weights(
-        AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM, base, base_local, config, dtype, attention
+        hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention
     )
     require_complete(base, model, info)
     require_vocabulary(base, tokenizer, model)
@@ -195,13 +192,17 @@ def _classifier(
     notes: list[str],
 ) -> tuple[Any, Any]:
     """A sequence classifier with so many outputs, its head all zeros where it is `fresh`, and the tokenizer."""
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise SteersmanError(f"{source}: there is no sequence classifier of type '{config.model_type}'")
+    if type(config) not in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise SteersmanError(
+            f"{source}: there is no sequence classifier of type '{config.model_type}', so it can not be a reward "
+            "model or a critic of its own; a critic on the policy's states can (critic.init: shared), or take a "
+            "method without a critic (grpo, rloo)"
+        )
     config.num_labels = outputs
     if fresh:
         Meaning.forget(config)
     tokenizer = read_tokenizer(source, local)
-    model, info = read_weights(AutoModelForSequenceClassification, source, local, config, dtype, attention)
+    model, info = read_weights(hf.AutoModelForSequenceClassification, source, local, config, dtype, attention)
     require_complete(source, model, info, HEADS if fresh else ())
     require_outputs(model, outputs)
     if fresh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+import transformers as hf
 
 from steersman.model.policy import Policy
 from steersman.model.source import dropout_off
@@ -28,7 +28,7 @@ def fresh_policy(
     unknown model type, field values that its class refuses, or a folder without a tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        tokenizer = hf.AutoTokenizer.from_pretrained(tokenizer_path)
     except (OSError, ValueError) as error:
         raise SteersmanError(f"model.path {tokenizer_path}: no tokenizer can be loaded from it ({error})") from error
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -38,12 +38,13 @@ def fresh_policy(
         raise SteersmanError("model.scratch: give model_type, such as llama or gpt2, and the model's sizes")
     torch.manual_seed(seed)
     try:
-        config = AutoConfig.for_model(model_type, **merged)
+        config = hf.AutoConfig.for_model(model_type, **merged)
         dropout_off(config)
         if config.is_encoder_decoder and "decoder_start_token_id" not in settings:
             starts = (config.pad_token_id, config.eos_token_id)
             config.decoder_start_token_id = next((i for i in starts if i is not None), None)
-        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+        auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+        model = auto.from_config(config)
     except (ValueError, TypeError) as error:
         raise SteersmanError(f"model.scratch: {error}") from error
     return Policy(model.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer, pack=pack)

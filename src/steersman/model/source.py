@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+import transformers as hf
 
 from steersman.model.quiet import silence
 from steersman.types import SteersmanError
@@ -58,7 +58,7 @@ def _nearest(path: Path) -> str:
 def read_config(source: str, local: bool, notes: list[str]) -> Any:
     """The config, dropout off, which is noted. Raises SteersmanError where there is none, or it can not be read."""
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        config = hf.AutoConfig.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         if local:
             raise SteersmanError(f"{source}/config.json can not be read as a model's config: {error}") from error
@@ -91,7 +91,7 @@ def read_tokenizer(source: str, local: bool) -> Any:
     """The tokenizer. Raises SteersmanError where there is none, or it has no vocabulary or no end token."""
     tokenizer: Any = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, local_files_only=local)
         # for some families a folder without tokenizer files gives one that knows its special tokens alone
         found = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
         reason = "" if found else "no vocabulary there"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 
 def calibration_png(
     path: Path, said: Sequence[float], seen: Sequence[float], count: Sequence[int], *, low: float, error: float
 ) -> Path:
     """Probability said against share seen, one dot for each bin, its area the number of examples in it."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([low, 1], [low, 1], color="#9aa0a8", lw=1, ls="--", label="said = seen")

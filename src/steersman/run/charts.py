@@ -1,4 +1,7 @@
-"""Line charts for the report: SVG whose colours are left to the page, so that they suit light and dark."""
+"""Line charts for the report: SVG whose colours are left to the page, so that they suit light and dark.
+
+matplotlib is imported where a chart is drawn: every run imports this room, and few draw.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 SERIES = 8
 """Lines that one chart can show in colours that are told apart."""
@@ -40,6 +39,10 @@ class Line:
 
 def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> str:
     """The chart as an `<svg>` element; long noisy series are drawn pale with their running mean above them."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     style: Any = _STYLE | {"svg.hashsalt": title}
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")

@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from steersman.run.charts import SERIES, Line, line_chart
@@ -83,6 +82,8 @@ def write_report(folder: Path) -> Path:
         raise SteersmanError(f"run folder {folder}: it holds no run (no metrics, samples, summary or config)")
     metrics, summary = read_jsonl(folder / "metrics.jsonl"), _summary(folder / "summary.json")
     compared, single = summary_rows({k: v for k, v in summary.items() if k != "verb"})
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("steersman.run"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from steersman.rollout import Sampling
 from steersman.run.config import Section
+
+if TYPE_CHECKING:
+    from steersman.rollout import Sampling
 
 
 class LoraSection(Section):
@@ -113,6 +115,8 @@ class RolloutConfig(Section):
 
     def sampling(self) -> Sampling:
         """How tokens are drawn, as the engine takes it."""
+        from steersman.rollout import Sampling  # here, so that a recipe is read without the engine
+
         return Sampling(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
