@@ -211,12 +211,24 @@ def _defaults(model: type[Section]) -> dict[str, Any]:
     """Defaults as nested plain data, so that a section given in part keeps the defaults of this recipe."""
     out = {}
     for name, info in model.model_fields.items():
-        if not info.is_required():
-            default = info.get_default(call_default_factory=True, validated_data={})
-            out[name] = default.model_dump() if isinstance(default, Section) else default
+        if not info.is_required() and not info.default_factory_takes_validated_data:
+            default = info.get_default(call_default_factory=True)
+            out[name] = _plain(default) if isinstance(default, Section) else default
         elif (inner := section_of(info.annotation)) is not None:
             # A required section is begun empty, so that what is missing is told key by key.
             out[name] = _defaults(inner)
+    return out
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    """The section as plain data, without the defaults that follow other fields: those are not known yet."""
+    out = section.model_dump()
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            out[name] = _plain(value)
+        elif info.default_factory_takes_validated_data and name not in section.model_fields_set:
+            del out[name]
     return out
 
 

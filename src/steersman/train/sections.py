@@ -44,9 +44,11 @@ class ModelConfig(Section):
     )
 
 
-def micro_tokens(device: str) -> int:
-    """How many tokens go through a model at once: enough to keep an accelerator busy; on a CPU, few enough that
-    activations stay below the size (32 MiB) from which every tensor is fresh memory from the system, page by page."""
+def micro_tokens(known: dict[str, Any]) -> int:
+    """How many tokens go through a model at once, by the `device` that is known of the section: enough to keep an
+    accelerator busy; on a CPU, few enough that activations stay below the size (32 MiB) from which every tensor is
+    fresh memory from the system, page by page."""
+    device = known.get("device", "auto")
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     return 2_048 if on_cpu else 16_384
 
@@ -62,7 +64,7 @@ class RunConfig(Section):
     threads: int = Field(default=0, ge=0, description="CPU threads for torch; 0 leaves torch's own choice")
     deterministic: bool = Field(default=False, description="refuse operations whose result can vary between runs")
     micro_tokens: int = Field(
-        default_factory=lambda known: micro_tokens(known.get("device", "auto")),
+        default_factory=micro_tokens,
         ge=1,
         description="padded tokens that go through a model at once, 2,048 on a CPU and 16,384 on an accelerator if "
         "not given; lower it to save memory",
