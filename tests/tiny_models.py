@@ -40,8 +40,28 @@ PAIR_FAMILIES = ["t5", "bart"]
 
 def tiny_pair_config(family: str, vocab: int = 97):
     """A config of an encoder-decoder family; T5's decoder starts with its pad, BART's with its eos."""
-    from transformers import BartConfig, MBartConfig, MT5Config, PegasusConfig, T5Config, UMT5Config
+    from transformers import (
+        BartConfig,
+        MarianConfig,
+        MBartConfig,
+        MT5Config,
+        PegasusConfig,
+        T5Config,
+        T5GemmaConfig,
+        UMT5Config,
+    )
 
+    if family == "t5gemma":  # no decoder_start_token_id: its decoder starts with the decoder's BOS
+        stack = {
+            "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+            "sliding_window": 4, "query_pre_attn_scalar": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "dropout_rate": 0.0, "attention_dropout": 0.0,
+        }  # fmt: skip
+        return T5GemmaConfig(
+            encoder=dict(stack), decoder=dict(stack), vocab_size=vocab, dropout_rate=0.0, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
     if family in ("t5", "t5-gated", "mt5", "umt5"):
         kind = {"mt5": MT5Config, "umt5": UMT5Config}.get(family, T5Config)
         # an untied head has no scale before it; the decoder is deeper than the encoder
@@ -51,12 +71,12 @@ def tiny_pair_config(family: str, vocab: int = 97):
             relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, **form,
         )  # fmt: skip
-    kind = {"bart": BartConfig, "mbart": MBartConfig, "pegasus": PegasusConfig}[family]
+    kind = {"bart": BartConfig, "mbart": MBartConfig, "pegasus": PegasusConfig, "marian": MarianConfig}[family]
     return kind(
         vocab_size=vocab, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
         dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        decoder_start_token_id=2, forced_eos_token_id=None,
+        decoder_start_token_id=0 if family == "marian" else 2, forced_eos_token_id=None,
     )  # fmt: skip
 
 

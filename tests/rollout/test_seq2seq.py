@@ -129,6 +129,15 @@ def test_a_family_whose_rows_can_not_stand_apart_is_refused():
         Engine(model)
 
 
+def test_a_family_whose_modules_are_called_in_other_ways_is_refused_by_name():
+    from transformers import AutoModelForSeq2SeqLM, M2M100Config
+
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = M2M100Config(vocab_size=30, d_model=16, encoder_ffn_dim=8, decoder_ffn_dim=8, **small)
+    with pytest.raises(SteersmanError, match=r"M2M100ForConditionalGeneration.*not supported.*T5Gemma, BART"):
+        Engine(AutoModelForSeq2SeqLM.from_config(config))
+
+
 @pytest.mark.parametrize("family", PAIR_FAMILIES)
 def test_half_precision_models_are_sampled_in_float32(family):
     model = tiny_model(family, scale=1.0).to(torch.bfloat16)

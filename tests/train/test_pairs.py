@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.model import Policy, ScalarModel, SharedCritic, load_policy, load_scalar
+from steersman.model.pairs import decoder_start
 from steersman.rollout import Engine, Sampling
 from steersman.train import generate, preference, reward_model, rl, sft
 from steersman.train.experience import tokens_of, trajectory
@@ -73,13 +74,14 @@ def test_every_algorithm_runs(name, asked, tmp_path, pair):
     load_policy(tmp_path / "run" / "model")
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "t5-gated", "mt5", "mbart", "pegasus"])
+@pytest.mark.parametrize("family", ["t5", "bart", "t5-gated", "mt5", "mbart", "pegasus", "marian", "t5gemma"])
 @pytest.mark.parametrize(
     ("temperature", "cut"),
     [(0.7, {}), (1.3, {"top_p": 0.9}), (1.0, {"top_p": 0.9, "top_k": 12, "min_new_tokens": 2})],
 )
 def test_the_first_ratio_is_one_and_the_gradient_is_reinforces(family, temperature, cut):
-    policy = Policy(tiny_model(family, vocab=len(LETTERS), scale=2.0), letters())
+    scale = 8.0 if family == "t5gemma" else 2.0  # it normalises its states; larger weights spread its logits
+    policy = Policy(tiny_model(family, vocab=len(LETTERS), scale=scale), letters())
     engine = Engine(policy.model, policy.tokenizer, max_batch=5, eos_token_id=[2, 5, 17])
     prompts = [Prompt(ids, "", index=i) for i, ids in enumerate(PROMPTS)]
     sampling = Sampling(max_new_tokens=11, temperature=temperature, **cut)
@@ -109,8 +111,11 @@ def reinforce_gradient(model, samples, adv, temperature):
     """grad of -sum_t A_t log pi(a_t) / tokens, row by row, unpadded, over the model's own logits."""
     total = torch.zeros(())
     for row, sample in enumerate(samples):
-        read = torch.tensor([[model.config.decoder_start_token_id, *sample.ids[:-1]]])
-        logits = model(torch.tensor([sample.prompt.ids]), decoder_input_ids=read).logits[0] / temperature
+        read = torch.tensor([[*decoder_start(model), *sample.ids[:-1]]])
+        every = torch.ones_like(read)  # a pad token among them is no padding
+        logits = model(
+            torch.tensor([sample.prompt.ids]), decoder_input_ids=read, decoder_attention_mask=every
+        ).logits[0] / temperature  # fmt: skip
         for t, token in enumerate(sample.ids):
             kept = logits[t][sample.support[t].tolist()] if sample.support else logits[t]
             total = total - adv[row, t] * (logits[t, token] - kept.logsumexp(0))
@@ -235,6 +240,27 @@ def test_a_reward_model_learns_judges_and_becomes_the_critic(pair, tmp_path, ask
     numbers = {k: v for row in rows(tmp_path / "run") for k, v in row.items()}
     assert math.isfinite(numbers["reward/judge"])
     assert numbers["reward/judge"] != 0
+
+
+@pytest.mark.parametrize("family", ["t5gemma", "mbart", "marian", "pegasus"])
+def test_other_families_go_from_sft_to_dpo_to_ppo_to_generate(family, tmp_path):
+    folder = save_pair(tmp_path / family, family)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": w, "completion": w[::-1]} for w in ("ab", "cd", "ef")] * 4)
+    taught = offline(tmp_path, folder, data, **{"run.dir": str(tmp_path / "sft")})
+    model = sft.run(sft.SFTRecipe.model_validate(taught))["model"]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    liked = offline(tmp_path, model, pairs, **{"loss.name": "dpo", "run.dir": str(tmp_path / "dpo")})
+    model = preference.run(preference.PreferenceRecipe.model_validate(liked))["model"]
+    asked = merge(settings(tmp_path, model), {"iterations": 1})
+    if family in ("marian", "pegasus"):  # transformers has no classifier of these
+        with pytest.raises(SteersmanError, match=r"no sequence classifier of type.*critic\.init: shared"):
+            rl.run(recipe("ppo", asked))
+        asked = merge(asked, {"critic.init": "shared"})
+    rl.run(recipe("ppo", asked))
+    assert next(row["ratio_gap"] for row in rows(tmp_path / "run") if "ratio_gap" in row) < 1e-5
+    said = {"model": {"path": str(tmp_path / "run" / "model")}, "prompts": ["ab"], "out": str(tmp_path / "out.jsonl")}
+    generate.run(generate.GenerateRecipe.model_validate({**said, "rollout": {"max_new_tokens": 4}}))
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
 # -- refusals --------------------------------------------------------------------------------------------------

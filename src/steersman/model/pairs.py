@@ -20,13 +20,16 @@ def is_pair(model: Any) -> bool:
 def decoder_start(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
     """Ids that the decoder reads before the first token of a response.
 
-    The model's `decoder_start_token_id`, then the token that such a model always says first if there is one:
-    `forced_bos_token_id`, or a BOS that its tokenizer puts in front of every text (BART). It is read, not sampled.
+    The model's `decoder_start_token_id` (T5Gemma has none: its decoder's BOS), then the token that such a model
+    always says first if there is one: `forced_bos_token_id`, or a BOS that its tokenizer puts in front of every
+    text (BART). It is read, not sampled.
     (`forced_eos_token_id` is not obeyed: a response cut at the length limit is marked as cut.)
 
     Raises SteersmanError where no start token is named.
     """
     start, forced = _setting(model, "decoder_start_token_id"), _setting(model, "forced_bos_token_id")
+    if start is None:  # the only family that keeps a config of its decoder apart
+        start = getattr(getattr(model.config, "decoder", None), "bos_token_id", None)
     if start is None:
         raise SteersmanError(
             f"{model_name(model)}: its config names no decoder_start_token_id, so the first token of a response has "

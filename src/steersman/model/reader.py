@@ -155,5 +155,9 @@ def encode(encoder: nn.Module, ids: Tensor, real: Bool[Tensor, "B P"]) -> Float[
 def decode(decoder: nn.Module, ids: Tensor, memory: Tensor, real: Bool[Tensor, "B P"]) -> Float[Tensor, "B L H"]:
     """The decoder's states of ids, looking at the encoder's states where `real` is True."""
     return decoder(
-        input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=real.long(), use_cache=False
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),  # else T5Gemma takes a pad token among them for padding
+        encoder_hidden_states=memory,
+        encoder_attention_mask=real.long(),
+        use_cache=False,
     ).last_hidden_state

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from steersman.model.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.meaning import Meaning
 from steersman.model.pairs import is_pair, pair_reader, read
@@ -33,6 +34,7 @@ class Headed(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, outputs: int, *, max_tokens: int | None = 8192) -> None:
         super().__init__()
         require_outputs(model, outputs)
+        quicken(model)
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.trunk_name = model.base_model_prefix
         self.notes: list[str] = []
@@ -194,7 +196,8 @@ def _needed(outputs: int) -> str:
 
 def scalar_head(model: Any) -> nn.Module:
     """The module between states and numbers: a linear layer, or T5's and BART's dense layer, tanh, linear layer."""
-    head = getattr(model, "classification_head" if is_pair(model) else "score", None)
+    head = getattr(model, "classification_head", None) if is_pair(model) else None
+    head = getattr(model, "score", None) if head is None else head  # causal models, and T5Gemma
     return nn.Identity() if head is None else head
 
 
@@ -213,9 +216,10 @@ def output_layer(model: Any) -> nn.Linear:
 
 def fresh_head(model: Any) -> None:
     """A head of zeros; a dense layer before it starts as the identity, so that nothing is drawn at random."""
-    nn.init.zeros_(output_layer(model).weight)
-    dense = getattr(scalar_head(model), "dense", None)
+    layer, dense = output_layer(model), getattr(scalar_head(model), "dense", None)
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     if dense is not None:
-        nn.init.zeros_(output_layer(model).bias)
         nn.init.eye_(dense.weight)
         nn.init.zeros_(dense.bias)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from steersman.model.pairs import decoder_context, decoder_start
 from steersman.model.probe import close, model_name, quiet
-from steersman.rollout.cache import Belt, PromptCache, PromptLayer
+from steersman.rollout.cache import Belt, PromptCache, PromptLayer, layer_windows
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
+
+KNOWN = "T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, PLBart, Marian, Pegasus and Blenderbot"
 
 
 class PairCache:
@@ -33,8 +37,9 @@ class PairCache:
 class PairBelt:
     """The cache of all live sequences: the decoder's belt, and each row's prompt in buffers [slots, heads, width]."""
 
-    def __init__(self, layers: int, start: int) -> None:
-        self.own, self.start = Belt([None] * layers), start
+    def __init__(self, windows: list[int | None], start: int) -> None:
+        layers = len(windows)
+        self.own, self.start = Belt(windows), start
         self.cross = [PromptLayer() for _ in range(layers)]
         self.past = EncoderDecoderCache(self.own, Cache(layers=list(self.cross)))
         self.past.is_updated = dict.fromkeys(range(layers), True)
@@ -120,10 +125,16 @@ class PairDecoder:
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model = model
         self.start = decoder_start(model, tokenizer)
+        # T5Gemma's decoder is told where each row stands, as a causal model is
+        self.told = "position_ids" in signature(model.get_decoder().forward).parameters
         with quiet(model):
-            layers = self._layers()
-            self.belt = PairBelt(layers, len(self.start))
-            self._probe()
+            try:
+                self.belt = PairBelt(self._windows(), len(self.start))
+                good = self._probe()
+            except (TypeError, ValueError, AttributeError) as error:  # its modules are called in other ways
+                raise SteersmanError(f"{self._refused()}: {type(error).__name__}: {_first_line(error)}") from error
+        if not good:
+            raise SteersmanError(self._refused())
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""
@@ -144,14 +155,17 @@ class PairDecoder:
         """Logits [B, V] after feeding each live row one token; ids and positions [B, 1] count the prompt too."""
         belt = self.belt
         own = positions - belt.length[: belt.rows] + len(self.start)
+        told = {"decoder_position_ids": own} if self.told else {}
+        nothing = belt.mask.new_zeros(1).expand(belt.rows, 1, 1)  # the prompts' keys and values are cached
         with _positions(self.model.get_decoder(), own):
             out = self.model(
-                encoder_outputs=(belt.mask.new_zeros(1).expand(belt.rows, 1, 1),),  # its keys and values are cached
+                encoder_outputs=BaseModelOutput(last_hidden_state=nothing),  # type: ignore[arg-type]
                 attention_mask=belt.cross_mask,
                 decoder_input_ids=ids,
                 decoder_attention_mask=belt.own.step(len(self.start)),
                 past_key_values=belt.past,
                 use_cache=True,
+                **told,
             )
         return out.logits[:, -1]
 
@@ -174,14 +188,24 @@ class PairDecoder:
         """What decodes responses."""
         return TargetTexts(tokenizer, stop)
 
-    def _layers(self) -> int:
+    def _windows(self) -> list[int | None]:
+        """The sliding window of each layer of the decoder, None where it sees all that was said."""
+        config = self.model.get_decoder().config
+        if getattr(config, "layer_types", None):
+            return layer_windows(config)
         past = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor([self.start], device=self.model.device)
         self.model(input_ids=ids, decoder_input_ids=ids, past_key_values=past, use_cache=True)
-        return len(past.cross_attention_cache.layers)
+        return [None] * len(past.cross_attention_cache.layers)
 
-    def _probe(self) -> None:
-        """Two rows, one of which comes two tokens later, must read as they do alone."""
+    def _refused(self) -> str:
+        return (
+            f"rollout: {model_name(self.model)} can not decode sequences of different ages side by side; this "
+            f"encoder-decoder family is not supported ({KNOWN} are)"
+        )
+
+    def _probe(self) -> bool:
+        """Whether two rows, one of which comes two tokens later, read as they do alone."""
         device, rows = self.model.device, self.model.get_input_embeddings().weight.shape[0]
         prompts = [[3 % rows, 5 % rows, 4 % rows], [5 % rows]]
         said = [[7 % rows, 3 % rows, 9 % rows, 4 % rows], [6 % rows, 8 % rows]]
@@ -205,11 +229,7 @@ class PairDecoder:
             for prompt, ids in zip(prompts, said, strict=True)
         ]
         self.belt.release()
-        if not close(logits, torch.stack(alone)):
-            raise SteersmanError(
-                f"rollout: {model_name(self.model)} can not decode sequences of different ages side by side; this "
-                "encoder-decoder family is not supported (T5, mT5, UMT5, BART, mBART and Pegasus are)"
-            )
+        return close(logits, torch.stack(alone))
 
 
 class TargetTexts:
@@ -250,3 +270,7 @@ def _positions(decoder: Any, positions: Tensor) -> Iterator[None]:
 def _room(slots: int, width: int, like: Any) -> Tensor:
     """A buffer [slots, heads, width, size]. Zeros, since NaN under a mask would still poison the sum."""
     return like.new_zeros(slots, like.shape[1], width, like.shape[3])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
