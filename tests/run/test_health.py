@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from steersman.ops.text import distinct_share, ngrams, pieces, repeated_share, text_stats
-from steersman.run.health import CHECKS, HealthConfig, HealthWatch, non_finite_tensor
+from steersman.run.health import HealthWatch, non_finite_tensor
+from steersman.run.health_checks import CHECKS, HealthConfig
 
 OPENINGS = [
     "Once upon a time there was a little girl named Lily. She loved to play in the garden with her dog.",

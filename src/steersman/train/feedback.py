@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from steersman.data import Batches, DataConfig, EncodedSet, Feedback, describe, encode, feedback, layout
 from steersman.loss.offline import LOSSES
 from steersman.run.config import Section
-from steersman.run.health import HealthConfig
+from steersman.run.health_checks import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import carry_out
 from steersman.train.feedback_objective import BCOConfig, FeedbackObjective, KTOConfig

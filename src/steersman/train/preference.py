@@ -31,7 +31,7 @@ from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.run.config import Section
-from steersman.run.health import HealthConfig
+from steersman.run.health_checks import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import carry_out
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig, held_prompts

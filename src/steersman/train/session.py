@@ -14,7 +14,8 @@ from steersman.ops.text import text_stats
 from steersman.run.checkpoint import Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import RunFolder, write_atomic
-from steersman.run.health import Finding, HealthConfig, HealthWatch
+from steersman.run.health import Finding, HealthWatch
+from steersman.run.health_checks import HealthConfig
 from steersman.run.log import Log, read_jsonl
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
