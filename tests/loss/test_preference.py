@@ -42,7 +42,7 @@ def paper_rdpo(y, z, yr, zr, ky, kz, beta, eps):  # 2403.00409
     return ((1 - eps) * a - eps * b) / (1 - 2 * eps)
 
 
-def paper_ipo(y, z, yr, zr, ky, kz, tau):  # 2310.12036 (17), h of (15)
+def paper_ipo(y, z, yr, zr, ky, kz, tau):  # 2310.12036 (17)
     h = torch.log(torch.exp(y.sum()) * torch.exp(zr.sum()) / (torch.exp(z.sum()) * torch.exp(yr.sum())))
     return (h - 1 / (2 * tau)) ** 2
 

@@ -79,12 +79,12 @@ def bco(
         L = -log sigma(delta - beta rho)    for an undesirable one
 
     `shift` is delta = (E_D[beta rho] + E_U[beta rho]) / 2, half-way between the mean rewards of the two kinds over
-    the data, without gradient; `train/feedback.py` keeps a moving average of each over the batches.
+    the data, without gradient; `train/feedback_objective.py` keeps a moving average of each over the batches.
 
     Where liked and disliked answers belong to different prompts, the paper weights the disliked ones by
     p(liked | x) / p(disliked | x): multiply it onto what is returned.
 
-    Source: arXiv 2404.04656, section 3. TRL 1.16 has the loss no more; its `bco_pair` is the sum over a pair at
+    Source: arXiv 2404.04656. TRL 1.16 has the loss no more; its `bco_pair` is the sum over a pair at
     delta = 0.
     """
     reward = beta * (logp - ref_logp)

@@ -110,7 +110,7 @@ def dpo(pair: PairLogp, *, beta: float = 0.1, label_smoothing: float = 0.0) -> t
     lead of that size where the answers are known to differ by more than a little.
 
     Source: arXiv 2305.18290, eq. 7; eps: Mitchell, "A note on DPO with noisy preferences", 2023, eq. 3;
-    offset: arXiv 2402.10571, section 3.
+    offset: arXiv 2402.10571.
     Departure from TRL 1.16, whose sigmoid loss has no eps any more: the conservative variant is kept.
     """
     ratio_w, ratio_l = _ratios(pair)
@@ -175,7 +175,7 @@ def rso(pair: PairLogp, *, beta: float = 0.1, margin: float = 1.0) -> tuple[Floa
 
     `margin` is delta, 1 in the paper; `beta` is its gamma.
 
-    Source: arXiv 2309.06657, section 3 (hinge-norm).
+    Source: arXiv 2309.06657 (hinge-norm).
     """
     ratio_w, ratio_l = _ratios(pair)
     lead = _less_offset(beta * (ratio_w - ratio_l), pair)
@@ -302,7 +302,7 @@ def soft_labelled(
     linear in how often a pair is labelled each way, the optimum is that of the raters' single votes. What is
     explained is the pair in the given order. For DPO this is cross-entropy with a as the target.
 
-    Source: arXiv 2310.12036, section 5 (a preference is one draw of a Bernoulli variable).
+    Source: arXiv 2310.12036 (a preference is one draw of a Bernoulli variable).
     """
     value, explain = loss(pair)
     if bool((agreement == 1).all()):
