@@ -72,6 +72,10 @@ def head(results: Results) -> list[str]:
     )
     seeds = len(recipe.seeds)
     spread = f"Means over {seeds} seeds with 95% Student intervals." if seeds > 1 else "One seed: no intervals."
+    if seeds > 1 and done < results.planned:
+        spread = (
+            f"Means over as many of {seeds} seeds as the column says, with 95% Student intervals from two seeds on."
+        )
     lines = [f"{whole} {spread} Model `{recipe.model_name}`, data: {recipe.data.source}."]
     lines += [f"Failed: {name}: {why}" for name, why in results.failed.items()]
     return lines

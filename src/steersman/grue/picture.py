@@ -19,7 +19,7 @@ COLOURS = ["#2b5f8f", "#c8642b", "#2f8a62", "#9d4a92", "#a58310", "#4b8fb5", "#b
 ABREAST = 4
 """Tasks side by side; more would be too small to read on a page."""
 FURTHEST = 100.0
-"""Per cent beyond which a move is drawn at the edge."""
+"""Per cent beyond which a move is drawn at the edge, as an arrow."""
 
 
 def draw(results: Results, path: Path) -> None:
@@ -74,7 +74,8 @@ def _moves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> 
                 names.append(move.metric)
             percent = 100 * move.change.value / abs(before.value)
             at = names.index(move.metric) + (order + 0.5) * shift - 0.4
-            axes.plot([max(-FURTHEST, min(FURTHEST, percent))], [at], "o", ms=4, color=colour,
+            marker = "o" if abs(percent) <= FURTHEST else ">" if percent > 0 else "<"
+            axes.plot([max(-FURTHEST, min(FURTHEST, percent))], [at], marker, ms=4, color=colour, clip_on=False,
                       mfc=colour if move.seen else "none")  # fmt: skip
             if move.change.half is not None:
                 half = 100 * move.change.half / abs(before.value)
@@ -85,5 +86,5 @@ def _moves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> 
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(-1.05 * FURTHEST, 1.05 * FURTHEST)
-    axes.set_xlabel("change in metrics not rewarded, %\n(filled: more than noise)")
+    axes.set_xlabel("change in metrics not rewarded, %\n(filled: more than noise; arrow: further out)")
     axes.grid(axis="x", lw=0.4)
