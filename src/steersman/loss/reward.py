@@ -85,11 +85,6 @@ def plackett_luce(
     return torch.where(mask, log_total - kept, torch.zeros_like(kept)).sum(-1)
 
 
-def squared_error(score: Float[Tensor, "*s"], rating: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """(r - y)^2, the regression of a score on a rating in the rating's own units, squared."""
-    return (score - rating) ** 2
-
-
 def huber(score: Float[Tensor, "*s"], rating: Float[Tensor, "*s"], *, delta: float = 1.0) -> Float[Tensor, "*s"]:
     """e^2 / 2 for an error |e| <= delta, delta (|e| - delta / 2) beyond: single wild ratings pull less.
 

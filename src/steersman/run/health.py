@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from steersman.ops.text import text_stats
 from steersman.run.health_checks import CHECKS, READ, HealthConfig, Row, Severity
@@ -78,13 +75,3 @@ def non_finite(step: int, stats: Stats) -> Finding | None:
         f"at step {step} {', '.join(bad)}. The run stops here; its last checkpoint is good. Usual causes: a "
         "learning rate that is too high, a reward of infinite size, float16 without a loss scale.",
     )  # fmt: skip
-
-
-def non_finite_tensor(step: int, named: Iterable[tuple[str, Tensor | None]]) -> Finding | None:
-    """The same for tensors, such as `((n, p.grad) for n, p in model.named_parameters())`: names the first."""
-    for name, tensor in named:
-        if tensor is not None and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            text = f"at step {step} {bad} of {tensor.numel()} elements of {name} are NaN or infinite"
-            return Finding(step, "non_finite", "stop", text)
-    return None
