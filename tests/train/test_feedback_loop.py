@@ -16,6 +16,7 @@ from train_kit import merge, plain, rows, weights
 from steersman import cli
 from steersman.data import Encoded, EncodedSet, Feedback
 from steersman.data.read import Row
+from steersman.loss.feedback import auto_weights
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.train import feedback, preference
 from steersman.train.feedback import RECIPES
@@ -125,8 +126,8 @@ def test_mismatched_answers_answer_another_prompt_and_fit():
 
 
 def test_weights_balance_the_counts():
-    assert feedback.auto_weights(30, 10) == (1.0, 3.0)
-    assert feedback.auto_weights(10, 40) == (4.0, 1.0)
+    assert auto_weights(30, 10) == (1.0, 3.0)
+    assert auto_weights(10, 40) == (4.0, 1.0)
     made = objective(KTOConfig())  # three likes, two dislikes
     assert made.weights == (1.0, 1.5)
 

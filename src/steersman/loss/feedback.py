@@ -55,7 +55,7 @@ def kto(
 
     Source: arXiv 2402.01306, eq. 8. Departure: lambda_y - v is written out, so a perfect fit costs 0.
     TRL 1.16 agrees, but for its mismatched answers: they are fixed once with the order of the data and may answer
-    the very same prompt, while `train/feedback.py` takes the next answer in the batch to another prompt.
+    the very same prompt, while `train/feedback_objective.py` takes the next answer in the batch to another one.
     """
     ratio = logp - ref_logp
     gain = beta * (ratio - reference_point)

@@ -8,45 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from steersman.data import Batches, DataConfig, EncodedSet, Feedback, describe, encode, feedback, layout
+from steersman.data import Batches, EncodedSet, Feedback, describe, encode, feedback, layout
 from steersman.loss.offline import LOSSES
-from steersman.run.config import Section
-from steersman.run.health_checks import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import carry_out
 from steersman.train.feedback_objective import BCOConfig, FeedbackObjective, KTOConfig
-from steersman.train.held_prompts import SamplesConfig, held_prompts
+from steersman.train.held_prompts import held_prompts
 from steersman.train.models import context_length, policy_from
-from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.preference import refuse_scratch
+from steersman.train.offline import Offline
+from steersman.train.offline_recipe import OfflineRecipe
 from steersman.train.preflight import describe_run
 from steersman.train.reference import reference_from
-from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
 from steersman.types import Stats, SteersmanError
-from steersman.update.optimizer import OptimizerConfig
 
 L = TypeVar("L", KTOConfig, BCOConfig)
 
 
-class FeedbackRecipe(Section, Generic[L]):
+class FeedbackRecipe(OfflineRecipe[L], Generic[L]):
     """Offline optimisation on prompt, completion and label (or on pairs, split in two)."""
-
-    model: ModelConfig
-    data: DataConfig
-    loss: L = Field(default_factory=dict, description="the method's own settings")  # type: ignore
-    train: OfflineConfig = OfflineConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
-    reference: str = Field(default="start", description="start (the policy before training) or a folder")
-    samples: SamplesConfig = SamplesConfig()
-    run: RunConfig = RunConfig()
-    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe[L]:
-        refuse_scratch(self.model)
         if self.loss.name == "kto" and self.train.batch_size < 2:
             raise ValueError(
                 "train.batch_size is 1, but KTO estimates its reference point from the answers to the other prompts "

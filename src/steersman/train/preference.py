@@ -18,7 +18,6 @@ from torch import Tensor
 
 from steersman.data import (
     BadRows,
-    DataConfig,
     EncodedSet,
     Preference,
     collate_pairs,
@@ -31,20 +30,18 @@ from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.run.config import Section
-from steersman.run.health_checks import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import carry_out
-from steersman.train.held_prompts import HeldPrompts, SamplesConfig, held_prompts
+from steersman.train.held_prompts import HeldPrompts, held_prompts
 from steersman.train.models import context_length, policy_from
-from steersman.train.offline import Offline, OfflineConfig
+from steersman.train.offline import Offline
+from steersman.train.offline_recipe import OfflineRecipe
 from steersman.train.preflight import describe_run
 from steersman.train.reference import Reference, answer_logp, divergence, reference_from
-from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
 from steersman.train.tally import Tally
 from steersman.types import Stats, SteersmanError, Tokens
 from steersman.update.micro import micro_batches
-from steersman.update.optimizer import OptimizerConfig
 
 PairLossName = Literal[
     "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo"
@@ -94,29 +91,8 @@ class PairLossConfig(Section):
         return self
 
 
-class PreferenceRecipe(Section):
+class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
     """Offline preference optimisation on prompt, chosen and rejected."""
-
-    model: ModelConfig
-    data: DataConfig
-    loss: PairLossConfig = PairLossConfig()
-    train: OfflineConfig = OfflineConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
-    reference: str = Field(default="start", description="start (the policy before training) or a folder")
-    samples: SamplesConfig = SamplesConfig()
-    run: RunConfig = RunConfig()
-    health: HealthConfig = HealthConfig()
-
-    @model_validator(mode="after")
-    def _trained_before(self) -> PreferenceRecipe:
-        refuse_scratch(self.model)
-        return self
-
-
-def refuse_scratch(model: ModelConfig) -> None:
-    """Raises ValueError for a model with fresh weights."""
-    if model.scratch is not None:
-        raise ValueError("model.scratch: a model with fresh weights prefers nothing yet; train it with sft first")
 
 
 class PairObjective:

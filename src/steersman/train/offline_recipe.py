@@ -1,0 +1,37 @@
+"""What the recipes of the offline methods on a policy have in common: pairs, and single answers."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from pydantic import Field, model_validator
+
+from steersman.data import DataConfig
+from steersman.run.config import Section
+from steersman.run.health_checks import HealthConfig
+from steersman.train.held_prompts import SamplesConfig
+from steersman.train.offline import OfflineConfig
+from steersman.train.sections import ModelConfig, RunConfig
+from steersman.update.optimizer import OptimizerConfig
+
+L = TypeVar("L", bound=Section)
+
+
+class OfflineRecipe(Section, Generic[L]):
+    """Offline optimisation of a policy; `loss` is the method's own section."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: L = Field(default_factory=dict, description="the method's own settings")  # type: ignore
+    train: OfflineConfig = OfflineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
+    reference: str = Field(default="start", description="start (the policy before training) or a folder")
+    samples: SamplesConfig = SamplesConfig()
+    run: RunConfig = RunConfig()
+    health: HealthConfig = HealthConfig()
+
+    @model_validator(mode="after")
+    def _trained_before(self) -> OfflineRecipe[L]:
+        if self.model.scratch is not None:
+            raise ValueError("model.scratch: a model with fresh weights prefers nothing yet; train it with sft first")
+        return self
