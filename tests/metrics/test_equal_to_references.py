@@ -1,6 +1,7 @@
 """Each metric gives what its reference program gives, on empty, one-word, repeated and non-ASCII text too."""
 
 import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -199,3 +200,24 @@ def test_concepts_and_mathematics():
     assert found == [pytest.approx(2 / 3), 0]
     answers = ["so 48+24=72\n#### 72", "", "it is \\boxed{\\frac{1}{2}}", "7 and 8"]
     assert metric("math_answer").score(answers, ["#### 72", "5", "0.5", 8]) == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("beam", [25, 1])
+def test_ter_counts_sacrebleus_edits_whatever_the_texts(beam, monkeypatch):
+    """Few and many words, like and unlike lengths, blocks that moved; with a narrow beam, ways beyond it too."""
+    from sacrebleu.metrics import lib_ter
+
+    from steersman.metrics import edits as ours
+
+    monkeypatch.setattr(lib_ter, "_BEAM_WIDTH", beam)
+    monkeypatch.setattr(ours, "BEAM", beam)
+    rng = random.Random(0)
+    for size, count in ((3, 20), (10, 60), (25, 10), (70, beam // 25)):
+        for _ in range(count):
+            words = [str(rng.randrange(rng.choice((3, 50)))) for _ in range(rng.randint(1, size))]
+            cut = rng.randrange(len(words))
+            moved = words[cut:] + words[:cut]
+            other = [str(rng.randrange(9)) if rng.random() < 0.3 else word for word in moved]
+            other += [str(rng.randrange(50)) for _ in range(rng.choice((0, 0, 2, size)))]
+            for a, b in ((words, other), (other, words)):
+                assert ours.edits(a, b) == lib_ter.translation_edit_rate(a, b)[0], (a, b)

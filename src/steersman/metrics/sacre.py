@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from steersman.metrics.core import Batch, Better, Corpus, Scorer, bootstrap, check_script
+from steersman.metrics.edits import edits
 
 
 class _Sacre(Scorer):
@@ -121,7 +122,10 @@ class ChrF(_Sacre):
 
 @dataclass
 class TER(_Sacre):
-    """Edits per reference word, in percent, 0 or more; lower is better. Source: Snover et al. 2006."""
+    """Edits per reference word, in percent, 0 or more; lower is better. Source: Snover et al. 2006.
+
+    Departure from sacrebleu: the edits are counted by `metrics.edits`, to the same number.
+    """
 
     normalized: bool = False
     punctuation: bool = True
@@ -138,7 +142,13 @@ class TER(_Sacre):
     def _scorer(self) -> Any:
         from sacrebleu.metrics.ter import TER as _TER
 
-        return _TER(
+        class Counted(_TER):
+            def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict[str, Any]) -> list[float]:
+                listed = ref_kwargs["ref_words"]
+                fewest = min(edits(hypothesis.split(), reference) for reference in listed)
+                return [fewest, sum(map(len, listed)) / len(listed)]
+
+        return Counted(
             normalized=self.normalized,
             no_punct=not self.punctuation,
             asian_support=self.asian,
