@@ -114,13 +114,15 @@ def _best(said: list[int], wanted: list[int], options: list[Move], now: int) -> 
     ranked = sorted(((now - least[tuple(m[-1])], *m) for m in options if least[tuple(m[-1])] < now), reverse=True)
     tables: dict[tuple[int, ...], Table] = {}
     while ranked:
-        saved, *rest, words = ranked[0]
+        saved, length, start, target, words = ranked[0]
         key = tuple(words)
-        table = tables.setdefault(key, beam_table(words, wanted)) if key not in tables else tables[key]
+        if key not in tables:
+            tables[key] = beam_table(words, wanted)
+        table = tables[key]
         within = now - int(table[-1, -1])
         if within == saved:
             return words, table
-        ranked[0] = (within, *rest, words)
+        ranked[0] = (within, length, start, target, words)
         ranked = sorted((m for m in ranked if m[0] > 0), reverse=True)
     return None
 
