@@ -55,14 +55,30 @@ ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "table-to-text": (
         {
+            "id": 0,
             "table_page_title": "A. Smith",
+            "table_webpage_url": "http://example.org/A._Smith",
             "table_section_title": "Career",
+            "table_section_text": "",
             "table": [
-                [{"value": "Year", "is_header": True}, {"value": "Club", "is_header": True}],
-                [{"value": "2001", "is_header": False}, {"value": "York", "is_header": False}],
+                [
+                    {"column_span": 1, "is_header": True, "row_span": 1, "value": "Year"},
+                    {"column_span": 1, "is_header": True, "row_span": 1, "value": "Club"},
+                ],
+                [
+                    {"column_span": 1, "is_header": False, "row_span": 1, "value": "2001"},
+                    {"column_span": 1, "is_header": False, "row_span": 1, "value": "York"},
+                ],
             ],
             "highlighted_cells": [[1, 1]],
-            "sentence_annotations": {"final_sentence": ["Smith played for York."]},
+            "example_id": "17",
+            "sentence_annotations": {
+                "original_sentence": ["He also played for York."],
+                "sentence_after_deletion": ["He played for York."],
+                "sentence_after_ambiguity": ["Smith played for York."],
+                "final_sentence": ["Smith played for York."],
+            },
+            "overlap_subset": "none",
         },
         {
             "prompt": "Facts: page: A. Smith; section: Career; Club: York. Sentence:",
@@ -72,9 +88,19 @@ ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "narrative-qa": (
         {
-            "document": {"summary": {"text": "A fox ran."}},
-            "question": {"text": "Who ran?"},
-            "answers": [{"text": "a fox"}, {"text": "the fox"}],
+            "document": {
+                "id": "x1",
+                "kind": "gutenberg",
+                "url": "http://example.org/fox",
+                "file_size": 900,
+                "word_count": 120,
+                "start": "Once there was",
+                "end": "the end .",
+                "summary": {"text": "A fox ran.", "tokens": ["A", "fox", "ran", "."], "url": "", "title": "Fox"},
+                "text": "Once there was a fox.",
+            },
+            "question": {"text": "Who ran?", "tokens": ["Who", "ran", "?"]},
+            "answers": [{"text": "a fox", "tokens": ["a", "fox"]}, {"text": "the fox", "tokens": ["the", "fox"]}],
         },
         {"prompt": "A fox ran.\nQuestion: Who ran?\nAnswer:", "references": ["a fox", "the fox"]},
     ),
@@ -83,7 +109,7 @@ ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"prompt": "Translate English to German: Good day\nGerman:", "references": ["Guten Tag"]},
     ),
     "dialogue": (
-        {"dialog": [f"turn {i} " for i in range(8)], "act": [1] * 8},
+        {"dialog": [f"turn {i} " for i in range(8)], "act": [1] * 8, "emotion": [0] * 8},
         {"prompt": "A: turn 0\nB:", "references": ["turn 1"]},
     ),
 }
@@ -109,6 +135,34 @@ def test_each_task_reads_a_saved_copy_of_the_original(name, tmp_path):
         assert max(row["prompt"].count("\n") for row in rows) == 5
 
 
+def test_the_authors_own_files_are_read_where_the_hub_has_a_script(tmp_path):
+    page, said = dict(ORIGINALS["table-to-text"][0]), "Hi . __eou__ Hello , you ! __eou__ Bye . __eou__"
+    first = {**page, "table_page_title": "B. Jones"}
+    told = page["sentence_annotations"]
+    for row in (page, first):  # as in the authors' file
+        row["sentence_annotations"] = [{name: values[0] for name, values in told.items()}]
+    folder = tmp_path / "table-to-text"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps(first) + "\n")
+    (folder / "validation.jsonl").write_text(json.dumps(page) + "\n")
+    folder = tmp_path / "dialogue"
+    folder.mkdir()
+    (folder / "train.txt").write_text("What ? __eou__ No . __eou__\nWhy ? __eou__ So . __eou__\n")
+    (folder / "validation.txt").write_text(said + "\n")
+    data = {"source": "hub", "folder": str(tmp_path)}
+    recipe = GrueRecipe.model_validate(
+        {"model": {"path": "none"}, "tasks": ["table-to-text", "dialogue"], "data": data}
+    )
+    rows = task_rows(load_task("table-to-text"), recipe)
+    assert rows.held_out[0]["references"] == ["Smith played for York."]
+    rows = task_rows(load_task("dialogue"), recipe)
+    assert {row["prompt"] for row in rows.train} == {"A: What ?\nB:", "A: Why ?\nB:"}
+    assert [(row["prompt"], row["references"]) for row in sorted(rows.held_out, key=lambda r: len(r["prompt"]))] == [
+        ("A: Hi .\nB:", ["Hello , you !"]),
+        ("A: Hi .\nB: Hello , you !\nA:", ["Bye ."]),
+    ]
+
+
 def _other(name: str) -> dict[str, Any]:
     """Makes the training row another prompt than the validation row's."""
     return {
@@ -127,6 +181,8 @@ def test_offline_the_original_says_how_to_get_it(tmp_path, monkeypatch):
     recipe = GrueRecipe.model_validate({"model": {"path": "none"}, "tasks": ["commongen"]})
     with pytest.raises(SteersmanError, match=r"load_dataset\('allenai/common_gen'\).*save_to_disk.*source: files"):
         task_rows(load_task("commongen"), recipe)
+    with pytest.raises(SteersmanError, match=r"loading script.*totto_dev_data\.jsonl.*source: files"):
+        task_rows(load_task("table-to-text"), recipe)
 
 
 def test_a_row_of_another_set_is_named(tmp_path):
