@@ -124,10 +124,11 @@ def on_policy(work: Work, scenario: str, prompts: int, samples: int) -> list[Pha
     phases = [work.run("rollout", [(PROMPT, 0)] * prompts, rows), *work.decode("rollout", rows, PROMPT, NEW)]
     phases.append(work.run("score", shared, rows * NEW))
     if scenario == "ppo":
-        phases += [work.run("score", shared) for _ in ("reward", "critic")]
+        # with one update per iteration the critic's values and its gradient are one pass, done while scoring
+        phases += [work.run("score", shared), work.run("score", shared, trained=True)]
     phases += [work.run("update", shared, rows * NEW, trained=True), work.adamw("update", True)]
     if scenario == "ppo":
-        phases += [work.run("update", shared, trained=True), work.adamw("update", False)]
+        phases.append(work.adamw("update", False))
     return phases
 
 

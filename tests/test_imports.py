@@ -14,10 +14,11 @@ MAY = {
     "types": set(),
     "assets": set(),
     "ops": {"types"},
+    "native": {"types"},
     "run": MATHS,
     "data": MATHS | {"run"},
-    "model": MATHS | {"run"},
-    "rollout": MATHS | {"run", "model"},
+    "model": MATHS | {"run", "native"},
+    "rollout": MATHS | {"run", "model", "native"},
     "metrics": MATHS | {"run"},
     "reward": MATHS | {"run", "model", "metrics"},
     "tabular": MATHS | {"run", "loss"},  # preference losses are followed to their fixed points there
@@ -31,7 +32,8 @@ MAY = {
     "flywheel": MATHS | {"run", "data", "model", "rollout", "reward", "judge", "train", "algorithms", "update"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update"},
     "train": MATHS
-    | {"run", "data", "model", "rollout", "reward", "metrics", "advantage", "loss", "update", "algorithms", "assets"},
+    | {"run", "native", "data", "model", "rollout", "reward", "metrics", "advantage", "loss", "update", "algorithms"}
+    | {"assets"},
 }  # fmt: skip
 """What each room may import of the others; `cli` may import all."""
 

@@ -12,7 +12,11 @@ from rollout_oracle import ENDS, ragged
 from tiny_models import tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
-from steersman.rollout import Engine, Sampling, native
+from steersman import native
+from steersman.native.decode import decode_attention
+from steersman.native.decode import draw as draw_compiled
+from steersman.rollout import Engine, Sampling
+from steersman.rollout.attention import _applies
 from steersman.rollout.sampling import draw
 
 needs_native = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
@@ -42,7 +46,7 @@ def plain(query, keys, values, mask, scale):
 @pytest.mark.parametrize("columns", [1, 3, 16, 37, 130])
 def test_attention_of_one_token_is_the_softmax_over_its_columns(width, columns):
     query, keys, values = inputs(columns=columns, width=width)
-    out = native.decode_attention(query, keys, values, None, 0.3)
+    out = decode_attention(query, keys, values, None, 0.3)
     torch.testing.assert_close(out.double(), plain(query, keys, values, None, 0.3), atol=2e-6, rtol=1e-5)
 
 
@@ -54,10 +58,10 @@ def test_masked_columns_have_no_part_in_it(width, value_width):
     mask[0, ..., :21], mask[1, ..., :49], mask[2, ..., 30:40] = -torch.inf, -torch.inf, -torch.inf
     expected = plain(query, keys, values, mask, 0.2)
     torch.testing.assert_close(
-        native.decode_attention(query, keys, values, mask, 0.2).double(), expected, atol=2e-6, rtol=1e-5
+        decode_attention(query, keys, values, mask, 0.2).double(), expected, atol=2e-6, rtol=1e-5
     )
     torch.testing.assert_close(
-        native.decode_attention(query, keys, values, mask[:1], 0.2).double(),
+        decode_attention(query, keys, values, mask[:1], 0.2).double(),
         plain(query, keys, values, mask[:1].expand(3, -1, -1, -1), 0.2), atol=2e-6, rtol=1e-5,
     )  # fmt: skip
 
@@ -67,14 +71,14 @@ def test_scores_far_apart_do_not_overflow():
     query, keys, values = inputs(width=16)
     expected = plain(query * 200, keys, values, None, 1.0)
     torch.testing.assert_close(
-        native.decode_attention(query * 200, keys, values, None, 1.0).double(), expected, atol=1e-5, rtol=1e-5
+        decode_attention(query * 200, keys, values, None, 1.0).double(), expected, atol=1e-5, rtol=1e-5
     )
 
 
 @needs_native
 def test_other_dtypes_shapes_and_settings_are_left_to_torch():
     query, keys, values = inputs()
-    applies = native._applies
+    applies = _applies
     assert applies(query, keys, values, None, {"scaling": 0.1, "dropout": 0.0, "softcap": None})
     assert not applies(query.double(), keys.double(), values.double(), None, {})
     assert not applies(query.expand(-1, -1, 2, -1), keys, values, None, {})
@@ -94,7 +98,7 @@ def test_a_draw_is_the_inverse_of_the_running_sum(vocab):
     x[:, -1] = 0
     uniform = torch.rand(64, generator=random)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
-    ids, logp = native.draw(x, uniform)
+    ids, logp = draw_compiled(x, uniform)
     expected = x.double().log_softmax(-1)
     cumulative = expected.exp().cumsum(-1)
     at = cumulative.gather(1, ids[:, None]).squeeze(1)
@@ -111,7 +115,7 @@ def test_a_draw_is_the_inverse_of_the_running_sum(vocab):
 def test_logits_that_are_not_finite_give_no_finite_probability():
     x = torch.zeros(3, 40)
     x[0, 5], x[1, 7], x[2] = torch.nan, torch.inf, -torch.inf
-    assert native.draw(x, torch.full((3,), 0.5))[1].isnan().all()
+    assert draw_compiled(x, torch.full((3,), 0.5))[1].isnan().all()
 
 
 WITHOUT = """
@@ -119,7 +123,8 @@ import sys; sys.path[:0] = [{tests!r}, {rollout!r}]
 import torch
 from rollout_oracle import ENDS, ragged
 from tiny_models import tiny_model
-from steersman.rollout import Engine, Sampling, native
+from steersman import native
+from steersman.rollout import Engine, Sampling
 assert native.library() is None
 print(native.why_not())
 samples = Engine(tiny_model("qwen3"), max_batch=4, eos_token_id=ENDS).generate(ragged(5), Sampling(10), n=2, seed=3)
@@ -148,10 +153,10 @@ def test_without_it_the_same_samples_come_from_plain_torch(change, reason, tmp_p
 def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        native._built(str(native._compiler()), b"this is not C++;")
+        native._built(str(native._compiler()), {"a.cpp": b"this is not C++;"})
     assert "error" in native._first_line(caught.value)
     assert list((tmp_path / "steersman").iterdir()) == []
-    built = native._built(str(native._compiler()), b'extern "C" int one() { return 1; }')
+    built = native._built(str(native._compiler()), {"a.cpp": b'extern "C" int one() { return 1; }'})
     assert list((tmp_path / "steersman").iterdir()) == [built]
 
 

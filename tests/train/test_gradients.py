@@ -105,6 +105,40 @@ def test_micro_batches_change_no_gradient_of_actor_and_critic(average, shared, t
         same(whole, parts)
 
 
+@pytest.mark.parametrize("micro", [10**6, 20])
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_critic_that_is_read_and_fitted_in_one_pass_gets_the_gradient_of_two(micro, holes, tmp_path):
+    tokens, traj, _ = experience(holes=holes)
+    settings: dict = {"epochs": 1, "micro": micro, "tmp_path": tmp_path}
+    apart, once = learner(**settings), learner(**settings)
+    with torch.no_grad():
+        first = replace(traj, value=apart.critic.value(tokens))
+    second = replace(traj, value=None)
+    second.value = once.value(tokens, second)
+    torch.testing.assert_close(second.value[:, :-1][traj.mask], first.value[:, :-1][traj.mask])
+    advantages = [who.algorithm.advantage(t) for who, t in ((apart, first), (once, second))]
+    same(gradients(apart, tokens, first, advantages[0]), gradients(once, tokens, second, advantages[1]))
+    assert once.fitted is not None
+    apart_again, once_again = learner(**settings), learner(**settings)
+    two = apart_again.update(tokens, first, advantages[0], Coefficients(0.3, 0.5), torch.Generator().manual_seed(3))
+    once_again.value(tokens, replace(traj, value=None))
+    one = once_again.update(tokens, second, advantages[1], Coefficients(0.3, 0.5), torch.Generator().manual_seed(3))
+    assert one.keys() == two.keys()
+    for name in two:
+        assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
+    assert once_again.fitted is None
+
+
+def test_values_of_samples_that_are_used_again_are_only_read(tmp_path):
+    tokens, traj, _ = experience()
+    for settings in ({"epochs": 2}, {"epochs": 1, "minibatches": 2}, {"epochs": 1, "shared": True}):
+        who = learner(**settings, tmp_path=tmp_path)
+        value = who.value(tokens, traj)
+        assert value is not None
+        assert who.fitted is None
+        assert all(p.grad is None for p in who.critic.parameters())
+
+
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "ppo-kl", "nlpo", "rloo"])
 def test_micro_batches_change_no_gradient_of_other_losses(name, tmp_path):
     given = experience(seed=4)

@@ -93,7 +93,9 @@ def written(actions: torch.Tensor, lengths: torch.Tensor, cut: str, per_step: bo
     score = per_token.sum(-1) if per_token is not None else torch.tensor([s for _, s in steps])
     value = CRITIC[torch.tensor(paths)][:, : T + 1]
     algorithm = ALGORITHMS[name](gamma=GAMMA)
-    return trajectory(samples, tokens, score, algorithm, 0.0, value=value, per_token=per_token, cut=cut)
+    found = trajectory(samples, tokens, score, algorithm, 0.0, per_token=per_token, cut=cut)
+    found.value = value
+    return found
 
 
 CASES = [("end", False), ("end", True), ("bootstrap", False)]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from steersman.model.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.pairs import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.probe import packs_exactly, probe_causal, probe_ids
@@ -49,6 +50,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any, tokenizer: Any, *, pack: int | None = None, max_tokens: int | None = 8192) -> None:
         super().__init__()
+        quicken(model)
         self.model = model
         self.tokenizer = tokenizer
         self.pack, self.max_tokens = pack, max_tokens

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steersman.rollout import native
+from steersman import native
+from steersman.rollout.attention import registered
 from steersman.rollout.cache import Belt, PromptCache, layer_windows
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
@@ -103,4 +104,4 @@ def _backend(model: Any) -> str:
     if model.config._attn_implementation == "eager":
         return "eager"
     on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return native.ATTENTION if on_cpu and native.library() is not None else "sdpa"
+    return registered() if on_cpu and native.library() is not None else "sdpa"

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.native import decode as native
 from steersman.ops.distributions import min_p_mask, top_k_mask, top_p_mask
-from steersman.rollout import native
 from steersman.types import SteersmanError
 
 BLOCK = 256

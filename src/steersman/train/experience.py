@@ -44,7 +44,6 @@ def trajectory(
     *,
     logp_old: Float[Tensor, "B T"] | None = None,
     logp_ref: Float[Tensor, "B T"] | None = None,
-    value: Float[Tensor, "B T+1"] | None = None,
     baseline: Float[Tensor, " B"] | None = None,
     per_token: Float[Tensor, "B T"] | None = None,
     whiten_reward: bool = False,
@@ -88,4 +87,4 @@ def trajectory(
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
-    return Trajectory(mask, reward, discount, logp_old, logp_ref, value, group, baseline, logp_rollout, score)
+    return Trajectory(mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score)

@@ -118,13 +118,13 @@ class OnPolicy:
                 roles.policy.logp(tokens, temperature=temperature).logp if recipe.rollout.recompute_logp else None
             )
             logp_ref = None if roles.reference is None else roles.reference.logp(tokens, temperature=temperature).logp
-            value = None if roles.learner.critic is None else roles.learner.critic.value(tokens)
         traj = trajectory(
             samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
-            logp_old=logp_old, logp_ref=logp_ref, value=value, whiten_reward=recipe.reward.whiten,
+            logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
             per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
             cut="end" if recipe.critic is None else recipe.critic.cut,
         )  # fmt: skip
+        traj.value = roles.learner.value(tokens, traj)
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
 

@@ -16,6 +16,7 @@ from steersman.loss.policy import clip_fraction, truncated_importance
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
+from steersman.model.fused import plain_layers
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally
@@ -47,6 +48,36 @@ class Learner:
     value_clip: float | None = None
     vf_coef: float = 0.5
     importance_cap: float = 2.0
+    fitted: Tally | None = None
+    """What `value` found of the critic's loss where it has taken its gradient already."""
+
+    def value(self, tokens: Tokens, traj: Trajectory) -> Tensor | None:
+        """Values `[B, T+1]` of the samples' states, or None without a critic.
+
+        Where one update uses all samples once, the critic that is trained is the one that these values come from:
+        its loss is taken in the same pass, and `update` then only has to step.
+        """
+        if self.critic is None:
+            return None
+        if isinstance(self.critic, SharedCritic) or self.algorithm.epochs * self.algorithm.minibatches > 1:
+            with torch.no_grad():
+                return self.critic.value(tokens)
+        self.fitted = Tally()
+        steps = denominator(traj.mask, "token")
+        values = traj.reward.new_zeros(len(tokens), traj.mask.shape[1] + 1)
+        for rows in micro_batches(tokens.length, self.micro_tokens, traj.group):
+            part = traj.rows(rows)
+            found = self.critic.value(tokens.rows(rows))
+            part.value = found.detach()[:, : part.mask.shape[1] + 1]
+            values[rows, : part.value.shape[1]] = part.value.to(values.dtype)
+            part, advantage = _zeroed(part, self.algorithm.advantage(part))
+            value = seen(found[:, :-1], part.mask)
+            if value is not None and advantage.ret is not None:
+                loss = self._value_loss(value, part, advantage.ret, steps, self.fitted)
+                if not torch.isfinite(loss):
+                    raise NotFiniteError(f"the loss is not a finite number (value: {loss.item():g})")
+                loss.backward()
+        return values
 
     def update(
         self,
@@ -66,7 +97,7 @@ class Learner:
         `ratio_gap` is the largest |logp - logp_old| before the first update: rounding, unless the rollout was
         made by something else than this policy. Raises NotFiniteError naming the loss that is not a number.
         """
-        tally, stats = Tally(), Stats()
+        tally, stats = self.fitted or Tally(), Stats()
         traj, advantage = _zeroed(traj, advantage)
         trust_region = self.algorithm.update == "trust_region"
         with_policy = not trust_region and not only_critic
@@ -79,8 +110,10 @@ class Learner:
                 moved = self._minibatch(tokens, traj, advantage, coef, rows, tally, first, with_policy)
                 if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
                     self._zero_grad()
+                    self.fitted = None
                     return stats | tally.means() | {"epochs": epoch + part / self.algorithm.minibatches}
                 stats |= self._step(with_policy)
+        self.fitted = None
         return stats | tally.means()
 
     def _minibatch(
@@ -117,11 +150,10 @@ class Learner:
                     gap = torch.maximum(gap, difference.max().cpu())
                 self._note_clipping(logp.detach(), part, tally)
             if value is not None and advantage.ret is not None and part.value is not None:
-                per_step = value_loss(value, part.value[:, :-1], advantage.ret[index, :T], self.value_clip)
-                weight = token_weight(part.mask, "token", dtype=per_step.dtype)
-                loss = reduce(per_step, weight, steps)
-                tally.add("loss/value", loss * steps, steps)
+                loss = self._value_loss(value, part, advantage.ret[index, :T], steps, tally)
                 losses.append(loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss)
+            if not losses:
+                continue
             total = torch.stack(losses).sum()
             if not torch.isfinite(total):
                 names = ", ".join(f"{loss.item():g}" for loss in losses)
@@ -143,7 +175,16 @@ class Learner:
         if with_policy:
             out = self.policy.logp(batch, temperature=self.temperature, entropy=want_entropy)
             logp, entropy = out.logp, out.entropy
-        return logp, entropy, None if self.critic is None else self.critic.value(batch)[:, :-1]
+        fit = self.critic is not None and self.fitted is None
+        return logp, entropy, self.critic.value(batch)[:, :-1] if fit else None
+
+    def _value_loss(self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally) -> Tensor:
+        """The critic's share of the mean over `steps`, told to the tally."""
+        assert part.value is not None
+        per_step = value_loss(value, part.value[:, :-1], ret, self.value_clip)
+        loss = reduce(per_step, token_weight(part.mask, "token", dtype=per_step.dtype), steps)
+        tally.add("loss/value", loss * steps, steps)
+        return loss
 
     def _policy_loss(
         self, logp: Tensor, entropy: Tensor | None, part: Trajectory, adv: Tensor, coef: Coefficients
@@ -201,7 +242,7 @@ class Learner:
                 old = self._distribution(batch)
 
             def distance(batch=batch, old=old) -> Tensor:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                with sdpa_kernel(SDPBackend.MATH), plain_layers():  # fused kernels have no second derivative
                     new = self._distribution(batch)
                 return (old.exp() * (old - new)).sum() / steps
 

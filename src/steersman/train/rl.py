@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from steersman import native
 from steersman.data import Batches, encode_prompts, layout, prompts
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
-from steersman.rollout import native
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of

@@ -1,0 +1,129 @@
+"""Compiled inner loops for a CPU: built at first use, and left out where they can't be.
+
+`decode` has the attention of one new token and the draw, `layers` what stands between a layer's matrix products.
+They need a C++ compiler (`$CXX`, c++, g++ or clang++) once per machine; the result lies in the user's cache folder.
+Without one, with STEERSMAN_NATIVE=0, on other devices and for other dtypes than float32, the plain torch code runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they can't be had; `why_not` says why."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """Why the plain code runs, in words a user can act on; None where the compiled one does."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("STEERSMAN_NATIVE", "1") == "0":
+        return None, "STEERSMAN_NATIVE is 0"
+    compiler = _compiler()
+    if compiler is None:
+        return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
+    try:
+        return _declare(ctypes.CDLL(str(_built(compiler, _sources())))), None
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{compiler} could not build it: {_first_line(error)}"
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _sources() -> dict[str, bytes]:
+    """The C++ files beside this one, headers too, by name."""
+    kept = (file for file in files(__name__).iterdir() if file.name.endswith((".cpp", ".h")))
+    return {file.name: file.read_bytes() for file in sorted(kept, key=lambda file: file.name)}
+
+
+def _built(compiler: str, sources: dict[str, bytes]) -> Path:
+    """The shared library of these files for this compiler and processor, built beside and then renamed."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    parts = [part for name, code in sources.items() for part in (name.encode(), code)]
+    known = hashlib.sha256(b"\0".join([*parts, version, " ".join(FLAGS).encode(), _processor()])).hexdigest()
+    for folder in _folders():
+        target = folder / f"native-{known[:16]}.so"
+        if target.is_file():
+            return target
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=folder) as beside:
+                for name, code in sources.items():
+                    Path(beside, name).write_bytes(code)
+                units = [str(Path(beside, name)) for name in sources if name.endswith(".cpp")]
+                product = Path(beside, "native.so")
+                subprocess.run(
+                    [compiler, *FLAGS, *units, "-o", str(product)], capture_output=True, check=True, timeout=300
+                )
+                product.replace(target)
+            return target
+        except PermissionError:
+            continue
+    raise OSError("no folder to keep it in can be written to; set XDG_CACHE_HOME")
+
+
+def _folders() -> list[Path]:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [Path(home, "steersman"), Path(tempfile.gettempdir(), f"steersman-{os.getuid()}")]
+
+
+def _processor() -> bytes:
+    """What tells processors apart that share a home folder: code for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
+    except (OSError, StopIteration):
+        return platform.processor().encode()
+
+
+def _first_line(error: Exception) -> str:
+    said = getattr(error, "stderr", None)
+    text = said.decode(errors="replace").strip() if said else str(error)
+    return next((line for line in text.splitlines() if "error" in line), text.splitlines()[0] if text else "")
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, count, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    sizes = ctypes.POINTER(count)
+    signatures = {
+        "decode_attention": [*[pointer] * 5, sizes, number, small],
+        "draw": [*[pointer] * 4, count, count, count, small],
+        "norm_forward": [pointer, pointer, number, number, pointer, pointer, count, count, small],
+        "norm_backward": [*[pointer] * 3, number, *[pointer] * 4, count, count, small],
+        "gate": [*[pointer] * 3, count, small, small],
+        "gate_back": [*[pointer] * 5, count, small, small],
+        "rotate": [*[pointer] * 4, sizes, small, small],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, None
+    return lib
