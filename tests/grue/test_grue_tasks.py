@@ -217,6 +217,17 @@ def test_a_prompt_on_both_sides_is_held_out(tmp_path):
     assert "1 training prompts are held out" in rows.note
 
 
+def test_references_that_are_empty_are_left_out_and_counted(tmp_path):
+    recipe, path = recipe_of(tmp_path), tmp_path / "colours.py"
+    row = {"thing": "sun", "references": ["", "red.", " "]}
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": 100})})
+    rows = task_rows(load_task(str(path)), recipe)
+    assert next(r for r in rows.train if r["thing"] == "sun")["references"] == ["red."]
+    assert "2 empty references left out, the first in row 13" in rows.note
+
+
 def test_in_split_is_stable_and_about_a_tenth():
     held = [k for k in map(str, range(2000)) if in_split(k, "validation")]
     assert 150 < len(held) < 250
@@ -239,6 +250,7 @@ BAD_TASKS = [
     ("yield json.loads(line)", "yield {**json.loads(line), 'references': 'x'}", "references must be a list"),
     ("yield json.loads(line)", "yield {'thing': line}", "needs references, and a row has no references"),
     ('f"{split}.jsonl"', 'f"{split}.json"', "reading split 'train'.*FileNotFoundError"),
+    ("yield json.loads(line)", "yield {'thing': json.loads(line)['nix']}", "after 0 rows: KeyError: 'nix'"),
     ("TASK =", "THING =", "it has no TASK"),
     ('name="colours"', 'name="imdb"', "taken by a task of the project"),
     ("import json\n", "import jsom\n", "ModuleNotFoundError"),

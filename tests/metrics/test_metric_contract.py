@@ -215,3 +215,20 @@ def test_workers_keep_the_order_and_name_rows():
     assert shared.corpus(TEXTS, REFERENCES) == metric("ter").corpus(TEXTS, REFERENCES)
     with pytest.raises(SteersmanError, match=r"row 0.*counted from row 1 of the batch"):
         shared.score(["a", "b"], ["a", "猫が好き"])
+
+
+def test_what_goes_wrong_inside_a_metric_names_it_and_its_line():
+    class Own(Scorer):
+        name = "own"
+        implementation = "a test's"
+
+        def rows(self, batch):
+            return [None if text == "none" else 1 / len(text) for text in batch.texts]
+
+    with pytest.raises(SteersmanError, match=r"metric 'own', row 1: the score is None, not a finite number"):
+        Own().score(["a", "none"])
+    told = r"metric 'own': ZeroDivisionError: division by zero \(test_metric_contract\.py, line \d+\)"
+    with pytest.raises(SteersmanError, match=told):
+        Own().score(["a", ""])
+    with pytest.raises(SteersmanError, match=told):
+        Own().corpus(["a", ""])

@@ -289,3 +289,14 @@ def test_a_model_without_a_start_token_is_refused(tmp_path):
         path.write_text(json.dumps(kept))
     with pytest.raises(SteersmanError, match=r"names no decoder_start_token_id.*the pad token's id for T5"):
         load_policy(folder)
+
+
+def test_texts_in_a_script_that_the_tokenizer_lacks_are_refused(pair, tmp_path, asked):
+    """Every verb would else learn to say `<unk>`, or be asked `<unk>`."""
+    rows_there = [{"prompt": f"где кот {i}", "completion": "кот дома"} for i in range(12)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows_there)
+    told = r"d\.jsonl, line 1: \d+% of all tokens.*'<unk>'.*use another model"
+    with pytest.raises(SteersmanError, match=told):
+        sft.run(sft.SFTRecipe.model_validate(offline(tmp_path, pair, data)))
+    with pytest.raises(SteersmanError, match=told):
+        rl.run(recipe("rloo", merge(asked, {"data.path": str(data)})))

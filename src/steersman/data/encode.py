@@ -75,7 +75,7 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
     encoder-decoder has one for the prompt and one for the answer).
 
     Raises SteersmanError at the first example that is too long where `on_too_long` is error, at a conversation
-    that the template can not lay out, and where nothing is left.
+    that the template can not lay out, where nothing is left, and for texts that the tokenizer can not read.
     """
     out: EncodedSet[E] = EncodedSet()
     room = laid.room(config.max_prompt_tokens, config.max_length, context)
@@ -91,6 +91,8 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
         contents = [example.prompt, *answers(example)]
         out.special += any(laid.codec.has_special(c) for c in contents)
         out.open_prompts += laid.joined and isinstance(example.prompt, str) and example.prompt[-1:].isspace()
+    _require_known(laid, [(e, [*g[0].prompt, *(i for a in g for i in a.response)]) for e, g in
+                          zip(out.examples, out.groups, strict=True)])  # fmt: skip
     if not out.groups:
         raise SteersmanError(f"no example fits: all {out.dropped} are longer than {_limits(room)}")
     return out
@@ -104,7 +106,8 @@ def encode_prompts(
     A prompt may have `max_prompt_tokens`, and must leave room for `new_tokens` in the model's `context`.
     `Prompt.index` is the place among `queries`, so that leaving one out moves no other.
 
-    Raises SteersmanError at the first prompt that is too long where `on_too_long` is error.
+    Raises SteersmanError at the first prompt that is too long where `on_too_long` is error, and for texts that the
+    tokenizer can not read.
     """
     limit = laid.prompt_room(config.max_prompt_tokens, context, new_tokens)
     out, dropped, cut = [], 0, 0
@@ -123,6 +126,7 @@ def encode_prompts(
             ids = laid.cut(ids, limit, config.cut)
             text = laid.codec.decode(ids, after=False)
         out.append(Prompt(ids, text, query.columns, index))
+    _require_known(laid, [(queries[prompt.index], prompt.ids) for prompt in out])
     if not out:
         raise SteersmanError(f"no prompt fits: all {dropped} are longer than {limit} tokens")
     return out, dropped, cut
@@ -132,6 +136,22 @@ _MEND = (
     "Raise data.max_length or data.max_prompt_tokens, or set data.on_too_long to drop or truncate "
     "(both are counted and reported)"
 )
+
+
+def _require_known(laid: Layout, rows: Sequence[tuple[Example | Query, list[int]]]) -> None:
+    """Raises SteersmanError where more than half of all tokens are the tokenizer's unknown one."""
+    unknown = laid.codec.unknown_id
+    if unknown is None:
+        return
+    counts = [ids.count(unknown) for _, ids in rows]
+    if 2 * sum(counts) > sum(len(ids) for _, ids in rows):
+        share = sum(counts) / sum(len(ids) for _, ids in rows)
+        first = next(row for (row, _), count in zip(rows, counts, strict=True) if count)
+        raise first.row.fault(
+            "unknown to the tokenizer",
+            f"{share:.0%} of all tokens of the data are '{laid.codec.tokenizer.unk_token}': the texts are in a "
+            "language or script that the model's tokenizer does not have; use another model, or other data",
+        )
 
 
 def _group(example: Example, laid: Layout) -> list[Encoded]:

@@ -38,6 +38,8 @@ class Codec:
         self.tokenizer = tokenizer
         self.allow_special_tokens = allow_special_tokens
         self.eos_id: int | None = tokenizer.eos_token_id
+        others = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        self.unknown_id: int | None = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
         self.special = special_tokens(tokenizer)
         self.special_ids = set(tokenizer.convert_tokens_to_ids(list(self.special)))
         with_added = tokenizer.encode("a", add_special_tokens=True)

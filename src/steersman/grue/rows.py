@@ -39,8 +39,9 @@ def task_rows(task: Task, recipe: GrueRecipe) -> TaskRows:
     """
     data, own = recipe.data, recipe.per_task.get(task.name)
     words = (own.words if own else None) or task.words
-    train = _merged(task, _read(task, data, data.train_split), words)
-    held = _merged(task, _read(task, data, data.held_out_split), words)
+    empty: list[str] = []
+    train = _merged(task, _read(task, data, data.train_split), words, empty)
+    held = _merged(task, _read(task, data, data.held_out_split), words, empty)
     shared = train.keys() & held.keys()
     kept = {prompt: row for prompt, row in train.items() if prompt not in shared}
     if not kept:
@@ -50,7 +51,9 @@ def task_rows(task: Task, recipe: GrueRecipe) -> TaskRows:
     first = _smallest(kept, (own.train if own else None) or data.train)
     second = _smallest(held, (own.held_out if own else None) or data.held_out)
     note = f"{len(first)} of {len(train)} training prompts, {len(second)} of {len(held)} held out"
-    return TaskRows(first, second, note + (f"; {len(shared)} training prompts are held out" if shared else ""))
+    note += f"; {len(shared)} training prompts are held out" if shared else ""
+    note += f"; {len(empty)} empty references left out, the first in {empty[0]}" if empty else ""
+    return TaskRows(first, second, note)
 
 
 def write_rows(folder: Path, task: Task, rows: TaskRows) -> None:
@@ -93,13 +96,17 @@ def _read(task: Task, data: DataSource, split: str) -> Iterable[Row]:
         folder = Path(data.folder or ".")
         if not folder.is_dir():
             raise SteersmanError(f"task {task.name}: data.folder {folder}: there is no such folder")
+        count = 0
         try:
-            yield from task.files(folder, split)
+            for row in task.files(folder, split):
+                count += 1
+                yield row
         except SteersmanError as error:
             raise SteersmanError(f"task {task.name}: {error}") from error
         except Exception as error:
             raise SteersmanError(
-                f"task {task.name}: reading split {split!r} in {folder}: {type(error).__name__}: {error}"
+                f"task {task.name}: reading split {split!r} in {folder}, after {count} rows: "
+                f"{type(error).__name__}: {error}"
             ) from error
         return
     if task.original is None:
@@ -152,11 +159,13 @@ def _how(task: Task, hub: Hub) -> str:
     )
 
 
-def _merged(task: Task, rows: Iterable[Row], words: int | None) -> dict[str, Row]:
+def _merged(task: Task, rows: Iterable[Row], words: int | None, empty: list[str]) -> dict[str, Row]:
+    """Rows by prompt; `empty` gets the places of references that are left out."""
     out: dict[str, Row] = {}
     for number, given in enumerate(rows, 1):
         where = f"task {task.name}, row {number}"
         row = _laid_out(task, given, words, where)
+        empty += [f"row {number}"] * (len(given.get("references", [])) - len(row["references"]))
         before = out.setdefault(row["prompt"], row)
         if before is not row:
             before["references"] = list(dict.fromkeys([*before["references"], *row["references"]]))

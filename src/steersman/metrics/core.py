@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from steersman.ops.text import unspaced, words
 from steersman.types import SteersmanError
@@ -134,7 +138,8 @@ class Scorer(ABC):
                 f"so it can not be a reward; use it in an evaluation"
             )
         batch = self.checked(texts, references, sources, columns)
-        return finite(self.name, self.rows(batch), len(batch.texts)) if batch.texts else []
+        with named(self.name):
+            return finite(self.name, self.rows(batch), len(batch.texts)) if batch.texts else []
 
     def corpus(
         self,
@@ -146,7 +151,8 @@ class Scorer(ABC):
         batch = self.checked(texts, references, sources, columns)
         if not batch.texts:
             raise SteersmanError(f"metric '{self.name}': there is no text to judge")
-        return self.over(batch)
+        with named(self.name):
+            return self.over(batch)
 
     def over(self, batch: Batch) -> Corpus:
         """The value of a checked batch: the mean of its scores, unless a metric says otherwise."""
@@ -202,13 +208,31 @@ class Scorer(ABC):
 
 def finite(name: str, scores: Sequence[float], count: int) -> list[float]:
     """The scores as floats; raises SteersmanError where one is missing or not finite, naming metric and row."""
-    values = [float(s) for s in scores]
-    if len(values) != count:
-        raise SteersmanError(f"metric '{name}': gave {len(values)} scores for {count} texts; give one each")
-    for row, value in enumerate(values):
-        if not math.isfinite(value):
-            raise SteersmanError(f"metric '{name}', row {row}: the score is {value}, not a finite number")
+    if len(scores) != count:
+        raise SteersmanError(f"metric '{name}': gave {len(scores)} scores for {count} texts; give one each")
+    values = []
+    for row, score in enumerate(scores):
+        try:
+            values.append(float(score))
+        except (TypeError, ValueError):
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise SteersmanError(f"metric '{name}', row {row}: the score is {score}, not a finite number")
     return values
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """An error inside a metric becomes a SteersmanError with the metric's name and the line where it came up."""
+    try:
+        yield
+    except (SteersmanError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise SteersmanError(
+            f"metric '{name}': {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+        ) from error
 
 
 def bootstrap(

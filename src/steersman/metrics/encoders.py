@@ -55,6 +55,7 @@ def load(kind: Any, path: str, name: str, device: str, layers: int | None = None
     except Exception as error:
         raise SteersmanError(
             f"metric '{name}': the model {path} does not load: {type(error).__name__}: {str(error).splitlines()[0]}"
+            + ("" if Path(path).exists() else f" There is no folder {path} here either (looked from {Path.cwd()})")
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -54,7 +54,7 @@ TASK = Task(
         {"train": "train", "validation": "validation"},
         page,
         instead="the set on the hub is a loading script, which datasets 4 no longer runs; put its authors' files "
-        "totto_train_data.jsonl and totto_dev_data.jsonl there as sets/table-to-text/train.jsonl and validation.jsonl",
+        "totto_train_data.jsonl and totto_dev_data.jsonl in sets/table-to-text/ as train.jsonl and validation.jsonl",
     ),
     files=stand_in,
 )
