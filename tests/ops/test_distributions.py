@@ -8,8 +8,6 @@ import torch
 
 from steersman.ops import distributions
 from steersman.ops.distributions import (
-    categorical_entropy,
-    categorical_kl,
     min_p_mask,
     top_k_mask,
     top_p_mask,
@@ -83,23 +81,3 @@ def test_min_p_is_relative_to_the_most_likely():
 def test_settings_out_of_range_are_refused(call):
     with pytest.raises(ValueError, match="must"):
         call(torch.zeros(4))
-
-
-def test_entropy_and_kl_equal_the_sums():
-    torch.manual_seed(1)
-    a, b = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
-    p, q = a.detach().softmax(-1).numpy(), b.detach().softmax(-1).numpy()
-    np.testing.assert_allclose(categorical_entropy(a).detach(), -(p * np.log(p)).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(categorical_kl(a, b).detach(), (p * np.log(p / q)).sum(-1), rtol=1e-12)
-    assert torch.autograd.gradcheck(categorical_entropy, a)
-    assert torch.autograd.gradcheck(categorical_kl, (a, b))
-
-
-def test_forbidden_tokens_in_entropy_and_kl():
-    a = torch.tensor([1.0, 2.0, -torch.inf], requires_grad=True)
-    b = torch.tensor([0.5, -torch.inf, 0.1])
-    torch.testing.assert_close(categorical_entropy(a), categorical_entropy(a[:2]))
-    assert categorical_kl(a, b) == torch.inf
-    assert categorical_kl(torch.tensor([0.0, -torch.inf, -torch.inf]), b).isfinite()
-    (categorical_entropy(a) + categorical_kl(a, a.detach())).backward()
-    assert a.grad.isfinite().all()

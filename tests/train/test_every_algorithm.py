@@ -13,7 +13,8 @@ from steersman.algorithms import ALGORITHMS
 from steersman.data import Batches
 from steersman.train import rl
 from steersman.train.on_policy import OnPolicy
-from steersman.train.roles import WithoutAdapters, build_roles
+from steersman.train.reference import AdaptersOff
+from steersman.train.roles import build_roles
 from steersman.types import Prompt
 from steersman.update.kl_controller import DoublingKL
 
@@ -99,7 +100,7 @@ def test_a_shared_critic_is_a_head_on_the_actors_trunk(base):
 def test_lora_trains_adapters_and_its_reference_is_the_actor_without_them(base, tmp_path, mini):
     state = on_policy("ppo", base, model__lora={"r": 2}, optimizer__lr=0.05)
     roles = state.roles
-    assert isinstance(roles.reference, WithoutAdapters)
+    assert isinstance(roles.reference, AdaptersOff)
     assert roles.reference.policy is roles.policy
     assert state.iteration().stats["kl"] == pytest.approx(0, abs=1e-5)
     assert state.iteration().stats["kl"] > 1e-3

@@ -74,23 +74,3 @@ def min_p_mask(logits: Float[Tensor, "*lead V"], min_p: float) -> Bool[Tensor, "
     if min_p == 0:
         return torch.ones_like(logits, dtype=torch.bool)
     return logits >= logits.amax(-1, keepdim=True) + math.log(min_p)
-
-
-def categorical_entropy(logits: Float[Tensor, "*lead V"]) -> Float[Tensor, "*lead"]:
-    """H = -sum_v p_v log p_v in nats, in float32 or better. A logit of -inf adds nothing."""
-    logp = _log_softmax(logits)
-    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-
-
-def categorical_kl(logits_p: Float[Tensor, "*lead V"], logits_q: Float[Tensor, "*lead V"]) -> Float[Tensor, "*lead"]:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, exact, in float32 or better.
-
-    Infinite where p allows a token that q forbids; a token that p forbids adds nothing.
-    """
-    logp, logq = _log_softmax(logits_p), _log_softmax(logits_q)
-    difference = (logp - logq).masked_fill(logp == -torch.inf, 0.0)
-    return (logp.exp() * difference).sum(-1)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

@@ -120,25 +120,6 @@ def linear_logp(
     return _LinearLogp.apply(hidden, weight, bias, target, form)  # type: ignore[return-value]
 
 
-def linear_full_kl(
-    hidden_p: Float[Tensor, "N Hp"],
-    head_p: Head,
-    hidden_q: Float[Tensor, "N Hq"],
-    head_q: Head,
-    *,
-    temperature: float = 1.0,
-    chunk: int | None = None,
-) -> Float[Tensor, " N"]:
-    """Exact KL(p || q) (nats) at each position, summed over the whole vocabulary; no gradient flows to q.
-
-    KL = sum_v p_v (log p_v - log q_v). Differentiable once, in hidden_p and head_p's weight and bias.
-    """
-    if head_p.weight.shape[0] != head_q.weight.shape[0]:
-        raise ValueError(f"vocabularies differ: {head_p.weight.shape[0]} and {head_q.weight.shape[0]}")
-    form = (head_p.softcap, head_p.logit_scale, hidden_q.detach(), head_q, temperature, chunk)
-    return _LinearKL.apply(hidden_p, head_p.weight, head_p.bias, form)  # type: ignore[return-value]
-
-
 class _Tiles:
     """The logits of one output layer, a tile at a time, and the way back from a tile's gradient."""
 
@@ -297,54 +278,6 @@ class _LinearLogp(torch.autograd.Function):
                 gradient.add(du, slope, a, b, v, w)
             gradient.finish_rows(a, b)
         return *gradient.result(), None, None
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, form):
-        softcap, logit_scale, hidden_q, head_q, temperature, chunk = form
-        tiles = _Tiles(hidden, Head(weight, bias, logit_scale, softcap), temperature, None, chunk)
-        others = _Tiles(hidden_q, head_q, temperature, None, tiles.chunk, tiles.block)
-        exact = torch.promote_types(tiles.exact, others.exact)
-        lse_p = hidden.new_empty(tiles.N, dtype=exact)
-        lse_q, kl = torch.empty_like(lse_p), torch.empty_like(lse_p)
-        for a, b in tiles.rows():
-            top_p = lse_p.new_full((b - a,), FORBIDDEN)
-            top_q, total_p, total_q, cross = top_p, *(torch.zeros_like(top_p) for _ in range(3))
-            for v, w in tiles.blocks():
-                p, q = tiles.logits(a, b, v, w)[0], others.logits(a, b, v, w)[0]
-                higher_p, higher_q = torch.maximum(top_p, p.amax(1)), torch.maximum(top_q, q.amax(1))
-                shrink, difference = (top_p - higher_p).exp_(), p - q
-                p = _flush_(p.sub_(higher_p[:, None])).exp_()
-                cross = shrink * cross + difference.mul_(p).sum(1)
-                total_p = shrink * total_p + p.sum(1)
-                q = _flush_(q.sub_(higher_q[:, None])).exp_()
-                total_q = (top_q - higher_q).exp_() * total_q + q.sum(1)
-                top_p, top_q = higher_p, higher_q
-            lse_p[a:b], lse_q[a:b] = top_p + total_p.log(), top_q + total_q.log()
-            kl[a:b] = cross / total_p - lse_p[a:b] + lse_q[a:b]
-        ctx.save_for_backward(hidden, weight, bias, lse_p, lse_q, kl)
-        ctx.form, ctx.dtypes = form, (tiles.dtype, others.dtype)
-        return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias, lse_p, lse_q, kl = ctx.saved_tensors
-        softcap, logit_scale, hidden_q, head_q, temperature, chunk = ctx.form
-        head, dtypes = Head(weight, bias, logit_scale, softcap), ctx.dtypes
-        tiles = _Tiles(hidden, head, temperature, None, chunk, dtype=dtypes[0])
-        others = _Tiles(hidden_q, head_q, temperature, None, tiles.chunk, tiles.block, dtype=dtypes[1])
-        gradient = _Gradient(tiles, ctx.needs_input_grad)
-        for a, b in tiles.rows():
-            for v, w in tiles.blocks():
-                (p, slope), (q, _) = tiles.logits(a, b, v, w), others.logits(a, b, v, w)
-                p = p.sub_(lse_p[a:b, None])
-                # p (log p - log q - KL), times the gradient from above
-                du = (p - q).add_((lse_q - kl)[a:b, None]).mul_(_flush_(p).exp_()).mul_(grad[a:b, None])
-                gradient.add(du.to(tiles.exact), slope, a, b, v, w)
-            gradient.finish_rows(a, b)
-        return *gradient.result(), None
 
 
 def _local(target: Tensor, v: int, w: int) -> tuple[Tensor, Tensor]:

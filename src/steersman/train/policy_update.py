@@ -175,8 +175,9 @@ class Learner:
         if with_policy:
             out = self.policy.logp(batch, temperature=self.temperature, entropy=want_entropy)
             logp, entropy = out.logp, out.entropy
-        fit = self.critic is not None and self.fitted is None
-        return logp, entropy, self.critic.value(batch)[:, :-1] if fit else None
+        if self.critic is None or self.fitted is not None:
+            return logp, entropy, None
+        return logp, entropy, self.critic.value(batch)[:, :-1]
 
     def _value_loss(self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally) -> Tensor:
         """The critic's share of the mean over `steps`, told to the tally."""

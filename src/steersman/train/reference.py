@@ -1,4 +1,4 @@
-"""The frozen model that offline methods measure themselves against."""
+"""The frozen model that a policy is measured against."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from steersman.data import Encoded, collate
-from steersman.model import Logp, Policy
+from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
 from steersman.train.models import policy_from
 from steersman.train.sections import ModelConfig, RunConfig
@@ -35,9 +35,9 @@ class AdaptersOff:
         with self.policy.reference() as frozen:
             return frozen.hidden(tokens)
 
-    def logp(self, tokens: Tokens) -> Logp:
+    def logp(self, tokens: Tokens, *, temperature: float = 1.0) -> Logp:
         with self.policy.reference() as frozen:
-            return frozen.logp(tokens)
+            return frozen.logp(tokens, temperature=temperature)
 
     def logp_from(self, tokens: Tokens, hidden: Float[Tensor, "N H"]) -> Logp:
         with self.policy.reference() as frozen:
@@ -56,12 +56,17 @@ def reference_from(path: str, config: ModelConfig, run: RunConfig, policy: Polic
         return AdaptersOff(policy)
     folder = config.path if path == "start" else path
     reference = policy_from(config.model_copy(update={"path": folder}), run, policy.device, trainable=False)
-    if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    same_tokens("reference", folder, reference, policy)
+    return reference
+
+
+def same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy) -> None:
+    """Raises SteersmanError where a model that reads the policy's own ids has another vocabulary."""
+    if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise SteersmanError(
-            f"reference: the tokenizer of {folder} ({len(reference.tokenizer)} tokens) is not the policy's "
+            f"{key}: the tokenizer of {path} ({len(model.tokenizer)} tokens) is not the policy's "
             f"({len(policy.tokenizer)} tokens), but it reads the policy's token ids; use a model of the same family"
         )
-    return reference
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from steersman.algorithms.nlpo import NLPO
 from steersman.data import end_ids as template_ends
-from steersman.model import Logp, Policy, ScalarModel, SharedCritic
+from steersman.model import Policy, SharedCritic
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
 from steersman.rollout import Engine, Sampling
@@ -20,9 +20,10 @@ from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
+from steersman.train.reference import Reference, reference_from, same_tokens
 from steersman.train.sections import RolloutConfig
 from steersman.train.session import to_cpu
-from steersman.types import Prompt, Sample, SteersmanError, Tokens
+from steersman.types import Prompt, Sample, SteersmanError
 from steersman.update.optimizer import Optimizer
 
 
@@ -117,7 +118,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     sampling = rollout.sampling()
     mask_model = copy.deepcopy(policy.model).requires_grad_(False) if isinstance(algorithm, NLPO) else None
     return Roles(
-        learner, _reference(recipe, policy, device), reward, ScoreShaping(recipe.reward), engine, sampling, device,
+        learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), engine, sampling, device,
         mask_model,
     )  # fmt: skip
 
@@ -131,29 +132,13 @@ def sampler(policy: Policy, rollout: RolloutConfig) -> Engine:
     return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
 
 
-class WithoutAdapters:
-    """The reference of a LoRA policy: the same module, adapters off, so no second copy of the weights."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def logp(self, tokens: Tokens, *, temperature: float = 1.0) -> Logp:
-        with self.policy.reference() as frozen:
-            return frozen.logp(tokens, temperature=temperature)
-
-
-def _reference(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> Any:
+def _reference(recipe: OnPolicyRecipe, policy: Policy) -> Reference | None:
     """The frozen policy that KL is measured to: the start, by default; with LoRA the actor without adapters."""
     if recipe.reference == "none":
         if recipe.algorithm.beta > 0:
             raise SteersmanError("reference is none, but algorithm.beta is above 0: KL needs a reference")
         return None
-    if recipe.model.lora is not None and recipe.reference == "start":
-        return WithoutAdapters(policy)
-    path = recipe.model.path if recipe.reference == "start" else recipe.reference
-    reference = policy_from(recipe.model.model_copy(update={"path": path}), recipe.run, device, trainable=False)
-    _same_tokens("reference", path, reference, policy)
-    return reference
+    return reference_from(recipe.reference, recipe.model, recipe.run, policy)
 
 
 def _critic(recipe: OnPolicyRecipe, policy: Policy, reward: WeightedSum, device: torch.device) -> Critic:
@@ -166,14 +151,5 @@ def _critic(recipe: OnPolicyRecipe, policy: Policy, reward: WeightedSum, device:
     if init == "policy":
         return scalar_from(recipe.model, recipe.run, device)
     critic = scalar_from(recipe.model, recipe.run, device, init)
-    _same_tokens("critic.init", init, critic, policy)
+    same_tokens("critic.init", init, critic, policy)
     return critic
-
-
-def _same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy) -> None:
-    """Raises SteersmanError where a model that reads the policy's own ids has another vocabulary."""
-    if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise SteersmanError(
-            f"{key}: the tokenizer of {path} ({len(model.tokenizer)} tokens) is not the policy's "
-            f"({len(policy.tokenizer)} tokens), but it reads the policy's token ids; use a model of the same family"
-        )
