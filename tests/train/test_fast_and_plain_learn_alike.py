@@ -79,7 +79,7 @@ def compiled_again(monkeypatch) -> Iterator[None]:
 
 def in_double(chosen: Any, device: torch.device) -> Any:
     """All models in float64, in which there are no compiled loops, and rounding is far below what is compared."""
-    roles = build_roles(chosen, device)
+    roles: Any = build_roles(chosen, device)
     for model in (roles.policy, roles.reference, roles.learner.critic):
         model.double()
     return roles
