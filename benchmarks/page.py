@@ -123,7 +123,7 @@ def _phases(folder: Path, rates: Rates) -> str:
                 )
     lines.append(
         "\nWhat stands between: in decode, products of few rows and attention of one token; in the passes over whole "
-        "batches, norms, rotations, activations and the memory of their results, which the floor leaves out.\n"
+        "batches, attention, the memory between the products, and sums of gradients, which the floor leaves out.\n"
     )
     return "\n".join(lines)
 

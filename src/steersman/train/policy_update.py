@@ -142,7 +142,8 @@ class Learner:
                 per_step = self._policy_loss(logp, entropy, part, advantage.adv[index, :T], coef)
                 weight = token_weight(part.mask, self.algorithm.average, self.length_limit, per_step.dtype)
                 losses.append(reduce(per_step, weight, policy_count))
-                tally.add("loss/policy", losses[-1] * policy_count, policy_count)
+                share = denominator(part.mask, self.algorithm.average)
+                tally.add("loss/policy", losses[-1] * policy_count, share)
                 distance = kl_estimate(part.logp_old, logp.detach(), "k3")
                 moved = moved + masked_sum(distance, part.mask).cpu()
                 if first:
@@ -184,7 +185,7 @@ class Learner:
         assert part.value is not None
         per_step = value_loss(value, part.value[:, :-1], ret, self.value_clip)
         loss = reduce(per_step, token_weight(part.mask, "token", dtype=per_step.dtype), steps)
-        tally.add("loss/value", loss * steps, steps)
+        tally.add("loss/value", loss * steps, denominator(part.mask, "token"))
         return loss
 
     def _policy_loss(
