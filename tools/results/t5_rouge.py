@@ -11,46 +11,92 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from recording import finished, over_seeds, plain_axes, plt, rows_of, run_cells, verb
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from steersman.grue.task import in_split
 from steersman.train import rl, sft
 from steersman.train.verbs import RECIPES
 
-VOCABULARY, ROWS = 1200, {"train": None, "dev": 1000}
+VOCABULARY, OFTEN = 2500, 20
 RECIPE_FOLDER = Path(__file__).parents[2] / "recipes" / "results"
 SHOWN = ("reward/rougeL", "reward/coverage", "distinct2", "length", "perplexity", "kl")
+EMPTY = (
+    "a an the of in on with and to is are at for from by as his her their its this that it he she they into while "
+    "be was over up out down"
+)
+"""Words that say too little to be given as a concept."""
 
 
 def prepare(data: Path, out: Path) -> None:
-    """Rows for SFT, prompts with all their references for PPO, and a tokenizer that ends texts as T5's does."""
+    """Rows for both supervised stages, prompts with all their references for PPO, and a tokenizer.
+
+    Kept are sets whose every concept is in at least OFTEN sets; a twentieth of the sets, by a hash, is held out.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for split, answers, prompts in (("train", "train", "prompts"), ("dev", "dev", "dev_prompts")):
+    sets = often(concept_sets(data))
+    held = [concepts for concepts in sets if in_split(concepts, "validation", 0.05)]
+    random.Random(0).shuffle(held)  # a run measures on the first of them
+    taught = [concepts for concepts in sets if in_split(concepts, "train", 0.05)]
+    pairs = [(concepts, text) for concepts in taught for text in sets[concepts]]
+    rng = random.Random(0)
+    own = [own_words(text, rng) for _, text in pairs]
+    again = [own_words(text, rng) for _, text in pairs]
+    words = sorted({word for concepts in sets for word in concepts.split()})
+    copies = [(said, said) for said in (" ".join(rng.sample(words, rng.randint(1, 3))) for _ in range(12800))]
+    write(out / "warm.jsonl", rows_for([*copies, *own]))
+    write(out / "train.jsonl", rows_for([*pairs, *again]))
+    write(out / "dev.jsonl", rows_for([(concepts, text) for concepts in held for text in sets[concepts]]))
+    for name, kept in (("prompts", taught), ("dev_prompts", held)):
+        rows = [{"concepts": c, "words": c.split(), "references": sets[c]} for c in kept]
+        write(out / f"{name}.jsonl", rows)
+    tokenizer([text for pair in pairs for text in pair]).save_pretrained(out / "tokenizer")
+
+
+def concept_sets(data: Path) -> dict[str, list[str]]:
+    """The concepts of each set, and its sentences."""
+    sets: dict[str, list[str]] = {}
+    for split in ("train", "dev"):
         source, target = (
             (data / "commongen" / f"commongen.{split}.{side}.txt").read_text().splitlines()
             for side in ("src_alpha", "tgt")
         )
-        sets: dict[str, list[str]] = {}
         for concepts, sentence in zip(source, target, strict=True):
             sets.setdefault(concepts, []).append(sentence)
-        rows = zip(source, target, strict=True)
-        write(out / f"{answers}.jsonl", [{"concepts": c, "completion": s} for c, s in list(rows)[: ROWS[split]]])
-        write(
-            out / f"{prompts}.jsonl", [{"concepts": c, "words": c.split(), "references": s} for c, s in sets.items()]
-        )
-        if split == "train":
-            tokenizer([*source, *target]).save_pretrained(out / "tokenizer")
+    return sets
+
+
+def often(sets: dict[str, list[str]]) -> dict[str, list[str]]:
+    count = Counter(word for concepts in sets for word in concepts.split())
+    return {c: texts for c, texts in sets.items() if all(count[word] >= OFTEN for word in c.split())}
+
+
+def own_words(text: str, rng: random.Random) -> tuple[str, str]:
+    """Three to six of a sentence's own words, in alphabetical order, and the sentence."""
+    words = sorted(set(re.findall("[a-z]+", text.lower())) - set(EMPTY.split()))
+    chosen = rng.sample(words, min(len(words), rng.randint(3, 6)))
+    return " ".join(sorted(chosen)) or "nothing", text
+
+
+def rows_for(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"concepts": concepts, "completion": text} for concepts, text in pairs]
 
 
 def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Pieces of lower-case words, punctuation apart, so that most concepts are one token in source and sentence."""
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     inner.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
@@ -64,8 +110,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def run(out: Path, seeds: list[int], minutes: float) -> None:
-    first = partial(verb, sft, sft.SFTRecipe, out / "sft", 0, values(out, "t5-rouge-sft"))
-    cells = [(out / "sft", first)]
+    cells = []
+    for name in ("warm", "sft"):
+        made = partial(verb, sft, sft.SFTRecipe, out / name, 0, values(out, f"t5-rouge-{name}"))
+        cells.append((out / name, made))
     for seed in seeds:
         folder = out / f"ppo-{seed}"
         cells.append((folder, partial(verb, rl, RECIPES["ppo"], folder, seed, values(out, "t5-rouge-ppo"))))
