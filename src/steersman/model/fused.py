@@ -127,14 +127,14 @@ def _feed_forward(module: Any, kind: str, x: Tensor) -> Tensor:
 def _quicken_rotation(code: Any) -> None:
     """Puts the compiled rotation into a family's file, where it does what that family's function does."""
     original: Any = getattr(code, ROTATION, None)
-    if not callable(original) or isinstance(original, _Rotation):
+    if original is None or isinstance(original, _Rotation):
         return
     q, k, cos, sin = _numbers(2, 2, 5, 8), _numbers(2, 1, 5, 8), _numbers(1, 5, 8), _numbers(1, 5, 8) + 0.5
     try:
         expected = original(q, k, cos, sin)
         same = all(_same(rotate(x, cos, sin), y) for x, y in zip((q, k), expected, strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return
+        return  # it turns in another way, or other things
     if same:
         setattr(code, ROTATION, _Rotation(original))
 
