@@ -68,7 +68,8 @@ def test_a_cut_that_bootstraps_withholds_the_score_and_goes_on():
 @pytest.mark.parametrize("cut", ["end", "bootstrap"])
 def test_gae_bootstraps_only_the_response_that_was_cut(cut):
     value = torch.tensor([[1.0, 2.0, 3.0, 50.0], [4.0, 5.0, 6.0, 70.0], [1.5, 80.0, 90.0, 90.0]])
-    algorithm, traj = made(0.0, settings={"lam": 0.5, "whiten": False}, value=value, cut=cut)
+    algorithm, traj = made(0.0, settings={"lam": 0.5, "whiten": False}, cut=cut)
+    traj.value = value
     adv, ret = algorithm.advantage(traj)
     d2 = 2.0 - 3.0
     d1 = 0.9 * 3.0 - 2.0
