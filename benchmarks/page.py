@@ -19,7 +19,7 @@ TITLES = {
     "dpo": "DPO epoch: batches of 16 pairs of mixed lengths, reference included",
     "reward": "Reward-model epoch: the same pairs",
     "sft": "SFT epoch: batches of 16 of mixed lengths",
-    "vllm_rollout": "Rollout beside vLLM's CPU build: 64 x 1 and 8 x 8, 128 new tokens",
+    "vllm_rollout": "Rollout beside vLLM's CPU build, 128 new tokens, prompts x samples",
 }
 HEAD = """# Performance
 
@@ -101,9 +101,10 @@ def _times(folder: Path, rates: Rates) -> str:
         for r in found["results"] if found else []:
             floor = sum(rates.seconds(phases_of(name, r, found["dtype"])).values())
             s, memory, pairs = r["seconds"], r["memory"], ", ".join(f"{x:.2f}" for x in r["ratios"])
+            size = f" {r['rows']} x {r['samples']}" if name == "vllm_rollout" else ""
             lines.append(
-                f"| {title} | {r['model']} | {s['peer']:.2f} | {s['steersman']:.2f} | {r['ratio']:.2f} ({pairs}) | "
-                f"{floor:.2f} | {floor / s['steersman']:.2f} | {memory['peer']['peak_mib']:.0f} | "
+                f"| {title}{size} | {r['model']} | {s['peer']:.2f} | {s['steersman']:.2f} | "
+                f"{r['ratio']:.2f} ({pairs}) | {floor:.2f} | {floor / s['steersman']:.2f} | {memory['peer']['peak_mib']:.0f} | "
                 f"{memory['steersman']['peak_mib']:.0f} |"
             )
     return "\n".join(lines) + "\n"
