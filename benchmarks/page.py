@@ -104,8 +104,8 @@ def _times(folder: Path, rates: Rates) -> str:
             size = f" {r['rows']} x {r['samples']}" if name == "vllm_rollout" else ""
             lines.append(
                 f"| {title}{size} | {r['model']} | {s['peer']:.2f} | {s['steersman']:.2f} | "
-                f"{r['ratio']:.2f} ({pairs}) | {floor:.2f} | {floor / s['steersman']:.2f} | {memory['peer']['peak_mib']:.0f} | "
-                f"{memory['steersman']['peak_mib']:.0f} |"
+                f"{r['ratio']:.2f} ({pairs}) | {floor:.2f} | {floor / s['steersman']:.2f} | "
+                f"{memory['peer']['peak_mib']:.0f} | {memory['steersman']['peak_mib']:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
