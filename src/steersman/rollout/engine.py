@@ -7,6 +7,7 @@ from typing import Any
 
 from steersman.rollout.batch import ActionMask, Batch, Limits
 from steersman.rollout.decoder import Decoder, generating
+from steersman.rollout.packed import packed
 from steersman.rollout.port import Progress, Stepper
 from steersman.rollout.sampling import Sampling
 from steersman.rollout.seq2seq import PairDecoder
@@ -85,7 +86,10 @@ class Engine:
             progress=progress,
         )
         try:
-            with generating(self.model, *([] if mask_model is None else [mask_model])):
+            with (
+                generating(self.model, *([] if mask_model is None else [mask_model])),
+                packed(self.model, limits.rows, sampling.max_new_tokens),
+            ):
                 return batch.run(prompts, n, seed)
         except BaseException:
             self.release()  # the buffers may hold NaN, or a batch cut off half-way
