@@ -15,7 +15,6 @@ the right ones, for the reward, and `held_out.jsonl`, which no stage trains on. 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import yaml
-from recording import finished, over_seeds, plain_axes, plt, rows_of, run_cells, verb
+from recording import finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -136,12 +135,7 @@ def draw(out: Path, seeds: list[int], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "run", "draw"))
-    parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser = options(__doc__, ("data", "run", "draw"), "runs/arithmetic")
     args = parser.parse_args()
     if args.what == "data":
         write_data(args.out)

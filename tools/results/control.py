@@ -8,14 +8,13 @@ A run that has finished is not made again; `--minutes` begins no further run aft
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recording import finished, over_seeds, plain_axes, plt, rows_of, run_cells, verb
+from recording import finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 
 from steersman.control import run as control
 from steersman.control.curve import learning_curves
@@ -90,13 +89,8 @@ def draw(out: Path, seeds: list[int], docs: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "draw"))
-    parser.add_argument("--out", type=Path, default=Path("runs/control"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options(__doc__, ("run", "draw"), "runs/control")
     parser.add_argument("--only", nargs="*", default=[], help="environments")
-    parser.add_argument("--minutes", type=float, default=float("inf"))
     args = parser.parse_args()
     if args.what == "run":
         run_cells(cells(args.out, args.seeds, args.only), args.minutes)

@@ -9,14 +9,13 @@ A run that has finished is not made again; `--minutes` begins no further run aft
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recording import OPENINGS, finished, over_seeds, plain_axes, plt, rows_of, run_cells, verb
+from recording import OPENINGS, finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 
 from steersman.algorithms import ALGORITHMS
 from steersman.train import rl
@@ -211,13 +210,8 @@ def best_rate(kind: str, out: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("search", "run", "draw"))
+    parser = options(__doc__, ("search", "run", "draw"), "runs/curves")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/curves"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=float("inf"))
     args = parser.parse_args()
     if args.what == "search":
         search(args.data, args.out, args.minutes)

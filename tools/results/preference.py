@@ -13,14 +13,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import OPENINGS, finished, over_seeds, plain_axes, rows_of, verb
+from recording import OPENINGS, finished, options, over_seeds, plain_axes, rows_of, verb
 
 from steersman.data import DataConfig, encode_prompts, layout, prompts
 from steersman.reward import RewardConfig, build_reward
@@ -244,15 +243,10 @@ def draw(found: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser = options(__doc__, ("run", "table"), "runs/preference", seeds=[0], minutes=60.0)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/preference"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
     parser.add_argument("--tasks", nargs="+", default=["sentiment", "politeness"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="*", default=[])
-    parser.add_argument("--minutes", type=float, default=60.0)
     args = parser.parse_args()
     set_threads(1)
     if args.what == "run":

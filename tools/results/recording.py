@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,24 @@ import matplotlib.pyplot as plt
 
 OPENINGS = {"text_split": "<|endoftext|>", "opening_words": 8, "held_out": 64, "limit": 800}
 """Story openings of a text file as prompts, 64 of them held out."""
+
+
+def options(
+    doc: str | None,
+    steps: Sequence[str],
+    out: str,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    minutes: float = float("inf"),
+) -> argparse.ArgumentParser:
+    """What every script that runs and then draws is asked: which step, where to, which seeds, for how long."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(steps))
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--minutes", type=float, default=minutes)
+    return parser
 
 
 def verb(module: Any, recipe_class: Any, folder: Path, seed: int, values: dict[str, Any]) -> dict[str, Any]:

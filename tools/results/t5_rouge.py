@@ -9,7 +9,6 @@ A run that has finished is not made again; `--minutes` begins no further run aft
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from recording import finished, over_seeds, plain_axes, plt, rows_of, run_cells, verb
+from recording import finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -157,17 +156,12 @@ def draw(out: Path, docs: Path, seeds: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("prepare", "run", "draw"))
+    parser = options(__doc__, ("prepare", "run", "draw"), "runs/t5-rouge", minutes=60.0)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/t5-rouge"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=60.0)
     asked = parser.parse_args()
-    if asked.command == "prepare":
+    if asked.what == "prepare":
         prepare(asked.data, asked.out)
-    elif asked.command == "run":
+    elif asked.what == "run":
         run(asked.out, asked.seeds, asked.minutes)
     else:
         draw(asked.out, asked.docs, asked.seeds)
