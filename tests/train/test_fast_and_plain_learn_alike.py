@@ -21,7 +21,7 @@ from steersman import native
 from steersman.model import policy as policy_module
 from steersman.model import reader as reader_module
 from steersman.model.reader import Joined
-from steersman.rollout import Engine
+from steersman.rollout import Engine, packed
 from steersman.rollout.sampling import uniforms
 from steersman.train import rl
 from steersman.train.policy_update import Learner
@@ -51,6 +51,7 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in OPENINGS])
     shared, read_shared = Counter(), reader_module.read_shared
     monkeypatch.setattr(reader_module, "read_shared", lambda *a: (shared.update(reads=1), read_shared(*a))[1])
+    monkeypatch.setattr(packed, "STEPS", 1)
     fast = run(tmp_path / "fast", base, model, cut, micro_tokens=300)
     assert shared["reads"] > 0
     calls = without_fast_paths(monkeypatch)

@@ -1,6 +1,7 @@
 """Compiled inner loops for a CPU: built at first use, and left out where they can't be.
 
-`decode` has the attention of one new token and the draw, `layers` what stands between a layer's matrix products.
+`decode` has the attention of one new token and the draw, `layers` what stands between a layer's matrix products,
+`products` those of a few dozen rows, `step` a step of decoding by a whole model.
 They need a C++ compiler (`$CXX`, c++, g++ or clang++) once per machine; the result lies in the user's cache folder.
 Without one, with STEERSMAN_NATIVE=0, on other devices and for other dtypes than float32, the plain torch code runs.
 """
@@ -122,8 +123,12 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gate": [*[pointer] * 3, count, small, small],
         "gate_back": [*[pointer] * 5, count, small, small],
         "rotate": [*[pointer] * 4, sizes, small, small],
+        "rearrange": [pointer, pointer, count, count, small],
+        "product": [*[pointer] * 4, count, count, count, small],
+        "decode_step": [pointer, pointer, small],
     }
     for name, arguments in signatures.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
+    lib.panel_width.argtypes, lib.panel_width.restype = [], count
     return lib

@@ -8,22 +8,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "exp.h"
+#include "rows.h"
 
 namespace {
 
 constexpr int64_t SMALL = 1 << 15;  // numbers that one thread works through before another has started
-
-inline float sigmoid(float z) {
-    const float e = exp_nonpositive(z > 0.0f ? -z : z);
-    return (z > 0.0f ? 1.0f : e) / (1.0f + e);
-}
-
-// Both gates are x * sigmoid(z(x)): SiLU has z = x, the tanh form of GELU z = 2 c (x + 0.044715 x^3).
-template <bool GELU>
-inline float inner(float x) {
-    return GELU ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
-}
 
 template <bool GELU>
 inline float inner_slope(float x) {
@@ -33,7 +22,7 @@ inline float inner_slope(float x) {
 template <bool GELU>
 void gate_forward(const float* gate, const float* up, float* out, int64_t size, int threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : size > SMALL)
-    for (int64_t i = 0; i < size; ++i) out[i] = gate[i] * sigmoid(inner<GELU>(gate[i])) * up[i];
+    for (int64_t i = 0; i < size; ++i) out[i] = activation<GELU>(gate[i]) * up[i];
 }
 
 template <bool GELU>
@@ -55,17 +44,8 @@ extern "C" {
 void norm_forward(const float* x, const float* weight, float offset, float eps, float* out, float* inverse,
                   int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > SMALL)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* from = x + r * width;
-        float* to = out + r * width;
-        float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t j = 0; j < width; ++j) squares += from[j] * from[j];
-        const float inv = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
-        inverse[r] = inv;
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) to[j] = from[j] * inv * (offset + weight[j]);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+        inverse[r] = norm_row(x + r * width, weight, offset, eps, out + r * width, width);
 }
 
 // With s = offset + weight and i = inverse: grad_x = i s g - x i^3 mean(s g x); grad_weight = sum over rows of g x i,
@@ -127,11 +107,7 @@ void rotate(const float* x, const float* cosine, const float* sine, float* out, 
                         to[i + half] = from[i + half] * c[i + half] - from[i] * s[i];
                     }
                 } else {
-#pragma omp simd
-                    for (int64_t i = 0; i < half; ++i) {
-                        to[i] = from[i] * c[i] - from[i + half] * s[i];
-                        to[i + half] = from[i + half] * c[i + half] + from[i] * s[i + half];
-                    }
+                    rotate_row(from, c, s, to, half);
                 }
             }
         }

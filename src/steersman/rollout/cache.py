@@ -11,7 +11,7 @@ distance in columns is distance in positions. When the belt runs out it is moved
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,6 +126,14 @@ def _zeros(slots: int, columns: int, like: Tensor) -> Tensor:
     return torch.from_numpy(pages).view(like.dtype).view(shape)
 
 
+class LaidPrompt(NamedTuple):
+    """Which prompt a row began with: the admission that laid it down, its row there, and its length in tokens."""
+
+    admission: int
+    source: int
+    length: int
+
+
 class Belt(Cache):
     """The cache of all live sequences. Rows 0 to `rows` - 1 are live; `column` is where the next token goes."""
 
@@ -134,12 +142,15 @@ class Belt(Cache):
         super().__init__(layers=list(self.belts))
         self.windows = set(windows)
         self.mask: Tensor | None = None
-        self.rows = self.column = self.first = 0
+        self.rows = self.column = self.first = self.admitted = 0
         self.starts: list[int] = []
+        self.prompts: list[LaidPrompt] = []
+        self._reading: np.ndarray | None = None
 
     def clear(self, column: int) -> None:
         """No live rows; the first prompts will end at `column`."""
-        self.starts, self.rows, self.first, self.column = [], 0, column, column
+        self.starts, self.prompts = [], []
+        self.rows, self.first, self.column, self._reading = 0, column, column, None
 
     def reserve(self, slots: int, columns: int, like: PromptCache) -> None:
         """Make room for `slots` rows and `columns` columns; what is there already is used again."""
@@ -173,6 +184,8 @@ class Belt(Cache):
         self.mask[rows, :start] = -torch.inf
         self.mask[rows, start:] = 0
         self.starts += [start] * count
+        self.prompts += [LaidPrompt(self.admitted, row, length) for row in source.tolist()]
+        self.admitted += 1
         self._resize(self.rows + count)
 
     def keep(self, rows: int, moves: list[tuple[int, int]]) -> None:
@@ -180,13 +193,14 @@ class Belt(Cache):
         assert self.mask is not None
         for target, source in moves:
             start = self.starts[target] = self.starts[source]
+            self.prompts[target] = self.prompts[source]
             length = self.column - start
             for belt in self.belts:
                 for buffer in (belt.keys, belt.values):
                     assert buffer is not None
                     buffer[target].narrow(1, start, length).copy_(buffer[source].narrow(1, start, length))
             self.mask[target].copy_(self.mask[source])
-        del self.starts[rows:]
+        del self.starts[rows:], self.prompts[rows:]
         self._resize(rows)
 
     def step(self, longest: int) -> Tensor | dict[str, Tensor]:
@@ -210,8 +224,23 @@ class Belt(Cache):
             return next(iter(masks.values()))
         return {FULL if window is None else SLIDING: mask for window, mask in masks.items()}
 
+    def reading(self) -> np.ndarray:
+        """How live rows are best read, int64 [4, rows]: their order, and of each row its first column, a row that has
+        the same keys and values in its first columns, and the column where those end.
+
+        Samples of one prompt that came in together have the same prompt, each a copy of its own. In this order they
+        follow one another, so that whoever reads one copy for all of them finds it at hand.
+        """
+        if self._reading is None:
+            leaders: dict[LaidPrompt, int] = {}
+            leader = [leaders.setdefault(prompt, row) for row, prompt in enumerate(self.prompts)]
+            until = [start + prompt.length for start, prompt in zip(self.starts, self.prompts, strict=True)]
+            order = sorted(range(self.rows), key=leader.__getitem__)
+            self._reading = np.array([order, self.starts, leader, until], dtype=np.int64)
+        return self._reading
+
     def _resize(self, rows: int) -> None:
-        self.rows = rows
+        self.rows, self._reading = rows, None
         self.first = min(self.starts, default=self.column)
         for belt in self.belts:
             belt.live_keys, belt.live_values = belt.keys[:rows], belt.values[:rows]  # type: ignore[index]
@@ -229,4 +258,5 @@ class Belt(Cache):
             self.starts[row] = start - shift
             self.mask[row, : start - shift] = -torch.inf
             self.mask[row, start - shift :] = 0
+        self._reading = None
         self.first, self.column = first - shift, column

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,16 +12,32 @@ from torch import Tensor, nn
 from steersman import native
 from steersman.rollout.attention import registered
 from steersman.rollout.cache import Belt, PromptCache, layer_windows
+from steersman.rollout.packed import packed, pays
 from steersman.rollout.text import Texts
+from steersman.rollout.whole import Whole, whole_of
 from steersman.types import Prompt, SteersmanError
 
 
 class Decoder:
-    """Prefill and step of one model. No weights are copied: the module itself is called each time."""
+    """Prefill and step of one model: its modules are called, or, for steps, `whole` where it does the same."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.belt = Belt(layer_windows(model.config))
+        self.whole: Whole | None = None
+
+    @contextmanager
+    def prepared(self, rows: int, steps: int) -> Iterator[None]:
+        """For one call: weights laid out for `steps` steps of up to `rows` rows, where that pays."""
+        if not pays(self.model, steps):
+            yield
+            return
+        try:
+            self.whole = whole_of(self.model, rows)
+            with packed(self.model) if self.whole is None else nullcontext():
+                yield
+        finally:
+            self.whole = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] after each one's last token."""
@@ -44,12 +60,20 @@ class Decoder:
 
     def step(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Logits [B, V] after feeding each live row one token; ids and positions are [B, 1]."""
+        mask = self.belt.step(longest)
+        whole = self.whole
+        if whole is None:
+            return self._modules(ids, positions, mask)
+        logits = whole(ids, positions, self.belt)
+        if not whole.proven:
+            expected = self._modules(ids, positions, mask)
+            self.whole = whole if whole.agrees(logits, expected) else None
+            return expected
+        return logits
+
+    def _modules(self, ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
         out = self.model(
-            input_ids=ids,
-            attention_mask=self.belt.step(longest),
-            position_ids=positions,
-            past_key_values=self.belt,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.belt, use_cache=True
         )
         return out.logits[:, -1]
 

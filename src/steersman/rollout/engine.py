@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from steersman.rollout.batch import ActionMask, Batch, Limits
 from steersman.rollout.decoder import Decoder, generating
-from steersman.rollout.packed import packed
 from steersman.rollout.port import Progress, Stepper
 from steersman.rollout.sampling import Sampling
 from steersman.rollout.seq2seq import PairDecoder
@@ -18,8 +18,8 @@ class Engine:
     """Continuous batching over one cache written in place, for any model of the ecosystem's own classes.
 
     `model` is a live `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` (with adapters or not), which then reads a
-    prompt with its encoder and keeps what its decoder looks at in it; no weights are copied, so the next call sees
-    whatever an optimiser did to them. `max_batch` is the number of sequences decoded together (64 on a CPU, 256
+    prompt with its encoder and keeps what its decoder looks at in it; weights are read anew by every call, which
+    sees whatever an optimiser did to them. `max_batch` is the number of sequences decoded together (64 on a CPU, 256
     on an accelerator). `eos_token_id` overrides the end tokens, which are otherwise the generation config's, or
     the tokenizer's where it names none. Buffers stay for the next call until `release`.
     """
@@ -86,10 +86,9 @@ class Engine:
             progress=progress,
         )
         try:
-            with (
-                generating(self.model, *([] if mask_model is None else [mask_model])),
-                packed(self.model, limits.rows, sampling.max_new_tokens),
-            ):
+            with generating(*(decoder.model for decoder in batch.decoders)), ExitStack() as stack:
+                for decoder in batch.decoders:
+                    stack.enter_context(decoder.prepared(limits.rows, sampling.max_new_tokens))
                 return batch.run(prompts, n, seed)
         except BaseException:
             self.release()  # the buffers may hold NaN, or a batch cut off half-way

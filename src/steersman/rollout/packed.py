@@ -1,7 +1,7 @@
 """Weights laid out beforehand for products of as many rows as are decoded together, on a CPU.
 
-A product of 64 rows spends a fifth of its time on rearranging the weights. While a model generates they do not
-change, so MKL rearranges them once; the price is a second copy for as long as the call lasts.
+While a model generates its weights do not change, so they are rearranged once (`native.products`); the price is a
+second copy for as long as the call lasts.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
+from steersman.native.products import Panels, product, rearrange
 
-ROWS, STEPS, BYTES = 16, 32, 1 << 30
-"""Fewer rows or steps than these do not earn the rearranging; larger models keep one copy of their weights."""
+STEPS, BYTES = 32, 1 << 30
+"""Fewer steps than these do not earn the rearranging; larger models keep one copy of their weights."""
+ROWS = 256
+"""Products of more rows, such as a prefill's, are the library's: there it is as fast."""
+
+
+def pays(model: Any, steps: int) -> bool:
+    """Whether a second copy of the model's weights is small enough, and used often enough."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return native.library() is not None and steps >= STEPS and size <= BYTES
 
 
 @contextmanager
-def packed(model: Any, rows: int, steps: int) -> Iterator[None]:
-    """Lets the model's linear layers use rearranged weights for inputs of `rows` rows, and puts everything back."""
+def packed(model: Any) -> Iterator[None]:
+    """Lets the model's linear layers use rearranged weights for inputs of few rows, and puts everything back."""
     layers = [module for module in model.modules() if _plain(module)]
-    size = sum(layer.weight.numel() * 4 for layer in layers)
-    if not _available() or rows < ROWS or steps < STEPS or size > BYTES:
-        yield
-        return
     try:
-        for layer in layers:
-            weight = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight.detach(), rows)
-            layer.forward = partial(_linear, layer, weight, rows)
+        for layer, weight in zip(layers, rearrange([layer.weight for layer in layers]), strict=True):
+            layer.forward = partial(_linear, layer, weight)
         yield
     finally:
         for layer in layers:
@@ -49,14 +53,7 @@ def _plain(module: nn.Module) -> bool:
     )
 
 
-def _available() -> bool:
-    """Whether torch has MKL's packed products here; STEERSMAN_NATIVE=0 turns them off with the compiled loops."""
-    return (
-        torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear") and native.library() is not None
-    )
-
-
-def _linear(layer: nn.Linear, weight: Tensor, rows: int, x: Tensor) -> Tensor:
-    if x.numel() != rows * layer.in_features or x.dtype != torch.float32:
+def _linear(layer: nn.Linear, weight: Panels, x: Tensor) -> Tensor:
+    if x.numel() > ROWS * layer.in_features or x.dtype != torch.float32 or x.shape[-1] != layer.in_features:
         return nn.Linear.forward(layer, x)
-    return torch.ops.mkl._mkl_linear(x, weight, layer.weight, layer.bias, rows)
+    return product(x, weight, layer.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +26,10 @@ class Stepper(Protocol):
 
     @property
     def belt(self) -> Any: ...
+
+    def prepared(self, rows: int, steps: int) -> AbstractContextManager[None]:
+        """While open, during which no weight changes: up to `steps` steps of up to `rows` rows."""
+        ...
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
         """What was made of right-padded prompts, and the logits [B, V] of each one's first response token."""

@@ -8,7 +8,7 @@ prompt, made in one forward of the encoder however often the prompt is sampled, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from steersman.model.pairs import decoder_context, decoder_start
 from steersman.model.probe import close, model_name, quiet
 from steersman.rollout.cache import Belt, PromptCache, PromptLayer, layer_windows
+from steersman.rollout.packed import packed, pays
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
 
@@ -135,6 +136,10 @@ class PairDecoder:
                 raise SteersmanError(f"{self._refused()}: {type(error).__name__}: {_first_line(error)}") from error
         if not good:
             raise SteersmanError(self._refused())
+
+    def prepared(self, rows: int, steps: int) -> AbstractContextManager[None]:
+        """For one call: weights laid out for products of few rows, where that pays."""
+        return packed(self.model) if pays(self.model, steps) else nullcontext()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""

@@ -1,0 +1,139 @@
+"""A step of decoding in one compiled call, for models of the Llama kind in float32 on a CPU.
+
+Module by module, a step of a small model is mostly Python and the starting of small operations, and one of a larger
+model waits for its weights again and again; in one call neither is so. Which families it knows is listed here.
+Whether it does what a model does is asked at the first step of every call of the engine, which is done both ways:
+hooks and whatever else sits in a model's modules are noticed there, and the modules go on alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman import native
+from steersman.native import step
+from steersman.native.products import rearrange
+from steersman.rollout.cache import Belt
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding in which a position's angles do not depend on how long the sequences are."""
+GATES = {"silu": 0, "gelu_pytorch_tanh": 1}
+CLOSE = 1e-3
+"""How far logits may be apart, as a share of the largest: more than rounding gives, less than another model would."""
+
+
+class Whole:
+    """One model's weights laid out for compiled steps; they are read when it is made, and stand for one call."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.rotary = model.model.rotary_emb
+        layers, config = model.model.layers, model.config
+        attention, feed_forward = layers[0].self_attn, layers[0].mlp
+        matrices = [linear.weight for layer in layers for linear in _linears(layer)]
+        # what the pointers below point to
+        self.kept: list[Any] = [model, rearrange([*matrices, model.lm_head.weight])]
+        panels = iter(self.kept[1])
+        self.layers = (step.Layer * len(layers))()
+        for to, layer in zip(self.layers, layers, strict=True):
+            of = layer.self_attn
+            for name in ("query", "key", "value", "out", "gate", "up", "down"):
+                setattr(to, name, _at(next(panels).data))
+            to.query_bias, to.key_bias, to.value_bias = (_at(p.bias) for p in (of.q_proj, of.k_proj, of.v_proj))
+            to.out_bias = _at(of.o_proj.bias)
+            to.query_norm, to.key_norm = (_at(getattr(n, "weight", None)) for n in _query_key_norms(layer))
+            to.norm, to.inner_norm = _at(layer.input_layernorm.weight), _at(layer.post_attention_layernorm.weight)
+        width, inner, hidden = attention.head_dim, feed_forward.gate_proj.out_features, config.hidden_size
+        heads, kv_heads = (p.out_features // width for p in (attention.q_proj, attention.k_proj))
+        self.model = step.Model(
+            parts=ctypes.addressof(self.layers), embedding=_at(model.model.embed_tokens.weight),
+            norm=_at(model.model.norm.weight), head=_at(next(panels).data), layers=len(layers), hidden=hidden,
+            heads=heads, kv_heads=kv_heads, width=width, inner=inner, vocabulary=model.lm_head.out_features,
+            eps=model.model.norm.variance_epsilon, scale=attention.scaling, gelu=GATES[config.hidden_act],
+        )  # fmt: skip
+        sizes = {
+            "x": hidden, "h": hidden, "projected": (heads + 2 * kv_heads) * width, "mixed": heads * width,
+            "opened": inner,
+        }  # fmt: skip
+        self.scratch = {name: torch.empty(rows, size) for name, size in sizes.items()}
+        self.tables: tuple[Tensor, Tensor] | None = None
+        self.proven = False
+
+    def __call__(self, ids: Tensor, positions: Tensor, belt: Belt) -> Tensor:
+        """Logits [B, V] after feeding each row one token, as `Decoder.step`; the belt has prepared the column."""
+        assert belt.mask is not None
+        self._see(belt.mask.shape[1])
+        for layer, part in zip(self.layers, belt.belts, strict=True):
+            layer.keys, layer.values, layer.first = _at(part.keys), _at(part.values), part.first
+        ids, positions = ids.contiguous(), positions.contiguous()
+        logits = torch.empty(len(ids), self.model.vocabulary)
+        order, start, leader, until = (row.ctypes.data for row in belt.reading())
+        now = step.Now(
+            ids=_at(ids), positions=_at(positions), order=order, start=start, leader=leader, until=until,
+            logits=_at(logits), rows=len(ids), column=belt.belts[0].column,
+            **{name: _at(x) for name, x in self.scratch.items()},
+        )  # fmt: skip
+        step.decode_step(self.model, now)
+        return logits
+
+    def agrees(self, logits: Tensor, expected: Tensor) -> bool:
+        """Whether a step gave what the model's modules gave; from then on it is taken at its word."""
+        self.proven = bool((logits - expected).abs().max() <= CLOSE * expected.abs().max())
+        return self.proven
+
+    def _see(self, columns: int) -> None:
+        """The angles of every position the belt has room for."""
+        if self.model.columns == columns:
+            return
+        cosine, sine = self.rotary(self.scratch["x"], torch.arange(columns)[None])
+        self.tables = cosine.contiguous(), sine.contiguous()
+        self.model.cosine, self.model.sine, self.model.columns = *map(_at, self.tables), columns
+
+
+def whole_of(model: Any, rows: int) -> Whole | None:
+    """The model laid out for compiled steps of up to `rows` rows; None where that is not known to be the same."""
+    return Whole(model, rows) if native.library() is not None and _known(model) else None
+
+
+def _known(model: Any) -> bool:
+    if type(model).__name__ not in FAMILIES or not type(model).__module__.startswith("transformers."):
+        return False
+    layers, attention = model.model.layers, model.model.layers[0].self_attn
+    linears = [linear for layer in layers for linear in _linears(layer)]
+    norms = [model.model.norm, *(n for layer in layers for n in _norms(layer))]
+    return (
+        all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])
+        and all(linear.bias is None for layer in layers for linear in _linears(layer)[4:])
+        and model.lm_head.bias is None
+        and all(p.is_cpu and p.dtype == torch.float32 and type(p) is nn.Parameter for p in model.parameters())
+        and len({norm.variance_epsilon for norm in norms}) == 1
+        and len(layers) == model.config.num_hidden_layers
+        and getattr(model.model.rotary_emb, "rope_type", None) in ROTATIONS
+        and 2 * len(model.model.rotary_emb.inv_freq) == attention.head_dim
+        and model.config.hidden_act in GATES
+    )
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, feed_forward = layer.self_attn, layer.mlp
+    return [
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj,
+    ]  # fmt: skip
+
+
+def _query_key_norms(layer: Any) -> tuple[Any, Any]:
+    return getattr(layer.self_attn, "q_norm", None), getattr(layer.self_attn, "k_norm", None)
+
+
+def _norms(layer: Any) -> list[Any]:
+    own = [norm for norm in _query_key_norms(layer) if norm is not None]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *own]
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
