@@ -16,7 +16,6 @@ from steersman import native
 from steersman.native.decode import decode_attention
 from steersman.native.decode import draw as draw_compiled
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.attention import _applies
 from steersman.rollout.sampling import draw
 
 needs_native = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
@@ -73,20 +72,6 @@ def test_scores_far_apart_do_not_overflow():
     torch.testing.assert_close(
         decode_attention(query * 200, keys, values, None, 1.0).double(), expected, atol=1e-5, rtol=1e-5
     )
-
-
-@needs_native
-def test_other_dtypes_shapes_and_settings_are_left_to_torch():
-    query, keys, values = inputs()
-    applies = _applies
-    assert applies(query, keys, values, None, {"scaling": 0.1, "dropout": 0.0, "softcap": None})
-    assert not applies(query.double(), keys.double(), values.double(), None, {})
-    assert not applies(query.expand(-1, -1, 2, -1), keys, values, None, {})
-    assert not applies(query, keys.transpose(2, 3).contiguous().transpose(2, 3), values, None, {})
-    assert not applies(query, keys, values, torch.zeros(3, 4, 1, 37), {})
-    assert not applies(query, keys, values, None, {"softcap": 30.0})
-    assert not applies(query, keys, values, None, {"position_bias": torch.zeros(1)})
-    assert not applies(query, keys, values, None, {"dropout": 0.1})
 
 
 @needs_native

@@ -1,4 +1,4 @@
-"""A model's norms, gates and rotations done by the compiled loops of `native`, where these do exactly the same.
+"""A model's norms, gates, rotations and attention done by the compiled loops of `native`, where these do the same.
 
 What a family calls its norm may be anything, so each kind of module is asked once: it is given random numbers, and
 only if the compiled loop gives what the module gives does it stand in for it. All else stays as it is, and so does
@@ -8,32 +8,21 @@ everything on an accelerator, in another dtype, or while `plain_layers` is open.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steersman.model.attention import registered
+from steersman.model.plain import plain
 from steersman.native import library
 from steersman.native.layers import GATES, gated, rms_norm, rotate, takes
 
-_plain: ContextVar[bool] = ContextVar("plain layers", default=False)
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 PLAIN = (Tensor, nn.Parameter)
 ROTATION = "apply_rotary_pos_emb"
-
-
-@contextmanager
-def plain_layers() -> Iterator[None]:
-    """The library's own layers while open: for second derivatives, which the compiled loops do not have."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
 
 
 def quicken(model: Any) -> None:
@@ -54,6 +43,9 @@ def quicken(model: Any) -> None:
                 module.forward = partial(_feed_forward, module, gate)
     for code in {type(module).__module__ for module in model.modules()}:
         _quicken_rotation(sys.modules.get(code))
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) == "sdpa" and model.device.type == "cpu":
+        model.set_attn_implementation(registered())
 
 
 def _fits(*tensors: Tensor) -> bool:
@@ -61,7 +53,7 @@ def _fits(*tensors: Tensor) -> bool:
     for x in tensors:
         if type(x) not in PLAIN or not takes(x):
             return False
-    return not (_plain.get() or torch.compiler.is_compiling())
+    return not (plain() or torch.compiler.is_compiling())
 
 
 def _norm_like(module: Any) -> bool:

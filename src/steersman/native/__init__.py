@@ -126,6 +126,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "rearrange": [pointer, pointer, count, count, small],
         "product": [*[pointer] * 4, count, count, count, small],
         "decode_step": [pointer, pointer, small],
+        "attend_forward": [pointer, small],
+        "attend_backward": [pointer, small],
     }
     for name, arguments in signatures.items():
         function = getattr(lib, name)

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <vector>
 
-#include "exp.h"
 #include "lanes.h"
+#include "softmax.h"
 
 namespace {
 
@@ -40,20 +40,6 @@ struct Columns {
     const float *own, *common;
     int64_t count, shared;
 };
-
-// exp(scores - their maximum), in place; returns 1 / their sum
-inline float soften(float* scores, int64_t columns) {
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < columns; ++j) top = scores[j] > top ? scores[j] : top;
-    float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < columns; ++j) {
-        scores[j] = exp_nonpositive(scores[j] - top);
-        total += scores[j];
-    }
-    return 1.0f / total;
-}
 
 // Lane l: a[l] + a[l ^ STEP] where bit STEP of l is 0, else the same of b. Folding 16 vectors in four such steps
 // leaves in lane l the sum over all lanes of vector l.
@@ -236,8 +222,9 @@ void attend(const Attention& a, Item now, Item next, float* scores) {
             const float* mask = a.mask + now.row * a.mask_row + start_of(a, now.row);
             for (int64_t j = 0; j < keys.count; ++j) scores[j] += mask[j];
         }
-        const float inverse = soften(scores, keys.count);
-        std::fill(scores + keys.count, scores + (keys.count + 15) / 16 * 16, 0.0f);
+        const int64_t padded = padded_to(keys.count, 16);
+        std::fill(scores + keys.count, scores + padded, -INFINITY);
+        const float inverse = 1.0f / exponentials(scores, 1.0f, largest(scores, padded), padded);
         float* out = a.out + (now.row * a.heads + head) * width;
         weigh<WIDTH>(scores, values, inverse, width, out, g + 1 == group ? &ahead : nullptr);
     }

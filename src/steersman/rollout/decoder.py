@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
-from steersman.rollout.attention import registered
+from steersman.model.attention import registered
 from steersman.rollout.cache import Belt, PromptCache, layer_windows
 from steersman.rollout.packed import packed, pays
 from steersman.rollout.text import Texts

@@ -1,0 +1,81 @@
+"""transformers' attention interface: the compiled attention of `native` where it applies, torch's elsewhere."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.model.plain import plain
+from steersman.native import decode, sequences
+
+ATTENTION = "steersman"
+"""The name under which transformers knows the attention."""
+WIDEST = 1024
+KNOWN = {
+    "scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions",
+}  # fmt: skip
+"""Settings that are read here or say nothing that the mask doesn't."""
+
+
+@cache
+def registered() -> str:
+    """The attention's name, known to transformers from here on."""
+    # imported where a model is at hand, and transformers' modelling with it
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return ATTENTION
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """The compiled attention of one token per row or of whole sequences where it applies, torch's otherwise."""
+    if not plain() and not torch.compiler.is_compiling() and _asks_nothing_else(settings):
+        scale = settings.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if _one_token(query, key, value, attention_mask):
+            return decode.decode_attention(query, key, value, attention_mask, scale), None
+        if _sequences(module, query, key, value, attention_mask, settings):
+            return sequences.attend(query, key, value, attention_mask, scale), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+
+
+def _asks_nothing_else(settings: dict[str, Any]) -> bool:
+    return not settings.get("dropout") and all(v is None for name, v in settings.items() if name not in KNOWN)
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """One float32 token per row on the CPU without gradients, columns side by side."""
+    return (
+        query.shape[2] == 1
+        and query.is_cpu
+        and query.dtype == key.dtype == value.dtype == torch.float32
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and max(query.shape[-1], value.shape[-1]) <= WIDEST
+        and key.stride()[2:] == (key.shape[3], 1)
+        and value.stride()[2:] == (value.shape[3], 1)
+        and (
+            mask is None
+            or (mask.dtype == torch.float32 and mask.shape[1:3] == (1, 1) and mask.shape[-1] == key.shape[2]
+                and mask.stride(-1) == 1)
+        )
+    )  # fmt: skip
+
+
+def _sequences(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+) -> bool:
+    """Several tokens per row that see what came before them, or what a mask says."""
+    if query.shape[2] == 1 or not sequences.attends(query, key, value, mask):
+        return False
+    causal = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return mask is not None or (causal is True and query.shape[2] == key.shape[2])

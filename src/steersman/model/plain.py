@@ -1,0 +1,24 @@
+"""A switch for the library's own layers and attention in place of the compiled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_plain: ContextVar[bool] = ContextVar("plain layers", default=False)
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """The library's own layers while open: for second derivatives, which the compiled loops do not have."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def plain() -> bool:
+    """Whether `plain_layers` is open."""
+    return _plain.get()

@@ -1,0 +1,121 @@
+"""Attention of whole sequences with its gradient, compiled: for sequences of a few hundred tokens on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from steersman.native import library
+
+LONGEST = 4096
+"""Keys beyond this number are left to the library, whose memory does not grow with them."""
+
+
+class Strided(ctypes.Structure):
+    """A tensor [B, H, T, D] as sequences.cpp sees it."""
+
+    _fields_ = [("at", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Strided:
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
+class Sequences(ctypes.Structure):
+    """One call of sequences.cpp, field for field."""
+
+    _fields_ = [
+        *[
+            (name, Strided)
+            for name in (
+                "query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value",
+            )
+        ],
+        ("sums", c_void_p),
+        ("mask", c_void_p),
+        ("mask_batch", c_int64),
+        ("mask_query", c_int64),
+        *[(name, c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width")],
+        ("scale", c_float),
+    ]  # fmt: skip
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attend` takes these."""
+    return (
+        library() is not None
+        and all(x.is_cpu and x.dtype is torch.float32 and x.stride(-1) == 1 for x in (query, key, value))
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and query.shape[-1] % 16 == 0
+        and query.shape[-1] <= 256
+        and key.shape[2] <= LONGEST
+        and not torch.is_autocast_enabled("cpu")
+        and (
+            mask is None
+            or (mask.dtype is torch.bool and mask.stride(-1) == 1 and mask.shape[1] == 1
+                and mask.shape[0] in (1, len(query)) and mask.shape[2:] == (query.shape[2], key.shape[2]))
+        )
+    )  # fmt: skip
+
+
+def attend(
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B K L D"],
+    value: Float[Tensor, "B K L D"],
+    mask: Bool[Tensor, "b 1 T L"] | None,
+    scale: float,
+) -> Float[Tensor, "B T H D"]:
+    """softmax(scale q k^T) v over the keys where `mask` is True; without one, query i sees the keys up to i + L - T.
+
+    H is a multiple of K, b is B or 1. A query that sees nothing gets zeros. First derivatives only.
+    Source: arXiv 1706.03762, eq. 1.
+    """
+    return _Attend.apply(query, key, value, mask, scale)  # type: ignore[return-value]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        out = query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
+        sums = query.new_empty(*query.shape[:3], 2)
+        call = _call(query, key, value, mask, scale, out.transpose(1, 2), sums)
+        _library().attend_forward(ctypes.byref(call), torch.get_num_threads())
+        ctx.save_for_backward(query, key, value, mask, out, sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, mask, out, sums = ctx.saved_tensors
+        grad = grad.contiguous()
+        # token by token, heads side by side, as the projections before them want it
+        grads = [x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)]
+        call = _call(query, key, value, mask, ctx.scale, out.transpose(1, 2), sums)
+        call.grad_out = Strided.of(grad.transpose(1, 2))
+        call.grad_query, call.grad_key, call.grad_value = map(Strided.of, grads)
+        _library().attend_backward(ctypes.byref(call), torch.get_num_threads())
+        return *grads, None, None
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, out: Tensor, sums: Tensor
+) -> Sequences:
+    call = Sequences(*map(Strided.of, (query, key, value, out)), sums=sums.data_ptr(), scale=scale)
+    call.batch, call.heads, call.queries, call.width = query.shape
+    call.kv_heads, call.keys = key.shape[1:3]
+    if mask is not None:
+        call.mask, call.mask_query = mask.data_ptr(), mask.stride(2)
+        call.mask_batch = 0 if len(mask) == 1 else mask.stride(0)
+    return call
+
+
+def _library() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None
+    return lib
