@@ -86,20 +86,30 @@ class Work:
     def head(self) -> int:
         return self.vocab * self.hidden
 
-    def forward(self, rows: Sequence[tuple[int, int]], headed: int = 0) -> float:
+    def forward(self, rows: Sequence[tuple[int, int]], headed: int = 0, read: int | None = None) -> float:
         """FLOPs of rows of (new tokens, tokens before them); `headed` tokens go through the output layer.
 
-        2 per weight and token; attention over n new tokens behind m: 4 H (n m + n^2 / 2) per layer.
+        2 per weight and token; attention over n new tokens behind m: 4 H (n m + n^2 / 2) per layer. The last layer's
+        feed-forward part is needed only for the states that are read, those before the output layer or `read`.
         """
         tokens = sum(n for n, _ in rows)
         attention = 4 * self.hidden * self.layers * sum(n * m + n * n / 2 for n, m in rows)
-        return 2 * self.trunk * tokens + attention + 2 * self.head * headed
+        unread = 2 * 3 * self.hidden * self.inner * (tokens - (headed if read is None else read))
+        return 2 * self.trunk * tokens - unread + attention + 2 * self.head * headed
 
-    def run(self, name: str, rows: Sequence[tuple[int, int]], headed: int = 0, *, trained: bool = False) -> Phase:
+    def run(
+        self,
+        name: str,
+        rows: Sequence[tuple[int, int]],
+        headed: int = 0,
+        *,
+        read: int | None = None,
+        trained: bool = False,
+    ) -> Phase:
         """One pass: forward, or forward and backward (three times the forward)."""
         passes = 3 if trained else 1
         weights = (self.trunk + (self.head if headed else 0)) * self.size
-        return Phase(name, passes * self.forward(rows, headed), passes * weights)
+        return Phase(name, passes * self.forward(rows, headed, read), passes * weights)
 
     def decode(self, name: str, rows: int, prompt: int, new: int) -> list[Phase]:
         """Each step reads all weights and all keys and values so far."""
@@ -125,7 +135,7 @@ def on_policy(work: Work, scenario: str, prompts: int, samples: int) -> list[Pha
     phases.append(work.run("score", shared, rows * NEW))
     if scenario == "ppo":
         # with one update per iteration the critic's values and its gradient are one pass, done while scoring
-        phases += [work.run("score", shared), work.run("score", shared, trained=True)]
+        phases += [work.run("reward", shared, read=rows), work.run("score", shared, read=rows * NEW, trained=True)]
     phases += [work.run("update", shared, rows * NEW, trained=True), work.adamw("update", True)]
     if scenario == "ppo":
         phases.append(work.adamw("update", False))
@@ -137,13 +147,15 @@ def offline(work: Work, scenario: str, folder: Path, steps: int, batch: int = 16
     phases = []
     file = "sft" if scenario == "sft" else "pairs"
     lines = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()][: steps * batch]
-    rows, headed = [], 0
+    rows, headed, ends = [], 0, 0
     for line in lines:
         prompt = len(line["prompt"].split())
         answers = [len(line[k].split()) + 1 for k in ("chosen", "rejected", "completion") if k in line]
         rows += [(prompt, 0)] + [(n, prompt) for n in answers]
         headed += sum(answers)
-    one = work.run("steps", rows, 0 if scenario == "reward" else headed, trained=True)
+        ends += len(answers)
+    told, read = (0, ends) if scenario == "reward" else (headed, headed)
+    one = work.run("steps", rows, told, read=read, trained=True)
     phases.append(Phase("steps", one.flops, one.bytes * steps))
     phases += [work.adamw("steps", scenario != "reward")] * steps
     if scenario == "dpo":

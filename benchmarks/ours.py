@@ -66,7 +66,7 @@ def on_policy(
     while True:
         turns.wait()
         stats = state.iteration().stats
-        phases = {key: stats[f"time/{key}"] for key in ("rollout", "score", "update")}
+        phases = {key: stats[f"time/{key}"] for key in ("rollout", "reward", "score", "update")}
         turns.done(tokens=rows * samples * NEW, phases=phases, ratio_gap=stats["ratio_gap"])
 
 

@@ -118,6 +118,8 @@ def _phases(folder: Path, rates: Rates) -> str:
             phases = phases_of(name, r, found["dtype"])
             floor = rates.seconds(phases)
             for phase, seconds in r["phases"].items():
+                if phase not in floor:  # GRPO's reward is a function of words
+                    continue
                 flops = sum(p.flops for p in phases if p.name == phase) / 1e9
                 lines.append(
                     f"| {name} | {r['model']} | {phase} | {seconds:.2f} | {flops:.0f} | {floor[phase]:.2f} | "

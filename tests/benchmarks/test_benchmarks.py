@@ -20,9 +20,11 @@ from floor import Phase, Rates, Work, on_policy  # noqa: E402  # type: ignore
 def test_floor_by_hand():
     work = Work(hidden=2, layers=1, inner=3, vocab=5)
     assert (work.trunk, work.head) == (4 * 4 + 3 * 6, 10)
-    # two weights' operations per token, attention over 3 tokens: 4 * 2 * 9 / 2, then 2 * 10 for one headed token
-    assert work.forward([(3, 0)], 1) == 2 * 34 * 3 + 36 + 20
-    assert work.run("x", [(3, 0)], 1, trained=True) == Phase("x", 3 * (204 + 36 + 20), 3 * 44 * 4)
+    # two operations per weight and token, but for the last feed-forward layer of the two states that nobody reads;
+    # attention over 3 tokens: 4 * 2 * 9 / 2; then 2 * 10 for one headed token
+    assert work.forward([(3, 0)], 1) == 2 * 34 * 3 - 2 * 2 * 18 + 36 + 20
+    assert work.forward([(3, 0)], read=3) == 2 * 34 * 3 + 36
+    assert work.run("x", [(3, 0)], 1, trained=True) == Phase("x", 3 * (204 - 72 + 36 + 20), 3 * 44 * 4)
     step = work.decode("d", 2, 4, 2)
     assert step == [Phase("d", 2 * (2 * 34 + 4 * 2 * 5.5 + 20), (34 + 10 + 2 * 2 * 5 * 2) * 4)]
     assert Rates(10.0, 2.0).seconds([Phase("a", 100, 4), Phase("a", 1, 6), Phase("b", 5, 0)]) == {"a": 13.0, "b": 0.5}

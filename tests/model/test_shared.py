@@ -80,7 +80,7 @@ def test_shared_prompts_are_read_once(monkeypatch):
     trunk.register_forward_hook(
         lambda _m, _args, kwargs, _out: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    reader, tokens = Joined(trunk, shares=True), batch()
+    reader, tokens = Joined(trunk, shares=True, feed_forward=False), batch()
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     reader.hidden(tokens)
     # three prompts padded to 13; responses without any padding, but for the empty one, which is read as one token

@@ -50,7 +50,9 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
     model = save_mini(folder, seed=3) if family == "llama" else save_tiny(folder, family, scale=2.0)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in OPENINGS])
     shared, read_shared = Counter(), reader_module.read_shared
-    monkeypatch.setattr(reader_module, "read_shared", lambda *a: (shared.update(reads=1), read_shared(*a))[1])
+    monkeypatch.setattr(
+        reader_module, "read_shared", lambda *a, **k: (shared.update(reads=1), read_shared(*a, **k))[1]
+    )
     monkeypatch.setattr(packed, "STEPS", 1)
     fast = run(tmp_path / "fast", base, model, cut, micro_tokens=300)
     assert shared["reads"] > 0

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from steersman.model.layout import Layout, join, pack, require_prompts, response_slots
+from steersman.model.narrow import last_feed_forward, narrowed
 from steersman.model.shared import call_cost, like_lengths, read_shared, saved_tokens, shared_prompts, shares_exactly
 from steersman.types import Tokens
 
@@ -48,13 +49,15 @@ class Joined:
     pack: int | None = None
     shares: bool | None = None
     """Whether the trunk can share prompts; found out when it first would."""
+    feed_forward: nn.Module | bool | None = None
+    """What is done only where states are read (`model.narrow`), False where nothing can be; found out likewise."""
 
     @property
     def start(self) -> tuple[int, ...]:
         return ()
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
-        parts = self._parts(tokens)
+        parts = self._parts(tokens, extra)
         width = torch.arange(tokens.response.shape[1] + extra, device=tokens.response.device)
         count = tokens.response_length + extra
         picked = [flat[(first[:, None] + width)[width < count[rows, None]]] for rows, flat, first in parts]
@@ -66,38 +69,61 @@ class Joined:
         return torch.cat(picked)[(begin[:, None] + width)[width < count[:, None]]]
 
     def ends(self, tokens: Tokens) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
-        parts = self._parts(tokens)
+        parts = self._parts(tokens, None)
         back = torch.cat([rows for rows, _, _ in parts]).argsort()
         before = torch.cat([flat[first] for _, flat, first in parts])
         after = torch.cat([flat[first + tokens.response_length[rows]] for rows, flat, first in parts])
         return before[back], after[back]
 
-    def _parts(self, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _parts(self, tokens: Tokens, extra: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Groups of rows, the states of each group, flattened, and where the state before each row's response
-        is among them; the states after the response's tokens follow it."""
+        is among them; the states after the response's tokens follow it.
+
+        Read are the states that `extra` asks for, as in `hidden`, or the first and last of each row where it is None;
+        others need not be right.
+        """
         if self.pack is not None:
             layout = pack(tokens, self.pack)
             rows = torch.arange(len(tokens), device=layout.start.device)
-            return [(rows, states(self.trunk, layout), layout.start + tokens.prompt_length - 1)]
+            return [(rows, *self._states(tokens, layout, extra))]
         cost = call_cost(tokens.prompt.device)
         if len(tokens) > 1 and self._may_share():
             first, which = shared_prompts(tokens)
             if saved_tokens(tokens, first) > cost and self._can_share():
-                found = read_shared(self.trunk, tokens, first, which, cost)
+                found = read_shared(self.trunk, tokens, first, which, cost, ends=extra is None, part=self._part())
                 return [
                     (rows, x.flatten(0, 1), torch.arange(len(x), device=x.device) * x.shape[1]) for rows, x in found
                 ]
         parts = []
         for rows in like_lengths(tokens.length, cost):
             part = tokens.rows(rows)
-            layout = join(part)
-            parts.append((rows, states(self.trunk, layout), layout.start + part.prompt_length - 1))
+            parts.append((rows, *self._states(part, join(part), extra)))
         return parts
 
+    def _states(self, tokens: Tokens, layout: Layout, extra: int | None) -> tuple[Tensor, Tensor]:
+        first = layout.start + tokens.prompt_length - 1
+        if extra is None:
+            places = torch.cat([first, (first + tokens.response_length)[tokens.response_length > 0]])
+        else:
+            column = torch.arange(tokens.response.shape[1] + extra, device=first.device)
+            places = (first[:, None] + column)[response_slots(tokens, extra)]
+        with narrowed(self._part(), places, layout.ids.numel()):
+            return states(self.trunk, layout), first
+
+    def _part(self) -> nn.Module | None:
+        """The last layer's feed-forward part, where it may be narrowed."""
+        if self._checkpointed():  # which runs the layer again later
+            return None
+        if self.feed_forward is None:
+            vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
+            self.feed_forward = last_feed_forward(self.trunk, vocabulary) or False
+        return self.feed_forward or None  # type: ignore[return-value]
+
+    def _checkpointed(self) -> bool:
+        return self.trunk.training and getattr(self.trunk, "is_gradient_checkpointing", False)
+
     def _may_share(self) -> bool:
-        # under gradient checkpointing the library keeps no keys and values
-        checkpointed = self.trunk.training and getattr(self.trunk, "is_gradient_checkpointing", False)
-        return self.shares is not False and not checkpointed
+        return self.shares is not False and not self._checkpointed()  # which keeps no keys and values
 
     def _can_share(self) -> bool:
         if self.shares is None:

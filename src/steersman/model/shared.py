@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steersman.model.layout import join, require_prompts
+from steersman.model.narrow import narrowed
 from steersman.model.probe import close, quiet
 from steersman.types import Tokens
 
@@ -62,11 +63,20 @@ def saved_tokens(tokens: Tokens, first: Int[Tensor, " G"]) -> int:
 
 
 def read_shared(
-    trunk: nn.Module, tokens: Tokens, first: Int[Tensor, " G"], which: Int[Tensor, " B"], cost: int
+    trunk: nn.Module,
+    tokens: Tokens,
+    first: Int[Tensor, " G"],
+    which: Int[Tensor, " B"],
+    cost: int,
+    *,
+    ends: bool = False,
+    part: nn.Module | None = None,
 ) -> list[tuple[Int[Tensor, " b"], Float[Tensor, "b T+1 H"]]]:
     """Groups of rows with their states before each response token and after the last one.
 
-    The different prompts are read first; the responses then look at the keys and values of their prompts.
+    The different prompts are read first; the responses then look at the keys and values of their prompts. With `ends`
+    only the states before the response and after its last token need be right; `part` is what may be narrowed to
+    those that need be.
     """
     require_prompts(tokens)
     length = tokens.prompt_length[first]
@@ -74,24 +84,30 @@ def read_shared(
     column = torch.arange(prompts.shape[1], device=prompts.device)
     real = column < length[:, None]
     memory = DynamicCache()
-    states = trunk(input_ids=prompts.masked_fill(~real, 0), past_key_values=memory, use_cache=True).last_hidden_state
-    last = states[torch.arange(len(first), device=length.device), length - 1]
+    ids = prompts.masked_fill(~real, 0)
+    places = torch.arange(len(first), device=length.device) * prompts.shape[1] + length - 1
+    with narrowed(part, places, ids.numel()):
+        states = trunk(input_ids=ids, past_key_values=memory, use_cache=True).last_hidden_state
+    last = states.flatten(0, 1)[places]
     parts = []
     for rows in like_lengths(tokens.response_length, cost):
-        part = tokens.rows(rows)
-        prompt, P = which[rows], part.prompt.shape[1]
+        some = tokens.rows(rows)
+        prompt, P = which[rows], some.prompt.shape[1]
         cache = DynamicCache()
         layers: Any = memory.layers
         for i, layer in enumerate(layers):
             cache.update(layer.keys[prompt, :, :P], layer.values[prompt, :, :P], i)
-        T = part.response.shape[1]
+        T = some.response.shape[1]
         step = torch.arange(T, device=prompts.device)
-        ids = part.response.masked_fill(step >= part.response_length[:, None], 0)
+        there = step < some.response_length[:, None]
+        ids = some.response.masked_fill(~there, 0)
         seen = torch.cat([real[prompt, :P], real.new_ones(len(rows), T)], 1)
-        states = trunk(
-            input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=seen.long(),
-            position_ids=part.prompt_length[:, None] + step,
-        ).last_hidden_state  # fmt: skip
+        read = step == some.response_length[:, None] - 1 if ends else there
+        with narrowed(part, read.flatten().nonzero()[:, 0], ids.numel()):
+            states = trunk(
+                input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=seen.long(),
+                position_ids=some.prompt_length[:, None] + step,
+            ).last_hidden_state  # fmt: skip
         parts.append((rows, torch.cat([last[prompt][:, None], states], 1)))
     return parts
 

@@ -55,8 +55,7 @@ class OnPolicy:
     def iteration(self) -> Observation:
         """One pass through the loop."""
         clock = Clock()
-        samples, scores = self.sample(self.next_prompts())
-        clock.lap("rollout")
+        samples, scores = self.sample(self.next_prompts(), clock)
         tokens, traj, shaping = self.experience(samples, scores)
         clock.lap("score")
         advantage = self.algorithm.advantage(traj)
@@ -87,11 +86,11 @@ class OnPolicy:
         taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return [self.prompts[i] for i in taken]
 
-    def sample(self, prompts: list[Prompt]) -> tuple[list[Sample], Scores]:
+    def sample(self, prompts: list[Prompt], clock: Clock | None = None) -> tuple[list[Sample], Scores]:
         """Responses to the prompts with their scores; groups without signal replaced where the method asks."""
         n, extra = self.recipe.rollout.samples, getattr(self.algorithm, "dynamic_sampling", 0)
-        samples = self.roles.generate(prompts, seed=(self.recipe.run.seed, self.done), n=n)
-        scores = self.roles.reward.score(samples)
+        clock = clock or Clock()
+        samples, scores = self._scored(prompts, (self.recipe.run.seed, self.done), clock)
         for attempt in range(extra):
             group = torch.tensor([s.prompt.index for s in samples])
             keep = (~no_signal(scores.total, group)).nonzero().flatten().tolist()
@@ -99,9 +98,16 @@ class OnPolicy:
             if missing <= 0:
                 break
             seed = (self.recipe.run.seed, self.done, attempt + 1)
-            more = self.roles.generate(self.next_prompts(missing), seed=seed, n=n)
+            more, theirs = self._scored(self.next_prompts(missing), seed, clock)
             samples = [samples[i] for i in keep] + more
-            scores = _join(scores, keep, self.roles.reward.score(more))
+            scores = _join(scores, keep, theirs)
+        return samples, scores
+
+    def _scored(self, prompts: list[Prompt], seed: tuple[int, ...], clock: Clock) -> tuple[list[Sample], Scores]:
+        samples = self.roles.generate(prompts, seed=seed, n=self.recipe.rollout.samples)
+        clock.lap("rollout")
+        scores = self.roles.reward.score(samples)
+        clock.lap("reward")
         return samples, scores
 
     def experience(self, samples: list[Sample], scores: Scores) -> tuple[Tokens, Trajectory, Stats]:
@@ -220,7 +226,7 @@ class OnPolicy:
 
 
 class Clock:
-    """Seconds of each stage of an iteration."""
+    """Seconds of each stage of an iteration; a stage may come several times."""
 
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
@@ -228,7 +234,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
-        self.laps[name] = now - self.last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
     def stats(self, tokens: int) -> Stats:
