@@ -126,9 +126,9 @@ def _phases(folder: Path, rates: Rates) -> str:
                     f"{floor[phase] / seconds:.2f} |"
                 )
     lines.append(
-        "\nWhat stands between: in decode, keys and values that come from memory while nothing is multiplied, and the "
-        "reading of prompts; in the passes over whole batches, products at 85 to 95% of the rate, attention, what lies "
-        "between the products, and sums of gradients, which the floor leaves out.\n"
+        "\nWhat stands between: in decode, keys and values that come from memory while nothing is multiplied, and "
+        "the reading of prompts; in the passes over whole batches, products at 85 to 95% of the rate, attention, what "
+        "lies between the products, and sums of gradients, which the floor leaves out.\n"
     )
     return "\n".join(lines)
 
