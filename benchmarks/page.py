@@ -127,8 +127,8 @@ def _phases(folder: Path, rates: Rates) -> str:
                 )
     lines.append(
         "\nWhat stands between: in decode, keys and values that come from memory while nothing is multiplied, and "
-        "the reading of prompts; in the passes over whole batches, products at 85 to 95% of the rate, attention, what "
-        "lies between the products, and sums of gradients, which the floor leaves out.\n"
+        "the reading of prompts; in the passes over whole batches, products at 85 to 95% of the rate, attention, "
+        "what lies between the products, and sums of gradients, which the floor leaves out.\n"
     )
     return "\n".join(lines)
 
