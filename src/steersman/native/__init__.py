@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +28,6 @@ FLAGS = (
     "-fno-trapping-math",
     "-fopenmp",
     "-fPIC",
-    "-shared",
 )
 
 
@@ -80,16 +80,25 @@ def _built(compiler: str, sources: dict[str, bytes]) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as beside:
                 for name, code in sources.items():
                     Path(beside, name).write_bytes(code)
-                units = [str(Path(beside, name)) for name in sources if name.endswith(".cpp")]
-                product = Path(beside, "native.so")
-                subprocess.run(
-                    [compiler, *FLAGS, *units, "-o", str(product)], capture_output=True, check=True, timeout=300
-                )
-                product.replace(target)
+                _compile(compiler, Path(beside)).replace(target)
             return target
         except PermissionError:
             continue
     raise OSError("no folder to keep it in can be written to; set XDG_CACHE_HOME")
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    """The shared library of a folder's files, which are compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        objects = list(
+            pool.map(lambda unit: _run(compiler, "-c", unit, to=unit.with_suffix(".o")), folder.glob("*.cpp"))
+        )
+    return _run(compiler, "-shared", *objects, to=folder / "native.so")
+
+
+def _run(compiler: str, *arguments: str | Path, to: Path) -> Path:
+    subprocess.run([compiler, *FLAGS, *arguments, "-o", to], capture_output=True, check=True, timeout=300)
+    return to
 
 
 def _folders() -> list[Path]:
