@@ -11,6 +11,7 @@
 
 #include "products.h"
 #include "softmax.h"
+#include "turn.h"
 
 extern "C" {
 
@@ -77,22 +78,6 @@ void product_of(int64_t rows, int64_t columns, const float* x, int64_t row, int6
     }
 }
 
-// [tokens, width] into [width, padded], zeros beyond the tokens; square by square, since tokens often lie a power of
-// two apart, where few of them fit the first cache together
-void turn(const float* x, int64_t token, int64_t tokens, int64_t width, int64_t padded, float* to) {
-    for (int64_t j = 0; j < padded; j += 16)
-        for (int64_t d = 0; d < width; d += 16) {
-            float square[16][16] = {};
-            for (int64_t i = 0; i < std::min<int64_t>(16, tokens - j); ++i)
-                store(square[i], load(x + (j + i) * token + d));
-            for (int64_t c = 0; c < 16; ++c) {
-                lanes row;
-                for (int64_t i = 0; i < 16; ++i) row[i] = square[i][c];
-                store(to + (d + c) * padded + j, row);
-            }
-        }
-}
-
 // Rows of `width` numbers that lie `step` apart, laid `to_step` apart.
 void lay(const float* x, int64_t step, int64_t rows, int64_t width, float* to, int64_t to_step) {
     for (int64_t j = 0; j < rows; ++j)
@@ -133,7 +118,7 @@ void forward_of(const Sequences& s, int64_t batch, int64_t kv_head, std::vector<
     const int64_t padded = padded_to(s.keys, PANEL), group = s.heads / s.kv_heads;
     memory.resize(padded * (2 * s.width + ROWS));
     float *turned = memory.data(), *value = turned + padded * s.width, *scores = value + padded * s.width;
-    turn(head_of(s.key, batch, kv_head), s.key.token, s.keys, s.width, padded, turned);
+    turn(head_of(s.key, batch, kv_head), s.key.token, s.keys, s.width, turned, padded);
     lay(head_of(s.value, batch, kv_head), s.value.token, s.keys, s.width, value, s.width);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         const float* query = head_of(s.query, batch, head);
@@ -178,8 +163,8 @@ void backward_of(const Sequences& s, int64_t batch, int64_t kv_head, std::vector
     float* gradients = weights + TOGETHER * padded;
     std::fill(grad_key, grad_key + 2 * all, 0.0f);
     lay(head_of(s.key, batch, kv_head), s.key.token, s.keys, width, key, width);
-    turn(key, width, s.keys, width, padded, turned_key);
-    turn(head_of(s.value, batch, kv_head), s.value.token, s.keys, width, padded, turned_value);
+    turn(key, width, s.keys, width, turned_key, padded);
+    turn(head_of(s.value, batch, kv_head), s.value.token, s.keys, width, turned_value, padded);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         const float *query = head_of(s.query, batch, head), *out = head_of(s.out, batch, head);
         const float *grad_out = head_of(s.grad_out, batch, head);

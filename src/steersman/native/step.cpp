@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "products.h"
 #include "rows.h"
+#include "turn.h"
 
 extern "C" {
 
@@ -124,14 +125,9 @@ int64_t panel_width() { return PANEL; }
 // weights [outputs, inputs] into panels of PANEL outputs, the last one filled up with zeros
 void rearrange(const float* weights, float* to, int64_t outputs, int64_t inputs, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t panel = 0; panel < panels_of(outputs); ++panel) {
-        float* into = to + panel * inputs * PANEL;
-        for (int64_t j = 0; j < PANEL; ++j) {
-            const int64_t output = panel * PANEL + j;
-            for (int64_t k = 0; k < inputs; ++k)
-                into[k * PANEL + j] = output < outputs ? weights[output * inputs + k] : 0.0f;
-        }
-    }
+    for (int64_t panel = 0; panel < panels_of(outputs); ++panel)
+        turn(weights + panel * PANEL * inputs, inputs, std::min(PANEL, outputs - panel * PANEL), inputs,
+             to + panel * PANEL * inputs, PANEL);
 }
 
 // out [rows, outputs] = x [rows, inputs] weights^T + bias
