@@ -37,13 +37,13 @@ def letters(eos: str | None = "</s>", vocabulary: list[str] = LETTERS) -> PreTra
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token=eos)
 
 
-def save_mini(folder: Path, seed: int = 0, context: int = 64) -> Path:
+def save_mini(folder: Path, seed: int = 0, context: int = 64, head_dim: int = 8) -> Path:
     """The smallest Llama that still has every part: one layer, 16 wide."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(LETTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=context, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-        initializer_range=0.2,
+        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=context, bos_token_id=1, eos_token_id=2,
+        pad_token_id=None, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     letters().save_pretrained(folder)

@@ -21,6 +21,7 @@ from steersman import native
 from steersman.model import policy as policy_module
 from steersman.model import reader as reader_module
 from steersman.model.reader import Joined
+from steersman.native import sequences, step
 from steersman.rollout import Engine, packed
 from steersman.rollout.sampling import uniforms
 from steersman.train import rl
@@ -47,15 +48,19 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
         monkeypatch.setattr(rl, "build_roles", in_double)
         torch.set_default_dtype(torch.float64)
     folder = tmp_path / "model"
-    model = save_mini(folder, seed=3) if family == "llama" else save_tiny(folder, family, scale=2.0)
+    # of some models Adam turns the rounding of gradients near zero into steps of full size; not of this one
+    model = save_mini(folder, seed=5, head_dim=16) if family == "llama" else save_tiny(folder, family, scale=2.0)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in OPENINGS])
     shared, read_shared = Counter(), reader_module.read_shared
     monkeypatch.setattr(
         reader_module, "read_shared", lambda *a, **k: (shared.update(reads=1), read_shared(*a, **k))[1]
     )
     monkeypatch.setattr(packed, "STEPS", 1)
+    compiled = count_compiled(monkeypatch)
     fast = run(tmp_path / "fast", base, model, cut, micro_tokens=300)
     assert shared["reads"] > 0
+    if family == "llama" and native.library() is not None:
+        assert min(compiled[name] for name in ("decode_step", "attend")) > 0
     calls = without_fast_paths(monkeypatch)
     look_again()
     slow = run(tmp_path / "slow", base, model, cut, micro_tokens=1_000_000)
@@ -64,6 +69,18 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
     compare(fast, slow, CLOSE[dtype])
     before, after = weights(model), weights(tmp_path / "fast" / "model")
     assert max(float((after[name] - x).abs().max()) for name, x in before.items()) > 0.005
+
+
+def count_compiled(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a step was decoded and whole sequences were attended over in compiled code."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, inner: Any) -> Any:
+        return lambda *args: (calls.update([name]), inner(*args))[1]
+
+    for room, name in ((step, "decode_step"), (sequences, "attend")):
+        patch.setattr(room, name, counted(name, getattr(room, name)))
+    return calls
 
 
 def look_again() -> None:
