@@ -48,7 +48,7 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
         monkeypatch.setattr(rl, "build_roles", in_double)
         torch.set_default_dtype(torch.float64)
     folder = tmp_path / "model"
-    # of some models Adam turns the rounding of gradients near zero into steps of full size; not of this one
+    # with some models the rounding of gradients near zero grows, presumably in Adam, beyond what is asked here
     model = save_mini(folder, seed=5, head_dim=16) if family == "llama" else save_tiny(folder, family, scale=2.0)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in OPENINGS])
     shared, read_shared = Counter(), reader_module.read_shared
