@@ -36,7 +36,7 @@ def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """The compiled attention of one token per row or of whole sequences where it applies, torch's otherwise."""
-    if not plain() and not torch.compiler.is_compiling() and _asks_nothing_else(settings):
+    if not plain() and _asks_nothing_else(settings):
         scale = settings.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if _one_token(query, key, value, attention_mask):

@@ -53,7 +53,7 @@ def _fits(*tensors: Tensor) -> bool:
     for x in tensors:
         if type(x) not in PLAIN or not takes(x):
             return False
-    return not (plain() or torch.compiler.is_compiling())
+    return not plain()
 
 
 def _norm_like(module: Any) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 _plain: ContextVar[bool] = ContextVar("plain layers", default=False)
 
 
@@ -20,5 +22,5 @@ def plain_layers() -> Iterator[None]:
 
 
 def plain() -> bool:
-    """Whether `plain_layers` is open."""
-    return _plain.get()
+    """Whether the compiled loops stand aside: `plain_layers` is open, or the model is being traced."""
+    return _plain.get() or torch.compiler.is_compiling()

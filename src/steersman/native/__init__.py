@@ -37,6 +37,13 @@ def library() -> ctypes.CDLL | None:
     return _load()[0]
 
 
+def loaded() -> ctypes.CDLL:
+    """The compiled functions, for those who have seen that they are there."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def why_not() -> str | None:
     """Why the plain code runs, in words a user can act on; None where the compiled one does."""
     return _load()[1]

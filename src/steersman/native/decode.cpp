@@ -69,7 +69,7 @@ void decode_attention(const float* query, const float* keys, const float* values
     const int64_t items = rows * kv_heads;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scores((columns + 15) / 16 * 16);
+        std::vector<float> scores(padded_to(columns, 16));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < items; ++i) {
             const int64_t next = std::min(i + 1, items - 1);

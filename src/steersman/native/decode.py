@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from steersman.native import library
+from steersman.native import library, loaded
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -20,8 +20,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
     `query` is [B, H, 1, D], `keys` [B, K, L, D] and `values` [B, K, L, W] with H a multiple of K, `mask` an additive
     [B or 1, 1, 1, L]; all float32 on the CPU. Row and head of keys and values may be strided, columns may not.
     """
-    lib = library()
-    assert lib is not None
+    lib = loaded()
     rows, heads, _, width = query.shape
     query = query.contiguous()
     out = query.new_empty(rows, 1, heads, values.shape[-1])
@@ -44,8 +43,7 @@ def draws(x: Tensor) -> bool:
 
 def draw(x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """`rollout.sampling.draw` in one pass over x [B, V]; the running sum is kept in float64."""
-    lib = library()
-    assert lib is not None
+    lib = loaded()
     uniform = uniform.float().contiguous()
     ids, logp = torch.empty(len(x), dtype=torch.long), torch.empty(len(x))
     lib.draw(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from steersman.native import library
+from steersman.native import library, loaded
 
 GATES = {"silu": 0, "gelu_tanh": 1}
 
@@ -61,7 +61,7 @@ class _Norm(torch.autograd.Function):
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         partial = x.new_empty(threads, width)
-        _library().norm_backward(
+        loaded().norm_backward(
             grad.data_ptr(), x.data_ptr(), weight.data_ptr(), ctx.offset, inverse.data_ptr(), grad_x.data_ptr(),
             0 if grad_weight is None else grad_weight.data_ptr(), partial.data_ptr(), inverse.numel(), width, threads,
         )  # fmt: skip
@@ -81,7 +81,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _library().gate_back(
+        loaded().gate_back(
             grad.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.numel(),
             ctx.kind, torch.get_num_threads(),
         )  # fmt: skip
@@ -102,7 +102,7 @@ class _Rotate(torch.autograd.Function):
 
 def _norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
-    _library().norm_forward(
+    loaded().norm_forward(
         x.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), inverse.data_ptr(), inverse.numel(),
         x.shape[-1], torch.get_num_threads(),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor,
 
 def _gate(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     out = torch.empty_like(gate)
-    _library().gate(
+    loaded().gate(
         gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), kind, torch.get_num_threads()
     )  # fmt: skip
     return out
@@ -124,13 +124,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     sizes = (ctypes.c_int64 * 12)(
         *x.shape, *x.stride()[:3], *out.stride()[:3], 0 if len(cos) == 1 else cos.stride(0), cos.stride(1)
     )
-    _library().rotate(
+    loaded().rotate(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), sizes, back, torch.get_num_threads()
     )  # fmt: skip
     return out
-
-
-def _library() -> ctypes.CDLL:
-    lib = library()
-    assert lib is not None
-    return lib

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.native import library
+from steersman.native import loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class Panels:
 
 def rearrange(weights: Sequence[Float[Tensor, "O I"]]) -> list[Panels]:
     """The panels of some matrices: each [ceil(O / P), I, P] with P the processor's panel width, zeros beyond O."""
-    lib = library()
-    assert lib is not None
+    lib = loaded()
     width = lib.panel_width()
     shapes = [(-(-weight.shape[0] // width), weight.shape[1], width) for weight in weights]
     # one piece, for which numpy asks the system for huge pages: small ones would cost as much as the copying
@@ -46,8 +45,7 @@ def rearrange(weights: Sequence[Float[Tensor, "O I"]]) -> list[Panels]:
 
 def product(x: Float[Tensor, "*lead I"], weight: Panels, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, [*lead, O]. A row's numbers do not depend on the rows beside it, to the last bit."""
-    lib = library()
-    assert lib is not None
+    lib = loaded()
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.outputs)
     lib.product(

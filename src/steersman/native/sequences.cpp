@@ -98,6 +98,16 @@ View view_of(const Sequences& s, int64_t batch, int64_t query) {
     return {mask, seen};
 }
 
+// The views of some queries; returns how many keys the one that sees most sees.
+int64_t look(const Sequences& s, int64_t batch, int64_t first, int64_t queries, View* views) {
+    int64_t seen = 0;
+    for (int64_t r = 0; r < queries; ++r) {
+        views[r] = view_of(s, batch, first + r);
+        seen = std::max(seen, views[r].seen);
+    }
+    return seen;
+}
+
 // What a query does not see becomes minus infinity.
 void hide(float* scores, View view, int64_t padded) {
     if (view.mask)
@@ -127,11 +137,7 @@ void forward_of(const Sequences& s, int64_t batch, int64_t kv_head, std::vector<
         for (int64_t i = 0; i < s.queries; i += ROWS) {
             const int64_t rows = std::min<int64_t>(ROWS, s.queries - i);
             View views[ROWS];
-            int64_t seen = 0;
-            for (int64_t r = 0; r < rows; ++r) {
-                views[r] = view_of(s, batch, i + r);
-                seen = std::max(seen, views[r].seen);
-            }
+            const int64_t seen = look(s, batch, i, rows, views);
             const int64_t wide = padded_to(seen, PANEL);
             product_of(rows, wide, query + i * s.query.token, s.query.token, 1, turned, padded, s.width, false, scores,
                        padded);
@@ -173,11 +179,7 @@ void backward_of(const Sequences& s, int64_t batch, int64_t kv_head, std::vector
         for (int64_t i = 0; i < s.queries; i += TOGETHER) {
             const int64_t rows = std::min(TOGETHER, s.queries - i);
             View views[TOGETHER];
-            int64_t seen = 0;
-            for (int64_t r = 0; r < rows; ++r) {
-                views[r] = view_of(s, batch, i + r);
-                seen = std::max(seen, views[r].seen);
-            }
+            const int64_t seen = look(s, batch, i, rows, views);
             const int64_t wide = padded_to(seen, PANEL);
             lay(query + i * s.query.token, s.query.token, rows, width, queries, width);
             lay(grad_out + i * s.grad_out.token, s.grad_out.token, rows, width, grads, width);

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from steersman.native import library
+from steersman.native import library, loaded
 
 LONGEST = 4096
 """Keys beyond this number are left to the library, whose memory does not grow with them."""
@@ -84,7 +84,7 @@ class _Attend(torch.autograd.Function):
         out = query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
         sums = query.new_empty(*query.shape[:3], 2)
         call = _call(query, key, value, mask, scale, out.transpose(1, 2), sums)
-        _library().attend_forward(ctypes.byref(call), torch.get_num_threads())
+        loaded().attend_forward(ctypes.byref(call), torch.get_num_threads())
         ctx.save_for_backward(query, key, value, mask, out, sums)
         ctx.scale = scale
         return out
@@ -99,7 +99,7 @@ class _Attend(torch.autograd.Function):
         call = _call(query, key, value, mask, ctx.scale, out.transpose(1, 2), sums)
         call.grad_out = Strided.of(grad.transpose(1, 2))
         call.grad_query, call.grad_key, call.grad_value = map(Strided.of, grads)
-        _library().attend_backward(ctypes.byref(call), torch.get_num_threads())
+        loaded().attend_backward(ctypes.byref(call), torch.get_num_threads())
         return *grads, None, None
 
 
@@ -113,9 +113,3 @@ def _call(
         call.mask, call.mask_query = mask.data_ptr(), mask.stride(2)
         call.mask_batch = 0 if len(mask) == 1 else mask.stride(0)
     return call
-
-
-def _library() -> ctypes.CDLL:
-    lib = library()
-    assert lib is not None
-    return lib

@@ -7,7 +7,7 @@ from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
-from steersman.native import library
+from steersman.native import loaded
 
 
 class Layer(ctypes.Structure):
@@ -58,6 +58,4 @@ class Now(ctypes.Structure):
 
 def decode_step(model: Model, now: Now) -> None:
     """Feeds each row one token: writes its keys and values into the cache and its logits to `now.logits`."""
-    lib = library()
-    assert lib is not None
-    lib.decode_step(ctypes.byref(model), ctypes.byref(now), torch.get_num_threads())
+    loaded().decode_step(ctypes.byref(model), ctypes.byref(now), torch.get_num_threads())

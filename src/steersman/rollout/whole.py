@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steersman import native
 from steersman.native import step
 from steersman.native.products import rearrange
 from steersman.rollout.cache import Belt
@@ -96,7 +95,7 @@ class Whole:
 
 def whole_of(model: Any, rows: int) -> Whole | None:
     """The model laid out for compiled steps of up to `rows` rows; None where that is not known to be the same."""
-    return Whole(model, rows) if native.library() is not None and _known(model) else None
+    return Whole(model, rows) if _known(model) else None
 
 
 def _known(model: Any) -> bool:
