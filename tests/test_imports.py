@@ -35,7 +35,10 @@ MAY = {
     | {"run", "native", "data", "model", "rollout", "reward", "metrics", "advantage", "loss", "update", "algorithms"}
     | {"assets"},
 }  # fmt: skip
-"""What each room may import of the others; `cli` may import all."""
+"""What each room may import of the others."""
+
+PUBLIC = {"cli", "api", "__init__"}
+"""What stands above all rooms and may import any; no room may import these."""
 
 HOMES = {
     "transformers": {"model", "data", "reward", "rollout", "metrics"},
@@ -85,7 +88,7 @@ def every():
 
 
 def test_every_room_is_in_the_plan(every):
-    rooms = {room for _, room, _ in every if room not in ("cli", "__init__")}
+    rooms = {room for _, room, _ in every if room not in PUBLIC}
     assert rooms <= set(MAY), f"give {rooms - set(MAY)} a place in the plan"
     assert len(rooms) >= 12
 
@@ -93,7 +96,7 @@ def test_every_room_is_in_the_plan(every):
 def test_imports_point_down(every):
     wrong = []
     for path, room, found in every:
-        if room in ("cli", "__init__"):
+        if room in PUBLIC:
             continue
         for line, module in found:
             parts = module.split(".")

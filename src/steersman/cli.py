@@ -30,6 +30,15 @@ class Verb:
     help: str
     file_key: str = ""
 
+    def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
+        """The class that reads the recipe at `path` with these overrides."""
+        found = _load(self.recipe)
+        return found if isinstance(found, type) else found(path, overrides)
+
+    def start(self, recipe: Section, *, resume: bool = False) -> dict[str, Any]:
+        """Runs the verb and gives its summary."""
+        return _load(self.run)(recipe, resume=resume)
+
 
 VERBS = {
     "quickstart": Verb("steersman.train.quickstart:run", "steersman.train.quickstart:QuickstartRecipe",
@@ -134,8 +143,7 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
         path, words = None, [f"--{verb.file_key}", str(path), *words]
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
-    found = _load(verb.recipe)
-    recipe_class: type[Section] = found if isinstance(found, type) else found(path, overrides)
+    recipe_class = verb.recipe_class(path, overrides)
     if given & {"--help", "-h"}:
         _verb_help(name, verb, recipe_class)
         return 0
@@ -145,7 +153,7 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
     if "--print-config" in given:
         print(dump_recipe(recipe), end="")
         return 0
-    summary = _load(verb.run)(recipe, resume="--resume" in given)
+    summary = verb.start(recipe, resume="--resume" in given)
     # A run that a signal ended early is whole and can be resumed, but what called it must not take it for done.
     return 130 if summary.get("finished") is False else 0
 

@@ -1,0 +1,65 @@
+"""The names that `import steersman` offers, used as a reader of the README would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import steersman
+from steersman.assets import story_model
+from steersman.types import SteersmanError
+
+
+def test_every_public_name_can_be_imported():
+    for name in steersman.__all__:
+        assert getattr(steersman, name) is not None
+    assert set(steersman.__all__) <= set(dir(steersman))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'load_recipes'"):
+        steersman.load_recipes  # noqa: B018
+
+
+def test_import_alone_brings_no_heavy_library():
+    code = "import sys, steersman; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_settings_arrive_as_they_were_given(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {path: some/model}\ndata: {path: a.jsonl}\noptimizer: {lr: 1e-3}\n")
+    settings = {"optimizer.lr": 3e-7, "data.path": ["b.jsonl", "c d.jsonl"], "model.merge": False, "run.dir": "1e-5"}
+    recipe = steersman.load_recipe("sft", file, settings)
+    assert recipe.optimizer.lr == 3e-7
+    assert recipe.data.path == ["b.jsonl", "c d.jsonl"]
+    assert recipe.model.merge is False
+    assert recipe.run.dir == "1e-5"
+    assert recipe.model.path == "some/model"
+
+
+def test_a_wrong_verb_and_a_wrong_key_are_named():
+    with pytest.raises(SteersmanError, match="ppoo: there is no such verb; did you mean ppo"):
+        steersman.load_recipe("ppoo")
+    with pytest.raises(SteersmanError, match="learnin_rate"):
+        steersman.load_recipe("sft", None, {"model.path": "m", "data.path": "d", "optimizer.learnin_rate": 1})
+    with pytest.raises(SteersmanError, match="there is no such verb"):
+        steersman.run_verb("x", steersman.load_recipe("verify"))
+
+
+@pytest.mark.slow
+def test_a_run_from_python_is_the_verbs_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"The sun was warm {i}."}) + "\n" for i in range(8))
+    )
+    settings = {
+        "model.path": str(story_model()), "data.path": str(tmp_path / "rows.jsonl"), "train.epochs": 1,
+        "run.dir": str(tmp_path / "run"), "run.eval_every": 100,
+    }  # fmt: skip
+    summary = steersman.run_verb("sft", steersman.load_recipe("sft", None, settings))
+    assert summary["finished"] is not False
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
