@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check docs bench clean
 
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
@@ -20,6 +20,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# A link or a name that leads nowhere is an error. The site is in build/site.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,16 @@ def test_printed_output_is_what_the_page_says(page, capsys):
     exec(compile(first[1], page, "exec"), {})
     told = re.findall(r"^print\(.*\)\n# (.*)$", first[1], re.MULTILINE)
     assert told == capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/reward.md", "docs/how-to/measure.md"])
+def test_snippets_run_in_an_empty_folder(page, tmp_path):
+    """As a reader would paste them, all blocks of a page one after the other, in a process of its own."""
+    blocks = [block[1] for block in BLOCK.finditer((DOCS.parent / page).read_text(encoding="utf-8"))]
+    assert blocks
+    (tmp_path / "page.py").write_text("\n\n".join(blocks))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"^print\(.*\)\n# (.*)$", "\n".join(blocks), re.MULTILINE)
+    assert not told or told == done.stdout.splitlines()

@@ -31,10 +31,10 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) ->
         if inner is not None:
             sections.append((name, info, inner, value))
             continue
-        shown = "required" if value is ... else _shown(value)
+        typed = "required" if value is ... else shown(value)
         meaning = Text(info.description or "")
         meaning.append(f"  ({type_text(info.annotation, info.metadata)})", style="dim")
-        table.add_row(f"--{prefix}{name}", Text(shown), meaning)
+        table.add_row(f"--{prefix}{name}", Text(typed), meaning)
     for name, info, inner, value in sections:
         meaning = info.description or (inner.__doc__ or "").strip().split("\n")[0]
         off = " (off by default)" if value is None else ""
@@ -43,7 +43,8 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) ->
         _help_rows(table, inner, value, f"{prefix}{name}.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A default as one types it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -29,7 +29,7 @@ from steersman.update.micro import micro_batches
 class KTOConfig(Section):
     """Kahneman-Tversky optimisation's own numbers."""
 
-    name: Literal["kto"] = "kto"
+    name: Literal["kto"] = Field(default="kto", description="the loss, fixed by the verb")
     beta: float = Field(default=0.1, gt=0, description="how fast a gain or loss saturates; the KL penalty's strength")
     desirable_weight: float | Literal["auto"] = Field(
         default="auto", description="lambda_D; auto: 1, or what makes the rarer label count as much as the other"
@@ -53,7 +53,7 @@ class KTOConfig(Section):
 class BCOConfig(Section):
     """Binary classifier optimisation's own numbers."""
 
-    name: Literal["bco"] = "bco"
+    name: Literal["bco"] = Field(default="bco", description="the loss, fixed by the verb")
     beta: float = Field(default=0.1, gt=0, description="scale of the implicit reward; the KL penalty's strength")
     shift_decay: float = Field(
         default=0.9, ge=0, lt=1, description="the reward shift's moving average keeps this share of itself per batch"
