@@ -143,6 +143,8 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
         path, words = None, [f"--{verb.file_key}", str(path), *words]
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
+    if path is None and "--resume" in given:
+        path = _own_recipe(overrides)
     recipe_class = verb.recipe_class(path, overrides)
     if given & {"--help", "-h"}:
         _verb_help(name, verb, recipe_class)
@@ -156,6 +158,17 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
     summary = verb.start(recipe, resume="--resume" in given)
     # A run that a signal ended early is whole and can be resumed, but what called it must not take it for done.
     return 130 if summary.get("finished") is False else 0
+
+
+def _own_recipe(overrides: list[str]) -> Path | None:
+    """The recipe in the run folder that `--run.dir` names: with `--resume` and no recipe, the run goes on by it."""
+    for i, word in enumerate(overrides):
+        key, equals, value = word.partition("=")
+        if key == "--run.dir":
+            folder = value if equals else overrides[i + 1] if i + 1 < len(overrides) else ""
+            recipe = Path(folder) / "config.yaml"
+            return recipe if folder and recipe.is_file() else None
+    return None
 
 
 def _report(args: list[str]) -> int:
@@ -187,7 +200,7 @@ usage: steersman <verb> [recipe.yaml] [--section.key value ...]
 
 steersman <verb> --help            every setting of the verb, with its default and meaning
 steersman <verb> --print-config    the resolved recipe as YAML, ready to be saved and changed
-steersman <verb> ... --resume      continue a run from its newest checkpoint
+steersman <verb> ... --resume      continue a run from its newest checkpoint; --resume --run.dir FOLDER is enough
 steersman --version
 
 Settings on the command line win over the recipe: steersman ppo recipes/ppo.yaml --optimizer.lr 1e-5"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def left(run: Path) -> dict[str, Any]:
             out[name] = [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows_of(path)]
         elif path.suffix == ".safetensors":
             out[name] = {k: x.tolist() for k, x in load_file(path).items()}
+        elif path.name == "inputs.json":
+            out[name] = {key: list(paths.values()) for key, paths in json.loads(path.read_text()).items()}
         elif (path.suffix in (".jsonl", ".json") and not inside_stage) and path.name != "summary.json":
             out[name] = path.read_text()
         elif path.suffix == ".parts" or path.name.startswith(".tmp-"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -77,10 +79,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, how):
         manifest.write_text(manifest.read_text()[:30])
     said = {
         "half": rf"has {len(raw) // 2} of {len(raw)} bytes", "flipped": "SHA-256", "no state": r"state\.pt is missing"
-    }.get(how, "manifest is missing or cut")  # fmt: skip
-    with pytest.warns(UserWarning, match=rf"step-00000002 is damaged .*{said}.*using the one before"):
-        found = Checkpointer(tmp_path).load()
+    }.get(how, "manifest is missing, cut or changed")  # fmt: skip
+    again = Checkpointer(tmp_path)
+    found = again.load()
     assert found is not None
+    assert len(again.damaged) == 1
+    assert re.search(rf"step-00000002 is damaged .*{said}.*using the one before", again.damaged[0])
     assert (found.step, found.path) == (1, before)
     assert found.state["kl"] == state(1.0)["kl"]
     assert found.state["actor"]["w"].equal(state(1.0)["actor"]["w"])
@@ -89,6 +93,51 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, how):
     # the run goes on from step 1 and writes step 2 again
     keeper.save(2, state(2.5))
     assert keeper.load().state["kl"]["coefficient"] == 2.5
+
+
+def edits(manifest):
+    """Each field of the manifest changed on its own, in its nested fields too, and fields gone."""
+    for key, value in manifest.items():
+        yield {k: v for k, v in manifest.items() if k != key}
+        for other in (999, "x", None, [], {"state.pt": 3}):
+            if other != value:
+                yield {**manifest, key: other}
+    yield {**manifest, "metrics": {"gold": 1e9}}
+    yield {**manifest, "files": {}}
+    yield [manifest]
+
+
+def test_a_manifest_that_says_something_else_is_damage_whatever_field_it_is(tmp_path):
+    keeper = Checkpointer(tmp_path, metric="gold")
+    before, last = keeper.save(1, state(1.0), {"gold": 0.5}), keeper.save(2, state(2.0), {"gold": 0.25})
+    file = last / "manifest.json"
+    whole = file.read_text()
+    for edited in edits(json.loads(whole)):
+        file.write_text(json.dumps(edited))
+        again = Checkpointer(tmp_path, metric="gold")
+        assert again.load().path == before, edited
+        assert again.best() == before
+    for damage in (b"", b"\xff\xfe\x00", b"[" * 100_000, b"{}", whole.encode()[:-3], b"null"):
+        file.write_bytes(damage)
+        assert Checkpointer(tmp_path).load().path == before
+    file.write_text(whole)
+    assert Checkpointer(tmp_path).load().path == last
+
+
+def test_a_checkpoint_under_another_name_is_damage(tmp_path):
+    keeper = Checkpointer(tmp_path)
+    before = keeper.save(1, state(1.0))
+    keeper.save(2, state(2.0)).rename(before.with_name("step-00000009"))
+    assert keeper.load().path == before
+    assert "its manifest is of step 2" in keeper.damaged[0]
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_again_in_silence(tmp_path):
+    keeper = Checkpointer(tmp_path)
+    for step in (1, 2):
+        (keeper.save(step, state(1.0)) / "manifest.json").write_text("{}")
+    with pytest.raises(SteersmanError, match=r"no checkpoint is whole: step-00000001: .*remove this folder"):
+        keeper.load()
 
 
 def test_nothing_to_resume_from(tmp_path):

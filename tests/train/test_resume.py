@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from train_kit import merge, plain, recipe, rows, weights
 from steersman import cli
 from steersman.algorithms import ALGORITHMS
 from steersman.train import reward_model, rl, sft
+from steersman.types import SteersmanError
 
 SLOW_REWARD = """
 import time
@@ -101,15 +103,100 @@ def test_a_run_resumed_after_its_last_step_still_knows_how_it_ended(base, tmp_pa
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
 
 
-def test_a_checkpoint_cut_in_half_is_passed_over(base, tmp_path):
+def offline_settings(verb: str, tmp_path: Path, mini: Path, folder: str) -> dict:
+    """Short runs of the verbs that look at held-out rows and held prompts."""
+    asked = (
+        sft_settings(tmp_path, mini, folder) if verb in ("sft", "kto") else reward_settings(tmp_path, mini, folder)
+    )
+    asked["train"] |= {"epochs": 1, "keep": "last"}
+    if verb == "kto":
+        thumbs = [
+            {"prompt": f"ask{'?' * (i % 4)}", "completion": WORDS[i % 10], "label": i % 2 == 0} for i in range(30)
+        ]
+        asked["data"]["path"] = str(write_jsonl(tmp_path / "thumbs.jsonl", thumbs))
+    if verb in ("dpo", "kto"):
+        asked["samples"] = {"prompts": 3, "max_new_tokens": 4}
+    return asked
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "kto"])
+def test_resumed_after_the_last_step_nothing_is_written_again(verb, tmp_path, mini):
+    """The last step was saved, the process died before the model was: the answers of that step are there already."""
+    run = tmp_path / "run"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(offline_settings(verb, tmp_path, mini, "run")))
+    assert cli.main([verb, str(file)]) == 0
+    kept = {name: (run / name).read_text() for name in ("metrics.jsonl", "samples.jsonl") if (run / name).exists()}
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    assert cli.main([verb, "--resume", "--run.dir", str(run)]) == 0
+    assert {name: (run / name).read_text() for name in kept} == kept
+    again = json.loads((run / "summary.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+
+
+def test_resume_and_the_folder_are_enough(base, tmp_path):
+    """What a stopped run says to type goes on by the folder's own recipe; settings beside it win as ever."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(merge(base, {"iterations": 2})))
+    assert cli.main(["rloo", str(file)]) == 0
+    file.unlink()
+    assert cli.main(["rloo", "--resume", f"--run.dir={tmp_path / 'run'}", "--iterations", "3"]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["data.path", "model.path"])
+def test_data_or_a_start_that_changed_is_refused_by_name(what, tmp_path, mini, capsys):
+    asked = sft_settings(tmp_path, mini, "run")
+    own = tmp_path / "own"
+    shutil.copytree(mini, own)
+    asked["model"]["path"], asked["train"]["epochs"] = str(own), 1
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(asked))
+    assert cli.main(["sft", str(file)]) == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    changed = Path(asked["data"]["path"]) if what == "data.path" else own / "model.safetensors"
+    raw = bytearray(changed.read_bytes())
+    raw[-5] ^= 1
+    changed.write_bytes(raw)
+    assert cli.main(["sft", str(file), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert f"has changed since it began ({what}: " in said
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    raw[-5] ^= 1
+    changed.write_bytes(raw)
+    assert cli.main(["sft", str(file), "--resume"]) == 0
+
+
+def test_a_checkpoint_of_another_shape_is_named(base, tmp_path):
+    rl.run(recipe("rloo", merge(base, {"iterations": 2, "model.lora": {"r": 2}})))
+    with pytest.raises(SteersmanError, match=r"does not fit this run .*model\.lora\.r: 2 -> 3"):
+        rl.run(recipe("rloo", merge(base, {"iterations": 3, "model.lora": {"r": 3}})), resume=True)
+
+
+def test_a_step_asks_for_no_row_of_the_log(base, tmp_path, monkeypatch):
+    """Whether a step was the best is known without reading metrics.jsonl again: the work per step stays the same."""
+    from steersman.run import log
+    from steersman.train import session
+
+    read = []
+    for module in (log, session):
+        monkeypatch.setattr(module, "read_jsonl", lambda path, real=log.read_jsonl: read.append(path) or real(path))
+    rl.run(recipe("rloo", merge(base, {"iterations": 2, "run.eval_every": 1})))
+    few = len(read)
+    rl.run(recipe("rloo", merge(base, {"iterations": 9, "run.eval_every": 1, "run.dir": str(tmp_path / "long")})))
+    assert len(read) == 2 * few
+
+
+def test_a_checkpoint_cut_in_half_is_passed_over(base, tmp_path, capsys):
     asked = merge(base, {"iterations": 4})
     rl.run(recipe("ppo", asked))
     whole = weights(tmp_path / "run" / "model")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     state = newest / "state.pt"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    with pytest.warns(UserWarning, match="damaged"):
-        rl.run(recipe("ppo", asked), resume=True)
+    rl.run(recipe("ppo", asked), resume=True)
+    assert "is damaged (state.pt has" in " ".join(capsys.readouterr().out.split())
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
     again = weights(tmp_path / "run" / "model")
     assert all(torch.equal(whole[k], again[k]) for k in whole)
@@ -222,7 +309,8 @@ def test_sigkill_on_policy(base, tmp_path):
     compare(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_sigterm_finishes_the_step_saves_and_says_so(base, tmp_path, capfd):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_finishes_the_step_saves_and_says_so(name, base, tmp_path, capfd):
     """In this process: the signal comes from within the third iteration's reward."""
     asked = merge(base, FULL | OWN["nlpo"] | {"run.save_every": 100, "run.eval_every": 100})
     path = tmp_path / "recipe.yaml"
@@ -232,14 +320,14 @@ def test_sigterm_finishes_the_step_saves_and_says_so(base, tmp_path, capfd):
         "def count_a(prompts, completions):\n"
         "    left[0] -= 1\n"
         "    if left[0] == 0:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
         "    return [c.count('a') / 4 for c in completions]\n"
     )
     path.write_text(yaml.safe_dump(merge(asked, {"run.dir": str(tmp_path / "cut")})))
     sys.modules.pop("rewards", None)
     assert cli.main(["nlpo", str(path)]) == 130
     said = "".join(capfd.readouterr())
-    assert "SIGTERM" in said
+    assert name in said
     assert "--resume" in said
     assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 3]
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())

@@ -75,8 +75,7 @@ class Ledger:
             with nullcontext() if error is None else suppress(Exception):
                 write_report(self.path)
             if not self.began and not self.folder.resumed:
-                # What was refused before it made anything is no run: the mended recipe may use the folder.
-                (self.path / "config.yaml").unlink(missing_ok=True)
+                self.folder.forget()
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
         finally:
             self._stack.close()

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,7 +37,8 @@ class Checkpointer:
 
     `state` is nested dicts and lists of tensors, numbers, strings and None: what `torch.load` reads with
     `weights_only=True`, so that opening a checkpoint runs no code of its maker. A manifest with the size and
-    SHA-256 of each file tells a whole checkpoint from one that was cut.
+    SHA-256 of each file, and the SHA-256 of its own fields, tells a whole checkpoint from a damaged one.
+    `damaged` has a line for each damaged checkpoint that was passed over.
 
     `metric` (of the stats given to `save`) ranks checkpoints; `mode` says whether more is better.
     """
@@ -56,6 +56,7 @@ class Checkpointer:
             raise SteersmanError(f"keep_last is {keep_last}, but at least 1 checkpoint must stay to resume from")
         self.folder = Path(folder) / "checkpoints"
         self.keep_last, self.keep_best, self.metric, self.mode = keep_last, keep_best, metric, mode
+        self.damaged: list[str] = []
         if self.folder.exists():
             recover(self.folder)
 
@@ -65,19 +66,29 @@ class Checkpointer:
         Raises SteersmanError where the disk is full; earlier checkpoints stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / _name(step)
         kept = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
         save_dir(path, lambda tmp: _write(tmp, step, state, kept))
         self._drop_old()
         return path
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; warns of each newer one that is damaged."""
+        """The newest whole checkpoint, None where there is none at all; `damaged` names each newer one.
+
+        Raises SteersmanError where there are checkpoints and all are damaged.
+        """
+        self.damaged = []
         for path in reversed(self._paths()):
             damage = damage_of(path)
             if damage is None:
                 return path
-            warnings.warn(f"checkpoint {path} is damaged ({damage}); using the one before it", stacklevel=2)
+            self.damaged.append(f"checkpoint {path} is damaged ({damage}); using the one before it")
+        if self.damaged:
+            raise SteersmanError(
+                f"{self.folder}: no checkpoint is whole: "
+                + "; ".join(f"{p.name}: {damage_of(p)}" for p in self._paths())
+                + ". To train again from the start, remove this folder"
+            )
         return None
 
     def best(self) -> Path | None:
@@ -98,8 +109,13 @@ class Checkpointer:
             damage = damage_of(path)
             if damage is not None:
                 raise SteersmanError(f"checkpoint {path}: it is damaged ({damage}); choose another")
-        manifest = json.loads((path / "manifest.json").read_text())
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        manifest = _manifest(path)
+        try:
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise SteersmanError(
+                f"checkpoint {path}: this version of torch ({torch.__version__}) can not read it: {error}"
+            ) from error
         return Checkpoint(manifest["step"], state, manifest["metrics"], path)
 
     def _paths(self) -> list[Path]:
@@ -128,11 +144,13 @@ class Checkpointer:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint folder by its manifest, None where it is whole."""
     manifest = _manifest(path)
-    if "files" not in manifest:
-        return "its manifest is missing or cut"
+    if not manifest:
+        return "its manifest is missing, cut or changed"
+    if path.name != _name(manifest["step"]):
+        return f"its manifest is of step {manifest['step']}"
     for name, told in manifest["files"].items():
         file = path / name
-        if not file.exists():
+        if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size} of {told['bytes']} bytes"
@@ -141,20 +159,33 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _write(folder: Path, step: int, state: dict[str, Any], metrics: Stats) -> None:
     with (folder / "state.pt").open("wb") as file:
         torch.save(state, file)
     files = {"state.pt": {"bytes": (folder / "state.pt").stat().st_size, "sha256": _sha256(folder / "state.pt")}}
     manifest = {"step": step, "metrics": metrics, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    """The fields of the manifest, empty where its own checksum does not hold."""
     try:
-        found = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    told = found.pop("sha256", None)
+    return found if told == _digest(found) else {}
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields in one fixed spelling."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:
@@ -187,9 +218,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class StopRequest:
-    """While open, the first SIGTERM or Ctrl-C only sets `signal_name`; the loop ends its step, saves and leaves.
+    """While open, the first SIGTERM, SIGHUP or Ctrl-C only sets `signal_name`: the loop ends its step and saves.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread Python takes no signals, and this
+    A second Ctrl-C raises KeyboardInterrupt at once. A process that was started to ignore SIGHUP (`nohup`) goes on
+    ignoring it. Outside the main thread Python takes no signals, and this
     does nothing.
     """
 
@@ -202,7 +234,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            for number in (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))):
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
             self._before = {}

@@ -1,6 +1,7 @@
 """The run folder: one run per folder, one process per folder, every file whole or not there.
 
     config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, health.jsonl   (run/log.py)
+    inputs.json    digests of data and models   (run/inputs.py)
     checkpoints/   (run/checkpoint.py)          summary.json, report.html                    (run/report.py)
 
 A file or folder that is being written has a name that starts with `.tmp-` until it is whole; then it is renamed.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import yaml
 
 from steersman.run.config import Section, dump_recipe
+from steersman.run.inputs import check_inputs, fingerprints
 from steersman.run.recipe_text import RecipeLoader
 from steersman.types import SteersmanError
 
@@ -36,8 +39,8 @@ class RunFolder:
     `resumed` is True where `resume` was asked for and the folder holds a run already; `changes` then lists
     the settings that differ from that run's, such as "train.lr: 0.001 -> 0.0003".
 
-    Raises SteersmanError where the folder can not be made, holds a run and `resume` is False, or is held by
-    another process (which is named by its pid).
+    Raises SteersmanError where the folder can not be made, holds a run and `resume` is False, is held by another
+    process (which is named by its pid), or where data or models have another content than when the run began.
     """
 
     def __init__(self, path: Path, recipe: Section, *, resume: bool = False) -> None:
@@ -61,7 +64,11 @@ class RunFolder:
             self.resumed = holds_run
             self.changes: list[str] = []
             recover(self.path)
+            inputs = fingerprints(recipe, self.path)
+            if self.resumed:
+                check_inputs(self.path / "inputs.json", inputs)
             self._write_config(recipe)
+            write_atomic(self.path / "inputs.json", json.dumps(inputs, indent=1))
         except BaseException:
             self._lock.close()
             raise
@@ -70,6 +77,12 @@ class RunFolder:
     def close(self) -> None:
         """Lets go of the folder; a second call does nothing."""
         self._lock.close()
+
+    def forget(self) -> None:
+        """Takes back what says that a run is here: what was refused before it began is none, and the mended recipe
+        may use the folder."""
+        for name in ("config.yaml", "inputs.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def __enter__(self) -> RunFolder:
         return self

@@ -48,6 +48,7 @@ class Log:
         self.console = console or Console()
         for name in FILES:
             _truncate(self.folder / name, resumed_step)
+        self._sampled = {row.get("step") for row in read_jsonl(self.folder / "samples.jsonl")}
         rows = read_jsonl(self.folder / "metrics.jsonl")
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
         self._start = self._last_line = time.monotonic()
@@ -70,8 +71,12 @@ class Log:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of samples.jsonl: `{"step", "index", "prompt", "completion", "reward": {name: number}, ...}`.
 
-        `index` tells which held prompt a row answers, so that the report can lay its answers side by side.
+        `index` tells which held prompt a row answers, so that the report can lay its answers side by side. The
+        rows of a step are written once: a resumed run that looks again at the same weights adds nothing.
         """
+        if step in self._sampled:
+            return
+        self._sampled.add(step)
         for row in rows:
             self._append("samples.jsonl", {"step": step, **row})
 

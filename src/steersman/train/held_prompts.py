@@ -59,7 +59,7 @@ class HeldPrompts:
         rollout = RolloutConfig(
             max_new_tokens=config.max_new_tokens, stop=config.stop, eos_token_id=config.eos_token_id
         )
-        self.engine, self.sampling, self.written = sampler(policy, rollout), rollout.sampling(), -1
+        self.engine, self.sampling = sampler(policy, rollout), rollout.sampling()
 
     @torch.no_grad()
     def look(self) -> Stats:
@@ -84,9 +84,6 @@ class HeldPrompts:
         return {"held_out/kl": kl / len(samples), "held_out/perplexity": perplexity}
 
     def _write(self, samples: list[Sample]) -> None:
-        if self.written == self.session.step or not hasattr(self.session, "log"):
-            return
-        self.written = self.session.step
         rows: list[dict[str, Any]] = [
             {"index": s.prompt.index, "prompt": s.prompt.text, "completion": s.text, "finish": s.finish}
             for s in samples

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from steersman.ops.text import text_stats
-from steersman.run.checkpoint import Checkpointer, StopRequest, rng_state, set_rng_state
+from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import RunFolder, write_atomic
 from steersman.run.health import Finding, HealthWatch
@@ -58,7 +58,9 @@ class Session:
         self.device = resolve_device(self.config.device)
         self.resume, self.watch = resume, HealthWatch(health)
         self.last_metrics: Stats = {}
-        self.start, self.step, self.stopped, self.begun = 0, 0, False, False
+        self.start, self.step, self.saved, self.stopped, self.begun = 0, 0, 0, False, False
+        self._best: float | None = None
+        self._is_best = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
@@ -78,8 +80,7 @@ class Session:
                 with nullcontext() if error is None else suppress(Exception):
                     write_report(self.path)
             if not self.begun and not self.folder.resumed:
-                # What was refused before it began is no run: the mended recipe may use the folder.
-                (self.path / "config.yaml").unlink(missing_ok=True)
+                self.folder.forget()
         finally:
             self._stack.close()
         if isinstance(error, NotFiniteError):
@@ -90,10 +91,7 @@ class Session:
         self.state, self.total, self.begun = state, total, True
         found = self.checkpoints.load() if self.folder.resumed else None
         if found is not None:
-            state.load_state_dict(found.state["state"])
-            self.watch.load_state_dict(found.state["health"])
-            set_rng_state(found.state["rng"])
-            self.start = found.step
+            self._restore(found)
         self.log = self._stack.enter_context(
             Log(
                 self.path,
@@ -104,6 +102,10 @@ class Session:
                 sinks=self.config.sinks,
             )
         )
+        measured = [row[self.metric] for row in self.metrics() if isinstance(row.get(self.metric), float | int)]
+        self._best = (max if self.mode == "max" else min)(measured, default=None)
+        for damage in self.checkpoints.damaged:
+            self.log.note(damage, style="yellow")
         if self.folder.resumed:
             self.log.note(
                 f"resumed after step {self.start}" if found else "no checkpoint to resume from: from the start"
@@ -111,17 +113,33 @@ class Session:
         for change in self.folder.changes:
             self.log.note(f"the recipe changed since the run began: {change}", style="yellow")
 
+    def _restore(self, found: Checkpoint) -> None:
+        """Takes up the checkpoint's state.
+
+        Raises SteersmanError where it does not fit the run's models, with what changed in the recipe.
+        """
+        try:
+            self.state.load_state_dict(found.state["state"])
+            self.watch.load_state_dict(found.state["health"])
+            set_rng_state(found.state["rng"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            changed = "; ".join(self.folder.changes) or "nothing in the recipe"
+            raise SteersmanError(
+                f"checkpoint {found.path}: it does not fit this run ({type(error).__name__}: {error}). Since the run "
+                f"began, this changed: {changed}. Resume with what it began with, or choose another --run.dir"
+            ) from error
+        self.start = self.step = self.saved = found.step
+
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, after those that were done before; a checkpoint now and then, and at the end."""
-        self.saved = self.start
         for step in range(self.start + 1, self.total + 1):
             # A checkpoint is ranked by what was measured on its own weights, so a resumed run ranks alike.
-            self.step, self.last_metrics = step, {}
+            self.step, self.last_metrics, self._is_best = step, {}, False
             yield step
             if self.signal:
                 self.stopped = True
             due = step % self.config.save_every == 0 or step == self.total
-            if due or self.stopped or self._is_best():
+            if due or self.stopped or (self._is_best and self.config.keep_best > 0):
                 self.save(step)
             if self.stopped:
                 self.log.note(
@@ -136,7 +154,7 @@ class Session:
         found = self.watch.update(step, stats)
         self.log.step(step, stats)
         if self.metric in stats:
-            self.last_metrics = {self.metric: stats[self.metric]}
+            self._rank(stats[self.metric])
         for finding in found:
             self.log.finding(finding)
         stop = [f for f in found if f.severity == "stop"]
@@ -150,12 +168,13 @@ class Session:
         self.checkpoints.save(step, state, self.last_metrics)
         self.saved = step
 
-    def _is_best(self) -> bool:
-        """Whether this step measured the best held-out value so far, and the best are to be kept."""
-        seen = [row[self.metric] for row in self.metrics() if self.metric in row] if self.last_metrics else []
-        if self.config.keep_best == 0 or len(seen) < 2:
-            return False
-        return seen[-1] > max(seen[:-1]) if self.mode == "max" else seen[-1] < min(seen[:-1])
+    def _rank(self, value: float) -> None:
+        """Keeps the held-out value for the step's checkpoint, and whether it is better than all before it."""
+        self.last_metrics = {self.metric: value}
+        better = self._best is not None and (value > self._best if self.mode == "max" else value < self._best)
+        self._is_best = better
+        if better or self._best is None:
+            self._best = value
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
