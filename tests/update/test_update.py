@@ -31,6 +31,20 @@ def test_schedules():
     assert rates(OptimizerConfig(lr=1.0, warmup=0.5), 4)[:2] == pytest.approx([0.5, 1.0])
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("total", [1, 2, 3, 6, 7, 13, 15, 30, 72])
+@pytest.mark.parametrize("warmup", [0.01, 0.1, 0.34, 0.5, 0.99, 1, 2.5, 4, 100])
+def test_the_rate_is_never_above_lr_and_rises_over_whole_updates(schedule, total, warmup):
+    """However few updates there are: above 0, in equal steps to lr, and at lr right after the warm-up."""
+    seen = rates(OptimizerConfig(lr=1e-5, schedule=schedule, warmup=warmup), total)
+    assert max(seen) <= 1e-5
+    count = math.ceil(warmup if warmup >= 1 else round(warmup * total, 9))
+    rise = seen[:count]
+    assert rise == pytest.approx([1e-5 * (k + 1) / count for k in range(len(rise))], rel=1e-12)
+    if count < total:
+        assert seen[count] == 1e-5
+
+
 def test_gradients_are_clipped_and_the_norm_reported_is_the_one_before():
     p = nn.Parameter(torch.zeros(3, 4))
     p.grad = torch.full((3, 4), 2.0)

@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
     warmup: float = Field(
         default=0.0,
         ge=0,
-        description="updates over which the rate rises from 0; below 1 it is a share of all updates",
+        description="updates over which the rate rises to lr; below 1 it is a share of all updates; rounded up",
     )
     min_lr: float = Field(default=0.0, ge=0, le=1, description="where a schedule ends, as a share of lr")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay, on matrices only")
@@ -46,6 +46,7 @@ class Optimizer:
         if not self.parameters:
             raise SteersmanError("nothing to train: no parameter requires a gradient")
         self.config, self.total, self.updates = config, max(total, 1), 0
+        self.warmup = warmup_updates(config.warmup, self.total)
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -59,12 +60,15 @@ class Optimizer:
         )
 
     def rate(self) -> float:
-        """Learning rate of the next update."""
+        """Learning rate of the next update: never above `lr`.
+
+        It rises linearly to `lr` over the updates of the warm-up, is `lr` at the first update after it, and then
+        follows the schedule.
+        """
         config = self.config
-        warmup = config.warmup if config.warmup >= 1 else config.warmup * self.total
-        if self.updates < warmup:
-            return config.lr * (self.updates + 1) / warmup
-        done = min((self.updates - warmup) / max(self.total - warmup, 1), 1.0)
+        if self.updates < self.warmup:
+            return config.lr * (self.updates + 1) / self.warmup
+        done = min((self.updates - self.warmup) / max(self.total - self.warmup, 1), 1.0)
         if config.schedule == "linear":
             share = 1 - done
         elif config.schedule == "cosine":
@@ -99,6 +103,12 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
         self.updates = state["updates"]
+
+
+def warmup_updates(warmup: float, total: int) -> int:
+    """How many updates the warm-up has: `warmup` itself, or below 1 that share of `total`, rounded up."""
+    updates = warmup if warmup >= 1 else warmup * total
+    return math.ceil(round(updates, 6))  # 0.1 * 30 is a little above 3 in floating point
 
 
 class NotFiniteError(SteersmanError):
