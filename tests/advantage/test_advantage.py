@@ -119,6 +119,16 @@ def test_group_baselines():
     assert batch.tolist() == pytest.approx([x / 2**0.5 for x in (-1, -2, 0, 1, 2, 0)])
 
 
+def test_the_two_deviations_of_a_batch():
+    """Of what is left after the group means, and of the scores as they are: two prompts of unequal difficulty."""
+    score = torch.tensor([1.0, 3.0, 11.0, 15.0], dtype=torch.float64)
+    group = torch.tensor([0, 0, 1, 1])
+    left = torch.tensor([-1.0, 1.0, -2.0, 2.0], dtype=torch.float64)
+    assert group_mean(score, group, "batch").tolist() == pytest.approx((left / ((10 / 3) ** 0.5 + 1e-4)).tolist())
+    raw = (sum((x - 7.5) ** 2 for x in score.tolist()) / 3) ** 0.5
+    assert group_mean(score, group, "batch_scores").tolist() == pytest.approx((left / (raw + 1e-4)).tolist())
+
+
 def test_constant_reward_gives_exactly_zero_and_is_named():
     score = torch.tensor([0.1 + 0.2, 0.3000000000000000444, 1.0, 2.0], dtype=torch.float64)
     group = torch.tensor([0, 0, 1, 1])

@@ -15,7 +15,7 @@ from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.cli import main
 from steersman.control.envs import maker
 from steersman.control.evaluate import evaluate
-from steersman.control.learner import flatten
+from steersman.control.learner import Learner, flatten
 from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refusal
 from steersman.control.run import build
 from steersman.loss.reduce import token_weight
@@ -85,6 +85,27 @@ def test_ratio_is_one_before_the_first_update(name, env):
     if name == "trpo":
         assert 0 < stats["trpo/kl"] <= 0.01
         assert stats["trpo/improvement"] > 0
+
+
+def test_the_controller_of_ppo_kl_sees_the_step_that_was_made(monkeypatch):
+    state = fresh(small("ppo-kl", "--settings.target_old", "1e9"))
+    seen, update = [], Learner.update
+
+    def watched(self, obs, action, traj, *given):
+        seen.append((obs, action, traj))
+        return update(self, obs, action, traj, *given)
+
+    monkeypatch.setattr(Learner, "update", watched)
+    first = state.beta_old.coef
+    stats = state.iteration()
+    obs, action, traj = seen[0]
+    with torch.no_grad():
+        logp = state.policy.distribution(obs[:, :-1][traj.mask]).log_prob(action[traj.mask])
+    log_ratio = (logp - traj.logp_old[traj.mask]).double()
+    expected = float((log_ratio.exp() - 1 - log_ratio).mean())
+    assert expected > 1e-6
+    assert stats["kl/old"] == pytest.approx(expected, rel=1e-3)
+    assert state.beta_old.coef == first / 2
 
 
 def test_gaussian_policy_samples_what_its_log_probability_says():

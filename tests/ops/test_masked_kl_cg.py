@@ -1,10 +1,13 @@
 """Masked statistics, KL estimators against exact sums, conjugate gradient against a direct solve."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
 from steersman.ops.conjugate_gradient import conjugate_gradient
-from steersman.ops.kl import kl_estimate
+from steersman.ops.kl import kl_estimate, kl_loss
 from steersman.ops.masked import masked_mean, masked_sum, masked_var, whiten
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -56,3 +59,37 @@ def test_conjugate_gradient_solves_a_positive_definite_system():
     A, b = root @ root.T + 0.1 * torch.eye(12).double(), torch.randn(12, generator=g).double()
     x = conjugate_gradient(lambda v: A @ v, b, steps=40, tolerance=1e-24)
     torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_only_k1_to_go_has_the_gradient_of_the_kl_of_whole_answers(seed):
+    """Every answer of three letters of a language of four, with a table of logits for each prefix; no sampling."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(4,), (4, 4), (4, 4, 4)]
+    tables = [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+    refs = [torch.randn(s, generator=g, dtype=torch.float64).log_softmax(-1) for s in shapes]
+    answers = list(itertools.product(range(4), repeat=3))
+
+    def along(given):
+        return torch.stack([torch.stack([t[a[: i + 1]] for i, t in enumerate(given)]) for a in answers])
+
+    logp, ref = along([t.log_softmax(-1) for t in tables]), along(refs)
+    drawn = logp.sum(-1).exp()
+    flat = lambda grads: torch.cat([x.flatten() for x in grads])  # noqa: E731
+    exact = flat(torch.autograd.grad((drawn * (logp - ref).sum(-1)).sum(), tables, retain_graph=True))
+    mask = torch.ones(64, 3, dtype=torch.bool)
+    off = {}
+    for name in ("k2", "k3", "k1_to_go"):
+        loss = (drawn.detach()[:, None] * kl_loss(logp, ref, mask, name)).sum()
+        off[name] = float((flat(torch.autograd.grad(loss, tables, retain_graph=True)) - exact).norm() / exact.norm())
+    assert off["k1_to_go"] < 1e-12
+    assert off["k2"] > 0.1
+    assert off["k3"] > 0.1
+
+
+def test_k1_to_go_steps_over_what_does_not_count():
+    logp = torch.tensor([[-1.0, -2.0, math.nan, -3.0, math.inf]], requires_grad=True)
+    ref = torch.tensor([[-1.5, -1.0, 7.0, -3.25, 0.0]])
+    mask = torch.tensor([[True, True, False, True, False]])
+    (grad,) = torch.autograd.grad(kl_loss(logp, ref, mask, "k1_to_go").sum(), logp)
+    assert grad.tolist() == [[0.5 - 1.0 + 0.25, -1.0 + 0.25, 0.0, 0.25, 0.0]]

@@ -13,6 +13,7 @@ from steersman.algorithms import ALGORITHMS
 from steersman.data import Batches
 from steersman.train import rl
 from steersman.train.on_policy import OnPolicy
+from steersman.train.policy_update import Learner
 from steersman.train.reference import AdaptersOff
 from steersman.train.roles import build_roles
 from steersman.types import Prompt
@@ -143,6 +144,29 @@ def test_updates_stop_when_the_policy_has_moved_far_enough(base):
     assert stats["kl/old"] < far["kl/old"]
     made = held.roles.learner.actor.updates
     assert made == round(stats["epochs"] * 2) < free.roles.learner.actor.updates == 12
+
+
+def test_the_controller_of_ppo_kl_sees_the_step_that_was_made(base, monkeypatch):
+    """KL(old || new) once the updates are done (1707.06347, section 4), by whole distributions: not a mean over the
+    minibatches, the first of which is always 0."""
+    state = on_policy("ppo-kl", base, algorithm__epochs=3, optimizer__lr=0.02, algorithm__target_old=1e9)
+    learner, seen, update = state.roles.learner, [], Learner.update
+
+    def watched(self, tokens, traj, *given, **named):
+        seen.append((tokens, traj))
+        return update(self, tokens, traj, *given, **named)
+
+    monkeypatch.setattr(Learner, "update", watched)
+    first = learner.algorithm.beta_old
+    stats = state.iteration().stats
+    tokens, traj = seen[0]
+    with torch.no_grad():
+        logp = learner.policy.logp(tokens).logp
+    log_ratio = torch.where(traj.mask, logp - traj.logp_old, 0.0).double()
+    expected = float((log_ratio.exp() - 1 - log_ratio).sum() / traj.mask.sum())
+    assert expected > 1e-4
+    assert stats["kl/old"] == pytest.approx(expected, rel=1e-4)
+    assert state.beta_old.coef == first / 2
 
 
 def test_trust_region_step_stays_in_its_region(base):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from train_kit import merge
 
+from steersman.advantage.returns import return_to_go
 from steersman.algorithms import ALGORITHMS
 from steersman.reward import RewardConfig, ScoreShaping
 from steersman.train.experience import behaviour_logp, tokens_of, trajectory
@@ -140,3 +142,59 @@ def test_the_recipe_reaches_the_trajectory(base):
     for row, sample in enumerate(samples):
         expected = sample.text.count("a") / 4 - 2.0 * (sample.finish == "length")
         assert float(traj.reward[row].sum()) == pytest.approx(expected, abs=1e-5)
+
+
+HOLES = [
+    [True, False, True, True, False, False],  # a hole and a tail
+    [False, True, True, False, True, False],  # a hole in front, one inside, a tail
+    [True, True, False, False, False, False],
+    [False, False, False, False, True, True],
+]
+
+
+def with_holes(mask: torch.Tensor, score: torch.Tensor, logp: list[list[float]], finish: list[str]):
+    """The samples under the mask, and the same samples with nothing but what counts."""
+    who = [Prompt([4, 5], "", index=i // 2) for i in range(len(mask))]
+    holed = [Sample(w, list(range(4, 10)), row, end) for w, row, end in zip(who, logp, finish, strict=True)]
+    kept = [
+        Sample(w, [3] * int(m.sum()), [x for x, on in zip(row, m.tolist(), strict=True) if on], end)
+        for w, m, row, end in zip(who, mask, logp, finish, strict=True)
+    ]
+    return (holed, replace(tokens_of(holed), mask=mask)), (kept, tokens_of(kept))
+
+
+@pytest.mark.parametrize("cut", ["end", "bootstrap"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_steps_that_do_not_count_change_no_advantage(name, cut):
+    """Holes, and tails behind the last step that counts: as if those steps were not there (a turn of a tool, say)."""
+    mask, g = torch.tensor(HOLES), torch.Generator().manual_seed(1)
+    logp = (-torch.rand(4, 6, generator=g)).tolist()
+    score = torch.tensor([2.0, -1.0, 0.5, 3.0])
+    finish = ["eos", "length", "eos", "stop"]
+    algorithm = ALGORITHMS[name](gamma=0.9)
+    value = torch.randn(4, 7, generator=g)
+    found = []
+    for samples, tokens in with_holes(mask, score, logp, finish):
+        traj = trajectory(samples, tokens, score, algorithm, 0.0, cut=cut)
+        width = tokens.mask.shape[1]
+        traj.value, traj.baseline = torch.zeros(4, width + 1), torch.tensor([0.1, 0.2, 0.3, 0.4])
+        for b in range(4):
+            at = mask[b].nonzero().flatten()
+            here = tokens.mask[b].nonzero().flatten()
+            traj.value[b, here] = value[b, at]
+            traj.value[b, here[-1] + 1] = value[b, -1]
+        out = algorithm.advantage(traj)
+        found.append([None if x is None else x[tokens.mask] for x in (out.adv, out.ret)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_a_terminated_episode_does_not_bootstrap_behind_its_mask():
+    """Reward 1, ended, and a critic that says 5 of the states behind the mask: the return is 1, not 6."""
+    sample = Sample(Prompt([4], ""), [5, 6, 7], [0.0, 0.0, 0.0], "eos")
+    tokens = replace(tokens_of([sample]), mask=torch.tensor([[True, False, False]]))
+    traj = trajectory([sample], tokens, torch.tensor([1.0]), ALGORITHMS["ppo"](), 0.0)
+    traj.value = torch.full((1, 4), 5.0)
+    assert return_to_go(traj)[0, 0].item() == 1.0

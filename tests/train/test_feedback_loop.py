@@ -298,7 +298,8 @@ def test_sampled_kl_is_that_of_all_answers(mini):
 def test_held_prompts_report_the_divergence_of_what_was_sampled():
     """KL(pi || pi_ref), not the other way about, from plain forward passes over the sampled answers."""
     policy, reference = (Policy(tiny_model("llama", seed=s, scale=4.0), letters()) for s in (0, 1))
-    session = SimpleNamespace(config=SimpleNamespace(seed=3, micro_tokens=12), step=0)
+    log = SimpleNamespace(samples=lambda step, rows: None)
+    session = SimpleNamespace(config=SimpleNamespace(seed=3, micro_tokens=12), step=0, log=log)
     prompts = [Prompt([5, 6, 7], "a", index=0), Prompt([9], "b", index=1), Prompt([11, 12], "c", index=2)]
     watch = HeldPrompts(policy, reference, prompts, SamplesConfig(max_new_tokens=6), session)
     made: list = []

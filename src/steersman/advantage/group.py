@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-GroupScale = Literal["none", "group", "batch"]
+GroupScale = Literal["none", "group", "batch", "batch_scores"]
+DIVIDES_BY = (
+    "deviation to divide by: none, group, batch (of what group means leave), batch_scores (of scores as they are)"
+)
 
 
 def _group_sums(
@@ -38,7 +41,11 @@ def group_mean(
     eps: float = 1e-4,
     deviation_of: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
-    """score_i minus its group's mean, divided by the group's (or the batch's) standard deviation + eps, or not.
+    """score_i minus its group's mean, divided by a standard deviation + eps, or not.
+
+    `scale` says which deviation: `group`, of the group's scores; `batch`, of all score_i minus their group's mean
+    (what the prompts differ in does not count); `batch_scores`, of all scores as they are (what TRL's
+    `scale_rewards="batch"` does: where prompts differ in difficulty, every advantage becomes smaller).
 
     The mean contains score_i, so without scaling the gradient is (G - 1) / G times the exact one; dividing by the
     group's deviation weighs prompts by how hard they are to tell apart (a bias that Dr.GRPO, arXiv 2503.20783,
@@ -55,7 +62,9 @@ def group_mean(
         deviation_of, own = score, centred
     else:
         own = group_mean(deviation_of, group, "none")
-    if scale == "batch":
+    if scale == "batch_scores":
+        deviation = deviation_of.std().nan_to_num(0.0).expand_as(score)
+    elif scale == "batch":
         deviation = (own.square().sum() / max(len(score) - 1, 1)).sqrt().expand_as(score)
     else:
         squares = torch.zeros_like(total).index_add(0, member, own.square())

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steersman.ops.masked import masked_sum
+from steersman.ops.masked import last_step, masked_sum
 from steersman.types import Trajectory
 
 
@@ -39,11 +39,11 @@ def next_step(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], end: Float[Ten
 
 def values(traj: Trajectory) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
     """V(s_t), V(s_{t+1}) and V of the state after the last step; zeros where the trajectory has no critic."""
-    B, T = traj.mask.shape
+    B = len(traj)
     if traj.value is None:
         zero = torch.zeros_like(traj.reward)
         return zero, zero, zero.new_zeros(B)
-    after_last = (traj.mask * torch.arange(1, T + 1, device=traj.mask.device)).amax(-1)
+    after_last = last_step(traj.mask) + 1
     end = traj.value.gather(1, after_last[:, None]).squeeze(1)
     value = torch.where(traj.mask, traj.value[:, :-1], torch.zeros_like(traj.reward))
     return value, next_step(value, traj.mask, end), end

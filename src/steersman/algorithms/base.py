@@ -47,7 +47,9 @@ class Algorithm(Section):
     kl_in: Literal["reward", "loss"] = Field(
         default="reward", description="where the KL term goes: into every token's reward, or into the loss"
     )
-    kl_estimator: KLEstimator = Field(default="k1", description="k1, k2 or k3; see steersman.ops.kl for their bias")
+    kl_estimator: KLEstimator = Field(
+        default="k1", description="k1, k2, k3 or k1_to_go; see steersman.ops.kl for their bias"
+    )
     kl_target: float | None = Field(
         default=None, gt=0, description="KL in nats per response that beta is steered to; null keeps beta fixed"
     )
@@ -61,6 +63,10 @@ class Algorithm(Section):
         gt=0,
         description="stop an iteration's updates when KL to the sampler exceeds this, nats per token",
     )
+
+    def kl_to_sampler(self) -> tuple[float, float] | None:
+        """The first coefficient of KL(old || new) and the KL per token that it is steered to; None without it."""
+        return None
 
     def advantage(self, traj: Trajectory) -> Advantage:
         """Advantages `[B, T]`, and the critic's targets where there is one."""

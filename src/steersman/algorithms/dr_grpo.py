@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from steersman.advantage.group import GroupScale
+from steersman.advantage.group import DIVIDES_BY, GroupScale
 from steersman.algorithms.grpo import GroupRelative
 from steersman.loss.reduce import Average
 
@@ -15,6 +15,6 @@ class DrGRPO(GroupRelative):
     paper = "arXiv 2503.20783"
     bias = "the baseline contains the sample itself: (G - 1) / G times the exact gradient"
 
-    scale: GroupScale = Field(default="none", description="divide by the deviation of the group, the batch, or none")
+    scale: GroupScale = Field(default="none", description=DIVIDES_BY)
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
     average: Average = Field(default="episode", description="how steps are averaged: token, sequence or episode")

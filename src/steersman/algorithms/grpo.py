@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.advantage.gae import Advantage
-from steersman.advantage.group import GroupScale, group_mean, spread
+from steersman.advantage.group import DIVIDES_BY, GroupScale, group_mean, spread
 from steersman.advantage.returns import episode_return
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import clipped
@@ -28,7 +28,7 @@ class GroupRelative(Algorithm):
     group = True
     bias = "scores are divided by their group's deviation, tokens by a random length"
 
-    scale: GroupScale = Field(default="group", description="divide by the deviation of the group, the batch, or none")
+    scale: GroupScale = Field(default="group", description=DIVIDES_BY)
     clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
     clip_high: float = Field(default=0.2, gt=0, description="ratio is clipped above 1 plus this")
     average: Average = Field(default="sequence", description="how steps are averaged: token, sequence or episode")
@@ -54,4 +54,4 @@ class GRPO(GroupRelative):
     kl_in: Literal["reward", "loss"] = Field(
         default="loss", description="where the KL term goes: into every token's reward, or into the loss"
     )
-    kl_estimator: KLEstimator = Field(default="k3", description="k1, k2 or k3; see steersman.ops.kl for their bias")
+    kl_estimator: KLEstimator = Field(default="k3", description="k1, k2, k3 or k1_to_go; see steersman.ops.kl")

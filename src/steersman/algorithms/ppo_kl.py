@@ -23,6 +23,9 @@ class PPOKL(PPO):
     beta_old: float = Field(default=1.0, ge=0, description="initial coefficient of KL(old || new)")
     target_old: float = Field(default=0.01, gt=0, description="KL(old || new) per token that the coefficient aims at")
 
+    def kl_to_sampler(self) -> tuple[float, float] | None:
+        return self.beta_old, self.target_old
+
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         step = kl_estimate(traj.logp_old, logp, "k3")
         return surrogate(logp, traj.logp_old, adv) + coef.beta_old * step

@@ -111,7 +111,12 @@ class Learner:
             if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
                 stats["epochs"] = epoch + 1.0
                 break
-        return stats | tally.means()
+        stats |= tally.means()
+        if with_policy and self.algorithm.kl_to_sampler() is not None:
+            with torch.no_grad():
+                logp = self.policy.distribution(batch.obs).log_prob(batch.action)[:, None]
+                stats["kl/old"] = float(kl_estimate(batch.traj.logp_old, logp, "k3").mean())
+        return stats
 
     def policy_loss(self, batch: Batch, coef: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the steps, reduced; their log-probabilities [M, 1] and entropies [M, 1]."""

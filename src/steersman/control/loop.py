@@ -9,7 +9,6 @@ from torch import Tensor
 
 from steersman.advantage.returns import values
 from steersman.algorithms import Algorithm, Coefficients
-from steersman.algorithms.ppo_kl import PPOKL
 from steersman.control.envs import Experience, Normaliser, Worlds, collect, collect_episodes
 from steersman.control.learner import Learner
 from steersman.control.policies import Value, policy_for
@@ -17,7 +16,7 @@ from steersman.control.recipe import ControlRecipe
 from steersman.loss.value import explained_variance
 from steersman.run.seed import stream
 from steersman.types import Stats, Trajectory
-from steersman.update.kl_controller import DoublingKL, FixedKL
+from steersman.update.kl_controller import kl_to_sampler_controller
 from steersman.update.optimizer import Optimizer
 
 
@@ -30,9 +29,7 @@ class OnPolicy:
         self.normaliser = Normaliser(worlds.obs_size) if recipe.rollout.normalise else None
         self.learner = self._learner()
         self.policy, self.critic = self.learner.policy, self.learner.critic
-        self.beta_old = FixedKL(0.0)
-        if isinstance(self.algorithm, PPOKL):
-            self.beta_old = DoublingKL(self.algorithm.beta_old, self.algorithm.target_old)
+        self.beta_old = kl_to_sampler_controller(self.algorithm.kl_to_sampler())
         self.done, self.env_steps = 0, 0
 
     def iteration(self) -> Stats:
@@ -80,7 +77,7 @@ class OnPolicy:
         self.done += 1
         self.env_steps += int(seen.length.sum())
         stats: Stats = {"env_steps": float(self.env_steps)} | episode_stats(seen)
-        if isinstance(self.beta_old, DoublingKL):
+        if self.algorithm.kl_to_sampler() is not None:
             stats["coefficient/beta_old"] = self.beta_old.coef
         if ret is not None:
             stats["explained_variance"] = float(explained_variance(values(traj)[0], ret, traj.mask))

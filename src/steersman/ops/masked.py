@@ -6,7 +6,7 @@ Everything uses `torch.where` and not multiplication: NaN or Inf under a False m
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -20,6 +20,12 @@ def masked_mean(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], dim: int | Non
     """Mean of `x` where `mask` is True; 0 where nothing counts."""
     count = mask.sum() if dim is None else mask.sum(dim)
     return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def last_step(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Index of each row's last step that counts; -1 where none does."""
+    steps = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask, steps, -1).amax(-1)
 
 
 def masked_var(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], unbiased: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steersman.ops.kl import KLEstimator, kl_estimate
+from steersman.ops.masked import last_step
 
 
 def kl_shaped(
@@ -39,8 +40,7 @@ def kl_shaped(
         reward = reward + placed
         at_end = scores - placed.sum(1)
     steps = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, steps, -1).amax(1, keepdim=True)
-    reward = reward + torch.where(steps == last, at_end[:, None], torch.zeros_like(reward))
+    reward = reward + torch.where(steps == last_step(mask)[:, None], at_end[:, None], torch.zeros_like(reward))
     return torch.where(mask, reward, torch.zeros_like(reward))
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.algorithms.base import Algorithm
-from steersman.ops.masked import whiten
+from steersman.ops.masked import last_step, whiten
 from steersman.reward.shaping import kl_shaped
 from steersman.types import Sample, Tokens, Trajectory
 
@@ -51,11 +51,11 @@ def trajectory(
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
-    `score` is the shaped score of each response. The discount is gamma, and 0 after the last token. `cut` says
-    what the length limit's cut is: "end", the response is judged as it stands and nothing follows; "bootstrap",
-    it would have gone on, so its score is withheld, the discount stays gamma, and the critic's value after the
-    last token stands for what is missing. (Paying the score and bootstrapping too counts it twice, and the
-    critic, which learns from its own value there, runs away: see docs/log.md.)
+    `score` is the shaped score of each response. The discount is gamma, and 0 after the last token that counts,
+    whatever stands behind it under the mask. `cut` says what the length limit's cut is: "end", the response is judged
+    as it stands and nothing follows; "bootstrap", it would have gone on, so its score is withheld, the discount stays
+    gamma, and the critic's value after the last token stands for what is missing. (Paying the score and bootstrapping
+    too counts it twice, and the critic, which learns from its own value there, runs away: see docs/log.md.)
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
@@ -83,7 +83,7 @@ def trajectory(
     if whiten_reward:
         reward = whiten(reward, mask, shift_mean=False)
     discount = torch.full_like(reward, algorithm.gamma)
-    last = (tokens.response_length - 1).clamp(min=0)
+    last = last_step(mask).clamp(min=0)
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)

@@ -22,7 +22,7 @@ from steersman.run.seed import stream
 from steersman.train.experience import tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
-from steersman.update.kl_controller import DoublingKL, FixedKL, ProportionalKL
+from steersman.update.kl_controller import FixedKL, ProportionalKL, kl_to_sampler_controller
 
 
 @dataclass(slots=True)
@@ -44,11 +44,7 @@ class OnPolicy:
         self.waiting: list[int] = []
         self.algorithm = recipe.algorithm
         self.beta = self._beta_controller()
-        self.beta_old = (
-            DoublingKL(self.algorithm.beta_old, self.algorithm.target_old)
-            if hasattr(self.algorithm, "beta_old")
-            else FixedKL(0.0)
-        )
+        self.beta_old = kl_to_sampler_controller(self.algorithm.kl_to_sampler())
         self.moving_mean, self.moving_count = 0.0, 0
         self.done = 0
 

@@ -17,7 +17,7 @@ from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
 from steersman.model.plain import plain_layers
-from steersman.ops.kl import kl_estimate
+from steersman.ops.kl import kl_estimate, kl_loss
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory
@@ -92,7 +92,8 @@ class Learner:
         """All epochs over one iteration's samples; returns losses, norms and how far the policy moved.
 
         With `only_critic` the policy stays as it is. Minibatches end before the update at which KL to the sampler
-        exceeds the algorithm's `stop_kl`; `epochs` then tells how many passes were made.
+        exceeds the algorithm's `stop_kl`; `epochs` then tells how many passes were made. `kl/old` is KL(old || new)
+        as a mean over the minibatches, or, for a method that steers it, measured once the updates are done.
 
         `ratio_gap` is the largest |logp - logp_old| before the first update: rounding, unless the rollout was
         made by something else than this policy. Raises NotFiniteError naming the loss that is not a number.
@@ -103,6 +104,36 @@ class Learner:
         with_policy = not trust_region and not only_critic
         if trust_region and not only_critic:
             stats |= self._trust_region(tokens, traj, advantage.adv, coef)
+        stats |= self._epochs(tokens, traj, advantage, coef, generator, with_policy, tally)
+        self.fitted = None
+        stats = tally.means() | stats
+        if with_policy and self.algorithm.kl_to_sampler() is not None:
+            stats["kl/old"] = self.moved(tokens, traj)
+        return stats
+
+    @torch.no_grad()
+    def moved(self, tokens: Tokens, traj: Trajectory) -> float:
+        """KL(old || policy as it is now) in nats per token, over all the iteration's samples (k3)."""
+        total = 0.0
+        for rows in micro_batches(tokens.length, self.micro_tokens, traj.group):
+            batch, part = tokens.rows(rows), traj.rows(rows)
+            logp = seen(self.policy.logp(batch, temperature=self.temperature).logp, part.mask)
+            assert logp is not None
+            total += float(masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask))
+        return total / denominator(traj.mask, "token")
+
+    def _epochs(
+        self,
+        tokens: Tokens,
+        traj: Trajectory,
+        advantage: Advantage,
+        coef: Coefficients,
+        generator: torch.Generator,
+        with_policy: bool,
+        tally: Tally,
+    ) -> Stats:
+        """All minibatches of all epochs, or those before `stop_kl`; gives the last step's rates and norms."""
+        stats = Stats()
         for epoch in range(self.algorithm.epochs):
             order = torch.randperm(len(tokens), generator=generator)
             for part, rows in enumerate(split_evenly(order, self.algorithm.minibatches)):
@@ -110,11 +141,9 @@ class Learner:
                 moved = self._minibatch(tokens, traj, advantage, coef, rows, tally, first, with_policy)
                 if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
                     self._zero_grad()
-                    self.fitted = None
-                    return stats | tally.means() | {"epochs": epoch + part / self.algorithm.minibatches}
+                    return stats | {"epochs": epoch + part / self.algorithm.minibatches}
                 stats |= self._step(with_policy)
-        self.fitted = None
-        return stats | tally.means()
+        return stats
 
     def _minibatch(
         self,
@@ -198,7 +227,7 @@ class Learner:
         """
         loss = self.algorithm.loss(logp, part, adv, coef)
         if self.algorithm.kl_in == "loss" and part.logp_ref is not None:
-            loss = loss + coef.beta * kl_estimate(logp, part.logp_ref, self.algorithm.kl_estimator)
+            loss = loss + coef.beta * kl_loss(logp, part.logp_ref, part.mask, self.algorithm.kl_estimator)
         if part.logp_rollout is not None:
             loss = loss * truncated_importance(part.logp_old, part.logp_rollout, self.importance_cap)
         if entropy is not None:

@@ -70,7 +70,12 @@ class OnPolicyRecipe(Section, Generic[A]):
         if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.beta > 0:
             raise ValueError(
                 "algorithm.kl_estimator k1 has an expected gradient of 0 inside the loss, so it would restrain "
-                "nothing; use k2 or k3 there, or algorithm.kl_in: reward"
+                "nothing; use k1_to_go, k2 or k3 there, or algorithm.kl_in: reward"
+            )
+        if algorithm.kl_in == "reward" and algorithm.kl_estimator == "k1_to_go":
+            raise ValueError(
+                "algorithm.kl_estimator k1_to_go is for kl_in: loss; in the reward, k1 is the same gradient "
+                "(the return sums it to the end)"
             )
         if self.model.scratch is not None:
             raise ValueError(

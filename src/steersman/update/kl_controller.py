@@ -52,3 +52,8 @@ class DoublingKL(FixedKL):
             self.coef /= 2
         elif kl > self.target * 1.5:
             self.coef *= 2
+
+
+def kl_to_sampler_controller(asked: tuple[float, float] | None) -> FixedKL:
+    """What moves the coefficient of KL(old || new): by the method's first coefficient and target, else 0 for good."""
+    return FixedKL(0.0) if asked is None else DoublingKL(*asked)

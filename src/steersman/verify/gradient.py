@@ -18,7 +18,7 @@ from steersman.algorithms import Algorithm, Coefficients
 from steersman.algorithms.nlpo import NLPO
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.ops.distributions import top_p_mask
-from steersman.ops.kl import kl_estimate
+from steersman.ops.kl import kl_loss
 from steersman.tabular.oracle import Batch, Table, exact_gradient, expected_gradient, relative_deviation
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
@@ -146,6 +146,6 @@ def loss_given(algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory
     """loss -> KL term -> reduce, for advantages that are known already."""
     per_step = algorithm.loss(logp, traj, adv, coef)
     if algorithm.kl_in == "loss" and traj.logp_ref is not None:
-        per_step = per_step + coef.beta * kl_estimate(logp, traj.logp_ref, algorithm.kl_estimator)
+        per_step = per_step + coef.beta * kl_loss(logp, traj.logp_ref, traj.mask, algorithm.kl_estimator)
     weight = token_weight(traj.mask, algorithm.average, dtype=logp.dtype)
     return reduce(per_step, weight, denominator(traj.mask, algorithm.average))

@@ -12,7 +12,7 @@ from steersman.advantage.gae import gae, vtrace
 from steersman.advantage.group import group_mean, leave_one_out
 from steersman.advantage.returns import return_to_go, td_error
 from steersman.loss.policy import truncated_importance
-from steersman.ops.kl import KLEstimator, kl_estimate
+from steersman.ops.kl import KLEstimator, kl_estimate, kl_loss
 from steersman.tabular.oracle import exact_gradient
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.verify.gradient import arbitrary_critic, example
@@ -83,6 +83,16 @@ def k2_gradient(mdp: TokenMDP, logits: Tensor) -> float:
     return _kl_gradient("k2", lambda logp, ref: (logp.exp() * (logp - ref)).sum())
 
 
+def k1_to_go_gradient(mdp: TokenMDP, logits: Tensor) -> float:
+    """Over whole answers of several steps, where k2 per token leaves out what a token leads to."""
+    free = logits.detach().clone().requires_grad_()
+    drawn, mask = mdp.sequence_prob(free).detach(), mdp.trajectory(free).mask
+    per_step = kl_loss(mdp.sequence_logp(free), mdp.sequence_logp_ref, mask, "k1_to_go")
+    (found,) = torch.autograd.grad((drawn[:, None] * per_step).sum(), free)
+    (exact,) = torch.autograd.grad(mdp.kl(free), free)
+    return _gap(found, exact)
+
+
 def k3_gradient(mdp: TokenMDP, logits: Tensor) -> float:
     return _kl_gradient("k3", lambda logp, ref: (ref.exp() * (ref - logp)).sum())
 
@@ -119,7 +129,8 @@ IDENTITIES: tuple[tuple[str, str, Callable[[TokenMDP, Tensor], float]], ...] = (
     ("leave-one-out", "is G / (G - 1) times the group-mean advantage", leave_one_out_is_scaled),
     ("pi*", "gives every answer the return beta log Z: no comparison moves it", optimum_has_one_return),
     ("k1, k3", "have the expectation KL(pi || ref)", kl_estimates),
-    ("k2 in a loss", "has the gradient of KL(pi || ref)", k2_gradient),
-    ("k3 in a loss", "has the gradient of KL(ref || pi)", k3_gradient),
+    ("k1_to_go in a loss", "has the gradient of KL(pi || ref) over whole answers", k1_to_go_gradient),
+    ("k2 in a loss", "has, in each state, the gradient of KL(pi || ref)", k2_gradient),
+    ("k3 in a loss", "has, in each state, the gradient of KL(ref || pi)", k3_gradient),
     ("importance weights", "uncut, give the exact gradient from another policy's samples", importance_weights),
 )

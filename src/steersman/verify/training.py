@@ -21,7 +21,7 @@ from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_mean
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
-from steersman.update.kl_controller import DoublingKL, FixedKL
+from steersman.update.kl_controller import kl_to_sampler_controller
 from steersman.update.natural import trust_region_step
 from steersman.verify.gradient import loss_given, masked
 
@@ -80,10 +80,7 @@ class Run:
         self.critic = nn.Parameter(torch.zeros(len(mdp.states), dtype=torch.float64))
         self.actor_step = torch.optim.Adam([self.logits], lr=budget.lr)
         self.critic_step = torch.optim.Adam([self.critic], lr=budget.lr_critic)
-        settings: Any = algorithm
-        self.beta_old = (
-            DoublingKL(settings.beta_old, settings.target_old) if hasattr(algorithm, "beta_old") else FixedKL(0.0)
-        )
+        self.beta_old = kl_to_sampler_controller(algorithm.kl_to_sampler())
         self.forbidden = masked(algorithm, self.logits.detach()).isinf()
         self.moving = torch.zeros((), dtype=torch.float64)
 
