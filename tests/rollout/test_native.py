@@ -135,17 +135,6 @@ def test_without_it_the_same_samples_come_from_plain_torch(change, reason, tmp_p
 
 
 @needs_native
-def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        native._built(str(native._compiler()), {"a.cpp": b"this is not C++;"})
-    assert "error" in native._first_line(caught.value)
-    assert list((tmp_path / "steersman").iterdir()) == []
-    built = native._built(str(native._compiler()), {"a.cpp": b'extern "C" int one() { return 1; }'})
-    assert list((tmp_path / "steersman").iterdir()) == [built]
-
-
-@needs_native
 def test_generation_puts_the_models_own_attention_back():
     model = tiny_model("llama")
     before = model.config._attn_implementation

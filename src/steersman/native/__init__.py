@@ -2,33 +2,19 @@
 
 `decode` has the attention of one new token and the draw, `layers` what stands between a layer's matrix products,
 `products` those of a few dozen rows, `step` a step of decoding by a whole model.
-They need a C++ compiler (`$CXX`, c++, g++ or clang++) once per machine; the result lies in the user's cache folder.
+They need a C++ compiler (`$CXX`, c++, g++ or clang++) once per machine; `build` says where the result is kept.
 Without one, with STEERSMAN_NATIVE=0, on other devices and for other dtypes than float32, the plain torch code runs.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-fPIC",
-)
+from steersman.native import build
 
 
 @lru_cache(maxsize=1)
@@ -53,73 +39,19 @@ def why_not() -> str | None:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("STEERSMAN_NATIVE", "1") == "0":
         return None, "STEERSMAN_NATIVE is 0"
-    compiler = _compiler()
-    if compiler is None:
+    command = build.compiler()
+    if command is None:
         return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
     try:
-        return _declare(ctypes.CDLL(str(_built(compiler, _sources())))), None
+        return _declare(ctypes.CDLL(str(build.built(command, _sources())))), None
     except (OSError, subprocess.SubprocessError) as error:
-        return None, f"{compiler} could not build it: {_first_line(error)}"
-
-
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+        return None, f"{command} could not build it: {_first_line(error)}"
 
 
 def _sources() -> dict[str, bytes]:
     """The C++ files beside this one, headers too, by name."""
     kept = (file for file in files(__name__).iterdir() if file.name.endswith((".cpp", ".h")))
     return {file.name: file.read_bytes() for file in sorted(kept, key=lambda file: file.name)}
-
-
-def _built(compiler: str, sources: dict[str, bytes]) -> Path:
-    """The shared library of these files for this compiler and processor, built beside and then renamed."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    parts = [part for name, code in sources.items() for part in (name.encode(), code)]
-    known = hashlib.sha256(b"\0".join([*parts, version, " ".join(FLAGS).encode(), _processor()])).hexdigest()
-    for folder in _folders():
-        target = folder / f"native-{known[:16]}.so"
-        if target.is_file():
-            return target
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder) as beside:
-                for name, code in sources.items():
-                    Path(beside, name).write_bytes(code)
-                _compile(compiler, Path(beside)).replace(target)
-            return target
-        except PermissionError:
-            continue
-    raise OSError("no folder to keep it in can be written to; set XDG_CACHE_HOME")
-
-
-def _compile(compiler: str, folder: Path) -> Path:
-    """The shared library of a folder's files, which are compiled side by side."""
-    with ThreadPoolExecutor() as pool:
-        objects = list(
-            pool.map(lambda unit: _run(compiler, "-c", unit, to=unit.with_suffix(".o")), folder.glob("*.cpp"))
-        )
-    return _run(compiler, "-shared", *objects, to=folder / "native.so")
-
-
-def _run(compiler: str, *arguments: str | Path, to: Path) -> Path:
-    subprocess.run([compiler, *FLAGS, *arguments, "-o", to], capture_output=True, check=True, timeout=300)
-    return to
-
-
-def _folders() -> list[Path]:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [Path(home, "steersman"), Path(tempfile.gettempdir(), f"steersman-{os.getuid()}")]
-
-
-def _processor() -> bytes:
-    """What tells processors apart that share a home folder: code for one may not run on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
-    except (OSError, StopIteration):
-        return platform.processor().encode()
 
 
 def _first_line(error: Exception) -> str:
