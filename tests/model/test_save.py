@@ -57,7 +57,8 @@ def test_scalar_round_trip(family, model_folder, tmp_path, tokens):
     assert all(torch.equal(x, state[name]) for name, x in scalar.model.state_dict().items())
     again = load_scalar(folder)
     assert again.notes == []
-    assert torch.equal(again.value(tokens), scalar.value(tokens))
+    # the weights are equal to the bit; where they lie in memory decides the last bit of a product
+    torch.testing.assert_close(again.value(tokens), scalar.value(tokens), atol=2e-6, rtol=2e-6)
 
 
 def test_tied_embeddings_stay_tied(model_folder, tmp_path):

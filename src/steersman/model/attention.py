@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman import native
 from steersman.model.plain import plain
 from steersman.native import decode, sequences
 
@@ -55,8 +56,11 @@ def _asks_nothing_else(settings: dict[str, Any]) -> bool:
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """One float32 token per row on the CPU without gradients, columns side by side."""
     return (
-        query.shape[2] == 1
-        and query.is_cpu
+        query.dim() == key.dim() == value.dim() == 4
+        and query.shape[2] == 1
+        and native.library() is not None
+        and all(x.is_cpu and x.numel() > 0 for x in (query, key, value))
+        and sequences.of_one_kind(query, key, value)
         and query.dtype == key.dtype == value.dtype == torch.float32
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         and max(query.shape[-1], value.shape[-1]) <= WIDEST
@@ -65,7 +69,7 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
         and (
             mask is None
             or (mask.dtype == torch.float32 and mask.shape[1:3] == (1, 1) and mask.shape[-1] == key.shape[2]
-                and mask.stride(-1) == 1)
+                and mask.shape[0] in (1, len(query)) and mask.stride(-1) == 1 and mask.is_cpu)
         )
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steersman.model.attention import registered
 from steersman.model.plain import plain
 from steersman.native import library
-from steersman.native.layers import GATES, gated, rms_norm, rotate, takes
+from steersman.native.layers import GATES, gated, gates, norms, rms_norm, rotate, rotates
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 PLAIN = (Tensor, nn.Parameter)
@@ -50,10 +50,7 @@ def quicken(model: Any) -> None:
 
 def _fits(*tensors: Tensor) -> bool:
     """Whether the compiled loops may run here and now; parameters that are sharded or traced are left alone."""
-    for x in tensors:
-        if type(x) not in PLAIN or not takes(x):
-            return False
-    return not plain()
+    return all(type(x) in PLAIN for x in tensors) and not plain()
 
 
 def _norm_like(module: Any) -> bool:
@@ -81,7 +78,7 @@ def _offset(module: Any) -> float | None:
 
 
 def _norm(module: Any, offset: float, eps: float, x: Tensor) -> Tensor:
-    if not _fits(x, module.weight):
+    if not (_fits(x, module.weight) and norms(x, module.weight)):
         return type(module).forward(module, x)
     return rms_norm(x, module.weight, eps, offset)
 
@@ -113,7 +110,9 @@ def _gate(module: Any) -> str | None:
 def _feed_forward(module: Any, kind: str, x: Tensor) -> Tensor:
     if not _fits(x):
         return type(module).forward(module, x)
-    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), kind))
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    opened = gated(gate, up, kind) if _fits(gate, up) and gates(gate, up) else module.act_fn(gate) * up
+    return module.down_proj(opened)
 
 
 def _quicken_rotation(code: Any) -> None:
@@ -138,8 +137,8 @@ class _Rotation:
         self.original = original
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
-        fits = not more and not named and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
-        if not fits or cos.shape[-1] != q.shape[-1] or not _fits(q, k, cos, sin):
+        fits = not more and not named and _fits(q, k, cos, sin) and rotates(q, cos, sin) and rotates(k, cos, sin)
+        if not fits:
             return self.original(q, k, cos, sin, *more, **named)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 

@@ -43,7 +43,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if command is None:
         return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
     try:
-        return _declare(ctypes.CDLL(str(build.built(command, _sources())))), None
+        found = _declare(ctypes.CDLL(str(build.built(command, _sources()))))
+        return (
+            (found, None) if _same_layout(found) else (None, "its structures are laid out otherwise than ctypes' are")
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{command} could not build it: {_first_line(error)}"
 
@@ -52,6 +55,19 @@ def _sources() -> dict[str, bytes]:
     """The C++ files beside this one, headers too, by name."""
     kept = (file for file in files(__name__).iterdir() if file.name.endswith((".cpp", ".h")))
     return {file.name: file.read_bytes() for file in sorted(kept, key=lambda file: file.name)}
+
+
+def _same_layout(lib: ctypes.CDLL) -> bool:
+    """Whether the structures that are handed over are as large on the other side."""
+    from steersman.native.sequences import Sequences, Strided  # they import this module
+    from steersman.native.step import Layer, Model, Now
+
+    for function, ours in ((lib.step_sizes, (Layer, Model, Now)), (lib.sequences_sizes, (Strided, Sequences))):
+        theirs = (ctypes.c_int64 * len(ours))()
+        function(theirs)
+        if list(theirs) != [ctypes.sizeof(kind) for kind in ours]:
+            return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
@@ -80,5 +96,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in signatures.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
+    for name in ("step_sizes", "sequences_sizes"):
+        getattr(lib, name).argtypes, getattr(lib, name).restype = [sizes], None
     lib.panel_width.argtypes, lib.panel_width.restype = [], count
     return lib

@@ -38,7 +38,14 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
 
 def draws(x: Tensor) -> bool:
     """Whether `draw` takes these logits."""
-    return x.is_cpu and x.dtype == torch.float32 and x.stride(-1) == 1 and library() is not None
+    return (
+        library() is not None
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.dim() == 2
+        and x.shape[1] > 0
+        and x.stride(1) == 1
+    )
 
 
 def draw(x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,35 @@ def takes(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu") and library() is not None
 
 
+def norms(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` takes these: one weight for each number of a row."""
+    return takes(x) and takes(weight) and x.dim() > 0 and weight.shape == x.shape[-1:] and x.shape[-1] > 0
+
+
+def gates(gate: Tensor, up: Tensor) -> bool:
+    """Whether `gated` takes these; torch would broadcast or convert what is unlike."""
+    return takes(gate) and takes(up) and gate.shape == up.shape
+
+
+def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate` takes these: an angle for each position and number, for each row or for all."""
+    return (
+        all(map(takes, (x, cos, sin)))
+        and x.dim() == 4
+        and cos.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[1:] == (x.shape[2], x.shape[3])
+        and cos.shape[0] in (1, x.shape[0])
+        and x.shape[3] % 2 == 0
+        and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+    )
+
+
 def rms_norm(x: Float[Tensor, "*lead H"], weight: Float[Tensor, " H"], eps: float, offset: float = 0.0) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight). Source: arXiv 1910.07467, eq. 4."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Norm.apply(x, weight, eps, offset)  # type: ignore[return-value]
-    return _norm(x.contiguous(), weight, eps, offset)[0]
+    return _norm(x.contiguous(), weight.contiguous(), eps, offset)[0]
 
 
 def gated(gate: Float[Tensor, "*lead I"], up: Float[Tensor, "*lead I"], kind: str = "silu") -> Tensor:
@@ -47,7 +71,7 @@ def rotate(x: Float[Tensor, "B H L D"], cos: Float[Tensor, "b L D"], sin: Float[
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        x = x.contiguous()
+        x, weight = x.contiguous(), weight.contiguous()
         out, inverse = _norm(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset

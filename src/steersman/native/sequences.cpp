@@ -221,3 +221,8 @@ void attend_forward(const Sequences* s, int threads) { each_head(*s, threads, fo
 
 void attend_backward(const Sequences* s, int threads) { each_head(*s, threads, backward_of); }
 }
+
+extern "C" void sequences_sizes(int64_t* bytes) {
+    bytes[0] = sizeof(Strided);
+    bytes[1] = sizeof(Sequences);
+}

@@ -45,20 +45,37 @@ class Sequences(ctypes.Structure):
     ]  # fmt: skip
 
 
+def of_one_kind(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the shapes are those of one attention, [B, H, T, D], [B, K, L, D] and [B, K, L, W]: nothing broadcast,
+    as many keys as values, and H a multiple of K."""
+    return (
+        len(query) == len(key) == len(value)
+        and key.shape[1:3] == value.shape[1:3]
+        and query.shape[3] == key.shape[3]
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+    )
+
+
 def attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether `attend` takes these."""
     return (
         library() is not None
-        and all(x.is_cpu and x.dtype is torch.float32 and x.stride(-1) == 1 for x in (query, key, value))
-        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and query.dim() == key.dim() == value.dim() == 4
+        and all(
+            x.is_cpu and x.dtype is torch.float32 and x.numel() > 0 and x.stride(-1) == 1 for x in (query, key, value)
+        )
+        and of_one_kind(query, key, value)
+        and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % 16 == 0
         and query.shape[-1] <= 256
         and key.shape[2] <= LONGEST
         and not torch.is_autocast_enabled("cpu")
         and (
             mask is None
-            or (mask.dtype is torch.bool and mask.stride(-1) == 1 and mask.shape[1] == 1
-                and mask.shape[0] in (1, len(query)) and mask.shape[2:] == (query.shape[2], key.shape[2]))
+            or (mask.dtype is torch.bool and mask.is_cpu and mask.dim() == 4 and mask.stride(-1) == 1
+                and mask.shape[1] == 1 and mask.shape[0] in (1, len(query))
+                and mask.shape[2:] == (query.shape[2], key.shape[2]))
         )
     )  # fmt: skip
 

@@ -155,3 +155,9 @@ void decode_step(const Model* model, const Now* at, int threads) {
     }
 }
 }
+
+extern "C" void step_sizes(int64_t* bytes) {
+    bytes[0] = sizeof(Layer);
+    bytes[1] = sizeof(Model);
+    bytes[2] = sizeof(Now);
+}

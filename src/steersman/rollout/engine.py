@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from threading import Lock
 from typing import Any
 
 from steersman.rollout.batch import ActionMask, Batch, Limits
@@ -42,6 +43,7 @@ class Engine:
         self.end_ids = end_ids(model, tokenizer, eos_token_id)
         self.decoder = decoder_for(model, tokenizer)
         self._mask_decoder: Stepper | None = None
+        self._busy = Lock()
 
     def generate(
         self,
@@ -68,13 +70,35 @@ class Engine:
 
         Raises SteersmanError for an empty prompt, one that does not fit the context together with
         `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
-        finite; all but the last before anything is generated.
+        finite; all but the last before anything is generated. So is a call while another thread's is going on.
         """
+        if not self._busy.acquire(blocking=False):
+            raise SteersmanError(
+                "rollout: another thread is sampling with this engine, whose cache has room for one call; wait for "
+                "it, or give each thread an engine and a model of its own"
+            )
+        try:
+            return self._generate(
+                prompts, sampling, n, seed, record_support, progress,
+                None if mask_model is None else self._action_mask(mask_model, mask_top_p, mask_min_tokens),
+            )  # fmt: skip
+        finally:
+            self._busy.release()
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int,
+        seed: int | Sequence[int],
+        record_support: bool,
+        progress: Progress | None,
+        action_mask: ActionMask | None,
+    ) -> list[Sample]:
         self._check(prompts, sampling, n)
         if not prompts:
             return []
         limits = self._limits(len(prompts) * n)
-        action_mask = None if mask_model is None else self._action_mask(mask_model, mask_top_p, mask_min_tokens)
         batch = Batch(
             self.decoder,
             sampling,

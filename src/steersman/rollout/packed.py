@@ -49,11 +49,22 @@ def _plain(module: nn.Module) -> bool:
         and type(module.weight) is nn.Parameter
         and module.weight.is_cpu
         and module.weight.dtype == torch.float32
+        and module.weight.numel() > 0
+        and (module.bias is None or _bias_fits(module.bias, len(module.weight)))
         and "forward" not in vars(module)
     )
 
 
+def _bias_fits(bias: Tensor, outputs: int) -> bool:
+    return bias.is_cpu and bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous()
+
+
 def _linear(layer: nn.Linear, weight: Panels, x: Tensor) -> Tensor:
-    if x.numel() > ROWS * layer.in_features or x.dtype != torch.float32 or x.shape[-1] != layer.in_features:
+    if (
+        x.numel() > ROWS * layer.in_features
+        or x.dtype != torch.float32
+        or x.shape[-1] != weight.inputs
+        or not x.is_cpu
+    ):
         return nn.Linear.forward(layer, x)
     return product(x, weight, layer.bias)

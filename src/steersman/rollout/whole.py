@@ -34,8 +34,8 @@ class Whole:
         layers, config = model.model.layers, model.config
         attention, feed_forward = layers[0].self_attn, layers[0].mlp
         matrices = [linear.weight for layer in layers for linear in _linears(layer)]
-        # what the pointers below point to
-        self.kept: list[Any] = [model, rearrange([*matrices, model.lm_head.weight])]
+        # what the pointers below point to: the numbers themselves, whatever becomes of the parameters meanwhile
+        self.kept: list[Any] = [model, rearrange([*matrices, model.lm_head.weight]), _storages(model)]
         panels = iter(self.kept[1])
         self.layers = (step.Layer * len(layers))()
         for to, layer in zip(self.layers, layers, strict=True):
@@ -46,12 +46,12 @@ class Whole:
             to.out_bias = _at(of.o_proj.bias)
             to.query_norm, to.key_norm = (_at(getattr(n, "weight", None)) for n in _query_key_norms(layer))
             to.norm, to.inner_norm = _at(layer.input_layernorm.weight), _at(layer.post_attention_layernorm.weight)
-        width, inner, hidden = attention.head_dim, feed_forward.gate_proj.out_features, config.hidden_size
-        heads, kv_heads = (p.out_features // width for p in (attention.q_proj, attention.k_proj))
+        width, inner, hidden = attention.head_dim, len(feed_forward.gate_proj.weight), config.hidden_size
+        heads, kv_heads = (len(p.weight) // width for p in (attention.q_proj, attention.k_proj))
         self.model = step.Model(
             parts=ctypes.addressof(self.layers), embedding=_at(model.model.embed_tokens.weight),
             norm=_at(model.model.norm.weight), head=_at(next(panels).data), layers=len(layers), hidden=hidden,
-            heads=heads, kv_heads=kv_heads, width=width, inner=inner, vocabulary=model.lm_head.out_features,
+            heads=heads, kv_heads=kv_heads, width=width, inner=inner, vocabulary=len(model.lm_head.weight),
             eps=model.model.norm.variance_epsilon, scale=attention.scaling, gelu=GATES[config.hidden_act],
         )  # fmt: skip
         sizes = {
@@ -114,7 +114,48 @@ def _known(model: Any) -> bool:
         and getattr(model.model.rotary_emb, "rope_type", None) in ROTATIONS
         and 2 * len(model.model.rotary_emb.inv_freq) == attention.head_dim
         and model.config.hidden_act in GATES
+        and _of_one_shape(model)
     )
+
+
+def _of_one_shape(model: Any) -> bool:
+    """Whether every layer has the shapes that the first one has, and all fit together as the compiled step takes
+    them: a pruned model's need not, and a pointer knows no bounds."""
+    attention, hidden = model.model.layers[0].self_attn, model.config.hidden_size
+    width, embedding, head = attention.head_dim, model.model.embed_tokens.weight, model.lm_head.weight
+    heads, kv_heads, inner = (
+        len(linear.weight) for linear in (attention.q_proj, attention.k_proj, model.model.layers[0].mlp.gate_proj)
+    )
+    shapes = [
+        (heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads),
+        (inner, hidden), (inner, hidden), (hidden, inner),
+    ]  # fmt: skip
+    if not (width > 0 and heads % width == kv_heads % width == 0 and kv_heads > 0 and heads % kv_heads == 0):
+        return False
+    own_norms = {tuple(norm is not None for norm in _query_key_norms(layer)) for layer in model.model.layers}
+    return (
+        len(own_norms) == 1
+        and embedding.shape[1] == head.shape[1] == hidden
+        and len(embedding) >= len(head) > 0
+        and model.model.norm.weight.shape == (hidden,)
+        and all(_layer_fits(layer, shapes, hidden, width) for layer in model.model.layers)
+        and len({(layer.self_attn.head_dim, layer.self_attn.scaling) for layer in model.model.layers}) == 1
+        and all(p.is_contiguous() for p in model.parameters())
+    )
+
+
+def _layer_fits(layer: Any, shapes: list[tuple[int, int]], hidden: int, width: int) -> bool:
+    linears = _linears(layer)
+    return (
+        all(tuple(linear.weight.shape) == shape for linear, shape in zip(linears, shapes, strict=True))
+        and all(linear.bias is None or linear.bias.shape == linear.weight.shape[:1] for linear in linears)
+        and layer.input_layernorm.weight.shape == layer.post_attention_layernorm.weight.shape == (hidden,)
+        and all(norm is None or norm.weight.shape == (width,) for norm in _query_key_norms(layer))
+    )
+
+
+def _storages(model: Any) -> list[Tensor]:
+    return [p.data for p in model.parameters()]
 
 
 def _linears(layer: Any) -> list[Any]:
