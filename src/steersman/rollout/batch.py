@@ -57,7 +57,8 @@ class Limits:
 
 @dataclass(slots=True, frozen=True)
 class ActionMask:
-    """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`."""
+    """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`, or ends
+    the response."""
 
     decoder: Stepper
     top_p: float
@@ -211,11 +212,7 @@ class Batch:
         if self.sampling.min_new_tokens and self.ends:
             short = [len(s.ids) < self.sampling.min_new_tokens for s in sequences]
             banned = torch.tensor(short, device=self.device) if any(short) else None
-        allowed = (
-            top_p_mask(logits[1].float(), self.action_mask.top_p, self.action_mask.min_tokens)
-            if self.action_mask
-            else None
-        )
+        allowed = None if self.action_mask is None else self._actions(logits[1].float(), self.action_mask, banned)
         x = restrict(logits[0], self.sampling, banned, self.end_ids, allowed)
         drawn, logp = draw(x, uniform)
         if self.record:
@@ -234,6 +231,13 @@ class Batch:
                 finished.add(i)
         self.tokens += len(sequences)
         return drawn, finished
+
+    def _actions(self, logits: Tensor, mask: ActionMask, banned: Tensor | None) -> Tensor:
+        """The nucleus of the masking policy among the tokens that may come at all, and every end token: [B, V]."""
+        if banned is not None:
+            ends = logits[:, self.end_ids].masked_fill(banned[:, None], -torch.inf)
+            logits = logits.index_copy(-1, self.end_ids, ends)
+        return top_p_mask(logits, mask.top_p, mask.min_tokens).index_fill(-1, self.end_ids, True)
 
     def _record(self, x: Tensor, sequences: list[Growing]) -> None:
         """Note which tokens each sequence could have drawn."""

@@ -84,7 +84,7 @@ class Run:
         self.beta_old = (
             DoublingKL(settings.beta_old, settings.target_old) if hasattr(algorithm, "beta_old") else FixedKL(0.0)
         )
-        self.forbidden = masked(algorithm, self.logits.detach()).isinf()
+        self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
         self.moving = torch.zeros((), dtype=torch.float64)
 
     def policy(self) -> Tensor:
@@ -116,7 +116,7 @@ class Run:
             new = self._logp(rows).detach()
             self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
         if isinstance(algorithm, NLPO) and (iteration + 1) % algorithm.mask_every == 0:
-            self.forbidden = masked(algorithm, self.logits.detach()).isinf()
+            self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
 
     def _minibatch(self, traj: Trajectory, adv: Tensor, ret: Tensor | None, rows: Tensor) -> None:
         T = traj.mask.shape[1]
