@@ -112,6 +112,10 @@ class Tokens:
     def __len__(self) -> int:
         return self.response.shape[0]
 
+    def untruncated(self) -> Tokens:
+        """The same tokens without their support: as a model reads them whose whole distribution counts."""
+        return replace(self, support=None)
+
     def rows(self, index: Tensor) -> Tokens:
         """The given rows, in the given order, with the padding that they no longer need cut off."""
         prompt_length, response_length = self.prompt_length[index], self.response_length[index]

@@ -162,14 +162,14 @@ def test_an_index_that_comes_twice_gets_streams_of_its_own():
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bart"])
-def test_an_action_mask_is_another_models_nucleus(name):
+def test_an_action_mask_is_another_models_nucleus_and_the_end_tokens(name):
     policy, other = tiny_model(name), tiny_model(name, seed=9)
     sampling = Sampling(10, temperature=1.3)
     samples = Engine(policy, max_batch=3, eos_token_id=ENDS).generate(
         ragged(7), sampling, n=2, seed=1, record_support=True, mask_model=other, mask_top_p=0.6
     )
     for s in samples:
-        sets = [allowed(row, top_p=0.6) for row in plain_logits(other, s.prompt.ids, s.ids)]
+        sets = [allowed(row, top_p=0.6) | {*ENDS} for row in plain_logits(other, s.prompt.ids, s.ids)]
         assert [set(ids.tolist()) for ids in s.support] == sets
         logits = plain_logits(policy, s.prompt.ids, s.ids) / 1.3
         assert s.logp == pytest.approx(oracle_logp(logits, s.ids, sets), abs=1e-5)

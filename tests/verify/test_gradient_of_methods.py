@@ -76,7 +76,7 @@ def test_nlpo_without_its_other_biases_has_the_exact_gradient_of_the_masked_poli
     off = {k: v for k, v in gradient.OFF.items() if k in MaskedOnly.model_fields and k != "mask_top_p"}
     mdp, logits = gradient.example()
     algorithm = MaskedOnly(**off, mask_top_p=0.7)
-    assert gradient.masked(algorithm, logits).isinf().any()
+    assert gradient.masked(algorithm, logits, mdp.eos).isinf().any()
     assert gradient.check_gradient(algorithm, mdp, logits).shipped < 1e-8
 
 

@@ -1,7 +1,9 @@
 """NLPO, arXiv 2210.01241: PPO whose actions are limited to the top-p set of a lagging copy of the policy.
 
 The limit acts while sampling and in the loss: log-probabilities are those of the masked distribution on both
-sides, so the ratio is 1 before the first update. The masking copy is refreshed every `mask_every` iterations.
+sides, so the ratio is 1 before the first update. End tokens are always allowed, so that every response can end.
+The reference is not masked: KL to it counts what the mask cuts away. The masking copy is refreshed every
+`mask_every` iterations.
 """
 
 from pydantic import Field

@@ -19,7 +19,7 @@ from steersman.train.experience import tokens_of
 from steersman.train.models import context_length, policy_from
 from steersman.train.roles import sampler
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
-from steersman.types import Sample, SteersmanError, Tokens
+from steersman.types import Sample, SteersmanError
 
 Rows = list[dict[str, Any]]
 
@@ -68,8 +68,7 @@ class Player:
     @torch.no_grad()
     def logp(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[float]:
         """log-probability (nats) of each answer under this model's whole distribution."""
-        tokens = tokens_of(samples)
-        tokens = Tokens(tokens.prompt, tokens.prompt_length, tokens.response, tokens.response_length, tokens.mask)
+        tokens = tokens_of(samples).untruncated()
         logp = self.policy.logp(tokens, temperature=temperature).logp
         return masked_sum(logp, tokens.mask.to(logp.device), dim=-1).tolist()
 

@@ -152,7 +152,7 @@ class Wheel:
         rows, samples = player.answer(
             self.held, range(len(self.held)), self.data, rollout, n=1, seed=(self.recipe.run.seed, LOOK)
         )
-        logp = player.logp(samples, rollout.temperature)
+        logp = [sum(s.logp) for s in samples]  # as sampled from, beside the whole starting model
         logp_start = self.start.logp(samples, rollout.temperature)
         plain = self.start.logp(samples)
         columns = [self.held[r["index"]].columns for r in rows]

@@ -147,8 +147,7 @@ def perplexity(cell: Cell, recipe: GrueRecipe, samples: Sequence[Sample]) -> Cor
     lengths = torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])
     sums = np.zeros((len(samples), 2))
     for index in micro_batches(lengths, recipe.run.micro_tokens):
-        tokens = tokens_of([samples[i] for i in index.tolist()]).to(model.device)
-        tokens.support = None
+        tokens = tokens_of([samples[i] for i in index.tolist()]).untruncated().to(model.device)
         nats = -masked_sum(model.logp(tokens).logp, tokens.mask, dim=-1)
         sums[index.numpy(), 0] = nats.double().cpu().numpy()
         sums[index.numpy(), 1] = tokens.response_length.cpu().numpy()

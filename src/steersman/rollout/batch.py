@@ -57,7 +57,8 @@ class Limits:
 
 @dataclass(slots=True, frozen=True)
 class ActionMask:
-    """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`."""
+    """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`, or ends
+    the response."""
 
     decoder: Stepper
     top_p: float
@@ -75,6 +76,7 @@ class Batch:
         end_ids: Sequence[int],
         texts: Any,
         *,
+        known: int | None,
         record_support: bool,
         action_mask: ActionMask | None,
         progress: Progress | None,
@@ -85,8 +87,11 @@ class Batch:
         self.device = decoder.model.device
         self.ends = frozenset(end_ids)
         self.end_ids = torch.tensor(sorted(self.ends), dtype=torch.long, device=self.device)
+        width = decoder.model.get_output_embeddings().weight.shape[0]
+        padding = [] if known is None else [v for v in range(known, width) if v not in self.ends]
+        self.padding = torch.tensor(padding, dtype=torch.long, device=self.device)  # ids that the tokenizer lacks
         self.cut = sampling.truncates or action_mask is not None
-        self.record = record_support and (self.cut or sampling.min_new_tokens > 0)
+        self.record = record_support and (self.cut or bool(padding) or sampling.min_new_tokens > 0)
         self.waiting: deque[tuple[Prompt, list[Growing]]] = deque()
         self.ready: deque[Ready] = deque()
         self.live: list[Growing] = []
@@ -211,11 +216,9 @@ class Batch:
         if self.sampling.min_new_tokens and self.ends:
             short = [len(s.ids) < self.sampling.min_new_tokens for s in sequences]
             banned = torch.tensor(short, device=self.device) if any(short) else None
-        allowed = (
-            top_p_mask(logits[1].float(), self.action_mask.top_p, self.action_mask.min_tokens)
-            if self.action_mask
-            else None
-        )
+        if len(self.padding):
+            logits = [one.index_fill(-1, self.padding, -torch.inf) for one in logits]
+        allowed = None if self.action_mask is None else self._actions(logits[1].float(), self.action_mask, banned)
         x = restrict(logits[0], self.sampling, banned, self.end_ids, allowed)
         drawn, logp = draw(x, uniform)
         if self.record:
@@ -235,13 +238,21 @@ class Batch:
         self.tokens += len(sequences)
         return drawn, finished
 
+    def _actions(self, logits: Tensor, mask: ActionMask, banned: Tensor | None) -> Tensor:
+        """The nucleus of the masking policy among the tokens that may come at all, and every end token: [B, V]."""
+        if banned is not None:
+            ends = logits[:, self.end_ids].masked_fill(banned[:, None], -torch.inf)
+            logits = logits.index_copy(-1, self.end_ids, ends)
+        return top_p_mask(logits, mask.top_p, mask.min_tokens).index_fill(-1, self.end_ids, True)
+
     def _record(self, x: Tensor, sequences: list[Growing]) -> None:
         """Note which tokens each sequence could have drawn."""
         if self.cut:
             keep = x != -torch.inf
             ids = keep.nonzero()[:, 1].cpu().split(keep.sum(-1).tolist())
-        else:  # only end tokens were banned: all rows share two lists
+        else:  # only padding and end tokens were banned: all rows share two lists
             every = torch.arange(x.shape[-1])
+            every = every[~torch.isin(every, self.padding.cpu())]
             other = every[~torch.isin(every, self.end_ids.cpu())]
             ids = [other if len(s.ids) < self.sampling.min_new_tokens else every for s in sequences]
         for sequence, some in zip(sequences, ids, strict=True):

@@ -22,7 +22,8 @@ class Engine:
     prompt with its encoder and keeps what its decoder looks at in it; weights are read anew by every call, which
     sees whatever an optimiser did to them. `max_batch` is the number of sequences decoded together (64 on a CPU, 256
     on an accelerator). `eos_token_id` overrides the end tokens, which are otherwise the generation config's, or
-    the tokenizer's where it names none. Buffers stay for the next call until `release`.
+    the tokenizer's where it names none. Ids beyond the tokenizer's, with which a vocabulary is padded, are
+    never sampled. Buffers stay for the next call until `release`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Engine:
             raise SteersmanError("rollout.max_batch and rollout.prefill_tokens must be at least 1")
         self.end_ids = end_ids(model, tokenizer, eos_token_id)
         self.decoder = decoder_for(model, tokenizer)
+        self.known = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
         self._mask_decoder: Stepper | None = None
         self._busy = Lock()
 
@@ -105,6 +107,7 @@ class Engine:
             limits,
             self.end_ids,
             self.decoder.texts(self.tokenizer, sampling.stop),
+            known=self.known,
             record_support=record_support,
             action_mask=action_mask,
             progress=progress,

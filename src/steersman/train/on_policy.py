@@ -109,6 +109,8 @@ class OnPolicy:
     def experience(self, samples: list[Sample], scores: Scores) -> tuple[Tokens, Trajectory, Stats]:
         """Reference log-probabilities, values and baselines of the samples, and their shaped rewards.
 
+        The policy is taken as it was sampled from, the reference whole: what top-k, top-p, min-p, a minimum length
+        or NLPO's mask cut away is part of the KL (arXiv 1909.08593, eq. 2).
         With `rollout.recompute_logp` the old log-probabilities are the policy's own, not the engine's.
         """
         roles, recipe = self.roles, self.recipe
@@ -119,7 +121,11 @@ class OnPolicy:
             logp_old = (
                 roles.policy.logp(tokens, temperature=temperature).logp if recipe.rollout.recompute_logp else None
             )
-            logp_ref = None if roles.reference is None else roles.reference.logp(tokens, temperature=temperature).logp
+            logp_ref = (
+                None
+                if roles.reference is None
+                else roles.reference.logp(tokens.untruncated(), temperature=temperature).logp
+            )
         traj = trajectory(
             samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,

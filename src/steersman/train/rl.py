@@ -74,7 +74,8 @@ class HeldOut:
     def look(self, session: Session, step: int) -> Stats:
         """Samples and scores the held prompts; writes them to samples.jsonl; returns `held_out/...` numbers.
 
-        `held_out/kl` is nats per response and `held_out/perplexity` that of the responses under the reference.
+        `held_out/kl` is nats per response, of the policy as sampled from to the whole reference, and
+        `held_out/perplexity` that of the responses under the whole reference.
         """
         if not self.prompts:
             return {}
@@ -108,7 +109,7 @@ class HeldOut:
 
     @torch.no_grad()
     def _distance(self, samples: list) -> Stats:
-        tokens = tokens_of(samples).to(self.roles.device)
+        tokens = tokens_of(samples).untruncated().to(self.roles.device)
         ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp
         logp = behaviour_logp(samples, tokens.mask.shape[1]).to(ref.device)
         plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp

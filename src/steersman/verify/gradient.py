@@ -83,7 +83,7 @@ def _expected_and_exact(
     algorithm: Algorithm, mdp: TokenMDP, policy: Table, params: Sequence[Tensor] | None, size: int
 ) -> tuple[Tensor, Tensor]:
     """The gradient that is descended, and minus the exact one of J, both at the policy that is sampled from."""
-    now = masked(algorithm, policy.detach() if isinstance(policy, Tensor) else policy().detach())
+    now = masked(algorithm, policy.detach() if isinstance(policy, Tensor) else policy().detach(), mdp.eos)
 
     def limited() -> Tensor:
         made = policy if isinstance(policy, Tensor) else policy()
@@ -107,11 +107,13 @@ def _expected_and_exact(
     return found, -exact_gradient(mdp, limited, params)
 
 
-def masked(algorithm: Algorithm, logits: Tensor) -> Tensor:
-    """The policy that a method samples from; NLPO's is limited to the top-p set of the masking policy."""
+def masked(algorithm: Algorithm, logits: Tensor, end: int) -> Tensor:
+    """The policy that a method samples from; NLPO's is limited to the top-p set of the masking policy and the end
+    token."""
     if not isinstance(algorithm, NLPO):
         return logits
     allowed = top_p_mask(logits, algorithm.mask_top_p, algorithm.mask_min_tokens)
+    allowed[:, end] = True
     return logits.masked_fill(~allowed, -torch.inf)
 
 

@@ -81,7 +81,7 @@ class Run:
         self.actor_step = torch.optim.Adam([self.logits], lr=budget.lr)
         self.critic_step = torch.optim.Adam([self.critic], lr=budget.lr_critic)
         self.beta_old = kl_to_sampler_controller(algorithm.kl_to_sampler())
-        self.forbidden = masked(algorithm, self.logits.detach()).isinf()
+        self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
         self.moving = torch.zeros((), dtype=torch.float64)
 
     def policy(self) -> Tensor:
@@ -113,7 +113,7 @@ class Run:
             new = self._logp(rows).detach()
             self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
         if isinstance(algorithm, NLPO) and (iteration + 1) % algorithm.mask_every == 0:
-            self.forbidden = masked(algorithm, self.logits.detach()).isinf()
+            self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
 
     def _minibatch(self, traj: Trajectory, adv: Tensor, ret: Tensor | None, rows: Tensor) -> None:
         T = traj.mask.shape[1]
