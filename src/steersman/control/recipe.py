@@ -61,7 +61,7 @@ class DQNSettings(Section):
     batch: int = Field(default=64, ge=1, description="transitions per update")
     updates: int = Field(default=128, ge=1, description="updates per iteration")
     learning_starts: int = Field(default=1000, ge=1, description="steps before the first update")
-    target_every: int = Field(default=100, ge=1, description="updates between refreshes of the target network")
+    target_every: int = Field(default=200, ge=1, description="updates between refreshes of the target network")
     epsilon_start: float = Field(default=1.0, ge=0, le=1, description="share of random actions at the start")
     epsilon_end: float = Field(default=0.04, ge=0, le=1, description="share of random actions after the decay")
     epsilon_share: float = Field(default=0.2, gt=0, le=1, description="share of the run over which epsilon falls")
@@ -196,8 +196,8 @@ def _defaults(name: str) -> type[ControlRecipe]:
         return _recipe(name, TabularSettings(), iterations=100)
     if name == "dqn":
         network = NetworkConfig(hidden=[128, 128], activation="relu")
-        rollout = RolloutConfig(copies=4, steps=64)
-        return _recipe(name, DQNSettings(), rollout=rollout, network=network, iterations=160, optimizer=_rate(1e-3))
+        rollout = RolloutConfig(copies=4, steps=64, reward_scale=0.05)
+        return _recipe(name, DQNSettings(), rollout=rollout, network=network, iterations=250, optimizer=_rate(1e-3))
     algorithm, given = ALGORITHMS[name], DEFAULTS.get(name, {})
     settings = algorithm(**{"gamma": 0.99, "beta": 0.0, "average": "token", **given.get("settings", {})})
     critic = CriticConfig(optimizer=_rate(given.get("critic_lr", 1e-3))) if algorithm.critic else None

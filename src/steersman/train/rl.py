@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from steersman import native
-from steersman.data import Batches, encode_prompts, layout, prompts
+from steersman.data import Batches, encode_prompts, layout, prompts, wraps
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
@@ -122,7 +122,7 @@ class HeldOut:
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held prompts; without held-out rows the last few training prompts are looked at too."""
     loaded = prompts(recipe.data)
-    laid = layout(policy, recipe.data)
+    laid = layout(policy, recipe.data, asks=True)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
     train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
     if loaded.held_out:
@@ -142,6 +142,8 @@ def _preflight(
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
+    if wraps(roles.policy.tokenizer, recipe.data):
+        pre.fact("plain-text prompts", "become a user's turn in the chat template (data.wrap_in_chat)")
     pre.fact("reward", roles.reward.describe())
     if session.device.type == "cpu" and native.why_not() is not None:
         pre.fact("rollout", f"without its compiled loops, so slower: {native.why_not()}")
