@@ -22,23 +22,28 @@ class Verb:
     """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class.
 
     `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
-    file right after the verb that is no YAML is not a recipe but that setting.
+    file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
+    told where the verb is typed alone.
     """
 
     run: str
     recipe: str
     help: str
     file_key: str = ""
+    example: str = ""
 
 
+_START = "--model.path MODEL --data.path FILE"
+_ON_POLICY = f"{_START} --reward.parts '{{score: {{function: my_rewards.py:score}}}}'"
 VERBS = {
     "quickstart": Verb("steersman.train.quickstart:run", "steersman.train.quickstart:QuickstartRecipe",
                        "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
     "sft": Verb("steersman.train.sft:run", "steersman.train.sft:SFTRecipe",
-                "supervised fine-tuning on text, prompts with completions, or chats"),
+                "supervised fine-tuning on text, prompts with completions, or chats", example=_START),
     "reward": Verb("steersman.train.reward_model:run", "steersman.train.reward_model:RewardModelRecipe",
-                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps"),
-    **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text) for name, text in {
+                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps", example=_START),
+    **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text,
+                     example=_ON_POLICY) for name, text in {
         "ppo": "PPO with a critic against reward models, functions, or a weighted sum",
         "ppo-kl": "PPO with an adaptive KL penalty in the place of the clip",
         "trpo": "a natural-gradient step inside a KL ball, with a line search",
@@ -58,8 +63,9 @@ VERBS = {
     "control": Verb("steersman.control.run:run", "steersman.control.recipe:recipe_class",
                     "the same methods, DQN and tabular ones on a Gymnasium environment"),
     "dpo": Verb("steersman.train.preference:run", "steersman.train.preference:PreferenceRecipe",
-                "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name"),
-    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text)
+                "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name",
+                example=_START),
+    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text, example=_START)
        for name, text in {
         "kto": "single answers with a thumb up or down (or pairs, split in two), by prospect theory",
         "bco": "single answers with a thumb up or down, as a classifier whose logit is the implicit reward",
@@ -82,7 +88,7 @@ VERBS = {
                      "metrics with confidence intervals over a file of completions, or over a model's answers",
                      file_key="file"),
     "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
-                     "sample responses from a model"),
+                     "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip
 REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 
@@ -132,6 +138,10 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
     words = args[1:] if path is not None else args
     if path is not None and verb.file_key and path.suffix not in (".yaml", ".yml"):
         path, words = None, [f"--{verb.file_key}", str(path), *words]
+    if not args and verb.example:
+        _red(f"{name}: a model and data are needed; the least is\n  steersman {name} {verb.example}\n"
+             f"every setting: steersman {name} --help; recipes to begin from are in the folder recipes/")  # fmt: skip
+        return 2
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
     found = _load(verb.recipe)

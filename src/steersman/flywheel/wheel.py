@@ -190,6 +190,7 @@ def stage_data(recipe: LoopRecipe, path: str | list[str]) -> dict[str, Any]:
     too_long = recipe.data.on_too_long
     return {
         "path": path,
+        "wrap_in_chat": False,
         "assistant_turns": "last",
         "on_too_long": "drop" if too_long == "error" else too_long,
     } | limits
