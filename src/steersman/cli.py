@@ -87,6 +87,8 @@ VERBS = {
     "evaluate": Verb("steersman.train.evaluate:run", "steersman.train.evaluate:EvaluateRecipe",
                      "metrics with confidence intervals over a file of completions, or over a model's answers",
                      file_key="file"),
+    "chat": Verb("steersman.train.chat:run", "steersman.train.chat:ChatRecipe",
+                 "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
     "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip
