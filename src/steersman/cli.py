@@ -125,6 +125,11 @@ def _dispatch(args: list[str]) -> int:
     name, rest = args[0], args[1:]
     if name == "report":
         return _report(rest)
+    if ":" in name:
+        from steersman.train.verbs import own_recipe
+
+        own = own_recipe(name)
+        return _verb(name, VERBS["ppo"], rest, own)
     if name not in VERBS:
         near = get_close_matches(name, [*VERBS, "report"], 1)
         hint = f"did you mean {near[0]}?" if near else "steersman --help lists the verbs"
@@ -133,7 +138,8 @@ def _dispatch(args: list[str]) -> int:
     return _verb(name, VERBS[name], rest)
 
 
-def _verb(name: str, verb: Verb, args: list[str]) -> int:
+def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = None) -> int:
+    """Runs a verb; `own` is the recipe class of a method that was loaded by its path."""
     flags = {"--help", "-h", "--print-config", "--resume"}
     # A word right after a setting is its value, so only one in front can be the recipe.
     path = Path(args[0]) if args and not args[0].startswith("-") else None
@@ -146,7 +152,7 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
         return 2
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
-    found = _load(verb.recipe)
+    found = own or _load(verb.recipe)
     recipe_class: type[Section] = found if isinstance(found, type) else found(path, overrides)
     if given & {"--help", "-h"}:
         _verb_help(name, verb, recipe_class)
@@ -189,6 +195,7 @@ usage: steersman <verb> [recipe.yaml] [--section.key value ...]
 
 {verbs}
 
+steersman my_method.py:Class ...   an on-policy method of your own
 steersman <verb> --help            every setting of the verb, with its default and meaning
 steersman <verb> --print-config    the resolved recipe as YAML, ready to be saved and changed
 steersman <verb> ... --resume      continue a run from its newest checkpoint

@@ -6,6 +6,7 @@ from pydantic import Field, create_model
 
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
+from steersman.algorithms.load import load_algorithm
 from steersman.train.recipe import OnPolicyRecipe
 from steersman.train.sections import RolloutConfig
 
@@ -20,6 +21,11 @@ def recipe_of(algorithm: type[Algorithm]) -> type[OnPolicyRecipe]:
         return made
     rollout = Field(default=RolloutConfig(samples=GROUP))
     return create_model(made.__name__, __base__=made, __doc__=made.__doc__, rollout=(RolloutConfig, rollout))
+
+
+def own_recipe(spec: str) -> type[OnPolicyRecipe]:
+    """The recipe class of a method of one's own, "my_method.py:Class"."""
+    return recipe_of(load_algorithm(spec))
 
 
 RECIPES: dict[str, type[OnPolicyRecipe]] = {name: recipe_of(cls) for name, cls in ALGORITHMS.items()}
