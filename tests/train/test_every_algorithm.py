@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import yaml
+from letter_models import rows_of
 from train_kit import merge, plain, recipe, rewards_file, rows, save_tiny, settings, weights
 from transformers import AutoModelForCausalLM
 
@@ -281,3 +282,18 @@ def test_a_method_by_its_path_trains(tmp_path, mini):
     path.write_text(yaml.safe_dump(base))
     assert main([f"{tmp_path}/mine.py:Mine", str(path)]) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["verb"] == "mine"
+
+
+def test_a_look_says_how_sure_its_mean_is(tmp_path, base):
+    """The standard error of the mean over the held prompts, from the rewards in samples.jsonl."""
+    rl.run(recipe("grpo", base, rollout__held_out=5))
+    numbers = [row for row in rows(tmp_path / "run") if "held_out/reward_se" in row]
+    answers = rows_of(tmp_path / "run" / "samples.jsonl")
+    assert len(numbers) == 2
+    for look in numbers:
+        found = torch.tensor(
+            [a["reward"]["score"] for a in answers if a["step"] == look["step"]], dtype=torch.float64
+        )
+        assert len(found) == 5
+        assert look["held_out/reward/total"] == pytest.approx(float(found.mean()))
+        assert look["held_out/reward_se"] == pytest.approx(math.sqrt(float(found.var()) / 5))

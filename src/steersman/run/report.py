@@ -24,6 +24,7 @@ from steersman.types import SteersmanError
 # First part of a metric's name -> (title, what to look for). The order here is the order on the page.
 GROUPS: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "by part; all parts should rise, or at least none should pay for another"),
+    "reward_se": ("Standard error of the held-out reward", "1.96 of it to each side of the mean are a 95% interval"),
     "accuracy": ("Accuracy", "share judged right"),
     "margin": ("Margin", "by how much the better one leads"),
     "kl": ("KL to the reference", "nats per response; a steady climb is a policy that walks away"),

@@ -55,6 +55,8 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         if session.stopped:
             return session.summary({})
         save_model(roles.policy, recipe.model, session.path / "model")
+        if before and after:
+            session.log.note(f"held-out reward, with its 95% interval: {_interval(before)} -> {_interval(after)}")
         return session.summary(
             {
                 "model": str(session.path / "model"),
@@ -74,7 +76,9 @@ class HeldOut:
     def look(self, session: Session, step: int) -> Stats:
         """Samples and scores the held prompts; writes them to samples.jsonl; returns `held_out/...` numbers.
 
-        `held_out/kl` is nats per response and `held_out/perplexity` that of the responses under the reference.
+        `held_out/reward_se` is the standard error of the mean `held_out/reward/total` over the prompts: 1.96 of it
+        to each side are a 95% interval. `held_out/kl` is nats per response and `held_out/perplexity` that of the
+        responses under the reference.
         """
         if not self.prompts:
             return {}
@@ -83,6 +87,8 @@ class HeldOut:
         scores = roles.reward.score(samples)
         stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
         stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
+        if len(samples) > 1:
+            stats["held_out/reward_se"] = float(scores.total.double().std()) / math.sqrt(len(samples))
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
@@ -117,6 +123,12 @@ class HeldOut:
             "held_out/kl": float(masked_sum(logp - ref, tokens.mask, dim=-1).mean()),
             "held_out/perplexity": math.exp(min(-mean, 50)),
         }
+
+
+def _interval(look: Stats) -> str:
+    """A look's mean reward and half the width of its 95% interval, where several prompts give one."""
+    mean, error = look["held_out/reward/total"], look.get("held_out/reward_se")
+    return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {1.96 * error:.2g}"
 
 
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
