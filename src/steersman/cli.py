@@ -22,13 +22,15 @@ class Verb:
     """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class.
 
     `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
-    file right after the verb that is no YAML is not a recipe but that setting.
+    file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
+    told where the verb is typed alone.
     """
 
     run: str
     recipe: str
     help: str
     file_key: str = ""
+    example: str = ""
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
@@ -40,14 +42,17 @@ class Verb:
         return _load(self.run)(recipe, resume=resume)
 
 
+_START = "--model.path MODEL --data.path FILE"
+_ON_POLICY = f"{_START} --reward.parts '{{score: {{function: my_rewards.py:score}}}}'"
 VERBS = {
     "quickstart": Verb("steersman.train.quickstart:run", "steersman.train.quickstart:QuickstartRecipe",
                        "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
     "sft": Verb("steersman.train.sft:run", "steersman.train.sft:SFTRecipe",
-                "supervised fine-tuning on text, prompts with completions, or chats"),
+                "supervised fine-tuning on text, prompts with completions, or chats", example=_START),
     "reward": Verb("steersman.train.reward_model:run", "steersman.train.reward_model:RewardModelRecipe",
-                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps"),
-    **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text) for name, text in {
+                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps", example=_START),
+    **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text,
+                     example=_ON_POLICY) for name, text in {
         "ppo": "PPO with a critic against reward models, functions, or a weighted sum",
         "ppo-kl": "PPO with an adaptive KL penalty in the place of the clip",
         "trpo": "a natural-gradient step inside a KL ball, with a line search",
@@ -67,8 +72,9 @@ VERBS = {
     "control": Verb("steersman.control.run:run", "steersman.control.recipe:recipe_class",
                     "the same methods, DQN and tabular ones on a Gymnasium environment"),
     "dpo": Verb("steersman.train.preference:run", "steersman.train.preference:PreferenceRecipe",
-                "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name"),
-    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text)
+                "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name",
+                example=_START),
+    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text, example=_START)
        for name, text in {
         "kto": "single answers with a thumb up or down (or pairs, split in two), by prospect theory",
         "bco": "single answers with a thumb up or down, as a classifier whose logit is the implicit reward",
@@ -90,8 +96,10 @@ VERBS = {
     "evaluate": Verb("steersman.train.evaluate:run", "steersman.train.evaluate:EvaluateRecipe",
                      "metrics with confidence intervals over a file of completions, or over a model's answers",
                      file_key="file"),
+    "chat": Verb("steersman.train.chat:run", "steersman.train.chat:ChatRecipe",
+                 "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
     "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
-                     "sample responses from a model"),
+                     "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip
 REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 
@@ -126,6 +134,11 @@ def _dispatch(args: list[str]) -> int:
     name, rest = args[0], args[1:]
     if name == "report":
         return _report(rest)
+    if ":" in name:
+        from steersman.train.verbs import own_recipe
+
+        own = own_recipe(name)
+        return _verb(name, VERBS["ppo"], rest, own)
     if name not in VERBS:
         near = get_close_matches(name, [*VERBS, "report"], 1)
         hint = f"did you mean {near[0]}?" if near else "steersman --help lists the verbs"
@@ -134,18 +147,23 @@ def _dispatch(args: list[str]) -> int:
     return _verb(name, VERBS[name], rest)
 
 
-def _verb(name: str, verb: Verb, args: list[str]) -> int:
+def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = None) -> int:
+    """Runs a verb; `own` is the recipe class of a method that was loaded by its path."""
     flags = {"--help", "-h", "--print-config", "--resume"}
     # A word right after a setting is its value, so only one in front can be the recipe.
     path = Path(args[0]) if args and not args[0].startswith("-") else None
     words = args[1:] if path is not None else args
     if path is not None and verb.file_key and path.suffix not in (".yaml", ".yml"):
         path, words = None, [f"--{verb.file_key}", str(path), *words]
+    if not args and verb.example:
+        _red(f"{name}: a model and data are needed; the least is\n  steersman {name} {verb.example}\n"
+             f"every setting: steersman {name} --help; recipes to begin from are in the folder recipes/")  # fmt: skip
+        return 2
     given = {w for w in words if w in flags}
     overrides = [w for w in words if w not in flags]
     if path is None and "--resume" in given:
-        path = _own_recipe(overrides)
-    recipe_class = verb.recipe_class(path, overrides)
+        path = _recipe_of_run(overrides)
+    recipe_class = own or verb.recipe_class(path, overrides)
     if given & {"--help", "-h"}:
         _verb_help(name, verb, recipe_class)
         return 0
@@ -160,7 +178,7 @@ def _verb(name: str, verb: Verb, args: list[str]) -> int:
     return 130 if summary.get("finished") is False else 0
 
 
-def _own_recipe(overrides: list[str]) -> Path | None:
+def _recipe_of_run(overrides: list[str]) -> Path | None:
     """The recipe in the run folder that `--run.dir` names: with `--resume` and no recipe, the run goes on by it."""
     for i, word in enumerate(overrides):
         key, equals, value = word.partition("=")
@@ -198,6 +216,7 @@ usage: steersman <verb> [recipe.yaml] [--section.key value ...]
 
 {verbs}
 
+steersman my_method.py:Class ...   an on-policy method of your own
 steersman <verb> --help            every setting of the verb, with its default and meaning
 steersman <verb> --print-config    the resolved recipe as YAML, ready to be saved and changed
 steersman <verb> ... --resume      continue a run from its newest checkpoint; --resume --run.dir FOLDER is enough

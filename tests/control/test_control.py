@@ -23,7 +23,7 @@ from steersman.run.config import dump_recipe, load_recipe
 from steersman.run.seed import seed_everything
 from steersman.types import SteersmanError
 
-GRADIENT = [name for name in ALGORITHMS if refusal(name) is None]
+GRADIENT = [name for name in ALGORITHMS if refusal(ALGORITHMS[name]) is None]
 SMALL = ["--rollout.copies", "2", "--iterations", "4", "--network.hidden", "[16]"]
 
 
@@ -317,3 +317,76 @@ def test_video_of_what_renders_nothing_is_refused(tmp_path):
     state = fresh(small("ppo"))
     with pytest.raises(SteersmanError, match="renders no pictures"):
         record(state, Blind, state.recipe, tmp_path / "x.gif")
+
+
+OWN = '''
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+from steersman.advantage.gae import Advantage
+from steersman.advantage.returns import return_to_go
+from steersman.algorithms import Algorithm
+
+
+class Bandit(gym.Env):
+    """Two arms; the second one pays `pays`."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, pays=1.0, render_mode=None):
+        self.pays = pays
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), self.pays * float(action), True, False, {}
+
+
+class Plain(Algorithm):
+    name = "plain"
+    title = "Plain REINFORCE"
+    paper = "a test"
+
+    def advantage(self, traj):
+        return Advantage(return_to_go(traj))
+
+    def loss(self, logp, traj, adv, coef):
+        return -logp * adv
+'''
+
+
+def test_an_environment_and_a_method_of_ones_own_learn(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    words = ["control", "--env", f"{tmp_path}/mine.py:Bandit", "--env_options", "{pays: 2}"]
+    words += ["--algorithm", f"{tmp_path}/mine.py:Plain", "--rollout.episodes", "32", "--optimizer.lr", "0.05"]
+    assert main([*words, "--iterations", "30", "--run.dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["held_out/return"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--algorithm", "mine.py:Bandit"], "a method is a subclass"),
+        (["--algorithm", "mine.py:Plan"], "did you mean Plain"),
+        (["--env", "mine.py:Plain"], "is no gymnasium.Env|can not be made"),
+        (["--env", "mine.py:Bandit", "--env_options", "{pay: 2}"], "can not be made"),
+    ],
+)
+def test_what_a_path_does_not_hold_is_refused(words, said, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SteersmanError, match=said):
+        fresh(recipe(*words))
+
+
+def test_help_lists_the_methods(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["control", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(name in told for name in RECIPES)
+    assert "my_method.py:Class" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -158,3 +159,15 @@ def test_every_verb_is_there(name, steersman):
     code, out, _ = steersman(name, "--help")
     assert code == 0
     assert f"steersman {name} [recipe.yaml]" in out
+
+
+@pytest.mark.parametrize("verb", sorted(v for v, row in VERBS.items() if row.example))
+def test_a_verb_typed_alone_says_the_least_that_runs(verb, steersman):
+    """What it says is itself a complete recipe."""
+    code, _, err = steersman(verb)
+    assert code == 2
+    [line] = [line for line in err.splitlines() if line.startswith("  steersman ")]
+    words = shlex.split(line)
+    assert words[:2] == ["steersman", verb]
+    code, out, err = steersman(*words[1:], "--print-config")
+    assert (code, "path: MODEL" in out) == (0, True), err

@@ -152,3 +152,21 @@ def test_charts_of_awkward_numbers(values):
     svg = line_chart("x", [Line("a", list(map(float, range(len(values)))), values)], log=True)
     ET.fromstring(svg)
     assert "mathdefault" not in svg
+
+
+def test_the_setup_stands_at_the_top(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: some/model, dtype: float32, lora: {r: 4, alpha: 8.0}}\ndata: {path: a.jsonl}\n"
+    )
+    page = write_report(tmp_path).read_text()
+    top = page.split("<details>")[0]
+    for text in ("some/model", "adapters of rank 4, alpha 8", "a.jsonl", "torch 2"):
+        assert text in top
+
+
+def test_axes_are_named_and_lines_that_coincide_are_told_apart():
+    same = [Line(name, [0, 1, 2], [1, 2, 3]) for name in "ab"]
+    svg = line_chart("reward", same, label="Reward")
+    assert ">step<" in svg
+    assert ">Reward<" in svg
+    assert svg.count("stroke-dasharray") >= 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
-from train_kit import merge, plain, recipe, rewards_file, rows, save_tiny, weights
+import yaml
+from letter_models import rows_of
+from train_kit import merge, plain, recipe, rewards_file, rows, save_tiny, settings, weights
 from transformers import AutoModelForCausalLM
 
 from steersman.algorithms import ALGORITHMS
+from steersman.cli import main
 from steersman.data import Batches
 from steersman.train import rl
 from steersman.train.on_policy import OnPolicy
@@ -284,3 +288,36 @@ def test_rewards_per_token_reach_their_tokens(base, tmp_path):
     for row, sample in enumerate(samples):
         expected = torch.tensor([0.1 * (i % 7) for i in sample.ids])
         torch.testing.assert_close(traj.reward[row, : len(sample.ids)], expected)
+
+
+def test_a_method_by_its_path_trains(tmp_path, mini):
+    """`steersman my_method.py:Class` is the on-policy loop with that class."""
+    (tmp_path / "mine.py").write_text(
+        "from steersman.algorithms.grpo import GRPO\n\n\n"
+        "class Mine(GRPO):\n"
+        "    name = 'mine'\n"
+        "    title = 'GRPO with half the advantage'\n\n"
+        "    def advantage(self, traj):\n"
+        "        made = super().advantage(traj)\n"
+        "        return type(made)(made.adv * 0.5)\n"
+    )
+    base = settings(tmp_path, mini)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base))
+    assert main([f"{tmp_path}/mine.py:Mine", str(path)]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["verb"] == "mine"
+
+
+def test_a_look_says_how_sure_its_mean_is(tmp_path, base):
+    """The standard error of the mean over the held prompts, from the rewards in samples.jsonl."""
+    rl.run(recipe("grpo", base, rollout__held_out=5))
+    numbers = [row for row in rows(tmp_path / "run") if "held_out/reward_se" in row]
+    answers = rows_of(tmp_path / "run" / "samples.jsonl")
+    assert len(numbers) == 2
+    for look in numbers:
+        found = torch.tensor(
+            [a["reward"]["score"] for a in answers if a["step"] == look["step"]], dtype=torch.float64
+        )
+        assert len(found) == 5
+        assert look["held_out/reward/total"] == pytest.approx(float(found.mean()))
+        assert look["held_out/reward_se"] == pytest.approx(math.sqrt(float(found.var()) / 5))

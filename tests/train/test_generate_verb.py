@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
-from train_kit import prompts_file
+from letter_models import letters, write_jsonl
+from train_kit import prompts_file, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.cli import main
+from steersman.train.sections import LoraSection
 
 
 @pytest.fixture
@@ -81,3 +83,73 @@ def test_without_a_file_the_responses_are_printed(words, capsys):
 def test_what_can_not_be_sampled_is_refused(more, said, words, capsys):
     assert main([*words, *more]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}u {{ m.content }}\n{% else %}a {{ m.content }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tmp_path, mini):
+    """The smallest model with a chat template of its own, its weights saved in bfloat16."""
+    folder = tmp_path / "chatty"
+    model = AutoModelForCausalLM.from_pretrained(mini, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(mini)
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def greedy(folder, ids: list[int], count: int) -> str:
+    """Greedy decoding by the model's whole forward pass."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), letters()
+    start = len(ids)
+    while len(ids) < start + count and ids[-1] != 2:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode([i for i in ids[start:] if i != 2])
+
+
+@pytest.mark.parametrize(("more", "seen"), [([], "u hm\na "), (["--wrap_in_chat", "false"], "hm")])
+def test_a_chat_model_is_asked_through_its_template(more, seen, chatty, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    args = ["generate", "--model.path", str(chatty), "--prompts", '["hm"]', "--greedy", "true", "--out", str(out)]
+    assert main([*args, "--rollout.max_new_tokens", "6", "--run.threads", "1", *more]) == 0
+    [row] = rows(out)
+    assert row["prompt"] == "hm"
+    assert row["completion"] == greedy(chatty, letters().encode(seen, add_special_tokens=False), 6)
+    assert ("chat template" in capsys.readouterr().err) == (not more)
+
+
+def test_rows_keep_their_columns_and_evaluate_keeps_the_answers(words, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "hm", "kind": "a", "reference": "oh"}])
+    out, table = tmp_path / "out.jsonl", tmp_path / "table.json"
+    assert main([*words, "--data.path", str(data), "--out", str(out)]) == 0
+    [row] = rows(out)
+    assert (row["kind"], row["reference"], row["prompt"]) == ("a", "oh", "hm")
+    assert main(["evaluate", str(out), "--metrics", "[chrf]", "--as_json"]) == 0
+
+    generate = [f"--generate.{w.removeprefix('--')}" if w.startswith("--") else w for w in words[1:]]
+    asked = ["evaluate", *generate, "--generate.data.path", str(data), "--metrics", "[chrf]", "--out", str(table)]
+    assert main(asked) == 0
+    assert rows(tmp_path / "table.completions.jsonl") == rows(out)
+
+
+def test_a_model_is_saved_in_the_precision_that_it_was_loaded_from(chatty, tmp_path):
+    """Training computes in float32; `save_dtype: same` means the files, not the arithmetic."""
+    data = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": w, "completion": "yes"} for w in ("hm", "oh", "we", "no")]
+    )
+    args = ["--model.path", str(chatty), "--data.path", str(data), "--run.threads", "1"]
+    for dtype, expected in (("same", torch.bfloat16), ("float32", torch.float32)):
+        run = tmp_path / dtype
+        assert main(["sft", *args, "--run.dir", str(run), "--model.save_dtype", dtype]) == 0
+        assert {x.dtype for x in weights(run / "model").values()} == {expected}
+
+
+def test_the_scale_of_adapters_does_not_follow_their_rank():
+    assert [LoraSection(r=r).alpha / r for r in (1, 8, 64)] == [2, 2, 2]
+    assert LoraSection(r=4, alpha=3).alpha == 3

@@ -154,7 +154,7 @@ def test_critics_start_at_zero_and_learn(asked, init):
 
 
 def test_lora_leaves_the_reference_in_place(asked, tmp_path):
-    rl.run(recipe("grpo", asked, model__lora={"r": 2}, iterations=2, optimizer__lr=0.05))
+    rl.run(recipe("grpo", asked, model__lora={"r": 2, "alpha": 16}, iterations=2, optimizer__lr=0.05))
     found = rows(tmp_path / "run")
     assert found[1]["kl"] == pytest.approx(0, abs=1e-5)
     assert found[2]["kl"] > 1e-4

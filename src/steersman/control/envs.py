@@ -24,6 +24,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steersman.run.functions import load_function
 from steersman.run.seed import sub_seed
 from steersman.types import SteersmanError
 
@@ -185,9 +186,13 @@ class Worlds:
 def maker(name: str, options: dict[str, Any], *, render: bool = False) -> Callable[[], gym.Env]:
     """A function that builds the environment by name; builds one at once, so that what is wrong shows now.
 
+    "my_env.py:Class" gives an environment of one's own, built with the options.
+
     Raises SteersmanError for a name that Gymnasium does not know, options that it refuses, or a missing package.
     """
     extra = {**options, "render_mode": "rgb_array"} if render else options
+    if ".py:" in name:
+        return _own(name, load_function(name), extra)
     try:
         gym.make(name, **extra).close()
     except gym.error.DependencyNotInstalled as error:
@@ -198,6 +203,18 @@ def maker(name: str, options: dict[str, Any], *, render: bool = False) -> Callab
         hint = f"; did you mean {near[0]}?" if near and near[0] != name else ""
         raise SteersmanError(f"env {name}: Gymnasium can not make it ({error}){hint}") from error
     return lambda: gym.make(name, **extra)
+
+
+def _own(name: str, build: Callable[..., Any], options: dict[str, Any]) -> Callable[[], gym.Env]:
+    """The maker of a user's environment; what it does not say itself (a limit of time) is not added."""
+    try:
+        made = build(**options)
+    except Exception as error:
+        raise SteersmanError(f"env {name}: it can not be made ({type(error).__name__}: {error})") from error
+    if not isinstance(made, gym.Env):
+        raise SteersmanError(f"env {name}: {type(made).__name__} is no gymnasium.Env; derive the class from it")
+    made.close()
+    return lambda: build(**options)
 
 
 def observation_size(space: spaces.Space) -> int:

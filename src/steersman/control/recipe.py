@@ -10,6 +10,8 @@ from pydantic import Field, create_model, model_validator
 
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
+from steersman.algorithms.load import load_algorithm
+from steersman.algorithms.nlpo import NLPO
 from steersman.control.policies import NetworkConfig
 from steersman.run.config import Section
 from steersman.run.recipe_text import RecipeLoader
@@ -57,11 +59,11 @@ class DQNSettings(Section):
     double: bool = Field(
         default=True, description="double DQN: the learning network chooses, the target network judges"
     )
-    replay: int = Field(default=50_000, ge=1, description="transitions kept")
-    batch: int = Field(default=64, ge=1, description="transitions per update")
+    replay: int = Field(default=100_000, ge=1, description="transitions kept")
+    batch: int = Field(default=128, ge=1, description="transitions per update")
     updates: int = Field(default=128, ge=1, description="updates per iteration")
     learning_starts: int = Field(default=1000, ge=1, description="steps before the first update")
-    target_every: int = Field(default=100, ge=1, description="updates between refreshes of the target network")
+    target_every: int = Field(default=250, ge=1, description="updates between refreshes of the target network")
     epsilon_start: float = Field(default=1.0, ge=0, le=1, description="share of random actions at the start")
     epsilon_end: float = Field(default=0.04, ge=0, le=1, description="share of random actions after the decay")
     epsilon_share: float = Field(default=0.2, gt=0, le=1, description="share of the run over which epsilon falls")
@@ -84,7 +86,7 @@ class TabularSettings(Section):
 class ControlRecipe(Section):
     """Reinforcement learning on a Gymnasium environment."""
 
-    env: str = Field(default="CartPole-v1", description="name of a Gymnasium environment")
+    env: str = Field(default="CartPole-v1", description="name of a Gymnasium environment, or my_env.py:Class")
     env_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the environment")
     algorithm: str = Field(default="ppo", description="name of the method")
     settings: Any = None
@@ -128,14 +130,13 @@ class ControlRecipe(Section):
         return self
 
 
-def refusal(name: str) -> str | None:
+def refusal(algorithm: type[Algorithm]) -> str | None:
     """Why an on-policy algorithm can not be used in control; None where it can."""
-    algorithm = ALGORITHMS[name]
     if algorithm.group:
         return "compares several answers to one prompt, and an environment asks no question twice"
     if algorithm.baseline == "greedy":
         return "needs the greedy answer to the same prompt as its baseline, and no two episodes begin alike"
-    if name == "nlpo":
+    if issubclass(algorithm, NLPO):
         return "masks the unlikely part of a vocabulary; an action space has none to spare"
     return None
 
@@ -146,11 +147,14 @@ def recipe_class(path: Path | None, overrides: list[str]) -> type[ControlRecipe]
     Raises SteersmanError for a method that is unknown, or that can not be used in control, with the reason.
     """
     name = str(_chosen(path, overrides))
-    known = [n for n in ALGORITHMS if refusal(n) is None] + ["dqn", *TABULAR]
-    if name not in known:
-        why = f"{ALGORITHMS[name].title} {refusal(name)}" if name in ALGORITHMS else f"there is no method {name!r}"
-        raise SteersmanError(f"algorithm: {why}; for control choose one of {', '.join(known)}")
-    return RECIPES[name]
+    if name in RECIPES:
+        return RECIPES[name]
+    algorithm = load_algorithm(name) if ":" in name else ALGORITHMS.get(name)
+    why = f"there is no method {name!r}" if algorithm is None else refusal(algorithm)
+    if algorithm is None or why is not None:
+        told = why if algorithm is None else f"{algorithm.title} {why}"
+        raise SteersmanError(f"algorithm: {told}; for control choose one of {', '.join(KNOWN)}")
+    return _on_policy(name, algorithm)
 
 
 def _chosen(path: Path | None, overrides: list[str]) -> Any:
@@ -174,7 +178,7 @@ def _recipe(name: str, settings: Section, **changes: Any) -> type[ControlRecipe]
     run = RunConfig(dir="runs/control", device="cpu", threads=1, eval_every=20, save_every=50)
     literal: Any = Literal[name]  # type: ignore[valid-type]
     fields: dict[str, Any] = {
-        "algorithm": (literal, Field(default=name, description="name of the method")),
+        "algorithm": (literal, Field(default=name, description=f"the method: {', '.join(KNOWN)}, or {OWN}")),
         "settings": (type(settings), Field(default=settings, description="the method's own settings")),
         "run": (RunConfig, run),
     }
@@ -196,9 +200,13 @@ def _defaults(name: str) -> type[ControlRecipe]:
         return _recipe(name, TabularSettings(), iterations=100)
     if name == "dqn":
         network = NetworkConfig(hidden=[128, 128], activation="relu")
-        rollout = RolloutConfig(copies=4, steps=64)
-        return _recipe(name, DQNSettings(), rollout=rollout, network=network, iterations=160, optimizer=_rate(1e-3))
-    algorithm, given = ALGORITHMS[name], DEFAULTS.get(name, {})
+        rollout = RolloutConfig(copies=4, steps=64, reward_scale=0.05)
+        return _recipe(name, DQNSettings(), rollout=rollout, network=network, iterations=400, optimizer=_rate(1e-3))
+    return _on_policy(name, ALGORITHMS[name])
+
+
+def _on_policy(name: str, algorithm: type[Algorithm]) -> type[ControlRecipe]:
+    given = DEFAULTS.get(name, {})
     settings = algorithm(**{"gamma": 0.99, "beta": 0.0, "average": "token", **given.get("settings", {})})
     critic = CriticConfig(optimizer=_rate(given.get("critic_lr", 1e-3))) if algorithm.critic else None
     # Returns are tens to hundreds here, and a fresh critic answers near 0: scaled, it need not climb there first.
@@ -228,4 +236,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": {"settings": {"epochs": 6, "minibatches": 4}, "lr": 3e-3, "iterations": 50},
     "ppo-kl": {"settings": {"epochs": 6, "minibatches": 4}, "lr": 3e-3, "iterations": 50},
 }
-RECIPES = {name: _defaults(name) for name in [*(n for n in ALGORITHMS if refusal(n) is None), "dqn", *TABULAR]}
+KNOWN = [*(n for n, algorithm in ALGORITHMS.items() if refusal(algorithm) is None), "dqn", *TABULAR]
+OWN = "my_method.py:Class"
+RECIPES = {name: _defaults(name) for name in KNOWN}

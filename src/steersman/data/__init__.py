@@ -4,7 +4,7 @@ from steersman.data.batches import Batches
 from steersman.data.collate import collate, collate_groups, collate_pairs, pack
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import Encoded, EncodedSet, encode, encode_prompts, layout
+from steersman.data.encode import Encoded, EncodedSet, encode, encode_prompts, layout, wraps
 from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
 from steersman.data.load import (
     Loaded,
@@ -60,4 +60,5 @@ __all__ = [
     "read_rows",
     "recognised",
     "steps",
+    "wraps",
 ]  # fmt: skip

@@ -66,8 +66,10 @@ class DataConfig(Section):
     max_length: int | None = Field(
         default=None, ge=2, description="longest prompt + response, in tokens; the model's context if not given"
     )
-    wrap_in_chat: bool = Field(
-        default=False, description="put plain-text prompts into the chat template as a user's turn"
+    wrap_in_chat: bool | None = Field(
+        default=None,
+        description="put plain-text prompts into the chat template as a user's turn; null: where a model with a "
+        "template of its own is to answer them, and not in data with answers",
     )
     assistant_turns: Literal["all", "last"] = Field(
         default="all", description="which assistant turns of a conversation count in the loss"

@@ -57,15 +57,24 @@ class EncodedSet(Generic[E]):
         return [group[0] for group in self.groups]
 
 
-def layout(reader: Any, config: DataConfig) -> Layout:
-    """The layout that a data section asks for, for a policy or scalar model; a bare tokenizer is a causal model's."""
+def wraps(tokenizer: Any, config: DataConfig) -> bool:
+    """Whether plain-text prompts that a model is to answer go through its chat template: as the section says, or
+    where the tokenizer has a template of its own."""
+    return bool(tokenizer.chat_template) if config.wrap_in_chat is None else config.wrap_in_chat
+
+
+def layout(reader: Any, config: DataConfig, *, asks: bool = False) -> Layout:
+    """The layout that a data section asks for, for a policy or scalar model; a bare tokenizer is a causal model's.
+
+    `asks` says that the model is to answer the prompts, so that what the section leaves open follows `wraps`.
+    """
     tokenizer, start = getattr(reader, "tokenizer", reader), getattr(reader, "decoder_start", ())
     kind = functools.partial(PairLayout, start=len(start)) if start else Layout
     return kind(
         tokenizer,
         append_eos=config.append_eos,
         allow_special_tokens=config.allow_special_tokens,
-        wrap_in_chat=config.wrap_in_chat,
+        wrap_in_chat=wraps(tokenizer, config) if asks else bool(config.wrap_in_chat),
         assistant_turns=config.assistant_turns,
     )
 

@@ -77,11 +77,14 @@ class Player:
         self._policy = self._engine = None
 
 
-def load_queries(data: DataConfig, held: int) -> tuple[list[Query], list[Query]]:
-    """Training prompts and held ones; without held-out rows the last few training prompts are looked at."""
+def load_queries(data: DataConfig, held: int, *, wrap: bool) -> tuple[list[Query], list[Query]]:
+    """Training prompts and held ones; without held-out rows the last few training prompts are looked at.
+
+    With `wrap` plain-text prompts become a user's turn.
+    """
     loaded = prompts(data)
     for query in [*loaded.train, *loaded.held_out]:
-        if data.wrap_in_chat and isinstance(query.prompt, str):
+        if wrap and isinstance(query.prompt, str):
             query.prompt = user(query.prompt)
     if not loaded.held_out and len(loaded.train) <= held:
         raise SteersmanError(

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from steersman.data import Batches
+from steersman.data import Batches, wraps
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.judge import open_judge
 from steersman.judge.scored import Scorer
+from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n
 from steersman.train.sections import ModelConfig
 from steersman.types import Stats, SteersmanError
@@ -30,7 +31,9 @@ class Wheel:
 
     def __init__(self, ledger: Ledger, recipe: LoopRecipe) -> None:
         self.ledger, self.recipe = ledger, recipe
-        self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out)
+        self.train, self.held = load_queries(
+            recipe.data, recipe.rollout.held_out, wrap=wraps(load_tokenizer(recipe.model.path), recipe.data)
+        )
         stopping = lambda: bool(ledger.signal)  # noqa: E731
         self.judge = open_judge(recipe.judge, ledger.path, stopping=stopping, device=ledger.device)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
@@ -187,6 +190,7 @@ def stage_data(recipe: LoopRecipe, path: str | list[str]) -> dict[str, Any]:
     too_long = recipe.data.on_too_long
     return {
         "path": path,
+        "wrap_in_chat": False,
         "assistant_turns": "last",
         "on_too_long": "drop" if too_long == "error" else too_long,
     } | limits

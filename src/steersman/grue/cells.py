@@ -127,6 +127,7 @@ def on_policy(recipe: GrueRecipe, task: Task, verb: str, start: str, folder: Pat
         "model": recipe.model.model_dump() | {"path": start, "scratch": None, "merge": True},
         "data": {
             "path": str(data / "prompts.jsonl"),
+            "wrap_in_chat": False,
             "held_out_files": [str(data / "held-out.jsonl")],
             "on_too_long": "truncate",
         },

@@ -24,6 +24,7 @@ from steersman.model.source import (
     read_weights,
     require_complete,
     require_vocabulary,
+    stored_dtype,
 )
 from steersman.types import SteersmanError
 
@@ -69,7 +70,7 @@ def load_policy(
         base, base_local = source, local
     notes: list[str] = []
     config = read_config(base, base_local, notes)
-    pair = config.is_encoder_decoder
+    pair, stored = config.is_encoder_decoder, stored_dtype(config)
     if type(config) not in (hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING):
         raise SteersmanError(
             f"{base}: a model of type '{config.model_type}' is not a causal language model, nor an encoder with a "
@@ -86,7 +87,7 @@ def load_policy(
     require_vocabulary(base, tokenizer, model)
     model = model.to(_device(device))
     policy = Policy(model, tokenizer, pack=pack)
-    policy.notes = notes
+    policy.notes, policy.stored_dtype = notes, stored
     if saved_adapters:
         _adapters(policy, load_lora(model, source, trainable=trainable))
         notes.append(f"adapters from {source} on {base}")
@@ -126,9 +127,10 @@ def load_scalar(
             "one number. If it was saved by mistake with the default of 2, train it again with num_labels=1; to "
             "keep the trunk and start a new head, load it with init='fresh'"
         )
+    stored = stored_dtype(config)
     model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes)
     scalar = ScalarModel(model.to(_device(device)), tokenizer)
-    scalar.notes = notes
+    scalar.notes, scalar.stored_dtype = notes, stored
     return scalar if trainable else scalar.requires_grad_(False)
 
 
@@ -160,13 +162,14 @@ def load_reward(
             f"{source}: a reward model of {', '.join(meaning.attributes)}, but the data rates {', '.join(wanted)}; "
             "name the same attributes in the same order in data.scores, or start from its language model"
         )
+    stored = stored_dtype(config)
     model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes)
     model = model.to(_device(device))
     kind = GatedModel if meaning.gating else AttributeModel
     loaded = kind(model, tokenizer, wanted)
     if isinstance(loaded, GatedModel):
         loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))
-    loaded.notes = notes
+    loaded.notes, loaded.stored_dtype = notes, stored
     return loaded if trainable else loaded.requires_grad_(False)
 
 

@@ -41,7 +41,7 @@ class Policy(nn.Module):
 
     `pack`: lay several rows into one of up to so many tokens, with the same results. `max_tokens`: without
     gradients, run in groups of like length of at most so many tokens with their padding. `notes` say what
-    loading found or changed.
+    loading found or changed, `stored_dtype` in which precision the weights lay on disk (None: unknown).
 
     Raises SteersmanError if the model's own logits are not what trunk and output layer give, if later tokens or
     padding show in its states, if an encoder-decoder names no start token, or if it can not pack where packing is
@@ -55,6 +55,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.pack, self.max_tokens = pack, max_tokens
         self.notes: list[str] = []
+        self.stored_dtype: torch.dtype | None = None
         self.reader: Reader
         if is_pair(model):
             self.reader, self.form = pair_reader(model, tokenizer), probe_pair(model)

@@ -38,6 +38,7 @@ class Headed(nn.Module):
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.trunk_name = model.base_model_prefix
         self.notes: list[str] = []
+        self.stored_dtype: torch.dtype | None = None
         self.reader: Reader = pair_reader(self.trunk, tokenizer) if is_pair(model) else Joined(self.trunk)
         self.means(Meaning.of(model.config))
         self._probe()

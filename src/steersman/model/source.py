@@ -74,6 +74,12 @@ def read_config(source: str, local: bool, notes: list[str]) -> Any:
     return config
 
 
+def stored_dtype(config: Any) -> torch.dtype | None:
+    """The precision that a config says its weights were saved in; None where it does not say."""
+    stored = config.dtype if config.dtype is not None else config.get_text_config().dtype
+    return getattr(torch, stored.removeprefix("torch.")) if isinstance(stored, str) else stored
+
+
 def dropout_off(config: Any) -> dict[str, float]:
     """Sets every probability of a random forward pass in a config to 0; returns what was not 0 before."""
     changed = {}

@@ -16,6 +16,18 @@ from typing import Any
 SERIES = 8
 """Lines that one chart can show in colours that are told apart."""
 
+DASHES: list[Any] = [
+    "-",
+    (0, (5, 2)),
+    (0, (2, 2)),
+    (0, (6, 2, 1.5, 2)),
+    (0, (9, 3)),
+    (0, (1, 1)),
+    (0, (3, 5)),
+    (0, (8, 2, 2, 2)),
+]
+"""How each line is dashed, in the order of the colours."""
+
 # Colours that stand for the page's own: replaced by CSS variables once the picture is text.
 _INK, _RULE = "#010203", "#010204"
 _LINES = [f"#0102{16 + i:02x}" for i in range(SERIES)]
@@ -37,8 +49,11 @@ class Line:
     values: list[float]
 
 
-def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> str:
-    """The chart as an `<svg>` element; long noisy series are drawn pale with their running mean above them."""
+def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: str = "") -> str:
+    """The chart as an `<svg>` element; long noisy series are drawn pale with their running mean above them.
+
+    `label` names the vertical axis; lines that coincide show through each other by their dashes.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -47,14 +62,14 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> str:
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        for color, line in zip(_LINES, lines, strict=False):
+        for color, dash, line in zip(_LINES, DASHES, lines, strict=False):
             smooth = running_mean(line.values)
             noisy = smooth is not line.values
             marker = "o" if len(line.values) <= 20 else None
             axes.plot(line.steps, line.values, color=color, lw=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1,
-                      marker=marker, ms=3)  # fmt: skip
+                      marker=marker, ms=3, ls=dash)  # fmt: skip
             if noisy:
-                axes.plot(line.steps, smooth, color=color, lw=1.8)
+                axes.plot(line.steps, smooth, color=color, lw=1.8, ls=dash)
         values = [v for line in lines for v in line.values]
         if 0 < min(values) < max(values) and (log or _far_apart(lines)):
             axes.set_yscale("log")
@@ -63,6 +78,7 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False) -> str:
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("step")
+        axes.set_ylabel(label or title)
         axes.margins(x=0.01)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from steersman.run.peer_names import peer_hint
 from steersman.run.recipe_text import RecipeDumper, RecipeLoader, suggestion, type_text
 from steersman.types import SteersmanError
 
@@ -127,8 +128,8 @@ def _apply_overrides(model: type[Section], data: dict[str, Any], overrides: list
         if not equals:
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
-            elif key in known and known[key].annotation is bool:
-                text = "true"
+            elif key not in known or known[key].annotation is bool:
+                text = "true"  # of an unknown key its name is told, which is what matters
             else:
                 problems.append(f"--{key}: a value is missing after it")
                 continue
@@ -185,7 +186,8 @@ def _drop_unknown(
             del data[name]
             known = [k for k, _ in walk_keys(root)]
             here = [prefix + k for k in model.model_fields]
-            problems.append(f"{_where(key, from_command)}: unknown key; {suggestion(key, here, known)}")
+            hint = peer_hint(key, known) or suggestion(key, here, known)
+            problems.append(f"{_where(key, from_command)}: unknown key; {hint}")
             continue
         inner = section_of(info.annotation)
         if inner is not None and isinstance(data[name], dict):

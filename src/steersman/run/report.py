@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
 from steersman.run.charts import SERIES, Line, line_chart
@@ -24,6 +26,7 @@ from steersman.types import SteersmanError
 # First part of a metric's name -> (title, what to look for). The order here is the order on the page.
 GROUPS: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "by part; all parts should rise, or at least none should pay for another"),
+    "reward_se": ("Standard error of the held-out reward", "1.96 of it to each side of the mean are a 95% interval"),
     "accuracy": ("Accuracy", "share judged right"),
     "margin": ("Margin", "by how much the better one leads"),
     "kl": ("KL to the reference", "nats per response; a steady climb is a policy that walks away"),
@@ -95,6 +98,7 @@ def write_report(folder: Path) -> Path:
         written=datetime.now().strftime("%d %B %Y, %H:%M"),
         steps=max((int(row.get("step", 0)) for row in metrics), default=0),
         duration=_duration(metrics, summary),
+        setup=setup(config),
         compared=compared,
         single=single,
         findings=findings(read_jsonl(folder / "health.jsonl")),
@@ -105,6 +109,25 @@ def write_report(folder: Path) -> Path:
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def setup(config: Path) -> list[tuple[str, str]]:
+    """What was trained, on what and with which versions, as (name, text), from the run's config.yaml."""
+    try:
+        told = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        told = None
+    if not isinstance(told, dict):
+        return []
+    model, data, run = (told.get(name) or {} for name in ("model", "data", "run"))
+    rows = [("environment", told.get("env")), ("method", told.get("algorithm") if "env" in told else None)]
+    if isinstance(model, dict) and model:
+        lora = model.get("lora")
+        trained = "all weights" if not lora else f"adapters of rank {lora.get('r')}, alpha {lora.get('alpha')}"
+        rows += [("model", model.get("path")), ("trained", f"{trained}, in {model.get('dtype')}")]
+    rows += [("data", data.get("path")), ("seed", run.get("seed"))]
+    rows += [("versions", ", ".join(f"{name} {version(name)}" for name in ("steersman", "torch", "transformers")))]
+    return [(name, _show(value)) for name, value in rows if value is not None]
 
 
 def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -127,7 +150,7 @@ def _chart(group: str, found: Mapping[str, Line]) -> Chart:
     # The sum first, then by name; the health of a chart is that its lines can be told apart.
     ordered = [found[k] for k in sorted(found, key=lambda k: (not k.endswith("/total") and k != group, k))]
     shown = ordered[:SERIES]
-    svg = line_chart(group, shown, log=group in LOG_SCALE)
+    svg = line_chart(group, shown, log=group in LOG_SCALE, label=title)
     label = f'<svg role="img" aria-label="{html.escape(title)}: {html.escape(", ".join(x.name for x in shown))}"'
     legend = [(line.name, _show(line.values[-1])) for line in shown]
     return Chart(title, note, Markup(svg.replace("<svg", label, 1)), legend, len(ordered) - len(shown))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from steersman.metrics import Corpus, Metric, metric
 from steersman.reward.metrics import inputs
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
-from steersman.train.generate import GenerateRecipe, sampled
+from steersman.train.generate import GenerateRecipe, sampled, write_samples
 from steersman.types import Prompt, Sample, SteersmanError
 
 
@@ -61,15 +62,20 @@ class EvaluateRecipe(Section):
 
 
 def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Judges, and prints the table; returns name -> value, low, high, count, implementation."""
+    """Judges, and prints the table; returns name -> value, low, high, count, implementation.
+
+    A model's answers are kept as `generate.out`, or beside `out` with the ending .completions.jsonl.
+    """
     made = {name: metric(part.metric or name, part.args) for name, part in recipe.metrics.items()}
     samples = sampled(recipe.generate) if recipe.generate is not None else _from_file(recipe)
+    kept = _keep(recipe, samples)
     if not samples:
         raise SteersmanError(f"{recipe.file or 'generate'}: there is no completion to judge")
     values = {name: judge(one, name, samples, recipe.metrics[name].columns) for name, one in made.items()}
     empty = [row for row, sample in enumerate(samples) if not sample.text.strip()]
     summary = {
         "completions": len(samples),
+        "completions_file": kept,
         "empty": empty,
         "metrics": {name: _entry(made[name], corpus) for name, corpus in values.items()},
     }
@@ -81,6 +87,19 @@ def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
     else:
         _show(made, values, len(samples), empty)
     return summary
+
+
+def _keep(recipe: EvaluateRecipe, samples: list[Sample]) -> str | None:
+    """Where the rows that were judged lie: the file that was given, or where a model's answers were written."""
+    if recipe.generate is None:
+        return recipe.file
+    beside = None if recipe.out is None else str(Path(recipe.out).with_suffix(".completions.jsonl"))
+    kept = recipe.generate.out or beside
+    if kept is None:
+        print("the answers are not kept; --generate.out FILE.jsonl keeps them", file=sys.stderr)
+    else:
+        write_samples(samples, Path(kept))
+    return kept
 
 
 def judge(one: Metric, name: str, samples: list[Sample], columns: dict[str, str]) -> Corpus:

@@ -20,6 +20,7 @@ from steersman.run.config import Section
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.models import context_length
 from steersman.train.preference import right
+from steersman.train.progress import reported
 from steersman.train.reference import Reference, answer_logp
 from steersman.train.tally import Tally
 from steersman.types import Stats
@@ -134,7 +135,7 @@ class FeedbackObjective:
         if self.held_out is None:
             return stats
         tally, rewards, cost = Tally(), torch.zeros(len(self.held_out.groups)), torch.tensor(self.held_out.lengths)
-        for part in micro_batches(cost, self.micro_tokens):
+        for part in reported(micro_batches(cost, self.micro_tokens), "look at held-out answers"):
             rows = part.tolist()
             loss, told = self._run(self.held_out, rows)
             tally.add("held_out/loss", loss.sum(), len(rows))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts
+from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
 from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
@@ -25,6 +26,11 @@ class GenerateRecipe(Section):
     model: ModelConfig
     prompts: list[str] = Field(default_factory=list, description="prompts as text")
     data: DataConfig | None = None
+    wrap_in_chat: bool | None = Field(
+        default=None,
+        description="put `prompts` into the chat template as a user's turn; null: where the model has a template of "
+        "its own (rows of `data`: data.wrap_in_chat)",
+    )
     rollout: RolloutConfig = RolloutConfig(held_out=0)
     greedy: bool = Field(default=False, description="the likeliest token each time")
     out: str | None = Field(default=None, description="JSONL file to write; null prints the responses")
@@ -34,16 +40,21 @@ class GenerateRecipe(Section):
     def _has_prompts(self) -> GenerateRecipe:
         if bool(self.prompts) == (self.data is not None):
             raise ValueError("give either prompts, such as --prompts '[\"Once upon a time\"]', or the section data")
+        if self.data is not None and self.wrap_in_chat is not None:
+            raise ValueError("wrap_in_chat is about prompts; for rows of data set data.wrap_in_chat")
         return self
 
 
 def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Samples, and prints the responses or writes them as JSONL rows of prompt, completion, finish and logp."""
+    """Samples, and prints the responses or writes them as JSONL rows of prompt, completion, finish and logp.
+
+    A row keeps the other columns of its prompt's data row, so that metrics can read them.
+    """
     samples = sampled(recipe)
     if recipe.out is None:
         _show(samples)
     else:
-        write_atomic(Path(recipe.out), "".join(json.dumps(_row(s), ensure_ascii=False) + "\n" for s in samples))
+        write_samples(samples, Path(recipe.out))
     return {"samples": len(samples), "out": recipe.out}
 
 
@@ -52,22 +63,34 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     set_threads(recipe.run.threads or None)
     device, rollout = resolve_device(recipe.run.device), recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device, trainable=False)
-    config = recipe.data or DataConfig(path="--prompts")
+    config = recipe.data or DataConfig(path="--prompts", wrap_in_chat=recipe.wrap_in_chat)
+    if config.wrap_in_chat is None and wraps(policy.tokenizer, config):
+        off = "data.wrap_in_chat" if recipe.data else "wrap_in_chat"
+        print(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)",
+              file=sys.stderr)  # fmt: skip
     rows = (
         prompts(config).train
         if recipe.data
         else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
     )
-    laid = layout(policy, config)
+    laid = layout(policy, config, asks=True)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     engine = sampler(policy, rollout)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
-    return engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
+    samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
+    for prompt in asked:
+        prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}
+    return samples
+
+
+def write_samples(samples: list[Sample], path: Path) -> None:
+    """The samples as JSONL rows, each with its data row's columns."""
+    write_atomic(path, "".join(json.dumps(_row(s), ensure_ascii=False, default=str) + "\n" for s in samples))
 
 
 def _row(sample: Sample) -> dict[str, Any]:
     return {
-        "prompt": sample.prompt.text,
+        **sample.prompt.row,
         "completion": sample.text,
         "finish": sample.finish,
         "logp": round(sum(sample.logp), 4),

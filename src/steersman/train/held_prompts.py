@@ -15,6 +15,7 @@ from steersman.ops.text import text_stats
 from steersman.run.config import Section
 from steersman.train.experience import tokens_of
 from steersman.train.models import context_length
+from steersman.train.progress import Stretch
 from steersman.train.reference import Reference, divergence
 from steersman.train.roles import sampler
 from steersman.train.sections import RolloutConfig
@@ -66,7 +67,10 @@ class HeldPrompts:
         """Samples, writes the answers to samples.jsonl once per step, and measures."""
         if not self.prompts:
             return {}
-        samples = self.engine.generate(self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40))
+        samples = self.engine.generate(
+            self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40),
+            progress=Stretch("answers to held prompts"),
+        )  # fmt: skip
         self._write(samples)
         stats: Stats = {"held_out/length": sum(len(s.ids) for s in samples) / len(samples)}
         return stats | text_stats([s.text for s in samples]) | self._distance(samples)

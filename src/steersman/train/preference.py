@@ -37,6 +37,7 @@ from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline
 from steersman.train.offline_recipe import OfflineRecipe
 from steersman.train.preflight import describe_run
+from steersman.train.progress import reported
 from steersman.train.reference import Reference, answer_logp, divergence, reference_from
 from steersman.train.session import Session
 from steersman.train.tally import Tally
@@ -139,7 +140,7 @@ class PairObjective:
         if self.held_out is None:
             return told
         tally, cost = Tally(), torch.tensor([2 * length for length in self.held_out.lengths])
-        for rows in micro_batches(cost, self.micro_tokens):
+        for rows in reported(micro_batches(cost, self.micro_tokens), "look at held-out pairs"):
             pair, loss, explain = self._run(self.held_out, rows.tolist())
             for name, value in {"loss": loss, **_told(pair, explain)}.items():
                 tally.add(f"held_out/{name}", value.sum(), len(rows))
@@ -223,7 +224,8 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
         recipe.loss.name, recipe, resume=resume, metric="held_out/accuracy",
-        shown=("loss", "accuracy", "held_out/accuracy", "drift/chosen"), health=recipe.health,
+        shown=("loss", "accuracy", "margin", "held_out/accuracy", "held_out/margin", "drift/chosen"),
+        health=recipe.health,
     )  # fmt: skip
     with session:
         entry = LOSSES[recipe.loss.name]

@@ -13,6 +13,7 @@ from steersman.data import Encoded, collate
 from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
 from steersman.train.models import policy_from
+from steersman.train.progress import reported
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.types import SteersmanError, Tokens
 from steersman.update.micro import micro_batches
@@ -73,7 +74,8 @@ def same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy
 def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) -> Float[Tensor, " N"]:
     """log pi of whole answers, over the tokens that count (nats), on the CPU."""
     found: dict[int, Tensor] = {}
-    for part in micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens):
+    parts = micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
+    for part in reported(parts, "log-probabilities of the data"):
         tokens = collate([rows[i] for i in part.tolist()]).to(model.device)
         logp = model.logp(tokens).logp
         sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1).cpu()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from steersman import native
-from steersman.data import Batches, encode_prompts, layout, prompts
+from steersman.data import Batches, encode_prompts, layout, prompts, wraps
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
@@ -55,6 +55,8 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         if session.stopped:
             return session.summary({})
         save_model(roles.policy, recipe.model, session.path / "model")
+        if before and after:
+            session.log.note(f"held-out reward, with its 95% interval: {_interval(before)} -> {_interval(after)}")
         return session.summary(
             {
                 "model": str(session.path / "model"),
@@ -74,8 +76,9 @@ class HeldOut:
     def look(self, session: Session, step: int) -> Stats:
         """Samples and scores the held prompts; writes them to samples.jsonl; returns `held_out/...` numbers.
 
-        `held_out/kl` is nats per response, of the policy as sampled from to the whole reference, and
-        `held_out/perplexity` that of the responses under the whole reference.
+        `held_out/reward_se` is the standard error of the mean `held_out/reward/total` over the prompts: 1.96 of it
+        to each side are a 95% interval. `held_out/kl` is nats per response, of the policy as sampled from to the whole
+        reference, and `held_out/perplexity` that of the responses under the whole reference.
         """
         if not self.prompts:
             return {}
@@ -84,6 +87,8 @@ class HeldOut:
         scores = roles.reward.score(samples)
         stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
         stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
+        if len(samples) > 1:
+            stats["held_out/reward_se"] = float(scores.total.double().std()) / math.sqrt(len(samples))
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
@@ -120,10 +125,16 @@ class HeldOut:
         }
 
 
+def _interval(look: Stats) -> str:
+    """A look's mean reward and half the width of its 95% interval, where several prompts give one."""
+    mean, error = look["held_out/reward/total"], look.get("held_out/reward_se")
+    return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {1.96 * error:.2g}"
+
+
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held prompts; without held-out rows the last few training prompts are looked at too."""
     loaded = prompts(recipe.data)
-    laid = layout(policy, recipe.data)
+    laid = layout(policy, recipe.data, asks=True)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
     train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
     if loaded.held_out:
@@ -143,6 +154,8 @@ def _preflight(
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
+    if wraps(roles.policy.tokenizer, recipe.data):
+        pre.fact("plain-text prompts", "become a user's turn in the chat template (data.wrap_in_chat)")
     pre.fact("reward", roles.reward.describe())
     if session.device.type == "cpu" and native.why_not() is not None:
         pre.fact("rollout", f"without its compiled loops, so slower: {native.why_not()}")

@@ -17,7 +17,11 @@ class LoraSection(Section):
     """Low-rank adapters; without this section all weights are trained."""
 
     r: int = Field(default=8, ge=1, description="rank")
-    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / r")
+    alpha: float = Field(
+        default_factory=lambda known: 2.0 * known.get("r", 8),
+        gt=0,
+        description="the update is scaled by alpha / r; 2 r if not given, so that the scale is 2 at every rank",
+    )
     targets: str | list[str] = Field(default="all-linear", description="names of linear layers, or all-linear")
 
 
@@ -34,7 +38,7 @@ class ModelConfig(Section):
     lora: LoraSection | None = Field(default=None, description="train low-rank adapters only")
     merge: bool = Field(default=True, description="with lora: save the model with the adapters added in")
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        default="same", description="precision of the weights on disk"
+        default="same", description="precision of the weights on disk; same: that of the model that `path` names"
     )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again instead of keeping them"

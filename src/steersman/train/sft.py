@@ -22,6 +22,7 @@ from steersman.train.carry_out import carry_out
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
 from steersman.train.preflight import describe_run
+from steersman.train.progress import reported
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
 from steersman.train.tally import Tally
@@ -75,7 +76,7 @@ class SFT:
             return {}
         total, end_total, count = 0.0, 0.0, 0
         lengths = torch.tensor([len(e) for e in self.held_out])
-        for rows in micro_batches(lengths, self.micro_tokens):
+        for rows in reported(micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
             tokens = collate([self.held_out[i] for i in rows.tolist()]).to(self.module.device)
             loss = nll(self.module.logp(tokens).logp)
             total += float(masked_sum(loss, tokens.mask))

@@ -1,0 +1,35 @@
+"""Lines about long stretches without a step: looks at held-out data, and passes over all data before training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+EVERY = 5.0
+"""Seconds between two lines; what takes less is not worth one."""
+
+
+class Stretch:
+    """Prints how far a stretch of work is and how long it will still take, every `EVERY` seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int, _tokens: int = 0) -> None:
+        """`done` of `total` parts of like size are over; also what the sampler calls."""
+        now = time.monotonic()
+        if 0 < done < total and now - self.last >= EVERY:
+            self.last = now
+            left = (now - self.start) / done * (total - done)
+            print(f"{self.what}: {done} of {total}, about {left:.0f} s left", flush=True)
+
+
+def reported(parts: Sequence[T], what: str) -> Iterator[T]:
+    """The parts one by one, with a `Stretch` over them."""
+    stretch = Stretch(what)
+    for i, part in enumerate(parts):
+        yield part
+        stretch(i + 1, len(parts))

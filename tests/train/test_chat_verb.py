@@ -1,0 +1,149 @@
+"""`steersman chat` in a real terminal, on a tiny model: turns, commands, Ctrl-C and Ctrl-D."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from letter_models import letters, rows_of, save_mini
+from transformers import AutoModelForCausalLM
+
+from steersman.run.terminal import printable
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}a {{ m.content }}</s>{% else %}{{ m.role[0] }} "
+    "{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_mini(tmp_path_factory.mktemp("chat"), context=4096)
+    tokenizer = letters()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Terminal:
+    """A child process on a pseudo-terminal."""
+
+    def __init__(self, *args: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:  # the child becomes the program
+            os.environ["OMP_NUM_THREADS"] = "1"
+            os.execv(sys.executable, [sys.executable, "-m", "steersman.cli", "chat", *args])
+        self.read = ""
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What came up to and with `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.read:
+            ready, _, _ = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.read!r}"
+            try:
+                self.read += os.read(self.fd, 65536).decode(errors="replace").replace("\r\n", "\n")
+            except OSError as error:  # the other side is closed
+                raise AssertionError(f"{text!r} did not come: {self.read!r}") from error
+        found, _, self.read = self.read.partition(text)
+        return found + text
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def leave(self) -> int:
+        """The exit code after Ctrl-D."""
+        self.send("\x04")
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def greedy(folder, text: str, count: int) -> str:
+    net, tokenizer = AutoModelForCausalLM.from_pretrained(folder), letters()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    start = len(ids)
+    while len(ids) < start + count:
+        with torch.no_grad():
+            token = int(net(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == 2:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_a_conversation(model, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    talk = Terminal(str(model), "--sampling.temperature", "0", "--sampling.max_new_tokens", "8", "--system", "be")
+    talk.until("chat template. /help lists the commands.\n> ")
+    talk.send("hm\n")
+    talk.until("hm\n")
+    first = greedy(model, "s be\nu hm\na ", 8)
+    assert talk.until("> ") == f"{first}\n> "
+    talk.send("oh\n")
+    talk.until("oh\n")
+    second = greedy(model, f"s be\nu hm\na {first}", 0) + greedy_after(model, first)
+    assert talk.until("> ") == f"{second}\n> ", "the answer follows the whole conversation"
+    talk.send(f"/save {saved}\n")
+    talk.until("(saved to")
+    talk.until("> ")
+    contents = ["be", "hm", first, "oh", second]
+    assert [m["content"] for m in rows_of(saved)[0]["messages"]] == contents
+    talk.send("/system no\n")
+    talk.until("new conversation")
+    talk.until("> ")
+    talk.send("hm\n")
+    talk.until("hm\n")
+    assert talk.until("> ") == greedy(model, "s no\nu hm\na ", 8) + "\n> "
+    talk.send("/set temperature hot\n")
+    talk.until("(temperature: ")
+    talk.send("/reset\n")
+    talk.until("(forgotten)")
+    assert talk.leave() == 0
+
+
+def greedy_after(model, first: str) -> str:
+    """The second answer: the first one stands in the conversation with its end token."""
+    net, tokenizer = AutoModelForCausalLM.from_pretrained(model), letters()
+    ids = [
+        *tokenizer.encode(f"s be\nu hm\na {first}", add_special_tokens=False), 2,
+        *tokenizer.encode("u oh\na ", add_special_tokens=False),
+    ]  # fmt: skip
+    out: list[int] = []
+    while len(out) < 8:
+        with torch.no_grad():
+            token = int(net(torch.tensor([ids + out])).logits[0, -1].argmax())
+        if token == 2:
+            break
+        out.append(token)
+    return tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):
+    talk = Terminal(str(model), "--sampling.max_new_tokens", "4000", "--sampling.top_p", "1")
+    talk.until("> ")
+    for _ in range(20):  # an answer may end by itself first
+        talk.send("hm\n")
+        talk.until("hm\n")
+        time.sleep(0.05)
+        os.kill(talk.pid, signal.SIGINT)
+        told = talk.until(")\n> ")
+        if "(stopped)" in told:
+            break
+    else:
+        pytest.fail("no answer was stopped")
+    talk.send("/help\n")
+    talk.until("Ctrl-C stops an answer")
+    assert talk.leave() == 0
+
+
+def test_what_would_steer_a_terminal_is_shown_and_not_obeyed():
+    assert printable("a\x1b[2Jb\x07\r\x9b\n\tü漢\u202e\ud800") == "a\\x1b[2Jb\\x07\\x0d\\x9b\n\tü漢\\u202e\\ud800"
+    assert json.loads(json.dumps(printable("plain"))) == "plain"
