@@ -77,8 +77,8 @@ class HeldOut:
         """Samples and scores the held prompts; writes them to samples.jsonl; returns `held_out/...` numbers.
 
         `held_out/reward_se` is the standard error of the mean `held_out/reward/total` over the prompts: 1.96 of it
-        to each side are a 95% interval. `held_out/kl` is nats per response, of the policy as sampled from to the whole
-        reference, and `held_out/perplexity` that of the responses under the whole reference.
+        to each side are a 95% interval. `held_out/kl` is nats per response, of the policy as sampled from to the
+        whole reference, and `held_out/perplexity` that of the responses under the whole reference.
         """
         if not self.prompts:
             return {}
