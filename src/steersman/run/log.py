@@ -52,7 +52,9 @@ class Log:
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
         self._start = self._last_line = time.monotonic()
         self._first_step = max(resumed_step, 0)
-        self._files = {name: (self.folder / name).open("a", encoding="utf-8") for name in FILES}
+        self._files = {
+            name: (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") for name in FILES
+        }
         self._sinks = [_open_sink(name, self.folder, max(resumed_step, 0)) for name in sinks]
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
@@ -126,7 +128,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
