@@ -97,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except SystemExit as error:
+        # No code here leaves so: a library or code of the user's did, and that is no run that is done.
+        _say_where(f"something called sys.exit({'' if error.code is None else error.code})")
+        return 1
     except Exception as error:
         # types.py imports torch; an error of its own kind can only come from a process that did so too.
         types = sys.modules.get("steersman.types")

@@ -112,9 +112,9 @@ def test_a_reply_without_end_is_cut(tmp_path):
 
 @pytest.mark.parametrize("raw", ["[" * 100_000, "9" * 5000, '{"choices": [{"message": {"content": 5}}]}', "null"])
 def test_what_is_no_chat_completion_is_told_so(tmp_path, raw):
-    with serving(lambda n, text: (200, {}, raw)) as server:
-        with pytest.raises(SteersmanError, match="no chat completion"):
-            judge_at(server.url, tmp_path).compare(ITEM)
+    told = pytest.raises(SteersmanError, match="no chat completion")
+    with serving(lambda n, text: (200, {}, raw)) as server, told:
+        judge_at(server.url, tmp_path).compare(ITEM)
 
 
 def test_half_a_surrogate_pair_is_replaced_and_kept(tmp_path):

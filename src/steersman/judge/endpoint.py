@@ -213,8 +213,9 @@ def _tokens(usage: Any, text: str, said: str) -> int:
     """
     own = round(1.3 * (len(text.split()) + len(said.split())))
     told = usage.get("total_tokens") if isinstance(usage, dict) else None
-    believed = isinstance(told, int) and not isinstance(told, bool) and max(own / 4, 1) <= told <= MOST_TOKENS
-    return told if believed else own
+    if isinstance(told, int) and not isinstance(told, bool) and max(own / 4, 1) <= told <= MOST_TOKENS:
+        return told
+    return own
 
 
 def _retry_after(response: httpx2.Response) -> float | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from steersman.ops.text import unspaced, words
+from steersman.run.user_code import user_code
 from steersman.types import SteersmanError
 
 Cut = Literal["words", "space"]
@@ -231,7 +232,8 @@ def finite(name: str, scores: Sequence[float], count: int) -> list[float]:
 def named(name: str) -> Iterator[None]:
     """An error inside a metric becomes a SteersmanError with the metric's name and the line where it came up."""
     try:
-        yield
+        with user_code(f"metric '{name}'"):
+            yield
     except (SteersmanError, torch.OutOfMemoryError):
         raise
     except Exception as error:
