@@ -202,7 +202,9 @@ def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
 
 def _red(text: str) -> None:
     start, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{start}{text}{end}", file=sys.stderr)
+    from steersman.run.terminal import printable
+
+    print(f"{start}{printable(text)}{end}", file=sys.stderr)
 
 
 def _say_where(what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -29,7 +30,7 @@ class Odd(gym.Env):
         self.t = 0
         return np.zeros(2, np.float32), {}
 
-    def step(self, action):
+    def step(self, action) -> Any:
         self.t += 1
         third = self.t == 3
         reward = (self.odd() if callable(self.odd) else self.odd) if third else 1.0

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from steersman.run.folder import saving, write_atomic
 from steersman.run.health import Finding
+from steersman.run.terminal import printable
 from steersman.types import Stats, SteersmanError
 
 FILES = ("metrics.jsonl", "samples.jsonl", "health.jsonl")
@@ -88,7 +89,7 @@ class Log:
 
     def note(self, text: str, style: str | None = None) -> None:
         """A line on the console, above the progress line."""
-        self.console.print(text, style=style, markup=False, highlight=False)
+        self.console.print(printable(text), style=style, markup=False, highlight=False)
 
     def close(self) -> None:
         if self._bar is not None:

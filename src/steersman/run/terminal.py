@@ -1,0 +1,18 @@
+"""Text that others wrote, on its way to a terminal."""
+
+from __future__ import annotations
+
+import re
+
+# C0 but tab and line feed, DEL, C1, the marks that turn the direction of writing, line and paragraph separators,
+# and halves of surrogate pairs, which no terminal's encoding takes.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with every character that a terminal would obey written out, ESC as `\x1b`.
+
+    What a model or a data file says can then neither move the cursor, nor colour, nor turn round, what stands
+    around it. Line ends and tabs stay; CR LF is a line end.
+    """
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
