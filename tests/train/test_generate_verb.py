@@ -84,9 +84,9 @@ def test_what_can_not_be_sampled_is_refused(more, said, words, capsys):
 
 
 def test_a_prompt_that_commands_the_terminal_is_written_out(words, capsys):
-    attack = "we\x1b[2J\x1b]0;mine\x07 \x9b31m\u202e[red]sat[/red]"
-    plain = "the cat and a dog sat " * 5  # so that most tokens are known
+    attack = "\x1b[2J\x07\x9b\u202e[red]we"
+    plain = "the cat and a dog sat so "  # most tokens must be known
     assert main([*words, "--prompts", json.dumps([plain + attack])]) == 0
     said = capsys.readouterr().out
-    assert r"we\x1b[2J\x1b]0;mine\x07 \x9b31m\u202e[red]sat[/red]" in said.replace("\n", "")
+    assert r"\x1b[2J\x07\x9b\u202e[red]we" in said.replace("\n", "")
     assert not set(said) & set("\x1b\x07\x9b\u202e")
