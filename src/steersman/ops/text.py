@@ -1,19 +1,30 @@
 """Statistics of plain text: words, sentences, n-grams; what metrics, the health watch and summaries count.
 
 A word is a run of letters or digits, lower-cased, with inner apostrophes kept ("didn't" is one word); a character
-of a script that is written without spaces is a word by itself.
+of a script that is written without spaces is a word by itself. Vowel signs and accents belong to their letter.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-_UNSPACED = "぀-ヿ㐀-鿿가-힣"  # kana, Han, Hangul
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
+    "\u3005\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"  # Han and kana
+    "\uac00-\ud7a3"  # Hangul
+)
+_MARK = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+_CHARACTER = rf"(?=[^\W_])[{_UNSPACED}][{_MARK}]*"  # with its vowel signs and tone marks
 _LETTER = rf"[^\W_{_UNSPACED}]"
-_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
-_PIECE = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+# ASCII by itself first, which is several times as fast as the class of all letters.
+_LETTERS = rf"(?:[a-z0-9]++|{_LETTER}++)++(?:[{_MARK}]+{_LETTER}*)*"
+_WORD = re.compile(rf"{_LETTERS}(?:'{_LETTERS})*|{_CHARACTER}")
+_PIECE = re.compile(
+    rf"(?:[a-z0-9_]++|[^\W{_UNSPACED}]++)++(?:[{_MARK}]+[^\W{_UNSPACED}]*)*|{_CHARACTER}|[^\w\s{_MARK}]"
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
 
 T = TypeVar("T", bound=Hashable)
