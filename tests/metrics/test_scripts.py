@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steersman.metrics import METRICS, metric
 from steersman.ops.text import pieces, unspaced, words
@@ -35,9 +37,9 @@ OF_WORDS = [
 def test_the_score_is_not_silently_nought(name, language):
     """Either the default reads the script, or its refusal names a setting, and that setting reads it."""
     text, reference = SENTENCES[language]
-    made, settings = metric(name), {"rouge": {"tokens": "words"}, "token": {"tokens": "words"}}
-    settings |= {"sacre": {"tokenize": "char"}, "ter": {"asian": True, "normalized": True}}
-    setting = next((s for start, s in settings.items() if name.startswith(start)), None)
+    made, each = metric(name), {"rouge": {"tokens": "words"}, "token": {"tokens": "words"}}
+    each |= {"sacre": {"tokenize": "char"}, "ter": {"asian": True, "normalized": True}}
+    setting = next((s for start, s in each.items() if name.startswith(start)), None)
     if name == "chrf++" or setting is not None:
         told = "use chrf" if setting is None else "`" + ": ".join(map(str, next(iter(setting.items())))).lower() + "`"
         with pytest.raises(SteersmanError, match=rf"row 0: the reference is in a script without spaces.*{told}"):
@@ -72,7 +74,8 @@ def test_words_of_many_scripts():
 def test_words_are_found_in_linear_time():
     start = time.perf_counter()
     for text in ("a" * 10**5 + "\u0301" * 10**5, "a'" * 10**5, "\u0301" * 10**5, "ก\u0e31" * 10**5):
-        words(text), pieces(text)
+        assert words(text) is not None
+        assert pieces(text) is not None
     assert time.perf_counter() - start < 3.0
 
 
@@ -92,3 +95,11 @@ def test_concepts_stand_inside_a_text_without_spaces():
 
 def test_every_metric_of_words_is_looked_at():
     assert set(OF_WORDS) <= set(METRICS)
+
+
+@settings(max_examples=200)
+@given(st.text(st.characters(max_codepoint=127), max_size=60))
+def test_ascii_is_read_as_all_scripts_are(text):
+    mark = "é"  # sends the text through the classes of all scripts
+    assert words(f"{text} {mark}") == [*words(text), mark]
+    assert pieces(f"{text} {mark}") == [*pieces(text), mark]
