@@ -114,6 +114,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except SystemExit as error:
+        # No code here leaves so: a library or code of the user's did, and that is no run that is done.
+        _say_where(f"something called sys.exit({'' if error.code is None else error.code})")
+        return 1
     except Exception as error:
         # types.py imports torch; an error of its own kind can only come from a process that did so too.
         types = sys.modules.get("steersman.types")
@@ -238,7 +242,9 @@ def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
 
 def _red(text: str) -> None:
     start, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{start}{text}{end}", file=sys.stderr)
+    from steersman.run.terminal import printable
+
+    print(f"{start}{printable(text)}{end}", file=sys.stderr)
 
 
 def _say_where(what: str) -> None:

@@ -153,3 +153,12 @@ def test_a_model_is_saved_in_the_precision_that_it_was_loaded_from(chatty, tmp_p
 def test_the_scale_of_adapters_does_not_follow_their_rank():
     assert [LoraSection(r=r).alpha / r for r in (1, 8, 64)] == [2, 2, 2]
     assert LoraSection(r=4, alpha=3).alpha == 3
+
+
+def test_a_prompt_that_commands_the_terminal_is_written_out(words, capsys):
+    attack = "\x1b[2J\x07\x9b\u202e[red]we"
+    plain = "the cat and a dog sat so "  # most tokens must be known
+    assert main([*words, "--prompts", json.dumps([plain + attack])]) == 0
+    said = capsys.readouterr().out
+    assert r"\x1b[2J\x07\x9b\u202e[red]we" in said.replace("\n", "")
+    assert not set(said) & set("\x1b\x07\x9b\u202e")

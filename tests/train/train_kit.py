@@ -37,9 +37,6 @@ def broken_later(prompts, completions):
 
 def constant(prompts, completions):
     return [1.0] * len(completions)
-
-def huge(prompts, completions):
-    return [1e38 * c.count("e") for c in completions]
 """
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -24,6 +25,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steersman.control.checked import Checked
 from steersman.run.functions import load_function
 from steersman.run.seed import sub_seed
 from steersman.types import SteersmanError
@@ -100,11 +102,12 @@ class Worlds:
     Observations come out as float32 [N, D]: boxes flattened, discrete ones one-hot. Continuous actions are taken in
     units of the action box, -1 to 1, and clipped to it; where the box has no bounds, as they are.
 
-    Raises SteersmanError for observation or action spaces that no method here takes.
+    Raises SteersmanError for observation or action spaces that no method here takes, and for steps as `Checked` does.
     """
 
     def __init__(self, make: Callable[[], gym.Env], count: int, seed: int, *names: str) -> None:
-        self.vector = SyncVectorEnv([make] * count, autoreset_mode=AutoresetMode.DISABLED)
+        copies = [partial(_checked, make, i) for i in range(count)]
+        self.vector = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.DISABLED)
         self.count, self.seed, self.names = count, seed, names
         self.observation_space, self.action_space = (
             self.vector.single_observation_space,
@@ -181,6 +184,10 @@ class Worlds:
         low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
         scaled = np.where(bounded, low + (np.clip(raw, -1, 1) + 1) / 2 * (high - low), raw)
         return np.clip(scaled, space.low, space.high).astype(space.dtype)
+
+
+def _checked(make: Callable[[], gym.Env], copy: int) -> gym.Env:
+    return Checked(make(), copy)
 
 
 def maker(name: str, options: dict[str, Any], *, render: bool = False) -> Callable[[], gym.Env]:

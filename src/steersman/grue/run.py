@@ -21,6 +21,7 @@ from steersman.grue.recipe import SUPERVISED, GrueRecipe
 from steersman.grue.results import collect
 from steersman.grue.rows import write_rows
 from steersman.run.folder import RunFolder, write_atomic
+from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 
 console = Console()
@@ -54,7 +55,9 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
                 stopped = not fill(cell, recipe)
             except SteersmanError as error:
                 failed[cell.name] = str(error)
-                console.print(f"cell {cell.name} failed: {error}", style="red", highlight=False, markup=False)
+                console.print(
+                    printable(f"cell {cell.name} failed: {error}"), style="red", highlight=False, markup=False
+                )
             if stopped:
                 break
             clock.done(cell)

@@ -28,7 +28,7 @@ class ReplyCache:
         if path is None:
             return
         for row in read_jsonl(path):
-            if isinstance(row.get("key"), str) and isinstance(row.get("reply"), dict):
+            if isinstance(row.get("key"), str) and isinstance(row.get("reply"), dict) and _counts(row["reply"]):
                 self.replies.setdefault(row["key"], row["reply"])
 
     def __contains__(self, key: str) -> bool:
@@ -40,7 +40,7 @@ class ReplyCache:
     def add(self, key: str, reply: Reply, asked: dict[str, Any]) -> None:
         """Keeps the reply; `asked` is written beside it, to be read by people.
 
-        Raises SteersmanError where the disk is full.
+        Raises SteersmanError where the file can not be written.
         """
         self.replies[key] = reply
         if self.path is None:
@@ -55,11 +55,19 @@ class ReplyCache:
                     file.seek(end - 1)
                     # A line that a kill cut short must not swallow this one.
                     line = line if file.read(1) == b"\n" else "\n" + line
-                file.write(line.encode())
+                file.write(line.encode(errors="backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
 
 
+def _counts(reply: Reply) -> bool:
+    """Whether what the reply cost is a number that the budget can hold; older files may say anything."""
+    tokens = reply.get("tokens", 0)
+    return isinstance(tokens, int) and tokens >= 0
+
+
 def key_of(*parts: Any) -> str:
     """SHA-256 (hex) of what a reply depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
+    ).hexdigest()

@@ -24,7 +24,7 @@ class EndpointConfig(Section):
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of the request, such as {seed: 0}"
     )
-    timeout: float = Field(default=60.0, gt=0, description="seconds to wait for a reply")
+    timeout: float = Field(default=60.0, gt=0, description="seconds that a request and its whole reply may take")
     retries: int = Field(default=5, ge=0, description="further tries after a time-out, a 429, a 5xx or a lost line")
     max_wait: float = Field(default=60.0, gt=0, description="longest pause between tries, in seconds")
     concurrency: int = Field(default=8, ge=1, description="requests under way at once")

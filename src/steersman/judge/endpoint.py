@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import re
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -20,6 +22,13 @@ from steersman.types import SteersmanError
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Answers that may be different a little later."""
 FIRST_PAUSE = 0.5
+LARGEST_REPLY = 8 << 20
+"""Bytes of one reply, unpacked; what is longer is no reply."""
+MOST_TOKENS = 10_000_000
+"""Tokens that one request and its reply can cost; who says more is not believed."""
+SHORTEST_SECRET = 6
+"""Characters of a key that is looked for in what comes back; shorter ones are words such as "none" or "EMPTY"."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Endpoint:
@@ -34,112 +43,192 @@ class Endpoint:
         self.config = config
         self.url = config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.tries_again = 0
-        self._given_up = threading.Event()
 
     def ask(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
         """Asks every text and gives each reply to `keep` as it comes; stops early where `may_ask` is False.
 
         Raises SteersmanError where a request fails for good; replies that were under way then are kept first.
         """
-        self._given_up.clear()
-        key = os.environ.get(self.config.key_env)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        waiting, failure = list(range(len(texts)))[::-1], None
-        with (
-            httpx2.Client(timeout=self.config.timeout, headers=headers) as client,
-            ThreadPoolExecutor(self.config.concurrency) as pool,
-        ):
-            running: dict[Future[Reply], int] = {}
-            try:
-                while running or (waiting and failure is None):
-                    while waiting and failure is None and len(running) < self.config.concurrency and may_ask():
-                        index = waiting.pop()
-                        running[pool.submit(self._one, client, texts[index])] = index
-                    if not running:
-                        return
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        index, error = running.pop(future), future.exception()
-                        if error is None:
-                            keep(index, future.result())
-                        else:
-                            failure = failure or error
-                            self._given_up.set()
-            finally:
-                self._given_up.set()
+        _run(self._ask(texts, keep, may_ask))
+
+    async def _ask(
+        self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]
+    ) -> None:
+        waiting, failure, given_up = list(range(len(texts)))[::-1], None, asyncio.Event()
+        running: dict[asyncio.Task[Reply], int] = {}
+        async with httpx2.AsyncClient(timeout=self.config.timeout, headers=self._headers()) as client:
+            while running or (waiting and failure is None):
+                while waiting and failure is None and len(running) < self.config.concurrency and may_ask():
+                    index = waiting.pop()
+                    running[asyncio.create_task(self._one(client, texts[index], given_up))] = index
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index, error = running.pop(task), task.exception()
+                    if error is None:
+                        keep(index, task.result())
+                    else:
+                        failure = failure or error
+                        given_up.set()
         if failure is not None:
             raise failure
 
-    def _one(self, client: httpx2.Client, text: str) -> Reply:
-        body: dict[str, Any] = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": self.config.temperature,
-            "max_tokens": self.config.max_tokens,
-            **self.config.extra,
-        }
+    async def _one(self, client: httpx2.AsyncClient, text: str, given_up: asyncio.Event) -> Reply:
         trouble = ""
         for attempt in range(self.config.retries + 1):
             pause = min(FIRST_PAUSE * 2**attempt, self.config.max_wait) * random.uniform(0.5, 1.0)
             try:
-                response = client.post(self.url, json=body)
-            except httpx2.TimeoutException:
+                response, raw = await self._post(client, text)
+            except (httpx2.TimeoutException, TimeoutError):
                 trouble = f"no reply within {self.config.timeout:g} seconds"
             except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-                raise SteersmanError(f"judge {self.url}: no address that can be asked ({error})") from error
+                raise SteersmanError(self._told(f"no address that can be asked ({error})")) from error
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
-                if response.status_code == 200:
-                    reply = _reply(response, text)
+                if len(raw) > LARGEST_REPLY:
+                    trouble = f"a reply of more than {LARGEST_REPLY >> 20} MiB"
+                elif response.status_code == 200:
+                    reply = self._reply(raw, text)
                     if reply is not None:
                         return reply
-                    trouble = f"a reply that is no chat completion: {response.text[:120]!r}"
+                    trouble = f"a reply that is no chat completion: {self._quoted(raw, 120)}"
                 elif response.status_code in AGAIN:
                     trouble = f"status {response.status_code}"
                     pause = min(_retry_after(response) or pause, self.config.max_wait)
                 else:
-                    raise SteersmanError(self._refused(response))
+                    raise SteersmanError(self._told(self._refused(response.status_code, raw)))
             if attempt < self.config.retries:
                 self.tries_again += 1
-                if self._given_up.wait(pause):
+                try:
+                    await asyncio.wait_for(given_up.wait(), pause)
                     break
-        raise SteersmanError(f"judge {self.url}: {trouble}, after {self.config.retries + 1} tries")
+                except TimeoutError:
+                    pass
+        raise SteersmanError(self._told(f"{trouble}, after {self.config.retries + 1} tries"))
 
-    def _refused(self, response: httpx2.Response) -> str:
+    async def _post(self, client: httpx2.AsyncClient, text: str) -> tuple[httpx2.Response, bytes]:
+        """The response and its body, cut right behind LARGEST_REPLY bytes.
+
+        The time limit is one of the whole exchange: a server that sends a byte now and then does not extend it.
+        """
+        body: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": _characters(text)}],
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_tokens,
+            **self.config.extra,
+        }
+        raw = bytearray()
+        async with asyncio.timeout(self.config.timeout), client.stream("POST", self.url, json=body) as response:
+            async for piece in response.aiter_bytes():
+                raw += piece
+                if len(raw) > LARGEST_REPLY:
+                    break
+        return response, bytes(raw)
+
+    def _reply(self, raw: bytes, text: str) -> Reply | None:
+        """Text and tokens of a chat completion; None where it is none."""
+        try:
+            body = json.loads(raw)
+            said = body["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
+        if not isinstance(said, str | None):
+            return None
+        said = self._without_key(_characters(said or ""))
+        return {"text": said, "tokens": _tokens(body.get("usage"), text, said)}
+
+    def _key(self) -> str:
+        return os.environ.get(self.config.key_env, "").strip()
+
+    def _headers(self) -> dict[str, str]:
+        key = self._key()
+        if not key.isascii() or not key.isprintable():
+            raise SteersmanError(
+                f"judge: the environment variable {self.config.key_env} holds characters that no key has; set it anew"
+            )
+        # Unpacking would make a small reply a large one.
+        return {"accept-encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def _told(self, what: str) -> str:
+        """An error's text, with the judge's address, without its key."""
+        return self._without_key(f"judge {without_password(self.url)}: {what}")
+
+    def _quoted(self, raw: bytes, limit: int) -> str:
+        # The key goes first, so that no cut leaves a part of it.
+        return repr(self._without_key(raw.decode(errors="replace"))[:limit])
+
+    def _without_key(self, text: str) -> str:
+        """The text, in which a server that echoes the request's headers leaves no key."""
+        key = self._key()
+        return text.replace(key, "[key]") if len(key) >= SHORTEST_SECRET else text
+
+    def _refused(self, status: int, raw: bytes) -> str:
         hint = ""
-        if response.status_code in (401, 403):
+        if status in (401, 403):
             hint = f"; put the key into the environment variable {self.config.key_env}"
-        if response.status_code == 404:
+        if status == 404:
             hint = "; is the address right up to its version (.../v1), and the model's name?"
-        return f"judge {self.url}: status {response.status_code}: {response.text[:200]!r}{hint}"
+        return f"status {status}: {self._quoted(raw, 200)}{hint}"
 
 
-def _reply(response: httpx2.Response, text: str) -> Reply | None:
-    """Text and tokens of a chat completion (a word of English is about 1.3 tokens where it does not say)."""
-    try:
-        body = response.json()
-        said = body["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return None
-    if not isinstance(said, str | None):
-        return None
-    usage = body.get("usage")
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Runs to the end in a thread with an event loop of its own: the caller's thread, a notebook's, may have one.
+
+    What interrupts the caller ends the work too.
+    """
+    under_way: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None] | None]] = []
+
+    async def main() -> None:
+        under_way.append((asyncio.get_running_loop(), asyncio.current_task()))
+        await work
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(asyncio.run, main())
+        try:
+            done.result()
+        except BaseException:
+            for loop, task in under_way:
+                if task is not None and not done.done():
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+def _characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no file and no request takes."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def without_password(url: str) -> str:
+    """The address without the name and password that may stand in front of its host."""
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+def _tokens(usage: Any, text: str, said: str) -> int:
+    """Tokens that the endpoint counted; where it does not say, or what can not be, 1.3 for each word.
+
+    A count below a quarter of that, or above MOST_TOKENS, can not be: it would make the budget worth nothing.
+    """
+    own = round(1.3 * (len(text.split()) + len(said.split())))
     told = usage.get("total_tokens") if isinstance(usage, dict) else None
-    said = said or ""
-    tokens = told if isinstance(told, int) else round(1.3 * (len(text.split()) + len(said.split())))
-    return {"text": said, "tokens": tokens}
+    if isinstance(told, int) and not isinstance(told, bool) and max(own / 4, 1) <= told <= MOST_TOKENS:
+        return told
+    return own
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to wait, as a number or a date; None where it does not say."""
     told = response.headers.get("retry-after", "")
     try:
-        return max(float(told), 0.0)
+        seconds = float(told)
+        return seconds if seconds >= 0 else None
     except ValueError:
         pass
     try:
         until = parsedate_to_datetime(told)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
     until = until if until.tzinfo else until.replace(tzinfo=UTC)
     return max((until - datetime.now(UTC)).total_seconds(), 0.0)

@@ -12,7 +12,7 @@ from steersman.data.examples import Content
 from steersman.judge import prompts
 from steersman.judge.cache import Reply, ReplyCache, key_of
 from steersman.judge.config import JudgeConfig
-from steersman.judge.endpoint import Endpoint
+from steersman.judge.endpoint import Endpoint, without_password
 from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.prompts import Question
 from steersman.judge.scored import Scorer, as_text
@@ -102,7 +102,7 @@ class Judge:
     def describe(self) -> str:
         """One line: what kind of judge, which model."""
         if self.config.endpoint is not None:
-            return f"{self.config.endpoint.model} at {self.config.endpoint.url}"
+            return f"{self.config.endpoint.model} at {without_password(self.config.endpoint.url)}"
         return f"model {self.config.local.path}" if self.config.local else f"reward: {self._scorer.describe()}"
 
     def stats(self) -> Stats:

@@ -38,8 +38,9 @@ Say why in a sentence or two. Then end with the grade in double brackets, such a
 Grade:"""
 
 _SHARE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
-_MARKED = re.compile(r"\[\[\s*([^\[\]]{1,12}?)\s*\]\]")
-_BARE = re.compile(r"(?:answer|verdict|grade|rating|score)?\s*:?\s*\**\s*([abc]|tie|-?\d+(?:\.\d+)?)\s*\**\.?", re.I)
+_MARKED = re.compile(r"\[\[([^\[\]]*)\]\]")
+_BARE = re.compile(r"(?:answer|verdict|grade|rating|score)? ?:? ?\** ?([abc]|tie|-?\d+(?:\.\d+)?) ?\**\.?", re.I)
+_LONGEST_MARK, _LONGEST_BARE = 12, 64
 _HOLE = re.compile(r"\{(rubric|prompt|first|second|answer|low|high)\}")
 
 
@@ -77,8 +78,10 @@ def grade(reply: str, low: int, high: int) -> float | None:
 
 
 def _said(reply: str) -> str | None:
-    marks = _MARKED.findall(reply)
+    """The last mark, or the whole reply where it is nothing but a verdict; in time linear in the reply."""
+    marks = [mark for found in _MARKED.findall(reply) if 0 < len(mark := found.strip()) <= _LONGEST_MARK]
     if marks:
         return marks[-1]
-    bare = _BARE.fullmatch(reply.strip())
+    joined = " ".join(reply.split())
+    bare = _BARE.fullmatch(joined) if len(joined) <= _LONGEST_BARE else None
     return bare[1] if bare else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from steersman.ops.text import unspaced, words
+from steersman.run.user_code import user_code
 from steersman.types import SteersmanError
 
 Cut = Literal["words", "space"]
@@ -22,6 +24,7 @@ CUTS: dict[Cut, Callable[[str], list[str]]] = {"words": words, "space": lambda t
 """How a text becomes tokens, lower case: `ops.text.words`, or at white space, for text that is tokenised already."""
 
 Better = Literal["higher", "lower", "neither"]
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DRAWS, LEVEL = 1000, 0.95
 
 
@@ -106,7 +109,8 @@ class Scorer(ABC):
     is refused. `empty_reference` allows empty references, which are refused otherwise: they are holes in data.
 
     Raises SteersmanError naming the metric, and the row where there is one: a need that is not given, lists of
-    different lengths, an empty reference, an empty text that has no score, a score that is not finite.
+    different lengths, a lone surrogate, an empty reference, an empty text that has no score, a score that is not
+    finite.
     """
 
     name: str = ""
@@ -180,11 +184,13 @@ class Scorer(ABC):
         for row, source in enumerate(wanted.get("sources", [])):
             if not isinstance(source, str):
                 raise SteersmanError(f"metric '{self.name}', row {row}: the source is {_kind(source)}; give a text")
+            _check_characters(f"metric '{self.name}', row {row}: the source", source)
         return Batch(list(texts), listed, wanted.pop("sources", []), wanted)
 
     def _check_text(self, row: int, text: Any) -> None:
         if not isinstance(text, str):
             raise SteersmanError(f"metric '{self.name}', row {row}: the text is {_kind(text)}; give a string")
+        _check_characters(f"metric '{self.name}', row {row}: the text", text)
         if not self.scores_empty and not text.strip():
             raise SteersmanError(
                 f"metric '{self.name}', row {row}: the text is empty, and an empty text has no {self.name}; "
@@ -201,6 +207,7 @@ class Scorer(ABC):
         for reference in listed:
             if not isinstance(reference, str):
                 raise SteersmanError(f"{place}: a reference is {_kind(reference)}; give a text or a list of texts")
+            _check_characters(f"{place}: a reference", reference)
             if not self.empty_reference and not reference.strip():
                 raise SteersmanError(f"{place}: a reference is empty; leave it out or mend the data")
         return list(listed)
@@ -225,7 +232,8 @@ def finite(name: str, scores: Sequence[float], count: int) -> list[float]:
 def named(name: str) -> Iterator[None]:
     """An error inside a metric becomes a SteersmanError with the metric's name and the line where it came up."""
     try:
-        yield
+        with user_code(f"metric '{name}'"):
+            yield
     except (SteersmanError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -284,6 +292,16 @@ def check_script(name: str, references: Sequence[Sequence[str]], mend: str) -> N
                     f"metric '{name}', row {row}: the reference is in a script without spaces, which the tokeniser "
                     f"would take for one word: {reference[:30]!r}; {mend}"
                 )
+
+
+def _check_characters(who: str, text: str) -> None:
+    """Raises SteersmanError for half a surrogate pair, which is no character: no tokeniser and no file takes it."""
+    found = _LONE_SURROGATE.search(text)
+    if found is not None:
+        raise SteersmanError(
+            f"{who} holds a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is no "
+            f"character; mend the data, or replace it with U+FFFD"
+        )
 
 
 def _kind(value: Any) -> str:

@@ -45,8 +45,9 @@ class IFEval(Scorer):
 
     Departures from the authors' program: sentences end as nltk's Punkt finds them with a short list of
     abbreviations, because Punkt's trained English data are a download of their own; a letter to be counted that is
-    a sign ("#", "!") is counted, where theirs puts a random letter in its place. Languages need the package
-    langdetect. Source: arXiv 2311.07911, sec. 2 and table 1.
+    a sign ("#", "!") is counted, where theirs puts a random letter in its place; keywords, forbidden words, markers
+    and section names are text, where theirs are patterns. Languages need the package langdetect.
+    Source: arXiv 2311.07911, sec. 2 and table 1.
     """
 
     whole: bool = False
@@ -63,6 +64,11 @@ class IFEval(Scorer):
         columns = zip(batch.columns["instruction_id_list"], batch.columns["kwargs"], strict=True)
         out = []
         for row, (text, (names, settings)) in enumerate(zip(batch.texts, columns, strict=True)):
+            if not (isinstance(names, (list, tuple)) and isinstance(settings, (list, tuple))):
+                raise SteersmanError(
+                    f"metric 'ifeval', row {row}: instruction_id_list is {type(names).__name__} and kwargs "
+                    f"{type(settings).__name__}; give a list of each"
+                )
             if not names or len(names) != len(settings):
                 raise SteersmanError(
                     f"metric 'ifeval', row {row}: {len(names)} instructions with {len(settings)} kwargs; give one "
@@ -73,16 +79,21 @@ class IFEval(Scorer):
         return out
 
     def _follows(self, row: int, text: str, name: str, settings: Settings | None) -> bool:
-        check = CHECKS.get(name)
+        place = f"metric 'ifeval', row {row}"
+        check = CHECKS.get(name) if isinstance(name, str) else None
         if check is None:
-            raise SteersmanError(f"metric 'ifeval', row {row}: there is no instruction '{name}'")
+            raise SteersmanError(f"{place}: there is no instruction '{name}'")
+        if settings is not None and not isinstance(settings, Mapping):
+            raise SteersmanError(f"{place}: the kwargs of {name} are {type(settings).__name__}; give a mapping")
         given = {k: v for k, v in (settings or {}).items() if v is not None}
         try:
             return any(bool(t.strip()) and check(t, given) for t in (_looser(text) if self.loose else [text]))
         except KeyError as error:
+            raise SteersmanError(f"{place}: the instruction {name} has no {error} in its kwargs") from None
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise SteersmanError(
-                f"metric 'ifeval', row {row}: the instruction {name} has no {error} in its kwargs"
-            ) from None
+                f"{place}: the instruction {name} can not be read with the kwargs {str(given)[:120]}: {error}"
+            ) from error
 
 
 def _looser(text: str) -> list[str]:
@@ -93,7 +104,7 @@ def _looser(text: str) -> list[str]:
 
 def _compared(count: int, relation: str, limit: int) -> bool:
     if relation not in ("less than", "at least"):
-        raise SteersmanError(f"metric 'ifeval': the relation is '{relation}'; it is 'less than' or 'at least'")
+        raise ValueError(f"the relation is '{relation}'; it is 'less than' or 'at least'")
     return count < limit if relation == "less than" else count >= limit
 
 
@@ -154,13 +165,34 @@ def _nth_first_word(text: str, k: Settings) -> bool:
 def _postscript(text: str, k: Settings) -> bool:
     known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
     marker: str = k["postscript_marker"]
-    return re.search(known.get(marker) or marker.lower(), text.lower()) is not None
+    return re.search(known.get(marker) or re.escape(marker.lower()), text.lower()) is not None
 
 
 def _bullets(text: str, k: Settings) -> bool:
-    stars = re.findall(r"^\s*\*[^\*].*$", text, re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
-    return len(stars) + len(dashes) == k["num_bullets"]
+    # White space in front of a line is eaten whether a bullet follows or not, so that no empty line is read twice.
+    stars = re.finditer(r"^\s*+(\*[^\*].*$|)", text, re.MULTILINE)
+    dashes = re.finditer(r"^\s*+(-.*$|)", text, re.MULTILINE)
+    return sum(bool(m[1]) for m in (*stars, *dashes)) == k["num_bullets"]
+
+
+def _placeholders(text: str) -> int:
+    """Number of [...] on one line, as `\\[.*?\\]` finds them, in linear time."""
+    count = 0
+    for line in text.split("\n"):
+        end = 0
+        while (start := line.find("[", end)) >= 0 and (end := line.find("]", start) + 1):
+            count += 1
+    return count
+
+
+def _titles(text: str) -> list[str]:
+    """What stands between the first << and the last >> of each line, if anything does."""
+    found = []
+    for line in text.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if start >= 0 and start + 2 < end:
+            found.append(line[start : end + 2])
+    return found
 
 
 def _highlights(text: str, k: Settings) -> bool:
@@ -172,8 +204,8 @@ def _highlights(text: str, k: Settings) -> bool:
 def _json(text: str, k: Settings) -> bool:
     bare = re.sub(r"^```(json|Json|JSON)?", "", text.strip()).removesuffix("```").strip()
     try:
-        json.loads(bare)
-    except ValueError:
+        json.loads(bare, parse_int=len)  # how many digits a number has is no matter
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -190,14 +222,19 @@ def _letters(text: str, k: Settings) -> bool:
     return _compared(text.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"])
 
 
-def _found(pattern: str, text: str) -> list[str]:
-    return re.findall(pattern, text, re.IGNORECASE)
+def _found(words: str, text: str, *, whole: bool = False) -> int:
+    """How often the words stand in the text, whatever the case; `whole`: not inside a longer word.
+
+    They are data, so they are text and no pattern: one that is meant to take for ever can not.
+    """
+    pattern = re.escape(words)
+    return len(re.findall(rf"(?<!\w){pattern}(?!\w)" if whole else pattern, text, re.IGNORECASE))
 
 
 CHECKS: dict[str, Callable[[str, Settings], bool]] = {
     "keywords:existence": lambda t, k: all(_found(w, t) for w in k["keywords"]),
-    "keywords:frequency": lambda t, k: _compared(len(_found(k["keyword"].strip(), t)), k["relation"], k["frequency"]),
-    "keywords:forbidden_words": lambda t, k: not any(_found(rf"\b{w}\b", t) for w in k["forbidden_words"]),
+    "keywords:frequency": lambda t, k: _compared(_found(k["keyword"].strip(), t), k["relation"], k["frequency"]),
+    "keywords:forbidden_words": lambda t, k: not any(_found(w, t, whole=True) for w in k["forbidden_words"]),
     "keywords:letter_frequency": _letters,
     "language:response_language": lambda t, k: _in_language(t, k["language"]),
     "length_constraints:number_sentences": lambda t, k: _compared(
@@ -208,18 +245,16 @@ CHECKS: dict[str, Callable[[str, Settings], bool]] = {
         len(re.findall(r"\w+", t)), k["relation"], k["num_words"]
     ),
     "length_constraints:nth_paragraph_first_word": _nth_first_word,
-    "detectable_content:number_placeholders": lambda t, k: len(re.findall(r"\[.*?\]", t)) >= k["num_placeholders"],
+    "detectable_content:number_placeholders": lambda t, k: _placeholders(t) >= k["num_placeholders"],
     "detectable_content:postscript": _postscript,
     "detectable_format:number_bullet_lists": _bullets,
     "detectable_format:constrained_response": lambda t, k: any(answer in t for answer in _ANSWERS),
     "detectable_format:number_highlighted_sections": _highlights,
     "detectable_format:multiple_sections": lambda t, k: (
-        len(re.findall(rf"\s?{k['section_spliter'].strip()}\s?\d+\s?", t)) >= k["num_sections"]
+        len(re.findall(rf"\s?{re.escape(k['section_spliter'].strip())}\s?\d+\s?", t)) >= k["num_sections"]
     ),
     "detectable_format:json_format": _json,
-    "detectable_format:title": lambda t, k: any(
-        m.lstrip("<").rstrip(">").strip() for m in re.findall(r"<<[^\n]+>>", t)
-    ),
+    "detectable_format:title": lambda t, k: any(m.lstrip("<").rstrip(">").strip() for m in _titles(t)),
     "combination:two_responses": _two_responses,
     "combination:repeat_prompt": lambda t, k: t.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()),
     "startend:end_checker": lambda t, k: t.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),

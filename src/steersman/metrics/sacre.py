@@ -96,7 +96,7 @@ class SacreBLEU(_Sacre):
 
     def _check(self, batch: Batch) -> None:
         if self.tokenize in ("13a", "intl", "none"):
-            check_script(self.name, batch.references, "set `tokenize: char` or `zh`, or use chrf")
+            check_script(self.name, batch.references, "set `tokenize: char` (`zh` for Chinese), or use chrf")
 
 
 @dataclass
@@ -118,6 +118,10 @@ class ChrF(_Sacre):
         from sacrebleu.metrics.chrf import CHRF
 
         return CHRF(char_order=self.char_order, word_order=self.word_order, beta=self.beta, lowercase=self.lowercase)
+
+    def _check(self, batch: Batch) -> None:
+        if self.word_order:
+            check_script(self.name, batch.references, "use chrf, which reads characters alone")
 
 
 @dataclass

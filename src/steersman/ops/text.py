@@ -1,19 +1,30 @@
 """Statistics of plain text: words, sentences, n-grams; what metrics, the health watch and summaries count.
 
 A word is a run of letters or digits, lower-cased, with inner apostrophes kept ("didn't" is one word); a character
-of a script that is written without spaces is a word by itself.
+of a script that is written without spaces is a word by itself. Vowel signs and accents belong to their letter.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-_UNSPACED = "぀-ヿ㐀-鿿가-힣"  # kana, Han, Hangul
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
+    "\u3005\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"  # Han and kana
+    "\uac00-\ud7a3"  # Hangul
+)
+_MARK = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+_CHARACTER = rf"(?=[^\W_])[{_UNSPACED}][{_MARK}]*"  # with its vowel signs and tone marks
 _LETTER = rf"[^\W_{_UNSPACED}]"
-_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
-_PIECE = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+_LETTERS = rf"{_LETTER}+(?:[{_MARK}]+{_LETTER}*)*"
+_WORD = re.compile(rf"{_LETTERS}(?:'{_LETTERS})*|{_CHARACTER}")
+_PIECE = re.compile(rf"[^\W{_UNSPACED}]+(?:[{_MARK}]+[^\W{_UNSPACED}]*)*|{_CHARACTER}|[^\w\s{_MARK}]")
+# The same of ASCII text alone, several times as fast as the classes of all scripts.
+_ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
+_ASCII_PIECE = re.compile(r"\w+|[^\w\s]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
 
 T = TypeVar("T", bound=Hashable)
@@ -21,7 +32,8 @@ T = TypeVar("T", bound=Hashable)
 
 def words(text: str) -> list[str]:
     """The words of `text`, lower-cased, in order."""
-    return _WORD.findall(text.lower().replace("’", "'"))
+    plain = text.lower().replace("’", "'")
+    return (_ASCII_WORD if plain.isascii() else _WORD).findall(plain)
 
 
 def pieces(text: str) -> list[str]:
@@ -30,7 +42,8 @@ def pieces(text: str) -> list[str]:
     "friendfriendfriend..." is one word to a tokeniser, yet repeats itself; cut in fours it does so visibly.
     """
     out: list[str] = []
-    for piece in _PIECE.findall(text.lower()):
+    lower = text.lower()
+    for piece in (_ASCII_PIECE if lower.isascii() else _PIECE).findall(lower):
         out += [piece] if len(piece) <= 24 else [piece[i : i + 4] for i in range(0, len(piece), 4)]
     return out
 

@@ -47,6 +47,9 @@ class RewardPart(Section):
     empty: float | None = Field(
         default=None, description="a metric's score of an empty response; null leaves it to the metric"
     )
+    time_limit: float | None = Field(
+        default=3600.0, gt=0, description="seconds that one call of a function or builtin may take; null: no limit"
+    )
     workers: int = Field(default=0, ge=0, description="processes that share a metric's work; 0 is this one alone")
     text_bridge: bool = Field(default=True, description="let a reward model with another tokenizer read decoded text")
     attribute: str | None = Field(
@@ -115,9 +118,9 @@ def _build_part(
     name: str, part: RewardPart, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
 ) -> Reward:
     if part.builtin is not None:
-        return CallableReward(BUILTINS[part.builtin], name, part.args, part.columns)
+        return CallableReward(BUILTINS[part.builtin], name, part.args, part.columns, part.time_limit)
     if part.function is not None:
-        return CallableReward(part.function, name, part.args, part.columns)
+        return CallableReward(part.function, name, part.args, part.columns, part.time_limit)
     if part.metric is not None:
         return _metric_part(name, part)
     assert part.model is not None

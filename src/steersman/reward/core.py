@@ -14,9 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.run.functions import describe_function, load_function
+from steersman.run.user_code import user_code
 from steersman.types import Sample, SteersmanError
 
 RewardFunction = Callable[..., Any]
+
+LARGEST = 1e16
+"""Rewards are in [-LARGEST, LARGEST]: the sum of a batch's squares must stay within float32."""
 
 
 @dataclass(slots=True)
@@ -58,6 +62,14 @@ class WeightedSum:
     def score(self, samples: Sequence[Sample]) -> Scores:
         scored = {name: (weight, reward.score(samples)) for name, (weight, reward) in self.parts.items()}
         total = torch.stack([weight * scores.total for weight, scores in scored.values()]).sum(0)
+        outside = torch.nonzero(~(total.abs() <= LARGEST)).flatten().tolist()
+        if outside:
+            at = outside[0]
+            parts = ", ".join(f"{w:g} x {float(s.total[at]):g} ({n})" for n, (w, s) in scored.items())
+            raise SteersmanError(
+                f"reward: the sum for sample {at} is {float(total[at]):g}: {parts} {_about(samples[at])}; it must be "
+                f"finite and within {LARGEST:g}: mend the rewards or their weights"
+            )
         per_token = None
         if any(scores.per_token is not None for _, scores in scored.values()):
             per_token = sum((w * _per_token(s, samples) for w, s in scored.values()), torch.zeros(()))
@@ -88,7 +100,8 @@ class CallableReward:
     It returns one number per completion, or for each completion one number per response token.
 
     Raises SteersmanError naming the reward when the function can't be imported, lacks a column, raises (the
-    original exception is chained), or returns a wrong count, a wrong type, NaN or Inf.
+    original exception is chained), asks the process to end, takes longer than `time_limit` seconds (None: no limit),
+    or returns a wrong count, a wrong type, NaN, or a number beyond LARGEST.
     """
 
     def __init__(
@@ -97,7 +110,9 @@ class CallableReward:
         name: str | None = None,
         args: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
+        time_limit: float | None = None,
     ):
+        self.time_limit = time_limit
         self.function = load_function(function) if isinstance(function, str) else function
         self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
         self.args, self.columns = dict(args or {}), dict(columns or {})
@@ -119,22 +134,28 @@ class CallableReward:
         return f"function {describe_function(self.function)}"
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        texts = {"prompts": [s.prompt.text for s in samples], "completions": [s.text for s in samples]}
+        batch = (
+            f"batch of {len(samples)}, first prompt: {_shorten(samples[0].prompt.text)}, "
+            f"first completion: {_shorten(samples[0].text)}"
+        )
         keywords = self._columns(samples) | self.args
-        try:
-            if self.by_name:
-                wanted = {k: v for k, v in texts.items() if k in self.named or self.takes_all}
-                values = self.function(**wanted, **keywords)
-            else:
-                values = self.function(*texts.values(), **keywords)
-        except SteersmanError:
-            raise
-        except Exception as error:
-            raise SteersmanError(
-                f"reward '{self.name}': the function raised {type(error).__name__}: {error} "
-                f"(batch of {len(samples)}, first prompt: {_shorten(samples[0].prompt.text)})"
-            ) from error
+        with user_code(f"reward '{self.name}' ({batch})", self.time_limit):
+            try:
+                values = self._call(samples, keywords)
+            except SteersmanError:
+                raise
+            except Exception as error:
+                raise SteersmanError(
+                    f"reward '{self.name}': the function raised {type(error).__name__}: {error} ({batch})"
+                ) from error
         return _scores(self.name, values, samples)
+
+    def _call(self, samples: Sequence[Sample], keywords: Mapping[str, Any]) -> Any:
+        texts = {"prompts": [s.prompt.text for s in samples], "completions": [s.text for s in samples]}
+        if not self.by_name:
+            return self.function(*texts.values(), **keywords)
+        wanted = {k: v for k, v in texts.items() if k in self.named or self.takes_all}
+        return self.function(**wanted, **keywords)
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The keyword lists of this batch: data columns, renamed, and the samples where asked for."""
@@ -210,13 +231,20 @@ def _number(name: str, value: Any, row: int, token: int | None, sample: Sample) 
         raise SteersmanError(
             f"reward '{name}': gave {type(value).__name__} {_shorten(str(value))} for {place}; return floats"
         )
-    number = float(value)
-    if not math.isfinite(number):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not abs(number) <= LARGEST:
         raise SteersmanError(
-            f"reward '{name}': gave {number} for {place} (prompt: {_shorten(sample.prompt.text)}, completion: "
-            f"{_shorten(sample.text)}); return a finite number for every completion"
+            f"reward '{name}': gave {number:g} for {place} {_about(sample)}; return a finite number within "
+            f"{LARGEST:g} for every completion"
         )
     return number
+
+
+def _about(sample: Sample) -> str:
+    return f"(prompt: {_shorten(sample.prompt.text)}, completion: {_shorten(sample.text)})"
 
 
 def _shorten(text: str, limit: int = 80) -> str:

@@ -89,7 +89,8 @@ def word_coverage(
     prompts: Sequence[str], completions: Sequence[str], *, concepts: Sequence[str | Sequence[str]]
 ) -> list[float]:
     """Share of the row's concepts, in [0, 1], that stand in the completion, compared by Porter stem."""
-    return [covered(c, w) for c, w in zip(completions, concepts, strict=True)]
+    pairs = enumerate(zip(completions, concepts, strict=True))
+    return [covered(c, w, f"'word_coverage', row {row}") for row, (c, w) in pairs]
 
 
 BUILTINS: dict[str, Callable[..., list[float]]] = {

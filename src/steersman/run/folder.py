@@ -125,7 +125,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
     Raises SteersmanError where the disk is full or the place can not be written.
     """
-    raw = data.encode() if isinstance(data, str) else data
+    # Half a surrogate pair becomes its escape, which JSON reads back.
+    raw = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     tmp = path.with_name(f"{_TMP}{path.name}")
     with saving(path):
         try:
@@ -193,7 +194,8 @@ def recover(folder: Path) -> None:
 
 @contextmanager
 def saving(what: Path) -> Iterator[None]:
-    """Turns a full disk, however the library below reports it, into a SteersmanError that names `what`."""
+    """Turns a full disk, however the library below reports it, and any other failure of the system's to write into
+    a SteersmanError that names `what`."""
     try:
         yield
     except SteersmanError:
@@ -205,8 +207,8 @@ def saving(what: Path) -> Iterator[None]:
                 f"{what}: the disk is full (or a size limit was reached) while saving; {free:.0f} MiB are free "
                 "there. What was saved before is untouched: make room and run again with --resume"
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise SteersmanError(f"{what}: it can not be written ({error.strerror})") from error
+        if isinstance(error, OSError):
+            raise SteersmanError(f"{what}: it can not be written ({error.strerror or error})") from error
         raise
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from steersman.run.user_code import user_code
 from steersman.types import SteersmanError
 
 
@@ -54,7 +55,10 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        with user_code(f"function '{spec}': importing {path}"):
+            module_spec.loader.exec_module(module)
+    except SteersmanError:
+        raise
     except Exception as error:
         raise _failed(spec, str(path), error) from error
     return module
@@ -64,7 +68,10 @@ def _from_module(name: str, spec: str) -> ModuleType:
     here = str(Path.cwd())
     sys.path.insert(0, here)  # a command installed elsewhere doesn't look in the folder where it is typed
     try:
-        return importlib.import_module(name)
+        with user_code(f"function '{spec}': importing {name}"):
+            return importlib.import_module(name)
+    except SteersmanError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _failed(spec, name, error) from error

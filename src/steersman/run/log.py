@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from steersman.run.folder import saving, write_atomic
 from steersman.run.health import Finding
+from steersman.run.terminal import printable
 from steersman.types import Stats, SteersmanError
 
 FILES = ("metrics.jsonl", "samples.jsonl", "health.jsonl")
@@ -53,7 +54,9 @@ class Log:
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
         self._start = self._last_line = time.monotonic()
         self._first_step = max(resumed_step, 0)
-        self._files = {name: (self.folder / name).open("a", encoding="utf-8") for name in FILES}
+        self._files = {
+            name: (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") for name in FILES
+        }
         self._sinks = [_open_sink(name, self.folder, max(resumed_step, 0)) for name in sinks]
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
@@ -91,7 +94,7 @@ class Log:
 
     def note(self, text: str, style: str | None = None) -> None:
         """A line on the console, above the progress line."""
-        self.console.print(text, style=style, markup=False, highlight=False)
+        self.console.print(printable(text), style=style, markup=False, highlight=False)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -131,7 +134,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 
 Segment = tuple[str, bool]
@@ -105,12 +106,12 @@ class Preflight:
         console.print(Group(*self._parts(console.is_terminal)))
 
     def _parts(self, color: bool) -> list[Text | Table | Panel]:
-        parts: list[Text | Table | Panel] = [Text(self.title, style="bold")]
+        parts: list[Text | Table | Panel] = [Text(printable(self.title), style="bold")]
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column()
         for name, value in self.facts:
-            grid.add_row(name, Text(value))
+            grid.add_row(Text(printable(name)), Text(printable(value)))
         parts.append(grid)
         if self.roles:
             parts += [Text(), _role_table(self.roles)]
@@ -157,7 +158,7 @@ def _role_table(roles: Sequence[Role]) -> Table:
         shares = ", ".join(f"{k} {size(getattr(role.memory, k))}" for k in kinds if getattr(role.memory, k))
         trained = count(role.trained) if role.trained else "-"
         peak = size(role.memory.total) if role.memory.total else "-"
-        origin = Text(f"{shares}\n" if shares else "").append(role.source, style="dim")
+        origin = Text(f"{shares}\n" if shares else "").append(printable(role.source), style="dim")
         table.add_row(role.name, count(role.parameters), trained, peak, origin)
     table.add_row("together", "", "", size(sum(role.memory.total for role in roles)), "", style="bold")
     return table
@@ -167,6 +168,7 @@ def _render(segments: Sequence[Segment], color: bool) -> Text:
     """Pieces that count plainly, the others dim; where there is no colour, in double brackets."""
     text = Text()
     for piece, counts in segments:
+        piece = printable(piece)
         shown = (
             piece if len(piece) <= 1500 else f"{piece[:700]} [... {len(piece) - 1400} characters ...] {piece[-700:]}"
         )

@@ -1,23 +1,18 @@
-"""Text that a model or a file wrote, made safe to print on a terminal."""
+"""Text that others wrote, on its way to a terminal."""
 
 from __future__ import annotations
 
-import unicodedata
+import re
 
-_KEPT = "\n\t"
-_REORDERS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# C0 but tab and line feed, DEL, C1, the marks that turn the direction of writing, line and paragraph separators,
+# and halves of surrogate pairs, which no terminal's encoding takes.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with everything that would steer a terminal, or can not be encoded, written as an escape.
+    r"""The text with every character that a terminal would obey written out, ESC as `\x1b`.
 
-    Line breaks and tabs stay; other control characters (C0, DEL, C1), marks that reorder what is read, and lone
-    surrogates become backslash escapes.
+    What a model or a data file says can then neither move the cursor, nor colour, nor turn round, what stands
+    around it. Line ends and tabs stay; CR LF is a line end.
     """
-    return "".join(_shown(c) for c in text)
-
-
-def _shown(c: str) -> str:
-    if c in _KEPT or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _REORDERS):
-        return c
-    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))

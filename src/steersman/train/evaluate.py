@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from steersman.data import read_rows
@@ -18,6 +19,7 @@ from steersman.metrics import Corpus, Metric, metric
 from steersman.reward.metrics import inputs
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
+from steersman.run.terminal import printable
 from steersman.train.generate import GenerateRecipe, sampled, write_samples
 from steersman.types import Prompt, Sample, SteersmanError
 
@@ -142,7 +144,8 @@ def _show(made: dict[str, Metric], values: dict[str, Corpus], count: int, empty:
     table = Table("metric", "value", "95% interval", "better", "computed by")
     for name, corpus in values.items():
         interval = "-" if math.isnan(corpus.low) else f"{_number(corpus.low)} to {_number(corpus.high)}"
-        table.add_row(name, _number(corpus.value), interval, made[name].better, made[name].implementation)
+        how = escape(printable(made[name].implementation))
+        table.add_row(escape(printable(name)), _number(corpus.value), interval, made[name].better, how)
     console.print(table)
     rows = f"; rows {', '.join(map(str, empty[:10]))}{', ...' if len(empty) > 10 else ''}" if empty else ""
     console.print(f"{count} completions, {len(empty)} of them empty{rows}", highlight=False)

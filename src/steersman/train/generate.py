@@ -14,6 +14,7 @@ from steersman.data import DataConfig, Query, Row, encode_prompts, layout, promp
 from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
+from steersman.run.terminal import printable
 from steersman.train.models import context_length, policy_from
 from steersman.train.roles import sampler
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
@@ -101,6 +102,6 @@ def _row(sample: Sample) -> dict[str, Any]:
 def _show(samples: list[Sample]) -> None:
     console = Console()
     for sample in samples:
-        console.print(sample.prompt.text, style="dim", end="", markup=False, highlight=False)
-        console.print(sample.text, markup=False, highlight=False)
+        console.print(printable(sample.prompt.text), style="dim", end="", markup=False, highlight=False)
+        console.print(printable(sample.text), markup=False, highlight=False)
         console.print()

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from steersman.assets import openings, story_model
@@ -24,6 +25,7 @@ from steersman.rollout import Engine, Sampling
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.folder import write_atomic
+from steersman.run.terminal import printable
 from steersman.train import reward_model, rl, sft
 from steersman.train.models import policy_from
 from steersman.train.sections import ModelConfig, RunConfig
@@ -250,7 +252,7 @@ def show_outcome(summary: dict[str, Any], stories: Sequence[tuple[str, str, str]
 
 
 def _escape(text: str) -> str:
-    return text.replace("[", "\\[").replace("\n", " ")
+    return escape(printable(text).replace("\n", " "))
 
 
 def _say(step: str, what: str) -> None:

@@ -1,0 +1,122 @@
+"""Around code of the user's: what it does to the process is undone, or named where it can't be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from steersman.types import SteersmanError
+
+
+class _ExitAskedError(BaseException):
+    """`os._exit` was called; no `except Exception` of the user's may swallow it."""
+
+
+class _TooLateError(BaseException):
+    """The time is over; no `except Exception` of the user's may swallow it."""
+
+
+@contextmanager
+def user_code(who: str, limit: float | None = None) -> Iterator[None]:
+    """Runs a block that calls code of the user's, named `who` in messages.
+
+    An exit that it asks for, by `sys.exit` or `os._exit`, is a SteersmanError, so that a run never ends without a
+    word and as if it had been done; so is a block that takes longer than `limit` seconds. Standard output and
+    error that it closes or points elsewhere are put back. Other exceptions pass.
+
+    `os._exit` is replaced while the block runs, for this process alone (a child that it forks leaves as ever); the
+    limit holds in the main thread and where Python code runs, not inside one call of a compiled library.
+    """
+    process, leave = os.getpid(), os._exit
+
+    def instead(status: int) -> NoReturn:
+        if os.getpid() != process:
+            leave(status)
+        raise _ExitAskedError(f"os._exit({status})")
+
+    with _streams_kept():
+        os._exit = instead
+        try:
+            with _time_limit(limit):
+                yield
+        except SystemExit as error:
+            raise _left(who, f"sys.exit({'' if error.code is None else error.code})") from error
+        except _ExitAskedError as error:
+            raise _left(who, str(error)) from error
+        except GeneratorExit as error:
+            raise _left(who, "GeneratorExit") from error
+        except _TooLateError as error:
+            raise SteersmanError(f"{who}: it took longer than its limit of {limit:g} seconds") from error
+        finally:
+            os._exit = leave
+
+
+def _left(who: str, how: str) -> SteersmanError:
+    return SteersmanError(
+        f"{who}: it asked the process to end, by {how}; a run ends when it is done, so raise an error with a reason"
+    )
+
+
+@contextmanager
+def _time_limit(limit: float | None) -> Iterator[None]:
+    """Raises _TooLateError in the block after `limit` seconds, and every second again until the block ends.
+
+    A thread sends the signal and no alarm is set, because code in the block may use the process's only alarm.
+    """
+    if limit is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    over, main = threading.Event(), threading.get_ident()
+
+    def late(number: int, frame: FrameType | None) -> None:
+        if not over.is_set():
+            raise _TooLateError
+
+    def watch() -> None:
+        wait = limit
+        while not over.wait(wait):
+            signal.pthread_kill(main, signal.SIGUSR2)
+            wait = 1.0
+
+    before = signal.signal(signal.SIGUSR2, late)
+    watcher = threading.Thread(target=watch, name="time limit", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, before or signal.SIG_DFL)
+
+
+@contextmanager
+def _streams_kept() -> Iterator[None]:
+    """Puts back standard output and error, the descriptors and Python's files, where the block took them away."""
+    files: dict[str, Any] = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    kept = {number: os.dup(number) for number in (1, 2) if _identity(number) is not None}
+    try:
+        yield
+    finally:
+        for number, copy in kept.items():
+            if _identity(number) != _identity(copy):
+                os.dup2(copy, number)
+            os.close(copy)
+        for number, (name, file) in enumerate(files.items(), 1):
+            closed = file is not None and file.closed
+            again = open(number, "w", encoding="utf-8", errors="replace", closefd=False) if closed else file  # noqa: SIM115
+            setattr(sys, name, again)
+
+
+def _identity(number: int) -> tuple[int, int] | None:
+    """Which file a descriptor is open on; None where it is closed."""
+    try:
+        stat = os.fstat(number)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino

@@ -1,0 +1,94 @@
+"""Rewards that do harm, through the command line: the run says so, fails, and leaves its files."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from train_kit import merge
+
+from steersman import cli
+
+ODD = """
+import os, sys, time
+
+CALLS = []
+
+def later(act, completions):
+    CALLS.append(1)
+    if len(CALLS) > 2:
+        act()
+    return [float(len(c)) for c in completions]
+
+def exits(prompts, completions):
+    return later(lambda: sys.exit(0), completions)
+
+def leaves(prompts, completions):
+    return later(lambda: os._exit(0), completions)
+
+def hangs(prompts, completions):
+    return later(lambda: time.sleep(1000), completions)
+
+def closes(prompts, completions):
+    return later(lambda: os.close(1), completions)
+
+def large(prompts, completions):
+    return [10**40] * len(completions)
+
+def largest(prompts, completions):
+    return [10**400] * len(completions)
+
+def infinite(prompts, completions):
+    return [-float("inf")] * len(completions)
+
+def wild(prompts, completions):
+    return [3e38 * (-1) ** i for i in range(len(completions))]
+"""
+
+
+def run(function, base, tmp_path, **part):
+    (tmp_path / "odd.py").write_text(ODD)
+    parts = {"score": {"function": f"{tmp_path / 'odd.py'}:{function}", **part}}
+    changed = merge(base, {"reward.parts": parts, "iterations": 4, "run.eval_every": 100, "run.save_every": 1})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(changed))
+    return cli.main(["rloo", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("exits", "it asked the process to end, by sys.exit(0)"),
+        ("leaves", "it asked the process to end, by os._exit(0)"),
+        ("hangs", "it took longer than its limit of 0.3 seconds"),
+    ],
+)
+def test_a_reward_that_ends_or_holds_the_run(function, told, base, tmp_path, capsys):
+    assert run(function, base, tmp_path, time_limit=0.3) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert all(word in error for word in ("reward 'score'", "first prompt:", "first completion:"))
+    folder = tmp_path / "run"
+    assert (folder / "metrics.jsonl").read_text().count("\n") >= 1, "what was done before stays"
+    assert list((folder / "checkpoints").glob("step-*"))
+    assert not (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("function", ["large", "largest", "infinite", "wild"])
+def test_a_number_that_training_can_not_hold_is_named(function, base, tmp_path, capsys):
+    assert run(function, base, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "reward 'score': gave " in error
+    assert "for sample 0 (prompt: " in error
+    assert "completion: " in error
+
+
+def test_weights_that_make_a_sum_too_large_are_named(base, tmp_path, capsys):
+    assert run("exits", base, tmp_path, weight=1e30) == 2
+    error = capsys.readouterr().err
+    assert "reward: the sum for sample " in error
+    assert "1e+30 x " in error
+
+
+def test_a_reward_that_closes_standard_output_does_not_end_the_run(base, tmp_path):
+    assert run("closes", base, tmp_path) == 0
+    assert (tmp_path / "run" / "summary.json").exists()
