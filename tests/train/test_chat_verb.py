@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import select
@@ -14,8 +13,6 @@ import pytest
 import torch
 from letter_models import letters, rows_of, save_mini
 from transformers import AutoModelForCausalLM
-
-from steersman.run.terminal import printable
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}a {{ m.content }}</s>{% else %}{{ m.role[0] }} "
@@ -142,8 +139,3 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):
     talk.send("/help\n")
     talk.until("Ctrl-C stops an answer")
     assert talk.leave() == 0
-
-
-def test_what_would_steer_a_terminal_is_shown_and_not_obeyed():
-    assert printable("a\x1b[2Jb\x07\r\x9b\n\tü漢\u202e\ud800") == "a\\x1b[2Jb\\x07\\x0d\\x9b\n\tü漢\\u202e\\ud800"
-    assert json.loads(json.dumps(printable("plain"))) == "plain"
