@@ -123,9 +123,11 @@ def test_what_a_killed_build_left_is_cleared_when_it_is_old(cache, capfd):
 
 
 SLOW = """
+    import signal
     import sys
     from pathlib import Path
     from steersman.native import build
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins by ignoring it
     build.LIMIT = float(sys.argv[2])
     build.built(sys.argv[1], {"a.cpp": b""})
 """

@@ -36,6 +36,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:  # the child becomes the program
             os.environ["OMP_NUM_THREADS"] = "1"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job begins by ignoring it
             os.execv(sys.executable, [sys.executable, "-m", "steersman.cli", "chat", *args])
         self.read = ""
 

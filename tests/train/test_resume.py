@@ -312,6 +312,7 @@ def test_sigkill_on_policy(base, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_finishes_the_step_saves_and_says_so(name, base, tmp_path, capfd):
     """In this process: the signal comes from within the third iteration's reward."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, as it should
     asked = merge(base, FULL | OWN["nlpo"] | {"run.save_every": 100, "run.eval_every": 100})
     path = tmp_path / "recipe.yaml"
     rl.run(recipe("nlpo", asked))
@@ -326,6 +327,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(name, base, tmp_path, capf
     path.write_text(yaml.safe_dump(merge(asked, {"run.dir": str(tmp_path / "cut")})))
     sys.modules.pop("rewards", None)
     assert cli.main(["nlpo", str(path)]) == 130
+    signal.signal(signal.SIGHUP, before)
     said = "".join(capfd.readouterr())
     assert name in said
     assert "--resume" in said

@@ -22,15 +22,16 @@ def fingerprints(recipe: Section, run_folder: Path) -> dict[str, dict[str, str]]
     """The SHA-256 of each file or folder that a setting of the recipe names: {dotted key: {path: digest}}.
 
     A folder with a config.json is a model: the files directly in it count. Of any other folder all files count. What
-    lies in the run folder is the run's own and is left out. A file above 64 MiB counts by its size and 64 blocks of
-    1 MiB, so that a start reads at most that much of each: a change in between is not seen.
+    lies in the run folder is the run's own and is left out, and so is a `folder` of many sets (GRUE's), whose rows
+    are compared one by one. A file above 64 MiB counts by its size and 64 blocks of 1 MiB, so that a start reads at
+    most that much of each: a change in between is not seen.
     """
     found: dict[str, dict[str, str]] = {}
     own = run_folder.resolve()
     for key, text in _texts(recipe.model_dump(), ""):
         for path in _paths(text):
             if own not in (path.resolve(), *path.resolve().parents):
-                found.setdefault(key, {})[str(path)] = _digest(path)
+                found.setdefault(key, {})[str(path)] = _digest(path, own)
     return found
 
 
@@ -66,7 +67,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner, key)
-    elif isinstance(value, str) and key != "run.dir":
+    elif isinstance(value, str) and key != "run.dir" and not key.endswith("folder"):
         yield key, value
 
 
@@ -81,12 +82,14 @@ def _paths(text: str) -> list[Path]:
         return []
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, own: Path) -> str:
     if path.is_file():
         return _file_digest(path)
     inside = path.iterdir() if (path / "config.json").is_file() else path.rglob("*")
     digest = hashlib.sha256()
     for file in sorted(p for p in inside if p.is_file() and not p.name.startswith(".")):
+        if own in file.resolve().parents:
+            continue
         digest.update(f"{file.relative_to(path)}\0{_file_digest(file)}\n".encode())
     return digest.hexdigest()
 

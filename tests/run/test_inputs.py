@@ -1,0 +1,42 @@
+"""What a run reads is known by content; what the run itself writes there is not part of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from steersman.run.config import Section
+from steersman.run.inputs import BLOCK, WHOLE, fingerprints
+
+
+class Asked(Section):
+    path: str
+    folder: str = ""
+
+
+def test_the_runs_own_folder_within_the_data_does_not_count(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    asked = Asked(path=str(tmp_path), folder=str(tmp_path))
+    before = fingerprints(asked, run)
+    (run / "metrics.jsonl").write_text("{}")
+    assert fingerprints(asked, run) == before
+    assert list(before) == ["path"]
+    (tmp_path / "rows.jsonl").write_text("{ }")
+    assert fingerprints(asked, run) != before
+
+
+def test_of_a_large_file_its_ends_and_its_size_count(tmp_path):
+    file = tmp_path / "weights.bin"
+    with file.open("wb") as out:
+        out.truncate(WHOLE + 7 * BLOCK)
+    seen = [fingerprints(Asked(path=str(file)), tmp_path / "run")]
+    for at in (0, WHOLE + 7 * BLOCK - 1):
+        with file.open("r+b") as out:
+            out.seek(at)
+            out.write(b"x")
+        seen.append(fingerprints(Asked(path=str(file)), tmp_path / "run"))
+    with file.open("r+b") as out:
+        out.truncate(WHOLE + 8 * BLOCK)
+    seen.append(fingerprints(Asked(path=str(file)), tmp_path / "run"))
+    assert all(a != b for a, b in pairwise(seen))
