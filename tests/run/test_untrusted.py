@@ -48,7 +48,7 @@ def test_what_is_within_the_limits_passes():
 
 
 def test_the_line_of_what_is_nested_too_deeply():
-    with pytest.raises(UntrustedError, match="line 3 of it: nested too deeply"):
+    with pytest.raises(UntrustedError, match="here, line 3: nested too deeply"):
         parse_json('[\n"' + "[" * 10_000 + '\\"",\n' + "[" * 100_000, "here")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NotRequired, TypedDict
 
-from steersman.data.read import Row
+from steersman.data.rows import Row
 
 
 class Message(TypedDict):

@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from steersman.data.examples import Content, Message
-from steersman.data.read import Row, nearest
+from steersman.data.rows import Row, nearest
+from steersman.run.untrusted import UntrustedError, parse_json
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
@@ -69,8 +70,24 @@ def label(row: Row, column: str) -> bool:
 def listing(row: Row, column: str) -> list[Any]:
     got = value(row, column)
     if not isinstance(got, list):
-        raise row.fault("wrong type", f"must be a list, not {type(got).__name__}", column)
+        hint = f"; {read_as_json(row.names.get(column, column))}" if is_json_text(got) else ""
+        raise row.fault("wrong type", f"must be a list, not {type(got).__name__}{hint}", column)
     return got
+
+
+def is_json_text(got: Any) -> bool:
+    """Whether a value is text that holds a JSON list or object."""
+    if not isinstance(got, str) or not got.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        return isinstance(parse_json(got, ""), list | dict)
+    except ValueError:
+        return False
+
+
+def read_as_json(column: str) -> str:
+    """What to do about a column of JSON as text."""
+    return f"{column!r} holds JSON as text: data.json_columns: [{column}] reads it"
 
 
 def content(row: Row, column: str) -> Content:
@@ -179,6 +196,9 @@ def instruction(row: Row) -> list[Message]:
 def json_text(row: Row, column: str) -> Any:
     """A field that holds JSON as text."""
     try:
-        return json.loads(text(row, column))
+        return parse_json(text(row, column), row.where(column))
     except json.JSONDecodeError as error:
         raise row.fault("broken JSON", f"the field does not hold whole JSON ({error.msg})", column) from error
+    except UntrustedError as error:
+        inside = f"in its {error.fault.field}, " if error.fault.field else ""
+        raise row.fault(error.fault.reason, inside + error.fault.problem, column) from error

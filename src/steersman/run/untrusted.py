@@ -32,6 +32,7 @@ class Fault:
     reason: str
     problem: str
     field: str = ""
+    line: int = 1
 
 
 class UntrustedError(ValueError):
@@ -39,7 +40,8 @@ class UntrustedError(ValueError):
 
     def __init__(self, where: str, fault: Fault) -> None:
         at = f", field {fault.field!r}" if fault.field else ""
-        super().__init__(f"{where}{at}: {fault.problem}")
+        line = f", line {fault.line}" if fault.line > 1 else ""
+        super().__init__(f"{where}{line}{at}: {fault.problem}")
         self.fault = fault
 
 
@@ -87,8 +89,7 @@ def parse_suspect(text: str, where: str) -> Parsed:
         value = json.loads(text, parse_int=integer, object_pairs_hook=an_object)
     except RecursionError as error:
         line = text.count("\n", 0, _too_deep(text)) + 1
-        inside = f"line {line} of it: " if line > 1 else ""
-        raise UntrustedError(where, _deep(inside)) from error
+        raise UntrustedError(where, _deep(line=line)) from error
     deep = text.count("[") + text.count("{") > DEPTH
     halves = _ESCAPED_SURROGATE.search(text) or LONE_SURROGATE.search(text)
     return Parsed(value, bool(planted or deep or halves))
@@ -98,7 +99,7 @@ def first_fault(value: Any) -> Fault | None:
     """The first fault inside a parsed value, with its place; None where there is none."""
     for inner, place, depth in _walk(value):
         if depth >= DEPTH and isinstance(inner, list | dict):
-            return _deep("", place.split(".")[0].split("[")[0])
+            return _deep(place.split(".")[0].split("[")[0])
         if isinstance(inner, Fault):
             return Fault(inner.reason, inner.problem, place)
         found = LONE_SURROGATE.search(inner) if isinstance(inner, str) else None
@@ -126,10 +127,9 @@ def _walk(value: Any) -> Iterator[tuple[Any, str, int]]:
             stack += [(x, f"{place}[{i}]", depth + 1) for i, x in reversed([*enumerate(inner)])]
 
 
-def _deep(inside: str, field: str = "") -> Fault:
-    return Fault(
-        "nested too deeply", f"{inside}nested too deeply (more than {DEPTH} brackets inside each other)", field
-    )
+def _deep(field: str = "", line: int = 1) -> Fault:
+    problem = f"nested too deeply (more than {DEPTH} brackets inside each other)"
+    return Fault("nested too deeply", problem, field, line)
 
 
 def _too_deep(text: str) -> int:
