@@ -34,7 +34,10 @@ def decode(content: bytes, file: str, encoding: str | None = None) -> str:
     if encoding is None and is_wide(content):
         raise SteersmanError(f"{file}: not UTF-8; {not_utf8(content)}")
     try:
-        return content.decode(encoding or "utf-8").removeprefix("\ufeff")
+        text = content.decode(encoding or "utf-8").removeprefix("\ufeff")
+        if encoding:
+            text.encode("utf-8")  # some encodings write halves of surrogate pairs
+        return text
     except UnicodeError as error:
         start = error.start if isinstance(error, UnicodeDecodeError) else 0
         line = content.count(b"\n", 0, start) + 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from steersman.data.examples import Content, Message
 from steersman.data.rows import Row, nearest
+from steersman.data.tools import carried
 from steersman.run.untrusted import UntrustedError, parse_json
 
 ROLES = {
@@ -120,18 +121,16 @@ def turn(row: Row, column: str, item: Any, default_role: str | None, index: int 
     body = item.get("content", item.get("value", item.get("text")))
     if isinstance(body, list):
         body = _parts(row, column, at, body)
-    if body is None and item.get("tool_calls"):
+    more = carried(row, column, at, item)
+    called = bool(more.get("tool_calls") or more.get("function_call"))
+    if body is None and called:
         body = ""
     if not isinstance(body, str):
         what = "has no content" if body is None else f"must hold text, not {type(body).__name__}"
         raise row.fault("missing value" if body is None else "wrong type", f"{at} {what}", column)
-    made: Message = {"role": ROLES[role], "content": body}
-    if made["role"] == "assistant" and not body.strip() and not item.get("tool_calls"):
+    made: Any = {"role": ROLES[role], "content": body, **more}
+    if made["role"] == "assistant" and not body.strip() and not called:
         raise row.fault("empty completion", f"{at}, the assistant's, is empty", column)
-    if item.get("tool_calls"):
-        made["tool_calls"] = item["tool_calls"]
-    if isinstance(item.get("name"), str):
-        made["name"] = item["name"]
     return made
 
 

@@ -20,6 +20,7 @@ from steersman.data.examples import (
 )
 from steersman.data.fields import is_json_text, read_as_json
 from steersman.data.rows import BadRows, Row, nearest
+from steersman.data.tools import with_tools
 from steersman.types import SteersmanError
 
 Kind = Literal["demonstration", "preference", "feedback", "ranking", "rating", "steps", "query"]
@@ -108,8 +109,8 @@ def examples(shape: Shape, row: Row) -> Sequence[Example]:
             row.data = row.data | {name: row.data[column]}
             row.names = row.names | {name: column}
     if shape.want == "query" and shape.format.as_query:
-        return [shape.format.as_query(row)]
-    example = shape.format.convert(row)
+        return [with_tools(shape.format.as_query(row), row)]
+    example = with_tools(shape.format.convert(row), row)
     if shape.format.kind == shape.want:
         return [example]
     return DERIVED[shape.format.kind, shape.want][0](example)
