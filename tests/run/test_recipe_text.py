@@ -49,9 +49,10 @@ def test_a_huge_number_on_the_command_line():
     assert load_recipe(RunConfig, None, ["--dir", "9" * 100]).dir == "9" * 100
 
 
-PIECES = st.sampled_from(["a: ", "- ", "\n", "  ", "[", "]", "{", "}", "&x ", "*x", "? ", ": ", "!!int ",
-                          "!!timestamp ", "!!set ", "!!binary ", "!!omap ", "<<: ", "9" * 30, "0x", '"\\ud800"', "'", '"', "|", "\0",
-                          "2001-01-01", "-", ".inf", "a"])  # fmt: skip
+PIECES = st.sampled_from(
+    ["a: ", "- ", "\n", "  ", "[", "]", "{", "}", "&x ", "*x", "? ", ": ", "!!int ", "!!timestamp ", "!!set ", "<<: ",
+     "!!binary ", "!!omap ", "9" * 30, "0x", '"\\ud800"', "'", '"', "|", "\0", "2001-01-01", "-", ".inf", "a"]
+)  # fmt: skip
 
 
 @given(st.text(max_size=40) | st.lists(PIECES, max_size=25).map("".join))
