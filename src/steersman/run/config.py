@@ -100,6 +100,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise SteersmanError(f"recipe {path}: it can not be read: {error}") from None
     try:
         data = load_yaml(text)
+    except RecipeFault as fault:
+        line = 0 if fault.problem_mark is None else fault.problem_mark.line + 1
+        raise SteersmanError(f"recipe {path}, line {line}: {fault.problem}") from None
     except yaml.YAMLError as error:
         raise SteersmanError(f"recipe {path}: not valid YAML: {error}") from None
     if data is None:
