@@ -3,7 +3,7 @@ from steersman.data.describe import spans
 from steersman.data.examples import Demonstration
 from steersman.data.formats import CONVENTIONAL
 from steersman.data.load import Loaded
-from steersman.data.read import BadRows
+from steersman.data.rows import BadRows
 from steersman.data.shapes import recognise
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -121,6 +121,11 @@ def test_lora_targets(model_folder):
         load_policy(folder, lora=LoraConfig(targets=["q_proj", "lm_head"]))
 
 
+def test_lora_on_the_shared_embeddings_of_a_pair(model_folder):
+    with pytest.raises(SteersmanError, match="include the embeddings, which the encoder"):
+        load_policy(model_folder("t5"), lora=LoraConfig(targets=["shared"]))
+
+
 def test_a_disk_that_fills_loses_nothing(model_folder, tmp_path, monkeypatch):
     policy = load_policy(model_folder())
     folder = save(policy, None, tmp_path / "kept")
@@ -152,3 +157,29 @@ def test_saving_does_not_need_the_folder_it_came_from(tmp_path, tokenizer, token
     policy = Policy(tiny_model("qwen2"), tokenizer)
     again = load_policy(save(policy, None, tmp_path / "fresh"))
     assert torch.equal(again.logp(tokens).logp, policy.logp(tokens).logp)
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "embed_tokens"), ("gpt2", "wte")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_the_embedding_alone_unties_it_from_the_output_layer(model_folder, tmp_path, tokens, family,
+                                                                           target, tied):  # fmt: skip
+    config = tiny_config(family, 97)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    policy = load_policy(model_folder(family, model=model), lora=LoraConfig(r=4, targets=[target]))
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_embedding" in name:
+                weight.normal_(0, 0.3)
+    expected = policy.logp(tokens).logp
+    before = policy.model.get_output_embeddings().weight.clone()
+    folder = save(policy, None, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert plain.config.tie_word_embeddings is False
+    torch.testing.assert_close(plain.get_output_embeddings().weight, before, rtol=0, atol=0)
+    torch.testing.assert_close(load_policy(folder).logp(tokens).logp, expected)
+    ids = torch.cat([tokens.prompt[0, : tokens.prompt_length[0]], tokens.response[0, : tokens.response_length[0]]])
+    logits = plain(ids[None]).logits[0, tokens.prompt_length[0] - 1 : -1].double().log_softmax(-1)
+    said = logits.gather(1, tokens.response[0, : tokens.response_length[0], None])[:, 0]
+    torch.testing.assert_close(said.float(), expected[0, : tokens.response_length[0]], rtol=1e-5, atol=1e-5)

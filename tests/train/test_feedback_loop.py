@@ -15,7 +15,7 @@ from train_kit import merge, plain, rows, weights
 
 from steersman import cli
 from steersman.data import Encoded, EncodedSet, Feedback
-from steersman.data.read import Row
+from steersman.data.rows import Row
 from steersman.loss.feedback import auto_weights
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.train import feedback, preference

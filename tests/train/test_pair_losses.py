@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from tiny_models import tiny_model
 
 from steersman.data import BadRows, Encoded, EncodedSet, Preference, RowError
-from steersman.data.read import Row
+from steersman.data.rows import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
 from steersman.train.preference import PairLossConfig, PairObjective, drop_equal, right

@@ -14,7 +14,7 @@ from steersman.algorithms.load import load_algorithm
 from steersman.algorithms.nlpo import NLPO
 from steersman.control.policies import NetworkConfig
 from steersman.run.config import Section
-from steersman.run.recipe_text import RecipeLoader
+from steersman.run.recipe_text import load_yaml
 from steersman.tabular.learning import Method
 from steersman.train.sections import RunConfig
 from steersman.types import SteersmanError
@@ -165,7 +165,7 @@ def _chosen(path: Path | None, overrides: list[str]) -> Any:
             return value if equals else overrides[i + 1] if i + 1 < len(overrides) else ""
     if path is not None and path.is_file():
         try:
-            data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=RecipeLoader)
+            data = load_yaml(path.read_text(encoding="utf-8-sig"))
         except (yaml.YAMLError, UnicodeDecodeError, OSError):
             return "ppo"
         if isinstance(data, dict):

@@ -16,9 +16,11 @@ from steersman.data.load import (
     rankings,
     ratings,
     recognised,
+    section_rows,
     steps,
 )
-from steersman.data.read import BadRows, Row, RowError, read_rows
+from steersman.data.read import read_rows
+from steersman.data.rows import BadRows, Row, RowError
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Codec, Layout
 
@@ -59,6 +61,7 @@ __all__ = [
     "ratings",
     "read_rows",
     "recognised",
+    "section_rows",
     "steps",
     "wraps",
 ]  # fmt: skip

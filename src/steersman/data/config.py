@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from steersman.data.encoding import check_encoding
 from steersman.run.config import Section
 
 
@@ -19,6 +20,12 @@ class DataConfig(Section):
     hub_split: str = Field(default="train", description="split of a hub data set")
     text_split: str = Field(
         default="auto", description="how .txt becomes rows: lines, blank (at blank lines), a separator line, or auto"
+    )
+    encoding: str | None = Field(
+        default=None, description="encoding of the files, such as gb18030, big5, utf-16 or cp1252; null: UTF-8"
+    )
+    json_columns: list[str] = Field(
+        default_factory=list, description="columns that hold JSON as text, such as messages in a CSV file"
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="canonical column: your column, such as {prompt: question}"
@@ -80,3 +87,8 @@ class DataConfig(Section):
     allow_special_tokens: bool = Field(
         default=False, description="read special tokens written in the data's text as such; off: as ordinary text"
     )
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        return None if value is None else check_encoding(value)

@@ -93,6 +93,11 @@ def _lines(summary: Summary, loaded: Loaded, encoded: EncodedSet, laid: Layout) 
         lines.append(f"conversations are laid out by {laid.template.sentence}")
     if loaded.left_out.counts:
         lines.append(loaded.left_out.sentence)
+    if loaded.left_out.nulls:
+        lines.append(
+            f"{loaded.left_out.nulls} nulls inside tool calls left out: the file has one schema for all rows, which "
+            "gives each row the names of all others"
+        )
     if encoded.dropped or encoded.cut:
         lines.append(f"too long: {encoded.dropped} left out, {encoded.cut} cut ({summary.truncated_share:.1%})")
     if summary.end_share < 1:

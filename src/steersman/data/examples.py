@@ -7,16 +7,25 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NotRequired, TypedDict
 
-from steersman.data.read import Row
+from steersman.data.rows import Row
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is system, user, assistant or tool."""
+    """One turn of a conversation; `role` is system, user, assistant or tool.
+
+    `tools` stands on the first turn of a conversation: what all of it may call.
+    """
 
     role: str
     content: str
     tool_calls: NotRequired[Any]
+    function_call: NotRequired[Any]
+    tool_call_id: NotRequired[str]
     name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    thinking: NotRequired[str]
+    tools: NotRequired[list[Any]]
 
 
 Content = str | list[Message]
@@ -120,7 +129,12 @@ Example = Demonstration | Preference | Feedback | Ranking | Rating | Steps | Que
 def is_empty(content: Content) -> bool:
     if isinstance(content, str):
         return not content.strip()
-    return not content or not any(m["content"].strip() or m.get("tool_calls") for m in content)
+    return not content or not any(m["content"].strip() or calls(m) for m in content)
+
+
+def calls(message: Message) -> Any:
+    """The tool calls of a turn, in either field; empty where it makes none."""
+    return message.get("tool_calls") or message.get("function_call")
 
 
 def user(text: str) -> list[Message]:
@@ -224,4 +238,4 @@ def pairs(example: Ranking) -> list[Preference]:
 
 
 def _bare(content: Content) -> Any:
-    return content.strip() if isinstance(content, str) else [(m["role"], m["content"].strip()) for m in content]
+    return content.strip() if isinstance(content, str) else [{**m, "content": m["content"].strip()} for m in content]

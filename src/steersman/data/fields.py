@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 from steersman.data.examples import Content, Message
-from steersman.data.read import Row, nearest
+from steersman.data.rows import Row, nearest
+from steersman.data.tools import carried
+from steersman.run.untrusted import UntrustedError, parse_json
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
@@ -69,8 +71,24 @@ def label(row: Row, column: str) -> bool:
 def listing(row: Row, column: str) -> list[Any]:
     got = value(row, column)
     if not isinstance(got, list):
-        raise row.fault("wrong type", f"must be a list, not {type(got).__name__}", column)
+        hint = f"; {read_as_json(row.names.get(column, column))}" if is_json_text(got) else ""
+        raise row.fault("wrong type", f"must be a list, not {type(got).__name__}{hint}", column)
     return got
+
+
+def is_json_text(got: Any) -> bool:
+    """Whether a value is text that holds a JSON list or object."""
+    if not isinstance(got, str) or not got.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        return isinstance(parse_json(got, ""), list | dict)
+    except ValueError:
+        return False
+
+
+def read_as_json(column: str) -> str:
+    """What to do about a column of JSON as text."""
+    return f"{column!r} holds JSON as text: data.json_columns: [{column}] reads it"
 
 
 def content(row: Row, column: str) -> Content:
@@ -103,18 +121,16 @@ def turn(row: Row, column: str, item: Any, default_role: str | None, index: int 
     body = item.get("content", item.get("value", item.get("text")))
     if isinstance(body, list):
         body = _parts(row, column, at, body)
-    if body is None and item.get("tool_calls"):
+    more = carried(row, column, at, item)
+    called = bool(more.get("tool_calls") or more.get("function_call"))
+    if body is None and called:
         body = ""
     if not isinstance(body, str):
         what = "has no content" if body is None else f"must hold text, not {type(body).__name__}"
         raise row.fault("missing value" if body is None else "wrong type", f"{at} {what}", column)
-    made: Message = {"role": ROLES[role], "content": body}
-    if made["role"] == "assistant" and not body.strip() and not item.get("tool_calls"):
+    made: Any = {"role": ROLES[role], "content": body, **more}
+    if made["role"] == "assistant" and not body.strip() and not called:
         raise row.fault("empty completion", f"{at}, the assistant's, is empty", column)
-    if item.get("tool_calls"):
-        made["tool_calls"] = item["tool_calls"]
-    if isinstance(item.get("name"), str):
-        made["name"] = item["name"]
     return made
 
 
@@ -179,6 +195,9 @@ def instruction(row: Row) -> list[Message]:
 def json_text(row: Row, column: str) -> Any:
     """A field that holds JSON as text."""
     try:
-        return json.loads(text(row, column))
+        return parse_json(text(row, column), row.where(column))
     except json.JSONDecodeError as error:
         raise row.fault("broken JSON", f"the field does not hold whole JSON ({error.msg})", column) from error
+    except UntrustedError as error:
+        inside = f"in its {error.fault.field}, " if error.fault.field else ""
+        raise row.fault(error.fault.reason, inside + error.fault.problem, column) from error

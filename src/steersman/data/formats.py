@@ -26,7 +26,7 @@ from steersman.data.examples import (
     preference,
     ranking,
 )
-from steersman.data.read import Row
+from steersman.data.rows import Row
 from steersman.data.shapes import Format, Probe
 
 

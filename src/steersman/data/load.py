@@ -24,7 +24,8 @@ from steersman.data.examples import (
     has_ties,
 )
 from steersman.data.ranked import ranked
-from steersman.data.read import BadRows, Row, RowError, local_files, nearest, read_rows
+from steersman.data.read import local_files, read_rows
+from steersman.data.rows import BadRows, Row, RowError, nearest
 from steersman.data.shapes import Kind, Shape, examples, kind_of, recognise
 from steersman.data.sources import FORMATS
 from steersman.data.split import split, without
@@ -105,11 +106,23 @@ def recognised(config: DataConfig, among: Sequence[Kind]) -> Kind:
     if config.rank_by and "ranking" in among:
         return "ranking"
     bad = BadRows("skip")
-    rows = read_rows(config.path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split)
+    rows = section_rows(config, bad)
     first = list(islice(_prepared(iter(rows), config, bad), PROBED))
     if not first:
         raise SteersmanError(f"{_name(config)}: no usable row ({bad.sentence}){_first(bad)}")
     return kind_of(first, among, FORMATS) or recognise(first, among[0], FORMATS).want
+
+
+def section_rows(config: DataConfig, bad: BadRows, path: str | list[str] | None = None) -> Iterator[Row]:
+    """The rows of a data section, or of other files read in the same way, as `read_rows` gives them."""
+    return read_rows(
+        config.path if path is None else path,
+        bad,
+        text_split=config.text_split,
+        encoding=config.encoding,
+        subset=config.subset,
+        hub_split=config.hub_split,
+    )
 
 
 def prompts(config: DataConfig) -> Loaded[Query]:
@@ -148,7 +161,7 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
 
 
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
-    rows = iter(read_rows(path, bad, text_split=config.text_split, subset=config.subset, hub_split=config.hub_split))
+    rows = iter(section_rows(config, bad, path))
     prepared = _prepared(rows, config, bad)
     if config.rank_by:
         prepared = iter(ranked(prepared, config.rank_by, bad))
@@ -184,6 +197,9 @@ def _prepared(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iterator
 
 def _rename(row: Row, config: DataConfig) -> None:
     """Canonical names for the user's columns, the prompt from its template, the ratings in one place."""
+    for column in config.json_columns:
+        if row.data.get(column) is not None:
+            row.data = row.data | {column: f.json_text(row, column)}
     added: dict[str, Any] = {}
     for name, column in config.columns.items():
         if column not in row.data:

@@ -11,6 +11,7 @@ from typing import Any
 
 from steersman.data.examples import Content
 from steersman.data.tokenize import Layout, Room, smallest
+from steersman.data.tools import CALLS, THOUGHTS
 from steersman.types import SteersmanError
 
 
@@ -43,6 +44,11 @@ class PairLayout(Layout):
                 raise SteersmanError(
                     f"an encoder-decoder writes one answer, and this row's completion has {len(completion)} turns; "
                     "cut conversations so that each ends in one reply"
+                )
+            told = [name for name in (*CALLS, *THOUGHTS) if name in completion[0]]
+            if told:
+                raise SteersmanError(
+                    f"an encoder-decoder writes text alone, and this row's answer has {told[0]} too; leave it out"
                 )
             completion = completion[0]["content"]
         response = self.codec.finish(completion, eos=self.append_eos, opens=True)

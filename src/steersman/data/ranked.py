@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from steersman.data import fields as f
-from steersman.data.read import BadRows, Row, RowError
+from steersman.data.rows import BadRows, Row, RowError
 
 
 def ranked(rows: Iterable[Row], by: Sequence[str], bad: BadRows) -> list[Row]:

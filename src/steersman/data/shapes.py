@@ -18,7 +18,9 @@ from steersman.data.examples import (
     Query,
     pairs,
 )
-from steersman.data.read import BadRows, Row, nearest
+from steersman.data.fields import is_json_text, read_as_json
+from steersman.data.rows import BadRows, Row, nearest
+from steersman.data.tools import with_tools
 from steersman.types import SteersmanError
 
 Kind = Literal["demonstration", "preference", "feedback", "ranking", "rating", "steps", "query"]
@@ -29,6 +31,9 @@ ALIASES = {
     "prompt": ("question", "query", "input", "source"),
     "completion": ("response", "answer", "output", "target"),
 }
+
+IN_TURNS = ("messages", "conversations", "responses", "chosen", "rejected", "prompt", "completion", "steps")
+"""Columns that may hold lists, which some files keep as JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +109,8 @@ def examples(shape: Shape, row: Row) -> Sequence[Example]:
             row.data = row.data | {name: row.data[column]}
             row.names = row.names | {name: column}
     if shape.want == "query" and shape.format.as_query:
-        return [shape.format.as_query(row)]
-    example = shape.format.convert(row)
+        return [with_tools(shape.format.as_query(row), row)]
+    example = with_tools(shape.format.convert(row), row)
     if shape.format.kind == shape.want:
         return [example]
     return DERIVED[shape.format.kind, shape.want][0](example)
@@ -137,6 +142,7 @@ def _unknown(row: Row, seen: Probe, want: Kind, fitting: list[Format]) -> str:
     known += ["conversations", "responses", "ranks", "scores", "score"]
     hints = [f"{c!r} looks like {near[len('; did you mean ') : -1]}" for c in seen if (near := nearest(c, known))]
     hints = [h for h, c in zip(hints, [c for c in seen if nearest(c, known)], strict=True) if c not in known]
+    hints += [read_as_json(c) for c, got in seen.items() if c in IN_TURNS and is_json_text(got)]
     return (
         f"{row.where()}: the columns {columns} are no shape that is known for {NOUNS[want]}, "
         f"which need {NEEDS[want]}{'; ' + ', '.join(hints) if hints else ''}. "

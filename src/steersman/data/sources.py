@@ -22,7 +22,7 @@ from steersman.data.examples import (
     ranking,
 )
 from steersman.data.formats import CONVENTIONAL
-from steersman.data.read import BadRows, Row, RowError
+from steersman.data.rows import BadRows, Row, RowError
 from steersman.data.shapes import Format
 
 _SPEAKERS = {"user": "user", "agent": "assistant", "api": "tool"}

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from steersman.data.examples import Message
+from steersman.data.examples import Message, calls
+from steersman.data.tools import CALLS, THOUGHTS, require_shown, with_text
 from steersman.types import SteersmanError
 
 PLAIN = (
@@ -32,9 +33,32 @@ PLAIN = (
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# Special tokens written in a message are fenced with these private characters before rendering, so that the
-# tokenizer can tell them from the template's own.
-FENCE_OPEN, FENCE_CLOSE = "\ue0b0", "\ue0b1"
+# Special tokens written in a message are fenced before rendering, so that the tokenizer can tell them from the
+# template's own. The marks are noncharacters; a text that holds one has it escaped, and gets it back.
+FENCE_OPEN, FENCE_CLOSE, _ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2"
+_MARKS = {FENCE_OPEN: _ESCAPE + "o", FENCE_CLOSE: _ESCAPE + "c", _ESCAPE: _ESCAPE + "e"}
+_MARKED = re.compile("|".join(_MARKS))
+_FENCED = re.compile(f"{FENCE_OPEN}(.*?){FENCE_CLOSE}", re.DOTALL)
+_OPENING = re.compile(r"\s*(<\|?|\[)(/?)([A-Za-z_]*(?:think|thought|reason)[A-Za-z_]*)(\|?>|\])\s*\Z", re.IGNORECASE)
+"""What a generation prompt ends with where it opens a thought, such as "<think>\\n" or "[THINK]"."""
+
+_PROBE = "reply"
+
+
+def pieces(text: str) -> list[tuple[str, bool]]:
+    """Rendered text as (piece, whether it is a special token that a message spells), as the messages wrote it."""
+    return [(_plain(piece), i % 2 == 1) for i, piece in enumerate(_FENCED.split(text))]
+
+
+def unfenced(text: str) -> str:
+    """Rendered text without the marks."""
+    return "".join(piece for piece, _ in pieces(text))
+
+
+def _plain(piece: str) -> str:
+    for mark, written in _MARKS.items():
+        piece = piece.replace(written, mark)
+    return piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +86,27 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, for_reply: bool = False) -> str:
         """The conversation as text; with `for_reply` it ends where the assistant is to speak."""
-        fenced = [{**m, "content": self._fence(m["content"])} for m in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                fenced, chat_template=self.source, tokenize=False, add_generation_prompt=for_reply
-            )
+            try:
+                return self._apply(messages, for_reply)
+            except TypeError:  # a template that joins a call's arguments to text wants them as text
+                return self._apply([_calls_as_text(m) for m in messages], for_reply)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(m["role"] for m in messages)
             raise SteersmanError(
                 f"the chat template refuses a conversation of {roles}: {error}; change the turns or the template"
             ) from error
+
+    def _apply(self, messages: Sequence[Message], for_reply: bool) -> str:
+        fenced, tools = self._for_template(messages)
+        return self.tokenizer.apply_chat_template(
+            fenced, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=for_reply
+        )
+
+    def _for_template(self, messages: Sequence[Message]) -> tuple[list[Any], Any]:
+        """The turns with the data's special tokens fenced, and the tools that stand on one of them."""
+        fenced = [{k: v if k == "role" else self._fence(v) for k, v in m.items() if k != "tools"} for m in messages]
+        return fenced, next((self._fence(m["tools"]) for m in messages if "tools" in m), None)
 
     def segments(
         self, messages: Sequence[Message], start: int = 0, turns: Literal["all", "last"] = "all"
@@ -83,6 +118,7 @@ class ChatTemplate:
 
         Raises SteersmanError for a template that is not prefix-stable on this conversation.
         """
+        require_shown(self.render, messages)
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= start]
         speaks = speaks if turns == "all" else speaks[-1:]
         if self.own and _GENERATION.search(self.source):
@@ -92,19 +128,46 @@ class ChatTemplate:
         for i in speaks:
             before = self.render(messages[:i], for_reply=True)
             after = self.render(messages[: i + 1])
+            if not after.startswith(before):
+                after = self._in_thought(messages[: i + 1], before) or after
             if not (before.startswith(done) and after.startswith(before)):
-                raise SteersmanError(_unstable(i, done, before, after))
+                raise SteersmanError(_unstable(i, done, before, after, alone=len(speaks) == 1))
             out += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
             done = after
         return [s for s in out if s.text]
+
+    def _in_thought(self, messages: Sequence[Message], before: str) -> str | None:
+        """`before` with the reply that a model gives to it, where it opens a thought: the rest of the thought, its
+        end, and what the template shows of the reply. A reply without a thought ends it at once, empty. None where
+        `before` opens none, or the template writes something else into a turn.
+        """
+        shown = self.render([*messages[:-1], {"role": "assistant", "content": _PROBE}])
+        at = next((i for i, (a, b) in enumerate(zip(before, shown, strict=False)) if a != b), len(before))
+        opening = _OPENING.match(before[at:])
+        if opening is None or opening[2] or not shown[at:].startswith(_PROBE):
+            return None
+        begins, ends = f"{opening[1]}{opening[3]}{opening[4]}", f"{opening[1]}/{opening[3]}{opening[4]}"
+        reply = messages[-1]
+        if calls(reply):
+            return None
+        thought, closed, said = reply["content"].rpartition(ends)
+        given = next((str(reply.get(name)) for name in THOUGHTS if reply.get(name)), None)
+        if given is not None:
+            thought, said = given + "\n", "\n\n" + reply["content"]
+        elif not closed:
+            thought, said = "\n", "\n\n" + said.lstrip("\n")
+        if thought.lstrip().startswith(begins):
+            thought = thought.lstrip()[len(begins) :].removeprefix("\n")
+        return before + self._fence(thought) + ends + self._fence(said) + shown[at + len(_PROBE) :]
 
     def _marked(self, messages: Sequence[Message], speaks: list[int]) -> list[Segment]:
         """The same by the template's own `{% generation %}` marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        fenced = [{**m, "content": self._fence(m["content"])} for m in messages]
+        fenced, tools = self._for_template(messages)
         made: Any = render_jinja_template(
             conversations=[fenced],
+            tools=tools,
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
@@ -112,7 +175,7 @@ class ChatTemplate:
         (text,), (spans,) = made
         first = self.render(messages[: speaks[0]], for_reply=True) if speaks else text
         if not text.startswith(first):
-            raise SteersmanError(_unstable(speaks[0], "", first, text))
+            raise SteersmanError(_unstable(speaks[0], "", first, text, alone=len(speaks) == 1))
         out, at = [], 0
         for begin, end in spans:
             if begin >= len(first) and end > begin:
@@ -120,11 +183,21 @@ class ChatTemplate:
                 at = end
         return [s for s in [*out, Segment(text[at:], False)] if s.text]
 
-    def _fence(self, text: str) -> str:
-        if self.fenced is None:
-            return text
-        text = text.replace(FENCE_OPEN, "").replace(FENCE_CLOSE, "")
-        return self.fenced.sub(lambda m: f"{FENCE_OPEN}{m.group()}{FENCE_CLOSE}", text)
+    def _fence(self, value: Any) -> Any:
+        """A value with every text in it escaped and its special tokens fenced."""
+        if isinstance(value, dict):
+            return {name: self._fence(x) for name, x in value.items()}
+        if isinstance(value, list):
+            return [self._fence(x) for x in value]
+        if not isinstance(value, str):
+            return value
+        text = _MARKED.sub(lambda m: _MARKS[m.group()], value)
+        return text if self.fenced is None else self.fenced.sub(f"{FENCE_OPEN}\\g<0>{FENCE_CLOSE}", text)
+
+
+def _calls_as_text(message: Message) -> Message:
+    made: Any = {name: with_text(x) if name in CALLS else x for name, x in message.items()}
+    return made
 
 
 def chat_template(tokenizer: Any, *, allow_special_tokens: bool = False) -> ChatTemplate:
@@ -159,12 +232,20 @@ def end_ids(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([*ids, *found[:1]]))
 
 
-def _unstable(turn: int, done: str, before: str, after: str) -> str:
+def _unstable(turn: int, done: str, before: str, after: str, *, alone: bool) -> str:
     shorter, longer = (done, before) if not before.startswith(done) else (before, after)
     at = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    parts = (unfenced(text[max(0, at - 20) : at + 20]) for text in (shorter, longer))
+    was, now = (f"...{part!r}" for part in parts)
+    if alone:
+        return (
+            f"the chat template writes turn {turn + 1} otherwise than it asks for it ({was} becomes {now}), so a "
+            "model would not be asked for what it learned; use a template whose generation prompt is the beginning "
+            "of the reply as it is shown, or one with {% generation %} marks"
+        )
     return (
         f"the chat template is not prefix-stable: with turn {turn + 1} added, what stood before it changes "
-        f"(...{shorter[max(0, at - 20) : at + 20]!r} becomes ...{longer[max(0, at - 20) : at + 20]!r}), so the "
-        "assistant's part can not be told. Train on the last turn only (data.assistant_turns: last), use a "
-        "template with {% generation %} marks, or cut the conversations so that each has one reply"
+        f"({was} becomes {now}), so the assistant's part can not be told. Train on the last turn only "
+        "(data.assistant_turns: last), use a template with {% generation %} marks, or cut the conversations so that "
+        "each has one reply"
     )

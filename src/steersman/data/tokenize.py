@@ -15,15 +15,14 @@ boundary is a fixed cut: a prompt that ends in a space usually leaves that space
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from steersman.data.examples import Content, Message, user
-from steersman.data.template import FENCE_CLOSE, FENCE_OPEN, ChatTemplate, chat_template, special_tokens
+from steersman.data.template import ChatTemplate, chat_template, pieces, special_tokens, unfenced
+from steersman.data.tools import require_shown
 from steersman.types import SteersmanError
 
-_FENCED = re.compile(f"{FENCE_OPEN}(.*?){FENCE_CLOSE}", re.DOTALL)
 _ANCHORS = ("\n", "a", "0")
 
 
@@ -86,8 +85,8 @@ class Codec:
     def rendered(self, text: str, *, first: bool, own_template: bool) -> list[int]:
         """Ids of a piece that a chat template wrote, fenced special tokens in it read as ordinary text."""
         ids: list[int] = []
-        for i, piece in enumerate(_FENCED.split(text)):
-            fenced, opens = i % 2 == 1, first and i == 0
+        for i, (piece, fenced) in enumerate(pieces(text)):
+            opens = first and i == 0
             if opens and own_template:  # the template itself writes a BOS where it wants one
                 ids += self._encode(piece, control=True)
             elif opens:
@@ -154,9 +153,11 @@ class Layout:
         """Ids of a prompt, and the text that the model sees."""
         if isinstance(content, str) and not self.wrap_in_chat:
             return self.codec.begin(content), content
-        shown = self.template.render(self._turns(content), for_reply=True)
+        turns = self._turns(content)
+        require_shown(self.template.render, turns)
+        shown = self.template.render(turns, for_reply=True)
         ids = self.codec.rendered(shown, first=True, own_template=self.template.own)
-        return ids, shown.replace(FENCE_OPEN, "").replace(FENCE_CLOSE, "")
+        return ids, unfenced(shown)
 
     def answer(self, prompt: Content, completion: Content) -> tuple[list[int], list[int], list[bool]]:
         """Ids of the prompt, ids of the response, and which response tokens count.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.data import BadRows, DataConfig, RowError, read_rows
+from steersman.data import BadRows, DataConfig, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.reactions import DOWN, Down, category
@@ -151,8 +151,7 @@ def _reactions(ledger: Ledger, recipe: FeedbackRecipe) -> Rows:
 def _exchanges(recipe: FeedbackRecipe, left_out: BadRows) -> Iterator[Exchange]:
     seen: set[str] = set()
     data = recipe.data
-    rows = read_rows(data.path, left_out, subset=data.subset, hub_split=data.hub_split)
-    for count, row in enumerate(rows):
+    for count, row in enumerate(section_rows(data, left_out)):
         if data.limit is not None and count >= data.limit:
             return
         row.data = row.data | {name: row.data[own] for name, own in data.columns.items() if own in row.data}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steersman.data import BadRows, DataConfig, Row, RowError, read_rows
+from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
 from steersman.data.examples import Content, is_empty
 from steersman.flywheel.ledger import Ledger, Rows
@@ -74,7 +74,7 @@ def run(recipe: LabelRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _asked(config: DataConfig, left_out: BadRows) -> Iterator[Asked]:
-    for count, row in enumerate(read_rows(config.path, left_out, subset=config.subset, hub_split=config.hub_split)):
+    for count, row in enumerate(section_rows(config, left_out)):
         if config.limit is not None and count >= config.limit:
             return
         row.data = row.data | {name: row.data[own] for name, own in config.columns.items() if own in row.data}

@@ -31,9 +31,8 @@ class Wheel:
 
     def __init__(self, ledger: Ledger, recipe: LoopRecipe) -> None:
         self.ledger, self.recipe = ledger, recipe
-        self.train, self.held = load_queries(
-            recipe.data, recipe.rollout.held_out, wrap=wraps(load_tokenizer(recipe.model.path), recipe.data)
-        )
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out, wrap=wraps(tokenizer, recipe.data))
         stopping = lambda: bool(ledger.signal)  # noqa: E731
         self.judge = open_judge(recipe.judge, ledger.path, stopping=stopping, device=ledger.device)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None

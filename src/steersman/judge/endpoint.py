@@ -17,6 +17,7 @@ import httpx2
 
 from steersman.judge.cache import Reply
 from steersman.judge.config import EndpointConfig
+from steersman.run.untrusted import LONE_SURROGATE
 from steersman.types import SteersmanError
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -28,7 +29,6 @@ MOST_TOKENS = 10_000_000
 """Tokens that one request and its reply can cost; who says more is not believed."""
 SHORTEST_SECRET = 6
 """Characters of a key that is looked for in what comes back; shorter ones are words such as "none" or "EMPTY"."""
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Endpoint:
@@ -198,7 +198,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 def _characters(text: str) -> str:
     """The text with U+FFFD for each half of a surrogate pair, which no file and no request takes."""
-    return _LONE_SURROGATE.sub("\ufffd", text)
+    return LONE_SURROGATE.sub("\ufffd", text)
 
 
 def without_password(url: str) -> str:

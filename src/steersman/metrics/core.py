@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from steersman.ops.text import unspaced, words
+from steersman.run.untrusted import LONE_SURROGATE
 from steersman.run.user_code import user_code
 from steersman.types import SteersmanError
 
@@ -24,7 +24,6 @@ CUTS: dict[Cut, Callable[[str], list[str]]] = {"words": words, "space": lambda t
 """How a text becomes tokens, lower case: `ops.text.words`, or at white space, for text that is tokenised already."""
 
 Better = Literal["higher", "lower", "neither"]
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DRAWS, LEVEL = 1000, 0.95
 
 
@@ -296,7 +295,7 @@ def check_script(name: str, references: Sequence[Sequence[str]], mend: str) -> N
 
 def _check_characters(who: str, text: str) -> None:
     """Raises SteersmanError for half a surrogate pair, which is no character: no tokeniser and no file takes it."""
-    found = _LONE_SURROGATE.search(text)
+    found = LONE_SURROGATE.search(text)
     if found is not None:
         raise SteersmanError(
             f"{who} holds a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is no "

@@ -47,11 +47,13 @@ def load(kind: Any, path: str, name: str, device: str, layers: int | None = None
     logging.set_verbosity(logging.CRITICAL)  # what matters of the loading report is told below
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if layers is not None:
             config.num_hidden_layers = min(layers, config.num_hidden_layers)
-        model, info = kind.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:
         raise SteersmanError(
             f"metric '{name}': the model {path} does not load: {type(error).__name__}: {str(error).splitlines()[0]}"

@@ -19,6 +19,7 @@ from steersman.model.policy import Policy
 from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
 from steersman.model.source import (
     find,
+    own_code,
     read_config,
     read_tokenizer,
     read_weights,
@@ -50,13 +51,14 @@ def load_policy(
     lora: LoraConfig | None = None,
     trainable: bool = True,
     pack: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Policy:
     """A language model, causal or encoder-decoder, and its tokenizer, as a policy.
 
     `device` None is CUDA where there is one. `attention` names one of the ecosystem's implementations, such as
     "sdpa" or "eager". Every dropout probability is set to 0, so that the log-probabilities of training are those
     of sampling (the first ratio is 1). A folder of saved adapters loads them on the model they name. What was
-    found or changed is in the policy's `notes`.
+    found or changed is in the policy's `notes`. Python code in the folder is run with `trust_remote_code` alone.
 
     Raises SteersmanError if there is nothing at the path, it is no language model that writes, weights are
     missing, the tokenizer is missing, has no end token or has more ids than the model has embeddings.
@@ -69,9 +71,10 @@ def load_policy(
     else:
         base, base_local = source, local
     notes: list[str] = []
-    config = read_config(base, base_local, notes)
+    config = read_config(base, base_local, notes, trust=trust_remote_code)
     pair, stored = config.is_encoder_decoder, stored_dtype(config)
-    if type(config) not in (hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING):
+    known = hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known and not (trust_remote_code and "AutoModelForCausalLM" in own_code(config)):
         raise SteersmanError(
             f"{base}: a model of type '{config.model_type}' is not a causal language model, nor an encoder with a "
             "decoder; give a decoder model such as a GPT-2, Llama, Qwen or Gemma, or a T5 or BART"
@@ -79,10 +82,11 @@ def load_policy(
     if dtype == "float16" and config.model_type in WIDE:
         notes.append(f"{base}: {config.model_type} models are known to overflow in float16; use bfloat16 or float32")
         _log.warning(notes[-1])
-    tokenizer = read_tokenizer(base, base_local)
+    tokenizer = read_tokenizer(base, base_local, trust=trust_remote_code)
     model, info = read_weights(
-        hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention
-    )
+        hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention,
+        trust=trust_remote_code,
+    )  # fmt: skip
     require_complete(base, model, info)
     require_vocabulary(base, tokenizer, model)
     model = model.to(_device(device))
@@ -106,6 +110,7 @@ def load_scalar(
     device: str | torch.device | None = None,
     attention: str | None = None,
     trainable: bool = True,
+    trust_remote_code: bool = False,
 ) -> ScalarModel:
     """A reward model or critic: a sequence classifier with one output, or a language model's trunk with a new head.
 
@@ -117,7 +122,7 @@ def load_scalar(
     """
     source, local = find(path)
     notes: list[str] = []
-    config = read_config(source, local, notes)
+    config = read_config(source, local, notes, trust=trust_remote_code)
     meaning = Meaning.of(config)
     # the trunk of a model of several attributes is what a critic can begin from
     fresh = init == "fresh" or not is_classifier(config) or len(meaning.attributes) > 1
@@ -128,7 +133,7 @@ def load_scalar(
             "keep the trunk and start a new head, load it with init='fresh'"
         )
     stored = stored_dtype(config)
-    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes)
+    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, trust_remote_code)
     scalar = ScalarModel(model.to(_device(device)), tokenizer)
     scalar.notes, scalar.stored_dtype = notes, stored
     return scalar if trainable else scalar.requires_grad_(False)
@@ -142,6 +147,7 @@ def load_reward(
     device: str | torch.device | None = None,
     attention: str | None = None,
     trainable: bool = True,
+    trust_remote_code: bool = False,
 ) -> ScalarModel | AttributeModel | GatedModel:
     """A reward model as it was saved: of one number, of several attributes, or with gating over them.
 
@@ -151,11 +157,14 @@ def load_reward(
     """
     source, local = find(path)
     notes: list[str] = []
-    config = read_config(source, local, notes)
+    config = read_config(source, local, notes, trust=trust_remote_code)
     meaning = Meaning.of(config)
     wanted = tuple(attributes) or meaning.attributes
     if len(wanted) < 2:
-        return load_scalar(path, dtype=dtype, device=device, attention=attention, trainable=trainable)
+        return load_scalar(
+            path, dtype=dtype, device=device, attention=attention, trainable=trainable,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     fresh = len(meaning.attributes) < 2
     if not fresh and wanted != meaning.attributes:
         raise SteersmanError(
@@ -163,7 +172,9 @@ def load_reward(
             "name the same attributes in the same order in data.scores, or start from its language model"
         )
     stored = stored_dtype(config)
-    model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes)
+    model, tokenizer = _classifier(
+        source, local, config, len(wanted), fresh, dtype, attention, notes, trust_remote_code
+    )
     model = model.to(_device(device))
     kind = GatedModel if meaning.gating else AttributeModel
     loaded = kind(model, tokenizer, wanted)
@@ -173,10 +184,10 @@ def load_reward(
     return loaded if trainable else loaded.requires_grad_(False)
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, without the model. Raises SteersmanError where there is none."""
     source, local = find(path)
-    return read_tokenizer(source, local)
+    return read_tokenizer(source, local, trust=trust_remote_code)
 
 
 def is_classifier(config: Any) -> bool:
@@ -193,9 +204,11 @@ def _classifier(
     dtype: str,
     attention: str | None,
     notes: list[str],
+    trust: bool,
 ) -> tuple[Any, Any]:
     """A sequence classifier with so many outputs, its head all zeros where it is `fresh`, and the tokenizer."""
-    if type(config) not in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    own = trust and "AutoModelForSequenceClassification" in own_code(config)
+    if type(config) not in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own:
         raise SteersmanError(
             f"{source}: there is no sequence classifier of type '{config.model_type}', so it can not be a reward "
             "model or a critic of its own; a critic on the policy's states can (critic.init: shared), or take a "
@@ -204,8 +217,10 @@ def _classifier(
     config.num_labels = outputs
     if fresh:
         Meaning.forget(config)
-    tokenizer = read_tokenizer(source, local)
-    model, info = read_weights(hf.AutoModelForSequenceClassification, source, local, config, dtype, attention)
+    tokenizer = read_tokenizer(source, local, trust=trust)
+    model, info = read_weights(
+        hf.AutoModelForSequenceClassification, source, local, config, dtype, attention, trust=trust
+    )
     require_complete(source, model, info, HEADS if fresh else ())
     require_outputs(model, outputs)
     if fresh:

@@ -71,9 +71,17 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
 
 
 def _require_plain_output(model: Any) -> None:
-    """Raises SteersmanError if the output layer carries an adapter: it is applied without running the module."""
+    """Raises SteersmanError if the output layer carries an adapter: it is applied without running the module. So do
+    adapters on the embeddings of an encoder-decoder, which has several that share their weights."""
     from peft.tuners.lora import LoraLayer
 
+    on_embeddings = any(isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Embedding)
+                        for m in model.modules())  # fmt: skip
+    if on_embeddings and model.config.is_encoder_decoder:
+        raise SteersmanError(
+            "lora.targets include the embeddings, which the encoder, the decoder and the output layer of an "
+            "encoder-decoder share; leave them out"
+        )
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
 
@@ -98,3 +106,15 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
                     delta = layer.get_delta_weight(adapter)  # type: ignore[operator]
                     state[f"{name}.weight"] = (weight + delta).to(weight.dtype)
     return state
+
+
+def untied(model: Any, state: dict[str, Tensor]) -> bool:
+    """Whether embedding and output layer differ in a merged state: an adapter on the embedding alone changes just
+    that one, whether the model began with both as one weight or not."""
+    from peft.tuners.lora import LoraLayer
+
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, LoraLayer) or output is None:
+        return False
+    names = {id(module): name for name, module in model.named_modules()}
+    return not torch.equal(state[f"{names[id(embedding)]}.weight"], state[f"{names[id(output)]}.weight"])

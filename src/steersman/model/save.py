@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
-from steersman.model.lora import merged_state
+from steersman.model.lora import merged_state, untied
 from steersman.model.policy import Policy
 from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
@@ -59,6 +59,14 @@ def _write(
     model.model.save_pretrained(folder, state_dict=state)
     if isinstance(model, GatedModel):
         save_file(model.gating.state_dict(), folder / GATING_FILE)
+    changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
+        changed["dtype"] = str(dtype).split(".")[1]
+    if adapters is not None and untied(model.model, state):
+        changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
+    if changed:
         path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).split(".")[1]}, indent=2))
+        told = json.loads(path.read_text())
+        if "tie_word_embeddings" in told.get("text_config", {}):
+            told["text_config"] |= {k: v for k, v in changed.items() if k == "tie_word_embeddings"}
+        path.write_text(json.dumps(told | changed, indent=2))

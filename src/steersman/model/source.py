@@ -21,6 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
 
+ALIBI = ("bloom", "mpt")
+
 _log = logging.getLogger("steersman.model")
 
 
@@ -55,23 +57,63 @@ def _nearest(path: Path) -> str:
     return f"; {where} there is {', '.join(near)}" if near else f"; {where} there is no folder at all"
 
 
-def read_config(source: str, local: bool, notes: list[str]) -> Any:
-    """The config, dropout off, which is noted. Raises SteersmanError where there is none, or it can not be read."""
+def read_config(source: str, local: bool, notes: list[str], *, trust: bool = False) -> Any:
+    """The config, dropout off, which is noted; `trust` lets code in the folder run.
+
+    Raises SteersmanError where there is none, it can not be read, it needs code that is not trusted, or it is of a
+    family that can not be trained here.
+    """
     try:
-        config = hf.AutoConfig.from_pretrained(source, local_files_only=local)
+        config = hf.AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
+        _require_no_code(source, error)
         if local:
             raise SteersmanError(f"{source}/config.json can not be read as a model's config: {error}") from error
         raise SteersmanError(
             f"{source}: no such folder{_nearest(Path(source))}, and no hub model of that name could be fetched: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    require_family(source, config)
     changed = dropout_off(config)
     if changed:
         was = ", ".join(f"{key} {value}" for key, value in changed.items())
         notes.append(f"{source}: dropout is off while training (was {was}), so that sampling and training agree")
         _log.info(notes[-1])
     return config
+
+
+def require_family(source: str, config: Any) -> None:
+    """Raises SteersmanError for a family whose layers do not take rows laid side by side, nor the rollout's cache:
+    those without attention or with linear attention, and those whose positions are a slope of the attention mask."""
+    text = config.get_text_config(decoder=True)
+    odd = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    if config.model_type in ALIBI or getattr(text, "alibi", False):
+        why = "its positions are slopes of the attention mask (ALiBi)"
+    elif odd:
+        why = f"it has layers of kind {', '.join(odd)}"
+    elif not hasattr(text, "num_attention_heads"):
+        why = "it has no attention"
+    else:
+        return
+    raise SteersmanError(
+        f"{source}: models of type '{config.model_type}' are not supported: {why}; give a model with full or "
+        "sliding-window attention, such as a Llama, Qwen, Gemma or GPT-2"
+    )
+
+
+def own_code(config: Any) -> dict[str, str]:
+    """Which of the library's Auto classes a config has code of its own for."""
+    return getattr(config, "auto_map", None) or {}
+
+
+def _require_no_code(source: str, error: Exception) -> None:
+    """Raises SteersmanError where an error of the library's says that code would have to be run."""
+    if "trust_remote_code" in str(error):
+        raise SteersmanError(
+            f"{source}: it comes with Python code of its own (auto_map in its config files), which is not run. "
+            "If you have read that code and trust it, model.trust_remote_code: true runs it, for the model that a "
+            "recipe trains"
+        ) from error
 
 
 def stored_dtype(config: Any) -> torch.dtype | None:
@@ -93,15 +135,20 @@ def dropout_off(config: Any) -> dict[str, float]:
     return changed
 
 
-def read_tokenizer(source: str, local: bool) -> Any:
-    """The tokenizer. Raises SteersmanError where there is none, or it has no vocabulary or no end token."""
+def read_tokenizer(source: str, local: bool, *, trust: bool = False) -> Any:
+    """The tokenizer; `trust` lets code in the folder run.
+
+    Raises SteersmanError where there is none, it needs code that is not trusted, or it has no vocabulary or no end
+    token.
+    """
     tokenizer: Any = None
     try:
-        tokenizer = hf.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=trust)
         # for some families a folder without tokenizer files gives one that knows its special tokens alone
         found = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
         reason = "" if found else "no vocabulary there"
     except (OSError, ValueError, KeyError, TypeError) as error:
+        _require_no_code(source, error)
         reason = str(error).splitlines()[0]
     if reason:
         raise SteersmanError(
@@ -117,7 +164,7 @@ def read_tokenizer(source: str, local: bool) -> Any:
 
 
 def read_weights(
-    auto: Any, source: str, local: bool, config: Any, dtype: str, attention: str | None
+    auto: Any, source: str, local: bool, config: Any, dtype: str, attention: str | None, *, trust: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """The model of class `auto`, and what its loading tells. Raises SteersmanError where weights can not be read."""
     if dtype not in DTYPES:
@@ -130,6 +177,7 @@ def read_weights(
                 config=config,
                 dtype=DTYPES[dtype],
                 local_files_only=local,
+                trust_remote_code=trust,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the loading info, and refused below by name
                 **more,

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steersman.run.peer_names import peer_hint
-from steersman.run.recipe_text import RecipeDumper, RecipeLoader, suggestion, type_text
+from steersman.run.recipe_text import RecipeDumper, RecipeFault, load_yaml, suggestion, type_text
 from steersman.types import SteersmanError
 
 
@@ -99,7 +99,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SteersmanError(f"recipe {path}: it can not be read: {error}") from None
     try:
-        data = yaml.load(text, Loader=RecipeLoader)
+        data = load_yaml(text)
+    except RecipeFault as fault:
+        line = 0 if fault.problem_mark is None else fault.problem_mark.line + 1
+        raise SteersmanError(f"recipe {path}, line {line}: {fault.problem}") from None
     except yaml.YAMLError as error:
         raise SteersmanError(f"recipe {path}: not valid YAML: {error}") from None
     if data is None:
@@ -133,16 +136,20 @@ def _apply_overrides(model: type[Section], data: dict[str, Any], overrides: list
             else:
                 problems.append(f"--{key}: a value is missing after it")
                 continue
-        if not _put(data, key.split("."), _parse(text, known.get(key))):
+        if not _put(data, key.split("."), _parse(key, text, known.get(key))):
             problems.append(f"--{key}: what stands above it is not a section")
         keys.add(key)
     return problems, keys
 
 
-def _parse(text: str, info: Any) -> Any:
+def _parse(key: str, text: str, info: Any) -> Any:
     """The override's value: YAML, but for a field of text the text as typed unless it is null or quoted."""
     try:
-        value = yaml.load(text, Loader=RecipeLoader)
+        value = load_yaml(text)
+    except RecipeFault as fault:
+        if info is None or str not in {info.annotation, *get_args(info.annotation)}:
+            raise SteersmanError(f"--{key}: {fault.problem}") from None
+        return text
     except yaml.YAMLError:
         return text
     if info is None or isinstance(value, str):

@@ -19,11 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from steersman.run.config import Section, dump_recipe
 from steersman.run.inputs import check_inputs, fingerprints
-from steersman.run.recipe_text import RecipeLoader
+from steersman.run.recipe_text import load_yaml
 from steersman.types import SteersmanError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -241,7 +239,7 @@ def _fsync(path: Path) -> None:
 
 
 def _differences(before: str, after: str) -> list[str]:
-    old, new = _flat(yaml.load(before, Loader=RecipeLoader)), _flat(yaml.load(after, Loader=RecipeLoader))
+    old, new = _flat(load_yaml(before)), _flat(load_yaml(after))
     keys = [k for k in [*new, *(k for k in old if k not in new)] if old.get(k) != new.get(k)]
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys]
 

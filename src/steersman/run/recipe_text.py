@@ -12,18 +12,103 @@ import annotated_types
 import yaml
 from pydantic import BaseModel
 
+from steersman.run.untrusted import LONE_SURROGATE
+
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML with YAML 1.2's scalars: `1e-4` is a number, `no` and `off` are text, a key stands once."""
+    """Safe YAML with YAML 1.2's scalars: `1e-4` is a number, `no` and `off` are text."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"`{key}` stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+
+LARGEST = 2**63 - 1
+"""The largest whole number of a recipe: what a 64-bit integer holds."""
+DEPTH = 50
+"""Sections, lists and mappings inside each other."""
+NODES = 100_000
+"""Values of a whole recipe, each counted as often as an alias repeats it."""
+
+
+class RecipeFault(yaml.MarkedYAMLError):
+    """YAML that can be read, with a value that nothing can use."""
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a recipe's text.
+
+    Raises yaml.YAMLError for what is no YAML, and its kind RecipeFault, with dotted key and line, for a key that is
+    no plain value, a value that contains itself, integers of more than 64 bits, lone surrogates, more than 50 levels
+    and more than 100,000 values.
+    """
+    try:
+        loader = RecipeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a value that its explicit tag does not fit
+        raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
+
+
+def _check(root: yaml.Node) -> None:
+    """Walks the tree with a list as its stack; `above` are the nodes that a node stands in."""
+    stack: list[tuple[yaml.Node, str, tuple[int, ...]]] = [(root, "", ())]
+    count = 0
+    while stack:
+        node, key, above = stack.pop()
+        count += 1
+        if id(node) in above:
+            raise _fault(node, key, "it contains itself, by an alias")
+        if len(above) > DEPTH:
+            raise _fault(node, key, f"nested too deeply (more than {DEPTH} levels)")
+        if count > NODES:
+            raise _fault(node, key, f"more than {NODES:,} values; is one alias repeated inside another?")
+        inside = (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            below = _named(node, key)
+        elif isinstance(node, yaml.SequenceNode):
+            below = [(x, f"{key}.{i}" if key else str(i)) for i, x in enumerate(node.value)]
+        else:
+            _check_scalar(node, key)
+            continue
+        stack += [(x, name, inside) for x, name in reversed(below)]
+
+
+def _named(node: yaml.MappingNode, key: str) -> list[tuple[yaml.Node, str]]:
+    seen: set[tuple[str, str]] = set()
+    out = []
+    for name, value in node.value:
+        if not isinstance(name, yaml.ScalarNode):
+            raise _fault(name, key, "a list or a mapping stands where a key must be; write a plain word as the key")
+        _check_scalar(name, key)
+        inner = f"{key}.{name.value}" if key else name.value
+        if (name.tag, name.value) in seen:
+            raise yaml.MarkedYAMLError(problem=f"`{name.value}` stands twice", problem_mark=name.start_mark)
+        seen.add((name.tag, name.value))
+        out.append((value, inner))
+    return out
+
+
+def _check_scalar(node: Any, key: str) -> None:
+    if LONE_SURROGATE.search(node.value):
+        raise _fault(node, key, "a lone surrogate, which is no character")
+    if node.tag == "tag:yaml.org,2002:int":
+        digits = node.value.replace("_", "").lstrip("+-")
+        if len(digits) > 20 or int(digits, 16 if digits.startswith("0x") else 10) > LARGEST:
+            raise _fault(node, key, f"the whole number {node.value[:12]}... is above {LARGEST}, the largest there is")
+
+
+def _fault(node: yaml.Node, key: str, problem: str) -> RecipeFault:
+    return RecipeFault(problem=f"{key}: {problem}" if key else problem, problem_mark=node.start_mark)
 
 
 class RecipeDumper(yaml.SafeDumper):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +18,7 @@ from steersman.metrics import Corpus, Metric, metric
 from steersman.reward.metrics import inputs
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
+from steersman.run.recipe_text import load_yaml
 from steersman.run.terminal import printable
 from steersman.train.generate import GenerateRecipe, sampled, write_samples
 from steersman.types import Prompt, Sample, SteersmanError
@@ -50,7 +50,7 @@ class EvaluateRecipe(Section):
     @field_validator("metrics", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        listed = yaml.safe_load(value) if isinstance(value, str) else value  # a list comes as text from the command
+        listed = load_yaml(value) if isinstance(value, str) else value  # a list comes as text from the command
         listed = [listed] if isinstance(listed, str) else listed
         return {str(name): {} for name in listed} if isinstance(listed, list) else value
 

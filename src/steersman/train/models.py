@@ -30,14 +30,22 @@ def policy_from(
     """The section's causal model; frozen and without adapters where it is not `trainable`."""
     dtype = _dtype(config, device)
     if config.scratch is not None and trainable:
-        policy = fresh_policy(config.path, config.scratch, seed=run.seed, dtype=dtype, device=device, pack=pack)
+        policy = fresh_policy(
+            config.path,
+            config.scratch,
+            seed=run.seed,
+            dtype=dtype,
+            device=device,
+            pack=pack,
+            trust_remote_code=config.trust_remote_code,
+        )
     else:
         lora = None
         if config.lora is not None and trainable:
             lora = LoraConfig(r=config.lora.r, alpha=config.lora.alpha, targets=config.lora.targets)
         policy = load_policy(
             config.path, dtype=dtype, device=device, attention=config.attention, lora=lora, trainable=trainable,
-            pack=pack,
+            pack=pack, trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
     _prepare(policy, config, run, trainable)
     return policy
@@ -46,7 +54,13 @@ def policy_from(
 def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path: str | None = None) -> ScalarModel:
     """A reward model or critic from the section's path, or from another one in the section's precision."""
     dtype = _dtype(config, device)
-    model = load_scalar(path or config.path, dtype=dtype, device=device, attention=config.attention)
+    model = load_scalar(
+        path or config.path,
+        dtype=dtype,
+        device=device,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code and path is None,
+    )
     _prepare(model, config, run, True)
     return model
 
@@ -56,7 +70,14 @@ def reward_from(
 ) -> ScalarModel | AttributeModel:
     """A reward model as it was saved, or with one output for each of the attributes that are asked for."""
     dtype = _dtype(config, device)
-    model = load_reward(config.path, attributes=attributes, dtype=dtype, device=device, attention=config.attention)
+    model = load_reward(
+        config.path,
+        attributes=attributes,
+        dtype=dtype,
+        device=device,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
     _prepare(model, config, run, True)
     return model
 

@@ -29,6 +29,9 @@ class ModelConfig(Section):
     """Which model, in which precision, and what of it is trained."""
 
     path: str = Field(description="folder or hub name of a model; with `scratch`, of a tokenizer")
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model's folder; read it first"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32", description="precision of weights and arithmetic; auto is bfloat16 where CUDA has it"
     )

@@ -1,0 +1,100 @@
+"""Folders that others made: their code is not run, and families that do not fit are refused before anything loads."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+from steersman.metrics.encoders import load
+from steersman.model import load_policy, load_reward, load_scalar, load_tokenizer
+from steersman.model.scratch import fresh_policy
+from steersman.train.models import policy_from
+from steersman.train.sections import ModelConfig, RunConfig
+from steersman.types import SteersmanError
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({marker!r}).write_text("ran")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def foreign(model_folder, tmp_path, monkeypatch):
+    """A folder whose config, model and tokenizer are classes in a file of its own; `ran` is there once it was run."""
+    folder, marker = model_folder("llama"), tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
+    return folder, marker
+
+
+LOADERS = {
+    "policy": load_policy,
+    "scalar": load_scalar,
+    "reward": load_reward,
+    "recipe": lambda folder: policy_from(ModelConfig(path=str(folder)), RunConfig(), torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("name", list(LOADERS))
+def test_code_from_a_folder_is_not_run(foreign, name):
+    folder, marker = foreign
+    with pytest.raises(SteersmanError, match=r"Python code of its own.*model.trust_remote_code: true"):
+        LOADERS[name](folder)
+    assert not marker.exists()
+
+
+def test_nor_by_a_metric(foreign):
+    folder, marker = foreign
+    with pytest.raises(SteersmanError, match="metric 'perplexity': the model"):
+        load(hf.AutoModelForCausalLM, str(folder), "perplexity", "cpu")
+    assert not marker.exists()
+
+
+def test_nor_for_its_tokenizer(foreign):
+    folder, marker = foreign
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    for read in (load_tokenizer, lambda at: fresh_policy(str(at), {"model_type": "llama"}, seed=0)):
+        with contextlib.suppress(SteersmanError):  # the library may have a class that reads the files
+            read(folder)
+        assert not marker.exists()
+
+
+def test_trusted_code_runs(foreign):
+    folder, marker = foreign
+    policy = policy_from(ModelConfig(path=str(folder), trust_remote_code=True), RunConfig(), torch.device("cpu"))
+    assert type(policy.model).__name__ == "OwnModel"
+    assert marker.exists()
+
+
+REFUSED = {
+    "mamba": ({}, "linear_attention"),
+    "rwkv": ({}, "no attention"),
+    "bloom": ({}, "ALiBi"),
+    "mpt": ({}, "ALiBi"),
+    "falcon": ({"alibi": True}, "ALiBi"),
+    "qwen3_next": ({}, "linear_attention"),
+}
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_a_family_that_does_not_fit_is_refused_by_its_config_alone(tmp_path, family):
+    settings, why = REFUSED[family]
+    hf.AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)
+    for read in (load_policy, load_scalar):
+        with pytest.raises(SteersmanError, match=rf"models of type '{family}' are not supported: .*{why}"):
+            read(tmp_path)
