@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test check docs bench clean
+.PHONY: quickstart test check sanitize docs bench clean
 
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
@@ -20,6 +20,18 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The compiled loops with every access checked, under gcc's AddressSanitizer and UBSan; torch itself is not checked.
+# libstdc++ is preloaded too, since the sanitizer looks for it only once, and Python comes without it.
+SANITIZED := tests/native tests/model/test_attention.py tests/model/test_fused.py \
+	tests/rollout/test_native.py tests/rollout/test_packed.py tests/rollout/test_whole.py
+sanitize: $(READY)
+	@test -f "$$($(CXX) -print-file-name=libasan.so)" || { echo "$(CXX) has no AddressSanitizer; try: make sanitize CXX=g++"; exit 1; }
+	export CXX=$(CXX) STEERSMAN_NATIVE=sanitize OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
+	$(BIN)/python -c 'from steersman import native; native.library() or exit(native.why_not())' && \
+	$(BIN)/python -m pytest -q $(SANITIZED)
 
 # A link or a name that leads nowhere is an error. The site is in build/site.
 docs: $(READY)

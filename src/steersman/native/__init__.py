@@ -4,6 +4,7 @@
 `products` those of a few dozen rows, `step` a step of decoding by a whole model.
 They need a C++ compiler (`$CXX`, c++, g++ or clang++) once per machine; `build` says where the result is kept.
 Without one, with STEERSMAN_NATIVE=0, on other devices and for other dtypes than float32, the plain torch code runs.
+STEERSMAN_NATIVE=sanitize builds them with checks of every access, for `make sanitize`.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ def why_not() -> str | None:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get("STEERSMAN_NATIVE", "1") == "0":
+    wanted = os.environ.get("STEERSMAN_NATIVE", "1")
+    if wanted == "0":
         return None, "STEERSMAN_NATIVE is 0"
     command = build.compiler()
     if command is None:
         return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
     try:
-        found = _declare(ctypes.CDLL(str(build.built(command, _sources()))))
+        flags = build.SANITIZED if wanted == "sanitize" else build.FLAGS
+        found = _declare(ctypes.CDLL(str(build.built(command, _sources(), flags))))
         return (
             (found, None) if _same_layout(found) else (None, "its structures are laid out otherwise than ctypes' are")
         )

@@ -33,6 +33,16 @@ FLAGS = (
     "-fopenmp",
     "-fPIC",
 )
+SANITIZED = (
+    *FLAGS,
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+)
+"""With them a read or write outside what was allocated, and undefined behaviour, end the process and say where.
+The process must have been started with the sanitizer's library preloaded, as `make sanitize` does."""
 LIMIT = 300.0
 """Seconds that the compiler may take for all files."""
 _BUILDING = ".build-"
