@@ -9,7 +9,8 @@ import pytest
 
 from steersman.ops.text import distinct_share, ngrams, pieces, repeated_share, text_stats
 from steersman.run.health import HealthWatch
-from steersman.run.health_checks import CHECKS, HealthConfig
+from steersman.run.health_checks import CHECKS
+from steersman.run.health_limits import HealthConfig
 
 OPENINGS = [
     "Once upon a time there was a little girl named Lily. She loved to play in the garden with her dog.",
@@ -71,6 +72,8 @@ CASES = {
 CASES["chosen_falls"] = [
     {"held_out/logp/chosen": -40.0 - 2 * i, "held_out/logp/rejected": -42.0 - 5 * i} for i in range(6)
 ]
+CASES["nothing_moved"] = ramp("kl", [1e-5 * i for i in range(25)], **{"length/mean": 40.0})
+CASES["strange_answers"] = ramp("held_out/perplexity", [4.0, 5.0, 7.9, 8.1])
 
 
 @pytest.mark.parametrize("code", CASES)
@@ -160,7 +163,77 @@ def test_text_numbers_by_hand():
     stats = text_stats(["a b c d e f g h", "a a a a a a a a", "", " "])
     assert stats == {
         "text/unique": 0.75, "text/empty": 0.5, "text/distinct2": (1 + 1 / 7) / 2, "text/repeated": 7 / 16,
+        "text/distinct2_all": 8 / 14, "text/phrase": 0.5,
     }  # fmt: skip
+    # each answer is varied within itself; together they hold 7 + 1 different pairs, and all share "a b c d e"
+    alike = text_stats(["a b c d e f g h", "a b c d e f g x"])
+    assert (alike["text/distinct2"], alike["text/distinct2_all"], alike["text/phrase"]) == (1.0, 8 / 14, 1.0)
+    assert text_stats(["a b c d e f g h"])["text/phrase"] == 1.0
+
+
+def words_of(vocabulary: int, rng: random.Random, answers: int = 40, length: int = 24) -> list[str]:
+    """Answers of different words each, drawn from the first `vocabulary` words."""
+    return [" ".join(f"w{i}" for i in rng.sample(range(vocabulary), length)) for _ in range(answers)]
+
+
+def test_answers_that_grow_alike_are_named_though_each_is_varied_within_itself():
+    rng, watch = random.Random(0), HealthWatch()
+    wide, narrow = [words_of(60, rng) for _ in range(5)], [words_of(26, rng) for _ in range(5)]
+    said = [f for i, t in enumerate(wide + narrow, 1) for f in watch.update(i, {"reward/total": 1.0}, t)]
+    (finding,) = said
+    assert finding.code == "answers_alike"
+    assert finding.step in (6, 7)
+    assert "KL coefficient" in finding.text
+    assert watch.history[-1]["text/distinct2"] == 1.0
+    # no more than a fifth less of it is no finding
+    assert codes([{}] * 10, wide + [words_of(55, rng) for _ in range(5)]) == []
+
+
+@pytest.mark.parametrize("place", ["first", "last", "middle"])
+def test_one_phrase_in_most_answers_is_named_wherever_it_stands(place):
+    rng = random.Random(0)
+    before = [words_of(400, rng) for _ in range(5)]
+    after = []
+    for texts in [words_of(400, rng) for _ in range(5)]:
+        cut = {"first": 0, "last": 24, "middle": 12}[place]
+        after.append([" ".join([*t.split()[:cut], "I am very happy to", *t.split()[cut:]]) for t in texts])
+    watch = HealthWatch()
+    said = [f for i, t in enumerate(before + after, 1) for f in watch.update(i, {}, t)]
+    assert [f.code for f in said] == ["same_phrase"]
+    assert "51% of the responses" in said[0].text  # the mean of the last two iterations
+    assert "reward" not in said[0].text
+
+
+def test_repetition_from_the_start_is_no_collapse_and_is_not_told_before_the_first_step():
+    watch, loops = HealthWatch(), [["friend " * 60] * 8] * 3
+    assert [f.code for f in watch.update(0, {}, loops[0])] == []
+    (finding,) = watch.update(1, {}, loops[1])
+    assert finding.code == "repetition"
+    assert "training is not the cause" in finding.text
+    assert "collapse" not in finding.text
+
+
+def test_collapse_speaks_of_a_reward_only_where_there_is_one():
+    varied, loops = (
+        [[f"{o} {i}" for i, o in enumerate(OPENINGS)]] * 3,
+        [["friend " * 60 + str(i) for i in range(4)]] * 3,
+    )
+    for stats, told in (({}, False), ({"reward/total": 1.0}, True)):
+        watch = HealthWatch()
+        said = [f for i, t in enumerate(varied + loops, 1) for f in watch.update(i, dict(stats), t)]
+        assert said[0].text.startswith("repetition collapse")
+        assert ("reward" in said[0].text) is told
+
+
+def test_nothing_moved_waits_for_its_steps_and_for_a_run_that_moves():
+    still = [{"held_out/margin": 1.0 + 1e-5 * i} for i in range(30)]
+    watch = HealthWatch()
+    assert [f.step for i, row in enumerate(still) for f in watch.update(i, row)] == [20]
+    assert codes(still[:19]) == []
+    assert codes([{"held_out/kl": 1e-4 * i} for i in range(30)]) == []
+    # one that has moved once is not still, and where KL is measured the margin is not asked
+    assert codes([{"kl": 0.5 if i == 3 else 0.0} for i in range(40)]) == []
+    assert codes([{"kl": 0.02 * i, "held_out/margin": 0.0} for i in range(40)]) == []
 
 
 def test_no_alarm_over_real_stories(shared):
@@ -178,7 +251,8 @@ def test_no_alarm_over_real_stories(shared):
 
 
 def test_every_check_has_a_case():
-    assert set(CHECKS) == {*CASES, "repetition", "same_answer", "empty_answers"}
+    in_text = {"repetition", "answers_alike", "same_phrase", "same_answer", "empty_answers"}
+    assert set(CHECKS) == {*CASES, *in_text}
 
 
 def falling(fall: float, n: int = 20, good: str = "chosen", bad: str = "rejected") -> list[dict[str, float]]:

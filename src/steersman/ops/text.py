@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
@@ -94,7 +95,10 @@ def text_stats(texts: Sequence[str]) -> dict[str, float]:
     """Means over the responses of one iteration, by which the health watch sees text collapse.
 
     `text/distinct2` and `text/repeated` (per response, over its pieces, of responses with at least 8 of them,
-    where there are some), `text/unique` (share of different responses), `text/empty` (share of empty ones).
+    where there are some), `text/unique` (share of different responses), `text/empty` (share of empty ones). Across
+    the same responses: `text/distinct2_all`, distinct-2 over the first 24 pieces of all of them together (a fixed
+    length, since distinct-2 falls as a text grows), and `text/phrase`, the share that holds the commonest run of 5
+    pieces.
     """
     if not texts:
         return {}
@@ -107,4 +111,7 @@ def text_stats(texts: Sequence[str]) -> dict[str, float]:
     if long:
         stats["text/distinct2"] = sum(distinct_share(ngrams(w, 2)) for w in long) / len(long)
         stats["text/repeated"] = sum(map(repeated_share, long)) / len(long)
+        stats["text/distinct2_all"] = distinct_share([gram for w in long for gram in ngrams(w[:24], 2)])
+        holders = Counter(gram for w in long for gram in set(ngrams(w, 5)))
+        stats["text/phrase"] = max(holders.values()) / len(long)
     return stats

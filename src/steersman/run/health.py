@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steersman.ops.text import text_stats
-from steersman.run.health_checks import CHECKS, READ, HealthConfig, Row, Severity
+from steersman.run.health_checks import CHECKS, READ, Severity
+from steersman.run.health_history import Row
+from steersman.run.health_limits import HealthConfig
 from steersman.types import Stats
 
 

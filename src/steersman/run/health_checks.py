@@ -6,81 +6,34 @@ sentence with the numbers that it saw and what to do, or None. What it reads, wh
 (max |logp_train - logp_rollout|), `explained_variance`, `finish/length`, `finish/eos` (shares),
 `length/mean` (tokens), and `text/*` made from the responses themselves (`text_stats`). Offline preference methods
 measure `held_out/kl` with `held_out/length` in the place of `kl` and `length/mean`, and the log-probabilities of the
-given answers, `logp/<side>` (nats per answer), where a side is chosen and rejected, or liked and disliked.
+given answers, `logp/<side>` (nats per answer), where a side is chosen and rejected, or liked and disliked, and the
+implicit reward's `held_out/margin`. `held_out/perplexity` is that of sampled answers under the starting model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
-from pydantic import Field
+from steersman.run.health_history import Row, average_of, last_of, now_of, parted, start_of
+from steersman.run.health_limits import HealthConfig
+from steersman.run.health_text import answers_alike, empty_answers, repetition, same_answer, same_phrase
 
-from steersman.run.config import Section
-
-Row = dict[str, float]
 Severity = Literal["note", "warning", "stop"]
-
-
-class HealthConfig(Section):
-    """When the health watch speaks."""
-
-    kl_per_token: float = Field(default=0.5, gt=0, description="KL running away: nats per response token")
-    kl_per_response: float = Field(
-        default=50.0, gt=0, description="the same in nats per response, where lengths are unknown"
-    )
-    entropy_fraction: float = Field(
-        default=0.2, ge=0, le=1, description="entropy collapse: below this fraction of its start"
-    )
-    entropy_floor: float = Field(default=0.02, ge=0, description="entropy collapse: below this, nats per token")
-    distinct2_fraction: float = Field(
-        default=0.75, ge=0, le=1, description="repetition: distinct-2 below this fraction of its start"
-    )
-    distinct2_floor: float = Field(
-        default=0.5, ge=0, le=1, description="repetition: distinct-2 per response below this"
-    )
-    repeated_rise: float = Field(
-        default=0.2, ge=0, le=1, description="repetition: share of words repeated at once, above its start by this"
-    )
-    unique_fraction: float = Field(
-        default=0.3,
-        ge=0,
-        le=1,
-        description="one answer to everything: share of different responses, fraction of its start",
-    )
-    expect_eos: bool = Field(default=True, description="false: responses are meant to fill the length limit")
-    ratio_gap: float = Field(
-        default=0.05, gt=0, description="rollout and training log-probabilities differ by this, nats"
-    )
-    critic_window: int = Field(
-        default=10, gt=0, description="iterations of explained variance below 0 before it is named"
-    )
-    reward_window: int = Field(default=8, ge=3, description="iterations in each mean when rewards are compared")
-    reward_sigma: float = Field(
-        default=4.0, gt=0, description="reward hacking: by how many standard errors they part"
-    )
-    reward_ignore: list[str] = Field(
-        default=["total", "kl", "penalty"], description="reward/<name> that are no reward of their own"
-    )
-    chosen_fall: float = Field(
-        default=0.1, gt=0, description="chosen likelihood falls: by this share of its negative log-likelihood"
-    )
-    repeat_every: int = Field(default=20, gt=0, description="iterations before a finding that lasts is said again")
-
 
 READ = {
     "step", "kl", "entropy", "ratio_gap", "explained_variance", "finish/length", "finish/eos", "length/mean",
-    "held_out/kl", "held_out/length",
+    "held_out/kl", "held_out/length", "held_out/perplexity", "held_out/margin",
     *(f"{where}logp/{side}" for where in ("", "held_out/") for side in ("chosen", "rejected", "liked", "disliked")),
 }  # fmt: skip
 """Numbers that the checks read, beside `reward/...` and `text/...`."""
 
 
 def kl_runaway(history: list[Row], c: HealthConfig) -> str | None:
-    last, length = _tail(history, "kl", 3), _tail(history, "length/mean", 1)
+    last, length = last_of(history, "kl", 3), last_of(history, "length/mean", 1)
     if last is None and not any("kl" in row for row in history):
-        last, length = _tail(history, "held_out/kl", 1), _tail(history, "held_out/length", 1)
+        last, length = last_of(history, "held_out/kl", 1), last_of(history, "held_out/length", 1)
     if last is None:
         return None
     kl = sum(last) / len(last)
@@ -95,7 +48,7 @@ def kl_runaway(history: list[Row], c: HealthConfig) -> str | None:
 
 
 def entropy_collapse(history: list[Row], c: HealthConfig) -> str | None:
-    start, now = _start(history, "entropy"), _now(history, "entropy", 3)
+    start, now = start_of(history, "entropy"), now_of(history, "entropy", 3)
     if start is None or now is None or now >= max(c.entropy_floor, c.entropy_fraction * start):
         return None
     return (
@@ -104,43 +57,10 @@ def entropy_collapse(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def repetition(history: list[Row], c: HealthConfig) -> str | None:
-    start, now = _start(history, "text/distinct2"), _now(history, "text/distinct2", 2)
-    rep_start, rep = _start(history, "text/repeated"), _now(history, "text/repeated", 2)
-    if start is None or now is None or rep_start is None or rep is None:
-        return None
-    fell = now < c.distinct2_floor or now < c.distinct2_fraction * start
-    rose = rep > rep_start + c.repeated_rise or rep > 1.5 * c.repeated_rise + 0.1
-    if not (fell or rose):
-        return None
-    return (
-        f"repetition collapse: distinct-2 per response is {now:.2f} (start {start:.2f}) and {rep:.0%} of the words "
-        f"repeat one of the four before them (start {rep_start:.0%}). The policy earns its reward by saying the same "
-        "thing again; read the samples, raise the KL coefficient, or let the reward count repetition."
-    )
-
-
-def same_answer(history: list[Row], c: HealthConfig) -> str | None:
-    start, now = _start(history, "text/unique"), _now(history, "text/unique", 2)
-    if start is None or now is None or now >= c.unique_fraction * start:
-        return None
-    return (
-        f"one answer to everything: only {now:.0%} of the responses differ from each other (start {start:.0%}). "
-        "Raise the KL coefficient or the temperature, and look at what the reward pays."
-    )
-
-
-def empty_answers(history: list[Row], c: HealthConfig) -> str | None:
-    now = _now(history, "text/empty", 2)
-    if now is None or now < 0.9:
-        return None
-    return f"{now:.0%} of the responses are empty: the policy ends at once. Set a minimum length, or mend the reward."
-
-
 def all_cut(history: list[Row], c: HealthConfig) -> str | None:
     if not c.expect_eos or eos_never(history, c) is not None:
         return None
-    cut = _tail(history, "finish/length", 3)
+    cut = last_of(history, "finish/length", 3)
     if cut is None or len(cut) < 3 or min(cut) < 0.99:
         return None
     return (
@@ -172,7 +92,7 @@ def ratio_gap(history: list[Row], c: HealthConfig) -> str | None:
 
 
 def bad_critic(history: list[Row], c: HealthConfig) -> str | None:
-    last = _tail(history, "explained_variance", c.critic_window)
+    last = last_of(history, "explained_variance", c.critic_window)
     if last is None or len(last) < c.critic_window or sum(v < 0 for v in last) < 0.8 * len(last):
         return None
     return (
@@ -188,7 +108,7 @@ def reward_hacking(history: list[Row], c: HealthConfig) -> str | None:
         if key.removeprefix("reward/") in c.reward_ignore:
             continue
         pairs = [(r["reward/total"], r[key]) for r in history if key in r and "reward/total" in r]
-        found = _parted(pairs, c.reward_window, c.reward_sigma)
+        found = parted(pairs, c.reward_window, c.reward_sigma)
         if found is not None:
             (total0, total1), (other0, other1) = found
             return (
@@ -208,7 +128,7 @@ def chosen_falls(history: list[Row], c: HealthConfig) -> str | None:
         if seen[-1:] != history[-1:] or len(seen) < 2 * span:
             continue
         first, last = (
-            [_average(rows, f"{where}logp/{x}") for x in (good, bad)] for rows in (seen[:span], seen[-span:])
+            [average_of(rows, f"{where}logp/{x}") for x in (good, bad)] for rows in (seen[:span], seen[-span:])
         )
         fall = first[0] - last[0]
         if fall <= max(c.chosen_fall * -first[0], 1.0):
@@ -223,11 +143,42 @@ def chosen_falls(history: list[Row], c: HealthConfig) -> str | None:
     return None
 
 
+def nothing_moved(history: list[Row], c: HealthConfig) -> str | None:
+    """By KL to the reference; where none is measured, by the held-out margin."""
+    key = next((k for k in ("kl", "held_out/kl", "held_out/margin") if any(k in row for row in history)), None)
+    last, step = history[-1], history[-1].get("step", 0.0)
+    if key is None or key not in last or step < c.still_steps:
+        return None
+    values = [row[key] for row in history if key in row]
+    origin = values[0] if key == "held_out/margin" else 0.0
+    most = max(abs(v - origin) for v in values)
+    if len(values) < 2 or most > c.still_kl:
+        return None
+    what = "the held-out margin" if key == "held_out/margin" else "KL to the reference (nats per response)"
+    return (
+        f"nothing moves: in {step:.0f} steps {what} has changed by no more than {most:.1e}. The updates are too "
+        "small to see; raise the learning rate, shorten the warm-up, or see whether all answers get the same reward."
+    )
+
+
+def strange_answers(history: list[Row], c: HealthConfig) -> str | None:
+    seen = [row["held_out/perplexity"] for row in history if "held_out/perplexity" in row]
+    if "held_out/perplexity" not in history[-1] or seen[-1] <= c.perplexity_factor * seen[0]:
+        return None
+    return (
+        "answers turn strange: on held-out prompts their perplexity under the starting model went from "
+        f"{seen[0]:.2f} to {seen[-1]:.2f} (limit {c.perplexity_factor:g} times). The policy writes what that model "
+        "would not; read the samples, lower the learning rate or raise beta."
+    )
+
+
 Check = Callable[[list[Row], HealthConfig], str | None]
 CHECKS: dict[str, tuple[Severity, Check]] = {
     "kl_runaway": ("warning", kl_runaway),
     "entropy_collapse": ("warning", entropy_collapse),
     "repetition": ("warning", repetition),
+    "answers_alike": ("warning", answers_alike),
+    "same_phrase": ("warning", same_phrase),
     "same_answer": ("warning", same_answer),
     "empty_answers": ("warning", empty_answers),
     "all_cut": ("note", all_cut),
@@ -236,64 +187,6 @@ CHECKS: dict[str, tuple[Severity, Check]] = {
     "bad_critic": ("warning", bad_critic),
     "reward_hacking": ("warning", reward_hacking),
     "chosen_falls": ("warning", chosen_falls),
+    "nothing_moved": ("note", nothing_moved),
+    "strange_answers": ("warning", strange_answers),
 }
-
-
-def _tail(history: list[Row], key: str, n: int) -> list[float] | None:
-    """The last n values of a key, as many as there are; None where the newest row has none."""
-    if key not in history[-1]:
-        return None
-    return [row[key] for row in history if key in row][-n:]
-
-
-def _start(history: list[Row], key: str) -> float | None:
-    first = [row[key] for row in history if key in row][:3]
-    return sum(first) / len(first) if first else None
-
-
-def _now(history: list[Row], key: str, n: int) -> float | None:
-    last = _tail(history, key, n)
-    return sum(last) / len(last) if last else None
-
-
-def _parted(
-    pairs: list[tuple[float, float]], n: int, sigma: float
-) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """Whether the first rose and the second fell, both by `sigma` standard errors, since the second was highest.
-
-    Means over n rows, Welch's standard error. Gives ((first then, first now), (second then, second now)).
-    """
-    if len(pairs) < 2 * n:
-        return None
-    now = pairs[-n:]
-    windows = [pairs[i : i + n] for i in range(len(pairs) - 2 * n + 1)]
-    then = max(windows, key=lambda w: sum(second for _, second in w))
-    rise = _welch([a for a, _ in then], [a for a, _ in now])
-    fall = _welch([b for _, b in now], [b for _, b in then])
-    if rise <= sigma or fall <= sigma:
-        return None
-    return (_mean([a for a, _ in then]), _mean([a for a, _ in now])), (
-        _mean([b for _, b in then]),
-        _mean([b for _, b in now]),
-    )
-
-
-def _average(rows: list[Row], key: str) -> float:
-    """The mean of a key over the rows that have it; NaN where none has."""
-    values = [row[key] for row in rows if key in row]
-    return sum(values) / len(values) if values else math.nan
-
-
-def _mean(x: Sequence[float]) -> float:
-    return sum(x) / len(x)
-
-
-def _welch(low: Sequence[float], high: Sequence[float]) -> float:
-    """(mean of `high` - mean of `low`) in standard errors of that difference."""
-    difference = _mean(high) - _mean(low)
-    error = math.sqrt(sum(_variance(x) / len(x) for x in (low, high)))
-    return difference / max(error, 1e-12)
-
-
-def _variance(x: Sequence[float]) -> float:
-    return sum((v - _mean(x)) ** 2 for v in x) / (len(x) - 1)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steersman.data import DataConfig
 from steersman.run.config import Section
-from steersman.run.health_checks import HealthConfig
+from steersman.run.health_limits import HealthConfig
 from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import OfflineConfig
 from steersman.train.sections import ModelConfig, RunConfig

@@ -10,7 +10,7 @@ from steersman.algorithms.base import Algorithm
 from steersman.data import DataConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
-from steersman.run.health_checks import HealthConfig
+from steersman.run.health_limits import HealthConfig
 from steersman.train.experience import Cut
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.update.optimizer import OptimizerConfig

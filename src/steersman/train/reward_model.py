@@ -28,7 +28,7 @@ from steersman.model import AttributeModel, GatedModel, ScalarModel
 from steersman.run.calibration import calibration_png
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
-from steersman.run.health_checks import HealthConfig
+from steersman.run.health_limits import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import trained
 from steersman.train.models import context_length, reward_from, save_model, scalar_from

@@ -15,7 +15,7 @@ from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import RunFolder, write_atomic
 from steersman.run.health import Finding, HealthWatch
-from steersman.run.health_checks import HealthConfig
+from steersman.run.health_limits import HealthConfig
 from steersman.run.log import Log, read_jsonl
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything

@@ -16,7 +16,7 @@ from steersman.loss.supervised import nll
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.run.config import Section
-from steersman.run.health_checks import HealthConfig
+from steersman.run.health_limits import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import carry_out
 from steersman.train.models import context_length, policy_from
