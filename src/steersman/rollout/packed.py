@@ -29,6 +29,12 @@ def pays(model: Any, steps: int) -> bool:
     return native.library() is not None and steps >= STEPS and size <= BYTES
 
 
+def packed_bytes(model: Any, steps: int) -> int:
+    """Bytes of the second copy that a call of so many steps makes: all its linear layers, the output layer too."""
+    layers = [module for module in model.modules() if _plain(module)] if pays(model, steps) else []
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+
+
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
     """Lets the model's linear layers use rearranged weights for inputs of few rows, and puts everything back."""
