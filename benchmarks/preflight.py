@@ -102,7 +102,8 @@ def child(case: str, folder: Path) -> dict[str, Any]:
 
 def row(case: str, found: dict[str, Any]) -> str:
     announced, used = found["announced_mib"], found["used_mib"]
-    return f"| {case} | {CASES[case][1]} | {found['largest']} | {announced:,.0f} | {used:,.0f} | {announced / used:.2f} |"
+    cells = (case, CASES[case][1], found["largest"], f"{announced:,.0f}", f"{used:,.0f}", f"{announced / used:.2f}")
+    return f"| {' | '.join(cells)} |"
 
 
 def write(results: dict[str, Any]) -> None:

@@ -135,19 +135,20 @@ def activations(model: Model, load: Load) -> int:
     """Bytes that a forward pass over the largest micro-batch keeps for its backward pass.
 
     Linear in the tokens, and for attention that keeps its scores in tokens x length: two short sequences tell both.
-    With gradient checkpointing one layer's activations are made again beside what was kept.
+    A model in training mode that keeps less than it does in evaluation mode checkpoints: one layer's activations are
+    then made again beside what was kept.
     """
     module: Any = model.module
     training = module.training
+    kept = _measured(model, load)
+    if not training:
+        return kept
+    module.eval()
     try:
-        module.eval()
         whole = _measured(model, load)
-        if not (training and module.is_gradient_checkpointing):
-            return whole
-        module.train()
-        return _measured(model, load) + whole // module.config.get_text_config().num_hidden_layers
     finally:
-        module.train(training)
+        module.train()
+    return kept if kept >= whole else kept + whole // module.config.get_text_config().num_hidden_layers
 
 
 def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
