@@ -129,7 +129,7 @@ def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
 def test_the_belt_has_the_bytes_that_are_foreseen():
     policy = policy_of()
     engine = Engine(policy.model, None, max_batch=3, eos_token_id=[])
-    prompts = [Prompt([5] * n, "", i) for i, n in enumerate((4, 9, 6, 7))]
+    prompts = [Prompt([5] * n, "", index=i) for i, n in enumerate((4, 9, 6, 7))]
     engine.generate(prompts, Sampling(max_new_tokens=8))
     belts = engine.decoder.belt.belts
     real = bytes_of(*(x for belt in belts for x in (belt.keys, belt.values) if x is not None))
