@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from steersman.run.device import device_text, resolve_device, resolve_dtype, set_threads
-from steersman.run.preflight import Memory, Preflight, Role, cache_memory, count, size, weight_memory
+from steersman.run.device import device_text, resident_memory, resolve_device, resolve_dtype, room, set_threads
+from steersman.run.preflight import Phase, Preflight, Role, count, size
 from steersman.run.seed import seed_everything, stream, sub_seed
 from steersman.types import SteersmanError
 
@@ -32,8 +32,9 @@ def ppo() -> Preflight:
     preflight.fact("device", "CPU, 2 threads, float32")
     preflight.fact("prompts per iteration", 64)
     preflight.fact("samples", 12800)
-    weights, gradients, optimizer = weight_memory(260_032, 260_032)
-    preflight.role(Role("actor", "[x]/260k", 260_032, 260_032, Memory(weights, gradients, optimizer, 2**20, 2**19)))
+    preflight.role(Role("actor", "[x]/260k", 260_032, 260_032, 1_040_128, 1_040_128, 2_080_256))
+    preflight.phase(Phase("update", {"weights": 3 * 2**20, "activations": 4 * 2**20}))
+    preflight.phase(Phase("rollout", {"weights": 3 * 2**20, "cache": 2**20, "logits": 0}))
     preflight.role(Role("reference", "the actor, adapters off", 260_032))
     for _ in range(4):
         preflight.sample([("Once upon [bold]", False), (" a time", True)])
@@ -46,13 +47,14 @@ def test_everything_is_told_plainly_when_piped(ppo):
         "64",
         "12,800",
         "260 k",
-        "1.0 MiB",
-        "2.0 MiB",
+        "weights 1016 KiB, gradients 1016 KiB, optimizer 2.0 MiB",
+        "weights 3.0 MiB, cache 1.0 MiB",
         "[x]/260k",
         "[[Once upon [bold]]] a time",
-        "together",
     ]:
         assert part in text
+    peak = next(line for line in text.splitlines() if line.startswith("peak"))
+    assert "7.0 MiB" in peak  # the larger phase, not the sum of both
     assert text.count("not in the loss") == 3
     assert "\x1b" not in text
 
@@ -64,10 +66,6 @@ def test_the_masked_part_is_dim_on_a_terminal(ppo):
 
 
 def test_sizes_by_hand():
-    assert weight_memory(1000, 100, weight_bytes=2) == (2000, 200, 800)
-    assert (
-        cache_memory(layers=2, kv_heads=3, head_dim=4, rows=5, length=6, element_bytes=2) == 2 * 2 * 3 * 4 * 5 * 6 * 2
-    )
     assert [size(x) for x in (0, 812, 31744, 3 * 2**20, 12 * 2**30)] == [
         "0 B",
         "812 B",
@@ -138,3 +136,14 @@ def test_devices_and_dtypes():
     with pytest.raises(SteersmanError, match="threads is 0"):
         set_threads(0)
     assert set_threads(None) == torch.get_num_threads()
+
+
+def test_what_the_process_holds_and_what_the_machine_has():
+    before = resident_memory()
+    held = torch.ones(16, 2**20)  # 64 MiB, each page written
+    grown = resident_memory() - before
+    assert 60 * 2**20 < grown < 80 * 2**20
+    there = room(torch.device("cpu"))
+    assert resident_memory() < there.total
+    assert 0 < there.free <= there.total
+    del held

@@ -29,9 +29,7 @@ class Panels:
 
 def rearrange(weights: Sequence[Float[Tensor, "O I"]]) -> list[Panels]:
     """The panels of some matrices: each [ceil(O / P), I, P] with P the processor's panel width, zeros beyond O."""
-    lib = loaded()
-    width = lib.panel_width()
-    shapes = [(-(-weight.shape[0] // width), weight.shape[1], width) for weight in weights]
+    lib, shapes = loaded(), _shapes(weights)
     # one piece, for which numpy asks the system for huge pages: small ones would cost as much as the copying
     memory = torch.from_numpy(np.empty(sum(map(math.prod, shapes)), dtype=np.float32))
     panels = []
@@ -41,6 +39,16 @@ def rearrange(weights: Sequence[Float[Tensor, "O I"]]) -> list[Panels]:
         lib.rearrange(weight.data_ptr(), data.data_ptr(), *weight.shape, torch.get_num_threads())
         panels.append(Panels(data, *weight.shape))
     return panels
+
+
+def panel_bytes(weights: Sequence[Float[Tensor, "O I"]]) -> int:
+    """Bytes of what `rearrange` makes of these matrices."""
+    return sum(4 * math.prod(shape) for shape in _shapes(weights)) if weights else 0
+
+
+def _shapes(weights: Sequence[Float[Tensor, "O I"]]) -> list[tuple[int, int, int]]:
+    width = loaded().panel_width()
+    return [(-(-weight.shape[0] // width), weight.shape[1], width) for weight in weights]
 
 
 def product(x: Float[Tensor, "*lead I"], weight: Panels, bias: Tensor | None = None) -> Tensor:

@@ -55,6 +55,14 @@ class Limits:
     refill: int
 
 
+def belt_size(rows: int, longest: int, new_tokens: int, sequences: int) -> tuple[int, int]:
+    """Rows and columns of the belt for prompts up to `longest`; where rows are refilled, some columns more, so that
+    the belt seldom rewinds."""
+    length = longest + new_tokens
+    slack = max(64, length // 4) if sequences > rows else 0
+    return rows, -(-(length + slack) // 16) * 16
+
+
 @dataclass(slots=True, frozen=True)
 class ActionMask:
     """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`, or ends
@@ -185,10 +193,7 @@ class Batch:
         self.live += sequences
 
     def _belt_size(self) -> tuple[int, int]:
-        """Rows and columns; where rows are refilled, some columns more, so that the belt seldom rewinds."""
-        longest = self.longest + self.sampling.max_new_tokens
-        slack = max(64, longest // 4) if self.total > self.limits.rows else 0
-        return self.limits.rows, -(-(longest + slack) // 16) * 16
+        return belt_size(self.limits.rows, self.longest, self.sampling.max_new_tokens, self.total)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -100,7 +100,7 @@ class Engine:
         self._check(prompts, sampling, n)
         if not prompts:
             return []
-        limits = self._limits(len(prompts) * n)
+        limits = self.limits(len(prompts) * n)
         batch = Batch(
             self.decoder,
             sampling,
@@ -129,7 +129,8 @@ class Engine:
         self.decoder.belt.release()
         self._mask_decoder = None
 
-    def _limits(self, sequences: int) -> Limits:
+    def limits(self, sequences: int) -> Limits:
+        """Rows, prefill and refill of a call that samples so many sequences."""
         rows = min(self.max_batch, sequences)
         return Limits(rows, self.prefill_tokens, refill=max(1, rows // 8))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
-from steersman.native.products import Panels, product, rearrange
+from steersman.native.products import Panels, panel_bytes, product, rearrange
 
 STEPS, BYTES = 32, 1 << 30
 """Fewer steps than these do not earn the rearranging; larger models keep one copy of their weights."""
@@ -27,6 +27,12 @@ def pays(model: Any, steps: int) -> bool:
     """Whether a second copy of the model's weights is small enough, and used often enough."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return native.library() is not None and steps >= STEPS and size <= BYTES
+
+
+def packed_bytes(model: Any, steps: int) -> int:
+    """Bytes of the second copy that a call of so many steps makes: all its linear layers, the output layer too."""
+    layers = [module for module in model.modules() if _plain(module)] if pays(model, steps) else []
+    return panel_bytes([layer.weight for layer in layers])
 
 
 @contextmanager

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import ctypes
+import os
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -67,3 +73,39 @@ def device_text(device: torch.device, dtype: torch.dtype) -> str:
         found = torch.cuda.get_device_properties(device)
         return f"{found.name} ({device}), {found.total_memory / 2**30:.1f} GiB, {precision}"
     return f"CPU, {torch.get_num_threads()} threads, {precision}"
+
+
+class Room(NamedTuple):
+    """Bytes of memory that a device has, and how many of them nothing uses now."""
+
+    total: int
+    free: int
+
+
+def room(device: torch.device) -> Room:
+    """The device's memory; on a CPU the machine's, or its control group's where that allows less."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Room(total, free)
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    free = total
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return Room(total, free)
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory now, what the C library keeps of freed blocks given back first."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

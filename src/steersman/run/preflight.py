@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -18,58 +18,31 @@ Segment = tuple[str, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """A rough estimate of one role's peak memory, in bytes."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    cache: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.cache
-
-
-@dataclass(frozen=True, slots=True)
 class Role:
-    """One model of the run: "actor", "critic", ...; `source` is its path or which role it shares weights with."""
+    """One model of the run: "actor", "critic", ...; `source` is its path or which role it shares weights with.
+
+    `weights`, `gradients` and `optimizer` are the bytes of what it has for its parameters.
+    """
 
     name: str
     source: str
     parameters: int
     trained: int = 0
-    memory: Memory = field(default_factory=Memory)
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
 
 
-def weight_memory(
-    parameters: int, trained: int, *, weight_bytes: int = 4, optimizer_bytes: int = 8
-) -> tuple[int, int, int]:
-    """Bytes of (weights, gradients, optimizer state): Adam in float32 keeps two moments, 8 bytes a weight."""
-    return parameters * weight_bytes, trained * weight_bytes, trained * optimizer_bytes
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a run, such as "update", and the bytes that it has at once, by what they are for."""
 
+    name: str
+    shares: dict[str, int]
 
-def activation_memory(
-    *, tokens: int, hidden: int, layers: int, heads: int, length: int, logit_rows: int, vocabulary: int,
-    element_bytes: int = 4, trained: bool = True,
-) -> int:  # fmt: skip
-    """Bytes of activations of one micro-batch of `tokens` tokens in rows of `length`, and of one chunk of logits.
-
-    A layer keeps 34 * hidden / 2 elements per token for its backward pass; attention scores are counted for
-    one layer only, since fused attention makes them again. Without training one layer at a time lives.
-    `logit_rows` rows of the vocabulary exist at once, in float32, with their gradient.
-    Source: Korthikanti et al. 2022, arXiv 2205.05198, eq. 1 (there in bytes at 16 bits, with dropout masks).
-    """
-    per_layer = 17 * hidden * tokens * element_bytes
-    scores = heads * length * tokens * element_bytes
-    logits = logit_rows * vocabulary * 4 * (2 if trained else 1)
-    return per_layer * (layers if trained else 1) + scores + logits
-
-
-def cache_memory(*, layers: int, kv_heads: int, head_dim: int, rows: int, length: int, element_bytes: int = 4) -> int:
-    """Bytes of keys and values while sampling `rows` sequences of up to `length` tokens."""
-    return 2 * layers * kv_heads * head_dim * rows * length * element_bytes
+    @property
+    def total(self) -> int:
+        return sum(self.shares.values())
 
 
 class Preflight:
@@ -79,6 +52,7 @@ class Preflight:
         self.title = title
         self.facts: list[tuple[str, str]] = []
         self.roles: list[Role] = []
+        self.phases: list[Phase] = []
         self.samples: list[list[Segment]] = []
         self.problems: list[str] = []
 
@@ -88,6 +62,9 @@ class Preflight:
 
     def role(self, role: Role) -> None:
         self.roles.append(role)
+
+    def phase(self, phase: Phase) -> None:
+        self.phases.append(phase)
 
     def sample(self, segments: Sequence[Segment]) -> None:
         """A rendered training sample; pieces that do not count in the loss are dimmed."""
@@ -115,6 +92,8 @@ class Preflight:
         parts.append(grid)
         if self.roles:
             parts += [Text(), _role_table(self.roles)]
+        if self.phases:
+            parts += [Text(), _phase_table(self.phases)]
         for number, segments in enumerate(self.samples[:3], 1):
             legend = "dim: not in the loss" if color else "[[...]]: not in the loss"
             parts.append(Panel(_render(segments, color), title=f"sample {number} ({legend})", title_align="left"))
@@ -148,20 +127,38 @@ def count(number: int) -> str:
 
 
 def _role_table(roles: Sequence[Role]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("model", no_wrap=True)
-    for name in ("parameters", "trained", "peak, about"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("model", "parameters", "trained", "memory")
     table.add_column("of which, and where from")
     for role in roles:
-        kinds = ("weights", "gradients", "optimizer", "activations", "cache")
-        shares = ", ".join(f"{k} {size(getattr(role.memory, k))}" for k in kinds if getattr(role.memory, k))
+        held = {"weights": role.weights, "gradients": role.gradients, "optimizer": role.optimizer}
         trained = count(role.trained) if role.trained else "-"
-        peak = size(role.memory.total) if role.memory.total else "-"
-        origin = Text(f"{shares}\n" if shares else "").append(printable(role.source), style="dim")
-        table.add_row(role.name, count(role.parameters), trained, peak, origin)
-    table.add_row("together", "", "", size(sum(role.memory.total for role in roles)), "", style="bold")
+        total = size(sum(held.values())) if role.weights else "-"
+        told = f"{shares}
+" if (shares := _shares(held)) else ""
+        table.add_row(role.name, count(role.parameters), trained, total, Text(told).append(printable(role.source), "dim"))
     return table
+
+
+def _phase_table(phases: Sequence[Phase]) -> Table:
+    """Phases do not add up: what one of them needs for itself is given back before the next."""
+    table = _table("phase", "memory, about")
+    table.add_column("of which")
+    for phase in phases:
+        table.add_row(phase.name, size(phase.total), _shares(phase.shares))
+    table.add_row("peak", size(max(phase.total for phase in phases)), "", style="bold")
+    return table
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _shares(shares: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(bytes_)}" for name, bytes_ in shares.items() if bytes_)
 
 
 def _render(segments: Sequence[Segment], color: bool) -> Text:

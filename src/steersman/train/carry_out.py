@@ -6,9 +6,9 @@ from typing import Any
 
 from steersman.model import Policy
 from steersman.run.preflight import Preflight
+from steersman.train.memory import Model, Sampled, announce
 from steersman.train.models import save_model
 from steersman.train.offline import Offline, restore_best
-from steersman.train.preflight import policy_role
 from steersman.train.reference import Reference
 from steersman.train.session import Session
 
@@ -21,15 +21,17 @@ def carry_out(
     policy: Policy,
     longest: int,
     reference: Reference | None = None,
+    sampled: Sampled | None = None,
 ) -> dict[str, Any]:
     """Shows what will be trained, trains it, and leaves the model in `<run folder>/model`; returns the summary.
 
-    `longest` is the longest sequence (tokens). Raises SteersmanError where the models will not fit.
+    `longest` is the longest sequence (tokens), `sampled` what is sampled now and then. Raises SteersmanError where
+    the models will not fit.
     """
-    tokens = recipe.run.micro_tokens
-    pre.role(policy_role("policy", policy, recipe.model.path, tokens, longest))
+    models = [Model("policy", policy.model, recipe.model.path, policy.reader)]
     if isinstance(reference, Policy):
-        pre.role(policy_role("reference", reference, reference.model.name_or_path, tokens, longest, trained=False))
+        models.append(Model("reference", reference.model, reference.model.name_or_path))
+    announce(pre, session.device, models, state.load(longest), sampled)
     pre.check()
     pre.show()
     if not trained(session, state, recipe.train.keep):

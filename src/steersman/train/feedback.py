@@ -100,7 +100,8 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         weights = "weights {:.3g} and {:.3g}".format(*objective.weights)
         pre.fact("labels", f"{ups:,} thumbs up, {len(train.examples) - ups:,} down; {weights}")
         pre.fact("leads to", LOSSES[name].fixed_point)
-        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference)
+        sampled = None if watch is None else watch.sampled()
+        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference, sampled)
 
 
 def _check_labels(data: EncodedSet[Feedback]) -> None:

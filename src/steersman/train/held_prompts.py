@@ -14,6 +14,7 @@ from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
 from steersman.run.config import Section
 from steersman.train.experience import tokens_of
+from steersman.train.memory import Sampled
 from steersman.train.models import context_length
 from steersman.train.progress import Stretch
 from steersman.train.reference import Reference, divergence
@@ -61,6 +62,11 @@ class HeldPrompts:
             max_new_tokens=config.max_new_tokens, stop=config.stop, eos_token_id=config.eos_token_id
         )
         self.engine, self.sampling = sampler(policy, rollout), rollout.sampling()
+
+    def sampled(self) -> Sampled:
+        """What a look samples, for the forecast of memory."""
+        longest, new_tokens = max(len(p.ids) for p in self.prompts), self.sampling.max_new_tokens
+        return Sampled(self.policy, len(self.prompts), longest, new_tokens, self.engine.limits(len(self.prompts)))
 
     @torch.no_grad()
     def look(self) -> Stats:

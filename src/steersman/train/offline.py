@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from steersman.data import Batches
 from steersman.run.config import Section
+from steersman.train.memory import Load, largest_micro_batch
 from steersman.train.session import Session, to_cpu
 from steersman.train.tally import Tally
 from steersman.types import Stats
@@ -66,11 +67,16 @@ class Offline:
         shuffle: bool = True,
     ) -> None:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
+        self.batch_size = config.batch_size
         self.batches = Batches(len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle)
         steps = max(1, round(config.epochs * len(self.batches)))
         self.total = min(steps, config.max_steps or steps)
         self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)
         self.cost = torch.tensor(objective.cost)
+
+    def load(self, longest: int) -> Load:
+        """The largest micro-batch; `longest` is the longest sequence in tokens."""
+        return Load(largest_micro_batch(self.objective.cost, self.micro_tokens, self.batch_size), longest)
 
     def run(self, session: Session) -> None:
         """Trains to the end; the held-out data is looked at before the first step, now and then, and at the end."""

@@ -249,7 +249,8 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
         pre.fact("leads to", entry.fixed_point)
-        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference)
+        sampled = None if watch is None else watch.sampled()
+        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference, sampled)
 
 
 def _check_margins(config: PairLossConfig, data: EncodedSet[Preference]) -> None:

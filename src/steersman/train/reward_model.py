@@ -31,9 +31,10 @@ from steersman.run.folder import write_atomic
 from steersman.run.health_limits import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.train.carry_out import trained
+from steersman.train.memory import Load, Model, announce
 from steersman.train.models import context_length, reward_from, save_model, scalar_from
 from steersman.train.offline import Offline
-from steersman.train.preflight import describe_run, scalar_role
+from steersman.train.preflight import describe_run
 from steersman.train.rewards.config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.train.rewards.gating import GatingReward
 from steersman.train.rewards.pairs import PairwiseReward, RankingReward
@@ -125,7 +126,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
     pre.fact("recognised", f"{NOUNS[kind]}: {LEARNS[kind].format(loss=loss, names=', '.join(names))}")
-    _show(pre, model, recipe, max(train.lengths))
+    _show(pre, session, model, recipe, state.load(max(train.lengths)))
     if not trained(session, state, recipe.train.keep):
         return session.summary({})
     save_model(model, recipe.model, session.path / "model")
@@ -145,7 +146,7 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
     pre.fact("recognised", f"preferences, to mix {', '.join(objective.names)} by the prompt; trunk and heads stay")
     penalties = zip(objective.names, objective.module.penalty.tolist(), strict=True)
     pre.fact("verbosity", f"{recipe.gating.verbosity}: " + ", ".join(f"{n} {p:+.3f}" for n, p in penalties))
-    _show(pre, model, recipe, max(train.lengths))
+    _show(pre, session, model, recipe, state.load(max(train.lengths)))
     if not trained(session, state, recipe.train.keep):
         return session.summary({})
     sizes = {key: getattr(recipe.gating, key) for key in ("hidden", "layers", "verbosity")}
@@ -173,7 +174,8 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
     pre = Preflight("steersman reward, stage evaluate")
     describe_run(pre, session, len(data.groups), 0, describe(loaded, data, laid))
     pre.fact("recognised", NOUNS[kind])
-    _show(pre, model, recipe, max(data.lengths))
+    longest = max(data.lengths)
+    _show(pre, session, model, recipe, Load(max(recipe.run.micro_tokens, longest), longest))
     session.begin(_Nothing(), 0)
     session.saved = 0
     session.observe(0, objective.evaluate())
@@ -226,8 +228,10 @@ def _attribute_model(recipe: RewardModelRecipe, session: Session) -> AttributeMo
     return model
 
 
-def _show(pre: Preflight, model: Any, recipe: RewardModelRecipe, longest: int) -> None:
-    pre.role(scalar_role("reward model", model, recipe.model.path, recipe.run.micro_tokens, longest))
+def _show(pre: Preflight, session: Session, model: Any, recipe: RewardModelRecipe, load: Load) -> None:
+    trains = any(p.requires_grad for p in model.parameters())
+    reader = model.reader if trains else None
+    announce(pre, session.device, [Model("reward model", model.model, recipe.model.path, reader)], load)
     for note in model.notes:
         pre.fact("model", note)
     pre.check()

@@ -12,12 +12,13 @@ from steersman.data import Batches, encode_prompts, layout, prompts, wraps
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
+from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of
+from steersman.train.memory import Load, Model, Sampled, announce, largest_micro_batch
 from steersman.train.models import context_length, save_model
 from steersman.train.on_policy import OnPolicy
-from steersman.train.preflight import policy_role, scalar_role
 from steersman.train.recipe import OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
 from steersman.train.session import Session
@@ -166,33 +167,7 @@ def _preflight(
     )
     pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
-    pre.role(
-        policy_role(
-            "actor", roles.policy, recipe.model.path, run.micro_tokens, length, rows=min(rollout.max_batch, samples)
-        )
-    )
-    critic = roles.learner.critic
-    if isinstance(critic, ScalarModel):
-        pre.role(scalar_role("critic", critic, critic.model.name_or_path, run.micro_tokens, length))
-    if isinstance(roles.reference, Policy):
-        pre.role(
-            policy_role(
-                "reference",
-                roles.reference,
-                roles.reference.model.name_or_path,
-                run.micro_tokens,
-                length,
-                trained=False,
-            )
-        )
-    for name, part in roles.reward.parts.items():
-        model = getattr(part[1], "model", None)
-        if model is not None:
-            pre.role(
-                scalar_role(
-                    f"reward {name}", model, model.model.name_or_path, run.micro_tokens, length, trained=False
-                )
-            )
+    announce(pre, session.device, _models(recipe, roles), _load(recipe, length), _sampled(recipe, roles, longest))
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
         pre.sample([(prompt.text, False)])
@@ -200,3 +175,33 @@ def _preflight(
         pre.fact("model", note)
     pre.check()
     pre.show()
+
+
+def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
+    """Everything with weights; what shares the actor's is counted with it."""
+    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy.reader)]
+    critic = roles.learner.critic
+    if isinstance(critic, ScalarModel):
+        found.append(Model("critic", critic.model, critic.model.name_or_path, critic.reader))
+    if isinstance(roles.reference, Policy):
+        found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
+    for name, (_, part) in roles.reward.parts.items():
+        if isinstance(part, ModelReward):
+            found.append(Model(f"reward {name}", part.model.model, part.model.model.name_or_path))
+    if roles.mask_model is not None:
+        found.append(Model("masking policy", roles.mask_model, "the actor, copied now and then"))
+    return found
+
+
+def _load(recipe: OnPolicyRecipe, length: int) -> Load:
+    """The largest micro-batch; actor and critic go through one backward pass unless the critic is fitted first."""
+    algorithm, rollout = recipe.algorithm, recipe.rollout
+    minibatch = rollout.prompts * rollout.samples // algorithm.minibatches
+    tokens = largest_micro_batch([length] * minibatch, recipe.run.micro_tokens, minibatch)
+    return Load(tokens, length, at_once=algorithm.epochs * algorithm.minibatches > 1)
+
+
+def _sampled(recipe: OnPolicyRecipe, roles: Roles, longest: int) -> Sampled:
+    rollout = recipe.rollout
+    sequences = rollout.prompts * rollout.samples
+    return Sampled(roles.policy, sequences, longest, rollout.max_new_tokens, roles.engine.limits(sequences))

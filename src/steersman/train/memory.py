@@ -1,0 +1,232 @@
+"""The memory that a run will need at its peak, foreseen from its models, its data and its recipe.
+
+What a run holds all the time is counted: weights, the optimizers' moments and what the process has taken already.
+What it holds for a while is foreseen phase by phase, and the largest phase is the peak. How much a forward pass keeps
+for its backward pass is measured on the model itself with a few tokens, so that fused layers, adapters, precision,
+attention and gradient checkpointing count as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.data import Encoded, collate
+from steersman.model import Policy
+from steersman.model.reader import Reader
+from steersman.ops.logprob import TILE
+from steersman.rollout.batch import Limits, belt_size
+from steersman.rollout.cache import kv_cache_bytes
+from steersman.rollout.packed import packed_bytes
+from steersman.run.device import resident_memory, room
+from steersman.run.preflight import Phase, Preflight, Role, size
+
+PROBE = (32, 64)
+"""Tokens of the two sequences on which activations are measured."""
+CONTEXT = 512 << 20
+"""What an accelerator's driver and libraries take of its memory."""
+WIDE = 4
+"""Tensors of a layer's widest size that live at once in a forward pass without gradients, and in a layer's backward
+pass beside what was kept for it: gate, up, their product and one that is being made."""
+SAMPLING = 3
+"""Tensors of rows x vocabulary in a step of sampling: logits, the tempered ones, cumulative weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of the run. `reader` is given where the model is trained: what runs its trunk."""
+
+    name: str
+    module: nn.Module
+    source: str
+    reader: Reader | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The largest micro-batch: `tokens` in all, in rows of `length`. With `at_once`, several models that are trained
+    keep their activations together."""
+
+    tokens: int
+    length: int
+    at_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What is sampled in one call of the engine: `sequences` of prompts up to `longest` and so many new tokens."""
+
+    policy: Policy
+    sequences: int
+    longest: int
+    new_tokens: int
+    limits: Limits
+
+
+def announce(
+    pre: Preflight, device: torch.device, models: Sequence[Model], load: Load, sampled: Sampled | None = None
+) -> None:
+    """Tells the models with what they hold, and every phase with its memory; refuses what the device can not hold."""
+    roles = [_role(model) for model in models]
+    for role in roles:
+        pre.role(role)
+    phases = foresee(device, models, load, sampled)
+    for phase in phases:
+        pre.phase(phase)
+    peak, there = max(phase.total for phase in phases), room(device)
+    if peak > there.total:
+        pre.refuse(
+            f"memory: the run needs about {size(peak)} at its peak and the device has {size(there.total)}; lower "
+            "run.micro_tokens, rollout.max_batch or data.max_length, or give model.lora, "
+            "model.gradient_checkpointing or model.dtype bfloat16"
+        )
+    elif peak > there.free:
+        pre.fact("memory", f"about {size(peak)} at the peak, but only {size(there.free)} are free now")
+
+
+def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: Sampled | None = None) -> list[Phase]:
+    """The phases of a run, each with the bytes that it holds; what is held all the time is part of each.
+
+    On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
+    process after an update; sampling uses it again for what is small, and adds to it what is large.
+    """
+    roles = [_role(model) for model in models]
+    held = {
+        "process": _process(device, sum(role.weights for role in roles)),
+        "weights": sum(role.weights for role in roles),
+        "optimizer": sum(role.optimizer for role in roles),
+    }
+    learners = [model for model in models if model.reader is not None]
+    found, kept = [], 0
+    if learners:
+        each = [activations(model, load) for model in learners]
+        kept = sum(each) if load.at_once else max(each)
+        gradients = sum(role.gradients for role in roles)
+        beside = max(backward(model.module, load) for model in learners)
+        found.append(Phase("update", {**held, "gradients": gradients, "activations": kept, "backward": beside}))
+    else:
+        passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
+        found.append(Phase("forward", {**held, "activations": passing}))
+    if sampled is not None:
+        found.append(Phase("rollout", {**held, **rollout(sampled, kept if device.type == "cpu" else 0)}))
+    return found
+
+
+def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
+    """Bytes of weights laid out anew, and of keys, values and logits, or of the `kept` room that these fit in."""
+    model, limits = sampled.policy.model, sampled.limits
+    dtype, config = next(model.parameters()).dtype, model.config
+    rows, columns = belt_size(limits.rows, sampled.longest, sampled.new_tokens, sampled.sequences)
+    reads = min(max(limits.prefill_tokens, sampled.longest), sampled.sequences * sampled.longest)
+    cache = kv_cache_bytes(config, rows, columns, dtype) + kv_cache_bytes(config, 1, reads, dtype)
+    logits = SAMPLING * rows * config.get_text_config().vocab_size * 4 + WIDE * _widest(model) * reads
+    return {
+        "packed weights": packed_bytes(model, sampled.new_tokens),
+        "cache": cache,
+        "logits": max(logits, kept - cache),
+    }
+
+
+def activations(model: Model, load: Load) -> int:
+    """Bytes that a forward pass over the largest micro-batch keeps for its backward pass.
+
+    Linear in the tokens, and for attention that keeps its scores in tokens x length: two short sequences tell both.
+    A model in training mode that keeps less than it does in evaluation mode checkpoints: one layer's activations are
+    then made again beside what was kept.
+    """
+    module: Any = model.module
+    training = module.training
+    kept = _measured(model, load)
+    if not training:
+        return kept
+    module.eval()
+    try:
+        whole = _measured(model, load)
+    finally:
+        module.train()
+    return kept if kept >= whole else kept + whole // module.config.get_text_config().num_hidden_layers
+
+
+def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
+    """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
+
+    A row of c tokens stands first among at most micro_tokens / c rows that are no longer (`update.micro`), or alone.
+    """
+    together = sum(sorted(costs, reverse=True)[:batch])
+    return min(together, max(min(batch, max(1, micro_tokens // c)) * c for c in set(costs)))
+
+
+def _measured(model: Model, load: Load) -> int:
+    short, long = PROBE
+    a, b = (saved_bytes(model, n) / n for n in PROBE)
+    slope = (b - a) / (long - short)
+    if slope * long < 0.01 * b:  # what every sequence has once, not scores
+        slope = 0.0
+    return round((b + slope * (load.length - long)) * load.tokens)
+
+
+def saved_bytes(model: Model, tokens: int) -> int:
+    """Bytes that a forward pass over one sequence of so many tokens keeps for its backward pass, weights left out."""
+    module: Any = model.module
+    own = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
+    seen: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            seen[x.untyped_storage().data_ptr()] = x
+        return x
+
+    half = tokens // 2
+    sequence = collate([Encoded([1] * half, [1] * half, [True] * half)]).to(module.device)
+    assert model.reader is not None
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.reader.hidden(sequence)
+        return sum(x.untyped_storage().nbytes() for x in seen.values())
+
+
+def backward(model: nn.Module, load: Load) -> int:
+    """Bytes of a backward pass beside gradients and activations: a layer's intermediate gradients, the output layer's
+    tiles, and the gradients of vocabulary x hidden that are made anew and then added to what is there already (the
+    output layer's at the start; the embedding's at the end)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tables = sum(_bytes(p) for p in _tables(model) if p.requires_grad)
+    tile = TILE["cpu" if trained[0].is_cpu else "accelerator"][1]
+    return WIDE * _widest(model) * load.tokens + 2 * tile + tables
+
+
+def _tables(model: Any) -> list[nn.Parameter]:
+    """The matrices of vocabulary x hidden, by use: a tied one comes twice."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [layer.weight for layer in layers if layer is not None]
+
+
+def _role(model: Model) -> Role:
+    """Gradients and AdamW's two moments have their parameters' precision."""
+    parameters = list(model.module.parameters())
+    trained = [p for p in parameters if p.requires_grad] if model.reader is not None else []
+    weights = sum(map(_bytes, (*parameters, *model.module.buffers())))
+    gradients = sum(map(_bytes, trained))
+    return Role(
+        model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
+        weights, gradients, 2 * gradients,
+    )  # fmt: skip
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _widest(model: nn.Module) -> int:
+    """Bytes per token of the widest linear layer's output, the output layer left out."""
+    layers: Any = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    tables = {id(p) for p in _tables(model)}
+    return max((m.out_features * m.weight.element_size() for m in layers if id(m.weight) not in tables), default=0)
+
+
+def _process(device: torch.device, weights: int) -> int:
+    """What the process holds beside its weights: libraries and data on a CPU, the context on an accelerator."""
+    return max(resident_memory() - weights, 0) if device.type == "cpu" else CONTEXT

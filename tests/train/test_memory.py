@@ -1,0 +1,177 @@
+"""The forecast of a run's memory against what real small models really hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from steersman import native
+from steersman.data import Encoded, collate
+from steersman.model import Policy
+from steersman.model.lora import LoraConfig, add_lora
+from steersman.native.products import rearrange
+from steersman.rollout import Engine, Sampling, kv_cache_bytes
+from steersman.rollout.packed import packed_bytes
+from steersman.run.device import Room
+from steersman.run.preflight import Phase, Preflight
+from steersman.train import memory
+from steersman.train.memory import Load, Model, Sampled, activations, announce, foresee, largest_micro_batch, rollout
+from steersman.types import Prompt, SteersmanError
+from steersman.update.micro import micro_batches
+from steersman.update.optimizer import Optimizer, OptimizerConfig
+
+CPU = torch.device("cpu")
+LOAD = Load(tokens=120, length=40)
+
+
+def policy_of(family: str = "llama", vocab: int = 96, **config: Any) -> Policy:
+    model = tiny_model(family, vocab)
+    for key, value in config.items():
+        setattr(model.config, key, value)
+    return Policy(model, None)
+
+
+def model_of(policy: Policy) -> Model:
+    return Model("policy", policy.model, "here", policy.reader)
+
+
+def batch(rows: int, length: int) -> Any:
+    half = length // 2
+    return collate([Encoded([r + 3] * half, [5] * half, [True] * half) for r in range(rows)])
+
+
+def phase(policy: Policy, name: str) -> Phase:
+    return next(p for p in foresee(CPU, [model_of(policy)], LOAD) if p.name == name)
+
+
+def bytes_of(*tensors: torch.Tensor) -> int:
+    """Each storage once, views and tied weights too."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_and_moments_are_those_that_a_step_makes(dtype):
+    policy = Policy(tiny_model("llama").to(dtype), None)
+    optimizer = Optimizer(policy.parameters(), OptimizerConfig(), 1)
+    foreseen = phase(policy, "update").shares
+    policy.logp(batch(3, 20)).logp.sum().backward()
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert foreseen["gradients"] == bytes_of(*gradients)
+    optimizer.step()
+    state = optimizer.adamw.state.values()
+    assert foreseen["optimizer"] == sum(s[name].nbytes for s in state for name in ("exp_avg", "exp_avg_sq"))
+    assert foreseen["weights"] == bytes_of(*policy.model.parameters(), *policy.model.buffers())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_activations_are_those_that_the_largest_micro_batch_keeps(family, attention):
+    model = tiny_model(family)
+    model.set_attn_implementation(attention)
+    policy = Policy(model, None)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        policy.hidden(batch(1, 100))
+    real = bytes_of(*(x for x in kept if x.untyped_storage().data_ptr() not in own))
+    assert activations(model_of(policy), Load(100, 100)) == pytest.approx(real, rel=0.05)
+
+
+def test_what_is_measured_leaves_no_trace():
+    policy = policy_of()
+    policy.model.train()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    activations(model_of(policy), LOAD)
+    assert torch.equal(torch.rand(2), expected)
+    assert policy.model.training
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
+    policy = policy_of()
+    plain = activations(model_of(policy), LOAD)
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.train()
+    foreseen = activations(model_of(policy), LOAD)
+    config = policy.model.config
+    inputs = config.num_hidden_layers * LOAD.tokens * config.hidden_size * 4
+    assert plain / 2 + inputs <= foreseen < plain
+
+
+def test_adapters_have_gradients_and_the_rest_has_none():
+    policy = policy_of()
+    whole = phase(policy, "update").shares
+    small = Policy(tiny_model("llama", 96), None)
+    add_lora(small.model, LoraConfig(r=2))
+    shares = phase(small, "update").shares
+    trained = sum(p.numel() for p in small.parameters() if p.requires_grad)
+    assert shares["gradients"] == 4 * trained < whole["gradients"]
+    assert shares["optimizer"] == 8 * trained
+    assert shares["backward"] < whole["backward"]  # no gradient of vocabulary x hidden
+
+
+def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
+    policy = policy_of()
+    short, long = (activations(model_of(policy), Load(n, n)) for n in (20, 40))
+    assert long == pytest.approx(2 * short, rel=0.05)
+    critic = policy_of()
+    both = [model_of(policy), Model("critic", critic.model, "here", critic.reader)]
+    apart, together = (foresee(CPU, both, Load(40, 40, at_once=at))[0].shares["activations"] for at in (False, True))
+    assert together == 2 * apart
+
+
+def test_the_belt_has_the_bytes_that_are_foreseen():
+    policy = policy_of()
+    engine = Engine(policy.model, None, max_batch=3, eos_token_id=[])
+    prompts = [Prompt([5] * n, "", index=i) for i, n in enumerate((4, 9, 6, 7))]
+    engine.generate(prompts, Sampling(max_new_tokens=8))
+    belts = engine.decoder.belt.belts
+    real = bytes_of(*(x for belt in belts for x in (belt.keys, belt.values) if x is not None))
+    sampled = Sampled(policy, 4, 9, 8, engine.limits(4))
+    read = kv_cache_bytes(policy.model.config, 1, 4 * 9, torch.float32)
+    assert rollout(sampled)["cache"] == real + read
+    assert sum(rollout(sampled, kept=1 << 20).values()) == 1 << 20  # what is small fits into the room that is there
+
+
+@pytest.mark.skipif(native.library() is None, reason="without the compiled loops no weights are laid out anew")
+def test_weights_laid_out_anew_are_counted():
+    model = policy_of().model
+    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert packed_bytes(model, 64) == sum(panel.data.nbytes for panel in rearrange(linears))
+    assert packed_bytes(model, 8) == 0  # too few steps to earn it
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_micro_batch_of_any_batch(seed):
+    draw = random.Random(seed)
+    costs = [draw.randint(1, 60) for _ in range(40)]
+    bound = largest_micro_batch(costs, 100, 8)
+    seen = 0
+    for _ in range(300):
+        lengths = torch.tensor(draw.sample(costs, 8))
+        seen = max(seen, *(len(rows) * int(lengths[rows].max()) for rows in micro_batches(lengths, 100)))
+    assert 0.9 * bound <= seen <= bound
+    assert largest_micro_batch([30], 100, 8) == 30
+    assert largest_micro_batch([300, 5], 100, 8) == 300
+    assert largest_micro_batch([50] * 9, 100, 8) == 100
+
+
+def test_a_run_that_can_not_fit_is_refused_and_a_tight_one_is_told(monkeypatch):
+    policy = policy_of()
+    total = max(p.total for p in foresee(CPU, [model_of(policy)], LOAD))
+    for there, said in ((Room(total // 2, total // 2), None), (Room(4 * total, total // 2), "are free now")):
+        monkeypatch.setattr(memory, "room", lambda device, there=there: there)
+        pre = Preflight("sft")
+        announce(pre, CPU, [model_of(policy)], LOAD)
+        if said is None:
+            with pytest.raises(SteersmanError, match=r"at its peak and the device has .*lower run\.micro_tokens"):
+                pre.check()
+        else:
+            pre.check()
+            assert said in dict(pre.facts)["memory"]
