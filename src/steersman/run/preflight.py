@@ -133,9 +133,8 @@ def _role_table(roles: Sequence[Role]) -> Table:
         held = {"weights": role.weights, "gradients": role.gradients, "optimizer": role.optimizer}
         trained = count(role.trained) if role.trained else "-"
         total = size(sum(held.values())) if role.weights else "-"
-        told = f"{shares}
-" if (shares := _shares(held)) else ""
-        table.add_row(role.name, count(role.parameters), trained, total, Text(told).append(printable(role.source), "dim"))
+        origin = Text(f"{shares}\n" if (shares := _shares(held)) else "").append(printable(role.source), style="dim")
+        table.add_row(role.name, count(role.parameters), trained, total, origin)
     return table
 
 
