@@ -5,6 +5,8 @@ peft is imported where adapters are: it takes seconds, and most runs have none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,26 +41,50 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     Raises SteersmanError where `targets` match no layer, or the output layer.
     """
     import peft
+
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    with _naming_targets(model, config):
+        adapters = peft.get_peft_model(model, _settings(model, config, task))
+    _require_plain_output(model)
+    return adapters  # type: ignore[return-value]
+
+
+def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
+    """Puts adapters on a trunk in place and freezes its weights; the head that reads it stays as it is.
+
+    Raises SteersmanError where `targets` match no layer.
+    """
+    import peft
+
+    with _naming_targets(trunk, config):
+        peft.inject_adapter_in_model(_settings(trunk, config, "FEATURE_EXTRACTION"), trunk)
+
+
+def _settings(model: Any, config: LoraConfig, task: str) -> Any:
+    import peft
     from transformers.pytorch_utils import Conv1D
 
-    settings = peft.LoraConfig(
+    return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
         lora_dropout=config.dropout,
         target_modules=config.targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2 stores weights transposed
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        task_type=task,
     )
+
+
+@contextmanager
+def _naming_targets(model: Any, config: LoraConfig) -> Iterator[None]:
+    """Turns peft's complaint about targets into one with the names of the layers that there are."""
     try:
-        adapters = peft.get_peft_model(model, settings)
+        yield
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise SteersmanError(
             f"lora.targets {config.targets!r} do not fit {type(model).__name__}: {error}\n"
             f"Its linear layers are called {', '.join(linear)}; or use 'all-linear'"
         ) from error
-    _require_plain_output(model)
-    return adapters  # type: ignore[return-value]
 
 
 def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:

@@ -28,7 +28,8 @@ def save(
     """Writes model and tokenizer so that the ecosystem's `from_pretrained` loads them; returns the folder.
 
     A policy becomes what `AutoModelForCausalLM` loads, a scalar model what `AutoModelForSequenceClassification`
-    loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters are written.
+    loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters of a policy are
+    written (a scalar model's are always added in).
     `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. A folder
     that is there already is replaced once the new one is complete.
 
@@ -53,7 +54,8 @@ def _write(
     if adapters is not None and not merged:
         adapters.save_pretrained(str(folder))
         return
-    state = model.model.state_dict() if adapters is None else merged_state(model.model)
+    with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
+    state = merged_state(model.model) if with_adapters else model.model.state_dict()
     if dtype is not None:
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     model.model.save_pretrained(folder, state_dict=state)

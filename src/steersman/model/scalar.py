@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steersman.model.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
+from steersman.model.lora import LoraConfig, add_lora_to_trunk
 from steersman.model.meaning import Meaning
 from steersman.model.pairs import is_pair, pair_reader, read
 from steersman.model.policy import Logp, Policy
@@ -39,6 +40,7 @@ class Headed(nn.Module):
         self.trunk_name = model.base_model_prefix
         self.notes: list[str] = []
         self.stored_dtype: torch.dtype | None = None
+        self.adapted = False
         self.reader: Reader = pair_reader(self.trunk, tokenizer) if is_pair(model) else Joined(self.trunk)
         self.means(Meaning.of(model.config))
         self._probe()
@@ -60,6 +62,15 @@ class Headed(nn.Module):
     def output(self) -> nn.Linear:
         """The layer that gives the numbers."""
         return output_layer(self.model)
+
+    def adapt(self, lora: LoraConfig) -> None:
+        """Puts adapters on the trunk, whose own weights are frozen; the head is trained as it is.
+
+        Saving adds them in, so that what is saved is a model like any other. Raises SteersmanError where the
+        targets match no layer.
+        """
+        add_lora_to_trunk(self.trunk, lora)
+        self.adapted = True
 
     def means(self, meaning: Meaning) -> None:
         """Says what the head's numbers are from now on."""

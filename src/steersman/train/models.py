@@ -40,9 +40,7 @@ def policy_from(
             trust_remote_code=config.trust_remote_code,
         )
     else:
-        lora = None
-        if config.lora is not None and trainable:
-            lora = LoraConfig(r=config.lora.r, alpha=config.lora.alpha, targets=config.lora.targets)
+        lora = _lora(config) if trainable else None
         policy = load_policy(
             config.path, dtype=dtype, device=device, attention=config.attention, lora=lora, trainable=trainable,
             pack=pack, trust_remote_code=config.trust_remote_code,
@@ -52,7 +50,8 @@ def policy_from(
 
 
 def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path: str | None = None) -> ScalarModel:
-    """A reward model or critic from the section's path, or from another one in the section's precision."""
+    """A reward model or critic from the section's path, or from another one in the section's precision. With `lora`
+    it gets adapters of its own beside its head."""
     dtype = _dtype(config, device)
     model = load_scalar(
         path or config.path,
@@ -61,14 +60,21 @@ def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code and path is None,
     )
+    _adapt(model, config)
     _prepare(model, config, run, True)
     return model
 
 
 def reward_from(
-    config: ModelConfig, run: RunConfig, device: torch.device, attributes: Sequence[str] = ()
+    config: ModelConfig,
+    run: RunConfig,
+    device: torch.device,
+    attributes: Sequence[str] = (),
+    *,
+    trainable: bool = True,
 ) -> ScalarModel | AttributeModel:
-    """A reward model as it was saved, or with one output for each of the attributes that are asked for."""
+    """A reward model as it was saved, or with one output for each of the attributes that are asked for; with `lora`
+    on adapters, or frozen where it is not `trainable`."""
     dtype = _dtype(config, device)
     model = load_reward(
         config.path,
@@ -78,7 +84,11 @@ def reward_from(
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
-    _prepare(model, config, run, True)
+    if trainable:
+        _adapt(model, config)
+    else:
+        model.requires_grad_(False)
+    _prepare(model, config, run, trainable)
     return model
 
 
@@ -91,6 +101,17 @@ def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig
 def context_length(model: Any) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None where it names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _lora(config: ModelConfig) -> LoraConfig | None:
+    lora = config.lora
+    return None if lora is None else LoraConfig(r=lora.r, alpha=lora.alpha, targets=lora.targets)
+
+
+def _adapt(model: ScalarModel | AttributeModel, config: ModelConfig) -> None:
+    lora = _lora(config)
+    if lora is not None:
+        model.adapt(lora)
 
 
 def _dtype(config: ModelConfig, device: torch.device) -> str:

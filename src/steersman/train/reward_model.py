@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steersman.data import (
     DataConfig,
@@ -76,6 +76,14 @@ class RewardModelRecipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RewardModelRecipe:
+        if self.model.lora is not None and self.stage != "train":
+            raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
+        if self.model.lora is not None and not self.model.merge:
+            raise ValueError("model.merge: a reward model is saved with its adapters added in; remove `merge: false`")
+        return self
 
 
 def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
     loaded: Loaded[Any] = LOADERS[kind](recipe.data)
     if loaded.held_out:
         loaded.train = loaded.held_out
-    model: Any = reward_from(recipe.model, recipe.run, session.device).requires_grad_(False)
+    model: Any = reward_from(recipe.model, recipe.run, session.device, trainable=False)
     if not model.output.weight.any():
         raise SteersmanError(f"{recipe.model.path}: its head is all zeros, so there is no reward model to evaluate")
     names = (
@@ -219,7 +227,7 @@ def _objective(
 
 
 def _attribute_model(recipe: RewardModelRecipe, session: Session) -> AttributeModel:
-    model = reward_from(recipe.model, recipe.run, session.device).requires_grad_(False)
+    model = reward_from(recipe.model, recipe.run, session.device, trainable=False)
     if not isinstance(model, AttributeModel):
         raise SteersmanError(
             f"model.path: {recipe.model.path} is no reward model of several attributes, which gating mixes; train "

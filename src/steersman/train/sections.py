@@ -38,7 +38,10 @@ class ModelConfig(Section):
     attention: str | None = Field(
         default=None, description="transformers' attention implementation; null is its choice"
     )
-    lora: LoraSection | None = Field(default=None, description="train low-rank adapters only")
+    lora: LoraSection | None = Field(
+        default=None,
+        description="train low-rank adapters only; reward models and critics train their heads beside them",
+    )
     merge: bool = Field(default=True, description="with lora: save the model with the adapters added in")
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same", description="precision of the weights on disk; same: that of the model that `path` names"
