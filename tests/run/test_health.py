@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -10,6 +11,7 @@ import pytest
 from steersman.ops.text import distinct_share, ngrams, pieces, repeated_share, text_stats
 from steersman.run.health import HealthWatch
 from steersman.run.health_checks import CHECKS
+from steersman.run.health_history import History
 from steersman.run.health_limits import HealthConfig
 
 OPENINGS = [
@@ -184,7 +186,7 @@ def test_answers_that_grow_alike_are_named_though_each_is_varied_within_itself()
     assert finding.code == "answers_alike"
     assert finding.step in (6, 7)
     assert "KL coefficient" in finding.text
-    assert watch.history[-1]["text/distinct2"] == 1.0
+    assert watch.history.latest["text/distinct2"] == 1.0
     # no more than a fifth less of it is no finding
     assert codes([{}] * 10, wide + [words_of(55, rng) for _ in range(5)]) == []
 
@@ -291,3 +293,50 @@ def test_the_chosen_likelihood_may_rise_stay_or_fall_a_little(good, bad):
 def test_kl_on_held_prompts_stands_in_for_that_of_rollouts():
     assert codes([{"held_out/kl": 30.0, "held_out/length": 40.0}]) == ["kl_runaway"]
     assert codes([{"held_out/kl": 30.0, "held_out/length": 40.0, "kl": 1.0, "length/mean": 40.0}]) == []
+
+
+def numbers(step: int) -> dict[str, float]:
+    """A run whose second reward rises and then falls while the first one rises all along."""
+    noise = random.Random(step)
+    return {
+        "reward/total": step / 400 + noise.gauss(0, 0.05),
+        "reward/taste": 1 - abs(step - 150) / 200 + noise.gauss(0, 0.05),
+        "kl": 1.0 + noise.random(), "entropy": 2.0, "finish/eos": 0.5, "logp/chosen": -50.0, "logp/rejected": -60.0,
+    }  # fmt: skip
+
+
+def test_a_step_costs_the_same_however_late_it_is():
+    """What is kept, and so what is looked at and put into a checkpoint, does not grow."""
+    watch = HealthWatch(HealthConfig(repeat_every=10_000))
+    sizes = {}
+    for step in range(1, 3001):
+        watch.update(step, {**numbers(min(step, 600)), "step": float(step)})
+        if step in (300, 3000):
+            sizes[step] = sum(len(x.first) + len(x.last) for x in watch.history.series.values())
+            sizes[step] += sum(len(x.last) + len(x.best) for x in watch.history.partings.values())
+    assert sizes[3000] == sizes[300]
+    assert len(json.dumps(watch.state_dict())) < 20_000
+
+
+def test_the_best_stretch_of_a_reward_is_found_as_if_all_rows_had_been_kept():
+    config, n = HealthConfig(), 8
+    history = History(kept=config.critic_window, window=n)
+    rows = [numbers(step) for step in range(1, 401)]
+    for i, row in enumerate(rows, start=1):
+        history.add(row)
+        pairs = [(r["reward/total"], r["reward/taste"]) for r in rows[:i]]
+        if i >= 2 * n:
+            windows = [pairs[j : j + n] for j in range(i - 2 * n + 1)]
+            expected = max(windows, key=lambda w: sum(b for _, b in w))
+            assert history.partings["reward/taste"].best == expected
+            assert history.partings["reward/taste"].last == pairs[-2 * n :]
+
+
+def test_what_was_seen_comes_back_from_a_checkpoint():
+    one, two = HealthWatch(), HealthWatch()
+    for step in range(1, 100):
+        one.update(step, numbers(step))
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for step in range(100, 500):
+        assert one.update(step, numbers(step)) == two.update(step, numbers(step))
+    assert {f.code for f in one.findings} >= {"reward_hacking"}

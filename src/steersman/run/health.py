@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steersman.ops.text import text_stats
 from steersman.run.health_checks import CHECKS, READ, Severity
-from steersman.run.health_history import Row
+from steersman.run.health_history import History
 from steersman.run.health_limits import HealthConfig
 from steersman.types import Stats
 
@@ -33,7 +33,7 @@ class HealthWatch:
 
     def __init__(self, config: HealthConfig | None = None) -> None:
         self.config = config or HealthConfig()
-        self.history: list[Row] = []
+        self.history = History(kept=self.config.critic_window, window=self.config.reward_window)
         self.findings: list[Finding] = []
         self._said: dict[str, int] = {}
 
@@ -43,7 +43,7 @@ class HealthWatch:
         if broken is not None:
             self.findings.append(broken)
             return [broken]
-        self.history.append({k: float(v) for k, v in row.items() if k in READ or k.startswith(("reward/", "text/"))})
+        self.history.add({k: float(v) for k, v in row.items() if k in READ or k.startswith(("reward/", "text/"))})
         new = []
         for code, (severity, check) in CHECKS.items():
             text = check(self.history, self.config)
@@ -56,13 +56,13 @@ class HealthWatch:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "history": [dict(row) for row in self.history],
+            "history": self.history.state_dict(),
             "said": dict(self._said),
-            "findings": [asdict(f) for f in self.findings],
+            "findings": [asdict(replace(f, text="")) for f in self.findings],  # health.jsonl has the texts
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = [dict(row) for row in state["history"]]
+        self.history.load_state_dict(state["history"])
         self._said = dict(state["said"])
         self.findings = [Finding(**f) for f in state["findings"]]
 

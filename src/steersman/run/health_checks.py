@@ -1,6 +1,6 @@
 """What the health watch looks for, and the limits from which it speaks.
 
-Each check is a pure function of the history (one dict of numbers per iteration) and the limits; it gives a
+Each check is a pure function of the history (`health_history.History`) and the limits; it gives a
 sentence with the numbers that it saw and what to do, or None. What it reads, where it is there:
 `reward/total`, `reward/<name>`, `kl` (nats per response), `entropy` (nats per token), `ratio_gap`
 (max |logp_train - logp_rollout|), `explained_variance`, `finish/length`, `finish/eos` (shares),
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from steersman.run.health_history import Row, average_of, last_of, now_of, parted, start_of
+from steersman.run.health_history import History, mean_or_nan
 from steersman.run.health_limits import HealthConfig
 from steersman.run.health_text import answers_alike, empty_answers, repetition, same_answer, same_phrase
 
@@ -30,10 +30,10 @@ READ = {
 """Numbers that the checks read, beside `reward/...` and `text/...`."""
 
 
-def kl_runaway(history: list[Row], c: HealthConfig) -> str | None:
-    last, length = last_of(history, "kl", 3), last_of(history, "length/mean", 1)
-    if last is None and not any("kl" in row for row in history):
-        last, length = last_of(history, "held_out/kl", 1), last_of(history, "held_out/length", 1)
+def kl_runaway(history: History, c: HealthConfig) -> str | None:
+    last, length = history.last("kl", 3), history.last("length/mean", 1)
+    if last is None and not history.of("kl").count:
+        last, length = history.last("held_out/kl", 1), history.last("held_out/length", 1)
     if last is None:
         return None
     kl = sum(last) / len(last)
@@ -47,8 +47,8 @@ def kl_runaway(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def entropy_collapse(history: list[Row], c: HealthConfig) -> str | None:
-    start, now = start_of(history, "entropy"), now_of(history, "entropy", 3)
+def entropy_collapse(history: History, c: HealthConfig) -> str | None:
+    start, now = history.start("entropy"), history.now("entropy", 3)
     if start is None or now is None or now >= max(c.entropy_floor, c.entropy_fraction * start):
         return None
     return (
@@ -57,10 +57,10 @@ def entropy_collapse(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def all_cut(history: list[Row], c: HealthConfig) -> str | None:
+def all_cut(history: History, c: HealthConfig) -> str | None:
     if not c.expect_eos or eos_never(history, c) is not None:
         return None
-    cut = last_of(history, "finish/length", 3)
+    cut = history.last("finish/length", 3)
     if cut is None or len(cut) < 3 or min(cut) < 0.99:
         return None
     return (
@@ -69,19 +69,19 @@ def all_cut(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def eos_never(history: list[Row], c: HealthConfig) -> str | None:
-    seen = [row["finish/eos"] for row in history if "finish/eos" in row]
-    if not c.expect_eos or len(seen) < 3 or max(seen) > 0:
+def eos_never(history: History, c: HealthConfig) -> str | None:
+    seen = history.of("finish/eos")
+    if not c.expect_eos or seen.count < 3 or seen.high > 0:
         return None
     return (
-        f"no response has ended by itself in {len(seen)} iterations. Either the limit is short for this model, or "
+        f"no response has ended by itself in {seen.count} iterations. Either the limit is short for this model, or "
         "it never learned its end of sequence (was EOS in the SFT loss?). If responses are meant to fill the limit, "
         "set health.expect_eos to false."
     )
 
 
-def ratio_gap(history: list[Row], c: HealthConfig) -> str | None:
-    gap = history[-1].get("ratio_gap", 0.0)
+def ratio_gap(history: History, c: HealthConfig) -> str | None:
+    gap = history.latest.get("ratio_gap", 0.0)
     if gap <= c.ratio_gap:
         return None
     return (
@@ -91,8 +91,8 @@ def ratio_gap(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def bad_critic(history: list[Row], c: HealthConfig) -> str | None:
-    last = last_of(history, "explained_variance", c.critic_window)
+def bad_critic(history: History, c: HealthConfig) -> str | None:
+    last = history.last("explained_variance", c.critic_window)
     if last is None or len(last) < c.critic_window or sum(v < 0 for v in last) < 0.8 * len(last):
         return None
     return (
@@ -102,13 +102,11 @@ def bad_critic(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def reward_hacking(history: list[Row], c: HealthConfig) -> str | None:
-    names = {k for row in history for k in row if k.startswith("reward/") and k != "reward/total"}
-    for key in sorted(names):
+def reward_hacking(history: History, c: HealthConfig) -> str | None:
+    for key, pairs in sorted(history.partings.items()):
         if key.removeprefix("reward/") in c.reward_ignore:
             continue
-        pairs = [(r["reward/total"], r[key]) for r in history if key in r and "reward/total" in r]
-        found = parted(pairs, c.reward_window, c.reward_sigma)
+        found = pairs.parted(c.reward_window, c.reward_sigma)
         if found is not None:
             (total0, total1), (other0, other1) = found
             return (
@@ -119,17 +117,16 @@ def reward_hacking(history: list[Row], c: HealthConfig) -> str | None:
     return None
 
 
-def chosen_falls(history: list[Row], c: HealthConfig) -> str | None:
+def chosen_falls(history: History, c: HealthConfig) -> str | None:
     """On held-out answers where there are some, which are the same each time; else on means of five batches."""
     for good, bad in (("chosen", "rejected"), ("liked", "disliked")):
-        held = any(f"held_out/logp/{good}" in row for row in history)
+        held = history.of(f"held_out/logp/{good}").count > 0
         where, span = ("held_out/", 1) if held else ("", 5)
-        seen = [row for row in history if f"{where}logp/{good}" in row]
-        if seen[-1:] != history[-1:] or len(seen) < 2 * span:
+        seen = [history.of(f"{where}logp/{x}") for x in (good, bad)]
+        if f"{where}logp/{good}" not in history.latest or seen[0].count < 2 * span:
             continue
-        first, last = (
-            [average_of(rows, f"{where}logp/{x}") for x in (good, bad)] for rows in (seen[:span], seen[-span:])
-        )
+        first = [mean_or_nan(x.first[:span]) for x in seen]
+        last = [mean_or_nan(x.last[-span:]) for x in seen]
         fall = first[0] - last[0]
         if fall <= max(c.chosen_fall * -first[0], 1.0):
             continue
@@ -143,16 +140,16 @@ def chosen_falls(history: list[Row], c: HealthConfig) -> str | None:
     return None
 
 
-def nothing_moved(history: list[Row], c: HealthConfig) -> str | None:
+def nothing_moved(history: History, c: HealthConfig) -> str | None:
     """By KL to the reference; where none is measured, by the held-out margin."""
-    key = next((k for k in ("kl", "held_out/kl", "held_out/margin") if any(k in row for row in history)), None)
-    last, step = history[-1], history[-1].get("step", 0.0)
-    if key is None or key not in last or step < c.still_steps:
+    key = next((k for k in ("kl", "held_out/kl", "held_out/margin") if history.of(k).count), None)
+    step = history.latest.get("step", 0.0)
+    if key is None or key not in history.latest or step < c.still_steps:
         return None
-    values = [row[key] for row in history if key in row]
-    origin = values[0] if key == "held_out/margin" else 0.0
-    most = max(abs(v - origin) for v in values)
-    if len(values) < 2 or most > c.still_kl:
+    values = history.of(key)
+    origin = values.first[0] if key == "held_out/margin" else 0.0
+    most = max(abs(values.low - origin), abs(values.high - origin))
+    if values.count < 2 or most > c.still_kl:
         return None
     what = "the held-out margin" if key == "held_out/margin" else "KL to the reference (nats per response)"
     return (
@@ -161,18 +158,18 @@ def nothing_moved(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def strange_answers(history: list[Row], c: HealthConfig) -> str | None:
-    seen = [row["held_out/perplexity"] for row in history if "held_out/perplexity" in row]
-    if "held_out/perplexity" not in history[-1] or seen[-1] <= c.perplexity_factor * seen[0]:
+def strange_answers(history: History, c: HealthConfig) -> str | None:
+    seen = history.of("held_out/perplexity")
+    if "held_out/perplexity" not in history.latest or seen.last[-1] <= c.perplexity_factor * seen.first[0]:
         return None
     return (
         "answers turn strange: on held-out prompts their perplexity under the starting model went from "
-        f"{seen[0]:.2f} to {seen[-1]:.2f} (limit {c.perplexity_factor:g} times). The policy writes what that model "
-        "would not; read the samples, lower the learning rate or raise beta."
+        f"{seen.first[0]:.2f} to {seen.last[-1]:.2f} (limit {c.perplexity_factor:g} times). The policy writes what that "
+        "model would not; read the samples, lower the learning rate or raise beta."
     )
 
 
-Check = Callable[[list[Row], HealthConfig], str | None]
+Check = Callable[[History, HealthConfig], str | None]
 CHECKS: dict[str, tuple[Severity, Check]] = {
     "kl_runaway": ("warning", kl_runaway),
     "entropy_collapse": ("warning", entropy_collapse),

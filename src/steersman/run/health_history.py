@@ -1,59 +1,125 @@
-"""What the health checks ask of a run's history: the numbers of each iteration, oldest first."""
+"""What the health checks ask of a run's history, kept in a size that does not grow with the run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 Row = dict[str, float]
+FIRST = 5
+"""Values of each number that are kept from its start."""
 
 
-def last_of(history: list[Row], key: str, n: int) -> list[float] | None:
-    """The last n values of a key, as many as there are; None where the newest row has none."""
-    if key not in history[-1]:
-        return None
-    return list(islice((row[key] for row in reversed(history) if key in row), n))[::-1]
+@dataclass
+class Series:
+    """One number over the iterations: its first few values, its last few, how many there were, and its extremes."""
+
+    first: list[float] = field(default_factory=list)
+    last: list[float] = field(default_factory=list)
+    count: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, value: float, kept: int) -> None:
+        """`kept` is how many of the last values stay."""
+        if len(self.first) < FIRST:
+            self.first.append(value)
+        self.last.append(value)
+        del self.last[:-kept]
+        self.count += 1
+        self.low, self.high = min(self.low, value), max(self.high, value)
 
 
-def start_of(history: list[Row], key: str) -> float | None:
-    """The mean of the first three values of a key; None where there is none."""
-    first = list(islice((row[key] for row in history if key in row), 3))
-    return sum(first) / len(first) if first else None
+@dataclass
+class Partings:
+    """Two numbers side by side: the last 2n pairs, and the n pairs in a row whose second was highest in the mean, of
+    all that ended n pairs ago or earlier."""
+
+    last: list[tuple[float, float]] = field(default_factory=list)
+    best: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, pair: tuple[float, float], n: int) -> None:
+        self.last.append(pair)
+        del self.last[: -2 * n]
+        if len(self.last) == 2 * n and (not self.best or _second(self.last[:n]) > _second(self.best)):
+            self.best = self.last[:n]
+
+    def parted(self, n: int, sigma: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """Whether the first rose and the second fell, both by `sigma` standard errors, since the second was highest.
+
+        Means over n rows, Welch's standard error. Gives ((first then, first now), (second then, second now)).
+        """
+        if not self.best:
+            return None
+        (a0, b0), (a1, b1) = (([a for a, _ in pairs], [b for _, b in pairs]) for pairs in (self.best, self.last[-n:]))
+        if _welch(a0, a1) <= sigma or _welch(b1, b0) <= sigma:
+            return None
+        return (_mean(a0), _mean(a1)), (_mean(b0), _mean(b1))
 
 
-def now_of(history: list[Row], key: str, n: int) -> float | None:
-    """The mean of the last n values of a key; None where the newest row has none."""
-    last = last_of(history, key, n)
-    return sum(last) / len(last) if last else None
+class History:
+    """The numbers of every iteration, as far as the checks need them: each step costs the same, however late.
 
-
-def parted(
-    pairs: list[tuple[float, float]], n: int, sigma: float
-) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """Whether the first rose and the second fell, both by `sigma` standard errors, since the second was highest.
-
-    Means over n rows, Welch's standard error. Gives ((first then, first now), (second then, second now)).
+    `kept` values of each number stay, and `window` pairs of rewards are compared (`Partings`).
     """
-    if len(pairs) < 2 * n:
-        return None
-    now = pairs[-n:]
-    windows = [pairs[i : i + n] for i in range(len(pairs) - 2 * n + 1)]
-    then = max(windows, key=lambda w: sum(second for _, second in w))
-    rise = _welch([a for a, _ in then], [a for a, _ in now])
-    fall = _welch([b for _, b in now], [b for _, b in then])
-    if rise <= sigma or fall <= sigma:
-        return None
-    return (_mean([a for a, _ in then]), _mean([a for a, _ in now])), (
-        _mean([b for _, b in then]),
-        _mean([b for _, b in now]),
-    )
+
+    def __init__(self, *, kept: int, window: int) -> None:
+        self.kept, self.window = max(kept, FIRST), window
+        self.latest: Row = {}
+        self.series: dict[str, Series] = {}
+        self.partings: dict[str, Partings] = {}
+
+    def add(self, row: Row) -> None:
+        """The numbers of one more iteration."""
+        self.latest = row
+        for key, value in row.items():
+            self.series.setdefault(key, Series()).add(value, self.kept)
+            if key.startswith("reward/") and key != "reward/total" and "reward/total" in row:
+                self.partings.setdefault(key, Partings()).add((row["reward/total"], value), self.window)
+
+    def of(self, key: str) -> Series:
+        """All that is known of a number; an empty series where it was never seen."""
+        return self.series.get(key, Series())
+
+    def last(self, key: str, n: int) -> list[float] | None:
+        """The last n values of a key, as many as there are; None where the newest row has none."""
+        return self.of(key).last[-n:] if key in self.latest else None
+
+    def start(self, key: str) -> float | None:
+        """The mean of the first three values of a key; None where there is none."""
+        first = self.of(key).first[:3]
+        return _mean(first) if first else None
+
+    def now(self, key: str, n: int) -> float | None:
+        """The mean of the last n values of a key; None where the newest row has none."""
+        last = self.last(key, n)
+        return _mean(last) if last else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "latest": dict(self.latest),
+            "series": {key: asdict(x) for key, x in self.series.items()},
+            "partings": {key: asdict(x) for key, x in self.partings.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.latest = dict(state["latest"])
+        self.series = {key: Series(**x) for key, x in state["series"].items()}
+        self.partings = {
+            key: Partings(**{name: [tuple(pair) for pair in pairs] for name, pairs in x.items()})
+            for key, x in state["partings"].items()
+        }
 
 
-def average_of(rows: list[Row], key: str) -> float:
-    """The mean of a key over the rows that have it; NaN where none has."""
-    values = [row[key] for row in rows if key in row]
-    return sum(values) / len(values) if values else math.nan
+def mean_or_nan(x: Sequence[float]) -> float:
+    """The mean; NaN of nothing."""
+    return _mean(x) if x else math.nan
+
+
+def _second(pairs: Sequence[tuple[float, float]]) -> float:
+    return sum(b for _, b in pairs)
 
 
 def _mean(x: Sequence[float]) -> float:

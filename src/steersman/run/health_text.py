@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from steersman.run.health_history import Row, now_of, start_of
+from steersman.run.health_history import History
 from steersman.run.health_limits import HealthConfig
 
 
-def repetition(history: list[Row], c: HealthConfig) -> str | None:
+def repetition(history: History, c: HealthConfig) -> str | None:
     """Silent on what was measured before the first step: a model's own habit is nothing that training did."""
-    start, now = start_of(history, "text/distinct2"), now_of(history, "text/distinct2", 2)
-    rep_start, rep = start_of(history, "text/repeated"), now_of(history, "text/repeated", 2)
-    if start is None or now is None or rep_start is None or rep is None or history[-1].get("step") == 0:
+    start, now = history.start("text/distinct2"), history.now("text/distinct2", 2)
+    rep_start, rep = history.start("text/repeated"), history.now("text/repeated", 2)
+    if start is None or now is None or rep_start is None or rep is None or history.latest.get("step") == 0:
         return None
     seen = (
         f"distinct-2 per response is {now:.2f} (start {start:.2f}) and {rep:.0%} of the words repeat one of the four "
@@ -26,9 +26,9 @@ def repetition(history: list[Row], c: HealthConfig) -> str | None:
     return None
 
 
-def answers_alike(history: list[Row], c: HealthConfig) -> str | None:
+def answers_alike(history: History, c: HealthConfig) -> str | None:
     """Answers that grow alike, each of them varied within itself; the plainer findings go before it."""
-    start, now = start_of(history, "text/distinct2_all"), now_of(history, "text/distinct2_all", 2)
+    start, now = history.start("text/distinct2_all"), history.now("text/distinct2_all", 2)
     if start is None or now is None or now >= c.diversity_fraction * start:
         return None
     if _repeats_more(history, c) or same_answer(history, c) is not None or same_phrase(history, c) is not None:
@@ -39,8 +39,8 @@ def answers_alike(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def same_phrase(history: list[Row], c: HealthConfig) -> str | None:
-    start, now = start_of(history, "text/phrase"), now_of(history, "text/phrase", 2)
+def same_phrase(history: History, c: HealthConfig) -> str | None:
+    start, now = history.start("text/phrase"), history.now("text/phrase", 2)
     if start is None or now is None or now <= start + c.phrase_rise:
         return None
     if _repeats_more(history, c) or same_answer(history, c) is not None:
@@ -51,8 +51,8 @@ def same_phrase(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def same_answer(history: list[Row], c: HealthConfig) -> str | None:
-    start, now = start_of(history, "text/unique"), now_of(history, "text/unique", 2)
+def same_answer(history: History, c: HealthConfig) -> str | None:
+    start, now = history.start("text/unique"), history.now("text/unique", 2)
     if start is None or now is None or now >= c.unique_fraction * start:
         return None
     return (
@@ -61,25 +61,25 @@ def same_answer(history: list[Row], c: HealthConfig) -> str | None:
     )
 
 
-def empty_answers(history: list[Row], c: HealthConfig) -> str | None:
-    now = now_of(history, "text/empty", 2)
+def empty_answers(history: History, c: HealthConfig) -> str | None:
+    now = history.now("text/empty", 2)
     if now is None or now < 0.9:
         return None
     return f"{now:.0%} of the responses are empty: the policy ends at once. Set a minimum length, or mend the reward."
 
 
-def _repeats_more(history: list[Row], c: HealthConfig) -> bool:
+def _repeats_more(history: History, c: HealthConfig) -> bool:
     """Whether responses repeat themselves more than they did at the start."""
-    start, now = start_of(history, "text/distinct2"), now_of(history, "text/distinct2", 2)
-    rep_start, rep = start_of(history, "text/repeated"), now_of(history, "text/repeated", 2)
+    start, now = history.start("text/distinct2"), history.now("text/distinct2", 2)
+    rep_start, rep = history.start("text/repeated"), history.now("text/repeated", 2)
     if start is None or now is None or rep_start is None or rep is None:
         return False
     return now < c.distinct2_fraction * start or rep > rep_start + c.repeated_rise
 
 
-def _remedy(history: list[Row]) -> str:
+def _remedy(history: History) -> str:
     """What to do, in terms of a reward only where the run has one."""
-    if any(key.startswith("reward/") for row in history for key in row):
+    if any(key.startswith("reward/") for key in history.series):
         return (
             "Read the samples, raise the KL coefficient (beta) or the temperature, or let the reward count variety."
         )
