@@ -62,11 +62,19 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def leave(self) -> int:
-        """The exit code after Ctrl-D."""
+        """The exit code after Ctrl-D at the prompt: before the prompt stands, the terminal would swallow the key."""
+        self.until("> ")
         self.send("\x04")
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
+        end = time.monotonic() + 60
+        while True:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                os.close(self.fd)
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                pytest.fail(f"Ctrl-D did not end it: {self.read!r}")
+            self.more(0.1)
 
 
 def greedy(folder, text: str, count: int) -> str:

@@ -164,8 +164,8 @@ def strange_answers(history: History, c: HealthConfig) -> str | None:
         return None
     return (
         "answers turn strange: on held-out prompts their perplexity under the starting model went from "
-        f"{seen.first[0]:.2f} to {seen.last[-1]:.2f} (limit {c.perplexity_factor:g} times). The policy writes what that "
-        "model would not; read the samples, lower the learning rate or raise beta."
+        f"{seen.first[0]:.2f} to {seen.last[-1]:.2f} (limit {c.perplexity_factor:g} times). The policy writes what "
+        "that model would not; read the samples, lower the learning rate or raise beta."
     )
 
 
