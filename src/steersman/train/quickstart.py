@@ -47,8 +47,8 @@ class QuickstartRecipe(Section):
     sft_samples: int = Field(
         default=4, ge=1, description="stories per opening that the model writes as demonstrations"
     )
-    pair_samples: int = Field(default=8, ge=2, description="stories per opening that the judge compares")
-    iterations: int = Field(default=30, ge=1, description="iterations of PPO")
+    pair_samples: int = Field(default=16, ge=2, description="stories per opening that the judge compares")
+    iterations: int = Field(default=20, ge=1, description="iterations of PPO")
     held_out: int = Field(default=40, ge=1, description="openings that no stage trains on")
     max_new_tokens: int = Field(default=48, ge=8, description="longest story, in tokens")
 
@@ -140,7 +140,11 @@ class Stages:
         )  # fmt: skip
 
     def ppo(self, model: str, reward: str) -> dict[str, Any]:
-        """`steersman ppo` against the reward model; the gold reward is not part of it."""
+        """`steersman ppo` against the reward model; the gold reward is not part of it.
+
+        The entropy bonus keeps the stories varied: without it, and at a KL coefficient of 0.1, distinct-2 over all
+        held-out stories fell to two thirds of its start.
+        """
         prompts, held = self.root / "openings.jsonl", self.root / "held-out-openings.jsonl"
         _write_rows(prompts, [{"prompt": text} for text in self.train])
         _write_rows(held, [{"prompt": text} for text in self.held_out])
@@ -151,10 +155,10 @@ class Stages:
                 "data": {"path": str(prompts), "held_out_files": [str(held)]},
                 "reward": {"parts": {"reward_model": {"model": reward}}, "normalise": True},
                 "rollout": {
-                    "prompts": 32, "samples": 2, "max_new_tokens": self.recipe.max_new_tokens,
+                    "prompts": 64, "samples": 2, "max_new_tokens": self.recipe.max_new_tokens,
                     "temperature": TEMPERATURE, "held_out": self.recipe.held_out,
                 },
-                "algorithm": {"beta": 0.1, "epochs": 2, "minibatches": 4},
+                "algorithm": {"beta": 0.15, "entropy_coef": 0.04, "epochs": 2, "minibatches": 4},
                 "optimizer": {"lr": 3e-4, "warmup": 4},
                 "critic": {"optimizer": {"lr": 5e-4}},
                 "iterations": self.recipe.iterations,
