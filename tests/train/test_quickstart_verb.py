@@ -13,12 +13,12 @@ from steersman.reward.gold import judge
 from steersman.train import quickstart
 from steersman.train.quickstart import _whole_sentences
 
-FEW = openings()[:44]
+FEW = openings()[:72]
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Words of the command for a run of seconds: forty-four openings, four of them held out."""
+    """Words of the command for a run of seconds: seventy-two openings, four of them held out."""
     monkeypatch.setattr(quickstart, "openings", lambda: FEW)
     return [
         "quickstart", "--dir", str(tmp_path / "run"), "--threads", "1", "--sft_samples", "2", "--pair_samples", "2",
