@@ -100,16 +100,18 @@ def recipe_page(name: str, verb: Verb) -> str:
     """Every key of a verb's recipe: default, meaning and type, a table for each section."""
     recipe = verb.recipe_class(None, [])
     out = [f"# {name}\n\n{verb.help[0].upper()}{verb.help[1:]}.\n"]
-    out += _section(recipe, None, "")
+    out += _section(recipe, None, "", recipe.unread_keys())
     return "\n".join(out)
 
 
-def _section(model: type[Section], default: Any, prefix: str) -> list[str]:
+def _section(model: type[Section], default: Any, prefix: str, unread: frozenset[str]) -> list[str]:
     rows, below = [], []
     for name, info in model.model_fields.items():
         own = ... if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
         value = getattr(default, name) if isinstance(default, Section) else own
         inner = section_of(info.annotation)
+        if f"{prefix}{name}" in unread:
+            continue
         if inner is None:
             cells = [
                 f"`{prefix}{name}`",
@@ -121,7 +123,7 @@ def _section(model: type[Section], default: Any, prefix: str) -> list[str]:
             continue
         about = info.description or (inner.__doc__ or "").strip().split("\n")[0]
         off = " Off unless it is given." if value is None else ""
-        below += [f"\n## {prefix}{name}\n", f"{about}{off}\n", *_section(inner, value, f"{prefix}{name}.")]
+        below += [f"\n## {prefix}{name}\n", f"{about}{off}\n", *_section(inner, value, f"{prefix}{name}.", unread)]
     table = ["| key | default | meaning | type |", "| --- | --- | --- | --- |", *rows, ""] if rows else []
     return table + below
 

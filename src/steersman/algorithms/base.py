@@ -41,6 +41,8 @@ class Algorithm(Section):
     """Compares the samples of one prompt, so needs at least two of them."""
     baseline: ClassVar[Literal["none", "greedy", "moving"]] = "none"
     update: ClassVar[Literal["gradient", "trust_region"]] = "gradient"
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Settings of the class above that the method does not use."""
 
     gamma: float = Field(default=1.0, ge=0, le=1, description="discount per token (or step)")
     beta: float = Field(default=0.05, ge=0, description="coefficient of KL(policy || reference)")

@@ -19,6 +19,7 @@ class PPOKL(PPO):
 
     name = "ppo-kl"
     title = "PPO (KL penalty)"
+    unread = ("clip_low", "clip_high", "dual_clip")
 
     beta_old: float = Field(default=1.0, ge=0, description="initial coefficient of KL(old || new)")
     target_old: float = Field(default=0.01, gt=0, description="KL(old || new) per token that the coefficient aims at")

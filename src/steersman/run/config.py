@@ -36,6 +36,12 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        """Dotted keys of shared sections that the recipe's verb does not read. They are left out of its help, and
+        another value than the default is refused."""
+        return frozenset()
+
 
 R = TypeVar("R", bound=Section)
 
@@ -58,6 +64,8 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
         recipe = model.model_validate(merged)
     except ValidationError as error:
         problems += [_value_problem(model, dict(e), from_command) for e in error.errors()]
+    if recipe is not None:
+        problems += [f"{_where(key, from_command)}: this verb does not read it; remove it" for key in _idle(recipe)]
     if problems or recipe is None:
         source = f"recipe {path}" if path is not None else "settings"
         if len(problems) == 1:
@@ -204,6 +212,48 @@ def _drop_unknown(
     return problems
 
 
+def _idle(recipe: Section) -> list[str]:
+    """The keys that the verb does not read and that have another value than their default."""
+    return [
+        key
+        for key in sorted(recipe.unread_keys())
+        for value, default in [(_value_at(recipe, key), _default_at(type(recipe), key))]
+        if value is not ... and value != default
+    ]
+
+
+def _value_at(recipe: Section, key: str) -> Any:
+    """The value of a dotted key; `...` below a section that is not there."""
+    value: Any = recipe
+    for name in key.split("."):
+        if value is None:
+            return ...
+        value = getattr(value, name)
+    return value
+
+
+def _default_at(model: type[Section], key: str) -> Any:
+    """The default of a dotted key, as the sections above it set it."""
+    section: Section | None = None
+    *above, last = key.split(".")
+    for name in above:
+        default = _own_default(model, section, name)
+        section, inner = (
+            default if isinstance(default, Section) else None,
+            section_of(model.model_fields[name].annotation),
+        )
+        assert inner is not None
+        model = inner
+    return _own_default(model, section, last)
+
+
+def _own_default(model: type[Section], section: Section | None, name: str) -> Any:
+    if section is not None:
+        return getattr(section, name)
+    info = model.model_fields[name]
+    return None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
+
+
 def _items(annotation: Any, value: Any) -> list[tuple[str, dict[str, Any], type[Section]]]:
     """The sections inside a `list[Section]` or `dict[str, Section]` value."""
     args = get_args(annotation)
@@ -250,7 +300,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], model: type[Section]) -> 
             value = {}
         if inner is not None and isinstance(value, dict):
             below = out.get(name)
-            out[name] = _merge(below if isinstance(below, dict) else {}, value, inner)
+            out[name] = _merge(below if isinstance(below, dict) else _defaults(inner), value, inner)
         else:
             out[name] = value
     return out

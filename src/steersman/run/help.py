@@ -17,11 +17,11 @@ def help_table(model: type[Section]) -> Table:
     table.add_column("setting", overflow="fold", min_width=24)
     table.add_column("default", style="cyan", max_width=12, overflow="fold")
     table.add_column("meaning", ratio=1)
-    _help_rows(table, model, None, "")
+    _help_rows(table, model, None, "", model.unread_keys())
     return table
 
 
-def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) -> None:
+def _help_rows(table: Table, model: type[Section], default: Any, prefix: str, unread: frozenset[str]) -> None:
     sections = []
     for name, info in model.model_fields.items():
         inner = section_of(info.annotation)
@@ -30,6 +30,8 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) ->
         value = getattr(default, name) if isinstance(default, Section) else own
         if inner is not None:
             sections.append((name, info, inner, value))
+            continue
+        if f"{prefix}{name}" in unread:
             continue
         typed = "required" if value is ... else shown(value)
         meaning = Text(info.description or "")
@@ -40,7 +42,7 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str) ->
         off = " (off by default)" if value is None else ""
         table.add_row("")
         table.add_row(Text(f"{prefix}{name}", style="bold"), "", Text(meaning + off, style="italic"))
-        _help_rows(table, inner, value, f"{prefix}{name}.")
+        _help_rows(table, inner, value, f"{prefix}{name}.", unread)
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
 from steersman.train.models import context_length, policy_from
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RunConfig
 from steersman.types import SteersmanError
 
 COMMANDS = """/reset          forget the conversation (the system prompt stays)
@@ -52,6 +52,10 @@ class ChatRecipe(Section):
     system: str = Field(default="", description="system prompt; empty: none but what the template itself writes")
     sampling: ChatSampling = ChatSampling()
     run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset({*(f"model.{key}" for key in TRAINED_ONLY), *(f"run.{key}" for key in KEPT_ONLY)})
 
 
 def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:

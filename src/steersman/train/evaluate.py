@@ -54,6 +54,10 @@ class EvaluateRecipe(Section):
         listed = [listed] if isinstance(listed, str) else listed
         return {str(name): {} for name in listed} if isinstance(listed, list) else value
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset(f"generate.{key}" for key in GenerateRecipe.unread_keys())
+
     @model_validator(mode="after")
     def _one_source(self) -> EvaluateRecipe:
         if (self.file is None) == (self.generate is None):

@@ -17,7 +17,7 @@ from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
 from steersman.train.models import context_length, policy_from
 from steersman.train.roles import sampler
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Sample
 
 
@@ -36,6 +36,12 @@ class GenerateRecipe(Section):
     greedy: bool = Field(default=False, description="the likeliest token each time")
     out: str | None = Field(default=None, description="JSONL file to write; null prints the responses")
     run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        rollout = ("prompts", "held_out", "recompute_logp", "importance_cap")
+        sections = {"model": TRAINED_ONLY, "run": KEPT_ONLY, "rollout": rollout, "data": ("max_length", "shuffle")}
+        return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 
     @model_validator(mode="after")
     def _has_prompts(self) -> GenerateRecipe:

@@ -56,6 +56,16 @@ class OnPolicyRecipe(Section, Generic[A]):
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        method = cls.model_fields["algorithm"].annotation
+        if not (isinstance(method, type) and issubclass(method, Algorithm)):
+            return frozenset()
+        # a line search makes no gradient step, so nothing of the optimizer
+        actor = OptimizerConfig.model_fields if method.update == "trust_region" else ()
+        own = (f"algorithm.{key}" for key in method.unread)
+        return frozenset({"data.max_length", *own, *(f"optimizer.{key}" for key in actor)})
+
     @model_validator(mode="after")
     def _fits(self) -> OnPolicyRecipe[A]:
         algorithm, rollout = self.algorithm, self.rollout

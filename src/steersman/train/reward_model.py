@@ -77,6 +77,10 @@ class RewardModelRecipe(Section):
     run: RunConfig = RunConfig()
     health: HealthConfig = HealthConfig()
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset({"model.scratch"})
+
     @model_validator(mode="after")
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":

@@ -54,6 +54,12 @@ class ModelConfig(Section):
     )
 
 
+TRAINED_ONLY = ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch")
+"""Keys of `model` that say what is trained and how it is saved."""
+KEPT_ONLY = ("dir", "eval_every", "save_every", "keep_last", "keep_best", "sinks", "deterministic")
+"""Keys of `run` that are about a run folder, or about training."""
+
+
 def micro_tokens(known: dict[str, Any]) -> int:
     """How many tokens go through a model at once, by the `device` that is known of the section: enough to keep an
     accelerator busy; on a CPU, few enough that activations stay below the size (32 MiB) from which every tensor is

@@ -1,0 +1,137 @@
+"""A key that a verb accepts is a key that it reads: runs are watched for the settings that they look at."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from letter_models import write_jsonl
+from train_kit import merge
+
+from steersman.cli import VERBS, main
+from steersman.run.config import Section
+
+WORDS = ["yes it is.", "no", "a cat", "ok", "look", "so", "hm", "what?"]
+SOMETIMES = {
+    "data.cut", "data.on_too_long", "data.opening_words", "data.score_range", "data.step_separator", "data.ties",
+    "optimizer.min_lr", "critic.optimizer.min_lr", "algorithm.kl_horizon", "gating.correlation", "gating.hidden",
+    "gating.layers", "gating.verbosity", "data.shuffle", "rollout.importance_cap", "data.json_columns",
+}  # fmt: skip
+"""Read where something of the data, or another key, asks for it; these runs are too plain. So is all of `health`."""
+READERS = ("pydantic", "steersman.run.config", "steersman.run.inputs", "steersman.run.help")
+"""Modules that look at every key whatever it means."""
+
+
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, tuple[int, str]]]:
+    for name in type(section).model_fields:
+        value = section.__dict__[name]
+        if isinstance(value, Section):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, (id(section), name)
+
+
+def read_by(verb: str, values: dict[str, Any], monkeypatch) -> tuple[set[str], set[str]]:
+    """All keys of the recipe, and those that the run looked at."""
+    recipe = VERBS[verb].recipe_class(None, []).model_validate(values)
+    seen: set[tuple[int, str]] = set()
+
+    def watched(self, name):
+        if name in type(self).model_fields:
+            reader = sys._getframe(1).f_globals.get("__name__", "")
+            if not reader.startswith(READERS):
+                seen.add((id(self), name))
+        return object.__getattribute__(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", watched, raising=False)
+        VERBS[verb].start(recipe)
+    found = dict(leaves(recipe))
+    return set(found), {key for key, place in found.items() if place in seen}
+
+
+def offline(tmp_path, mini, verb: str) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = [{"prompt": "ask" + "?" * (i % 4), "completion": w} for i, w in enumerate(WORDS)]
+    if verb in ("reward", "dpo"):
+        rows = [{"prompt": r["prompt"], "chosen": r["completion"] + " a", "rejected": "no e"} for r in rows]
+    elif verb == "kto":
+        rows = [{**row, "label": i % 2 == 0} for i, row in enumerate(rows)]
+    return {
+        "model": {"path": str(mini)},
+        "data": {"path": str(write_jsonl(tmp_path / f"{verb}.jsonl", rows)), "held_out": 2},
+        "train": {"batch_size": 2, "epochs": 1},
+        "run": {"threads": 1},
+    }
+
+
+def runs_of(verb: str, tmp_path, mini, base) -> list[dict[str, Any]]:
+    """Two short runs: as it is, and with adapters, a schedule and what depends on other keys."""
+    if verb == "generate":
+        plain = {"model": {"path": str(mini)}, "rollout": {"max_new_tokens": 4}, "run": {"threads": 1}}
+        rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": w} for w in WORDS])
+        return [
+            {**plain, "prompts": ["hm"]},
+            {**plain, "data": {"path": str(rows)}, "out": str(tmp_path / "out.jsonl")},
+        ]
+    more: dict[str, Any] = {"model.lora": {"r": 2}}
+    if verb in ("sft", "reward", "dpo", "kto"):
+        plain = offline(tmp_path, mini, verb)
+        more |= {"optimizer.warmup": 2, "optimizer.schedule": "cosine", "train.keep": "best"}
+    else:
+        plain = merge(base, {"iterations": 1})
+    return [merge(plain, {**extra, "run.dir": str(tmp_path / f"{verb}-{i}")}) for i, extra in enumerate(({}, more))]
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["sft", "reward", "dpo", "kto", "generate", "ppo", "trpo", "grpo", "nlpo",
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo-kl", "rloo", "remax", "dapo", "gspo", "a2c"))],
+)  # fmt: skip
+def test_what_a_verb_accepts_it_reads(verb, tmp_path, mini, base, monkeypatch):
+    keys, read = set(), set()
+    for values in runs_of(verb, tmp_path, mini, base):
+        all_keys, looked_at = read_by(verb, values, monkeypatch)
+        keys |= all_keys
+        read |= looked_at
+    assert len(keys) > 20
+    declared = VERBS[verb].recipe_class(None, []).unread_keys()
+    unread = {key for key in keys - read - declared - SOMETIMES if not key.startswith("health.")}
+    assert not unread, f"{verb} accepts these and does not look at them: {sorted(unread)}"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["generate", "--model.path", "m", "--prompts", "[a]", "--run.save_every", "3"], "--run.save_every"),
+        (["generate", "--model.path", "m", "--prompts", "[a]", "--model.lora.r", "3"], "--model.lora"),
+        (["reward", "--model.path", "m", "--data.path", "d", "--model.scratch", "{model_type: llama}"],
+         "--model.scratch"),
+        (["trpo", "--model.path", "m", "--data.path", "d", "--reward.parts", "{l: {builtin: length}}",
+          "--optimizer.lr", "0.1"], "--optimizer.lr"),
+        (["ppo-kl", "--model.path", "m", "--data.path", "d", "--reward.parts", "{l: {builtin: length}}",
+          "--algorithm.clip_low", "0.1"], "--algorithm.clip_low"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_not_read_is_refused(words, key, capsys):
+    assert main(words) == 2
+    assert f"{key}: this verb does not read it" in " ".join(capsys.readouterr().err.split())
+    assert main([words[0], "--help"]) == 0
+    assert f"{key} " not in capsys.readouterr().out
+
+
+def test_the_defaults_of_keys_that_are_not_read_are_accepted(capsys):
+    """A whole recipe, as `--print-config` gives it, is a recipe."""
+    words = [
+        "trpo",
+        "--model.path",
+        "m",
+        "--data.path",
+        "d",
+        "--reward.parts",
+        json.dumps({"l": {"builtin": "length"}}),
+    ]
+    assert main([*words, "--print-config"]) == 0
+    assert main([*words, "--optimizer.lr", "1e-4", "--print-config"]) == 0
