@@ -30,9 +30,9 @@ from steersman.model import load_policy, load_scalar
 from steersman.ops.masked import masked_sum
 from steersman.rollout import Engine, Sampling
 from steersman.train.experience import behaviour_logp, tokens_of
-from steersman.train.reward_model import RewardModelRecipe
-from steersman.train.reward_model import run as train_reward
 from steersman.types import Prompt, Sample, Tokens
+from steersman.verbs.reward_model import RewardModelRecipe
+from steersman.verbs.reward_model import run as train_reward
 
 PYTHONS = {"ppo": PEERS / "trl112" / "bin" / "python", "grpo": PEERS / "trl116" / "bin" / "python"}
 TRAIN, HELD = 1024, 256

@@ -15,8 +15,8 @@ from steersman.run.device import resolve_device
 from steersman.train.experience import tokens_of
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
-from steersman.train.verbs import RECIPES
 from steersman.types import Prompt, Sample
+from steersman.verbs.on_policy_recipes import RECIPES
 
 NO_CLIP = 1e9
 

@@ -18,18 +18,20 @@ import torch
 from common import NEW, SETTINGS, Turns
 
 from steersman.data import Batches, demonstrations, encode, encode_prompts, layout, preferences, prompts
+from steersman.objectives.preference import PairObjective
+from steersman.objectives.supervised import SFT
 from steersman.rollout import Engine, Sampling
 from steersman.run.device import resolve_device
 from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import Offline
 from steersman.train.on_policy import OnPolicy
-from steersman.train.preference import PairObjective, PreferenceRecipe
-from steersman.train.reward_model import PairwiseReward, RewardModelRecipe
 from steersman.train.roles import build_roles
 from steersman.train.sections import ModelConfig, RunConfig
-from steersman.train.sft import SFT, SFTRecipe
-from steersman.train.verbs import RECIPES
 from steersman.types import Prompt
+from steersman.verbs.on_policy_recipes import RECIPES
+from steersman.verbs.preference import PreferenceRecipe
+from steersman.verbs.reward_model import PairwiseReward, RewardModelRecipe
+from steersman.verbs.sft import SFTRecipe
 
 BATCH = 16
 OPTIMIZER = {"lr": SETTINGS["lr"], "max_grad_norm": SETTINGS["max_grad_norm"]}

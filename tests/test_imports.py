@@ -29,11 +29,17 @@ MAY = {
     "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
     "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},
     "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
-    "flywheel": MATHS | {"run", "data", "model", "rollout", "reward", "judge", "train", "algorithms", "update"},
-    "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update"},
+    "statistics": MATHS | {"run", "data"},
+    "plan": MATHS | {"run", "data", "model", "rollout"},
     "train": MATHS
-    | {"run", "native", "data", "model", "rollout", "reward", "metrics", "advantage", "loss", "update", "algorithms"}
-    | {"assets"},
+    | {"run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms", "plan"},
+    "objectives": MATHS | {"run", "data", "model", "loss", "update", "train", "statistics"},
+    "verbs": MATHS
+    | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
+    | {"plan", "train", "objectives", "statistics", "assets"},
+    "flywheel": MATHS | {"run", "data", "model", "rollout", "reward", "judge", "train", "objectives", "update", "algorithms"}
+    | {"verbs"},
+    "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
 }  # fmt: skip
 """What each room may import of the others."""
 
@@ -46,7 +52,7 @@ HOMES = {
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py"},
     "matplotlib": {"run", "control", "grue"},
-    "rich": {"run", "train", "control", "verify", "flywheel", "grue", "cli.py"},
+    "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
     "httpx2": {"judge"},
 }
 """Where a library may be imported: rooms, or files."""

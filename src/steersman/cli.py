@@ -45,13 +45,13 @@ class Verb:
 _START = "--model.path MODEL --data.path FILE"
 _ON_POLICY = f"{_START} --reward.parts '{{score: {{function: my_rewards.py:score}}}}'"
 VERBS = {
-    "quickstart": Verb("steersman.train.quickstart:run", "steersman.train.quickstart:QuickstartRecipe",
+    "quickstart": Verb("steersman.verbs.quickstart:run", "steersman.verbs.quickstart:QuickstartRecipe",
                        "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
-    "sft": Verb("steersman.train.sft:run", "steersman.train.sft:SFTRecipe",
+    "sft": Verb("steersman.verbs.sft:run", "steersman.verbs.sft:SFTRecipe",
                 "supervised fine-tuning on text, prompts with completions, or chats", example=_START),
-    "reward": Verb("steersman.train.reward_model:run", "steersman.train.reward_model:RewardModelRecipe",
+    "reward": Verb("steersman.verbs.reward_model:run", "steersman.verbs.reward_model:RewardModelRecipe",
                    "a reward model from pairs, rankings, ratings, thumbs or labelled steps", example=_START),
-    **{name: Verb("steersman.train.rl:run", f"steersman.train.verbs:RECIPES.{name}", text,
+    **{name: Verb("steersman.verbs.rl:run", f"steersman.verbs.on_policy_recipes:RECIPES.{name}", text,
                      example=_ON_POLICY) for name, text in {
         "ppo": "PPO with a critic against reward models, functions, or a weighted sum",
         "ppo-kl": "PPO with an adaptive KL penalty in the place of the clip",
@@ -71,10 +71,10 @@ VERBS = {
     }.items()},
     "control": Verb("steersman.control.run:run", "steersman.control.recipe:recipe_class",
                     "the same methods, DQN and tabular ones on a Gymnasium environment"),
-    "dpo": Verb("steersman.train.preference:run", "steersman.train.preference:PreferenceRecipe",
+    "dpo": Verb("steersman.verbs.preference:run", "steersman.verbs.preference:PreferenceRecipe",
                 "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name",
                 example=_START),
-    **{name: Verb("steersman.train.feedback:run", f"steersman.train.feedback:RECIPES.{name}", text, example=_START)
+    **{name: Verb("steersman.verbs.feedback:run", f"steersman.verbs.feedback:RECIPES.{name}", text, example=_START)
        for name, text in {
         "kto": "single answers with a thumb up or down (or pairs, split in two), by prospect theory",
         "bco": "single answers with a thumb up or down, as a classifier whose logit is the implicit reward",
@@ -93,12 +93,12 @@ VERBS = {
                  "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric"),
     "verify": Verb("steersman.verify.run:run", "steersman.verify.run:VerifyRecipe",
                    "every method against exact answers on a small language, in one table"),
-    "evaluate": Verb("steersman.train.evaluate:run", "steersman.train.evaluate:EvaluateRecipe",
+    "evaluate": Verb("steersman.verbs.evaluate:run", "steersman.verbs.evaluate:EvaluateRecipe",
                      "metrics with confidence intervals over a file of completions, or over a model's answers",
                      file_key="file"),
-    "chat": Verb("steersman.train.chat:run", "steersman.train.chat:ChatRecipe",
+    "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
-    "generate": Verb("steersman.train.generate:run", "steersman.train.generate:GenerateRecipe",
+    "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip
 REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
@@ -139,7 +139,7 @@ def _dispatch(args: list[str]) -> int:
     if name == "report":
         return _report(rest)
     if ":" in name:
-        from steersman.train.verbs import own_recipe
+        from steersman.verbs.on_policy_recipes import own_recipe
 
         own = own_recipe(name)
         return _verb(name, VERBS["ppo"], rest, own)

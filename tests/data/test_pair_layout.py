@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from steersman.data import DataConfig, Demonstration, Preference, Query, Row, encode, encode_prompts, layout
 from steersman.data.describe import spans
-from steersman.data.pairs import PairLayout
+from steersman.data.encoder_decoder import PairLayout
 from steersman.types import SteersmanError
 
 WORDS = ["<pad>", "</s>", "<unk>", "<s>", *(f"▁{w}" for w in ("summarize:", *"abcdefgh", "User:"))]

@@ -9,8 +9,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from steersman import native
-from steersman.model.attention import attention
-from steersman.model.plain import plain_layers
+from steersman.model.fast.attention import attention
+from steersman.model.fast.plain import plain_layers
 from steersman.native import decode, sequences
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")

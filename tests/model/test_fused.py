@@ -10,8 +10,8 @@ import torch
 from tiny_models import tiny_model
 
 from steersman import native
-from steersman.model.fused import ROTATION, _Rotation, quicken
-from steersman.model.plain import plain_layers
+from steersman.model.fast.fused import ROTATION, _Rotation, quicken
+from steersman.model.fast.plain import plain_layers
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 

@@ -9,8 +9,8 @@ import torch
 from tiny_models import tiny_model
 
 from steersman.model import reader as reader_module
-from steersman.model.fused import quicken
-from steersman.model.narrow import last_feed_forward, narrowed
+from steersman.model.fast.fused import quicken
+from steersman.model.fast.narrow import last_feed_forward, narrowed
 from steersman.model.reader import Joined
 from steersman.types import Tokens
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from steersman.model import LoraConfig, Policy, load_policy, load_scalar, save
-from steersman.model.plain import plain_layers
+from steersman.model.fast.plain import plain_layers
 from steersman.types import SteersmanError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from steersman.model import shared
+from steersman.model.fast import shared
 from steersman.model.layout import join, response_slots
 from steersman.model.reader import Joined, states
 from steersman.types import Tokens

@@ -11,14 +11,14 @@ from tiny_models import tiny_model
 from torch import nn
 
 from steersman import native
-from steersman.model import attention
-from steersman.model.fused import quicken
-from steersman.model.plain import plain_layers
+from steersman.model.fast import attention
+from steersman.model.fast.fused import quicken
+from steersman.model.fast.plain import plain_layers
 from steersman.native import sequences
 from steersman.native.decode import decode_attention
 from steersman.native.layers import gates, norms, rotates
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.whole import whole_of
+from steersman.rollout.fast.whole import whole_of
 from steersman.types import Prompt, SteersmanError
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")

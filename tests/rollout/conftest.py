@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_models import FAMILIES, PAIR_FAMILIES, tiny_model
 
-from steersman.rollout import packed
+from steersman.rollout.fast import packed
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from tiny_models import tiny_model
 
 from steersman import native
 from steersman.rollout import Engine, Sampling
-from steersman.rollout import packed as room
-from steersman.rollout.packed import packed, pays
+from steersman.rollout.fast import packed as room
+from steersman.rollout.fast.packed import packed, pays
 from steersman.types import Prompt
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")

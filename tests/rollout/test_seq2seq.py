@@ -9,7 +9,7 @@ from tiny_models import PAIR_FAMILIES, tiny_model
 from tokenizers import processors
 
 from steersman.model import Policy
-from steersman.model.pairs import decoder_start
+from steersman.model.encoder_decoder import decoder_start
 from steersman.rollout import Engine, Sampling
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.types import Prompt, SteersmanError

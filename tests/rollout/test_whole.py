@@ -13,8 +13,8 @@ from tiny_models import tiny_model
 from steersman import native
 from steersman.rollout import Engine, Sampling
 from steersman.rollout import decoder as decoder_room
-from steersman.rollout import whole as room
 from steersman.rollout.decoder import Decoder
+from steersman.rollout.fast import whole as room
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 

@@ -13,8 +13,8 @@ from steersman.data import Batches
 from steersman.run.config import load_recipe
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
-from steersman.train.verbs import RECIPES
 from steersman.types import Prompt, SteersmanError
+from steersman.verbs.on_policy_recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if a.group])

@@ -22,12 +22,13 @@ from steersman.model import policy as policy_module
 from steersman.model import reader as reader_module
 from steersman.model.reader import Joined
 from steersman.native import sequences, step
-from steersman.rollout import Engine, packed
+from steersman.rollout import Engine
+from steersman.rollout.fast import packed
 from steersman.rollout.sampling import uniforms
-from steersman.train import rl
 from steersman.train.policy_update import Learner
 from steersman.train.roles import build_roles
 from steersman.types import Sample, Tokens
+from steersman.verbs import rl
 
 OPENINGS = [
     "the cat sat down and saw a dog, no?",

@@ -18,13 +18,13 @@ from steersman.data import Encoded, EncodedSet, Feedback
 from steersman.data.rows import Row
 from steersman.loss.feedback import auto_weights
 from steersman.model import LoraConfig, Policy, load_policy
-from steersman.train import feedback, preference
-from steersman.train.feedback import RECIPES
-from steersman.train.feedback_objective import BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig
 from steersman.train.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.tally import Tally
 from steersman.types import Prompt, SteersmanError, Tokens
+from steersman.verbs import feedback, preference
+from steersman.verbs.feedback import RECIPES
 
 WORDS = [
     "yes it is.",

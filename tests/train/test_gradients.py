@@ -15,14 +15,15 @@ from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.data import DataConfig, collate, demonstrations, encode, layout, preferences
 from steersman.loss.supervised import nll
 from steersman.model import Policy, SharedCritic, load_scalar
+from steersman.objectives.supervised import SFT
 from steersman.train.offline import Offline
 from steersman.train.policy_update import Learner
-from steersman.train.reward_model import PairwiseReward, RewardModelConfig
 from steersman.train.sections import RunConfig
-from steersman.train.sft import SFT, SFTConfig
 from steersman.train.tally import Tally
 from steersman.types import Tokens, Trajectory
 from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
+from steersman.verbs.reward_model import PairwiseReward, RewardModelConfig
+from steersman.verbs.sft import SFTConfig
 
 T = 9
 LENGTHS = [9, 1, 5, 8, 3, 0]

@@ -16,14 +16,14 @@ from steersman.data import Batches
 from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
 from steersman.run.config import load_recipe
-from steersman.train import rl
 from steersman.train.experience import behaviour_logp, tokens_of, trajectory
 from steersman.train.on_policy import OnPolicy
 from steersman.train.policy_update import Learner
 from steersman.train.roles import build_roles
-from steersman.train.verbs import RECIPES
 from steersman.types import Prompt, SteersmanError, Tokens, Trajectory
 from steersman.update.optimizer import Optimizer, OptimizerConfig
+from steersman.verbs import rl
+from steersman.verbs.on_policy_recipes import RECIPES
 
 CPU, V = torch.device("cpu"), len(LETTERS)
 PROMPTS = [Prompt(ids, "", index=i) for i, ids in enumerate([[5], [7, 3, 9, 30], [12, 4], [33, 20, 8]])]

@@ -10,7 +10,7 @@ from letter_models import write_jsonl
 from train_kit import merge, recipe, rows
 from transformers import AutoModelForCausalLM
 
-from steersman.train import reward_model, rl, sft
+from steersman.verbs import reward_model, rl, sft
 
 SENTENCES = ["the cat sat on a mat.", "we go home now.", "look, a red sun!", "is it you?"]
 

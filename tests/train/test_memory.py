@@ -14,12 +14,12 @@ from steersman.data import Encoded, collate
 from steersman.model import Policy
 from steersman.model.lora import LoraConfig, add_lora
 from steersman.native.products import rearrange
+from steersman.plan import memory
+from steersman.plan.memory import Load, Model, Sampled, activations, announce, foresee, largest_micro_batch, rollout
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
-from steersman.rollout.packed import packed_bytes
+from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import Room
 from steersman.run.preflight import Phase, Preflight
-from steersman.train import memory
-from steersman.train.memory import Load, Model, Sampled, activations, announce, foresee, largest_micro_batch, rollout
 from steersman.types import Prompt, SteersmanError
 from steersman.update.micro import micro_batches
 from steersman.update.optimizer import Optimizer, OptimizerConfig

@@ -7,7 +7,7 @@ import torch
 
 from steersman.grue.recipe import GrueRecipe
 from steersman.run.config import dump_recipe, load_recipe
-from steersman.train.sft import SFTRecipe
+from steersman.verbs.sft import SFTRecipe
 
 SFT = ["--model.path", "m", "--data.path", "d"]
 GRUE = ["--model.path", "m", "--data.folder", "d"]

@@ -11,10 +11,11 @@ from steersman.data import BadRows, Encoded, EncodedSet, Preference, RowError
 from steersman.data.rows import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
-from steersman.train.preference import PairLossConfig, PairObjective, drop_equal, right
+from steersman.objectives.preference import PairLossConfig, PairObjective, right
 from steersman.train.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
+from steersman.verbs.preference import drop_equal
 
 PAIRS = [name for name, entry in LOSSES.items() if entry.data == "pair"]
 

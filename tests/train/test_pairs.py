@@ -15,13 +15,13 @@ from transformers import AutoModelForSeq2SeqLM
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.model import Policy, ScalarModel, SharedCritic, load_policy, load_scalar
-from steersman.model.pairs import decoder_start
+from steersman.model.encoder_decoder import decoder_start
 from steersman.rollout import Engine, Sampling
-from steersman.train import generate, preference, reward_model, rl, sft
 from steersman.train.experience import tokens_of, trajectory
 from steersman.train.policy_update import Learner
 from steersman.types import Prompt, SteersmanError
 from steersman.update.optimizer import Optimizer, OptimizerConfig
+from steersman.verbs import generate, preference, reward_model, rl, sft
 
 STYLES = ["t5", "bart"]
 PROMPTS = [[5], [7, 3, 9, 30, 11, 4, 8, 21, 6], [12, 2, 2], [3] * 14, [33, 20], [7, 3, 9, 30, 11, 4, 8, 21, 6]]

@@ -10,8 +10,8 @@ import pytest
 from steersman.assets import openings
 from steersman.cli import main
 from steersman.reward.gold import judge
-from steersman.train import quickstart
-from steersman.train.quickstart import _whole_sentences
+from steersman.verbs import quickstart
+from steersman.verbs.quickstart import _whole_sentences
 
 FEW = openings()[:72]
 

@@ -15,9 +15,9 @@ from train_kit import merge, prompts_file, recipe, rewards_file, rows, weights
 
 from steersman import cli
 from steersman.run.config import load_recipe
-from steersman.train import reward_model, rl, sft
-from steersman.train.verbs import RECIPES
 from steersman.types import SteersmanError
+from steersman.verbs import reward_model, rl, sft
+from steersman.verbs.on_policy_recipes import RECIPES
 
 
 def refused(verb: str, base: dict, tmp_path, words: list[str], **changes) -> str:

@@ -20,8 +20,8 @@ from train_kit import merge, plain, recipe, rows, weights
 
 from steersman import cli
 from steersman.algorithms import ALGORITHMS
-from steersman.train import reward_model, rl, sft
 from steersman.types import SteersmanError
+from steersman.verbs import reward_model, rl, sft
 
 SLOW_REWARD = """
 import time

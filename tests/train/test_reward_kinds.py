@@ -12,8 +12,9 @@ from reward_kit import settings, word
 from train_kit import merge, plain, recipe, rows, weights
 
 from steersman.model import AttributeModel, GatedModel, load_reward, load_scalar
-from steersman.train import offline, reward_model, rl
+from steersman.train import offline
 from steersman.types import SteersmanError, Tokens
+from steersman.verbs import reward_model, rl
 
 KINDS = ["preference", "ranking", "rating", "attributes", "feedback", "steps"]
 

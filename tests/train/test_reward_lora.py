@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification
 from steersman import cli
 from steersman.data import Batches
 from steersman.model import load_scalar
-from steersman.train import reward_model
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
 from steersman.types import Prompt, SteersmanError, Tokens
+from steersman.verbs import reward_model
 
 WORDS = ["yes it is.", "no", "a cat, a dog", "ok", "look there", "so she said", "hm", "what?"]
 

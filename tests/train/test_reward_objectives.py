@@ -14,12 +14,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from steersman.data import DataConfig, collate_pairs, encode, feedback, layout, preferences, rankings, ratings, steps
 from steersman.model import AttributeModel, load_reward, load_scalar
+from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
+from steersman.objectives.reward_gating import GatingReward, penalty
+from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
+from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
+from steersman.statistics.estimates import pearson, spearman
 from steersman.train.offline import Offline
-from steersman.train.rewards.config import EvaluationConfig, GatingConfig, RewardModelConfig
-from steersman.train.rewards.gating import GatingReward, penalty
-from steersman.train.rewards.pairs import PairwiseReward, RankingReward
-from steersman.train.rewards.points import FeedbackReward, RatingReward, StepReward
-from steersman.train.rewards.statistics import pearson, spearman
 from steersman.train.sections import RunConfig
 from steersman.train.tally import Tally
 from steersman.update.optimizer import OptimizerConfig

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steersman.train.rewards.report import binary_report, pair_report, ranking_report, rater_agreement, rating_report
-from steersman.train.rewards.statistics import auc, bootstrap, calibration, kendall, mean, spearman, wilson
+from steersman.statistics.estimates import auc, bootstrap, calibration, kendall, mean, spearman, wilson
+from steersman.statistics.reward_report import (
+    binary_report,
+    pair_report,
+    ranking_report,
+    rater_agreement,
+    rating_report,
+)
 
 RNG = np.random.default_rng
 

@@ -17,9 +17,9 @@ from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.train.on_policy import OnPolicy
-from steersman.train.rl import HeldOut
 from steersman.train.roles import build_roles
 from steersman.types import Prompt, Sample
+from steersman.verbs.rl import HeldOut
 
 ENDS = [2, 5]
 CUTS = {

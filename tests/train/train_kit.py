@@ -11,7 +11,7 @@ from letter_models import LETTERS, WORDS, letters, rows_of, write_jsonl
 from tiny_models import tiny_model
 
 from steersman.train.recipe import OnPolicyRecipe
-from steersman.train.verbs import RECIPES
+from steersman.verbs.on_policy_recipes import RECIPES
 
 REWARDS = """
 def count_a(prompts, completions):

@@ -29,8 +29,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from steersman.algorithms import ALGORITHMS
-from steersman.train import rl
-from steersman.train.verbs import RECIPES as VERBS
+from steersman.verbs import rl
+from steersman.verbs.on_policy_recipes import RECIPES as VERBS
 
 RECIPE = Path("recipes/arithmetic-grpo.yaml")
 METHODS = ("grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++")

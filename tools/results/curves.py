@@ -18,8 +18,8 @@ from typing import Any
 from recording import OPENINGS, finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 
 from steersman.algorithms import ALGORITHMS
-from steersman.train import rl
-from steersman.train.verbs import RECIPES
+from steersman.verbs import rl
+from steersman.verbs.on_policy_recipes import RECIPES
 
 BETA, ITERATIONS = 0.05, 24
 SEARCH_SEED, SEARCH_ITERATIONS = 100, 16

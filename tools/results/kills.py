@@ -33,7 +33,7 @@ import yaml
 from steersman import cli
 from steersman.assets import story_model
 from steersman.run import report  # noqa: F401  (imported before the forks)
-from steersman.train import feedback, preference, reward_model, rl, sft  # noqa: F401
+from steersman.verbs import feedback, preference, reward_model, rl, sft  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = {"train.epochs": 1, "run.save_every": 2, "run.eval_every": 3}

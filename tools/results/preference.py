@@ -26,10 +26,10 @@ from steersman.reward import RewardConfig, build_reward
 from steersman.reward.rules import BUILTINS
 from steersman.run.device import set_threads
 from steersman.run.folder import write_atomic
-from steersman.train import feedback, generate, preference, reward_model, sft
 from steersman.train.models import policy_from
 from steersman.train.roles import sampler
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.verbs import feedback, generate, preference, reward_model, sft
 
 METHODS: dict[str, dict[str, Any]] = {
     "DPO": {"name": "dpo"},

@@ -18,10 +18,10 @@ from typing import Any
 from recording import OPENINGS, over_seeds, plain_axes, plt, rows_of, verb
 
 from steersman.reward.rules import BUILTINS
-from steersman.train import reward_model, rl, sft
-from steersman.train.generate import GenerateRecipe
-from steersman.train.generate import run as generate
-from steersman.train.verbs import RECIPES
+from steersman.verbs import reward_model, rl, sft
+from steersman.verbs.generate import GenerateRecipe
+from steersman.verbs.generate import run as generate
+from steersman.verbs.on_policy_recipes import RECIPES
 
 
 def ppo(folder: Path, seed: int, model: str, data: dict, parts: dict, rollout: dict, **more: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from steersman.grue.task import in_split
-from steersman.train import rl, sft
-from steersman.train.verbs import RECIPES
+from steersman.verbs import rl, sft
+from steersman.verbs.on_policy_recipes import RECIPES
 
 VOCABULARY, OFTEN = 2500, 20
 RECIPE_FOLDER = Path(__file__).parents[2] / "recipes" / "results"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from steersman.data.config import DataConfig
+from steersman.data.encoder_decoder import PairLayout
 from steersman.data.examples import Example, Query, answers
-from steersman.data.pairs import PairLayout
 from steersman.data.tokenize import Layout, Room, smallest
 from steersman.types import Prompt, SteersmanError
 

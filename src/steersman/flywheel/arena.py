@@ -23,16 +23,17 @@ from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.flywheel.wheel import Wheel, stage_data, stage_model
+from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
-from steersman.train import preference, reward_model, rl, sft
 from steersman.train.offline import OfflineConfig
-from steersman.train.preference import PairLossConfig, PreferenceRecipe
 from steersman.train.recipe import CriticConfig
-from steersman.train.reward_model import RewardModelConfig, RewardModelRecipe
-from steersman.train.sft import SFTConfig, SFTRecipe
-from steersman.train.verbs import RECIPES
 from steersman.types import Stats
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs import preference, reward_model, rl, sft
+from steersman.verbs.on_policy_recipes import RECIPES
+from steersman.verbs.preference import PreferenceRecipe
+from steersman.verbs.reward_model import RewardModelConfig, RewardModelRecipe
+from steersman.verbs.sft import SFTConfig, SFTRecipe
 
 
 class SFTStage(Section):

@@ -16,10 +16,10 @@ from steersman.flywheel.ledger import Rows
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.flywheel.wheel import Wheel, stage_data, stage_model
 from steersman.run.config import Section
-from steersman.train import sft
-from steersman.train.sft import SFTConfig, SFTRecipe
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs import sft
+from steersman.verbs.sft import SFTConfig, SFTRecipe
 
 
 class KeepConfig(Section):

@@ -19,15 +19,15 @@ from steersman.flywheel.reactions import DOWN, Down, category
 from steersman.judge import JudgeConfig, open_judge
 from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
+from steersman.objectives.feedback import KTOConfig
 from steersman.run.config import Section
-from steersman.train import feedback as thumbs
-from steersman.train import sft
-from steersman.train.feedback_objective import KTOConfig
 from steersman.train.offline import OfflineConfig
 from steersman.train.sections import ModelConfig, RunConfig
-from steersman.train.sft import SFTConfig, SFTRecipe
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs import feedback as thumbs
+from steersman.verbs import sft
+from steersman.verbs.sft import SFTConfig, SFTRecipe
 
 MOOD = """A user talks with an assistant. Judge from the user's newest turn alone how pleased the user is with the
 assistant's answer before it: {high} praises or thanks for it, {low} complains, corrects it or asks again, a number in

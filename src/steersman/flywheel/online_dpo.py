@@ -22,12 +22,13 @@ from steersman.flywheel.ledger import Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.flywheel.wheel import Wheel, said, stage_data, stage_model
+from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
-from steersman.train import preference
 from steersman.train.offline import OfflineConfig
-from steersman.train.preference import PairLossConfig, PreferenceRecipe
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs import preference
+from steersman.verbs.preference import PreferenceRecipe
 
 
 class PairsConfig(Section):

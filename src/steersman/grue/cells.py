@@ -14,9 +14,9 @@ from steersman.algorithms import ALGORITHMS
 from steersman.grue.recipe import SUPERVISED, ZERO, Generation, GrueRecipe
 from steersman.grue.task import Task
 from steersman.run.config import Section
-from steersman.train.sft import SFTRecipe
-from steersman.train.verbs import RECIPES
 from steersman.types import SteersmanError
+from steersman.verbs.on_policy_recipes import RECIPES
+from steersman.verbs.sft import SFTRecipe
 
 SLOW = {"bertscore", "classifier", "perplexity", "spice", "meteor1.5", "cider", "parent"}
 """Metrics that are too slow, or not defined on single texts, to be looked at in every iteration."""

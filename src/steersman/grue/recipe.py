@@ -11,9 +11,9 @@ from steersman.grue.task import TASKS
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.train.sections import ModelConfig, micro_tokens
-from steersman.train.sft import SFTConfig
-from steersman.train.verbs import RECIPES
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs.on_policy_recipes import RECIPES
+from steersman.verbs.sft import SFTConfig
 
 ZERO, SUPERVISED = "zero-shot", "supervised"
 METHODS = [ZERO, SUPERVISED, *RECIPES, *(f"{SUPERVISED}+{name}" for name in RECIPES)]

@@ -86,7 +86,7 @@ def fill(cell: Cell, recipe: GrueRecipe) -> bool:
     began = time.monotonic()
     write_atomic(cell.folder / "cell.json", json.dumps(cell.stamp, indent=1))
     if cell.recipe is not None and not _trained(cell):
-        name = {"sft": "steersman.train.sft"}.get(cell.verb or "", "steersman.train.rl")
+        name = {"sft": "steersman.verbs.sft"}.get(cell.verb or "", "steersman.verbs.rl")
         with _output(cell, recipe):
             summary = importlib.import_module(name).run(cell.recipe, resume=True)
         if not summary["finished"]:

@@ -55,7 +55,7 @@ def kto(
 
     Source: arXiv 2402.01306, eq. 8. Departure: lambda_y - v is written out, so a perfect fit costs 0.
     TRL 1.16 agrees, but for its mismatched answers: they are fixed once with the order of the data and may answer
-    the very same prompt, while `train/feedback_objective.py` takes the next answer in the batch to another one.
+    the very same prompt, while `objectives/feedback.py` takes the next answer in the batch to another one.
     """
     ratio = logp - ref_logp
     gain = beta * (ratio - reference_point)
@@ -79,7 +79,7 @@ def bco(
         L = -log sigma(delta - beta rho)    for an undesirable one
 
     `shift` is delta = (E_D[beta rho] + E_U[beta rho]) / 2, half-way between the mean rewards of the two kinds over
-    the data, without gradient; `train/feedback_objective.py` keeps a moving average of each over the batches.
+    the data, without gradient; `objectives/feedback.py` keeps a moving average of each over the batches.
 
     Where liked and disliked answers belong to different prompts, the paper weights the disliked ones by
     p(liked | x) / p(disliked | x): multiply it onto what is returned.

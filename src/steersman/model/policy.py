@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steersman.model.fused import quicken
+from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, probe_pair
+from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
-from steersman.model.pairs import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.probe import packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp

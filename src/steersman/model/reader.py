@@ -14,9 +14,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from steersman.model.fast.narrow import last_feed_forward, narrowed
+from steersman.model.fast.shared import (
+    call_cost,
+    like_lengths,
+    read_shared,
+    saved_tokens,
+    shared_prompts,
+    shares_exactly,
+)
 from steersman.model.layout import Layout, join, pack, require_prompts, response_slots
-from steersman.model.narrow import last_feed_forward, narrowed
-from steersman.model.shared import call_cost, like_lengths, read_shared, saved_tokens, shared_prompts, shares_exactly
 from steersman.types import Tokens
 
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steersman.model.fused import quicken
+from steersman.model.encoder_decoder import is_pair, pair_reader, read
+from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora_to_trunk
 from steersman.model.meaning import Meaning
-from steersman.model.pairs import is_pair, pair_reader, read
 from steersman.model.policy import Logp, Policy
 from steersman.model.probe import close, model_name, probe_ids, quiet, require_causal
 from steersman.model.reader import Joined, Reader

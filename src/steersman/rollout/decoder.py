@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
-from steersman.model.attention import registered
+from steersman.model.fast.attention import registered
 from steersman.rollout.cache import Belt, PromptCache, layer_windows
-from steersman.rollout.packed import packed, pays
+from steersman.rollout.fast.packed import packed, pays
+from steersman.rollout.fast.whole import Whole, whole_of
 from steersman.rollout.text import Texts
-from steersman.rollout.whole import Whole, whole_of
 from steersman.types import Prompt, SteersmanError
 
 

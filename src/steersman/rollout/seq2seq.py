@@ -18,10 +18,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from steersman.model.pairs import decoder_context, decoder_start
+from steersman.model.encoder_decoder import decoder_context, decoder_start
 from steersman.model.probe import close, model_name, quiet
 from steersman.rollout.cache import Belt, PromptCache, PromptLayer, layer_windows
-from steersman.rollout.packed import packed, pays
+from steersman.rollout.fast.packed import packed, pays
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
 

@@ -12,9 +12,9 @@ from steersman.data import EncodedSet
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
+from steersman.plan.memory import Sampled
 from steersman.run.config import Section
 from steersman.train.experience import tokens_of
-from steersman.train.memory import Sampled
 from steersman.train.models import context_length
 from steersman.train.progress import Stretch
 from steersman.train.reference import Reference, divergence

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.data import Batches
+from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
-from steersman.train.memory import Load, largest_micro_batch
 from steersman.train.session import Session, to_cpu
 from steersman.train.tally import Tally
 from steersman.types import Stats

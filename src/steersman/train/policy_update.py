@@ -16,7 +16,7 @@ from steersman.loss.policy import clip_fraction, truncated_importance
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
-from steersman.model.plain import plain_layers
+from steersman.model.fast.plain import plain_layers
 from steersman.ops.kl import kl_estimate, kl_loss
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally

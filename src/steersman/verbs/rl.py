@@ -12,11 +12,11 @@ from steersman.data import Batches, encode_prompts, layout, prompts, wraps
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
+from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
 from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of
-from steersman.train.memory import Load, Model, Sampled, announce, largest_micro_batch
 from steersman.train.models import context_length, save_model
 from steersman.train.on_policy import OnPolicy
 from steersman.train.recipe import OnPolicyRecipe

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, require_prompts
-from steersman.model.narrow import narrowed
 from steersman.model.probe import close, quiet
 from steersman.types import Tokens
 

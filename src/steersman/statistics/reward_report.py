@@ -13,7 +13,7 @@ import numpy as np
 
 from steersman.data.examples import Example
 from steersman.data.split import prompt_key
-from steersman.train.rewards.statistics import (
+from steersman.statistics.estimates import (
     Array,
     Calibration,
     Estimate,

@@ -12,17 +12,17 @@ from pydantic import model_validator
 
 from steersman.data import Batches, EncodedSet, Feedback, describe, encode, feedback, layout
 from steersman.loss.offline import LOSSES
+from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
-from steersman.train.carry_out import carry_out
-from steersman.train.feedback_objective import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.train.held_prompts import held_prompts
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline
-from steersman.train.offline_recipe import OfflineRecipe
-from steersman.train.preflight import describe_run
 from steersman.train.reference import reference_from
 from steersman.train.session import Session
 from steersman.types import Stats, SteersmanError
+from steersman.verbs.offline_recipe import OfflineRecipe
+from steersman.verbs.offline_run import carry_out
+from steersman.verbs.preflight import describe_run
 
 L = TypeVar("L", KTOConfig, BCOConfig)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Feedback, collate
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
+from steersman.objectives.preference import right
 from steersman.run.config import Section
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.models import context_length
-from steersman.train.preference import right
 from steersman.train.progress import reported
 from steersman.train.reference import Reference, answer_logp
 from steersman.train.tally import Tally

@@ -12,9 +12,9 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
 from steersman.model import ScalarModel
-from steersman.train.rewards.batch import scores_of
-from steersman.train.rewards.config import EvaluationConfig, RewardModelConfig
-from steersman.train.rewards.report import Report, keys, pair_report, ranking_report, subsets
+from steersman.objectives.batch import scores_of
+from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
+from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
 from steersman.train.tally import Tally
 from steersman.types import Stats, SteersmanError
 

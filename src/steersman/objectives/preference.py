@@ -1,4 +1,4 @@
-"""`steersman dpo` and its relatives: offline preference optimisation on pairs.
+"""Preference losses over pairs of answers, as an objective.
 
 The reference's log-probabilities of the given answers are computed once, before the first step, and kept in memory
 (a resumed run computes them again: one forward over the data); only the token-level methods, which need whole
@@ -10,43 +10,33 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from steersman.data import (
-    BadRows,
     EncodedSet,
     Preference,
     collate_pairs,
-    describe,
-    encode,
-    layout,
-    preferences,
 )
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.run.config import Section
-from steersman.run.preflight import Preflight
-from steersman.train.carry_out import carry_out
-from steersman.train.held_prompts import HeldPrompts, held_prompts
-from steersman.train.models import context_length, policy_from
-from steersman.train.offline import Offline
-from steersman.train.offline_recipe import OfflineRecipe
-from steersman.train.preflight import describe_run
+from steersman.train.held_prompts import HeldPrompts
 from steersman.train.progress import reported
-from steersman.train.reference import Reference, answer_logp, divergence, reference_from
-from steersman.train.session import Session
+from steersman.train.reference import Reference, answer_logp, divergence
 from steersman.train.tally import Tally
-from steersman.types import Stats, SteersmanError, Tokens
+from steersman.types import Stats, Tokens
 from steersman.update.micro import micro_batches
 
 PairLossName = Literal[
     "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo"
 ]  # fmt: skip
+
+
 RANGES = {  # of the settings that leave a loss without meaning outside of them
     "beta": (lambda x: x > 0, "above 0"),
     "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
@@ -90,10 +80,6 @@ class PairLossConfig(Section):
             if key in RANGES and not RANGES[key][0](value):
                 raise ValueError(f"{self.name}: {key} is {value}; it must be {RANGES[key][1]}")
         return self
-
-
-class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
-    """Offline preference optimisation on prompt, chosen and rejected."""
 
 
 class PairObjective:
@@ -203,59 +189,3 @@ def right(lead: Tensor, logp: Tensor) -> Tensor:
     reference are the same, and their log-probabilities `logp` (nats) equal but for the last bits."""
     tie = lead.abs() <= 1e-6 * logp.abs().clamp(min=1)
     return torch.where(tie, 0.5, (lead > 0).float())
-
-
-def drop_equal(data: EncodedSet[Preference], left_out: BadRows) -> EncodedSet[Preference]:
-    """Without the pairs whose answers are the same tokens, as they can be once they were cut to length.
-
-    Raises SteersmanError naming the row where `on_bad_row` is stop, and where nothing is left.
-    """
-    keep = [i for i, (chosen, rejected) in enumerate(data.groups) if chosen.response != rejected.response]
-    for i in sorted(set(range(len(data.groups))) - set(keep)):
-        row = data.examples[i].row
-        left_out.add(row.fault("answers equal when cut", "both answers are the same tokens, cut to data.max_length"))
-    if not keep:
-        raise SteersmanError("no pair is left: in all of them the answers are the same tokens; see data.max_length")
-    data.groups, data.examples = [data.groups[i] for i in keep], [data.examples[i] for i in keep]
-    return data
-
-
-def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
-    session = Session(
-        recipe.loss.name, recipe, resume=resume, metric="held_out/accuracy",
-        shown=("loss", "accuracy", "margin", "held_out/accuracy", "held_out/margin", "drift/chosen"),
-        health=recipe.health,
-    )  # fmt: skip
-    with session:
-        entry = LOSSES[recipe.loss.name]
-        policy = policy_from(recipe.model, recipe.run, session.device)
-        laid = layout(policy, recipe.data)
-        loaded = preferences(recipe.data)
-        context = context_length(policy.model)
-        train = drop_equal(encode(loaded.train, laid, recipe.data, context), loaded.left_out)
-        held_out = None
-        if loaded.held_out:
-            held_out = drop_equal(encode(loaded.held_out, laid, recipe.data, context), loaded.left_out)
-        _check_margins(recipe.loss, train)
-        watched = recipe.samples.count(entry.needs_reference) > 0
-        reference = watch = None
-        if entry.needs_reference or watched:
-            reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
-        if reference is not None and watched:
-            watch = held_prompts(policy, reference, held_out or train, recipe.samples, session)
-        objective = PairObjective(policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch)
-        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
-        pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
-        describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
-        pre.fact("leads to", entry.fixed_point)
-        sampled = None if watch is None else watch.sampled()
-        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference, sampled)
-
-
-def _check_margins(config: PairLossConfig, data: EncodedSet[Preference]) -> None:
-    if config.margin_weight and not any(e.margin for e in data.examples):
-        raise SteersmanError(
-            f"loss.margin_weight is {config.margin_weight:g}, but no pair has a margin; give the data a column "
-            "`margin` (data.columns can name yours) or leave loss.margin_weight out"
-        )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steersman.model.attention import registered
-from steersman.model.plain import plain
+from steersman.model.fast.attention import registered
+from steersman.model.fast.plain import plain
 from steersman.native import library
 from steersman.native.layers import GATES, gated, gates, norms, rms_norm, rotate, rotates
 

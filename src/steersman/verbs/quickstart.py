@@ -26,11 +26,11 @@ from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
-from steersman.train import reward_model, rl, sft
 from steersman.train.models import policy_from
 from steersman.train.sections import ModelConfig, RunConfig
-from steersman.train.verbs import RECIPES
 from steersman.types import Prompt, Sample, SteersmanError
+from steersman.verbs import reward_model, rl, sft
+from steersman.verbs.on_policy_recipes import RECIPES
 
 console = Console()
 

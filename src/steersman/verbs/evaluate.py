@@ -20,8 +20,8 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.recipe_text import load_yaml
 from steersman.run.terminal import printable
-from steersman.train.generate import GenerateRecipe, sampled, write_samples
 from steersman.types import Prompt, Sample, SteersmanError
+from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
 
 
 class MetricSection(Section):

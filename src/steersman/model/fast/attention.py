@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steersman import native
-from steersman.model.plain import plain
+from steersman.model.fast.plain import plain
 from steersman.native import decode, sequences
 
 ATTENTION = "steersman"

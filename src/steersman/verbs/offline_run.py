@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from steersman.model import Policy
+from steersman.plan.memory import Model, Sampled, announce
 from steersman.run.preflight import Preflight
-from steersman.train.memory import Model, Sampled, announce
 from steersman.train.models import save_model
 from steersman.train.offline import Offline, restore_best
 from steersman.train.reference import Reference

@@ -21,7 +21,7 @@ from steersman.model.reader import Reader
 from steersman.ops.logprob import TILE
 from steersman.rollout.batch import Limits, belt_size
 from steersman.rollout.cache import kv_cache_bytes
-from steersman.rollout.packed import packed_bytes
+from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.preflight import Phase, Preflight, Role, size
 

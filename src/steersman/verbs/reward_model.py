@@ -25,25 +25,25 @@ from steersman.data import (
 )
 from steersman.data.shapes import NOUNS, Kind
 from steersman.model import AttributeModel, GatedModel, ScalarModel
+from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
+from steersman.objectives.reward_gating import GatingReward
+from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
+from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
+from steersman.plan.memory import Load, Model, announce
 from steersman.run.calibration import calibration_png
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.health_limits import HealthConfig
 from steersman.run.preflight import Preflight
-from steersman.train.carry_out import trained
-from steersman.train.memory import Load, Model, announce
+from steersman.statistics.reward_report import Report
 from steersman.train.models import context_length, reward_from, save_model, scalar_from
 from steersman.train.offline import Offline
-from steersman.train.preflight import describe_run
-from steersman.train.rewards.config import EvaluationConfig, GatingConfig, RewardModelConfig
-from steersman.train.rewards.gating import GatingReward
-from steersman.train.rewards.pairs import PairwiseReward, RankingReward
-from steersman.train.rewards.points import FeedbackReward, RatingReward, StepReward
-from steersman.train.rewards.report import Report
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs.offline_run import trained
+from steersman.verbs.preflight import describe_run
 
 KINDS: tuple[Kind, ...] = ("preference", "ranking", "rating", "feedback", "steps")
 LOADERS = {"preference": preferences, "ranking": rankings, "rating": ratings, "feedback": feedback, "steps": steps}

@@ -15,11 +15,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from steersman.data import EncodedSet, Feedback, Rating, Steps, collate
 from steersman.loss.reward import huber, multi_objective, process
 from steersman.model import AttributeModel, Meaning, ScalarModel, step_ends
-from steersman.train.rewards.batch import over_answers, scores_of
-from steersman.train.rewards.config import EvaluationConfig, RewardModelConfig
-from steersman.train.rewards.pairs import require_loss
-from steersman.train.rewards.report import Report, binary_report, keys, rating_report, subsets
-from steersman.train.rewards.statistics import Array, auc, rmse, spearman
+from steersman.objectives.batch import over_answers, scores_of
+from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
+from steersman.objectives.reward_pairs import require_loss
+from steersman.statistics.estimates import Array, auc, rmse, spearman
+from steersman.statistics.reward_report import Report, binary_report, keys, rating_report, subsets
 from steersman.train.tally import Tally
 from steersman.types import Stats
 

@@ -1,0 +1,1 @@
+"""Everything that reaches into transformers' modules: faster ways to compute the same."""

@@ -1,0 +1,58 @@
+"""The mean negative log-likelihood of completions, as an objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steersman.data import Encoded, collate
+from steersman.loss.reduce import reduce, token_weight
+from steersman.loss.supervised import nll
+from steersman.model import Policy
+from steersman.ops.masked import masked_sum
+from steersman.train.progress import reported
+from steersman.train.tally import Tally
+from steersman.types import Stats
+from steersman.update.micro import micro_batches
+
+
+class SFT:
+    """The objective: mean negative log-likelihood per token that counts, in nats."""
+
+    def __init__(self, policy: Policy, train: Sequence[Encoded], held_out: Sequence[Encoded], micro_tokens: int):
+        self.module, self.train, self.held_out, self.micro_tokens = policy, train, held_out, micro_tokens
+        self.cost = [len(e) for e in train]
+
+    def denominator(self, rows: Sequence[int]) -> float:
+        return max(sum(sum(self.train[i].mask) for i in rows), 1)
+
+    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
+        tokens = collate([self.train[i] for i in rows]).to(self.module.device)
+        per_token = nll(self.module.logp(tokens).logp)
+        loss = reduce(per_token, token_weight(tokens.mask, "token", dtype=per_token.dtype), denominator)
+        tally.add("loss", loss * denominator, int(tokens.mask.sum()))
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self) -> Stats:
+        """Held-out loss in nats per token, its exponential, and the loss of the end tokens alone."""
+        if not self.held_out:
+            return {}
+        total, end_total, count = 0.0, 0.0, 0
+        lengths = torch.tensor([len(e) for e in self.held_out])
+        for rows in reported(micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
+            tokens = collate([self.held_out[i] for i in rows.tolist()]).to(self.module.device)
+            loss = nll(self.module.logp(tokens).logp)
+            total += float(masked_sum(loss, tokens.mask))
+            last = (tokens.response_length - 1).clamp(min=0)
+            end_total += float(loss.gather(1, last[:, None]).sum())
+            count += int(tokens.mask.sum())
+        mean = total / max(count, 1)
+        return {
+            "held_out/loss": mean,
+            "held_out/perplexity": math.exp(min(mean, 50)),
+            "held_out/loss_last_token": end_total / len(self.held_out),
+        }

@@ -1,0 +1,1 @@
+"""Estimates with intervals, and the reports that are made of them."""

@@ -1,1 +1,0 @@
-"""What reward models learn from: one objective for each shape of the data, and how well they do it."""

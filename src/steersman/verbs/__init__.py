@@ -1,0 +1,1 @@
+"""One file a verb: a recipe in, a summary out."""
