@@ -37,8 +37,8 @@ MAY = {
     "verbs": MATHS
     | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
     | {"plan", "train", "objectives", "statistics", "assets"},
-    "flywheel": MATHS | {"run", "data", "model", "rollout", "reward", "judge", "train", "objectives", "update", "algorithms"}
-    | {"verbs"},
+    "flywheel": MATHS
+    | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
 }  # fmt: skip
 """What each room may import of the others."""
