@@ -26,6 +26,14 @@ class Coefficients(NamedTuple):
     beta_old: float = 0.0
 
 
+class SamplingMask(NamedTuple):
+    """Actions are limited to the top-p set of a copy of the policy that is made anew every `every` iterations."""
+
+    top_p: float
+    min_tokens: int
+    every: int
+
+
 class Algorithm(Section):
     """Hyper-parameters that every on-policy algorithm has; a subclass adds its own, an advantage and a loss."""
 
@@ -41,6 +49,10 @@ class Algorithm(Section):
     """Compares the samples of one prompt, so needs at least two of them."""
     baseline: ClassVar[Literal["none", "greedy", "moving"]] = "none"
     update: ClassVar[Literal["gradient", "trust_region"]] = "gradient"
+    masks: ClassVar[bool] = False
+    """Limits the actions by a mask over a vocabulary."""
+    own_in_baseline: ClassVar[bool] = False
+    """The baseline of a sample contains the sample, so the gradient is (G - 1) / G times what it would be without."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Settings of the class above that the method does not use."""
 
@@ -65,6 +77,18 @@ class Algorithm(Section):
         gt=0,
         description="stop an iteration's updates when KL to the sampler exceeds this, nats per token",
     )
+
+    def clip_range(self) -> tuple[float, float] | None:
+        """How far below and above 1 the ratio may be before it is clipped; None where it is not."""
+        return None
+
+    def resampling(self) -> int:
+        """How many further rounds may be sampled to replace groups that teach nothing."""
+        return 0
+
+    def sampling_mask(self) -> SamplingMask | None:
+        """What limits the actions while sampling and in the loss; None where nothing does."""
+        return None
 
     def kl_to_sampler(self) -> tuple[float, float] | None:
         """The first coefficient of KL(old || new) and the KL per token that it is steered to; None without it."""

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.algorithms.base import Coefficients
-from steersman.algorithms.grpo import GroupRelative
+from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import clipped_weight
 from steersman.loss.reduce import Average
 from steersman.types import Trajectory
@@ -16,10 +16,14 @@ class CISPO(GroupRelative):
     name = "cispo"
     title = "CISPO"
     paper = "arXiv 2506.13585"
+    unread = ("clip_low",)
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
     clip_high: float = Field(default=4.0, gt=0, description="importance weights are cut above 1 plus this")
     average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+
+    def clip_range(self) -> tuple[float, float]:
+        return 1.0, self.clip_high
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return clipped_weight(logp, traj.logp_old, adv, 1 + self.clip_high)

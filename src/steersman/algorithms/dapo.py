@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from steersman.algorithms.grpo import GroupRelative
+from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.reduce import Average
 
 
@@ -22,3 +22,6 @@ class DAPO(GroupRelative):
         ge=0,
         description="how many further rounds may be sampled to replace groups whose scores are all equal",
     )
+
+    def resampling(self) -> int:
+        return self.dynamic_sampling

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from steersman.advantage.group import DIVIDES_BY, GroupScale
-from steersman.algorithms.grpo import GroupRelative
+from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.reduce import Average
 
 

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.algorithms.base import Coefficients
-from steersman.algorithms.grpo import GroupRelative
+from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import sequence_clipped
 from steersman.types import Trajectory
 

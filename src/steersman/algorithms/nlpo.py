@@ -8,6 +8,7 @@ The reference is not masked: KL to it counts what the mask cuts away. The maskin
 
 from pydantic import Field
 
+from steersman.algorithms.base import SamplingMask
 from steersman.algorithms.ppo import PPO
 
 
@@ -20,6 +21,11 @@ class NLPO(PPO):
     bias = PPO.bias + "; tokens outside the mask get no gradient"
     fixed_point = "the optimum among the answers that the mask allows"
 
+    masks = True
+
     mask_top_p: float = Field(default=0.9, gt=0, le=1, description="mass of the masking policy's allowed set")
     mask_min_tokens: int = Field(default=2, ge=1, description="fewest tokens that stay allowed")
     mask_every: int = Field(default=20, ge=1, description="iterations between refreshes of the masking policy (mu)")
+
+    def sampling_mask(self) -> SamplingMask:
+        return SamplingMask(self.mask_top_p, self.mask_min_tokens, self.mask_every)

@@ -29,6 +29,9 @@ class PPO(Algorithm):
     epochs: int = Field(default=4, ge=1, description="passes over the samples of one iteration")
     minibatches: int = Field(default=2, ge=1, description="optimizer updates per epoch")
 
+    def clip_range(self) -> tuple[float, float] | None:
+        return self.clip_low, self.clip_high
+
     def advantage(self, traj: Trajectory) -> Advantage:
         adv, ret = gae(traj, self.lam)
         return Advantage(whiten(adv, traj.mask) if self.whiten else adv, ret)

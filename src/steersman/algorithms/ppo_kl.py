@@ -24,6 +24,9 @@ class PPOKL(PPO):
     beta_old: float = Field(default=1.0, ge=0, description="initial coefficient of KL(old || new)")
     target_old: float = Field(default=0.01, gt=0, description="KL(old || new) per token that the coefficient aims at")
 
+    def clip_range(self) -> None:
+        return None
+
     def kl_to_sampler(self) -> tuple[float, float] | None:
         return self.beta_old, self.target_old
 

@@ -28,5 +28,8 @@ class TRPO(PPO):
     backtrack_ratio: float = Field(default=0.8, gt=0, lt=1, description="by how much it shrinks each time")
     epochs: int = Field(default=4, ge=1, description="the critic's passes over the samples of one iteration")
 
+    def clip_range(self) -> None:
+        return None
+
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return surrogate(logp, traj.logp_old, adv)

@@ -14,7 +14,6 @@ from torch.distributions import kl_divergence
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import Algorithm, Coefficients
-from steersman.algorithms.trpo import TRPO
 from steersman.control.policies import MLPPolicy, Value
 from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
@@ -96,8 +95,8 @@ class Learner:
         weight = token_weight(traj.mask, average, self.length_limit) / denominator(traj.mask, average)
         batch = flatten(obs, action, traj, advantage, weight * traj.mask.sum())
         tally, stats = Tally(), Stats()
-        with_policy = not isinstance(self.algorithm, TRPO)
-        if isinstance(self.algorithm, TRPO):
+        with_policy = self.algorithm.update == "gradient"
+        if not with_policy:
             stats |= self._trust_region(self.algorithm, batch, coef)
         for epoch in range(self.algorithm.epochs):
             moved = 0.0
@@ -137,9 +136,9 @@ class Learner:
         tally.add("kl/old", moved * steps, steps)
         if first:
             tally.add("ratio_gap", (logp - old).abs().max(), 1)
-        low, high = getattr(self.algorithm, "clip_low", None), getattr(self.algorithm, "clip_high", None)
-        if low is not None and high is not None:
-            tally.add("clip_fraction", clip_fraction(logp, old, batch.traj.mask, low, high) * steps, steps)
+        clipped = self.algorithm.clip_range()
+        if clipped is not None:
+            tally.add("clip_fraction", clip_fraction(logp, old, batch.traj.mask, *clipped) * steps, steps)
         step = self.actor.step()
         tally.add("grad_norm/actor", step["grad_norm"], 1)
         tally.add("lr/actor", step["lr"], 1)
@@ -155,7 +154,7 @@ class Learner:
         tally.add("loss/value", loss * len(batch), len(batch))
         tally.add("grad_norm/critic", optimizer.step()["grad_norm"], 1)
 
-    def _trust_region(self, algorithm: TRPO, batch: Batch, coef: Coefficients) -> Stats:
+    def _trust_region(self, algorithm: Any, batch: Batch, coef: Coefficients) -> Stats:
         """TRPO's step: surrogate and exact KL over whole distributions."""
         with torch.no_grad():
             old = self.policy.distribution(batch.obs)

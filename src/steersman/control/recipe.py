@@ -11,7 +11,6 @@ from pydantic import Field, create_model, model_validator
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
 from steersman.algorithms.load import load_algorithm
-from steersman.algorithms.nlpo import NLPO
 from steersman.control.policies import NetworkConfig
 from steersman.run.config import Section
 from steersman.run.recipe_text import load_yaml
@@ -136,7 +135,7 @@ def refusal(algorithm: type[Algorithm]) -> str | None:
         return "compares several answers to one prompt, and an environment asks no question twice"
     if algorithm.baseline == "greedy":
         return "needs the greedy answer to the same prompt as its baseline, and no two episodes begin alike"
-    if issubclass(algorithm, NLPO):
+    if algorithm.masks:
         return "masks the unlikely part of a vocabulary; an action space has none to spare"
     return None
 

@@ -84,7 +84,7 @@ class OnPolicy:
 
     def sample(self, prompts: list[Prompt], clock: Clock | None = None) -> tuple[list[Sample], Scores]:
         """Responses to the prompts with their scores; groups without signal replaced where the method asks."""
-        n, extra = self.recipe.rollout.samples, getattr(self.algorithm, "dynamic_sampling", 0)
+        n, extra = self.recipe.rollout.samples, self.algorithm.resampling()
         clock = clock or Clock()
         samples, scores = self._scored(prompts, (self.recipe.run.seed, self.done), clock)
         for attempt in range(extra):

@@ -235,10 +235,10 @@ class Learner:
         return loss
 
     def _note_clipping(self, logp: Tensor, part: Trajectory, tally: Tally) -> None:
-        low, high = getattr(self.algorithm, "clip_low", None), getattr(self.algorithm, "clip_high", None)
-        if low is not None and high is not None:
+        clipped = self.algorithm.clip_range()
+        if clipped is not None:
             count = int(part.mask.sum())
-            tally.add("clip_fraction", clip_fraction(logp, part.logp_old, part.mask, low, high) * count, count)
+            tally.add("clip_fraction", clip_fraction(logp, part.logp_old, part.mask, *clipped) * count, count)
 
     def _step(self, with_policy: bool) -> Stats:
         stats: Stats = {}

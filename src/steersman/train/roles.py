@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from steersman.algorithms.nlpo import NLPO
 from steersman.data import end_ids as template_ends
 from steersman.model import Policy, SharedCritic
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
@@ -45,8 +44,8 @@ class Roles:
         return self.learner.policy
 
     def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
-        """Samples from the actor as it is now, under NLPO's mask where there is one."""
-        algorithm = self.learner.algorithm
+        """Samples from the actor as it is now, under the algorithm's mask where it has one."""
+        mask = self.learner.algorithm.sampling_mask()
         return self.engine.generate(
             prompts,
             self.sampling.as_greedy() if greedy else self.sampling,
@@ -54,14 +53,14 @@ class Roles:
             seed=seed,
             record_support=not greedy,
             mask_model=self.mask_model,
-            mask_top_p=algorithm.mask_top_p if isinstance(algorithm, NLPO) else 1.0,
-            mask_min_tokens=algorithm.mask_min_tokens if isinstance(algorithm, NLPO) else 1,
+            mask_top_p=1.0 if mask is None else mask.top_p,
+            mask_min_tokens=1 if mask is None else mask.min_tokens,
         )
 
     def refresh(self, iteration: int) -> None:
-        """Copies the actor into NLPO's masking policy every `mask_every` iterations."""
-        algorithm = self.learner.algorithm
-        if isinstance(algorithm, NLPO) and iteration % algorithm.mask_every == 0:
+        """Copies the actor into the masking policy when it is due."""
+        mask = self.learner.algorithm.sampling_mask()
+        if mask is not None and iteration % mask.every == 0:
             assert self.mask_model is not None
             self.mask_model.load_state_dict(self.policy.model.state_dict())
 
@@ -116,7 +115,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     )
     engine = sampler(policy, rollout)
     sampling = rollout.sampling()
-    mask_model = copy.deepcopy(policy.model).requires_grad_(False) if isinstance(algorithm, NLPO) else None
+    mask_model = copy.deepcopy(policy.model).requires_grad_(False) if algorithm.masks else None
     return Roles(
         learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), engine, sampling, device,
         mask_model,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from steersman.advantage.returns import episode_return
 from steersman.algorithms import Algorithm, Coefficients
-from steersman.algorithms.nlpo import NLPO
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.ops.distributions import top_p_mask
 from steersman.ops.kl import kl_loss
@@ -66,7 +65,7 @@ def check_gradient(
     found, exact = _expected_and_exact(algorithm, mdp, policy, params, size)
     core, core_exact = _expected_and_exact(unbiased(algorithm), mdp, policy, params, size)
     # subtracting a group's mean, the sample included, scales the gradient by (G - 1) / G
-    rescale = size / (size - 1) if hasattr(algorithm, "scale") else 1.0
+    rescale = size / (size - 1) if algorithm.own_in_baseline else 1.0
     return GradientCheck(
         relative_deviation(found, exact),
         relative_deviation(rescale * core, core_exact),
@@ -110,9 +109,10 @@ def _expected_and_exact(
 def masked(algorithm: Algorithm, logits: Tensor, end: int) -> Tensor:
     """The policy that a method samples from; NLPO's is limited to the top-p set of the masking policy and the end
     token."""
-    if not isinstance(algorithm, NLPO):
+    mask = algorithm.sampling_mask()
+    if mask is None:
         return logits
-    allowed = top_p_mask(logits, algorithm.mask_top_p, algorithm.mask_min_tokens)
+    allowed = top_p_mask(logits, mask.top_p, mask.min_tokens)
     allowed[:, end] = True
     return logits.masked_fill(~allowed, -torch.inf)
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from steersman.advantage.returns import episode_return
 from steersman.algorithms import Algorithm, Coefficients
-from steersman.algorithms.nlpo import NLPO
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_mean
@@ -112,7 +111,8 @@ class Run:
         if self.beta_old.coef > 0:
             new = self._logp(rows).detach()
             self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
-        if isinstance(algorithm, NLPO) and (iteration + 1) % algorithm.mask_every == 0:
+        mask = algorithm.sampling_mask()
+        if mask is not None and (iteration + 1) % mask.every == 0:
             self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
 
     def _minibatch(self, traj: Trajectory, adv: Tensor, ret: Tensor | None, rows: Tensor) -> None:
