@@ -4,21 +4,26 @@ convert or refuse."""
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny_model
 from torch import nn
+from torch.nn.utils import parametrize
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from steersman import native
 from steersman.model.fast import attention
 from steersman.model.fast.fused import quicken
 from steersman.model.fast.plain import plain_layers
 from steersman.native import sequences
-from steersman.native.decode import decode_attention
-from steersman.native.layers import gates, norms, rotates
+from steersman.native.decode import decode_attention, draws
+from steersman.native.layers import gates, norms, rms_norm, rotates
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.fast import packed
 from steersman.rollout.fast.whole import whole_of
+from steersman.rollout.sampling import draw
 from steersman.types import Prompt, SteersmanError
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
@@ -53,9 +58,19 @@ def another_scale(model):
     model.model.layers[1].self_attn.scaling *= 2
 
 
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def computed_embedding(model):
+    """Its weight is a new tensor whenever it is asked for."""
+    parametrize.register_parametrization(model.model.embed_tokens, "weight", Twice())
+
+
 @pytest.mark.parametrize(
     "change",
-    [fewer_kv_heads, larger_head, expanded_norm, narrower_feed_forward, another_scale],
+    [fewer_kv_heads, larger_head, expanded_norm, narrower_feed_forward, another_scale, computed_embedding],
     ids=lambda f: f.__name__,
 )
 def test_no_compiled_step_for_a_model_whose_layers_do_not_fit_together(change):
@@ -178,3 +193,93 @@ def test_a_key_that_is_forbidden_by_minus_infinity_weighs_nothing():
     mask = torch.tensor([0.0, -torch.inf, -1e30]).view(1, 1, 1, 3)
     out = decode_attention(q, k, v, mask, 0.25)
     torch.testing.assert_close(out.flatten(), v[0, 0, 0])
+
+
+def test_a_row_that_sees_nothing_gets_zeros_as_torch_gives_and_nan_stays():
+    q, k, v = numbers(2, 2, 1, 16), numbers(2, 2, 3, 16, seed=1), numbers(2, 2, 3, 16, seed=2)
+    mask = torch.zeros(2, 1, 1, 3)
+    mask[1] = -torch.inf
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
+    out, _ = attention.attention(module, q, k, v, mask)
+    torch.testing.assert_close(out, sdpa_attention_forward(module, q, k, v, mask)[0], atol=2e-6, rtol=1e-5)
+    assert out[1].eq(0).all()
+    assert decode_attention(q * torch.nan, k, v, mask, 0.25).isnan().all()
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_heads_that_the_layer_does_not_repeat_are_refused_as_torch_refuses_them(queries):
+    given = numbers(2, 4, queries, 16), numbers(2, 2, 7, 16, seed=1), numbers(2, 2, 7, 16, seed=2)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        attention.attention(SimpleNamespace(is_causal=True, num_key_value_groups=1), *given, None)
+
+
+@pytest.mark.parametrize("scale", [-40.0, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    q, k, v = (numbers(1, 2, 7, 16, seed=i) for i in range(3))
+    scores = (scale * q @ k.mT).masked_fill(~torch.ones(7, 7).bool().tril(), -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    torch.testing.assert_close(sequences.attend(q, k, v, None, scale), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_uniform_number_for_many_rows_is_broadcast():
+    x, uniform = numbers(64, 40), torch.tensor([0.5])
+    assert not draws(x, uniform)
+    assert torch.equal(draw(x, uniform)[0], draw(x, uniform.expand(64))[0])
+
+
+def test_a_weight_replaced_before_the_backward_pass_was_kept():
+    x, weight = numbers(3, 512), nn.Parameter(numbers(512, seed=1))
+    scaled = x.requires_grad_()
+    out = rms_norm(scaled, weight, 1e-6)
+    (expected,) = torch.autograd.grad(out.sum(), scaled, retain_graph=True)
+    weight.data = torch.ones(1)
+    out.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.double(), lambda x: x[..., :1]], ids=["dtype", "shape"])
+def test_what_hooks_change_between_the_passes_is_refused(change):
+    x, weight = numbers(3, 512).requires_grad_(), numbers(512, seed=1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
+        out = rms_norm(x, weight, 1e-6)
+        with pytest.raises(RuntimeError, match="given back by a hook"):
+            out.sum().backward()
+
+
+def test_a_bias_replaced_during_a_call_is_read_as_it_is():
+    layer, x = nn.Linear(8, 64), numbers(2, 8)
+    with torch.inference_mode(), packed.packed(layer):
+        assert "forward" in vars(layer)
+        layer.bias.data = torch.ones(1)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + 1)
+
+
+def test_layers_of_one_class_with_other_activations_keep_theirs():
+    model, ids = tiny_model("llama"), torch.arange(6)[None]
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+    expected = model(ids).logits
+    quicken(model)
+    torch.testing.assert_close(model(ids).logits, expected, atol=2e-6, rtol=1e-4)
+
+
+def test_a_cache_of_another_shape_than_the_weights_say_is_left_to_the_modules(monkeypatch):
+    """Hooks on the projections keep one head of keys: the buffers that the prefill made are smaller."""
+    model = tiny_model("llama")
+    of = model.model.layers[1].self_attn
+    for projection in (of.k_proj, of.v_proj):
+        projection.register_forward_hook(lambda _module, _given, out: out[..., : of.head_dim])
+    of.num_key_value_groups = of.q_proj.out_features // of.head_dim
+    assert whole_of(model, 2) is not None
+    expected = Engine(model, eos_token_id=[2]).generate([Prompt([3, 4], "")], Sampling(20))
+    monkeypatch.setattr(packed, "STEPS", 1)
+    found = Engine(model, eos_token_id=[2]).generate([Prompt([3, 4], "")], Sampling(20))
+    assert found[0].ids == expected[0].ids
+
+
+def test_buffers_are_not_given_back_while_they_are_written():
+    engine = Engine(tiny_model("llama"), eos_token_id=[2])
+    with pytest.raises(SteersmanError, match="its own `progress` calls it"):
+        engine.generate([Prompt([3, 4], "")], Sampling(4), progress=lambda *_: engine.release())
+    engine.release()
+    assert len(engine.generate([Prompt([3, 4], "")], Sampling(4))) == 1

@@ -224,8 +224,13 @@ void attend(const Attention& a, Item now, Item next, float* scores) {
         }
         const int64_t padded = padded_to(keys.count, 16);
         std::fill(scores + keys.count, scores + padded, -INFINITY);
-        const float inverse = 1.0f / exponentials(scores, 1.0f, largest(scores, padded), padded);
         float* out = a.out + (now.row * a.heads + head) * width;
+        const float top = largest(scores, padded);
+        if (top == -INFINITY && std::all_of(scores, scores + keys.count, [](float s) { return s == -INFINITY; })) {
+            std::fill(out, out + width, 0.0f);  // it sees nothing, and torch gives zeros
+            continue;
+        }
+        const float inverse = 1.0f / exponentials(scores, 1.0f, top, padded);
         weigh<WIDTH>(scores, values, inverse, width, out, g + 1 == group ? &ahead : nullptr);
     }
 }

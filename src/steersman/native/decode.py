@@ -36,8 +36,8 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
     return out
 
 
-def draws(x: Tensor) -> bool:
-    """Whether `draw` takes these logits."""
+def draws(x: Tensor, uniform: Tensor) -> bool:
+    """Whether `draw` takes these logits, and as many uniform numbers."""
     return (
         library() is not None
         and x.is_cpu
@@ -45,6 +45,8 @@ def draws(x: Tensor) -> bool:
         and x.dim() == 2
         and x.shape[1] > 0
         and x.stride(1) == 1
+        and uniform.is_cpu
+        and uniform.shape == x.shape[:1]
     )
 
 

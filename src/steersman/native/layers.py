@@ -7,6 +7,7 @@ between as well. First derivatives only.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -51,7 +52,7 @@ def rms_norm(x: Float[Tensor, "*lead H"], weight: Float[Tensor, " H"], eps: floa
     """x / sqrt(mean(x^2) + eps) * (offset + weight). Source: arXiv 1910.07467, eq. 4."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Norm.apply(x, weight, eps, offset)  # type: ignore[return-value]
-    return _norm(x.contiguous(), weight.contiguous(), eps, offset)[0]
+    return _norm(x.contiguous(), weight.detach().contiguous(), eps, offset)[0]
 
 
 def gated(gate: Float[Tensor, "*lead I"], up: Float[Tensor, "*lead I"], kind: str = "silu") -> Tensor:
@@ -68,10 +69,23 @@ def rotate(x: Float[Tensor, "B H L D"], cos: Float[Tensor, "b L D"], sin: Float[
     return _rotate(x, cos, sin, back=False)
 
 
+def as_saved(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor saved for the backward pass, if it came back as it went in; RuntimeError where a hook changed it.
+
+    What is saved is detached, so that it stays what it was when a parameter's data are replaced in the meantime.
+    """
+    if x.dtype is not torch.float32 or not x.is_cpu or x.shape != shape:
+        raise RuntimeError(
+            f"saved for the backward pass as float32 {list(shape)} on the CPU, given back by a hook as {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+    return x
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        x, weight = x.contiguous(), weight.contiguous()
+        x, weight = x.detach().contiguous(), weight.detach().contiguous()
         out, inverse = _norm(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
@@ -81,6 +95,8 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = ctx.saved_tensors
+        x, weight = as_saved(x, grad.shape).contiguous(), as_saved(weight, grad.shape[-1:]).contiguous()
+        inverse = as_saved(inverse, grad.shape[:-1]).contiguous()
         width, threads = x.shape[-1], torch.get_num_threads()
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -95,7 +111,7 @@ class _Norm(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, kind):
-        gate, up = gate.contiguous(), up.contiguous()
+        gate, up = gate.detach().contiguous(), up.detach().contiguous()
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
         return _gate(gate, up, kind)
@@ -103,7 +119,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = ctx.saved_tensors
+        gate, up = (as_saved(x, grad.shape).contiguous() for x in ctx.saved_tensors)
         grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
         loaded().gate_back(
             grad.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.numel(),
@@ -115,13 +131,15 @@ class _Gate(torch.autograd.Function):
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
+        ctx.save_for_backward(cos.detach(), sin.detach())
+        ctx.angles = cos.shape
         return _rotate(x, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _rotate(grad, *ctx.saved_tensors, back=True), None, None
+        cos, sin = (as_saved(angles, ctx.angles) for angles in ctx.saved_tensors)
+        return _rotate(grad, cos, sin, back=True), None, None
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:

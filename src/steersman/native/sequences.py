@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steersman.native import library, loaded
+from steersman.native.layers import as_saved
 
 LONGEST = 4096
 """Keys beyond this number are left to the library, whose memory does not grow with them."""
@@ -92,6 +93,8 @@ def attend(
     H is a multiple of K, b is B or 1. A query that sees nothing gets zeros. First derivatives only.
     Source: arXiv 1706.03762, eq. 1.
     """
+    if not scale > 0:  # the loops look for the largest product before they scale it
+        query, scale = scale * query, 1.0
     return _Attend.apply(query, key, value, mask, scale)  # type: ignore[return-value]
 
 
@@ -102,14 +105,16 @@ class _Attend(torch.autograd.Function):
         sums = query.new_empty(*query.shape[:3], 2)
         call = _call(query, key, value, mask, scale, out.transpose(1, 2), sums)
         loaded().attend_forward(ctypes.byref(call), torch.get_num_threads())
-        ctx.save_for_backward(query, key, value, mask, out, sums)
-        ctx.scale = scale
+        saved = query.detach(), key.detach(), value.detach(), out.detach(), sums
+        ctx.save_for_backward(mask, *saved)
+        ctx.scale, ctx.shapes = scale, [x.shape for x in saved]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, mask, out, sums = ctx.saved_tensors
+        mask, *saved = ctx.saved_tensors
+        query, key, value, out, sums = map(as_saved, saved, ctx.shapes)
         grad = grad.contiguous()
         # token by token, heads side by side, as the projections before them want it
         grads = [x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)]

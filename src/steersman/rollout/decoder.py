@@ -62,9 +62,9 @@ class Decoder:
         """Logits [B, V] after feeding each live row one token; ids and positions are [B, 1]."""
         mask = self.belt.step(longest)
         whole = self.whole
-        if whole is None:
+        logits = None if whole is None else whole(ids, positions, self.belt)
+        if whole is None or logits is None:
             return self._modules(ids, positions, mask)
-        logits = whole(ids, positions, self.belt)
         if not whole.proven:
             expected = self._modules(ids, positions, mask)
             self.whole = whole if whole.agrees(logits, expected) else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -74,16 +74,21 @@ class Engine:
         `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
         finite; all but the last before anything is generated. So is a call while another thread's is going on.
         """
-        if not self._busy.acquire(blocking=False):
-            raise SteersmanError(
-                "rollout: another thread is sampling with this engine, whose cache has room for one call; wait for "
-                "it, or give each thread an engine and a model of its own"
-            )
-        try:
+        with self._alone():
             return self._generate(
                 prompts, sampling, n, seed, record_support, progress,
                 None if mask_model is None else self._action_mask(mask_model, mask_top_p, mask_min_tokens),
             )  # fmt: skip
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise SteersmanError(
+                "rollout: another thread is sampling with this engine, or its own `progress` calls it; its cache has "
+                "room for one call: wait for it, or give each thread an engine and a model of its own"
+            )
+        try:
+            yield
         finally:
             self._busy.release()
 
@@ -118,14 +123,18 @@ class Engine:
                     stack.enter_context(decoder.prepared(limits.rows, sampling.max_new_tokens))
                 return batch.run(prompts, n, seed)
         except BaseException:
-            self.release()  # the buffers may hold NaN, or a batch cut off half-way
+            self._clear()  # the buffers may hold NaN, or a batch cut off half-way
             raise
 
     def update_weights(self) -> None:
         """Nothing to do: the engine runs the policy itself. Part of the `Generator` port."""
 
     def release(self) -> None:
-        """Give the cache's memory back; the next call allocates it again."""
+        """Give the cache's memory back; the next call allocates it again. Refused while a call is going on."""
+        with self._alone():
+            self._clear()
+
+    def _clear(self) -> None:
         self.decoder.belt.release()
         self._mask_decoder = None
 

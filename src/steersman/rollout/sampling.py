@@ -121,7 +121,7 @@ def draw(x: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     probability 0 is never returned, whatever rounding does. Without `uniform`: the most likely token (the
     first of equals).
     """
-    if uniform is not None and native.draws(x):
+    if uniform is not None and native.draws(x, uniform):
         return native.draw(x, uniform)
     top = x.amax(-1, keepdim=True)
     blocked = x.shape[-1] > 4 * BLOCK

@@ -37,7 +37,7 @@ def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """The compiled attention of one token per row or of whole sequences where it applies, torch's otherwise."""
-    if not plain() and _asks_nothing_else(settings):
+    if not plain() and _asks_nothing_else(settings) and _grouped(module, query, key):
         scale = settings.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if _one_token(query, key, value, attention_mask):
@@ -53,6 +53,11 @@ def _asks_nothing_else(settings: dict[str, Any]) -> bool:
     return not settings.get("dropout") and all(v is None for name, v in settings.items() if name not in KNOWN)
 
 
+def _grouped(module: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether there are as many heads of keys as the layer says; torch repeats these as often as it is told."""
+    return query.shape[1] == key.shape[1] * getattr(module, "num_key_value_groups", 1)
+
+
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """One float32 token per row on the CPU without gradients, columns side by side."""
     return (
@@ -62,6 +67,7 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
         and all(x.is_cpu and x.numel() > 0 for x in (query, key, value))
         and sequences.of_one_kind(query, key, value)
         and query.dtype == key.dtype == value.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         and max(query.shape[-1], value.shape[-1]) <= WIDEST
         and key.stride()[2:] == (key.shape[3], 1)

@@ -29,7 +29,7 @@ def quicken(model: Any) -> None:
     """Lets the model's modules use the compiled loops, where there are any; doing it again changes nothing."""
     if library() is None:
         return
-    found: dict[type, Any] = {}
+    found: dict[Any, Any] = {}
     for module in model.modules():
         kind = type(module)
         asked = kind in found
@@ -38,6 +38,8 @@ def quicken(model: Any) -> None:
             if offset is not None:
                 module.forward = partial(_norm, module, offset, _eps(module))
         elif _gate_like(module):
+            kind = kind, repr(module.act_fn)  # layers of one class may differ in it
+            asked = kind in found
             gate = found[kind] = found[kind] if asked else _gate(module)
             if gate is not None:
                 module.forward = partial(_feed_forward, module, gate)

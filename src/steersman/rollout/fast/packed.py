@@ -71,6 +71,7 @@ def _linear(layer: nn.Linear, weight: Panels, x: Tensor) -> Tensor:
         or x.dtype != torch.float32
         or x.shape[-1] != weight.inputs
         or not x.is_cpu
+        or not (layer.bias is None or _bias_fits(layer.bias, weight.outputs))
     ):
         return nn.Linear.forward(layer, x)
-    return product(x, weight, layer.bias)
+    return product(x, weight, None if layer.bias is None else layer.bias.detach())

@@ -9,6 +9,7 @@ hooks and whatever else sits in a model's modules are noticed there, and the mod
 from __future__ import annotations
 
 import ctypes
+import operator
 from typing import Any
 
 import torch
@@ -60,14 +61,36 @@ class Whole:
         }  # fmt: skip
         self.scratch = {name: torch.empty(rows, size) for name, size in sizes.items()}
         self.tables: tuple[Tensor, Tensor] | None = None
+        self.buffers: list[Tensor | None] = []
         self.proven = False
 
-    def __call__(self, ids: Tensor, positions: Tensor, belt: Belt) -> Tensor:
-        """Logits [B, V] after feeding each row one token, as `Decoder.step`; the belt has prepared the column."""
-        assert belt.mask is not None
-        self._see(belt.mask.shape[1])
+    def _reads(self, belt: Belt) -> bool:
+        """Whether the belt's buffers are as the weights say: what the modules wrote there may be of another shape."""
+        buffers = [x for part in belt.belts for x in (part.keys, part.values)]
+        if len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers)):
+            return True
+        if belt.mask is None or len(belt.belts) != len(self.layers):
+            return False
+        slots, columns = belt.mask.shape
+        shape = (slots, self.model.kv_heads, columns, self.model.width)
+        for x in buffers:
+            if x is None or x.shape != shape or x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()):
+                return False
+        self._see(columns)
+        self.buffers = buffers
+        for layer, keys, values in zip(self.layers, buffers[::2], buffers[1::2], strict=True):
+            layer.keys, layer.values = _at(keys), _at(values)
+        return True
+
+    def __call__(self, ids: Tensor, positions: Tensor, belt: Belt) -> Tensor | None:
+        """Logits [B, V] after feeding each row one token, as `Decoder.step`; the belt has prepared the column.
+
+        None, and nothing done, where the cache is not of the shape that the weights say.
+        """
+        if not self._reads(belt):
+            return None
         for layer, part in zip(self.layers, belt.belts, strict=True):
-            layer.keys, layer.values, layer.first = _at(part.keys), _at(part.values), part.first
+            layer.first = part.first
         ids, positions = ids.contiguous(), positions.contiguous()
         logits = torch.empty(len(ids), self.model.vocabulary)
         order, start, leader, until = (row.ctypes.data for row in belt.reading())
@@ -89,7 +112,9 @@ class Whole:
         if self.model.columns == columns:
             return
         cosine, sine = self.rotary(self.scratch["x"], torch.arange(columns)[None])
-        self.tables = cosine.contiguous(), sine.contiguous()
+        # torch refuses here what does not reach every position
+        shape = (1, columns, self.model.width)
+        self.tables = cosine.float().expand(shape).contiguous(), sine.float().expand(shape).contiguous()
         self.model.cosine, self.model.sine, self.model.columns = *map(_at, self.tables), columns
 
 
@@ -109,6 +134,7 @@ def _known(model: Any) -> bool:
         and all(linear.bias is None for layer in layers for linear in _linears(layer)[4:])
         and model.lm_head.bias is None
         and all(p.is_cpu and p.dtype == torch.float32 and type(p) is nn.Parameter for p in model.parameters())
+        and all(type(of.weight) is nn.Parameter for of in [model.model.embed_tokens, *linears, *norms, model.lm_head])
         and len({norm.variance_epsilon for norm in norms}) == 1
         and len(layers) == model.config.num_hidden_layers
         and getattr(model.model.rotary_emb, "rope_type", None) in ROTATIONS
