@@ -46,7 +46,9 @@ class Sample:
     (nats) of `ids[t]` under the distribution that it was drawn from: after temperature and after whatever
     top-k, top-p, min-p or minimum length cut away. `support` lists, per token, the ids that were allowed
     (None: the whole vocabulary). `finish` says why it ended: "eos" and "stop" terminate, "length" truncates.
-    `index` counts the samples of one prompt. `text` is the response without end token or stop string.
+    `index` counts the samples of one prompt. `text` is the response without end token or stop string. `mask` marks
+    the tokens that count (None: all); what an environment wrote does not. `version` is that of the weights that each
+    token was sampled from (None where nobody counts them).
     """
 
     prompt: Prompt
@@ -56,6 +58,8 @@ class Sample:
     text: str = ""
     index: int = 0
     support: list[Tensor] | None = None
+    mask: list[bool] | None = None
+    version: list[int] | None = None
 
     @property
     def terminated(self) -> bool:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
 from steersman.rollout.decoder import Decoder
+from steersman.rollout.sampling import ActionLimit
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
 
@@ -231,7 +232,7 @@ def test_other_refusals(model):
     with pytest.raises(SteersmanError, match="at least 1"):
         Engine(model).generate(ragged(2), Sampling(5), n=0)
     with pytest.raises(SteersmanError, match="masking policy has 50 tokens"):
-        Engine(model).generate(ragged(2), Sampling(5), mask_model=tiny_model("llama", vocab=50))
+        Engine(model).generate(ragged(2), Sampling(5, limit=ActionLimit(tiny_model("llama", vocab=50), 0.9)))
     assert Engine(model).generate([], Sampling(5)) == []
 
 

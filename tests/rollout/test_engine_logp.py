@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rollout_oracle import ENDS, allowed, oracle_logp, plain_logits, ragged
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.cache import Belt
-from steersman.rollout.sampling import uniforms
+from steersman.rollout.sampling import ActionLimit, uniforms
 from steersman.types import Prompt
 
 SETTINGS = [
@@ -166,7 +168,7 @@ def test_an_action_mask_is_another_models_nucleus_and_the_end_tokens(name):
     policy, other = tiny_model(name), tiny_model(name, seed=9)
     sampling = Sampling(10, temperature=1.3)
     samples = Engine(policy, max_batch=3, eos_token_id=ENDS).generate(
-        ragged(7), sampling, n=2, seed=1, record_support=True, mask_model=other, mask_top_p=0.6
+        ragged(7), replace(sampling, limit=ActionLimit(other, 0.6)), n=2, seed=1, record_support=True
     )
     for s in samples:
         sets = [allowed(row, top_p=0.6) | {*ENDS} for row in plain_logits(other, s.prompt.ids, s.ids)]

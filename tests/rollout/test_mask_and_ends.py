@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.sampling import ActionLimit
 from steersman.types import Prompt
 
 ENDS = [2, 5]
@@ -27,7 +28,7 @@ def test_an_end_token_outside_the_nucleus_stays_allowed():
     model, mask = leaning([2], 2.0), leaning([7, 8], 20.0)
     prompts = [Prompt([3], "", index=i) for i in range(16)]
     samples = Engine(model, eos_token_id=ENDS).generate(
-        prompts, Sampling(6), seed=1, record_support=True, mask_model=mask, mask_top_p=0.5, mask_min_tokens=2
+        prompts, Sampling(6, limit=ActionLimit(mask, 0.5, 2)), seed=1, record_support=True
     )
     assert {tuple(ids.tolist()) for s in samples for ids in s.support} == {(2, 5, 7, 8)}
     assert sum(s.finish == "eos" for s in samples) > 8
@@ -37,8 +38,8 @@ def test_an_end_token_outside_the_nucleus_stays_allowed():
 def test_a_nucleus_of_end_tokens_only_below_the_minimum_length(minimum):
     model = leaning(ENDS, 20.0)
     samples = Engine(model, eos_token_id=ENDS).generate(
-        [Prompt([3], "", index=i) for i in range(8)], Sampling(6, min_new_tokens=2), seed=1, record_support=True,
-        mask_model=model, mask_top_p=0.9, mask_min_tokens=minimum,
+        [Prompt([3], "", index=i) for i in range(8)],
+        Sampling(6, min_new_tokens=2, limit=ActionLimit(model, 0.9, minimum)), seed=1, record_support=True,
     )  # fmt: skip
     for s in samples:
         assert len(s.ids) == 3

@@ -198,3 +198,15 @@ def test_a_terminated_episode_does_not_bootstrap_behind_its_mask():
     traj = trajectory([sample], tokens, torch.tensor([1.0]), ALGORITHMS["ppo"](), 0.0)
     traj.value = torch.full((1, 4), 5.0)
     assert return_to_go(traj)[0, 0].item() == 1.0
+
+
+def test_what_an_environment_wrote_counts_nowhere():
+    """Its tokens have a mask of False: no reward, no advantage, and no place in a denominator."""
+    asked = Prompt([4, 5], "", index=0)
+    played = Sample(asked, [6, 7, 8, 9], [-1.0, 0.0, 0.0, -2.0], "eos", mask=[True, False, False, True])
+    plain = Sample(asked, [6, 7], [-1.0, -2.0], "eos")
+    tokens = tokens_of([played, plain])
+    assert tokens.mask.tolist() == [[True, False, False, True], [True, True, False, False]]
+    traj = trajectory([played, plain], tokens, torch.tensor([1.0, 2.0]), ALGORITHMS["ppo"](gamma=0.5), 0.0)
+    assert traj.reward.tolist() == [[0, 0, 0, 1.0], [0, 2.0, 0, 0]]
+    assert return_to_go(traj).tolist() == [[0.5, 0, 0, 1.0], [1.0, 2.0, 0, 0]]

@@ -15,6 +15,7 @@ from train_kit import recipe
 from steersman.data import Batches
 from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.sampling import ActionLimit
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
@@ -23,11 +24,11 @@ from steersman.verbs.rl import HeldOut
 
 ENDS = [2, 5]
 CUTS = {
-    "nlpo": ({}, {"mask_top_p": 0.3, "mask_min_tokens": 2}),
-    "top_p": ({"top_p": 0.3}, {}),
-    "top_k": ({"top_k": 4}, {}),
-    "min_p": ({"min_p": 0.4}, {}),
-    "min_new_tokens": ({"min_new_tokens": 2}, {}),
+    "nlpo": ({}, (0.3, 2)),
+    "top_p": ({"top_p": 0.3}, ()),
+    "top_k": ({"top_k": 4}, ()),
+    "min_p": ({"min_p": 0.4}, ()),
+    "min_new_tokens": ({"min_new_tokens": 2}, ()),
 }
 
 
@@ -53,10 +54,10 @@ def test_kl_and_perplexity_of_a_truncated_policy_beside_itself_whole(cut):
     settings, mask = CUTS[cut]
     policy = Policy(tiny_model("llama", vocab=len(LETTERS), scale=2.0), letters())
     engine = Engine(policy.model, policy.tokenizer, eos_token_id=ENDS)
-    prompt = [7, 3, 9]
+    prompt, limit = [7, 3, 9], ActionLimit(policy.model, *mask) if mask else None
     samples = engine.generate(
-        [Prompt(prompt, "", index=0)], Sampling(max_new_tokens=4, **settings), n=64, seed=1, record_support=True,
-        mask_model=policy.model if mask else None, **mask,
+        [Prompt(prompt, "", index=0)], Sampling(max_new_tokens=4, limit=limit, **settings), n=64, seed=1,
+        record_support=True,
     )  # fmt: skip
     kl, perplexity = exact(policy.model, prompt, samples)
     assert kl > 0.05

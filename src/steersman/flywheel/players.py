@@ -14,10 +14,10 @@ from steersman.data.load import prompts
 from steersman.flywheel.sections import Unfinished
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
-from steersman.rollout import Engine
+from steersman.rollout import Generator
 from steersman.train.experience import tokens_of
+from steersman.train.generators import open_generator
 from steersman.train.models import context_length, policy_from
-from steersman.train.roles import sampler
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Sample, SteersmanError
 
@@ -30,7 +30,7 @@ class Player:
     def __init__(self, config: ModelConfig, run: RunConfig, device: torch.device) -> None:
         self.config, self.run, self.device = config, run, device
         self._policy: Policy | None = None
-        self._engine: Engine | None = None
+        self._engine: Generator | None = None
 
     @property
     def policy(self) -> Policy:
@@ -54,7 +54,7 @@ class Player:
         for prompt, place in zip(asked, found, strict=True):
             prompt.index = place  # the random stream is the query's, whatever batch it stands in
         if self._engine is None:
-            self._engine = sampler(self.policy, rollout)
+            self._engine = open_generator(rollout, self.policy)
         samples = self._engine.generate(asked, rollout.sampling(), n=n, seed=list(seed))
         rows = [
             {

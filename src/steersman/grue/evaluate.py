@@ -25,8 +25,8 @@ from steersman.reward import RewardConfig, WeightedSum, build_reward
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.train.experience import tokens_of
+from steersman.train.generators import open_generator
 from steersman.train.models import context_length, policy_from
-from steersman.train.roles import sampler
 from steersman.train.sections import RolloutConfig, RunConfig
 from steersman.types import Sample, SteersmanError
 from steersman.update.micro import micro_batches
@@ -83,7 +83,7 @@ def answers(cell: Cell, recipe: GrueRecipe) -> tuple[list[Sample], WeightedSum]:
         prompts(config).train, layout(policy, config), config, context_length(policy.model), rollout.max_new_tokens
     )
     sampling = rollout.sampling().as_greedy() if recipe.evaluation.greedy else rollout.sampling()
-    samples = sampler(policy, rollout).generate(asked, sampling, n=1, seed=(cell.seed, STREAM))
+    samples = open_generator(rollout, policy).generate(asked, sampling, n=1, seed=(cell.seed, STREAM))
     parts = RewardConfig.model_validate({"parts": reward_parts(recipe, cell.task)})
     return samples, build_reward(parts, policy.tokenizer, resolve_device(recipe.run.device))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steersman.ops.distributions import top_p_mask
-from steersman.rollout.port import Progress, Stepper
+from steersman.rollout.port import Limits, Progress, Stepper
 from steersman.rollout.sampling import Sampling, draw, restrict, uniforms
 from steersman.types import Finish, Prompt, Sample, SteersmanError
 
@@ -44,15 +44,6 @@ class Ready:
     sequence: Growing
     caches: list[Any]
     row: int
-
-
-@dataclass(slots=True, frozen=True)
-class Limits:
-    """Rows of the belt, tokens of one prefill (padding counted), and how many free rows make a refill worth it."""
-
-    rows: int
-    prefill_tokens: int
-    refill: int
 
 
 def belt_size(rows: int, longest: int, new_tokens: int, sequences: int) -> tuple[int, int]:
@@ -87,10 +78,11 @@ class Batch:
         known: int | None,
         record_support: bool,
         action_mask: ActionMask | None,
+        version: int,
         progress: Progress | None,
     ) -> None:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
-        self.action_mask = action_mask
+        self.action_mask, self.version = action_mask, version
         self.sampling, self.limits, self.texts, self.progress = sampling, limits, texts, progress
         self.device = decoder.model.device
         self.ends = frozenset(end_ids)
@@ -279,8 +271,9 @@ class Batch:
         if text is None:
             text = self.texts.response(sequence.prompt.ids, sequence.ids[: len(sequence.ids) - (finish == "eos")])
         self.done[sequence.order] = Sample(
-            sequence.prompt, sequence.ids, sequence.logp, finish, text, sequence.index, sequence.support
-        )
+            sequence.prompt, sequence.ids, sequence.logp, finish, text, sequence.index, sequence.support,
+            version=[self.version] * len(sequence.ids),
+        )  # fmt: skip
         return True
 
     def _leave(self, finished: set[int]) -> None:

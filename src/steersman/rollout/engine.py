@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
-from steersman.rollout.batch import ActionMask, Batch, Limits
+from steersman.rollout.batch import ActionMask, Batch
 from steersman.rollout.decoder import Decoder, generating
-from steersman.rollout.port import Progress, Stepper
-from steersman.rollout.sampling import Sampling
+from steersman.rollout.port import Limits, Progress, Stepper
+from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
 from steersman.types import Prompt, Sample, SteersmanError
 
@@ -45,6 +45,7 @@ class Engine:
         self.decoder = decoder_for(model, tokenizer)
         self.known = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
         self._mask_decoder: Stepper | None = None
+        self.version = 0
         self._busy = Lock()
 
     def generate(
@@ -55,9 +56,6 @@ class Engine:
         n: int = 1,
         seed: int | Sequence[int] = 0,
         record_support: bool = False,
-        mask_model: Any = None,
-        mask_top_p: float = 0.9,
-        mask_min_tokens: int = 1,
         progress: Progress | None = None,
     ) -> list[Sample]:
         """`n` samples of each prompt, those of the first prompt first.
@@ -66,19 +64,14 @@ class Engine:
         prompt's samples, and on nothing else that is generated with it (but for float rounding). A prompt index
         that comes twice gets a second set of streams. `logp` is that of the distribution drawn from; when greedy,
         that of the untempered, untruncated distribution (minus banned end tokens). With `record_support` every
-        sample lists the tokens that were allowed at each step, where anything was cut away. `mask_model` is a
-        model of the same style with the same vocabulary whose nucleus of mass `mask_top_p`, at least
-        `mask_min_tokens` tokens, limits the actions (Source: arXiv 2210.01241, section 4).
+        sample lists the tokens that were allowed at each step, where anything was cut away.
 
         Raises SteersmanError for an empty prompt, one that does not fit the context together with
         `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
         finite; all but the last before anything is generated. So is a call while another thread's is going on.
         """
         with self._alone():
-            return self._generate(
-                prompts, sampling, n, seed, record_support, progress,
-                None if mask_model is None else self._action_mask(mask_model, mask_top_p, mask_min_tokens),
-            )  # fmt: skip
+            return self._generate(prompts, sampling, n, seed, record_support, progress)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -100,7 +93,6 @@ class Engine:
         seed: int | Sequence[int],
         record_support: bool,
         progress: Progress | None,
-        action_mask: ActionMask | None,
     ) -> list[Sample]:
         self._check(prompts, sampling, n)
         if not prompts:
@@ -114,7 +106,8 @@ class Engine:
             self.decoder.texts(self.tokenizer, sampling.stop),
             known=self.known,
             record_support=record_support,
-            action_mask=action_mask,
+            action_mask=None if sampling.limit is None else self._action_mask(sampling.limit),
+            version=self.version,
             progress=progress,
         )
         try:
@@ -126,8 +119,9 @@ class Engine:
             self._clear()  # the buffers may hold NaN, or a batch cut off half-way
             raise
 
-    def update_weights(self) -> None:
-        """Nothing to do: the engine runs the policy itself. Part of the `Generator` port."""
+    def update_weights(self, version: int) -> None:
+        """The engine runs the policy itself, so it has the weights; samples carry `version` from now on."""
+        self.version = version
 
     def release(self) -> None:
         """Give the cache's memory back; the next call allocates it again. Refused while a call is going on."""
@@ -143,17 +137,15 @@ class Engine:
         rows = min(self.max_batch, sequences)
         return Limits(rows, self.prefill_tokens, refill=max(1, rows // 8))
 
-    def _action_mask(self, model: Any, top_p: float, min_tokens: int) -> ActionMask:
-        ours, theirs = (m.config.get_text_config().vocab_size for m in (self.model, model))
+    def _action_mask(self, limit: ActionLimit) -> ActionMask:
+        ours, theirs = (m.config.get_text_config().vocab_size for m in (self.model, limit.model))
         if ours != theirs:
             raise SteersmanError(
                 f"rollout: the masking policy has {theirs} tokens and the policy {ours}; use one family"
             )
-        if not 0 < top_p <= 1:
-            raise SteersmanError(f"rollout: mask_top_p is {top_p}; it must be above 0 and at most 1")
-        if self._mask_decoder is None or self._mask_decoder.model is not model:
-            self._mask_decoder = decoder_for(model, self.tokenizer)
-        return ActionMask(self._mask_decoder, top_p, min_tokens)
+        if self._mask_decoder is None or self._mask_decoder.model is not limit.model:
+            self._mask_decoder = decoder_for(limit.model, self.tokenizer)
+        return ActionMask(self._mask_decoder, limit.top_p, limit.min_tokens)
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling, n: int) -> None:
         if n < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,6 +14,15 @@ from steersman.types import Prompt, Sample
 
 Progress = Callable[[int, int, int], None]
 """Called with (finished samples, all samples, tokens so far)."""
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """Rows of the belt, tokens of one prefill (padding counted), and how many free rows make a refill worth it."""
+
+    rows: int
+    prefill_tokens: int
+    refill: int
 
 
 class Stepper(Protocol):
@@ -49,7 +59,11 @@ class Stepper(Protocol):
 
 
 class Generator(Protocol):
-    """Turns prompts into samples, `n` per prompt, those of the first prompt first."""
+    """Turns prompts into samples, `n` per prompt, those of the first prompt first.
+
+    What may be sampled is all in `Sampling`, another model's limit included. `train/generators.py: open_generator`
+    makes the one that a recipe asks for.
+    """
 
     def generate(
         self,
@@ -62,6 +76,11 @@ class Generator(Protocol):
         progress: Progress | None = None,
     ) -> list[Sample]: ...
 
-    def update_weights(self) -> None:
-        """Take over the policy's current weights; nothing to do for an engine that runs the policy itself."""
+    def update_weights(self, version: int) -> None:
+        """Takes over the policy's current weights as `version`, which samples carry from now on. It is called after
+        each update; an engine that runs the policy itself has nothing to copy."""
+        ...
+
+    def limits(self, sequences: int) -> Limits:
+        """What of this process's memory a call of so many sequences takes, for the forecast."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,23 @@ BLOCK = 256
 """Vocabularies above four blocks are searched in two levels, so that only one block is summed up token by token."""
 
 
+@dataclass(frozen=True, eq=False)
+class ActionLimit:
+    """Only what lies in another model's nucleus may be sampled: its likeliest tokens of mass `top_p`, at least
+    `min_tokens` of them; end tokens always may. `model` has the policy's vocabulary.
+
+    Source: NLPO, arXiv 2210.01241, section 4. Raises SteersmanError for values out of range.
+    """
+
+    model: Any
+    top_p: float
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise SteersmanError(f"rollout: the mask's top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn and when a response ends.
@@ -28,7 +46,8 @@ class Sampling:
     Logits are divided by `temperature` (0: greedy), then cut by `top_k` (0: off), `top_p` (1: off) and `min_p`
     (0: off), in that order, each on what the one before left. Before any of it the end tokens are banned while
     a response has fewer than `min_new_tokens` tokens. A response ends with an end token, with one of the
-    `stop` strings, or after `max_new_tokens` tokens. Raises SteersmanError for values out of range.
+    `stop` strings, or after `max_new_tokens` tokens. `limit` cuts first of all.
+    Raises SteersmanError for values out of range.
     """
 
     max_new_tokens: int
@@ -38,6 +57,7 @@ class Sampling:
     min_p: float = 0.0
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
+    limit: ActionLimit | None = None
 
     def __post_init__(self) -> None:
         stop_ok = isinstance(self.stop, tuple | list) and all(isinstance(s, str) and s for s in self.stop)

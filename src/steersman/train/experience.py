@@ -18,11 +18,13 @@ Cut = Literal["end", "bootstrap"]
 
 
 def tokens_of(samples: Sequence[Sample]) -> Tokens:
-    """The samples as one right-padded batch; every response token counts."""
+    """The samples as one right-padded batch; of each response the tokens count that its mask marks, or all."""
     support = [s.support for s in samples]
+    masks = None if all(s.mask is None for s in samples) else [s.mask or [True] * len(s.ids) for s in samples]
     return Tokens.from_ids(
         [s.prompt.ids for s in samples],
         [s.ids for s in samples],
+        masks,
         support=None if any(s is None for s in support) else support,  # type: ignore[arg-type]
     )
 

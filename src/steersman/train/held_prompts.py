@@ -15,10 +15,10 @@ from steersman.ops.text import text_stats
 from steersman.plan.memory import Sampled
 from steersman.run.config import Section
 from steersman.train.experience import tokens_of
+from steersman.train.generators import open_generator
 from steersman.train.models import context_length
 from steersman.train.progress import Stretch
 from steersman.train.reference import Reference, divergence
-from steersman.train.roles import sampler
 from steersman.train.sections import RolloutConfig
 from steersman.train.session import Session
 from steersman.types import Prompt, Sample, Stats
@@ -61,7 +61,7 @@ class HeldPrompts:
         rollout = RolloutConfig(
             max_new_tokens=config.max_new_tokens, stop=config.stop, eos_token_id=config.eos_token_id
         )
-        self.engine, self.sampling = sampler(policy, rollout), rollout.sampling()
+        self.engine, self.sampling = open_generator(rollout, policy), rollout.sampling()
 
     def sampled(self) -> Sampled:
         """What a look samples, for the forecast of memory."""

@@ -198,6 +198,7 @@ class OnPolicy:
         if "kl/old" in stats:
             self.beta_old.update(stats["kl/old"])
         self.roles.refresh(self.done + 1)
+        self.roles.engine.update_weights(self.done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -218,6 +219,7 @@ class OnPolicy:
         self.batches.load_state_dict(state["batches"])
         self.waiting = list(state["waiting"])
         self.roles.load_state_dict(state["roles"])
+        self.roles.engine.update_weights(self.done)
 
     def _beta_controller(self) -> FixedKL:
         algorithm = self.algorithm

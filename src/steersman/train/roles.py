@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from steersman.data import end_ids as template_ends
 from steersman.model import Policy, SharedCritic
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
-from steersman.rollout import Engine, Sampling
-from steersman.rollout.engine import end_ids
+from steersman.rollout import Generator, Sampling
+from steersman.rollout.sampling import ActionLimit
+from steersman.train.generators import open_generator
 from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.reference import Reference, reference_from, same_tokens
-from steersman.train.sections import RolloutConfig
 from steersman.train.session import to_cpu
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.update.optimizer import Optimizer
@@ -34,7 +33,7 @@ class Roles:
     reference: Any
     reward: WeightedSum
     shaping: ScoreShaping
-    engine: Engine
+    engine: Generator
     sampling: Sampling
     device: torch.device
     mask_model: torch.nn.Module | None = None
@@ -45,17 +44,8 @@ class Roles:
 
     def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
         """Samples from the actor as it is now, under the algorithm's mask where it has one."""
-        mask = self.learner.algorithm.sampling_mask()
-        return self.engine.generate(
-            prompts,
-            self.sampling.as_greedy() if greedy else self.sampling,
-            n=n,
-            seed=seed,
-            record_support=not greedy,
-            mask_model=self.mask_model,
-            mask_top_p=1.0 if mask is None else mask.top_p,
-            mask_min_tokens=1 if mask is None else mask.min_tokens,
-        )
+        sampling = self.sampling.as_greedy() if greedy else self.sampling
+        return self.engine.generate(prompts, sampling, n=n, seed=seed, record_support=not greedy)
 
     def refresh(self, iteration: int) -> None:
         """Copies the actor into the masking policy when it is due."""
@@ -113,22 +103,14 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         vf_coef=config.vf_coef,
         importance_cap=rollout.importance_cap,
     )
-    engine = sampler(policy, rollout)
-    sampling = rollout.sampling()
-    mask_model = copy.deepcopy(policy.model).requires_grad_(False) if algorithm.masks else None
+    sampling, mask, mask_model = rollout.sampling(), algorithm.sampling_mask(), None
+    if mask is not None:
+        mask_model = copy.deepcopy(policy.model).requires_grad_(False)
+        sampling = replace(sampling, limit=ActionLimit(mask_model, mask.top_p, mask.min_tokens))
     return Roles(
-        learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), engine, sampling, device,
-        mask_model,
+        learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), open_generator(rollout, policy),
+        sampling, device, mask_model,
     )  # fmt: skip
-
-
-def sampler(policy: Policy, rollout: RolloutConfig) -> Engine:
-    """The engine on this policy. A response ends with the recipe's ids, or else with the model's own end tokens
-    and the chat template's end of turn."""
-    ends = rollout.eos_token_id
-    if not ends:
-        ends = sorted({*end_ids(policy.model, policy.tokenizer, None), *template_ends(policy.tokenizer)})
-    return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
 
 
 def _reference(recipe: OnPolicyRecipe, policy: Policy) -> Reference | None:

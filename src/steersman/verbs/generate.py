@@ -15,8 +15,8 @@ from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
+from steersman.train.generators import open_generator
 from steersman.train.models import context_length, policy_from
-from steersman.train.roles import sampler
 from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Sample
 
@@ -82,7 +82,7 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     )
     laid = layout(policy, config, asks=True)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
-    engine = sampler(policy, rollout)
+    engine = open_generator(rollout, policy)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
     samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
     for prompt in asked:

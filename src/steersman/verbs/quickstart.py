@@ -21,13 +21,13 @@ from steersman.assets import openings, story_model
 from steersman.data import Codec
 from steersman.ops.text import distinct_n, sentences
 from steersman.reward.gold import judge
-from steersman.rollout import Engine, Sampling
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
+from steersman.train.generators import open_generator
 from steersman.train.models import policy_from
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
@@ -220,8 +220,8 @@ class Stages:
         policy = policy_from(ModelConfig(path=path), run, self.device, trainable=False)
         codec = Codec(policy.tokenizer)
         prompts = [Prompt(codec.begin(text), text, index=i) for i, text in enumerate(texts)]
-        sampling = Sampling(max_new_tokens=self.recipe.max_new_tokens, temperature=TEMPERATURE)
-        return Engine(policy.model, policy.tokenizer).generate(prompts, sampling, n=n, seed=self.recipe.seed)
+        rollout = RolloutConfig(max_new_tokens=self.recipe.max_new_tokens, temperature=TEMPERATURE)
+        return open_generator(rollout, policy).generate(prompts, rollout.sampling(), n=n, seed=self.recipe.seed)
 
 
 def show_outcome(summary: dict[str, Any], stories: Sequence[tuple[str, str, str]], report: Path) -> None:
