@@ -33,7 +33,7 @@ def run_verb(verb: str, recipe: Section, *, resume: bool = False) -> dict[str, A
     With `resume` the run in the recipe's folder goes on from its newest checkpoint. A summary whose `finished` is
     false is of a run that a signal ended early. Raises SteersmanError for what the user can mend.
     """
-    return _verb(verb).start(recipe, resume=resume)
+    return _verb(verb).start(verb, recipe, resume=resume)
 
 
 def _verb(name: str) -> Verb:

@@ -6,6 +6,7 @@ A verb is a row of VERBS; its module is imported when it is used, so that `steer
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,7 +24,7 @@ class Verb:
 
     `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
     file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
-    told where the verb is typed alone.
+    told where the verb is typed alone. `many` says that several processes can share a run (`run.devices`).
     """
 
     run: str
@@ -31,15 +32,23 @@ class Verb:
     help: str
     file_key: str = ""
     example: str = ""
+    many: bool = False
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
         found = _load(self.recipe)
         return found if isinstance(found, type) else found(path, overrides)
 
-    def start(self, recipe: Section, *, resume: bool = False) -> dict[str, Any]:
-        """Runs the verb and gives its summary."""
-        return _load(self.run)(recipe, resume=resume)
+    def start(self, name: str, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
+        """Runs the verb, on as many processes as the recipe asks for, and gives its summary."""
+        if not self.many:
+            return _load(self.run)(recipe, resume=resume)
+        from steersman.run import launch
+
+        if launch.must_start(recipe.run.devices):
+            return launch.start(name, recipe, recipe.run.devices, resume=resume)
+        with launch.joined(recipe.parallel):
+            return _load(self.run)(recipe, resume=resume)
 
 
 _START = "--model.path MODEL --data.path FILE"
@@ -48,11 +57,12 @@ VERBS = {
     "quickstart": Verb("steersman.verbs.quickstart:run", "steersman.verbs.quickstart:QuickstartRecipe",
                        "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
     "sft": Verb("steersman.verbs.sft:run", "steersman.verbs.sft:SFTRecipe",
-                "supervised fine-tuning on text, prompts with completions, or chats", example=_START),
+                "supervised fine-tuning on text, prompts with completions, or chats", example=_START, many=True),
     "reward": Verb("steersman.verbs.reward_model:run", "steersman.verbs.reward_model:RewardModelRecipe",
-                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps", example=_START),
+                   "a reward model from pairs, rankings, ratings, thumbs or labelled steps", example=_START,
+                   many=True),
     **{name: Verb("steersman.verbs.rl:run", f"steersman.verbs.on_policy_recipes:RECIPES.{name}", text,
-                     example=_ON_POLICY) for name, text in {
+                     example=_ON_POLICY, many=True) for name, text in {
         "ppo": "PPO with a critic against reward models, functions, or a weighted sum",
         "ppo-kl": "PPO with an adaptive KL penalty in the place of the clip",
         "trpo": "a natural-gradient step inside a KL ball, with a line search",
@@ -73,8 +83,9 @@ VERBS = {
                     "the same methods, DQN and tabular ones on a Gymnasium environment"),
     "dpo": Verb("steersman.verbs.preference:run", "steersman.verbs.preference:PreferenceRecipe",
                 "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name",
-                example=_START),
-    **{name: Verb("steersman.verbs.feedback:run", f"steersman.verbs.feedback:RECIPES.{name}", text, example=_START)
+                example=_START, many=True),
+    **{name: Verb("steersman.verbs.feedback:run", f"steersman.verbs.feedback:RECIPES.{name}", text, example=_START,
+                  many=True)
        for name, text in {
         "kto": "single answers with a thumb up or down (or pairs, split in two), by prospect theory",
         "bco": "single answers with a thumb up or down, as a classifier whose logit is the implicit reward",
@@ -107,6 +118,8 @@ REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and gives its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if _is_rank():
+        _launch().end_with_starter()
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
@@ -121,6 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         # types.py imports torch; an error of its own kind can only come from a process that did so too.
         types = sys.modules.get("steersman.types")
+        if _is_rank():
+            _launch().leave_error(error)
+            return 1
         if types is not None and isinstance(error, types.SteersmanError):
             _red(str(error))
             return 2
@@ -177,9 +193,21 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     if "--print-config" in given:
         print(dump_recipe(recipe), end="")
         return 0
-    summary = verb.start(recipe, resume="--resume" in given)
+    summary = verb.start(name, recipe, resume="--resume" in given)
+    if _is_rank():
+        _launch().leave_summary(summary)
+        return 0
     # A run that a signal ended early is whole and can be resumed, but what called it must not take it for done.
     return 130 if summary.get("finished") is False else 0
+
+
+def _is_rank() -> bool:
+    """Whether another process of steersman started this one as a rank of its run (run/launch.py)."""
+    return "STEERSMAN_RANKS_FOLDER" in os.environ
+
+
+def _launch() -> Any:
+    return importlib.import_module("steersman.run.launch")
 
 
 def _recipe_of_run(overrides: list[str]) -> Path | None:

@@ -48,7 +48,7 @@ def read_by(verb: str, values: dict[str, Any], monkeypatch) -> tuple[set[str], s
 
     with monkeypatch.context() as patch:
         patch.setattr(Section, "__getattribute__", watched, raising=False)
-        VERBS[verb].start(recipe)
+        VERBS[verb].start(verb, recipe)
     found = dict(leaves(recipe))
     return set(found), {key for key, place in found.items() if place in seen}
 

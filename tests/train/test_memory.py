@@ -19,9 +19,9 @@ from steersman.plan.memory import Load, Model, Sampled, activations, announce, f
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
 from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import Room
+from steersman.run.micro import micro_batches
 from steersman.run.preflight import Phase, Preflight
 from steersman.types import Prompt, SteersmanError
-from steersman.update.micro import micro_batches
 from steersman.update.optimizer import Optimizer, OptimizerConfig
 
 CPU = torch.device("cpu")

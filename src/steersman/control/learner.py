@@ -19,9 +19,9 @@ from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
+from steersman.run.micro import split_evenly
 from steersman.train.tally import Tally
 from steersman.types import Stats, Trajectory
-from steersman.update.micro import split_evenly
 from steersman.update.natural import trust_region_step
 from steersman.update.optimizer import NotFiniteError, Optimizer
 

@@ -24,12 +24,12 @@ from steersman.ops.masked import masked_sum
 from steersman.reward import RewardConfig, WeightedSum, build_reward
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
+from steersman.run.micro import micro_batches
 from steersman.train.experience import tokens_of
 from steersman.train.generators import open_generator
 from steersman.train.models import context_length, policy_from
 from steersman.train.sections import RolloutConfig, RunConfig
 from steersman.types import Sample, SteersmanError
-from steersman.update.micro import micro_batches
 
 STREAM = 1 << 41
 """Names the random streams of the evaluation; a seed's cells all draw from the same ones."""

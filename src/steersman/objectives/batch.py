@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from steersman.data import Encoded, collate
+from steersman.run.micro import in_order, my_micro_batches
 from steersman.types import Tokens
-from steersman.update.micro import micro_batches
 
 
 @torch.no_grad()
@@ -23,11 +23,12 @@ def over_answers(groups: Sequence[Sequence[Encoded]], micro_tokens: int, run: Ca
     once = dict(zip(known, (e for group in groups for e in group), strict=True))
     place = {key: i for i, key in enumerate(once)}
     answers = list(once.values())
-    parts, order = [], []
-    for rows in micro_batches(torch.tensor([len(e) for e in answers]), micro_tokens):
-        parts.append(run(collate([answers[i] for i in rows.tolist()])).float().cpu())
-        order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()][[place[key] for key in known]]
+    found = []
+    for part in my_micro_batches(torch.tensor([len(e) for e in answers]), micro_tokens):
+        numbers = run(collate([answers[i] for i in part.rows.tolist()])).float().cpu()
+        if part.counts:
+            found.append((part.rows, numbers))
+    return in_order(found)[[place[key] for key in known]]
 
 
 def scores_of(model: Any, groups: Sequence[Sequence[Encoded]], micro_tokens: int) -> Tensor:

@@ -18,13 +18,13 @@ from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
 from steersman.objectives.preference import right
 from steersman.run.config import Section
+from steersman.run.micro import in_order, my_micro_batches
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.models import context_length
 from steersman.train.progress import reported
 from steersman.train.reference import Reference, answer_logp
 from steersman.train.tally import Tally
 from steersman.types import Stats
-from steersman.update.micro import micro_batches
 
 
 class KTOConfig(Section):
@@ -90,7 +90,6 @@ class FeedbackObjective:
         }
         self.threshold = 0.0
         self.means = {True: 0.0, False: 0.0}  # of the implicit reward by label: 0 while the policy is the reference
-        self.seen = Tally()
         self.weights = (1.0, 1.0)
         if isinstance(config, KTOConfig):
             ups = sum(e.label for e in train.examples)
@@ -106,14 +105,14 @@ class FeedbackObjective:
                 own, ref = (answer_logp(m, pairs, self.micro_tokens) for m in (self.module, self.reference))
                 self.threshold = float(kto_reference_point(own, ref))
 
-    def settle(self) -> None:
+    def settle(self, stats: Stats) -> None:
         """BCO's shift for the next batch: half-way between the labels' moving mean rewards, this batch's included."""
         if isinstance(self.config, BCOConfig):
             keep = self.config.shift_decay
-            for label, mean in ((True, "up"), (False, "down")):
-                if mean in self.seen.sums:
-                    self.means[label] = keep * self.means[label] + (1 - keep) * self.seen.means()[mean]
-            self.threshold, self.seen = sum(self.means.values()) / 2, Tally()
+            for label, mean in ((True, "reward/liked"), (False, "reward/disliked")):
+                if mean in stats:
+                    self.means[label] = keep * self.means[label] + (1 - keep) * stats[mean]
+            self.threshold = sum(self.means.values()) / 2
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -123,8 +122,6 @@ class FeedbackObjective:
         label = self._labels(self.train, rows)
         weight = loss.new_tensor([self.train.examples[i].weight for i in rows])
         tally.add("loss", (weight * loss).sum(), float(weight.sum()))
-        for kind, name in ((label, "up"), (~label, "down")):
-            self.seen.add(name, told["reward"][kind].sum(), int(kind.sum())) if kind.any() else None
         _add(tally, "", label, told)
         return (weight * loss).sum() / denominator
 
@@ -134,13 +131,15 @@ class FeedbackObjective:
         stats = {"threshold": self.threshold} | ({} if self.watch is None else self.watch.look())
         if self.held_out is None:
             return stats
-        tally, rewards, cost = Tally(), torch.zeros(len(self.held_out.groups)), torch.tensor(self.held_out.lengths)
-        for part in reported(micro_batches(cost, self.micro_tokens), "look at held-out answers"):
-            rows = part.tolist()
+        tally, found, cost = Tally(), [], torch.tensor(self.held_out.lengths)
+        for part in reported(my_micro_batches(cost, self.micro_tokens), "look at held-out answers"):
+            rows = part.rows.tolist()
             loss, told = self._run(self.held_out, rows)
-            tally.add("held_out/loss", loss.sum(), len(rows))
-            _add(tally, "held_out/", self._labels(self.held_out, rows), told)
-            rewards[part] = told["reward"].float().cpu()
+            if part.counts:
+                tally.add("held_out/loss", loss.sum(), len(rows))
+                _add(tally, "held_out/", self._labels(self.held_out, rows), told)
+                found.append((part.rows, told["reward"].float()))
+        rewards = in_order(found)
         label = torch.tensor([e.label for e in self.held_out.examples])
         if label.any() and not label.all():
             stats["held_out/auc"] = outranks(rewards[label], rewards[~label])

@@ -25,12 +25,12 @@ from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.run.config import Section
+from steersman.run.micro import my_micro_batches
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.progress import reported
 from steersman.train.reference import Reference, answer_logp, divergence
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens
-from steersman.update.micro import micro_batches
 
 PairLossName = Literal[
     "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo"
@@ -126,10 +126,10 @@ class PairObjective:
         if self.held_out is None:
             return told
         tally, cost = Tally(), torch.tensor([2 * length for length in self.held_out.lengths])
-        for rows in reported(micro_batches(cost, self.micro_tokens), "look at held-out pairs"):
-            pair, loss, explain = self._run(self.held_out, rows.tolist())
-            for name, value in {"loss": loss, **_told(pair, explain)}.items():
-                tally.add(f"held_out/{name}", value.sum(), len(rows))
+        for part in reported(my_micro_batches(cost, self.micro_tokens), "look at held-out pairs"):
+            pair, loss, explain = self._run(self.held_out, part.rows.tolist())
+            for name, value in {"loss": loss, **_told(pair, explain)}.items() if part.counts else ():
+                tally.add(f"held_out/{name}", value.sum(), len(part.rows))
         return told | tally.means()
 
     def _run(self, data: EncodedSet[Preference], rows: Sequence[int]) -> tuple[PairLogp, Tensor, Explain]:

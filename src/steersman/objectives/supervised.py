@@ -13,10 +13,10 @@ from steersman.loss.reduce import reduce, token_weight
 from steersman.loss.supervised import nll
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
+from steersman.run.micro import my_micro_batches
 from steersman.train.progress import reported
 from steersman.train.tally import Tally
 from steersman.types import Stats
-from steersman.update.micro import micro_batches
 
 
 class SFT:
@@ -41,18 +41,13 @@ class SFT:
         """Held-out loss in nats per token, its exponential, and the loss of the end tokens alone."""
         if not self.held_out:
             return {}
-        total, end_total, count = 0.0, 0.0, 0
-        lengths = torch.tensor([len(e) for e in self.held_out])
-        for rows in reported(micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
-            tokens = collate([self.held_out[i] for i in rows.tolist()]).to(self.module.device)
+        tally, lengths = Tally(), torch.tensor([len(e) for e in self.held_out])
+        for part in reported(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
+            tokens = collate([self.held_out[i] for i in part.rows.tolist()]).to(self.module.device)
             loss = nll(self.module.logp(tokens).logp)
-            total += float(masked_sum(loss, tokens.mask))
             last = (tokens.response_length - 1).clamp(min=0)
-            end_total += float(loss.gather(1, last[:, None]).sum())
-            count += int(tokens.mask.sum())
-        mean = total / max(count, 1)
-        return {
-            "held_out/loss": mean,
-            "held_out/perplexity": math.exp(min(mean, 50)),
-            "held_out/loss_last_token": end_total / len(self.held_out),
-        }
+            if part.counts:
+                tally.add("held_out/loss", masked_sum(loss, tokens.mask), int(tokens.mask.sum()))
+                tally.add("held_out/loss_last_token", loss.gather(1, last[:, None]).sum(), len(part.rows))
+        stats = tally.means()
+        return stats | {"held_out/perplexity": math.exp(min(stats["held_out/loss"], 50))}

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.run.functions import describe_function, load_function
+from steersman.run.ranks import ranks
 from steersman.run.user_code import user_code
 from steersman.types import Sample, SteersmanError
 
@@ -37,7 +38,11 @@ class Scores:
 
 
 class Reward(Protocol):
-    """Anything that scores samples; `describe` says in one line what it is, for the page before a run."""
+    """Anything that scores samples; `describe` says in one line what it is, for the page before a run.
+
+    Every rank calls `score` with the same samples and gets the same scores: a model's rows are shared out, functions
+    run on rank 0.
+    """
 
     def score(self, samples: Sequence[Sample]) -> Scores: ...
 
@@ -134,6 +139,9 @@ class CallableReward:
         return f"function {describe_function(self.function)}"
 
     def score(self, samples: Sequence[Sample]) -> Scores:
+        return ranks().from_main(lambda: self._score(samples), f"reward '{self.name}'")
+
+    def _score(self, samples: Sequence[Sample]) -> Scores:
         batch = (
             f"batch of {len(samples)}, first prompt: {_shorten(samples[0].prompt.text)}, "
             f"first completion: {_shorten(samples[0].text)}"

@@ -10,6 +10,7 @@ import torch
 
 from steersman.metrics import Metric
 from steersman.reward.core import Scores
+from steersman.run.ranks import ranks
 from steersman.types import Sample, SteersmanError
 
 _log = logging.getLogger("steersman.reward")
@@ -49,6 +50,9 @@ class MetricReward:
         return f"metric {self.metric.name}: {self.metric.implementation}"
 
     def score(self, samples: Sequence[Sample]) -> Scores:
+        return ranks().from_main(lambda: self._score(samples), f"reward '{self.name}'")
+
+    def _score(self, samples: Sequence[Sample]) -> Scores:
         empty = [i for i, s in enumerate(samples) if not s.text.strip()]
         if empty and self.empty is None and not self.told_empty:
             self.told_empty = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steersman.model import AttributeModel, ScalarModel, step_ends
 from steersman.reward.core import Scores
+from steersman.run.micro import over_rows
 from steersman.types import Sample, SteersmanError, Tokens
 
 if TYPE_CHECKING:
@@ -105,18 +106,24 @@ class ModelReward:
         if self.model.meaning.kind == "steps":
             return self._by_steps(samples, tokens)
         if isinstance(self.model, AttributeModel) and self.attribute is not None:
-            numbers = self.model.attributes(tokens)[:, self.model.meaning.attributes.index(self.attribute)]
+            model, place = self.model, self.model.meaning.attributes.index(self.attribute)
+            numbers = self._over(tokens, lambda part: model.attributes(part)[:, place])
         else:
-            numbers = self.model.score(tokens)
+            numbers = self._over(tokens, self.model.score)
         scores = numbers.float().cpu()
         self._check(scores, samples)
         return Scores(scores, {self.name: scores})
+
+    def _over(self, tokens: Tokens, run: Callable[[Tokens], Tensor], width: int | None = None) -> Tensor:
+        """`run` on the batch, whose rows are shared out over the ranks."""
+        return over_rows(tokens, self.model.max_tokens or 8192, run, width)
 
     def _by_steps(self, samples: Sequence[Sample], tokens: Tokens) -> Scores:
         """Probabilities at the ends of steps; where the two tokenizers end them, in the order of the text."""
         assert isinstance(self.model, ScalarModel)
         separator = self.model.meaning.separator
-        right = self.model.value(tokens)[:, 1:].float().sigmoid().cpu()
+        width = tokens.response.shape[1] + 1
+        right = self._over(tokens, self.model.value, width)[:, 1:].float().sigmoid().cpu()
         per_token = torch.zeros(len(samples), max(len(s.ids) for s in samples))
         for row, sample in enumerate(samples):
             read = tokens.response[row, : int(tokens.response_length[row])].tolist()

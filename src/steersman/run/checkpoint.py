@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from steersman.run.folder import recover, save_dir
+from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
 
 
@@ -252,4 +253,5 @@ class StopRequest:
             self.signal_name = signal.Signals(number).name
             # The print machinery may be in the middle of a line; a bare write is safe in a handler.
             text = f"\n{self.signal_name}: finishing this step and saving; Ctrl-C (again) aborts at once\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            if ranks().main:
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

@@ -21,6 +21,7 @@ from typing import Any
 
 from steersman.run.config import Section, dump_recipe
 from steersman.run.inputs import check_inputs, fingerprints
+from steersman.run.ranks import ranks
 from steersman.run.recipe_text import load_yaml
 from steersman.types import SteersmanError
 
@@ -116,6 +117,34 @@ class RunFolder:
                 taken = len(list(self.path.glob("config.before-resume-*.yaml")))
                 write_atomic(self.path / f"config.before-resume-{taken + 1}.yaml", before)
         write_atomic(file, text)
+
+
+class GuestFolder:
+    """The run folder as ranks other than 0 see it: what rank 0 found there, and nothing to write."""
+
+    def __init__(self, path: Path, resumed: bool, changes: list[str]) -> None:
+        self.path, self.resumed, self.changes = path, resumed, changes
+
+    def forget(self) -> None:
+        return None
+
+    def __enter__(self) -> GuestFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def open_folder(path: Path, recipe: Section, *, resume: bool = False) -> RunFolder | GuestFolder:
+    """The run folder, which rank 0 holds; every rank raises what `RunFolder` raises there."""
+    opened: list[RunFolder] = []
+
+    def take() -> tuple[bool, list[str]]:
+        opened.append(RunFolder(path, recipe, resume=resume))
+        return opened[0].resumed, opened[0].changes
+
+    resumed, changes = ranks().from_main(take, "the run folder")
+    return opened[0] if opened else GuestFolder(Path(path), resumed, changes)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -126,6 +126,28 @@ class Log:
             self.note(f"{self.title} {step}/{self.total}  {detail.strip()}")
 
 
+class NoLog:
+    """The log of a rank that keeps none."""
+
+    def step(self, step: int, stats: Stats) -> None:
+        return None
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        return None
+
+    def finding(self, finding: Finding) -> None:
+        return None
+
+    def note(self, text: str, style: str | None = None) -> None:
+        return None
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a file of the run folder; a last line that a kill cut short is left out."""
     if not path.exists():

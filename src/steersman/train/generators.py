@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
 from steersman.data import end_ids as template_ends
 from steersman.model import Policy
-from steersman.rollout import Engine, Generator
+from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
+from steersman.run.micro import share_out
+from steersman.run.ranks import ranks
 from steersman.train.sections import RolloutConfig
+from steersman.types import Prompt, Sample, SteersmanError
 
 
 def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
@@ -16,3 +24,34 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     if not ends:
         ends = sorted({*end_ids(policy.model, policy.tokenizer, None), *template_ends(policy.tokenizer)})
     return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
+
+
+def sampled_by_all(
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, **how: Any
+) -> list[Sample]:
+    """The generator's samples, each made on one rank and known to all, those of the first prompt first.
+
+    A prompt that stands in the list several times stays on one rank, since its repeats are counted for their random
+    streams: so every sample is the one that a process alone would draw.
+    """
+    here = ranks()
+    if here.world == 1:
+        return generator.generate(prompts, sampling, n=n, **how)
+    same = torch.tensor([prompt.index for prompt in prompts]).unique(return_inverse=True)[1]
+    cost = torch.zeros(int(same.max()) + 1, dtype=torch.long).index_add(
+        0, same, torch.tensor([len(p.ids) + sampling.max_new_tokens for p in prompts])
+    )
+    owner = torch.zeros(len(cost), dtype=torch.long)
+    for rank, units in enumerate(share_out(cost, here.world)):
+        owner[units] = rank
+    of_prompt = owner[same].tolist()
+    mine = [prompt for prompt, rank in zip(prompts, of_prompt, strict=True) if rank == here.rank]
+    made: list[Sample] = []
+    error: Exception | None = None
+    try:
+        made = generator.generate(mine, sampling, n=n, **how) if mine else []
+    except SteersmanError as raised:
+        error = raised
+    here.agree(error, "the end of sampling")
+    found = [iter(samples) for samples in here.gather(made, "samples")]
+    return [next(found[rank]) for rank in of_prompt for _ in range(n)]

@@ -14,15 +14,16 @@ from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
 from steersman.plan.memory import Sampled
 from steersman.run.config import Section
+from steersman.run.micro import my_micro_batches
 from steersman.train.experience import tokens_of
-from steersman.train.generators import open_generator
+from steersman.train.generators import open_generator, sampled_by_all
 from steersman.train.models import context_length
 from steersman.train.progress import Stretch
 from steersman.train.reference import Reference, divergence
 from steersman.train.sections import RolloutConfig
 from steersman.train.session import Session
+from steersman.train.tally import Tally
 from steersman.types import Prompt, Sample, Stats
-from steersman.update.micro import micro_batches
 
 
 class SamplesConfig(Section):
@@ -73,8 +74,8 @@ class HeldPrompts:
         """Samples, writes the answers to samples.jsonl once per step, and measures."""
         if not self.prompts:
             return {}
-        samples = self.engine.generate(
-            self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40),
+        samples = sampled_by_all(
+            self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40),
             progress=Stretch("answers to held prompts"),
         )  # fmt: skip
         self._write(samples)
@@ -82,16 +83,17 @@ class HeldPrompts:
         return stats | text_stats([s.text for s in samples]) | self._distance(samples)
 
     def _distance(self, samples: list[Sample]) -> Stats:
-        kl, logp_ref, count = 0.0, 0.0, 0
-        lengths = torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])
-        for rows in micro_batches(lengths, self.session.config.micro_tokens):
-            tokens = tokens_of([samples[i] for i in rows.tolist()]).to(self.policy.device)
+        tally, lengths = Tally(), torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])
+        for part in my_micro_batches(lengths, self.session.config.micro_tokens):
+            tokens = tokens_of([samples[i] for i in part.rows.tolist()]).to(self.policy.device)
             hidden, hidden_ref = self.policy.hidden(tokens), self.reference.hidden(tokens)
-            kl += float(divergence(hidden, self.policy.head(), hidden_ref, self.reference.head()).sum())
-            logp_ref += float(masked_sum(self.reference.logp_from(tokens, hidden_ref).logp, tokens.mask))
-            count += int(tokens.mask.sum())
-        perplexity = math.exp(min(-logp_ref / max(count, 1), 50))
-        return {"held_out/kl": kl / len(samples), "held_out/perplexity": perplexity}
+            kl = divergence(hidden, self.policy.head(), hidden_ref, self.reference.head()).sum()
+            logp_ref = masked_sum(self.reference.logp_from(tokens, hidden_ref).logp, tokens.mask)
+            if part.counts:
+                tally.add("kl", kl, len(part.rows))
+                tally.add("logp_ref", logp_ref, int(tokens.mask.sum()))
+        means = tally.means()
+        return {"held_out/kl": means["kl"], "held_out/perplexity": math.exp(min(-means["logp_ref"], 50))}
 
     def _write(self, samples: list[Sample]) -> None:
         rows: list[dict[str, Any]] = [

@@ -21,6 +21,7 @@ from steersman.model import (
     save,
 )
 from steersman.run.device import resolve_dtype
+from steersman.run.ranks import ranks
 from steersman.train.sections import ModelConfig, RunConfig
 
 
@@ -95,7 +96,7 @@ def reward_from(
 def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig, folder: Path) -> None:
     """The trained model in the Hugging Face layout, in the precision and form that the section asks for."""
     dtype = model.stored_dtype if config.save_dtype == "same" else getattr(torch, config.save_dtype)
-    save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)
+    ranks().from_main(lambda: save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype), "the model")
 
 
 def context_length(model: Any) -> int | None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from steersman.data import Batches
 from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
+from steersman.run.micro import my_micro_batches
+from steersman.run.ranks import ranks
 from steersman.train.session import Session, to_cpu
 from steersman.train.tally import Tally
 from steersman.types import Stats
-from steersman.update.micro import micro_batches
 from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
 
 
@@ -94,11 +95,12 @@ class Offline:
         """One optimizer update on the given examples."""
         started, tally = time.monotonic(), Tally()
         denominator, index = self.objective.denominator(rows), torch.tensor(rows)
-        for part in micro_batches(self.cost[index], self.micro_tokens):
-            loss = self.objective.loss(index[part].tolist(), denominator, tally)
-            if not torch.isfinite(loss):
-                raise NotFiniteError(f"the loss is {float(loss)}")
-            loss.backward()
+        losses = []
+        for part in my_micro_batches(self.cost[index], self.micro_tokens):
+            loss = self.objective.loss(index[part.rows].tolist(), denominator, tally if part.counts else Tally())
+            (loss * part.weight).backward()
+            losses.append(loss.detach())
+        ranks().agree(not_finite(losses))
         stats = self.optimizer.step() | tally.means()
         seconds = time.monotonic() - started
         return stats | {"time/step": seconds, "throughput": float(self.cost[index].sum()) / seconds}
@@ -114,6 +116,15 @@ class Offline:
         load_trainable(self.objective.module, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
+
+
+def not_finite(losses: Sequence[Tensor]) -> NotFiniteError | None:
+    """The error for the first loss that is no finite number; it is asked once a step, so that nothing waits for the
+    device in between."""
+    if not losses or bool(torch.stack([x.double() for x in losses]).isfinite().all()):
+        return None
+    bad = next(float(x) for x in losses if not torch.isfinite(x))
+    return NotFiniteError(f"the loss is {bad}")
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from steersman.loss.value import explained_variance
 from steersman.ops.masked import masked_mean, masked_sum
 from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
+from steersman.run.micro import over_rows
 from steersman.run.seed import stream
 from steersman.train.experience import tokens_of, trajectory
 from steersman.train.roles import Roles
@@ -116,16 +117,8 @@ class OnPolicy:
         roles, recipe = self.roles, self.recipe
         tokens = tokens_of(samples).to(roles.device)
         score, stats = self.shape(samples, scores)
-        temperature = recipe.rollout.temperature
-        with torch.no_grad():
-            logp_old = (
-                roles.policy.logp(tokens, temperature=temperature).logp if recipe.rollout.recompute_logp else None
-            )
-            logp_ref = (
-                None
-                if roles.reference is None
-                else roles.reference.logp(tokens.untruncated(), temperature=temperature).logp
-            )
+        logp_old = self._logp(roles.policy, tokens) if recipe.rollout.recompute_logp else None
+        logp_ref = None if roles.reference is None else self._logp(roles.reference, tokens.untruncated())
         traj = trajectory(
             samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
@@ -135,6 +128,16 @@ class OnPolicy:
         traj.value = roles.learner.value(tokens, traj)
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
+
+    @torch.no_grad()
+    def _logp(self, model: Any, tokens: Tokens) -> Tensor:
+        """log pi of the responses `[B, T]` at the rollout's temperature, each row on one rank."""
+        return over_rows(
+            tokens,
+            self.recipe.run.micro_tokens,
+            lambda rows: model.logp(rows, temperature=self.recipe.rollout.temperature).logp,
+            tokens.response.shape[1],
+        )
 
     def shape(self, samples: list[Sample], scores: Scores, *, update: bool = True) -> tuple[Tensor, Stats]:
         """Scores as the reward section shapes them; `update` counts them in the running mean and deviation."""

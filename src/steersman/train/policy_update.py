@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +20,10 @@ from steersman.model import Policy, ScalarModel, SharedCritic
 from steersman.model.fast.plain import plain_layers
 from steersman.ops.kl import kl_estimate, kl_loss
 from steersman.ops.masked import masked_sum
+from steersman.run.micro import my_micro_batches, over_rows, split_evenly
+from steersman.run.ranks import ranks
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory
-from steersman.update.micro import micro_batches, split_evenly
 from steersman.update.natural import trust_region_step
 from steersman.update.optimizer import NotFiniteError, Optimizer
 
@@ -61,23 +63,27 @@ class Learner:
             return None
         if isinstance(self.critic, SharedCritic) or self.algorithm.epochs * self.algorithm.minibatches > 1:
             with torch.no_grad():
-                return self.critic.value(tokens)
+                width = tokens.response.shape[1] + 1
+                return over_rows(tokens, self.micro_tokens, self.critic.value, width, traj.group)
         self.fitted = Tally()
         steps = denominator(traj.mask, "token")
         values = traj.reward.new_zeros(len(tokens), traj.mask.shape[1] + 1)
-        for rows in micro_batches(tokens.length, self.micro_tokens, traj.group):
-            part = traj.rows(rows)
-            found = self.critic.value(tokens.rows(rows))
+        losses = []
+        for micro in my_micro_batches(tokens.length, self.micro_tokens, traj.group):
+            part = traj.rows(micro.rows)
+            found = self.critic.value(tokens.rows(micro.rows))
             part.value = found.detach()[:, : part.mask.shape[1] + 1]
-            values[rows, : part.value.shape[1]] = part.value.to(values.dtype)
+            if micro.counts:
+                values[micro.rows, : part.value.shape[1]] = part.value.to(values.dtype)
             part, advantage = _zeroed(part, self.algorithm.advantage(part))
             value = seen(found[:, :-1], part.mask)
             if value is not None and advantage.ret is not None:
-                loss = self._value_loss(value, part, advantage.ret, steps, self.fitted)
-                if not torch.isfinite(loss):
-                    raise NotFiniteError(f"the loss is not a finite number (value: {loss.item():g})")
-                loss.backward()
-        return values
+                tally = self.fitted if micro.counts else Tally()
+                loss = self._value_loss(value, part, advantage.ret, steps, tally)
+                (loss * micro.weight).backward()
+                losses.append(loss.detach()[None])
+        ranks().agree(_not_finite(losses, "value"))
+        return ranks().sum(values, "values")
 
     def update(
         self,
@@ -114,13 +120,14 @@ class Learner:
     @torch.no_grad()
     def moved(self, tokens: Tokens, traj: Trajectory) -> float:
         """KL(old || policy as it is now) in nats per token, over all the iteration's samples (k3)."""
-        total = 0.0
-        for rows in micro_batches(tokens.length, self.micro_tokens, traj.group):
-            batch, part = tokens.rows(rows), traj.rows(rows)
+        total = torch.zeros(())
+        for micro in my_micro_batches(tokens.length, self.micro_tokens, traj.group):
+            batch, part = tokens.rows(micro.rows), traj.rows(micro.rows)
             logp = seen(self.policy.logp(batch, temperature=self.temperature).logp, part.mask)
             assert logp is not None
-            total += float(masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask))
-        return total / denominator(traj.mask, "token")
+            if micro.counts:
+                total = total + masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask).cpu()
+        return float(ranks().sum(total, "KL to the sampler")) / denominator(traj.mask, "token")
 
     def _epochs(
         self,
@@ -161,8 +168,11 @@ class Learner:
         steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
         moved, gap = torch.zeros(()), torch.zeros(())
         group = None if traj.group is None else traj.group[rows]
-        for micro in micro_batches(tokens.length[rows], self.micro_tokens, group):
-            index = rows[micro]
+        found: list[Tensor] = []
+        whole = tally
+        for micro in my_micro_batches(tokens.length[rows], self.micro_tokens, group):
+            index = rows[micro.rows]
+            tally = whole if micro.counts else Tally()
             batch, part = tokens.rows(index), traj.rows(index)
             T = part.mask.shape[1]
             losses: list[Tensor] = []
@@ -174,7 +184,7 @@ class Learner:
                 share = denominator(part.mask, self.algorithm.average)
                 tally.add("loss/policy", losses[-1] * policy_count, share)
                 distance = kl_estimate(part.logp_old, logp.detach(), "k3")
-                moved = moved + masked_sum(distance, part.mask).cpu()
+                moved = moved + masked_sum(distance, part.mask).cpu() * micro.weight
                 if first:
                     difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
                     gap = torch.maximum(gap, difference.max().cpu())
@@ -184,15 +194,15 @@ class Learner:
                 losses.append(loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss)
             if not losses:
                 continue
-            total = torch.stack(losses).sum()
-            if not torch.isfinite(total):
-                names = ", ".join(f"{loss.item():g}" for loss in losses)
-                raise NotFiniteError(f"the loss is not a finite number (policy, value: {names})")
-            total.backward()
-        if with_policy:
-            tally.add("kl/old", moved, steps)
-            if first:
-                tally.add("ratio_gap", gap, 1)
+            (torch.stack(losses).sum() * micro.weight).backward()
+            found.append(torch.stack(losses).detach())
+        ranks().agree(_not_finite(found, "policy, value"))
+        if not with_policy:
+            return 0.0
+        moved = ranks().sum(moved, "KL to the sampler")
+        whole.add("kl/old", moved, steps)
+        if first:
+            whole.add("ratio_gap", ranks().largest(gap, "the first ratio"), 1)
         return float(moved) / steps
 
     def _forward(self, batch: Tokens, with_policy: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -258,7 +268,8 @@ class Learner:
         config: Any = self.algorithm
         policy_count, steps = denominator(traj.mask, config.average), denominator(traj.mask, "token")
         surrogates, distances = [], []
-        for rows in micro_batches(tokens.length, self.micro_tokens):
+        for micro in my_micro_batches(tokens.length, self.micro_tokens):
+            rows = micro.rows
             batch, part = tokens.rows(rows), traj.rows(rows)
             part_adv = adv[rows, : part.mask.shape[1]]
             weight = token_weight(part.mask, config.average, self.length_limit)
@@ -297,6 +308,14 @@ class Learner:
         columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
         counts = batch.mask[columns < batch.response_length[:, None]]
         return self.policy.head().log_softmax(self.policy.hidden(batch)[counts], self.temperature)
+
+
+def _not_finite(losses: Sequence[Tensor], names: str) -> NotFiniteError | None:
+    """The error for the first losses that are no finite numbers; `names` says which losses stand side by side."""
+    if not losses or bool(torch.stack([x.double().sum() for x in losses]).isfinite().all()):
+        return None
+    bad = next(x for x in losses if not x.isfinite().all())
+    return NotFiniteError(f"the loss is not a finite number ({names}: {', '.join(f'{x:g}' for x in bad.tolist())})")
 
 
 def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -11,8 +11,9 @@ from steersman.data import DataConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
+from steersman.run.parallel import ParallelConfig
 from steersman.train.experience import Cut
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig
 from steersman.update.optimizer import OptimizerConfig
 
 A = TypeVar("A", bound=Algorithm)
@@ -53,7 +54,8 @@ class OnPolicyRecipe(Section, Generic[A]):
         default="start", description="what KL is measured to: start (the policy before training), none, or a folder"
     )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
 
     @classmethod

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from steersman.data import Encoded, collate
 from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
+from steersman.run.micro import in_order, my_micro_batches
 from steersman.train.models import policy_from
 from steersman.train.progress import reported
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.types import SteersmanError, Tokens
-from steersman.update.micro import micro_batches
 
 
 class AdaptersOff:
@@ -73,14 +73,15 @@ def same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy
 @torch.no_grad()
 def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) -> Float[Tensor, " N"]:
     """log pi of whole answers, over the tokens that count (nats), on the CPU."""
-    found: dict[int, Tensor] = {}
-    parts = micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
+    found = []
+    parts = my_micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
     for part in reported(parts, "log-probabilities of the data"):
-        tokens = collate([rows[i] for i in part.tolist()]).to(model.device)
+        tokens = collate([rows[i] for i in part.rows.tolist()]).to(model.device)
         logp = model.logp(tokens).logp
         sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1).cpu()
-        found |= dict(zip(part.tolist(), sums, strict=True))
-    return torch.stack([found[i] for i in range(len(rows))])
+        if part.counts:
+            found.append((part.rows, sums))
+    return in_order(found)
 
 
 def divergence(hidden_p: Tensor, head_p: Head, hidden: Tensor, head: Head, rows: int = 256) -> Float[Tensor, " N"]:

@@ -14,7 +14,7 @@ from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
-from steersman.train.generators import open_generator
+from steersman.train.generators import open_generator, sampled_by_all
 from steersman.train.models import policy_from, scalar_from
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
@@ -45,7 +45,7 @@ class Roles:
     def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
         """Samples from the actor as it is now, under the algorithm's mask where it has one."""
         sampling = self.sampling.as_greedy() if greedy else self.sampling
-        return self.engine.generate(prompts, sampling, n=n, seed=seed, record_support=not greedy)
+        return sampled_by_all(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
 
     def refresh(self, iteration: int) -> None:
         """Copies the actor into the masking policy when it is due."""

@@ -92,6 +92,14 @@ class RunConfig(Section):
     sinks: list[str] = Field(default_factory=list, description="where else to log: tensorboard, wandb")
 
 
+class ManyRunConfig(RunConfig):
+    """Where a run lives and how it is kept, on one device or several."""
+
+    devices: int = Field(
+        default=1, ge=1, description="processes that share the run, each with a device of its own (or CPU cores)"
+    )
+
+
 class RolloutConfig(Section):
     """What is sampled in each iteration."""
 

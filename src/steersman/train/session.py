@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +13,11 @@ import torch
 from steersman.ops.text import text_stats
 from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
-from steersman.run.folder import RunFolder, write_atomic
+from steersman.run.folder import open_folder, write_atomic
 from steersman.run.health import Finding, HealthWatch
 from steersman.run.health_limits import HealthConfig
-from steersman.run.log import Log, read_jsonl
+from steersman.run.log import Log, NoLog, read_jsonl
+from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
 from steersman.train.sections import RunConfig
@@ -64,18 +65,23 @@ class Session:
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
-        self.folder = self._stack.enter_context(RunFolder(Path(self.config.dir), self.recipe, resume=self.resume))
+        self.folder = self._stack.enter_context(open_folder(Path(self.config.dir), self.recipe, resume=self.resume))
         self.path = self.folder.path
         mode: Any = self.mode
-        self.checkpoints = Checkpointer(
-            self.path, keep_last=self.config.keep_last, keep_best=self.config.keep_best, metric=self.metric, mode=mode
-        )
+        with ranks().main_first("the run folder"):
+            self.checkpoints = Checkpointer(
+                self.path,
+                keep_last=self.config.keep_last,
+                keep_best=self.config.keep_best,
+                metric=self.metric,
+                mode=mode,
+            )
         self.signal = self._stack.enter_context(StopRequest())
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            if (self.path / "metrics.jsonl").exists():
+            if ranks().main and (self.path / "metrics.jsonl").exists():
                 # A report that can not be written must not hide why the run failed.
                 with nullcontext() if error is None else suppress(Exception):
                     write_report(self.path)
@@ -92,16 +98,7 @@ class Session:
         found = self.checkpoints.load() if self.folder.resumed else None
         if found is not None:
             self._restore(found)
-        self.log = self._stack.enter_context(
-            Log(
-                self.path,
-                title=self.verb,
-                total=total,
-                resumed_step=self.start if found is not None else -1,
-                shown=self.shown,
-                sinks=self.config.sinks,
-            )
-        )
+        self.log = self._stack.enter_context(self._log(self.start if found is not None else -1))
         measured = [row[self.metric] for row in self.metrics() if isinstance(row.get(self.metric), float | int)]
         self._best = (max if self.mode == "max" else min)(measured, default=None)
         for damage in self.checkpoints.damaged:
@@ -112,6 +109,25 @@ class Session:
             )
         for change in self.folder.changes:
             self.log.note(f"the recipe changed since the run began: {change}", style="yellow")
+
+    def _log(self, resumed_step: int) -> Log | NoLog:
+        """Rank 0's log; the others have none. All wait until it is open, since it cuts rows to the checkpoint."""
+        opened: list[Log] = []
+
+        def open_it() -> None:
+            opened.append(
+                Log(
+                    self.path,
+                    title=self.verb,
+                    total=self.total,
+                    resumed_step=resumed_step,
+                    shown=self.shown,
+                    sinks=self.config.sinks,
+                )
+            )
+
+        ranks().from_main(open_it, "the log")
+        return opened[0] if opened else NoLog()
 
     def _restore(self, found: Checkpoint) -> None:
         """Takes up the checkpoint's state.
@@ -136,15 +152,15 @@ class Session:
             # A checkpoint is ranked by what was measured on its own weights, so a resumed run ranks alike.
             self.step, self.last_metrics, self._is_best = step, {}, False
             yield step
-            if self.signal:
-                self.stopped = True
+            signals = ranks().gather(self.signal.signal_name, "the end of a step")
+            came = next((name for name in signals if name is not None), None)
+            self.stopped = came is not None
             due = step % self.config.save_every == 0 or step == self.total
             if due or self.stopped or (self._is_best and self.config.keep_best > 0):
                 self.save(step)
             if self.stopped:
                 self.log.note(
-                    f"stopped after step {step} of {self.total} by {self.signal.signal_name}; "
-                    f"go on with --resume --run.dir {self.path}"
+                    f"stopped after step {step} of {self.total} by {came}; go on with --resume --run.dir {self.path}"
                 )
                 return
 
@@ -165,7 +181,7 @@ class Session:
     def save(self, step: int) -> None:
         """A whole checkpoint of this step."""
         state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
-        self.checkpoints.save(step, state, self.last_metrics)
+        ranks().from_main(lambda: self.checkpoints.save(step, state, self.last_metrics), "a checkpoint")
         self.saved = step
 
     def _rank(self, value: float) -> None:
@@ -178,7 +194,7 @@ class Session:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
-        return read_jsonl(self.path / "metrics.jsonl")
+        return ranks().from_main(lambda: read_jsonl(self.path / "metrics.jsonl"), "the log's rows")
 
     def summary(self, numbers: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json`: how the run ended, how long it took, and the given numbers; returns it."""
@@ -191,8 +207,12 @@ class Session:
             "run": str(self.path),
             **numbers,
         }
-        write_atomic(self.path / "summary.json", json.dumps(summary, indent=1))
+        self.write(lambda: write_atomic(self.path / "summary.json", json.dumps(summary, indent=1)))
         return summary
+
+    def write(self, write: Callable[[], Any]) -> None:
+        """Lets rank 0 write into the run folder; the others wait, and get its error."""
+        ranks().from_main(lambda: (write(), None)[1], "a file")
 
     def _halt(self, step: int, what: str) -> None:
         kept = self.checkpoints.latest()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from steersman.run.ranks import ranks
 from steersman.types import Stats
 
 
@@ -23,4 +24,11 @@ class Tally:
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def means(self) -> Stats:
-        return {name: float(total) / max(self.counts[name], 1e-12) for name, total in self.sums.items()}
+        """The mean of each name over all ranks, the same on every one."""
+        totals: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for found in ranks().gather({name: (float(x), self.counts[name]) for name, x in self.sums.items()}, "means"):
+            for name, (total, count) in found.items():
+                totals[name] = totals.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0.0) + count
+        return {name: total / max(counts[name], 1e-12) for name, total in totals.items()}

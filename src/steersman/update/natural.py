@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from steersman.ops.conjugate_gradient import conjugate_gradient
+from steersman.run.ranks import ranks
 from steersman.types import Stats
 
 Scalar = Callable[[], Tensor]
@@ -32,7 +33,8 @@ def trust_region_step(
     """One step that lowers the surrogate loss inside the ball mean KL(old || new) <= max_kl.
 
     `surrogate` and `kl` are given in parts (one per micro-batch) that add up to the mean over the batch; each is
-    called anew at the parameters of the moment, and `kl` must be twice differentiable. The direction solves
+    called anew at the parameters of the moment, and `kl` must be twice differentiable; each rank gives its own. The
+    direction solves
     (F + damping) x = -g with Fisher-vector products, F being the Hessian of the mean KL at the old parameters;
     its length is sqrt(2 max_kl / x'(F + damping)x); the line search shrinks it until the KL is inside the ball
     and the loss has fallen, or leaves the parameters as they were.
@@ -43,7 +45,8 @@ def trust_region_step(
     loss_old, gradient = _total_and_gradient(surrogate, parameters)
 
     def product(v: Tensor) -> Tensor:
-        return sum((_hessian_vector(part, parameters, v) for part in kl), torch.zeros_like(v)) + damping * v
+        mine = sum((_hessian_vector(part, parameters, v) for part in kl), torch.zeros_like(v))
+        return ranks().sum(mine, "a Fisher-vector product") + damping * v
 
     direction = conjugate_gradient(product, -gradient, cg_steps)
     curvature = float(direction @ product(direction))
@@ -55,8 +58,7 @@ def trust_region_step(
         share = backtrack_ratio**k
         vector_to_parameters(start + share * full, parameters)
         with torch.no_grad():
-            improvement = loss_old - sum(float(part()) for part in surrogate)
-            distance = sum(float(part()) for part in kl)
+            improvement, distance = loss_old - _total(surrogate), _total(kl)
         if improvement > 0 and distance <= max_kl:
             return stats | {"trpo/kl": distance, "trpo/improvement": improvement, "trpo/step": share}
     vector_to_parameters(start, parameters)
@@ -69,7 +71,13 @@ def _total_and_gradient(parts: Sequence[Scalar], parameters: Sequence[nn.Paramet
         value = part()
         gradient += _flat(torch.autograd.grad(value, parameters, allow_unused=True), parameters)
         total += float(value.detach())
-    return total, gradient
+    here = ranks()
+    return sum(here.gather(total, "the surrogate")), here.sum(gradient, "the surrogate's gradient")
+
+
+def _total(parts: Sequence[Scalar]) -> float:
+    """The sum over every rank's parts."""
+    return sum(ranks().gather(sum(float(part()) for part in parts), "a line search"))
 
 
 def _hessian_vector(part: Scalar, parameters: Sequence[nn.Parameter], v: Tensor) -> Tensor:

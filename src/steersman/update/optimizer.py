@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from steersman.run.config import Section
+from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
 
 
@@ -78,10 +79,11 @@ class Optimizer:
         return config.lr * (config.min_lr + (1 - config.min_lr) * share)
 
     def step(self) -> Stats:
-        """Clip, update and clear the gradients; returns `lr` and `grad_norm` (before clipping).
+        """Add up the ranks' gradients, clip, update and clear them; returns `lr` and `grad_norm` (before clipping).
 
         Raises `NotFiniteError` before anything is changed when the gradient is NaN or infinite.
         """
+        ranks().sum_gradients(self.parameters)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         if not math.isfinite(norm):
             self.zero_grad()

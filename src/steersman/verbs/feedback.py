@@ -61,7 +61,7 @@ class FeedbackRun(Offline):
     def step(self, rows: Sequence[int]) -> Stats:
         self.objective.look(rows)
         stats = {"threshold": self.objective.threshold} | super().step(rows)
-        self.objective.settle()
+        self.objective.settle(stats)
         return stats
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from steersman.data import DataConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
+from steersman.run.parallel import ParallelConfig
 from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import OfflineConfig
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig
 from steersman.update.optimizer import OptimizerConfig
 
 L = TypeVar("L", bound=Section)
@@ -27,7 +28,8 @@ class OfflineRecipe(Section, Generic[L]):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
     reference: str = Field(default="start", description="start (the policy before training) or a folder")
     samples: SamplesConfig = SamplesConfig()
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")

@@ -34,11 +34,12 @@ from steersman.run.calibration import calibration_png
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.health_limits import HealthConfig
+from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.statistics.reward_report import Report
 from steersman.train.models import context_length, reward_from, save_model, scalar_from
 from steersman.train.offline import Offline
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -74,7 +75,8 @@ class RewardModelRecipe(Section):
     gating: GatingConfig = GatingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
 
     @classmethod
@@ -257,13 +259,12 @@ def _finish(
     report: Report | None = objective.report(recipe.evaluation)
     if report is None:
         return session.summary(told)
-    write_atomic(session.path / "evaluation.json", json.dumps(report.plain(), indent=1))
+    session.write(lambda: write_atomic(session.path / "evaluation.json", json.dumps(report.plain(), indent=1)))
     curve = report.calibration
     if curve is not None:
-        calibration_png(
-            session.path / "calibration.png", curve.said, curve.seen, curve.count,
-            low=0.5 if report.kind in ("preference", "ranking", "gating") else 0.0, error=curve.ece,
-        )  # fmt: skip
+        low = 0.5 if report.kind in ("preference", "ranking", "gating") else 0.0
+        file = session.path / "calibration.png"
+        session.write(lambda: calibration_png(file, curve.said, curve.seen, curve.count, low=low, error=curve.ece))
     for line in report.lines():
         session.log.note(line)
     return session.summary({**told, **objective.evaluate(), **report.summary()})

@@ -10,10 +10,11 @@ from steersman.data import DataConfig, demonstrations, describe, encode, layout
 from steersman.objectives.supervised import SFT
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
+from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig
 from steersman.train.session import Session
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.offline_run import carry_out
@@ -37,7 +38,8 @@ class SFTRecipe(Section):
     data: DataConfig
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steersman.update.micro import micro_batches
+from steersman.run.micro import micro_batches
 
 
 @pytest.mark.parametrize("bound", [1, 40, 90, 10_000])

@@ -1,0 +1,255 @@
+"""The processes (ranks) that train one model together: what they share out, add up and agree on.
+
+Every rank sees the small `[batch, time]` tensors of the whole batch; sampling, forwards and micro-batches are shared
+out, and what each found is added up. A process that is alone is rank 0 of 1, for which all of this is the identity,
+so callers have no `if`.
+
+Every collective has a time limit. A rank that waits in vain says in which call, and where the others were last.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steersman.types import SteersmanError
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Ranks:
+    """Rank `rank` of `world`; `local` is its place on its own machine. `seconds` is the time limit of a collective.
+
+    `sharded` says that weights lie in pieces over the ranks (FSDP2), so that every rank must run every layer as often
+    as the others, and gradients are added up by the layers themselves.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    seconds: float = 600.0
+    sharded: bool = False
+    store: Any = None
+    calls: int = field(default=0, init=False)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which alone owns the run folder, the log and the report."""
+        return self.rank == 0
+
+    # -- what every rank gets to know ----------------------------------------------------------------------
+
+    def gather(self, thing: T, what: str = "results") -> list[T]:
+        """Every rank's `thing`, in the order of ranks; it must be of plain types and CPU tensors."""
+        if self.world == 1:
+            return [thing]
+        found: list[Any] = [None] * self.world
+        with self._call(what):
+            dist.all_gather_object(found, thing)
+        return found
+
+    def sum(self, tensor: Tensor, what: str = "a sum") -> Tensor:
+        """The sum of every rank's tensor, the same bits on all; the one given is not changed."""
+        if self.world == 1:
+            return tensor
+        total = tensor.clone()
+        with self._call(what):
+            dist.all_reduce(total)
+        return total
+
+    def largest(self, tensor: Tensor, what: str = "a maximum") -> Tensor:
+        """The largest of every rank's numbers, element by element."""
+        if self.world == 1:
+            return tensor
+        found = tensor.clone()
+        with self._call(what):
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
+
+    def any(self, flag: bool, what: str = "a question") -> bool:
+        """Whether it is so on any rank."""
+        return any(self.gather(flag, what))
+
+    def from_main(self, make: Callable[[], T], what: str = "what rank 0 makes") -> T:
+        """What `make` gives on rank 0, on every rank; its error is raised on every rank too."""
+        if self.world == 1:
+            return make()
+        made: list[Any] = [None]
+        error: BaseException | None = None
+        if self.main:
+            try:
+                made = [_Made(make(), None)]
+            except Exception as raised:
+                error, made = raised, [_Made(None, _portable(raised))]
+        with self._call(what):
+            dist.broadcast_object_list(made, src=0)
+        if error is not None:
+            raise error
+        if made[0].error is not None:
+            raise made[0].error
+        return made[0].value
+
+    @contextmanager
+    def main_first(self, what: str = "rank 0 to go first") -> Iterator[None]:
+        """Rank 0 runs the body, then the others do."""
+        if not self.main:
+            self.gather(None, what)
+        yield
+        if self.main:
+            self.gather(None, what)
+
+    def agree(self, error: Exception | None, what: str = "the end of a step") -> None:
+        """Raises, on every rank, the error of the first rank that has one, with its number; none: returns."""
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return
+        for rank, found in enumerate(self.gather(None if error is None else _portable(error), what)):
+            if found is not None:
+                raise _numbered(found, rank)
+
+    # -- gradients -----------------------------------------------------------------------------------------
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], bucket: int = 1 << 25) -> None:
+        """Adds up every rank's gradients in place, in buckets of about `bucket` numbers.
+
+        A parameter that no rank has a gradient for keeps none. Where weights are sharded, nothing is left to add.
+        """
+        if self.world == 1 or self.sharded:
+            return
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        with self._call("the sum of gradients"):
+            dist.all_reduce(has)
+        waiting: list[Tensor] = []
+        for parameter, count in zip(parameters, has.tolist(), strict=True):
+            if not count:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            waiting.append(parameter.grad)
+            if sum(g.numel() for g in waiting) >= bucket:
+                self._sum_bucket(waiting)
+                waiting = []
+        self._sum_bucket(waiting)
+
+    def _sum_bucket(self, gradients: list[Tensor]) -> None:
+        for dtype in {g.dtype for g in gradients}:
+            same = [g for g in gradients if g.dtype == dtype]
+            flat = torch.cat([g.reshape(-1) for g in same])
+            with self._call("the sum of gradients"):
+                dist.all_reduce(flat)
+            for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    # -- time limits ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self, what: str) -> Iterator[None]:
+        """One collective: noted where the others can read it, so that a time-out can name who is missing."""
+        self.calls += 1
+        self.store.set(f"steersman/at/{self.rank}", f"{self.calls} {what}")
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise MissingRankError(f"rank {self.rank} of {self.world}: {what} failed. {self._missing()}") from error
+
+    def _missing(self) -> str:
+        """Where every other rank was last, as far as the store can still be asked."""
+        told = []
+        for rank in range(self.world):
+            if rank == self.rank:
+                continue
+            try:
+                self.store.set_timeout(timedelta(seconds=2))
+                number, _, where = self.store.get(f"steersman/at/{rank}").decode().partition(" ")
+            except Exception:
+                told.append(f"rank {rank} can no longer be asked")
+                continue
+            late = int(number) < self.calls
+            told.append(f"rank {rank} was last in call {number} ({where}){', behind' if late else ''}")
+        return f"This is call {self.calls}; {'; '.join(told)}. A rank that is behind has died or hangs"
+
+
+class MissingRankError(SteersmanError):
+    """Another rank did not come to a collective: it has died, or hangs."""
+
+
+class NoStore:
+    """The store of a process that is alone: nobody reads it."""
+
+    def set(self, key: str, value: str) -> None:
+        return None
+
+
+@dataclass(slots=True)
+class _Made:
+    value: Any
+    error: Exception | None
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it can travel, else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return SteersmanError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _numbered(error: Exception, rank: int) -> Exception:
+    """The same kind of error, which says on which rank it was."""
+    if isinstance(error, SteersmanError):
+        return type(error)(f"rank {rank}: {error}")
+    error.add_note(f"on rank {rank}")
+    return error
+
+
+_here = Ranks(store=NoStore())
+
+
+def ranks() -> Ranks:
+    """This process among those that train together; alone until `opened` says otherwise."""
+    return _here
+
+
+@contextmanager
+def opened(seconds: float, *, sharded: bool = False) -> Iterator[Ranks]:
+    """Joins the ranks that torch's launcher started, for as long as the block lasts; alone where none did.
+
+    Collectives over CPU tensors go through gloo, those over CUDA tensors through NCCL. Raises SteersmanError where
+    the other ranks do not come within `seconds`.
+    """
+    global _here
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield _here
+        return
+    limit = timedelta(seconds=seconds)
+    local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise SteersmanError(
+            f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}: the other ranks did not come within "
+            f"{seconds:g} s to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
+        ) from error
+    before, _here = _here, Ranks(rank, world, local, seconds, sharded, store)
+    try:
+        yield _here
+    finally:
+        _here = before
+        dist.destroy_process_group()
