@@ -36,7 +36,7 @@ def policy_of(family: str = "llama", vocab: int = 96, **config: Any) -> Policy:
 
 
 def model_of(policy: Policy) -> Model:
-    return Model("policy", policy.model, "here", policy.reader)
+    return Model("policy", policy.model, "here", policy)
 
 
 def batch(rows: int, length: int) -> Any:
@@ -121,7 +121,7 @@ def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
     short, long = (activations(model_of(policy), Load(n, n)) for n in (20, 40))
     assert long == pytest.approx(2 * short, rel=0.05)
     critic = policy_of()
-    both = [model_of(policy), Model("critic", critic.model, "here", critic.reader)]
+    both = [model_of(policy), Model("critic", critic.model, "here", critic)]
     apart, together = (foresee(CPU, both, Load(40, 40, at_once=at))[0].shares["activations"] for at in (False, True))
     assert together == 2 * apart
 

@@ -8,6 +8,7 @@ from steersman.model.policy import Logp, Policy
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
+from steersman.model.shard import place, whole_weights
 
 __all__ = [
     "AttributeModel",
@@ -25,6 +26,8 @@ __all__ = [
     "load_reward",
     "load_scalar",
     "load_tokenizer",
+    "place",
     "save",
     "step_ends",
+    "whole_weights",
 ]

@@ -26,6 +26,8 @@ class AttributeModel(Headed):
     `attributes` puts them back into the data's units.
     """
 
+    runs = ("outputs", "attributes", "score", "with_prompt")
+
     def __init__(
         self, model: Any, tokenizer: Any, attributes: Sequence[str], *, max_tokens: int | None = 8192
     ) -> None:

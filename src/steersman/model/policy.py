@@ -48,6 +48,9 @@ class Policy(nn.Module):
     asked for.
     """
 
+    runs = ("logp", "hidden", "logp_from")
+    """Methods that read the weights; sharded ones are gathered around them (`model.shard`)."""
+
     def __init__(self, model: Any, tokenizer: Any, *, pack: int | None = None, max_tokens: int | None = 8192) -> None:
         super().__init__()
         quicken(model)

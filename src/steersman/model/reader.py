@@ -56,6 +56,8 @@ class Joined:
     pack: int | None = None
     shares: bool | None = None
     """Whether the trunk can share prompts; found out when it first would."""
+    single: bool = False
+    """One run of the trunk for each call, whatever is in it: ranks that share weights must run it equally often."""
     feed_forward: nn.Module | bool | None = None
     """What is done only where states are read (`model.narrow`), False where nothing can be; found out likewise."""
 
@@ -93,6 +95,10 @@ class Joined:
             layout = pack(tokens, self.pack)
             rows = torch.arange(len(tokens), device=layout.start.device)
             return [(rows, *self._states(tokens, layout, extra))]
+        if self.single:
+            return [
+                (torch.arange(len(tokens), device=tokens.prompt.device), *self._states(tokens, join(tokens), extra))
+            ]
         cost = call_cost(tokens.prompt.device)
         if len(tokens) > 1 and self._may_share():
             first, which = shared_prompts(tokens)

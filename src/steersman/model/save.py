@@ -15,6 +15,8 @@ from steersman.model.policy import Policy
 from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
 from steersman.run.folder import save_dir
+from steersman.run.pieces import whole
+from steersman.run.ranks import ranks
 
 
 def save(
@@ -33,29 +35,44 @@ def save(
     `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. A folder
     that is there already is replaced once the new one is complete.
 
-    Raises SteersmanError when writing fails; what stood there before is then untouched.
+    Of several ranks all call it and rank 0 writes. Raises SteersmanError when writing fails; what stood there
+    before is then untouched.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    state = _state(model, merged)
 
     def write(partial: Path) -> None:
-        _write(model, partial, merged, dtype)
+        _write(model, state, partial, merged, dtype)
         (tokenizer or model.tokenizer).save_pretrained(partial)
 
     with silence():
-        save_dir(folder, write)
+        ranks().from_main(lambda: save_dir(folder, write), "the model")
     return folder
 
 
+def _state(model: Policy | ScalarModel | AttributeModel, merged: bool) -> dict[str, torch.Tensor]:
+    """The whole weights by name, adapters added in where they are to be, or the adapters alone."""
+    adapters = model.adapters if isinstance(model, Policy) else None
+    if adapters is not None and not merged:
+        state = {name: x for name, x in adapters.state_dict().items() if ".lora_" in name}
+    else:
+        with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
+        state = merged_state(model.model) if with_adapters else model.model.state_dict()
+    return {name: whole(x) for name, x in state.items()}
+
+
 def _write(
-    model: Policy | ScalarModel | AttributeModel, folder: Path, merged: bool, dtype: torch.dtype | None
+    model: Policy | ScalarModel | AttributeModel,
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    merged: bool,
+    dtype: torch.dtype | None,
 ) -> None:
     adapters = model.adapters if isinstance(model, Policy) else None
     if adapters is not None and not merged:
-        adapters.save_pretrained(str(folder))
+        adapters.save_pretrained(str(folder), state_dict=state)
         return
-    with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
-    state = merged_state(model.model) if with_adapters else model.model.state_dict()
     if dtype is not None:
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     model.model.save_pretrained(folder, state_dict=state)

@@ -29,6 +29,9 @@ class Headed(nn.Module):
     Raises SteersmanError if the head does not give `outputs` numbers, or later tokens or padding show.
     """
 
+    runs: tuple[str, ...] = ("outputs",)
+    """Methods that read the weights; sharded ones are gathered around them (`model.shard`)."""
+
     shift: Tensor
     scale: Tensor
 
@@ -91,7 +94,8 @@ class Headed(nn.Module):
         return in_groups(tokens, self.max_tokens, run, self.model.config.num_labels)[0]
 
     def _head(self, hidden: Tensor) -> Float[Tensor, "N A"]:
-        return scalar_head(self.model)(hidden).float()
+        numbers = scalar_head(self.model)(hidden)
+        return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
     def _in_units(self, numbers: Float[Tensor, "*s A"]) -> Float[Tensor, "*s A"]:
         return numbers * self.scale + self.shift if self.meaning.scale else numbers
@@ -120,6 +124,8 @@ class Headed(nn.Module):
 class ScalarModel(Headed):
     """A head of one output: V of a state, or the score of a whole response, in the units of its `meaning`."""
 
+    runs = ("value", "outputs", "score")
+
     def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int | None = 8192) -> None:
         super().__init__(model, tokenizer, 1, max_tokens=max_tokens)
 
@@ -141,14 +147,15 @@ class ScalarModel(Headed):
 class SharedCritic(nn.Module):
     """A critic that is a linear head on the policy's own trunk; its gradient reaches the trunk too.
 
-    The head starts at zero, in float32: the first values are 0 for every state.
+    The head starts at zero, in float32 at least: the first values are 0 for every state.
     """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
         size = policy.head().weight.shape[1]
-        self.value_head = nn.Linear(size, 1, bias=False, device=policy.device)
+        dtype = torch.promote_types(policy.head().weight.dtype, torch.float32)
+        self.value_head = nn.Linear(size, 1, bias=False, device=policy.device, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)
 
     def value(self, tokens: Tokens) -> Float[Tensor, "B T+1"]:
@@ -179,7 +186,7 @@ class SharedCritic(nn.Module):
         return Logp(*(x[:, :T] for x in logp)), value
 
     def _value(self, tokens: Tokens, hidden: Tensor) -> Tensor:
-        value = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0].float()
+        value = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
         return spread(value, response_slots(tokens, extra=1))
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
-from steersman.model import Policy
-from steersman.model.reader import Reader
+from steersman.model import Policy, whole_weights
 from steersman.ops.logprob import TILE
 from steersman.rollout.batch import Limits, belt_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import resident_memory, room
+from steersman.run.pieces import mine
 from steersman.run.preflight import Phase, Preflight, Role, size
 
 PROBE = (32, 64)
@@ -38,12 +38,12 @@ SAMPLING = 3
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of the run. `reader` is given where the model is trained: what runs its trunk."""
+    """A model of the run. `trained` is the policy or scalar model around the module, where it is trained."""
 
     name: str
     module: nn.Module
     source: str
-    reader: Reader | None = None
+    trained: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
         "weights": sum(role.weights for role in roles),
         "optimizer": sum(role.optimizer for role in roles),
     }
-    learners = [model for model in models if model.reader is not None]
+    learners = [model for model in models if model.trained is not None]
     found, kept = [], 0
     if learners:
         each = [activations(model, load) for model in learners]
@@ -154,7 +154,7 @@ def activations(model: Model, load: Load) -> int:
 def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
     """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
 
-    A row of c tokens stands first among at most micro_tokens / c rows that are no longer (`update.micro`), or alone.
+    A row of c tokens stands first among at most micro_tokens / c rows that are no longer (`run.micro`), or alone.
     """
     together = sum(sorted(costs, reverse=True)[:batch])
     return min(together, max(min(batch, max(1, micro_tokens // c)) * c for c in set(costs)))
@@ -162,7 +162,8 @@ def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> 
 
 def _measured(model: Model, load: Load) -> int:
     short, long = PROBE
-    a, b = (saved_bytes(model, n) / n for n in PROBE)
+    with whole_weights(model.trained):
+        a, b = (saved_bytes(model, n) / n for n in PROBE)
     slope = (b - a) / (long - short)
     if slope * long < 0.01 * b:  # what every sequence has once, not scores
         slope = 0.0
@@ -182,9 +183,8 @@ def saved_bytes(model: Model, tokens: int) -> int:
 
     half = tokens // 2
     sequence = collate([Encoded([1] * half, [1] * half, [True] * half)]).to(module.device)
-    assert model.reader is not None
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.reader.hidden(sequence)
+        model.trained.reader.hidden(sequence)
         return sum(x.untyped_storage().nbytes() for x in seen.values())
 
 
@@ -207,7 +207,7 @@ def _tables(model: Any) -> list[nn.Parameter]:
 def _role(model: Model) -> Role:
     """Gradients and AdamW's two moments have their parameters' precision."""
     parameters = list(model.module.parameters())
-    trained = [p for p in parameters if p.requires_grad] if model.reader is not None else []
+    trained = [p for p in parameters if p.requires_grad] if model.trained is not None else []
     weights = sum(map(_bytes, (*parameters, *model.module.buffers())))
     gradients = sum(map(_bytes, trained))
     return Role(
@@ -217,7 +217,8 @@ def _role(model: Model) -> Role:
 
 
 def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+    """What this rank holds of a tensor."""
+    return mine(x).numel() * x.element_size()
 
 
 def _widest(model: nn.Module) -> int:

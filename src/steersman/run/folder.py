@@ -175,6 +175,7 @@ def save_dir(final: Path, write: Callable[[Path], Any]) -> None:
     """
     tmp = final.with_name(f"{_TMP}{final.name}")
     with saving(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(tmp, ignore_errors=True)
         try:
             tmp.mkdir(parents=True)

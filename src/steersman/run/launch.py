@@ -133,7 +133,7 @@ def _error(folder: Path, codes: dict[int, int]) -> Exception:
 @contextmanager
 def joined(parallel: ParallelConfig) -> Iterator[None]:
     """What a verb that may have ranks runs in: they find each other, and rank 0 alone writes to the terminal."""
-    with opened(parallel.timeout, sharded=parallel.mode == "fsdp") as here:
+    with opened(parallel) as here:
         if here.main:
             yield
             return

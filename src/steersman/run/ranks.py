@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steersman.run.parallel import ParallelConfig
 from steersman.types import SteersmanError
 
 T = TypeVar("T")
@@ -28,19 +29,20 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Ranks:
-    """Rank `rank` of `world`; `local` is its place on its own machine. `seconds` is the time limit of a collective.
-
-    `sharded` says that weights lie in pieces over the ranks (FSDP2), so that every rank must run every layer as often
-    as the others, and gradients are added up by the layers themselves.
-    """
+    """Rank `rank` of `world`; `local` is its place on its own machine, `parallel` how the work is shared."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
-    seconds: float = 600.0
-    sharded: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     store: Any = None
     calls: int = field(default=0, init=False)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights lie in pieces over the ranks (FSDP2), so that every rank must run every layer as often as
+        the others, and gradients are added up by the layers themselves."""
+        return self.world > 1 and self.parallel.mode == "fsdp"
 
     @property
     def main(self) -> bool:
@@ -223,17 +225,17 @@ def ranks() -> Ranks:
 
 
 @contextmanager
-def opened(seconds: float, *, sharded: bool = False) -> Iterator[Ranks]:
+def opened(parallel: ParallelConfig) -> Iterator[Ranks]:
     """Joins the ranks that torch's launcher started, for as long as the block lasts; alone where none did.
 
     Collectives over CPU tensors go through gloo, those over CUDA tensors through NCCL. Raises SteersmanError where
-    the other ranks do not come within `seconds`.
+    the other ranks do not come within `parallel.timeout` seconds.
     """
     global _here
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield _here
         return
-    limit = timedelta(seconds=seconds)
+    limit = timedelta(seconds=parallel.timeout)
     local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local % torch.cuda.device_count())
@@ -245,9 +247,9 @@ def opened(seconds: float, *, sharded: bool = False) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise SteersmanError(
             f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}: the other ranks did not come within "
-            f"{seconds:g} s to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
+            f"{parallel.timeout:g} s to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
         ) from error
-    before, _here = _here, Ranks(rank, world, local, seconds, sharded, store)
+    before, _here = _here, Ranks(rank, world, local, parallel, store)
     try:
         yield _here
     finally:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from steersman.data import EncodedSet
-from steersman.model import Policy
+from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
 from steersman.plan.memory import Sampled
@@ -74,10 +74,11 @@ class HeldPrompts:
         """Samples, writes the answers to samples.jsonl once per step, and measures."""
         if not self.prompts:
             return {}
-        samples = sampled_by_all(
-            self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40),
-            progress=Stretch("answers to held prompts"),
-        )  # fmt: skip
+        with whole_weights(self.policy):
+            samples = sampled_by_all(
+                self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40),
+                progress=Stretch("answers to held prompts"),
+            )  # fmt: skip
         self._write(samples)
         stats: Stats = {"held_out/length": sum(len(s.ids) for s in samples) / len(samples)}
         return stats | text_stats([s.text for s in samples]) | self._distance(samples)

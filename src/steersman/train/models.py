@@ -18,10 +18,10 @@ from steersman.model import (
     load_policy,
     load_reward,
     load_scalar,
+    place,
     save,
 )
 from steersman.run.device import resolve_dtype
-from steersman.run.ranks import ranks
 from steersman.train.sections import ModelConfig, RunConfig
 
 
@@ -96,7 +96,7 @@ def reward_from(
 def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig, folder: Path) -> None:
     """The trained model in the Hugging Face layout, in the precision and form that the section asks for."""
     dtype = model.stored_dtype if config.save_dtype == "same" else getattr(torch, config.save_dtype)
-    ranks().from_main(lambda: save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype), "the model")
+    save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)
 
 
 def context_length(model: Any) -> int | None:
@@ -125,3 +125,4 @@ def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: b
     if config.gradient_checkpointing and trainable:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
         module.model.train()
+    place(module)

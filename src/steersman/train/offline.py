@@ -17,8 +17,9 @@ from steersman.data import Batches
 from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
+from steersman.run.pieces import in_pieces
 from steersman.run.ranks import ranks
-from steersman.train.session import Session, to_cpu
+from steersman.train.session import Session, whole_state
 from steersman.train.tally import Tally
 from steersman.types import Stats
 from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
@@ -107,7 +108,7 @@ class Offline:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": to_cpu(trainable(self.objective.module)),
+            "model": whole_state(trainable(self.objective.module)),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
         }
@@ -136,7 +137,7 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 def load_trainable(module: nn.Module, saved: dict[str, Tensor]) -> None:
     """Puts `trainable` back, in place."""
     for name, p in trainable(module).items():
-        p.copy_(saved[name])
+        p.copy_(in_pieces(saved[name], p))
 
 
 def restore_best(session: Session, state: Offline) -> bool:

@@ -98,6 +98,20 @@ class OnPolicyRecipe(Section, Generic[A]):
                 f"reward.whiten changes the scale of returns, which {algorithm.title} compares with the greedy "
                 "response's score; use reward.normalise instead"
             )
+        if self.parallel.mode == "fsdp" and algorithm.update == "trust_region":
+            raise ValueError(
+                f"parallel.mode fsdp: {algorithm.title} needs second derivatives, which sharded layers do not give; "
+                "use mode: replicas"
+            )
+        if self.parallel.mode == "fsdp" and algorithm.sampling_mask() is not None:
+            raise ValueError(
+                f"parallel.mode fsdp: {algorithm.title} copies the whole policy now and then; use mode: replicas"
+            )
+        if self.parallel.mode == "fsdp" and self.critic is not None and self.critic.init == "shared":
+            raise ValueError(
+                "parallel.mode fsdp: a critic that shares the actor's trunk is not sharded yet; use mode: replicas, "
+                "or critic.init: policy"
+            )
         if self.critic is not None and self.critic.init == "shared":
             if algorithm.update == "trust_region":
                 raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steersman.model import Policy, SharedCritic
+from steersman.model import Policy, SharedCritic, whole_weights
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
 from steersman.rollout import Generator, Sampling
@@ -20,7 +20,7 @@ from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.reference import Reference, reference_from, same_tokens
-from steersman.train.session import to_cpu
+from steersman.train.session import whole_state
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.update.optimizer import Optimizer
 
@@ -45,7 +45,8 @@ class Roles:
     def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
         """Samples from the actor as it is now, under the algorithm's mask where it has one."""
         sampling = self.sampling.as_greedy() if greedy else self.sampling
-        return sampled_by_all(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
+        with whole_weights(self.policy):
+            return sampled_by_all(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
 
     def refresh(self, iteration: int) -> None:
         """Copies the actor into the masking policy when it is due."""
@@ -56,14 +57,14 @@ class Roles:
 
     def state_dict(self) -> dict[str, Any]:
         learner = self.learner
-        state = {"policy": to_cpu(trainable(learner.policy)), "actor": learner.actor.state_dict()}
+        state = {"policy": whole_state(trainable(learner.policy)), "actor": learner.actor.state_dict()}
         state["shaping"] = self.shaping.norm.state_dict()
         if learner.critic is not None:
-            state["critic"] = to_cpu(trainable(learner.critic))
+            state["critic"] = whole_state(trainable(learner.critic))
         if learner.critic_optimizer is not None:
             state["critic_optimizer"] = learner.critic_optimizer.state_dict()
         if self.mask_model is not None:
-            state["mask"] = to_cpu(self.mask_model.state_dict())
+            state["mask"] = whole_state(self.mask_model.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -32,8 +32,9 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(
         default=False, description="run Python code that comes with the model's folder; read it first"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="float32", description="precision of weights and arithmetic; auto is bfloat16 where CUDA has it"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32",
+        description="precision of weights and arithmetic; auto is bfloat16 where CUDA has it; float64 is for checks",
     )
     attention: str | None = Field(
         default=None, description="transformers' attention implementation; null is its choice"

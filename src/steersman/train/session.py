@@ -17,6 +17,7 @@ from steersman.run.folder import open_folder, write_atomic
 from steersman.run.health import Finding, HealthWatch
 from steersman.run.health_limits import HealthConfig
 from steersman.run.log import Log, NoLog, read_jsonl
+from steersman.run.pieces import whole
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
@@ -220,6 +221,6 @@ class Session:
         raise SteersmanError(f"stopped at step {step}: {what}. Nothing was saved with it; {where}")
 
 
-def to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors copied to the CPU, so that a checkpoint does not hold what training goes on changing."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+def whole_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors copied to the CPU, so that a checkpoint does not hold what training goes on changing."""
+    return {name: whole(tensor.detach()).cpu().clone() for name, tensor in state.items()}

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from steersman.run.config import Section
+from steersman.run.pieces import in_pieces, whole
 from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
 
@@ -84,7 +85,7 @@ class Optimizer:
         Raises `NotFiniteError` before anything is changed when the gradient is NaN or infinite.
         """
         ranks().sum_gradients(self.parameters)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         if not math.isfinite(norm):
             self.zero_grad()
             raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")
@@ -100,10 +101,17 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "updates": self.updates}
+        adamw = self.adamw.state_dict()
+        moments = {i: {name: whole(x) for name, x in of_one.items()} for i, of_one in adamw["state"].items()}
+        return {"adamw": adamw | {"state": moments}, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"])
+        order = [p for group in self.adamw.param_groups for p in group["params"]]
+        moments = {
+            i: {name: in_pieces(x, order[i]) if x.ndim else x for name, x in of_one.items()}
+            for i, of_one in state["adamw"]["state"].items()
+        }
+        self.adamw.load_state_dict(state["adamw"] | {"state": moments})
         self.updates = state["updates"]
 
 

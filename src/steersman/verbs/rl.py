@@ -179,10 +179,10 @@ def _preflight(
 
 def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     """Everything with weights; what shares the actor's is counted with it."""
-    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy.reader)]
+    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy)]
     critic = roles.learner.critic
     if isinstance(critic, ScalarModel):
-        found.append(Model("critic", critic.model, critic.model.name_or_path, critic.reader))
+        found.append(Model("critic", critic.model, critic.model.name_or_path, critic))
     if isinstance(roles.reference, Policy):
         found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():

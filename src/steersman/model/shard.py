@@ -1,0 +1,110 @@
+"""Weights in pieces over the ranks: PyTorch's FSDP2 under policies and scalar models.
+
+The wrapped class itself is the root, since the loops call `logp`, `hidden`, `value` and `score` and not `forward`.
+A sharded model makes one run of its trunk in each call, whatever the lengths and shared prompts of its rows, because
+every rank must come to each layer equally often.
+
+Source: `fully_shard`, PyTorch 2.6 and newer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from steersman.model.reader import Joined
+from steersman.run.ranks import ranks
+from steersman.types import SteersmanError, Tokens
+
+
+def place(model: Any) -> None:
+    """Lays a policy's or scalar model's weights in pieces over the ranks, in place, where `parallel.mode` is fsdp.
+
+    Gradients are summed, not averaged: losses carry the whole batch's denominator already. Raises SteersmanError
+    where the ranks do not divide into `parallel.replicas`.
+    """
+    here, device = ranks(), model.device
+    parallel = here.parallel
+    if not here.sharded:
+        return
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if here.world % parallel.replicas:
+        raise SteersmanError(
+            f"parallel.replicas is {parallel.replicas}, which does not divide the {here.world} devices"
+        )
+    sizes, names = (here.world,), ("shard",)
+    if parallel.replicas > 1:
+        sizes, names = (parallel.replicas, here.world // parallel.replicas), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    own = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": parallel.reshard,
+        "mp_policy": fsdp.MixedPrecisionPolicy(own[parallel.compute_dtype], own[parallel.reduce_dtype]),
+        "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        if parallel.offload
+        else fsdp.OffloadPolicy(),
+    }
+    for layer in layers(model.model):
+        fsdp.fully_shard(layer, **settings)
+    fsdp.fully_shard(model, **settings)
+    for name in model.runs:
+        fsdp.register_fsdp_forward_method(model, name)
+    for part in _parts(model):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    model.max_tokens = None
+    if isinstance(model.reader, Joined):
+        model.reader.single = True
+    with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
+        getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks that transformers says must not be split, outermost first, none inside another."""
+    names: set[str] = set(model._no_split_modules or ())  # type: ignore[arg-type]
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and id(module) not in inside:
+            found.append(module)
+            inside |= {id(part) for part in module.modules()}
+    if not found:
+        raise SteersmanError(
+            f"parallel.mode fsdp: {type(model).__name__} does not say which of its blocks are layers; use mode: "
+            "replicas"
+        )
+    return found
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """The modules whose weights are gathered together; none where nothing is sharded."""
+    if not ranks().sharded:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """While open every rank holds the whole weights, as sampling needs them; they must not change meanwhile.
+
+    `model` is what `place` was given. A model that is not sharded has them anyway.
+    """
+    parts = _parts(model)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(ranks().parallel.reshard and part is not model, recurse=False)
+            part.reshard()
