@@ -8,7 +8,7 @@ from steersman.model.policy import Logp, Policy
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
-from steersman.model.shard import place, whole_weights
+from steersman.model.shard import in_their_pieces, place, whole_weights
 
 __all__ = [
     "AttributeModel",
@@ -22,6 +22,7 @@ __all__ = [
     "ScalarModel",
     "SharedCritic",
     "fresh_policy",
+    "in_their_pieces",
     "load_policy",
     "load_reward",
     "load_scalar",

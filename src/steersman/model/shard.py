@@ -53,7 +53,8 @@ def place(model: Any) -> None:
     }
     for layer in layers(model.model):
         fsdp.fully_shard(layer, **settings)
-    fsdp.fully_shard(model, **settings)
+    # The output layer is used after the trunk's run too: what is in no layer stays gathered until a backward pass.
+    fsdp.fully_shard(model, **(settings | {"reshard_after_forward": False}))
     for name in model.runs:
         fsdp.register_fsdp_forward_method(model, name)
     for part in _parts(model):
@@ -64,6 +65,7 @@ def place(model: Any) -> None:
         model.reader.single = True
     with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
         getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
+    in_their_pieces(model)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -90,6 +92,12 @@ def _parts(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+def in_their_pieces(model: nn.Module) -> None:
+    """Gives back what a run without gradients left gathered, so that the model's parameters are the pieces again."""
+    for part in _parts(model):
+        part.reshard()
 
 
 @contextmanager

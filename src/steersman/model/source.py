@@ -15,9 +15,10 @@ import torch
 import transformers as hf
 
 from steersman.model.quiet import silence
+from steersman.run import device
 from steersman.types import SteersmanError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+DTYPES = device.DTYPES | {"auto": "auto"}
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
 

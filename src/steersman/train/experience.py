@@ -60,6 +60,7 @@ def trajectory(
     too counts it twice, and the critic, which learns from its own value there, runs away: see docs/log.md.)
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
+    All numbers have the precision and device of `score`.
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
     mask, B = tokens.mask, len(samples)
@@ -69,7 +70,7 @@ def trajectory(
         per_token = None if per_token is None else torch.where(terminated[:, None], per_token, 0.0)
     else:
         terminated = torch.ones_like(terminated)
-    recorded = behaviour_logp(samples, mask.shape[1]).to(mask.device)
+    recorded = behaviour_logp(samples, mask.shape[1]).to(score)
     logp_rollout = None if logp_old is None else recorded
     logp_old = recorded if logp_old is None else logp_old
     penalty = beta if algorithm.kl_in == "reward" and logp_ref is not None else 0.0
@@ -87,6 +88,6 @@ def trajectory(
     discount = torch.full_like(reward, algorithm.gamma)
     last = last_step(mask).clamp(min=0)
     rows = torch.arange(B, device=mask.device)
-    discount[rows, last] = torch.where(terminated, 0.0, algorithm.gamma)
+    discount[rows, last] = algorithm.gamma * (~terminated).to(discount.dtype)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
     return Trajectory(mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score)

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.data import Batches
+from steersman.model import in_their_pieces
 from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
@@ -130,6 +131,7 @@ def not_finite(losses: Sequence[Tensor]) -> NotFiniteError | None:
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that training changes, by name; tied ones once."""
+    in_their_pieces(module)
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 

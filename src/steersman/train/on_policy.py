@@ -117,12 +117,13 @@ class OnPolicy:
         roles, recipe = self.roles, self.recipe
         tokens = tokens_of(samples).to(roles.device)
         score, stats = self.shape(samples, scores)
+        like = torch.zeros((), device=roles.device, dtype=roles.number)
         logp_old = self._logp(roles.policy, tokens) if recipe.rollout.recompute_logp else None
         logp_ref = None if roles.reference is None else self._logp(roles.reference, tokens.untruncated())
         traj = trajectory(
-            samples, tokens, score.to(roles.device), self.algorithm, self.beta.coef,
+            samples, tokens, score.to(like), self.algorithm, self.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
-            per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
+            per_token=None if scores.per_token is None else scores.per_token.to(like),
             cut="end" if recipe.critic is None else recipe.critic.cut,
         )  # fmt: skip
         traj.value = roles.learner.value(tokens, traj)
@@ -153,7 +154,7 @@ class OnPolicy:
             greedy = self.roles.generate(prompts, seed=0, n=1, greedy=True)
             shaped, _ = self.shape(greedy, self.roles.reward.score(greedy), update=False)
             score = dict(zip((p.index for p in prompts), shaped.tolist(), strict=True))
-            return torch.tensor([score[s.prompt.index] for s in samples], device=traj.reward.device)
+            return traj.reward.new_tensor([score[s.prompt.index] for s in samples])
         if self.algorithm.baseline == "moving":
             before = self.moving_mean
             returns = masked_sum(traj.reward, traj.mask, dim=-1)

@@ -42,6 +42,11 @@ class Roles:
     def policy(self) -> Policy:
         return self.learner.policy
 
+    @property
+    def number(self) -> torch.dtype:
+        """Precision of rewards, log-probabilities and values: float32 at least."""
+        return torch.promote_types(torch.float32, next(self.policy.parameters()).dtype)
+
     def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
         """Samples from the actor as it is now, under the algorithm's mask where it has one."""
         sampling = self.sampling.as_greedy() if greedy else self.sampling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -180,8 +181,12 @@ class Session:
         return found
 
     def save(self, step: int) -> None:
-        """A whole checkpoint of this step."""
+        """A whole checkpoint of this step.
+
+        Raises SteersmanError where the ranks' states are not the same, bit for bit: then they have drifted apart.
+        """
         state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
+        require_same(state["state"])
         ranks().from_main(lambda: self.checkpoints.save(step, state, self.last_metrics), "a checkpoint")
         self.saved = step
 
@@ -219,6 +224,32 @@ class Session:
         kept = self.checkpoints.latest()
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
         raise SteersmanError(f"stopped at step {step}: {what}. Nothing was saved with it; {where}")
+
+
+def require_same(state: dict[str, Any]) -> None:
+    """Raises SteersmanError, on every rank, where a rank's state is not rank 0's, with the first difference."""
+    if ranks().world == 1:
+        return
+    mine = digests(state)
+    first, *others = ranks().gather(mine, "the ranks' weights")
+    for rank, found in enumerate(others, start=1):
+        for name, digest in first.items():
+            if found.get(name) != digest:
+                raise SteersmanError(
+                    f"rank {rank} has another {name} than rank 0: they have drifted apart, so nothing was saved; go "
+                    "on from the last checkpoint, and please report this"
+                )
+
+
+def digests(state: Any, name: str = "") -> dict[str, str]:
+    """SHA-256 of every tensor and number of a nested state, by its dotted name."""
+    if isinstance(state, dict):
+        return {k: v for key, inner in state.items() for k, v in digests(inner, f"{name}.{key}".strip(".")).items()}
+    if isinstance(state, torch.Tensor):
+        raw = state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    else:
+        raw = repr(state).encode()
+    return {name: hashlib.sha256(raw).hexdigest()}
 
 
 def whole_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,26 @@
+"""What one rank of a launch does: every case of a file, one after the other.
+
+`python rank_worker.py CASES.json` runs each `{"verb", "recipe"}` through the verb's own function, as a rank where
+RANK and WORLD_SIZE are set. Many cases share one launch, since a start costs seconds of imports.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from steersman.cli import VERBS, _load
+from steersman.run.launch import joined
+from steersman.train import session
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    session.write_report = lambda folder: folder / "report.html"
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    recipes = [(VERBS[c["verb"]], VERBS[c["verb"]].recipe_class(None, []).model_validate(c["recipe"])) for c in cases]
+    with joined(recipes[0][1].parallel):
+        for verb, recipe in recipes:
+            _load(verb.run)(recipe, resume=False)

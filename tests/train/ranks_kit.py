@@ -1,0 +1,36 @@
+"""Launches of several ranks on this machine, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float = 400) -> None:
+    """Runs the cases on `world` ranks (1: alone); fails with what the first bad rank said."""
+    file.write_text(json.dumps(cases))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    running = []
+    for rank in range(world):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if world > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = [sys.executable, str(WORKER), str(file)]
+        running.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        said = [one.communicate(timeout=timeout)[0] for one in running]
+    finally:
+        for one in running:
+            one.kill()
+    for one, text in zip(running, said, strict=True):
+        assert one.returncode == 0, text[-4000:]
