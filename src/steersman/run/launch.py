@@ -7,6 +7,7 @@ ranks are there already and nothing is started here.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -61,12 +62,24 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
             {rank: _environment(rank, devices, port, place) for port in [_free_port()] for rank in range(devices)},
             DefaultLogsSpecs(log_dir=folder),
         )
+        logging.getLogger(f"{start_processes.__module__}.api").setLevel(logging.CRITICAL)  # told here, and once
         with _signals_to(list(running.pids().values())):
-            while (result := running.wait(0.2)) is None:
+            codes = _first_ends(running)
+            while running.wait(0.2) is None:  # which ends the others where one failed
                 pass
-        if result.is_failed():
-            raise _error(place, {rank: failure.exitcode for rank, failure in result.failures.items()})
+        if any(codes.values()):
+            raise _error(place, codes)
         return json.loads((place / "summary.json").read_text(encoding="utf-8"))
+
+
+def _first_ends(running: Any) -> dict[int, int]:
+    """The exit codes of the ranks once all have ended, or once one has failed: of those that had ended by then."""
+    processes = {rank: handler.proc for rank, handler in running.subprocess_handlers.items()}
+    while True:
+        codes = {rank: code for rank, one in processes.items() if (code := one.poll()) is not None}
+        if len(codes) == len(processes) or any(codes.values()):
+            return codes
+        time.sleep(0.1)
 
 
 def _environment(rank: int, devices: int, port: int, folder: Path) -> dict[str, str]:
@@ -117,12 +130,13 @@ def _error(folder: Path, codes: dict[int, int]) -> Exception:
     """What the first rank that failed left word of; else how it ended."""
     left = sorted((json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("error-*.json")),
                   key=lambda word: word["at"])  # fmt: skip
-    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    killed = [rank for rank, code in codes.items() if code < 0]
     if killed and not any(word["own"] for word in left):
         name = signal.Signals(-codes[killed[0]]).name
         return SteersmanError(f"rank {killed[0]} was ended by {name}, so all were ended; go on with --resume")
     if not left:
-        return SteersmanError(f"a rank ended without a word, with exit code {next(iter(codes.values()))}")
+        rank, code = next((rank, code) for rank, code in codes.items() if code)
+        return SteersmanError(f"rank {rank} ended with exit code {code} and without a word, so all were ended")
     first = next((word for word in left if word["own"]), left[0])
     if first["crash"]:
         print(first["text"], file=sys.stderr)

@@ -1,0 +1,183 @@
+"""Runs on several processes end as they should: errors once and by name, signals at a step's end, no orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from letter_models import rows_of
+from train_kit import merge, plain, save_tiny, settings
+
+pytestmark = pytest.mark.slow
+REWARDS = """
+import os, signal, time
+from pathlib import Path
+
+def counted(prompts, completions):
+    return [c.count("a") / 4 for c in completions]
+
+def slow(prompts, completions):
+    time.sleep(0.3)
+    return counted(prompts, completions)
+
+def broken(prompts, completions):
+    raise ValueError("no such thing")
+"""
+
+
+@pytest.fixture
+def base(tmp_path) -> dict[str, Any]:
+    (tmp_path / "own.py").write_text(REWARDS)
+    found = settings(tmp_path, save_tiny(tmp_path / "model"))
+    return merge(found, {"run.devices": 2, "run.save_every": 1, "parallel.timeout": 60})
+
+
+def begin(tmp_path: Path, values: dict[str, Any], verb: str = "grpo", *words: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, deaf to nothing."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "steersman.cli", verb, str(tmp_path / "recipe.yaml"), *words]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate(timeout=5))
+
+
+def gone(pids: list[int], seconds: float = 90) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = max((run / "checkpoints").glob("step-*"))
+    return torch.load(newest / "state.pt", weights_only=True)["state"]["roles"]["policy"]
+
+
+def test_an_error_of_the_users_is_told_once(base, tmp_path):
+    process = begin(tmp_path, merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:broken"}))
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.count("no such thing") == 1, error
+    assert "Traceback" not in error + out
+
+
+def test_a_wrong_recipe_is_refused_before_any_rank_starts(base, tmp_path):
+    for change, said in (
+        ({"parallel.tensor": 2}, "tensor is 2"),
+        ({"parallel.offload": True}, "offload goes with mode: fsdp"),
+        ({"parallel.mode": "fsdp", "parallel.replicas": 3}, "does not divide"),
+    ):
+        process = begin(tmp_path, merge(base, change))
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert said in error, error
+
+
+def test_a_rank_that_is_killed_ends_all_and_is_named(base, tmp_path):
+    values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:slow", "iterations": 200})
+    process = begin(tmp_path, values)
+    wait_for_steps(tmp_path / "run", 2, process)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "SIGKILL" in error
+    assert "--resume" in error
+    assert gone(ranks)
+
+
+def test_a_rank_that_hangs_is_named_within_the_time_limit(base, tmp_path):
+    values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:slow", "iterations": 400,
+                          "parallel.timeout": 8})  # fmt: skip
+    process = begin(tmp_path, values)
+    wait_for_steps(tmp_path / "run", 2, process)
+    ranks = children(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    started = time.monotonic()
+    _, error = process.communicate(timeout=150)
+    assert time.monotonic() - started < 75
+    assert process.returncode == 2
+    assert "rank 1 was last in call" in error, error
+    assert gone(ranks)
+
+
+def test_a_signal_is_agreed_and_the_run_goes_on_with_another_number_of_ranks(base, tmp_path):
+    values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:slow", "iterations": 6,
+                          "model.dtype": "float64"})  # fmt: skip
+    process = begin(tmp_path, values)
+    wait_for_steps(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert error.count("finishing this step") == 1
+    saved = max((tmp_path / "run" / "checkpoints").glob("step-*")).name
+    assert saved != "step-00000006"
+    process = begin(tmp_path, merge(values, {"run.devices": 1}), "grpo", "--resume")
+    assert process.wait(timeout=120) == 0, process.communicate()
+    whole = begin(tmp_path, merge(values, {"run.devices": 1, "run.dir": str(tmp_path / "whole")}))
+    assert whole.wait(timeout=120) == 0
+    for name, value in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=0, atol=1e-9)
+    assert [r["step"] for r in rows_of(tmp_path / "run" / "metrics.jsonl")] == [*range(7)]
+
+
+def test_ranks_end_when_their_starter_is_killed(base, tmp_path):
+    values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:slow", "iterations": 400})
+    process = begin(tmp_path, values)
+    wait_for_steps(tmp_path / "run", 2, process)
+    ranks = children(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(ranks)
+
+
+def test_killed_at_any_moment_nothing_is_lost(base, tmp_path):
+    values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:counted", "iterations": 12})
+    layouts = [{"run.devices": 2}, {"run.devices": 2, "parallel.mode": "fsdp"}, {"run.devices": 1}]
+    for turn, layout in enumerate(layouts):
+        process = begin(tmp_path, merge(values, layout), "grpo", *(["--resume"] if turn else []))
+        wait_for_steps(tmp_path / "run", 3 * (turn + 1), process)
+        for pid in (*children(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    process = begin(tmp_path, merge(values, {"run.devices": 2}), "grpo", "--resume")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    found = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in found] == [*range(13)]
+    alone = begin(tmp_path, merge(values, {"run.devices": 1, "run.dir": str(tmp_path / "alone")}))
+    assert alone.wait(timeout=120) == 0
+    expected = rows_of(tmp_path / "alone" / "metrics.jsonl")
+    for got, wanted in zip(found[1:], expected[1:], strict=True):
+        assert plain(got)["reward/total"] == pytest.approx(plain(wanted)["reward/total"], abs=1e-5)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
