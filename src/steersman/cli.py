@@ -110,7 +110,8 @@ VERBS = {
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
-                     "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
+                     "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'",
+                     many=True),
 }  # fmt: skip
 REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 

@@ -18,6 +18,7 @@ from steersman.metrics import Corpus, Metric, metric
 from steersman.reward.metrics import inputs
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
+from steersman.run.parallel import ParallelConfig
 from steersman.run.recipe_text import load_yaml
 from steersman.run.terminal import printable
 from steersman.types import Prompt, Sample, SteersmanError
@@ -56,7 +57,8 @@ class EvaluateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset(f"generate.{key}" for key in GenerateRecipe.unread_keys())
+        own = ("run.devices", *(f"parallel.{key}" for key in ParallelConfig.model_fields))
+        return frozenset(f"generate.{key}" for key in (*GenerateRecipe.unread_keys(), *own))
 
     @model_validator(mode="after")
     def _one_source(self) -> EvaluateRecipe:

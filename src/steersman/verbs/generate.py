@@ -11,13 +11,16 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
+from steersman.model import whole_weights
 from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
+from steersman.run.parallel import ParallelConfig
+from steersman.run.ranks import ranks
 from steersman.run.terminal import printable
-from steersman.train.generators import open_generator
+from steersman.train.generators import open_generator, sampled_by_all
 from steersman.train.models import context_length, policy_from
-from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
+from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ManyRunConfig, ModelConfig, RolloutConfig
 from steersman.types import Sample
 
 
@@ -35,7 +38,8 @@ class GenerateRecipe(Section):
     rollout: RolloutConfig = RolloutConfig(held_out=0)
     greedy: bool = Field(default=False, description="the likeliest token each time")
     out: str | None = Field(default=None, description="JSONL file to write; null prints the responses")
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
@@ -61,7 +65,8 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
     if recipe.out is None:
         _show(samples)
     else:
-        write_samples(samples, Path(recipe.out))
+        out = Path(recipe.out)
+        ranks().from_main(lambda: write_samples(samples, out), "the responses")
     return {"samples": len(samples), "out": recipe.out}
 
 
@@ -84,7 +89,8 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     engine = open_generator(rollout, policy)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
-    samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
+    with whole_weights(policy):
+        samples = sampled_by_all(engine, asked, sampling, n=rollout.samples, seed=recipe.run.seed)
     for prompt in asked:
         prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}
     return samples
