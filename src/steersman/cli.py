@@ -24,7 +24,8 @@ class Verb:
 
     `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
     file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
-    told where the verb is typed alone. `many` says that several processes can share a run (`run.devices`).
+    told where the verb is typed alone. With `any_file` that setting may be YAML
+    too. `many` says that several processes can share a run (`run.devices`).
     """
 
     run: str
@@ -33,6 +34,7 @@ class Verb:
     file_key: str = ""
     example: str = ""
     many: bool = False
+    any_file: bool = False
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
@@ -102,6 +104,9 @@ VERBS = {
                   "a judge compares or grades a file of answers: pairs, rankings or ratings come out"),
     "grue": Verb("steersman.grue.run:run", "steersman.grue.recipe:GrueRecipe",
                  "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric"),
+    "plan": Verb("steersman.verbs.plan:run", "steersman.verbs.plan:PlanRecipe",
+                 "where a recipe's models fit on many devices, and how long an iteration takes there",
+                 file_key="recipe", example="recipes/ppo.yaml --devices 8xH100-80GB --size 7b", any_file=True),
     "verify": Verb("steersman.verify.run:run", "steersman.verify.run:VerifyRecipe",
                    "every method against exact answers on a small language, in one table"),
     "evaluate": Verb("steersman.verbs.evaluate:run", "steersman.verbs.evaluate:EvaluateRecipe",
@@ -174,7 +179,7 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     # A word right after a setting is its value, so only one in front can be the recipe.
     path = Path(args[0]) if args and not args[0].startswith("-") else None
     words = args[1:] if path is not None else args
-    if path is not None and verb.file_key and path.suffix not in (".yaml", ".yml"):
+    if path is not None and verb.file_key and (verb.any_file or path.suffix not in (".yaml", ".yml")):
         path, words = None, [f"--{verb.file_key}", str(path), *words]
     if not args and verb.example:
         _red(f"{name}: a model and data are needed; the least is\n  steersman {name} {verb.example}\n"

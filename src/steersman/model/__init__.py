@@ -8,9 +8,11 @@ from steersman.model.policy import Logp, Policy
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
+from steersman.model.shape import SIZES, Shape, shape_of
 from steersman.model.shard import in_their_pieces, place, whole_weights
 
 __all__ = [
+    "SIZES",
     "AttributeModel",
     "GatedModel",
     "Gating",
@@ -20,6 +22,7 @@ __all__ = [
     "Meaning",
     "Policy",
     "ScalarModel",
+    "Shape",
     "SharedCritic",
     "fresh_policy",
     "in_their_pieces",
@@ -29,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "place",
     "save",
+    "shape_of",
     "step_ends",
     "whole_weights",
 ]

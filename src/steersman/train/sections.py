@@ -61,13 +61,17 @@ KEPT_ONLY = ("dir", "eval_every", "save_every", "keep_last", "keep_best", "sinks
 """Keys of `run` that are about a run folder, or about training."""
 
 
+ON_ACCELERATOR = 16_384
+"""Tokens of a micro-batch on an accelerator."""
+
+
 def micro_tokens(known: dict[str, Any]) -> int:
     """How many tokens go through a model at once, by the `device` that is known of the section: enough to keep an
     accelerator busy; on a CPU, few enough that activations stay below the size (32 MiB) from which every tensor is
     fresh memory from the system, page by page."""
     device = known.get("device", "auto")
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    return 2_048 if on_cpu else 16_384
+    return 2_048 if on_cpu else ON_ACCELERATOR
 
 
 class RunConfig(Section):

@@ -1,0 +1,67 @@
+"""How large a model is, from its config alone: no weight is read or made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+
+from steersman.model.source import find, read_config
+
+SIZES: dict[str, dict[str, Any]] = {
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32_000},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128_256},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40,
+            "num_key_value_heads": 40, "vocab_size": 32_000},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 128_256},
+}  # fmt: skip
+"""Llama-style shapes by their usual names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Parameters in all, of the largest layer, and of the tables of vocabulary x hidden; and what a cache holds."""
+
+    name: str
+    parameters: int
+    largest_layer: int
+    tables: int
+    layers: int
+    hidden: int
+    cached: int
+    """Numbers that one token leaves in the cache of one layer: keys and values."""
+
+    def cache(self, length: float, number: int) -> float:
+        """Bytes of one sequence's keys and values, with `number` bytes each."""
+        return self.layers * self.cached * length * number
+
+
+def shape_of(path: str) -> Shape:
+    """The shape of the model in a folder, or of one of `SIZES` by its name."""
+    if path.lower() in SIZES:
+        config: Any = hf.LlamaConfig(**SIZES[path.lower()])
+    else:
+        config = read_config(*find(path), [])
+    with torch.device("meta"):
+        auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+        model: Any = auto.from_config(config)
+    text = config.get_text_config()
+    names = set(model._no_split_modules or ())
+    layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]
+    tables = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        name=path, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
+        tables=sum(tables.values()), layers=text.num_hidden_layers, hidden=text.hidden_size,
+        cached=2 * (getattr(text, "num_key_value_heads", None) or heads) * size,
+    )  # fmt: skip
