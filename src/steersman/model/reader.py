@@ -43,6 +43,11 @@ class Reader(Protocol):
         """Each row's states before its response and after its last token."""
         ...
 
+    def once_a_call(self) -> None:
+        """From now on the trunk runs once in each call, whatever is in it: ranks that share weights must run it
+        equally often."""
+        ...
+
 
 @dataclass(slots=True)
 class Joined:
@@ -57,13 +62,16 @@ class Joined:
     shares: bool | None = None
     """Whether the trunk can share prompts; found out when it first would."""
     single: bool = False
-    """One run of the trunk for each call, whatever is in it: ranks that share weights must run it equally often."""
+    """Whether the trunk runs once in each call."""
     feed_forward: nn.Module | bool | None = None
     """What is done only where states are read (`model.narrow`), False where nothing can be; found out likewise."""
 
     @property
     def start(self) -> tuple[int, ...]:
         return ()
+
+    def once_a_call(self) -> None:
+        self.single = True
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         parts = self._parts(tokens, extra)
@@ -154,6 +162,9 @@ class Pair:
     encoder: nn.Module
     decoder: nn.Module
     start: tuple[int, ...]
+
+    def once_a_call(self) -> None:
+        return None
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         return self._states(tokens, extra)[response_slots(tokens, extra)]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from steersman.model.reader import Joined
 from steersman.run.ranks import ranks
 from steersman.types import SteersmanError, Tokens
 
@@ -45,24 +44,22 @@ def place(model: Any) -> None:
     own = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     settings: dict[str, Any] = {
         "mesh": mesh,
-        "reshard_after_forward": parallel.reshard,
         "mp_policy": fsdp.MixedPrecisionPolicy(own[parallel.compute_dtype], own[parallel.reduce_dtype]),
         "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
         if parallel.offload
         else fsdp.OffloadPolicy(),
     }
     for layer in layers(model.model):
-        fsdp.fully_shard(layer, **settings)
+        fsdp.fully_shard(layer, reshard_after_forward=parallel.reshard, **settings)
     # The output layer is used after the trunk's run too: what is in no layer stays gathered until a backward pass.
-    fsdp.fully_shard(model, **(settings | {"reshard_after_forward": False}))
+    fsdp.fully_shard(model, reshard_after_forward=False, **settings)
     for name in model.runs:
         fsdp.register_fsdp_forward_method(model, name)
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     model.max_tokens = None
-    if isinstance(model.reader, Joined):
-        model.reader.single = True
+    model.reader.once_a_call()
     with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
         getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
     in_their_pieces(model)
