@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from steersman.ops.logprob import Head, Gradient, Tiles
+from steersman.ops.logprob import Gradient, Head, Tiles
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
@@ -137,6 +138,36 @@ def _narrowed(head: Head, width: int) -> Head:
     return Head(head.weight[:width], bias, head.logit_scale, head.softcap)
 
 
+def sorted_distance(
+    hidden: Float[Tensor, "N H"],
+    head: Head,
+    teacher: Whole,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 64,
+) -> Float[Tensor, " N"]:
+    """How far two distributions over different vocabularies are apart when only their probabilities count.
+
+        D = sum_i |p_(i) - q_(i)|,    p_(1) >= p_(2) >= ..., the shorter one continued by zeros
+
+    It is the Wasserstein distance where moving mass between any two tokens costs the same; differentiable in the
+    student. 0 means equal probabilities in order, not equal tokens.
+
+    Source: arXiv 2402.12030, section 3.3 (universal logit distillation).
+    """
+
+    def part(h: Tensor, taught: Tensor) -> Tensor:
+        q = head.log_softmax(h, temperature).exp().sort(-1, descending=True).values
+        with torch.no_grad():
+            p = teacher.head.log_softmax(taught, temperature).exp().sort(-1, descending=True).values.to(q)
+        wide = max(p.shape[1], q.shape[1])
+        p, q = (torch.nn.functional.pad(x, (0, wide - x.shape[1])) for x in (p, q))
+        return (p - q).abs().sum(-1)
+
+    pieces = zip(hidden.split(chunk), teacher.hidden.split(chunk), strict=True)
+    return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
+
+
 class _Rows:
     """Both distributions over the outcomes that are compared, for rows [a, b)."""
 
@@ -158,8 +189,8 @@ class _Rows:
         logits, slope = self.student.logits(a, b, 0, self.width)
         log_q = torch.log_softmax(logits, -1)
         if self.taught is not None:
-            log_p = torch.log_softmax(self.taught.logits(a, b, 0, self.width)[0].to(log_q.dtype), -1)
-            return log_p, log_q, log_q, slope
+            log_p = torch.log_softmax(self.taught.logits(a, b, 0, self.width)[0], -1)
+            return log_p.to(log_q), log_q, log_q, slope
         listed = self.teacher.rows(slice(a, b))
         rest = log_q.scatter(1, listed.ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=FAINT)
         log_p = torch.cat([listed.logp, listed.rest.log()[:, None]], -1).to(log_q.dtype)
