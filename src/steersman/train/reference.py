@@ -40,9 +40,9 @@ class AdaptersOff:
         with self.policy.reference() as frozen:
             return frozen.logp(tokens, temperature=temperature)
 
-    def logp_from(self, tokens: Tokens, hidden: Float[Tensor, "N H"]) -> Logp:
+    def logp_from(self, tokens: Tokens, hidden: Float[Tensor, "N H"], *, temperature: float = 1.0) -> Logp:
         with self.policy.reference() as frozen:
-            return frozen.logp_from(tokens, hidden)
+            return frozen.logp_from(tokens, hidden, temperature=temperature)
 
 
 Reference = Policy | AdaptersOff
