@@ -40,7 +40,8 @@ MAY = {
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"},
     "distill": MATHS
-    | {"run", "data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train", "objectives"},
+    | {"run", "data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
+    | {"objectives"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
 }  # fmt: skip
 """What each room may import of the others."""

@@ -82,7 +82,7 @@ def other_tokenizer(folder):
 @pytest.mark.parametrize("share", [1, 0])
 def test_a_teacher_with_another_tokenizer_is_read_through_text_or_refused(settings, tmp_path, share):
     teacher = {"path": str(other_tokenizer(tmp_path / "other"))}
-    with pytest.raises(SteersmanError, match="use loss.name uld"):
+    with pytest.raises(SteersmanError, match=r"use loss\.name uld"):
         distil(settings, teacher=teacher)
     told = distil(
         settings, teacher=teacher, loss__name="uld", train__epochs=8, run__dir=str(tmp_path / "uld"),

@@ -17,7 +17,7 @@ from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.rows import Taught
 from steersman.distill.teacher import Answer
-from steersman.reward import WeightedSum
+from steersman.reward import ScoreShaping, WeightedSum
 from steersman.rollout import Generator
 from steersman.run.seed import stream
 from steersman.train.offline import load_trainable, trainable
@@ -49,6 +49,7 @@ class Distill:
         reward: WeightedSum | None,
     ) -> None:
         self.recipe, self.objective, self.data, self.engine, self.reward = recipe, objective, data, engine, reward
+        self.shaping = None if recipe.reward is None else ScoreShaping(recipe.reward)
         train = recipe.train
         lengths = [len(e) for e in data.given] or [len(p.ids) for p in data.prompts]
         self.batches = Batches(len(data), train.batch_size, recipe.run.seed, lengths, shuffle=recipe.data.shuffle)
@@ -81,9 +82,10 @@ class Distill:
         return bool(draw < self.recipe.train.on_policy)
 
     def own(self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None) -> Own:
-        """The student's answers to prompts, with what their rewards say of them beside others to the same prompt, or
-        beside all others where each prompt has one."""
+        """The student's answers to prompts, with what their rewards say of them. `taught` are the teacher's readings
+        of prompts that are not those of the training data."""
         samples = self.engine.generate(prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
+        train = taught is None
         taught = [self.data.taught[p.index] for p in prompts] if taught is None else taught
         answers = [
             Answer(s.prompt.ids, s.ids, [True] * len(s.ids), taught[i // n], s.prompt.index, s.text, s.terminated)
@@ -92,13 +94,24 @@ class Distill:
         stats: Stats = {"length/mean": sum(len(s.ids) for s in samples) / len(samples)}
         stats["finish/length"] = sum(not s.terminated for s in samples) / len(samples)
         if self.reward is not None:
-            scores = self.reward.score(samples)
-            group = torch.tensor([a.row if n > 1 else 0 for a in answers])
-            for answer, advantage in zip(answers, leave_one_out(scores.total, group).tolist(), strict=True):
-                answer.advantage = advantage
-            stats["reward/total"] = float(scores.total.mean())
-            stats |= {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
+            stats |= self._worth(answers, samples, self.reward, training=train)
         return Own(answers, samples, stats)
+
+    def _worth(self, answers: list[Answer], samples: list[Sample], reward: WeightedSum, *, training: bool) -> Stats:
+        """Sets each answer's advantage: its shaped score beside the others' to the same prompt, or beside all others'
+        where each prompt has one."""
+        assert self.shaping is not None
+        scores, limit = reward.score(samples), self.recipe.rollout.max_new_tokens
+        terminated, length = (
+            torch.tensor([a.ended for a in answers]),
+            torch.tensor([len(a.response) for a in answers]),
+        )
+        shaped, stats = self.shaping(scores.total, terminated, length, limit, update=training)
+        group = torch.tensor([a.row if self.recipe.rollout.samples > 1 else 0 for a in answers])
+        for answer, advantage in zip(answers, leave_one_out(shaped, group).tolist(), strict=True):
+            answer.advantage = advantage
+        stats["reward/total"] = float(scores.total.mean())
+        return stats | {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
 
     def text(self, ids: list[int]) -> str:
         """The text of a given answer, for a teacher that reads text."""
@@ -127,6 +140,7 @@ class Distill:
             "model": to_cpu(trainable(self.objective.policy)),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
+            "shaping": None if self.shaping is None else self.shaping.norm.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,4 +148,6 @@ class Distill:
         load_trainable(self.objective.policy, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
+        if self.shaping is not None:
+            self.shaping.norm.load_state_dict(state["shaping"])
         self.engine.update_weights(self.done)

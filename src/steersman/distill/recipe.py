@@ -129,7 +129,7 @@ class DistillRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"rollout.prompts", "rollout.recompute_logp", "rollout.importance_cap"})
+        return frozenset({"rollout.prompts", "rollout.recompute_logp", "rollout.importance_cap", "reward.whiten"})
 
     @property
     def gradient_through_samples(self) -> bool:
