@@ -22,8 +22,8 @@ from steersman.update.micro import micro_batches
 class Watch:
     """`held_out/teacher_kl` is KL(student || teacher) in nats per answer, of the student's own answers: the mean over
     sampled answers of the sum over their tokens of the whole distributions' divergence; `held_out/teacher_kl_se` is
-    its standard error over prompts. With another tokenizer it is `held_out/uld`, the sorted distance per token. Where the data
-    have answers, `held_out/loss` is the student's loss on them, in nats per token.
+    its standard error over prompts. With another tokenizer it is `held_out/uld`, the sorted distance per token. Where
+    the data have answers, `held_out/loss` is the student's loss on them, in nats per token.
     """
 
     def __init__(self, run: Distill, held: Taught) -> None:
