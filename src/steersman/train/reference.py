@@ -92,3 +92,9 @@ def divergence(hidden_p: Tensor, head_p: Head, hidden: Tensor, head: Head, rows:
 
     pieces = zip(hidden_p.split(rows), hidden.split(rows), strict=True)
     return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
+
+
+@torch.no_grad()
+def collision(hidden: Tensor, head: Head, rows: int = 256) -> Float[Tensor, " N"]:
+    """log sum_v p(v)^2 at each position: of two draws, the log-probability that they are the same token."""
+    return torch.cat([(2 * head.log_softmax(part)).logsumexp(-1) for part in hidden.split(rows)])
