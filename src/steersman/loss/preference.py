@@ -28,9 +28,9 @@ class PairLogp(NamedTuple):
     `chosen` and `rejected` are log-probabilities of whole answers (nats), `ref_*` the reference's, `*_length`
     the number of tokens that counted, `*_kl` the sequential divergence sum_t KL(pi_ref(. | s_t) || pi(. | s_t))
     over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
-    losses with `takes_offset` read it). `own` is how much both answers are like the policy's own, the sum over the two
-    of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient. What a loss does not need may be None
-    (`offline.LOSSES` says); what it needs and lacks is a TypeError.
+    losses with `takes_offset` read it). `own` is how much both answers are like the policy's own: over the two, the
+    sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient.
+    What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks is a TypeError.
     """
 
     chosen: Float[Tensor, " B"]

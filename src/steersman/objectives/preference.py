@@ -87,7 +87,9 @@ class PairLossConfig(Section):
 class PairObjective:
     """The objective: the mean of a pair loss, both answers in one forward.
 
-    `watch` answers held prompts at every look at held-out data.
+    `watch` answers held prompts at every look at held-out data. With an `anchor`, a second frozen policy and its
+    share, the reference is the geometric mixture of both: log pi_ref = (1 - share) log reference + share log anchor,
+    up to a number per prompt, which no pair feels.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class PairObjective:
         config: PairLossConfig,
         micro_tokens: int,
         watch: HeldPrompts | None = None,
+        anchor: tuple[Reference, float] | None = None,
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
@@ -108,7 +111,10 @@ class PairObjective:
             assert reference is not None
             for data in filter(None, (train, held_out)):
                 answers = [e for group in data.groups for e in group]
-                self.known[id(data)] = answer_logp(reference, answers, micro_tokens).view(-1, 2)
+                known = answer_logp(reference, answers, micro_tokens)
+                if anchor is not None:
+                    known = (1 - anchor[1]) * known + anchor[1] * answer_logp(anchor[0], answers, micro_tokens)
+                self.known[id(data)] = known.view(-1, 2)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
