@@ -48,7 +48,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One independent piece of work: `kind` is gradient, shipped, core (training runs), offline, distilled, played."""
+    """One piece of work: `kind` is gradient, shipped, core (training runs), offline, distilled or played."""
 
     kind: str
     name: str

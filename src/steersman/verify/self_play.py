@@ -48,8 +48,8 @@ def play(
     rounds: int = ROUNDS,
 ) -> Float[Tensor, "S V"]:
     """The policy after some rounds. Each draws pairs of its own answers, labelled by `chosen[i, j]`, how often i
-    beats j; or pairs of an answer of the data (`given`, its distribution) and one of its own. The reference is the last
-    policy, mixed with the first one by `share`."""
+    beats j; or pairs of an answer of the data (`given`, its distribution) and one of its own. The reference is the
+    last policy, mixed with the first one by `share`."""
     first = mdp.sequence_logp_ref.sum(-1)
     logits, N = mdp.logp_ref, len(mdp)
     w, l = (x.flatten() for x in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))  # noqa: E741
