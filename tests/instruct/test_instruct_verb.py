@@ -97,10 +97,10 @@ def test_without_a_corrector_only_what_passes_is_kept(tmp_path, mini):
 
 
 def test_a_rephrased_instruction_is_kept_only_with_all_its_rules(tmp_path, mini):
-    def behave(n: int, text: str) -> str:
+    def behave(_: int, text: str) -> str:
         if not text.startswith("Rewrite the instruction"):
             return "no"
-        return text.split("\n\n", 1)[1].upper() if n % 2 else "do something"
+        return text.split("\n\n", 1)[1] + " please" if len(text) % 2 else "do something"
 
     with serving(behave) as server:
         told = run(settings(tmp_path, mini, corrector=endpoint(server), rephrase=True, tries=1))
