@@ -213,3 +213,15 @@ def test_readers_that_can_not_read_and_recipes_that_ask_two_are_refused(tmp_path
             recipe(tmp_path, ROWS, reader=reader, judge={"reward": {"l": {"builtin": "length"}}})
     with pytest.raises(ValueError, match="revise: the reader writes"):
         recipe(tmp_path, ROWS, revise=True)
+
+
+def test_rules_agree_with_the_labelled_sample(shared):
+    """200 turns of two real sets, labelled by hand: far above chance, and far from perfect."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "results"))
+    import reactions
+
+    root = Path(__file__).resolve().parents[2]
+    found = reactions.labelled(shared, root / "recipes" / "data" / "reactions-labelled.jsonl")
+    assert len(found) == 200
+    told = [category(e.reaction, e.asked) for e, _ in found]
+    assert 0.6 < kappa(told, [kind for _, kind in found]) < 0.8
