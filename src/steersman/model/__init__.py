@@ -1,6 +1,7 @@
 """Language models in their roles: policy, reference, critic, reward model."""
 
 from steersman.model.attributes import AttributeModel, GatedModel, Gating
+from steersman.model.ensemble import EnsembleModel, head_names
 from steersman.model.load import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.lora import LoraConfig
 from steersman.model.meaning import Meaning, step_ends
@@ -11,6 +12,7 @@ from steersman.model.scratch import fresh_policy
 
 __all__ = [
     "AttributeModel",
+    "EnsembleModel",
     "GatedModel",
     "Gating",
     "Headed",
@@ -21,6 +23,7 @@ __all__ = [
     "ScalarModel",
     "SharedCritic",
     "fresh_policy",
+    "head_names",
     "load_policy",
     "load_reward",
     "load_scalar",
