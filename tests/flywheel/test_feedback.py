@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from letter_models import rows_of, write_jsonl
@@ -11,7 +13,10 @@ from steersman.data import DataConfig
 from steersman.data.load import demonstrations, feedback
 from steersman.flywheel.feedback import FeedbackRecipe, run
 from steersman.flywheel.reactions import category, overlap
+from steersman.flywheel.reading import Reading, kappa, parsed
 from steersman.types import SteersmanError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "judge"))
 
 
 def said(role, text):
@@ -126,3 +131,97 @@ def test_real_conversations_are_read(shared, tmp_path, folder, least):
     summary = run(recipe(tmp_path, str(shared / folder), data={"on_bad_row": "skip"}))
     assert summary["data/kto"] >= least
     assert 0 < summary["yield"] < 0.3
+
+
+# A model that reads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "turn", "wanted"),
+    [
+        ("KIND: praise\nSPAN: Thank you", "Thank you, lovely!", Reading("praise", "Thank you")),
+        (
+            '**Kind**: Correction.\n**Span**: "that\'s wrong"',
+            "No, that’s  WRONG.",
+            Reading("correction", "that's wrong"),
+        ),
+        ("I think\nKIND: none\nSPAN:", "Who wrote it?", Reading("none")),
+        ("KIND: praise\nSPAN: wonderful answer", "Thank you", None),
+        ("KIND: praise\nSPAN:", "Thank you", None),
+        ("KIND: joy\nSPAN: Thank you", "Thank you", None),
+        ("It is praise.", "Thank you", None),
+        ("KIND: none\nKIND: praise\nSPAN: Thank you", "Thank you", Reading("none")),
+    ],
+)
+def test_a_reading_counts_only_with_words_that_the_turn_has(reply, turn, wanted):
+    assert parsed(reply, turn) == wanted
+
+
+def test_kappa_is_agreement_beyond_chance():
+    assert kappa("aabb", "aabb") == 1
+    assert kappa("aabb", "abab") == 0
+    assert kappa("aaaa", "aaaa") == 1
+    # 50 pairs, the textbook's 20, 5, 10, 15
+    first, second = "a" * 25 + "b" * 25, "a" * 20 + "b" * 5 + "a" * 10 + "b" * 15
+    assert kappa(first, second) == pytest.approx(0.4)
+
+
+ROWS = [{"messages": chat} for chat in CHATS]
+
+
+def reads(_: int, text: str) -> str:
+    """A reader over HTTP; it also writes what a user should have got."""
+    turn = text.rsplit("<newest turn>", 1)[-1].split("</newest turn>")[0].strip()
+    if "<newest turn>" not in text:
+        return "A dog ran, and that is what you asked."
+    if "not what I asked" in turn:
+        return "KIND: correction\nSPAN: not what I asked"
+    if "thank" in turn.lower():
+        return f"KIND: praise\nSPAN: {turn}"
+    return "KIND: praise\nSPAN: what nobody said"
+
+
+def test_a_model_reads_the_turns_and_writes_what_should_have_been_said(tmp_path):
+    from judge_server import serving
+
+    with serving(reads) as server:
+        reader = {"endpoint": {"url": server.url, "model": "m", "retries": 0}}
+        told = run(recipe(tmp_path, ROWS, reader=reader, revise=True))
+        asked = len(server.seen)
+        run(recipe(tmp_path, ROWS, reader=reader, revise=True), resume=True)
+        assert len(server.seen) == asked
+    rows = rows_of(tmp_path / "run/reactions.jsonl")
+    assert [r["category"] for r in rows] == ["praise", "correction", "praise", "unread"]
+    assert [r["span"] for r in rows] == ["Thank you, lovely!", "not what I asked", "Great, thanks.", ""]
+    assert told["reader/unread"] == 0.25
+    assert told["agreement/thumbs"] == 1
+    assert told["kappa/kinds"] == 1
+    (revised,) = rows_of(tmp_path / "run/revised.jsonl")
+    assert revised["rejected"] == "No."
+    assert revised["chosen"].startswith("A dog ran")
+    assert len(rows_of(tmp_path / "run/kto.jsonl")) == 3
+
+
+def test_readers_that_can_not_read_and_recipes_that_ask_two_are_refused(tmp_path):
+    from judge_server import serving
+
+    with serving(lambda n, text: "well") as server:
+        reader = {"endpoint": {"url": server.url, "model": "m", "retries": 0}}
+        with pytest.raises(SteersmanError, match=r"praises or complains|no reply told a kind"):
+            run(recipe(tmp_path, ROWS, reader=reader))
+        with pytest.raises(ValueError, match="give one of them"):
+            recipe(tmp_path, ROWS, reader=reader, judge={"reward": {"l": {"builtin": "length"}}})
+    with pytest.raises(ValueError, match="revise: the reader writes"):
+        recipe(tmp_path, ROWS, revise=True)
+
+
+def test_rules_agree_with_the_labelled_sample(shared):
+    """200 turns of two real sets, labelled by hand: far above chance, and far from perfect."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "results"))
+    import reactions
+
+    root = Path(__file__).resolve().parents[2]
+    found = reactions.labelled(shared, root / "recipes" / "data" / "reactions-labelled.jsonl")
+    assert len(found) == 200
+    told = [category(e.reaction, e.asked) for e, _ in found]
+    assert 0.6 < kappa(told, [kind for _, kind in found]) < 0.8

@@ -227,12 +227,34 @@ def test_pairs_by_comparison(form, tmp_path, mini_model):
         assert max(Counter(p["index"] for p in pairs).values()) == 1
 
 
+def test_long_answers_pay_for_their_length():
+    rows = [{**row, "tokens": 10 * n} for n, row in enumerate(graded(2, 5, 3))]
+    pairs = list(online_dpo.pairs_of(rows, online_dpo.PairsConfig(length_penalty=0.5)))
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("c2", "c3")]
+    assert pairs[0]["lead"] == 2.0 - (3.0 - 0.5 * 20)
+
+
+def test_the_data_s_own_answers_are_chosen_and_must_be_there(tmp_path, mini_model):
+    data = write_jsonl(tmp_path / "given.jsonl", [{"prompt": w, "completion": f"{w} a"} for w in "abcdefghi"])
+    extra = {
+        "data": {"path": str(data)},
+        "rollout": {"prompts": 4, "samples": 1, "max_new_tokens": 10, "held_out": 3},
+    }
+    turn("online-dpo", tmp_path, mini_model, rounds=1, pairs={"by": "given"}, reference="last", **extra)
+    pairs = rows_of(tmp_path / "run/round-01/pairs.jsonl")
+    assert [p["chosen"] for p in pairs] == [f"{p['prompt']} a" for p in pairs]
+    assert len(pairs) == 4
+    with pytest.raises(SteersmanError, match="no text in column 'reply'"):
+        turn("online-dpo", tmp_path, mini_model, folder="b", pairs={"by": "given", "column": "reply"}, **extra)
+
+
 def test_the_reference_stays_or_moves(tmp_path, mini_model):
     seen = {}
-    for reference in ("start", "last"):
+    for reference in ("start", "last", "mixed"):
         turn("online-dpo", tmp_path, mini_model, folder=reference, reference=reference)
         config = yaml.safe_load((tmp_path / reference / "round-02/dpo/config.yaml").read_text())
         seen[reference] = config["reference"]
+        assert config["anchor"] == (str(mini_model) if reference == "mixed" else None)
         assert config["model"]["path"].endswith("round-01/dpo/model")
     assert seen["start"] == str(mini_model)
     assert seen["last"].endswith("round-01/dpo/model")

@@ -94,6 +94,33 @@ def paper_cpo(y, z, yr, zr, ky, kz, beta):  # 2401.08417
     return prefer - y.sum()
 
 
+def paper_alphapo(y, z, yr, zr, ky, kz, beta, gamma, alpha):  # 2501.03884
+    def r(x):
+        return beta * (1 - torch.exp(x.sum()) ** (-alpha / len(x))) / alpha
+
+    return -torch.log(sig(r(y) - r(z) - gamma))
+
+
+def paper_dpo_shift(y, z, yr, zr, ky, kz, beta, f):  # 2502.07599 (2)
+    up, down = (torch.log(torch.exp(a.sum()) / torch.exp(b.sum())) for a, b in ((y, yr), (z, zr)))
+    return -torch.log(sig(beta * up - f * beta * down))
+
+
+def paper_wpo(y, z, yr, zr, ky, kz, beta):  # 2406.11827; here the divergences' tensors serve as log sum pi^2
+    w = torch.exp((y + ky).mean()) * torch.exp((z + kz).mean())
+    w = (w if w < 1 else torch.ones_like(w)).detach()
+    return w * paper_dpo(y, z, yr, zr, ky, kz, beta)
+
+
+def paper_cal_dpo(y, z, yr, zr, ky, kz, beta):  # 2412.14516
+    up, down = y.sum() - yr.sum(), z.sum() - zr.sum()
+    return -torch.log(sig(up - down)) + (up - 1 / (2 * beta)) ** 2 + (down + 1 / (2 * beta)) ** 2
+
+
+def paper_sppo(y, z, yr, zr, ky, kz, eta):  # 2405.00675 (4.7), P = 1 and 0
+    return (y.sum() - yr.sum() - eta * (1 - 0.5)) ** 2 + (z.sum() - zr.sum() - eta * (0 - 0.5)) ** 2
+
+
 CASES = {
     "dpo": (paper_dpo, (0.3,), preference.dpo, {"beta": 0.3}),
     "conservative": (paper_cdpo, (0.3, 0.2), preference.dpo, {"beta": 0.3, "label_smoothing": 0.2}),
@@ -108,6 +135,12 @@ CASES = {
     "simpo": (paper_simpo, (2.0, 0.6), preference.simpo, {"beta": 2.0, "margin": 0.6}),
     "orpo": (paper_orpo, (0.25,), preference.orpo, {"weight": 0.25}),
     "cpo": (paper_cpo, (0.3,), preference.cpo, {"beta": 0.3}),
+    "alphapo": (paper_alphapo, (2.0, 0.3, 0.5), preference.alphapo, {"beta": 2.0, "margin": 0.3, "alpha": 0.5}),
+    "alphapo<0": (paper_alphapo, (2.0, 0.3, -0.5), preference.alphapo, {"beta": 2.0, "margin": 0.3, "alpha": -0.5}),
+    "dpo_shift": (paper_dpo_shift, (0.3, 0.7), preference.dpo_shift, {"beta": 0.3, "shift": 0.7}),
+    "wpo": (paper_wpo, (0.3,), preference.wpo, {"beta": 0.3}),
+    "cal_dpo": (paper_cal_dpo, (0.3,), preference.cal_dpo, {"beta": 0.3}),
+    "sppo": (paper_sppo, (2.5,), preference.sppo, {"beta": 0.4}),
 }
 
 
@@ -131,10 +164,14 @@ def batch(seed: int = 0):
     return named, chosen_mask, rejected_mask
 
 
-def ours(function, options, named, chosen_mask, rejected_mask):
+def pair_of(named, chosen_mask, rejected_mask):
     rest = {k: v for k, v in named.items() if k not in ("chosen", "rejected")}
-    pair = preference.pair_logp(named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest)
-    return function(pair, **options)
+    own = {f"{side}_own": named[side] + named[f"{side}_kl"] for side in ("chosen", "rejected")}
+    return preference.pair_logp(named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest, **own)
+
+
+def ours(function, options, named, chosen_mask, rejected_mask):
+    return function(pair_of(named, chosen_mask, rejected_mask), **options)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -196,7 +233,7 @@ def test_extreme_logps_stay_finite(name):
     ]
     kl = torch.tensor([4000.0, 0.0, 0.0, 1.0])
     length = torch.tensor([100.0, 1.0, 0.0, 7.0])
-    pair = preference.PairLogp(tensors[0], tensors[1], length, length, tensors[2], tensors[3], kl, kl)
+    pair = preference.PairLogp(tensors[0], tensors[1], length, length, tensors[2], tensors[3], kl, kl, own=-kl)
     loss, _ = function(pair, **options)
     grads = torch.autograd.grad(loss.sum(), tensors[:2])
     assert loss.isfinite().all()
@@ -243,7 +280,7 @@ def test_a_soft_label_is_the_mean_over_single_votes(name):
     """Three raters of four: the loss of three votes one way and one the other, for value and gradient."""
     _, _, function, options = CASES[name]
     named, cm, rm = batch()
-    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **{k: named[k] for k in list(named)[2:]})
+    pair = pair_of(named, cm, rm)
     swapped = {
         k: named[k.replace("chosen", "?").replace("rejected", "chosen").replace("?", "rejected")] for k in named
     }
@@ -285,7 +322,7 @@ def test_offsets_ask_for_a_lead():
 @pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.data == "pair"])
 def test_table_says_which_losses_take_an_offset(name):
     named, cm, rm = batch()
-    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **{k: named[k] for k in list(named)[2:]})
+    pair = pair_of(named, cm, rm)
     moved = LOSSES[name].function(pair._replace(offset=torch.ones(B, dtype=torch.float64)))[0]
     assert torch.equal(moved, LOSSES[name].function(pair)[0]) != LOSSES[name].takes_offset
 
@@ -361,13 +398,18 @@ def test_table_says_what_each_loss_needs(name):
         assert {"logp", "ref_logp", "desirable"} <= set(inspect.signature(spec.function).parameters)
         return
     named, cm, rm = batch()
-    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **{k: named[k] for k in list(named)[2:]})
+    pair = pair_of(named, cm, rm)
     no_kl = pair._replace(chosen_kl=None, rejected_kl=None)
     if spec.needs_full_kl:
         with pytest.raises(TypeError, match="divergences"):
             spec.function(no_kl)
     else:
         assert torch.equal(spec.function(no_kl)[0], spec.function(pair)[0])
+    if spec.needs_own:
+        with pytest.raises(TypeError, match="policy's own"):
+            spec.function(pair._replace(own=None))
+    else:
+        assert torch.equal(spec.function(pair._replace(own=None))[0], spec.function(pair)[0])
     bare = pair._replace(ref_chosen=None, ref_rejected=None)
     if spec.needs_reference:
         with pytest.raises(TypeError, match="reference"):

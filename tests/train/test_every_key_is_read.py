@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from letter_models import write_jsonl
+from letter_models import save_mini, write_jsonl
 from train_kit import merge
 
 from steersman.cli import VERBS, main
@@ -78,9 +78,18 @@ def runs_of(verb: str, tmp_path, mini, base) -> list[dict[str, Any]]:
             {**plain, "data": {"path": str(rows)}, "out": str(tmp_path / "out.jsonl")},
         ]
     more: dict[str, Any] = {"model.lora": {"r": 2}}
+    if verb == "distill":
+        teacher = save_mini(tmp_path / "teacher", 1)
+        plain = {**offline(tmp_path, mini, verb), "teacher": {"path": str(teacher)}, "loss": {"name": "jsd"}}
+        plain = merge(plain, {"train.on_policy": 0.5, "rollout.max_new_tokens": 4, "rollout.samples": 2})
+        own = {"loss.name": "minillm", "train.on_policy": 1, "reward": base["reward"]}
+        own |= {"teacher": {"path": "start", "prompt": "a {prompt}"}, "optimizer.warmup": 2}
+        runs = ({"run.dir": str(tmp_path / "a")}, {**more, **own, "optimizer.schedule": "cosine"})
+        return [merge(plain, {"run.dir": str(tmp_path / "b"), **extra}) for extra in runs]
     if verb in ("sft", "reward", "dpo", "kto"):
         plain = offline(tmp_path, mini, verb)
         more |= {"optimizer.warmup": 2, "optimizer.schedule": "cosine", "train.keep": "best"}
+        more |= {"anchor": str(mini)} if verb == "dpo" else {}
     else:
         plain = merge(base, {"iterations": 1})
     return [merge(plain, {**extra, "run.dir": str(tmp_path / f"{verb}-{i}")}) for i, extra in enumerate(({}, more))]
@@ -88,7 +97,7 @@ def runs_of(verb: str, tmp_path, mini, base) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "verb",
-    ["sft", "reward", "dpo", "kto", "generate", "ppo", "trpo", "grpo", "nlpo",
+    ["sft", "reward", "dpo", "kto", "distill", "generate", "ppo", "trpo", "grpo", "nlpo",
      *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo-kl", "rloo", "remax", "dapo", "gspo", "a2c"))],
 )  # fmt: skip
 def test_what_a_verb_accepts_it_reads(verb, tmp_path, mini, base, monkeypatch):

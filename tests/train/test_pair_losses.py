@@ -177,3 +177,15 @@ def test_a_lead_that_is_rounding_is_half_right():
     }
     made.known = {key: torch.stack([p.chosen, p.rejected], 1).detach() for key, p in made.known.items()}
     assert made.evaluate()["held_out/accuracy"] == 0.5
+
+
+def test_an_anchor_makes_the_reference_a_geometric_mixture():
+    config = PairLossConfig(name="ipo")
+    plain = objective(config)
+    anchor = Policy(tiny_model("llama", seed=5, scale=2.0).double(), None)
+    both = PairObjective(
+        plain.module, plain.reference, plain.train, plain.held_out, config, 10_000, None, (anchor, 0.3)
+    )
+    alone = PairObjective(plain.module, anchor, plain.train, plain.held_out, config, 10_000)
+    mixed = [x.known[id(plain.train)] for x in (plain, alone, both)]
+    torch.testing.assert_close(mixed[2], 0.7 * mixed[0] + 0.3 * mixed[1])

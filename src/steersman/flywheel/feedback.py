@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.data import BadRows, DataConfig, RowError, section_rows
+from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.reactions import DOWN, Down, category
+from steersman.flywheel.reading import Reading, kappa, read, revise
 from steersman.judge import JudgeConfig, open_judge
 from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
+from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
 from steersman.run.config import Section
 from steersman.train.offline import OfflineConfig
@@ -67,10 +69,20 @@ class FeedbackRecipe(Section):
     judge: JudgeConfig | None = Field(
         default=None, description="who reads the users' turns (on a scale of 1 to 5); null: rules that can be read"
     )
+    reader: WriterConfig | None = Field(
+        default=None,
+        description="in the place of judge: a model that tells each turn's kind, and the words that say so",
+    )
+    revise: bool = Field(
+        default=False,
+        description="let the reader write the answer that a user who complained should have got: revised.jsonl",
+    )
     no_prompt: Literal["count", "stop"] = Field(
         default="count", description="feedback on an answer to no user's turn: leave it out and count it, or stop"
     )
-    down: list[Down] = Field(default=list(DOWN), description="with rules: which reactions are a thumb down")
+    down: list[Down] = Field(
+        default=list(DOWN), description="with rules or a reader: which reactions are a thumb down"
+    )
     model: ModelConfig | None = Field(default=None, description="the model to train; null: only make the data")
     then: list[Literal["sft", "kto"]] = Field(default=[], description="what to train, in order, each on the last")
     sft: SFTStage = SFTStage()
@@ -81,13 +93,20 @@ class FeedbackRecipe(Section):
     def _fits(self) -> FeedbackRecipe:
         if bool(self.then) != (self.model is not None):
             raise ValueError("`model` and `then` belong together: give both to train, or neither to make data only")
+        if self.judge is not None and self.reader is not None:
+            raise ValueError("`judge` grades the users' turns and `reader` reads them: give one of them")
+        if self.revise and self.reader is None:
+            raise ValueError("revise: the reader writes the revised answers; give one")
         return self
 
 
 def run(recipe: FeedbackRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Leaves reactions.jsonl, kto.jsonl and sft.jsonl, trains what the recipe asks for, returns the summary."""
     with Ledger("feedback", recipe, resume=resume, rounds=0) as ledger:
-        reactions = ledger.table("reactions", lambda: _reactions(ledger, recipe), **_about(recipe))
+        writer = None
+        if recipe.reader is not None:
+            writer = Writer(recipe.reader, ledger.path, stopping=lambda: bool(ledger.signal))
+        reactions = ledger.table("reactions", lambda: _reactions(ledger, recipe, writer), **_about(recipe))
         labelled = [r for r in reactions if r["label"] is not None]
         if not labelled:
             raise SteersmanError(f"{recipe.data.path}: none of {len(reactions)} user turns praises or complains")
@@ -98,10 +117,17 @@ def run(recipe: FeedbackRecipe, *, resume: bool = False) -> dict[str, Any]:
         seen = Counter(r["category"] for r in reactions)
         stats: Stats = {f"reactions/{name}": seen[name] for name in sorted(seen)}
         stats |= {"data/exchanges": len(reactions), "data/kto": len(kto), "data/sft": len(praised)}
+        if writer is not None:
+            stats |= _agreement(reactions)
+            if recipe.revise:
+                revised = ledger.table("revised", lambda: _revised(labelled, writer), by=writer.describe())
+                stats["data/revised"] = len(revised)
         ledger.finish_round(0, stats, [_shown(i, r) for i, r in enumerate(labelled[:40])])
         told: dict[str, Any] = {
             "data": {"kto": str(ledger.path / "kto.jsonl"), "sft": str(ledger.path / "sft.jsonl")}
         }
+        if recipe.revise:
+            told["data"]["revised"] = str(ledger.path / "revised.jsonl")
         told |= stats | {"yield": len(kto) / max(len(reactions), 1)}
         return ledger.summary(told | _train(ledger, recipe))
     return ledger.summary({})
@@ -127,7 +153,7 @@ def _train(ledger: Ledger, recipe: FeedbackRecipe) -> dict[str, Any]:
     return {"model": path}
 
 
-def _reactions(ledger: Ledger, recipe: FeedbackRecipe) -> Rows:
+def _reactions(ledger: Ledger, recipe: FeedbackRecipe, writer: Writer | None) -> Rows:
     """Every exchange once, with its category and label (True, False, or null where it says nothing)."""
     left_out = BadRows(recipe.data.on_bad_row)
     found = list(_exchanges(recipe, left_out))
@@ -135,17 +161,50 @@ def _reactions(ledger: Ledger, recipe: FeedbackRecipe) -> Rows:
         ledger.log.note(left_out.sentence)
     if not found:
         raise SteersmanError(f"{recipe.data.path}: no answer with a user's turn after it ({left_out.sentence})")
-    if recipe.judge is None:
+    spans = [""] * len(found)
+    if writer is not None:
+        readings = [r or Reading("unread") for r in read(found, writer)]
+        told, spans = [(r.kind, _label(r.kind, recipe)) for r in readings], [r.span for r in readings]
+    elif recipe.judge is None:
         told = [(c, _label(c, recipe)) for c in (category(e.reaction, e.asked) for e in found)]
     else:
         told = _judged(ledger, recipe.judge, found)
     return [
         {
             "prompt": e.prompt, "completion": e.answer, "label": label, "category": name, "reaction": e.reaction,
+            **({"span": span, "rules": category(e.reaction, e.asked)} if writer is not None else {}),
             "file": e.row.file, "row": e.row.number,
         }
-        for e, (name, label) in zip(found, told, strict=True)
+        for e, (name, label), span in zip(found, told, spans, strict=True)
     ]  # fmt: skip
+
+
+def _agreement(reactions: Rows) -> Stats:
+    """How often the reader and the rules say the same: of kinds, and of thumbs (up, down, neither)."""
+    read = [r for r in reactions if r["category"] != "unread"]
+    if not read:
+        raise SteersmanError(
+            "reader: no reply told a kind and the words that say so; is it a model that follows instructions?"
+        )
+    thumb = {"praise": "up", "mixed": "neither", "none": "neither"}
+    kinds = [(r["category"], r["rules"]) for r in read]
+    thumbs = [(thumb.get(a, "down"), thumb.get(b, "down")) for a, b in kinds]
+    out: Stats = {"reader/unread": 1 - len(read) / len(reactions)}
+    for name, pairs in (("kinds", kinds), ("thumbs", thumbs)):
+        out[f"agreement/{name}"] = sum(a == b for a, b in pairs) / len(pairs)
+        out[f"kappa/{name}"] = kappa(*zip(*pairs, strict=True))
+    return out
+
+
+def _revised(labelled: Rows, writer: Writer) -> Rows:
+    """For each answer with a thumb down, the one that the user should have got: demonstrations and pairs."""
+    bad = [r for r in labelled if r["label"] is False]
+    found = [Exchange(r["prompt"], r["completion"], r["reaction"], Row({}, r["file"], r["row"])) for r in bad]
+    return [
+        {"prompt": r["prompt"], "chosen": text, "rejected": r["completion"], "file": r["file"], "row": r["row"]}
+        for r, text in zip(bad, revise(found, writer), strict=True)
+        if text is not None
+    ]
 
 
 def _exchanges(recipe: FeedbackRecipe, left_out: BadRows) -> Iterator[Exchange]:
@@ -204,7 +263,8 @@ def _judged(ledger: Ledger, config: JudgeConfig, found: list[Exchange]) -> list[
 
 
 def _about(recipe: FeedbackRecipe) -> dict[str, Any]:
-    judge = "rules" if recipe.judge is None else recipe.judge.model_dump(mode="json", exclude_defaults=True)
+    by = recipe.judge or recipe.reader
+    judge = "rules" if by is None else by.model_dump(mode="json", exclude_defaults=True)
     return {"judge": judge, "made_from": recipe.data.path, "down": list(recipe.down)}
 
 

@@ -8,6 +8,15 @@ it; with `last` the reference moves along, and the constraint is on each round's
 Source: arXiv 2312.11456, algorithm 2, and 2405.07863, section 3 (best against worst of n, pi_0 as reference, all
 pairs so far: `history: all`). Departures: no second, exploring policy beside the main one; more temperature
 (`rollout.temperature`) is the exploration.
+
+Self-play, where answers are compared and no reward need exist:
+
+- `loss.name: sppo`, `reference: last`: SPPO, multiplicative weights on win rates (arXiv 2405.00675).
+- `loss.name: ipo`, `reference: mixed`: each round's policy is pulled toward exp(P(y beats pi_t) / beta) from the
+  geometric mixture of the last policy and the first one, so that the rounds rest at the Nash equilibrium of the game
+  regularised by beta * anchor_share nats to the first model: Nash-MD's mixture (arXiv 2312.00886) with the regression
+  of arXiv 2407.00617 in the place of its policy gradient, opponents drawn from the last policy.
+- `pairs.by: given`, `reference: last`, `loss.name: dpo`: SPIN (arXiv 2401.01335): the data's answers are chosen.
 """
 
 from __future__ import annotations
@@ -34,8 +43,14 @@ from steersman.verbs.preference import PreferenceRecipe
 class PairsConfig(Section):
     """How a prompt's answers become pairs."""
 
-    by: Literal["grade", "compare"] = Field(
-        default="grade", description="the judge grades each answer, or compares them two by two in both orders"
+    by: Literal["grade", "compare", "given"] = Field(
+        default="grade",
+        description="the judge grades each answer, or compares them two by two in both orders; given: the data's own "
+        "answer, in `column`, is preferred to each of them (SPIN)",
+    )
+    column: str = Field(default="completion", description="with given: the column of the data's answer")
+    length_penalty: float = Field(
+        default=0.0, ge=0, description="taken off an answer's grade for each of its tokens, before answers are paired"
     )
     form: Literal["best_worst", "all"] = Field(
         default="best_worst", description="one pair a prompt, the best against the worst, or every decided pair"
@@ -47,16 +62,19 @@ class OnlineDPORecipe(RoundsRecipe):
     """Iterative preference optimisation on the model's own answers."""
 
     pairs: PairsConfig = PairsConfig()
-    reference: Literal["start", "last"] = Field(
-        default="start", description="KL is measured to the first model, or to the one that the round begins with"
+    reference: Literal["start", "last", "mixed"] = Field(
+        default="start",
+        description="KL is measured to the first model, to the one that the round begins with, or to a geometric "
+        "mixture of both",
     )
+    anchor_share: float = Field(default=0.1, ge=0, le=1, description="with mixed: the first model's share")
     loss: PairLossConfig = PairLossConfig()
     train: OfflineConfig = OfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
 
     @model_validator(mode="after")
     def _two_at_least(self) -> OnlineDPORecipe:
-        if self.rollout.samples < 2:
+        if self.rollout.samples < 2 and self.pairs.by != "given":
             raise ValueError(f"rollout.samples is {self.rollout.samples}, but a pair needs 2 answers to a prompt")
         return self
 
@@ -73,7 +91,8 @@ def _learn(wheel: Wheel, recipe: OnlineDPORecipe, number: int, path: str, sample
     values = {
         "model": stage_model(recipe, first_model(recipe, path)),
         "data": stage_data(recipe, tables(wheel, recipe, number, "pairs")), "loss": recipe.loss,
-        "reference": path if recipe.reference == "last" else recipe.model.path,
+        "reference": recipe.model.path if recipe.reference == "start" else path,
+        "anchor": recipe.model.path if recipe.reference == "mixed" else None, "anchor_share": recipe.anchor_share,
         "train": recipe.train, "optimizer": recipe.optimizer,
     }  # fmt: skip
     path = wheel.ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
@@ -84,7 +103,13 @@ def _learn(wheel: Wheel, recipe: OnlineDPORecipe, number: int, path: str, sample
 def _pairs(wheel: Wheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> Rows:
     """Table: prompt, chosen, rejected and by how much (`lead`: of grades, or of shares won)."""
     ledger, config = wheel.ledger, recipe.pairs
-    if config.by == "grade":
+    if config.by == "given":
+        answers, left_out = usable(sampled, recipe.unfinished)
+        about = {"made_from": ledger.sources(f"{name}/samples"), "left_out": left_out}
+
+        def make() -> Rows:
+            return list(given_pairs(answers, wheel.columns(answers), config.column))
+    elif config.by == "grade":
         graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
         about = {"made_from": ledger.sources(f"{name}/graded")}
 
@@ -105,6 +130,26 @@ def _pairs(wheel: Wheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> R
             "equal, or no prompt has two; sample more or warmer, lower pairs.min_lead, or set unfinished to trim"
         )
     return pairs
+
+
+def given_pairs(answers: Rows, columns: list[dict[str, Any]], column: str) -> Iterator[dict[str, Any]]:
+    """The data's answer over each of the model's own to the same prompt, unless they are the same text.
+
+    Raises SteersmanError where a prompt has no such answer.
+    """
+    for row, known in zip(answers, columns, strict=True):
+        given = known.get(column)
+        if not isinstance(given, str) or not given.strip():
+            has = ", ".join(known) or "none"
+            raise SteersmanError(
+                f"pairs.by given: prompt {row['index']} of the data has no text in column {column!r} (it has {has}); "
+                "name the column of its answer in pairs.column"
+            )
+        if given.strip() != row["completion"].strip():
+            yield {
+                "prompt": row["prompt"], "chosen": given, "rejected": row["completion"], "lead": 1.0,
+                "index": row["index"],
+            }  # fmt: skip
 
 
 def compared(wheel: Wheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
@@ -136,6 +181,8 @@ def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
     for row in rows:
         groups.setdefault((row["index"], row.get("duel", -1)), []).append(row)
     for group in groups.values():
+        if config.length_penalty:
+            group = [{**r, "grade": r["grade"] - config.length_penalty * r["tokens"]} for r in group]
         ordered = sorted(group, key=lambda r: -r["grade"])
         every = combinations(ordered, 2)
         for better, worse in [(ordered[0], ordered[-1])] if config.form == "best_worst" else every:

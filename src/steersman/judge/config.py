@@ -11,16 +11,14 @@ from steersman.reward import RewardPart
 from steersman.run.config import Section
 
 
-class EndpointConfig(Section):
-    """A judge behind an OpenAI-compatible chat endpoint."""
+class AddressConfig(Section):
+    """A server that speaks the OpenAI protocol, and how patiently it is asked."""
 
     url: str = Field(description="address up to the version, such as http://localhost:8000/v1")
-    model: str = Field(description="name of the model, as the endpoint knows it; the cache goes by it")
+    model: str = Field(description="name of the model, as the endpoint knows it; a cache goes by it")
     key_env: str = Field(
         default="OPENAI_API_KEY", description="environment variable with the key; unset: none is sent"
     )
-    temperature: float = Field(default=0.0, ge=0, description="of the judge's own sampling")
-    max_tokens: int = Field(default=512, ge=1, description="longest reply, in tokens")
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of the request, such as {seed: 0}"
     )
@@ -28,6 +26,13 @@ class EndpointConfig(Section):
     retries: int = Field(default=5, ge=0, description="further tries after a time-out, a 429, a 5xx or a lost line")
     max_wait: float = Field(default=60.0, gt=0, description="longest pause between tries, in seconds")
     concurrency: int = Field(default=8, ge=1, description="requests under way at once")
+
+
+class EndpointConfig(AddressConfig):
+    """A judge behind an OpenAI-compatible chat endpoint."""
+
+    temperature: float = Field(default=0.0, ge=0, description="of the judge's own sampling")
+    max_tokens: int = Field(default=512, ge=1, description="longest reply, in tokens")
 
 
 class LocalConfig(Section):

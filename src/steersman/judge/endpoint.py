@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible /chat/completions."""
+"""Questions to an OpenAI-compatible server, several at a time and again where that can help; a judge's chat."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import json
 import os
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx2
 
 from steersman.judge.cache import Reply
-from steersman.judge.config import EndpointConfig
+from steersman.judge.config import AddressConfig, EndpointConfig
 from steersman.run.untrusted import LONE_SURROGATE
 from steersman.types import SteersmanError
+
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Answers that may be different a little later."""
@@ -31,36 +35,49 @@ SHORTEST_SECRET = 6
 """Characters of a key that is looked for in what comes back; shorter ones are words such as "none" or "EMPTY"."""
 
 
-class Endpoint:
+class Caller(ABC, Generic[Q, R]):
     """Asks over HTTP, several requests at a time, and tries again where that can help.
 
     After a time-out, a lost connection or a status in AGAIN it pauses and asks again, up to `retries` times: as
     long as Retry-After says, else `0.5 * 2^try` seconds, shortened by up to half at random so that many clients
     do not return together; never longer than `max_wait`. Other statuses are told at once.
+
+    A kind of question gives its `path`, the `body` of a request, and what `read` makes of a reply; `who` is the
+    section of the recipe, for errors.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    who: str
+    path: str
+    wanted: str
+
+    def __init__(self, config: AddressConfig) -> None:
         self.config = config
-        self.url = config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.url = config.url.rstrip("/").removesuffix(self.path) + self.path
         self.tries_again = 0
 
-    def ask(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
-        """Asks every text and gives each reply to `keep` as it comes; stops early where `may_ask` is False.
+    @abstractmethod
+    def body(self, question: Q) -> dict[str, Any]:
+        """The request, without its model and the recipe's further fields."""
+
+    @abstractmethod
+    def read(self, raw: bytes, question: Q) -> R | None:
+        """What a reply says; None where it is not what was asked for."""
+
+    def ask(self, questions: Sequence[Q], keep: Callable[[int, R], None], may_ask: Callable[[], bool]) -> None:
+        """Asks every question and gives each reply to `keep` as it comes; stops early where `may_ask` is False.
 
         Raises SteersmanError where a request fails for good; replies that were under way then are kept first.
         """
-        _run(self._ask(texts, keep, may_ask))
+        _run(self._ask(questions, keep, may_ask))
 
-    async def _ask(
-        self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]
-    ) -> None:
-        waiting, failure, given_up = list(range(len(texts)))[::-1], None, asyncio.Event()
-        running: dict[asyncio.Task[Reply], int] = {}
+    async def _ask(self, questions: Sequence[Q], keep: Callable[[int, R], None], may_ask: Callable[[], bool]) -> None:
+        waiting, failure, given_up = list(range(len(questions)))[::-1], None, asyncio.Event()
+        running: dict[asyncio.Task[R], int] = {}
         async with httpx2.AsyncClient(timeout=self.config.timeout, headers=self._headers()) as client:
             while running or (waiting and failure is None):
                 while waiting and failure is None and len(running) < self.config.concurrency and may_ask():
                     index = waiting.pop()
-                    running[asyncio.create_task(self._one(client, texts[index], given_up))] = index
+                    running[asyncio.create_task(self._one(client, questions[index], given_up))] = index
                 if not running:
                     return
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -74,12 +91,12 @@ class Endpoint:
         if failure is not None:
             raise failure
 
-    async def _one(self, client: httpx2.AsyncClient, text: str, given_up: asyncio.Event) -> Reply:
+    async def _one(self, client: httpx2.AsyncClient, question: Q, given_up: asyncio.Event) -> R:
         trouble = ""
         for attempt in range(self.config.retries + 1):
             pause = min(FIRST_PAUSE * 2**attempt, self.config.max_wait) * random.uniform(0.5, 1.0)
             try:
-                response, raw = await self._post(client, text)
+                response, raw = await self._post(client, question)
             except (httpx2.TimeoutException, TimeoutError):
                 trouble = f"no reply within {self.config.timeout:g} seconds"
             except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
@@ -90,10 +107,10 @@ class Endpoint:
                 if len(raw) > LARGEST_REPLY:
                     trouble = f"a reply of more than {LARGEST_REPLY >> 20} MiB"
                 elif response.status_code == 200:
-                    reply = self._reply(raw, text)
+                    reply = self.read(raw, question)
                     if reply is not None:
                         return reply
-                    trouble = f"a reply that is no chat completion: {self._quoted(raw, 120)}"
+                    trouble = f"a reply that is no {self.wanted}: {self._quoted(raw, 120)}"
                 elif response.status_code in AGAIN:
                     trouble = f"status {response.status_code}"
                     pause = min(_retry_after(response) or pause, self.config.max_wait)
@@ -108,18 +125,12 @@ class Endpoint:
                     pass
         raise SteersmanError(self._told(f"{trouble}, after {self.config.retries + 1} tries"))
 
-    async def _post(self, client: httpx2.AsyncClient, text: str) -> tuple[httpx2.Response, bytes]:
+    async def _post(self, client: httpx2.AsyncClient, question: Q) -> tuple[httpx2.Response, bytes]:
         """The response and its body, cut right behind LARGEST_REPLY bytes.
 
         The time limit is one of the whole exchange: a server that sends a byte now and then does not extend it.
         """
-        body: dict[str, Any] = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": _characters(text)}],
-            "temperature": self.config.temperature,
-            "max_tokens": self.config.max_tokens,
-            **self.config.extra,
-        }
+        body = {"model": self.config.model, **self.body(question), **self.config.extra}
         raw = bytearray()
         async with asyncio.timeout(self.config.timeout), client.stream("POST", self.url, json=body) as response:
             async for piece in response.aiter_bytes():
@@ -128,18 +139,6 @@ class Endpoint:
                     break
         return response, bytes(raw)
 
-    def _reply(self, raw: bytes, text: str) -> Reply | None:
-        """Text and tokens of a chat completion; None where it is none."""
-        try:
-            body = json.loads(raw)
-            said = body["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return None
-        if not isinstance(said, str | None):
-            return None
-        said = self._without_key(_characters(said or ""))
-        return {"text": said, "tokens": _tokens(body.get("usage"), text, said)}
-
     def _key(self) -> str:
         return os.environ.get(self.config.key_env, "").strip()
 
@@ -147,14 +146,15 @@ class Endpoint:
         key = self._key()
         if not key.isascii() or not key.isprintable():
             raise SteersmanError(
-                f"judge: the environment variable {self.config.key_env} holds characters that no key has; set it anew"
+                f"{self.who}: the environment variable {self.config.key_env} holds characters that no key has; "
+                "set it anew"
             )
         # Unpacking would make a small reply a large one.
         return {"accept-encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def _told(self, what: str) -> str:
-        """An error's text, with the judge's address, without its key."""
-        return self._without_key(f"judge {without_password(self.url)}: {what}")
+        """An error's text, with the server's address, without its key."""
+        return self._without_key(f"{self.who} {without_password(self.url)}: {what}")
 
     def _quoted(self, raw: bytes, limit: int) -> str:
         # The key goes first, so that no cut leaves a part of it.
@@ -172,6 +172,35 @@ class Endpoint:
         if status == 404:
             hint = "; is the address right up to its version (.../v1), and the model's name?"
         return f"status {status}: {self._quoted(raw, 200)}{hint}"
+
+
+class Endpoint(Caller[str, Reply]):
+    """A judge behind /chat/completions: a text in, a reply and what it cost out."""
+
+    who, path, wanted = "judge", "/chat/completions", "chat completion"
+
+    def __init__(self, config: EndpointConfig) -> None:
+        super().__init__(config)
+        self.temperature, self.max_tokens = config.temperature, config.max_tokens
+
+    def body(self, question: str) -> dict[str, Any]:
+        return {
+            "messages": [{"role": "user", "content": _characters(question)}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+
+    def read(self, raw: bytes, question: str) -> Reply | None:
+        """Text and tokens of a chat completion; None where it is none."""
+        try:
+            body = json.loads(raw)
+            said = body["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
+        if not isinstance(said, str | None):
+            return None
+        said = self._without_key(_characters(said or ""))
+        return {"text": said, "tokens": _tokens(body.get("usage"), question, said)}
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -41,7 +41,7 @@ _SHARE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 _MARKED = re.compile(r"\[\[([^\[\]]*)\]\]")
 _BARE = re.compile(r"(?:answer|verdict|grade|rating|score)? ?:? ?\** ?([abc]|tie|-?\d+(?:\.\d+)?) ?\**\.?", re.I)
 _LONGEST_MARK, _LONGEST_BARE = 12, 64
-_HOLE = re.compile(r"\{(rubric|prompt|first|second|answer|low|high)\}")
+_HOLE = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)

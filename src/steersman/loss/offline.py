@@ -11,14 +11,32 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from steersman.loss.feedback import bco, kto
-from steersman.loss.preference import cpo, dpo, dpop, hinge, ipo, orpo, robust_dpo, rso, simpo, tdpo1, tdpo2
+from steersman.loss.preference import (
+    alphapo,
+    cal_dpo,
+    cpo,
+    dpo,
+    dpo_shift,
+    dpop,
+    hinge,
+    ipo,
+    orpo,
+    robust_dpo,
+    rso,
+    simpo,
+    sppo,
+    tdpo1,
+    tdpo2,
+    wpo,
+)
 
 
 class Objective(NamedTuple):
     """One offline loss. `data` says what its rows are: pairs, or single answers with a thumb up or down.
 
     `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
-    `takes_offset` says whether the margins of the data can be asked for.
+    `takes_offset` says whether the margins of the data can be asked for, `needs_own` whether it weighs answers by how
+    much they are like the policy's own.
     """
 
     function: Callable[..., Any]
@@ -30,6 +48,7 @@ class Objective(NamedTuple):
     has_closed_form_optimum: bool
     fixed_point: str
     takes_offset: bool = False
+    needs_own: bool = False
 
 
 LOSSES: dict[str, Objective] = {
@@ -75,6 +94,29 @@ LOSSES: dict[str, Objective] = {
         simpo, "pair", "arXiv 2405.14734", False, False, True, False,
         "at gamma = 0, log pi(y) = |y| (r(y) + c) / beta, whatever pi_ref was; gamma > 0 overstates every lead",
         takes_offset=True,
+    ),
+    "alphapo": Objective(
+        alphapo, "pair", "arXiv 2501.03884", False, False, True, False,
+        "at gamma = 0, pi(y) = (1 - alpha (r(y) + c) / beta)^(-|y| / alpha), whatever pi_ref was", takes_offset=True,
+    ),
+    "dpo_shift": Objective(
+        dpo_shift, "pair", "arXiv 2502.07599", True, False, False, False,
+        "where what an answer is pulled up as chosen, less f times what it is pushed down as rejected, is its share "
+        "pi of all that is left over; DPO's optimum at f = 1",
+    ),
+    "wpo": Objective(
+        wpo, "pair", "arXiv 2406.11827", True, False, False, True,
+        "pi proportional to pi_ref exp(r / beta): weights that a pair's two orders share move no optimum",
+        needs_own=True,
+    ),
+    "cal_dpo": Objective(
+        cal_dpo, "pair", "arXiv 2412.14516", True, False, False, False,
+        "a compromise between pi_ref exp(r) and log-ratios of (P(y beats mu) - 1/2) / beta",
+    ),
+    "sppo": Objective(
+        sppo, "pair", "arXiv 2405.00675", True, False, False, False,
+        "mu(y) (rho(y) - (P(y beats mu) - 1/2) / beta) is in proportion to pi(y): nearly pi_ref exp(P(y beats mu) / "
+        "beta), less its normaliser, which the paper leaves out",
     ),
     "orpo": Objective(
         orpo, "pair", "arXiv 2403.07691", False, False, True, False,

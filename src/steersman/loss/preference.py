@@ -28,8 +28,9 @@ class PairLogp(NamedTuple):
     `chosen` and `rejected` are log-probabilities of whole answers (nats), `ref_*` the reference's, `*_length`
     the number of tokens that counted, `*_kl` the sequential divergence sum_t KL(pi_ref(. | s_t) || pi(. | s_t))
     over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
-    losses with `takes_offset` read it). What a loss does not need may be None (`offline.LOSSES` says); what it needs
-    and lacks is a TypeError.
+    losses with `takes_offset` read it). `own` is how much both answers are like the policy's own: over the two, the
+    sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient.
+    What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks is a TypeError.
     """
 
     chosen: Float[Tensor, " B"]
@@ -41,12 +42,13 @@ class PairLogp(NamedTuple):
     chosen_kl: Float[Tensor, " B"] | None = None
     rejected_kl: Float[Tensor, " B"] | None = None
     offset: Float[Tensor, " B"] | None = None
+    own: Float[Tensor, " B"] | None = None
 
     def swapped(self) -> PairLogp:
         """The same answers under the opposite label."""
         return PairLogp(
             self.rejected, self.chosen, self.rejected_length, self.chosen_length, self.ref_rejected, self.ref_chosen,
-            self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset,
+            self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset, self.own,
         )  # fmt: skip
 
 
@@ -60,21 +62,32 @@ def pair_logp(
     ref_rejected: Float[Tensor, "B S"] | None = None,
     chosen_kl: Float[Tensor, "B T"] | None = None,
     rejected_kl: Float[Tensor, "B S"] | None = None,
+    chosen_own: Float[Tensor, "B T"] | None = None,
+    rejected_own: Float[Tensor, "B S"] | None = None,
 ) -> PairLogp:
     """Sum per-token log-probabilities (and divergences) over the tokens that count: the one place for masks."""
 
     def total(x: Tensor | None, mask: Tensor) -> Tensor | None:
         return None if x is None else masked_sum(x, mask, -1)
 
+    chosen_length, rejected_length = chosen_mask.sum(-1).to(chosen.dtype), rejected_mask.sum(-1).to(chosen.dtype)
+    own = None
+    if chosen_own is not None and rejected_own is not None:
+        sides = ((chosen_own, chosen_mask, chosen_length), (rejected_own, rejected_mask, rejected_length))
+        own = sum(
+            (masked_sum(x, mask, -1) / length.clamp(min=1) for x, mask, length in sides), start=chosen.new_zeros(())
+        )
+        own = own.detach()
     return PairLogp(
         masked_sum(chosen, chosen_mask, -1),
         masked_sum(rejected, rejected_mask, -1),
-        chosen_mask.sum(-1).to(chosen.dtype),
-        rejected_mask.sum(-1).to(rejected.dtype),
+        chosen_length,
+        rejected_length,
         total(ref_chosen, chosen_mask),
         total(ref_rejected, rejected_mask),
         total(chosen_kl, chosen_mask),
         total(rejected_kl, rejected_mask),
+        own=own,
     )
 
 
@@ -196,6 +209,67 @@ def dpop(pair: PairLogp, *, beta: float = 0.3, penalty: float = 50.0) -> tuple[F
     return loss, _explain(beta * ratio_w, beta * ratio_l)
 
 
+def dpo_shift(pair: PairLogp, *, beta: float = 0.1, shift: float = 0.95) -> tuple[Float[Tensor, " B"], Explain]:
+    """DPO that counts the rejected answer a little less, so that the chosen one's likelihood falls less.
+
+        L = -log sigma(beta rho(w) - f beta rho(l))
+
+    `shift` is f in (0, 1], fixed; 1 is DPO. What it gains in likelihood it loses in margin.
+
+    Source: arXiv 2502.07599, eq. 2.
+    """
+    ratio_w, ratio_l = _ratios(pair)
+    return -logsigmoid(beta * (ratio_w - shift * ratio_l)), _explain(beta * ratio_w, shift * beta * ratio_l)
+
+
+def wpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
+    """Weighted preference optimisation: DPO in which pairs that the policy would not write itself count less.
+
+        L = -w(w) w(l) log sigma(beta (rho(w) - rho(l)))
+        w(y) = exp(1/|y| sum_t log(pi(y_t | s_t) / sum_v pi(v | s_t)^2))
+
+    A token of average likelihood under the policy weighs 1. The weights carry no gradient, and their product is cut
+    at 1, as in the authors' program (the paper does not say so).
+
+    Source: arXiv 2406.11827, eq. 3 and 5 (sampled alignment).
+    """
+    if pair.own is None:
+        raise TypeError("this loss needs how much the answers are like the policy's own: own")
+    ratio_w, ratio_l = _ratios(pair)
+    weight = pair.own.clamp(max=0).exp()
+    return -weight * logsigmoid(beta * (ratio_w - ratio_l)), _explain(beta * ratio_w, beta * ratio_l)
+
+
+def cal_dpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
+    """Calibrated DPO: the log-ratios themselves are pulled to their rewards over beta, not only their difference.
+
+        L = -log sigma(rho(w) - rho(l)) + (rho(w) - 1 / (2 beta))^2 + (rho(l) + 1 / (2 beta))^2
+
+    The rewards are 1/2 for a chosen answer and -1/2 for a rejected one.
+
+    Source: arXiv 2412.14516, eq. 11.
+    """
+    ratio_w, ratio_l = _ratios(pair)
+    calibrated = (ratio_w - 0.5 / beta).square() + (ratio_l + 0.5 / beta).square()
+    return calibrated - logsigmoid(ratio_w - ratio_l), _explain(beta * ratio_w, beta * ratio_l)
+
+
+def sppo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
+    """Self-play preference optimisation: each answer's log-ratio is fitted to how often it wins, less one half.
+
+        L = (rho(w) - 1 / (2 beta))^2 + (rho(l) + 1 / (2 beta))^2
+
+    1 / beta is its eta. With soft labels (`soft_labelled`) the target of an answer that wins a share a is
+    (a - 1/2) / beta, as the paper has it. In rounds whose reference is the last policy (`online-dpo` with
+    `reference: last`) the policy climbs toward the equilibrium of the preference game.
+
+    Source: arXiv 2405.00675, eq. 4.7.
+    """
+    ratio_w, ratio_l = _ratios(pair)
+    loss = (ratio_w - 0.5 / beta).square() + (ratio_l + 0.5 / beta).square()
+    return loss, _explain(beta * ratio_w, beta * ratio_l)
+
+
 def tdpo1(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
     """Token-level DPO: the margin corrected by the sequential divergences from the reference.
 
@@ -236,6 +310,27 @@ def simpo(pair: PairLogp, *, beta: float = 2.0, margin: float = 1.0) -> tuple[Fl
     """
     reward_w = beta * pair.chosen / pair.chosen_length.clamp(min=1)
     reward_l = beta * pair.rejected / pair.rejected_length.clamp(min=1)
+    return -logsigmoid(_less_offset(reward_w - reward_l, pair) - margin), _explain(reward_w, reward_l)
+
+
+def alphapo(
+    pair: PairLogp, *, beta: float = 2.5, margin: float = 0.1, alpha: float = 0.25
+) -> tuple[Float[Tensor, " B"], Explain]:
+    """AlphaPO: SimPO with a reward of another shape, so that likelihoods move less the smaller they are, or more.
+
+        L = -log sigma(r(w) - r(l) - gamma - offset),    r(y) = beta (1 - p(y)^(-alpha)) / alpha,
+        p(y) = pi(y)^(1 / |y|)
+
+    alpha = 0 is SimPO. `margin` is gamma, in reward units. A mean log-probability below -60 / |alpha| counts as that.
+
+    Source: arXiv 2501.03884, eq. 6 and 8.
+    """
+
+    def reward(logp: Tensor, length: Tensor) -> Tensor:
+        mean = logp / length.clamp(min=1)
+        return beta * mean if alpha == 0 else -beta * torch.expm1((-alpha * mean).clamp(max=60)) / alpha
+
+    reward_w, reward_l = reward(pair.chosen, pair.chosen_length), reward(pair.rejected, pair.rejected_length)
     return -logsigmoid(_less_offset(reward_w - reward_l, pair) - margin), _explain(reward_w, reward_l)
 
 

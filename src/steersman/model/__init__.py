@@ -1,6 +1,7 @@
 """Language models in their roles: policy, reference, critic, reward model."""
 
 from steersman.model.attributes import AttributeModel, GatedModel, Gating
+from steersman.model.ensemble import EnsembleModel, head_names
 from steersman.model.load import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.lora import LoraConfig
 from steersman.model.meaning import Meaning, step_ends
@@ -14,6 +15,7 @@ from steersman.model.shard import in_their_pieces, place, whole_weights
 __all__ = [
     "SIZES",
     "AttributeModel",
+    "EnsembleModel",
     "GatedModel",
     "Gating",
     "Headed",
@@ -25,6 +27,7 @@ __all__ = [
     "Shape",
     "SharedCritic",
     "fresh_policy",
+    "head_names",
     "in_their_pieces",
     "load_policy",
     "load_reward",

@@ -13,6 +13,7 @@ import transformers as hf  # its names are imported when they are asked for, whi
 from safetensors.torch import load_file
 
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
+from steersman.model.ensemble import ENSEMBLE, EnsembleModel
 from steersman.model.lora import LoraConfig, add_lora, load_lora
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
@@ -176,7 +177,7 @@ def load_reward(
         source, local, config, len(wanted), fresh, dtype, attention, notes, trust_remote_code
     )
     model = model.to(_device(device))
-    kind = GatedModel if meaning.gating else AttributeModel
+    kind = GatedModel if meaning.gating else EnsembleModel if meaning.kind == ENSEMBLE else AttributeModel
     loaded = kind(model, tokenizer, wanted)
     if isinstance(loaded, GatedModel):
         loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))

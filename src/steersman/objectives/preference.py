@@ -28,12 +28,13 @@ from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.progress import reported
-from steersman.train.reference import Reference, answer_logp, divergence
+from steersman.train.reference import Reference, answer_logp, collision, divergence
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens
 
 PairLossName = Literal[
-    "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo"
+    "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo",
+    "alphapo", "dpo_shift", "wpo", "cal_dpo", "sppo",
 ]  # fmt: skip
 
 
@@ -42,6 +43,7 @@ RANGES = {  # of the settings that leave a loss without meaning outside of them
     "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
     "flip": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
     "penalty": (lambda x: x >= 0, "at least 0"),
+    "shift": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
 }
 
 
@@ -85,7 +87,9 @@ class PairLossConfig(Section):
 class PairObjective:
     """The objective: the mean of a pair loss, both answers in one forward.
 
-    `watch` answers held prompts at every look at held-out data.
+    `watch` answers held prompts at every look at held-out data. With an `anchor`, a second frozen policy and its
+    share, the reference is the geometric mixture of both: log pi_ref = (1 - share) log reference + share log anchor,
+    up to a number per prompt, which no pair feels.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class PairObjective:
         config: PairLossConfig,
         micro_tokens: int,
         watch: HeldPrompts | None = None,
+        anchor: tuple[Reference, float] | None = None,
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
@@ -106,7 +111,10 @@ class PairObjective:
             assert reference is not None
             for data in filter(None, (train, held_out)):
                 answers = [e for group in data.groups for e in group]
-                self.known[id(data)] = answer_logp(reference, answers, micro_tokens).view(-1, 2)
+                known = answer_logp(reference, answers, micro_tokens)
+                if anchor is not None:
+                    known = (1 - anchor[1]) * known + anchor[1] * answer_logp(anchor[0], answers, micro_tokens)
+                self.known[id(data)] = known.view(-1, 2)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -140,8 +148,10 @@ class PairObjective:
         ref = kl = None
         if self.entry.needs_full_kl:
             ref, kl = self._divergence(tokens, hidden)
+        own = self._own(tokens, hidden, logp) if self.entry.needs_own else None
         pair = pair_logp(
             logp[:n], tokens.mask[:n], logp[n:], tokens.mask[n:],
+            chosen_own=None if own is None else own[:n], rejected_own=None if own is None else own[n:],
             ref_chosen=None if ref is None else ref[:n], ref_rejected=None if ref is None else ref[n:],
             chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:],
         )  # fmt: skip
@@ -158,6 +168,12 @@ class PairObjective:
     def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:
         loss, explain = self.entry.function(pair, **self.config.settings)
         return loss + self.config.nll * chosen_nll(pair) if self.config.nll else loss, explain
+
+    @torch.no_grad()
+    def _own(self, tokens: Tokens, hidden: Tensor, logp: Tensor) -> Tensor:
+        """log pi(y_t) - log sum_v pi(v | s_t)^2 at every response token, `[2B, T]`."""
+        slots = torch.arange(tokens.response.shape[1], device=hidden.device) < tokens.response_length[:, None]
+        return logp - torch.zeros_like(logp).masked_scatter(slots, collision(hidden, self.module.head()).to(logp))
 
     def _divergence(self, tokens: Tokens, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities and KL(pi_ref || pi) at every response token, `[2B, T]`."""

@@ -20,6 +20,11 @@ class RewardModelConfig(OfflineConfig):
         description="rankings: pairs (also auto) or plackett_luce; ratings: squared (also auto) or huber",
     )
     use_margin: bool = Field(default=True, description="use the data's margins, where it has them")
+    heads: int = Field(
+        default=1,
+        ge=1,
+        description="pairs: heads on one trunk, each on draws of its own; their deviation says how little is known",
+    )
     centre: float = Field(
         default=0.0,
         ge=0,

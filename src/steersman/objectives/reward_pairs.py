@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
-from steersman.model import ScalarModel
+from steersman.model import EnsembleModel, ScalarModel
 from steersman.objectives.batch import scores_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
@@ -24,7 +24,7 @@ class PairwiseReward:
 
     def __init__(
         self,
-        model: ScalarModel,
+        model: ScalarModel | EnsembleModel,
         train: EncodedSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: RewardModelConfig,

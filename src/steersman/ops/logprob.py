@@ -36,7 +36,7 @@ class Head:
     def logits(self, hidden: Float[Tensor, "*lead H"]) -> Float[Tensor, "*lead V"]:
         """All logits in float32 (float64 stays), as `linear_logp` has them; for the few rows that are sampled."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        tiles = _Tiles(flat, self, chunk=max(len(flat), 1), block=self.weight.shape[0])
+        tiles = Tiles(flat, self, chunk=max(len(flat), 1), block=self.weight.shape[0])
         return tiles.logits(0, len(flat), 0, self.weight.shape[0])[0].reshape(*hidden.shape[:-1], -1)
 
     def log_softmax(self, hidden: Float[Tensor, "N H"], temperature: float = 1.0) -> Float[Tensor, "N V"]:
@@ -120,7 +120,7 @@ def linear_logp(
     return _LinearLogp.apply(hidden, weight, bias, target, form)  # type: ignore[return-value]
 
 
-class _Tiles:
+class Tiles:
     """The logits of one output layer, a tile at a time, and the way back from a tile's gradient."""
 
     def __init__(
@@ -177,10 +177,10 @@ class _Tiles:
         return u, slope
 
 
-class _Gradient:
+class Gradient:
     """Collects the gradients of an output layer from tiles of d loss / d (z / temperature)."""
 
-    def __init__(self, tiles: _Tiles, needs: Sequence[bool]) -> None:
+    def __init__(self, tiles: Tiles, needs: Sequence[bool]) -> None:
         head, exact = tiles.head, tiles.exact
         self.tiles = tiles
         self.hidden = torch.zeros_like(tiles.hidden) if needs[0] else None
@@ -217,7 +217,7 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, form):
         temperature, softcap, logit_scale, support, chunk, want_entropy = form
-        tiles = _Tiles(hidden, Head(weight, bias, logit_scale, softcap), temperature, support, chunk)
+        tiles = Tiles(hidden, Head(weight, bias, logit_scale, softcap), temperature, support, chunk)
         # a target outside the vocabulary meets no tile and stays NaN
         chosen = hidden.new_full((tiles.N,), torch.nan, dtype=tiles.exact)
         lse = torch.empty_like(chosen)
@@ -259,8 +259,8 @@ class _LinearLogp(torch.autograd.Function):
         if grad_logp is None and grad_entropy is None:
             return None, None, None, None, None
         head = Head(weight, bias, logit_scale, softcap)
-        tiles = _Tiles(hidden, head, temperature, support, chunk, dtype=dtype)
-        gradient = _Gradient(tiles, ctx.needs_input_grad)
+        tiles = Tiles(hidden, head, temperature, support, chunk, dtype=dtype)
+        gradient = Gradient(tiles, ctx.needs_input_grad)
         on_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.masked_fill(logp == -torch.inf, 0)
         for a, b in tiles.rows():
             g = on_logp[a:b]

@@ -58,6 +58,9 @@ class RewardPart(Section):
     steps: Literal["mean", "sum", "min"] = Field(
         default="mean", description="what a reward model of steps pays: p/K at each step, p at each, or the least p"
     )
+    pessimism: float = Field(
+        default=0.0, ge=0, description="a reward model of several heads: deviations taken off their mean"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardPart:
@@ -70,8 +73,8 @@ class RewardPart(Section):
             raise ValueError(f"there is no builtin reward '{self.builtin}'; {hint}")
         if self.model is not None and (self.args or self.columns):
             raise ValueError("args and columns belong to a function, builtin or metric, not to a model")
-        if self.model is None and (self.attribute is not None or self.steps != "mean"):
-            raise ValueError("attribute and steps belong to a model")
+        if self.model is None and (self.attribute is not None or self.steps != "mean" or self.pessimism):
+            raise ValueError("attribute, steps and pessimism belong to a model")
         if self.metric is None and (self.empty is not None or self.workers):
             raise ValueError("empty and workers belong to a metric")
         if self.metric is not None and self.metric not in METRICS and ":" not in self.metric:
@@ -126,7 +129,13 @@ def _build_part(
     assert part.model is not None
     model = load_reward(part.model, device=device, trainable=False)
     return ModelReward(
-        model, tokenizer, name=name, text_bridge=part.text_bridge, attribute=part.attribute, steps=part.steps
+        model,
+        tokenizer,
+        name=name,
+        text_bridge=part.text_bridge,
+        attribute=part.attribute,
+        steps=part.steps,
+        pessimism=part.pessimism,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from steersman.model import AttributeModel, ScalarModel, step_ends
+from steersman.model import AttributeModel, EnsembleModel, ScalarModel, step_ends
 from steersman.reward.core import Scores
 from steersman.run.micro import over_rows
 from steersman.types import Sample, SteersmanError, Tokens
@@ -32,6 +32,8 @@ class ModelReward:
     is right at the token that ends it: `steps` says whether these are shared out (mean: p_k / K), added (sum), or
     the least of them counts alone, where it stands (min). A sum pays for more steps, right or not.
 
+    A model of several heads gives their mean less `pessimism` times their deviation.
+
     Raises SteersmanError when the vocabularies differ and `text_bridge` is False, or when the model's head was
     never trained (all zeros); when scoring, if a sample is longer than the model's context or a score is not
     finite.
@@ -46,6 +48,7 @@ class ModelReward:
         text_bridge: bool = True,
         attribute: str | None = None,
         steps: Literal["mean", "sum", "min"] = "mean",
+        pessimism: float = 0.0,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.policy_tokenizer, self.name = model.tokenizer, policy_tokenizer, name
@@ -63,7 +66,12 @@ class ModelReward:
                 f"reward '{name}': {model.model.name_or_path} has no attribute {attribute!r}; it has: "
                 f"{', '.join(known) or 'none, it gives one number'}"
             )
-        self.attribute, self.steps = attribute, steps
+        if pessimism and not isinstance(model, EnsembleModel):
+            raise SteersmanError(
+                f"reward '{name}': pessimism is {pessimism:g}, and {model.model.name_or_path} has no heads that "
+                "could disagree; train one with `steersman reward --train.heads 5`"
+            )
+        self.attribute, self.steps, self.pessimism = attribute, steps, pessimism
         if self.bridged and not text_bridge:
             raise SteersmanError(
                 f"reward '{name}': the reward model's vocabulary ({len(self.tokenizer)} tokens) is not the "
@@ -86,6 +94,8 @@ class ModelReward:
             return f" of {self.attribute}"
         if meaning.kind == "steps":
             return f" of steps ({self.steps})"
+        if isinstance(self.model, EnsembleModel):
+            return f" of {len(meaning.attributes)} heads, their mean less {self.pessimism:g} deviations,"
         if len(meaning.attributes) > 1:
             return f" of {', '.join(meaning.attributes)}, {'gated' if meaning.gating else 'their mean'},"
         return ""
@@ -108,6 +118,9 @@ class ModelReward:
         if isinstance(self.model, AttributeModel) and self.attribute is not None:
             model, place = self.model, self.model.meaning.attributes.index(self.attribute)
             numbers = self._over(tokens, lambda part: model.attributes(part)[:, place])
+        elif isinstance(self.model, EnsembleModel):
+            ensemble = self.model
+            numbers = self._over(tokens, lambda part: ensemble.bound(part, self.pessimism))
         else:
             numbers = self._over(tokens, self.model.score)
         scores = numbers.float().cpu()

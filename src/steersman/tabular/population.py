@@ -35,9 +35,11 @@ class Population:
         """Every pair as the losses read it, divergences included."""
         mdp, w, l = self.mdp, self.chosen, self.rejected  # noqa: E741
         logp, ref, kl = mdp.sequence_logp(logits), mdp.sequence_logp_ref, self.step_kl(logits)
+        own = logp - self.step_collision(logits)
         return pair_logp(
             logp[w], mdp.mask[w], logp[l], mdp.mask[l],
             ref_chosen=ref[w], ref_rejected=ref[l], chosen_kl=kl[w], rejected_kl=kl[l],
+            chosen_own=own[w], rejected_own=own[l],
         )  # fmt: skip
 
     def answer_pair(self, logp: Float[Tensor, " N"]) -> PairLogp:
@@ -50,6 +52,11 @@ class Population:
         """KL(pi_ref || pi) at every step that a sequence walks through."""
         logp, ref = torch.log_softmax(logits, -1), self.mdp.logp_ref
         state = (ref.exp() * (ref - logp)).sum(-1)
+        return torch.cat([state, state.new_zeros(1)])[self.mdp.path[:, :-1]]
+
+    def step_collision(self, logits: Float[Tensor, "S V"]) -> Float[Tensor, "N T"]:
+        """log sum_v pi(v)^2 at every step that a sequence walks through."""
+        state = (2 * torch.log_softmax(logits, -1)).logsumexp(-1)
         return torch.cat([state, state.new_zeros(1)])[self.mdp.path[:, :-1]]
 
     def normal(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

@@ -12,8 +12,11 @@ from torch import Tensor
 from steersman.loss.feedback import bco, kto
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import (
+    alphapo,
+    cal_dpo,
     cpo,
     dpo,
+    dpo_shift,
     dpop,
     hinge,
     ipo,
@@ -21,8 +24,10 @@ from steersman.loss.preference import (
     robust_dpo,
     rso,
     simpo,
+    sppo,
     tdpo1,
     tdpo2,
+    wpo,
 )
 from steersman.tabular.population import Population, descend, descend_frozen, descend_kinked
 from steersman.tabular.token_mdp import TokenMDP
@@ -181,6 +186,71 @@ def check_simpo(mdp: TokenMDP) -> FixedPoint:
     return _row("simpo", "log pi(y) = |y| (r(y) + c) / beta at gamma = 0, for any pi_ref", world, logits, deviation)
 
 
+def check_alphapo(mdp: TokenMDP, alpha: float = 0.25, beta: float = 2.5) -> FixedPoint:
+    world, length = Population(mdp), mdp.length.double()
+    logits = descend(world.expected(lambda pair: alphapo(pair, alpha=alpha, beta=beta, margin=0.0)[0]), mdp.logp_ref)
+
+    def optimum(c: Tensor) -> Tensor:
+        return -length / alpha * torch.log((1 - alpha * (mdp.total_reward + c) / beta).clamp(min=1e-300))
+
+    statement = "pi(y) = (1 - alpha (r(y) + c) / beta)^(-|y| / alpha) at gamma = 0, for any pi_ref"
+    return _row("alphapo", statement, world, logits, world.distance(logits, _normalised(world, optimum)))
+
+
+def check_dpo_shift(mdp: TokenMDP, shift: float = 0.8) -> FixedPoint:
+    world, beta = Population(mdp), mdp.beta
+    logits = descend(world.expected(lambda pair: dpo_shift(pair, beta=beta, shift=shift)[0]), mdp.logp_ref)
+    rho = world.log_ratio(logits)
+    pull = world.prob / (1 + (beta * (rho[world.chosen] - shift * rho[world.rejected])).exp())
+    zero = torch.zeros_like(rho)
+    net = zero.index_add(0, world.chosen, pull).index_add(0, world.rejected, -shift * pull)
+    pi = mdp.sequence_prob(logits) / mdp.prompt_prob[mdp.prompt]
+    statement = f"the pull as chosen less {shift:g} times that as rejected is pi times what is left over"
+    return _row("dpo_shift", statement, world, logits, _imbalance(world, net, pi), tolerance=1e-6)
+
+
+def check_wpo(mdp: TokenMDP) -> FixedPoint:
+    """The weights are held while the loss is descended, and renewed."""
+    world = Population(mdp)
+
+    def loss(logits: Tensor, own: Tensor) -> Tensor:
+        return (world.prob * wpo(world.pair(logits)._replace(own=own), beta=mdp.beta)[0]).sum()
+
+    def own(logits: Tensor) -> Tensor:
+        found = world.pair(logits).own
+        assert found is not None
+        return found.detach()
+
+    logits = descend_frozen(loss, own, mdp.logp_ref)
+    deviation = world.distance(logits, mdp.closed_form()[0])
+    statement = "pi ~ pi_ref exp(r / beta): weights that both orders of a pair share move no optimum"
+    return _row("wpo", statement, world, logits, deviation, reaches_optimum=True)
+
+
+def check_cal_dpo(mdp: TokenMDP) -> FixedPoint:
+    return _fitted("cal_dpo", cal_dpo, mdp, logistic=True)
+
+
+def check_sppo(mdp: TokenMDP) -> FixedPoint:
+    return _fitted("sppo", sppo, mdp, logistic=False)
+
+
+def _fitted(name: str, loss: Callable, mdp: TokenMDP, *, logistic: bool) -> FixedPoint:
+    """Per answer, with s how often it is shown and P how often it wins: dL / d rho = 2 s (rho - (P - 1/2) / beta),
+    less its pull in the logistic term, must be in proportion to pi."""
+    world, beta = Population(mdp), mdp.beta
+    logits = descend(world.expected(lambda pair: loss(pair, beta=beta)[0]), mdp.logp_ref)
+    rho = world.log_ratio(logits)
+    shown = world.marginal(world.chosen) + world.marginal(world.rejected)
+    slope = 2 * shown * (rho - (world.marginal(world.chosen) / shown - 0.5) / beta)
+    if logistic:
+        pull = world.prob / (1 + (rho[world.chosen] - rho[world.rejected]).exp())
+        slope = slope.index_add(0, world.chosen, -pull).index_add(0, world.rejected, pull)
+    pi = mdp.sequence_prob(logits) / mdp.prompt_prob[mdp.prompt]
+    statement = "shown(y) (rho(y) - (P(y wins) - 1/2) / beta)" + (", less its logistic pull," if logistic else "")
+    return _row(name, f"{statement} is in proportion to pi(y)", world, logits, _imbalance(world, slope, pi), 1e-6)
+
+
 def check_orpo(mdp: TokenMDP, weight: float = 1.0) -> FixedPoint:
     """With G = dL / d log pi(y), a policy is stationary when G - pi sum G = 0 within each prompt."""
     world, length = Population(mdp), mdp.length.double()
@@ -323,6 +393,11 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "tdpo1": check_tdpo1,
     "tdpo2": check_tdpo2,
     "simpo": check_simpo,
+    "alphapo": check_alphapo,
+    "dpo_shift": check_dpo_shift,
+    "wpo": check_wpo,
+    "cal_dpo": check_cal_dpo,
+    "sppo": check_sppo,
     "orpo": check_orpo,
     "cpo": check_cpo,
     "kto": check_kto,

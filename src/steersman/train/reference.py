@@ -40,9 +40,9 @@ class AdaptersOff:
         with self.policy.reference() as frozen:
             return frozen.logp(tokens, temperature=temperature)
 
-    def logp_from(self, tokens: Tokens, hidden: Float[Tensor, "N H"]) -> Logp:
+    def logp_from(self, tokens: Tokens, hidden: Float[Tensor, "N H"], *, temperature: float = 1.0) -> Logp:
         with self.policy.reference() as frozen:
-            return frozen.logp_from(tokens, hidden)
+            return frozen.logp_from(tokens, hidden, temperature=temperature)
 
 
 Reference = Policy | AdaptersOff
@@ -93,3 +93,9 @@ def divergence(hidden_p: Tensor, head_p: Head, hidden: Tensor, head: Head, rows:
 
     pieces = zip(hidden_p.split(rows), hidden.split(rows), strict=True)
     return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
+
+
+@torch.no_grad()
+def collision(hidden: Tensor, head: Head, rows: int = 256) -> Float[Tensor, " N"]:
+    """log sum_v p(v)^2 at each position: of two draws, the log-probability that they are the same token."""
+    return torch.cat([(2 * head.log_softmax(part)).logsumexp(-1) for part in hidden.split(rows)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field, model_validator
+
 from steersman.data import (
     BadRows,
     EncodedSet,
@@ -29,6 +31,21 @@ from steersman.verbs.preflight import describe_run
 
 class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
     """Offline preference optimisation on prompt, chosen and rejected."""
+
+    anchor: str | None = Field(
+        default=None, description="folder of a second reference; the reference is then a geometric mixture of both"
+    )
+    anchor_share: float = Field(default=0.1, ge=0, le=1, description="the anchor's share of that mixture")
+
+    @model_validator(mode="after")
+    def _mixes(self) -> PreferenceRecipe:
+        entry = LOSSES[self.loss.name]
+        if self.anchor is not None and (not entry.needs_reference or entry.needs_full_kl):
+            able = ", ".join(n for n, e in LOSSES.items() if e.data == "pair" and e.needs_reference)
+            raise ValueError(
+                f"anchor: {self.loss.name} takes no log-probabilities of whole answers; use one of {able}"
+            )
+        return self
 
 
 def drop_equal(data: EncodedSet[Preference], left_out: BadRows) -> EncodedSet[Preference]:
@@ -70,7 +87,13 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
             reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
         if reference is not None and watched:
             watch = held_prompts(policy, reference, held_out or train, recipe.samples, session)
-        objective = PairObjective(policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch)
+        anchor = None
+        if recipe.anchor is not None:
+            second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
+            anchor = (second, recipe.anchor_share)
+        objective = PairObjective(
+            policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
+        )
         state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))

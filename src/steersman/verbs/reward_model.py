@@ -24,8 +24,9 @@ from steersman.data import (
     steps,
 )
 from steersman.data.shapes import NOUNS, Kind
-from steersman.model import AttributeModel, GatedModel, ScalarModel
+from steersman.model import AttributeModel, EnsembleModel, GatedModel, ScalarModel, head_names
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
+from steersman.objectives.reward_ensemble import EnsembleReward
 from steersman.objectives.reward_gating import GatingReward
 from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
@@ -36,6 +37,7 @@ from steersman.run.folder import write_atomic
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
+from steersman.run.seed import stream
 from steersman.statistics.reward_report import Report
 from steersman.train.models import context_length, reward_from, save_model, scalar_from
 from steersman.train.offline import Offline
@@ -111,6 +113,23 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
         return _train(session, recipe, kind)
 
 
+def _ensemble(session: Session, recipe: RewardModelRecipe, kind: Kind) -> EnsembleModel:
+    """Heads that begin apart, or those of a saved ensemble of as many."""
+    if kind != "preference":
+        raise SteersmanError(
+            f"train.heads is {recipe.train.heads}, but the data is of kind {kind}: give pairs, from which heads learn"
+        )
+    names = head_names(recipe.train.heads)
+    model = reward_from(recipe.model, recipe.run, session.device, names)
+    if isinstance(model, EnsembleModel):
+        return model
+    made = EnsembleModel(model.model, model.tokenizer, names)
+    made.notes, made.stored_dtype, made.adapted = model.notes, model.stored_dtype, model.adapted
+    made.max_tokens = model.max_tokens
+    made.begin(stream(recipe.run.seed, "heads"))
+    return made
+
+
 Objective = PairwiseReward | RankingReward | RatingReward | FeedbackReward | StepReward
 
 
@@ -126,7 +145,9 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     loaded: Loaded[Any] = LOADERS[kind](recipe.data)
     names = attributes(loaded.train) if kind == "rating" else []
     names = recipe.data.scores or names
-    if kind == "rating" and len(names) > 1:
+    if recipe.train.heads > 1:
+        model = _ensemble(session, recipe, kind)
+    elif kind == "rating" and len(names) > 1:
         model = reward_from(recipe.model, recipe.run, session.device, names)
     else:
         model = scalar_from(recipe.model, recipe.run, session.device)
@@ -228,6 +249,8 @@ def _objective(
             return FeedbackReward(*given)
         case "steps":
             return StepReward(*given)
+        case _ if isinstance(model, EnsembleModel) and recipe.train.heads > 1:
+            return EnsembleReward(*given, stream(recipe.run.seed, "draws of pairs"))
         case _:
             return PairwiseReward(*given)
 

@@ -25,7 +25,7 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.tabular import preference_check
 from steersman.types import SteersmanError
-from steersman.verify import gradient, training
+from steersman.verify import distillation, gradient, self_play, training
 from steersman.verify.identities import Identity, identities
 from steersman.verify.judge import Method, failures
 from steersman.verify.table import identity_table, method_table, offline_table
@@ -48,7 +48,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One independent piece of work: `kind` is gradient, shipped, core (training runs) or offline."""
+    """One piece of work: `kind` is gradient, shipped, core (training runs), offline, distilled or played."""
 
     kind: str
     name: str
@@ -63,6 +63,10 @@ class Job:
     def _answer(self) -> Any:
         if self.kind == "offline":
             return preference_check.CHECKS[self.name](preference_check.example())
+        if self.kind == "distilled":
+            return distillation.CHECKS[self.name](distillation.example())
+        if self.kind == "played":
+            return self_play.CHECKS[self.name](self_play.example())
         algorithm = ALGORITHMS[self.name]()
         if self.kind == "gradient":
             return gradient.check_gradient(algorithm, *gradient.example())
@@ -86,15 +90,23 @@ def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
     answers = _work(_jobs(names, recipe), recipe.workers, console)
     methods = [_method(name, answers, recipe.seeds) for name in names if name in ALGORITHMS]
     offline = [answers[Job("offline", name)][0] for name in names if name in preference_check.CHECKS]
+    distilled = [answers[Job("distilled", name)][0] for name in names if name in distillation.CHECKS]
+    played = [answers[Job("played", name)][0] for name in names if name in self_play.CHECKS]
     exact = [] if recipe.only else identities()
     if methods:
         console.print(method_table(methods, recipe.seeds, recipe.iterations))
     if offline:
         console.print(offline_table(offline))
+    if distilled:
+        console.print(offline_table(distilled, "Distillation", "KL to teacher"))
+    if played:
+        console.print(offline_table(played, "Self-play", "KL to start"))
     if exact:
         console.print(identity_table(exact))
-    wrong = failures(methods, offline, exact)
+    wrong = failures(methods, [*offline, *distilled, *played], exact)
     summary = _summary(recipe, methods, offline, exact, wrong, time.monotonic() - start)
+    summary["distillation"] = [asdict(row) | {"holds": row.holds} for row in distilled]
+    summary["self_play"] = [asdict(row) | {"holds": row.holds} for row in played]
     if recipe.json:
         write_atomic(Path(recipe.json), json.dumps(summary, indent=1) + "\n")
     if wrong:
@@ -104,7 +116,7 @@ def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _names(only: str) -> list[str]:
-    known = [*ALGORITHMS, *preference_check.CHECKS]
+    known = [*ALGORITHMS, *preference_check.CHECKS, *distillation.CHECKS, *self_play.CHECKS]
     names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -121,6 +133,12 @@ def _jobs(names: list[str], recipe: VerifyRecipe) -> list[Job]:
     for name in names:
         if name in preference_check.CHECKS:
             jobs.append(Job("offline", name))
+            continue
+        if name in distillation.CHECKS:
+            jobs.append(Job("distilled", name))
+            continue
+        if name in self_play.CHECKS:
+            jobs.append(Job("played", name))
             continue
         kinds = ["shipped", "core"] if ALGORITHMS[name].fixed_point else ["shipped"]
         jobs.append(Job("gradient", name))

@@ -60,10 +60,12 @@ def method_table(methods: list[Method], seeds: int, iterations: int) -> Renderab
     return Group("", table, Padding(legend, (0, 2)), Padding(Text(reading, style="dim"), (1, 2)))
 
 
-def offline_table(rows: list[FixedPoint]) -> RenderableType:
-    """One row per offline preference loss, descended on infinite data."""
-    table = Table(box=box.SIMPLE_HEAD, title="Offline preference losses", title_style="bold", title_justify="left")
-    for name in ("loss", "rests where", "off by", "J* - J"):
+def offline_table(
+    rows: list[FixedPoint], title: str = "Offline preference losses", gap_name: str = "J* - J"
+) -> RenderableType:
+    """One row per loss, descended on infinite data."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
+    for name in ("loss", "rests where", "off by", gap_name):
         table.add_column(name, justify="left" if name in ("loss", "rests where") else "right")
     for row in rows:
         style = "green" if row.holds else "bold red"

@@ -1,0 +1,64 @@
+"""A teacher with another tokenizer: it reads the same text, and is compared where both stand at the same place.
+
+Source: arXiv 2402.12030. Departure: the paper pairs the t-th token of one with the t-th of the other and cuts the
+longer one; after the first word that the tokenizers cut differently that compares predictions of different words.
+Here positions are compared where both models have read the same characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steersman.data import Codec
+from steersman.distill.teacher import Answer
+from steersman.model import Policy
+from steersman.ops.divergence import Whole
+from steersman.types import Tokens
+
+
+def read_before(codec: Codec, ids: Sequence[int]) -> list[str]:
+    """The text that stands before each token of a response."""
+    return [codec.decode(list(ids[:t])) for t in range(len(ids))]
+
+
+def same_places(first: Sequence[str], second: Sequence[str]) -> list[tuple[int, int]]:
+    """Positions (i, j) at which both have read the same text; none inside of a character, each place once."""
+    at = {text: j for j, text in reversed(list(enumerate(second)))}
+    seen: set[str] = set()
+    out = []
+    for i, text in enumerate(first):
+        if text in at and text not in seen and not text.endswith("\ufffd"):
+            seen.add(text)
+            out.append((i, at[text]))
+    return out
+
+
+class OtherTokenizer:
+    """A frozen teacher that reads an answer's text in tokens of its own."""
+
+    def __init__(self, model: Policy, student: Codec, name: str) -> None:
+        self.model, self.student, self.name = model, student, name
+        self.codec = Codec(model.tokenizer)
+
+    def describe(self) -> str:
+        return f"{self.name}, by its own tokenizer ({len(self.model.tokenizer):,} tokens)"
+
+    @torch.no_grad()
+    def read(self, answers: Sequence[Answer]) -> tuple[Whole, Tensor]:
+        """The teacher's distributions at the places that are compared, and these places among the packed response
+        tokens of the answers; only tokens that count are."""
+        responses = [self.codec.finish(a.text, eos=a.ended) or [0] for a in answers]
+        tokens = Tokens.from_ids([a.taught for a in answers], responses).to(self.model.device)
+        mine, theirs, before, before_theirs = [], [], 0, 0
+        for answer, response in zip(answers, responses, strict=True):
+            places = same_places(read_before(self.student, answer.response), read_before(self.codec, response))
+            kept = [(i, j) for i, j in places if answer.mask[i]]
+            mine += [before + i for i, _ in kept]
+            theirs += [before_theirs + j for _, j in kept]
+            before, before_theirs = before + len(answer.response), before_theirs + len(response)
+        hidden = self.model.hidden(tokens)
+        at = torch.tensor(theirs, dtype=torch.long, device=hidden.device)
+        return Whole(hidden[at], self.model.head()), torch.tensor(mine, dtype=torch.long)

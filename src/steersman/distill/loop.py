@@ -1,0 +1,153 @@
+"""The distillation loop: prompts -> answers (the student's own, or given) -> teacher -> divergence -> update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steersman.advantage.group import leave_one_out
+from steersman.data import Batches
+from steersman.distill.alignment import OtherTokenizer
+from steersman.distill.endpoint import EndpointTeacher
+from steersman.distill.objective import Distillation
+from steersman.distill.recipe import DistillRecipe
+from steersman.distill.rows import Taught
+from steersman.distill.teacher import Answer
+from steersman.reward import ScoreShaping, WeightedSum
+from steersman.rollout import Generator
+from steersman.run.micro import micro_batches
+from steersman.run.seed import stream
+from steersman.train.offline import load_trainable, trainable
+from steersman.train.session import whole_state
+from steersman.train.tally import Tally
+from steersman.types import Prompt, Sample, Stats
+from steersman.update.optimizer import NotFiniteError, Optimizer
+
+
+@dataclass(slots=True)
+class Own:
+    """Answers that the student gave, beside the samples that they are."""
+
+    answers: list[Answer]
+    samples: list[Sample]
+    stats: Stats
+
+
+class Distill:
+    """One run: the student, its optimiser, the order of its data, and what its answers are compared with."""
+
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        objective: Distillation,
+        data: Taught,
+        engine: Generator,
+        reward: WeightedSum | None,
+    ) -> None:
+        self.recipe, self.objective, self.data, self.engine, self.reward = recipe, objective, data, engine, reward
+        self.shaping = None if recipe.reward is None else ScoreShaping(recipe.reward)
+        train = recipe.train
+        lengths = [len(e) for e in data.given] or [len(p.ids) for p in data.prompts]
+        self.batches = Batches(len(data), train.batch_size, recipe.run.seed, lengths, shuffle=recipe.data.shuffle)
+        steps = max(1, round(train.epochs * len(self.batches)))
+        self.total = min(steps, train.max_steps or steps)
+        self.optimizer = Optimizer(objective.policy.parameters(), recipe.optimizer, self.total)
+        self.order = self.batches.forever()
+        self.done = 0
+
+    def step(self) -> tuple[Stats, list[Sample]]:
+        """One update, on the student's own answers or on given ones."""
+        started, rows = time.monotonic(), next(self.order)
+        if self.own_turn():
+            seed = (self.recipe.run.seed, self.done)
+            own = self.own([self.data.prompts[i] for i in rows], self.recipe.rollout.samples, seed)
+            answers, samples, stats = own.answers, own.samples, own.stats
+            stats["time/rollout"] = time.monotonic() - started
+        else:
+            answers, samples, stats = self.data.answers(rows, self.text), [], {}
+        stats |= self.update(answers)
+        self.done += 1
+        self.engine.update_weights(self.done)
+        if samples and isinstance(self.objective.teacher, EndpointTeacher):
+            self.objective.teacher.forget(answers)
+        return stats | {"time/step": time.monotonic() - started, "on_policy": float(bool(samples))}, samples
+
+    def own_turn(self) -> bool:
+        """Whether this update is on the student's own answers: a coin with a stream of its own for each step."""
+        draw = torch.rand((), generator=stream(self.recipe.run.seed, "own answers", self.done))
+        return bool(draw < self.recipe.train.on_policy)
+
+    def own(self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None) -> Own:
+        """The student's answers to prompts, with what their rewards say of them. `taught` are the teacher's readings
+        of prompts that are not those of the training data."""
+        samples = self.engine.generate(prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
+        train = taught is None
+        taught = [self.data.taught[p.index] for p in prompts] if taught is None else taught
+        answers = [
+            Answer(s.prompt.ids, s.ids, [True] * len(s.ids), taught[i // n], s.prompt.index, s.text, s.terminated)
+            for i, s in enumerate(samples)
+        ]
+        stats: Stats = {"length/mean": sum(len(s.ids) for s in samples) / len(samples)}
+        stats["finish/length"] = sum(not s.terminated for s in samples) / len(samples)
+        if self.reward is not None:
+            stats |= self._worth(answers, samples, self.reward, training=train)
+        return Own(answers, samples, stats)
+
+    def _worth(self, answers: list[Answer], samples: list[Sample], reward: WeightedSum, *, training: bool) -> Stats:
+        """Sets each answer's advantage: its shaped score beside the others' to the same prompt, or beside all others'
+        where each prompt has one."""
+        assert self.shaping is not None
+        scores, limit = reward.score(samples), self.recipe.rollout.max_new_tokens
+        terminated, length = (
+            torch.tensor([a.ended for a in answers]),
+            torch.tensor([len(a.response) for a in answers]),
+        )
+        shaped, stats = self.shaping(scores.total, terminated, length, limit, update=training)
+        group = torch.tensor([a.row if self.recipe.rollout.samples > 1 else 0 for a in answers])
+        for answer, advantage in zip(answers, leave_one_out(shaped, group).tolist(), strict=True):
+            answer.advantage = advantage
+        stats["reward/total"] = float(scores.total.mean())
+        return stats | {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
+
+    def text(self, ids: list[int]) -> str:
+        """The text of a given answer, for a teacher that reads text."""
+        teacher = self.objective.teacher
+        return teacher.student.decode(ids) if isinstance(teacher, OtherTokenizer) else ""
+
+    def update(self, answers: Sequence[Answer]) -> Stats:
+        """One optimizer update. Raises NotFiniteError where the loss is no finite number."""
+        objective, tally = self.objective, Tally()
+        if not isinstance(objective.teacher, OtherTokenizer):
+            objective.teacher.prepare(answers)
+        denominator = objective.denominator(answers)
+        cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
+        total = 0.0
+        for part in micro_batches(cost, self.recipe.run.micro_tokens):
+            loss = objective.loss([answers[i] for i in part.tolist()], denominator, tally)
+            if not torch.isfinite(loss):
+                raise NotFiniteError(f"the loss is {float(loss)}")
+            loss.backward()
+            total += float(loss.detach())
+        return self.optimizer.step() | tally.means() | {"loss": total}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "done": self.done,
+            "model": whole_state(trainable(self.objective.policy)),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "shaping": None if self.shaping is None else self.shaping.norm.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        load_trainable(self.objective.policy, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["batches"])
+        if self.shaping is not None:
+            self.shaping.norm.load_state_dict(state["shaping"])
+        self.engine.update_weights(self.done)

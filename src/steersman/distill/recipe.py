@@ -1,0 +1,175 @@
+"""The recipe of `steersman distill`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from steersman.data import DataConfig
+from steersman.judge.config import AddressConfig
+from steersman.loss.reduce import Average
+from steersman.ops.divergence import DIVERGENCES, Divergence
+from steersman.reward import RewardConfig
+from steersman.run.config import Section
+from steersman.run.health_limits import HealthConfig
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.update.optimizer import OptimizerConfig
+
+SOURCES = {
+    "reverse_kl": "arXiv 2306.13649",
+    "forward_kl": "arXiv 1503.02531",
+    "jsd": "arXiv 2306.13649",
+    "skew_kl": "arXiv 2402.03898",
+    "skew_reverse_kl": "arXiv 2402.03898",
+    "minillm": "arXiv 2306.08543",
+    "uld": "arXiv 2402.12030",
+}
+"""Each loss's paper."""
+
+
+class TeacherEndpoint(AddressConfig):
+    """A teacher behind an OpenAI-compatible /completions that tells the log-probabilities of a given text."""
+
+    top_k: int = Field(
+        default=20, ge=1, description="tokens that it lists at each position; the rest counts as one outcome"
+    )
+    form: Literal["prompt_logprobs", "echo"] = Field(
+        default="prompt_logprobs",
+        description="how it tells them: vLLM's field, or the older echo with logprobs, tokens named token_id:N",
+    )
+
+
+class TeacherConfig(Section):
+    """Who teaches: exactly one of path and endpoint."""
+
+    path: str | None = Field(
+        default=None,
+        description="folder or hub name of a model; start: the student before training; live: the student as it is "
+        "at each step (the last two with `prompt`)",
+    )
+    endpoint: TeacherEndpoint | None = Field(
+        default=None, description="a model behind a server, of the same tokenizer"
+    )
+    prompt: str | None = Field(
+        default=None,
+        description="the prompt that the teacher reads, made of the row's columns and {prompt}: what it may know and "
+        'the student may not, such as "{prompt}\\n\\nThe answer is {answer}."',
+    )
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
+        default="same", description="precision of its weights; same: the student's"
+    )
+    device: str = Field(default="same", description="same, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _one(self) -> TeacherConfig:
+        if (self.path is None) == (self.endpoint is None):
+            raise ValueError("give exactly one of path and endpoint")
+        if self.path in ("start", "live") and self.prompt is None:
+            raise ValueError(
+                f"path {self.path}: the student has nothing to learn from itself unless the teacher knows more; give "
+                "prompt, such as '{prompt} (the answer is {answer})'"
+            )
+        return self
+
+
+class DistillLoss(Section):
+    """What brings the student to the teacher."""
+
+    name: Literal[Divergence, "minillm", "uld"] = Field(  # type: ignore[valid-type]
+        default="reverse_kl",
+        description="a divergence at each token; minillm, the KL of whole answers by policy gradient; uld, for a "
+        "teacher with another tokenizer",
+    )
+    mix: float = Field(
+        default_factory=lambda known: 0.1 if str(known.get("name")).startswith("skew") else 0.5,
+        ge=0,
+        le=1,
+        description="jsd: the teacher's share of the mixture; skew_*: how much of the compared one is mixed in; "
+        "0.5 for jsd and 0.1 for skew_* if not given",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="both distributions are softmax(logits / temperature)")
+    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    normalised: bool = Field(
+        default=True, description="minillm: divide what is to come by its steps, as its paper does; off is exact"
+    )
+    nll: float = Field(default=0.0, ge=0, description="weight of the likelihood of given answers, added to the loss")
+    reward_weight: float = Field(
+        default=1.0, ge=0, description="with a reward section: its advantage's weight in nats per unit of reward"
+    )
+
+
+class DistillTraining(Section):
+    """How long and in what batches."""
+
+    epochs: float = Field(default=1.0, gt=0, description="passes over the prompts; a fraction is allowed")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer updates")
+    batch_size: int = Field(default=16, ge=1, description="prompts (or given answers) per optimizer update")
+    on_policy: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of updates on the student's own answers; the others are on the answers of the data",
+    )
+
+
+class DistillRecipe(Section):
+    """Distillation of a teacher into a student."""
+
+    model: ModelConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    loss: DistillLoss = DistillLoss()
+    train: DistillTraining = DistillTraining()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+    health: HealthConfig = HealthConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset({"rollout.prompts", "rollout.recompute_logp", "rollout.importance_cap", "reward.whiten"})
+
+    @property
+    def gradient_through_samples(self) -> bool:
+        """Whether a policy gradient is part of the loss, which must know how tokens were drawn."""
+        return self.loss.name == "minillm" or self.reward is not None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillRecipe:
+        loss, rollout, share = self.loss, self.rollout, self.train.on_policy
+        if self.gradient_through_samples:
+            what = "minillm" if loss.name == "minillm" else "a reward"
+            if share < 1:
+                raise ValueError(f"{what} needs the student's own answers in every update: train.on_policy 1")
+            if rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.min_new_tokens:
+                raise ValueError(
+                    f"{what} takes a policy gradient of answers as the student draws them; sample without top_k, "
+                    "top_p, min_p and min_new_tokens"
+                )
+            if rollout.temperature != loss.temperature:
+                raise ValueError(
+                    f"{what} takes a policy gradient of answers as the student draws them: rollout.temperature "
+                    f"({rollout.temperature:g}) must be loss.temperature ({loss.temperature:g})"
+                )
+        if loss.nll and share == 1:
+            raise ValueError(
+                "loss.nll is the likelihood of given answers, and train.on_policy 1 gives none; lower on_policy"
+            )
+        if self.teacher.endpoint is not None:
+            if loss.temperature != 1:
+                raise ValueError("loss.temperature: an endpoint tells its log-probabilities at temperature 1 only")
+            if loss.name == "uld":
+                raise ValueError("loss.name uld sorts whole distributions, and an endpoint lists only top_k of them")
+        if loss.name == "uld" and self.teacher.path in ("start", "live"):
+            raise ValueError("loss.name uld is for a teacher with another tokenizer; the student's own is the same")
+        if self.model.scratch is not None and (share > 0 or self.teacher.path in ("start", "live")):
+            raise ValueError(
+                "model.scratch: a model with fresh weights has nothing to say yet; distil it with train.on_policy 0 "
+                "from another model first"
+            )
+        return self
+
+
+assert set(SOURCES) == {*DIVERGENCES, "minillm", "uld"}

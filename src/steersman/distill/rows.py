@@ -1,0 +1,162 @@
+"""The rows that a student is taught on: prompts as it and its teacher read them, and given answers."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steersman.data import (
+    Demonstration,
+    Encoded,
+    Layout,
+    Loaded,
+    Query,
+    demonstrations,
+    encode,
+    encode_prompts,
+    layout,
+    prompts,
+)
+from steersman.data.examples import Content
+from steersman.distill.recipe import DistillRecipe
+from steersman.distill.teacher import Answer
+from steersman.model import Policy
+from steersman.train.models import context_length
+from steersman.types import Prompt, SteersmanError
+
+
+@dataclass(slots=True)
+class Taught:
+    """Rows by place: `prompts` to answer, the same prompts as the teacher reads them, and given answers if any."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    taught: list[list[int]] = field(default_factory=list)
+    given: list[Encoded] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def longest(self) -> int:
+        return max(len(p.ids) for p in self.prompts)
+
+    def answers(self, rows: Sequence[int], text: Any = None) -> list[Answer]:
+        """The data's own answers to some rows; `text` decodes ids where a teacher reads text."""
+        found = []
+        for i in rows:
+            e = self.given[i]
+            told = "" if text is None else text(e.response)
+            found.append(Answer(e.prompt, e.response, e.mask, self.taught[i], i, told))
+        return found
+
+
+@dataclass(slots=True)
+class Reader:
+    """How the rows of a recipe become tokens of the student and of the teacher.
+
+    `teacher` is the layout of a teacher with another tokenizer, else the student's own. `template` is
+    `teacher.prompt`.
+    """
+
+    recipe: DistillRecipe
+    student: Layout
+    teacher: Layout
+    template: str | None
+    context: int | None
+    teacher_context: int | None
+
+    def read(self, examples: Sequence[Query | Demonstration]) -> Taught:
+        """Raises SteersmanError for what does not fit, as `encode` and `encode_prompts` do, and for a row in which
+        the teacher's prompt can not be made or leaves no room for an answer."""
+        data, new = self.recipe.data, self.recipe.rollout.max_new_tokens
+        out = Taught()
+        if all(isinstance(e, Query) for e in examples):
+            queries = [e for e in examples if isinstance(e, Query)]
+            out.prompts, _, _ = encode_prompts(queries, self.student, data, self.context, new)
+            kept = [queries[p.index] for p in out.prompts]
+        else:
+            given = encode([e for e in examples if isinstance(e, Demonstration)], self.student, data, self.context)
+            kept, out.given = given.examples, given.first
+            out.prompts = [
+                Prompt(e.prompt, self.student.codec.decode(e.prompt, after=False), example.row.data, i)
+                for i, (e, example) in enumerate(zip(given.first, given.examples, strict=True))
+            ]
+        out.prompts = [Prompt(p.ids, p.text, p.row, i) for i, p in enumerate(out.prompts)]
+        own = self.template is None and self.teacher is self.student
+        out.taught = [p.ids if own else self._taught(e) for p, e in zip(out.prompts, kept, strict=True)]
+        for i, example in enumerate(kept):
+            self._check(example, out.taught[i], out.given[i] if out.given else None)
+        return out
+
+    def _check(self, example: Query | Demonstration, taught: list[int], given: Encoded | None) -> None:
+        new = self.recipe.rollout.max_new_tokens if self.recipe.train.on_policy else 0
+        if given is not None and self.context is not None and len(given.prompt) + new > self.context:
+            raise example.row.fault(
+                "too long", f"{len(given.prompt)} prompt tokens and {new} new ones exceed a context of {self.context}"
+            )
+        new = max(new, len(given.response) if given is not None else 0)
+        if self.teacher_context is not None and len(taught) + new > self.teacher_context:
+            raise example.row.fault(
+                "too long for the teacher",
+                f"the prompt as the teacher reads it has {len(taught)} tokens; an answer of {new} exceeds its "
+                f"context of {self.teacher_context}",
+            )
+        if given is not None and self.teacher is not self.student and not all(given.mask):
+            raise example.row.fault(
+                "several turns", "a teacher with another tokenizer reads answers of one turn; give single answers"
+            )
+
+    def _taught(self, example: Query | Demonstration) -> list[int]:
+        content = example.prompt if self.template is None else told_more(example, self.template)
+        if isinstance(example, Query):
+            return self.teacher.prompt(content)[0]
+        return self.teacher.answer(content, example.completion)[0]
+
+
+def told_more(example: Query | Demonstration, template: str) -> Content:
+    """The prompt that the template makes of the row's columns; {prompt} is the text asked, of a conversation its
+    last user's turn, in whose place it stands then. Raises SteersmanError naming the row and a column it lacks."""
+    prompt = example.prompt
+    turns = [] if isinstance(prompt, str) else prompt
+    last = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=None)
+    if not isinstance(prompt, str) and last is None:
+        raise example.row.fault("no user's turn", "teacher.prompt has no user's turn to stand for", "prompt")
+    asked = prompt if isinstance(prompt, str) else prompt[last or 0]["content"]
+    columns = {**example.row.data, "prompt": asked}
+    for _, name, _, _ in string.Formatter().parse(template):
+        if name is not None and columns.get(name) is None:
+            has = ", ".join(columns)
+            raise example.row.fault("missing field", f"teacher.prompt names {{{name}}}, and the row has {has}", name)
+    text = template.format_map(columns)
+    if isinstance(prompt, str):
+        return text
+    return [{**m, "content": text} if i == last else m for i, m in enumerate(prompt)]
+
+
+def check_template(template: str | None) -> None:
+    """Raises SteersmanError for a template that is none, or that reaches into values."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
+    except ValueError as error:
+        raise SteersmanError(f"teacher.prompt: {error}; write {{{{ and }}}} for plain braces") from error
+    for name in names:
+        if not name.isidentifier():
+            raise SteersmanError(f"teacher.prompt: {{{name}}} is no column name")
+
+
+def load(recipe: DistillRecipe) -> Loaded[Any]:
+    """Prompts where every update is on the student's own answers, else prompts with given answers."""
+    return prompts(recipe.data) if recipe.train.on_policy == 1 else demonstrations(recipe.data)
+
+
+def reader(recipe: DistillRecipe, student: Policy, teacher: Policy | None) -> Reader:
+    """`teacher` is the model that teaches, where it is in this process; with loss uld it reads tokens of its own."""
+    check_template(recipe.teacher.prompt)
+    asks = recipe.train.on_policy == 1
+    own = other = layout(student, recipe.data, asks=asks)
+    if teacher is not None and recipe.loss.name == "uld":
+        other = layout(teacher, recipe.data, asks=asks)
+    limit = None if teacher is None else context_length(teacher.model)
+    return Reader(recipe, own, other, recipe.teacher.prompt, context_length(student.model), limit)

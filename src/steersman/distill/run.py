@@ -1,0 +1,118 @@
+"""The verb: models and data in, a distilled student out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steersman.data import Loaded
+from steersman.distill.alignment import OtherTokenizer
+from steersman.distill.endpoint import EndpointTeacher
+from steersman.distill.loop import Distill
+from steersman.distill.objective import Distillation
+from steersman.distill.recipe import SOURCES, DistillRecipe
+from steersman.distill.rows import Taught, load, reader
+from steersman.distill.teacher import LocalTeacher, Teacher, check_tokens, local_model
+from steersman.distill.watch import Watch
+from steersman.model import Policy
+from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
+from steersman.reward import build_reward
+from steersman.run.device import device_text
+from steersman.run.preflight import Preflight
+from steersman.train.generators import open_generator
+from steersman.train.models import policy_from, save_model
+from steersman.train.reference import Reference
+from steersman.train.session import Session
+from steersman.types import Stats
+
+
+def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Trains, and leaves the student in `<run folder>/model`; returns the summary that the run folder holds."""
+    watched = "held_out/uld" if recipe.loss.name == "uld" else "held_out/teacher_kl"
+    session = Session(
+        "distill", recipe, resume=resume, metric=watched, mode="min",
+        shown=("divergence", watched, "held_out/loss", "reward/total", "length/mean"), health=recipe.health,
+    )  # fmt: skip
+    with session:
+        student = policy_from(recipe.model, recipe.run, session.device)
+        model = None if recipe.teacher.path is None else local_model(recipe, student)
+        rows = reader(recipe, student, model if isinstance(model, Policy) else None)
+        teacher = _teacher(recipe, student, model, rows)
+        loaded = load(recipe)
+        train = rows.read(loaded.train)
+        held = rows.read(loaded.held_out) if loaded.held_out else _last(train, recipe.rollout.held_out)
+        limit = float(recipe.rollout.max_new_tokens)
+        objective = Distillation(student, teacher, recipe.loss, limit=limit, rewarded=recipe.reward is not None)
+        reward = None
+        if recipe.reward is not None:
+            reward = build_reward(recipe.reward, student.tokenizer, session.device)
+        state = Distill(recipe, objective, train, open_generator(recipe.rollout, student), reward)
+        watch = Watch(state, held)
+        _preflight(session, state, loaded, held, model)
+        session.begin(state, state.total)
+        if session.start == 0:
+            session.observe(0, watch.look(session, 0))
+        for step in session.steps():
+            stats, samples = state.step()
+            if step % recipe.run.eval_every == 0 or step == state.total:
+                stats |= watch.look(session, step)
+            session.observe(step, stats, [s.text for s in samples])
+        if session.stopped:
+            return session.summary({})
+        save_model(student, recipe.model, session.path / "model")
+        return session.summary({"model": str(session.path / "model"), **_before_and_after(session)})
+
+
+def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, rows: Any) -> Teacher | OtherTokenizer:
+    if recipe.teacher.endpoint is not None:
+        width = student.head().weight.shape[0]
+        return EndpointTeacher(recipe.teacher.endpoint, width, student.device)
+    assert model is not None
+    name = recipe.teacher.path or ""
+    if recipe.loss.name == "uld" and isinstance(model, Policy):
+        return OtherTokenizer(model, rows.student.codec, name)
+    check_tokens(recipe, model, student)
+    return LocalTeacher(model, name)
+
+
+def _last(train: Taught, count: int) -> Taught:
+    """The last few prompts of the training data, looked at where none are held out; their answers are not."""
+    return Taught(train.prompts[-count:], train.taught[-count:]) if count else Taught()
+
+
+def _before_and_after(session: Session) -> Stats:
+    """The first and the last look at held-out data, by name."""
+    looks = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in session.metrics()]
+    looks = [look for look in looks if look] or [{}]
+    named = [("before", looks[0]), ("after", looks[-1])]
+    return {f"{k.removeprefix('held_out/')}_{when}": v for when, look in named for k, v in look.items()}
+
+
+def _preflight(session: Session, state: Distill, loaded: Loaded[Any], held: Taught, model: Reference | None) -> None:
+    recipe, student = state.recipe, state.objective.policy
+    train, rollout, loss = recipe.train, recipe.rollout, recipe.loss
+    pre = Preflight(f"steersman distill: {loss.name} ({SOURCES[loss.name]})")
+    pre.fact("run folder", str(session.path))
+    pre.fact("device", device_text(session.device, next(student.parameters()).dtype))
+    pre.fact("teacher", state.objective.teacher.describe())
+    pre.fact("data", f"{len(state.data):,} prompts, {len(held)} looked at; {loaded.left_out.sentence}")
+    pre.fact("answers", f"{train.on_policy:.0%} of updates on the student's own, the others on the data's")
+    pre.fact("optimizer updates", f"{state.total} of {train.batch_size} prompts x {rollout.samples}")
+    if state.reward is not None:
+        pre.fact("reward", state.reward.describe())
+    models = [Model("student", student.model, recipe.model.path, student)]
+    if isinstance(model, Policy) and model is not student:
+        models.append(Model("teacher", model.model, recipe.teacher.path or ""))
+    prompt = max(state.data.longest, max(map(len, state.data.taught)))
+    longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given)])
+    answers = train.batch_size * rollout.samples
+    tokens = largest_micro_batch([longest] * answers, recipe.run.micro_tokens, answers)
+    sampled = Sampled(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
+    announce(pre, session.device, models, Load(tokens, longest), sampled)
+    for i in range(0, len(state.data), max(1, len(state.data) // 3)):
+        pre.sample([(state.data.prompts[i].text, False)])
+        if i and i >= 2 * max(1, len(state.data) // 3):
+            break
+    for note in student.notes:
+        pre.fact("model", note)
+    pre.check()
+    pre.show()

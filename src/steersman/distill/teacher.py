@@ -1,0 +1,113 @@
+"""Teachers: what reads an answer and tells its distributions at every token of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steersman.distill.recipe import DistillRecipe
+from steersman.model import Policy
+from steersman.ops.divergence import Listed, Whole
+from steersman.train.models import policy_from
+from steersman.train.reference import Reference, reference_from, same_tokens
+from steersman.types import SteersmanError, Tokens
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer to learn from, in the student's tokens.
+
+    `taught` is the prompt as the teacher reads it, and `text` the answer's text where a teacher reads it in tokens of
+    its own. `mask[t]` says whether token t counts. `ended` is False where the length limit cut it, `row` its place in
+    the data, `advantage` what the reward found it worth beside others.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    mask: list[bool]
+    taught: list[int]
+    row: int
+    text: str = ""
+    ended: bool = True
+    advantage: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(slots=True)
+class Reading:
+    """A teacher's distributions at the N response tokens of some answers, packed row by row, and the log-probability
+    of those very tokens where it was asked for."""
+
+    teacher: Whole | Listed
+    logp: Float[Tensor, " N"] | None = None
+
+
+class Teacher(Protocol):
+    """What reads answers in the student's own token ids."""
+
+    def prepare(self, answers: Sequence[Answer]) -> None:
+        """Called once with all answers of an update, before any of them is read."""
+        ...
+
+    def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading: ...
+
+    def describe(self) -> str: ...
+
+
+class LocalTeacher:
+    """A model in this process, frozen, of the same token ids."""
+
+    def __init__(self, model: Reference, name: str) -> None:
+        self.model, self.name = model, name
+
+    def prepare(self, answers: Sequence[Answer]) -> None:
+        pass
+
+    @torch.no_grad()
+    def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
+        tokens = Tokens.from_ids([a.taught for a in answers], [a.response for a in answers]).to(self.model.device)
+        hidden = self.model.hidden(tokens)
+        if not logp:
+            return Reading(Whole(hidden, self.model.head()))
+        told = self.model.logp_from(tokens, hidden, temperature=temperature).logp
+        slots = torch.arange(told.shape[1], device=told.device) < tokens.response_length[:, None]
+        return Reading(Whole(hidden, self.model.head()), told[slots])
+
+    def describe(self) -> str:
+        return self.name
+
+
+def local_model(recipe: DistillRecipe, student: Policy) -> Reference:
+    """The model that `teacher.path` names, in the precision and on the device that the section asks for."""
+    section = recipe.teacher
+    assert section.path is not None
+    if section.path == "live":
+        return student
+    config = recipe.model.model_copy(update={} if section.dtype == "same" else {"dtype": section.dtype})
+    if section.path == "start":
+        return reference_from("start", config, recipe.run, student)
+    device = student.device if section.device == "same" else torch.device(section.device)
+    update = {"path": section.path, "scratch": None, "trust_remote_code": False}
+    return policy_from(config.model_copy(update=update), recipe.run, device, trainable=False)
+
+
+def check_tokens(recipe: DistillRecipe, model: Reference, student: Policy) -> None:
+    """Raises SteersmanError where teacher and student read other token ids, by what can be done about it."""
+    if not isinstance(model, Policy):
+        return
+    path = recipe.teacher.path or ""
+    try:
+        same_tokens("teacher.path", path, model, student)
+    except SteersmanError as error:
+        raise SteersmanError(
+            f"teacher.path: the tokenizer of {path} ({len(model.tokenizer)} tokens) is not the student's "
+            f"({len(student.tokenizer)} tokens), and loss.name {recipe.loss.name} compares them token by token; use "
+            "loss.name uld, which compares probabilities in order, or a teacher of the same family"
+        ) from error

@@ -1,0 +1,72 @@
+"""How far the student is from its teacher on held-out prompts, answered again and again with the same streams."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from steersman.data import Encoded
+from steersman.distill.alignment import OtherTokenizer
+from steersman.distill.loop import Distill
+from steersman.distill.rows import Taught
+from steersman.distill.teacher import Answer
+from steersman.objectives.supervised import SFT
+from steersman.run.micro import micro_batches
+from steersman.train.session import Session
+from steersman.train.tally import Tally
+from steersman.types import Stats
+
+
+class Watch:
+    """`held_out/teacher_kl` is KL(student || teacher) in nats per answer, of the student's own answers: the mean over
+    sampled answers of the sum over their tokens of the whole distributions' divergence; `held_out/teacher_kl_se` is
+    its standard error over prompts. With another tokenizer it is `held_out/uld`, the sorted distance per token. Where
+    the data have answers, `held_out/loss` is the student's loss on them, in nats per token.
+    """
+
+    def __init__(self, run: Distill, held: Taught) -> None:
+        self.run, self.held = run, held
+        count = run.recipe.rollout.held_out
+        self.prompts, self.taught = held.prompts[:count], held.taught[:count]
+        given: list[Encoded] = held.given
+        self.given = SFT(run.objective.policy, [], given, run.recipe.run.micro_tokens) if given else None
+
+    @torch.no_grad()
+    def look(self, session: Session, step: int) -> Stats:
+        """Samples and measures, and writes the answers to samples.jsonl."""
+        stats = {} if self.given is None else self.given.evaluate()
+        if not self.prompts:
+            return stats
+        own = self.run.own(self.prompts, 1, (self.run.recipe.run.seed, 1 << 40), self.taught)
+        stats |= {f"held_out/{name.replace('length/mean', 'length')}": x for name, x in own.stats.items()}
+        stats |= self._distance(own.answers)
+        session.log.samples(
+            step,
+            [
+                {"index": s.prompt.index, "prompt": s.prompt.text, "completion": s.text, "finish": s.finish}
+                for s in own.samples
+            ],
+        )
+        return stats
+
+    def _distance(self, answers: list[Answer]) -> Stats:
+        objective, teacher = self.run.objective, self.run.objective.teacher
+        cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
+        parts = micro_batches(cost, self.run.recipe.run.micro_tokens)
+        if isinstance(teacher, OtherTokenizer):
+            tally = Tally()
+            for part in parts:
+                objective.loss([answers[i] for i in part.tolist()], 1, tally)
+            return {"held_out/uld": tally.means()["divergence"]}
+        teacher.prepare(answers)
+        found = [objective.apart([answers[i] for i in part.tolist()], "reverse_kl") for part in parts]
+        return _mean(torch.cat(found).double())
+
+
+def _mean(kl: Tensor) -> Stats:
+    stats = {"held_out/teacher_kl": float(kl.mean())}
+    if len(kl) > 1:
+        stats["held_out/teacher_kl_se"] = float(kl.std()) / math.sqrt(len(kl))
+    return stats

@@ -1,0 +1,240 @@
+"""The verb: prompts in; instructions with checkable rules, and data that teaches to follow them, out.
+
+Each instruction is a task of the data with some rules that can be kept together. A model answers; answers that break
+a rule are mended by another one, rule by rule, and kept where all checks pass. What comes of it:
+
+    sft.jsonl    prompt, completion: answers that keep every rule, mended or as they were
+    dpo.jsonl    prompt, chosen, rejected: the mended answer over the one that it was made of
+    grpo.jsonl   prompt, instruction_id_list, kwargs: what the metric `ifeval` rewards
+    held_out.jsonl   the same with kinds of rules that stand in none of the others
+
+Source: arXiv 2404.15846 (complex instructions from answers mended constraint by constraint), with the checks of
+arXiv 2311.07911. Departure: there a stronger model also judges whether a rule is kept; here programs do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from steersman.data import DataConfig, Query, Row, wraps
+from steersman.data.examples import user
+from steersman.flywheel.instruct.compose import REWRITE, compose, keeps_the_rules, said, split_kinds
+from steersman.flywheel.instruct.constraints import KINDS, again
+from steersman.flywheel.instruct.correct import Draft, correct
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.players import Player, load_queries
+from steersman.judge.prompts import fill
+from steersman.judge.scored import as_text
+from steersman.judge.writer import Writer, WriterConfig
+from steersman.model import load_tokenizer
+from steersman.run.config import Section
+from steersman.run.seed import sub_seed
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.types import Stats
+
+
+class RulesConfig(Section):
+    """Which rules an instruction has."""
+
+    least: int = Field(default=1, ge=1, description="rules of an instruction, at least")
+    most: int = Field(default=3, ge=1, description="rules of an instruction, at most")
+    kinds: list[str] = Field(
+        default_factory=list, description=f"kinds of rules, by IFEval's names; empty: all {len(KINDS)}"
+    )
+    held_out: list[str] = Field(default_factory=list, description="kinds that stand in held-out instructions alone")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RulesConfig:
+        if self.least > self.most:
+            raise ValueError(f"least ({self.least}) is above most ({self.most})")
+        return self
+
+
+class InstructRecipe(Section):
+    """Instructions with rules that programs check, and answers that keep them."""
+
+    data: DataConfig
+    model: ModelConfig
+    corrector: WriterConfig | None = Field(
+        default=None,
+        description="the model that mends answers, better a stronger one; null: only what passes is kept",
+    )
+    rules: RulesConfig = RulesConfig()
+    rephrase: bool = Field(
+        default=False, description="let the corrector say each instruction in its own words; kept if no rule is lost"
+    )
+    tries: int = Field(default=2, ge=1, description="failed rewrites of an answer before it is given up")
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(prompts=64, samples=1, max_new_tokens=256),
+        description="prompts: how many instructions are made, held_out: how many of held-out kinds",
+    )
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
+        kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
+        return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.importance_cap"})
+
+    @model_validator(mode="after")
+    def _fits(self) -> InstructRecipe:
+        if self.rephrase and self.corrector is None:
+            raise ValueError("rephrase: the corrector says the instructions anew; give one")
+        return self
+
+
+def run(recipe: InstructRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Leaves the files in the run folder, and returns the summary."""
+    with Ledger("instruct", recipe, resume=resume, rounds=0) as ledger:
+        train, held = split_kinds(recipe.rules.kinds, recipe.rules.held_out)
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        tasks, _ = load_queries(recipe.data, 0, wrap=False)
+        writer = None
+        if recipe.corrector is not None:
+            writer = Writer(recipe.corrector, ledger.path, stopping=lambda: bool(ledger.signal))
+        about = {"made_from": recipe.data.path, "rules": recipe.rules.model_dump()}
+        asked = ledger.table(
+            "instructions", lambda: _instructions(recipe, tasks, train, recipe.rollout.prompts, "train"), **about
+        )
+        stats: Stats = {"data/instructions": len(asked)}
+        if recipe.rephrase:
+            assert writer is not None
+            asked = ledger.table("rephrased", lambda: _rephrased(asked, writer), by=writer.describe())
+            stats["rephrased"] = sum(r["rephrased"] for r in asked) / len(asked)
+        wrap = wraps(tokenizer, recipe.data)
+        answers = ledger.table(
+            "answers", lambda: _answers(ledger, recipe, asked, wrap), made_from=ledger.sources("instructions")
+        )
+        by = "nobody" if writer is None else writer.describe()
+        mended = ledger.table("mended", lambda: _mended(recipe, asked, answers, writer), by=by)
+        stats |= _write(ledger, asked, mended, wrap)
+        if held and recipe.rollout.held_out:
+            count = recipe.rollout.held_out
+            rows = ledger.table(
+                "held-out-instructions", lambda: _instructions(recipe, tasks, held, count, "held out")
+            )
+            ledger.table("held_out", lambda: [_rewarded(r, wrap) for r in rows])
+            stats["data/held_out"] = len(rows)
+        ledger.finish_round(0, stats, [_shown(asked[r["index"]], r) for r in mended[:40]])
+        if not stats["data/sft"]:
+            ledger.log.note("no answer keeps all of its rules: take a stronger model, a corrector, or fewer rules")
+        files = {name: str(ledger.path / f"{name}.jsonl") for name in ("sft", "dpo", "grpo")}
+        return ledger.summary({"data": files, **stats})
+    return ledger.summary({})
+
+
+def _instructions(
+    recipe: InstructRecipe, tasks: Sequence[Query], kinds: Sequence[str], count: int, what: str
+) -> Rows:
+    """So many tasks, the same ones again where there are fewer, each with rules of its own."""
+    rules, out = recipe.rules, []
+    order = random.Random(sub_seed(recipe.run.seed, "tasks", what))
+    places: list[int] = []
+    for i in range(count):
+        places = places or order.sample(range(len(tasks)), len(tasks))
+        task = as_text(tasks[places.pop()].prompt)
+        rng = random.Random(sub_seed(recipe.run.seed, "rules", what, i))
+        most = min(rules.most, len(kinds))
+        made = compose(kinds, rng.randint(min(rules.least, most), most), rng)
+        out.append({"index": i, "task": task, "prompt": said(task, made, rng), "rules": [c.row() for c in made]})
+    return out
+
+
+def _rephrased(asked: Rows, writer: Writer) -> Rows:
+    """The instructions in the writer's words, where these still have everything that the rules name."""
+    told = writer.write([fill(REWRITE, {"instruction": r["prompt"]}) for r in asked])
+    out = []
+    for row, text in zip(asked, told, strict=True):
+        fine = text is not None and keeps_the_rules(text, [again(c) for c in row["rules"]])
+        out.append({**row, "prompt": text.strip() if fine and text else row["prompt"], "rephrased": fine})
+    return out
+
+
+def _answers(ledger: Ledger, recipe: InstructRecipe, asked: Rows, wrap: bool) -> Rows:
+    """What the model says to each instruction."""
+    player = Player(recipe.model, recipe.run, ledger.device)
+    queries = [
+        Query(user(r["prompt"]) if wrap else r["prompt"], Row(r, "instructions.jsonl", r["index"] + 1)) for r in asked
+    ]
+    rows, _ = player.answer(
+        queries, range(len(queries)), recipe.data.model_copy(update={"wrap_in_chat": False, "on_too_long": "drop"}),
+        recipe.rollout, n=recipe.rollout.samples, seed=(recipe.run.seed, 0),
+    )  # fmt: skip
+    player.release()
+    return [{k: r[k] for k in ("index", "sample", "completion", "finish", "tokens")} for r in rows]
+
+
+def _mended(recipe: InstructRecipe, asked: Rows, answers: Rows, writer: Writer | None) -> Rows:
+    """Every answer with what became of it, and the rules that it broke before and after."""
+    drafts = []
+    for row in answers:
+        about = asked[row["index"]]
+        drafts.append(Draft(about["prompt"], [again(c) for c in about["rules"]], row["completion"]))
+    before = [[c.name for c in d.broken] for d in drafts]
+    if writer is not None:
+        correct(drafts, writer.write, recipe.tries)
+    return [
+        {
+            "index": row["index"], "sample": row["sample"], "original": d.original, "answer": d.answer,
+            "broken_before": was, "broken_after": [c.name for c in d.broken], "mended": d.mended, "rewrites": d.tried,
+            "finish": row["finish"],
+        }
+        for row, d, was in zip(answers, drafts, before, strict=True)
+    ]  # fmt: skip
+
+
+def _write(ledger: Ledger, asked: Rows, mended: Rows, wrap: bool) -> Stats:
+    """The files to train on, and what they hold."""
+    # the length limit's cut is no end to be learned; what was written anew has one of its own
+    good = [r for r in mended if not r["broken_after"] and (r["mended"] or r["finish"] != "length")]
+    made_from = ledger.sources("mended")
+    sft = ledger.table(
+        "sft",
+        lambda: [
+            {"prompt": _prompt(asked[r["index"]], wrap), "completion": r["answer"], "corrected": bool(r["mended"]),
+             "rules": len(asked[r["index"]]["rules"])}
+            for r in good
+        ],
+        made_from=made_from,
+    )  # fmt: skip
+    pairs = [r for r in good if r["mended"] and r["original"].strip()]
+    dpo = ledger.table(
+        "dpo",
+        lambda: [
+            {"prompt": _prompt(asked[r["index"]], wrap), "chosen": r["answer"], "rejected": r["original"]}
+            for r in pairs
+        ],
+        made_from=made_from,
+    )
+    ledger.table("grpo", lambda: [_rewarded(r, wrap) for r in asked])
+    rules = sum(len(asked[r["index"]]["rules"]) for r in mended)
+    broken = [sum(len(r[f"broken_{when}"]) for r in mended) for when in ("before", "after")]
+    worst = Counter(name for r in mended for name in r["broken_after"])
+    stats: Stats = {
+        "data/answers": len(mended), "data/sft": len(sft), "data/dpo": len(dpo),
+        "kept/before": 1 - broken[0] / max(rules, 1), "kept/after": 1 - broken[1] / max(rules, 1),
+        "whole/before": sum(not r["broken_before"] for r in mended) / max(len(mended), 1),
+        "whole/after": sum(not r["broken_after"] for r in mended) / max(len(mended), 1),
+        "rewrites": sum(r["rewrites"] for r in mended),
+    }  # fmt: skip
+    return stats | {f"broken/{name}": float(count) for name, count in worst.most_common(5)}
+
+
+def _prompt(row: dict[str, Any], wrap: bool) -> Any:
+    return user(row["prompt"]) if wrap else row["prompt"]
+
+
+def _rewarded(row: dict[str, Any], wrap: bool) -> dict[str, Any]:
+    """A row for the reward {metric: ifeval}; keyword settings as IFEval's own data have them."""
+    names, kwargs = [c["name"] for c in row["rules"]], [c["kwargs"] for c in row["rules"]]
+    return {"prompt": _prompt(row, wrap), "instruction_id_list": names, "kwargs": kwargs}
+
+
+def _shown(asked: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    kept = 1 - len(row["broken_after"]) / max(len(asked["rules"]), 1)
+    return {"index": row["index"], "prompt": asked["prompt"], "completion": row["answer"], "reward": {"rules": kept}}

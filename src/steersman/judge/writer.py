@@ -1,0 +1,83 @@
+"""A model that writes: a text in, a text out; behind an endpoint, or local. Replies are kept as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from steersman.judge.cache import Reply, ReplyCache, key_of
+from steersman.judge.config import EndpointConfig, LocalConfig
+from steersman.judge.endpoint import Endpoint, without_password
+from steersman.judge.judge import InterruptedJudgeError
+from steersman.judge.local import Local
+from steersman.run.config import Section
+
+
+class WriterConfig(Section):
+    """Who writes: exactly one of endpoint and local."""
+
+    endpoint: EndpointConfig | None = Field(default=None, description="a model behind an OpenAI-compatible endpoint")
+    local: LocalConfig | None = Field(default=None, description="a model on this machine")
+    max_calls: int | None = Field(default=None, ge=1, description="budget: replies paid for, those of the cache too")
+
+    @model_validator(mode="after")
+    def _one(self) -> WriterConfig:
+        if (self.endpoint is None) == (self.local is None):
+            raise ValueError("give exactly one of endpoint and local")
+        return self
+
+
+class Writer:
+    """Writes replies to texts; equal texts are asked once, and what a cache in `folder` has is not asked again.
+
+    `stopping` is asked between questions. Once `max_calls` replies are there, further texts get None.
+    """
+
+    def __init__(self, config: WriterConfig, folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> None:
+        self.config, self.stopping = config, stopping
+        self.endpoint = Endpoint(config.endpoint) if config.endpoint is not None else None
+        self.local = Local(config.local) if config.local is not None else None
+        self.cache = ReplyCache(folder / "replies.jsonl")
+
+    def write(self, texts: Sequence[str]) -> list[str | None]:
+        """What the model writes to each text; None where the budget was spent.
+
+        Raises SteersmanError where the model fails for good; what was written is kept.
+        """
+        keys = {text: key_of(self._about(), text) for text in texts}
+        new = [text for text in keys if keys[text] not in self.cache]
+
+        def keep(index: int, reply: Reply) -> None:
+            self.cache.add(keys[new[index]], reply, {"asked": new[index]})
+
+        if new:
+            ask = self.endpoint.ask if self.endpoint is not None else self._local.write
+            ask(new, keep, self._may_ask)
+        if self.stopping():
+            raise InterruptedJudgeError("stopped while a model was writing; what was written is kept")
+        return [str(self.cache[keys[t]]["text"]) if keys[t] in self.cache else None for t in texts]
+
+    def describe(self) -> str:
+        """One line: which model, where."""
+        if self.config.endpoint is not None:
+            return f"{self.config.endpoint.model} at {without_password(self.config.endpoint.url)}"
+        assert self.config.local is not None
+        return f"model {self.config.local.path}"
+
+    @property
+    def _local(self) -> Local:
+        assert self.local is not None
+        return self.local
+
+    def _may_ask(self) -> bool:
+        spent = self.config.max_calls is not None and len(self.cache.replies) >= self.config.max_calls
+        return not spent and not self.stopping()
+
+    def _about(self) -> dict[str, Any]:
+        how = {"timeout", "retries", "max_wait", "concurrency", "key_env", "url"}
+        return self.config.model_dump(
+            mode="json", exclude={"endpoint": how, "local": {"batch", "device"}, "max_calls": True}
+        )

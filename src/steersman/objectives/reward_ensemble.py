@@ -1,0 +1,68 @@
+"""Several heads on one trunk, each trained on draws of its own of the same pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steersman.data import EncodedSet, Preference, collate_pairs
+from steersman.loss.reward import centring, pairwise
+from steersman.model import EnsembleModel
+from steersman.objectives.batch import over_answers
+from steersman.objectives.reward_config import RewardModelConfig
+from steersman.objectives.reward_pairs import PairwiseReward, right
+from steersman.train.tally import Tally
+from steersman.types import Stats
+
+
+class EnsembleReward(PairwiseReward):
+    """The objective: the mean over heads of the Bradley-Terry loss, each pair counted for a head as often as a draw
+    with replacement would have it: a Poisson number of mean 1, drawn once per pair and head.
+
+    Accuracy and scores are those of the heads' mean; `held_out/disagreement` is their deviation in what a pair's
+    answers differ by.
+    """
+
+    def __init__(
+        self,
+        model: EnsembleModel,
+        train: EncodedSet[Preference],
+        held_out: EncodedSet[Preference] | None,
+        config: RewardModelConfig,
+        micro_tokens: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(model, train, held_out, config, micro_tokens)
+        self.ensemble = model
+        self.drawn = torch.poisson(torch.ones(len(train.groups), config.heads), generator=generator)
+
+    def _weights(self, rows: Sequence[int]) -> Tensor:
+        weight = torch.tensor([self.train.examples[i].weight for i in rows])
+        return weight[:, None] * self.drawn[list(rows)]
+
+    def denominator(self, rows: Sequence[int]) -> float:
+        return max(float(self._weights(rows).mean(1).sum()), 1e-12)
+
+    def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
+        tokens = collate_pairs([self.train.groups[i] for i in rows]).to(self.module.device)
+        chosen, rejected = self.ensemble.outputs(tokens).chunk(2)
+        examples, heads = [self.train.examples[i] for i in rows], chosen.shape[1]
+        margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
+        wide = [chosen.new_tensor(x).repeat_interleave(heads) for x in ([e.agreement for e in examples], margin)]
+        per_pair = pairwise(chosen.flatten(), rejected.flatten(), target=wide[0], margin=wide[1])
+        per_pair = per_pair + self.config.centre * centring(chosen.flatten(), rejected.flatten())
+        weight = self._weights(rows).to(per_pair).flatten() / heads
+        target, lead = chosen.new_tensor([e.agreement for e in examples]), (chosen - rejected).mean(1)
+        tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
+        tally.add("accuracy", right(lead, target).sum(), int((target != 0.5).sum()))
+        tally.add("margin", lead.sum(), len(rows))
+        return (weight * per_pair).sum() / denominator
+
+    def evaluate(self) -> Stats:
+        told, held = super().evaluate(), self.held_out
+        if held is None:
+            return told
+        heads = over_answers(held.groups, self.micro, self.ensemble.outputs).view(len(held.groups), 2, -1)
+        return told | {"held_out/disagreement": float((heads[:, 0] - heads[:, 1]).std(-1, correction=0).mean())}

@@ -1,0 +1,159 @@
+"""The verb with a real model that answers, and a real server that mends: what it leaves keeps its rules."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from judge_server import serving
+from letter_models import WORDS, rows_of, write_jsonl
+
+from steersman.flywheel.instruct.constraints import Constraint, again
+from steersman.flywheel.instruct.correct import Draft, correct
+from steersman.flywheel.instruct.run import InstructRecipe, run
+from steersman.metrics import metric
+from steersman.types import SteersmanError
+
+KINDS = ["punctuation:no_comma", "startend:end_checker", "detectable_content:postscript", "keywords:existence"]
+END = Constraint("startend:end_checker", {"end_phrase": "That is all."}, "End with That is all.")
+NO_COMMA = Constraint("punctuation:no_comma", {}, "No commas.")
+WORD = Constraint("keywords:existence", {"keywords": ["river"]}, 'Use the word "river".')
+
+
+def settings(tmp_path, mini, **extra):
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [{"prompt": w} for w in WORDS])
+    return InstructRecipe.model_validate(
+        {
+            "data": {"path": str(tasks)}, "model": {"path": str(mini)},
+            "rules": {"least": 1, "most": 2, "kinds": KINDS, "held_out": ["startend:quotation"]},
+            "rollout": {"prompts": 8, "samples": 1, "max_new_tokens": 12, "held_out": 4},
+            "run": {"dir": str(tmp_path / "run"), "threads": 1},
+            **extra,
+        }
+    )  # fmt: skip
+
+
+def mender(asked: list[str]):
+    """A model that mends what it is asked to: it reads the rule in the request, and changes the answer."""
+
+    def behave(_: int, text: str) -> str:
+        asked.append(text)
+        answer = text.split("It answered:\n\n")[1].split("\n\nThe answer breaks this rule: ")[0]
+        rule = text.split("The answer breaks this rule: ")[1].split("\n")[0]
+        if "comma" in rule:
+            return answer.replace(",", "")
+        if "P.S." in rule:
+            return f"{answer}\nP.S. so"
+        if "End with" in rule:
+            return f"{answer} {rule.split(chr(34))[1]}"
+        return f"{' '.join(rule.split(chr(34))[1::2])} {answer}"
+
+    return behave
+
+
+def endpoint(server) -> dict:
+    return {"endpoint": {"url": server.url, "model": "m", "retries": 0}}
+
+
+def test_answers_are_mended_rule_by_rule_and_every_file_keeps_what_it_says(tmp_path, mini):
+    asked: list[str] = []
+    with serving(mender(asked)) as server:
+        told = run(settings(tmp_path, mini, corrector=endpoint(server)))
+        calls = len(asked)
+        again_told = run(settings(tmp_path, mini, corrector=endpoint(server)), resume=True)
+    assert len(asked) == calls, "a resumed run asks nothing twice"
+    assert again_told["data/sft"] == told["data/sft"]
+    assert told["whole/after"] > told["whole/before"]
+    folder = tmp_path / "run"
+    rules = {r["prompt"]: [again(c) for c in r["rules"]] for r in rows_of(folder / "instructions.jsonl")}
+    sft, dpo = rows_of(folder / "sft.jsonl"), rows_of(folder / "dpo.jsonl")
+    assert len(sft) >= 4
+    assert all(r.holds(row["completion"]) for row in sft for r in rules[row["prompt"]])
+    assert dpo
+    for row in dpo:
+        assert all(r.holds(row["chosen"]) for r in rules[row["prompt"]])
+        assert not all(r.holds(row["rejected"]) for r in rules[row["prompt"]])
+    held = rows_of(folder / "held_out.jsonl")
+    assert {name for row in held for name in row["instruction_id_list"]} == {"startend:quotation"}
+    assert "startend:quotation" not in json.dumps(rows_of(folder / "grpo.jsonl"))
+
+
+def test_the_rows_for_grpo_are_what_the_metric_reads(tmp_path, mini):
+    with serving(mender([])) as server:
+        run(settings(tmp_path, mini, corrector=endpoint(server)))
+    rows = rows_of(tmp_path / "run/grpo.jsonl")
+    mended = {r["index"]: r for r in rows_of(tmp_path / "run/mended.jsonl")}
+    columns = {name: [row[name] for row in rows] for name in ("instruction_id_list", "kwargs")}
+    scores = metric("ifeval", {}).score([mended[i]["answer"] for i in range(len(rows))], **columns)
+    expected = [1 - len(mended[i]["broken_after"]) / len(rows[i]["kwargs"]) for i in range(len(rows))]
+    assert scores == pytest.approx(expected)
+
+
+def test_without_a_corrector_only_what_passes_is_kept(tmp_path, mini):
+    told = run(settings(tmp_path, mini))
+    assert told["data/dpo"] == 0
+    assert told["kept/before"] == told["kept/after"]
+    assert told["rewrites"] == 0
+
+
+def test_a_rephrased_instruction_is_kept_only_with_all_its_rules(tmp_path, mini):
+    def behave(_: int, text: str) -> str:
+        if not text.startswith("Rewrite the instruction"):
+            return "no"
+        return text.split("\n\n", 1)[1] + " please" if len(text) % 2 else "do something"
+
+    with serving(behave) as server:
+        told = run(settings(tmp_path, mini, corrector=endpoint(server), rephrase=True, tries=1))
+    rows = rows_of(tmp_path / "run/rephrased.jsonl")
+    assert 0 < told["rephrased"] <= 1
+    assert all(row["prompt"] != "do something" or not row["rules"][0]["kwargs"] for row in rows)
+
+
+def test_a_rewrite_that_breaks_what_was_kept_is_not_taken():
+    draft = Draft("x", [NO_COMMA, WORD, END], "no river here")
+    assert [r.name for r in draft.broken] == [END.name]
+    assert not draft.take(END, "a, river. That is all.")
+    assert not draft.take(END, "That is all.")
+    assert draft.take(END, "no river here. That is all.")
+    assert draft.original == "no river here"
+    assert not draft.broken
+
+
+def test_a_draft_that_can_not_be_mended_is_given_up_and_the_next_rule_gets_its_turn():
+    asked = []
+
+    def write(texts):
+        asked.extend(texts)
+        return [
+            ("a river" if "river" in t.split("breaks this rule: ")[1].split("\n")[0] else "no, no") for t in texts
+        ]
+
+    draft = Draft("{answer} x", [END, WORD], "so")
+    correct([draft], write, tries=3)
+    assert draft.mended == [WORD.name]
+    assert [r.name for r in draft.broken] == [END.name]
+    assert len(asked) == 4
+    assert len(set(asked)) == 4, "a second try is another question"
+    assert all("{answer} x" in t for t in asked), "an instruction's own braces stay"
+
+
+def test_spent_budgets_and_silent_writers_leave_answers_as_they_are(tmp_path, mini):
+    with serving(mender([])) as server:
+        told = run(settings(tmp_path, mini, corrector={**endpoint(server), "max_calls": 2}))
+    assert len(rows_of(tmp_path / "run/replies.jsonl")) <= 2 + 8  # those under way are kept
+    assert told["data/answers"] == 8
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [({"rephrase": True}, "the corrector says the instructions anew"),
+     ({"rules": {"least": 3, "most": 2}}, "above most"), ({"corrector": {}}, "exactly one of endpoint and local")],
+)  # fmt: skip
+def test_refused(tmp_path, mini, extra, said):
+    with pytest.raises(ValueError, match=said):
+        settings(tmp_path, mini, **extra)
+
+
+def test_unknown_kinds_are_refused_before_anything_is_asked(tmp_path, mini):
+    with pytest.raises(SteersmanError, match="there is no kind 'x'"):
+        run(settings(tmp_path, mini, rules={"kinds": ["x"]}))
