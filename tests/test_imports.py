@@ -38,7 +38,8 @@ MAY = {
     | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
     | {"plan", "train", "objectives", "statistics", "assets"},
     "flywheel": MATHS
-    | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"},
+    | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
+    | {"statistics"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
 }  # fmt: skip
 """What each room may import of the others."""
