@@ -40,6 +40,9 @@ MAY = {
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
     | {"statistics"},
+    "people": MATHS
+    | {"run", "data", "model", "rollout", "reward", "metrics", "judge", "update", "train", "objectives", "statistics"}
+    | {"verbs", "flywheel"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
 }  # fmt: skip
 """What each room may import of the others."""
@@ -53,7 +56,7 @@ HOMES = {
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py"},
     "matplotlib": {"run", "control", "grue"},
-    "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
+    "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
     "httpx2": {"judge"},
 }
 """Where a library may be imported: rooms, or files."""

@@ -98,6 +98,8 @@ VERBS = {
                      file_key="file"),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
+    "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
+               "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file", example="FILE"),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip

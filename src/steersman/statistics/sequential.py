@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 Array = NDArray[np.float64]
 
@@ -21,6 +23,8 @@ BETS: Array = np.geomspace(0.01, 0.9, 24)
 """Shares of the wealth that are staked, each by 1/24 of the capital; small ones find small effects."""
 EDGE = 1e-9
 """Nearest that a mean under test comes to 0 or 1."""
+PRECISION = 1e-7
+"""Of bounds, which are rounded outwards."""
 
 
 def log_wealth(x: Array, m: float, bets: Array = BETS) -> Array:
@@ -85,8 +89,8 @@ class Running:
         if not total:
             return Look(0, math.nan, 0.0, 1.0, 1.0)
         mean = float((n * x).sum() / total)
-        self.low = max(self.low, self._edge(x, n, mean, 0.0))
-        self.high = min(self.high, self._edge(x, n, mean, 1.0))
+        self.low = max(self.low, self._edge(x, n, mean, self.low, 1))
+        self.high = min(self.high, self._edge(x, n, mean, self.high, -1))
         return Look(total, mean, self.low, self.high, math.exp(min(self._log_wealth(x, n, self.null), 700.0)))
 
     def _log_wealth(self, x: Array, n: Array, m: float) -> float:
@@ -94,20 +98,14 @@ class Running:
         sums = [(n * np.log1p(k * (ratio - 1))).sum(1) for ratio in (x / m, (1 - x) / (1 - m))]
         return float(np.logaddexp.reduce(np.concatenate(sums))) - math.log(2 * len(self.bets))
 
-    def _edge(self, x: Array, n: Array, mean: float, end: float) -> float:
-        """The bound between the mean, which is inside, and `end`, by bisection."""
-        inside = min(max(mean, EDGE), 1 - EDGE)
-        outside = EDGE if end == 0 else 1 - EDGE
-        wanted = -math.log(self.alpha)
-        if self._log_wealth(x, n, outside) < wanted:
-            return end
-        while abs(outside - inside) > 1e-6:
-            middle = (inside + outside) / 2
-            if self._log_wealth(x, n, middle) < wanted:
-                inside = middle
-            else:
-                outside = middle
-        return outside
+    def _edge(self, x: Array, n: Array, mean: float, bound: float, way: int) -> float:
+        """A bound moved towards the mean, which is never refuted, as far as the values allow."""
+        inside, outside = (min(max(m, EDGE), 1 - EDGE) for m in (mean, bound))
+        over = lambda m: self._log_wealth(x, n, m) + math.log(self.alpha)  # noqa: E731
+        if way * (mean - bound) <= 0 or over(outside) < 0:
+            return bound
+        root: Any = brentq(over, outside, inside, xtol=PRECISION)
+        return root - way * PRECISION
 
 
 def confidence_sequence(
@@ -146,3 +144,20 @@ def arm_difference(x: Array, treated: NDArray[np.bool_], share: float) -> tuple[
     r = 1 / min(share, 1 - share)
     z = (x - centre) * np.where(treated, 1 / share, -1 / (1 - share))
     return (z / r + 1) / 2, r
+
+
+def user_scores(users: Sequence[str], values: Sequence[float], per_user: int = 1) -> tuple[list[int], Array]:
+    """One value a user: the mean of the first `per_user` values of each, at the place where the last of them came.
+
+    One user's values hang together, and a running mean of them may be stopped where it looks well; a mean of a number
+    chosen beforehand may not. Users with fewer values are not in it. Given are the places, rising, and the scores.
+    """
+    seen: dict[str, list[float]] = {}
+    places, scores = [], []
+    for place, (user, x) in enumerate(zip(users, values, strict=True)):
+        own = seen.setdefault(user, [])
+        own.append(x)
+        if len(own) == per_user:
+            places.append(place)
+            scores.append(sum(own) / per_user)
+    return places, np.array(scores, float)
