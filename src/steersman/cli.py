@@ -100,6 +100,9 @@ VERBS = {
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
     "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
                "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file", example="FILE"),
+    "wheel": Verb("steersman.people.wheel:run", "steersman.people.wheel_recipe:WheelRecipe",
+                  "judgements train a candidate, gates and an A/B test decide whether it stays",
+                  example="--model.path MODEL --judgements.folder FOLDER"),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip
