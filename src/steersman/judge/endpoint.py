@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 
+from steersman.data.examples import Content, user
 from steersman.judge.cache import Reply
 from steersman.judge.config import EndpointConfig
 from steersman.run.untrusted import LONE_SURROGATE
@@ -44,15 +45,17 @@ class Endpoint:
         self.url = config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.tries_again = 0
 
-    def ask(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
-        """Asks every text and gives each reply to `keep` as it comes; stops early where `may_ask` is False.
+    def ask(self, texts: Sequence[Content], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
+        """Asks every text (a user's turn) or conversation and gives each reply to `keep` as it comes.
+
+        Stops early where `may_ask` is False.
 
         Raises SteersmanError where a request fails for good; replies that were under way then are kept first.
         """
         _run(self._ask(texts, keep, may_ask))
 
     async def _ask(
-        self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]
+        self, texts: Sequence[Content], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]
     ) -> None:
         waiting, failure, given_up = list(range(len(texts)))[::-1], None, asyncio.Event()
         running: dict[asyncio.Task[Reply], int] = {}
@@ -74,7 +77,7 @@ class Endpoint:
         if failure is not None:
             raise failure
 
-    async def _one(self, client: httpx2.AsyncClient, text: str, given_up: asyncio.Event) -> Reply:
+    async def _one(self, client: httpx2.AsyncClient, text: Content, given_up: asyncio.Event) -> Reply:
         trouble = ""
         for attempt in range(self.config.retries + 1):
             pause = min(FIRST_PAUSE * 2**attempt, self.config.max_wait) * random.uniform(0.5, 1.0)
@@ -108,14 +111,15 @@ class Endpoint:
                     pass
         raise SteersmanError(self._told(f"{trouble}, after {self.config.retries + 1} tries"))
 
-    async def _post(self, client: httpx2.AsyncClient, text: str) -> tuple[httpx2.Response, bytes]:
+    async def _post(self, client: httpx2.AsyncClient, text: Content) -> tuple[httpx2.Response, bytes]:
         """The response and its body, cut right behind LARGEST_REPLY bytes.
 
         The time limit is one of the whole exchange: a server that sends a byte now and then does not extend it.
         """
+        turns = user(text) if isinstance(text, str) else text
         body: dict[str, Any] = {
             "model": self.config.model,
-            "messages": [{"role": "user", "content": _characters(text)}],
+            "messages": [{"role": m["role"], "content": _characters(m["content"])} for m in turns],
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
             **self.config.extra,
@@ -128,7 +132,7 @@ class Endpoint:
                     break
         return response, bytes(raw)
 
-    def _reply(self, raw: bytes, text: str) -> Reply | None:
+    def _reply(self, raw: bytes, text: Content) -> Reply | None:
         """Text and tokens of a chat completion; None where it is none."""
         try:
             body = json.loads(raw)
@@ -138,7 +142,8 @@ class Endpoint:
         if not isinstance(said, str | None):
             return None
         said = self._without_key(_characters(said or ""))
-        return {"text": said, "tokens": _tokens(body.get("usage"), text, said)}
+        asked = text if isinstance(text, str) else " ".join(m["content"] for m in text)
+        return {"text": said, "tokens": _tokens(body.get("usage"), asked, said)}
 
     def _key(self) -> str:
         return os.environ.get(self.config.key_env, "").strip()
