@@ -23,7 +23,7 @@ def play(n: int, text: str) -> str:
     """One endpoint plays all: the user, both candidates, and a judge who likes calm answers."""
     if "Write this person's next message" in text:
         said = text.count("\n\nYou: ") + text.startswith("You: ")
-        return END if said > 3 else "I am tired. What now?"
+        return END if said > 3 else "You: I am tired. What now?\n\nThe assistant: Sleep."
     if "<answer A>" in text:
         first, second = text.split("<answer B>")
         return f"[[{'A' if CALM in first and CALM not in second else 'B' if CALM in second else 'C'}]]"
@@ -73,6 +73,7 @@ def test_the_better_candidate_wins_and_the_judge_is_checked(tmp_path, capsys):
         assert len(talks) == 12
         assert [m["role"] for m in talks[0]["messages"]] == ["user", "assistant"] * 3
         assert talks[2]["messages"][0]["content"] == "Hello."
+        assert talks[0]["messages"][0]["content"] == "I am tired. What now?"
         # candidates are asked with the turns, not with a text about them
         bodies = [b for b in server.bodies if b["model"] == "calm"]
         assert {len(b["messages"]) for b in bodies} == {1, 3, 5}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 from letter_models import rows_of
 from people_kit import ab_rows, append, choices, settings
 
@@ -158,6 +163,54 @@ def test_a_kill_at_any_table_changes_nothing(tmp_path, mini_model, monkeypatch):
     for name in tables:
         left, right = ((tmp_path / run / "round-01" / name).read_text() for run in ("whole", "killed"))
         assert left.replace("/whole/", "/killed/") == right, name
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path, mini_model):
+    """The process is killed after ever longer times and started again; it ends as one that was left in peace."""
+    for run_name in ("whole", "killed"):
+        folder = tmp_path / run_name
+        folder.mkdir()
+        append(folder / "inbox", "day", choices(80, seed=7))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(settings(folder, mini_model, experiment=None)))
+        command = [sys.executable, "-m", "steersman.cli", "wheel", str(folder / "recipe.yaml"), "--resume"]
+        if run_name == "whole":
+            started = time.monotonic()
+            subprocess.run(command, check=True, capture_output=True)
+            took = time.monotonic() - started
+            continue
+        kills = 0
+        for i in range(60):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            try:
+                process.wait(took * (0.35 + 0.05 * i))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+                continue
+            assert process.returncode == 0, process.stderr and process.stderr.read().decode()
+            break
+        assert kills >= 2
+    for name in ("pairs", "kept", "readings", "answers-candidate", "evaluation", "gates", "decision"):
+        left, right = ((tmp_path / run / "run/round-01" / f"{name}.jsonl").read_text() for run in ("whole", "killed"))
+        assert left.replace("/whole/", "/killed/") == right, name
+    assert not list((tmp_path / "killed/run").rglob(".tmp-*.jsonl"))
+
+
+def test_it_polls_and_mixes_in_files_of_ones_own(tmp_path, mini_model):
+    anchor = [{"prompt": f"own {'abcdef'[i % 6]}", "chosen": "a" * (1 + i), "rejected": "e"} for i in range(40)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in anchor))
+    append(tmp_path / "inbox", "day", choices(20, seed=1))
+    mix = {"new": 0.8, "earlier": 0.0, "anchor": 0.2, "anchors": {"pairs": str(tmp_path / "own.jsonl")}}
+    values = settings(tmp_path, mini_model, experiment=None, poll=0.1, mix=mix)
+    late = threading.Timer(0.7, append, (tmp_path / "inbox", "late", choices(60, seed=2)))
+    late.start()
+    told = turn(values, resume=False)
+    late.join()
+    assert told["state"] == "done"
+    sources = [row["source"] for row in rows_of(tmp_path / "run/round-01/pairs.jsonl")]
+    assert sources.count("anchor") == round(sources.count("new") / 4)
 
 
 def test_refusals(tmp_path, mini_model):

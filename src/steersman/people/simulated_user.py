@@ -113,7 +113,7 @@ def converse(
         said = [persona.opening] * len(going)
         if turn or not persona.opening:
             asked = [user(_play(persona, talks[i])) for i in going]
-            said = [text.split("\n\n")[0].strip() for text in speaker.reply(asked, (seed, turn, 0))]
+            said = [_spoken(text) for text in speaker.reply(asked, (seed, turn, 0))]
         going = [i for i, text in zip(going, said, strict=True) if text and END not in text]
         texts = [text for text in said if text and END not in text]
         for i, text in zip(going, texts, strict=True):
@@ -137,6 +137,12 @@ def win_rates(recipe: SimulateRecipe, battles: Rows) -> dict[str, Estimate]:
         if len(met):
             out[name] = bootstrap(mean, [won], clusters=personas)
     return out
+
+
+def _spoken(text: str) -> str:
+    """The first paragraph of what the model wrote for the user, without the name of the role in front."""
+    first = text.strip().split("\n\n")[0].strip()
+    return first.partition(":")[2].strip() if first.lower().startswith(("you:", "user:", "me:")) else first
 
 
 def _play(persona: Persona, turns: Turns) -> str:

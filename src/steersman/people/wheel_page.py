@@ -56,11 +56,18 @@ def write_page(folder: Path, recipe: WheelRecipe, summary: dict[str, Any]) -> Pa
     turns = [_turn(folder, n, recipe) for n in range(1, recipe.turns + 1) if (folder / f"round-{n:02d}").is_dir()]
     page = environment.get_template("wheel.html.j2").render(
         name=folder.resolve().name, state=str(summary.get("state", "")), serving=summary.get("serving", ""),
-        turns=turns, recipe=recipe, charts=charts([r for r in read_jsonl(folder / "metrics.jsonl") if r.get("step")]),
+        turns=turns, recipe=recipe, charts=_curves(read_jsonl(folder / "metrics.jsonl")),
         number=_number,
     )  # fmt: skip
     write_atomic(folder / "wheel.html", page)
     return folder / "wheel.html"
+
+
+def _curves(rows: Rows) -> list[Any]:
+    """What people say of each turn's candidate, where there are turns to compare."""
+    kept = ("step", "human/accuracy", "win_rate")
+    told = [{k: v for k, v in row.items() if k in kept} for row in rows if row.get("step")]
+    return charts(told) if len(told) > 1 else []
 
 
 def _turn(folder: Path, number: int, recipe: WheelRecipe) -> TurnPage:
