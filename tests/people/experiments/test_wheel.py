@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from judging_kit import ab_rows, append, choices, settings
 from letter_models import rows_of
-from people_kit import ab_rows, append, choices, settings
 
 from steersman.flywheel.ledger import Ledger, StoppedError
 from steersman.people.serving import read_serving

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from judging_kit import ab_rows, append, choices, settings
 from letter_models import write_jsonl
-from people_kit import ab_rows, append, choices, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 from test_every_key_is_read import read_by  # type: ignore
 
 ASKED_FOR = ("kto.", "sft.", "ppo.", "dpo.", "model.", "run.", "rollout.recompute_logp", "experiment.")

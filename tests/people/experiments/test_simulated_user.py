@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from judging_kit import append
 from letter_models import letters, rows_of, save_mini
-from people_kit import append
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "judge"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "judge"))
 from judge_server import serving  # type: ignore
 
 from steersman.people.simulated_user import END, SimulateRecipe, run
