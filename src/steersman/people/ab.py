@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +34,15 @@ class ABRecipe(Section):
         default="stop", description="stop at a bad row, or leave it out and count it"
     )
     out: str | None = Field(default=None, description="JSON file to write")
+    log: str | None = Field(
+        default=None, description="JSONL file that keeps every look: when, how many, what was said"
+    )
 
     @model_validator(mode="after")
     def _out_is_no_input(self) -> ABRecipe:
-        if self.out is not None and Path(self.out).resolve() == Path(self.file).resolve():
-            raise ValueError("out is the file of outcomes, which would be lost")
+        for name, path in (("out", self.out), ("log", self.log)):
+            if path is not None and Path(path).resolve() == Path(self.file).resolve():
+                raise ValueError(f"{name} is the file of outcomes; choose another")
         return self
 
 
@@ -60,8 +65,20 @@ def run(recipe: ABRecipe, *, resume: bool = False) -> dict[str, Any]:
     }  # fmt: skip
     if recipe.out is not None:
         write_atomic(Path(recipe.out), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if recipe.log is not None:
+        _keep(Path(recipe.log), recipe, told)
     show(recipe, told, planned, bad)
     return summary
+
+
+def _keep(path: Path, recipe: ABRecipe, told: Report) -> None:
+    look = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "decision": told.decision, "reason": told.reason}
+    look |= {
+        "primary": asdict(told.primary),
+        "experiment": recipe.experiment.model_dump(mode="json", exclude={"salt"}),
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(look, ensure_ascii=False) + "\n")
 
 
 def plan_of(recipe: ABRecipe, rows: list[Outcome]) -> Plan | None:

@@ -118,7 +118,7 @@ def report(experiment: Experiment, rows: Iterable[Outcome]) -> Report:
     by_metric: dict[str, list[Outcome]] = defaultdict(list)
     for row in rows:
         by_metric[row.metric].append(row)
-    warnings = _split(experiment, by_metric)
+    warnings = _split(experiment, by_metric) + _bounded(experiment, by_metric)
     primary = _primary(experiment, by_metric.pop(experiment.metric, []))
     guards = [_guard(experiment, name, guard, by_metric.pop(name, [])) for name, guard in experiment.guards.items()]
     others = [_other(experiment, name, found) for name, found in sorted(by_metric.items())]
@@ -220,6 +220,23 @@ def _other(experiment: Experiment, name: str, rows: Sequence[Outcome]) -> Verdic
 def _gain(look: Look, null: float, better: str) -> tuple[float, float]:
     low, high = look.low - null, look.high - null
     return (low, high) if better == "higher" else (-high, -low)
+
+
+def _bounded(experiment: Experiment, by_metric: dict[str, list[Outcome]]) -> list[str]:
+    """What was cut to the bounds of its metric, and guards that nobody measured."""
+    bounds = {experiment.metric: experiment.most} | {name: guard.most for name, guard in experiment.guards.items()}
+    warnings = []
+    for name, most in bounds.items():
+        rows = by_metric.get(name, [])
+        out = sum(not 0 <= row.value <= most for row in rows)
+        if out:
+            warnings.append(
+                f"{name}: {out:,} of {len(rows):,} values are outside 0 to {most:g} and count as the nearer of "
+                "these; set its `most` to the largest value that it can have"
+            )
+        if not rows and name in experiment.guards:
+            warnings.append(f"{name}: this guard was never measured, so it guards nothing")
+    return warnings
 
 
 def _split(experiment: Experiment, by_metric: dict[str, list[Outcome]]) -> list[str]:

@@ -103,4 +103,9 @@ def _values(row: Row) -> Iterator[tuple[str, float]]:
         if metric in data:
             yield metric, f.number(row, metric)
     if "metric" in data or "value" in data:
-        yield name(row, "metric"), f.number(row, "value")
+        metric = name(row, "metric")
+        if metric == WIN:
+            raise row.fault(
+                "wrong metric", f"{WIN} is of two answers shown at once: give `winner`, not `arm`", "metric"
+            )
+        yield metric, f.number(row, "value")

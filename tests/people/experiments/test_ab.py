@@ -124,6 +124,14 @@ def test_what_is_wrong_with_the_users_is_said():
     assert any("contradict" in w for w in report(Experiment(), drift).warnings)
 
 
+def test_values_beyond_the_bound_and_guards_without_values_are_said():
+    slow = arms((0.5, 0.5), 60, "latency", scale=4.0)
+    told = report(Experiment(metric="latency", better="lower", guards={"retained": Guard()}), slow)
+    assert any("outside 0 to 1 and count as the nearer" in w for w in told.warnings)
+    assert any("retained: this guard was never measured" in w for w in told.warnings)
+    assert report(Experiment(metric="latency", most=4.0), slow).warnings == []
+
+
 def test_rows_of_every_form(tmp_path):
     rows = [
         {"user": "a", "winner": "new", "time": 3},
@@ -155,7 +163,12 @@ def test_csv_through_the_verb(tmp_path, capsys):
             table.writerow([f"u{i}", "new" if rng.random() < 0.7 else "old", "", ""])
             table.writerow([f"u{i}", "", NAMES[assigned(f"u{i}", "", 0.5)], f"{rng.random():.2f}"])
     words = ["ab", str(path), "--experiment.control", "old", "--experiment.treatment", "new"]
-    assert main([*words, "--out", str(tmp_path / "told.json")]) == 0
+    for _ in range(2):
+        assert main([*words, "--out", str(tmp_path / "told.json"), "--log", str(tmp_path / "looks.jsonl")]) == 0
+    looks = [json.loads(line) for line in (tmp_path / "looks.jsonl").read_text().splitlines()]
+    assert [(look["decision"], look["primary"]["look"]["n"]) for look in looks] == [("treatment", 300)] * 2
+    assert looks[0]["experiment"]["treatment"] == "new"
+    assert "salt" not in looks[0]["experiment"]
     said = " ".join(capsys.readouterr().out.split())
     assert "take new" in said
     assert "plan: to see 0.550 with 80% power" in said
@@ -174,6 +187,7 @@ def test_csv_through_the_verb(tmp_path, capsys):
         ({"user": "", "winner": "new"}, "field 'user'"),
         ({"user": "a", "winner": "new", "time": "soon"}, "must be ISO 8601 or seconds"),
         ({"user": "a", "arm": "new", "latency": "fast"}, "must be a number"),
+        ({"user": "a", "arm": "new", "metric": "win", "value": 1}, "give `winner`, not `arm`"),
         ({"user": "a", "prompt": "p", "answers": ["x"], "choice": 0}, "between two answers"),
         ({"user": "a", "prompt": "p", "answers": ["x", "y"], "choice": "left"}, "must be one of first, second"),
         ({"user": "a", "prompt": "p", "answers": ["x", "y"], "models": ["new"], "choice": 0}, "one model for each"),
@@ -192,6 +206,10 @@ def test_refusals_of_the_verb(tmp_path, capsys):
     assert "metrics found: win" in capsys.readouterr().err
     assert main(["ab", path, "--experiment.control", "treatment"]) == 2
     assert main(["ab", path, "--out", path]) == 2
+    assert main(["ab", path, "--log", path]) == 2
+    capsys.readouterr()
+    assert main(["ab", "sqlite:///none.db"]) == 2
+    assert "sqlite:///none.db" in capsys.readouterr().err
     assert main(["ab", path, "--experiment.unit", "judgement", "--experiment.metric", "thumb"]) == 2
 
 

@@ -88,6 +88,25 @@ def test_people_who_prefer_the_old_model_roll_it_back(tmp_path, mini_model):
     assert told["serving"] == "turn-00"
 
 
+def test_thumbs_of_two_arms_decide(tmp_path, mini_model):
+    """Each user meets the model that the serving file says, and gives a thumb."""
+    values = settings(tmp_path, mini_model, experiment={"share": 0.5, "metric": "thumb"})
+    values["model"]["lora"] = {"r": 2}
+    append(tmp_path / "inbox", "day", choices(80, seed=4))
+    assert "is tested" in turn(values, resume=False)["state"]
+    serving = read_serving(tmp_path / "run/serving.json")
+    rows = []
+    for i in range(1500):
+        name = serving.arm(f"u{i}").name
+        row = {"id": f"t{i}", "user": f"u{i}", "time": 10**7 + i, "prompt": "hm,", "completion": "a", "model": name}
+        rows.append(row | {"label": i % 10 < (8 if name == "turn-01" else 5)})
+    append(tmp_path / "inbox", "day", rows)
+    told = turn(values)["decisions"][0]
+    assert told["decision"] == "promoted"
+    assert told["test"]["primary"]["look"]["low"] > 0
+    assert told["test"]["warnings"] == []
+
+
 @pytest.mark.parametrize("then", [["sft", "kto"], ["ppo"]])
 def test_every_stage_trains(tmp_path, mini_model, then):
     thumbs = [
