@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from steersman.statistics.sample_size import fixed_size, outcomes, plan
+from steersman.statistics.sample_size import fixed_size, outcomes, plan, plan_arms
 from steersman.statistics.sequential import (
     BETS,
     Running,
@@ -165,5 +165,10 @@ def test_sizes():
     rng = np.random.default_rng(9)
     seen = (first_crossing(outcomes(0.1, 0.0, (400, told.needed), rng)) > 0).mean()
     assert abs(seen - 0.8) < 0.08
+    arms = plan_arms(0.5, 0.2, share=0.5, runs=200)
+    assert arms.fixed == math.ceil((2.8015 / 0.2) ** 2 * (0.25 + 0.21) / 0.5)
+    assert arms.fixed < arms.needed < 3 * arms.fixed
+    with pytest.raises(ValueError, match="no two different shares"):
+        plan_arms(0.95, 0.2)
     with pytest.raises(ValueError, match="does not fit"):
         plan(0.4, ties=0.5)

@@ -19,7 +19,7 @@ from steersman.people.outcomes import WIN, Outcome, read_outcomes
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
-from steersman.statistics.sample_size import Plan, plan
+from steersman.statistics.sample_size import Plan, plan, plan_arms
 from steersman.types import SteersmanError
 
 
@@ -28,7 +28,9 @@ class ABRecipe(Section):
 
     file: str = Field(description="outcomes or judgements: jsonl, json, csv, tsv, parquet, or a folder of these")
     experiment: Experiment = Experiment()
-    effect: float = Field(default=0.05, gt=0, lt=0.5, description="gain in the win rate that the plan is made for")
+    effect: float = Field(
+        default=0.05, gt=0, lt=0.5, description="gain (in a win rate, or a share) that the plan is made for"
+    )
     power: float = Field(default=0.8, gt=0, lt=1, description="chance to see it that the plan is made for")
     on_bad_row: Literal["stop", "skip"] = Field(
         default="stop", description="stop at a bad row, or leave it out and count it"
@@ -82,10 +84,18 @@ def _keep(path: Path, recipe: ABRecipe, told: Report) -> None:
 
 
 def plan_of(recipe: ABRecipe, rows: list[Outcome]) -> Plan | None:
-    """The size of a win-rate test that finds the recipe's effect, with the share of ties seen so far."""
-    if recipe.experiment.metric != WIN:
-        return None
-    wins = [row.value for row in rows if row.metric == WIN]
+    """The size of a test that finds the recipe's effect, with the ties or the control's rate seen so far; None for a
+    metric that is no yes or no."""
+    experiment = recipe.experiment
+    wins = [row.value for row in rows if row.metric == experiment.metric]
+    if experiment.metric != WIN:
+        seen = [row.value for row in rows if row.metric == experiment.metric and not row.treated]
+        rate, sign = sum(seen) / max(len(seen), 1), 1 if experiment.better == "higher" else -1
+        if not set(wins) <= {0.0, 1.0} or not 0 <= rate + sign * recipe.effect <= 1:
+            return None
+        return plan_arms(
+            rate, sign * recipe.effect, share=experiment.share, alpha=experiment.alpha, power=recipe.power
+        )
     ties = min(sum(x == 0.5 for x in wins) / len(wins), 1 - 2 * recipe.effect)
     return plan(recipe.effect, ties=ties, alpha=recipe.experiment.alpha, power=recipe.power)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_csv_through_the_verb(tmp_path, capsys):
     assert "salt" not in looks[0]["experiment"]
     said = " ".join(capsys.readouterr().out.split())
     assert "take new" in said
-    assert "plan: to see 0.550 with 80% power" in said
+    assert "plan: to see a win rate of 0.550 with 80% power" in said
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["decision"] == "treatment"
     assert told["primary"]["look"]["low"] > 0.5
@@ -211,6 +212,15 @@ def test_refusals_of_the_verb(tmp_path, capsys):
     assert main(["ab", "sqlite:///none.db"]) == 2
     assert "sqlite:///none.db" in capsys.readouterr().err
     assert main(["ab", path, "--experiment.unit", "judgement", "--experiment.metric", "thumb"]) == 2
+
+
+def test_a_plan_for_thumbs(tmp_path, capsys):
+    rows = [{"user": o.user, "arm": NAMES[bool(o.treated)], "thumb": o.value} for o in arms((0.5, 0.7), 300, "thumb")]
+    path = write(tmp_path / "o.jsonl", rows)
+    words = ["--experiment.control", "old", "--experiment.treatment", "new", "--experiment.metric", "thumb"]
+    assert main(["ab", path, *words, "--effect", "0.2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"plan: to see 0\.[67]\d\d instead of 0\.[45]\d\d with 80% power", said)
 
 
 def test_judgements_go_to_a_file_and_back(tmp_path):
