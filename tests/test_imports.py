@@ -39,11 +39,12 @@ MAY = {
     | {"plan", "train", "objectives", "statistics", "assets"},
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
-    | {"metrics"},
+    | {"metrics", "statistics"},
     "distill": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
     | {"objectives"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
+    "people": MATHS | {"run", "data", "model", "judge", "statistics", "train", "verbs", "flywheel"},
 }  # fmt: skip
 """What each room may import of the others."""
 
@@ -56,7 +57,7 @@ HOMES = {
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py"},
     "matplotlib": {"run", "control", "grue"},
-    "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
+    "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
     "httpx2": {"judge"},
 }
 """Where a library may be imported: rooms, or files."""

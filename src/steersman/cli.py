@@ -120,6 +120,16 @@ VERBS = {
                      file_key="file"),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
+    "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
+               "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file"),
+    "leaderboard": Verb("steersman.people.leaderboard:run", "steersman.people.leaderboard:LeaderboardRecipe",
+                        "models rated by people's choices, as they are and with length and style held equal",
+                        file_key="file"),
+    "simulate-users": Verb("steersman.people.simulated_user:run", "steersman.people.simulated_user:SimulateRecipe",
+                           "personas talk with candidates; a judge that is checked against people compares"),
+    "wheel": Verb("steersman.people.wheel:run", "steersman.people.wheel_recipe:WheelRecipe",
+                  "judgements train a candidate, gates and an A/B test decide whether it stays",
+                  example="--model.path MODEL --judgements.folder FOLDER"),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'",
                      many=True),
@@ -186,7 +196,7 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     path = Path(args[0]) if args and not args[0].startswith("-") else None
     words = args[1:] if path is not None else args
     if path is not None and verb.file_key and (verb.any_file or path.suffix not in (".yaml", ".yml")):
-        path, words = None, [f"--{verb.file_key}", str(path), *words]
+        path, words = None, [f"--{verb.file_key}", args[0], *words]
     if not args and verb.example:
         _red(f"{name}: a model and data are needed; the least is\n  steersman {name} {verb.example}\n"
              f"every setting: steersman {name} --help; recipes to begin from are in the folder recipes/")  # fmt: skip

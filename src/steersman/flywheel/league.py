@@ -7,8 +7,8 @@ from itertools import combinations
 from typing import Any
 
 from steersman.flywheel.ledger import Rows
-from steersman.flywheel.ratings import Battle, ratings
 from steersman.flywheel.wheel import LOOK, Wheel
+from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Stats
 
 

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx2
 
+from steersman.data.examples import Content, user
 from steersman.judge.cache import Reply
 from steersman.judge.config import AddressConfig, EndpointConfig
 from steersman.run.untrusted import LONE_SURROGATE
@@ -174,8 +175,8 @@ class Caller(ABC, Generic[Q, R]):
         return f"status {status}: {self._quoted(raw, 200)}{hint}"
 
 
-class Endpoint(Caller[str, Reply]):
-    """A judge behind /chat/completions: a text in, a reply and what it cost out."""
+class Endpoint(Caller[Content, Reply]):
+    """A judge behind /chat/completions: a text (a user's turn) or a conversation in, a reply and what it cost out."""
 
     who, path, wanted = "judge", "/chat/completions", "chat completion"
 
@@ -183,14 +184,15 @@ class Endpoint(Caller[str, Reply]):
         super().__init__(config)
         self.temperature, self.max_tokens = config.temperature, config.max_tokens
 
-    def body(self, question: str) -> dict[str, Any]:
+    def body(self, question: Content) -> dict[str, Any]:
+        turns = user(question) if isinstance(question, str) else question
         return {
-            "messages": [{"role": "user", "content": _characters(question)}],
+            "messages": [{"role": m["role"], "content": _characters(m["content"])} for m in turns],
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
 
-    def read(self, raw: bytes, question: str) -> Reply | None:
+    def read(self, raw: bytes, question: Content) -> Reply | None:
         """Text and tokens of a chat completion; None where it is none."""
         try:
             body = json.loads(raw)
@@ -200,7 +202,8 @@ class Endpoint(Caller[str, Reply]):
         if not isinstance(said, str | None):
             return None
         said = self._without_key(_characters(said or ""))
-        return {"text": said, "tokens": _tokens(body.get("usage"), question, said)}
+        asked = question if isinstance(question, str) else " ".join(m["content"] for m in question)
+        return {"text": said, "tokens": _tokens(body.get("usage"), asked, said)}
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from steersman.flywheel.ratings import SCALE, Battle, bradley_terry, ratings
+from steersman.statistics.ratings import SCALE, Battle, bradley_terry, ratings
 
 WINS = np.array([[0, 7.5, 3], [2.5, 0, 6], [1, 4, 0]])
 

@@ -1,0 +1,257 @@
+"""Experiments with people: who sees which model, and what may be said of the difference after any judgement."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from steersman.people.outcomes import WIN, Outcome
+from steersman.run.config import Section
+from steersman.statistics.sequential import Look, Running, arm_difference, user_scores
+
+LOOKS = 200
+"""Looks at which a report narrows its bounds; the e-value is followed at every value."""
+SPLIT = 0.001
+"""How unlikely a split of users has to be before the assignment is doubted."""
+State = Literal["better", "worse", "no gain", "undecided", "open", "hurt", "safe"]
+"""Of what decides: better, worse, no gain (the margin is out of reach), undecided (all units used up), open.
+Of a guard: hurt, safe, open."""
+
+
+class Guard(Section):
+    """A metric that the treatment may not worsen by more than `allowed`."""
+
+    better: Literal["higher", "lower"] = Field(default="higher", description="which way is good")
+    most: float = Field(default=1.0, gt=0, description="the metric's largest value; what is above counts as this")
+    allowed: float = Field(default=0.0, ge=0, description="by how much it may be worse, in its own unit")
+
+
+class Experiment(Section):
+    """One model against another: how users are split, what is measured, and when it ends."""
+
+    control: str = Field(default="control", description="name of the model that stands")
+    treatment: str = Field(default="treatment", description="name of the model that may take its place")
+    share: float = Field(default=0.5, gt=0, lt=1, description="share of users who see the treatment")
+    salt: str = Field(
+        default="", description="makes the assignment of this experiment its own; kept secret from users"
+    )
+    metric: str = Field(default=WIN, description="what decides: win, thumb, retained, or a metric of the rows")
+    most: float = Field(default=1.0, gt=0, description="that metric's largest value; what is above counts as this")
+    better: Literal["higher", "lower"] = Field(default="higher", description="which way is good")
+    alpha: float = Field(
+        default=0.05, gt=0, lt=0.5, description="chance that a difference is said where there is none"
+    )
+    margin: float = Field(default=0.02, ge=0, description="smallest gain that matters; what can't reach it is futile")
+    unit: Literal["user", "judgement"] = Field(
+        default="user",
+        description="what is independent: users, or (blind pairs with random sides, on whether there is any "
+        "difference) each judgement",
+    )
+    per_user: int = Field(default=1, ge=1, description="judgements that make one user's score; choose it beforehand")
+    most_units: int | None = Field(default=None, ge=1, description="end undecided after so many users or judgements")
+    guards: dict[str, Guard] = Field(default_factory=dict, description="metric: what the treatment may not worsen")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Experiment:
+        if self.control == self.treatment:
+            raise ValueError(f"control and treatment are both {self.control!r}; an experiment compares two models")
+        if self.unit == "judgement" and self.metric != WIN:
+            raise ValueError("unit: judgement needs metric: win; between users the users are what is independent")
+        return self
+
+    def arm(self, user: str) -> str:
+        """The model that a user sees: the same at every visit, and to be told only by who knows the salt."""
+        return self.treatment if assigned(user, self.salt, self.share) else self.control
+
+
+def assigned(user: str, salt: str, share: float) -> bool:
+    """Whether a user is among the `share` that a salted hash draws."""
+    digest = hashlib.sha256(f"{salt}\0{user}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What may be said of one metric; `look` is of the share won, or of treatment minus control in its own unit.
+
+    `null` is where there is no difference, `decided_at` the number of values at which the state was first reached (0
+    where it is open), `unused` counts outcomes that belong to no score.
+    """
+
+    metric: str
+    state: State
+    look: Look
+    null: float
+    decided_at: int
+    unused: int
+
+    def __str__(self) -> str:
+        what = "share won" if self.metric == WIN else f"{self.metric}, treatment minus control,"
+        return f"{what} {self.look} after {self.look.n:,}: {self.state}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All verdicts of an experiment, what to do, and what is doubtful about its rows."""
+
+    decision: Literal["treatment", "control", "wait"]
+    reason: str
+    primary: Verdict
+    guards: list[Verdict]
+    others: list[Verdict]
+    warnings: list[str]
+
+
+def report(experiment: Experiment, rows: Iterable[Outcome]) -> Report:
+    """The verdict on outcomes in the order of their times; may be asked for after each of them.
+
+    The treatment is taken where it is better and no guard is hurt. The control stays where the treatment is worse,
+    can not gain the margin, hurts a guard, or `most_units` are used up undecided.
+    """
+    by_metric: dict[str, list[Outcome]] = defaultdict(list)
+    for row in rows:
+        by_metric[row.metric].append(row)
+    warnings = _split(experiment, by_metric) + _bounded(experiment, by_metric)
+    primary = _primary(experiment, by_metric.pop(experiment.metric, []))
+    guards = [_guard(experiment, name, guard, by_metric.pop(name, [])) for name, guard in experiment.guards.items()]
+    others = [_other(experiment, name, found) for name, found in sorted(by_metric.items())]
+    for verdict in (primary, *guards, *others):
+        if verdict.look.low > verdict.look.high:
+            warnings.append(
+                f"{verdict.metric}: early and late values contradict each other, so its mean is not one number: "
+                "users or models changed within the experiment; begin a new one"
+            )
+    hurt = [g.metric for g in guards if g.state == "hurt"]
+    if hurt:
+        return Report("control", f"{', '.join(hurt)}: worse than allowed", primary, guards, others, warnings)
+    decision = {"better": "treatment", "open": "wait"}.get(primary.state, "control")
+    return Report(decision, str(primary), primary, guards, others, warnings)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """Values in [0, 1] with mean 1/2 where there is no difference, and how they are read: factor * x + shift."""
+
+    x: NDArray[np.float64]
+    factor: float
+    shift: float
+    unused: int
+
+
+def _values(experiment: Experiment, rows: Sequence[Outcome], most: float) -> _Values:
+    if rows and rows[0].treated is None:
+        if experiment.unit == "judgement":
+            return _Values(np.array([r.value for r in rows]), 1.0, 0.0, 0)
+        _, scores = user_scores([r.user for r in rows], [r.value for r in rows], experiment.per_user)
+        return _Values(scores, 1.0, 0.0, len(rows) - experiment.per_user * len(scores))
+    crossed = _crossed(rows)
+    kept = [r for r in rows if r.user not in crossed]
+    scaled = [min(max(r.value / most, 0.0), 1.0) for r in kept]
+    places, scores = user_scores([r.user for r in kept], scaled, experiment.per_user)
+    z, r = arm_difference(scores, np.array([kept[i].treated for i in places], bool), experiment.share)
+    return _Values(z, 2 * r * most, -r * most, len(rows) - experiment.per_user * len(scores))
+
+
+def _crossed(rows: Iterable[Outcome]) -> set[str]:
+    """Users who were seen in both arms."""
+    arms: dict[str, set[bool]] = defaultdict(set)
+    for row in rows:
+        if row.treated is not None:
+            arms[row.user].add(row.treated)
+    return {user for user, seen in arms.items() if len(seen) > 1}
+
+
+def _followed(experiment: Experiment, name: str, values: _Values, state: Callable[[Look, float], State]) -> Verdict:
+    """Looks again and again as the values come; what was first decided stays, later looks may only make it worse."""
+    running, n = Running(experiment.alpha), len(values.x)
+    null = values.factor / 2 + values.shift
+    said: State = "open"
+    taken = 0
+    for upto in sorted({round(n * (i + 1) / min(n, LOOKS)) for i in range(min(n, LOOKS))}):
+        running.add(values.x[taken:upto])
+        taken = upto
+        said = state(running.look().scaled(values.factor, values.shift), null)
+        if said != "open":
+            break
+    decided = taken if said != "open" else 0
+    running.add(values.x[taken:])
+    last = running.look().scaled(values.factor, values.shift)
+    if said == "no gain" and state(last, null) == "worse":
+        said = "worse"
+    return Verdict(name, said, last, null, decided, values.unused)
+
+
+def _primary(experiment: Experiment, rows: Sequence[Outcome]) -> Verdict:
+    def state(look: Look, null: float) -> State:
+        low, high = _gain(look, null, experiment.better)
+        if low > 0:
+            return "better"
+        if high < 0:
+            return "worse"
+        if high < experiment.margin:
+            return "no gain"
+        used_up = experiment.most_units is not None and look.n >= experiment.most_units
+        return "undecided" if used_up else "open"
+
+    return _followed(experiment, experiment.metric, _values(experiment, rows, experiment.most), state)
+
+
+def _guard(experiment: Experiment, name: str, guard: Guard, rows: Sequence[Outcome]) -> Verdict:
+    def state(look: Look, null: float) -> State:
+        low, high = _gain(look, null, guard.better)
+        return "hurt" if high < -guard.allowed else "safe" if low > -guard.allowed else "open"
+
+    return _followed(experiment, name, _values(experiment, rows, guard.most), state)
+
+
+def _other(experiment: Experiment, name: str, rows: Sequence[Outcome]) -> Verdict:
+    """A metric that is only watched; its unit is the largest value seen, so its bounds are a description."""
+    most = max([1.0, *(r.value for r in rows)])
+    return _followed(experiment, name, _values(experiment, rows, most), lambda look, null: "open")
+
+
+def _gain(look: Look, null: float, better: str) -> tuple[float, float]:
+    low, high = look.low - null, look.high - null
+    return (low, high) if better == "higher" else (-high, -low)
+
+
+def _bounded(experiment: Experiment, by_metric: dict[str, list[Outcome]]) -> list[str]:
+    """What was cut to the bounds of its metric, and guards that nobody measured."""
+    bounds = {experiment.metric: experiment.most} | {name: guard.most for name, guard in experiment.guards.items()}
+    warnings = []
+    for name, most in bounds.items():
+        rows = by_metric.get(name, [])
+        out = sum(not 0 <= row.value <= most for row in rows)
+        if out:
+            warnings.append(
+                f"{name}: {out:,} of {len(rows):,} values are outside 0 to {most:g} and count as the nearer of "
+                "these; set its `most` to the largest value that it can have"
+            )
+        if not rows and name in experiment.guards:
+            warnings.append(f"{name}: this guard was never measured, so it guards nothing")
+    return warnings
+
+
+def _split(experiment: Experiment, by_metric: dict[str, list[Outcome]]) -> list[str]:
+    """Whether as many users are in the treatment as the assignment promises, and none in both arms."""
+    rows = [r for found in by_metric.values() for r in found if r.treated is not None]
+    crossed, warnings = _crossed(rows), []
+    if crossed:
+        warnings.append(f"{len(crossed):,} users were seen in both arms and are left out; assign by user, stably")
+    arms = {r.user: float(bool(r.treated)) for r in rows if r.user not in crossed}
+    seen = Running(SPLIT, null=experiment.share)
+    seen.add(arms.values())
+    look = seen.look()
+    if look.e_value >= 1 / SPLIT:
+        warnings.append(
+            f"{look.mean:.1%} of {look.n:,} users are in the treatment where {experiment.share:.1%} were to be: "
+            "something loses users of one arm, and no verdict below can be trusted"
+        )
+    return warnings

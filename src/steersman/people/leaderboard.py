@@ -1,0 +1,103 @@
+"""`steersman leaderboard FILE`: models rated by people's choices, as they are and with style held equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steersman.data import BadRows
+from steersman.people.judgements import Judgement, JudgementFiles
+from steersman.run.config import Section
+from steersman.run.folder import write_atomic
+from steersman.run.terminal import printable
+from steersman.statistics.ratings import Battle, Rating, ratings
+from steersman.statistics.style import FEATURES, Controlled, Styled, controlled_ratings, style
+from steersman.types import SteersmanError
+
+
+class LeaderboardRecipe(Section):
+    """Judgements of pairs of models, and how they are read."""
+
+    file: str = Field(description="judgements with answers, models and choice: a file or a folder")
+    anchor: str | None = Field(default=None, description="the model at 1000 points; null: the one judged most often")
+    features: list[Literal["length", "headers", "lists", "bold"]] = Field(
+        default=list(FEATURES), description="what is held equal between two answers"
+    )
+    cluster: Literal["user", "prompt"] = Field(
+        default="user", description="whose judgements hang together: the intervals resample these"
+    )
+    draws: int = Field(default=200, ge=20, description="fits behind the intervals")
+    seed: int = Field(default=0, ge=0, description="of the draws")
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop", description="stop at a bad row, or leave it out and count it"
+    )
+    out: str | None = Field(default=None, description="JSON file to write")
+
+
+def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Prints the table, and returns both ratings and what style is worth."""
+    bad = BadRows(recipe.on_bad_row)
+    battles = list(styled(JudgementFiles(recipe.file, bad), recipe.cluster))
+    if not battles:
+        raise SteersmanError(
+            f"{recipe.file}: no judgement between two models ({bad.sentence}); a row needs answers, models and choice"
+        )
+    fought = [name for b in battles for name in (b.first, b.second)]
+    anchor = recipe.anchor or max(sorted(set(fought)), key=fought.count)
+    if anchor not in fought:
+        raise SteersmanError(f"anchor: {anchor!r} was never judged; there are {', '.join(sorted(set(fought)))}")
+    features = [name for name in FEATURES if name in recipe.features]
+    wanted = [FEATURES.index(name) for name in features]
+    chosen = [Styled(b.first, b.second, b.share, tuple(b.style[i] for i in wanted), b.group) for b in battles]
+    settings: dict[str, Any] = {"anchor": anchor, "draws": recipe.draws, "seed": recipe.seed}
+    plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], **settings)
+    fair = controlled_ratings(chosen, features=features, **settings)
+    summary = {
+        "verb": "leaderboard", "finished": True, "battles": len(battles), "ratings": [asdict(r) for r in plain],
+        "style_controlled": [asdict(r) for r in fair.ratings],
+        "effects": {name: found.plain() for name, found in fair.effects.items()}, "left_out": dict(bad.counts),
+    }  # fmt: skip
+    if recipe.out is not None:
+        write_atomic(Path(recipe.out), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    _show(plain, fair, anchor, recipe.cluster, bad)
+    return summary
+
+
+def styled(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[Styled]:
+    """Every choice between two models with the difference of style; gold items are no battle."""
+    groups: dict[str, int] = {}
+    for one in rows:
+        if one.choice is None or one.expected is not None or len(set(one.models)) != 2:
+            continue
+        name = one.user if cluster == "user" else str(one.prompt)
+        group = groups.setdefault(name, len(groups))
+        yield Styled(*one.models, one.share, style(*one.answers), group)  # type: ignore
+
+
+def _show(plain: list[Rating], fair: Controlled, anchor: str, cluster: str, bad: BadRows) -> None:
+    console, controlled = Console(highlight=False), {r.player: r for r in fair.ratings}
+    table = Table("model", "rating", "95% interval", "style held equal", "95% interval", "battles")
+    for one in plain:
+        other = controlled[one.player]
+        table.add_row(escape(printable(one.player)), *_cells(one), *_cells(other), f"{one.battles:,}")
+    console.print(table)
+    console.print(f"{escape(printable(anchor))} is the yardstick, at 1000; intervals resample {cluster}s")
+    for name, found in fair.effects.items():
+        console.print(
+            f"{name}: {found.value:+.0f} points ({found.low:+.0f} to {found.high:+.0f}) for one standard deviation "
+            "more of it"
+        )
+    if bad.counts:
+        console.print(escape(printable(bad.sentence)), style="yellow")
+
+
+def _cells(one: Rating) -> tuple[str, str]:
+    return f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}"

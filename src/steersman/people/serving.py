@@ -1,0 +1,51 @@
+"""Which models answer people now: a small file that a server reads, written whole.
+
+    {"turn": 2, "current": {"name": "turn-01", "path": "..."}, "salt": "...",
+     "candidate": {"name": "turn-02", "path": "...", "share": 0.1}}
+
+`candidate` is null where no test is running. `arm` says which of them a user gets.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from steersman.people.experiments import assigned
+from steersman.run.folder import write_atomic
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model by the name under which judgements speak of it; `share` of users get it."""
+
+    name: str
+    path: str
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The model that stands, and the candidate that is tried, if there is one."""
+
+    turn: int
+    current: Served
+    candidate: Served | None = None
+    salt: str = ""
+
+    def arm(self, user: str) -> Served:
+        """The model that answers this user, the same at every visit."""
+        if self.candidate is not None and assigned(user, self.salt, self.candidate.share):
+            return self.candidate
+        return self.current
+
+    def write(self, path: Path) -> None:
+        write_atomic(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_serving(path: Path) -> Serving:
+    """What `Serving.write` wrote."""
+    told = json.loads(Path(path).read_text(encoding="utf-8"))
+    candidate = None if told["candidate"] is None else Served(**told["candidate"])
+    return Serving(told["turn"], Served(**told["current"]), candidate, told["salt"])

@@ -1,0 +1,233 @@
+"""`steersman simulate-users`: personas talk with candidates, a judge compares, and people say how far to believe it.
+
+    each persona pursues its goal with each candidate for some turns  ->  conversations-NAME.jsonl
+    the judge compares the candidates' conversations, persona by persona  ->  battles.jsonl
+    the same judge compares what people have judged  ->  agreement.jsonl, shown beside every verdict
+
+Without enough judgements of people the verdict says that it is unchecked.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steersman.data.examples import Message, user
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.judge import Judge, JudgeConfig, open_judge
+from steersman.judge.scored import as_text
+from steersman.people.agreement import ENOUGH, Agreement, agreement
+from steersman.people.judgements import JudgementFiles
+from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
+from steersman.run.config import Section
+from steersman.run.terminal import printable
+from steersman.statistics.estimates import Estimate, bootstrap, mean
+from steersman.statistics.ratings import Battle, ratings
+from steersman.train.sections import RunConfig
+from steersman.types import Stats, SteersmanError
+
+END = "[[END]]"
+"""What a simulated user writes to leave."""
+PLAY = """You play a person who writes to an assistant. Stay in character and never act as the assistant.
+Who you are: {character}
+What you want: {goal}
+
+The conversation so far:
+{so_far}
+
+Write this person's next message, one to three sentences, and nothing else. If the goal is reached, or the person
+would give up, write only {end}."""
+
+
+class Persona(Section):
+    """Someone with a goal."""
+
+    character: str = Field(description="who it is, and how this person writes")
+    goal: str = Field(description="what this person wants to get from the conversation")
+    opening: str = Field(default="", description="the first message; empty: the simulated user writes it")
+
+
+class HumanConfig(Section):
+    """People's judgements that check the judge."""
+
+    folder: str | None = Field(default=None, description="folder or file of judgements; null: there are none")
+    needed: int = Field(default=ENOUGH, ge=10, description="decided items below which no agreement is stated")
+
+
+class SimulateRecipe(Section):
+    """Personas, the candidates that they talk with, and who judges."""
+
+    candidates: dict[str, TalkerConfig] = Field(description="name: {path} or {endpoint}; the first is the yardstick")
+    personas: dict[str, Persona] = Field(description="name: {character, goal, opening}")
+    user: TalkerConfig = Field(description="the model that plays the personas")
+    judge: JudgeConfig = Field(description="who compares two conversations")
+    human: HumanConfig = HumanConfig()
+    turns: int = Field(default=3, ge=1, description="messages of the user in a conversation, at most")
+    conversations: int = Field(default=1, ge=1, description="conversations of each persona with each candidate")
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _enough(self) -> SimulateRecipe:
+        if len(self.candidates) < 2 or not self.personas:
+            raise ValueError("give two candidates at least, and one persona at least")
+        if any(not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") for name in self.candidates):
+            raise ValueError("candidates: names are made of letters, digits, -, _ and .; they become files")
+        return self
+
+
+def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Lets them talk, judges, and prints the table with how far the judge agrees with people."""
+    with Ledger("simulate-users", recipe, resume=resume, rounds=0) as ledger:
+        judge = open_judge(recipe.judge, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
+        talks = {name: _conversations(ledger, recipe, name) for name in recipe.candidates}
+        battles = ledger.table("battles", lambda: _battles(recipe, judge, talks), made_from=_sources(ledger, recipe))
+        agrees = _agreement(recipe, judge)
+        ledger.table("agreement", lambda: [{"said": str(agrees), "items": agrees.items}])
+        if not battles:
+            raise SteersmanError(f"the judge decided none of the comparisons: {judge.describe()}")
+        wins = win_rates(recipe, battles)
+        stats: Stats = {f"win_rate/{name}": found.value for name, found in wins.items()} | judge.stats()
+        ledger.finish_round(0, stats, _shown(talks))
+        _show(recipe, battles, wins, agrees)
+        told = {name: found.plain() for name, found in wins.items()}
+        return ledger.summary({"win_rates": told, "agreement": str(agrees), "checked": agrees.accuracy is not None})
+    return ledger.summary({})
+
+
+def converse(
+    persona: Persona, candidate: Talker, speaker: Talker, *, turns: int, count: int, seed: int
+) -> list[Turns]:
+    """`count` conversations of a persona with a candidate, up to `turns` messages of the user each.
+
+    A conversation ends when the user leaves, says nothing, or no longer fits into a model's context.
+    """
+    talks: list[Turns] = [[] for _ in range(count)]
+    going = list(range(count))
+    for turn in range(turns):
+        said = [persona.opening] * len(going)
+        if turn or not persona.opening:
+            asked = [user(_play(persona, talks[i])) for i in going]
+            said = [_spoken(text) for text in speaker.reply(asked, (seed, turn, 0))]
+        going = [i for i, text in zip(going, said, strict=True) if text and END not in text]
+        texts = [text for text in said if text and END not in text]
+        for i, text in zip(going, texts, strict=True):
+            talks[i].append({"role": "user", "content": text})
+        replies = candidate.reply([talks[i] for i in going], (seed, turn, 1))
+        for i, reply in zip(going, replies, strict=True):
+            if reply:
+                talks[i].append({"role": "assistant", "content": reply})
+        going = [i for i, reply in zip(going, replies, strict=True) if reply]
+    return talks
+
+
+def win_rates(recipe: SimulateRecipe, battles: Rows) -> dict[str, Estimate]:
+    """Each candidate's share won against the first one, with the interval over personas."""
+    first, *others = recipe.candidates
+    out: dict[str, Estimate] = {}
+    for name in others:
+        met = [row for row in battles if {row["first"], row["second"]} == {first, name}]
+        won = np.array([row["share"] if row["first"] == name else 1 - row["share"] for row in met])
+        _, personas = np.unique([row["persona"] for row in met], return_inverse=True)
+        if len(met):
+            out[name] = bootstrap(mean, [won], clusters=personas)
+    return out
+
+
+def _spoken(text: str) -> str:
+    """The first paragraph of what the model wrote for the user, without the name of the role in front."""
+    first = text.strip().split("\n\n")[0].strip()
+    return first.partition(":")[2].strip() if first.lower().startswith(("you:", "user:", "me:")) else first
+
+
+def _play(persona: Persona, turns: Turns) -> str:
+    roles = {"user": "You", "assistant": "The assistant"}
+    so_far = "\n\n".join(f"{roles[m['role']]}: {m['content']}" for m in turns) or "(nothing yet)"
+    return PLAY.format(character=persona.character, goal=persona.goal, so_far=so_far, end=END)
+
+
+def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str) -> Rows:
+    """Table: the conversations of every persona with a candidate, persona by persona."""
+    opened: list[Talker] = []
+
+    def make(place: int) -> Rows:
+        if not opened:
+            opened.extend(open_talker(c, recipe.run, ledger.device) for c in (recipe.candidates[name], recipe.user))
+        persona = list(recipe.personas)[place]
+        seed = recipe.run.seed * 1000 + place
+        talks = converse(recipe.personas[persona], *opened, turns=recipe.turns, count=recipe.conversations, seed=seed)
+        return [{"persona": persona, "number": i, "messages": turns} for i, turns in enumerate(talks)]
+
+    about = {"candidate": name, "user": recipe.user.path or "an endpoint"}
+    return ledger.parts(f"conversations-{name}", len(recipe.personas), make, **about)
+
+
+def _sources(ledger: Ledger, recipe: SimulateRecipe) -> dict[str, str]:
+    return ledger.sources(*(f"conversations-{name}" for name in recipe.candidates))
+
+
+def _battles(recipe: SimulateRecipe, judge: Judge, talks: dict[str, Rows]) -> Rows:
+    """Every two candidates, conversation by conversation: 1 the first one served its persona better."""
+    met = [
+        (a, b, one, other)
+        for a, b in combinations(talks, 2)
+        for one, other in zip(talks[a], talks[b], strict=True)
+        if _answered(one) and _answered(other)
+    ]
+    asked = [(_goal(recipe.personas[one["persona"]]), _told(one), _told(other)) for _, _, one, other in met]
+    outcomes = judge.compare(asked)
+    return [
+        {"persona": one["persona"], "number": one["number"], "first": a, "second": b, "share": o.share}
+        for (a, b, one, _), o in zip(met, outcomes, strict=True)
+        if o is not None
+    ]
+
+
+def _goal(persona: Persona) -> str:
+    return (
+        f"A person came to an assistant.\nWho it is: {persona.character}\nWhat this person wants: {persona.goal}\n"
+        "Each answer below is a whole conversation. The better one serves this person better."
+    )
+
+
+def _told(row: dict[str, Any]) -> str:
+    turns: list[Message] = row["messages"]
+    return as_text(turns)
+
+
+def _answered(row: dict[str, Any]) -> bool:
+    return any(m["role"] == "assistant" for m in row["messages"])
+
+
+def _agreement(recipe: SimulateRecipe, judge: Judge) -> Agreement:
+    if recipe.human.folder is None:
+        return Agreement(0, recipe.human.needed, None, None)
+    return agreement(judge, list(JudgementFiles(recipe.human.folder)), needed=recipe.human.needed)
+
+
+def _show(recipe: SimulateRecipe, battles: Rows, wins: dict[str, Estimate], agrees: Agreement) -> None:
+    console, anchor = Console(highlight=False), next(iter(recipe.candidates))
+    places = {name: i for i, name in enumerate(recipe.personas)}
+    fought = [Battle(b["first"], b["second"], b["share"], places[b["persona"]]) for b in battles]
+    table = Table("candidate", "rating", "95% interval", f"share won against {escape(printable(anchor))}", "battles")
+    for one in ratings(fought, anchor=anchor, seed=recipe.run.seed):
+        won = str(wins[one.player]) if one.player in wins else "–"
+        table.add_row(
+            escape(printable(one.player)), f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}", won,
+            f"{one.battles:,}",
+        )  # fmt: skip
+    console.print(table)
+    style = "bold" if agrees.accuracy is not None else "yellow"
+    console.print(f"The judge of these conversations {agrees}.", style=style)
+
+
+def _shown(talks: dict[str, Rows]) -> Rows:
+    return [
+        {"index": i, "prompt": f"{row['persona']} with {name}", "completion": _told(row), "finish": "", "reward": {}}
+        for i, (name, row) in enumerate((n, r) for n, rows in talks.items() for r in rows[:5])
+    ]

@@ -1,0 +1,242 @@
+"""`steersman wheel`: what people say today makes the model of tomorrow, if it passes its gates and people prefer it.
+
+    each turn:  collect -> sift -> mix -> train -> measure -> gates -> serve to a share -> A/B test -> keep or not
+
+Every step is a table or a stage of the ledger: made once, with where it came from, and not again after a kill. A
+turn waits for judgements twice: to begin, and until its A/B test is decided.
+
+    judgements.folder      grows; whoever collects appends to it
+    serving.json           which models answer now; a server reads it
+    round-01/collected.jsonl, kept.jsonl, left-out.jsonl, pairs.jsonl, 1-dpo/, readings.jsonl, evaluation.jsonl,
+    gates.jsonl, test.jsonl, decision.jsonl, each with its provenance
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+from steersman.data import BadRows, Row
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.players import text_of
+from steersman.model import load_tokenizer
+from steersman.people.experiments import Experiment, report
+from steersman.people.filters import sift
+from steersman.people.gates import check
+from steersman.people.judgements import Judgement, JudgementFiles, Judgements, judgement, plain
+from steersman.people.lessons import held
+from steersman.people.measuring import Measuring
+from steersman.people.outcomes import outcomes_of
+from steersman.people.serving import Served, Serving
+from steersman.people.training import Training
+from steersman.people.wheel_page import write_page
+from steersman.people.wheel_recipe import WheelRecipe
+from steersman.statistics.estimates import Estimate
+from steersman.types import Stats
+
+
+class WaitingError(Exception):
+    """The turn can not go on before more judgements are in; the message says how many."""
+
+
+def run(recipe: WheelRecipe, *, resume: bool = False, source: Judgements | None = None) -> dict[str, Any]:
+    """Turns the wheel as far as the judgements allow, and returns the summary that the run folder holds.
+
+    `source` gives the judgements in the place of the recipe's folder. The summary's `state` is `done`, or says what
+    the wheel waits for: run the verb again with --resume when it is there, or let it `poll`.
+    """
+    with Ledger("wheel", recipe, resume=resume, rounds=recipe.turns, shown=("human/accuracy", "win_rate")) as ledger:
+        wheel = Wheel(ledger, recipe, source)
+        if ledger.done < 0:
+            ledger.finish_round(0, {}, [])
+        state = wheel.turn()
+        summary = ledger.summary({"state": state, **wheel.told()})
+        write_page(ledger.path, recipe, summary)
+        return summary
+    return ledger.summary({"state": "stopped"})
+
+
+class Wheel:
+    """The models that are served, and the turns that change them."""
+
+    def __init__(self, ledger: Ledger, recipe: WheelRecipe, source: Judgements | None) -> None:
+        self.ledger, self.recipe = ledger, recipe
+        self.bad = BadRows(recipe.judgements.on_bad_row)
+        self.source = source or JudgementFiles(recipe.judgements.folder, self.bad)
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        self.chats = bool(tokenizer.chat_template)
+        self.data = recipe.limits.data(recipe.judgements.folder, chats=self.chats)
+        self.current = Served("turn-00", recipe.model.path)
+
+    def turn(self) -> str:
+        """Turns as often as it can, and says what it waits for, or that it is done."""
+        for number in range(1, self.recipe.turns + 1):
+            one = Turn(self, number)
+            while True:
+                try:
+                    decision = one.go()
+                    break
+                except WaitingError as waiting:
+                    self.serve(number, one.candidate if one.testing else None)
+                    write_page(self.ledger.path, self.recipe, {"state": str(waiting), **self.told()})
+                    if self.recipe.poll is None:
+                        return str(waiting)
+                self._pause(self.recipe.poll)
+            if decision["decision"] == "promoted":
+                self.current = one.candidate
+            self.serve(number, None)
+        return "done"
+
+    def serve(self, number: int, candidate: Served | None) -> None:
+        """Writes down which models answer people now."""
+        Serving(number, self.current, candidate, self.salt(number)).write(self.ledger.path / "serving.json")
+
+    def salt(self, number: int) -> str:
+        own = self.recipe.experiment.salt if self.recipe.experiment else ""
+        return f"{own}/{self.recipe.run.seed}/{number}"
+
+    def told(self) -> dict[str, Any]:
+        """The decisions so far, and the model that serves."""
+        decisions = [self.rows(n, "decision") for n in range(1, self.recipe.turns + 1)]
+        made = [rows[0] for rows in decisions if rows]
+        return {"model": self.current.path, "serving": self.current.name, "decisions": made}
+
+    def rows(self, number: int, name: str) -> Rows:
+        """A table that is there, or nothing."""
+        there = (self.ledger.path / f"round-{number:02d}/{name}.jsonl").exists()
+        return self.ledger.table(f"round-{number:02d}/{name}", list) if there else []
+
+    def judged(self, number: int, name: str) -> list[Judgement]:
+        """The judgements of a table of every turn up to `number`."""
+        return [
+            judgement(Row(row, f"round-{n:02d}/{name}.jsonl", i))
+            for n in range(1, number + 1)
+            for i, row in enumerate(self.rows(n, name), 1)
+        ]
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.ledger.check()
+            time.sleep(min(0.2, seconds))
+
+
+class Turn:
+    """One turn of the wheel: `go` takes up its steps where they were left."""
+
+    def __init__(self, wheel: Wheel, number: int) -> None:
+        self.wheel, self.number, self.name = wheel, number, f"round-{number:02d}"
+        self.ledger, self.recipe = wheel.ledger, wheel.recipe
+        self.share = self.recipe.experiment.share if self.recipe.experiment else 1.0
+        self.candidate, self.testing = self._served(""), False
+
+    def go(self) -> dict[str, Any]:
+        """The decision; raises WaitingError where judgements are missing."""
+        made = self.wheel.rows(self.number, "decision")
+        if made and self.number <= self.ledger.done:
+            self.candidate = self._served(made[0]["path"])
+            return made[0]
+        learn, held_out = self.sift(self.collect())
+        path = self.train(learn)
+        if path is None:
+            return self.decide("refused", "no judgement of this turn teaches anything", {})
+        self.candidate = self._served(path)
+        metrics = Measuring(self.ledger, self.recipe, self.name, self.wheel.data).metrics(
+            self.candidate.path, self.wheel.current.path, held_out
+        )
+        gates = check(self.recipe.gates, metrics)
+        about = {"candidate": self.ledger.model(path), "made_from": self.ledger.sources(f"{self.name}/evaluation")}
+        self.ledger.table(f"{self.name}/gates", lambda: [asdict(g) for g in gates], **about)
+        failed = [f"{g.metric}: {g.reason}" for g in gates if not g.passed]
+        if failed:
+            return self.decide("refused", "; ".join(failed), metrics)
+        if self.recipe.experiment is None:
+            return self.decide("promoted", "it passed every gate, and the recipe asks for no test", metrics)
+        return self.test(self.recipe.experiment, metrics)
+
+    def _served(self, path: str) -> Served:
+        return Served(f"turn-{self.number:02d}", path, self.share)
+
+    def collect(self) -> list[Judgement]:
+        """Table: the judgements that no earlier turn has taken, once there are enough of them."""
+        name = f"{self.name}/collected"
+        if not self.wheel.rows(self.number, "collected"):
+            old = {one.id for one in self.wheel.judged(self.number - 1, "collected")}
+            new = [one for one in self.wheel.source if one.id not in old]
+            count, wanted = sum(one.expected is None for one in new), self.recipe.judgements.at_least
+            if count < wanted:
+                raise WaitingError(f"turn {self.number} begins with {wanted} new judgements, and {count} are in")
+            self.ledger.table(name, lambda: [plain(one) for one in new], left_out=dict(self.wheel.bad.counts))
+        return self.wheel.judged(self.number, "collected")
+
+    def sift(self, rows: list[Judgement]) -> tuple[list[Judgement], list[Judgement]]:
+        """Tables: what this turn keeps and leaves out; given are the judgements to learn from and those held out.
+
+        Raters are measured by all that they ever judged, and candidates by all judgements held out so far.
+        """
+        kept, left_out = sift(rows, self.recipe.sift)
+        mine = {row["id"] for row in self.wheel.rows(self.number, "collected")}
+        made_from = self.ledger.sources(f"{self.name}/collected")
+        self.ledger.table(
+            f"{self.name}/left-out",
+            lambda: [{"id": one.id, "user": one.user, "reason": why} for one, why in left_out if one.id in mine],
+            made_from=made_from, sift=self.recipe.sift.model_dump(),
+        )  # fmt: skip
+        fresh = [plain(one) for one in kept if one.id in mine]
+        self.ledger.table(f"{self.name}/kept", lambda: fresh, made_from=made_from)
+        share = self.recipe.judgements.held_out
+        all_kept = self.wheel.judged(self.number, "kept")
+        return (
+            [one for one in all_kept if one.id in mine and not held(one, share)],
+            [one for one in all_kept if held(one, share)],
+        )
+
+    def train(self, learn: list[Judgement]) -> str | None:
+        """The candidate's folder; None where nothing of this turn teaches anything."""
+        share = self.recipe.judgements.held_out
+        earlier = [one for one in self.wheel.judged(self.number - 1, "kept") if not held(one, share)]
+        training = Training(self.ledger, self.recipe, self.name, chats=self.wheel.chats)
+        tables = training.tables(learn, earlier)
+        return training.run(self.wheel.current.path, tables) if any(tables.values()) else None
+
+    def test(self, experiment: Experiment, metrics: dict[str, Estimate]) -> dict[str, Any]:
+        """People meet the candidate, blind, and their choices decide; raises WaitingError until they have."""
+        names = {"control": self.wheel.current.name, "treatment": self.candidate.name}
+        experiment = experiment.model_copy(update={**names, "salt": self.wheel.salt(self.number)})
+        about = {"models": [self.ledger.model(s.path) for s in (self.wheel.current, self.candidate)]}
+        begun = self.ledger.table(f"{self.name}/test", lambda: [experiment.model_dump(mode="json")], **about)
+        self.testing = True
+        before = {one.id for one in self.wheel.judged(self.number, "collected")}
+        rows = [one for one in self.wheel.source if one.id not in before]
+        told = report(Experiment(**begun[0]), outcomes_of(rows, **names))
+        if told.decision == "wait" and not self.wheel.rows(self.number, "decision"):
+            raise WaitingError(
+                f"turn {self.number} is tested: {told.primary} (its {told.primary.metric} of {self.candidate.name} "
+                f"against {self.wheel.current.name})"
+            )
+        what = "promoted" if told.decision == "treatment" else "rolled back"
+        return self.decide(what, told.reason, metrics, asdict(told))
+
+    def decide(
+        self, decision: str, reason: str, metrics: dict[str, Estimate], told: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Table: the decision, which stands; the round is done."""
+        row = {
+            "turn": self.number, "decision": decision, "reason": reason, "candidate": self.candidate.name,
+            "path": self.candidate.path, "against": self.wheel.current.name, "test": told,
+        }  # fmt: skip
+        models = [self.ledger.model(s.path) for s in (self.wheel.current, self.candidate) if s.path]
+        made = self.ledger.table(f"{self.name}/decision", lambda: [row], models=models)[0]
+        stats: Stats = {name: found.value for name, found in metrics.items() if math.isfinite(found.value)}
+        stats["promoted"] = float(made["decision"] == "promoted")
+        if made["test"] is not None:
+            stats["win_rate"] = made["test"]["primary"]["look"]["mean"]
+        self.ledger.finish_round(self.number, stats, _shown(self.wheel.rows(self.number, "answers-candidate")))
+        return made
+
+
+def _shown(rows: Rows) -> Rows:
+    kept = ("index", "completion", "finish")
+    return [{"prompt": text_of(row["prompt"]), **{k: row[k] for k in kept}} for row in rows[:40]]

@@ -1,0 +1,107 @@
+"""The recipe of `steersman wheel`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from steersman.data import DataConfig
+from steersman.flywheel.arena import DPOStage, PPOStage, SFTStage
+from steersman.flywheel.feedback import KTOStage
+from steersman.judge import JudgeConfig
+from steersman.people.experiments import Experiment
+from steersman.people.filters import FilterConfig
+from steersman.people.gates import Gate, standard_gates
+from steersman.people.lessons import Kind, MixConfig
+from steersman.run.config import Section
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+
+Stage = Literal["sft", "kto", "dpo", "ppo"]
+LEARNS: dict[Stage, Kind] = {"sft": "sft", "kto": "kto", "dpo": "pairs", "ppo": "pairs"}
+"""The table that each stage trains on."""
+
+
+class JudgementsConfig(Section):
+    """Where judgements arrive, and when there are enough of them."""
+
+    folder: str = Field(description="folder or file of judgements, which grows while the wheel turns")
+    at_least: int = Field(default=50, ge=1, description="new judgements that begin a turn")
+    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of prompts that no turn learns from")
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop", description="stop at a bad row, or leave it out and count it"
+    )
+
+
+class LimitsConfig(Section):
+    """How prompts and answers become tokens."""
+
+    max_prompt_tokens: int | None = Field(default=None, ge=1, description="longest prompt, in tokens")
+    max_length: int | None = Field(default=None, ge=2, description="longest prompt + response, in tokens")
+    wrap_in_chat: bool | None = Field(
+        default=None, description="plain-text prompts are a user's turn; null: where the model has a chat template"
+    )
+
+    def data(self, path: str, *, chats: bool) -> DataConfig:
+        """The data section of a file of lessons; `chats` says whether the model has a chat template."""
+        wrap = chats if self.wrap_in_chat is None else self.wrap_in_chat
+        return DataConfig(
+            path=path, max_prompt_tokens=self.max_prompt_tokens, max_length=self.max_length, wrap_in_chat=wrap,
+            assistant_turns="last", on_too_long="drop",
+        )  # fmt: skip
+
+
+class WheelRecipe(Section):
+    """From people's judgements to a better model that people prefer, turn after turn."""
+
+    model: ModelConfig
+    judgements: JudgementsConfig
+    limits: LimitsConfig = LimitsConfig()
+    sift: FilterConfig = FilterConfig()
+    mix: MixConfig = MixConfig()
+    then: list[Stage] = Field(
+        default=["dpo"], min_length=1, description="what trains the candidate, in order, each on the last"
+    )
+    sft: SFTStage = SFTStage()
+    kto: KTOStage = KTOStage()
+    dpo: DPOStage = DPOStage()
+    ppo: PPOStage = PPOStage()
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(held_out=64), description="how held-out prompts are answered, and how many"
+    )
+    judge: JudgeConfig | None = Field(
+        default=None, description="who compares the candidate's answers with the current model's; null: nobody"
+    )
+    gates: dict[str, Gate] = Field(
+        default_factory=standard_gates, description="metric: what the candidate must show before anybody meets it"
+    )
+    experiment: Experiment | None = Field(
+        default=Experiment(share=0.1), description="the A/B test that decides; null: the gates decide alone"
+    )
+    turns: int = Field(default=1, ge=1, description="turns of the wheel")
+    poll: float | None = Field(
+        default=None, gt=0, description="seconds after which it looks for judgements again; null: it ends and waits "
+        "for the next --resume"
+    )  # fmt: skip
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        # the wheel names its models by their turns; all that is sampled is one answer a held-out prompt
+        names = {f"experiment.{key}" for key in ("control", "treatment")}
+        return frozenset(names | {"rollout.prompts", "rollout.samples"})
+
+    @model_validator(mode="after")
+    def _can_turn(self) -> WheelRecipe:
+        if self.model.scratch is not None:
+            raise ValueError("model.scratch: a model with fresh weights has nothing to be judged; train it with sft")
+        judged = [name for name in self.gates if name.startswith("judge/")]
+        if judged and self.judge is None:
+            raise ValueError(f"gates.{judged[0]} needs a judge, and there is none; give the section judge")
+        if self.rollout.held_out < 1:
+            raise ValueError("rollout.held_out is 0: the gates look at answers to held-out prompts")
+        if self.mix.anchor and not set(self.mix.anchors) >= {LEARNS[name] for name in self.then}:
+            raise ValueError(
+                "mix.anchor is above 0, but mix.anchors has no file for every table that `then` trains on"
+            )
+        return self
