@@ -100,7 +100,7 @@ def test_thumbs_of_two_arms_decide(tmp_path, mini_model):
             "id": f"e{i}",
             "user": f"u{i}",
             "time": 1,
-            "prompt": f"p{i}",
+            "prompt": f"ask {'abcdefgh'[i % 8]}",
             "completion": "a",
             "model": "turn-00",
             "label": 1,
