@@ -123,7 +123,7 @@ def test_the_implicit_reward_by_hand():
     ]  # fmt: skip
     gains = {"a-1": (2.0, 1.0), "a-2": (3.0, -1.0), "a-3": (0, 0), "a-4": (1.0,), "a-5": (2.0,), "a-6": (0.0,)}
     readings = [
-        {"id": i, "answer": k, "logp": x - 5.0, "logp_current": -5.0}
+        {"id": i, "answer": k, "logp": x + 3.0 * k, "logp_current": 3.0 * k}
         for i, v in gains.items()
         for k, x in enumerate(v)
     ]

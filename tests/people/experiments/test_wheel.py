@@ -14,7 +14,10 @@ import yaml
 from judging_kit import ab_rows, append, choices, settings
 from letter_models import rows_of
 
+from steersman.data import Row
 from steersman.flywheel.ledger import Ledger, StoppedError
+from steersman.people.judgements import judgement
+from steersman.people.lessons import held
 from steersman.people.serving import read_serving
 from steersman.people.wheel import run
 from steersman.people.wheel_recipe import WheelRecipe
@@ -38,7 +41,11 @@ def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model):
     assert serving.candidate is not None
     assert serving.candidate.share == 0.2
     assert 0.1 < sum(serving.arm(f"user {i}") == serving.candidate for i in range(500)) / 500 < 0.3
-    gates = rows_of(tmp_path / "run/round-01/gates.jsonl")
+    folder = tmp_path / "run/round-01"
+    kept = {row["id"]: judgement(Row(row, "kept", 1)) for row in rows_of(folder / "kept.jsonl")}
+    assert all(held(kept[row["id"]], 0.3) for row in rows_of(folder / "readings.jsonl"))
+    assert not any(held(kept[i], 0.3) for row in rows_of(folder / "pairs.jsonl") for i in row["judgements"])
+    gates = rows_of(folder / "gates.jsonl")
     assert [g["passed"] for g in gates] == [True, True]
     append(inbox, "day3", ab_rows(10, 0.8, "turn-00", "turn-01"))
     assert "is tested" in turn(values)["state"]
@@ -61,10 +68,6 @@ def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model):
 
 def test_a_bad_model_is_refused_by_the_gates(tmp_path, mini_model):
     """Prompts to learn from are judged the wrong way round: the candidate learns the opposite of those held out."""
-    from steersman.data import Row
-    from steersman.people.judgements import judgement
-    from steersman.people.lessons import held
-
     rows = choices(120, seed=3)
     flip = {"first": "second", "second": "first"}
     bad = [r if held(judgement(Row(r, "f", 1)), 0.3) else {**r, "choice": flip[r["choice"]]} for r in rows]
@@ -92,7 +95,19 @@ def test_thumbs_of_two_arms_decide(tmp_path, mini_model):
     """Each user meets the model that the serving file says, and gives a thumb."""
     values = settings(tmp_path, mini_model, experiment={"share": 0.5, "metric": "thumb"})
     values["model"]["lora"] = {"r": 2}
-    append(tmp_path / "inbox", "day", choices(80, seed=4))
+    early = [
+        {
+            "id": f"e{i}",
+            "user": f"u{i}",
+            "time": 1,
+            "prompt": f"ask {'abcdefgh'[i % 8]}",
+            "completion": "a",
+            "model": "turn-00",
+            "label": 1,
+        }
+        for i in range(30)
+    ]  # thumbs from before the test belong to no arm of it
+    append(tmp_path / "inbox", "day", [*choices(80, seed=4), *early])
     assert "is tested" in turn(values, resume=False)["state"]
     serving = read_serving(tmp_path / "run/serving.json")
     rows = []
@@ -105,6 +120,7 @@ def test_thumbs_of_two_arms_decide(tmp_path, mini_model):
     assert told["decision"] == "promoted"
     assert told["test"]["primary"]["look"]["low"] > 0
     assert told["test"]["warnings"] == []
+    assert told["test"]["primary"]["look"]["n"] == 1500
 
 
 @pytest.mark.parametrize("then", [["sft", "kto"], ["ppo"]])
