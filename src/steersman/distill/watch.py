@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steersman.data import Encoded
 from steersman.distill.alignment import OtherTokenizer
+from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.loop import Distill
 from steersman.distill.rows import Taught
 from steersman.distill.teacher import Answer
@@ -62,6 +63,8 @@ class Watch:
             return {"held_out/uld": tally.means()["divergence"]}
         teacher.prepare(answers)
         found = [objective.apart([answers[i] for i in part.tolist()], "reverse_kl") for part in parts]
+        if isinstance(teacher, EndpointTeacher):
+            teacher.forget(answers)
         return _mean(torch.cat(found).double())
 
 

@@ -48,9 +48,6 @@ class Whole:
     hidden: Float[Tensor, "N H"]
     head: Head
 
-    def rows(self, index: Tensor | slice) -> Whole:
-        return Whole(self.hidden[index], self.head)
-
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -64,7 +61,7 @@ class Listed:
     ids: Int[Tensor, "N K"]
     logp: Float[Tensor, "N K"]
 
-    def rows(self, index: Tensor | slice) -> Listed:
+    def rows(self, index: slice) -> Listed:
         return Listed(self.ids[index], self.logp[index])
 
     @property

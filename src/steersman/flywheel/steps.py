@@ -1,0 +1,146 @@
+"""`steersman step-labels`: how often an answer still ends well from each of its steps, for process reward models.
+
+    label of step k = share of n continuations from steps 1..k whose whole answer scores at least `right_from`
+
+The model answers the prompts, its answers are cut into steps, and it continues from the end of every step; a reward
+says of whole answers whether they are right. `steersman reward` trains on the rows (`steps`, `labels`).
+
+Source: arXiv 2312.08935, section 3.3 (soft estimation). Departures: the last step's label is the answer's own score,
+for nothing is left to continue; the model that continues is the one that answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
+from steersman.flywheel.ledger import Ledger, Rows
+from steersman.flywheel.players import Player, load_queries
+from steersman.judge.scored import Scorer
+from steersman.reward import RewardPart
+from steersman.run.config import Section
+from steersman.run.seed import sub_seed
+from steersman.train.generators import open_generator
+from steersman.train.models import context_length
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.types import Prompt, SteersmanError
+
+
+class StepLabelsRecipe(Section):
+    """Labels of steps by Monte-Carlo rollouts."""
+
+    model: ModelConfig
+    data: DataConfig
+    reward: dict[str, RewardPart] = Field(description="name: reward of whole answers, summed; rows' columns reach it")
+    right_from: float = Field(default=1.0, description="an answer is right from this score on")
+    continuations: int = Field(default=8, ge=1, description="rollouts from the end of each step")
+    most_steps: int = Field(default=16, ge=1, description="answers of more steps are left out")
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(prompts=64, samples=1, max_new_tokens=256), description="prompts, and answers to each"
+    )
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
+        kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
+        rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "importance_cap"))
+        return frozenset({*model, *kept, *rollout})
+
+    @model_validator(mode="after")
+    def _fits(self) -> StepLabelsRecipe:
+        if not self.reward:
+            raise ValueError("reward: no reward given; for instance {right: {builtin: math_answer, columns: ...}}")
+        return self
+
+
+def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Leaves steps.jsonl in the run folder, and returns the summary."""
+    with Ledger("step-labels", recipe, resume=resume, rounds=0) as ledger:
+        queries, _ = load_queries(recipe.data, 0, wrap=False)
+        queries = queries[: recipe.rollout.prompts]
+        scorer = Scorer(recipe.reward, ledger.device)
+        player = Player(recipe.model, recipe.run, ledger.device)
+        maker = Maker(recipe, player, queries, scorer)
+        answers = ledger.table("answers", maker.answers, model=ledger.model(recipe.model.path))
+        kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
+        rows = ledger.parts("steps", len(kept), lambda i: [maker.labelled(kept[i])], made_from=recipe.data.path)
+        if not rows:
+            raise SteersmanError(
+                f"none of {len(answers)} answers has 1 to {recipe.most_steps} steps; is data.step_separator "
+                f"{recipe.data.step_separator!r} what stands between them?"
+            )
+        labels = [x for r in rows for x in r["labels"]]
+        right = sum(r["labels"][-1] for r in rows) / len(rows)
+        stats = {"data/answers": len(answers), "data/rows": len(rows), "steps": len(labels) / len(rows)}
+        stats |= {"label/mean": sum(labels) / len(labels), "right": right}
+        ledger.finish_round(0, stats, [_shown(i, r) for i, r in enumerate(rows[:40])])
+        return ledger.summary({"data": str(ledger.path / "steps.jsonl"), **stats})
+    return ledger.summary({})
+
+
+class Maker:
+    """Answers, and continuations from the steps of answers."""
+
+    def __init__(self, recipe: StepLabelsRecipe, player: Player, queries: Sequence[Query], scorer: Scorer) -> None:
+        self.recipe, self.player, self.queries, self.scorer = recipe, player, queries, scorer
+        self.separator, self.seed = recipe.data.step_separator, recipe.run.seed
+
+    def answers(self) -> Rows:
+        """Every answer with its steps; those that the length limit cut are left out."""
+        prompts = self._prompts()
+        engine = open_generator(self.recipe.rollout, self.player.policy)
+        samples = engine.generate(
+            prompts, self.recipe.rollout.sampling(), n=self.recipe.rollout.samples, seed=(self.seed, 0)
+        )
+        return [
+            {"index": s.prompt.index, "text": s.text, "steps": self._cut(s.text)} for s in samples if s.terminated
+        ]
+
+    def labelled(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer's row: its steps, and the share of continuations from each that end well."""
+        query, steps = self.queries[answer["index"]], answer["steps"]
+        ids = next(p for p in self._prompts() if p.index == answer["index"]).ids
+        begun = [self.separator.join(steps[: k + 1]) + self.separator for k in range(len(steps) - 1)]
+        whole = [self.separator.join(steps)]
+        if begun:
+            whole += self._continued(ids, begun, answer["index"])
+        scores = self.scorer([query.prompt] * len(whole), whole, [query.columns] * len(whole))["total"]
+        right = [float(s >= self.recipe.right_from) for s in scores]
+        n = self.recipe.continuations
+        labels = [sum(right[1 + k * n : 1 + (k + 1) * n]) / n for k in range(len(begun))]
+        return {"prompt": query.prompt, "steps": steps, "labels": [*labels, right[0]]}
+
+    def _continued(self, ids: list[int], begun: Sequence[str], index: int) -> list[str]:
+        """`continuations` whole answers from each beginning."""
+        policy, rollout = self.player.policy, self.recipe.rollout
+        codec = Layout(policy.tokenizer).codec
+        prompts = [Prompt([*ids, *codec.more(text)], text, index=k) for k, text in enumerate(begun)]
+        longest, context = max(len(p.ids) for p in prompts), context_length(policy.model)
+        if context is not None and longest + rollout.max_new_tokens > context:
+            raise self.queries[index].row.fault(
+                "too long",
+                f"a continuation needs {longest + rollout.max_new_tokens} tokens of a context of {context}",
+            )
+        engine = open_generator(rollout, policy)
+        seed = sub_seed(self.seed, "continuations", index)
+        n = self.recipe.continuations
+        samples = engine.generate(prompts, rollout.sampling(), n=n, seed=(seed,))
+        return [begun[s.prompt.index] + s.text for s in samples]
+
+    def _prompts(self) -> list[Prompt]:
+        policy, data = self.player.policy, self.recipe.data
+        context, new = context_length(policy.model), self.recipe.rollout.max_new_tokens
+        return encode_prompts(self.queries, layout(policy, data, asks=True), data, context, new)[0]
+
+    def _cut(self, text: str) -> list[str]:
+        """The steps of an answer, those without visible text left out."""
+        return [piece for piece in text.split(self.separator) if piece.strip()]
+
+
+def _shown(index: int, row: dict[str, Any]) -> dict[str, Any]:
+    said = "\n".join(f"[{label:.2f}] {step}" for step, label in zip(row["steps"], row["labels"], strict=True))
+    return {"index": index, "prompt": str(row["prompt"]), "completion": said, "reward": {"right": row["labels"][-1]}}

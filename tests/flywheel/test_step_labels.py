@@ -1,0 +1,90 @@
+"""Labels of steps from rollouts: shares of continuations that end well, read back by the verb that learns of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from letter_models import WORDS, rows_of, write_jsonl
+
+from steersman.data import DataConfig
+from steersman.data.load import steps as load_steps
+from steersman.flywheel.players import Player, load_queries
+from steersman.flywheel.steps import Maker, StepLabelsRecipe, run
+from steersman.judge.scored import Scorer
+from steersman.types import SteersmanError
+
+
+def recipe(tmp_path, mini_model, **extra) -> StepLabelsRecipe:
+    rows = write_jsonl(tmp_path / "p.jsonl", [{"prompt": w, "answer": "a"} for w in WORDS])
+    (tmp_path / "r.py").write_text(
+        "def has(prompts, completions, answer):\n    return [float(a in c) for a, c in zip(answer, completions)]\n"
+    )
+    return StepLabelsRecipe.model_validate(
+        {
+            "model": {"path": str(mini_model)},
+            "data": {"path": str(rows), "step_separator": " "},
+            "reward": {"right": {"function": f"{tmp_path / 'r.py'}:has"}},
+            "rollout": {"prompts": 12, "samples": 6, "max_new_tokens": 16},
+            "continuations": 4,
+            "run": {"dir": str(tmp_path / "run"), "threads": 1},
+            **extra,
+        }
+    )  # fmt: skip
+
+
+def test_rows_hold_shares_of_right_continuations_and_are_loaded(tmp_path, mini_model):
+    told = run(recipe(tmp_path, mini_model))
+    rows = rows_of(tmp_path / "run/steps.jsonl")
+    assert told["data/rows"] == len(rows) > 3
+    for row in rows:
+        assert len(row["steps"]) == len(row["labels"])
+        assert all(4 * x == int(4 * x) for x in row["labels"])
+        assert row["labels"][-1] == float("a" in " ".join(row["steps"]))
+        # once the letter stands there, nothing that follows can take it away
+        for k in range(len(row["steps"])):
+            if "a" in " ".join(row["steps"][: k + 1]):
+                assert row["labels"][k] == 1
+    assert any(0 < x < 1 for row in rows for x in row["labels"])
+    loaded = load_steps(DataConfig(path=told["data"], step_separator=" "))
+    assert len(loaded.train) == len(rows)
+
+
+def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model, monkeypatch):
+    whole = run(recipe(tmp_path, mini_model))
+    made, label = [], Maker.labelled
+
+    def dies(self, answer):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(answer)
+        return label(self, answer)
+
+    again = recipe(tmp_path, mini_model, run={"dir": str(tmp_path / "cut"), "threads": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Maker, "labelled", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(again)
+    cut = run(again, resume=True)
+    assert rows_of(tmp_path / "cut/steps.jsonl") == rows_of(tmp_path / "run/steps.jsonl")
+    assert cut["label/mean"] == whole["label/mean"]
+
+
+def test_answers_of_too_many_steps_and_recipes_without_a_reward_are_told(tmp_path, mini_model):
+    with pytest.raises(ValueError, match="no reward given"):
+        recipe(tmp_path, mini_model, reward={})
+    sharp = {"path": str(tmp_path / "p.jsonl"), "step_separator": "#"}
+    told = run(recipe(tmp_path, mini_model, data=sharp))
+    assert told["steps"] == 1
+    none = recipe(tmp_path, mini_model, most_steps=1, run={"dir": str(tmp_path / "none"), "threads": 1})
+    answers = [a for a in Maker.answers(_maker(none)) if len(a["steps"]) == 1]
+    if answers:
+        assert run(none)["steps"] == 1
+    else:
+        with pytest.raises(SteersmanError, match="has 1 to 1 steps"):
+            run(none)
+
+
+def _maker(asked: StepLabelsRecipe) -> Maker:
+    device = torch.device("cpu")
+    queries, _ = load_queries(asked.data, 0, wrap=False)
+    return Maker(asked, Player(asked.model, asked.run, device), queries, Scorer(asked.reward, device))
