@@ -139,6 +139,15 @@ def test_the_belt_has_the_bytes_that_are_foreseen():
     assert sum(rollout(sampled, kept=1 << 20).values()) == 1 << 20  # what is small fits into the room that is there
 
 
+def test_adapters_that_are_added_in_while_sampling_are_counted():
+    policy = Policy(tiny_model("llama", 96), None)
+    add_lora(policy.model, LoraConfig(r=2, targets=["q_proj"]))
+    bytes_ = sum(layer.self_attn.q_proj.base_layer.weight.nbytes for layer in policy.model.model.layers)
+    limits = Engine(policy.model).limits(4)
+    for steps, expected in ((64, bytes_), (8, 0)):
+        assert rollout(Sampled(policy, 4, 9, steps, limits))["adapters added in"] == expected
+
+
 @pytest.mark.skipif(native.library() is None, reason="without the compiled loops no weights are laid out anew")
 def test_weights_laid_out_anew_are_counted():
     model = policy_of().model

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
 from steersman.model import Policy
+from steersman.model.fast.folded import folded_bytes
 from steersman.model.reader import Reader
 from steersman.ops.logprob import TILE
 from steersman.rollout.batch import Limits, belt_size
 from steersman.rollout.cache import kv_cache_bytes
-from steersman.rollout.fast.packed import packed_bytes
+from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.preflight import Phase, Preflight, Role, size
 
@@ -126,6 +127,7 @@ def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
     logits = SAMPLING * rows * config.get_text_config().vocab_size * 4 + WIDE * _widest(model) * reads
     return {
         "packed weights": packed_bytes(model, sampled.new_tokens),
+        "adapters added in": folded_bytes(model) if lasts(sampled.new_tokens) else 0,
         "cache": cache,
         "logits": max(logits, kept - cache),
     }
