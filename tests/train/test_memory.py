@@ -122,8 +122,8 @@ def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
     assert long == pytest.approx(2 * short, rel=0.05)
     critic = policy_of()
     both = [model_of(policy), Model("critic", critic.model, "here", critic.reader)]
-    apart, together = (foresee(CPU, both, Load(40, 40, at_once=at))[0].shares["activations"] for at in (False, True))
-    assert together == 2 * apart
+    # the actor's backward pass is done before the critic's forward pass begins
+    assert foresee(CPU, both, Load(40, 40))[0].shares["activations"] == long
 
 
 def test_the_belt_has_the_bytes_that_are_foreseen():

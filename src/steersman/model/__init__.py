@@ -8,6 +8,7 @@ from steersman.model.policy import Logp, Policy
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
+from steersman.model.share import SharedBase
 
 __all__ = [
     "AttributeModel",
@@ -19,6 +20,7 @@ __all__ = [
     "Meaning",
     "Policy",
     "ScalarModel",
+    "SharedBase",
     "SharedCritic",
     "fresh_policy",
     "load_policy",

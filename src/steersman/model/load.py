@@ -12,8 +12,9 @@ import torch
 import transformers as hf  # its names are imported when they are asked for, which takes seconds
 from safetensors.torch import load_file
 
+from steersman.model.adapters import adapted_folder, is_adapters, put_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
-from steersman.model.lora import LoraConfig, add_lora, load_lora
+from steersman.model.lora import LoraConfig, load_lora
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
 from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
@@ -93,10 +94,10 @@ def load_policy(
     policy = Policy(model, tokenizer, pack=pack)
     policy.notes, policy.stored_dtype = notes, stored
     if saved_adapters:
-        _adapters(policy, load_lora(model, source, trainable=trainable))
+        policy.wear(load_lora(model, source, trainable=trainable))
         notes.append(f"adapters from {source} on {base}")
     elif lora is not None:
-        _adapters(policy, add_lora(model, lora))
+        policy.adapt(lora)
     if not trainable:
         policy.requires_grad_(False)
     return policy
@@ -121,6 +122,11 @@ def load_scalar(
     Raises SteersmanError as `load_policy` does, and if the head of a classifier does not give exactly one number.
     """
     source, local = find(path)
+    if local and is_adapters(source):
+        return _adapted(  # type: ignore[return-value]
+            source, init, dtype=dtype, device=device, attention=attention, trainable=trainable,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     notes: list[str] = []
     config = read_config(source, local, notes, trust=trust_remote_code)
     meaning = Meaning.of(config)
@@ -156,6 +162,11 @@ def load_reward(
     Raises SteersmanError as `load_scalar` does, and where a saved model has other attributes than those asked for.
     """
     source, local = find(path)
+    if local and is_adapters(source):
+        return _adapted(
+            source, "auto", dtype=dtype, device=device, attention=attention, trainable=trainable,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     notes: list[str] = []
     config = read_config(source, local, notes, trust=trust_remote_code)
     meaning = Meaning.of(config)
@@ -182,6 +193,23 @@ def load_reward(
         loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))
     loaded.notes, loaded.stored_dtype = notes, stored
     return loaded if trainable else loaded.requires_grad_(False)
+
+
+def _adapted(source: str, init: str, *, trainable: bool, **how: Any) -> ScalarModel | AttributeModel | GatedModel:
+    """The reward model or critic whose adapters and head lie in a folder, on the model that it names."""
+    found = adapted_folder(source)
+    if init == "fresh":
+        raise SteersmanError(f"{source}: adapters with a head of their own; for a new head name {found.base}")
+    several = len(found.meaning.attributes) > 1
+    model = (
+        load_reward(found.base, attributes=found.meaning.attributes, **how)
+        if several
+        else load_scalar(found.base, init="fresh", **how)
+    )
+    model.means(found.meaning)
+    put_adapters(model, source)
+    model.notes.append(f"adapters from {source} on {found.base}")
+    return model if trainable else model.requires_grad_(False)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -229,11 +257,6 @@ def _classifier(
         _log.info(notes[-1])
     require_vocabulary(source, tokenizer, model)
     return model, tokenizer
-
-
-def _adapters(policy: Policy, adapters: Any) -> None:
-    # past nn.Module, which would count every weight twice
-    object.__setattr__(policy, "_adapters", adapters)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from steersman.model.adapters import write_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.lora import merged_state, untied
 from steersman.model.policy import Policy
 from steersman.model.quiet import silence
-from steersman.model.scalar import ScalarModel
+from steersman.model.scalar import Headed, ScalarModel
 from steersman.run.folder import save_dir
 
 
@@ -28,8 +29,8 @@ def save(
     """Writes model and tokenizer so that the ecosystem's `from_pretrained` loads them; returns the folder.
 
     A policy becomes what `AutoModelForCausalLM` loads, a scalar model what `AutoModelForSequenceClassification`
-    loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters of a policy are
-    written (a scalar model's are always added in).
+    loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters are written, and a
+    scalar model's head beside them.
     `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. A folder
     that is there already is replaced once the new one is complete.
 
@@ -53,6 +54,9 @@ def _write(
     adapters = model.adapters if isinstance(model, Policy) else None
     if adapters is not None and not merged:
         adapters.save_pretrained(str(folder))
+        return
+    if isinstance(model, Headed) and model.adapted and not merged:
+        write_adapters(model, folder)
         return
     with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
     state = merged_state(model.model) if with_adapters else model.model.state_dict()

@@ -49,12 +49,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The largest micro-batch: `tokens` in all, in rows of `length`. With `at_once`, several models that are trained
-    keep their activations together."""
+    """The largest micro-batch: `tokens` in all, in rows of `length`."""
 
     tokens: int
     length: int
-    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def announce(
     pre: Preflight, device: torch.device, models: Sequence[Model], load: Load, sampled: Sampled | None = None
 ) -> None:
     """Tells the models with what they hold, and every phase with its memory; refuses what the device can not hold."""
-    roles = [_role(model) for model in models]
+    roles = _roles(models)
     for role in roles:
         pre.role(role)
     phases = foresee(device, models, load, sampled)
@@ -95,7 +93,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
     process after an update; sampling uses it again for what is small, and adds to it what is large.
     """
-    roles = [_role(model) for model in models]
+    roles = _roles(models)
     held = {
         "process": _process(device, sum(role.weights for role in roles)),
         "weights": sum(role.weights for role in roles),
@@ -104,8 +102,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     learners = [model for model in models if model.reader is not None]
     found, kept = [], 0
     if learners:
-        each = [activations(model, load) for model in learners]
-        kept = sum(each) if load.at_once else max(each)
+        kept = max(activations(model, load) for model in learners)  # one backward pass after the other
         gradients = sum(role.gradients for role in roles)
         beside = max(backward(model.module, load) for model in learners)
         found.append(Phase("update", {**held, "gradients": gradients, "activations": kept, "backward": beside}))
@@ -206,11 +203,19 @@ def _tables(model: Any) -> list[nn.Parameter]:
     return [layer.weight for layer in layers if layer is not None]
 
 
-def _role(model: Model) -> Role:
+def _roles(models: Sequence[Model]) -> list[Role]:
+    """What every model holds; weights that several have count with the first."""
+    seen: set[int] = set()
+    return [_role(model, seen) for model in models]
+
+
+def _role(model: Model, seen: set[int]) -> Role:
     """Gradients and AdamW's two moments have their parameters' precision."""
     parameters = list(model.module.parameters())
     trained = [p for p in parameters if p.requires_grad] if model.reader is not None else []
-    weights = sum(map(_bytes, (*parameters, *model.module.buffers())))
+    own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
+    seen |= {id(x) for x in own}
+    weights = sum(map(_bytes, own))
     gradients = sum(map(_bytes, trained))
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),

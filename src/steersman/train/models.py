@@ -14,6 +14,7 @@ from steersman.model import (
     LoraConfig,
     Policy,
     ScalarModel,
+    SharedBase,
     fresh_policy,
     load_policy,
     load_reward,
@@ -40,7 +41,7 @@ def policy_from(
             trust_remote_code=config.trust_remote_code,
         )
     else:
-        lora = _lora(config) if trainable else None
+        lora = lora_of(config) if trainable else None
         policy = load_policy(
             config.path, dtype=dtype, device=device, attention=config.attention, lora=lora, trainable=trainable,
             pack=pack, trust_remote_code=config.trust_remote_code,
@@ -61,6 +62,17 @@ def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path:
         trust_remote_code=config.trust_remote_code and path is None,
     )
     _adapt(model, config)
+    _prepare(model, config, run, True)
+    return model
+
+
+def shared_from(config: ModelConfig, run: RunConfig, base: SharedBase, folder: str | None = None) -> ScalarModel:
+    """A critic on the shared base: from adapters in the folder, or with new ones and a head of zeros."""
+    if folder is not None:
+        model = base.adapted(folder, trainable=True)
+    else:
+        model = base.fresh()
+        _adapt(model, config)
     _prepare(model, config, run, True)
     return model
 
@@ -103,14 +115,15 @@ def context_length(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _lora(config: ModelConfig) -> LoraConfig | None:
+def lora_of(config: ModelConfig) -> LoraConfig | None:
+    """The section's adapters, as the model room takes them."""
     lora = config.lora
     return None if lora is None else LoraConfig(r=lora.r, alpha=lora.alpha, targets=lora.targets)
 
 
 def _adapt(model: ScalarModel | AttributeModel, config: ModelConfig) -> None:
-    lora = _lora(config)
-    if lora is not None:
+    lora = lora_of(config)
+    if lora is not None and not model.adapted:
         model.adapt(lora)
 
 

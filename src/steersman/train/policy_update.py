@@ -179,16 +179,13 @@ class Learner:
                     difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
                     gap = torch.maximum(gap, difference.max().cpu())
                 self._note_clipping(logp.detach(), part, tally)
+            if self.critic is not None and not isinstance(self.critic, SharedCritic) and self.fitted is None:
+                _backward(losses)  # the actor's activations go before the critic's come
+                losses, value = [], seen(self.critic.value(batch)[:, :-1], part.mask)
             if value is not None and advantage.ret is not None and part.value is not None:
                 loss = self._value_loss(value, part, advantage.ret[index, :T], steps, tally)
                 losses.append(loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss)
-            if not losses:
-                continue
-            total = torch.stack(losses).sum()
-            if not torch.isfinite(total):
-                names = ", ".join(f"{loss.item():g}" for loss in losses)
-                raise NotFiniteError(f"the loss is not a finite number (policy, value: {names})")
-            total.backward()
+            _backward(losses)
         if with_policy:
             tally.add("kl/old", moved, steps)
             if first:
@@ -196,7 +193,7 @@ class Learner:
         return float(moved) / steps
 
     def _forward(self, batch: Tokens, with_policy: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """log-probabilities, entropies and values of the response tokens, each only if it is needed."""
+        """log-probabilities, entropies and a shared critic's values of the response tokens, each only if needed."""
         want_entropy = self.algorithm.entropy_coef > 0
         if isinstance(self.critic, SharedCritic):
             out, value = self.critic.logp_value(batch, temperature=self.temperature, entropy=want_entropy)
@@ -205,9 +202,7 @@ class Learner:
         if with_policy:
             out = self.policy.logp(batch, temperature=self.temperature, entropy=want_entropy)
             logp, entropy = out.logp, out.entropy
-        if self.critic is None or self.fitted is not None:
-            return logp, entropy, None
-        return logp, entropy, self.critic.value(batch)[:, :-1]
+        return logp, entropy, None
 
     def _value_loss(self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally) -> Tensor:
         """The critic's share of the mean over `steps`, told to the tally."""
@@ -302,6 +297,17 @@ class Learner:
 def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:
     """`x` cut to the mask's width and 0 where it is False, so that nothing there reaches a gradient, not even NaN."""
     return None if x is None else torch.where(mask, x[:, : mask.shape[1]], 0.0)
+
+
+def _backward(losses: list[Tensor]) -> None:
+    """The gradient of their sum. Raises NotFiniteError naming the one that is not a number."""
+    if not losses:
+        return
+    total = torch.stack(losses).sum()
+    if not torch.isfinite(total):
+        names = ", ".join(f"{loss.item():g}" for loss in losses)
+        raise NotFiniteError(f"the loss is not a finite number (policy, value: {names})")
+    total.backward()
 
 
 def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advantage]:

@@ -42,7 +42,9 @@ class ModelConfig(Section):
         default=None,
         description="train low-rank adapters only; reward models and critics train their heads beside them",
     )
-    merge: bool = Field(default=True, description="with lora: save the model with the adapters added in")
+    merge: bool = Field(
+        default=True, description="with lora: save the model with the adapters added in, else only what was trained"
+    )
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same", description="precision of the weights on disk; same: that of the model that `path` names"
     )

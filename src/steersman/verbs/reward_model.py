@@ -85,8 +85,6 @@ class RewardModelRecipe(Section):
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":
             raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
-        if self.model.lora is not None and not self.model.merge:
-            raise ValueError("model.merge: a reward model is saved with its adapters added in; remove `merge: false`")
         return self
 
 

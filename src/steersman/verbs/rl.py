@@ -194,11 +194,11 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
 
 
 def _load(recipe: OnPolicyRecipe, length: int) -> Load:
-    """The largest micro-batch; actor and critic go through one backward pass unless the critic is fitted first."""
+    """The largest micro-batch."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
     minibatch = rollout.prompts * rollout.samples // algorithm.minibatches
     tokens = largest_micro_batch([length] * minibatch, recipe.run.micro_tokens, minibatch)
-    return Load(tokens, length, at_once=algorithm.epochs * algorithm.minibatches > 1)
+    return Load(tokens, length)
 
 
 def _sampled(recipe: OnPolicyRecipe, roles: Roles, longest: int) -> Sampled:
