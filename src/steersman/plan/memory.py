@@ -25,6 +25,8 @@ from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.preflight import Phase, Preflight, Role, size
+from steersman.update.kinds import state_bytes
+from steersman.update.optimizer import OptimizerConfig
 
 PROBE = (32, 64)
 """Tokens of the two sequences on which activations are measured."""
@@ -39,12 +41,13 @@ SAMPLING = 3
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of the run. `reader` is given where the model is trained: what runs its trunk."""
+    """A model of the run. `reader`, what runs its trunk, and `optimizer` are given where it is trained."""
 
     name: str
     module: nn.Module
     source: str
     reader: Reader | None = None
+    optimizer: OptimizerConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +213,17 @@ def _roles(models: Sequence[Model]) -> list[Role]:
 
 
 def _role(model: Model, seen: set[int]) -> Role:
-    """Gradients and AdamW's two moments have their parameters' precision."""
+    """Gradients have their parameters' precision; the optimizer says what it keeps."""
     parameters = list(model.module.parameters())
     trained = [p for p in parameters if p.requires_grad] if model.reader is not None else []
     own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
     seen |= {id(x) for x in own}
     weights = sum(map(_bytes, own))
     gradients = sum(map(_bytes, trained))
+    kept = 0 if model.optimizer is None else state_bytes(trained, model.optimizer)
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
-        weights, gradients, 2 * gradients,
+        weights, gradients, kept,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def carry_out(
     `longest` is the longest sequence (tokens), `sampled` what is sampled now and then. Raises SteersmanError where
     the models will not fit.
     """
-    models = [Model("policy", policy.model, recipe.model.path, policy.reader)]
+    models = [Model("policy", policy.model, recipe.model.path, policy.reader, recipe.optimizer)]
     if isinstance(reference, Policy):
         models.append(Model("reference", reference.model, reference.model.name_or_path))
     announce(pre, session.device, models, state.load(longest), sampled)

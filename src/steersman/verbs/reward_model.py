@@ -241,7 +241,8 @@ def _attribute_model(recipe: RewardModelRecipe, session: Session) -> AttributeMo
 def _show(pre: Preflight, session: Session, model: Any, recipe: RewardModelRecipe, load: Load) -> None:
     trains = any(p.requires_grad for p in model.parameters())
     reader = model.reader if trains else None
-    announce(pre, session.device, [Model("reward model", model.model, recipe.model.path, reader)], load)
+    models = [Model("reward model", model.model, recipe.model.path, reader, recipe.optimizer)]
+    announce(pre, session.device, models, load)
     for note in model.notes:
         pre.fact("model", note)
     pre.check()

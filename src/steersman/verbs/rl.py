@@ -19,7 +19,7 @@ from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.models import context_length, save_model
 from steersman.train.on_policy import OnPolicy
-from steersman.train.recipe import OnPolicyRecipe
+from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
 from steersman.train.session import Session
 from steersman.types import Prompt, Stats
@@ -179,10 +179,10 @@ def _preflight(
 
 def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     """Everything with weights; what shares the actor's is counted with it."""
-    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy.reader)]
-    critic = roles.learner.critic
+    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy.reader, recipe.optimizer)]
+    critic, own = roles.learner.critic, (recipe.critic or CriticConfig()).optimizer
     if isinstance(critic, ScalarModel):
-        found.append(Model("critic", critic.model, critic.model.name_or_path, critic.reader))
+        found.append(Model("critic", critic.model, critic.model.name_or_path, critic.reader, own))
     if isinstance(roles.reference, Policy):
         found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():
