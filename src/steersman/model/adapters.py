@@ -98,7 +98,7 @@ def _named(scalar: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """Adapters and head by the names that peft's files have."""
     trunk = scalar.trunk_name + "."
     return [
-        (name.replace(".default.", ".").removesuffix(".default"), p)
+        (name.replace("magnitude_vector.default.weight", "magnitude_vector").replace(".default.", "."), p)
         for name, p in scalar.model.named_parameters()
         if ".lora_" in name or not name.startswith(trunk)
     ]

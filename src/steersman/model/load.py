@@ -17,6 +17,7 @@ from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.lora import LoraConfig, load_lora
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
+from steersman.model.quantise import Quantise
 from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
 from steersman.model.source import (
     find,
@@ -53,12 +54,14 @@ def load_policy(
     trainable: bool = True,
     pack: int | None = None,
     trust_remote_code: bool = False,
+    quantise: Quantise = "none",
 ) -> Policy:
     """A language model, causal or encoder-decoder, and its tokenizer, as a policy.
 
     `device` None is CUDA where there is one. `attention` names one of the ecosystem's implementations, such as
     "sdpa" or "eager". Every dropout probability is set to 0, so that the log-probabilities of training are those
-    of sampling (the first ratio is 1). A folder of saved adapters loads them on the model they name. What was
+    of sampling (the first ratio is 1). `quantise` keeps the linear layers
+    of a frozen base in 4 or 8 bits. A folder of saved adapters loads them on the model they name. What was
     found or changed is in the policy's `notes`. Python code in the folder is run with `trust_remote_code` alone.
 
     Raises SteersmanError if there is nothing at the path, it is no language model that writes, weights are
@@ -86,11 +89,11 @@ def load_policy(
     tokenizer = read_tokenizer(base, base_local, trust=trust_remote_code)
     model, info = read_weights(
         hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention,
-        trust=trust_remote_code,
+        trust=trust_remote_code, quantise=quantise, device=_device(device),
     )  # fmt: skip
     require_complete(base, model, info)
     require_vocabulary(base, tokenizer, model)
-    model = model.to(_device(device))
+    model = model if quantise != "none" else model.to(_device(device))
     policy = Policy(model, tokenizer, pack=pack)
     policy.notes, policy.stored_dtype = notes, stored
     if saved_adapters:
@@ -112,6 +115,7 @@ def load_scalar(
     attention: str | None = None,
     trainable: bool = True,
     trust_remote_code: bool = False,
+    quantise: Quantise = "none",
 ) -> ScalarModel:
     """A reward model or critic: a sequence classifier with one output, or a language model's trunk with a new head.
 
@@ -125,7 +129,7 @@ def load_scalar(
     if local and is_adapters(source):
         return _adapted(  # type: ignore[return-value]
             source, init, dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, quantise=quantise,
         )  # fmt: skip
     notes: list[str] = []
     config = read_config(source, local, notes, trust=trust_remote_code)
@@ -139,8 +143,9 @@ def load_scalar(
             "keep the trunk and start a new head, load it with init='fresh'"
         )
     stored = stored_dtype(config)
-    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, trust_remote_code)
-    scalar = ScalarModel(model.to(_device(device)), tokenizer)
+    how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
+    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, how)
+    scalar = ScalarModel(model if quantise != "none" else model.to(_device(device)), tokenizer)
     scalar.notes, scalar.stored_dtype = notes, stored
     return scalar if trainable else scalar.requires_grad_(False)
 
@@ -154,6 +159,7 @@ def load_reward(
     attention: str | None = None,
     trainable: bool = True,
     trust_remote_code: bool = False,
+    quantise: Quantise = "none",
 ) -> ScalarModel | AttributeModel | GatedModel:
     """A reward model as it was saved: of one number, of several attributes, or with gating over them.
 
@@ -165,7 +171,7 @@ def load_reward(
     if local and is_adapters(source):
         return _adapted(
             source, "auto", dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, quantise=quantise,
         )  # fmt: skip
     notes: list[str] = []
     config = read_config(source, local, notes, trust=trust_remote_code)
@@ -174,7 +180,7 @@ def load_reward(
     if len(wanted) < 2:
         return load_scalar(
             path, dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, quantise=quantise,
         )  # fmt: skip
     fresh = len(meaning.attributes) < 2
     if not fresh and wanted != meaning.attributes:
@@ -183,10 +189,9 @@ def load_reward(
             "name the same attributes in the same order in data.scores, or start from its language model"
         )
     stored = stored_dtype(config)
-    model, tokenizer = _classifier(
-        source, local, config, len(wanted), fresh, dtype, attention, notes, trust_remote_code
-    )
-    model = model.to(_device(device))
+    how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
+    model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes, how)
+    model = model if quantise != "none" else model.to(_device(device))
     kind = GatedModel if meaning.gating else AttributeModel
     loaded = kind(model, tokenizer, wanted)
     if isinstance(loaded, GatedModel):
@@ -232,9 +237,10 @@ def _classifier(
     dtype: str,
     attention: str | None,
     notes: list[str],
-    trust: bool,
+    how: dict[str, Any],
 ) -> tuple[Any, Any]:
     """A sequence classifier with so many outputs, its head all zeros where it is `fresh`, and the tokenizer."""
+    trust = how["trust"]
     own = trust and "AutoModelForSequenceClassification" in own_code(config)
     if type(config) not in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own:
         raise SteersmanError(
@@ -246,9 +252,7 @@ def _classifier(
     if fresh:
         Meaning.forget(config)
     tokenizer = read_tokenizer(source, local, trust=trust)
-    model, info = read_weights(
-        hf.AutoModelForSequenceClassification, source, local, config, dtype, attention, trust=trust
-    )
+    model, info = read_weights(hf.AutoModelForSequenceClassification, source, local, config, dtype, attention, **how)
     require_complete(source, model, info, HEADS if fresh else ())
     require_outputs(model, outputs)
     if fresh:

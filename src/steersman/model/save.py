@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from steersman.model.adapters import write_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
-from steersman.model.lora import merged_state, untied
+from steersman.model.lora import untied
+from steersman.model.merge import merged_state
 from steersman.model.policy import Policy
+from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
 from steersman.model.scalar import Headed, ScalarModel
 from steersman.run.folder import save_dir
@@ -59,7 +61,10 @@ def _write(
         write_adapters(model, folder)
         return
     with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
-    state = merged_state(model.model) if with_adapters else model.model.state_dict()
+    if with_adapters or any(is_quantised(module) for module in model.model.modules()):
+        state = merged_state(model.model, dtype)
+    else:
+        state = model.model.state_dict()
     if dtype is not None:
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     model.model.save_pretrained(folder, state_dict=state)

@@ -23,12 +23,23 @@ from steersman.model import (
 )
 from steersman.run.device import resolve_dtype
 from steersman.train.sections import ModelConfig, RunConfig
+from steersman.types import SteersmanError
 
 
 def policy_from(
-    config: ModelConfig, run: RunConfig, device: torch.device, *, trainable: bool = True, pack: int | None = None
+    config: ModelConfig,
+    run: RunConfig,
+    device: torch.device,
+    *,
+    trainable: bool = True,
+    pack: int | None = None,
+    adapt: bool = True,
 ) -> Policy:
-    """The section's causal model; frozen and without adapters where it is not `trainable`."""
+    """The section's causal model; frozen and without adapters where it is not `trainable`, and still without them
+    where the caller is to `adapt` it.
+
+    Raises SteersmanError where a quantised model would have to be trained itself.
+    """
     dtype = _dtype(config, device)
     if config.scratch is not None and trainable:
         policy = fresh_policy(
@@ -42,9 +53,12 @@ def policy_from(
         )
     else:
         lora = lora_of(config) if trainable else None
+        if trainable:
+            _require_trainable(config)
         policy = load_policy(
-            config.path, dtype=dtype, device=device, attention=config.attention, lora=lora, trainable=trainable,
-            pack=pack, trust_remote_code=config.trust_remote_code,
+            config.path, dtype=dtype, device=device, attention=config.attention,
+            lora=lora if adapt else None, trainable=trainable, pack=pack,
+            trust_remote_code=config.trust_remote_code, quantise=config.quantise,
         )  # fmt: skip
     _prepare(policy, config, run, trainable)
     return policy
@@ -60,6 +74,7 @@ def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path:
         device=device,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code and path is None,
+        quantise=config.quantise,
     )
     _adapt(model, config)
     _prepare(model, config, run, True)
@@ -95,6 +110,7 @@ def reward_from(
         device=device,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
+        quantise=config.quantise,
     )
     if trainable:
         _adapt(model, config)
@@ -118,13 +134,24 @@ def context_length(model: Any) -> int | None:
 def lora_of(config: ModelConfig) -> LoraConfig | None:
     """The section's adapters, as the model room takes them."""
     lora = config.lora
-    return None if lora is None else LoraConfig(r=lora.r, alpha=lora.alpha, targets=lora.targets)
+    return None if lora is None else LoraConfig(
+        lora.r, lora.alpha, lora.dropout, lora.targets, dora=lora.dora, rslora=lora.rslora,
+        train_whole=tuple(lora.train_whole),
+    )  # fmt: skip
 
 
 def _adapt(model: ScalarModel | AttributeModel, config: ModelConfig) -> None:
     lora = lora_of(config)
+    _require_trainable(config)
     if lora is not None and not model.adapted:
         model.adapt(lora)
+
+
+def _require_trainable(config: ModelConfig) -> None:
+    if config.quantise != "none" and config.lora is None:
+        raise SteersmanError(
+            f"model.quantise {config.quantise}: quantised weights can not be trained; give model.lora, such as '{{}}'"
+        )
 
 
 def _dtype(config: ModelConfig, device: torch.device) -> str:

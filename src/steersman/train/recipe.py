@@ -92,6 +92,11 @@ class OnPolicyRecipe(Section, Generic[A]):
                 "algorithm.kl_estimator k1_to_go is for kl_in: loss; in the reward, k1 is the same gradient "
                 "(the return sums it to the end)"
             )
+        if self.model.lora is not None and self.model.lora.dropout > 0:
+            raise ValueError(
+                "model.lora.dropout makes every training pass another policy than the one that sampled, so no ratio "
+                "would be 1 at the start; leave it at 0 for on-policy methods"
+            )
         if self.share == "base" and self.model.lora is None:
             raise ValueError(
                 "share: base needs adapters to tell the models apart; give model.lora, for instance '{}'"

@@ -118,7 +118,7 @@ def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, Share
     lora = lora_of(recipe.model)
     if recipe.share == "none" or lora is None:
         return policy_from(recipe.model, recipe.run, device), None
-    policy = policy_from(recipe.model.model_copy(update={"lora": None}), recipe.run, device)
+    policy = policy_from(recipe.model, recipe.run, device, adapt=False)
     base = SharedBase(policy)
     policy.adapt(lora)
     return policy, base

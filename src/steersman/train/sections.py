@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from steersman.model.quantise import Quantise
 from steersman.run.config import Section
 
 if TYPE_CHECKING:
@@ -22,7 +23,18 @@ class LoraSection(Section):
         gt=0,
         description="the update is scaled by alpha / r; 2 r if not given, so that the scale is 2 at every rank",
     )
-    targets: str | list[str] = Field(default="all-linear", description="names of linear layers, or all-linear")
+    targets: str | list[str] = Field(
+        default="all-linear",
+        description="names of linear layers, a regular expression over whole names, or all-linear",
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the adapters' inputs that a training pass leaves out"
+    )
+    dora: bool = Field(default=False, description="DoRA: learn the length of each row of W beside its direction")
+    rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(r), for high ranks")
+    train_whole: list[str] = Field(
+        default_factory=list, description="modules that are trained whole beside the adapters, such as norm"
+    )
 
 
 class ModelConfig(Section):
@@ -37,6 +49,10 @@ class ModelConfig(Section):
     )
     attention: str | None = Field(
         default=None, description="transformers' attention implementation; null is its choice"
+    )
+    quantise: Quantise = Field(
+        default="none",
+        description="keep the frozen base's linear layers in 4 bits (nf4, fp4) or 8 (int8); training then needs lora",
     )
     lora: LoraSection | None = Field(
         default=None,
@@ -54,6 +70,14 @@ class ModelConfig(Section):
     scratch: dict[str, Any] | None = Field(
         default=None, description="config fields of a model with fresh weights, model_type among them"
     )
+
+    @model_validator(mode="after")
+    def _quantised(self) -> ModelConfig:
+        if self.quantise != "none" and self.scratch is not None:
+            raise ValueError("model.quantise is for a frozen base, and model.scratch has fresh weights to train")
+        if self.quantise == "int8" and self.lora is not None and self.lora.dora:
+            raise ValueError("model.lora.dora reads the base's weights at every step; with quantise use nf4 or fp4")
+        return self
 
 
 TRAINED_ONLY = ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch")

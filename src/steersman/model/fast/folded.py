@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.model.merge import merged_weight
+
 WIDE = (torch.float32, torch.float64)
 """Precisions in which the sum of base and adapter is as good as computing both; a half precision would round away
 what the adapters have learned, and quantised weights have no sum."""
@@ -66,14 +68,8 @@ def _sum(layer: Any) -> nn.Module:
     base = layer.get_base_layer()
     if layer.disable_adapters:
         return base
-    original = base.weight
-    try:
-        base.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
-        layer.merge()
-        return _with_weight(base, base.weight)
-    finally:
-        base.weight = original
-        layer.merged_adapters.clear()
+    with torch.no_grad():
+        return _with_weight(base, nn.Parameter(merged_weight(layer, base.weight), requires_grad=False))
 
 
 def _with_weight(base: nn.Module, weight: Tensor) -> nn.Module:
