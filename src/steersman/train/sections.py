@@ -115,7 +115,10 @@ class RunConfig(Section):
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept, newest first")
     keep_best: int = Field(default=1, ge=0, description="checkpoints kept, best held-out value first")
-    sinks: list[str] = Field(default_factory=list, description="where else to log: tensorboard, wandb")
+    sinks: list[str] = Field(
+        default_factory=list,
+        description="where else to log: tensorboard, wandb, trackio, mlflow, swanlab, my_sinks.py:Class",
+    )
 
 
 class RolloutConfig(Section):
