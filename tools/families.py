@@ -3,7 +3,7 @@
     python tools/families.py [--only llama t5 ...] [--out docs/results/families.md] [--seconds 60]
 
 Each family is tried in a process of its own: load, the first ratio, padding, LoRA, gradient checkpointing, and a step
-of sft, dpo and grpo by the verbs. A family works, or is refused by name; anything else is a failure and is told as one.
+of sft, dpo and grpo by the verbs. A family works, or is refused by name; anything else is a failure and told so.
 Random weights, float32 on a CPU: what a family computes is checked, not what a pretrained model can do.
 """
 
@@ -23,17 +23,19 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 SIZES = {
-    32: ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "dim", "n_embed", "model_dim", "input_dim"),
+    32: ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "dim", "n_embed", "model_dim",
+         "input_dim"),
     64: ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ff_dim", "dim_ff",
          "ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size", "mlp_hidden_size"),
     16: ("moe_intermediate_size", "expert_ffn_hidden_size", "d_kv", "q_lora_rank", "kv_lora_rank", "v_head_dim",
          "mamba_d_state", "state_size", "ssm_state_size"),
-    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
-        "num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "moe_topk", "depth"),
+    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+        "num_decoder_layers", "num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "moe_topk", "depth"),
     4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
         "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     8: ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"),
-    128: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_source_positions", "max_target_positions"),
+    128: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_source_positions",
+          "max_target_positions"),
 }  # fmt: skip
 LARGEST = 20_000_000
 CHECKS = ("load", "ratio", "padding", "lora", "checkpointing", "sft", "dpo", "grpo")
@@ -228,12 +230,13 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
     counts = {s: sum(f["status"] == s for f in found.values()) for s in ("works", "refused", "failed", "not tried")}
     lines = [
         "# Model families", "",
-        f"Written by `python tools/families.py` with transformers {version}. Every family that its registry knows as a",
-        "causal language model or an encoder-decoder was made small from its own config class, with random weights, and",
-        "put through: loading, a first ratio of 1, rows that do not see each other, LoRA, gradient checkpointing, and a",
-        "step each of `sft`, `dpo` and `grpo`.", "",
-        f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail, and of "
-        f"{counts['not tried']} no small config could be made by setting sizes alone, so nothing is known of them here.",
+        f"Written by `python tools/families.py` with transformers {version}, whose registry knows {len(families())}",
+        f"families of causal language models and encoder-decoders; {len(found)} of them are below. Each was made small",
+        "from its own config class, with random weights, and put through: loading, a first ratio of 1, rows that do not",
+        "see each other, LoRA, gradient checkpointing, and a step each of `sft`, `dpo` and `grpo`.", "",
+        f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail. Of "
+        f"{counts['not tried']} no small config",
+        "could be made by setting sizes alone, or the time was up, so nothing is known of them here.",
         "", "| family | style | | why |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for kind, f in found.items():
