@@ -53,6 +53,8 @@ def shrink(config: Any, vocab: int) -> None:
     """Sets every size that a config names to a small one, in its parts too."""
     wanted: dict[str, Any] = {name: size for size, names in SIZES.items() for name in names}
     wanted |= {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if getattr(config, "kv_lora_rank", None):  # latent attention has as many keys as queries
+        wanted |= {"num_key_value_heads": 4}
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     if kinds:
         wanted["layer_types"] = (kinds * 2)[: max(2, min(len(kinds), 3))]
@@ -231,9 +233,9 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
     lines = [
         "# Model families", "",
         f"Written by `python tools/families.py` with transformers {version}, whose registry knows {len(families())}",
-        f"families of causal language models and encoder-decoders; {len(found)} of them are below. Each was made small",
-        "from its own config class, with random weights, and put through: loading, a first ratio of 1, rows that do not",
-        "see each other, LoRA, gradient checkpointing, and a step each of `sft`, `dpo` and `grpo`.", "",
+        f"families of causal language models and encoder-decoders; {len(found)} of them are below. Each was made",
+        "small from its own config class, with random weights, and put through: loading, a first ratio of 1, rows",
+        "that do not see each other, LoRA, gradient checkpointing, and a step each of `sft`, `dpo` and `grpo`.", "",
         f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail. Of "
         f"{counts['not tried']} no small config",
         "could be made by setting sizes alone, or the time was up, so nothing is known of them here.",
