@@ -126,6 +126,17 @@ def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig
     save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)
 
 
+SLOW = 1e-4
+"""Below this rate adapters hardly moved on a chat model of 135M parameters, whatever was minimised."""
+
+
+def slow_rate(config: ModelConfig, lr: float) -> str | None:
+    """What to tell of a rate that is meant for whole models where adapters are trained; None where it is none."""
+    if config.lora is None or lr >= SLOW:
+        return None
+    return f"{lr:g} is a rate for whole models; adapters hardly move below {SLOW:g}, and 2e-4 to 1e-3 is usual"
+
+
 def context_length(model: Any) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None where it names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -7,7 +7,7 @@ from typing import Any
 from steersman.model import Policy
 from steersman.plan.memory import Model, Sampled, announce
 from steersman.run.preflight import Preflight
-from steersman.train.models import save_model
+from steersman.train.models import save_model, slow_rate
 from steersman.train.offline import Offline, restore_best
 from steersman.train.reference import Reference
 from steersman.train.session import Session
@@ -31,6 +31,8 @@ def carry_out(
     models = [Model("policy", policy.model, recipe.model.path, policy.reader, recipe.optimizer)]
     if isinstance(reference, Policy):
         models.append(Model("reference", reference.model, reference.model.name_or_path))
+    if note := slow_rate(recipe.model, recipe.optimizer.lr):
+        pre.fact("optimizer.lr", note)
     announce(pre, session.device, models, state.load(longest), sampled)
     pre.check()
     pre.show()

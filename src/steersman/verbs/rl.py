@@ -17,7 +17,7 @@ from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of
-from steersman.train.models import context_length, save_model
+from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
@@ -167,6 +167,8 @@ def _preflight(
     )
     pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
+    if algorithm.update == "gradient" and (note := slow_rate(recipe.model, recipe.optimizer.lr)):
+        pre.fact("optimizer.lr", note)
     announce(pre, session.device, _models(recipe, roles), _load(recipe, length), _sampled(recipe, roles, longest))
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
