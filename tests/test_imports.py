@@ -30,7 +30,7 @@ MAY = {
     "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},
     "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
     "statistics": MATHS | {"run", "data"},
-    "plan": MATHS | {"run", "data", "model", "rollout"},
+    "plan": MATHS | {"run", "data", "model", "rollout", "update"},
     "train": MATHS
     | {"run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms", "plan"},
     "objectives": MATHS | {"run", "data", "model", "loss", "update", "train", "statistics"},

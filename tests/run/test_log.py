@@ -85,7 +85,7 @@ def test_a_terminal_gets_a_moving_line(tmp_path):
 
 
 def test_sinks(tmp_path):
-    with pytest.raises(SteersmanError, match="there is no sink 'tb'; known are tensorboard, wandb"):
+    with pytest.raises(SteersmanError, match="there is no sink 'tb'; known are tensorboard, wandb, trackio"):
         log(tmp_path, sinks=["tb"])
     for name in ("tensorboard", "wandb"):
         try:

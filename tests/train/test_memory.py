@@ -36,7 +36,7 @@ def policy_of(family: str = "llama", vocab: int = 96, **config: Any) -> Policy:
 
 
 def model_of(policy: Policy) -> Model:
-    return Model("policy", policy.model, "here", policy)
+    return Model("policy", policy.model, "here", policy, OptimizerConfig())
 
 
 def batch(rows: int, length: int) -> Any:
@@ -53,6 +53,14 @@ def bytes_of(*tensors: torch.Tensor) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
+def kept(state: Any) -> list[torch.Tensor]:
+    """Every tensor in a state dict."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [x for part in inner for x in kept(part)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_and_moments_are_those_that_a_step_makes(dtype):
     policy = Policy(tiny_model("llama").to(dtype), None)
@@ -62,8 +70,7 @@ def test_gradients_and_moments_are_those_that_a_step_makes(dtype):
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     assert foreseen["gradients"] == bytes_of(*gradients)
     optimizer.step()
-    state = optimizer.adamw.state.values()
-    assert foreseen["optimizer"] == sum(s[name].nbytes for s in state for name in ("exp_avg", "exp_avg_sq"))
+    assert foreseen["optimizer"] == sum(x.nbytes for x in kept(optimizer.state_dict()["adamw"]) if x.dim())
     assert foreseen["weights"] == bytes_of(*policy.model.parameters(), *policy.model.buffers())
 
 
@@ -122,8 +129,8 @@ def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
     assert long == pytest.approx(2 * short, rel=0.05)
     critic = policy_of()
     both = [model_of(policy), Model("critic", critic.model, "here", critic)]
-    apart, together = (foresee(CPU, both, Load(40, 40, at_once=at))[0].shares["activations"] for at in (False, True))
-    assert together == 2 * apart
+    # the actor's backward pass is done before the critic's forward pass begins
+    assert foresee(CPU, both, Load(40, 40))[0].shares["activations"] == long
 
 
 def test_the_belt_has_the_bytes_that_are_foreseen():
@@ -137,6 +144,15 @@ def test_the_belt_has_the_bytes_that_are_foreseen():
     read = kv_cache_bytes(policy.model.config, 1, 4 * 9, torch.float32)
     assert rollout(sampled)["cache"] == real + read
     assert sum(rollout(sampled, kept=1 << 20).values()) == 1 << 20  # what is small fits into the room that is there
+
+
+def test_adapters_that_are_added_in_while_sampling_are_counted():
+    policy = Policy(tiny_model("llama", 96), None)
+    add_lora(policy.model, LoraConfig(r=2, targets=["q_proj"]))
+    bytes_ = sum(layer.self_attn.q_proj.base_layer.weight.nbytes for layer in policy.model.model.layers)
+    limits = Engine(policy.model).limits(4)
+    for steps, expected in ((64, bytes_), (8, 0)):
+        assert rollout(Sampled(policy, 4, 9, steps, limits))["adapters added in"] == expected
 
 
 @pytest.mark.skipif(native.library() is None, reason="without the compiled loops no weights are laid out anew")

@@ -85,7 +85,6 @@ def test_a_resumed_run_has_the_same_weights(tmp_path, mini):
     ("extra", "said"),
     [
         ({"stage": "evaluate"}, "stage evaluate trains no weights"),
-        ({"model.merge": False}, "saved with its adapters added in"),
     ],
 )
 def test_what_adapters_can_not_be_asked_for_is_refused(extra, said, tmp_path, mini, capsys):

@@ -11,6 +11,7 @@ from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
 from steersman.model.shape import SIZES, Shape, shape_of
 from steersman.model.shard import in_their_pieces, place, whole_weights
+from steersman.model.share import SharedBase
 
 __all__ = [
     "SIZES",
@@ -25,6 +26,7 @@ __all__ = [
     "Policy",
     "ScalarModel",
     "Shape",
+    "SharedBase",
     "SharedCritic",
     "fresh_policy",
     "head_names",

@@ -12,11 +12,13 @@ import torch
 import transformers as hf  # its names are imported when they are asked for, which takes seconds
 from safetensors.torch import load_file
 
+from steersman.model.adapters import adapted_folder, is_adapters, put_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.ensemble import ENSEMBLE, EnsembleModel
-from steersman.model.lora import LoraConfig, add_lora, load_lora
+from steersman.model.lora import LoraConfig, load_lora
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
+from steersman.model.quantise import Quantise
 from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
 from steersman.model.source import (
     find,
@@ -53,12 +55,14 @@ def load_policy(
     trainable: bool = True,
     pack: int | None = None,
     trust_remote_code: bool = False,
+    quantise: Quantise = "none",
 ) -> Policy:
     """A language model, causal or encoder-decoder, and its tokenizer, as a policy.
 
     `device` None is CUDA where there is one. `attention` names one of the ecosystem's implementations, such as
     "sdpa" or "eager". Every dropout probability is set to 0, so that the log-probabilities of training are those
-    of sampling (the first ratio is 1). A folder of saved adapters loads them on the model they name. What was
+    of sampling (the first ratio is 1). `quantise` keeps the linear layers
+    of a frozen base in 4 or 8 bits. A folder of saved adapters loads them on the model they name. What was
     found or changed is in the policy's `notes`. Python code in the folder is run with `trust_remote_code` alone.
 
     Raises SteersmanError if there is nothing at the path, it is no language model that writes, weights are
@@ -86,18 +90,18 @@ def load_policy(
     tokenizer = read_tokenizer(base, base_local, trust=trust_remote_code)
     model, info = read_weights(
         hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention,
-        trust=trust_remote_code,
+        trust=trust_remote_code, quantise=quantise, device=_device(device),
     )  # fmt: skip
     require_complete(base, model, info)
     require_vocabulary(base, tokenizer, model)
-    model = model.to(_device(device))
+    model = model if quantise != "none" else model.to(_device(device))
     policy = Policy(model, tokenizer, pack=pack)
     policy.notes, policy.stored_dtype = notes, stored
     if saved_adapters:
-        _adapters(policy, load_lora(model, source, trainable=trainable))
+        policy.wear(load_lora(model, source, trainable=trainable))
         notes.append(f"adapters from {source} on {base}")
     elif lora is not None:
-        _adapters(policy, add_lora(model, lora))
+        policy.adapt(lora)
     if not trainable:
         policy.requires_grad_(False)
     return policy
@@ -112,6 +116,7 @@ def load_scalar(
     attention: str | None = None,
     trainable: bool = True,
     trust_remote_code: bool = False,
+    quantise: Quantise = "none",
 ) -> ScalarModel:
     """A reward model or critic: a sequence classifier with one output, or a language model's trunk with a new head.
 
@@ -122,6 +127,11 @@ def load_scalar(
     Raises SteersmanError as `load_policy` does, and if the head of a classifier does not give exactly one number.
     """
     source, local = find(path)
+    if local and is_adapters(source):
+        return _adapted(  # type: ignore[return-value]
+            source, init, dtype=dtype, device=device, attention=attention, trainable=trainable,
+            trust_remote_code=trust_remote_code, quantise=quantise,
+        )  # fmt: skip
     notes: list[str] = []
     config = read_config(source, local, notes, trust=trust_remote_code)
     meaning = Meaning.of(config)
@@ -134,8 +144,9 @@ def load_scalar(
             "keep the trunk and start a new head, load it with init='fresh'"
         )
     stored = stored_dtype(config)
-    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, trust_remote_code)
-    scalar = ScalarModel(model.to(_device(device)), tokenizer)
+    how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
+    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, how)
+    scalar = ScalarModel(model if quantise != "none" else model.to(_device(device)), tokenizer)
     scalar.notes, scalar.stored_dtype = notes, stored
     return scalar if trainable else scalar.requires_grad_(False)
 
@@ -149,6 +160,7 @@ def load_reward(
     attention: str | None = None,
     trainable: bool = True,
     trust_remote_code: bool = False,
+    quantise: Quantise = "none",
 ) -> ScalarModel | AttributeModel | GatedModel:
     """A reward model as it was saved: of one number, of several attributes, or with gating over them.
 
@@ -157,6 +169,11 @@ def load_reward(
     Raises SteersmanError as `load_scalar` does, and where a saved model has other attributes than those asked for.
     """
     source, local = find(path)
+    if local and is_adapters(source):
+        return _adapted(
+            source, "auto", dtype=dtype, device=device, attention=attention, trainable=trainable,
+            trust_remote_code=trust_remote_code, quantise=quantise,
+        )  # fmt: skip
     notes: list[str] = []
     config = read_config(source, local, notes, trust=trust_remote_code)
     meaning = Meaning.of(config)
@@ -164,7 +181,7 @@ def load_reward(
     if len(wanted) < 2:
         return load_scalar(
             path, dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, quantise=quantise,
         )  # fmt: skip
     fresh = len(meaning.attributes) < 2
     if not fresh and wanted != meaning.attributes:
@@ -173,16 +190,32 @@ def load_reward(
             "name the same attributes in the same order in data.scores, or start from its language model"
         )
     stored = stored_dtype(config)
-    model, tokenizer = _classifier(
-        source, local, config, len(wanted), fresh, dtype, attention, notes, trust_remote_code
-    )
-    model = model.to(_device(device))
+    how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
+    model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes, how)
+    model = model if quantise != "none" else model.to(_device(device))
     kind = GatedModel if meaning.gating else EnsembleModel if meaning.kind == ENSEMBLE else AttributeModel
     loaded = kind(model, tokenizer, wanted)
     if isinstance(loaded, GatedModel):
         loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))
     loaded.notes, loaded.stored_dtype = notes, stored
     return loaded if trainable else loaded.requires_grad_(False)
+
+
+def _adapted(source: str, init: str, *, trainable: bool, **how: Any) -> ScalarModel | AttributeModel | GatedModel:
+    """The reward model or critic whose adapters and head lie in a folder, on the model that it names."""
+    found = adapted_folder(source)
+    if init == "fresh":
+        raise SteersmanError(f"{source}: adapters with a head of their own; for a new head name {found.base}")
+    several = len(found.meaning.attributes) > 1
+    model = (
+        load_reward(found.base, attributes=found.meaning.attributes, **how)
+        if several
+        else load_scalar(found.base, init="fresh", **how)
+    )
+    model.means(found.meaning)
+    put_adapters(model, source)
+    model.notes.append(f"adapters from {source} on {found.base}")
+    return model if trainable else model.requires_grad_(False)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -205,9 +238,10 @@ def _classifier(
     dtype: str,
     attention: str | None,
     notes: list[str],
-    trust: bool,
+    how: dict[str, Any],
 ) -> tuple[Any, Any]:
     """A sequence classifier with so many outputs, its head all zeros where it is `fresh`, and the tokenizer."""
+    trust = how["trust"]
     own = trust and "AutoModelForSequenceClassification" in own_code(config)
     if type(config) not in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own:
         raise SteersmanError(
@@ -219,9 +253,7 @@ def _classifier(
     if fresh:
         Meaning.forget(config)
     tokenizer = read_tokenizer(source, local, trust=trust)
-    model, info = read_weights(
-        hf.AutoModelForSequenceClassification, source, local, config, dtype, attention, trust=trust
-    )
+    model, info = read_weights(hf.AutoModelForSequenceClassification, source, local, config, dtype, attention, **how)
     require_complete(source, model, info, HEADS if fresh else ())
     require_outputs(model, outputs)
     if fresh:
@@ -230,11 +262,6 @@ def _classifier(
         _log.info(notes[-1])
     require_vocabulary(source, tokenizer, model)
     return model, tokenizer
-
-
-def _adapters(policy: Policy, adapters: Any) -> None:
-    # past nn.Module, which would count every weight twice
-    object.__setattr__(policy, "_adapters", adapters)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 class LoraConfig:
     """W + (alpha / r) B A, with A of r rows; B starts at zero, so training starts from the model as it is.
 
-    `targets` are names of linear layers, or "all-linear" for all but the output layer. `dropout` above 0 makes
-    the log-probabilities of training random, and the first ratio no longer 1.
+    `targets` are names of linear layers, a regular expression over whole names, or "all-linear" for all but the
+    output layer. `train_whole` names modules that are trained as they are, in a copy. `dropout` acts on what the
+    adapters read, where gradients are asked for and nowhere else: the log-probabilities of training are random then.
+    `dora` learns each row's length beside its direction; `rslora` scales by alpha / sqrt(r).
 
-    Source: arXiv 2106.09685, section 4.1.
+    Source: arXiv 2106.09685, section 4.1; DoRA 2402.09353, eq. 5; rsLoRA 2312.03732, section 3.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+    dora: bool = False
+    rslora: bool = False
+    train_whole: tuple[str, ...] = ()
 
 
 def add_lora(model: Any, config: LoraConfig) -> PeftModel:
@@ -45,6 +50,7 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     with _naming_targets(model, config):
         adapters = peft.get_peft_model(model, _settings(model, config, task))
+    _drop_while_learning(model)
     _require_plain_output(model)
     return adapters  # type: ignore[return-value]
 
@@ -58,6 +64,7 @@ def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
 
     with _naming_targets(trunk, config):
         peft.inject_adapter_in_model(_settings(trunk, config, "FEATURE_EXTRACTION"), trunk)
+    _drop_while_learning(trunk)
 
 
 def _settings(model: Any, config: LoraConfig, task: str) -> Any:
@@ -69,9 +76,30 @@ def _settings(model: Any, config: LoraConfig, task: str) -> Any:
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
         lora_dropout=config.dropout,
         target_modules=config.targets,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
+        modules_to_save=list(config.train_whole) or None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2 stores weights transposed
         task_type=task,
     )
+
+
+class LearningDropout(nn.Dropout):
+    """Dropout where gradients are asked for, whatever mode the model is in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.dropout(input, self.p, torch.is_grad_enabled())
+
+
+def _drop_while_learning(model: nn.Module) -> None:
+    """Puts that in the place of the adapters' dropout: models are kept in evaluation mode here."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in list(model.modules()):
+        if isinstance(module, LoraLayer):
+            for name, dropout in module.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):
+                    module.lora_dropout[name] = LearningDropout(dropout.p)
 
 
 @contextmanager
@@ -110,28 +138,6 @@ def _require_plain_output(model: Any) -> None:
         )
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
-
-
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with every adapter added into its layer, under the names of a model without adapters.
-
-    The model itself is left as it is: merging in place and undoing it would not give the same bits back.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
-    }
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if isinstance(layer, LoraLayer):
-                for adapter in layer.active_adapters:  # type: ignore[attr-defined]
-                    weight = state[f"{name}.weight"]
-                    delta = layer.get_delta_weight(adapter)  # type: ignore[operator]
-                    state[f"{name}.weight"] = (weight + delta).to(weight.dtype)
-    return state
 
 
 def untied(model: Any, state: dict[str, Tensor]) -> bool:

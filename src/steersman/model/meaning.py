@@ -29,7 +29,11 @@ class Meaning:
     @classmethod
     def of(cls, config: Any) -> Meaning:
         """What a config says; the default where it says nothing."""
-        saved: dict[str, Any] = getattr(config, KEY, None) or {}
+        return cls.parsed(getattr(config, KEY, None) or {})
+
+    @classmethod
+    def parsed(cls, saved: dict[str, Any]) -> Meaning:
+        """What `write` put there. Raises TypeError for a field that no meaning has."""
         lists: Any = {name: tuple(saved[name]) for name in ("attributes", "shift", "scale") if name in saved}
         return cls(**(saved | lists))
 

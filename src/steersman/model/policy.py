@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
+from steersman.model.lora import LoraConfig, add_lora
 from steersman.model.probe import packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
@@ -84,6 +85,15 @@ class Policy(nn.Module):
     def adapters(self) -> PeftModel | None:
         """The LoRA adapters on the model, if it has any."""
         return self.__dict__.get("_adapters")
+
+    def adapt(self, lora: LoraConfig) -> None:
+        """Puts adapters on the model, whose own weights are frozen. Raises SteersmanError where they do not fit."""
+        self.wear(add_lora(self.model, lora))
+
+    def wear(self, adapters: PeftModel) -> None:
+        """Knows these adapters, which are on the model already, as its own."""
+        # past nn.Module, which would count every weight twice
+        object.__setattr__(self, "_adapters", adapters)
 
     def head(self) -> Head:
         """The output layer."""

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from steersman.model.adapters import write_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
-from steersman.model.lora import merged_state, untied
+from steersman.model.lora import untied
+from steersman.model.merge import merged_state
 from steersman.model.policy import Policy
+from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
-from steersman.model.scalar import ScalarModel
+from steersman.model.scalar import Headed, ScalarModel
 from steersman.run.folder import save_dir
 from steersman.run.pieces import whole
 from steersman.run.ranks import ranks
@@ -30,8 +33,8 @@ def save(
     """Writes model and tokenizer so that the ecosystem's `from_pretrained` loads them; returns the folder.
 
     A policy becomes what `AutoModelForCausalLM` loads, a scalar model what `AutoModelForSequenceClassification`
-    loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters of a policy are
-    written (a scalar model's are always added in).
+    loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters are written, and a
+    scalar model's head beside them.
     `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. A folder
     that is there already is replaced once the new one is complete.
 
@@ -40,7 +43,7 @@ def save(
     """
     folder = Path(folder)
 
-    state = _state(model, merged)
+    state = _state(model, merged, dtype)
 
     def write(partial: Path) -> None:
         _write(model, state, partial, merged, dtype)
@@ -51,14 +54,19 @@ def save(
     return folder
 
 
-def _state(model: Policy | ScalarModel | AttributeModel, merged: bool) -> dict[str, torch.Tensor]:
+def _state(
+    model: Policy | ScalarModel | AttributeModel, merged: bool, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     """The whole weights by name, adapters added in where they are to be, or the adapters alone."""
     adapters = model.adapters if isinstance(model, Policy) else None
     if adapters is not None and not merged:
         state = {name: x for name, x in adapters.state_dict().items() if ".lora_" in name}
     else:
         with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
-        state = merged_state(model.model) if with_adapters else model.model.state_dict()
+        if with_adapters or any(is_quantised(module) for module in model.model.modules()):
+            state = merged_state(model.model, dtype)
+        else:
+            state = model.model.state_dict()
     return {name: whole(x) for name, x in state.items()}
 
 
@@ -72,6 +80,9 @@ def _write(
     adapters = model.adapters if isinstance(model, Policy) else None
     if adapters is not None and not merged:
         adapters.save_pretrained(str(folder), state_dict=state)
+        return
+    if isinstance(model, Headed) and model.adapted and not merged:
+        write_adapters(model, folder)
         return
     if dtype is not None:
         state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers as hf
 
+from steersman.model.quantise import Quantise, quantisation, settle
 from steersman.model.quiet import silence
 from steersman.run import device
 from steersman.types import SteersmanError
@@ -165,15 +166,31 @@ def read_tokenizer(source: str, local: bool, *, trust: bool = False) -> Any:
 
 
 def read_weights(
-    auto: Any, source: str, local: bool, config: Any, dtype: str, attention: str | None, *, trust: bool = False
+    auto: Any,
+    source: str,
+    local: bool,
+    config: Any,
+    dtype: str,
+    attention: str | None,
+    *,
+    trust: bool = False,
+    quantise: Quantise = "none",
+    device: torch.device | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model of class `auto`, and what its loading tells. Raises SteersmanError where weights can not be read."""
+    """The model of class `auto`, and what its loading tells; a quantised one is made on its `device`.
+
+    Raises SteersmanError where weights can not be read.
+    """
     if dtype not in DTYPES:
         raise SteersmanError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    more = {} if attention is None else {"attn_implementation": attention}
+    more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantise != "none":
+        keep = ["score", "classification_head"] if "Sequence" in auto.__name__ else None
+        more["quantization_config"] = quantisation(quantise, getattr(torch, dtype), keep)
+        more["device_map"] = {"": device}
     try:
         with silence():
-            return auto.from_pretrained(
+            model, info = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=DTYPES[dtype],
@@ -183,6 +200,9 @@ def read_weights(
                 ignore_mismatched_sizes=True,  # they are in the loading info, and refused below by name
                 **more,
             )
+            if quantise != "none":
+                settle(model)
+            return model, info
     except Exception as error:  # each weight format has errors of its own
         raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error
 

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
 from steersman.model import Policy, whole_weights
+from steersman.model.fast.folded import folded_bytes
 from steersman.ops.logprob import TILE
 from steersman.rollout.batch import Limits, belt_size
 from steersman.rollout.cache import kv_cache_bytes
-from steersman.rollout.fast.packed import packed_bytes
+from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.pieces import mine
 from steersman.run.preflight import Phase, Preflight, Role, size
+from steersman.update.kinds import state_bytes
+from steersman.update.optimizer import OptimizerConfig
 
 PROBE = (32, 64)
 """Tokens of the two sequences on which activations are measured."""
@@ -38,22 +41,22 @@ SAMPLING = 3
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of the run. `trained` is the policy or scalar model around the module, where it is trained."""
+    """A model of the run. `trained` is the policy or scalar model around the module, and `optimizer` what trains it,
+    where it is trained."""
 
     name: str
     module: nn.Module
     source: str
     trained: Any = None
+    optimizer: OptimizerConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The largest micro-batch: `tokens` in all, in rows of `length`. With `at_once`, several models that are trained
-    keep their activations together."""
+    """The largest micro-batch: `tokens` in all, in rows of `length`."""
 
     tokens: int
     length: int
-    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def announce(
     pre: Preflight, device: torch.device, models: Sequence[Model], load: Load, sampled: Sampled | None = None
 ) -> None:
     """Tells the models with what they hold, and every phase with its memory; refuses what the device can not hold."""
-    roles = [_role(model) for model in models]
+    roles = _roles(models)
     for role in roles:
         pre.role(role)
     phases = foresee(device, models, load, sampled)
@@ -94,7 +97,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
     process after an update; sampling uses it again for what is small, and adds to it what is large.
     """
-    roles = [_role(model) for model in models]
+    roles = _roles(models)
     held = {
         "process": _process(device, sum(role.weights for role in roles)),
         "weights": sum(role.weights for role in roles),
@@ -103,8 +106,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     learners = [model for model in models if model.trained is not None]
     found, kept = [], 0
     if learners:
-        each = [activations(model, load) for model in learners]
-        kept = sum(each) if load.at_once else max(each)
+        kept = max(activations(model, load) for model in learners)  # one backward pass after the other
         gradients = sum(role.gradients for role in roles)
         beside = max(backward(model.module, load) for model in learners)
         found.append(Phase("update", {**held, "gradients": gradients, "activations": kept, "backward": beside}))
@@ -126,6 +128,7 @@ def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
     logits = SAMPLING * rows * config.get_text_config().vocab_size * 4 + WIDE * _widest(model) * reads
     return {
         "packed weights": packed_bytes(model, sampled.new_tokens),
+        "adapters added in": folded_bytes(model) if lasts(sampled.new_tokens) else 0,
         "cache": cache,
         "logits": max(logits, kept - cache),
     }
@@ -204,15 +207,24 @@ def _tables(model: Any) -> list[nn.Parameter]:
     return [layer.weight for layer in layers if layer is not None]
 
 
-def _role(model: Model) -> Role:
-    """Gradients and AdamW's two moments have their parameters' precision."""
+def _roles(models: Sequence[Model]) -> list[Role]:
+    """What every model holds; weights that several have count with the first."""
+    seen: set[int] = set()
+    return [_role(model, seen) for model in models]
+
+
+def _role(model: Model, seen: set[int]) -> Role:
+    """Gradients have their parameters' precision; the optimizer says what it keeps."""
     parameters = list(model.module.parameters())
     trained = [p for p in parameters if p.requires_grad] if model.trained is not None else []
-    weights = sum(map(_bytes, (*parameters, *model.module.buffers())))
+    own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
+    seen |= {id(x) for x in own}
+    weights = sum(map(_bytes, own))
     gradients = sum(map(_bytes, trained))
+    kept = 0 if model.optimizer is None else state_bytes(trained, model.optimizer)
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
-        weights, gradients, 2 * gradients,
+        weights, gradients, kept,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steersman.metrics import METRICS, metric
 from steersman.metrics.workers import Parallel
-from steersman.model import load_reward
+from steersman.model import SharedBase, load_reward
 from steersman.reward import shaping
 from steersman.reward.core import CallableReward, Reward, WeightedSum
 from steersman.reward.metrics import MetricReward
@@ -102,9 +102,13 @@ class RewardConfig(Section):
 
 
 def build_reward(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"
+    config: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str = "cpu",
+    base: SharedBase | None = None,
 ) -> WeightedSum:
-    """The reward that the section describes; `tokenizer` is the policy's.
+    """The reward that the section describes; `tokenizer` is the policy's. Reward models that are adapters on `base`
+    stand on it, others have weights of their own.
 
     Raises SteersmanError when there is no part, or a part's model or function does not load or fit.
     """
@@ -113,12 +117,16 @@ def build_reward(
             "reward.parts: no reward given; for instance `parts: {mood: {builtin: vader_sentiment}}`"
         )
     return WeightedSum(
-        {name: (part.weight, _build_part(name, part, tokenizer, device)) for name, part in config.parts.items()}
+        {name: (part.weight, _build_part(name, part, tokenizer, device, base)) for name, part in config.parts.items()}
     )
 
 
 def _build_part(
-    name: str, part: RewardPart, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+    name: str,
+    part: RewardPart,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str,
+    base: SharedBase | None,
 ) -> Reward:
     if part.builtin is not None:
         return CallableReward(BUILTINS[part.builtin], name, part.args, part.columns, part.time_limit)
@@ -127,7 +135,10 @@ def _build_part(
     if part.metric is not None:
         return _metric_part(name, part)
     assert part.model is not None
-    model = load_reward(part.model, device=device, trainable=False)
+    if base is None:
+        model = load_reward(part.model, device=device, trainable=False)
+    else:
+        model = base.reward(part.model, device)
     return ModelReward(
         model,
         tokenizer,

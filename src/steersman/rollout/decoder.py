@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from steersman import native
 from steersman.model.fast.attention import registered
+from steersman.model.fast.folded import folded
 from steersman.rollout.cache import Belt, PromptCache, layer_windows
-from steersman.rollout.fast.packed import packed, pays
+from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.fast.whole import Whole, whole_of
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
@@ -28,16 +29,18 @@ class Decoder:
 
     @contextmanager
     def prepared(self, rows: int, steps: int) -> Iterator[None]:
-        """For one call: weights laid out for `steps` steps of up to `rows` rows, where that pays."""
-        if not pays(self.model, steps):
-            yield
-            return
-        try:
-            self.whole = whole_of(self.model, rows)
-            with packed(self.model) if self.whole is None else nullcontext():
+        """For one call: adapters added into their layers, weights laid out for `steps` steps of up to `rows` rows,
+        where that pays."""
+        with folded(self.model) if lasts(steps) else nullcontext():
+            if not pays(self.model, steps):
                 yield
-        finally:
-            self.whole = None
+                return
+            try:
+                self.whole = whole_of(self.model, rows)
+                with packed(self.model) if self.whole is None else nullcontext():
+                    yield
+            finally:
+                self.whole = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] after each one's last token."""

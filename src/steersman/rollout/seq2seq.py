@@ -8,7 +8,7 @@ prompt, made in one forward of the encoder however often the prompt is sampled, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from steersman.model.encoder_decoder import decoder_context, decoder_start
+from steersman.model.fast.folded import folded
 from steersman.model.probe import close, model_name, quiet
 from steersman.rollout.cache import Belt, PromptCache, PromptLayer, layer_windows
-from steersman.rollout.fast.packed import packed, pays
+from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
 
@@ -137,9 +138,15 @@ class PairDecoder:
         if not good:
             raise SteersmanError(self._refused())
 
-    def prepared(self, rows: int, steps: int) -> AbstractContextManager[None]:
-        """For one call: weights laid out for products of few rows, where that pays."""
-        return packed(self.model) if pays(self.model, steps) else nullcontext()
+    @contextmanager
+    def prepared(self, rows: int, steps: int) -> Iterator[None]:
+        """For one call: adapters added into their layers, weights laid out for products of few rows, where that
+        pays."""
+        with (
+            folded(self.model) if lasts(steps) else nullcontext(),
+            packed(self.model) if pays(self.model, steps) else nullcontext(),
+        ):
+            yield
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from steersman.run.folder import saving, write_atomic
 from steersman.run.health import Finding
+from steersman.run.sinks import open_sink
 from steersman.run.terminal import printable
-from steersman.types import Stats, SteersmanError
+from steersman.types import Stats
 
 FILES = ("metrics.jsonl", "samples.jsonl", "health.jsonl")
 
@@ -28,7 +27,7 @@ class Log:
     `total` is the number of steps of the whole run. `resumed_step` is the step of the checkpoint that the run
     continues from (-1: from the start): rows of later steps are dropped, so that no curve is doubled.
     `shown` are the metrics on the progress line, in order, where they exist. On a terminal the line moves;
-    elsewhere one plain line comes every `every` seconds. `sinks` may name "tensorboard" and "wandb".
+    elsewhere one plain line comes every `every` seconds. `sinks` are names of `run/sinks.py`.
 
     Raises SteersmanError for a sink that is unknown or not installed, and where the disk is full.
     """
@@ -57,7 +56,7 @@ class Log:
         self._files = {
             name: (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") for name in FILES
         }
-        self._sinks = [_open_sink(name, self.folder, max(resumed_step, 0)) for name in sinks]
+        self._sinks = [open_sink(name, self.folder, max(resumed_step, 0)) for name in sinks]
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
             self._bar.start()
@@ -68,7 +67,7 @@ class Log:
         seconds = self._seconds_before + time.monotonic() - self._start
         self._append("metrics.jsonl", {"step": step, "seconds": round(seconds, 3), **stats})
         for sink in self._sinks:
-            sink(step, stats)
+            sink.log(step, stats)
         self._show(step, stats)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -99,6 +98,8 @@ class Log:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+        for sink in self._sinks:
+            sink.close()
         for file in self._files.values():
             file.close()
 
@@ -193,34 +194,3 @@ def _duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
-
-
-def _open_sink(name: str, folder: Path, resumed_step: int) -> Callable[[int, Stats], None]:
-    sinks = {"tensorboard": _tensorboard, "wandb": _wandb}
-    if name not in sinks:
-        raise SteersmanError(f"there is no sink {name!r}; known are {', '.join(sinks)}")
-    if importlib.util.find_spec(name) is None:
-        raise SteersmanError(f"the sink {name!r} is not installed: pip install 'steersman[{name}]'")
-    return sinks[name](folder, resumed_step)
-
-
-def _tensorboard(folder: Path, resumed_step: int) -> Callable[[int, Stats], None]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-
-    def write(step: int, stats: Stats) -> None:
-        for key, value in stats.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return write
-
-
-def _wandb(folder: Path, resumed_step: int) -> Callable[[int, Stats], None]:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    # One run folder is one run over there too, however often it is resumed.
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    run = wandb.init(project="steersman", name=folder.name, id=identity, resume="allow", dir=str(folder))
-    return lambda step, stats: run.log(dict(stats), step=step)

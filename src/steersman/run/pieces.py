@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,3 +37,22 @@ def in_pieces(tensor: Tensor, like: Any) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def whole_moments(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's `state_dict` with every moment put together; then every rank must ask."""
+    if not ranks().sharded:
+        return state
+    moments = {i: {name: whole(x) for name, x in of_one.items()} for i, of_one in state["state"].items()}
+    return state | {"state": moments}
+
+
+def moments_in_pieces(state: dict[str, Any], order: Sequence[Any]) -> dict[str, Any]:
+    """What `whole_moments` gave, laid out as the parameters are, which stand in `order`."""
+    if not ranks().sharded:
+        return state
+    moments = {
+        i: {name: in_pieces(x, order[i]) if x.ndim else x for name, x in of_one.items()}
+        for i, of_one in state["state"].items()
+    }
+    return state | {"state": moments}

@@ -14,6 +14,7 @@ from steersman.model import (
     LoraConfig,
     Policy,
     ScalarModel,
+    SharedBase,
     fresh_policy,
     load_policy,
     load_reward,
@@ -23,12 +24,23 @@ from steersman.model import (
 )
 from steersman.run.device import resolve_dtype
 from steersman.train.sections import ModelConfig, RunConfig
+from steersman.types import SteersmanError
 
 
 def policy_from(
-    config: ModelConfig, run: RunConfig, device: torch.device, *, trainable: bool = True, pack: int | None = None
+    config: ModelConfig,
+    run: RunConfig,
+    device: torch.device,
+    *,
+    trainable: bool = True,
+    pack: int | None = None,
+    adapt: bool = True,
 ) -> Policy:
-    """The section's causal model; frozen and without adapters where it is not `trainable`."""
+    """The section's causal model; frozen and without adapters where it is not `trainable`, and still without them
+    where the caller is to `adapt` it.
+
+    Raises SteersmanError where a quantised model would have to be trained itself.
+    """
     dtype = _dtype(config, device)
     if config.scratch is not None and trainable:
         policy = fresh_policy(
@@ -41,10 +53,13 @@ def policy_from(
             trust_remote_code=config.trust_remote_code,
         )
     else:
-        lora = _lora(config) if trainable else None
+        lora = lora_of(config) if trainable else None
+        if trainable:
+            _require_trainable(config)
         policy = load_policy(
-            config.path, dtype=dtype, device=device, attention=config.attention, lora=lora, trainable=trainable,
-            pack=pack, trust_remote_code=config.trust_remote_code,
+            config.path, dtype=dtype, device=device, attention=config.attention,
+            lora=lora if adapt else None, trainable=trainable, pack=pack,
+            trust_remote_code=config.trust_remote_code, quantise=config.quantise,
         )  # fmt: skip
     _prepare(policy, config, run, trainable)
     return policy
@@ -60,8 +75,20 @@ def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path:
         device=device,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code and path is None,
+        quantise=config.quantise,
     )
     _adapt(model, config)
+    _prepare(model, config, run, True)
+    return model
+
+
+def shared_from(config: ModelConfig, run: RunConfig, base: SharedBase, folder: str | None = None) -> ScalarModel:
+    """A critic on the shared base: from adapters in the folder, or with new ones and a head of zeros."""
+    if folder is not None:
+        model = base.adapted(folder, trainable=True)
+    else:
+        model = base.fresh()
+        _adapt(model, config)
     _prepare(model, config, run, True)
     return model
 
@@ -84,6 +111,7 @@ def reward_from(
         device=device,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
+        quantise=config.quantise,
     )
     if trainable:
         _adapt(model, config)
@@ -99,20 +127,43 @@ def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig
     save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)
 
 
+SLOW = 1e-4
+"""Below this rate adapters hardly moved on a chat model of 135M parameters, whatever was minimised."""
+
+
+def slow_rate(config: ModelConfig, lr: float) -> str | None:
+    """What to tell of a rate that is meant for whole models where adapters are trained; None where it is none."""
+    if config.lora is None or lr >= SLOW:
+        return None
+    return f"{lr:g} is a rate for whole models; adapters hardly move below {SLOW:g}, and 2e-4 to 1e-3 is usual"
+
+
 def context_length(model: Any) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None where it names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _lora(config: ModelConfig) -> LoraConfig | None:
+def lora_of(config: ModelConfig) -> LoraConfig | None:
+    """The section's adapters, as the model room takes them."""
     lora = config.lora
-    return None if lora is None else LoraConfig(r=lora.r, alpha=lora.alpha, targets=lora.targets)
+    return None if lora is None else LoraConfig(
+        lora.r, lora.alpha, lora.dropout, lora.targets, dora=lora.dora, rslora=lora.rslora,
+        train_whole=tuple(lora.train_whole),
+    )  # fmt: skip
 
 
 def _adapt(model: ScalarModel | AttributeModel, config: ModelConfig) -> None:
-    lora = _lora(config)
-    if lora is not None:
+    lora = lora_of(config)
+    _require_trainable(config)
+    if lora is not None and not model.adapted:
         model.adapt(lora)
+
+
+def _require_trainable(config: ModelConfig) -> None:
+    if config.quantise != "none" and config.lora is None:
+        raise SteersmanError(
+            f"model.quantise {config.quantise}: quantised weights can not be trained; give model.lora, such as '{{}}'"
+        )
 
 
 def _dtype(config: ModelConfig, device: torch.device) -> str:

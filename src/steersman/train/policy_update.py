@@ -81,8 +81,8 @@ class Learner:
                 tally = self.fitted if micro.counts else Tally()
                 loss = self._value_loss(value, part, advantage.ret, steps, tally)
                 (loss * micro.weight).backward()
-                losses.append(loss.detach()[None])
-        ranks().agree(_not_finite(losses, "value"))
+                losses.append({"value": loss.detach()})
+        ranks().agree(_not_finite(losses))
         return ranks().sum(values, "values")
 
     def update(
@@ -168,35 +168,35 @@ class Learner:
         steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
         moved, gap = torch.zeros(()), torch.zeros(())
         group = None if traj.group is None else traj.group[rows]
-        found: list[Tensor] = []
+        found: list[dict[str, Tensor]] = []
         whole = tally
         for micro in my_micro_batches(tokens.length[rows], self.micro_tokens, group):
             index = rows[micro.rows]
             tally = whole if micro.counts else Tally()
             batch, part = tokens.rows(index), traj.rows(index)
             T = part.mask.shape[1]
-            losses: list[Tensor] = []
+            losses: dict[str, Tensor] = {}
             logp, entropy, value = (seen(x, part.mask) for x in self._forward(batch, with_policy))
             if logp is not None:
                 per_step = self._policy_loss(logp, entropy, part, advantage.adv[index, :T], coef)
                 weight = token_weight(part.mask, self.algorithm.average, self.length_limit, per_step.dtype)
-                losses.append(reduce(per_step, weight, policy_count))
+                losses["policy"] = reduce(per_step, weight, policy_count)
                 share = denominator(part.mask, self.algorithm.average)
-                tally.add("loss/policy", losses[-1] * policy_count, share)
+                tally.add("loss/policy", losses["policy"] * policy_count, share)
                 distance = kl_estimate(part.logp_old, logp.detach(), "k3")
                 moved = moved + masked_sum(distance, part.mask).cpu() * micro.weight
                 if first:
                     difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
                     gap = torch.maximum(gap, difference.max().cpu())
                 self._note_clipping(logp.detach(), part, tally)
+            if self.critic is not None and not isinstance(self.critic, SharedCritic) and self.fitted is None:
+                _backward(losses, micro.weight, found)  # the actor's activations go before the critic's come
+                losses, value = {}, seen(self.critic.value(batch)[:, :-1], part.mask)
             if value is not None and advantage.ret is not None and part.value is not None:
                 loss = self._value_loss(value, part, advantage.ret[index, :T], steps, tally)
-                losses.append(loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss)
-            if not losses:
-                continue
-            (torch.stack(losses).sum() * micro.weight).backward()
-            found.append(torch.stack(losses).detach())
-        ranks().agree(_not_finite(found, "policy, value"))
+                losses["value"] = loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss
+            _backward(losses, micro.weight, found)
+        ranks().agree(_not_finite(found))
         if not with_policy:
             return 0.0
         moved = ranks().sum(moved, "KL to the sampler")
@@ -206,7 +206,7 @@ class Learner:
         return float(moved) / steps
 
     def _forward(self, batch: Tokens, with_policy: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """log-probabilities, entropies and values of the response tokens, each only if it is needed."""
+        """log-probabilities, entropies and a shared critic's values of the response tokens, each only if needed."""
         want_entropy = self.algorithm.entropy_coef > 0
         if isinstance(self.critic, SharedCritic):
             out, value = self.critic.logp_value(batch, temperature=self.temperature, entropy=want_entropy)
@@ -215,9 +215,7 @@ class Learner:
         if with_policy:
             out = self.policy.logp(batch, temperature=self.temperature, entropy=want_entropy)
             logp, entropy = out.logp, out.entropy
-        if self.critic is None or self.fitted is not None:
-            return logp, entropy, None
-        return logp, entropy, self.critic.value(batch)[:, :-1]
+        return logp, entropy, None
 
     def _value_loss(self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally) -> Tensor:
         """The critic's share of the mean over `steps`, told to the tally."""
@@ -310,17 +308,26 @@ class Learner:
         return self.policy.head().log_softmax(self.policy.hidden(batch)[counts], self.temperature)
 
 
-def _not_finite(losses: Sequence[Tensor], names: str) -> NotFiniteError | None:
-    """The error for the first losses that are no finite numbers; `names` says which losses stand side by side."""
-    if not losses or bool(torch.stack([x.double().sum() for x in losses]).isfinite().all()):
+def _not_finite(found: Sequence[dict[str, Tensor]]) -> NotFiniteError | None:
+    """The error for the first loss, by its name, that is no finite number; it is asked once a minibatch, so that
+    nothing waits for the device in between."""
+    named = [(name, loss) for losses in found for name, loss in losses.items()]
+    if not named or bool(torch.stack([loss.double() for _, loss in named]).isfinite().all()):
         return None
-    bad = next(x for x in losses if not x.isfinite().all())
-    return NotFiniteError(f"the loss is not a finite number ({names}: {', '.join(f'{x:g}' for x in bad.tolist())})")
+    name, loss = next((name, loss) for name, loss in named if not loss.isfinite())
+    return NotFiniteError(f"the loss is not a finite number ({name}: {loss.item():g})")
 
 
 def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:
     """`x` cut to the mask's width and 0 where it is False, so that nothing there reaches a gradient, not even NaN."""
     return None if x is None else torch.where(mask, x[:, : mask.shape[1]], 0.0)
+
+
+def _backward(losses: dict[str, Tensor], weight: float, found: list[dict[str, Tensor]]) -> None:
+    """The gradient of their sum, `weight` times; `found` remembers them, to be asked whether they are numbers."""
+    if losses:
+        (torch.stack([*losses.values()]).sum() * weight).backward()
+        found.append({name: loss.detach() for name, loss in losses.items()})
 
 
 def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advantage]:

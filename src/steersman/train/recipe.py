@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -53,6 +53,11 @@ class OnPolicyRecipe(Section, Generic[A]):
     reference: str = Field(
         default="start", description="what KL is measured to: start (the policy before training), none, or a folder"
     )
+    share: Literal["none", "base"] = Field(
+        default="none",
+        description="base: actor, critic and reward models saved as adapters are adapters on one frozen base "
+        "(needs model.lora); none: every model has weights of its own",
+    )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -88,6 +93,15 @@ class OnPolicyRecipe(Section, Generic[A]):
             raise ValueError(
                 "algorithm.kl_estimator k1_to_go is for kl_in: loss; in the reward, k1 is the same gradient "
                 "(the return sums it to the end)"
+            )
+        if self.model.lora is not None and self.model.lora.dropout > 0:
+            raise ValueError(
+                "model.lora.dropout makes every training pass another policy than the one that sampled, so no ratio "
+                "would be 1 at the start; leave it at 0 for on-policy methods"
+            )
+        if self.share == "base" and self.model.lora is None:
+            raise ValueError(
+                "share: base needs adapters to tell the models apart; give model.lora, for instance '{}'"
             )
         if self.model.scratch is not None:
             raise ValueError(

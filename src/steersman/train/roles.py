@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from steersman.model import Policy, SharedCritic, whole_weights
+from steersman.model import Policy, SharedBase, SharedCritic, whole_weights
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
 from steersman.train.generators import open_generator, sampled_by_all
-from steersman.train.models import policy_from, scalar_from
+from steersman.train.models import lora_of, policy_from, scalar_from, shared_from
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
@@ -88,9 +88,9 @@ class Roles:
 def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     """Loads and wires all models that the recipe's algorithm needs."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
-    policy = policy_from(recipe.model, recipe.run, device)
-    reward = build_reward(recipe.reward, policy.tokenizer, device)
-    critic = _critic(recipe, policy, reward, device) if algorithm.critic else None
+    policy, base = _policy(recipe, device)
+    reward = build_reward(recipe.reward, policy.tokenizer, device, base)
+    critic = _critic(recipe, policy, base, reward, device) if algorithm.critic else None
     config = recipe.critic or CriticConfig()
     per_iteration = algorithm.epochs * algorithm.minibatches
     updates = recipe.iterations * per_iteration
@@ -119,6 +119,17 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     )  # fmt: skip
 
 
+def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, SharedBase | None]:
+    """The actor, and the base for the others to stand on, which is taken before the actor has its adapters."""
+    lora = lora_of(recipe.model)
+    if recipe.share == "none" or lora is None:
+        return policy_from(recipe.model, recipe.run, device), None
+    policy = policy_from(recipe.model, recipe.run, device, adapt=False)
+    base = SharedBase(policy)
+    policy.adapt(lora)
+    return policy, base
+
+
 def _reference(recipe: OnPolicyRecipe, policy: Policy) -> Reference | None:
     """The frozen policy that KL is measured to: the start, by default; with LoRA the actor without adapters."""
     if recipe.reference == "none":
@@ -128,13 +139,21 @@ def _reference(recipe: OnPolicyRecipe, policy: Policy) -> Reference | None:
     return reference_from(recipe.reference, recipe.model, recipe.run, policy)
 
 
-def _critic(recipe: OnPolicyRecipe, policy: Policy, reward: WeightedSum, device: torch.device) -> Critic:
+def _critic(
+    recipe: OnPolicyRecipe, policy: Policy, base: SharedBase | None, reward: WeightedSum, device: torch.device
+) -> Critic:
     init = (recipe.critic or CriticConfig()).init
     if init == "shared":
         return SharedCritic(policy)
     if init == "auto":
-        judges = (part for _, part in reward.parts.values() if isinstance(part, ModelReward) and not part.bridged)
-        init = next((judge.model.model.name_or_path for judge in judges), "policy")
+        judges = (
+            recipe.reward.parts[name].model
+            for name, (_, part) in reward.parts.items()
+            if isinstance(part, ModelReward) and not part.bridged and (base is None or part.model.adapted)
+        )
+        init = next((path for path in judges if path is not None), "policy")
+    if base is not None:
+        return shared_from(recipe.model, recipe.run, base, None if init == "policy" else init)
     if init == "policy":
         return scalar_from(recipe.model, recipe.run, device)
     critic = scalar_from(recipe.model, recipe.run, device, init)

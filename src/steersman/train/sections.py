@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from steersman.model.quantise import Quantise
 from steersman.run.config import Section
 
 if TYPE_CHECKING:
@@ -22,7 +23,18 @@ class LoraSection(Section):
         gt=0,
         description="the update is scaled by alpha / r; 2 r if not given, so that the scale is 2 at every rank",
     )
-    targets: str | list[str] = Field(default="all-linear", description="names of linear layers, or all-linear")
+    targets: str | list[str] = Field(
+        default="all-linear",
+        description="names of linear layers, a regular expression over whole names, or all-linear",
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the adapters' inputs that a training pass leaves out"
+    )
+    dora: bool = Field(default=False, description="DoRA: learn the length of each row of W beside its direction")
+    rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(r), for high ranks")
+    train_whole: list[str] = Field(
+        default_factory=list, description="modules that are trained whole beside the adapters, such as norm"
+    )
 
 
 class ModelConfig(Section):
@@ -39,11 +51,17 @@ class ModelConfig(Section):
     attention: str | None = Field(
         default=None, description="transformers' attention implementation; null is its choice"
     )
+    quantise: Quantise = Field(
+        default="none",
+        description="keep the frozen base's linear layers in 4 bits (nf4, fp4) or 8 (int8); training then needs lora",
+    )
     lora: LoraSection | None = Field(
         default=None,
         description="train low-rank adapters only; reward models and critics train their heads beside them",
     )
-    merge: bool = Field(default=True, description="with lora: save the model with the adapters added in")
+    merge: bool = Field(
+        default=True, description="with lora: save the model with the adapters added in, else only what was trained"
+    )
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same", description="precision of the weights on disk; same: that of the model that `path` names"
     )
@@ -53,6 +71,14 @@ class ModelConfig(Section):
     scratch: dict[str, Any] | None = Field(
         default=None, description="config fields of a model with fresh weights, model_type among them"
     )
+
+    @model_validator(mode="after")
+    def _quantised(self) -> ModelConfig:
+        if self.quantise != "none" and self.scratch is not None:
+            raise ValueError("model.quantise is for a frozen base, and model.scratch has fresh weights to train")
+        if self.quantise == "int8" and self.lora is not None and self.lora.dora:
+            raise ValueError("model.lora.dora reads the base's weights at every step; with quantise use nf4 or fp4")
+        return self
 
 
 TRAINED_ONLY = ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch")
@@ -94,7 +120,10 @@ class RunConfig(Section):
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept, newest first")
     keep_best: int = Field(default=1, ge=0, description="checkpoints kept, best held-out value first")
-    sinks: list[str] = Field(default_factory=list, description="where else to log: tensorboard, wandb")
+    sinks: list[str] = Field(
+        default_factory=list,
+        description="where else to log: tensorboard, wandb, trackio, mlflow, swanlab, my_sinks.py:Class",
+    )
 
 
 class ManyRunConfig(RunConfig):

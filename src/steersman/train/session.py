@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from steersman.ops.text import text_stats
+from steersman.run.card import write_card
 from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import open_folder, write_atomic
@@ -87,6 +88,8 @@ class Session:
                 # A report that can not be written must not hide why the run failed.
                 with nullcontext() if error is None else suppress(Exception):
                     write_report(self.path)
+                    if error is None and (self.path / "model").is_dir() and (self.path / "summary.json").exists():
+                        write_card(self.path)
             if not self.begun and not self.folder.resumed:
                 self.folder.forget()
         finally:

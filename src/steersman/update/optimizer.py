@@ -1,4 +1,4 @@
-"""One role's optimiser: AdamW, a schedule, gradient clipping, and a stop at the first number that is not one."""
+"""One role's optimiser: its kind, a schedule, gradient clipping, and a stop at the first number that is not one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from steersman.run.config import Section
-from steersman.run.pieces import in_pieces, whole
+from steersman.run.pieces import moments_in_pieces, whole, whole_moments
 from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
+from steersman.update.kinds import Kind, Rounding, steps_of
 
 
 class OptimizerConfig(Section):
     """How one model's weights are updated."""
 
+    kind: Kind = Field(
+        default="adamw",
+        description="adamw; adamw-8bit (2 bytes of moments, not 8; paged: in memory that spills to the host); "
+        "adafactor (rows and columns); lion, lion-8bit (one moment; a third of AdamW's rate); muon (matrices, the "
+        "rest AdamW)",
+    )
+    rounding: Rounding = Field(
+        default="master",
+        description="how updates of half-precision weights are kept: master (a float32 copy), kahan (a remainder in "
+        "the weights' precision), stochastic (at random, right in the mean), nearest (small ones are lost)",
+    )
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
@@ -31,14 +42,14 @@ class OptimizerConfig(Section):
     )
     min_lr: float = Field(default=0.0, ge=0, le=1, description="where a schedule ends, as a share of lr")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay, on matrices only")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW first-moment decay")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW second-moment decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="first-moment decay; Muon's momentum")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="second-moment decay")
     eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
 
 
 class Optimizer:
-    """AdamW over the parameters that require gradients, with its schedule; all of it in `state_dict`.
+    """AdamW or another kind over the parameters that require gradients, with its schedule; all of it in `state_dict`.
 
     `total` is the number of updates that the schedule spans.
     """
@@ -47,19 +58,18 @@ class Optimizer:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise SteersmanError("nothing to train: no parameter requires a gradient")
+        if ranks().sharded and (config.kind != "adamw" or config.rounding != "none"):
+            raise SteersmanError(
+                f"optimizer: kind {config.kind} with rounding {config.rounding} does not go with parallel.mode fsdp, "
+                "whose pieces only plain adamw updates; use kind: adamw with rounding: none, or mode: replicas"
+            )
         self.config, self.total, self.updates = config, max(total, 1), 0
         self.warmup = warmup_updates(config.warmup, self.total)
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self.adamw = steps_of(groups, config)  # or another kind
 
     def rate(self) -> float:
         """Learning rate of the next update: never above `lr`.
@@ -101,17 +111,11 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        adamw = self.adamw.state_dict()
-        moments = {i: {name: whole(x) for name, x in of_one.items()} for i, of_one in adamw["state"].items()}
-        return {"adamw": adamw | {"state": moments}, "updates": self.updates}
+        return {"adamw": whole_moments(self.adamw.state_dict()), "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
         order = [p for group in self.adamw.param_groups for p in group["params"]]
-        moments = {
-            i: {name: in_pieces(x, order[i]) if x.ndim else x for name, x in of_one.items()}
-            for i, of_one in state["adamw"]["state"].items()
-        }
-        self.adamw.load_state_dict(state["adamw"] | {"state": moments})
+        self.adamw.load_state_dict(moments_in_pieces(state["adamw"], order))
         self.updates = state["updates"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from steersman.model import Policy
 from steersman.plan.memory import Model, Sampled, announce
 from steersman.run.preflight import Preflight
-from steersman.train.models import save_model
+from steersman.train.models import save_model, slow_rate
 from steersman.train.offline import Offline, restore_best
 from steersman.train.reference import Reference
 from steersman.train.session import Session
@@ -28,9 +28,11 @@ def carry_out(
     `longest` is the longest sequence (tokens), `sampled` what is sampled now and then. Raises SteersmanError where
     the models will not fit.
     """
-    models = [Model("policy", policy.model, recipe.model.path, policy)]
+    models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
     if isinstance(reference, Policy):
         models.append(Model("reference", reference.model, reference.model.name_or_path))
+    if note := slow_rate(recipe.model, recipe.optimizer.lr):
+        pre.fact("optimizer.lr", note)
     announce(pre, session.device, models, state.load(longest), sampled)
     pre.check()
     pre.show()

@@ -89,8 +89,6 @@ class RewardModelRecipe(Section):
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":
             raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
-        if self.model.lora is not None and not self.model.merge:
-            raise ValueError("model.merge: a reward model is saved with its adapters added in; remove `merge: false`")
         return self
 
 
@@ -267,7 +265,7 @@ def _attribute_model(recipe: RewardModelRecipe, session: Session) -> AttributeMo
 
 def _show(pre: Preflight, session: Session, model: Any, recipe: RewardModelRecipe, load: Load) -> None:
     trains = any(p.requires_grad for p in model.parameters())
-    found = Model("reward model", model.model, recipe.model.path, model if trains else None)
+    found = Model("reward model", model.model, recipe.model.path, model if trains else None, recipe.optimizer)
     announce(pre, session.device, [found], load)
     for note in model.notes:
         pre.fact("model", note)

@@ -17,9 +17,9 @@ from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.experience import behaviour_logp, tokens_of
-from steersman.train.models import context_length, save_model
+from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
-from steersman.train.recipe import OnPolicyRecipe
+from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
 from steersman.train.session import Session
 from steersman.types import Prompt, Stats
@@ -167,6 +167,8 @@ def _preflight(
     )
     pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
+    if algorithm.update == "gradient" and (note := slow_rate(recipe.model, recipe.optimizer.lr)):
+        pre.fact("optimizer.lr", note)
     announce(pre, session.device, _models(recipe, roles), _load(recipe, length), _sampled(recipe, roles, longest))
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
@@ -179,10 +181,10 @@ def _preflight(
 
 def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     """Everything with weights; what shares the actor's is counted with it."""
-    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy)]
-    critic = roles.learner.critic
+    found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy, recipe.optimizer)]
+    critic, own = roles.learner.critic, (recipe.critic or CriticConfig()).optimizer
     if isinstance(critic, ScalarModel):
-        found.append(Model("critic", critic.model, critic.model.name_or_path, critic))
+        found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     if isinstance(roles.reference, Policy):
         found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():
@@ -194,11 +196,11 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
 
 
 def _load(recipe: OnPolicyRecipe, length: int) -> Load:
-    """The largest micro-batch; actor and critic go through one backward pass unless the critic is fitted first."""
+    """The largest micro-batch."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
     minibatch = rollout.prompts * rollout.samples // algorithm.minibatches
     tokens = largest_micro_batch([length] * minibatch, recipe.run.micro_tokens, minibatch)
-    return Load(tokens, length, at_once=algorithm.epochs * algorithm.minibatches > 1)
+    return Load(tokens, length)
 
 
 def _sampled(recipe: OnPolicyRecipe, roles: Roles, longest: int) -> Sampled:

@@ -18,15 +18,21 @@ from steersman import native
 from steersman.native.products import Panels, panel_bytes, product, rearrange
 
 STEPS, BYTES = 32, 1 << 30
-"""Fewer steps than these do not earn the rearranging; larger models keep one copy of their weights."""
+"""Fewer steps than these do not earn the rearranging, nor the adding of adapters; larger models keep one copy of
+their weights."""
 ROWS = 256
 """Products of more rows, such as a prefill's, are the library's: there it is as fast."""
+
+
+def lasts(steps: int) -> bool:
+    """Whether a call has steps enough to earn weights that are made for it."""
+    return steps >= STEPS
 
 
 def pays(model: Any, steps: int) -> bool:
     """Whether a second copy of the model's weights is small enough, and used often enough."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return native.library() is not None and steps >= STEPS and size <= BYTES
+    return native.library() is not None and lasts(steps) and size <= BYTES
 
 
 def packed_bytes(model: Any, steps: int) -> int:

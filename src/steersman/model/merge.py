@@ -1,0 +1,56 @@
+"""The weights that a base and its adapters add up to, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.model.quantise import dense, is_quantised
+
+
+def merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """`weight`, the layer's own, with its active adapters added in; DoRA's scale it too (arXiv 2402.09353, eq. 5)."""
+    for adapter in layer.active_adapters:
+        variant = layer.lora_variant.get(adapter)
+        if variant is None:
+            weight = weight + layer.get_delta_weight(adapter)
+        else:
+            weight = variant.merge_safe(layer, adapter, weight)
+    return weight
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state dict with every adapter added into its layer and every quantised layer as its numbers, under the
+    names of a plain model, in `dtype` where one is given.
+
+    The model itself is left as it is: merging in place and undoing it would not give the same bits back. One layer at
+    a time is widened.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    state, special = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            base: Any = module.get_base_layer()
+            special[f"{name}.base_layer.weight"] = lambda layer=module, base=base: merged_weight(layer, dense(base))
+        elif is_quantised(module):
+            special.setdefault(f"{name}.weight", lambda module=module: dense(module))
+    trained_whole = {name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name or _beside(name, special) or any(f"{n}.original_module." in name for n in trained_whole):
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        made = special[name]() if name in special else tensor
+        wide = made.is_floating_point() and dtype is not None
+        state[plain] = made.to(dtype) if wide else made.to(tensor.dtype) if tensor.is_floating_point() else made
+    return state
+
+
+def _beside(name: str, special: dict[str, Any]) -> bool:
+    """Whether an entry belongs to a quantised weight: its scales and tables."""
+    parts = name.rsplit(".weight.", 1)
+    return (len(parts) == 2 and f"{parts[0]}.weight" in special) or name.endswith((".SCB", ".weight_format"))

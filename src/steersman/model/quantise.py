@@ -1,0 +1,76 @@
+"""Frozen bases in 4 or 8 bits, through bitsandbytes: linear layers but for the output layer; adapters stay exact.
+
+Source: NF4 and double quantisation arXiv 2305.14314, section 3; int8 arXiv 2208.07339, section 2, without its columns
+of outliers: which columns these are depends on the whole batch, so that a row's log-probabilities would depend on its
+company.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steersman.types import SteersmanError
+
+Quantise = Literal["none", "nf4", "fp4", "int8"]
+WEIGHTS = ("Params4bit", "Int8Params")
+"""What bitsandbytes calls its parameters."""
+
+
+def quantisation(kind: Quantise, dtype: torch.dtype, keep: list[str] | None = None) -> Any:
+    """What `from_pretrained` takes as `quantization_config`; products are in `dtype`.
+
+    `keep` names layers that stay as they are, None the output layer.
+
+    Raises SteersmanError where bitsandbytes is missing.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SteersmanError(f"model.quantise {kind} needs bitsandbytes: pip install 'steersman[bitsandbytes]'")
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=keep,
+    )  # fmt: skip
+
+
+def settle(model: Any) -> None:
+    """Lets a model that was just quantised be a model like any other, in which only some layers are special.
+
+    The library's marks on it refuse a move, a copy or a save. On a CPU, bitsandbytes would lay weights out anew for
+    products in bfloat16 as soon as no gradient is asked for, and sampling would not agree with training.
+    """
+    four = bool(model.is_loaded_in_4bit) if "is_loaded_in_4bit" in vars(model) else False
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    for part in (model, model.base_model):  # peft asks the module that it is given
+        part.is_loaded_in_4bit, part.is_loaded_in_8bit = four, not four
+    # its line at every product says no more than what int8 is
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer's own weight is in 4 or 8 bits."""
+    return type(module._parameters.get("weight")).__name__ in WEIGHTS
+
+
+def dense(module: Any) -> Tensor:
+    """The layer's weight as the numbers that it stands for, float32 where it is quantised."""
+    if not is_quantised(module):
+        return module.weight
+    functional: Any = importlib.import_module("bitsandbytes").functional
+    weight: Any = module.weight
+    if type(weight).__name__ == "Params4bit":
+        return functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    scales = module.state.SCB if weight.SCB is None else weight.SCB  # the first product takes them over
+    return functional.int8_vectorwise_dequant(weight.data, scales).float()

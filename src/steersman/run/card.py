@@ -1,0 +1,100 @@
+"""The model card of a run: what was trained, on what, how, and how it went; README.md beside the weights."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steersman.run.folder import write_atomic
+from steersman.run.log import read_jsonl
+from steersman.run.terminal import printable
+
+TOLD = ("held_out/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
+"""First parts of the names of numbers that the card's table has."""
+LONGEST = 40
+"""Rows of the table."""
+
+
+def write_card(run: Path) -> Path:
+    """Writes `model/README.md` of a run folder from what the run left there; returns its path.
+
+    The licence is the one that the base model's own card names; where none is named the card says so.
+    """
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    summary = _json(run / "summary.json")
+    base = str(config.get("model", {}).get("path", ""))
+    licence = _licence(Path(base))
+    head = {"library_name": "transformers", "tags": ["steersman", str(summary.get("verb", ""))]}
+    head |= {"license": licence} if licence else {}
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {_plain(run.resolve().name)}",
+        f"`steersman {_plain(summary.get('verb', ''))}` on `{_plain(base)}`, {summary.get('steps', 0)} steps in "
+        f"{float(summary.get('seconds', 0)):.0f} s; {'' if summary.get('finished') else 'stopped early; '}"
+        f"steersman {version('steersman')}.",
+        f"Licence of the base: {licence or 'its folder names none; look before you pass this model on'}.",
+        f"## Data\n\n{_data(config)}",
+        f"## How it went\n\n{_course(read_jsonl(run / 'metrics.jsonl'))}",
+        f"## What the watch said\n\n{_watch(read_jsonl(run / 'health.jsonl'))}",
+        f"## Settings\n\n```yaml\n{_plain((run / 'config.yaml').read_text(encoding='utf-8')).rstrip()}\n```",
+    ]
+    path = run / "model" / "README.md"
+    write_atomic(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def _data(config: dict[str, Any]) -> str:
+    data = config.get("data") or {}
+    told = data.get("path") or []
+    paths = told if isinstance(told, list) else [told]
+    lines = [f"- `{_plain(Path(str(path)).name)}`" for path in paths if path]
+    parts = (config.get("reward") or {}).get("parts") or {}
+    for name, part in parts.items():
+        kind = next((k for k in ("model", "function", "builtin", "metric") if part.get(k)), "?")
+        lines.append(f"- reward `{_plain(name)}`: {kind} `{_plain(Path(str(part.get(kind))).name)}`")
+    return "\n".join(lines) or "None."
+
+
+def _course(rows: list[dict[str, Any]]) -> str:
+    """First and last value of every number that says how it went."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, int | float) and any(
+                name == t or (t[-1] == "/" and name.startswith(t)) for t in TOLD
+            ):
+                found.setdefault(name, []).append(float(value))
+    lines = [f"| {_plain(name)} | {x[0]:.4g} | {x[-1]:.4g} |" for name, x in list(found.items())[:LONGEST]]
+    return "\n".join(["| | first | last |", "| --- | ---: | ---: |", *lines]) if lines else "Nothing was measured."
+
+
+def _watch(findings: list[dict[str, Any]]) -> str:
+    lines = [f"- step {f.get('step')}: {_plain(f.get('text', ''))}" for f in findings[:LONGEST]]
+    return "\n".join(lines) or "Nothing."
+
+
+def _licence(base: Path) -> str | None:
+    """The licence in the front of the base's own card."""
+    try:
+        text = (base / "README.md").read_text(encoding="utf-8")[:100_000]
+        told = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError, RecursionError):
+        return None
+    licence = told.get("license") if isinstance(told, dict) else None
+    return printable(licence)[:60] if isinstance(licence, str) else None
+
+
+def _plain(text: Any) -> str:
+    """Text of others without what could end a code span, a table row or a fence, or be a tag."""
+    return printable(str(text)).replace("`", "'").replace("|", "/").replace("<", "&lt;")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,62 @@
+"""`steersman export MODEL --out FOLDER`: a trained model in the form that another program wants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from steersman.model import load_policy, load_reward, save
+from steersman.model.adapters import is_adapters
+from steersman.run.config import Section
+from steersman.types import SteersmanError
+
+
+class ExportRecipe(Section):
+    """A model written once more: with its adapters added in, or the adapters alone, in a precision of choice."""
+
+    path: str = Field(description="folder of a model, or of adapters")
+    out: str = Field(description="folder to write; it must not be there yet")
+    form: Literal["merged", "adapters"] = Field(
+        default="merged", description="merged: a plain model, with adapters added in; adapters: these alone"
+    )
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
+        default="same", description="precision on disk; same: that of the model, or of the base of the adapters"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model's folder; read it first"
+    )
+
+
+def run(recipe: ExportRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Writes the folder; returns where it is and what was written.
+
+    Raises SteersmanError where the folder is there already, or adapters are asked for and there are none.
+    """
+    out = Path(recipe.out)
+    if out.exists():
+        raise SteersmanError(f"out: {out} is there already; name a folder that is not")
+    if recipe.form == "adapters" and not is_adapters(recipe.path):
+        raise SteersmanError(
+            f"form: {recipe.path} holds no adapters alone; train with model.lora and model.merge: false to keep them"
+        )
+    load = load_reward if _gives_numbers(Path(recipe.path)) else load_policy
+    model: Any = load(recipe.path, device="cpu", trust_remote_code=recipe.trust_remote_code)
+    dtype = model.stored_dtype if recipe.dtype == "same" else getattr(torch, recipe.dtype)
+    save(model, model.tokenizer, out, merged=recipe.form == "merged", dtype=dtype)
+    print(f"{recipe.form} written to {out} ({str(dtype).removeprefix('torch.')})")
+    return {"out": str(out), "form": recipe.form, "dtype": str(dtype)}
+
+
+def _gives_numbers(folder: Path) -> bool:
+    """Whether a folder is of a reward model or critic; what is unreadable is for the loading to name."""
+    for name, key in (("adapter_config.json", "task_type"), ("config.json", "architectures")):
+        try:
+            told = json.loads((folder / name).read_text())[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return told == "SEQ_CLS" or any("ForSequenceClassification" in str(x) for x in told or [])
+    return False

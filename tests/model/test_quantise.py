@@ -1,0 +1,172 @@
+"""Bases in 4 and 8 bits under exact adapters: sampling agrees with training, nothing leaks between rows, and what is
+saved is a plain model. And the knobs of adapters: DoRA, rsLoRA, dropout, modules trained whole."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from model_inputs import ragged, word_tokenizer
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+from steersman.model import LoraConfig, SharedBase, load_policy, load_scalar, save
+from steersman.model.fast.folded import folded
+from steersman.model.lora import LearningDropout
+from steersman.model.merge import merged_state
+from steersman.rollout import Engine, Sampling
+from steersman.train.experience import tokens_of
+from steersman.types import Prompt, Tokens
+
+BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+KINDS = ["nf4", "fp4", "int8"]
+LORA = LoraConfig(r=2, alpha=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama", scale=2.0).save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+def stirred(policy, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+
+
+@BNB
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_ratio_is_one_and_no_row_sees_another(kind, folder):
+    policy = load_policy(folder, device="cpu", quantise=kind, lora=LORA)
+    stirred(policy)
+    engine = Engine(policy.model, policy.tokenizer, max_batch=4, eos_token_id=[2, 5, 17])
+    prompts = [Prompt(ids, "", index=i) for i, ids in enumerate(ragged()["prompts"])]
+    samples = engine.generate(prompts, Sampling(40), n=2, seed=1)
+    tokens = tokens_of(samples)
+    logp = policy.logp(tokens).logp
+    for row, sample in enumerate(samples):
+        assert logp[row, : len(sample.ids)].tolist() == pytest.approx(
+            sample.logp, abs=2e-3 if kind == "int8" else 2e-4
+        )
+        alone = policy.logp(tokens.rows(torch.tensor([row]))).logp[0, : len(sample.ids)]
+        torch.testing.assert_close(logp[row, : len(sample.ids)], alone, atol=2e-3 if kind == "int8" else 1e-4, rtol=0)
+    logp.sum().backward()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@BNB
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_merged_and_saved_is_a_plain_model_of_the_same_numbers(kind, folder, tmp_path):
+    policy = load_policy(folder, device="cpu", quantise=kind, lora=LORA)
+    stirred(policy)
+    save(policy, None, tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not hasattr(plain.config, "quantization_config")
+    assert all(p.dtype == torch.float32 for p in plain.parameters())
+    ids = torch.tensor([[5, 9, 11, 40, 3]])
+    with torch.no_grad():
+        found, expected = plain(ids).logits, policy.model(ids).logits
+    share = 0.03 if kind == "int8" else 1e-4  # int8 rounds what goes into a product too
+    assert (found - expected).abs().max() <= share * expected.abs().max()
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert (before(ids).logits - found).abs().max() > share * expected.abs().max()
+
+
+@BNB
+def test_the_base_is_small_and_the_adapters_are_exact(folder):
+    policy = load_policy(folder, device="cpu", quantise="nf4", lora=LORA)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.dtype == torch.float32 for p in trained)
+    layer = policy.model.model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.nbytes == layer.in_features * layer.out_features // 2
+    assert not any(p.dtype == torch.uint8 and p.requires_grad for p in policy.parameters())
+
+
+@BNB
+def test_models_share_a_quantised_base(folder):
+    policy = load_policy(folder, device="cpu", quantise="nf4")
+    base = SharedBase(policy)
+    critic = base.fresh()
+    policy.adapt(LORA)
+    critic.adapt(LORA)
+    stirred(critic)
+    own = {p.data_ptr() for p in policy.parameters()}
+    assert all("lora_" in n or "score" in n for n, p in critic.named_parameters() if p.data_ptr() not in own)
+    tokens = Tokens.from_ids(**ragged())
+    critic.value(tokens).square().sum().backward()
+    assert all(p.grad is not None for p in critic.parameters() if p.requires_grad)
+    with policy.reference() as reference:
+        start = load_policy(folder, device="cpu", quantise="nf4")
+        with torch.no_grad():
+            torch.testing.assert_close(reference.logp(tokens).logp, start.logp(tokens).logp)
+
+
+KNOBS = [LoraConfig(r=2, dora=True), LoraConfig(r=4, rslora=True), LoraConfig(r=2, train_whole=("norm", "lm_head")),
+         LoraConfig(r=2, targets=r".*layers\.1\..*(q|v)_proj")]  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", KNOBS, ids=["dora", "rslora", "train_whole", "pattern"])
+def test_knobs_start_at_the_model_merge_to_what_they_compute_and_have_a_reference(lora, folder, tmp_path):
+    policy, start = load_policy(folder, device="cpu", lora=lora), load_policy(folder, device="cpu")
+    tokens = Tokens.from_ids(**ragged())
+    with torch.no_grad():
+        torch.testing.assert_close(policy.logp(tokens).logp, start.logp(tokens).logp, atol=1e-4, rtol=1e-4)
+        stirred(policy)
+        expected = policy.logp(tokens).logp
+        assert (expected - start.logp(tokens).logp).abs().max() > 1e-3
+        with policy.reference() as reference:
+            torch.testing.assert_close(reference.logp(tokens).logp, start.logp(tokens).logp, atol=1e-4, rtol=1e-4)
+        with folded(policy.model):
+            torch.testing.assert_close(policy.logp(tokens).logp, expected, atol=1e-4, rtol=1e-4)
+        save(policy, None, tmp_path / "merged")
+        saved = load_policy(tmp_path / "merged", device="cpu")
+        torch.testing.assert_close(saved.logp(tokens).logp, expected, atol=1e-4, rtol=1e-4)
+        save(policy, None, tmp_path / "adapters", merged=False)
+        again = load_policy(tmp_path / "adapters", device="cpu")
+        torch.testing.assert_close(again.logp(tokens).logp, expected, atol=1e-4, rtol=1e-4)
+    assert set(merged_state(policy.model)) == set(start.model.state_dict())
+
+
+def test_a_pattern_reaches_what_it_names_and_no_more(folder):
+    policy = load_policy(folder, device="cpu", lora=KNOBS[3])
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".layers.1." in name and ("q_proj" in name or "v_proj" in name) for name in trained)
+
+
+def test_dropout_acts_while_learning_and_nowhere_else(folder):
+    policy = load_policy(folder, device="cpu", lora=LoraConfig(r=2, dropout=0.5))
+    stirred(policy)
+    tokens = Tokens.from_ids(**ragged())
+    assert any(isinstance(m, LearningDropout) for m in policy.modules())
+    with torch.no_grad():
+        assert torch.equal(policy.logp(tokens).logp, policy.logp(tokens).logp)
+        plain = policy.logp(tokens).logp
+    torch.manual_seed(0)
+    assert not torch.equal(policy.logp(tokens).logp.detach(), plain)
+
+
+@BNB
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_critic_on_a_quantised_base_keeps_its_head_and_saves_adapters_that_load_again(kind, folder, tmp_path):
+    critic = load_scalar(folder, device="cpu", quantise=kind)
+    assert not critic.score(Tokens.from_ids([[5, 6]], [[7]])).any()
+    critic.adapt(LORA)
+    stirred(critic)
+    assert critic.output.weight.dtype == torch.float32
+    tokens = Tokens.from_ids(**ragged())
+    save(critic, None, tmp_path / "critic", merged=False)
+    again = load_scalar(tmp_path / "critic", device="cpu", quantise=kind)
+    with torch.no_grad():
+        torch.testing.assert_close(again.score(tokens), critic.score(tokens))

@@ -1,0 +1,75 @@
+"""Sinks of one's own by path, and the trackers that are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from steersman.run.log import Log
+from steersman.run.sinks import SINKS, open_sink
+from steersman.types import SteersmanError
+
+OWN = """
+import json
+
+class Lines:
+    def __init__(self, folder, resumed_step):
+        self.file = open(folder / "own.jsonl", "a")
+        self.file.write(json.dumps({"resumed": resumed_step}) + "\\n")
+    def log(self, step, stats):
+        self.file.write(json.dumps({"step": step, **stats}) + "\\n")
+    def close(self):
+        self.file.write('"closed"\\n')
+        self.file.close()
+
+class Half:
+    def __init__(self, folder, resumed_step):
+        pass
+    def log(self, step, stats):
+        pass
+
+class Broken:
+    def __init__(self, folder, resumed_step):
+        1 / 0
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    path = tmp_path / "my_sinks.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_sink_of_ones_own_gets_every_step_and_is_closed(own, tmp_path):
+    for resumed, steps in ((-1, (1, 2)), (1, (2, 3))):
+        with Log(tmp_path, title="t", total=3, resumed_step=resumed, sinks=[f"{own}:Lines"]) as log:
+            for step in steps:
+                log.step(step, {"loss": step / 2})
+    told = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert told == [{"resumed": 0}, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, "closed",
+                    {"resumed": 1}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}, "closed"]  # fmt: skip
+
+
+def test_what_is_no_sink_is_refused_by_name(own, tmp_path):
+    with pytest.raises(SteersmanError, match="has no method close"):
+        open_sink(f"{own}:Half", tmp_path, 0)
+    with pytest.raises(SteersmanError, match="no 'Nothing'"):
+        open_sink(f"{own}:Nothing", tmp_path, 0)
+    with pytest.raises(SteersmanError, match="there is no sink 'tb'"):
+        open_sink("tb", tmp_path, 0)
+
+
+@pytest.mark.parametrize("name", [n for n in SINKS if n != "wandb"])
+def test_trackers_that_are_installed_take_numbers_offline(name, tmp_path, monkeypatch):
+    if importlib.util.find_spec(name) is None:
+        with pytest.raises(SteersmanError, match=rf"pip install 'steersman\[{name}\]'"):
+            open_sink(name, tmp_path, 0)
+        return
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    sink = open_sink(name, tmp_path, 0)
+    sink.log(1, {"loss": 0.5})
+    sink.close()

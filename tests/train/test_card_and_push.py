@@ -1,0 +1,67 @@
+"""A run leaves a model card that tells what happened; push shows what would go, and sends nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from letter_models import save_mini, write_jsonl
+
+from steersman import cli
+from steersman.run.card import write_card
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    base = save_mini(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"hm{'?' * i}", "completion": "a cat"} for i in range(8)])
+    told = ["--model.path", str(base), "--data.path", str(data), "--data.held_out", "2", "--train.batch_size", "2"]
+    assert cli.main(["sft", *told, "--run.dir", str(tmp_path / "run"), "--run.threads", "1"]) == 0
+    return tmp_path / "run"
+
+
+def test_the_card_tells_base_licence_data_course_and_settings(run_folder):
+    text = (run_folder / "model" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1]) == {
+        "library_name": "transformers", "tags": ["steersman", "sft"], "license": "apache-2.0",
+    }  # fmt: skip
+    assert "`steersman sft` on" in text
+    assert "`rows.jsonl`" in text
+    assert "| held_out/loss |" in text
+    assert "batch_size: 2" in text
+
+
+def test_what_others_wrote_can_not_break_out_of_the_card(run_folder):
+    (run_folder / "health.jsonl").write_text(
+        json.dumps({"step": 1, "code": "x", "severity": "note", "text": "<script>a</script> `b` | \x1b[31m"}) + "\n"
+    )
+    text = write_card(run_folder).read_text()
+    assert "<script>" not in text
+    assert "\x1b" not in text
+    assert "`b`" not in text
+
+
+def test_a_dry_run_shows_the_files_and_sends_nothing(run_folder, capsys):
+    assert cli.main(["push", str(run_folder), "--name", "me/polite", "--dry_run", "true"]) == 0
+    told = capsys.readouterr().out
+    for name in ("README.md", "config.json", "model.safetensors", "tokenizer.json"):
+        assert name in told
+    assert "nothing was pushed to me/polite" in told
+
+
+@pytest.mark.parametrize(
+    ("prepare", "name", "said"),
+    [
+        (lambda run: None, "me/po lite", "is no name of a repository"),
+        (lambda run: (run / "model" / "x.pkl").write_bytes(b"1"), "me/polite", "could run code"),
+        (lambda run: (run / "model" / "config.json").unlink(), "me/polite", "holds no model"),
+        (lambda run: None, "me/polite", "the hub did not take me/polite"),  # offline here
+    ],
+)
+def test_what_can_not_be_pushed_is_refused(prepare, name, said, run_folder, capsys):
+    prepare(run_folder)
+    assert cli.main(["push", str(run_folder), "--name", name]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,279 @@
+"""Every language model family of the installed transformers, made small from its own config class, through steersman.
+
+    python tools/families.py [--only llama t5 ...] [--out docs/results/families.md] [--seconds 60]
+
+Each family is tried in a process of its own: load, the first ratio, padding, LoRA, gradient checkpointing, and a step
+of sft, dpo and grpo by the verbs. A family works, or is refused by name; anything else is a failure and told so.
+Random weights, float32 on a CPU: what a family computes is checked, not what a pretrained model can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+SIZES = {
+    32: ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "dim", "n_embed", "model_dim",
+         "input_dim"),
+    64: ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ff_dim", "dim_ff",
+         "ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size", "mlp_hidden_size"),
+    16: ("moe_intermediate_size", "expert_ffn_hidden_size", "d_kv", "q_lora_rank", "kv_lora_rank", "v_head_dim",
+         "mamba_d_state", "state_size", "ssm_state_size"),
+    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+        "num_decoder_layers", "num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "moe_topk", "depth"),
+    4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
+        "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    8: ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"),
+    128: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_source_positions",
+          "max_target_positions"),
+}  # fmt: skip
+LARGEST = 20_000_000
+CHECKS = ("load", "ratio", "padding", "lora", "checkpointing", "sft", "dpo", "grpo")
+
+
+def families() -> dict[str, str]:
+    """Model type: causal or encoder-decoder."""
+    from transformers.models.auto import modeling_auto as auto
+
+    pairs = dict.fromkeys(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "encoder-decoder")
+    return dict(sorted((dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal") | pairs).items()))
+
+
+def shrink(config: Any, vocab: int) -> None:
+    """Sets every size that a config names to a small one, in its parts too."""
+    wanted: dict[str, Any] = {name: size for size, names in SIZES.items() for name in names}
+    wanted |= {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if getattr(config, "kv_lora_rank", None):  # latent attention has as many keys as queries
+        wanted |= {"num_key_value_heads": 4}
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if kinds:
+        wanted["layer_types"] = (kinds * 2)[: max(2, min(len(kinds), 3))]
+        wanted["num_hidden_layers"] = len(wanted["layer_types"])
+    for name, value in wanted.items():
+        there = getattr(config, name, None)
+        if isinstance(there, int | list) or (there is None and name.endswith("_token_id")):
+            with contextlib.suppress(AttributeError, NotImplementedError, ValueError):  # it follows from others
+                setattr(config, name, value)
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type") and name != "generation_config":
+            shrink(value, vocab)
+
+
+def make(kind: str, style: str, folder: Path) -> str:
+    """A tiny model of the family with a tokenizer, in the folder; why not, where there is none."""
+    import torch
+    import transformers as hf
+
+    sys.path.insert(0, str(TESTS))
+    from letter_models import LETTERS, letters  # type: ignore
+
+    try:
+        config = hf.AutoConfig.for_model(kind)
+        shrink(config, len(LETTERS))
+        if style != "causal":
+            config.decoder_start_token_id = 0
+        auto = hf.AutoModelForCausalLM if style == "causal" else hf.AutoModelForSeq2SeqLM
+        with torch.device("meta"):
+            count = sum(p.numel() for p in auto.from_config(config).parameters())
+        if count > LARGEST:
+            return f"no small config found ({count / 1e6:.0f} M parameters)"
+        torch.manual_seed(0)
+        model = auto.from_config(config).float()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim == 2:
+                    p.mul_(3.0)
+        model.save_pretrained(folder)
+        letters().save_pretrained(folder)
+    except Exception as error:
+        return f"no small config found ({type(error).__name__}: {str(error).splitlines()[0][:90]})"
+    return ""
+
+
+def tries(folder: Path, work: Path) -> dict[str, Callable[[], None]]:
+    """Every check by name; each raises where it does not hold."""
+    import torch
+    from letter_models import write_jsonl  # type: ignore
+
+    from steersman import cli
+    from steersman.model import LoraConfig, load_policy
+    from steersman.rollout import Engine, Sampling
+    from steersman.train.experience import tokens_of
+    from steersman.types import Prompt, Tokens
+
+    prompts = [Prompt(ids, "", index=i) for i, ids in enumerate([[5], [7, 3, 9, 30, 11, 4, 8], [12, 9, 9], [3] * 11])]
+
+    def load() -> None:
+        load_policy(folder, device="cpu")
+
+    def agree(policy: Any, steps: int) -> None:
+        engine = Engine(policy.model, policy.tokenizer, max_batch=3, eos_token_id=[2, 5, 17])
+        samples = engine.generate(prompts, Sampling(steps), n=2, seed=1)
+        with torch.no_grad():
+            logp = policy.logp(tokens_of(samples)).logp
+        gap = max(float((logp[i, : len(s.ids)] - torch.tensor(s.logp)).abs().max()) for i, s in enumerate(samples))
+        assert gap < 1e-3, f"log-probabilities of sampling and training differ by {gap:.2g}"
+
+    def ratio() -> None:
+        agree(load_policy(folder, device="cpu"), 9)
+
+    def padding() -> None:
+        policy = load_policy(folder, device="cpu")
+        tokens = Tokens.from_ids([p.ids for p in prompts], [[4, 6, 9], [8], [11, 5, 7, 20, 6], [9, 9]])
+        with torch.no_grad():
+            together = policy.logp(tokens).logp
+            for row in range(len(prompts)):
+                alone = policy.logp(tokens.rows(torch.tensor([row]))).logp[0]
+                gap = float((together[row, : len(alone)] - alone).abs().max())
+                assert gap < 1e-3, f"a row's log-probabilities change by {gap:.2g} with its company"
+
+    def lora() -> None:
+        policy = load_policy(folder, device="cpu", lora=LoraConfig(r=2, alpha=4))
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in trained:
+                p.add_(0.02)
+        agree(policy, 33)
+
+    def checkpointing() -> None:
+        tokens = Tokens.from_ids([p.ids for p in prompts], [[4, 6, 9], [8], [11, 5, 7], [9, 9]])
+        grads = []
+        for on in (False, True):
+            policy: Any = load_policy(folder, device="cpu")
+            if on:
+                policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+                policy.model.train()
+            policy.logp(tokens).logp.sum().backward()
+            grads.append([p.grad for p in policy.parameters() if p.grad is not None])
+        gap = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in zip(*grads, strict=True))
+        assert gap < 1e-3, f"gradients differ by {gap:.2g}"
+
+    def verb(name: str, rows: list[dict[str, Any]], *words: str) -> Callable[[], None]:
+        def run() -> None:
+            data = write_jsonl(work / f"{name}.jsonl", rows)
+            told = io.StringIO()
+            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+                code = cli.main([name, "--model.path", str(folder), "--data.path", str(data), "--run.threads", "1",
+                                 "--run.dir", str(work / name), *words])  # fmt: skip
+            assert code == 0, " ".join(told.getvalue().split())[:200]
+
+        return run
+
+    offline = ("--train.batch_size", "2", "--train.max_steps", "1")
+    texts = ["a cat", "no dog", "it is", "oh"]
+    reward = ("--reward.parts", "{l: {builtin: length}}", "--iterations", "1", "--rollout",
+              "{prompts: 2, samples: 2, max_new_tokens: 6, held_out: 0}")  # fmt: skip
+    return {
+        "load": load, "ratio": ratio, "padding": padding, "lora": lora, "checkpointing": checkpointing,
+        "sft": verb("sft", [{"prompt": "hm", "completion": t} for t in texts], *offline),
+        "dpo": verb("dpo", [{"prompt": "hm", "chosen": t, "rejected": "up"} for t in texts], *offline),
+        "grpo": verb("grpo", [{"prompt": t} for t in texts], *reward),
+    }  # fmt: skip
+
+
+def one(kind: str, style: str) -> dict[str, Any]:
+    """What became of a family: works, refused, made not, or failed, and why."""
+    from steersman.types import SteersmanError
+
+    with tempfile.TemporaryDirectory() as folder:
+        missing = make(kind, style, Path(folder) / "model")
+        if missing:
+            return {"status": "not tried", "why": missing}
+        done: list[str] = []
+        for name, check in tries(Path(folder) / "model", Path(folder)).items():
+            try:
+                check()
+            except SteersmanError as error:
+                said = str(error).replace(folder, "").splitlines()[0]
+                return {"status": "refused" if name in ("load", "ratio") else "failed", "why": said, "at": name}
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                return {"status": "failed", "why": said.replace(folder, ""), "at": name}
+            done.append(name)
+    return {"status": "works", "why": ""}
+
+
+def apart(kind: str, style: str, seconds: float) -> dict[str, Any]:
+    """`one` in a process of its own, which may hang or die."""
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+
+    def work() -> None:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        theirs.send(one(kind, style))
+
+    process = context.Process(target=work)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return {"status": "not tried", "why": f"not done in {seconds:.0f} s"}
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return {"status": "failed", "why": f"its process ended with {process.exitcode}", "at": "start"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def page(found: dict[str, dict[str, Any]], version: str) -> str:
+    counts = {s: sum(f["status"] == s for f in found.values()) for s in ("works", "refused", "failed", "not tried")}
+    lines = [
+        "# Model families", "",
+        f"Written by `python tools/families.py` with transformers {version}, whose registry knows {len(families())}",
+        f"families of causal language models and encoder-decoders; {len(found)} of them are below. Each was made",
+        "small from its own config class, with random weights, and put through: loading, a first ratio of 1, rows",
+        "that do not see each other, LoRA, gradient checkpointing, and a step each of `sft`, `dpo` and `grpo`.", "",
+        f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail. Of "
+        f"{counts['not tried']} no small config",
+        "could be made by setting sizes alone, or the time was up, so nothing is known of them here.",
+        "", "| family | style | | why |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for kind, f in found.items():
+        why = f["why"].replace("|", "/").replace("<", "&lt;")[:180] + (
+            f" (at {f['at']})" if f["status"] == "failed" else ""
+        )
+        lines.append(f"| {kind} | {f['style']} | {f['status']} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=60)
+    given = parser.parse_args()
+    import peft  # noqa: F401  # once, for all the processes that are forked below
+    import torch
+    import transformers
+
+    import steersman.cli  # noqa: F401
+
+    torch.set_num_threads(1)
+    kept = given.out.with_suffix(".json") if given.out else None
+    found = json.loads(kept.read_text()) if kept and kept.exists() and given.only else {}
+    for kind, style in families().items():
+        if given.only and kind not in given.only:
+            continue
+        found[kind] = apart(kind, style, given.seconds) | {"style": style}
+        print(kind, found[kind]["status"], found[kind].get("at", ""), found[kind]["why"][:150], flush=True)
+        if given.out and kept:
+            found = dict(sorted(found.items()))
+            kept.write_text(json.dumps(found, indent=1) + "\n")
+            given.out.write_text(page(found, transformers.__version__))
+
+
+if __name__ == "__main__":
+    main()
