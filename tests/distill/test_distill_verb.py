@@ -10,7 +10,8 @@ from train_kit import merge, rewards_file, rows, weights
 
 from steersman.distill import run as verb
 from steersman.distill.loop import Distill
-from steersman.distill.recipe import DistillRecipe
+from steersman.distill.recipe import SOURCES, DistillRecipe
+from steersman.ops.divergence import DIVERGENCES
 from steersman.types import SteersmanError
 
 
@@ -23,6 +24,10 @@ def distil(settings, **extra):
 def test_on_its_own_answers_a_student_nears_its_teacher(settings, name):
     told = distil(settings, loss__name=name, train__epochs=6)
     assert told["teacher_kl_after"] < 0.85 * told["teacher_kl_before"]
+
+
+def test_every_loss_has_its_source():
+    assert set(SOURCES) == {*DIVERGENCES, "minillm", "uld"}
 
 
 def test_on_given_answers_too_and_their_likelihood_is_told(settings):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from steersman.data import DataConfig
 from steersman.judge.config import AddressConfig
 from steersman.loss.reduce import Average
-from steersman.ops.divergence import DIVERGENCES, Divergence
+from steersman.ops.divergence import Divergence
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
@@ -170,6 +170,3 @@ class DistillRecipe(Section):
                 "from another model first"
             )
         return self
-
-
-assert set(SOURCES) == {*DIVERGENCES, "minillm", "uld"}
