@@ -99,6 +99,8 @@ class OnPolicyRecipe(Section, Generic[A]):
                 "model.lora.dropout makes every training pass another policy than the one that sampled, so no ratio "
                 "would be 1 at the start; leave it at 0 for on-policy methods"
             )
+        if self.share == "base" and self.parallel.mode == "fsdp":
+            raise ValueError("share: base keeps one whole base on each device; use parallel.mode: replicas")
         if self.share == "base" and self.model.lora is None:
             raise ValueError(
                 "share: base needs adapters to tell the models apart; give model.lora, for instance '{}'"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -58,10 +59,11 @@ class Optimizer:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise SteersmanError("nothing to train: no parameter requires a gradient")
-        if ranks().sharded and (config.kind != "adamw" or config.rounding != "none"):
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
+        if ranks().sharded and (config.kind != "adamw" or (half and config.rounding != "nearest")):
             raise SteersmanError(
-                f"optimizer: kind {config.kind} with rounding {config.rounding} does not go with parallel.mode fsdp, "
-                "whose pieces only plain adamw updates; use kind: adamw with rounding: none, or mode: replicas"
+                "optimizer: parallel.mode fsdp updates its pieces with plain adamw; use kind: adamw with weights in "
+                "float32 (parallel.compute_dtype: bfloat16 computes in half of it), or parallel.mode: replicas"
             )
         self.config, self.total, self.updates = config, max(total, 1), 0
         self.warmup = warmup_updates(config.warmup, self.total)
