@@ -1,7 +1,7 @@
 """Where else a run's numbers go: trackers by name, or a class of one's own by its path.
 
-A sink is a class: `Sink(folder, resumed_step)` opens it, `log(step, stats)` takes a step's numbers, `close()` ends it.
-One run folder is one run over there too, however often it is resumed.
+A sink is a class: `Sink(folder, resumed_step)` opens it, `log(step, stats)` takes a step's numbers, `close()` ends
+it. One run folder is one run over there too, however often it is resumed.
 """
 
 from __future__ import annotations
