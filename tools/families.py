@@ -238,7 +238,9 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
         "that do not see each other, LoRA, gradient checkpointing, and a step each of `sft`, `dpo` and `grpo`.", "",
         f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail. Of "
         f"{counts['not tried']} no small config",
-        "could be made by setting sizes alone, or the time was up, so nothing is known of them here.",
+        "could be made by setting sizes alone, or the time was up, so nothing is known of them here. A family is",
+        "tried with the kinds of layers that its default config has: a model with others (LFM2's convolutions) is",
+        "refused by name when it is loaded.",
         "", "| family | style | | why |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for kind, f in found.items():
