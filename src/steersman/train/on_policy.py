@@ -132,6 +132,8 @@ class OnPolicy:
             per_token=None if scores.per_token is None else scores.per_token.to(roles.device),
             cut="end" if recipe.critic is None else recipe.critic.cut,
         )  # fmt: skip
+        if self.algorithm.parts:
+            traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
         traj.value = roles.learner.value(tokens, traj)
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
