@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
-from math import comb
+from math import comb, log
 from statistics import mean, stdev
 
 import pytest
@@ -159,7 +159,7 @@ def test_vapo_imitates_its_correct_answers():
 def test_binary_divergences_are_of_two_outcomes():
     old, new = torch.tensor([[0.2]], dtype=F64), torch.tensor([[0.3]], dtype=F64)
     assert float(binary_divergence(new.log(), old.log(), "tv")) == pytest.approx(0.1)
-    expected = 0.2 * torch.tensor(0.2 / 0.3).log() + 0.8 * torch.tensor(0.8 / 0.7).log()
-    assert float(binary_divergence(new.log(), old.log(), "kl")) == pytest.approx(float(expected))
+    expected = 0.2 * log(0.2 / 0.3) + 0.8 * log(0.8 / 0.7)
+    assert float(binary_divergence(new.log(), old.log(), "kl")) == pytest.approx(expected)
     sure = torch.zeros(1, 1)
     assert float(binary_divergence(sure, sure, "kl")) == 0

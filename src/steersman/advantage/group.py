@@ -110,11 +110,19 @@ def signal_weight(traj: Trajectory) -> float:
     return len(traj) / max(len(traj) - silent, 1) if silent < len(traj) else 1.0
 
 
-def best_rows(worth: Float[Tensor, " B"], group: Int[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
-    """True for the part `share` of each group, at least two, whose `worth` is largest; ties by order.
+def efficient_rows(traj: Trajectory, share: float, by: Literal["length", "efficiency"]) -> Bool[Tensor, " B"]:
+    """True for the part `share` of each group that is shortest, or has the most score per token.
 
-    Source: GFPO, arXiv 2508.09726, with minus the length or the reward per token as `worth`.
+    Source: GFPO, arXiv 2508.09726.
     """
+    length = traj.mask.sum(-1)
+    score = episode_return(traj) if traj.score is None else traj.score
+    group = torch.zeros_like(length) if traj.group is None else traj.group
+    return best_rows(-length.to(score.dtype) if by == "length" else score / length.clamp(min=1), group, share)
+
+
+def best_rows(worth: Float[Tensor, " B"], group: Int[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
+    """True for the part `share` of each group, at least two, whose `worth` is largest; ties by order."""
     kept = torch.zeros_like(worth, dtype=torch.bool)
     for name in group.unique():
         rows = (group == name).nonzero().flatten()

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from steersman.advantage.gae import Advantage
-from steersman.advantage.group import best_rows
+from steersman.advantage.group import efficient_rows
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.reduce import Average
 from steersman.types import Trajectory
@@ -31,12 +31,8 @@ class GFPO(GroupRelative):
     )
 
     def advantage(self, traj: Trajectory) -> Advantage:
-        length = traj.mask.sum(-1)
-        score = torch.zeros_like(traj.reward[:, 0]) if traj.score is None else traj.score
-        group = torch.zeros_like(length) if traj.group is None else traj.group
-        worth = -length.to(score.dtype) if self.by == "length" else score / length.clamp(min=1)
-        kept = best_rows(worth, group, self.keep).nonzero().flatten()
-        adv = torch.zeros_like(traj.reward)
+        kept = efficient_rows(traj, self.keep, self.by).nonzero().flatten()
         part = super().advantage(traj.rows(kept)).adv
+        adv = torch.zeros_like(traj.reward)
         adv[kept, : part.shape[1]] = part
         return Advantage(adv)
