@@ -151,17 +151,6 @@ def divergence_masked(
     return torch.where(outside.detach(), 0.0, clipped_weight(logp, logp_old, adv, weight_high))
 
 
-def truncated_importance(
-    logp_old: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], cap: float
-) -> Float[Tensor, "B T"]:
-    """min(pi_train / pi_rollout, cap) per token: the weight that corrects rollouts made by another engine.
-
-    Biased where the cap binds, with variance bounded by it. Source: Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training".
-    """
-    return (logp_old - logp_rollout).exp().clamp(max=cap).detach()
-
-
 def clip_fraction(
     logp: Float[Tensor, "B T"],
     logp_old: Float[Tensor, "B T"],
