@@ -1,7 +1,7 @@
 """Weights for samples of another policy than the one that is trained: an older version, another engine or precision.
 
 Write w_t = pi_old(a_t | s_t) / mu(a_t | s_t), pi_old what training says before the first update and mu what was
-sampled from. Every correction multiplies the loss of a step by a detached number that depends on its own response alone.
+sampled from. Every correction multiplies the loss of a step by a detached number of its own response alone.
 """
 
 from __future__ import annotations
