@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from steersman.advantage.gae import Advantage
-from steersman.advantage.group import GroupScale
+from steersman.advantage.group import DIVIDES_BY, GroupScale
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.reduce import Average
 from steersman.ops.kl import KLEstimator
@@ -26,7 +26,7 @@ class REINFORCEPlusPlusBaseline(GroupRelative):
     fixed_point = "beta counts in deviations of the return, and k2 holds each token alone to the reference"
     unread = ("scale",)
 
-    scale: GroupScale = "none"
+    scale: GroupScale = Field(default="none", description=DIVIDES_BY)
     kl_in: Literal["reward", "loss"] = Field(
         default="loss", description="where the KL term goes: into every token's reward, or into the loss"
     )
