@@ -158,7 +158,8 @@ class Trajectory:
     `logp_old` is the behaviour log-probability, `logp_ref` the reference's. `group` numbers the prompt that a
     row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
     prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
-    `score` is what a row earned without any KL penalty.
+    `score` is what a row earned without any KL penalty; `parts` are the rewards that it was added up from, each with
+    its weight. `marked` are steps that an advantage picked out for its method's loss.
     """
 
     mask: Bool[Tensor, "B T"]
@@ -171,6 +172,8 @@ class Trajectory:
     baseline: Float[Tensor, " B"] | None = None
     logp_rollout: Float[Tensor, "B T"] | None = None
     score: Float[Tensor, " B"] | None = None
+    parts: Float[Tensor, "B K 2"] | None = None
+    marked: Bool[Tensor, "B T"] | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]

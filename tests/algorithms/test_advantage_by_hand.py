@@ -66,6 +66,22 @@ def group_relative(row: int) -> float:
     return (sum(REWARD[row]) - mean(sum(REWARD[i]) for i in members)) / (stdev(SCORE[i] for i in members) + 1e-4)
 
 
+def lead(row: int) -> float:
+    return sum(REWARD[row]) - mean(sum(REWARD[i]) for i in [row, *others(row)])
+
+
+def penalty(row: int) -> float:
+    return sum(REWARD[row]) - SCORE[row]
+
+
+def decoupled(row: int) -> float:
+    """The score in deviations of the scores; the rest of the return as it is."""
+    members = [row, *others(row)]
+    spread = stdev(SCORE[i] for i in members) + 1e-4
+    standard = (SCORE[row] - mean(SCORE[i] for i in members)) / spread
+    return standard + penalty(row) - mean(penalty(i) for i in members)
+
+
 EXPECTED = {
     "reinforce": lambda: [[g - BASELINE[b] for g in to_go(b)] for b in range(4)],
     "reinforce-baseline": lambda: [estimated(b, 1.0) for b in range(4)],
@@ -73,10 +89,21 @@ EXPECTED = {
     "rloo": lambda: per_response(lambda b: sum(REWARD[b]) - mean(sum(REWARD[i]) for i in others(b))),
     "remax": lambda: [[g - BASELINE[b] for g in to_go(b)] for b in range(4)],
     "a2c": lambda: [estimated(b, LAM) for b in range(4)],
-    **dict.fromkeys(("trpo", "ppo", "ppo-kl", "nlpo"), lambda: whitened([estimated(b, LAM) for b in range(4)])),
-    **dict.fromkeys(("grpo", "dapo", "gspo", "cispo"), lambda: per_response(group_relative)),
-    "dr-grpo": lambda: per_response(
-        lambda b: sum(REWARD[b]) - mean(sum(REWARD[i]) for i in [b, *others(b)])
+    **dict.fromkeys(
+        ("trpo", "ppo", "ppo-kl", "nlpo", "vc-ppo"), lambda: whitened([estimated(b, LAM) for b in range(4)])
+    ),
+    # 1 - 1 / (0.05 l) is below 0 for answers this short, so VAPO's lambda is 0
+    "vapo": lambda: whitened([estimated(b, 0.0) for b in range(4)]),
+    **dict.fromkeys(
+        ("grpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "dppo", "gfpo", "clip-cov", "kl-cov"),
+        lambda: per_response(group_relative),
+    ),
+    **dict.fromkeys(("dr-grpo", "gpg"), lambda: per_response(lead)),
+    "reinforce++-baseline": lambda: whitened(per_response(lead)),
+    "gdpo": lambda: whitened(per_response(decoupled)),
+    # of two the better one gets all that it is ahead by, and the other nothing; what is not score (KL) is compared
+    "pass-at-k": lambda: per_response(
+        lambda b: 2 * max(0.0, SCORE[b] - SCORE[others(b)[0]]) + penalty(b) - penalty(others(b)[0])
     ),
 }  # fmt: skip
 
@@ -91,7 +118,7 @@ def test_advantages_and_targets(name):
     if not method.critic:
         assert got.ret is None
         return
-    lam = LAM if settings else 1.0
+    lam = 1.0 if not settings or "lam_critic" in method.model_fields else LAM
     for b in range(4):
         target = [a + v for a, v in zip(estimated(b, lam), VALUE[b][:-1], strict=True)]
         assert got.ret[b, : len(target)].tolist() == pytest.approx(target)

@@ -12,7 +12,6 @@ from steersman.loss.policy import (
     reinforce,
     sequence_clipped,
     surrogate,
-    truncated_importance,
 )
 from steersman.loss.value import explained_variance, value_loss
 
@@ -86,13 +85,6 @@ def test_sequence_clipped_has_one_ratio_per_sequence():
 def test_clipped_weight_keeps_every_gradient():
     grad = gradient(lambda x: clipped_weight(x, OLD, ADV, 1.2))
     torch.testing.assert_close(grad, each(lambda p, q, a: -a * min(math.exp(p - q), 1.2)).double())
-
-
-def test_truncated_importance_is_capped_and_detached():
-    x = LOGP.clone().requires_grad_()
-    weight = truncated_importance(x, OLD, 1.25)
-    assert not weight.requires_grad
-    torch.testing.assert_close(weight, each(lambda p, q, a: min(math.exp(p - q), 1.25)).double())
 
 
 def test_clip_fraction_counts_steps_outside():

@@ -13,6 +13,7 @@ from train_kit import recipe, rows, weights
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.data import Batches
+from steersman.loss.correction import CAPS, Correction
 from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
 from steersman.run.config import load_recipe
@@ -47,7 +48,7 @@ def gradient(policy: Policy, tokens: Tokens, traj: Trajectory, adv: torch.Tensor
             torch.cat([p.grad.flatten().clone() for p in policy.parameters() if p.grad is not None])
         )
     )
-    Learner(rloo, policy, one, importance_cap=cap).update(
+    Learner(rloo, policy, one, correction=Correction(cap=cap)).update(
         tokens, traj, Advantage(adv), Coefficients(), torch.Generator().manual_seed(0)
     )
     return taken[0]
@@ -149,6 +150,25 @@ def test_where_the_engines_agree_recomputing_changes_nothing(name, base, tmp_pat
     assert all(row["rollout/gap"] < 2e-4 for row in rows(again)[1:])
 
 
+@pytest.mark.parametrize("kind", ["none", "decoupled", "token_masked", "sequence_truncated", "sequence_masked",
+                                  "geometric_masked", "k3_masked"])  # fmt: skip
+def test_every_correction_reaches_the_loss_by_its_name(kind, base):
+    """A bfloat16 sampler, and what the run logs of it: gap, weight, share bounded and effective sample size."""
+    run = state(base, rollout__recompute_logp=True, rollout__correction={"kind": kind})
+    run.roles.engine = Engine(bfloat16_copy(run.roles.policy.model), run.roles.policy.tokenizer, eos_token_id=[2])
+    assert run.roles.learner.correction.kind == kind
+    stats = run.iteration().stats
+    assert stats["rollout/gap"] > 1e-3
+    assert stats["rollout/weight"] == pytest.approx(1, abs=0.05)
+    assert 0.95 < stats["rollout/ess"] <= 1 + 1e-6
+    assert stats["rollout/capped"] == 0
+
+
+def test_the_bound_of_a_correction_follows_its_kind(base):
+    made = {k: recipe("ppo", base, rollout__correction={"kind": k}).rollout.correction.made() for k in CAPS}
+    assert {k: c.cap for k, c in made.items()} == CAPS
+
+
 def test_a_cap_below_one_is_refused(base, tmp_path):
-    with pytest.raises(SteersmanError, match=r"rollout\.importance_cap"):
-        load_recipe(RECIPES["ppo"], None, ["--rollout.importance_cap", "0.5"])
+    with pytest.raises(SteersmanError, match=r"rollout\.correction"):
+        load_recipe(RECIPES["ppo"], None, ["--rollout.correction.cap", "0.5"])

@@ -55,6 +55,7 @@ OWN = {
     "nlpo": {"algorithm.mask_every": 2, "algorithm.kl_target": 0.01, "algorithm.kl_horizon": 50},
     "a2c": {"critic.init": "shared"},
     "rloo": {"model.lora": {"r": 2}, "optimizer.lr": 0.05},
+    "gdpo": {"reward.normalise": False},
     "trpo": {"rollout.top_p": 1.0, "algorithm.cg_steps": 3},
 }
 

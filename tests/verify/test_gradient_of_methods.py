@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from functools import cache
 
@@ -15,7 +16,7 @@ from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
 from steersman.verify import gradient
 
-GROUPS = ("dr-grpo", "dapo", "gspo", "cispo")
+GROUPS = ("dr-grpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "dppo", "gpg", "clip-cov", "kl-cov")
 SIZE_OF_BIAS = {
     # name: (largest relative deviation, cosine with the exact gradient) on `gradient.example()`
     "reinforce++": (0.7322, 0.9687),
@@ -28,6 +29,18 @@ SIZE_OF_BIAS = {
     "dapo": (0.6733, 0.7968),
     "gspo": (0.6215, 0.7593),
     "cispo": (0.6733, 0.7968),
+    "reinforce++-baseline": (0.7685, 0.6718),
+    "gmpo": (0.6215, 0.7593),
+    "sapo": (0.6215, 0.7593),
+    "dppo": (0.6733, 0.7968),
+    "gpg": (0.7767, 0.9933),
+    "gdpo": (0.8269, 0.8246),
+    "gfpo": (0.6733, 0.7968),
+    "clip-cov": (0.6733, 0.7968),
+    "kl-cov": (0.6733, 0.7968),
+    "pass-at-k": (0.3431, 0.9636),
+    "vc-ppo": (0.6336, 0.9506),
+    "vapo": (0.7530, 0.6440),
 }
 
 
@@ -198,20 +211,36 @@ def test_noise_of_the_penalty_is_not_blown_up_where_scores_are_equal():
 
 # Samples of another policy: ratios away from 1 ----------------------------------------------------------------
 
+CLIPPED = (
+    "reinforce++", "ppo", "nlpo", "grpo", "dr-grpo", "dapo", "reinforce++-baseline", "gdpo", "gfpo", "clip-cov",
+    "vc-ppo", "vapo",
+)  # fmt: skip
+
 
 def transcription(name: str, a: Algorithm, ratio: list[float], logp: list[float], adv: float) -> list[float]:
     """The papers' losses for one answer with one advantage, in plain numbers."""
     out = []
     mean = torch.tensor(ratio).log().mean().exp().item()
     for rho, lp in zip(ratio, logp, strict=True):
-        if name in ("reinforce++", "ppo", "nlpo", "grpo", "dr-grpo", "dapo"):
+        sign = 1 if adv > 0 else -1
+        if name in CLIPPED:
             out.append(-min(rho * adv, min(max(rho, 1 - a.clip_low), 1 + a.clip_high) * adv))
         elif name == "gspo":
             out.append(-min(mean * adv, min(max(mean, 1 - a.clip_low), 1 + a.clip_high) * adv))
         elif name == "cispo":
             out.append(-min(rho, 5.0) * adv * lp)
-        elif name == "trpo":
+        elif name in ("trpo", "kl-cov"):
             out.append(-rho * adv)
+        elif name == "gmpo":
+            logs = [torch.tensor(x).log().item() for x in ratio]
+            kept = [sign * min(sign * d, sign * min(max(d, -0.4), 0.4)) for d in logs]
+            out.append(-adv * torch.tensor(sum(kept) / len(kept)).exp().item())
+        elif name == "sapo":
+            tau = 1.0 if adv > 0 else 1.05
+            out.append(-adv * 4 / tau / (1 + math.exp(-tau * (rho - 1))))
+        elif name == "dppo":
+            outside = abs(math.exp(lp) - math.exp(lp) / rho) > 0.15 and (rho > 1) == (adv > 0)
+            out.append(0.0 if outside else -min(rho, 10.0) * adv * lp)
         elif name == "ppo-kl":
             out.append(-rho * adv + 1.0 * (rho - 1 - torch.tensor(rho).log().item()))
         else:

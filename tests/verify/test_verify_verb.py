@@ -12,6 +12,7 @@ from steersman.advantage.gae import Advantage
 from steersman.advantage.returns import return_to_go
 from steersman.algorithms import ALGORITHMS, Algorithm, Coefficients
 from steersman.cli import main
+from steersman.loss.correction import Correction
 from steersman.loss.policy import reinforce
 from steersman.run.config import load_recipe
 from steersman.types import SteersmanError, Trajectory
@@ -100,12 +101,18 @@ def test_identities_hold():
     assert failures([], [], rows) == []
 
 
-@pytest.mark.parametrize("broken", ["td_error", "return_to_go", "leave_one_out", "truncated_importance"])
+@pytest.mark.parametrize("broken", ["td_error", "return_to_go", "leave_one_out"])
 def test_a_broken_estimator_breaks_its_identity(monkeypatch, broken):
     from steersman.verify import identities as module
 
     whole = getattr(module, broken)
     monkeypatch.setattr(module, broken, lambda *args, **kwargs: -whole(*args, **kwargs))
+    assert failures([], [], identities())
+
+
+def test_a_broken_correction_breaks_its_identity(monkeypatch):
+    true = Correction.weight
+    monkeypatch.setattr(Correction, "weight", lambda *args: -true(*args))
     assert failures([], [], identities())
 
 

@@ -67,11 +67,17 @@ COLOURS = ("#1f5f8b", "#c2571a", "#2e8b57", "#8a4fbf", "#b0306a")
 
 
 def train(
-    method: str, data: Path, folder: Path, seed: int, rate: float | None = None, iterations: int = ITERATIONS
+    method: str,
+    data: Path,
+    folder: Path,
+    seed: int,
+    rate: float | None = None,
+    iterations: int = ITERATIONS,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One run: 48 responses of at most 24 tokens per iteration, the same beta for every method."""
-    settings, kind = METHODS[method]
-    rate = best_rate(kind, folder.parents[1]) if rate is None else rate
+    settings = METHODS[method][0] if settings is None else settings
+    rate = best_rate(METHODS[method][1], folder.parents[1]) if rate is None else rate
     return verb(
         rl, RECIPES[method], folder, seed,
         {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steersman.advantage.returns import next_step, scan_back, td_error, values
@@ -19,16 +19,24 @@ class Advantage(NamedTuple):
     ret: Float[Tensor, "B T"] | None = None
 
 
-def gae(traj: Trajectory, lam: float) -> Advantage:
+def gae(traj: Trajectory, lam: float | Float[Tensor, "B 1"]) -> Advantage:
     """A_t = delta_t + discount_t * lam * A_{t+1}, and A_t + V(s_t) as the critic's target.
 
     lam = 0 is the TD error (low variance, biased by the critic), lam = 1 is the Monte-Carlo return minus V
-    (unbiased whatever the critic). Source: arXiv 1506.02438, eq. 16.
+    (unbiased whatever the critic); it may differ from row to row. Source: arXiv 1506.02438, eq. 16.
     """
     delta = td_error(traj)
     adv = scan_back(delta, traj.discount * lam, traj.mask, delta.new_zeros(len(traj)))
     value, _, _ = values(traj)
     return Advantage(adv, torch.where(traj.mask, adv + value, torch.zeros_like(adv)))
+
+
+def length_adaptive(mask: Bool[Tensor, "B T"], alpha: float) -> Float[Tensor, "B 1"]:
+    """lambda = 1 - 1 / (alpha l), l the row's number of steps; 0 where that is negative (l < 1 / alpha).
+
+    Source: VAPO, arXiv 2504.05118, where the sum of GAE's weights is alpha l.
+    """
+    return (1 - 1 / (alpha * mask.sum(-1, keepdim=True).clamp(min=1))).clamp(min=0)
 
 
 def vtrace(

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steersman.advantage.returns import episode_return
+from steersman.types import Trajectory
+
 GroupScale = Literal["none", "group", "batch", "batch_scores"]
 DIVIDES_BY = (
     "deviation to divide by: none, group, batch (of what group means leave), batch_scores (of scores as they are)"
@@ -78,6 +81,54 @@ def no_signal(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tens
     high = torch.full_like(total, -torch.inf).scatter_reduce(0, member, score, "amax")
     low = torch.full_like(total, torch.inf).scatter_reduce(0, member, score, "amin")
     return (high == low)[member]
+
+
+def decoupled(traj: Trajectory, scale: GroupScale) -> Float[Tensor, " B"]:
+    """sum_k w_k (r_k - group mean) / (deviation of r_k + eps): each reward part with its own deviation.
+
+    What the return holds besides the parts (a KL term, shaping) is compared with its group's mean and not divided.
+    Without `traj.parts` the score is the one part. Source: GDPO, arXiv 2601.05242.
+    """
+    total = episode_return(traj)
+    group = torch.zeros_like(total, dtype=torch.long) if traj.group is None else traj.group
+    score = total if traj.score is None else traj.score
+    parts = torch.stack([score, torch.ones_like(score)], -1)[:, None] if traj.parts is None else traj.parts
+    out = group_mean(total - parts.prod(-1).sum(-1), group, "none")
+    for part in parts.unbind(1):
+        out = out + part[:, 1] * group_mean(part[:, 0], group, scale)
+    return out
+
+
+def signal_weight(traj: Trajectory) -> float:
+    """alpha = B / (B - M): all responses over those in groups whose scores differ; 1 where none do.
+
+    Source: GPG, arXiv 2504.02546.
+    """
+    if traj.score is None or traj.group is None:
+        return 1.0
+    silent = int(no_signal(traj.score, traj.group).sum())
+    return len(traj) / max(len(traj) - silent, 1) if silent < len(traj) else 1.0
+
+
+def efficient_rows(traj: Trajectory, share: float, by: Literal["length", "efficiency"]) -> Bool[Tensor, " B"]:
+    """True for the part `share` of each group that is shortest, or has the most score per token.
+
+    Source: GFPO, arXiv 2508.09726.
+    """
+    length = traj.mask.sum(-1)
+    score = episode_return(traj) if traj.score is None else traj.score
+    group = torch.zeros_like(length) if traj.group is None else traj.group
+    return best_rows(-length.to(score.dtype) if by == "length" else score / length.clamp(min=1), group, share)
+
+
+def best_rows(worth: Float[Tensor, " B"], group: Int[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
+    """True for the part `share` of each group, at least two, whose `worth` is largest; ties by order."""
+    kept = torch.zeros_like(worth, dtype=torch.bool)
+    for name in group.unique():
+        rows = (group == name).nonzero().flatten()
+        count = max(2, round(share * len(rows)))
+        kept[rows[worth[rows].argsort(descending=True, stable=True)[:count]]] = True
+    return kept
 
 
 def spread(score: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

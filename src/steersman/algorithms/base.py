@@ -53,6 +53,8 @@ class Algorithm(Section):
     """Limits the actions by a mask over a vocabulary."""
     own_in_baseline: ClassVar[bool] = False
     """The baseline of a sample contains the sample, so the gradient is (G - 1) / G times what it would be without."""
+    parts: ClassVar[bool] = False
+    """Reads the rewards that a score is added up from, before any shaping of their sum."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Settings of the class above that the method does not use."""
 
@@ -92,6 +94,10 @@ class Algorithm(Section):
 
     def kl_to_sampler(self) -> tuple[float, float] | None:
         """The first coefficient of KL(old || new) and the KL per token that it is steered to; None without it."""
+        return None
+
+    def refusal(self, samples: int) -> str | None:
+        """Why it can not learn from so many samples per prompt; None where it can."""
         return None
 
     def advantage(self, traj: Trajectory) -> Advantage:

@@ -6,6 +6,8 @@ records the log-probability under the distribution that it sampled from.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -79,15 +81,74 @@ def clipped_weight(
     return -weight * adv * logp
 
 
-def truncated_importance(
-    logp_old: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], cap: float
+def geometric_clipped(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    log_low: float,
+    log_high: float,
 ) -> Float[Tensor, "B T"]:
-    """min(pi_train / pi_rollout, cap) per token: the weight that corrects rollouts made by another engine.
+    """-A exp(mean_t d_t), d_t = min(d A, clip(d, -log_low, log_high) A) / A, d = logp - logp_old, on every token.
 
-    Biased where the cap binds, with variance bounded by it. Source: Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training".
+    Each token's log ratio is clipped on its own, the pessimistic way, before the geometric mean is taken; the bounds
+    are in nats. A has one sign in a response. Source: GMPO, arXiv 2507.20673. With the "sequence" average its
+    gradient is the paper's.
     """
-    return (logp_old - logp_rollout).exp().clamp(max=cap).detach()
+    difference, sign = logp - logp_old, adv.sign()
+    kept = sign * torch.minimum(sign * difference, sign * difference.clamp(-log_low, log_high))
+    return -adv * masked_mean(kept, mask, dim=-1)[:, None].exp()
+
+
+def soft_gated(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    tau_positive: float,
+    tau_negative: float,
+) -> Float[Tensor, "B T"]:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A, tau by the sign of A: a gradient that fades as rho leaves 1.
+
+    At rho = 1 the gradient is that of -rho A. Source: SAPO, arXiv 2511.20347.
+    """
+    tau = torch.where(adv > 0, tau_positive, tau_negative).to(logp.dtype)
+    return -4 / tau * torch.sigmoid(tau * ((logp - logp_old).exp() - 1)) * adv
+
+
+Divergence = Literal["tv", "kl"]
+
+
+def binary_divergence(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], kind: Divergence
+) -> Float[Tensor, "B T"]:
+    """Divergence of the distributions over {the sampled token, any other}: |p_old - p|, or KL(old || new) in nats.
+
+    Both are lower bounds of the divergence over the whole vocabulary. Source: DPPO, arXiv 2602.04879.
+    """
+    old, new = logp_old.exp(), logp.exp()
+    if kind == "tv":
+        return (old - new).abs()
+    tiny = torch.finfo(logp.dtype).eps
+    rest_old, rest = (1 - old).clamp(min=tiny), (1 - new).clamp(min=tiny)
+    return old * (logp_old - logp) + rest_old * (rest_old.log() - rest.log())
+
+
+def divergence_masked(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    limit: float,
+    kind: Divergence,
+    weight_high: float,
+) -> Float[Tensor, "B T"]:
+    """-stop(min(rho, weight_high)) A log pi, but 0 where the step leads away from the sampler beyond `limit`.
+
+    A step leads away where rho > 1 and A > 0 or rho < 1 and A < 0. Source: DPPO, arXiv 2602.04879; the
+    bound on the weight is of the authors' code.
+    """
+    away = (logp > logp_old) == (adv > 0)
+    outside = away & (binary_divergence(logp, logp_old, kind) > limit)
+    return torch.where(outside.detach(), 0.0, clipped_weight(logp, logp_old, adv, weight_high))
 
 
 def clip_fraction(

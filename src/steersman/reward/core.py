@@ -36,6 +36,11 @@ class Scores:
     parts: dict[str, Float[Tensor, " B"]]
     per_token: Float[Tensor, "B T"] | None = None
 
+    def with_weights(self, weights: Mapping[str, float]) -> Float[Tensor, "B K 2"]:
+        """Each part's value beside its weight, as `Trajectory.parts` holds them."""
+        pairs = [torch.stack([x, torch.full_like(x, weights[name])], -1) for name, x in self.parts.items()]
+        return torch.stack(pairs, 1)
+
 
 class Reward(Protocol):
     """Anything that scores samples; `describe` says in one line what it is, for the page before a run.

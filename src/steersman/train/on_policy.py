@@ -13,7 +13,7 @@ from torch import Tensor
 from steersman.advantage.group import no_signal
 from steersman.advantage.returns import values
 from steersman.algorithms.base import Coefficients
-from steersman.loss.policy import truncated_importance
+from steersman.loss.correction import effective_sample_size
 from steersman.loss.value import explained_variance
 from steersman.ops.masked import masked_mean, masked_sum
 from steersman.reward import Scores
@@ -126,6 +126,8 @@ class OnPolicy:
             per_token=None if scores.per_token is None else scores.per_token.to(like),
             cut="end" if recipe.critic is None else recipe.critic.cut,
         )  # fmt: skip
+        if self.algorithm.parts:
+            traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
         traj.value = roles.learner.value(tokens, traj)
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
@@ -187,12 +189,14 @@ class OnPolicy:
     def _mismatch(self, traj: Trajectory) -> Stats:
         """How far the engine's log-probabilities are from training's, and what the weights do about it."""
         assert traj.logp_rollout is not None
-        cap = self.recipe.rollout.importance_cap
+        correction, logp_old, logp_rollout = self.roles.learner.correction, traj.logp_old, traj.logp_rollout
+        weight = correction.weight(logp_old, logp_rollout, traj.mask)
         gap = torch.where(traj.mask, traj.logp_old - traj.logp_rollout, 0.0)
         return {
             "rollout/gap": float(gap.abs().max()),
-            "rollout/weight": float(masked_mean(truncated_importance(gap, torch.zeros_like(gap), cap), traj.mask)),
-            "rollout/capped": float(masked_mean((gap.exp() > cap).to(gap.dtype), traj.mask)),
+            "rollout/weight": float(masked_mean(weight, traj.mask)),
+            "rollout/capped": float(correction.bound(logp_old, logp_rollout, traj.mask)),
+            "rollout/ess": float(effective_sample_size(weight, traj.mask)),
         }
 
     def adapt(self, stats: Stats) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Algorithm, Coefficients
-from steersman.loss.policy import clip_fraction, truncated_importance
+from steersman.loss.correction import Correction
+from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
@@ -36,7 +37,7 @@ class Learner:
 
     `temperature` is the one sampled with; `length_limit` the fixed divisor of the "episode" average.
     With a `SharedCritic` one optimiser holds everything, and the value loss counts `vf_coef` times.
-    `importance_cap` bounds the weights of steps whose trajectory has a `logp_rollout`.
+    `correction` weighs the steps of a trajectory that has a `logp_rollout`.
     """
 
     algorithm: Algorithm
@@ -49,7 +50,7 @@ class Learner:
     micro_tokens: int = 16_384
     value_clip: float | None = None
     vf_coef: float = 0.5
-    importance_cap: float = 2.0
+    correction: Correction = field(default_factory=Correction)
     fitted: Tally | None = None
     """What `value` found of the critic's loss where it has taken its gradient already."""
 
@@ -230,14 +231,14 @@ class Learner:
     ) -> Tensor:
         """The algorithm's loss with the KL term (where it belongs in the loss) and the entropy bonus.
 
-        What is an average over sampled actions is weighted by min(pi_train / pi_rollout, cap) where another engine
-        sampled them; the entropy needs no action.
+        What is an average over sampled actions is weighted by `correction` where another policy sampled
+        them; the entropy needs no action.
         """
         loss = self.algorithm.loss(logp, part, adv, coef)
         if self.algorithm.kl_in == "loss" and part.logp_ref is not None:
             loss = loss + coef.beta * kl_loss(logp, part.logp_ref, part.mask, self.algorithm.kl_estimator)
         if part.logp_rollout is not None:
-            loss = loss * truncated_importance(part.logp_old, part.logp_rollout, self.importance_cap)
+            loss = loss * self.correction.weight(part.logp_old, part.logp_rollout, part.mask)
         if entropy is not None:
             loss = loss - self.algorithm.entropy_coef * entropy
         return loss

@@ -82,6 +82,13 @@ class OnPolicyRecipe(Section, Generic[A]):
                 f"{algorithm.title} compares the samples of one prompt, and rollout.samples is {rollout.samples}; "
                 "give at least 2"
             )
+        if (why := algorithm.refusal(rollout.samples)) is not None:
+            raise ValueError(f"{algorithm.title}: {why}")
+        if algorithm.parts and (self.reward.normalise or self.reward.whiten or self.reward.clip is not None):
+            raise ValueError(
+                f"{algorithm.title} gives each part of the reward a scale of its own; remove reward.normalise, "
+                "reward.whiten and reward.clip"
+            )
         if self.critic is not None and not algorithm.critic:
             raise ValueError(f"{algorithm.title} has no critic; remove the section `critic`")
         if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.beta > 0:

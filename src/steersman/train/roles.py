@@ -107,7 +107,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         micro_tokens=recipe.run.micro_tokens,
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
-        importance_cap=rollout.importance_cap,
+        correction=rollout.correction.made(),
     )
     sampling, mask, mask_model = rollout.sampling(), algorithm.sampling_mask(), None
     if mask is not None:

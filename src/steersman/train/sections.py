@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from steersman.loss.correction import CAPS, Correction, Kind
 from steersman.model.quantise import Quantise
 from steersman.run.config import Section
 
@@ -134,6 +135,35 @@ class ManyRunConfig(RunConfig):
     )
 
 
+class CorrectionConfig(Section):
+    """With `recompute_logp`: how steps are weighed that another policy sampled, an older one or another engine's."""
+
+    kind: Kind = Field(
+        default="token_truncated",
+        description="none, decoupled (uncut), token_truncated, token_masked, sequence_truncated, sequence_masked, "
+        "geometric_masked or k3_masked; docs/algorithms.md says what each leaves biased",
+    )
+    cap: float = Field(
+        default_factory=lambda known: CAPS.get(known.get("kind", "none"), 2.0),
+        gt=0,
+        description="largest ratio pi_train / pi_rollout (k3_masked: nats per token); by kind if not given",
+    )
+    low: float = Field(
+        default=0.5, ge=0, le=1, description="smallest ratio that counts, for token_masked and geometric_masked"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> CorrectionConfig:
+        if self.kind != "k3_masked" and self.cap < 1:
+            raise ValueError(
+                f"cap is {self.cap}: a ratio of 1, where the policies agree, must count; give at least 1"
+            )
+        return self
+
+    def made(self) -> Correction:
+        return Correction(self.kind, self.cap, self.low)
+
+
 class RolloutConfig(Section):
     """What is sampled in each iteration."""
 
@@ -157,12 +187,9 @@ class RolloutConfig(Section):
     recompute_logp: bool = Field(
         default=False,
         description="where the sampler computes otherwise than training does (another engine or precision): old "
-        "log-probabilities from training's own forward, each step weighted by min(pi_train / pi_rollout, "
-        "importance_cap)",
+        "log-probabilities from training's own forward, each step weighted as `correction` says",
     )
-    importance_cap: float = Field(
-        default=2.0, ge=1, description="largest weight of a step with recompute_logp; it bounds the variance"
-    )
+    correction: CorrectionConfig = CorrectionConfig()
     held_out: int = Field(default=16, ge=0, description="held-out prompts that are answered again and again")
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ SIZE = 2
 
 OFF = {
     "average": "episode", "kl_in": "reward", "kl_estimator": "k1", "whiten": False, "lam": 1.0, "scale": "none",
-    "mask_top_p": 1.0,
+    "mask_top_p": 1.0, "reweigh": False, "keep": 1.0, "length_alpha": None, "imitate": 0.0, "cov_share": 0.0, "k": 1,
 }  # fmt: skip
 """The settings that switch a named bias off, whichever of them a method has."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from steersman.advantage.gae import gae, vtrace
 from steersman.advantage.group import group_mean, leave_one_out
 from steersman.advantage.returns import return_to_go, td_error
-from steersman.loss.policy import truncated_importance
+from steersman.loss.correction import Correction
 from steersman.ops.kl import KLEstimator, kl_estimate, kl_loss
 from steersman.tabular.oracle import exact_gradient
 from steersman.tabular.token_mdp import TokenMDP
@@ -102,7 +102,7 @@ def importance_weights(mdp: TokenMDP, logits: Tensor) -> float:
     one = TokenMDP.random(5, 1, seed=1)
     policy = torch.linspace(-1, 1, 5, dtype=torch.float64)[None].requires_grad_()
     logp, drawn = one.sequence_logp(policy), one.sequence_prob(one.logp_ref)
-    weight = truncated_importance(logp.detach(), one.sequence_logp_ref, cap=1e9)
+    weight = Correction("decoupled").weight(logp, one.sequence_logp_ref, one.mask)
     loss = (drawn[:, None] * weight * one.total_reward[:, None] * logp).sum()
     (found,) = torch.autograd.grad(loss, policy)
     return _gap(found.flatten(), exact_gradient(one, policy))

@@ -28,7 +28,8 @@ from steersman.types import SteersmanError
 from steersman.verify import distillation, gradient, self_play, training
 from steersman.verify.identities import Identity, identities
 from steersman.verify.judge import Method, failures
-from steersman.verify.table import identity_table, method_table, offline_table
+from steersman.verify.staleness import claims, stale_table
+from steersman.verify.table import identity_table, method_table, offline_table, staleness_table
 
 with warnings.catch_warnings():
     # `json` is also the name of a method that pydantic 2 keeps for version 1's sake; nobody calls it here
@@ -92,7 +93,7 @@ def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
     offline = [answers[Job("offline", name)][0] for name in names if name in preference_check.CHECKS]
     distilled = [answers[Job("distilled", name)][0] for name in names if name in distillation.CHECKS]
     played = [answers[Job("played", name)][0] for name in names if name in self_play.CHECKS]
-    exact = [] if recipe.only else identities()
+    exact, stale = ([], []) if recipe.only else (identities(), stale_table())
     if methods:
         console.print(method_table(methods, recipe.seeds, recipe.iterations))
     if offline:
@@ -104,7 +105,11 @@ def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
     if exact:
         console.print(identity_table(exact))
     wrong = failures(methods, [*offline, *distilled, *played], exact)
+    if stale:
+        console.print(staleness_table(stale))
+        wrong += [f"stale samples: {statement}: it does not" for statement, holds in claims(stale) if not holds]
     summary = _summary(recipe, methods, offline, exact, wrong, time.monotonic() - start)
+    summary["stale"] = [asdict(row) for row in stale]
     summary["distillation"] = [asdict(row) | {"holds": row.holds} for row in distilled]
     summary["self_play"] = [asdict(row) | {"holds": row.holds} for row in played]
     if recipe.json:

@@ -13,6 +13,7 @@ from rich.text import Text
 from steersman.tabular.preference_check import FixedPoint
 from steersman.verify.identities import Identity
 from steersman.verify.judge import EXACT, REACHED, Method
+from steersman.verify.staleness import LAGS, RATES, Stale
 
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -83,6 +84,23 @@ def identity_table(rows: list[Identity]) -> RenderableType:
         table.add_column(name, justify="right" if name == "off by" else "left")
     for row in rows:
         table.add_row(Text(row.name, style="bold"), Text(row.statement), _deviation(row.deviation))
+    return table
+
+
+def staleness_table(rows: list[Stale]) -> RenderableType:
+    """One row per correction: bias / standard deviation by lag and rate, whole answers and mixed ones."""
+    title = "Samples of an older policy: bias / deviation of one answer's gradient, in lengths of the exact one"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False)
+    table.add_column("correction")
+    columns = [
+        (lag, rate, mixed) for rate in RATES for lag, mixed in ((LAGS[0], False), (LAGS[-1], False), (LAGS[-1], True))
+    ]
+    for lag, rate, mixed in columns:
+        table.add_column(f"rate {rate:g}\nlag {lag}" + (" mixed" if mixed else ""), justify="right")
+    at = {(r.correction, r.lag, r.rate, r.mixed): r for r in rows}
+    for name in dict.fromkeys(r.correction for r in rows):
+        cells = [at[name, *column] for column in columns]
+        table.add_row(Text(name, style="bold"), *(f"{r.bias:.3f} / {r.deviation:.2f}" for r in cells))
     return table
 
 
