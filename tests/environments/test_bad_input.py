@@ -94,9 +94,15 @@ def results(environment, *calls):
 
 def test_calls_are_checked_and_two_at_once_are_made(adder):
     told = results(
-        adder, Call("add", {"a": 1, "b": 2}), Call("slow_add", {"a": 1, "b": 5}), Call("mul", {}),
-        Call("add", {"a": "1", "b": 2}), Call("add", {"a": 1}), Call("add", {"a": 1, "b": 2, "c": 3}), Call("", problem="the call is no JSON object"),
-    )  # fmt: skip
+        adder,
+        Call("add", {"a": 1, "b": 2}),
+        Call("slow_add", {"a": 1, "b": 5}),
+        Call("mul", {}),
+        Call("add", {"a": "1", "b": 2}),
+        Call("add", {"a": 1}),
+        Call("add", {"a": 1, "b": 2, "c": 3}),
+        Call("", problem="the call is no JSON object"),
+    )
     assert told[:2] == ["3", "6"]
     assert "no tool 'mul'; there are: add, slow_add" in told[2]
     assert "add: a: Input should be a valid integer" in told[3]

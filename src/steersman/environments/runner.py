@@ -196,19 +196,19 @@ class _Play:
         for game in self.games:
             self._begin(game)
         while self.over < len(self.games):
-            self.collect(wait=True, everything=True)
+            self.collect(everything=not self.of.config.overlap)
             if self.ready:
                 self._speak()
         return [self._sample(game) for game in self.games]
 
     # -- the environment's side --------------------------------------------------------------------------------
 
-    def collect(self, *, wait: bool, everything: bool = False) -> None:
-        """Takes what environments have answered; `everything`: until none is waiting."""
+    def collect(self, *, everything: bool) -> None:
+        """Takes what environments have answered: all that are asked, or those that have, and one at least."""
         while self.workers.pending:
-            for job in self.workers.take(wait):
+            for job in self.workers.take(wait=not self.ready or everything):
                 self._settle(job)
-            if not everything:
+            if self.ready and not everything:
                 return
 
     def _begin(self, game: Played) -> None:
