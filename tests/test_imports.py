@@ -38,7 +38,7 @@ MAY = {
     "objectives": MATHS | {"run", "data", "model", "loss", "update", "train", "statistics"},
     "verbs": MATHS
     | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
-    | {"plan", "train", "objectives", "statistics", "assets"},
+    | {"plan", "train", "objectives", "statistics", "assets", "environments"},
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},

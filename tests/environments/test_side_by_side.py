@@ -1,4 +1,4 @@
-"""Many episodes at once: slow tools wait beside each other, hung ones are given up, and a killed run goes on alike."""
+"""Many episodes at once: slow tools wait side by side, hung ones are given up, and a resumed run goes on alike."""
 
 from __future__ import annotations
 

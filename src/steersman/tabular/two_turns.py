@@ -1,4 +1,4 @@
-"""A game of two turns whose every course is known: the policy acts, the world answers at random, and again the policy.
+"""A game of two turns, every course of it known: the policy acts, the world answers at random, and again the policy.
 
 It is a language of three steps in which the second token is the world's. The world may also end the game there. The
 policy is given what a loop makes of an episode: one row, with a hole in the mask where the world spoke.

@@ -10,6 +10,7 @@ import torch
 from steersman import native
 from steersman.data import Batches, encode_prompts, layout, prompts, wraps
 from steersman.data.tokenize import smallest
+from steersman.environments.check import quick
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
@@ -17,6 +18,7 @@ from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_
 from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
+from steersman.run.user_code import user_code
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.models import context_length, save_model
 from steersman.train.on_policy import OnPolicy
@@ -165,6 +167,9 @@ def _preflight(
     if recipe.environment is not None and roles.environment is not None:  # an episode may fill what it is given
         length = smallest(recipe.environment.max_tokens, context_length(roles.policy.model)) or length
         pre.fact("environment", roles.environment.describe())
+        with user_code("environment: one episode before the run", 10 * recipe.environment.time_limit):
+            for finding in quick(roles.environment, train[0]):
+                pre.fact("environment, note", finding)
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
