@@ -57,3 +57,8 @@ class GuessLetter:
             return "yes!", 1.0, True
         hint = "up" if guess < self.letter else "no,"
         return hint, 0.0, self.left == 0
+
+
+def cell(env, observation, info) -> str:
+    """Where one stands on a board of up to 26 cells, as one letter."""
+    return chr(ord("a") + int(observation))
