@@ -1,11 +1,14 @@
 """FrozenLake 4x4 in text: the model that recipes/environments/frozen-lake.yaml begins from, and what can be reached.
 
-    python tools/results/frozen_lake.py start      # runs/environments/frozen-lake-start: a small Llama, untrained
-    python tools/results/frozen_lake.py optimum    # success of the best policy within 100 steps, by dynamic programming
+python tools/results/frozen_lake.py start      # runs/environments/frozen-lake: a small Llama, and random walks
+steersman sft recipes/environments/frozen-lake-sft.yaml      # it learns what a move is, and none in particular
+python tools/results/frozen_lake.py optimum    # success of the best policy within 100 steps, by dynamic programming
 """
 
 from __future__ import annotations
 
+import json
+import random
 import sys
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CELLS = "abcdefghijklmnop"
 START = Path("runs/environments/frozen-lake-start")
+WALKS = Path("runs/environments/walks.jsonl")
 
 
 def start(folder: Path = START, seed: int = 0) -> None:
@@ -35,7 +39,10 @@ def start(folder: Path = START, seed: int = 0) -> None:
         num_key_value_heads=4, max_position_embeddings=640, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    print(folder)
+    luck = random.Random(seed)
+    walks = ["".join(luck.choice(CELLS) + luck.choice("LDRU") for _ in range(20)) for _ in range(400)]
+    WALKS.write_text("".join(json.dumps({"prompt": "q", "completion": walk}) + "\n" for walk in walks))
+    print(folder, WALKS)
 
 
 def optimum(slippery: bool = True, steps: int = 100) -> float:
