@@ -31,12 +31,14 @@ MAY = {
     "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
     "statistics": MATHS | {"run", "data"},
     "plan": MATHS | {"run", "data", "model", "rollout", "update"},
+    "environments": MATHS | {"run", "data", "model", "rollout"},
     "train": MATHS
-    | {"run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms", "plan"},
+    | {"environments", "run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms"}
+    | {"plan"},
     "objectives": MATHS | {"run", "data", "model", "loss", "update", "train", "statistics"},
     "verbs": MATHS
     | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
-    | {"plan", "train", "objectives", "statistics", "assets"},
+    | {"plan", "train", "objectives", "statistics", "assets", "environments"},
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
     | {"metrics", "statistics"},
@@ -55,7 +57,7 @@ HOMES = {
     "transformers": {"model", "data", "reward", "rollout", "metrics"},
     "peft": {"model"},
     "datasets": {"data"},
-    "gymnasium": {"control", "tabular/gym.py"},
+    "gymnasium": {"control", "tabular/gym.py", "environments"},
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
     "httpx2": {"judge"},

@@ -29,13 +29,26 @@ class Prompt:
 
     `ids` carry no padding; `text` is what they decode from, as the model sees it; `row` keeps the other
     columns of the data row for rewards that need them; `index` is the row's stable place in its data set and
-    names its random stream.
+    names its random stream. `turns` are the turns that it was laid out from, for environments that begin with them.
     """
 
     ids: list[int]
     text: str
     row: dict[str, Any] = field(default_factory=dict)
     index: int = 0
+    turns: Any = None
+
+
+@dataclass(slots=True, frozen=True)
+class Turn:
+    """One turn of an episode: the policy said `ids[begin:end]` of its Sample, for which the environment paid `reward`
+    and answered `heard`. `said` is what it said as text."""
+
+    begin: int
+    end: int
+    reward: float
+    said: str = ""
+    heard: str = ""
 
 
 @dataclass(slots=True)
@@ -48,7 +61,8 @@ class Sample:
     (None: the whole vocabulary). `finish` says why it ended: "eos" and "stop" terminate, "length" truncates.
     `index` counts the samples of one prompt. `text` is the response without end token or stop string. `mask` marks
     the tokens that count (None: all); what an environment wrote does not. `version` is that of the weights that each
-    token was sampled from (None where nobody counts them).
+    token was sampled from (None where nobody counts them). An episode of several turns lists them in `turns`; its
+    `text` is the last thing that the policy said, and `outcome` says why it ended.
     """
 
     prompt: Prompt
@@ -60,6 +74,8 @@ class Sample:
     support: list[Tensor] | None = None
     mask: list[bool] | None = None
     version: list[int] | None = None
+    turns: list[Turn] | None = None
+    outcome: str = ""
 
     @property
     def terminated(self) -> bool:

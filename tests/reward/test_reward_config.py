@@ -33,7 +33,7 @@ def test_a_recipe_builds_a_weighted_sum(tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("{}", "exactly one of model, function, builtin, metric; none given"),
+        ("{}", "exactly one of model, function, builtin, metric, environment; none given"),
         ("{model: m, builtin: length}", "model and builtin given"),
         ("{builtin: vader}", "no builtin reward 'vader'"),
         ("{builtin: lenght}", "did you mean length"),

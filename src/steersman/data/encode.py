@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from steersman.data.config import DataConfig
 from steersman.data.encoder_decoder import PairLayout
-from steersman.data.examples import Example, Query, answers
+from steersman.data.examples import Example, Query, answers, user
 from steersman.data.tokenize import Layout, Room, smallest
 from steersman.types import Prompt, SteersmanError
 
@@ -134,7 +134,11 @@ def encode_prompts(
             cut += 1
             ids = laid.cut(ids, limit, config.cut)
             text = laid.codec.decode(ids, after=False)
-        out.append(Prompt(ids, text, query.columns, index))
+        out.append(
+            Prompt(
+                ids, text, query.columns, index, user(query.prompt) if isinstance(query.prompt, str) else query.prompt
+            )
+        )
     _require_known(laid, [(queries[prompt.index], prompt.ids) for prompt in out])
     if not out:
         raise SteersmanError(f"no prompt fits: all {dropped} are longer than {limit} tokens")

@@ -14,6 +14,7 @@ from steersman.metrics.workers import Parallel
 from steersman.model import SharedBase, load_reward
 from steersman.reward import shaping
 from steersman.reward.core import CallableReward, Reward, WeightedSum
+from steersman.reward.episodes import EpisodeReward
 from steersman.reward.metrics import MetricReward
 from steersman.reward.models import ModelReward
 from steersman.reward.rules import BUILTINS
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_KINDS = ("model", "function", "builtin", "metric")
+_KINDS = ("model", "function", "builtin", "metric", "environment")
 
 
 class RewardPart(Section):
-    """One reward: exactly one of model, function, builtin and metric."""
+    """One reward: exactly one of model, function, builtin, metric and environment."""
 
     model: str | None = Field(default=None, description="folder or hub name of a reward model")
     function: str | None = Field(default=None, description="module:function or path/to/file.py:function")
     builtin: str | None = Field(default=None, description=f"one of: {', '.join(BUILTINS)}")
     metric: str | None = Field(
         default=None, description="name of a metric (docs/metrics.md), module:Class or path/to/file.py:Class"
+    )
+    environment: Literal["turn", "episode"] | None = Field(
+        default=None, description="what the recipe's environment pays: each turn's at its end, or all at the last"
     )
     weight: float = Field(default=1.0, description="factor in the sum; negative to punish")
     args: dict[str, Any] = Field(
@@ -71,8 +75,10 @@ class RewardPart(Section):
             near = difflib.get_close_matches(self.builtin, BUILTINS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BUILTINS)}"
             raise ValueError(f"there is no builtin reward '{self.builtin}'; {hint}")
-        if self.model is not None and (self.args or self.columns):
-            raise ValueError("args and columns belong to a function, builtin or metric, not to a model")
+        if (self.model is not None or self.environment is not None) and (self.args or self.columns):
+            raise ValueError(
+                "args and columns belong to a function, builtin or metric, not to a model or environment"
+            )
         if self.model is None and (self.attribute is not None or self.steps != "mean" or self.pessimism):
             raise ValueError("attribute, steps and pessimism belong to a model")
         if self.metric is None and (self.empty is not None or self.workers):
@@ -134,6 +140,8 @@ def _build_part(
         return CallableReward(part.function, name, part.args, part.columns, part.time_limit)
     if part.metric is not None:
         return _metric_part(name, part)
+    if part.environment is not None:
+        return EpisodeReward(name, part.environment)
     assert part.model is not None
     if base is None:
         model = load_reward(part.model, device=device, trainable=False)

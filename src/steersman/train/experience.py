@@ -12,9 +12,10 @@ from torch import Tensor
 from steersman.algorithms.base import Algorithm
 from steersman.ops.masked import last_step, whiten
 from steersman.reward.shaping import kl_shaped
-from steersman.types import Sample, Tokens, Trajectory
+from steersman.types import Sample, Stats, Tokens, Trajectory
 
 Cut = Literal["end", "bootstrap"]
+DiscountPer = Literal["token", "turn"]
 
 
 def tokens_of(samples: Sequence[Sample]) -> Tokens:
@@ -50,6 +51,7 @@ def trajectory(
     per_token: Float[Tensor, "B T"] | None = None,
     whiten_reward: bool = False,
     cut: Cut = "end",
+    discount_per: DiscountPer = "token",
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
@@ -60,14 +62,17 @@ def trajectory(
     too counts it twice, and the critic, which learns from its own value there, runs away: see docs/log.md.)
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
+    What an episode of several turns has earned by its turns is its own, cut or not: with "bootstrap" it is kept. With
+    `discount_per` "turn" gamma counts once a turn, after its last token.
     All numbers have the precision and device of `score`.
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
     mask, B = tokens.mask, len(samples)
     terminated = torch.tensor([s.terminated for s in samples], device=mask.device)
     if cut == "bootstrap":
-        score = torch.where(terminated, score, torch.zeros_like(score))
-        per_token = None if per_token is None else torch.where(terminated[:, None], per_token, 0.0)
+        kept = terminated | torch.tensor([s.turns is not None for s in samples], device=mask.device)
+        score = torch.where(kept, score, torch.zeros_like(score))
+        per_token = None if per_token is None else torch.where(kept[:, None], per_token, 0.0)
     else:
         terminated = torch.ones_like(terminated)
     recorded = behaviour_logp(samples, mask.shape[1]).to(score)
@@ -86,8 +91,28 @@ def trajectory(
     if whiten_reward:
         reward = whiten(reward, mask, shift_mean=False)
     discount = torch.full_like(reward, algorithm.gamma)
+    if discount_per == "turn":
+        discount = torch.where(_turn_ends(samples, mask), algorithm.gamma, torch.ones_like(discount))
     last = last_step(mask).clamp(min=0)
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = algorithm.gamma * (~terminated).to(discount.dtype)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
     return Trajectory(mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score)
+
+
+def _turn_ends(samples: Sequence[Sample], mask: Tensor) -> Tensor:
+    """True at the last token of each turn `[B, T]`; a response of one turn ends at its last token that counts."""
+    ends = torch.zeros_like(mask)
+    for b, (sample, last) in enumerate(zip(samples, last_step(mask).tolist(), strict=True)):
+        ends[b, [turn.end - 1 for turn in sample.turns or [] if turn.end > turn.begin] or [max(last, 0)]] = True
+    return ends
+
+
+def episode_stats(samples: Sequence[Sample]) -> Stats:
+    """Turns per episode, tokens that the policy said, and how episodes ended (shares that add up to 1)."""
+    kinds = [s.outcome.split(" at ")[0] for s in samples]
+    said = sum(sum(s.mask or []) for s in samples) / len(samples)
+    stats = {"episode/turns": sum(len(s.turns or []) for s in samples) / len(samples), "episode/said": said}
+    return stats | {
+        f"episode/{kind.replace(' ', '_')}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))
+    }

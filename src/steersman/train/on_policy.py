@@ -20,7 +20,7 @@ from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
 from steersman.run.micro import over_rows
 from steersman.run.seed import stream
-from steersman.train.experience import tokens_of, trajectory
+from steersman.train.experience import episode_stats, tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
 from steersman.update.kl_controller import FixedKL, ProportionalKL, kl_to_sampler_controller
@@ -125,6 +125,7 @@ class OnPolicy:
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
             per_token=None if scores.per_token is None else scores.per_token.to(like),
             cut="end" if recipe.critic is None else recipe.critic.cut,
+            discount_per="token" if recipe.environment is None else recipe.environment.discount_per,
         )  # fmt: skip
         if self.algorithm.parts:
             traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
@@ -174,6 +175,8 @@ class OnPolicy:
         stats |= {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
         stats |= {f"finish/{end}": ends.count(end) / len(ends) for end in ("eos", "stop", "length")}
         stats["length/mean"] = sum(len(s.ids) for s in samples) / len(samples)
+        if episodes := [s for s in samples if s.turns is not None]:
+            stats |= episode_stats(episodes)
         # -log pi of a sampled token is an unbiased estimate of the entropy, and costs nothing
         stats["entropy"] = -float(masked_mean(traj.logp_old, traj.mask))
         if traj.logp_ref is not None:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from steersman.algorithms.base import Algorithm
 from steersman.data import DataConfig
+from steersman.environments.config import EnvironmentConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
@@ -46,6 +47,9 @@ class OnPolicyRecipe(Section, Generic[A]):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig
+    environment: EnvironmentConfig | None = Field(
+        default=None, description="what the model plays in, over several turns; null: one answer to each prompt"
+    )
     rollout: RolloutConfig = RolloutConfig()
     algorithm: A = Field(default_factory=dict, description="the algorithm's own settings")  # type: ignore
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -161,6 +165,11 @@ class OnPolicyRecipe(Section, Generic[A]):
                 "critic.cut bootstrap withholds the score of a cut response, and with it missing_eos_penalty and "
                 "overlong_buffer of section reward; set these to 0, or critic.cut: end"
             )
+        paying = [name for name, part in self.reward.parts.items() if part.environment is not None]
+        if paying and self.environment is None:
+            raise ValueError(f"reward.parts.{paying[0]}.environment: the recipe has no section `environment`")
+        if self.environment is not None and self.reward.overlong_buffer:
+            raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
         truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
         if truncated and algorithm.update == "trust_region":
             raise ValueError(

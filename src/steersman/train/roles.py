@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from steersman.environments.config import open_environment
+from steersman.environments.port import Environment
 from steersman.model import Policy, SharedBase, SharedCritic, whole_weights
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.reward.models import ModelReward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
-from steersman.train.generators import open_generator, sampled_by_all
+from steersman.train.generators import open_episodes, open_generator, sampled_by_all
 from steersman.train.models import lora_of, policy_from, scalar_from, shared_from
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
@@ -37,6 +39,7 @@ class Roles:
     sampling: Sampling
     device: torch.device
     mask_model: torch.nn.Module | None = None
+    environment: Environment | None = None
 
     @property
     def policy(self) -> Policy:
@@ -113,9 +116,18 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     if mask is not None:
         mask_model = copy.deepcopy(policy.model).requires_grad_(False)
         sampling = replace(sampling, limit=ActionLimit(mask_model, mask.top_p, mask.min_tokens))
+    engine, environment = open_generator(rollout, policy), None
+    if recipe.environment is not None:
+        environment = open_environment(recipe.environment)
+        if environment.pays and not any(part.environment for part in recipe.reward.parts.values()):
+            raise SteersmanError(
+                "environment: it has rewards, which no part of reward.parts takes; add one such as "
+                "`play: {environment: turn}`"
+            )
+        engine = open_episodes(recipe.environment, environment, recipe.data, rollout, policy, engine)
     return Roles(
-        learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), open_generator(rollout, policy),
-        sampling, device, mask_model,
+        learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), engine, sampling, device,
+        mask_model, environment,
     )  # fmt: skip
 
 

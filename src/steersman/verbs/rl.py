@@ -9,6 +9,8 @@ import torch
 
 from steersman import native
 from steersman.data import Batches, encode_prompts, layout, prompts, wraps
+from steersman.data.tokenize import smallest
+from steersman.environments.check import quick
 from steersman.model import Policy, ScalarModel
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
@@ -16,13 +18,14 @@ from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_
 from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
+from steersman.run.user_code import user_code
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
 from steersman.train.session import Session
-from steersman.types import Prompt, Stats
+from steersman.types import Prompt, Sample, Stats
 
 
 def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -101,6 +104,7 @@ class HeldOut:
                 "completion": s.text,
                 "finish": s.finish,
                 "reward": {name: float(part[i]) for name, part in scores.parts.items()},
+                **_episode(s),
             }
             for i, s in enumerate(samples)
         ]
@@ -124,6 +128,14 @@ class HeldOut:
             "held_out/kl": float(masked_sum(logp - ref, tokens.mask, dim=-1).mean()),
             "held_out/perplexity": math.exp(min(-mean, 50)),
         }
+
+
+def _episode(sample: Sample) -> dict[str, Any]:
+    """An episode's turns as they were said, answered and paid; nothing for a single answer."""
+    if sample.turns is None:
+        return {}
+    turns = [{"said": t.said, "heard": t.heard, "reward": t.reward} for t in sample.turns]
+    return {"begin": sample.prompt.text, "turns": turns, "outcome": sample.outcome}
 
 
 def _interval(look: Stats) -> str:
@@ -152,6 +164,12 @@ def _preflight(
     pre = Preflight(f"steersman {algorithm.name}: {algorithm.title} ({algorithm.paper})")
     samples = rollout.prompts * rollout.samples
     length = longest + rollout.max_new_tokens
+    if recipe.environment is not None and roles.environment is not None:  # an episode may fill what it is given
+        length = smallest(recipe.environment.max_tokens, context_length(roles.policy.model)) or length
+        pre.fact("environment", roles.environment.describe())
+        with user_code("environment: one episode before the run", 10 * recipe.environment.time_limit):
+            for finding in quick(roles.environment, train[0]):
+                pre.fact("environment, note", finding)
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
@@ -169,7 +187,7 @@ def _preflight(
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
     if algorithm.update == "gradient" and (note := slow_rate(recipe.model, recipe.optimizer.lr)):
         pre.fact("optimizer.lr", note)
-    announce(pre, session.device, _models(recipe, roles), _load(recipe, length), _sampled(recipe, roles, longest))
+    announce(pre, session.device, _models(recipe, roles), _load(recipe, length), _sampled(recipe, roles, length))
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
         pre.sample([(prompt.text, False)])
@@ -203,7 +221,8 @@ def _load(recipe: OnPolicyRecipe, length: int) -> Load:
     return Load(tokens, length)
 
 
-def _sampled(recipe: OnPolicyRecipe, roles: Roles, longest: int) -> Sampled:
+def _sampled(recipe: OnPolicyRecipe, roles: Roles, length: int) -> Sampled:
     rollout = recipe.rollout
+    longest = max(length - rollout.max_new_tokens, 1)
     sequences = rollout.prompts * rollout.samples
     return Sampled(roles.policy, sequences, longest, rollout.max_new_tokens, roles.engine.limits(sequences))

@@ -15,7 +15,8 @@ REACHED = 0.95
 
 @dataclass(slots=True)
 class Method:
-    """One method's row: deviations of its gradient, and one way per seed (see `training.Way`)."""
+    """One method's row: deviations of its gradient, over single answers and over an episode of two turns, and one way
+    per seed (see `training.Way`)."""
 
     name: str
     title: str
@@ -23,6 +24,7 @@ class Method:
     bias: str
     fixed_point: str
     gradient: GradientCheck
+    turns: GradientCheck
     way: list[float]
     way_allowed: list[float]
     way_core: list[float]
@@ -45,6 +47,12 @@ def _of_method(method: Method) -> list[str]:
     found, check = [], method.gradient
     if not check.core < EXACT:
         found.append(f"{method.name}: its gradient without its named biases deviates by {check.core:.1e}")
+    if not method.turns.core < EXACT:
+        found.append(
+            f"{method.name}: over two turns, without its named biases, it deviates by {method.turns.core:.1e}"
+        )
+    if not method.bias and not method.turns.shipped < EXACT:
+        found.append(f"{method.name}: names no bias, and over two turns deviates by {method.turns.shipped:.1e}")
     if not method.bias and not check.shipped < EXACT:
         found.append(f"{method.name}: names no bias, and its gradient deviates by {check.shipped:.1e}")
     if method.bias and check.shipped < EXACT:

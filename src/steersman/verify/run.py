@@ -25,7 +25,7 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.tabular import preference_check
 from steersman.types import SteersmanError
-from steersman.verify import distillation, gradient, self_play, training
+from steersman.verify import distillation, gradient, self_play, training, two_turns
 from steersman.verify.identities import Identity, identities
 from steersman.verify.judge import Method, failures
 from steersman.verify.staleness import claims, stale_table
@@ -49,7 +49,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work: `kind` is gradient, shipped, core (training runs), offline, distilled or played."""
+    """One piece of work: `kind` is gradient, turns, shipped, core (training runs), offline, distilled or played."""
 
     kind: str
     name: str
@@ -69,6 +69,8 @@ class Job:
         if self.kind == "played":
             return self_play.CHECKS[self.name](self_play.example())
         algorithm = ALGORITHMS[self.name]()
+        if self.kind == "turns":
+            return two_turns.check_turns(algorithm)
         if self.kind == "gradient":
             return gradient.check_gradient(algorithm, *gradient.example())
         if self.kind == "core":
@@ -146,7 +148,7 @@ def _jobs(names: list[str], recipe: VerifyRecipe) -> list[Job]:
             jobs.append(Job("played", name))
             continue
         kinds = ["shipped", "core"] if ALGORITHMS[name].fixed_point else ["shipped"]
-        jobs.append(Job("gradient", name))
+        jobs += [Job("gradient", name), Job("turns", name)]
         jobs += [Job(kind, name, seed, recipe.iterations) for kind in kinds for seed in range(recipe.seeds)]
     return sorted(jobs, key=lambda job: -ALGORITHMS[job.name]().epochs if job.iterations else 0)
 
@@ -196,6 +198,7 @@ def _method(name: str, answers: dict[Job, tuple[Any, float]], seeds: int) -> Met
         bias=algorithm.bias,
         fixed_point=algorithm.fixed_point,
         gradient=answers[Job("gradient", name)][0],
+        turns=answers[Job("turns", name)][0],
         way=[way.optimum for way in ways["shipped"]],
         way_allowed=[way.allowed for way in ways["shipped"]],
         way_core=[way.optimum for way in ways["core"]],

@@ -31,6 +31,7 @@ def method_table(methods: list[Method], seeds: int, iterations: int) -> Renderab
         "gradient\nshipped",
         "\ncore",
         "\ncosine",
+        "\n2 turns",
         "way to J*, %\nshipped",
         "\ncore",
         "\ns",
@@ -47,6 +48,7 @@ def method_table(methods: list[Method], seeds: int, iterations: int) -> Renderab
             _deviation(check.shipped, bool(method.bias)),
             _deviation(check.core),
             f"{check.cosine:.3f}",
+            _deviation(method.turns.core),
             _way(method.way, bool(method.fixed_point)),
             _way(method.way_core),
             f"{method.seconds:.0f}",
@@ -54,7 +56,8 @@ def method_table(methods: list[Method], seeds: int, iterations: int) -> Renderab
     legend = Text("\n").join(Text(f"{mark}  {text}") for text, mark in notes.items())
     reading = (
         "Gradient: largest relative deviation of the estimator's expectation, over every batch that could be drawn, "
-        "from the exact gradient, and the cosine between the two. Way: share of the way from J(pi_ref) to J* after "
+        "from the exact gradient, and the cosine between the two; 2 turns: the core's, over episodes in which an "
+        "environment answers at random between two actions. Way: share of the way from J(pi_ref) to J* after "
         f"{iterations} iterations of 128 sampled answers, mean of {seeds} seeds (and the worst). Core: with the "
         "named biases switched off."
     )

@@ -1,0 +1,1 @@
+"""Episodes of several turns: tools, environments, games and simulated users, exact at every token."""

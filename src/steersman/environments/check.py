@@ -1,0 +1,150 @@
+"""Tries an environment without a model: does a seed repeat, do episodes end, what do they pay, how slow are they?"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steersman.data.examples import Message
+from steersman.environments.classes import FaultError
+from steersman.environments.port import Answer, Call, Environment, Reply
+from steersman.environments.text import shown
+from steersman.run.seed import sub_seed
+from steersman.types import Prompt, SteersmanError
+
+Player = Callable[[random.Random], Reply]
+
+
+@dataclass(slots=True)
+class Findings:
+    """`wrong` is what must be mended, `notes` what one should know, `facts` what was measured."""
+
+    wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Course:
+    """What one episode did: everything that the environment said, and what it paid."""
+
+    said: list[str] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    ended: bool = False
+    fault: str = ""
+
+
+def tried(
+    environment: Environment, prompts: Sequence[Prompt], *, episodes: int, max_turns: int, low: float, high: float
+) -> Findings:
+    """Plays episodes at random, each twice with one seed. `low` and `high` are the range that a turn may pay."""
+    found = Findings(notes=environment.findings())
+    courses, unlike = [], 0
+    for i in range(episodes):
+        prompt = prompts[i % len(prompts)]
+        one, two = (course(environment, prompt, i, max_turns) for _ in range(2))
+        unlike += (one.said, one.rewards) != (two.said, two.rewards)
+        courses.append(one)
+    if unlike:
+        found.notes.append(
+            f"{unlike} of {episodes} episodes were otherwise the second time with the same seed and replies: a "
+            "resumed run will not be the same bit for bit"
+        )
+    faults = sorted({c.fault for c in courses if c.fault})
+    found.wrong += [f"an episode failed: {fault}" for fault in faults[:5]]
+    paid = [r for c in courses for r in c.rewards]
+    outside = [r for r in paid if not low <= r <= high]
+    if outside:
+        found.wrong.append(f"{len(outside)} rewards lie outside [{low:g}, {high:g}], such as {outside[0]:g}")
+    ended = sum(c.ended for c in courses)
+    if not ended:
+        found.wrong.append(f"none of {episodes} episodes ended within {max_turns} turns")
+    if environment.pays and len(set(paid)) == 1:
+        found.notes.append(f"every reward of the random player is {paid[0]:g}: it may be too rare to learn from")
+    seconds = [s for c in courses for s in c.seconds]
+    totals = [sum(c.rewards) for c in courses]
+    found.facts |= {
+        "episodes that ended": f"{ended} of {episodes}, within {max_turns} turns",
+        "a random player earns": f"{sum(totals) / len(totals):.3g} on average, {max(totals):.3g} at best",
+        "time per step": f"{sum(seconds) / max(len(seconds), 1):.2g} s, {max(seconds, default=0):.2g} at most",
+        "longest message": f"{max((len(s) for c in courses for s in c.said), default=0)} characters",
+    }
+    return found
+
+
+def quick(environment: Environment, prompt: Prompt) -> list[str]:
+    """What one short episode at random shows before a run: what failed, and whether its seed repeats."""
+    one, two = (course(environment, prompt, 0, 2) for _ in range(2))
+    found = environment.findings()
+    if one.fault:
+        found.append(f"an episode failed: {one.fault}")
+    elif (one.said, one.rewards) != (two.said, two.rewards):
+        found.append("the same seed gives another episode: a resumed run will not be the same bit for bit")
+    return found
+
+
+def course(environment: Environment, prompt: Prompt, number: int, max_turns: int) -> Course:
+    """One episode of a random player; the number names its streams."""
+    out, luck = Course(), random.Random(sub_seed(0, "player", number))
+    player = player_of(environment)
+    episode = environment.open()
+    try:
+        turns: list[Message] = [dict(m) for m in prompt.turns or []]  # type: ignore[misc]
+        begun = episode.begin(turns, dict(prompt.row), sub_seed(0, "check", number))
+        out.said.append("".join(m["content"] for m in begun))
+        while len(out.rewards) < max_turns and not out.ended:
+            start = time.monotonic()
+            answer: Answer = episode.step(player(luck))
+            out.seconds.append(time.monotonic() - start)
+            out.said.append("".join(m["content"] for m in answer.messages))
+            out.rewards.append(answer.reward)
+            out.ended = answer.done or answer.truncated
+    except SteersmanError:
+        raise
+    except FaultError as error:
+        out.fault = str(error)
+    except (SystemExit, Exception) as error:
+        out.fault = f"{type(error).__name__}: {shown(str(error), 200)}"
+    finally:
+        episode.close()
+    return out
+
+
+def player_of(environment: Environment) -> Player:
+    """Who says any of the actions, or calls any tool with any arguments, or says words; and stops now and then."""
+    if environment.actions:
+        return lambda luck: _plain(luck.choice(list(environment.actions)))
+    if environment.tools:
+        return lambda luck: _called(luck, environment.tools)
+    return lambda luck: _plain(luck.choice(["yes", "no", "a", "1", "", "hello there", "\u00e9\U0001f600"]))
+
+
+def _plain(text: str) -> Reply:
+    return Reply(text, text)
+
+
+def _called(luck: random.Random, tools: Sequence[dict[str, Any]]) -> Reply:
+    if luck.random() < 0.2:
+        return _plain("done")
+    function = luck.choice(list(tools))["function"]
+    properties = function["parameters"].get("properties", {})
+    return Reply("", "", (Call(function["name"], {name: _any(luck, p) for name, p in properties.items()}),))
+
+
+def _any(luck: random.Random, schema: dict[str, Any]) -> Any:
+    if "enum" in schema:
+        return luck.choice(schema["enum"])
+    kind = schema.get("type")
+    makers: dict[Any, Callable[[], Any]] = {
+        "integer": lambda: luck.randint(-3, 9),
+        "number": lambda: luck.uniform(-3, 9),
+        "boolean": lambda: luck.random() < 0.5,
+        "array": list,
+        "object": dict,
+        "null": lambda: None,
+    }
+    return makers.get(kind, lambda: luck.choice(["", "a", "hello"]))()

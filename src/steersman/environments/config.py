@@ -1,0 +1,87 @@
+"""The recipe's `environment` section, and the environment that it describes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from steersman.environments.classes import TextEnvironment, ToolEnvironment, from_class
+from steersman.environments.gym import GymEnvironment
+from steersman.run.config import Section
+
+_KINDS = ("tools", "path", "gym")
+
+
+class EnvironmentConfig(Section):
+    """What the model plays in: exactly one of tools, path and gym."""
+
+    tools: list[str] = Field(default_factory=list, description="typed functions, as my_tools.py:add")
+    path: str | None = Field(
+        default=None, description="my_env.py:Env, a class with tools (reset, get_reward) or with begin and step"
+    )
+    gym: str | None = Field(default=None, description="name of a Gymnasium environment, such as FrozenLake-v1")
+    args: dict[str, Any] = Field(default_factory=dict, description="settings of the class, or of gymnasium.make")
+    actions: list[str] = Field(default_factory=list, description="gym: words for the actions 0, 1, ...")
+    rendering: str | None = Field(default=None, description="gym: function of (env, observation, info) to text")
+    invalid_reward: float = Field(default=0.0, description="gym: reward of a reply that names no action")
+    max_turns: int = Field(default=8, ge=1, description="replies of the model per episode; then it is truncated")
+    max_tokens: int | None = Field(
+        default=None, ge=2, description="tokens of a whole episode, its prompt included; null: the model's context"
+    )
+    time_limit: float = Field(default=30.0, gt=0, description="seconds that one call of the environment may take")
+    episode_limit: float | None = Field(
+        default=None, gt=0, description="seconds that an episode may wait for its environment in all; null: no limit"
+    )
+    workers: int = Field(default=64, ge=1, description="threads that run environments side by side")
+    overlap: bool = Field(
+        default=False,
+        description="sample some episodes while others wait for their tools; faster with slow tools, but what is "
+        "batched together then depends on time, so a run is repeatable to rounding only",
+    )
+    retries: int = Field(default=0, ge=0, description="how often a beginning that failed is tried anew")
+    on_error: Literal["tell", "end"] = Field(
+        default="tell", description="a tool that raises: its error is shown to the model, or ends the episode"
+    )
+    on_fault: Literal["end", "truncate", "stop"] = Field(
+        default="end",
+        description="an environment that hangs, raises or gives nonsense: the episode ends with fault_reward, is "
+        "truncated with what it has, or the run stops",
+    )
+    fault_reward: float = Field(default=0.0, description="reward of the turn at which an environment failed")
+    max_characters: int = Field(default=4000, ge=1, description="of one message of the environment; the rest is cut")
+    history: Literal["refuse", "keep"] = Field(
+        default="refuse",
+        description="a chat template that shows earlier turns otherwise than they were said (without thoughts, say): "
+        "refused, or the model sees its turns as it said them",
+    )
+    tell_tools: bool = Field(
+        default=False, description="tell the tools in the prompt, where the chat template shows none"
+    )
+    discount_per: Literal["token", "turn"] = Field(
+        default="token", description="what algorithm.gamma counts by: every token, or once a turn"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EnvironmentConfig:
+        given = [kind for kind in _KINDS if getattr(self, kind)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; {' and '.join(given) or 'none'} given")
+        if self.gym is None and (self.actions or self.rendering or self.invalid_reward):
+            raise ValueError("actions, rendering and invalid_reward belong to gym")
+        if self.tools and self.args:
+            raise ValueError("args belong to path or gym")
+        return self
+
+
+def open_environment(config: EnvironmentConfig) -> ToolEnvironment | TextEnvironment | GymEnvironment:
+    """The environment that the section describes. Raises SteersmanError for what does not load or fit."""
+    if config.tools:
+        return ToolEnvironment(config.tools, on_error=config.on_error, longest=config.max_characters)
+    if config.gym is not None:
+        return GymEnvironment(
+            config.gym, args=config.args, actions=config.actions, rendering=config.rendering,
+            invalid_reward=config.invalid_reward, longest=config.max_characters,
+        )  # fmt: skip
+    assert config.path is not None
+    return from_class(config.path, config.args, config.on_error, config.max_characters)

@@ -1,0 +1,29 @@
+"""What others wrote, cut and cleaned before it reaches the model, a log or a terminal."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from steersman.run.terminal import printable
+from steersman.run.untrusted import LONE_SURROGATE
+
+
+def shown(text: str, limit: int) -> str:
+    r"""The text as a conversation may hold it: at most `limit` characters, control characters written out as `\x1b`,
+    half surrogate pairs as U+FFFD."""
+    cut = len(text) - limit
+    if cut > 0:
+        text = text[:limit]
+    text = printable(LONE_SURROGATE.sub("\ufffd", text))
+    return f"{text}... ({cut} characters left out)" if cut > 0 else text
+
+
+def reward_of(value: Any, where: str) -> float:
+    """A reward as a float. Raises ValueError for None, NaN, infinity and what is no number."""
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, Real) or not math.isfinite(float(value)) or abs(float(value)) > 1e16:
+        raise ValueError(f"{where} gave the reward {value!r}; it must be a finite number")
+    return float(value)

@@ -1,0 +1,176 @@
+"""Threads that run episodes' code beside the model, each call with a time limit.
+
+A thread that hangs can't be stopped in Python. It is given up: its call has failed, another thread takes its place,
+and it ends by itself if the call ever returns. Threads are daemons, so that a hung one holds no process back. An
+`async` function runs on one event loop that all share; there a late call is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from steersman.types import SteersmanError
+
+_ABANDONED = 512
+"""Threads that may hang at once before the run is stopped: each keeps its memory."""
+
+
+class TooLateError(Exception):
+    """A call took longer than its limit."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One call: `key` is whose, `result` or `error` what came of it."""
+
+    key: int
+    call: Callable[[], Any]
+    limit: float | None
+    started: float | None = None
+    result: Any = None
+    error: BaseException | None = None
+    over: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def finish(self, result: Any = None, error: BaseException | None = None) -> bool:
+        """Records the outcome; False where there is one already."""
+        with self.lock:
+            if self.over:
+                return False
+            self.result, self.error, self.over = result, error, True
+            return True
+
+
+class Workers:
+    """Up to `count` threads. `submit` puts a call in line; `take` gives those that are over."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._line: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._over: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._running: dict[int, Job] = {}
+        self._lock = threading.Lock()
+        self._threads = self._idle = 0
+        self.abandoned = 0
+        self.pending = 0
+
+    def submit(self, key: int, call: Callable[[], Any], limit: float | None) -> None:
+        """Puts a call in line; its limit counts from when it starts."""
+        self.pending += 1
+        self._line.put(Job(key, call, limit))
+        with self._lock:
+            if self._idle < self._line.qsize() and self._threads < self.count:
+                self._start()
+
+    def take(self, wait: bool) -> list[Job]:
+        """The calls that are over; with `wait` at least one of those in line."""
+        out: list[Job] = []
+        while self.pending and (wait or not self._over.empty() or not out):
+            self._give_up()
+            try:
+                job = self._over.get(timeout=0.02 if wait and not out else 0)
+            except queue.Empty:
+                if out or not wait:
+                    break
+                continue
+            self.pending -= 1
+            out.append(job)
+        return out
+
+    def close(self) -> None:
+        """Lets idle threads end."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._line.put(None)
+
+    def _start(self) -> None:
+        self._threads += 1
+        threading.Thread(target=self._work, name="episode", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            job = self._line.get()
+            with self._lock:
+                self._idle -= 1
+                if job is None:
+                    self._threads -= 1
+                    return
+                job.started = time.monotonic()
+                self._running[id(job)] = job
+            kept = self._run(job)
+            with self._lock:
+                self._running.pop(id(job), None)
+                if not kept:  # given up long ago; another thread stands in
+                    self.abandoned -= 1
+                    return
+
+    def _run(self, job: Job) -> bool:
+        try:
+            result = job.call()
+            if inspect.isawaitable(result):
+                result = asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result(job.limit)
+        except TimeoutError as error:
+            kept = job.finish(error=TooLateError(str(error)))
+        except BaseException as error:
+            kept = job.finish(error=error)
+        else:
+            kept = job.finish(result)
+        if kept:
+            self._over.put(job)
+        return kept
+
+    def _give_up(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            late = [
+                job for job in self._running.values()
+                if job.limit is not None and job.started is not None and now - job.started > job.limit
+            ]  # fmt: skip
+            for job in late:
+                if not job.finish(error=TooLateError()):
+                    continue
+                self._running.pop(id(job), None)
+                self._over.put(job)
+                self.abandoned += 1
+                self._threads -= 1
+                if self._line.qsize():
+                    self._start()
+            if self.abandoned > _ABANDONED:
+                raise SteersmanError(
+                    f"environment: {self.abandoned} calls hang beyond their time limit, and each holds a thread; "
+                    "mend the tool, or give it a time limit of its own"
+                )
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+_shared: list[asyncio.AbstractEventLoop] = []
+_shared_lock = threading.Lock()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """The one event loop of this process's environments, in a thread of its own."""
+    with _shared_lock:
+        if not _shared:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="episodes' event loop", daemon=True).start()
+            _shared.append(loop)
+        return _shared[0]
+
+
+def resolved(result: Any) -> Any:
+    """A result, awaited on the shared loop where it is to be; for code that calls a user's function itself."""
+    if inspect.isawaitable(result):
+        return asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result()
+    return result

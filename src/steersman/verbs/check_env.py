@@ -1,0 +1,154 @@
+"""`steersman check-env my_env.py:Env`: tries an environment before anything is trained in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor
+
+from steersman.algorithms import ALGORITHMS
+from steersman.algorithms.base import Coefficients
+from steersman.data import DataConfig, encode_prompts, layout, prompts
+from steersman.environments.check import Findings, tried
+from steersman.environments.config import EnvironmentConfig, open_environment
+from steersman.environments.port import Environment
+from steersman.loss.reduce import denominator, reduce, token_weight
+from steersman.model import Policy
+from steersman.reward.episodes import EpisodeReward
+from steersman.run.config import Section
+from steersman.run.device import resolve_device
+from steersman.run.terminal import printable
+from steersman.train.experience import tokens_of, trajectory
+from steersman.train.generators import open_episodes, open_generator
+from steersman.train.models import context_length, policy_from
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.types import Prompt, Sample, SteersmanError
+
+
+class CheckEnvRecipe(Section):
+    """What is tried, and how often."""
+
+    environment: EnvironmentConfig
+    data: DataConfig | None = Field(default=None, description="rows that episodes begin with; null: one empty row")
+    model: ModelConfig | None = Field(default=None, description="the model that is to play; null: no model plays")
+    rollout: RolloutConfig = RolloutConfig(max_new_tokens=16)
+    episodes: int = Field(default=16, ge=1, description="episodes of each player")
+    reward_low: float = Field(default=-1e16, description="least reward that a turn may pay")
+    reward_high: float = Field(default=1e16, description="largest reward that a turn may pay")
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset(f"run.{key}" for key in RunConfig.model_fields if key not in ("device", "seed"))
+
+
+def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Prints one page of findings. Raises SteersmanError, after printing, where something must be mended."""
+    environment = open_environment(recipe.environment)
+    rows = _rows(recipe)
+    found = tried(
+        environment, rows, episodes=recipe.episodes, max_turns=recipe.environment.max_turns,
+        low=recipe.reward_low, high=recipe.reward_high,
+    )  # fmt: skip
+    if recipe.model is not None:
+        _with_model(recipe, environment, rows, found)
+    _print(environment, found)
+    if found.wrong:
+        raise SteersmanError(f"check-env: {len(found.wrong)} to mend: " + "; ".join(found.wrong))
+    return {"wrong": found.wrong, "notes": found.notes, "facts": found.facts}
+
+
+def _rows(recipe: CheckEnvRecipe) -> list[Prompt]:
+    if recipe.data is None:
+        return [Prompt([0], "", {}, 0, [])]
+    queries = prompts(recipe.data).train[: recipe.episodes]
+    turns = [[{"role": "user", "content": q.prompt}] if isinstance(q.prompt, str) else q.prompt for q in queries]
+    return [Prompt([0], "", q.columns, i, t) for i, (q, t) in enumerate(zip(queries, turns, strict=True))]
+
+
+def _with_model(recipe: CheckEnvRecipe, environment: Environment, rows: list[Prompt], found: Findings) -> None:
+    """What only a model can show: its template, its tokens, what it earns, and that nothing heard reaches a loss."""
+    assert recipe.model is not None
+    data = recipe.data or DataConfig(path="")
+    policy = policy_from(recipe.model, recipe.run, resolve_device(recipe.run.device))
+    if recipe.data is not None:
+        queries = prompts(data).train[: recipe.episodes]
+        context = context_length(policy.model)
+        rows, _, _ = encode_prompts(
+            queries, layout(policy, data, asks=True), data, context, recipe.rollout.max_new_tokens
+        )
+    rows = [Prompt(r.ids, r.text, r.row, i, r.turns or [{"role": "user", "content": ""}]) for i, r in enumerate(rows)]
+    try:
+        generator = open_generator(recipe.rollout, policy)
+        play = open_episodes(recipe.environment, environment, data, recipe.rollout, policy, generator)
+    except SteersmanError as error:
+        found.wrong.append(str(error))
+        return
+    sampling, many = recipe.rollout.sampling(), (rows * recipe.episodes)[: recipe.episodes]
+    sampled = play.generate(many, sampling, seed=recipe.run.seed)
+    greedy = play.generate(many, sampling.as_greedy(), seed=recipe.run.seed)
+    again = play.generate(many, sampling.as_greedy(), seed=recipe.run.seed)
+    if [s.ids for s in greedy] != [s.ids for s in again]:
+        found.notes.append("the model's greedy episodes differ from one time to the next")
+    found.wrong += [
+        f"the model's episode ended so: {s}" for s in {x.outcome for x in sampled if "fault" in x.outcome}
+    ]
+    found.wrong += _inexact(policy, sampled, recipe.rollout.temperature)
+    for name, samples in (("the model", sampled), ("the greedy model", greedy)):
+        totals = [sum(t.reward for t in s.turns or []) for s in samples]
+        turns = sum(len(s.turns or []) for s in samples) / len(samples)
+        found.facts[f"{name} earns"] = f"{sum(totals) / len(totals):.3g} on average, in {turns:.1f} turns"
+    longest = max(len(s.prompt.ids) + len(s.ids) for s in sampled)
+    found.facts["longest episode"] = f"{longest} tokens, of {play.limit} that fit"
+    found.facts["ends"] = ", ".join(sorted({s.outcome for s in sampled}))
+
+
+def _inexact(policy: Policy, samples: list[Sample], temperature: float) -> list[str]:
+    """Where sampled tokens are not those that are trained on, or what was heard reaches a loss."""
+    wrong = []
+    tokens = tokens_of(samples).to(policy.device)
+    with torch.no_grad():
+        logp = policy.logp(tokens, temperature=temperature).logp
+    recorded = trajectory(samples, tokens, torch.zeros(len(samples)), ALGORITHMS["grpo"](), 0.0).logp_old
+    gap = float(torch.where(tokens.mask, (logp - recorded).abs(), 0.0).max())
+    if gap > 1e-3:
+        wrong.append(f"log-probabilities while sampling and in training differ by {gap:.2g}")
+    for s in samples:
+        said = sum(t.end - t.begin for t in s.turns or [])
+        if s.turns and sum(s.mask or []) != said:
+            wrong.append(f"{sum(s.mask or [])} tokens count where {said} were said")
+    grad, junk = (_gradient(samples, tokens, logp, fill) for fill in (0.0, 30.0))
+    if not torch.equal(grad, junk):
+        wrong.append("what the environment said reaches the loss")
+    return wrong
+
+
+def _gradient(samples: list[Sample], tokens: Any, logp: Tensor, fill: float) -> Tensor:
+    """The gradient of GRPO's loss by the log-probabilities, with `fill` wherever the environment spoke."""
+    algorithm = ALGORITHMS["grpo"]()
+    scores = EpisodeReward("episode").score(samples)
+    assert scores.per_token is not None
+    pay = scores.per_token.to(logp.device)[:, : tokens.mask.shape[1]]
+    pay = torch.where(tokens.mask, pay, fill)
+    traj = trajectory(samples, tokens, scores.total.to(logp.device), algorithm, 0.0, per_token=pay)
+    traj.logp_old = torch.where(tokens.mask, traj.logp_old, -fill)
+    free = torch.where(tokens.mask, logp[:, : tokens.mask.shape[1]], fill).detach().requires_grad_()
+    loss = algorithm.loss(free, traj, algorithm.advantage(traj).adv, Coefficients())
+    total = reduce(loss, token_weight(traj.mask, algorithm.average), denominator(traj.mask, algorithm.average))
+    return torch.autograd.grad(total, free)[0]
+
+
+def _print(environment: Environment, found: Findings) -> None:
+    console = Console()
+    console.print(f"steersman check-env: {printable(environment.describe())}", style="bold", markup=False)
+    for name, value in found.facts.items():
+        console.print(f"  {name:<24}{printable(value)}", markup=False, highlight=False)
+    for note in found.notes:
+        console.print(f"  note   {printable(note)}", style="yellow", markup=False, highlight=False)
+    for fault in found.wrong:
+        console.print(f"  wrong  {printable(fault)}", style="red", markup=False, highlight=False)
+    if not found.wrong:
+        console.print("  nothing to mend", style="green")

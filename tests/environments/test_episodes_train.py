@@ -1,0 +1,159 @@
+"""Every interface trains: episodes in, weights moved, tokens exact, and what the environment said never counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from train_kit import merge, recipe, rows, weights
+
+from steersman.train.experience import tokens_of
+from steersman.train.on_policy import OnPolicy
+from steersman.train.roles import build_roles
+from steersman.verbs import rl
+from steersman.verbs.rl import _prompts
+
+CPU = torch.device("cpu")
+
+
+def played(base, name="rloo", **extra):
+    """The parts of a run, and the episodes of its first iteration."""
+    made = recipe(name, base, **extra)
+    roles = build_roles(made, CPU)
+    train, _ = _prompts(made, roles.policy)
+    samples = roles.generate(train[:4], seed=(0, 0), n=2)
+    return made, roles, train, samples
+
+
+def test_sampled_ids_are_trained_ids_and_the_rest_was_tokenised_once(base):
+    _, roles, _, samples = played(base)
+    decode = roles.policy.tokenizer.decode
+    for s in samples:
+        assert len(s.turns) == 3
+        assert s.outcome == "done"
+        for turn, after in zip(s.turns, [*s.turns[1:], None], strict=True):
+            assert all(s.mask[turn.begin : turn.end])
+            assert decode(s.ids[turn.begin : turn.end], skip_special_tokens=True) == turn.said
+            if after is not None:
+                assert not any(s.mask[turn.end : after.begin])
+                assert decode(s.ids[turn.end : after.begin]) == turn.heard
+    tokens = tokens_of(samples)
+    logp = roles.policy.logp(tokens).logp
+    recorded = torch.tensor([x for s in samples for x, m in zip(s.logp, s.mask, strict=True) if m])
+    torch.testing.assert_close(logp[tokens.mask], recorded, atol=2e-5, rtol=0)
+
+
+def test_samples_of_one_prompt_meet_one_world_and_the_same_seed_repeats(base):
+    _, roles, train, samples = played(base)
+    again = roles.generate(train[:4], seed=(0, 0), n=2)
+    assert [s.ids for s in again] == [s.ids for s in samples]
+    assert [s.turns[0].heard for s in samples[::2]] == [s.turns[0].heard for s in samples[1::2]]
+    alone = roles.generate(train[1:2], seed=(0, 0), n=2)
+    assert [s.ids for s in alone] == [s.ids for s in samples[2:4]]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce", "remax", "a2c", "trpo"])
+def test_what_the_environment_said_reaches_no_loss(base, name):
+    """Environment tokens' recorded numbers and rewards are changed; no gradient moves."""
+    made, roles, train, samples = played(base, name, algorithm__beta=0.1)
+    for change in (False, True):
+        loop = OnPolicy(made, roles, train, _Batches())  # its baseline moves with every batch
+        if change:
+            for s in samples:
+                s.logp = [x if m else 40.0 for x, m in zip(s.logp, s.mask, strict=True)]
+        scores = roles.reward.score(samples)
+        _tokens, traj, _ = loop.experience(samples, scores)
+        adv = made.algorithm.advantage(traj)
+        found = torch.where(traj.mask, adv.adv, 0.0)
+        assert (adv.adv[~traj.mask] == 0).all()
+        if not change:
+            first = found
+    torch.testing.assert_close(first, found)
+    assert traj.reward[~traj.mask].abs().max() == 0
+
+
+class _Batches:
+    def forever(self):
+        while True:
+            yield [0]
+
+
+def test_turn_rewards_stand_at_the_ends_of_turns(base):
+    _, roles, _, samples = played(base)
+    scores = roles.reward.score(samples)
+    for b, s in enumerate(samples):
+        ends = [t.end - 1 for t in s.turns]
+        assert scores.per_token[b, ends].tolist() == pytest.approx([t.said.count("a") / 4 for t in s.turns])
+        assert float(scores.per_token[b].sum()) == pytest.approx(sum(t.reward for t in s.turns))
+
+
+def test_discount_per_turn(base):
+    made, roles, train, samples = played(
+        base, "a2c", algorithm__gamma=0.5, environment__discount_per="turn", algorithm__beta=0.0
+    )
+    loop = OnPolicy(made, roles, train, _Batches())
+    _, traj, _ = loop.experience(samples, roles.reward.score(samples))
+    for b, s in enumerate(samples):
+        ends = [t.end - 1 for t in s.turns]
+        inside = [t for t in range(len(s.ids)) if s.mask[t] and t not in ends]
+        assert traj.discount[b, ends].tolist() == [0.5, 0.5, 0.0]
+        assert all(traj.discount[b, inside] == 1)
+
+
+@pytest.mark.parametrize(("cut", "last"), [("end", 0.0), ("bootstrap", 1.0)])
+def test_a_turn_limit_truncates_and_keeps_what_was_earned(base, cut, last):
+    made, roles, train, samples = played(base, "ppo", environment__max_turns=2, critic__cut=cut, algorithm__beta=0.0)
+    assert {s.outcome for s in samples} == {"turn limit"}
+    assert not any(s.terminated for s in samples)
+    loop = OnPolicy(made, roles, train, _Batches())
+    _, traj, _ = loop.experience(samples, roles.reward.score(samples))
+    for b, s in enumerate(samples):
+        assert float(traj.discount[b, s.turns[-1].end - 1]) == last
+        assert float(traj.reward[b].sum()) == pytest.approx(sum(t.reward for t in s.turns), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_a_text_environment_trains(base, tmp_path, name):
+    made = recipe(name, base, iterations=3)
+    rl.run(made)
+    seen = rows(tmp_path / "run")
+    assert seen[-1]["ratio_gap"] < 1e-4
+    assert seen[-1]["episode/done"] == 1
+    assert seen[-1]["episode/turns"] == 3
+    kept = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [set(t) for t in kept[-1]["turns"]] == [{"said", "heard", "reward"}] * 3
+    assert weights(tmp_path / "run" / "model")
+
+
+def test_it_learns(base, tmp_path):
+    made = recipe(
+        "rloo", base, iterations=25, rollout__prompts=8, rollout__samples=4, optimizer__lr=2e-2, algorithm__beta=0.0,
+        run__eval_every=25,
+    )  # fmt: skip
+    rl.run(made)
+    seen = [row["reward/total"] for row in rows(tmp_path / "run") if "reward/total" in row]
+    assert sum(seen[-3:]) / 3 > 3 * (sum(seen[:3]) / 3 + 0.1)
+
+
+def test_a_class_with_tools_trains(base, tmp_path, worlds):
+    made = recipe("grpo", base, environment__path=f"{worlds}:Shop")
+    rl.run(made)
+    assert rows(tmp_path / "run")[-1]["episode/done"] == 1  # letters call nothing, which ends it
+
+
+def test_functions_as_tools_train(base, tmp_path, worlds):
+    made = recipe(
+        "grpo",
+        merge(base, {"environment": {"tools": [f"{worlds}:add"]}, "reward.parts": {"l": {"builtin": "length"}}}),
+    )
+    rl.run(made)
+    assert rows(tmp_path / "run")[-1]["episode/turns"] == 1
+
+
+def test_gymnasium_trains(base, tmp_path):
+    environment = {"gym": "FrozenLake-v1", "actions": ["a", "b", "c", "d"], "max_turns": 4}
+    made = merge(base, {"rollout.max_new_tokens": 1})
+    made["environment"] = environment | {"args": {"is_slippery": False}, "max_characters": 60}
+    rl.run(recipe("grpo", made))
+    assert rows(tmp_path / "run")[-1]["episode/turns"] > 1

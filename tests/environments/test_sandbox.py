@@ -1,0 +1,101 @@
+"""The sandbox: programs run, and what they try in order to get out or to take much fails."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from steersman.environments import sandbox
+from steersman.environments.sandbox import Limits, program_of, run_code, run_python, unit_tests
+from steersman.types import SteersmanError
+
+needs = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
+
+
+@needs
+def test_a_program_runs_and_is_told_how_it_ended():
+    assert run_code("import math\nprint(math.comb(10, 3))") == "120"
+    assert "ZeroDivisionError" in run_code("1 / 0")
+    assert "exit code 3" in run_code("raise SystemExit(3)")
+    assert run_python("import sys\nprint(sys.stdin.read())", given="é").output == "é\n"
+
+
+@needs
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open('/etc/passwd').read()",
+        "open(FILE).read()",
+        "import os\nassert os.listdir('/home') and os.listdir('/old')",
+        "open('/usr/mine', 'w')",
+        "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)",
+        "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)",
+        "import os, signal\nos.kill(PID, signal.SIGTERM)",
+        "import os\nopen(f'/proc/{PID}/environ').read()",
+        "import os\nos.setuid(0); os.chroot('/proc/1/root'); open('/etc/passwd').read()",
+        "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, b'') == 0",
+        "import os\nos.mknod('/tmp/disk', 0o60600, os.makedev(8, 0)); open('/tmp/disk')",
+        "x = bytearray(2 ** 31)",
+        "open('/tmp/big', 'wb').write(bytes(2 ** 25))",
+        "import os\n[os.fork() or __import__('time').sleep(1) for _ in range(64)]",
+        "files = [open('/tmp/f') for _ in [open('/tmp/f', 'w')] * 200]",
+    ],
+)
+def test_an_escape_fails(attempt):
+    import socket
+
+    attempt = attempt.replace("FILE", repr(__file__))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = run_python(attempt.replace("PORT", str(server.getsockname()[1])).replace("PID", str(os.getpid())))
+    assert found.code != 0
+    assert not found.late or "fork" in attempt
+    assert "root:" not in found.output
+
+
+@needs
+def test_environment_variables_are_not_seen(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "secret-word")
+    assert "secret-word" not in run_python("import os\nprint(dict(os.environ))").output
+
+
+@needs
+def test_time_and_output_are_limited():
+    start = time.monotonic()
+    assert run_python("while True: pass", Limits(seconds=0.5)).late
+    assert run_python("import time, os\nos.fork()\ntime.sleep(60)", Limits(seconds=0.5)).late
+    assert time.monotonic() - start < 5
+    flood = run_python("while True: print('a' * 1000)", Limits(seconds=5, output=100))
+    assert flood.code == -9
+    assert len(flood.output) < 200
+    assert "\x1b" not in run_python(r"print('\x1b[31m')").output
+
+
+GOOD = "Here:\n```python\ndef f(x):\n    return x + 1\n```\nDone."
+
+
+@needs
+def test_unit_tests_are_the_reward():
+    tests = ["assert f(1) == 2\nassert f(-1) == 0"] * 6
+    replies = [
+        GOOD,
+        "def f(x): return 2",
+        "def f(x",
+        "def f(x):\n    return x + 1\nraise SystemExit(0)",
+        "import os\nos._exit(0)",
+        "print('passed')\nimport sys\nprint(sys.stdin.read())\nraise SystemExit(0)",
+    ]
+    assert unit_tests([""] * 6, replies, tests=tests) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_the_last_fence_is_the_program():
+    assert program_of(GOOD) == "def f(x):\n    return x + 1\n"
+    assert program_of("x = 1") == "x = 1"
+    assert program_of("```\na\n``` or ```py\nb\n```") == "b\n"
+
+
+def test_without_namespaces_nothing_is_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", lambda: "namespaces do not work here")
+    with pytest.raises(SteersmanError, match="not run without one"):
+        run_python("print(1)")

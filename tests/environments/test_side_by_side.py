@@ -1,0 +1,97 @@
+"""Many episodes at once: slow tools wait side by side, hung ones are given up, and a resumed run goes on alike."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from train_kit import merge, plain, recipe, rows, weights
+
+from steersman.environments.workers import TooLateError, Workers
+from steersman.train.roles import build_roles
+from steersman.verbs import rl
+from steersman.verbs.rl import _prompts
+
+SLOW = """
+import asyncio, time
+
+class Slow:
+    def begin(self, row, seed=0):
+        self.left, self.wait = 2, 0.05 + seed % 5 / 50
+        return None
+
+    def step(self, text):
+        time.sleep(self.wait)
+        self.left -= 1
+        return "hm.", 1.0, self.left == 0
+
+class Later:
+    def begin(self, row):
+        return None
+
+    async def step(self, text):
+        await asyncio.sleep(0.05)
+        return "hm.", 1.0, True
+"""
+
+
+@pytest.fixture
+def slow(base, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    return merge(base, {"environment": {"path": f"{tmp_path / 'slow.py'}:Slow", "max_turns": 5}})
+
+
+def generate(values, n=8, **extra):
+    made = recipe("rloo", values, **extra)
+    roles = build_roles(made, torch.device("cpu"))
+    train, _ = _prompts(made, roles.policy)
+    roles.generate(train[:1], seed=0, n=1)
+    start = time.monotonic()
+    samples = roles.generate(train[:4], seed=0, n=n)
+    return samples, time.monotonic() - start
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_waiting_tools_wait_beside_each_other(slow, overlap):
+    samples, seconds = generate(slow, environment__overlap=overlap)
+    assert {s.outcome for s in samples} == {"done"}
+    assert seconds < 2.0  # one after the other they take 4.5
+
+
+def test_overlap_gives_the_same_episodes(slow):
+    a, _ = generate(slow)
+    b, _ = generate(slow, environment__overlap=True)
+    assert [s.ids for s in a] == [s.ids for s in b]
+
+
+def test_async_steps_are_awaited(slow):
+    path = slow["environment"]["path"].replace(":Slow", ":Later")
+    samples, seconds = generate(merge(slow, {"environment.path": path}))
+    assert [len(s.turns) for s in samples] == [1] * 32
+    assert seconds < 1.5
+
+
+def test_a_hung_call_is_given_up_and_its_thread_replaced():
+    workers, stop = Workers(1), threading.Event()
+    workers.submit(0, stop.wait, 0.1)
+    workers.submit(1, lambda: 7, 0.1)
+    done = {job.key: job for job in [*workers.take(True), *workers.take(True)]}
+    assert isinstance(done[0].error, TooLateError)
+    assert done[1].result == 7
+    assert workers.abandoned == 1
+    stop.set()
+    workers.close()
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(base, tmp_path):
+    """Checkpoints at every iteration; what comes after one is sampled from the same seeds."""
+    whole = recipe("ppo", base, iterations=4, run__dir=str(tmp_path / "whole"))
+    rl.run(whole)
+    half = recipe("ppo", base, iterations=2, run__dir=str(tmp_path / "half"))
+    rl.run(half)
+    rl.run(recipe("ppo", base, iterations=4, run__dir=str(tmp_path / "half")), resume=True)
+    a, b = (weights(tmp_path / name / "model") for name in ("whole", "half"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert plain(rows(tmp_path / "whole")[-1]) == plain(rows(tmp_path / "half")[-1])
