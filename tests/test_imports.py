@@ -53,7 +53,7 @@ HOMES = {
     "gymnasium": {"control", "tabular/gym.py"},
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
-    "httpx2": {"judge"},
+    "httpx2": {"judge", "rollout"},
 }
 """Where a library may be imported: rooms, or files."""
 

@@ -198,7 +198,7 @@ class OnPolicy:
         if "kl/old" in stats:
             self.beta_old.update(stats["kl/old"])
         self.roles.refresh(self.done + 1)
-        self.roles.engine.update_weights(self.done + 1)
+        stats |= self.roles.engine.update_weights(self.done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     )
     laid = layout(policy, config, asks=True)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
-    engine = open_generator(rollout, policy)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
-    samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
+    with closing(open_generator(rollout, policy)) as engine:
+        samples = engine.generate(asked, sampling, n=rollout.samples, seed=recipe.run.seed)
     for prompt in asked:
         prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}
     return samples

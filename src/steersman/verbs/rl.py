@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         recipe.algorithm.name, recipe, resume=resume, metric="held_out/reward/total",
         shown=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
     )  # fmt: skip
-    with session:
+    with session, ExitStack() as stack:
         roles = build_roles(recipe, session.device)
+        stack.callback(roles.engine.close)
         train, held_out = _prompts(recipe, roles.policy)
         lengths = [len(p.ids) for p in train]
         batches = Batches(
