@@ -122,6 +122,16 @@ class OnPolicyRecipe(Section, Generic[A]):
                 "critic.cut bootstrap withholds the score of a cut response, and with it missing_eos_penalty and "
                 "overlong_buffer of section reward; set these to 0, or critic.cut: end"
             )
+        if rollout.ahead and algorithm.baseline == "greedy":
+            raise ValueError(
+                f"rollout.ahead: {algorithm.title} answers each prompt greedily by the weights of the moment, which "
+                "would wait for all that is sampled ahead; use rloo, or rollout.ahead: 0"
+            )
+        if rollout.engine != "inside" and algorithm.sampling_mask() is not None:
+            raise ValueError(
+                f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
+                "must be in the same process; use rollout.engine: inside"
+            )
         truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
         if truncated and algorithm.update == "trust_region":
             raise ValueError(

@@ -143,8 +143,19 @@ class RolloutConfig(Section):
     tolerance: float | None = Field(
         default=None,
         gt=0,
-        description="largest difference of a server's log-probabilities after weights were sent, in nats; null is 1e-4 "
-        "in float32, 0.15 in bfloat16",
+        description="largest difference of a server's log-probabilities after weights were sent, in nats; null is "
+        "1e-4 in float32, 0.15 in bfloat16",
+    )
+    ahead: int = Field(
+        default=0,
+        ge=0,
+        description="batches that may be sampled and rewarded while the policy learns from earlier ones; no token is "
+        "learned from that is sampled by weights of more versions ago",
+    )
+    in_flight: Literal["finish", "cut"] = Field(
+        default="finish",
+        description="with ahead, answers under way when new weights are ready: finished by the weights that began them "
+        "(the schedule is then the same every time), or cut and continued under the new ones",
     )
 
     @model_validator(mode="after")
@@ -156,6 +167,10 @@ class RolloutConfig(Section):
         if self.engine == "inside" and (self.servers > 1 or self.url or self.arguments):
             raise ValueError(
                 "servers, url and arguments are about other processes, and engine is inside; choose process or vllm"
+            )
+        if self.engine == "inside" and self.ahead:
+            raise ValueError(
+                "ahead samples while the policy learns, which needs weights of its own: set engine to process or vllm"
             )
         if self.url and self.servers > 1:
             raise ValueError(

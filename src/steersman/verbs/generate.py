@@ -40,7 +40,7 @@ class GenerateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        rollout = ("prompts", "held_out", "recompute_logp", "importance_cap")
+        rollout = ("prompts", "held_out", "recompute_logp", "importance_cap", "ahead", "in_flight")
         sections = {"model": TRAINED_ONLY, "run": KEPT_ONLY, "rollout": rollout, "data": ("max_length", "shuffle")}
         return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 

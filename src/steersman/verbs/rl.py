@@ -17,6 +17,7 @@ from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_
 from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
+from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.models import context_length, save_model
 from steersman.train.on_policy import OnPolicy
@@ -40,7 +41,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         batches = Batches(
             len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True
         )
-        state = OnPolicy(recipe, roles, train, batches)
+        state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
         _preflight(session, recipe, roles, train, held_out, max(lengths))
         session.begin(state, recipe.iterations)

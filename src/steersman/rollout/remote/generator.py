@@ -66,7 +66,7 @@ class RemoteGenerator:
         """The policy's weights as they are now, as `version`, with what proves their arrival."""
         path = Path(self._folder.name) / f"weights-{version}.safetensors"
         digests = write_weights(weights_of(self.policy), path)
-        return Snapshot(version, path, digests, canaries(self.policy, self.context), [path])
+        return Snapshot(version, path, digests, canaries(self.policy, self.context))
 
     def load(self, snapshot: Snapshot, *, cut: bool = False) -> Stats:
         """Puts the snapshot onto every server; what was there before is dropped. Returns the receipts' numbers."""

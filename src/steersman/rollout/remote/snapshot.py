@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,16 @@ class Canary:
 
 @dataclass(slots=True)
 class Snapshot:
-    """Weights of one version: where they lie, the digest of each by name, and the canaries' answers.
-
-    `adapter` is the folder of the LoRA adapters where only they travel; `path` is then the base model's file.
-    """
+    """Weights of one version: where they lie, the digest of each by name, and the canaries' answers."""
 
     version: int
     path: Path
     digests: dict[str, str]
     canaries: list[Canary]
-    adapter: Path | None = None
-    files: list[Path] = field(default_factory=list)
 
     def drop(self) -> None:
-        """Removes what it keeps in shared memory."""
-        for file in self.files:
-            file.unlink(missing_ok=True)
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
 
 
 @dataclass(slots=True, frozen=True)
@@ -137,7 +131,7 @@ def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in row order."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class Station:
         self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
         self.snapshot: Snapshot | None = None
         self.restarts = 0
-        self._ready = False
+        self._ready = self._closed = False
         self._repair = threading.Lock()
 
     @property
@@ -76,6 +76,7 @@ class Station:
         raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over weights. {self._trouble()}")
 
     def close(self) -> None:
+        self._closed = True
         if self.launched is not None:
             self.launched.stop()
         elif self._server is not None:
@@ -145,8 +146,10 @@ class Station:
                 self._send_twice(self.snapshot)
 
     def _restart(self) -> None:
-        if self.launched is None:
-            raise ServerGoneError(self.server.told("it is gone, and steersman did not start it: start it, then --resume"))
+        if self.launched is None or self._closed:
+            raise ServerGoneError(
+                self.server.told("it is gone, and steersman did not start it: start it, then --resume")
+            )
         self.restarts += 1
         self._ready = False
         if self.restarts > RESTARTS * 4:

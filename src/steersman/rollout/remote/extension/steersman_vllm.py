@@ -82,7 +82,7 @@ class Worker:
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes, in row order."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def live_digests(model: Any, shapes: dict[str, torch.Size]) -> dict[str, str]:
