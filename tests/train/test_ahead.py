@@ -209,6 +209,6 @@ def test_what_can_not_work_is_refused_before_anything_starts(name, extra, said, 
 def test_a_vllm_that_is_not_there_is_named_before_the_run(base):
     with pytest.raises(SteersmanError, match="has no vLLM"):
         build_roles(recipe("grpo", merge(base, {"rollout.engine": "vllm"})), torch.device("cpu"))
+    asked = merge(base, {"rollout.engine": "vllm", "rollout.python": "/no/python"})
     with pytest.raises(SteersmanError, match=r"rollout\.python: /no/python can not be run"):
-        asked = merge(base, {"rollout.engine": "vllm", "rollout.python": "/no/python"})
         build_roles(recipe("grpo", asked), torch.device("cpu"))

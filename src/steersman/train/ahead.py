@@ -1,11 +1,11 @@
-"""The on-policy loop with its sampler ahead: batches are sampled and rewarded while the policy learns from earlier ones.
+"""The on-policy loop with its sampler ahead: batches are made while the policy learns from earlier ones.
 
-Iteration t learns from batch t. With `rollout.ahead: k` batch b may begin once b - k iterations are done, so every
-token comes from weights of version b - k or newer: the staleness limit holds by construction, also after a resume.
+Iteration t learns from batch t. With `rollout.ahead: k` batch b may begin once b - k iterations are done, so
+every token comes from weights of version b - k or newer: the staleness limit holds by construction, also after a resume.
 `rollout.in_flight` says what the weights of a batch are:
 
-    finish   batch b is sampled by version max(0, b - k) exactly; new weights wait until older batches are sampled. The
-             schedule is a function of the recipe, and a run that was killed goes on to the same weights.
+    finish   batch b is sampled by version max(0, b - k) exactly; new weights wait until older batches are sampled.
+             The schedule is a function of the recipe, and a run that was killed goes on to the same weights.
     cut      new weights go to the servers at once; answers under way are cut and go on under them.
 
 Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded while
@@ -139,6 +139,8 @@ class Ahead(OnPolicy):
 
     def next_samples(self, clock: Clock) -> Batch:
         """The batch of this iteration, when it is there; before that, all batches that may begin are begun."""
+        if not self.begun:
+            self._forget_what_follows()  # of a run that died before its first checkpoint
         while self.begun <= self.done + self.recipe.rollout.ahead:
             self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
         samples, scores = self.under_way[self.done].result()
@@ -157,6 +159,10 @@ class Ahead(OnPolicy):
     def adapt(self, stats: Stats) -> None:
         super().adapt(stats)
         stats |= self._lag
+        if self._lag["ahead/lag_max"] and "ratio_gap" in stats:
+            stats["ahead/ratio_gap"] = stats.pop(
+                "ratio_gap"
+            )  # how far the policy has moved: no fault, so not watched
 
     def _begin(self, number: int, prompts: list[Prompt] | None) -> None:
         self.begun = number + 1
@@ -165,8 +171,8 @@ class Ahead(OnPolicy):
     def _make(self, number: int, prompts: list[Prompt] | None) -> Batch:
         """Samples and rewards one batch, in a thread of the schedule's.
 
-        Where a method draws prompts anew by their rewards, a batch takes its prompts when it is its turn, and the next
-        one waits for its rewards too: the order of prompts is then the same every time.
+        Where a method draws prompts anew by their rewards, a batch takes its prompts when it is its turn, and the
+        next one waits for its rewards too: the order of prompts is then the same every time.
         """
         self._now.number, self._now.whole = number, self.algorithm.resampling() > 0
 

@@ -89,19 +89,21 @@ class OnPolicy:
     def sample(
         self, prompts: list[Prompt], clock: Clock | None = None, number: int | None = None
     ) -> tuple[list[Sample], Scores]:
-        """Responses to the prompts with their scores; groups without signal replaced where the method asks. `number` is
-        that of the iteration which they are for, this one by default; it names their random streams."""
-        number = self.done if number is None else number
+        """Responses to the prompts with their scores; groups without signal replaced where the method asks.
+
+        `number` is that of the iteration which they are for, this one by default; it names their random streams.
+        """
+        for_ = self.done if number is None else number
         n, extra = self.recipe.rollout.samples, self.algorithm.resampling()
         clock = clock or Clock()
-        samples, scores = self._scored(prompts, (self.recipe.run.seed, number), clock)
+        samples, scores = self._scored(prompts, (self.recipe.run.seed, for_), clock)
         for attempt in range(extra):
             group = torch.tensor([s.prompt.index for s in samples])
             keep = (~no_signal(scores.total, group)).nonzero().flatten().tolist()
             missing = len(prompts) - len(keep) // n
             if missing <= 0:
                 break
-            seed = (self.recipe.run.seed, number, attempt + 1)
+            seed = (self.recipe.run.seed, for_, attempt + 1)
             more, theirs = self._scored(self.next_prompts(missing), seed, clock)
             samples = [samples[i] for i in keep] + more
             scores = _join(scores, keep, theirs)

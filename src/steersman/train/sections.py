@@ -154,8 +154,8 @@ class RolloutConfig(Section):
     )
     in_flight: Literal["finish", "cut"] = Field(
         default="finish",
-        description="with ahead, answers under way when new weights are ready: finished by the weights that began them "
-        "(the schedule is then the same every time), or cut and continued under the new ones",
+        description="with ahead, answers under way when new weights are ready: finished by the weights that began "
+        "them (the schedule is then the same every time), or cut and continued under the new ones",
     )
 
     @model_validator(mode="after")
@@ -178,8 +178,8 @@ class RolloutConfig(Section):
             )
         if self.engine == "vllm" and (self.top_p < 1 or self.min_p > 0) and not self.top_k:
             raise ValueError(
-                "vLLM tells which tokens top_p and min_p left only beside a top_k, and the loss needs them; set top_k "
-                "too, such as 100"
+                "vLLM tells which tokens top_p and min_p left only beside a top_k, and the loss needs them; set "
+                "top_k too, such as 100"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Our engine in another process: the same samples to the last bit, weights with a receipt, and nothing lost by a kill."""
+"""Our engine in another process: the same samples, weights with a receipt, and nothing lost by a kill."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_old_weights_under_a_new_version_are_named(running, monkeypatch):
     real, old = snapshot.save_file, {k: v.clone() for k, v in policy.model.state_dict().items()}
     move(policy, 1e-6)
     monkeypatch.setattr(snapshot, "save_file", lambda state, path: real(old, path))
-    with pytest.raises(ReceiptError, match="lm_head.weight arrived with other values|arrived with other values"):
+    with pytest.raises(ReceiptError, match="arrived with other values than the policy has"):
         generator.update_weights(10)
 
 
@@ -119,7 +119,7 @@ def test_weights_that_arrive_and_are_not_used_are_named(running, monkeypatch):
 
 
 def test_canaries_see_what_checksums_can_not(running, monkeypatch):
-    """Every tensor is there, and the server computes otherwise: here, because the trainer's own account is another's."""
+    """Every tensor is there, and the server computes otherwise: here, the trainer's account is another model's."""
     policy, generator = running
     told = generator.publish(13)
     other = generator.publish(14)
@@ -137,7 +137,8 @@ def test_a_tied_model_arrives_whole(tmp_path):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(LETTERS) + 11, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(LETTERS) + 11, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     policy = Policy(LlamaForCausalLM(config).eval(), letters())
@@ -303,7 +304,7 @@ def test_nothing_stays_behind():
 
 
 def test_shared_memory_that_is_full_is_told_and_the_server_keeps_its_weights(running, monkeypatch):
-    policy, generator = running
+    _, generator = running
     generator.update_weights(20)
     before = generator.generate(asked(), SAMPLING, seed=1)
 

@@ -1,4 +1,4 @@
-"""Generation in other processes: servers, weights that travel to them with a receipt, and what happens when one dies."""
+"""Generation in other processes: servers, and weights that travel to them with a receipt."""
 
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.servers import Wanted, open_process, open_vllm

@@ -1,4 +1,4 @@
-"""How a call is put to each kind of server: the engine in another process takes a whole batch, vLLM a prompt at a time."""
+"""How a call is put to each kind of server: our engine takes a whole batch in a request, vLLM a prompt."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ TRIED = "0.32.0"
 
 @dataclass(slots=True, frozen=True)
 class Call:
-    """What all prompts of a call share; `ends` are the ids that end a response, `skip` whether special tokens are left
-    out where stop strings are looked for, `vocabulary` how many ids there are."""
+    """What all prompts of a call share.
+
+    `ends` are the ids that end a response, `skip` whether special tokens are left out where stop strings are looked
+    for, `vocabulary` how many ids there are.
+    """
 
     sampling: Sampling
     seed: tuple[int, ...]
@@ -105,8 +108,8 @@ class Promptwise:
         if numbers(version) < numbers(TRIED):
             raise SteersmanError(
                 server.told(
-                    f"vLLM {version or 'of an unknown version'}; its routes for training came with {TRIED}, which the "
-                    "extra steersman[vllm] names"
+                    f"vLLM {version or 'of an unknown version'}; its routes for training came with {TRIED}, which "
+                    "the extra steersman[vllm] names"
                 )
             )
         models = server.get("/v1/models")

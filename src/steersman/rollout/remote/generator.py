@@ -256,8 +256,8 @@ class Traffic:
 
     @contextmanager
     def stopped(self, cut: Callable[[], None] | None) -> Iterator[None]:
-        """While open nothing is under way. What was is waited for, or `cut`, again and again until it is out: a request
-        may reach the server after the first cut."""
+        """While open nothing is under way. What was is waited for, or `cut`, again and again until it is out: a
+        request may reach the server after the first cut."""
         with self._changed:
             self._changed.wait_for(lambda: not self._barred)
             self._barred = True

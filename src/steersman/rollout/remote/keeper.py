@@ -2,9 +2,9 @@
 
     python keeper.py LOG [FOLDER ...] -- COMMAND ...
 
-Standard input is the line to the one who asked: when it closes, for whatever reason (SIGKILL too), the command's whole
-process group is killed; the FOLDERs are removed unless the last word over the line was KEEP. It needs the standard
-library only.
+Standard input is the line to the one who asked: when it closes, for whatever reason (SIGKILL too), the command's
+whole process group is killed; the FOLDERs are removed unless the last word over the line was KEEP. It needs the
+standard library only.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ class Launched:
                 if time.monotonic() - self._began > self.timeout:
                     self.stop()
                     raise SteersmanError(
-                        f"{self.name}: started, and did not answer within {self.timeout:g} seconds (rollout.timeout). "
-                        f"{self.trouble()}"
+                        f"{self.name}: started, and did not answer within {self.timeout:g} seconds "
+                        f"(rollout.timeout). {self.trouble()}"
                     )
                 time.sleep(0.05)
             if "ddress already in use" not in self.said() or attempt == PORT_TRIES - 1:

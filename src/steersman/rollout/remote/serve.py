@@ -1,6 +1,7 @@
 """Our engine in a process of its own, behind the routes of a vLLM server that `wire.py` uses.
 
-    python -m steersman.rollout.remote.serve --model FOLDER --port N --threads 1 --max-batch 64 --dtype float32 --device cpu
+    python -m steersman.rollout.remote.serve --model FOLDER --port 8000 --threads 1 --max-batch 64 --dtype float32 \\
+        --device cpu
 
 FOLDER holds a config and a tokenizer; the weights come by /update_weights before the first sample. It listens on this
 machine only.

@@ -34,9 +34,12 @@ _VERSION = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a recipe asks of generators elsewhere: `urls` of servers that run already, or how many to start; `python` has
-    vLLM (None: this one); `arguments` go to vLLM's command line as they are; `top_k` likeliest tokens may be asked for;
-    `ends` are the ids that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's."""
+    """What a recipe asks of generators elsewhere.
+
+    `urls` are of servers that run already, or else so many `servers` are started; `python` has vLLM (None: this one);
+    `arguments` go to vLLM's command line as they are; `top_k` likeliest tokens may be asked for; `ends` are the ids
+    that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's, in nats.
+    """
 
     ends: tuple[int, ...]
     max_batch: int
@@ -111,8 +114,8 @@ def require_vllm(python: str) -> None:
     version = told.stdout.strip()
     if not version:
         raise SteersmanError(
-            f"rollout.engine vllm: {python} has no vLLM. Install steersman[vllm] there, or name the Python of another "
-            "environment in rollout.python"
+            f"rollout.engine vllm: {python} has no vLLM. Install steersman[vllm] there, or name the Python of "
+            "another environment in rollout.python"
         )
     if numbers(version) < numbers(TRIED):
         raise SteersmanError(
@@ -122,8 +125,8 @@ def require_vllm(python: str) -> None:
 
 
 def _open(
-    policy: Policy, wanted: Wanted, dialect: Dialect, what: str, command: Callable[[Path], Callable[[int], Sequence[str]]],
-    environment: dict[str, str], *, returns_support: bool,
+    policy: Policy, wanted: Wanted, dialect: Dialect, what: str,
+    command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *, returns_support: bool,
 ) -> RemoteGenerator:  # fmt: skip
     folder = shared_folder()
     home = Path(folder.name)

@@ -1,8 +1,8 @@
 """One version of the policy's weights on its way to servers, and the receipt that proves that they arrived.
 
-A snapshot is a safetensors file in shared memory with the digest of each tensor, and canaries: prompts with the policy's
-own log-probabilities of every next token. A receipt is given where the server confirms the version, holds the same
-digests, and answers the canaries with the same log-probabilities.
+A snapshot is a safetensors file in shared memory with the digest of each tensor, and canaries: prompts with the
+policy's own log-probabilities of every next token. A receipt is given where the server confirms the version, holds
+the same digests, and answers the canaries with the same log-probabilities.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from steersman.run.folder import saving
 from steersman.types import SteersmanError
 
 CANARY_LENGTHS = (160, 40)
-"""Tokens of the canaries' prompts, where the context has room: the first is longer than a block of any server's prefix
-cache, so that a cache that outlived its weights is seen."""
+"""Tokens of the canaries' prompts, where the context has room: the first is longer than a block of any server's
+prefix cache, so that a cache that outlived its weights is seen."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of log-probabilities, in nats, that a receipt allows by the precision of the weights."""
 
@@ -37,7 +37,7 @@ class ReceiptError(SteersmanError):
 
 @dataclass(slots=True, frozen=True)
 class Canary:
-    """A prompt, and log pi(next token | prompt) [V] of the whole vocabulary at temperature 1, as the policy has it."""
+    """A prompt, and the policy's log pi(next token | prompt) [V] of the whole vocabulary at temperature 1."""
 
     ids: list[int]
     logp: Tensor

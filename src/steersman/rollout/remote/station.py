@@ -1,4 +1,4 @@
-"""One server with what keeps it going: its process where steersman started it, and the weights that it should have."""
+"""One server with what keeps it going: its process, where steersman started it, and the weights it should have."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CANARY_SAMPLES = 8
 
 
 class Station:
-    """A server, `launched` or of an address. `owner` names the run in the name of the weights, so that another run's are
-    told apart; `tolerance` is the largest gap of a receipt, in nats."""
+    """A server, `launched` or of an address. `owner` names the run in the name of the weights, so that another run's
+    are told apart; `tolerance` is the largest gap of a receipt, in nats."""
 
     def __init__(
         self, server: Server | None, launched: Launched | None, dialect: Dialect, *, owner: str, tolerance: float,
@@ -103,9 +103,9 @@ class Station:
         if not gap <= self.tolerance:
             raise ReceiptError(
                 server.told(
-                    f"its log-probabilities differ from the policy's by up to {gap:.3g} nats, and {self.tolerance:g} is "
-                    f"allowed (rollout.tolerance), though every tensor of version {snapshot.version} arrived: another "
-                    "architecture or precision, a stale cache, or weights that it tied or left out"
+                    f"its log-probabilities differ from the policy's by up to {gap:.3g} nats, and {self.tolerance:g} "
+                    f"is allowed (rollout.tolerance), though every tensor of version {snapshot.version} arrived: "
+                    "another architecture or precision, a stale cache, or weights that it tied or left out"
                 )
             )
         return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)

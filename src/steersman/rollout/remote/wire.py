@@ -37,9 +37,11 @@ class BadReplyError(SteersmanError):
 
 @dataclass(slots=True, frozen=True)
 class Asked:
-    """One prompt to be answered `n` times; `key` is what names its random stream besides the call's seed: the prompt's
-    index and which of its occurrences this is; for an answer that goes on after a cut also which answer, and how often
-    it was cut."""
+    """One prompt to be answered `n` times.
+
+    `key` is what names its random stream besides the call's seed: the prompt's index and which of its occurrences
+    this is; for an answer that goes on after a cut also which answer, and how often it was cut.
+    """
 
     ids: list[int]
     key: tuple[int, ...]
@@ -197,13 +199,13 @@ def _reply(server: Server, choice: dict[str, Any], asked: Asked, vocabulary: int
     if finish not in ("stop", "length", "abort") or (not ids and finish != "abort"):
         raise BadReplyError(server.told(f"an answer of {len(ids)} tokens that ended with {_cut(finish)}"))
     content = (choice.get("logprobs") or {}).get("content") or []
-    logp = [one.get("logprob") if isinstance(one, dict) else None for one in content]
+    logp: list[Any] = [one.get("logprob") if isinstance(one, dict) else None for one in content]
     if len(logp) != len(ids) or not all(isinstance(x, float | int) and UNREACHED < x <= ROUNDING for x in logp):
         wrong = next((x for x in logp if not isinstance(x, float | int) or not UNREACHED < x <= ROUNDING), len(logp))
         raise BadReplyError(
             server.told(
-                f"{len(logp)} log-probabilities for {len(ids)} tokens, or one that is none ({_cut(wrong)}): its weights "
-                "may hold NaN"
+                f"{len(logp)} log-probabilities for {len(ids)} tokens, or one that is none ({_cut(wrong)}): its "
+                "weights may hold NaN"
             )
         )
     kept = _support(choice, content) if support else None

@@ -1,8 +1,10 @@
 """What a vLLM server imports from steersman: weights from a file in shared memory, and digests of what arrived.
 
-vLLM loads it by `--worker-extension-cls steersman_vllm.Worker`, with this file's folder on PYTHONPATH. It stands alone,
-so that vLLM's environment needs nothing else of steersman. Tried with vLLM 0.32.0.
+vLLM loads it by `--worker-extension-cls steersman_vllm.Worker`, with this file's folder on PYTHONPATH. It stands
+alone, so that vLLM's environment needs nothing else of steersman. Tried with vLLM 0.32.0.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -103,7 +105,10 @@ def _part(name: str, held: dict[str, Any], shapes: dict[str, torch.Size]) -> Any
         whole = None if own is None else held.get(name.replace(own, fused))
         if own is None or whole is None:
             continue
-        rows = [shapes[name.replace(own, part)][0] for part in parts]
+        names = [name.replace(own, part) for part in parts]
+        if not all(one in shapes for one in names):
+            return None
+        rows = [shapes[one][0] for one in names]
         start = sum(rows[: parts.index(own)])
         return whole[start : start + rows[parts.index(own)]]
     return None
