@@ -1,15 +1,17 @@
 """The on-policy loop with its sampler ahead: batches are made while the policy learns from earlier ones.
 
 Iteration t learns from batch t. With `rollout.ahead: k` batch b may begin once b - k iterations are done, so
-every token comes from weights of version b - k or newer: the staleness limit holds by construction, also after a resume.
+every token comes from weights of version b - k or newer: the staleness limit holds by construction, also after a
+resume.
 `rollout.in_flight` says what the weights of a batch are:
 
     finish   batch b is sampled by version max(0, b - k) exactly; new weights wait until older batches are sampled.
              The schedule is a function of the recipe, and a run that was killed goes on to the same weights.
     cut      new weights go to the servers at once; answers under way are cut and go on under them.
 
-Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded while
-the next is sampled; a reward is never called twice at a time. Everything that was sampled ahead is in the checkpoint.
+Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded
+while the next is sampled; a reward is never called twice at a time. Everything that was sampled ahead is in the
+checkpoint.
 """
 
 from __future__ import annotations
