@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test check sanitize docs bench clean
+.PHONY: quickstart test test-vllm check sanitize docs bench clean
 
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
@@ -19,7 +19,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow and not vllm"
+
+# Needs an environment with vLLM (benchmarks/README.md); STEERSMAN_VLLM_PYTHON names its Python.
+test-vllm: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm tests/rollout/remote
 
 # The compiled loops with every access checked, under gcc's AddressSanitizer and UBSan; torch itself is not checked.
 # libstdc++ is preloaded too, since the sanitizer looks for it only once, and Python comes without it.

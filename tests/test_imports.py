@@ -60,7 +60,7 @@ HOMES = {
     "gymnasium": {"control", "tabular/gym.py", "environments"},
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
-    "httpx2": {"judge"},
+    "httpx2": {"judge", "rollout"},
 }
 """Where a library may be imported: rooms, or files."""
 

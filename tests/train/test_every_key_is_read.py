@@ -19,6 +19,8 @@ SOMETIMES = {
     "data.cut", "data.on_too_long", "data.opening_words", "data.score_range", "data.step_separator", "data.ties",
     "optimizer.min_lr", "critic.optimizer.min_lr", "algorithm.kl_horizon", "gating.correlation", "gating.hidden",
     "gating.layers", "gating.verbosity", "data.shuffle", "rollout.correction.kind", "data.json_columns",
+    "rollout.servers", "rollout.url", "rollout.python", "rollout.arguments", "rollout.timeout", "rollout.tolerance",
+    "rollout.in_flight",
 }  # fmt: skip
 """Read where something of the data, or another key, asks for it; these runs are too plain. So is all of `health`, and
 of `parallel`, which several processes read."""

@@ -55,6 +55,8 @@ def modules(room: str) -> list[str]:
     """Dotted names of a room's modules, the package itself first."""
     found = []
     for path in sorted((PACKAGE / room).rglob("*.py")):
+        if not (path.parent / "__init__.py").exists():  # runs inside another program
+            continue
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         if parts[-1] != "__init__":
             found.append(".".join(["steersman", *parts]))

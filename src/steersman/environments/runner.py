@@ -27,7 +27,7 @@ from steersman.environments.workers import Job, TooLateError, Workers
 from steersman.rollout.port import Generator, Limits, Progress
 from steersman.rollout.sampling import Sampling
 from steersman.run.seed import sub_seed
-from steersman.types import Prompt, Sample, SteersmanError
+from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 
 @dataclass(slots=True)
@@ -93,8 +93,11 @@ class Episodes:
             for game in games:
                 _closed(game)
 
-    def update_weights(self, version: int) -> None:
-        self.generator.update_weights(version)
+    def update_weights(self, version: int) -> Stats:
+        return self.generator.update_weights(version)
+
+    def close(self) -> None:
+        self.generator.close()
 
     def limits(self, sequences: int) -> Limits:
         return self.generator.limits(sequences)

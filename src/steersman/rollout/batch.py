@@ -9,7 +9,7 @@ are ever computed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -80,10 +80,12 @@ class Batch:
         action_mask: ActionMask | None,
         version: int,
         progress: Progress | None,
+        cut: Callable[[], bool] | None = None,
     ) -> None:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
         self.action_mask, self.version = action_mask, version
         self.sampling, self.limits, self.texts, self.progress = sampling, limits, texts, progress
+        self.is_cut = cut or (lambda: False)
         self.device = decoder.model.device
         self.ends = frozenset(end_ids)
         self.end_ids = torch.tensor(sorted(self.ends), dtype=torch.long, device=self.device)
@@ -107,6 +109,9 @@ class Batch:
         for decoder in self.decoders:
             decoder.belt.clear(self.longest)
         while self.waiting or self.ready or self.live:
+            if self.is_cut():
+                self._file_unfinished()
+                break
             free = rows - len(self.live)
             if (self.waiting or self.ready) and (not self.live or free >= self.limits.refill):
                 self._refill(free)
@@ -275,6 +280,15 @@ class Batch:
             version=[self.version] * len(sequence.ids),
         )  # fmt: skip
         return True
+
+    def _file_unfinished(self) -> None:
+        """Files every response that has not ended, as far as it is; its text is left out."""
+        waiting = [sequence for _, group in self.waiting for sequence in group]
+        for s in [*waiting, *(entry.sequence for entry in self.ready), *self.live]:
+            version = [self.version] * len(s.ids)
+            self.done[s.order] = Sample(s.prompt, s.ids, s.logp, "length", "", s.index, s.support, version=version)
+        for decoder in self.decoders:
+            decoder.belt.keep(0, [])
 
     def _leave(self, finished: set[int]) -> None:
         """Drop finished rows; the last live rows take their places."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
@@ -12,7 +12,7 @@ from steersman.rollout.decoder import Decoder, generating
 from steersman.rollout.port import Limits, Progress, Stepper
 from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
-from steersman.types import Prompt, Sample, SteersmanError
+from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 
 class Engine:
@@ -57,6 +57,7 @@ class Engine:
         seed: int | Sequence[int] = 0,
         record_support: bool = False,
         progress: Progress | None = None,
+        cut: Callable[[], bool] | None = None,
     ) -> list[Sample]:
         """`n` samples of each prompt, those of the first prompt first.
 
@@ -64,14 +65,15 @@ class Engine:
         prompt's samples, and on nothing else that is generated with it (but for float rounding). A prompt index
         that comes twice gets a second set of streams. `logp` is that of the distribution drawn from; when greedy,
         that of the untempered, untruncated distribution (minus banned end tokens). With `record_support` every
-        sample lists the tokens that were allowed at each step, where anything was cut away.
+        sample lists the tokens that were allowed at each step, where anything was cut away. `cut` is asked between
+        steps: once it is true, every response is returned as far as it is, finish "length", shorter than the limit.
 
         Raises SteersmanError for an empty prompt, one that does not fit the context together with
         `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
         finite; all but the last before anything is generated. So is a call while another thread's is going on.
         """
         with self._alone():
-            return self._generate(prompts, sampling, n, seed, record_support, progress)
+            return self._generate(prompts, sampling, n, seed, record_support, progress, cut)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -93,6 +95,7 @@ class Engine:
         seed: int | Sequence[int],
         record_support: bool,
         progress: Progress | None,
+        cut: Callable[[], bool] | None,
     ) -> list[Sample]:
         self._check(prompts, sampling, n)
         if not prompts:
@@ -109,6 +112,7 @@ class Engine:
             action_mask=None if sampling.limit is None else self._action_mask(sampling.limit),
             version=self.version,
             progress=progress,
+            cut=cut,
         )
         try:
             with generating(*(decoder.model for decoder in batch.decoders)), ExitStack() as stack:
@@ -119,14 +123,19 @@ class Engine:
             self._clear()  # the buffers may hold NaN, or a batch cut off half-way
             raise
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> Stats:
         """The engine runs the policy itself, so it has the weights; samples carry `version` from now on."""
         self.version = version
+        return {}
 
     def release(self) -> None:
         """Give the cache's memory back; the next call allocates it again. Refused while a call is going on."""
         with self._alone():
             self._clear()
+
+    def close(self) -> None:
+        """The same as `release`."""
+        self.release()
 
     def _clear(self) -> None:
         self.decoder.belt.release()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from steersman.rollout.sampling import Sampling
-from steersman.types import Prompt, Sample
+from steersman.types import Prompt, Sample, Stats
 
 Progress = Callable[[int, int, int], None]
 """Called with (finished samples, all samples, tokens so far)."""
@@ -76,11 +76,15 @@ class Generator(Protocol):
         progress: Progress | None = None,
     ) -> list[Sample]: ...
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> Stats:
         """Takes over the policy's current weights as `version`, which samples carry from now on. It is called after
-        each update; an engine that runs the policy itself has nothing to copy."""
+        each update; an engine that runs the policy itself has nothing to copy. Returns numbers to be logged."""
         ...
 
     def limits(self, sequences: int) -> Limits:
         """What of this process's memory a call of so many sequences takes, for the forecast."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what it holds: memory, or processes that it started."""
         ...

@@ -26,7 +26,16 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     """What samples from this policy. A response ends with the recipe's ids, or else with the model's own end tokens
     and the chat template's end of turn."""
     ends = ends_of(rollout, policy)
-    return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
+    if rollout.engine == "inside":
+        return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
+    from steersman.rollout.remote import Wanted, open_process, open_vllm  # here: most runs have no other process
+
+    wanted = Wanted(
+        ends=end_ids(policy.model, policy.tokenizer, ends or None), max_batch=rollout.max_batch,
+        servers=rollout.servers, urls=tuple(rollout.url), timeout=rollout.timeout, tolerance=rollout.tolerance,
+        python=rollout.python, arguments=tuple(rollout.arguments), top_k=rollout.top_k,
+    )  # fmt: skip
+    return open_process(policy, wanted) if rollout.engine == "process" else open_vllm(policy, wanted)
 
 
 def ends_of(rollout: RolloutConfig, policy: Policy) -> list[int]:

@@ -52,7 +52,7 @@ class OnPolicy:
     def iteration(self) -> Observation:
         """One pass through the loop."""
         clock = Clock()
-        samples, scores = self.sample(self.next_prompts(), clock)
+        samples, scores = self.next_samples(clock)
         tokens, traj, shaping = self.experience(samples, scores)
         clock.lap("score")
         advantage = self.algorithm.advantage(traj)
@@ -83,18 +83,28 @@ class OnPolicy:
         taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return [self.prompts[i] for i in taken]
 
-    def sample(self, prompts: list[Prompt], clock: Clock | None = None) -> tuple[list[Sample], Scores]:
-        """Responses to the prompts with their scores; groups without signal replaced where the method asks."""
+    def next_samples(self, clock: Clock) -> tuple[list[Sample], Scores]:
+        """What this iteration learns from."""
+        return self.sample(self.next_prompts(), clock)
+
+    def sample(
+        self, prompts: list[Prompt], clock: Clock | None = None, number: int | None = None
+    ) -> tuple[list[Sample], Scores]:
+        """Responses to the prompts with their scores; groups without signal replaced where the method asks.
+
+        `number` is that of the iteration which they are for, this one by default; it names their random streams.
+        """
+        for_ = self.done if number is None else number
         n, extra = self.recipe.rollout.samples, self.algorithm.resampling()
         clock = clock or Clock()
-        samples, scores = self._scored(prompts, (self.recipe.run.seed, self.done), clock)
+        samples, scores = self._scored(prompts, (self.recipe.run.seed, for_), clock)
         for attempt in range(extra):
             group = torch.tensor([s.prompt.index for s in samples])
             keep = (~no_signal(scores.total, group)).nonzero().flatten().tolist()
             missing = len(prompts) - len(keep) // n
             if missing <= 0:
                 break
-            seed = (self.recipe.run.seed, self.done, attempt + 1)
+            seed = (self.recipe.run.seed, for_, attempt + 1)
             more, theirs = self._scored(self.next_prompts(missing), seed, clock)
             samples = [samples[i] for i in keep] + more
             scores = _join(scores, keep, theirs)
@@ -209,7 +219,7 @@ class OnPolicy:
         if "kl/old" in stats:
             self.beta_old.update(stats["kl/old"])
         self.roles.refresh(self.done + 1)
-        self.roles.engine.update_weights(self.done + 1)
+        stats |= self.roles.engine.update_weights(self.done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -170,6 +170,25 @@ class OnPolicyRecipe(Section, Generic[A]):
             raise ValueError(f"reward.parts.{paying[0]}.environment: the recipe has no section `environment`")
         if self.environment is not None and self.reward.overlong_buffer:
             raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
+        if rollout.ahead and algorithm.baseline == "greedy":
+            raise ValueError(
+                f"rollout.ahead: {algorithm.title} answers each prompt greedily by the weights of the moment, which "
+                "would wait for all that is sampled ahead; use rloo, or rollout.ahead: 0"
+            )
+        if rollout.engine != "inside" and algorithm.sampling_mask() is not None:
+            raise ValueError(
+                f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
+                "must be in the same process; use rollout.engine: inside"
+            )
+        if self.run.devices > 1 and (rollout.ahead or rollout.engine != "inside"):
+            raise ValueError(
+                "run.devices: sampling ahead and by other processes go with one device so far; use rollout.ahead: 0 "
+                "and rollout.engine: inside"
+            )
+        if rollout.ahead and self.environment is not None:
+            raise ValueError(
+                "rollout.ahead: episodes of an environment are not played ahead yet; use rollout.ahead: 0"
+            )
         truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
         if truncated and algorithm.update == "trust_region":
             raise ValueError(

@@ -191,12 +191,64 @@ class RolloutConfig(Section):
     )
     correction: CorrectionConfig = CorrectionConfig()
     held_out: int = Field(default=16, ge=0, description="held-out prompts that are answered again and again")
+    engine: Literal["inside", "process", "vllm"] = Field(
+        default="inside",
+        description="what samples: steersman's engine inside this process, the same in a process of its own, or vLLM "
+        "servers, which get the weights after each update",
+    )
+    servers: int = Field(default=1, ge=1, description="how many processes or vLLM servers are started and watched")
+    url: list[str] = Field(
+        default_factory=list, description="addresses of servers that run already; none is started then"
+    )
+    python: str | None = Field(
+        default=None, description="the Python that has vLLM, where it is another environment's than steersman's"
+    )
+    arguments: list[str] = Field(
+        default_factory=list, description="words for vLLM's command line, such as --tensor-parallel-size 2"
+    )
+    timeout: float = Field(
+        default=600.0, gt=0, description="seconds that a server may take to start or to answer one request"
+    )
+    tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest difference of a server's log-probabilities after weights were sent, in nats; null is "
+        "1e-4 in float32, 0.15 in bfloat16",
+    )
+    ahead: int = Field(
+        default=0,
+        ge=0,
+        description="batches that may be sampled and rewarded while the policy learns from earlier ones; no token is "
+        "learned from that is sampled by weights of more versions ago",
+    )
+    in_flight: Literal["finish", "cut"] = Field(
+        default="finish",
+        description="with ahead, answers under way when new weights are ready: finished by the weights that began "
+        "them (the schedule is then the same every time), or cut and continued under the new ones",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
+            )
+        if self.engine == "inside" and (self.servers > 1 or self.url or self.arguments):
+            raise ValueError(
+                "servers, url and arguments are about other processes, and engine is inside; choose process or vllm"
+            )
+        if self.engine == "inside" and self.ahead:
+            raise ValueError(
+                "ahead samples while the policy learns, which needs weights of its own: set engine to process or vllm"
+            )
+        if self.url and self.servers > 1:
+            raise ValueError(
+                "url names servers that run already, and servers says how many to start; give one of both"
+            )
+        if self.engine == "vllm" and (self.top_p < 1 or self.min_p > 0) and not self.top_k:
+            raise ValueError(
+                "vLLM tells which tokens top_p and min_p left only beside a top_k, and the loss needs them; set "
+                "top_k too, such as 100"
             )
         return self
 

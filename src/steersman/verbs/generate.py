@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class GenerateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        rollout = ("prompts", "held_out", "recompute_logp", "correction")
+        rollout = ("prompts", "held_out", "recompute_logp", "correction", "ahead", "in_flight")
         sections = {"model": TRAINED_ONLY, "run": KEPT_ONLY, "rollout": rollout, "data": ("max_length", "shuffle")}
         return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 
@@ -87,9 +88,8 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     )
     laid = layout(policy, config, asks=True)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
-    engine = open_generator(rollout, policy)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
-    with whole_weights(policy):
+    with closing(open_generator(rollout, policy)) as engine, whole_weights(policy):
         samples = sampled_by_all(engine, asked, sampling, n=rollout.samples, seed=recipe.run.seed)
     for prompt in asked:
         prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}

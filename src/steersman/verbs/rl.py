@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
+from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
@@ -34,14 +36,15 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         recipe.algorithm.name, recipe, resume=resume, metric="held_out/reward/total",
         shown=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
     )  # fmt: skip
-    with session:
+    with session, ExitStack() as stack:
         roles = build_roles(recipe, session.device)
+        stack.callback(roles.engine.close)
         train, held_out = _prompts(recipe, roles.policy)
         lengths = [len(p.ids) for p in train]
         batches = Batches(
             len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True
         )
-        state = OnPolicy(recipe, roles, train, batches)
+        state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
         _preflight(session, recipe, roles, train, held_out, max(lengths))
         session.begin(state, recipe.iterations)

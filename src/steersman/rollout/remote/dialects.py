@@ -1,0 +1,152 @@
+"""How a call is put to each kind of server: our engine takes a whole batch in a request, vLLM a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from steersman.rollout.remote.wire import Asked, Reply, Server, ServerGoneError, replies
+from steersman.rollout.sampling import Sampling
+from steersman.types import SteersmanError
+
+TOGETHER = 64
+"""Requests to one server at the same time."""
+TRIED = "0.32.0"
+"""The version of vLLM that this was tried with; older ones lack routes."""
+
+
+@dataclass(slots=True, frozen=True)
+class Call:
+    """What all prompts of a call share.
+
+    `ends` are the ids that end a response, `skip` whether special tokens are left out where stop strings are looked
+    for, `vocabulary` how many ids there are.
+    """
+
+    sampling: Sampling
+    seed: tuple[int, ...]
+    ends: tuple[int, ...]
+    vocabulary: int
+    skip: bool
+    support: bool
+
+
+class Dialect(Protocol):
+    """How one kind of server is asked. `complete` gives what was answered, None where the server was gone before."""
+
+    def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]: ...
+
+    def check(self, server: Server, vocabulary: int) -> None:
+        """Raises SteersmanError where the server is of another kind, too old, or has another model."""
+        ...
+
+
+class Batchwise:
+    """Our engine in another process: all prompts in one request, so that they are decoded together as they would be
+    in this one, by the same random streams: the samples are the same bits."""
+
+    def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]:
+        out: list[list[Reply] | None] = [None] * len(asked)
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for place, one in enumerate(asked):  # answers that go on after a cut have different lengths before them
+            alike.setdefault((one.n, one.max_new_tokens, one.min_new_tokens), []).append(place)
+        for places in alike.values():
+            try:
+                some = self._together(server, [asked[i] for i in places], call)
+            except ServerGoneError:
+                break
+            for place, found in zip(places, some, strict=True):
+                out[place] = found
+        return out
+
+    def _together(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply]]:
+        body = {
+            "batch": [{"token_ids": one.ids, "key": one.key, "n": one.n} for one in asked],
+            "seed": call.seed if len(asked[0].key) == 2 else (*call.seed, asked[0].key[-1], asked[0].max_new_tokens),
+            "sampling_params": _params(call, asked),
+            "support": call.support,
+        }
+        found = replies(
+            server, server.post("/inference/v1/generate", body), asked, call.vocabulary, support=call.support
+        )
+        return [found[i * one.n : (i + 1) * one.n] for i, one in enumerate(asked)]
+
+    def check(self, server: Server, vocabulary: int) -> None:
+        told = server.get("/version")
+        if not isinstance(told, dict) or "steersman" not in told:
+            raise SteersmanError(server.told("it is no engine of steersman; for vLLM set rollout.engine: vllm"))
+
+
+class Promptwise:
+    """vLLM: a request for each prompt, with a seed of its own, many at a time; vLLM itself decodes them together.
+
+    `model` is the name that it serves the policy under.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]:
+        def one(ask: Asked) -> list[Reply] | None:
+            params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key)}
+            body = {"model": self.model, "token_ids": ask.ids, "sampling_params": params}
+            try:
+                found = server.post("/inference/v1/generate", body)
+            except ServerGoneError:
+                return None
+            return replies(server, found, [ask], call.vocabulary, support=call.support)
+
+        with ThreadPoolExecutor(min(TOGETHER, len(asked))) as pool:
+            return list(pool.map(one, asked))
+
+    def check(self, server: Server, vocabulary: int) -> None:
+        told = server.get("/version")
+        version = str(told.get("version", "")) if isinstance(told, dict) else ""
+        if numbers(version) < numbers(TRIED):
+            raise SteersmanError(
+                server.told(
+                    f"vLLM {version or 'of an unknown version'}; its routes for training came with {TRIED}, which "
+                    "the extra steersman[vllm] names"
+                )
+            )
+        models = server.get("/v1/models")
+        names = [one.get("id") for one in models.get("data", [])] if isinstance(models, dict) else []
+        if self.model not in names:
+            raise SteersmanError(
+                server.told(f"it serves {', '.join(map(str, names)) or 'nothing'}, not {self.model}: start it with "
+                            f"--served-model-name {self.model}")
+            )  # fmt: skip
+        server.weights()
+
+
+def _params(call: Call, asked: Sequence[Asked]) -> dict[str, Any]:
+    """The call in vLLM's words. Ends are told by id: what the server takes for an end of its own does not count."""
+    sampling = call.sampling
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "max_tokens": max(one.max_new_tokens for one in asked),
+        "min_tokens": max(one.min_new_tokens for one in asked),
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(call.ends),
+        "ignore_eos": True,
+        "logprobs": sampling.top_k if call.support else 0,
+        "detokenize": bool(sampling.stop),
+        "skip_special_tokens": call.skip,
+    }
+
+
+def seed_of(seed: Sequence[int], key: Sequence[int]) -> int:
+    """A seed below 2^62 for vLLM that depends on both and on nothing else."""
+    name = repr((tuple(seed), tuple(key))).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 2
+
+
+def numbers(version: str) -> list[int]:
+    parts = version.split("+")[0].split(".")[:3]
+    return [int("".join(c for c in part if c.isdigit()) or 0) for part in parts]

@@ -1,0 +1,295 @@
+"""A generator whose model runs elsewhere: weights travel to servers with a receipt, prompts out, samples back."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steersman.model import Policy
+from steersman.rollout.port import Limits, Progress
+from steersman.rollout.remote.dialects import Call
+from steersman.rollout.remote.snapshot import Receipt, Snapshot, canaries, known_ids, weights_of, write_weights
+from steersman.rollout.remote.station import Station
+from steersman.rollout.remote.wire import Asked, Reply, ServerGoneError
+from steersman.rollout.sampling import Sampling
+from steersman.rollout.text import Texts
+from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
+
+
+@dataclass(slots=True)
+class Growing:
+    """A response while it grows; `prompt.ids + ids` is what it goes on from after a cut."""
+
+    prompt: Prompt
+    occurrence: int
+    index: int
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    version: list[int] = field(default_factory=list)
+    support: list[Tensor] = field(default_factory=list)
+    finish: Finish | None = None
+    cuts: list[int] = field(default_factory=list)
+
+
+class RemoteGenerator:
+    """Samples from the policy's weights on servers.
+
+    `publish` writes the policy's weights as they are now, `load` puts them onto the servers; `update_weights` does
+    both. What is under way when weights are loaded is finished before them, or with `cut` it is cut and goes on
+    under the new ones: its tokens then have several versions. `ends` are the ids that end a response.
+    """
+
+    def __init__(
+        self, policy: Policy, stations: Sequence[Station], folder: tempfile.TemporaryDirectory[str], *,
+        ends: Sequence[int], context: int | None, max_batch: int, returns_support: bool,
+    ) -> None:  # fmt: skip
+        self.policy, self.stations = policy, list(stations)
+        self.ends, self.context, self.max_batch = tuple(ends), context, max_batch
+        self.returns_support, self.vocabulary = returns_support, known_ids(policy)
+        self.receipts: list[Receipt] = []
+        self._folder = folder
+        self._loaded: Snapshot | None = None
+        self._first = threading.Lock()
+        self._traffic = Traffic()
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> Snapshot:
+        """The policy's weights as they are now, as `version`, with what proves their arrival."""
+        path = Path(self._folder.name) / f"weights-{version}.safetensors"
+        digests = write_weights(weights_of(self.policy), path)
+        return Snapshot(version, path, digests, canaries(self.policy, self.context))
+
+    def load(self, snapshot: Snapshot, *, cut: bool = False) -> Stats:
+        """Puts the snapshot onto every server; what was there before is dropped. Returns the receipts' numbers."""
+        with self._traffic.stopped(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
+            receipts = list(pool.map(lambda station: station.load(snapshot), self.stations))
+        if self._loaded is not None and self._loaded is not snapshot:
+            self._loaded.drop()
+        self._loaded = snapshot
+        self.receipts = receipts
+        return {
+            "sync/gap": max(r.gap for r in receipts),
+            "sync/seconds": max(r.seconds for r in receipts),
+            "sync/version": float(snapshot.version),
+        }
+
+    def update_weights(self, version: int) -> Stats:
+        return self.load(self.publish(version))
+
+    def _pause(self) -> None:
+        """Cuts what is under way. What arrives behind the cut is begun, and cut by the next one."""
+        for station in self.stations:
+            with suppress(ServerGoneError):  # whoever waits for its answers starts it again
+                station.server.pause()
+                station.server.resume()
+
+    # -- samples ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        record_support: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Sample]:
+        """`n` samples of each prompt, those of the first prompt first; several threads may ask at a time.
+
+        Raises SteersmanError for what `Engine.generate` refuses, for an action mask, and for truncation whose support
+        the server can not return.
+        """
+        self._check(prompts, sampling, record_support)
+        if not prompts:
+            return []
+        with self._first:
+            if self._loaded is None:
+                self.update_weights(0)
+        words = (seed,) if isinstance(seed, int) else tuple(seed)
+        texts = Texts(self.policy.tokenizer, sampling.stop)
+        call = Call(sampling, words, self.ends, self.vocabulary, texts.skip, record_support and sampling.truncates)
+        growing = _started(prompts, n)
+        self._wave(growing, call, n)
+        while any(g.finish is None for group in growing for g in group):
+            self._wave([[g] for group in growing for g in group if g.finish is None], call, 1)
+        done = [self._sample(g, sampling, texts, record_support) for group in growing for g in group]
+        if progress is not None:
+            progress(len(done), len(done), sum(len(s.ids) for s in done))
+        return done
+
+    def _wave(self, groups: list[list[Growing]], call: Call, n: int) -> None:
+        """Asks once for each group, a prompt's samples or one that goes on; cut answers stay unfinished."""
+        shares = _shares(groups, len(self.stations))
+
+        def ask(station: Station, share: list[list[Growing]]) -> None:
+            with self._traffic.under_way():
+                asked = [self._asked(group[0], call.sampling, n) for group in share]
+                for group, found in zip(share, station.complete(asked, call), strict=True):
+                    for one, reply in zip(group, found, strict=True):
+                        self._grow(one, reply, station, call)
+
+        with ThreadPoolExecutor(len(self.stations)) as pool:
+            for done in [pool.submit(ask, s, share) for s, share in zip(self.stations, shares, strict=True) if share]:
+                done.result()
+
+    def _asked(self, first: Growing, sampling: Sampling, n: int) -> Asked:
+        have = len(first.ids)
+        key = (first.prompt.index, first.occurrence)
+        if first.cuts:
+            key = (*key, first.index, len(first.cuts))
+        return Asked(
+            [*first.prompt.ids, *first.ids], key, n, sampling.max_new_tokens - have,
+            max(sampling.min_new_tokens - have, 0),
+        )  # fmt: skip
+
+    def _grow(self, one: Growing, reply: Reply, station: Station, call: Call) -> None:
+        assert station.snapshot is not None
+        one.ids += reply.ids
+        one.logp += reply.logp
+        one.version += reply.version or [station.snapshot.version] * len(reply.ids)
+        one.support += reply.support or []
+        if reply.finish == "abort":
+            one.cuts.append(len(one.ids))
+        elif reply.finish == "stop":
+            one.finish = "eos" if one.ids[-1] in self.ends else "stop"
+        else:
+            one.finish = "length"
+
+    def _sample(self, one: Growing, sampling: Sampling, texts: Texts, record: bool) -> Sample:
+        assert one.finish is not None
+        text = self._stop_over_a_cut(one, texts, sampling.min_new_tokens)
+        if text is None and one.finish == "stop":
+            text = texts.stopped(one.prompt.ids, one.ids)
+        if text is None:
+            ids = one.ids[: len(one.ids) - (one.finish == "eos")]
+            text = texts.response(one.prompt.ids, ids)
+        support = self._support(one, sampling) if record else None
+        return Sample(
+            one.prompt, one.ids, one.logp, one.finish, text, one.index, support, version=one.version
+        )  # fmt: skip
+
+    def _stop_over_a_cut(self, one: Growing, texts: Texts, shortest: int) -> str | None:
+        """Ends a response at a stop string that began before a cut and ended behind it; its text then."""
+        for cut in one.cuts if texts.stop else ():
+            for end in range(max(cut, shortest) + 1, min(cut + texts.window, len(one.ids)) + 1):
+                text = texts.stopped(one.prompt.ids, one.ids[:end])
+                if text is not None:
+                    one.ids, one.logp, one.version = one.ids[:end], one.logp[:end], one.version[:end]
+                    one.support, one.finish = one.support[:end], "stop"
+                    return text
+        return None
+
+    def _support(self, one: Growing, sampling: Sampling) -> list[Tensor] | None:
+        """What could be sampled at each token, where that was not the whole vocabulary of the policy."""
+        if sampling.truncates:
+            return one.support
+        padded = self.vocabulary < self.policy.model.get_output_embeddings().weight.shape[0]
+        if not padded and not sampling.min_new_tokens:
+            return None
+        every = torch.arange(self.vocabulary)
+        open_ended = every[~torch.isin(every, torch.tensor(self.ends, dtype=torch.long))]
+        return [open_ended if t < sampling.min_new_tokens else every for t in range(len(one.ids))]
+
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling, record: bool) -> None:
+        if sampling.limit is not None:
+            raise SteersmanError(
+                "rollout.engine: an action mask (NLPO) needs both models in one process; use rollout.engine: inside"
+            )
+        if record and sampling.truncates and not self.returns_support and not sampling.top_k:
+            raise SteersmanError(
+                "rollout: vLLM tells which tokens top_p and min_p left only beside a top_k, and the loss needs them; "
+                "set rollout.top_k (such as 100) too, or rollout.engine: process"
+            )
+        for prompt in prompts:
+            if not prompt.ids:
+                raise SteersmanError(f"prompt {prompt.index} is empty; a model needs at least one token")
+            length = len(prompt.ids) + sampling.max_new_tokens
+            if self.context is not None and length > self.context:
+                raise SteersmanError(
+                    f"prompt {prompt.index} has {len(prompt.ids)} tokens, which with max_new_tokens="
+                    f"{sampling.max_new_tokens} makes {length}; the model's context is {self.context}"
+                )
+            if min(prompt.ids) < 0 or max(prompt.ids) >= self.vocabulary:
+                raise SteersmanError(
+                    f"prompt {prompt.index} has a token id outside the tokenizer's {self.vocabulary}; it belongs to "
+                    "another model"
+                )
+
+    def limits(self, sequences: int) -> Limits:
+        """A server's memory is its own: next to nothing of this process's."""
+        return Limits(1, 1, 1)
+
+    def close(self) -> None:
+        """Ends the servers that steersman started, and removes what lay in shared memory."""
+        for station in self.stations:
+            station.close()
+        self._folder.cleanup()
+
+
+class Traffic:
+    """Calls under way, and a barrier that new weights wait behind and new calls wait before."""
+
+    def __init__(self) -> None:
+        self._changed, self._count, self._barred = threading.Condition(), 0, False
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._barred)
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def stopped(self, cut: Callable[[], None] | None) -> Iterator[None]:
+        """While open nothing is under way. What was is waited for, or `cut`, again and again until it is out: a
+        request may reach the server after the first cut."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._barred)
+            self._barred = True
+        try:
+            while cut is not None and self._count:
+                cut()
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._count, timeout=0.1)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._count)
+            yield
+        finally:
+            with self._changed:
+                self._barred = False
+                self._changed.notify_all()
+
+
+def _started(prompts: Sequence[Prompt], n: int) -> list[list[Growing]]:
+    met: dict[int, int] = {}
+    out = []
+    for prompt in prompts:
+        occurrence = met[prompt.index] = met.get(prompt.index, -1) + 1
+        out.append([Growing(prompt, occurrence, j) for j in range(n)])
+    return out
+
+
+def _shares(groups: list[list[Growing]], servers: int) -> list[list[list[Growing]]]:
+    """The groups in as many contiguous shares as there are servers; what has one prompt stays together, so that a
+    server counts its occurrences as one engine would."""
+    out: list[list[list[Growing]]] = [[] for _ in range(servers)]
+    home: dict[int, int] = {}
+    for place, group in enumerate(groups):
+        index = group[0].prompt.index
+        out[home.setdefault(index, place * servers // len(groups))].append(group)
+    return out

@@ -1,0 +1,137 @@
+"""Servers that steersman starts, watches and ends itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from steersman.rollout.remote.keeper import KEEP
+from steersman.rollout.remote.wire import Server, ServerGoneError
+from steersman.run.terminal import printable
+from steersman.types import SteersmanError
+
+PORT_TRIES = 3
+"""Another program may take a free port between our look and the server's."""
+_ROOT = re.compile(r"^.*\b(?:[A-Z]\w*(?:Error|Exception)|MemoryError|Killed)\b.*$", re.MULTILINE)
+
+
+class Launched:
+    """A server's process: its command is made for a port by `command`, its output goes to a log file.
+
+    It ends when `stop` is called, or when this process ends, however that happens: a keeper holds the other end of a
+    pipe. The keeper also removes `folders` then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[int], Sequence[str]],
+        log: Path,
+        *,
+        timeout: float,
+        environment: Mapping[str, str] | None = None,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        self.name, self.command, self.log, self.timeout = name, command, log, timeout
+        self.environment, self.folders = {**os.environ, **(environment or {})}, folders
+        self.pid = 0
+        self.server: Server | None = None
+        self._keeper: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the process and returns at once; `wait` says when it answers."""
+        self.stop()
+        self._began = time.monotonic()
+        self.server = Server(f"http://127.0.0.1:{(port := free_port())}", self.timeout)
+        self._from = self.log.stat().st_size if self.log.exists() else 0
+        keeper = Path(__file__).with_name("keeper.py")
+        words = [sys.executable, "-I", str(keeper), str(self.log), *map(str, self.folders), "--", *self.command(port)]
+        self._keeper = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, start_new_session=True
+        )
+        assert self._keeper.stdout is not None
+        told = self._keeper.stdout.readline()
+        if not told.strip().isdigit():
+            raise SteersmanError(
+                f"{self.name}: {words[words.index('--') + 1]} can not be started; see rollout.python"
+            )
+        self.pid = int(told)
+
+    def wait(self) -> Server:
+        """The server once it answers. Raises SteersmanError with the root of the trouble where it ends instead, or
+        does not answer in time."""
+        for attempt in range(PORT_TRIES):
+            while self.alive():
+                assert self.server is not None
+                if self.server.healthy():
+                    return self.server
+                if time.monotonic() - self._began > self.timeout:
+                    self.stop()
+                    raise SteersmanError(
+                        f"{self.name}: started, and did not answer within {self.timeout:g} seconds "
+                        f"(rollout.timeout). {self.trouble()}"
+                    )
+                time.sleep(0.05)
+            if "ddress already in use" not in self.said() or attempt == PORT_TRIES - 1:
+                break
+            self.start()
+        raise ServerGoneError(f"{self.name}: ended before it answered. {self.trouble()}")
+
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        if self._keeper is None or not self.pid:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return not _zombie(self.pid)
+
+    def stop(self) -> None:
+        """Ends the process and what it started; a second call does nothing."""
+        if self.server is not None:
+            self.server.close()
+        if self._keeper is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._keeper.communicate(KEEP)
+        self._keeper = None
+
+    def said(self) -> str:
+        """What the process wrote since it was started last, its end at least."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(self._from, self.log.stat().st_size - 200_000))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+    def trouble(self) -> str:
+        """The root of a failure: the first error that its output names, and where the rest stands."""
+        said = self.said()
+        found = _ROOT.search(said)
+        lines = said.strip().splitlines()
+        root = found[0].strip() if found else lines[-1].strip() if lines else "it wrote nothing"
+        return f"Its first error: {printable(root)[:400]} (all of it: {self.log})"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _zombie(pid: int) -> bool:
+    """Whether the process has ended and only its parent has not noticed; where there is no /proc, never."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return Path("/proc/self/stat").exists()

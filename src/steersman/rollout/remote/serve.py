@@ -1,0 +1,187 @@
+"""Our engine in a process of its own, behind the routes of a vLLM server that `wire.py` uses.
+
+    python -m steersman.rollout.remote.serve --model FOLDER --port 8000 --threads 1 --max-batch 64 --dtype float32 \\
+        --device cpu
+
+FOLDER holds a config and a tokenizer; the weights come by /update_weights before the first sample. It listens on this
+machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors.torch import load_file
+
+from steersman.model import Policy
+from steersman.rollout.engine import Engine
+from steersman.rollout.remote.snapshot import digest
+from steersman.rollout.sampling import Sampling
+from steersman.types import Prompt, Sample, SteersmanError
+
+
+class Desk:
+    """The engine with what its routes share: one call at a time, a pause that cuts it, and the weights' name."""
+
+    def __init__(self, policy: Policy, max_batch: int) -> None:
+        self.policy, self.max_batch = policy, max_batch
+        self.engine = Engine(policy.model, policy.tokenizer, max_batch=max_batch)
+        self.name = ""
+        self._turn = threading.Lock()
+        self._open = threading.Event()
+        self._open.set()
+
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The samples of the batch; where a pause came, each as far as it is."""
+        batch, params = body["batch"], body["sampling_params"]
+        samples: list[Sample | None] = [None] * sum(one["n"] for one in batch)
+        with self._turn:
+            if self._open.is_set():
+                samples = list(self._sample(batch, params, tuple(body["seed"]), body["support"]))
+        choices = [self._choice(i, sample, params) for i, sample in enumerate(samples)]
+        return {"choices": choices}
+
+    def _sample(self, batch: list[Any], params: dict[str, Any], seed: tuple[int, ...], support: bool) -> list[Sample]:
+        self.engine.end_ids = tuple(params["stop_token_ids"])
+        sampling = Sampling(
+            params["max_tokens"], params["temperature"], params["top_k"], params["top_p"], params["min_p"],
+            params["min_tokens"], tuple(params["stop"]),
+        )  # fmt: skip
+        prompts = [Prompt(one["token_ids"], "", index=one["key"][0]) for one in batch]
+        return self.engine.generate(
+            prompts, sampling, n=batch[0]["n"], seed=seed, record_support=support, cut=lambda: not self._open.is_set()
+        )
+
+    def _choice(self, index: int, sample: Sample | None, params: dict[str, Any]) -> dict[str, Any]:
+        if sample is None:
+            return {"index": index, "token_ids": [], "finish_reason": "abort", "logprobs": {"content": []}}
+        cut = sample.finish == "length" and len(sample.ids) < params["max_tokens"]
+        choice: dict[str, Any] = {
+            "index": index,
+            "token_ids": sample.ids,
+            "finish_reason": "abort" if cut else "length" if sample.finish == "length" else "stop",
+            "weight_versions": [{"version": self.name, "start": 0, "end": len(sample.ids)}],
+            "logprobs": {
+                "content": [{"token_id": i, "logprob": x} for i, x in zip(sample.ids, sample.logp, strict=True)]
+            },
+        }
+        if sample.support is not None:
+            choice["sampling_mask"] = [ids.tolist() for ids in sample.support]
+        return choice
+
+    def pause(self, _: Any) -> dict[str, str]:
+        """Cuts the call under way, and waits until it is out."""
+        self._open.clear()
+        with self._turn:
+            return {"status": "paused"}
+
+    def resume(self, _: Any) -> dict[str, str]:
+        self._open.set()
+        return {"status": "resumed"}
+
+    @torch.no_grad()
+    def update(self, body: dict[str, Any]) -> dict[str, str]:
+        """Takes the file's tensors over; one that is missing stays as it was, and the receipt will tell."""
+        with self._turn:
+            self.policy.model.load_state_dict(load_file(body["update_info"]["path"]), strict=False)
+        return {}
+
+    def finish(self, body: dict[str, Any]) -> dict[str, str]:
+        self.name = body["weight_version"]
+        return {}
+
+    def digests(self, body: dict[str, Any]) -> dict[str, Any]:
+        path = body["args"][0]
+        file = {name: digest(tensor) for name, tensor in load_file(path).items()}
+        state = self.policy.model.state_dict()
+        return {"results": [{"file": file, "live": {name: digest(state[name]) for name in file if name in state}}]}
+
+    def nothing(self, _: Any) -> dict[str, str]:
+        return {}
+
+
+def routes(desk: Desk) -> dict[str, Any]:
+    return {
+        "/health": desk.nothing,
+        "/version": lambda _: {"steersman": True},
+        "/weight_info": lambda _: {"weight_version": desk.name},
+        "/inference/v1/generate": desk.generate,
+        "/pause": desk.pause,
+        "/resume": desk.resume,
+        "/start_weight_update": desk.nothing,
+        "/update_weights": desk.update,
+        "/finish_weight_update": desk.finish,
+        "/reset_prefix_cache": desk.nothing,
+        "/collective_rpc": desk.digests,
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads a request, answers it by its route, and says in the reply what went wrong."""
+
+    protocol_version = "HTTP/1.1"
+    table: dict[str, Any]
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self._answer(json.loads(raw) if raw.strip() else None)
+
+    def _answer(self, body: Any) -> None:
+        route = self.table.get(urlsplit(self.path).path)
+        if route is None:
+            self._send(404, {"error": "no such route"})
+            return
+        try:
+            self._send(200, route(body))
+        except SteersmanError as error:
+            self._send(400, {"error": str(error)})
+        except (MemoryError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self._send(500, {"error": f"{type(error).__name__}: {error}"})
+
+    def _send(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def fresh(folder: str, dtype: str, device: str) -> Policy:
+    """The model of the folder's config, with any weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return Policy(model.eval().to(device), AutoTokenizer.from_pretrained(folder)).requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("model", "dtype", "device"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("port", "threads", "max-batch"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)  # first, so that a port in use is told at once
+    Handler.table = routes(Desk(fresh(given.model, given.dtype, given.device), given.max_batch))
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

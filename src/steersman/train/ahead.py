@@ -1,0 +1,258 @@
+"""The on-policy loop with its sampler ahead: batches are made while the policy learns from earlier ones.
+
+Iteration t learns from batch t. With `rollout.ahead: k` batch b may begin once b - k iterations are done, so
+every token comes from weights of version b - k or newer: the staleness limit holds by construction, also after a
+resume.
+`rollout.in_flight` says what the weights of a batch are:
+
+    finish   batch b is sampled by version max(0, b - k) exactly; new weights wait until older batches are sampled.
+             The schedule is a function of the recipe, and a run that was killed goes on to the same weights.
+    cut      new weights go to the servers at once; answers under way are cut and go on under them.
+
+Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded
+while the next is sampled; a reward is never called twice at a time. Everything that was sampled ahead is in the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from steersman.reward import Scores
+from steersman.rollout import Progress, Sampling
+from steersman.rollout.port import Limits
+from steersman.rollout.remote import RemoteGenerator, Snapshot
+from steersman.run.folder import write_atomic
+from steersman.run.log import read_jsonl
+from steersman.train.on_policy import Clock, OnPolicy
+from steersman.train.roles import Roles
+from steersman.types import Prompt, Sample, Stats, SteersmanError
+
+Batch = tuple[list[Sample], Scores]
+LEDGER = "rollouts.jsonl"
+"""In the run folder: a row whenever a batch is begun, sampled, rewarded or used, with its prompts and versions."""
+
+
+class Schedule:
+    """What stands in the generator's place for the loop: it knows which weights which batch is sampled by.
+
+    `generate`, which the loop calls for held-out prompts, waits until all that was begun is sampled, and uses the
+    newest weights. `update_weights` publishes them; with `cut` it loads them at once.
+    """
+
+    def __init__(self, engine: RemoteGenerator, ahead: int, *, cut: bool) -> None:
+        self.engine, self.ahead, self.cut = engine, ahead, cut
+        self.stats: Stats = {}
+        self.published: dict[int, Snapshot] = {}
+        self.newest, self.loaded = 0, -1
+        self._changed, self._next, self._begun, self._closed = threading.Condition(), 0, 0, False
+        self._weights = threading.RLock()
+        self._pool = ThreadPoolExecutor(ahead + 1, thread_name_prefix="ahead")
+
+    def begin(self, batch: int, make: Callable[[], Batch]) -> Future[Batch]:
+        """Makes the batch in a thread; it is sampled after all that were begun before."""
+        self._begun = batch + 1
+        return self._pool.submit(make)
+
+    def restart_at(self, batch: int) -> None:
+        """Nothing is under way, and the next batch to be begun is this one."""
+        self._next = self._begun = batch
+
+    def sample(self, batch: int, work: Any) -> Any:
+        """Does the batch's sampling when it is its turn, by the weights that are its own."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == batch or self._closed)
+        if self._closed:
+            raise SteersmanError("the run has ended, and its servers with it")
+        try:
+            self._use(self.newest if self.cut else max(0, batch - self.ahead))
+            return work()
+        finally:
+            with self._changed:
+                self._next = batch + 1
+                self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Waits until all that was begun is sampled."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next >= self._begun or self._closed)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, seed: int | Sequence[int] = 0,
+        record_support: bool = False, progress: Progress | None = None,
+    ) -> list[Sample]:  # fmt: skip
+        self.drain()
+        self._use(self.newest)
+        return self.engine.generate(
+            prompts, sampling, n=n, seed=seed, record_support=record_support, progress=progress
+        )
+
+    def update_weights(self, version: int) -> Stats:
+        self.published[version] = self.engine.publish(version)
+        self.newest = version
+        if self.cut:
+            self._use(version)
+        return dict(self.stats)
+
+    def limits(self, sequences: int) -> Limits:
+        return self.engine.limits(sequences)
+
+    def close(self) -> None:
+        """Ends the servers; what is under way ends with an error that nobody waits for."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.engine.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _use(self, version: int) -> None:
+        """Loads the version, or the oldest that is newer where a resumed run no longer has it."""
+        with self._weights:
+            if not self.published:
+                self.update_weights(0)
+            wanted = min((v for v in self.published if v >= version), default=self.newest)
+            if wanted == self.loaded:
+                return
+            self.stats = self.engine.load(self.published[wanted], cut=self.cut)
+            self.loaded = wanted
+            for old in [v for v in self.published if v < wanted]:
+                self.published.pop(old).drop()
+
+
+class Ahead(OnPolicy):
+    """An on-policy run whose batches are sampled up to `rollout.ahead` iterations before they are learned from."""
+
+    def __init__(self, recipe: Any, roles: Roles, prompts: Sequence[Prompt], batches: Any) -> None:
+        super().__init__(recipe, roles, prompts, batches)
+        rollout = recipe.rollout
+        engine: Any = roles.engine  # the recipe allows no other engine with `ahead`
+        self.schedule = Schedule(engine, rollout.ahead, cut=rollout.in_flight == "cut")
+        roles.engine = self.schedule
+        self.ledger = Path(recipe.run.dir) / LEDGER
+        self.under_way: dict[int, Future[Batch]] = {}
+        self.begun = 0
+        self._now = threading.local()
+        self._judging, self._writing = threading.Lock(), threading.Lock()
+
+    def next_samples(self, clock: Clock) -> Batch:
+        """The batch of this iteration, when it is there; before that, all batches that may begin are begun."""
+        if not self.begun:
+            self._forget_what_follows()  # of a run that died before its first checkpoint
+        while self.begun <= self.done + self.recipe.rollout.ahead:
+            self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
+        samples, scores = self.under_way[self.done].result()
+        del self.under_way[self.done]
+        clock.lap("rollout")
+        lag = [self.done - v for s in samples for v in s.version or []]
+        self._lag: Stats = {"ahead/lag": sum(lag) / len(lag), "ahead/lag_max": float(max(lag))}
+        if max(lag) > self.recipe.rollout.ahead:
+            raise SteersmanError(
+                f"batch {self.done} has tokens of {max(lag)} versions ago, and rollout.ahead is "
+                f"{self.recipe.rollout.ahead}: this is a fault of steersman's, please report it"
+            )
+        self._note(self.done, "used", samples)
+        return samples, scores
+
+    def adapt(self, stats: Stats) -> None:
+        super().adapt(stats)
+        stats |= self._lag
+        if self._lag["ahead/lag_max"] and "ratio_gap" in stats:
+            stats["ahead/ratio_gap"] = stats.pop(
+                "ratio_gap"
+            )  # how far the policy has moved: no fault, so not watched
+
+    def _begin(self, number: int, prompts: list[Prompt] | None) -> None:
+        self.begun = number + 1
+        self.under_way[number] = self.schedule.begin(number, lambda: self._make(number, prompts))
+
+    def _make(self, number: int, prompts: list[Prompt] | None) -> Batch:
+        """Samples and rewards one batch, in a thread of the schedule's.
+
+        Where a method draws prompts anew by their rewards, a batch takes its prompts when it is its turn, and the
+        next one waits for its rewards too: the order of prompts is then the same every time.
+        """
+        self._now.number, self._now.whole = number, self.algorithm.resampling() > 0
+
+        def whole() -> Batch:
+            asked = self.next_prompts() if prompts is None else prompts
+            self._note(number, "begun", asked)
+            return self.sample(asked, None, number)
+
+        made = self.schedule.sample(number, whole) if self._now.whole else whole()
+        self._note(number, "rewarded", made[0])
+        return made
+
+    def _scored(self, prompts: list[Prompt], seed: tuple[int, ...], clock: Clock) -> Batch:
+        engine, roles, n = self.schedule.engine, self.roles, self.recipe.rollout.samples
+
+        def draw() -> list[Sample]:
+            return engine.generate(prompts, roles.sampling, n=n, seed=seed, record_support=True)
+
+        samples = draw() if self._now.whole else self.schedule.sample(self._now.number, draw)
+        self._note(self._now.number, "sampled", samples)
+        with self._judging:
+            return samples, roles.reward.score(samples)
+
+    def _note(self, batch: int, stands: str, of: Sequence[Prompt | Sample]) -> None:
+        prompts = [x.prompt.index if isinstance(x, Sample) else x.index for x in of]
+        versions = [v for x in of if isinstance(x, Sample) for v in x.version or []]
+        row: dict[str, Any] = {"batch": batch, "stands": stands, "prompts": list(dict.fromkeys(prompts))}
+        if versions:
+            row["versions"] = [min(versions), max(versions)]
+        with self._writing, self.ledger.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    # -- what a resumed run needs -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waits for the batches under way and keeps them whole."""
+        kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
+        ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
+        return {**super().state_dict(), "ahead": ahead, "begun": self.begun}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the batches that were sampled ahead; one that would be too old now, because `rollout.ahead` was
+        lowered, has its prompts sampled again."""
+        super().load_state_dict(state)
+        self.begun = state["begun"]
+        self.schedule.restart_at(self.done)
+        self._forget_what_follows()
+        again, home = [], {prompt.index: prompt for prompt in self.prompts}
+        for kept in state["ahead"]:
+            number, (samples, scores) = kept["number"], _restored(kept, home)
+            oldest = min(v for s in samples for v in s.version or [self.done])
+            if number - oldest > self.recipe.rollout.ahead:
+                again.append((number, list({s.prompt.index: s.prompt for s in samples}.values())))
+                continue
+            self.under_way[number] = Future()
+            self.under_way[number].set_result((samples, scores))
+            self._note(number, "rewarded", samples)
+        self.schedule.restart_at(again[0][0] if again else self.begun)
+        for number, prompts in again:
+            self._begin(number, prompts)
+        self.begun = state["begun"]
+
+    def _forget_what_follows(self) -> None:
+        """Of the ledger stays what the checkpoint's iterations have used; what came after is done again."""
+        rows = [row for row in read_jsonl(self.ledger) if row["stands"] == "used" and row["batch"] < self.done]
+        write_atomic(self.ledger, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+FIELDS = ("ids", "logp", "finish", "text", "index", "support", "mask", "version")
+"""What a checkpoint keeps of a sample; its prompt is found by its index."""
+
+
+def _stored(samples: list[Sample], scores: Scores) -> dict[str, Any]:
+    """A batch as plain lists and tensors, which a checkpoint holds."""
+    rows = [{name: getattr(s, name) for name in FIELDS} | {"prompt": s.prompt.index} for s in samples]
+    return {"samples": rows, "total": scores.total, "parts": dict(scores.parts), "per_token": scores.per_token}
+
+
+def _restored(kept: dict[str, Any], home: dict[int, Prompt]) -> Batch:
+    samples = [Sample(home[row["prompt"]], **{name: row[name] for name in FIELDS}) for row in kept["samples"]]
+    return samples, Scores(kept["total"], kept["parts"], kept["per_token"])

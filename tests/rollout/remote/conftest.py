@@ -1,0 +1,22 @@
+"""One process for all tests that leave it whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from remote_kit import make_policy, opened
+
+
+@pytest.fixture(scope="package")
+def running():
+    """(policy, generator) whose server stays; a test may move the weights, and leaves the server alive."""
+    torch.set_num_threads(1)
+    policy = make_policy()
+    generator = opened(policy)
+    yield policy, generator
+    generator.close()
+
+
+@pytest.fixture(autouse=True)
+def weights_laid_out_for_short_runs_too():
+    """The other process can not be patched, and the engine here must do the same."""

@@ -1,0 +1,185 @@
+"""What servers can do wrong: each is told by name, and nothing of it is learned from."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from remote_kit import asked, make_policy
+
+from steersman.rollout import Sampling
+from steersman.rollout.remote import Wanted, open_process, open_vllm
+from steersman.rollout.remote.launch import Launched, free_port
+from steersman.rollout.remote.wire import Asked, BadReplyError, Server, ServerGoneError, replies
+from steersman.types import SteersmanError
+
+ASKED = [Asked([3, 4], (0, 0), 2, 4, 0)]
+
+
+def choice(index: int, ids=(5, 6), logp=(-1.0, -2.0), finish: str = "length") -> dict:
+    content = [{"token_id": i, "logprob": x} for i, x in zip(ids, logp, strict=False)]
+    return {"index": index, "token_ids": list(ids), "finish_reason": finish, "logprobs": {"content": content}}
+
+
+def read(*choices):
+    found = json.loads(json.dumps({"choices": list(choices)}))  # as it comes over the wire, NaN too
+    return replies(Server("http://127.0.0.1:1", 1.0), found, ASKED, 35)
+
+
+def test_answers_out_of_order_are_put_in_order():
+    first, second = read(choice(1, (7,), (-0.5,)), choice(0))
+    assert first.ids == [5, 6]
+    assert second.ids == [7]
+    assert second.logp == [-0.5]
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ([choice(0)], "1 answers where 2 were asked for"),
+        ([choice(0), choice(0)], "each of 0 to 1 comes once"),
+        ([choice(0), choice(2)], "each of 0 to 1 comes once"),
+        ([choice(0), choice(1, (5, 35))], "ids outside the vocabulary of 35"),
+        ([choice(0), choice(1, (5, -1))], "ids outside the vocabulary of 35"),
+        ([choice(0), choice(1, logp=(-1.0, math.nan))], "weights may hold NaN"),
+        ([choice(0), choice(1, logp=(-1.0, -9999.0))], "weights may hold NaN"),
+        ([choice(0), choice(1, logp=(-1.0, 0.5))], "log-probabilities for 2 tokens"),
+        ([choice(0), choice(1, logp=(-1.0,))], "1 log-probabilities for 2 tokens"),
+        ([choice(0), choice(1, (5,) * 5, (-1.0,) * 5)], "5 tokens where 4 were the most"),
+        ([choice(0), choice(1, (), ())], "0 tokens that ended with length"),
+        ([choice(0), choice(1, finish="error\x1b[2J")], "ended with error"),
+    ],
+)
+def test_a_reply_that_can_not_be_right_is_refused(choices, said):
+    with pytest.raises(BadReplyError, match=said) as caught:
+        read(*choices)
+    assert "\x1b" not in str(caught.value)
+
+
+class Stub:
+    """A server of fixed answers by route; a route that is not there is a 404."""
+
+    def __init__(self, **answers) -> None:
+        table = {"/" + name.replace("__", "/"): value for name, value in answers.items()}
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.rfile.read(int(self.headers.get("content-length") or 0))
+                value = table.get(self.path.split("?")[0])
+                value = value() if callable(value) else value
+                body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(404 if value is None else 200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+def opened(kind, stub: Stub, **extra):
+    return kind(make_policy(), Wanted(**{"ends": (2,), "max_batch": 4, "urls": (stub.url,), "timeout": 0.5, **extra}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "said"),
+    [
+        (open_vllm, {"version": {"version": "0.11.0"}}, "vLLM 0.11.0; its routes for training came with 0.32.0"),
+        (open_vllm, {"version": {"version": "0.32.0"}, "v1__models": {"data": [{"id": "other"}]}},
+         "it serves other, not policy"),
+        (open_vllm, {"version": {"version": "0.32.0"}, "v1__models": {"data": [{"id": "policy"}]}},
+         "no route /weight_info.*VLLM_SERVER_DEV_MODE"),
+        (open_process, {"version": {"version": "0.32.0"}}, "no engine of steersman"),
+        (open_process, {"version": b"<html>"}, "is no JSON"),
+        (open_process, {}, "no route /version"),
+        (open_process, {"version": lambda: time.sleep(2)}, "took /version and gave no answer within 0.5 seconds"),
+    ],
+)  # fmt: skip
+def test_a_server_of_another_kind_is_named(kind, answers, said):
+    generator = opened(kind, Stub(**answers))
+    with pytest.raises(SteersmanError, match=said):
+        generator.generate(asked(), Sampling(4))
+    generator.close()
+
+
+def test_a_server_that_is_not_there_is_named():
+    generator = open_process(make_policy(), Wanted((2,), 4, urls=(f"http://127.0.0.1:{free_port()}",), timeout=1.0))
+    with pytest.raises(SteersmanError, match="can not be reached"):
+        generator.generate(asked(), Sampling(4))
+    generator.close()
+
+
+def test_two_runs_on_one_server_are_told_apart(running):
+    policy, owner = running
+    owner.update_weights(1)
+    url = owner.stations[0].server.url
+    one, two = (open_process(policy, Wanted((2,), 8, urls=(url,), timeout=60.0)) for _ in range(2))
+    one.update_weights(1)
+    two.update_weights(1)
+    for act in (lambda: one.generate(asked(), Sampling(4)), lambda: one.update_weights(2)):
+        with pytest.raises(SteersmanError, match="another run has loaded its weights"):
+            act()
+    one.close()
+    two.close()
+    owner.update_weights(2)
+
+
+def launched(tmp_path, script: str, timeout: float = 20.0) -> Launched:
+    return Launched(
+        "toy server", lambda port: [sys.executable, "-c", script, str(port)], tmp_path / "log", timeout=timeout
+    )
+
+
+def test_a_server_that_dies_at_start_tells_its_first_error(tmp_path):
+    script = (
+        "import sys\nprint('ValueError: the root of it \\x1b[2J')\nprint('RuntimeError: what follows')\nsys.exit(3)"
+    )
+    one = launched(tmp_path, script)
+    one.start()
+    with pytest.raises(
+        ServerGoneError, match=r"toy server: ended before it answered.*ValueError: the root of it"
+    ) as caught:
+        one.wait()
+    assert "what follows" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    one.stop()
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended(tmp_path):
+    one = launched(tmp_path, "import time; time.sleep(60)", timeout=0.5)
+    one.start()
+    with pytest.raises(SteersmanError, match=r"did not answer within 0\.5 seconds"):
+        one.wait()
+    assert not one.alive()
+
+
+SERVES = """
+import sys, http.server, pathlib
+tries = pathlib.Path("{marker}")
+if not tries.exists():
+    tries.write_text("")
+    sys.exit("OSError: [Errno 98] Address already in use")
+class H(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "0"); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), H).serve_forever()
+"""
+
+
+def test_a_port_that_was_taken_meanwhile_is_left_for_another(tmp_path):
+    one = launched(tmp_path, SERVES.format(marker=tmp_path / "m"))
+    one.start()
+    assert one.wait().healthy()
+    one.stop()
+    assert not one.alive()

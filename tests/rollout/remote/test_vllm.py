@@ -1,0 +1,168 @@
+"""Real vLLM servers; `make test-vllm` runs these. They need an environment with vLLM: STEERSMAN_VLLM_PYTHON names its
+Python, which otherwise is looked for in env/vllm beside the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from letter_models import LETTERS, letters, write_jsonl
+from remote_kit import asked, move
+
+from steersman.model import Policy
+from steersman.rollout import Sampling
+from steersman.rollout.remote import ReceiptError, Wanted, open_vllm, snapshot
+from steersman.types import SteersmanError, Tokens
+
+PYTHON = Path(
+    os.environ.get("STEERSMAN_VLLM_PYTHON", Path(__file__).resolve().parents[5] / "env" / "vllm" / "bin" / "python")
+)
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"needs vLLM, and there is no {PYTHON}"),
+]
+
+
+def save_llama(folder: Path, *, tied: bool = True, padding: int = 13) -> Path:
+    """Head size 64, which vLLM's CPU build takes; embedding and output layer are one, the vocabulary is padded."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(LETTERS) + padding, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=512, bos_token_id=1,
+        eos_token_id=2, pad_token_id=None, initializer_range=0.2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    letters().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    from steersman.model import load_policy
+
+    torch.set_num_threads(1)
+    policy: Policy = load_policy(save_llama(tmp_path_factory.mktemp("llama")), device="cpu", dtype="float32")
+    generator = open_vllm(policy, Wanted(ends=(2,), max_batch=16, timeout=300.0, python=str(PYTHON), top_k=5))
+    yield policy, generator
+    generator.close()
+
+
+def gap(policy: Policy, samples, temperature: float = 1.0) -> float:
+    """Largest difference between what was recorded and what the policy says of the same tokens."""
+    support = None if samples[0].support is None else [s.support for s in samples]
+    tokens = Tokens.from_ids([s.prompt.ids for s in samples], [s.ids for s in samples], support=support)
+    with torch.no_grad():
+        logp = policy.logp(tokens, temperature=temperature).logp
+    told = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.logp) for s in samples], batch_first=True)
+    return float((logp - told).abs().max())
+
+
+def test_recorded_log_probabilities_are_the_policy_s(served):
+    policy, generator = served
+    for version in range(3):
+        move(policy, 0.02)
+        assert generator.update_weights(version)["sync/gap"] < 1e-4
+        samples = generator.generate(
+            asked(), Sampling(16, temperature=0.8), n=2, seed=(1, version), record_support=True
+        )
+        assert len(samples) == 10
+        assert gap(policy, samples, 0.8) < 1e-4
+        assert all(s.version == [version] * len(s.ids) for s in samples)
+        assert max(i for s in samples for i in s.ids) < len(LETTERS)
+
+
+def test_the_same_seed_gives_the_same_samples_and_others_differ(served):
+    _, generator = served
+    generator.update_weights(5)
+    one, two = (generator.generate(asked(), Sampling(16), n=2, seed=7) for _ in range(2))
+    assert [s.ids for s in one] == [s.ids for s in two]
+    assert [s.ids for s in one] != [s.ids for s in generator.generate(asked(), Sampling(16), n=2, seed=8)]
+    assert len({tuple(s.ids) for s in one}) > 5
+
+
+def test_truncated_sampling_has_its_support(served):
+    policy, generator = served
+    generator.update_weights(6)
+    sampling = Sampling(8, top_k=5, top_p=0.8)
+    samples = generator.generate(asked(), sampling, seed=1, record_support=True)
+    assert all(1 <= len(s) <= 5 for sample in samples for s in sample.support)
+    assert gap(policy, samples) < 1e-4
+    with pytest.raises(SteersmanError, match="only beside a top_k"):
+        generator.generate(asked(), Sampling(8, top_p=0.8), record_support=True)
+
+
+def test_stop_strings_and_shortest_lengths(served):
+    policy, generator = served
+    generator.update_weights(7)
+    samples = generator.generate(
+        asked(12), Sampling(40, stop=("a", "b"), min_new_tokens=3), seed=1, record_support=True
+    )
+    stopped = [s for s in samples if s.finish == "stop"]
+    assert stopped
+    for s in stopped:
+        assert policy.tokenizer.decode(s.ids)[-1] in "ab"
+        assert len(s.ids) >= 3
+    assert gap(policy, samples) < 1e-4
+
+
+@pytest.mark.parametrize("which", [0, 5, -1])
+def test_a_dropped_tensor_is_caught(served, monkeypatch, which):
+    policy, generator = served
+    move(policy, 1e-6)
+    real, name = snapshot.save_file, sorted(policy.model.state_dict())[which]
+    cut = lambda state, path: real({k: v for k, v in state.items() if k != name}, path)  # noqa: E731
+    monkeypatch.setattr(snapshot, "save_file", cut)
+    with pytest.raises(ReceiptError, match=f"{name} did not arrive"):
+        generator.update_weights(20)
+    monkeypatch.undo()
+    assert generator.update_weights(21)["sync/gap"] < 1e-4
+
+
+def test_old_weights_are_caught(served, monkeypatch):
+    policy, generator = served
+    real, old = snapshot.save_file, {k: v.clone() for k, v in snapshot.weights_of(policy).items()}
+    move(policy, 1e-6)
+    monkeypatch.setattr(snapshot, "save_file", lambda state, path: real(old, path))
+    with pytest.raises(ReceiptError, match="arrived with other values"):
+        generator.update_weights(22)
+
+
+def test_a_server_that_is_killed_comes_back_with_its_weights(served):
+    policy, generator = served
+    generator.update_weights(30)
+    before = generator.generate(asked(), Sampling(16), seed=3, record_support=True)
+    os.killpg(generator.stations[0].launched.pid, signal.SIGKILL)
+    time.sleep(0.5)
+    after = generator.generate(asked(), Sampling(16), seed=3, record_support=True)
+    assert generator.stations[0].restarts == 1
+    assert [s.ids for s in before] == [s.ids for s in after]
+    assert gap(policy, after) < 1e-4
+
+
+def test_grpo_trains_on_vllm(tmp_path):
+    """Two iterations by the verb, with a receipt after each update."""
+    from steersman.verbs import rl
+    from steersman.verbs.on_policy_recipes import RECIPES
+
+    prompts = [{"prompt": word} for word in ("the cat", "a dog sat", "we", "look at", "no", "she said so")]
+    values = {
+        "model": {"path": str(save_llama(tmp_path / "model"))},
+        "data": {"path": str(write_jsonl(tmp_path / "prompts.jsonl", prompts)), "held_out": 2},
+        "reward": {"parts": {"length": {"builtin": "length"}}},
+        "rollout": {
+            "prompts": 2, "samples": 4, "max_new_tokens": 8, "engine": "vllm", "python": str(PYTHON), "timeout": 300,
+            "ahead": 1,
+        },
+        "iterations": 3,
+        "run": {"dir": str(tmp_path / "run"), "threads": 1},
+    }  # fmt: skip
+    rl.run(RECIPES["grpo"].model_validate(values))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["sync/gap"] for row in rows if "sync/gap" in row) < 1e-4

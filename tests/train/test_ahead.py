@@ -1,0 +1,214 @@
+"""The sampler ahead of the learner: the same run as without, the staleness limit, and nothing lost by a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from train_kit import merge, plain, recipe, rows, weights
+
+from steersman.data import Batches
+from steersman.train.ahead import Ahead
+from steersman.train.roles import build_roles
+from steersman.types import SteersmanError
+from steersman.verbs import rl
+
+ELSEWHERE = {
+    "rollout.engine": "process",
+    "iterations": 4,
+    "run.save_every": 2,
+    "run.eval_every": 2,
+    "rollout.timeout": 90,
+}
+
+
+def unlike_syncs(row):
+    return {k: v for k, v in plain(row).items() if not k.startswith("sync/")}
+
+
+def ledger(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_another_process_learns_the_same_bits(base, tmp_path):
+    """rollout.ahead 0: where the model samples changes nothing, and every sync has its receipt."""
+    asked = merge(base, {**ELSEWHERE, "rollout.engine": "inside"})
+    rl.run(recipe("grpo", asked))
+    rl.run(recipe("grpo", merge(asked, {"rollout.engine": "process", "run.dir": str(tmp_path / "there")})))
+    here, there = rows(tmp_path / "run"), rows(tmp_path / "there")
+    assert [unlike_syncs(r) for r in here] == [unlike_syncs(r) for r in there]
+    a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "there" / "model")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    gaps = [row["sync/gap"] for row in there if "sync/gap" in row]
+    assert len(gaps) == 4
+    assert max(gaps) < 1e-4
+
+
+@pytest.mark.slow
+def test_ahead_0_is_the_loop_of_today(base, tmp_path, monkeypatch):
+    """The asynchronous loop itself, with nothing ahead, bit for bit."""
+    rl.run(recipe("grpo", merge(base, {**ELSEWHERE, "rollout.engine": "inside"})))
+    monkeypatch.setattr(rl, "OnPolicy", Ahead)
+    rl.run(recipe("grpo", merge(base, {**ELSEWHERE, "run.dir": str(tmp_path / "there")})))
+    a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "there" / "model")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ahead"), [("grpo", 1), ("ppo", 2), ("dapo", 1)])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, ahead, base, tmp_path, monkeypatch):
+    asked = merge(base, {**ELSEWHERE, "iterations": 5, "rollout.ahead": ahead})
+    rl.run(recipe(name, asked))
+    again = merge(asked, {"run.dir": str(tmp_path / "cut")})
+    with monkeypatch.context() as patch:
+        from steersman.reward import core
+
+        patch.setattr(core, "load_function", lambda _: stopping(6))
+        with pytest.raises(KeyboardInterrupt):
+            rl.run(recipe(name, again))
+    rl.run(recipe(name, again), resume=True)
+    a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "cut" / "model")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [unlike_syncs(r) for r in rows(tmp_path / "run")] == [unlike_syncs(r) for r in rows(tmp_path / "cut")]
+    for run in (tmp_path / "run", tmp_path / "cut"):
+        used = [row for row in ledger(run) if row["stands"] == "used"]
+        assert [row["batch"] for row in used] == [0, 1, 2, 3, 4]
+        for row in used:  # batch b by version max(0, b - k), exactly
+            assert row["versions"] == [max(0, row["batch"] - ahead)] * 2
+    assert_each_prompt_as_often_as_its_order_says(tmp_path / "cut", tmp_path / "run")
+
+
+def stopping(calls: int):
+    left = [calls]
+
+    def score(prompts, completions):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return [c.count("a") / 4 for c in completions]
+
+    return score
+
+
+def assert_each_prompt_as_often_as_its_order_says(run: Path, whole: Path) -> None:
+    counts = [
+        Counter(p for row in ledger(r) if row["stands"] == "used" for p in row["prompts"]) for r in (run, whole)
+    ]
+    assert counts[0] == counts[1]
+
+
+SLOW = """
+import time
+
+def count_a(prompts, completions):
+    time.sleep(0.15)
+    return [c.count("a") / 4 for c in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["learner", "server", "both"])
+def test_sigkill_loses_nothing(victim, base, tmp_path):
+    """A run of its own process, killed once in the middle: the same weights as an undisturbed one."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    asked = merge(base, {**ELSEWHERE, "iterations": 8, "rollout.ahead": 2, "rollout.held_out": 0})
+    asked["reward"]["parts"]["score"]["function"] = f"{tmp_path / 'slow.py'}:count_a"
+    rl.run(recipe("grpo", asked))
+    file, run = tmp_path / "recipe.yaml", tmp_path / "killed"
+    file.write_text(yaml.safe_dump(merge(asked, {"run.dir": str(run)})))
+    command = [sys.executable, "-m", "steersman.cli", "grpo", str(file)]
+    learner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 4:
+        assert learner.poll() is None, learner.stderr.read().decode()
+        time.sleep(0.02)
+    if victim != "learner":
+        for pid in servers_of(learner.pid):
+            os.kill(pid, signal.SIGKILL)
+    if victim != "server":
+        learner.kill()
+        learner.wait()
+        resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+        assert resumed.returncode == 0, resumed.stderr
+    else:
+        assert learner.wait() == 0, learner.stderr.read().decode()
+    a, b = weights(tmp_path / "run" / "model"), weights(run / "model")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    used = [row for row in ledger(run) if row["stands"] == "used"]
+    assert [row["batch"] for row in used] == list(range(8))
+    assert all(row["batch"] - row["versions"][0] <= 2 for row in used)
+    assert_each_prompt_as_often_as_its_order_says(run, tmp_path / "run")
+
+
+def servers_of(learner: int) -> list[int]:
+    """The engines that the learner's keepers watch."""
+
+    def children(pid: int) -> list[int]:
+        found = []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(x) for x in (task / "children").read_text().split()]
+        return found
+
+    return [engine for keeper in children(learner) for engine in children(keeper)]
+
+
+@pytest.mark.slow
+def test_cut_answers_stay_within_the_limit(base, tmp_path):
+    extra = {**ELSEWHERE, "rollout.ahead": 1, "rollout.in_flight": "cut", "rollout.max_new_tokens": 40}
+    rl.run(recipe("grpo", merge(base, extra)))
+    used = [row for row in ledger(tmp_path / "run") if row["stands"] == "used"]
+    assert [row["batch"] for row in used] == [0, 1, 2, 3]
+    assert all(0 <= row["batch"] - row["versions"][0] <= 1 for row in used)
+    assert max(row["ahead/lag_max"] for row in rows(tmp_path / "run") if "ahead/lag_max" in row) <= 1
+
+
+@pytest.mark.slow
+def test_a_lower_limit_is_kept_after_a_resume(base, tmp_path):
+    """What was sampled ahead and is too old by the new limit is sampled again, prompt by prompt."""
+    asked = merge(base, {**ELSEWHERE, "rollout.ahead": 3, "iterations": 4})
+    rl.run(recipe("grpo", asked))
+    lower = merge(asked, {"rollout.ahead": 1, "iterations": 7})
+    rl.run(recipe("grpo", lower), resume=True)
+    used = [row for row in ledger(tmp_path / "run") if row["stands"] == "used"]
+    assert [row["batch"] for row in used] == list(range(7))
+    assert all(row["batch"] - row["versions"][0] <= 1 for row in used[4:])
+    order = [
+        i for _, batch in zip(range(7), Batches(12, 4, 0, drop_last=True).forever(), strict=False) for i in batch
+    ]
+    assert Counter(p for row in used for p in row["prompts"]) == Counter(order)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "said"),
+    [
+        ("grpo", {"rollout.ahead": 1}, "ahead samples while the policy learns"),
+        ("remax", {"rollout.ahead": 1, "rollout.engine": "process"}, "answers each prompt greedily"),
+        ("nlpo", {"rollout.engine": "process"}, "mask of a second model"),
+        ("grpo", {"rollout.servers": 2}, "engine is inside"),
+        ("grpo", {"rollout.engine": "vllm", "rollout.top_p": 0.9}, "only beside a top_k"),
+        (
+            "grpo",
+            {"rollout.engine": "process", "rollout.url": ["http://a"], "rollout.servers": 2},
+            "give one of both",
+        ),
+    ],
+)
+def test_what_can_not_work_is_refused_before_anything_starts(name, extra, said, base):
+    with pytest.raises(ValueError, match=said):
+        recipe(name, merge(base, extra))
+
+
+def test_a_vllm_that_is_not_there_is_named_before_the_run(base):
+    with pytest.raises(SteersmanError, match="has no vLLM"):
+        build_roles(recipe("grpo", merge(base, {"rollout.engine": "vllm"})), torch.device("cpu"))
+    asked = merge(base, {"rollout.engine": "vllm", "rollout.python": "/no/python"})
+    with pytest.raises(SteersmanError, match=r"rollout\.python: /no/python can not be run"):
+        build_roles(recipe("grpo", asked), torch.device("cpu"))
