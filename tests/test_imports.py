@@ -40,6 +40,7 @@ MAY = {
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
+    "people": MATHS | {"run", "data", "model", "rollout", "judge", "statistics", "train", "assets"},
 }  # fmt: skip
 """What each room may import of the others."""
 
@@ -53,7 +54,8 @@ HOMES = {
     "gymnasium": {"control", "tabular/gym.py"},
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
-    "httpx2": {"judge"},
+    "httpx2": {"judge", "people"},
+    **{name: {"people"} for name in ("sqlalchemy", "alembic", "starlette", "uvicorn", "argon2", "nh3", "markdown_it")},
 }
 """Where a library may be imported: rooms, or files."""
 

@@ -98,6 +98,9 @@ VERBS = {
                      file_key="file"),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
+    "export-feedback": Verb("steersman.people.store.export:run", "steersman.people.store.export:ExportRecipe",
+                            "people's judgements as a file that sft, reward, dpo or kto reads", file_key="store",
+                            example="feedback.db --for dpo --out pairs.jsonl"),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip
