@@ -161,7 +161,7 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     path = Path(args[0]) if args and not args[0].startswith("-") else None
     words = args[1:] if path is not None else args
     if path is not None and verb.file_key and path.suffix not in (".yaml", ".yml"):
-        path, words = None, [f"--{verb.file_key}", str(path), *words]
+        path, words = None, [f"--{verb.file_key}", args[0], *words]
     if not args and verb.example:
         _red(f"{name}: a model and data are needed; the least is\n  steersman {name} {verb.example}\n"
              f"every setting: steersman {name} --help; recipes to begin from are in the folder recipes/")  # fmt: skip

@@ -19,6 +19,7 @@ SOMETIMES = {
     "data.cut", "data.on_too_long", "data.opening_words", "data.score_range", "data.step_separator", "data.ties",
     "optimizer.min_lr", "critic.optimizer.min_lr", "algorithm.kl_horizon", "gating.correlation", "gating.hidden",
     "gating.layers", "gating.verbosity", "data.shuffle", "rollout.importance_cap", "data.json_columns",
+    "data.judgements.combine", "data.judgements.min_gold", "data.judgements.queues", "data.judgements.weights",
 }  # fmt: skip
 """Read where something of the data, or another key, asks for it; these runs are too plain. So is all of `health`."""
 READERS = ("pydantic", "steersman.run.config", "steersman.run.inputs", "steersman.run.help")

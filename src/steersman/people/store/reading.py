@@ -70,7 +70,8 @@ class StoredRows:
                 raise SteersmanError(f"{self.url}: no judgement here labels {want}")
             made = MADE[want](found, config.combine == "each")
             if want == "feedback" and not any(o.task in TASKS["feedback"] for o in found):
-                made = _pairs(found, config.combine == "each")
+                pairs = _pairs(found, config.combine == "each")
+                made = ((number, data) for number, data in pairs if data.get("agreement") != 0.5)
         empty = True
         for number, data in made:
             empty = False
