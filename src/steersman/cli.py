@@ -98,6 +98,8 @@ VERBS = {
                      file_key="file"),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
+    "collect": Verb("steersman.people.collect.verb:run", "steersman.people.collect.verb:CollectRecipe",
+                    "a page on which people chat with a model and judge answers, into a store"),
     "export-feedback": Verb("steersman.people.store.export:run", "steersman.people.store.export:ExportRecipe",
                             "people's judgements as a file that sft, reward, dpo or kto reads", file_key="store",
                             example="feedback.db --for dpo --out pairs.jsonl"),
