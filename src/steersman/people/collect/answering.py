@@ -83,7 +83,8 @@ class LocalModel:
     def answer(self, messages: Messages) -> Said:
         """The next turn. Raises SteersmanError where the conversation does not fit the model's context."""
         seed, begun = secrets.randbits(31), time.monotonic()
-        ids, _ = self.layout.prompt([dict(m) for m in messages])
+        turns: list[Any] = [dict(m) for m in messages]
+        ids, _ = self.layout.prompt(turns)
         with self._one_at_a_time:
             (sample,) = self.engine.generate([Prompt(ids, "")], self.sampling, seed=seed)
         settings = self.settings | {"seed": seed}

@@ -138,7 +138,8 @@ def _item(row: Row) -> NewItem:
         isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in prompt
     ):
         raise row.fault("wrong type", "a prompt of turns is a list of {role, content}", "prompt")
-    models = data.get("models") if isinstance(data.get("models"), list) else []
+    named = data.get("models")
+    models = named if isinstance(named, list) else []
     said = [Said(a, (str(models[i]), "") if i < len(models) else None) for i, a in enumerate(answers)]
     return NewItem(prompt, said, data.get("gold"), f"{Path(row.file).name}, {row.unit} {row.number}")
 

@@ -38,7 +38,8 @@ class Export(Section):
 
 
 _For = Annotated[Literal["reward", "dpo", "kto", "sft"], Field(description="which verb is to read the rows")]
-ExportRecipe = create_model("ExportRecipe", __base__=Export, __doc__=Export.__doc__, **{"for": (_For, ...)})
+_fields: dict[str, Any] = {"for": (_For, ...)}
+ExportRecipe = create_model("ExportRecipe", __base__=Export, __doc__=Export.__doc__, **_fields)
 """`Export` with the key `for`, which no Python class can spell."""
 
 
@@ -61,7 +62,7 @@ def _wanted(recipe: Export, verb: str, stored: StoredRows) -> Kind:
         return KINDS[verb]
     if recipe.shape != "auto":
         return SHAPES[recipe.shape]
-    there = [kind for kind in stored.kinds(recipe.judgements) if kind in SHAPES.values()]
+    there: list[Kind] = [kind for kind in stored.kinds(recipe.judgements) if kind in SHAPES.values()]
     return there[0] if there else "preference"
 
 
