@@ -55,7 +55,9 @@ HOMES = {
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
     "httpx2": {"judge", "people"},
-    **{name: {"people"} for name in ("sqlalchemy", "alembic", "starlette", "uvicorn", "argon2", "nh3", "markdown_it")},
+    **{
+        name: {"people"} for name in ("sqlalchemy", "alembic", "starlette", "uvicorn", "argon2", "nh3", "markdown_it")
+    },
 }
 """Where a library may be imported: rooms, or files."""
 

@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 
 import pytest
-from people_kit import pair, queue, rater
+from people_kit import judge, pair, queue, rater
 from sqlalchemy import select
 
 pytest.importorskip("starlette", reason="needs the extra people")
@@ -331,3 +331,13 @@ def test_queues_are_filled_from_files_once(store, tmp_path):
     rows.write_text('{"prompt": "p"}\n')
     with pytest.raises(SteersmanError, match="takes 2 answers, not 0"):
         fill(store, recipe)
+
+
+def test_the_admin_page_tells_how_far_raters_agree(store):
+    of = queue(store, "compare", [pair(i) for i in range(4)], overlap=2)
+    for name, choices in (("Ada", [0, 1, 0, 1]), ("Bob", [0, 1, 0, 0])):
+        who = rater(store, name)
+        for choice in choices:
+            judge(store, of, who, {"choice": choice})
+    # 16 ordered pairs of values, n_0 = 5, n_1 = 3, two discordant: 1 - 7 * 2 / (2 * 5 * 3)
+    assert "compare (compare): 0.533" in browser(store).get("/admin").text

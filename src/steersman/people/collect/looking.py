@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from datetime import UTC, datetime
 from statistics import median
+from typing import Any
 
 from sqlalchemy import select
 from starlette.responses import Response
@@ -13,8 +14,14 @@ from steersman.people.collect.app import Visit, go
 from steersman.people.store.opinions import Opinion, everything, gold_results
 from steersman.people.store.raters import forget
 from steersman.people.store.schema import Person, Rater
+from steersman.statistics.agreement import Rated, alpha
+from steersman.statistics.estimates import Estimate
 
 SHOWN = 200
+CATEGORIES: dict[str, tuple[Any, ...]] = {
+    "compare": (0, 1, "tie", "both_bad"), "thumb": (False, True), "review": (False, True),
+}  # fmt: skip
+KEYS = {"compare": "choice", "thumb": "up", "review": "accept"}
 
 
 def judgements(visit: Visit) -> Response:
@@ -34,6 +41,7 @@ def overview(visit: Visit) -> Response:
         by_rater: dict[str, list[Opinion]] = defaultdict(list)
         for one in everything(session):
             by_rater[one.rater].append(one)
+        agreed = agreement([one for rated in by_rater.values() for one in rated])
         gold = gold_results(session)
         names = {
             rater: (name, role)
@@ -53,13 +61,29 @@ def overview(visit: Visit) -> Response:
                 "gold": f"{sum(right)} / {len(right)}" if right else "", "drift": halves,
             }
         )  # fmt: skip
-    return visit.page("admin.html", rows=rows)
+    return visit.page("admin.html", rows=rows, agreed=agreed)
 
 
 def forget_person(visit: Visit) -> Response:
     with visit.store.begin() as session:
         forget(session, str(visit.form.get("name", "")))
     return go("/admin")
+
+
+def agreement(told: list[Opinion]) -> list[tuple[str, Estimate]]:
+    """Krippendorff's alpha of each queue, and of each attribute of its ratings; rankings and marks have none."""
+    rated: dict[str, list[Rated]] = defaultdict(list)
+    for one in told:
+        if one.task == "rate":
+            for name, score in one.verdict.get("scores", {}).items():
+                rated[f"{one.queue}: {name}"].append((one.subject, float(score)))
+        elif one.task in CATEGORIES and "skip" not in one.verdict:
+            said = one.verdict[KEYS[one.task]]
+            rated[f"{one.queue} ({one.task})"].append((one.subject, float(CATEGORIES[one.task].index(said))))
+    found = {
+        name: alpha(values, "ordinal" if not name.endswith(")") else "nominal") for name, values in rated.items()
+    }
+    return [(name, found[name]) for name in sorted(found) if found[name].n]
 
 
 def _holds(one: Opinion, words: str) -> bool:

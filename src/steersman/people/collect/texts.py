@@ -22,6 +22,7 @@ EN = {
     "task": "Task", "seconds": "Seconds (median)", "gold": "Gold right", "drift": "First half / second half",
     "thinking": "The model is answering…", "busy": "Too many requests; wait.", "error": "This did not work",
     "all": "All", "count": "Judgements", "forget": "Forget", "skip_main": "To the content",
+    "alpha": "Agreement (Krippendorff's alpha, 95% interval)", "items": "Items",
 }  # fmt: skip
 ZH = {
     "title": "评判回答", "home": "首页", "chat": "对话", "queues": "待评判", "judge": "评判", "done": "已完成",
@@ -41,6 +42,7 @@ ZH = {
     "rater": "评判人", "task": "任务", "seconds": "秒（中位数）", "gold": "检验题正确", "drift": "前半 / 后半",
     "thinking": "模型正在回答……", "busy": "请求过多，请稍候。", "error": "未能完成", "all": "全部",
     "count": "评判数", "forget": "删除", "skip_main": "跳到内容",
+    "alpha": "一致性 (Krippendorff alpha，95% 区间)", "items": "条目",
 }  # fmt: skip
 LANGUAGES = {"en": EN, "zh": ZH}
 
