@@ -339,5 +339,5 @@ def test_the_admin_page_tells_how_far_raters_agree(store):
         who = rater(store, name)
         for choice in choices:
             judge(store, of, who, {"choice": choice})
-    # 16 ordered pairs of values, n_0 = 5, n_1 = 3, two discordant: 1 - 7 * 2 / (2 * 5 * 3)
+    # n = 8 values, n_0 = 5, n_1 = 3, one unit at odds, so o_01 = 1: alpha = 1 - 7 * 1 / (5 * 3)
     assert "compare (compare): 0.533" in browser(store).get("/admin").text
