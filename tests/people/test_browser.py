@@ -137,7 +137,7 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
     review = queue(store, "review", [NewItem("q", [Said("a")])])
     page.goto(f"/judge/{rank}")
     for side, text in enumerate(page.locator(".answer .text").all_inner_texts()):
-        page.locator("select").nth(side).select_option(value="0" if text.strip() == "a" else "1")
+        page.locator("select").nth(side).select_option(index=1 if text.strip() == "a" else 2)
     page.get_by_role("button", name="Save").press("Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{rate}")
