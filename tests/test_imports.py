@@ -46,7 +46,8 @@ MAY = {
     | {"run", "data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
     | {"objectives"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
-    "people": MATHS | {"run", "data", "model", "judge", "statistics", "train", "verbs", "flywheel"},
+    "people": MATHS
+    | {"run", "data", "model", "rollout", "judge", "statistics", "train", "verbs", "flywheel", "assets"},
 }  # fmt: skip
 """What each room may import of the others."""
 
@@ -60,7 +61,10 @@ HOMES = {
     "gymnasium": {"control", "tabular/gym.py", "environments"},
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
-    "httpx2": {"judge", "rollout"},
+    "httpx2": {"judge", "rollout", "people"},
+    **{
+        name: {"people"} for name in ("sqlalchemy", "alembic", "starlette", "uvicorn", "argon2", "nh3", "markdown_it")
+    },
 }
 """Where a library may be imported: rooms, or files."""
 

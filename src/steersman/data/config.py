@@ -10,11 +10,40 @@ from steersman.data.encoding import check_encoding
 from steersman.run.config import Section
 
 
+class JudgementsConfig(Section):
+    """Which judgements of a store count, and how much."""
+
+    combine: Literal["raters", "each"] = Field(
+        default="raters",
+        description="one row per item, with the share of the raters' votes as soft label, or one row per judgement",
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="weight of a rater by pseudonym; 1 if not given, 0 leaves the rater out"
+    )
+    min_gold: float = Field(
+        default=0.0, ge=0, le=1, description="leave out raters who got less than this share of gold items right"
+    )
+    queues: list[str] = Field(
+        default_factory=list, description="only these queues (chat: what was said in chats); empty: all"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _no_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(w < 0 for w in value.values()):
+            raise ValueError("a weight is 0 or above")
+        return value
+
+
 class DataConfig(Section):
     """Which rows, how they are read, and how they become tokens."""
 
     path: str | list[str] = Field(
-        description="file, folder, glob, list of these (jsonl, json, csv, tsv, parquet, txt; .gz of each) or hub name"
+        description="file, folder, glob, list of these (jsonl, json, csv, tsv, parquet, txt; .gz of each), hub "
+        "name, or store of judgements (sqlite:///FILE, postgresql://HOST/NAME)"
+    )
+    judgements: JudgementsConfig = Field(
+        default=JudgementsConfig(), description="which judgements of a store count, and how much"
     )
     subset: str | None = Field(default=None, description="configuration of a hub data set")
     hub_split: str = Field(default="train", description="split of a hub data set")

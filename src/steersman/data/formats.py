@@ -71,14 +71,18 @@ def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...
     """margin, agreement, weight and votes, where the row has them; the votes' mean is the agreement."""
     margin = f.optional_number(row, "margin")
     agreement = f.optional_number(row, "agreement")
-    weight = f.optional_number(row, "weight")
     votes = ()
     if row.data.get("votes") is not None:
         votes = tuple(_share(row, "votes", f.number(row, "votes", v)) for v in f.listing(row, "votes"))
         if votes and agreement is None:
             agreement = sum(votes) / len(votes)
     agreement = 1.0 if agreement is None else _share(row, "agreement", agreement)
-    return margin, agreement, 1.0 if weight is None else weight, votes
+    return margin, agreement, _weight(row), votes
+
+
+def _weight(row: Row) -> float:
+    weight = f.optional_number(row, "weight")
+    return 1.0 if weight is None else weight
 
 
 def _share(row: Row, column: str, got: float) -> float:
@@ -115,12 +119,12 @@ def _sharegpt_pair_row(row: Row) -> Preference:
 
 def _label_row(row: Row) -> Feedback:
     prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
-    return Feedback(prompt, completion, f.label(row, "label"), row)
+    return Feedback(prompt, completion, f.label(row, "label"), row, _weight(row))
 
 
 def _chat_label_row(row: Row) -> Feedback:
     column = "messages" if "messages" in row.data else "conversations"
-    return Feedback(*f.last_reply(row, column), f.label(row, "label"), row)
+    return Feedback(*f.last_reply(row, column), f.label(row, "label"), row, _weight(row))
 
 
 def _ranking_row(row: Row) -> Ranking:

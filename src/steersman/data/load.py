@@ -29,6 +29,7 @@ from steersman.data.rows import BadRows, Row, RowError, nearest
 from steersman.data.shapes import Kind, Shape, examples, kind_of, recognise
 from steersman.data.sources import FORMATS
 from steersman.data.split import split, without
+from steersman.data.stores import is_store, open_rows
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)
@@ -105,6 +106,12 @@ def recognised(config: DataConfig, among: Sequence[Kind]) -> Kind:
     """
     if config.rank_by and "ranking" in among:
         return "ranking"
+    stores = [one for one in _listed(config.path) if is_store(one)]
+    if stores:
+        of_store: list[Kind] = [kind for kind in open_rows(stores[0]).kinds(config.judgements) if kind in among]
+        if not of_store:
+            raise SteersmanError(f"{stores[0]}: it has no judgements that can be learned from here")
+        return of_store[0]
     bad = BadRows("skip")
     rows = section_rows(config, bad)
     first = list(islice(_prepared(iter(rows), config, bad), PROBED))
@@ -113,10 +120,24 @@ def recognised(config: DataConfig, among: Sequence[Kind]) -> Kind:
     return kind_of(first, among, FORMATS) or recognise(first, among[0], FORMATS).want
 
 
-def section_rows(config: DataConfig, bad: BadRows, path: str | list[str] | None = None) -> Iterator[Row]:
-    """The rows of a data section, or of other files read in the same way, as `read_rows` gives them."""
+def section_rows(
+    config: DataConfig, bad: BadRows, path: str | list[str] | None = None, want: Kind | None = None
+) -> Iterator[Row]:
+    """The rows of a data section, or of other files read in the same way, as `read_rows` gives them.
+
+    A store of judgements has rows for every kind of examples; it gives those of the kind that is wanted, and without
+    one it is refused.
+    """
+    for one in _listed(config.path if path is None else path):
+        if want is not None and is_store(one):
+            yield from open_rows(one).rows(want, config.judgements)
+        else:
+            yield from _read(config, bad, one)
+
+
+def _read(config: DataConfig, bad: BadRows, path: str) -> Iterator[Row]:
     return read_rows(
-        config.path if path is None else path,
+        path,
         bad,
         text_split=config.text_split,
         encoding=config.encoding,
@@ -161,7 +182,7 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
 
 
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
-    rows = iter(section_rows(config, bad, path))
+    rows = iter(section_rows(config, bad, path, want))
     prepared = _prepared(rows, config, bad)
     if config.rank_by:
         prepared = iter(ranked(prepared, config.rank_by, bad))
@@ -291,8 +312,13 @@ def _prefix(example: Example, prefix: str) -> None:
 
 
 def _files(path: str | list[str]) -> list[str]:
-    listed = [path] if isinstance(path, str) else path
-    return [str(file) for one in listed for file in local_files(one) or []]
+    return [str(file) for one in _listed(path) if not is_store(one) for file in local_files(one) or []]
+
+
+def _listed(path: str | list[str]) -> list[str]:
+    if not path:
+        raise SteersmanError("data.path is an empty list: name a file, a folder, a glob or a hub data set")
+    return [path] if isinstance(path, str) else path
 
 
 def _same(file: str, pattern: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from steersman.data import parse
 from steersman.data.encoding import decode
 from steersman.data.rows import BadRows, Row, nearest
+from steersman.data.stores import is_store
 from steersman.types import SteersmanError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -42,6 +43,11 @@ def read_rows(
     if not sources:
         raise SteersmanError("data.path is an empty list: name a file, a folder, a glob or a hub data set")
     for one in sources:
+        if is_store(str(one)):
+            raise SteersmanError(
+                f"{one}: a store of judgements is read where examples or prompts are wanted, not here; "
+                "`steersman export-feedback` writes it into a file"
+            )
         paths = local_files(one)
         if paths is None:
             yield from _hub(str(one), subset, hub_split, bad)

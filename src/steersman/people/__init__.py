@@ -1,1 +1,1 @@
-"""People in the loop: their judgements, experiments with them, and training on what they say."""
+"""People in the loop: what they judge is collected, stored, tested with, and learned from."""

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from steersman.data import BadRows
 from steersman.people.experiments import Experiment, Report, Verdict, report
-from steersman.people.outcomes import WIN, Outcome, read_outcomes
+from steersman.people.outcomes import WIN, Outcome, outcomes_of, read_outcomes
+from steersman.people.sources import open_judgements
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
@@ -51,7 +52,11 @@ class ABRecipe(Section):
 def run(recipe: ABRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the report of the experiment as its outcomes stand, and returns it."""
     bad, experiment = BadRows(recipe.on_bad_row), recipe.experiment
-    rows = read_outcomes(recipe.file, experiment.control, experiment.treatment, bad)
+    names = (experiment.control, experiment.treatment)
+    if "://" in recipe.file:
+        rows = list(outcomes_of(open_judgements(recipe.file), *names))
+    else:
+        rows = read_outcomes(recipe.file, *names, bad)
     if not any(row.metric == experiment.metric for row in rows):
         have = ", ".join(sorted({row.metric for row in rows})) or "none"
         raise SteersmanError(

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from steersman.data import BadRows
-from steersman.people.judgements import Judgement, JudgementFiles
+from steersman.people.judgements import Judgement
+from steersman.people.sources import open_judgements
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
@@ -45,7 +46,7 @@ class LeaderboardRecipe(Section):
 def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the table, and returns both ratings and what style is worth."""
     bad = BadRows(recipe.on_bad_row)
-    battles = list(styled(JudgementFiles(recipe.file, bad), recipe.cluster))
+    battles = list(styled(open_judgements(recipe.file, bad), recipe.cluster))
     if not battles:
         raise SteersmanError(
             f"{recipe.file}: no judgement between two models ({bad.sentence}); a row needs answers, models and choice"

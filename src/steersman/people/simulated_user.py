@@ -23,7 +23,7 @@ from steersman.flywheel.ledger import Ledger, Rows
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
-from steersman.people.judgements import JudgementFiles
+from steersman.people.sources import open_judgements
 from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
 from steersman.run.config import Section
 from steersman.run.terminal import printable
@@ -207,7 +207,7 @@ def _answered(row: dict[str, Any]) -> bool:
 def _agreement(recipe: SimulateRecipe, judge: Judge) -> Agreement:
     if recipe.human.folder is None:
         return Agreement(0, recipe.human.needed, None, None)
-    return agreement(judge, list(JudgementFiles(recipe.human.folder)), needed=recipe.human.needed)
+    return agreement(judge, list(open_judgements(recipe.human.folder)), needed=recipe.human.needed)
 
 
 def _show(recipe: SimulateRecipe, battles: Rows, wins: dict[str, Estimate], agrees: Agreement) -> None:

@@ -25,11 +25,12 @@ from steersman.model import load_tokenizer
 from steersman.people.experiments import Experiment, report
 from steersman.people.filters import sift
 from steersman.people.gates import check
-from steersman.people.judgements import Judgement, JudgementFiles, Judgements, judgement, plain
+from steersman.people.judgements import Judgement, Judgements, judgement, plain
 from steersman.people.lessons import held
 from steersman.people.measuring import Measuring
 from steersman.people.outcomes import outcomes_of
 from steersman.people.serving import Served, Serving
+from steersman.people.sources import open_judgements
 from steersman.people.training import Training
 from steersman.people.wheel_page import write_page
 from steersman.people.wheel_recipe import WheelRecipe
@@ -64,7 +65,7 @@ class Wheel:
     def __init__(self, ledger: Ledger, recipe: WheelRecipe, source: Judgements | None) -> None:
         self.ledger, self.recipe = ledger, recipe
         self.bad = BadRows(recipe.judgements.on_bad_row)
-        self.source = source or JudgementFiles(recipe.judgements.folder, self.bad)
+        self.source = source or open_judgements(recipe.judgements.folder, self.bad)
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.chats = bool(tokenizer.chat_template)
         self.data = recipe.limits.data(recipe.judgements.folder, chats=self.chats)

@@ -25,7 +25,9 @@ LEARNS: dict[Stage, Kind] = {"sft": "sft", "kto": "kto", "dpo": "pairs", "ppo": 
 class JudgementsConfig(Section):
     """Where judgements arrive, and when there are enough of them."""
 
-    folder: str = Field(description="folder or file of judgements, which grows while the wheel turns")
+    folder: str = Field(
+        description="folder or file of judgements, which grows, or a store: sqlite:///FILE, postgresql://HOST/NAME"
+    )
     at_least: int = Field(default=50, ge=1, description="new judgements that begin a turn")
     held_out: float = Field(default=0.2, gt=0, lt=1, description="share of prompts that no turn learns from")
     on_bad_row: Literal["stop", "skip"] = Field(

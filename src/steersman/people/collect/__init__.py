@@ -1,0 +1,1 @@
+"""The pages on which people chat with models and judge their answers."""

@@ -1,0 +1,118 @@
+"""Who answers in chats: a model in this process, or one behind an OpenAI-compatible address."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import httpx2
+from pydantic import Field, model_validator
+
+from steersman.data import DataConfig, layout
+from steersman.people.store.conversations import Said
+from steersman.run.config import Section
+from steersman.run.device import resolve_device
+from steersman.run.inputs import fingerprints
+from steersman.train.generators import open_generator
+from steersman.train.models import policy_from
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.types import Prompt, SteersmanError
+
+Messages = list[dict[str, str]]
+UNTAUGHT_STOP = "\nUser:"
+"""Ends an answer of a model without a template of its own, which would go on with the user's next turn."""
+
+
+class AnsweringModel(Section):
+    """A model that answers in chats: exactly one of path and url."""
+
+    path: str | None = Field(default=None, description="folder or hub name of a model that runs in this process")
+    url: str | None = Field(default=None, description="OpenAI-compatible address up to the version (.../v1)")
+    name: str = Field(default="", description="the model's name at that address, and in the store")
+    key_env: str = Field(default="OPENAI_API_KEY", description="environment variable with the address's key")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _one(self) -> AnsweringModel:
+        if (self.path is None) == (self.url is None):
+            raise ValueError("give exactly one of path and url")
+        if self.url is not None and not self.name:
+            raise ValueError("an address needs the model's name, as it is known there")
+        return self
+
+
+class AnsweringSampling(Section):
+    """How answers are drawn."""
+
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(default=0.7, gt=0, description="logits are divided by it")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="sample from the smallest set of this mass; 1 is off")
+
+
+class Answerer(Protocol):
+    """What gives the next turn of a conversation; one call at a time waits for the others."""
+
+    def answer(self, messages: Messages) -> Said: ...
+
+
+def open_answerer(model: AnsweringModel, sampling: AnsweringSampling) -> Answerer:
+    """The model of a recipe, loaded."""
+    return LocalModel(model, sampling) if model.path is not None else RemoteModel(model, sampling)
+
+
+class LocalModel:
+    """A model of this process, through the engine."""
+
+    def __init__(self, model: AnsweringModel, sampling: AnsweringSampling) -> None:
+        path = str(model.path)
+        config = ModelConfig(path=path)
+        self.policy = policy_from(config, RunConfig(), resolve_device(model.device), trainable=False)
+        self.layout = layout(self.policy, DataConfig(path="chat"))
+        stop = [] if self.layout.template.own else [UNTAUGHT_STOP]
+        rollout = RolloutConfig(**sampling.model_dump(), stop=stop, held_out=0)
+        self.engine, self.sampling = open_generator(rollout, self.policy), rollout.sampling()
+        digests = fingerprints(config, Path("/nowhere"))
+        version = next((d[:12] for paths in digests.values() for d in paths.values()), "")
+        self.model = (model.name or path.rstrip("/").rsplit("/", 1)[-1], version)
+        self.settings, self._one_at_a_time = sampling.model_dump(), Lock()
+
+    def answer(self, messages: Messages) -> Said:
+        """The next turn. Raises SteersmanError where the conversation does not fit the model's context."""
+        seed, begun = secrets.randbits(31), time.monotonic()
+        turns: list[Any] = [dict(m) for m in messages]
+        ids, _ = self.layout.prompt(turns)
+        with self._one_at_a_time:
+            (sample,) = self.engine.generate([Prompt(ids, "")], self.sampling, seed=seed)
+        settings = self.settings | {"seed": seed}
+        return Said(sample.text.strip(), self.model, settings, sample.finish, time.monotonic() - begun)
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible address."""
+
+    def __init__(self, model: AnsweringModel, sampling: AnsweringSampling) -> None:
+        self.url = str(model.url).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.name, self.settings = model.name, sampling.model_dump()
+        key = os.environ.get(model.key_env, "").strip()
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def answer(self, messages: Messages) -> Said:
+        """The next turn. Raises SteersmanError, without the key, where no answer comes."""
+        body: dict[str, Any] = {
+            "model": self.name, "messages": messages, "max_tokens": self.settings["max_new_tokens"],
+            "temperature": self.settings["temperature"], "top_p": self.settings["top_p"],
+        }  # fmt: skip
+        begun = time.monotonic()
+        try:
+            reply = httpx2.post(self.url, json=body, headers=self.headers, timeout=120.0)
+            choice = reply.raise_for_status().json()["choices"][0]
+            text, finish = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
+        except httpx2.HTTPStatusError as error:
+            raise SteersmanError(f"the model's address answers with status {error.response.status_code}") from None
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise SteersmanError(f"the model's address gives no chat completion ({type(error).__name__})") from None
+        return Said(text.strip(), (self.name, ""), self.settings, finish[:20], time.monotonic() - begun)

@@ -1,0 +1,194 @@
+"""The application: what every request passes through, and which address leads to which page."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from steersman.people.collect import security
+from steersman.people.collect.answering import Answerer
+from steersman.people.collect.markdown import plain, rendered, visible
+from steersman.people.collect.texts import LANGUAGES, language
+from steersman.people.store import Store
+from steersman.people.store.raters import Visitor, add_person, find_person, log_in, visitor
+from steersman.types import SteersmanError
+
+LOCAL_NAME = "local"
+"""Who judges on this machine before another name is chosen."""
+Handler = Callable[["Visit"], Response]
+
+
+@dataclass(slots=True)
+class Site:
+    """What all requests share. With `open` there are no passwords: only this machine reaches the pages."""
+
+    store: Store
+    answerers: list[Answerer] = field(default_factory=list)
+    system: str = ""
+    open: bool = True
+    rates: security.Rates = field(default_factory=security.Rates)
+
+
+@dataclass(slots=True)
+class Visit:
+    """One request: who, in which language, with which form."""
+
+    site: Site
+    request: Request
+    who: Visitor | None
+    lang: str
+    form: Any = None
+
+    @property
+    def store(self) -> Store:
+        return self.site.store
+
+    @property
+    def rater(self) -> Visitor:
+        assert self.who is not None  # pages that ask for it are behind the login
+        return self.who
+
+    def arg(self, name: str) -> str:
+        return str(self.request.path_params[name])
+
+    def page(self, template: str, status: int = 200, **values: Any) -> Response:
+        words = LANGUAGES[self.lang]
+        text = _templates.get_template(template).render(
+            t=words, lang="zh-Hans" if self.lang == "zh" else "en", who=self.who, open=self.site.open,
+            key=str(uuid.uuid4()), path=self.request.url.path, **values,
+        )  # fmt: skip
+        return HTMLResponse(text, status)
+
+    def refused(self, message: str, status: int = 400) -> Response:
+        return self.page("error.html", status, message=visible(message))
+
+
+def go(path: str) -> Response:
+    """On to another page, which is then fetched by GET."""
+    return RedirectResponse(path, 303)
+
+
+_templates = Environment(loader=PackageLoader("steersman.people.collect"), autoescape=select_autoescape())
+_templates.filters |= {"md": rendered, "plain": plain, "visible": visible}
+
+
+def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
+    """The application for an address; on a loopback address no other name of a host is answered, so that no page of
+    another site can reach it by a name of its own."""
+    from steersman.people.collect import chat, judging, looking, people
+
+    def route(path: str, handler: Handler, *methods: str, public: bool = False, admin: bool = False) -> Route:
+        return Route(path, _endpoint(site, handler, public, admin), methods=list(methods) or ["GET"])
+
+    hosts = ["127.0.0.1", "localhost", "[::1]", "testserver"] if security.is_loopback(host) else ["*"]
+    return Starlette(
+        routes=[
+            route("/", judging.home),
+            route("/login", people.login, "GET", "POST", public=True),
+            route("/logout", people.logout, "POST"),
+            route("/name", people.name, "POST"),
+            route("/language", people.language, "POST"),
+            route("/judge/{queue:int}", judging.next_page),
+            route("/item/{assignment}", judging.item_page),
+            route("/item/{assignment}", judging.judge, "POST"),
+            route("/undo", judging.take_back, "POST"),
+            route("/chat", chat.chats, "GET", "POST"),
+            route("/chat/{chat}", chat.show),
+            route("/chat/{chat}/say", chat.say, "POST"),
+            route("/chat/{chat}/answer", chat.answer, "POST"),
+            route("/chat/{chat}/edit/{turn}", chat.edit, "POST"),
+            route("/chat/{chat}/thumb/{turn}", chat.thumb, "POST"),
+            route("/look", looking.judgements, admin=True),
+            route("/admin", looking.overview, admin=True),
+            route("/admin/forget", looking.forget_person, "POST", admin=True),
+            Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Headers)],
+    )
+
+
+def _endpoint(site: Site, handler: Handler, public: bool, admin: bool) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        client = request.client.host if request.client else ""
+        form = None
+        lang = language(request.cookies.get("lang"), request.headers.get("accept-language", ""))
+        if request.method == "POST":
+            if int(request.headers.get("content-length") or security.LARGEST_BODY + 1) > security.LARGEST_BODY:
+                return Visit(site, request, None, lang).refused("the form is too large", 413)
+            kind = "login" if request.url.path == "/login" else "post"
+            if not site.rates.allows(
+                kind, request.cookies.get(security.COOKIE, client) if kind == "post" else client
+            ):
+                return Visit(site, request, None, lang).refused(LANGUAGES[lang]["busy"], 429)
+            form = await request.form(max_files=0, max_fields=200)
+        return await run_in_threadpool(_answer, Visit(site, request, None, lang, form), handler, public, admin)
+
+    return endpoint
+
+
+def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Response:
+    token, fresh = visit.request.cookies.get(security.COOKIE, ""), None
+    with visit.store.read() as session:
+        visit.who = visitor(session, token) if token else None
+    if visit.who is None and visit.site.open and visit.request.method == "GET":
+        visit.who, fresh = enter(visit.store, LOCAL_NAME)
+    if visit.who is None and not public:
+        return go("/" if visit.site.open else "/login")
+    if admin and visit.rater.role != "admin":
+        return visit.refused("404", 404)
+    if (
+        visit.form is not None
+        and visit.who is not None
+        and not security.is_own_form(visit.request, visit.form, visit.who.csrf)
+    ):
+        return visit.refused("the form is not from this page; go back, load the page again and send it again", 403)
+    try:
+        response = handler(visit)
+    except SteersmanError as error:
+        response = visit.refused(str(error))
+    if fresh is not None:
+        security.set_login(response, visit.request, fresh)
+    return response
+
+
+def enter(store: Store, name: str) -> tuple[Visitor | None, str]:
+    """A login without a password, on this machine only. Raises SteersmanError for an account that has one."""
+    with store.begin() as session:
+        person = find_person(session, name)
+        if person is not None and person.password is not None:
+            raise SteersmanError(f"{name}: this account has a password; choose another name")
+        role = "admin" if name == LOCAL_NAME else "rater"
+        rater_id = add_person(session, name, role=role).id if person is None else person.rater_id
+        token = log_in(session, rater_id)
+        session.flush()
+        return visitor(session, token), token
+
+
+class _Headers:
+    """Puts the security headers on every response."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                names = {name.lower() for name, _ in message["headers"]}
+                more = [(k.lower().encode(), v.encode()) for k, v in security.HEADERS.items()]
+                message["headers"] = [*message["headers"], *(h for h in more if h[0] not in names)]
+            await send(message)
+
+        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)

@@ -1,0 +1,153 @@
+"""Chats with one model, whose answers get thumbs, or with two, whose answers are compared blind."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sqlalchemy import select
+from starlette.responses import Response
+
+from steersman.people.collect.app import Visit, go
+from steersman.people.collect.forms import REASONS, seconds_of, thumb_of
+from steersman.people.store.conversations import (
+    Said,
+    add_turn,
+    branch,
+    messages,
+    path,
+    start,
+)
+from steersman.people.store.items import CHAT, NewItem, add_item, assign, make_queue
+from steersman.people.store.judgements import judge_turn, thumbs
+from steersman.people.store.schema import Assignment, Conversation, Item, Turn
+from steersman.types import SteersmanError
+
+LONGEST_MESSAGE = 20_000
+
+
+def chats(visit: Visit) -> Response:
+    if visit.request.method == "POST":
+        with visit.store.begin() as session:
+            made = start(session, visit.rater.rater_id, system=visit.site.system)
+        return go(f"/chat/{made.id}")
+    with visit.store.read() as session:
+        mine = session.scalars(
+            select(Conversation)
+            .where(Conversation.rater_id == visit.rater.rater_id)
+            .order_by(Conversation.created.desc())
+            .limit(100)
+        ).all()
+    return visit.page("chats.html", chats=mine, can=bool(visit.site.answerers))
+
+
+def show(visit: Visit) -> Response:
+    with visit.store.read() as session:
+        chat = _own(session, visit)
+        if chat is None:
+            return visit.refused("404", 404)
+        turns = path(session, chat)
+        compare = _open_comparison(session, visit, chat)
+        said = thumbs(session, visit.rater.rater_id, [t.id for t in turns])
+    if compare is not None:
+        return go(f"/item/{compare.id}")
+    verdicts = {turn_id: row.verdict for turn_id, row in said.items()}
+    waits = bool(turns) and turns[-1].role == "user"
+    return visit.page("chat.html", chat=chat, turns=turns, thumbs=verdicts, reasons=REASONS, waits=waits)
+
+
+def say(visit: Visit) -> Response:
+    text = _message(visit)
+    with visit.store.begin() as session:
+        chat = _own(session, visit)
+        if chat is None:
+            return visit.refused("404", 404)
+        turns = path(session, chat)
+        # The same message again, whose answer did not come: it is not asked twice.
+        if not (turns and turns[-1].role == "user" and turns[-1].content == text):
+            add_turn(session, chat, "user", Said(text))
+    return _answered(visit, chat.id)
+
+
+def answer(visit: Visit) -> Response:
+    """An answer that is missing, or another one in the place of the last."""
+    with visit.store.begin() as session:
+        chat = _own(session, visit)
+        if chat is None:
+            return visit.refused("404", 404)
+        turns = path(session, chat)
+        if turns and turns[-1].role == "assistant":
+            chat.leaf_id = turns[-1].parent_id
+        elif not turns or turns[-1].role != "user":
+            return visit.refused("there is nothing to answer")
+    return _answered(visit, chat.id)
+
+
+def edit(visit: Visit) -> Response:
+    """Goes on from another wording of a message of the user's."""
+    text = _message(visit)
+    with visit.store.begin() as session:
+        chat, turn = _own(session, visit), session.get(Turn, visit.arg("turn"))
+        if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "user":
+            return visit.refused("404", 404)
+        branch(session, chat, turn, "user", Said(text))
+    return _answered(visit, chat.id)
+
+
+def thumb(visit: Visit) -> Response:
+    with visit.store.begin() as session:
+        chat, turn = _own(session, visit), session.get(Turn, visit.arg("turn"))
+        if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "assistant":
+            return visit.refused("404", 404)
+        key, seconds = str(visit.form.get("key")), seconds_of(visit.form)
+        judge_turn(session, turn, visit.rater.rater_id, thumb_of(visit.form), key=key, seconds=seconds)
+    return go(f"/chat/{chat.id}#last")
+
+
+def _answered(visit: Visit, chat_id: str) -> Response:
+    """Asks every model at once and shows nothing until all have answered: not even time tells them apart."""
+    if not visit.site.answerers:
+        return visit.refused("no model answers here")
+    with visit.store.read() as session:
+        chat = session.get_one(Conversation, chat_id)
+        asked, leaf = messages(path(session, chat)), chat.leaf_id
+    with ThreadPoolExecutor(len(visit.site.answerers)) as pool:
+        said = list(pool.map(lambda a: a.answer(asked), visit.site.answerers))
+    with visit.store.begin() as session:
+        chat = session.get_one(Conversation, chat_id)
+        if chat.leaf_id != leaf:  # another tab went on in the meantime
+            return go(f"/chat/{chat_id}#last")
+        if len(said) == 1 or said[0].content == said[1].content:
+            add_turn(session, chat, "assistant", said[0])
+            return go(f"/chat/{chat_id}#last")
+        queue = make_queue(session, CHAT, "compare")
+        item = add_item(session, queue, NewItem(asked, said, source="chat"), conversation_id=chat_id)
+        assert item is not None  # an item of a conversation is always new
+        got = assign(session, item, visit.rater.rater_id)
+    return go(f"/item/{got.assignment.id}")
+
+
+def _own(session: Any, visit: Visit) -> Conversation | None:
+    found = session.get(Conversation, visit.arg("chat"))
+    return found if found is not None and found.rater_id == visit.rater.rater_id else None
+
+
+def _open_comparison(session: Any, visit: Visit, chat: Conversation) -> Assignment | None:
+    return session.scalar(
+        select(Assignment)
+        .join(Item, Item.id == Assignment.item_id)
+        .where(
+            Item.conversation_id == chat.id, Assignment.state == "open", Assignment.rater_id == visit.rater.rater_id
+        )
+        .order_by(Assignment.created.desc())
+        .limit(1)
+    )
+
+
+def _message(visit: Visit) -> str:
+    text = str(visit.form.get("text", "")).replace("\r\n", "\n").strip()
+    if not text:
+        raise SteersmanError("the message is empty")
+    if len(text) > LONGEST_MESSAGE:
+        raise SteersmanError(f"the message has {len(text):,} characters; {LONGEST_MESSAGE:,} are the most")
+    return text

@@ -1,0 +1,97 @@
+"""Home, the items of the queues, undo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from starlette.responses import Response
+
+from steersman.people.collect.app import Visit, go
+from steersman.people.collect.forms import seconds_of, verdict_of
+from steersman.people.store.conversations import Said, add_turn, path
+from steersman.people.store.items import CHAT, Shown, next_item, own_assignment, progress, shown
+from steersman.people.store.judgements import judge_item, undo
+from steersman.people.store.schema import Assignment, Conversation, Model, Queue
+
+
+def home(visit: Visit) -> Response:
+    with visit.store.read() as session:
+        queues = session.scalars(select(Queue).where(Queue.name != CHAT, Queue.overlap > 0).order_by(Queue.id)).all()
+        rows = [(queue, progress(session, queue, visit.rater.rater_id)) for queue in queues]
+    return visit.page("home.html", rows=rows, chats=bool(visit.site.answerers))
+
+
+def next_page(visit: Visit) -> Response:
+    with visit.store.begin() as session:
+        queue = session.get(Queue, int(visit.arg("queue")))
+        if queue is None or queue.name == CHAT:
+            return visit.refused("404", 404)
+        got = next_item(session, queue.id, visit.rater.rater_id)
+        if got is not None:
+            return _item(visit, got)
+        return visit.page("nothing.html")
+
+
+def item_page(visit: Visit) -> Response:
+    with visit.store.read() as session:
+        assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id)
+        if assignment is None:
+            return visit.refused("404", 404)
+        got = shown(session, assignment)
+    if assignment.state != "open":  # the back button, after the verdict was saved
+        return go(_after(got))
+    return _item(visit, got)
+
+
+def judge(visit: Visit) -> Response:
+    with visit.store.begin() as session:
+        assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id, lock=True)
+        if assignment is None:
+            return visit.refused("404", 404)
+        got = shown(session, assignment)
+        was_open = assignment.state == "open"
+        row = judge_item(
+            session, got, verdict_of(visit.form, got), key=str(visit.form.get("key")), seconds=seconds_of(visit.form)
+        )
+        if got.item.conversation_id and was_open:
+            _go_on(session, got, row.verdict.get("choice"))
+    return go(_after(got))
+
+
+def take_back(visit: Visit) -> Response:
+    with visit.store.begin() as session:
+        row = undo(session, visit.rater.rater_id, key=str(visit.form.get("key")))
+        again = None
+        if row is not None and row.item_id is not None:
+            again = session.scalar(
+                select(Assignment).where(
+                    Assignment.item_id == row.item_id, Assignment.rater_id == visit.rater.rater_id
+                )
+            )
+    return go(f"/item/{again.id}" if again is not None else "/")
+
+
+def _go_on(session: Session, got: Shown, choice: Any) -> None:
+    """The chat goes on with the better answer, or, where none is, with the one that stood first on the screen."""
+    answer = got.answers[choice if choice in (0, 1) else got.assignment.sides[0]]
+    chat = session.get_one(Conversation, str(got.item.conversation_id))
+    model = session.get_one(Model, answer.model_id) if answer.model_id else None
+    said = Said(answer.content, (model.name, model.version) if model else None, answer.sampling)
+    last = path(session, chat)[-1]  # an answer already where an earlier verdict was undone
+    add_turn(session, chat, "assistant", said, last.parent_id if last.role == "assistant" else last.id)
+
+
+def _after(got: Shown) -> str:
+    return f"/chat/{got.item.conversation_id}" if got.item.conversation_id else f"/judge/{got.queue.id}"
+
+
+def _item(visit: Visit, got: Shown) -> Response:
+    """The page of an item: it holds nothing that tells which model answered, nor any id but the assignment's."""
+    prompt = got.item.prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return visit.page(
+        "item.html", task=got.queue.task, settings=got.queue.settings, turns=turns,
+        answers=[a.content for a in got.sides], assignment=got.assignment.id, queue=got.queue.name,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""What an admin sees: every judgement, searchable, and how the raters do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+from sqlalchemy import select
+from starlette.responses import Response
+
+from steersman.people.collect.app import Visit, go
+from steersman.people.store.opinions import Opinion, everything, gold_results
+from steersman.people.store.raters import forget
+from steersman.people.store.schema import Person, Rater
+from steersman.statistics.agreement import Rated, alpha
+from steersman.statistics.estimates import Estimate
+
+SHOWN = 200
+CATEGORIES: dict[str, tuple[Any, ...]] = {
+    "compare": (0, 1, "tie", "both_bad"), "thumb": (False, True), "review": (False, True),
+}  # fmt: skip
+KEYS = {"compare": "choice", "thumb": "up", "review": "accept"}
+
+
+def judgements(visit: Visit) -> Response:
+    """The newest judgements that hold the words that are looked for, of one task or rater where asked."""
+    asked = visit.request.query_params
+    words, task, rater = (asked.get(name, "").strip() for name in ("q", "task", "rater"))
+    with visit.store.read() as session:
+        found = list(everything(session))
+    found = [o for o in found if _holds(o, words) and task in ("", o.task) and rater in ("", o.rater)]
+    rows = [(o, _when(o.created)) for o in reversed(found[-SHOWN:])]
+    return visit.page("look.html", rows=rows, count=len(found), q=words, task=task, rater=rater)
+
+
+def overview(visit: Visit) -> Response:
+    """Raters: how many judgements, seconds, gold items, and whether their pace drifts."""
+    with visit.store.read() as session:
+        by_rater: dict[str, list[Opinion]] = defaultdict(list)
+        for one in everything(session):
+            by_rater[one.rater].append(one)
+        agreed = agreement([one for rated in by_rater.values() for one in rated])
+        gold = gold_results(session)
+        names = {
+            rater: (name, role)
+            for rater, name, role in session.execute(
+                select(Rater.pseudonym, Person.name, Person.role).join(Person, Person.rater_id == Rater.id)
+            )
+        }
+    rows = []
+    for rater in sorted({*by_rater, *gold, *names}):
+        seconds = [o.seconds for o in by_rater[rater] if o.seconds is not None]
+        half, right = len(seconds) // 2, gold.get(rater, [])
+        halves = f"{median(seconds[:half]):.1f} / {median(seconds[half:]):.1f}" if half else ""
+        rows.append(
+            {
+                "rater": rater, "name": names.get(rater, ("", ""))[0], "role": names.get(rater, ("", ""))[1],
+                "count": len(by_rater[rater]), "seconds": f"{median(seconds):.1f}" if seconds else "",
+                "gold": f"{sum(right)} / {len(right)}" if right else "", "drift": halves,
+            }
+        )  # fmt: skip
+    return visit.page("admin.html", rows=rows, agreed=agreed)
+
+
+def forget_person(visit: Visit) -> Response:
+    with visit.store.begin() as session:
+        forget(session, str(visit.form.get("name", "")))
+    return go("/admin")
+
+
+def agreement(told: list[Opinion]) -> list[tuple[str, Estimate]]:
+    """Krippendorff's alpha of each queue, and of each attribute of its ratings; rankings and marks have none."""
+    rated: dict[str, list[Rated]] = defaultdict(list)
+    for one in told:
+        if one.task == "rate":
+            for name, score in one.verdict.get("scores", {}).items():
+                rated[f"{one.queue}: {name}"].append((one.subject, float(score)))
+        elif one.task in CATEGORIES and "skip" not in one.verdict:
+            said = one.verdict[KEYS[one.task]]
+            rated[f"{one.queue} ({one.task})"].append((one.subject, float(CATEGORIES[one.task].index(said))))
+    found = {
+        name: alpha(values, "ordinal" if not name.endswith(")") else "nominal") for name, values in rated.items()
+    }
+    return [(name, found[name]) for name in sorted(found) if found[name].n]
+
+
+def _holds(one: Opinion, words: str) -> bool:
+    text = "\n".join([str(one.prompt), *one.answers, str(one.verdict)]).lower()
+    return all(word in text for word in words.lower().split())
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

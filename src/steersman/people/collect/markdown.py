@@ -1,0 +1,47 @@
+"""What models and files say, as HTML that a page may show."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import nh3
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+LONGEST = 20_000
+"""Characters of one text that are shown; the rest is counted."""
+TAGS = {
+    "p", "br", "hr", "em", "strong", "code", "pre", "blockquote", "ul", "ol", "li", "a",
+    "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "s",
+}  # fmt: skip
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_markdown = MarkdownIt("commonmark", {"html": False}).enable("table").enable("strikethrough").disable("image")
+
+
+def rendered(text: str) -> Markup:
+    """Markdown as sanitised HTML: no raw HTML, no image, no script, links only to http(s) and mail.
+
+    Marks that turn the direction of writing are written out, so that no text turns round what stands beside it.
+    """
+    shown = visible(text[:LONGEST])
+    clean = nh3.clean(
+        _markdown.render(shown), tags=TAGS, attributes={"a": {"href"}, "ol": {"start"}},
+        url_schemes={"http", "https", "mailto"}, link_rel="noopener noreferrer nofollow",
+    )  # fmt: skip
+    return Markup(clean + _rest(text))
+
+
+def plain(text: str) -> Markup:
+    """The text as it is, character for character (but for controls), so that a span can be marked in it."""
+    return Markup(html.escape(_CONTROLS.sub("\ufffd", text[:LONGEST])) + _rest(text))
+
+
+def visible(text: str) -> str:
+    """The text with control characters and direction marks written out."""
+    return _CONTROLS.sub(lambda m: f"[U+{ord(m[0]):04X}]", text.replace("\r\n", "\n"))
+
+
+def _rest(text: str) -> str:
+    more = len(text) - LONGEST
+    return f'<p class="rest">[+{more:,}]</p>' if more > 0 else ""

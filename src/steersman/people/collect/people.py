@@ -1,0 +1,51 @@
+"""Logging in and out, the name on this machine, the language."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from steersman.people.collect import security
+from steersman.people.collect.app import Visit, enter, go
+from steersman.people.collect.texts import LANGUAGES
+from steersman.people.store.raters import find_person, log_in, log_out
+
+
+def login(visit: Visit) -> Response:
+    if visit.request.method == "GET":
+        return visit.page("login.html", wrong=False)
+    with visit.store.read() as session:
+        person = find_person(session, str(visit.form.get("name", ""))[:100])
+    stored = person.password if person is not None else None
+    if not security.right_password(stored, str(visit.form.get("password", ""))) or person is None:
+        return visit.page("login.html", 401, wrong=True)
+    with visit.store.begin() as session:
+        token = log_in(session, person.rater_id)
+    response = go("/")
+    security.set_login(response, visit.request, token)
+    return response
+
+
+def logout(visit: Visit) -> Response:
+    with visit.store.begin() as session:
+        log_out(session, visit.request.cookies[security.COOKIE])
+    response = go("/login")
+    response.delete_cookie(security.COOKIE)
+    return response
+
+
+def name(visit: Visit) -> Response:
+    """Judges under another name: where only this machine reaches the pages."""
+    if not visit.site.open:
+        return visit.refused("404", 404)
+    _, token = enter(visit.store, str(visit.form.get("name", "")))
+    response = go("/")
+    security.set_login(response, visit.request, token)
+    return response
+
+
+def language(visit: Visit) -> Response:
+    others = [one for one in LANGUAGES if one != visit.lang]
+    back = str(visit.form.get("path", "/"))
+    response = go(back if back.startswith("/") and not back.startswith(("//", "/\\")) else "/")
+    response.set_cookie("lang", others[0], max_age=365 * 24 * 3600, samesite="strict")
+    return response

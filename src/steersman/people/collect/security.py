@@ -1,0 +1,78 @@
+"""Who may do what: logins, forms that are ours, rates, and the headers of every page."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import time
+from collections import defaultdict, deque
+from typing import Any
+
+import argon2
+from starlette.requests import Request
+from starlette.responses import Response
+
+COOKIE = "steersman"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+LARGEST_BODY = 1 << 20
+LIMITS = {"login": (10, 60.0), "post": (120, 60.0)}
+"""How many requests in how many seconds one client may send."""
+_hasher = argon2.PasswordHasher()
+_NOBODY = _hasher.hash("nobody's password, so that an unknown name takes as long as a wrong password")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def hashed(password: str) -> str:
+    return _hasher.hash(password)
+
+
+def right_password(stored: str | None, given: str) -> bool:
+    """Whether the password is the stored one; it takes as long where there is none."""
+    try:
+        return _hasher.verify(stored or _NOBODY, given[:1000]) and stored is not None
+    except argon2.exceptions.VerificationError:
+        return False
+
+
+def is_own_form(request: Request, form: Any, csrf: str) -> bool:
+    """Whether a form comes from a page of ours: its token is the login's, and the browser names no other site."""
+    site = request.headers.get("sec-fetch-site", "same-origin")
+    return site in ("same-origin", "none") and hmac.compare_digest(str(form.get("csrf", "")), csrf)
+
+
+def set_login(response: Response, request: Request, token: str) -> None:
+    secure = request.url.scheme == "https"
+    response.set_cookie(COOKIE, token, max_age=14 * 24 * 3600, httponly=True, samesite="strict", secure=secure)
+
+
+class Rates:
+    """Counts requests by client and kind over a sliding window."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, str], deque[float]] = defaultdict(deque)
+
+    def allows(self, kind: str, client: str) -> bool:
+        most, window = LIMITS[kind]
+        times, now = self.seen[kind, client], time.monotonic()
+        while times and times[0] < now - window:
+            times.popleft()
+        if len(times) >= most:
+            return False
+        times.append(now)
+        if len(self.seen) > 10_000:
+            self.seen = defaultdict(deque, {k: t for k, t in self.seen.items() if t and t[-1] > now - window})
+        return True

@@ -1,0 +1,160 @@
+"""`steersman collect`: a page on which people chat with a model and judge answers."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steersman.data import read_rows
+from steersman.data.rows import Row
+from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
+from steersman.people.store import Store, open_store
+from steersman.people.store.conversations import Said
+from steersman.people.store.imports import import_file
+from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
+from steersman.people.store.raters import add_person, forget, people
+from steersman.run.config import Section
+from steersman.types import SteersmanError
+
+SHORTEST_PASSWORD = 10
+PASSWORD_ENV = "STEERSMAN_PASSWORD"
+
+
+class QueueConfig(Section):
+    """A file of answers that are to be judged."""
+
+    task: Literal["compare", "rank", "rate", "mark", "review"] = Field(description="what raters are asked")
+    file: str = Field(
+        description="rows with prompt and responses (or chosen and rejected), or completion; gold: a known verdict"
+    )
+    overlap: int = Field(default=1, ge=1, description="raters per item")
+    gold_every: int = Field(default=0, ge=0, description="every so many items of a rater is a gold one; 0: none")
+    attributes: dict[str, list[str]] = Field(
+        default_factory=dict, description="rate: the anchors of each attribute, lowest first"
+    )
+    labels: list[str] = Field(default_factory=list, description="mark: what a span may be")
+    instructions: str = Field(default="", description="shown above every item")
+
+
+class CollectRecipe(Section):
+    """A page on which people chat with a model or two and judge answers."""
+
+    store: str = Field(default="feedback.db", description="file or address of the store")
+    model: AnsweringModel | None = Field(default=None, description="who answers in chats; null: only queues")
+    second: AnsweringModel | None = Field(
+        default=None, description="a second model: chats then compare the two, blind"
+    )
+    sampling: AnsweringSampling = AnsweringSampling()
+    system: str = Field(default="", description="system prompt of new chats")
+    queues: dict[str, QueueConfig] = Field(default_factory=dict, description="name: what is to be judged")
+    imports: list[str] = Field(
+        default_factory=list, description="exports of Open WebUI or Label Studio, or data files, to take over first"
+    )
+    host: str = Field(
+        default="127.0.0.1", description="address to listen on; another than this machine's own wants accounts"
+    )
+    port: int = Field(default=8080, ge=0, le=65535, description="port to listen on")
+    add_account: str | None = Field(
+        default=None, description=f"make an account of this name and end; its password is asked, or in {PASSWORD_ENV}"
+    )
+    role: Literal["rater", "admin"] = Field(default="rater", description="of the account that is made")
+    forget: str | None = Field(
+        default=None, description="delete this person's name and logins and end; judgements stay under a pseudonym"
+    )
+
+
+def run(recipe: CollectRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Serves until it is interrupted. Raises SteersmanError before that for whatever can not work."""
+    store = open_store(recipe.store)
+    try:
+        if recipe.add_account is not None:
+            return _add_account(store, recipe.add_account, recipe.role)
+        if recipe.forget is not None:
+            with store.begin() as session:
+                pseudonym = forget(session, recipe.forget)
+            print(f"{recipe.forget} is forgotten; the judgements stay under {pseudonym}")
+            return {"forgotten": pseudonym}
+        return _serve(store, recipe)
+    finally:
+        store.close()
+
+
+def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
+    import uvicorn
+
+    from steersman.people.collect.app import Site, make_app
+    from steersman.people.collect.security import is_loopback
+
+    if recipe.second is not None and recipe.model is None:
+        raise SteersmanError("second: a second model needs a first one under `model`")
+    is_open = is_loopback(recipe.host)
+    with store.read() as session:
+        if not is_open and not people(session):
+            raise SteersmanError(
+                f"host {recipe.host}: others can reach this address, so it wants accounts; make one first: "
+                f"steersman collect --store {recipe.store} --add_account NAME --role admin"
+            )
+    fill(store, recipe)
+    models = [m for m in (recipe.model, recipe.second) if m is not None]
+    site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open)
+    app = make_app(site, host=recipe.host)
+    print(f"http://{recipe.host}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
+    uvicorn.run(app, host=recipe.host, port=recipe.port, log_level="warning", server_header=False, access_log=False)
+    return {"store": store.url}
+
+
+def fill(store: Store, recipe: CollectRecipe) -> None:
+    """Takes over the imports and the queues' files; what is there already is not stored again."""
+    for path in recipe.imports:
+        done = import_file(store, path)
+        print(f"{path}: {dict(done.stored) or 'nothing new'} stored, {dict(done.left_out) or 'nothing'} left out")
+    for name, config in recipe.queues.items():
+        if name == CHAT:
+            raise SteersmanError(f"queues.{name}: this name is taken by comparisons in chats; choose another")
+        with store.begin() as session:
+            settings = {"attributes": config.attributes, "labels": config.labels, "instructions": config.instructions}
+            queue = make_queue(
+                session, name, config.task, overlap=config.overlap, gold_every=config.gold_every, **settings
+            )
+            for row in read_rows(config.file):
+                add_item(session, queue, _item(row))
+
+
+def _item(row: Row) -> NewItem:
+    """A row as an item: `responses`, `chosen` and `rejected`, or `completion`; `models` names who answered."""
+    data = row.data
+    prompt = data.get("prompt", data.get("messages"))
+    answers = data.get("responses") or [data[k] for k in ("chosen", "rejected", "completion") if data.get(k)]
+    if not isinstance(prompt, str | list) or not prompt:
+        raise row.fault("missing field", "an item needs a prompt (text, or a list of messages)", "prompt")
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise row.fault("wrong type", "answers must be text: responses, chosen and rejected, or completion")
+    if isinstance(prompt, list) and not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in prompt
+    ):
+        raise row.fault("wrong type", "a prompt of turns is a list of {role, content}", "prompt")
+    named = data.get("models")
+    models = named if isinstance(named, list) else []
+    said = [Said(a, (str(models[i]), "") if i < len(models) else None) for i, a in enumerate(answers)]
+    return NewItem(prompt, said, data.get("gold"), f"{Path(row.file).name}, {row.unit} {row.number}")
+
+
+def _add_account(store: Store, name: str, role: str) -> dict[str, Any]:
+    from steersman.people.collect.security import hashed
+
+    password = os.environ.get(PASSWORD_ENV, "")
+    if not password and sys.stdin.isatty():
+        password = getpass.getpass(f"password of {name}: ")
+    if len(password) < SHORTEST_PASSWORD:
+        raise SteersmanError(
+            f"a password has at least {SHORTEST_PASSWORD} characters; type it when asked, or set {PASSWORD_ENV}"
+        )
+    with store.begin() as session:
+        add_person(session, name, role=role, password=hashed(password))
+    print(f"{name} may log in as {role}")
+    return {"account": name, "role": role}

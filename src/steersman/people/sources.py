@@ -1,0 +1,63 @@
+"""Where judgements are read from: files, or the store at an address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from steersman.data import BadRows
+from steersman.people.judgements import Choice, Judgement, JudgementFiles, Judgements, in_order
+from steersman.people.store.database import open_store
+from steersman.people.store.opinions import Opinion, everything
+from steersman.people.store.schema import Item
+from steersman.people.store.verdicts import Verdict
+
+LABEL = {"thumb": "up", "review": "accept"}
+
+
+class StoredJudgements:
+    """The comparisons, thumbs and reviews of a store, gold items among them; each reading is one snapshot.
+
+    Choices go by an answer's number, not by the side on which it was shown. A model goes by its name without version.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __iter__(self) -> Iterator[Judgement]:
+        store = open_store(self.url, create=False)
+        try:
+            with store.read() as session:
+                found = [_judgement(one, None) for one in everything(session) if _counts(one)]
+                for one in everything(session, gold=True):
+                    item = session.get(Item, one.subject)
+                    if _counts(one) and item is not None:
+                        found.append(_judgement(one, item.gold))
+        finally:
+            store.close()
+        yield from in_order(found)
+
+
+def open_judgements(place: str, bad: BadRows | None = None) -> Judgements:
+    """The judgements of a file or folder, or of a store (`sqlite:///FILE`, `postgresql://HOST/NAME`)."""
+    return StoredJudgements(place) if "://" in place else JudgementFiles(place, bad)
+
+
+def _counts(one: Opinion) -> bool:
+    return "skip" not in one.verdict and (one.task in LABEL or one.task == "compare")
+
+
+def _judgement(one: Opinion, gold: Verdict | None) -> Judgement:
+    pair = one.task == "compare"
+    return Judgement(
+        id=str(one.number), user=one.rater, time=one.created, prompt=one.prompt, answers=tuple(one.answers),
+        models=tuple(m.partition("@")[0] for m in one.models) if all(one.models) else (),
+        choice=_choice(one.verdict) if pair else None, label=None if pair else bool(one.verdict[LABEL[one.task]]),
+        reasons=tuple(one.verdict.get("reasons", ())), correction=str(one.verdict.get("correction", "")),
+        seconds=one.seconds,
+        expected=None if gold is None else _choice(gold) if pair else bool(gold[LABEL[one.task]]),
+    )  # fmt: skip
+
+
+def _choice(verdict: Verdict) -> Choice:
+    said: dict[object, Choice] = {0: "first", 1: "second", "tie": "tie", "both_bad": "both_bad"}
+    return said[verdict["choice"]]

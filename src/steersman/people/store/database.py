@@ -1,0 +1,153 @@
+"""Opening the store: its engine, its migrations, its transactions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from steersman.types import SteersmanError
+
+try:
+    import alembic.command
+    import alembic.config
+    import sqlalchemy
+    from alembic.util import CommandError
+    from sqlalchemy import Engine, event, make_url
+    from sqlalchemy.exc import ArgumentError, DBAPIError
+    from sqlalchemy.orm import Session
+except ImportError as error:
+    raise SteersmanError(
+        f"the store of judgements needs the extra `people` ({error.name} is missing): pip install 'steersman[people]'"
+    ) from error
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
+BUSY_SECONDS = 30
+"""How long a writer waits for another one before it gives up."""
+
+
+class Store:
+    """A database of judgements; `begin` and `read` open sessions on it."""
+
+    def __init__(self, engine: Engine, url: str) -> None:
+        self.engine, self.url = engine, url
+        self._reader = engine.execution_options(steersman_reads=True)
+
+    @contextmanager
+    def begin(self) -> Iterator[Session]:
+        """A transaction that writes: on SQLite one at a time. It is on the disk when the block ends."""
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only reads, beside writers."""
+        with Session(self._reader, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def open_store(place: str | Path, *, create: bool = True) -> Store:
+    """The store at a URL (`sqlite:///FILE`, `postgresql://HOST/NAME`) or in an SQLite file, its tables up to date.
+
+    Raises SteersmanError for another kind of URL, a password inside it, a file that is no store, a server that does
+    not answer, and, unless `create`, where nothing is there yet.
+    """
+    url = store_url(place)
+    name = url.render_as_string(hide_password=True)
+    if url.drivername == "sqlite":
+        file = Path(str(url.database))
+        if not create and not file.exists():
+            raise SteersmanError(f"{name}: there is no such store; `steersman collect --store {file}` makes one")
+        if not file.parent.is_dir():
+            raise SteersmanError(f"{name}: the folder {file.parent} does not exist")
+        engine = sqlalchemy.create_engine(
+            url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=16, max_overflow=64
+        )
+        event.listen(engine, "connect", _sqlite_connect)
+        event.listen(engine, "begin", _sqlite_begin)
+    else:
+        engine = sqlalchemy.create_engine(url, pool_size=16, max_overflow=16, pool_pre_ping=True)
+    try:
+        _migrate(engine, create)
+    except DBAPIError as error:
+        engine.dispose()
+        reason = str(error.orig).strip().splitlines()[0]
+        raise SteersmanError(f"store {name}: it can not be opened ({reason})") from error
+    return Store(engine, name)
+
+
+def store_url(place: str | Path) -> Any:
+    """The address as SQLAlchemy's URL, with our driver."""
+    text = str(place)
+    if "://" not in text:
+        return make_url("sqlite://").set(database=text)
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise SteersmanError(f"store {text.split('@')[-1]!r}: no address of a database") from None
+    if url.drivername not in DRIVERS:
+        raise SteersmanError(f"store {url.drivername}://...: known are sqlite:///FILE and postgresql://HOST/NAME")
+    if url.password is not None:
+        raise SteersmanError(
+            f"store {url.render_as_string(hide_password=True)}: a password in an address ends up in recipes and "
+            "logs; put it into the environment variable PGPASSWORD or the file ~/.pgpass"
+        )
+    if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
+        raise SteersmanError(f"store {text}: name a file, such as sqlite:///feedback.db")
+    return url.set(drivername=DRIVERS[url.drivername])
+
+
+def now() -> float:
+    """Seconds since 1970, UTC."""
+    return time.time()
+
+
+def new_id() -> str:
+    """A random UUID."""
+    return str(uuid.uuid4())
+
+
+def _migrate(engine: Engine, create: bool) -> None:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    with engine.begin() as connection:
+        tables = set(sqlalchemy.inspect(connection).get_table_names())
+        if not create and "judgement" not in tables:
+            raise SteersmanError(
+                f"store {engine.url.render_as_string()}: it holds no judgements; is it the right one?"
+            )
+        if tables and "alembic_version" not in tables:
+            raise SteersmanError(
+                f"store {engine.url.render_as_string()}: it holds the tables of something else "
+                f"({', '.join(sorted(tables)[:5])}); name another place"
+            )
+        if engine.dialect.name == "postgresql":  # two that open it at once take turns
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(7205759403)"))
+        config.attributes["connection"] = connection
+        try:
+            alembic.command.upgrade(config, "head")
+        except CommandError as error:
+            raise SteersmanError(
+                f"store {engine.url.render_as_string()}: it was written by a newer steersman ({error}); upgrade"
+            ) from error
+
+
+def _sqlite_connect(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions begin where `_sqlite_begin` says, not where the driver guesses
+    cursor = connection.cursor()
+    # FULL: what was acknowledged outlives a power cut, too. What is deleted is overwritten: a forgotten name is gone.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Any) -> None:
+    reads = connection.get_execution_options().get("steersman_reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

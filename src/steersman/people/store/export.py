@@ -1,0 +1,71 @@
+"""`steersman export-feedback STORE --for dpo --out pairs.jsonl`: judgements as a file that a verb reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model
+
+from steersman.data.config import JudgementsConfig
+from steersman.data.rows import Row
+from steersman.data.shapes import Kind
+from steersman.people.store.reading import StoredRows
+from steersman.run.config import Section
+from steersman.run.folder import write_atomic
+
+KINDS: dict[str, Kind] = {"sft": "demonstration", "dpo": "preference", "kto": "feedback"}
+SHAPES: dict[str, Kind] = {
+    "pairs": "preference", "rankings": "ranking", "ratings": "rating", "thumbs": "feedback",
+}  # fmt: skip
+
+
+class Export(Section):
+    """Judgements of a store as JSONL rows; `data.path: sqlite:///feedback.db` reads the same without a file."""
+
+    store: str = Field(default="feedback.db", description="file or address of the store")
+    shape: Literal["auto", "pairs", "rankings", "ratings", "thumbs"] = Field(
+        default="auto", description="for reward: what it is to learn from; auto is what there is most of"
+    )
+    ties: Literal["keep", "drop"] = Field(
+        default="drop", description="pairs and rankings with ties: leave them out, or keep them for data.ties"
+    )
+    judgements: JudgementsConfig = Field(
+        default=JudgementsConfig(), description="which judgements count, and how much"
+    )
+    out: str = Field(description="JSONL file to write")
+
+
+_For = Annotated[Literal["reward", "dpo", "kto", "sft"], Field(description="which verb is to read the rows")]
+_fields: dict[str, Any] = {"for": (_For, ...)}
+ExportRecipe = create_model("ExportRecipe", __base__=Export, __doc__=Export.__doc__, **_fields)
+"""`Export` with the key `for`, which no Python class can spell."""
+
+
+def run(recipe: Export, *, resume: bool = False) -> dict[str, Any]:
+    """Writes the rows and says how many; names and logins of raters are never among them."""
+    address = recipe.store if "://" in recipe.store else f"sqlite:///{recipe.store}"
+    stored = StoredRows(address)
+    verb = getattr(recipe, "for")
+    want = _wanted(recipe, verb, stored)
+    rows = list(stored.rows(want, recipe.judgements))
+    kept = [row for row in rows if recipe.ties == "keep" or not _tied(row)]
+    write_atomic(Path(recipe.out), "".join(json.dumps(row.data, ensure_ascii=False) + "\n" for row in kept))
+    tied = f", {len(rows) - len(kept)} ties left out" if len(kept) < len(rows) else ""
+    print(f"{recipe.out}: {len(kept)} rows for {verb} ({want}){tied}")
+    return {"rows": len(kept), "ties": len(rows) - len(kept), "kind": want, "out": recipe.out}
+
+
+def _wanted(recipe: Export, verb: str, stored: StoredRows) -> Kind:
+    if verb in KINDS:
+        return KINDS[verb]
+    if recipe.shape != "auto":
+        return SHAPES[recipe.shape]
+    there: list[Kind] = [kind for kind in stored.kinds(recipe.judgements) if kind in SHAPES.values()]
+    return there[0] if there else "preference"
+
+
+def _tied(row: Row) -> bool:
+    ranks = row.data.get("ranks")
+    return row.data.get("agreement") == 0.5 or (ranks is not None and len(set(ranks)) < len(ranks))

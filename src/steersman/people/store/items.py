@@ -1,0 +1,230 @@
+"""Queues of items, and who is shown which."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Select, and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from steersman.people.store.conversations import Said, model_id
+from steersman.people.store.database import new_id, now
+from steersman.people.store.schema import Answer, Assignment, Item, Queue
+from steersman.people.store.verdicts import TASKS, checked, storable
+from steersman.types import SteersmanError
+
+CHAT = "chat"
+"""The queue of comparisons that come up in chats; its items are their rater's alone."""
+HELD_SECONDS = 3600.0
+"""How long an open item is kept for the rater who saw it; then another one may have it, too."""
+ANSWERS = {"compare": (2, 2), "rank": (2, 26), "rate": (1, 1), "mark": (1, 1), "review": (1, 1)}
+"""Fewest and most answers of an item."""
+_shuffle = random.SystemRandom().shuffle
+
+
+@dataclass(frozen=True, slots=True)
+class NewItem:
+    """An item before it is stored; `prompt` is text or a list of messages."""
+
+    prompt: Any
+    answers: list[Said]
+    gold: dict[str, Any] | None = None
+    source: str = ""
+
+
+@dataclass(slots=True)
+class Shown:
+    """An item as one rater sees it; `answers` in the order of the item, `sides` in that of the screen."""
+
+    assignment: Assignment
+    item: Item
+    queue: Queue
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [a.content for a in self.answers]
+
+    @property
+    def sides(self) -> list[Answer]:
+        return [self.answers[number] for number in self.assignment.sides]
+
+
+def make_queue(
+    session: Session, name: str, task: str, *, overlap: int = 1, gold_every: int = 0, **settings: Any
+) -> Queue:
+    """The queue of this name, new or with its settings as they now are.
+
+    Raises SteersmanError for an unknown task, one without the settings that it needs, and another task than before.
+    """
+    if task not in TASKS:
+        raise SteersmanError(f"queue {name}: the task {task!r} is none of {', '.join(TASKS)}")
+    for needs, key in (("rate", "attributes"), ("mark", "labels")):
+        if task == needs and not settings.get(key):
+            raise SteersmanError(f"queue {name}: the task {task} needs {key}")
+    found = session.scalar(select(Queue).where(Queue.name == name))
+    if found is None:
+        found = Queue(name=name, task=task, overlap=overlap, gold_every=gold_every, settings=settings, created=now())
+        session.add(found)
+    elif found.task != task:
+        raise SteersmanError(f"queue {name}: the store has it as a queue of {found.task}, not {task}; name another")
+    found.overlap, found.gold_every, found.settings = overlap, gold_every, settings
+    session.flush()
+    return found
+
+
+def add_item(
+    session: Session, queue: Queue, new: NewItem, *, conversation_id: str | None = None, item_id: str | None = None
+) -> Item | None:
+    """Stores an item; None where the queue has the same prompt and answers already.
+
+    Raises SteersmanError for a number of answers that the task does not take, an empty or twofold one, and a gold
+    verdict that is none.
+    """
+    fewest, most = ANSWERS[queue.task]
+    texts = [storable(a.content) for a in new.answers]
+    where = f"queue {queue.name}{', ' + new.source if new.source else ''}"
+    if not fewest <= len(texts) <= most:
+        span = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        raise SteersmanError(f"{where}: the task {queue.task} takes {span} answers, not {len(texts)}")
+    if any(not t.strip() for t in texts) and conversation_id is None:
+        raise SteersmanError(f"{where}: an answer is empty")
+    if len(set(texts)) < len(texts) and conversation_id is None:
+        raise SteersmanError(f"{where}: two answers are the same text, so there is nothing to compare")
+    gold = None if new.gold is None else checked(queue.task, new.gold, texts, queue.settings)
+    unique = conversation_id or ""
+    digest = hashlib.sha256(json.dumps([new.prompt, texts, unique], ensure_ascii=True).encode()).hexdigest()
+    if conversation_id is None and session.scalar(
+        select(Item.id).where(Item.queue_id == queue.id, Item.digest == digest)
+    ):
+        return None
+    position = session.scalar(select(func.count()).select_from(Item).where(Item.queue_id == queue.id)) or 0
+    item = Item(
+        id=item_id or new_id(), queue_id=queue.id, position=position, prompt=new.prompt, gold=gold,
+        digest=digest if conversation_id is None else new_id().replace("-", ""), source=new.source[:300],
+        conversation_id=conversation_id,
+    )  # fmt: skip
+    session.add(item)
+    session.flush()
+    for number, (said, text) in enumerate(zip(new.answers, texts, strict=True)):
+        session.add(
+            Answer(
+                item_id=item.id, number=number, content=text, model_id=model_id(session, said.model),
+                sampling=said.sampling, seconds=said.seconds,
+            )
+        )  # fmt: skip
+    session.flush()
+    return item
+
+
+def next_item(session: Session, queue_id: int, rater_id: int) -> Shown | None:
+    """What the rater judges next: what they left open, a gold item when it is due, or else the first item of the
+    queue that they have not seen and that too few others have; None where the queue has nothing left for them."""
+    left_open = session.scalar(
+        select(Assignment)
+        .join(Item, Item.id == Assignment.item_id)
+        .where(Item.queue_id == queue_id, Assignment.rater_id == rater_id, Assignment.state == "open")
+        .order_by(Assignment.created, Assignment.id)
+        .limit(1)
+    )
+    if left_open is not None:
+        return shown(session, left_open)
+    # Whoever takes from a queue holds it: on SQLite by writing alone, on PostgreSQL by this lock.
+    queue = session.get_one(Queue, queue_id, with_for_update=True)
+    item = None
+    if queue.gold_every and (_seen(session, queue_id, rater_id) + 1) % queue.gold_every == 0:
+        item = session.scalar(_unseen(queue_id, rater_id).where(Item.gold.is_not(None)).limit(1))
+    item = item or session.scalar(
+        _unseen(queue_id, rater_id).where(Item.gold.is_(None), _taken() < queue.overlap).limit(1)
+    )
+    return None if item is None else assign(session, item, rater_id)
+
+
+def assign(session: Session, item: Item, rater_id: int) -> Shown:
+    """Shows an item to a rater, its answers in a random order that is written down."""
+    answers = answers_of(session, item.id)
+    sides = [a.number for a in answers]
+    _shuffle(sides)
+    made = Assignment(id=new_id(), item_id=item.id, rater_id=rater_id, sides=sides, state="open", created=now())
+    session.add(made)
+    session.flush()
+    return Shown(made, item, session.get_one(Queue, item.queue_id), answers)
+
+
+def shown(session: Session, assignment: Assignment) -> Shown:
+    """An assignment with all that belongs to it."""
+    item = session.get_one(Item, assignment.item_id)
+    return Shown(assignment, item, session.get_one(Queue, item.queue_id), answers_of(session, item.id))
+
+
+def own_assignment(session: Session, assignment_id: str, rater_id: int, *, lock: bool = False) -> Assignment | None:
+    """The assignment, where it is the rater's own."""
+    found = session.get(Assignment, assignment_id, with_for_update=lock)
+    return found if found is not None and found.rater_id == rater_id else None
+
+
+def answers_of(session: Session, item_id: str) -> list[Answer]:
+    return list(session.scalars(select(Answer).where(Answer.item_id == item_id).order_by(Answer.number)))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a queue is: items, verdicts that are wanted and given, and what one rater has done and may still do."""
+
+    items: int
+    wanted: int
+    given: int
+    mine: int
+    open_to_me: bool
+
+
+def progress(session: Session, queue: Queue, rater_id: int) -> Progress:
+    items = session.scalar(
+        select(func.count()).select_from(Item).where(Item.queue_id == queue.id, Item.gold.is_(None))
+    )
+    judged = (
+        select(func.count())
+        .select_from(Assignment)
+        .join(Item, Item.id == Assignment.item_id)
+        .where(Item.queue_id == queue.id, Assignment.state == "judged")
+    )
+    given = session.scalar(judged.where(Item.gold.is_(None))) or 0
+    mine = session.scalar(judged.where(Assignment.rater_id == rater_id)) or 0
+    unseen = _unseen(queue.id, rater_id).where(Item.gold.is_(None), _taken() < queue.overlap).limit(1)
+    open_to_me = session.scalar(_open(queue.id, rater_id).limit(1)) is not None or session.scalar(unseen) is not None
+    return Progress(items or 0, (items or 0) * queue.overlap, given, mine, open_to_me)
+
+
+def _open(queue_id: int, rater_id: int) -> Select[Any]:
+    return (
+        select(Assignment.id)
+        .join(Item, Item.id == Assignment.item_id)
+        .where(Item.queue_id == queue_id, Assignment.rater_id == rater_id, Assignment.state == "open")
+    )
+
+
+def _seen(session: Session, queue_id: int, rater_id: int) -> int:
+    joined = select(func.count()).select_from(Assignment).join(Item, Item.id == Assignment.item_id)
+    return session.scalar(joined.where(Item.queue_id == queue_id, Assignment.rater_id == rater_id)) or 0
+
+
+def _unseen(queue_id: int, rater_id: int) -> Select[Any]:
+    mine = select(Assignment.id).where(Assignment.item_id == Item.id, Assignment.rater_id == rater_id)
+    return (
+        select(Item)
+        .where(Item.queue_id == queue_id, Item.conversation_id.is_(None), ~mine.exists())
+        .order_by(Item.position)
+    )
+
+
+def _taken() -> Any:
+    """How many raters judged an item, or have it open and were shown it not too long ago."""
+    counts = or_(
+        Assignment.state == "judged",
+        and_(Assignment.state == "open", Assignment.created > now() - HELD_SECONDS),
+    )
+    return select(func.count()).select_from(Assignment).where(Assignment.item_id == Item.id, counts).scalar_subquery()

@@ -1,0 +1,150 @@
+"""Judgements: written once, taken back by another row, never changed."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, aliased
+
+from steersman.people.store.database import now
+from steersman.people.store.items import Shown
+from steersman.people.store.schema import Assignment, Item, Judgement, Turn
+from steersman.people.store.verdicts import checked
+from steersman.types import SteersmanError
+
+UNDO = "undo"
+LONGEST_SECONDS = 24 * 3600.0
+
+
+def judge_item(session: Session, shown: Shown, verdict: Any, *, key: str, seconds: float | None = None) -> Judgement:
+    """Stores the verdict on an item that the rater was shown, and closes it.
+
+    The same `key` again gives the row that is there already; so does another verdict on a closed item, since the
+    first one counts until it is undone. The caller holds the assignment's row (`own_assignment(lock=True)`).
+    """
+    task, assignment = shown.queue.task, shown.assignment
+    found = by_key(session, key, assignment.rater_id)
+    if found is None and assignment.state != "open":
+        found = session.scalar(
+            select(Judgement).where(
+                Judgement.item_id == shown.item.id, Judgement.rater_id == assignment.rater_id, live()
+            )
+        )
+    if found is not None:
+        return found
+    said = checked(task, verdict, shown.texts, shown.queue.settings)
+    row = _row(
+        task, assignment.rater_id, said, key=key, item_id=shown.item.id, sides=list(assignment.sides), seconds=seconds
+    )
+    stored = _insert(session, row)
+    assignment.state = "skipped" if "skip" in said else "judged"
+    return stored
+
+
+def judge_turn(
+    session: Session, turn: Turn, rater_id: int, verdict: Any, *, key: str, seconds: float | None = None
+) -> Judgement:
+    """Stores a thumb for an answer in a chat; of several by one rater the newest counts."""
+    found = by_key(session, key, rater_id)
+    if found is not None:
+        return found
+    said = checked("thumb", verdict, [turn.content], {})
+    return _insert(session, _row("thumb", rater_id, said, key=key, turn_id=turn.id, seconds=seconds))
+
+
+def imported(session: Session, row: Judgement) -> bool:
+    """Stores a judgement of another program; False where its key is there already."""
+    if session.scalar(select(Judgement.id).where(Judgement.key == row.key)) is not None:
+        return False
+    session.add(row)
+    session.flush()
+    return True
+
+
+def undo(session: Session, rater_id: int, *, key: str) -> Judgement | None:
+    """Takes back the rater's newest judgement and opens its item again; None where there is none to take back."""
+    found = by_key(session, key, rater_id)
+    if found is not None:
+        return found
+    last = session.scalar(
+        select(Judgement).where(Judgement.rater_id == rater_id, live()).order_by(Judgement.id.desc()).limit(1)
+    )
+    if last is None:
+        return None
+    row = _insert(
+        session, _row(UNDO, rater_id, {}, key=key, item_id=last.item_id, turn_id=last.turn_id, undoes=last.id)
+    )
+    if last.item_id is not None:
+        again = session.scalar(
+            select(Assignment).where(Assignment.item_id == last.item_id, Assignment.rater_id == rater_id)
+        )
+        if again is not None:
+            again.state = "open"
+    return row
+
+
+def live() -> ColumnElement[bool]:
+    """True of judgements that were not taken back and take none back."""
+    later = aliased(Judgement)
+    return (Judgement.task != UNDO) & ~select(later.id).where(later.undoes == Judgement.id).exists()
+
+
+def by_key(session: Session, key: str, rater_id: int) -> Judgement | None:
+    """The judgement that was sent under this key. Raises SteersmanError for no UUID and for another rater's."""
+    found = session.scalar(select(Judgement).where(Judgement.key == checked_key(key)))
+    if found is not None and found.rater_id != rater_id:
+        raise SteersmanError("key: another judgement has this key; make a new random UUID")
+    return found
+
+
+def thumbs(session: Session, rater_id: int, turn_ids: list[str]) -> dict[str, Judgement]:
+    """The rater's newest thumb for each of the turns."""
+    rows = session.scalars(
+        select(Judgement)
+        .where(Judgement.rater_id == rater_id, Judgement.turn_id.in_(turn_ids), live())
+        .order_by(Judgement.id)
+    )
+    return {str(row.turn_id): row for row in rows}
+
+
+def last_item(session: Session, rater_id: int) -> Item | None:
+    """The item of the rater's newest judgement that counts."""
+    return session.scalar(
+        select(Item)
+        .join(Judgement, Judgement.item_id == Item.id)
+        .where(Judgement.rater_id == rater_id, live())
+        .order_by(Judgement.id.desc())
+        .limit(1)
+    )
+
+
+def checked_key(key: str) -> str:
+    try:
+        return str(uuid.UUID(key))
+    except (ValueError, AttributeError, TypeError):
+        raise SteersmanError("key: every judgement carries a random UUID of its client's making") from None
+
+
+def _row(task: str, rater_id: int, verdict: dict[str, Any], *, key: str, **more: Any) -> Judgement:
+    seconds = more.pop("seconds", None)
+    if seconds is not None:
+        seconds = min(max(float(seconds), 0.0), LONGEST_SECONDS) if seconds == seconds else None
+    return Judgement(
+        key=checked_key(key), rater_id=rater_id, task=task, verdict=verdict, seconds=seconds, created=now(),
+        source="collect", **more,
+    )  # fmt: skip
+
+
+def _insert(session: Session, row: Judgement) -> Judgement:
+    try:
+        with session.begin_nested():
+            session.add(row)
+    except IntegrityError:  # the same request came twice at once: the other one was first
+        found = session.scalar(select(Judgement).where(Judgement.key == row.key))
+        if found is None or found.rater_id != row.rater_id:
+            raise
+        return found
+    return row

@@ -1,0 +1,116 @@
+"""Raters, the persons behind them, and their logins."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from steersman.people.store.database import now
+from steersman.people.store.schema import Login, Person, Rater
+from steersman.types import SteersmanError
+
+ROLES = ("rater", "admin")
+LOGIN_SECONDS = 14 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who a request comes from, as their login says."""
+
+    rater_id: int
+    pseudonym: str
+    name: str
+    role: str
+    csrf: str
+
+
+def add_person(session: Session, name: str, *, role: str = "rater", password: str | None = None) -> Rater:
+    """A new rater with a name; `password` is a hash already. Raises SteersmanError for a name that is taken."""
+    name = name.strip()
+    if not name or len(name) > 100 or not name.isprintable():
+        raise SteersmanError("a name has 1 to 100 printable characters")
+    if role not in ROLES:
+        raise SteersmanError(f"role {role!r}: known are {', '.join(ROLES)}")
+    if find_person(session, name) is not None:
+        raise SteersmanError(f"{name}: there is such an account already")
+    rater = new_rater(session)
+    session.add(Person(rater_id=rater.id, name=name, password=password, role=role, created=now()))
+    session.flush()
+    return rater
+
+
+def new_rater(session: Session) -> Rater:
+    """A rater without a person: of an import, or the one behind `add_person`."""
+    rater = Rater(pseudonym=f"r-{secrets.token_hex(5)}", created=now())
+    session.add(rater)
+    session.flush()
+    return rater
+
+
+def imported_rater(session: Session, source: str, who: str) -> int:
+    """The number of the rater that `who` of another program's export becomes: the same one at every import.
+
+    The name stands with the other personal data, and can be forgotten as any.
+    """
+    name = f"{who[:60]} ({source})"
+    found = find_person(session, name)
+    return add_person(session, name).id if found is None else found.rater_id
+
+
+def find_person(session: Session, name: str) -> Person | None:
+    return session.scalar(select(Person).where(Person.name == name.strip()))
+
+
+def people(session: Session) -> int:
+    """How many persons have a password, so that someone can log in."""
+    return session.scalar(select(func.count()).select_from(Person).where(Person.password.is_not(None))) or 0
+
+
+def forget(session: Session, name: str) -> str:
+    """Deletes a person's name, password and logins; the judgements stay under the pseudonym, which is returned."""
+    person = find_person(session, name)
+    if person is None:
+        raise SteersmanError(f"{name}: the store knows nobody of this name")
+    rater = session.get_one(Rater, person.rater_id)
+    session.execute(delete(Login).where(Login.rater_id == rater.id))
+    session.delete(person)
+    return rater.pseudonym
+
+
+def log_in(session: Session, rater_id: int) -> str:
+    """A new login's token, which only the browser keeps; the store has its hash."""
+    token = secrets.token_urlsafe(32)
+    session.execute(delete(Login).where(Login.expires < now()))
+    session.add(
+        Login(
+            token=_hash(token), rater_id=rater_id, csrf=secrets.token_urlsafe(24),
+            created=now(), expires=now() + LOGIN_SECONDS,
+        )
+    )  # fmt: skip
+    return token
+
+
+def log_out(session: Session, token: str) -> None:
+    session.execute(delete(Login).where(Login.token == _hash(token)))
+
+
+def visitor(session: Session, token: str) -> Visitor | None:
+    """Whose login this token is; None where it is nobody's or has run out."""
+    row = session.execute(
+        select(Login, Person, Rater)
+        .join(Person, Person.rater_id == Login.rater_id)
+        .join(Rater, Rater.id == Login.rater_id)
+        .where(Login.token == _hash(token), Login.expires > now())
+    ).first()
+    if row is None:
+        return None
+    login, person, rater = row
+    return Visitor(rater.id, rater.pseudonym, person.name, person.role, login.csrf)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""How far raters agree beyond chance."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+
+from steersman.statistics.estimates import Estimate
+
+Metric = Literal["nominal", "ordinal", "interval"]
+Rated = tuple[str, float]
+"""(unit, value): what one rater said of one unit."""
+
+
+def alpha(ratings: Iterable[Rated], metric: Metric = "nominal", *, draws: int = 1000) -> Estimate:
+    """Krippendorff's alpha with a 95% percentile interval over resampled units.
+
+    alpha = 1 - (n - 1) sum_{c<k} o_ck d_ck / sum_{c<k} n_c n_k d_ck, where o_ck counts the pairs of values within
+    units, each unit's weighted by 1 / (m_u - 1), and d is 1 for different values (nominal), (c - k)^2 (interval) or
+    (sum_{g=c}^{k} n_g - (n_c + n_k) / 2)^2 (ordinal). Units with one value do not count; NaN where no value differs.
+    `n` of the estimate is the number of units with two values or more. The random stream is fixed.
+
+    Source: Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section E.
+    """
+    units: dict[str, list[float]] = defaultdict(list)
+    for unit, value in ratings:
+        units[unit].append(value)
+    values = sorted({v for got in units.values() if len(got) > 1 for v in got})
+    place = {v: i for i, v in enumerate(values)}
+    tables = np.array([_coincidences([place[v] for v in got], len(values)) for got in units.values() if len(got) > 1])
+    if not len(tables):
+        return Estimate(math.nan, -math.inf, math.inf, 0)
+    value = _alpha(tables.sum(0), np.array(values), metric)
+    rng = np.random.default_rng(0)
+    seen = []
+    for _ in range(draws if len(tables) > 1 else 0):
+        count = np.bincount(rng.integers(len(tables), size=len(tables)), minlength=len(tables))
+        seen.append(_alpha(np.tensordot(count, tables, 1), np.array(values), metric))
+    kept = [x for x in seen if math.isfinite(x)]
+    low, high = np.percentile(kept, [2.5, 97.5]) if kept else (-math.inf, math.inf)
+    return Estimate(value, float(low), float(high), len(tables))
+
+
+def _coincidences(got: list[int], size: int) -> np.ndarray:
+    """Ordered pairs of one unit's values, [size, size], divided by its count less one."""
+    count = np.bincount(got, minlength=size).astype(float)
+    return (np.outer(count, count) - np.diag(count)) / (len(got) - 1)
+
+
+def _alpha(table: np.ndarray, values: np.ndarray, metric: Metric) -> float:
+    margin = table.sum(1)
+    distance = _DISTANCES[metric](values, margin)
+    expected = float((np.outer(margin, margin) * distance).sum())
+    if expected == 0:
+        return math.nan
+    return 1 - (margin.sum() - 1) * float((table * distance).sum()) / expected
+
+
+def _nominal(values: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    return 1.0 - np.eye(len(values))
+
+
+def _interval(values: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    return (values[:, None] - values[None]) ** 2
+
+
+def _ordinal(values: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    middle = np.cumsum(margin) - margin / 2  # the mean rank of each value
+    return (middle[:, None] - middle[None]) ** 2
+
+
+_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "nominal": _nominal, "interval": _interval, "ordinal": _ordinal,
+}  # fmt: skip

@@ -1,0 +1,223 @@
+"""The pages in a real Chromium: by keyboard, on a phone, without a connection, by two at once, read by axe."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+from people_kit import pair, queue
+from sqlalchemy import select
+
+pytest.importorskip("starlette", reason="needs the extra people")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra people")
+
+from axe_core_python.sync_playwright import Axe
+
+from steersman.people.collect.app import Site, make_app
+from steersman.people.store import open_store
+from steersman.people.store.conversations import Said
+from steersman.people.store.items import NewItem
+from steersman.people.store.judgements import live
+from steersman.people.store.schema import Judgement
+
+pytestmark = pytest.mark.slow
+HOSTILE = "<script>document.title='owned'</script> [x](javascript:document.title='owned') \u202e" + "long " * 9000
+
+
+class Echo:
+    def answer(self, messages):
+        return Said(f"You said: {messages[-1]['content']}", ("echo", "1"))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = open_store(tmp_path / "feedback.db")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def address(store):
+    """The pages on a port of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = make_app(Site(store, answerers=[Echo()]))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def page(chromium, address):
+    context = chromium.new_context(base_url=address)
+    context.set_default_timeout(20_000)
+    yield context.new_page()
+    context.close()
+
+
+def verdicts(store) -> list[dict]:
+    with store.read() as session:
+        return list(session.scalars(select(Judgement.verdict).where(live()).order_by(Judgement.id)))
+
+
+def wait_for(store, count: int) -> list[dict]:
+    until = time.monotonic() + 20
+    while len(verdicts(store)) < count and time.monotonic() < until:
+        time.sleep(0.05)
+    return verdicts(store)
+
+
+def test_pairs_by_keyboard_with_undo(page, store):
+    queue(store, "compare", [pair(i) for i in range(3)])
+    page.goto("/")
+    page.keyboard.press("j")
+    for number in range(3):
+        page.get_by_text(f"question {number}").wait_for()
+        first_is_good = page.locator(".answer .text").first.inner_text().startswith("good")
+        page.keyboard.press("1" if first_is_good else "4")
+    page.get_by_text("Nothing left").wait_for()
+    assert verdicts(store) == [{"choice": 0}] * 3
+    page.keyboard.press("u")
+    page.get_by_text("question 2").wait_for()
+    page.keyboard.press("s")
+    page.get_by_text("Nothing left").wait_for()
+    assert verdicts(store) == [{"choice": 0}] * 2 + [{"skip": ""}]
+
+
+def test_a_verdict_that_the_connection_lost_is_saved_once_when_it_is_back(page, store):
+    of = queue(store, "compare", [pair(1), pair(2)])
+    page.goto(f"/judge/{of}")
+    page.context.set_offline(True)
+    page.keyboard.press("2")
+    page.get_by_text("Not saved yet").wait_for()
+    page.keyboard.press("2")  # impatience sends nothing twice
+    assert verdicts(store) == []
+    page.context.set_offline(False)
+    page.get_by_text("question 2").wait_for()
+    assert verdicts(store) == [{"choice": "tie"}]
+
+
+def test_the_back_button_does_not_judge_again(page, store):
+    of = queue(store, "compare", [pair(1), pair(2)])
+    page.goto("/")
+    page.goto(f"/judge/{of}")
+    page.keyboard.press("2")
+    page.get_by_text("question 2").wait_for()
+    page.go_back()
+    assert page.get_by_role("heading", name="To judge").is_visible()
+    assert verdicts(store) == [{"choice": "tie"}]
+
+
+def test_rank_rate_mark_and_review_by_keyboard(page, store):
+    rank = queue(store, "rank", [NewItem("q", [Said("a"), Said("b")])])
+    rate = queue(store, "rate", [NewItem("q", [Said("a")])], attributes={"kind": ["not at all", "somewhat", "very"]})
+    mark = queue(store, "mark", [NewItem("q", [Said("😀 all wrong")])], labels=["error"])
+    review = queue(store, "review", [NewItem("q", [Said("a")])])
+    page.goto(f"/judge/{rank}")
+    for side, text in enumerate(page.locator(".answer .text").all_inner_texts()):
+        page.locator("select").nth(side).select_option(index=1 if text.strip() == "a" else 2)
+    page.get_by_role("button", name="Save").press("Enter")
+    page.get_by_text("Nothing left").wait_for()
+    page.goto(f"/judge/{rate}")
+    page.get_by_label("very").press("Space")
+    page.get_by_role("button", name="Save").press("Enter")
+    page.get_by_text("Nothing left").wait_for()
+    page.goto(f"/judge/{mark}")
+    page.evaluate(
+        "() => { const n = document.querySelector('.markable').firstChild; const r = document.createRange();"
+        "r.setStart(n, 7); r.setEnd(n, 12); getSelection().removeAllRanges(); getSelection().addRange(r); }"
+    )
+    page.keyboard.press("1")
+    assert "wrong" in page.locator("#marks").inner_text()
+    page.get_by_role("button", name="Save").press("Enter")
+    page.get_by_text("Nothing left").wait_for()
+    page.goto(f"/judge/{review}")
+    page.get_by_label("A better answer").fill("更好")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert wait_for(store, 4) == [
+        {"ranks": [0, 1]}, {"scores": {"kind": 3}}, {"spans": [{"start": 6, "end": 11, "label": "error"}]},
+        {"accept": True, "correction": "更好"},
+    ]  # fmt: skip
+
+
+def test_a_chat_and_a_thumb_by_keyboard(page, store):
+    page.goto("/chat")
+    page.keyboard.press("n")
+    page.get_by_label("Your message").fill("hello")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("You said: hello").wait_for()
+    page.keyboard.press("1")
+    page.locator('button[aria-pressed="true"]').wait_for()
+    assert verdicts(store) == [{"up": True}]
+
+
+def test_two_raters_at_once_share_a_queue(chromium, address, store):
+    of = queue(store, "compare", [pair(i) for i in range(6)])
+    contexts = [chromium.new_context(base_url=address) for _ in range(2)]
+    pages = [context.new_page() for context in contexts]
+    for name, page in zip(("Ada", "Bob"), pages, strict=True):
+        page.goto("/")
+        page.get_by_label("Judging as").fill(name)
+        page.get_by_role("button", name="Judge as").click()
+        page.goto(f"/judge/{of}")
+    for count in range(1, 5):  # then each has one item open, of which the other sees nothing
+        page = pages[count % 2]
+        asked = page.locator(".asked").inner_text()
+        page.keyboard.press("2")
+        page.wait_for_function("asked => document.querySelector('.asked')?.innerText !== asked", arg=asked)
+    for page in pages:
+        page.keyboard.press("2")
+        page.get_by_text("Nothing left").wait_for()
+    with store.read() as session:
+        rows = session.execute(select(Judgement.item_id, Judgement.rater_id)).all()
+    assert len({item for item, _ in rows}) == 6
+    assert len({rater for _, rater in rows}) == 2
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, width, scheme):
+    answers = [Said(HOSTILE), Said("`code` and a verylongword" + "x" * 300)]
+    ids = [
+        queue(store, "compare", [NewItem("q", answers)]),
+        queue(store, "rank", [NewItem("q", [Said(a) for a in "abc"])]),
+        queue(store, "rate", [NewItem("q", [Said("a")])], attributes={"kind": ["no", "so", "yes"]}),
+        queue(store, "mark", [NewItem("q", [Said("a")])], labels=["error"]),
+        queue(store, "review", [NewItem("q", [Said("a")])]),
+    ]
+    context = chromium.new_context(
+        base_url=address, viewport={"width": width, "height": 740}, color_scheme=scheme, has_touch=width < 500
+    )
+    page = context.new_page()
+    for path in ("/", "/chat", "/look", "/admin", *(f"/judge/{i}" for i in ids)):
+        page.goto(path)
+        found = Axe().run(page)["violations"]
+        assert not found, (path, [(v["id"], [n["html"] for n in v["nodes"]]) for v in found])
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        assert page.title() == "Judge answers"
+    context.close()

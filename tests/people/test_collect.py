@@ -1,0 +1,343 @@
+"""The pages as a browser without scripts gets them: what is stored, what is hidden, what is refused."""
+
+from __future__ import annotations
+
+import html
+import re
+import uuid
+from dataclasses import dataclass, field
+
+import pytest
+from people_kit import judge, pair, queue, rater
+from sqlalchemy import select
+
+pytest.importorskip("starlette", reason="needs the extra people")
+
+from starlette.testclient import TestClient
+
+from steersman.cli import main
+from steersman.people.collect import security
+from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.markdown import plain, rendered
+from steersman.people.collect.verb import CollectRecipe, fill
+from steersman.people.store import open_store
+from steersman.people.store.conversations import Said
+from steersman.people.store.items import NewItem
+from steersman.people.store.judgements import live
+from steersman.people.store.schema import Answer, Assignment, Judgement, Person, Turn
+from steersman.types import SteersmanError
+
+
+@dataclass
+class Scripted:
+    """Says what it is told to, in order."""
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    asked: list[list[dict[str, str]]] = field(default_factory=list)
+
+    def answer(self, messages):
+        self.asked.append(messages)
+        return Said(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = open_store(tmp_path / "feedback.db")
+    yield made
+    made.close()
+
+
+def browser(store, **more) -> TestClient:
+    host = more.pop("host", "127.0.0.1")
+    return TestClient(make_app(Site(store, **more), host=host), follow_redirects=True)
+
+
+def send(client: TestClient, page, action: str, **values):
+    """Fills the form of a page that posts to an address."""
+    token = re.search(r'name="csrf" value="([^"]*)"', page.text)
+    assert token is not None
+    assert f'action="{action}"' in page.text, f"the page has no form for {action}"
+    base = {"csrf": token[1], "key": str(uuid.uuid4()), "seconds": "2.5"}
+    return client.post(action, data=base | values)
+
+
+def item_of(page) -> str:
+    return re.findall(r'action="(/item/[^"]+)"', page.text)[0]
+
+
+def verdicts(store) -> list[dict]:
+    with store.read() as session:
+        return list(session.scalars(select(Judgement.verdict).where(live()).order_by(Judgement.id)))
+
+
+def texts(page) -> list[str]:
+    """The answers of an item's page, in the order of the screen."""
+    return [
+        re.sub("<[^>]+>", "", x).strip() for x in re.findall(r'<div class="text[^>]*>(.*?)</div>', page.text, re.S)
+    ]
+
+
+def test_a_comparison_from_the_screen_to_the_store(store):
+    of = queue(store, "compare", [pair(i) for i in range(8)])
+    client = browser(store)
+    page = client.get(f"/judge/{of}")
+    for _ in range(8):
+        shown = texts(page)[-2:]
+        side = "A" if shown[0].startswith("good") else "B"
+        page = send(client, page, item_of(page), choice=side)
+    assert "Nothing left" in page.text
+    assert verdicts(store) == [{"choice": 0}] * 8
+    with store.read() as session:
+        rows = session.scalars(select(Judgement)).all()
+    assert {row.seconds for row in rows} == {2.5}
+    assert len({tuple(row.sides or []) for row in rows}) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "answers", "values", "stored"),
+    [
+        ("compare", {}, "ab", {"choice": "tie"}, {"choice": "tie"}),
+        ("compare", {}, "ab", {"choice": "both_bad"}, {"choice": "both_bad"}),
+        ("compare", {}, "ab", {"skip": "1"}, {"skip": ""}),
+        ("rank", {}, "a", {}, None),
+        ("rate", {"attributes": {"kind": ["no", "yes"]}}, "a", {"score-0": "2"}, {"scores": {"kind": 2}}),
+        ("mark", {"labels": ["error"]}, "a", {"spans": '[{"start":0,"end":1,"label":"error"}]'},
+         {"spans": [{"start": 0, "end": 1, "label": "error"}]}),
+        ("review", {}, "a", {"accept": "0", "correction": "好"}, {"accept": False, "correction": "好"}),
+    ],
+)  # fmt: skip
+def test_each_task(store, task, settings, answers, values, stored):
+    if stored is None:
+        answers, values = "abc", {}
+    of = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings)
+    client = browser(store)
+    page = client.get(f"/judge/{of}")
+    if stored is None:  # the best text is "a", wherever it stands
+        shown = texts(page)[-3:]
+        values = {f"rank-{side}": str("abc".index(text)) for side, text in enumerate(shown)}
+        stored = {"ranks": [0, 1, 2]}
+    send(client, page, item_of(page), **values)
+    assert verdicts(store) == [stored]
+
+
+def test_undo_shows_the_item_again_and_the_first_verdict_no_longer_counts(store):
+    of = queue(store, "compare", [pair(1)])
+    client = browser(store)
+    page = send(client, page := client.get(f"/judge/{of}"), item_of(page), choice="tie")
+    page = send(client, page, "/undo")
+    assert "good 1" in page.text
+    send(client, page, item_of(page), choice="both_bad")
+    assert verdicts(store) == [{"choice": "both_bad"}]
+
+
+def test_the_back_button_after_a_verdict_leads_on(store):
+    of = queue(store, "compare", [pair(1), pair(2)])
+    client = browser(store)
+    first = client.get(f"/judge/{of}")
+    send(client, first, item_of(first), choice="tie")
+    assert "question 2" in client.get(item_of(first)).text
+    send(client, first, item_of(first), choice="A")  # the old page, sent once more
+    assert verdicts(store) == [{"choice": "tie"}]
+
+
+def test_nothing_on_the_page_tells_which_model_answered(store):
+    answers = [Said("first", ("secret-base", "v1"), {"temperature": 0.123}), Said("second", ("secret-tuned", "v2"))]
+    of = queue(store, "compare", [NewItem("q", answers)])
+    client = browser(store)
+    send(client, client.get("/"), "/name", name="Ada")
+    page = client.get(f"/judge/{of}")
+    seen = page.text + str(page.headers)
+    with store.read() as session:
+        ids = [a.item_id for a in session.scalars(select(Answer))]
+    for hidden in ("secret", "v1", "0.123", *ids):
+        assert hidden not in seen
+    assert client.get("/look").status_code == 404
+    assert client.get("/admin").status_code == 404
+
+
+def test_chat_thumb_correction_edit_and_another_answer(store):
+    model = Scripted("m", ["Hello!", "Hi!", "Good day!"])
+    client = browser(store, answerers=[model], system="Be kind.")
+    page = send(client, client.get("/chat"), "/chat")
+    at = str(page.url.path)
+    page = send(client, page, f"{at}/say", text="hello there")
+    assert "Hello!" in page.text
+    assert model.asked[0] == [
+        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello there"},
+    ]  # fmt: skip
+    thumb = re.findall(rf'action="({at}/thumb/[^"]+)"', page.text)[0]
+    page = send(client, page, thumb, up="0", r_style="1", correction="Hello, friend.")
+    assert verdicts(store) == [{"up": False, "reasons": ["r_style"], "correction": "Hello, friend."}]
+    assert 'aria-pressed="true"' in page.text
+    page = send(client, page, f"{at}/answer")
+    assert "Hi!" in page.text
+    assert "Hello!" not in page.text
+    edit = re.findall(rf'action="({at}/edit/[^"]+)"', page.text)[0]
+    page = send(client, page, edit, text="good morning")
+    assert model.asked[2][-1] == {"role": "user", "content": "good morning"}
+    assert "Good day!" in page.text
+    with store.read() as session:
+        assert len(session.scalars(select(Turn)).all()) == 6
+
+
+def test_chat_with_two_models_is_a_blind_comparison_and_goes_on_with_the_better(store):
+    one, two = Scripted("m1", ["red", "r2"]), Scripted("m2", ["blue", "b2"])
+    client = browser(store, answerers=[one, two])
+    page = send(client, client.get("/chat"), "/chat")
+    at = str(page.url.path)
+    page = send(client, page, f"{at}/say", text="a colour?")
+    side = "AB"[texts(page)[-2:].index("blue")]
+    page = send(client, page, item_of(page), choice=side)
+    assert page.url.path == at
+    assert verdicts(store) == [{"choice": 1}]
+    page = send(client, page, f"{at}/say", text="another?")
+    assert [m["content"] for m in one.asked[1]] == ["a colour?", "blue", "another?"]
+    page = send(client, page, item_of(page), skip="1")
+    page = send(client, page, "/undo")
+    side = "AB"[texts(page)[-2:].index("r2")]
+    page = send(client, page, item_of(page), choice=side)
+    shown = texts(page)
+    assert shown[-1] == "r2"
+    assert len(shown) == 4
+
+
+def test_what_belongs_to_others_is_not_there(store):
+    of = queue(store, "compare", [pair(1)])
+    ada, bob = browser(store, answerers=[Scripted("m", ["x"])]), browser(store, answerers=[Scripted("m", ["x"])])
+    send(ada, ada.get("/"), "/name", name="Ada")
+    send(bob, bob.get("/"), "/name", name="Bob")
+    item = item_of(ada.get(f"/judge/{of}"))
+    chat = str(send(ada, ada.get("/chat"), "/chat").url.path)
+    assert bob.get(item).status_code == bob.get(chat).status_code == 404
+    token = re.search(r'name="csrf" value="([^"]*)"', bob.get("/").text)
+    assert token is not None
+    base = {"csrf": token[1], "key": str(uuid.uuid4())}
+    assert bob.post(item, data=base | {"choice": "A"}).status_code == 404
+    assert bob.post(f"{chat}/say", data=base | {"text": "x"}).status_code == 404
+    assert bob.get("/item/../../etc/passwd").status_code in (400, 404)
+    assert verdicts(store) == []
+
+
+def test_a_form_from_elsewhere_is_refused(store):
+    of = queue(store, "compare", [pair(1)])
+    client = browser(store)
+    page = client.get(f"/judge/{of}")
+    assert client.post(item_of(page), data={"choice": "A", "key": str(uuid.uuid4())}).status_code == 403
+    token = re.search(r'name="csrf" value="([^"]*)"', page.text)
+    assert token is not None
+    data = {"csrf": token[1], "choice": "A", "key": str(uuid.uuid4())}
+    assert client.post(item_of(page), data=data, headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    assert client.post(item_of(page), data=data | {"choice": "x" * 2_000_000}).status_code == 413
+    assert verdicts(store) == []
+
+
+def test_headers_allow_no_script_but_ours(store):
+    page = browser(store).get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"<script(?! src=)|\son\w+=|style=", page.text)
+    assert "HttpOnly" in page.headers["set-cookie"]
+    assert "SameSite=strict" in page.headers["set-cookie"]
+
+
+@pytest.mark.parametrize(
+    ("text", "must", "must_not"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;", "<script"),
+        ("[x](javascript:alert(1))", "x", 'href="javascript'),
+        ("![x](http://evil/x.png)", "", "<img"),
+        ("<img src=x onerror=alert(1)>", "&lt;img", "<img"),
+        ("[ok](https://example.org)", 'rel="noopener noreferrer nofollow"', "<script"),
+        ("a\u202eb\x1b[31m", "[U+202E]b[U+001B]", "\u202e"),
+        ("**bold**\n\n- one", "<strong>bold</strong>", "<script"),
+        ("x" * 1_000_000, "[+980,000]", "x" * 20_001),
+        ("[" * 19_000, "[", "<script"),
+    ],
+)
+def test_hostile_text_is_shown_and_does_nothing(text, must, must_not):
+    shown = str(rendered(text))
+    assert must in shown
+    assert must_not not in shown
+
+
+def test_text_to_be_marked_keeps_its_length():
+    text = "a<b>\r\n\u202e好&x"
+    assert len(html.unescape(str(plain(text)))) == len(text)
+
+
+def test_chinese_and_a_search_with_filters(store):
+    of = queue(store, "compare", [pair(1)])
+    client = browser(store)
+    page = client.get(f"/judge/{of}", headers={"accept-language": "zh-CN,zh;q=0.9"})
+    assert "哪个回答更好" in page.text
+    assert 'lang="zh-Hans"' in page.text
+    page = send(client, page, item_of(page), choice="tie")
+    page = send(client, page, "/language", path="/look")
+    assert "good 1" in client.get("/look?q=question+1").text
+    assert "good 1" not in client.get("/look?q=question+2").text
+    assert "good 1" not in client.get("/look?task=rank").text
+    assert "local" in client.get("/admin").text
+
+
+def test_accounts_where_others_can_reach_the_pages(store, monkeypatch):
+    rater(store, "Ada", password=security.hashed("correct horse battery"), role="rater")
+    client = browser(store, open=False, host="0.0.0.0")
+    page = client.get("/")
+    assert page.url.path == "/login"
+    wrong = send(client, page, "/login", name="Ada", password="wrong")
+    assert wrong.status_code == 401
+    assert send(client, page, "/login", name="Nobody", password="correct horse battery").status_code == 401
+    page = send(client, page, "/login", name="Ada", password="correct horse battery")
+    assert page.url.path == "/"
+    assert client.get("/admin").status_code == 404
+    assert client.post("/name", data={"name": "Eve"}).status_code == 403
+    page = send(client, page, "/logout")
+    assert client.get("/chat").url.path == "/login"
+    for _ in range(12):
+        last = client.post("/login", data={"name": "Ada", "password": "x"})
+    assert last.status_code == 429
+
+
+def test_the_verb_refuses_an_open_door_and_makes_and_forgets_accounts(tmp_path, monkeypatch, capsys):
+    at = ["--store", str(tmp_path / "f.db")]
+    assert main(["collect", *at, "--host", "0.0.0.0"]) == 2
+    assert "wants accounts" in capsys.readouterr().err
+    monkeypatch.setenv("STEERSMAN_PASSWORD", "short")
+    assert main(["collect", *at, "--add_account", "Ada", "--role", "admin"]) == 2
+    monkeypatch.setenv("STEERSMAN_PASSWORD", "correct horse battery")
+    assert main(["collect", *at, "--add_account", "Ada", "--role", "admin"]) == 0
+    made = open_store(tmp_path / "f.db")
+    with made.read() as session:
+        stored = session.scalars(select(Person.password)).one()
+    made.close()
+    assert str(stored).startswith("$argon2id$")
+    assert main(["collect", *at, "--forget", "Ada"]) == 0
+    assert "stay under r-" in capsys.readouterr().out
+
+
+def test_queues_are_filled_from_files_once(store, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "p", "chosen": "c", "rejected": "r", "gold": {"choice": 0}, "models": ["x", "y"]}\n')
+    recipe = CollectRecipe.model_validate({"queues": {"week": {"task": "compare", "file": str(rows)}}})
+    fill(store, recipe)
+    fill(store, recipe)
+    with store.read() as session:
+        assert [a.content for a in session.scalars(select(Answer))] == ["c", "r"]
+        assert not session.scalars(select(Assignment)).all()
+    rows.write_text('{"prompt": "p"}\n')
+    with pytest.raises(SteersmanError, match="takes 2 answers, not 0"):
+        fill(store, recipe)
+
+
+def test_the_admin_page_tells_how_far_raters_agree(store):
+    of = queue(store, "compare", [pair(i) for i in range(4)], overlap=2)
+    for name, choices in (("Ada", [0, 1, 0, 1]), ("Bob", [0, 1, 0, 0])):
+        who = rater(store, name)
+        for choice in choices:
+            judge(store, of, who, {"choice": choice})
+    # n = 8 values, n_0 = 5, n_1 = 3, one unit at odds, so o_01 = 1: alpha = 1 - 7 * 1 / (5 * 3)
+    assert "compare (compare): 0.533" in browser(store).get("/admin").text

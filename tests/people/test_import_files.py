@@ -1,0 +1,123 @@
+"""Exports of other programs, in the form in which these write them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from steersman.data import DataConfig, demonstrations, feedback, preferences, rankings, ratings
+from steersman.people.store.imports import import_file
+from steersman.types import SteersmanError
+
+MESSAGES = {
+    "m1": {"id": "m1", "parentId": None, "childrenIds": ["m2", "m3"], "role": "user", "content": "Name a colour.",
+           "timestamp": 1760000000, "models": ["llama3:8b", "qwen2:7b"]},
+    "m2": {"id": "m2", "parentId": "m1", "childrenIds": ["m4"], "role": "assistant", "content": "Blue.",
+           "model": "llama3:8b", "modelIdx": 0, "timestamp": 1760000001,
+           "annotation": {"rating": 1, "reason": "accurate_information", "comment": "short", "tags": ["colour"]}},
+    "m3": {"id": "m3", "parentId": "m1", "childrenIds": [], "role": "assistant", "content": "A spoon.",
+           "model": "qwen2:7b", "modelIdx": 1, "timestamp": 1760000001},
+    "m4": {"id": "m4", "parentId": "m2", "childrenIds": ["m5"], "role": "user", "content": "Another?",
+           "timestamp": 1760000002},
+    "m5": {"id": "m5", "parentId": "m4", "childrenIds": [], "role": "assistant", "content": "Spoon.",
+           "model": "llama3:8b", "timestamp": 1760000003, "annotation": {"rating": -1}},
+}  # fmt: skip
+CHAT = {
+    "id": "c1", "user_id": "u1", "title": "Colours",
+    "chat": {"title": "Colours", "models": ["llama3:8b"], "history": {"messages": MESSAGES, "currentId": "m5"},
+             "messages": []},
+    "created_at": 1760000000, "archived": False, "meta": {},
+}  # fmt: skip
+FEEDBACK = {
+    "id": "f1", "user_id": "u2", "version": 0, "type": "rating",
+    "data": {"rating": -1, "model_id": "qwen2:7b", "sibling_model_ids": ["llama3:8b"], "reason": "not_factual",
+             "comment": "", "tags": [], "details": {"rating": 2}},
+    "meta": {"model_id": "qwen2:7b", "message_id": "m3", "message_index": 1, "chat_id": "c1",
+             "base_models": {"qwen2:7b": None}},
+    "snapshot": {"chat": {"id": "c1", "user_id": "u2", "title": "Colours", "chat": CHAT["chat"]}},
+    "created_at": 1760000100, "updated_at": 1760000100,
+}  # fmt: skip
+LABELLED = {
+    "id": 7, "data": {"prompt": "Say hello.", "answer1": "Hello!", "answer2": "What?"},
+    "annotations": [
+        {"id": 70, "completed_by": {"id": 3, "email": "ada@example.org"}, "was_cancelled": False, "lead_time": 4.2,
+         "result": [{"id": "x", "from_name": "pw", "to_name": "answer1", "type": "pairwise",
+                     "value": {"selected": "left"}}]},
+        {"id": 71, "completed_by": 4, "was_cancelled": True, "result": []},
+        {"id": 72, "completed_by": 5, "was_cancelled": False,
+         "result": [{"id": "y", "from_name": "c", "to_name": "answer1", "type": "choices",
+                     "value": {"choices": ["x"]}}]},
+    ],
+    "predictions": [], "project": 1,
+}  # fmt: skip
+
+
+def write(tmp_path, name: str, value) -> str:
+    (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+    return str(tmp_path / name)
+
+
+def test_open_webui_chats(address, store, tmp_path):
+    done = import_file(store, write(tmp_path, "chats.json", [CHAT]))
+    assert done.stored == {"thumb": 2}
+    up, down = feedback(DataConfig(path=address)).train
+    assert (up.prompt[-1]["content"], up.completion[0]["content"], up.label) == ("Name a colour.", "Blue.", True)
+    assert [m["content"] for m in down.prompt] == ["Name a colour.", "Blue.", "Another?"]
+    assert down.label is False
+    assert up.row.data["models"] == ["llama3:8b"]
+    (shown,) = demonstrations(DataConfig(path=address)).train
+    assert shown.completion[0]["content"] == "Blue."
+
+
+def test_open_webui_feedback_and_that_twice_is_once(address, store, tmp_path):
+    file = write(tmp_path, "feedback.json", [FEEDBACK])
+    assert import_file(store, file).stored == {"thumb": 1, "compare": 1}
+    (pair,) = preferences(DataConfig(path=address)).train
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("Blue.", "A spoon.")
+    again = import_file(store, file)
+    assert not again.stored
+    assert again.left_out == {"there already": 2}
+    # The chat that the feedback was about adds its own thumbs to the same conversation.
+    assert import_file(store, write(tmp_path, "chats.json", [CHAT])).stored == {"thumb": 2}
+
+
+def test_label_studio(address, store, tmp_path):
+    done = import_file(store, write(tmp_path, "ls.json", [LABELLED]))
+    assert done.stored == {"compare": 1}
+    assert done.left_out == {"skipped by the annotator": 1, "a result of the type choices": 1}
+    (pair,) = preferences(DataConfig(path=address)).train
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("Say hello.", "Hello!", "What?")
+
+
+def test_files_of_the_data_room(address, store, tmp_path):
+    rows = {
+        "pairs": {"prompt": "p", "chosen": "c", "rejected": "r"},
+        "ranks": {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 3]},
+        "rates": {"prompt": "p", "completion": "a", "scores": {"kind": 4, "short": 2}},
+        "thumbs": {"prompt": "p", "completion": "up", "label": True},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        assert sum(import_file(store, tmp_path / f"{name}.jsonl").stored.values()) == 1
+        assert not import_file(store, tmp_path / f"{name}.jsonl").stored
+    config = DataConfig(path=address, ties="keep")
+    assert ("c", "r") in {(e.chosen, e.rejected) for e in preferences(config).train}
+    assert rankings(config).train[0].ranks == [1.0, 0.0, 0.0]
+    assert ratings(config).train[0].scores == {"kind": 4.0, "short": 2.0}
+    assert demonstrations(config).train[0].completion == "up"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.json", [{**CHAT, "chat": {"history": {"messages": {"m": {"parentId": None}}}}}], "record 1: not as"),
+        ("b.json", [{"id": 1, "data": {"x": "y"}, "annotations": []}], "task 1: no prompt"),
+        ("c.json", [{"what": "else"}], "columns 'what' are no shape"),
+        ("d.json", "[" * 5000, "d.json"),
+    ],
+)
+def test_what_is_no_export_is_refused_and_leaves_nothing(address, store, tmp_path, name, value, message):
+    (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    with pytest.raises(SteersmanError, match=message):
+        import_file(store, tmp_path / name)

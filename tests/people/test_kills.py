@@ -1,0 +1,86 @@
+"""The server is killed while raters judge: what it acknowledged is there, once."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+from people_kit import pair, queue
+from sqlalchemy import select
+
+httpx2 = pytest.importorskip("httpx2")
+pytest.importorskip("starlette", reason="needs the extra people")
+
+from steersman.people.store import open_store
+from steersman.people.store.schema import Judgement
+
+SERVER = """
+import sys, uvicorn
+from steersman.people.collect.app import Site, make_app
+from steersman.people.store import open_store
+uvicorn.run(make_app(Site(open_store(sys.argv[1]))), port=int(sys.argv[2]), log_level="critical")
+"""
+
+
+def judge_until(stop: threading.Event, base: str, name: str, told: dict[str, int]) -> None:
+    """A rater who judges as fast as the server answers, and notes every key that it acknowledged."""
+    while not stop.is_set():
+        try:
+            with httpx2.Client(base_url=base, follow_redirects=True, timeout=10) as client:
+                page = client.get("/")
+                token = re.findall(r'name="csrf" value="([^"]*)"', page.text)[0]
+                client.post("/name", data={"csrf": token, "name": name})
+                page = client.get("/judge/1")
+                while not stop.is_set():
+                    token = re.findall(r'name="csrf" value="([^"]*)"', page.text)[0]
+                    action, key = re.findall(r'action="(/item/[^"]+)"', page.text)[0], str(uuid.uuid4())
+                    data = {"csrf": token, "key": key, "choice": "tie"}
+                    saved = client.post(action, data=data, follow_redirects=False)
+                    if saved.status_code == 303:
+                        told[key] = told.get(key, 0) + 1
+                    page = client.get("/judge/1")
+        except (httpx2.HTTPError, IndexError):
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_every_acknowledged_judgement_outlives_a_kill(tmp_path):
+    place = str(tmp_path / "f.db")
+    store = open_store(place)
+    queue(store, "compare", [pair(i) for i in range(2000)], overlap=9)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stop, told = threading.Event(), {}
+    raters = [
+        threading.Thread(target=judge_until, args=(stop, f"http://127.0.0.1:{port}", f"rater {i}", told))
+        for i in range(4)
+    ]
+    for rater in raters:
+        rater.start()
+    try:
+        for kill in range(3):
+            server = subprocess.Popen([sys.executable, "-c", SERVER, place, str(port)])
+            before, until = len(told), time.monotonic() + 60
+            while len(told) < before + 20 + 3 * kill and time.monotonic() < until:
+                time.sleep(0.01)
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+            assert len(told) > before, "the server came up and took judgements"
+    finally:
+        stop.set()
+        for rater in raters:
+            rater.join()
+    with store.read() as session:
+        stored = set(session.scalars(select(Judgement.key)))
+        subjects = session.execute(select(Judgement.item_id, Judgement.rater_id)).all()
+    store.close()
+    assert set(told) <= stored
+    assert len(set(subjects)) == len(subjects)

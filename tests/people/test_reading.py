@@ -1,0 +1,217 @@
+"""Judgements as rows: what the loaders make of a store, by hand-counted votes, and what a verb trains on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from people_kit import judge, key, pair, queue, rater
+from sqlalchemy import select
+
+from steersman.assets import story_model
+from steersman.cli import main
+from steersman.data import DataConfig, demonstrations, feedback, preferences, prompts, rankings, ratings, recognised
+from steersman.people.store import open_store
+from steersman.people.store.conversations import Said, add_turn, start
+from steersman.people.store.items import NewItem
+from steersman.people.store.judgements import judge_turn, undo
+from steersman.people.store.schema import Rater
+from steersman.types import SteersmanError
+
+
+def config(address: str, **more) -> DataConfig:
+    return DataConfig.model_validate({"path": address} | more)
+
+
+def pseudonym(store, rater_id: int) -> str:
+    with store.read() as session:
+        return session.scalars(select(Rater.pseudonym).where(Rater.id == rater_id)).one()
+
+
+def voted(store, choices: list[list]) -> tuple[list[int], int]:
+    """A queue of pairs on which rater k says choices[k][i] of pair i."""
+    of = queue(store, "compare", [pair(i) for i in range(len(choices[0]))], overlap=len(choices))
+    raters = [rater(store, f"rater {k}") for k in range(len(choices))]
+    for who, said in zip(raters, choices, strict=True):
+        for choice in said:
+            judge(store, of, who, {"choice": choice})
+    return raters, of
+
+
+def test_votes_become_one_pair_with_a_soft_label(address, store):
+    voted(store, [[0, 1, "tie"], [0, 1, 0], [1, 1, "both_bad"]])
+    got = preferences(config(address)).train
+    assert [(e.prompt, e.chosen, e.rejected) for e in got] == [
+        ("question 0", "good 0", "bad 0"),
+        ("question 1", "bad 1", "good 1"),
+        ("question 2", "good 2", "bad 2"),
+    ]
+    assert [e.votes for e in got] == [(1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (0.5, 1.0, 0.5)]
+    assert [round(e.agreement, 4) for e in got] == [0.6667, 1.0, 0.6667]
+    assert [e.weight for e in got] == [1.0, 1.0, 1.0]
+
+
+def test_raters_are_weighted_as_the_recipe_says(address, store):
+    raters, _ = voted(store, [[0], [1], [1]])
+    names = [pseudonym(store, r) for r in raters]
+    weights = {names[0]: 3.0, names[1]: 1.0, names[2]: 0.0}
+    (got,) = preferences(config(address, judgements={"weights": weights})).train
+    assert (got.chosen, got.agreement, got.votes, got.weight) == ("good 0", 0.75, (1.0, 0.0), 2.0)
+
+
+def test_each_judgement_may_be_a_row(address, store):
+    raters, _ = voted(store, [[0], [1]])
+    weights = {pseudonym(store, raters[1]): 0.5}
+    got = preferences(config(address, judgements={"combine": "each", "weights": weights})).train
+    assert [(e.chosen, e.agreement, e.weight) for e in got] == [("good 0", 1.0, 1.0), ("bad 0", 1.0, 0.5)]
+
+
+def test_ties_obey_the_data_section(address, store):
+    voted(store, [["tie", 0]])
+    with pytest.raises(SteersmanError, match=r"judgement 1: the answers are tied \(data.ties"):
+        preferences(config(address))
+    assert len(preferences(config(address, ties="drop")).train) == 1
+    assert [e.agreement for e in preferences(config(address, ties="keep")).train] == [0.5, 1.0]
+
+
+def test_what_was_undone_skipped_or_gold_teaches_nothing(address, store):
+    of = queue(store, "compare", [pair(0), pair(1), pair(2, gold={"choice": 0})], gold_every=3)
+    ada = rater(store, "Ada")
+    judge(store, of, ada, {"choice": 1})
+    with store.begin() as session:
+        undo(session, ada, key=key())
+    judge(store, of, ada, {"choice": 0})
+    judge(store, of, ada, {"skip": ""})
+    judge(store, of, ada, {"choice": 0})
+    assert [e.chosen for e in preferences(config(address)).train] == ["good 0"]
+
+
+def test_raters_who_miss_gold_items_are_left_out(address, store):
+    items = [pair(i) for i in range(2)] + [pair(8, gold={"choice": 0}), pair(9, gold={"choice": 0})]
+    of = queue(store, "compare", items, gold_every=2, overlap=2)
+    for name, choice in (("Ada", 0), ("Bob", 1)):
+        who = rater(store, name)
+        while judge(store, of, who, {"choice": choice}):
+            pass
+    got = preferences(config(address, judgements={"min_gold": 0.5})).train
+    assert [e.votes for e in got] == [(1.0,), (1.0,)]
+    assert [e.chosen for e in got] == ["good 0", "good 1"]
+
+
+def test_rankings_ratings_and_reviews(address, store):
+    ada, bob = rater(store, "Ada"), rater(store, "Bob")
+    three = queue(store, "rank", [NewItem("q", [Said("a"), Said("b"), Said("c")])], overlap=2)
+    judge(store, three, ada, {"ranks": [0, 1, 2]})
+    judge(store, three, bob, {"ranks": [1, 0, 2]})
+    rate = queue(store, "rate", [NewItem("q", [Said("a")])], overlap=2, attributes={"kind": ["1", "2", "3", "4"]})
+    judge(store, rate, ada, {"scores": {"kind": 4}})
+    judge(store, rate, bob, {"scores": {"kind": 1}})
+    review = queue(store, "review", [NewItem([{"role": "user", "content": "hi"}], [Said(a)]) for a in "xyz"])
+    for verdict in ({"accept": True}, {"accept": False}, {"accept": False, "correction": "better"}):
+        judge(store, review, ada, verdict)
+    (ranked,) = rankings(config(address, ties="keep")).train
+    assert (ranked.completions, ranked.ranks) == (["a", "b", "c"], [0.5, 0.5, 2.0])
+    (rated,) = ratings(config(address)).train
+    assert rated.scores == {"kind": 2.5}
+    assert [e.label for e in feedback(config(address)).train] == [True, False, False]
+    assert [e.completion[-1]["content"] for e in demonstrations(config(address)).train] == ["better", "x"]
+    pairs = preferences(config(address)).train
+    assert [(e.chosen, e.rejected) for e in pairs[:2]] == [("a", "c"), ("b", "c")]
+    assert (pairs[2].chosen[0]["content"], pairs[2].rejected[0]["content"]) == ("better", "z")
+    assert recognised(config(address), ("ranking", "rating")) == "ranking"
+    assert [q.prompt for q in prompts(config(address)).train] == ["q", [{"role": "user", "content": "hi"}]]
+
+
+def test_thumbs_in_chats(address, store):
+    ada, bob = rater(store, "Ada"), rater(store, "Bob")
+    with store.begin() as session:
+        chat = start(session, ada, system="Be kind.")
+        add_turn(session, chat, "user", Said("hi"))
+        first = add_turn(session, chat, "assistant", Said("Hello", ("m", "7")))
+        add_turn(session, chat, "user", Said("and?"))
+        second = add_turn(session, chat, "assistant", Said("What?"))
+        judge_turn(session, first, ada, {"up": False}, key=key())
+        judge_turn(session, first, ada, {"up": True}, key=key())
+        judge_turn(session, second, ada, {"up": False, "correction": "Yes?"}, key=key())
+        judge_turn(session, second, bob, {"up": True}, key=key())
+    got = feedback(config(address, judgements={"combine": "each"})).train
+    assert [(e.prompt[-1]["content"], e.completion[0]["content"], e.label) for e in got] == [
+        ("hi", "Hello", True), ("and?", "What?", False), ("and?", "What?", True),
+    ]  # fmt: skip
+    assert [m["role"] for m in got[1].prompt] == ["system", "user", "assistant", "user"]
+    assert got[0].row.data["models"] == ["m@7"]
+    # The two raters are at odds over the second answer, so it is no thumb; its correction stays a demonstration.
+    with pytest.raises(SteersmanError, match="all 1 labels are true"):
+        feedback(config(address))
+    assert [e.completion[0]["content"] for e in demonstrations(config(address)).train] == ["Yes?", "Hello", "What?"]
+
+
+def test_both_bad_is_a_thumb_down_for_both_and_pairs_serve_where_no_thumb_is(address, store):
+    voted(store, [[0, "both_bad"]])
+    got = feedback(config(address, ties="drop")).train
+    assert [(e.completion, e.label) for e in got] == [("good 0", True), ("bad 0", False)]
+    review = queue(store, "review", [NewItem("q", [Said("fine")])])
+    judge(store, review, rater(store, "Ada"), {"accept": True})
+    got = feedback(config(address)).train
+    assert [(e.completion, e.label) for e in got] == [("fine", True), ("good 1", False), ("bad 1", False)]
+
+
+def test_only_some_queues(address, store):
+    voted(store, [[0]])
+    other = queue(store, "compare", [pair(7)], name="other")
+    judge(store, other, rater(store, "Ada"), {"choice": 0})
+    got = preferences(config(address, judgements={"queues": ["other"]})).train
+    assert [e.prompt for e in got] == ["question 7"]
+
+
+def test_a_store_without_what_is_wanted_is_refused(address, store):
+    voted(store, [[0]])
+    with pytest.raises(SteersmanError, match=r"nothing that gives demonstration rows.*what it has: preference"):
+        demonstrations(config(address))
+    with pytest.raises(SteersmanError, match="no judgements that can be learned"):
+        recognised(config(address), ("rating",))
+
+
+def test_a_file_beside_a_store(address, store, tmp_path):
+    voted(store, [[0]])
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
+    got = preferences(config([str(tmp_path / "more.jsonl"), address])).train
+    assert [e.chosen for e in got] == ["c", "good 0"]
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "sft", "reward"])
+def test_an_exported_file_is_read_as_the_store_is(address, store, tmp_path, verb, capsys):
+    voted(store, [[0, 1, "tie"], [0, 1, "tie"]])
+    review = queue(store, "review", [NewItem("q", [Said(a)]) for a in "xy"])
+    ada = rater(store, "Ada Lovelace")
+    judge(store, review, ada, {"accept": True})
+    judge(store, review, ada, {"accept": False})
+    out = tmp_path / "out.jsonl"
+    assert main(["export-feedback", address, "--for", verb, "--out", str(out)]) == 0
+    reader = {"dpo": preferences, "kto": feedback, "sft": demonstrations, "reward": preferences}[verb]
+    plain, stored = reader(DataConfig(path=str(out))).train, reader(config(address, ties="drop")).train
+    for one in [*plain, *stored]:
+        one.row = None  # type: ignore[assignment]
+    assert plain == stored
+    assert "Lovelace" not in out.read_text()
+    assert "1 ties left out" in capsys.readouterr().out or verb in ("kto", "sft")
+
+
+def test_a_verb_that_reads_no_examples_says_what_to_do(tmp_path, capsys):
+    open_store(tmp_path / "f.db").close()
+    assert main(["evaluate", f"sqlite:///{tmp_path / 'f.db'}", "--metrics", "[rougeL]"]) == 2
+    assert "export-feedback" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_dpo_trains_on_a_store(tmp_path):
+    made = open_store(tmp_path / "f.db")
+    voted(made, [[0, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0]])
+    made.close()
+    words = [
+        "dpo", "--model.path", str(story_model()), "--data.path", f"sqlite:///{tmp_path / 'f.db'}",
+        "--data.ties", "drop", "--loss.soft_labels", "true", "--train.epochs", "1",
+        "--run.dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"] is not False

@@ -1,0 +1,43 @@
+"""The store's judgements as experiments and the wheel read them, in SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from people_kit import judge, pair, queue, rater
+
+from steersman.cli import main
+from steersman.people.filters import FilterConfig, sift
+from steersman.people.lessons import lessons
+from steersman.people.sources import open_judgements
+
+
+def test_comparisons_and_gold_items(store, address):
+    items = [pair(0), pair(1), pair(2), pair(3, gold={"choice": 0})]
+    name = queue(store, "compare", items, overlap=2, gold_every=2)
+    ada, bob = rater(store, "ada"), rater(store, "bob")
+    for who, said in ((ada, ["tie", 0, 0]), (bob, ["both_bad", 0, 0])):
+        plain = iter(said)
+        while judge(store, name, who, lambda got, p=plain: {"choice": 0 if got.item.gold else next(p)}, seconds=3.0):
+            pass
+    found = list(open_judgements(address))
+    assert len(found) == 8
+    gold = [one for one in found if one.expected is not None]
+    assert len(gold) == 2
+    assert {one.expected for one in gold} == {"first"}
+    assert {one.models for one in found} == {("base", "tuned")}
+    assert all(one.seconds == 3.0 for one in found)
+    kept, left_out = sift(found, FilterConfig())
+    assert len(lessons(kept, "pairs")) >= 1
+    assert any(why == "gold item" for _, why in left_out)
+
+
+def test_an_experiment_reads_the_store(store, address, capsys):
+    name = queue(store, "compare", [pair(i) for i in range(6)], overlap=20)
+    for i in range(15):
+        who = rater(store, f"r{i}")
+        for _ in range(3):
+            judge(store, name, who, {"choice": 1})
+    assert main(["ab", address, "--experiment.control", "base", "--experiment.treatment", "tuned"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tuned against base" in said
+    assert "take tuned" in said
+    assert main(["leaderboard", address, "--draws", "20"]) == 0

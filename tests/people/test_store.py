@@ -1,0 +1,350 @@
+"""The store on SQLite and on PostgreSQL: what is written stays, is written once, and goes to whom it should."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from people_kit import judge, key, pair, queue, rater
+from sqlalchemy import func, select
+
+from steersman.people.store import open_store
+from steersman.people.store.conversations import Said, add_turn, all_turns, branch, messages, newest_leaf, path, start
+from steersman.people.store.database import store_url
+from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, progress, shown
+from steersman.people.store.judgements import judge_item, judge_turn, last_item, live, thumbs, undo
+from steersman.people.store.raters import forget, log_in, log_out, visitor
+from steersman.people.store.schema import Assignment, Base, Item, Judgement, Login, Person, Queue
+from steersman.types import SteersmanError
+
+
+def test_the_migrations_make_the_tables_of_the_schema(store):
+    with store.engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    assert not differences
+
+
+def test_a_store_is_opened_again_and_another_database_is_refused(address, store):
+    rater(store, "Ada")
+    again = open_store(address, create=False)
+    with again.read() as session:
+        assert session.scalar(select(func.count()).select_from(Person)) == 1
+    again.close()
+    with store.engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE alembic_version"))
+    with pytest.raises(SteersmanError, match="tables of something else"):
+        open_store(address)
+
+
+def test_judgements_can_not_be_changed_or_deleted(store):
+    of = queue(store, "compare", [pair(1)])
+    judge(store, of, rater(store, "Ada"), {"choice": 0})
+    for statement in ("UPDATE judgement SET verdict = '{}'", "DELETE FROM judgement"):
+        with pytest.raises(sa.exc.DBAPIError, match="never changed"), store.begin() as session:
+            session.execute(sa.text(statement))
+
+
+def test_a_request_that_comes_twice_is_stored_once(store):
+    of, ada = queue(store, "compare", [pair(1), pair(2)]), rater(store, "Ada")
+    once = key()
+    with store.begin() as session:
+        got = next_item(session, of, ada)
+        assert got is not None
+        first = judge_item(session, got, {"choice": 0}, key=once, seconds=3.0).id
+    with store.begin() as session:
+        assignment = own_assignment(session, got.assignment.id, ada, lock=True)
+        assert judge_item(session, shown(session, assignment), {"choice": 1}, key=once).id == first
+        # A second tab, with a key of its own: the first verdict counts.
+        assert judge_item(session, shown(session, assignment), {"choice": 1}, key=key()).id == first
+        assert session.scalars(select(Judgement.verdict)).all() == [{"choice": 0}]
+    bob = rater(store, "Bob")
+    with store.begin() as session, pytest.raises(SteersmanError, match="another judgement has this key"):
+        undo(session, bob, key=once)
+
+
+def test_a_key_is_a_uuid(store):
+    of, ada = queue(store, "compare", [pair(1)]), rater(store, "Ada")
+    with pytest.raises(SteersmanError, match="random UUID"):
+        judge(store, of, ada, {"choice": 0}, key="1")
+
+
+def test_everything_about_a_judgement_is_kept(store):
+    of, ada = queue(store, "compare", [pair(1)]), rater(store, "Ada")
+    judge(store, of, ada, lambda got: {"choice": got.assignment.sides[0]}, seconds=4.5)
+    with store.read() as session:
+        row = session.scalars(select(Judgement)).one()
+        assignment = session.scalars(select(Assignment)).one()
+        assert row.rater_id == ada
+        assert row.sides == assignment.sides
+        assert sorted(row.sides) == [0, 1]
+        assert row.verdict == {"choice": row.sides[0]}
+        assert row.seconds == 4.5
+        assert row.task == "compare"
+
+
+def test_sides_are_random(store):
+    of, ada = queue(store, "compare", [pair(i) for i in range(60)]), rater(store, "Ada")
+    while judge(store, of, ada, {"choice": "tie"}):
+        pass
+    with store.read() as session:
+        first = Counter(sides[0] for sides in session.scalars(select(Assignment.sides)))
+    assert 15 < first[0] < 45
+
+
+def test_overlap_gives_each_item_to_so_many_raters(store):
+    of = queue(store, "compare", [pair(i) for i in range(6)], overlap=2)
+    raters = [rater(store, name) for name in ("Ada", "Bob", "Cyd")]
+    done = Counter()
+    while True:
+        given = [item for r in raters if (item := judge(store, of, r, {"choice": 0}))]
+        if not given:
+            break
+        done.update(given)
+    assert sorted(done.values()) == [2] * 6
+
+
+def test_two_at_once_do_not_get_an_item_that_one_shall_have(store):
+    of = queue(store, "compare", [pair(i) for i in range(24)])
+    raters = [rater(store, f"rater {i}") for i in range(4)]
+    judged: list[str] = []
+
+    def work(who: int) -> None:
+        while item := judge(store, of, who, {"choice": 0}):
+            judged.append(item)
+
+    threads = [threading.Thread(target=work, args=(r,)) for r in raters]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(judged) == len(set(judged)) == 24
+
+
+def test_what_was_left_open_comes_first(store):
+    of, ada = queue(store, "compare", [pair(i) for i in range(3)]), rater(store, "Ada")
+    with store.begin() as session:
+        first = next_item(session, of, ada)
+    with store.begin() as session:
+        again = next_item(session, of, ada)
+        assert first is not None
+        assert again is not None
+        assert (again.assignment.id, again.assignment.sides) == (first.assignment.id, first.assignment.sides)
+
+
+def test_an_item_that_somebody_left_is_given_to_another_after_an_hour(store):
+    of, ada, bob = queue(store, "compare", [pair(1)]), rater(store, "Ada"), rater(store, "Bob")
+    with store.begin() as session:
+        assert next_item(session, of, ada) is not None
+        assert next_item(session, of, bob) is None
+        session.execute(sa.update(Assignment).values(created=Assignment.created - 4000))
+        assert next_item(session, of, bob) is not None
+
+
+def test_a_skip_is_written_down_and_leaves_the_item_to_others(store):
+    of, ada, bob = queue(store, "compare", [pair(1)]), rater(store, "Ada"), rater(store, "Bob")
+    assert judge(store, of, ada, {"skip": "I know too little"})
+    assert judge(store, of, ada, {"choice": 0}) is None
+    assert judge(store, of, bob, {"choice": 0})
+    with store.read() as session:
+        said = session.scalars(select(Judgement.verdict).order_by(Judgement.id)).all()
+        assert said == [{"skip": "I know too little"}, {"choice": 0}]
+
+
+def test_gold_items_come_at_their_turn(store):
+    items = [pair(i) for i in range(4)] + [pair(100 + i, gold={"choice": 0}) for i in range(2)]
+    of, ada = queue(store, "compare", items, gold_every=3), rater(store, "Ada")
+    order = []
+    while item := judge(store, of, ada, {"choice": 0}):
+        with store.read() as session:
+            order.append(session.get_one(Item, item).gold is not None)
+    assert order == [False, False, True, False, False, True]
+
+
+def test_undo_is_a_new_row_and_opens_the_item_again(store):
+    of, ada = queue(store, "compare", [pair(1), pair(2)]), rater(store, "Ada")
+    first = judge(store, of, ada, {"choice": 0})
+    again = key()
+    with store.begin() as session:
+        item = last_item(session, ada)
+        assert item is not None
+        assert item.id == first
+        row = undo(session, ada, key=again)
+        assert row is not None
+        assert undo(session, ada, key=again) is row  # a retried undo takes nothing more back
+        assert undo(session, ada, key=key()) is None
+    assert judge(store, of, ada, {"choice": 1}) == first
+    with store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Judgement)) == 3
+        assert session.scalars(select(Judgement.verdict).where(live())).all() == [{"choice": 1}]
+
+
+def test_an_assignment_is_its_raters_alone(store):
+    of, ada, bob = queue(store, "compare", [pair(1)]), rater(store, "Ada"), rater(store, "Bob")
+    with store.begin() as session:
+        got = next_item(session, of, ada)
+        assert got is not None
+        assert own_assignment(session, got.assignment.id, bob) is None
+        assert own_assignment(session, "x' OR 1=1", ada) is None
+
+
+def test_progress(store):
+    items = [pair(i) for i in range(3)] + [pair(9, gold={"choice": 0})]
+    of, ada = queue(store, "compare", items, overlap=2), rater(store, "Ada")
+    judge(store, of, ada, {"choice": 0})
+    with store.read() as session:
+        got = progress(session, session.get_one(Queue, of), ada)
+    assert (got.items, got.wanted, got.given, got.mine, got.open_to_me) == (3, 6, 1, 1, True)
+
+
+def test_an_item_is_stored_once_and_a_bad_one_is_refused(store):
+    with store.begin() as session:
+        of = make_queue(session, "pairs", "compare")
+        assert add_item(session, of, pair(1)) is not None
+        assert add_item(session, of, pair(1)) is None
+        with pytest.raises(SteersmanError, match="takes 2 answers, not 1"):
+            add_item(session, of, NewItem("q", [Said("a")]))
+        with pytest.raises(SteersmanError, match="same text"):
+            add_item(session, of, NewItem("q", [Said("a"), Said("a")]))
+        with pytest.raises(SteersmanError, match="choice must be"):
+            add_item(session, of, pair(2, gold={"choice": 7}))
+        with pytest.raises(SteersmanError, match="queue of compare"):
+            make_queue(session, "pairs", "rank")
+        with pytest.raises(SteersmanError, match="needs attributes"):
+            make_queue(session, "ratings", "rate")
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "answers", "verdict", "stored"),
+    [
+        ("rank", {}, "abc", {"ranks": [3, 1, 1]}, {"ranks": [1, 0, 0]}),
+        ("rate", {"attributes": {"kind": ["no", "so", "yes"]}}, "a",
+         {"scores": {"kind": 3}}, {"scores": {"kind": 3}}),
+        ("mark", {"labels": ["error"]}, "a", {"spans": []}, {"spans": []}),
+        ("mark", {"labels": ["error"]}, "a", {"spans": [{"start": 0, "end": 1, "label": "error", "x": 1}]},
+         {"spans": [{"start": 0, "end": 1, "label": "error"}]}),
+        ("review", {}, "a", {"accept": False, "correction": "bet\0ter\ud800"},
+         {"accept": False, "correction": "better?"}),
+        ("review", {}, "a", {"accept": True, "correction": " "}, {"accept": True}),
+    ],
+)  # fmt: skip
+def test_verdicts_of_each_task(store, task, settings, answers, verdict, stored):
+    of, ada = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings), rater(store, "Ada")
+    judge(store, of, ada, verdict)
+    with store.read() as session:
+        assert session.scalars(select(Judgement.verdict)).one() == stored
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "answers", "verdict"),
+    [
+        ("compare", {}, "ab", {"choice": True}),
+        ("compare", {}, "ab", {"choice": 2}),
+        ("compare", {}, "ab", []),
+        ("rank", {}, "abc", {"ranks": [0, 1]}),
+        ("rank", {}, "abc", {"ranks": [0, 1, "2"]}),
+        ("rate", {"attributes": {"kind": ["no", "yes"]}}, "a", {"scores": {"kind": 3}}),
+        ("rate", {"attributes": {"kind": ["no", "yes"]}}, "a", {"scores": {"kind": 1, "x": 1}}),
+        ("rate", {"attributes": {"kind": ["no", "yes"]}}, "a", {"scores": {}}),
+        ("mark", {"labels": ["error"]}, "a", {"spans": [{"start": 0, "end": 2, "label": "error"}]}),
+        ("mark", {"labels": ["error"]}, "a", {"spans": [{"start": 0, "end": 1, "label": "other"}]}),
+        ("review", {}, "a", {"accept": "yes"}),
+        ("review", {}, "a", {"accept": True, "correction": "x" * 50_001}),
+    ],
+)
+def test_a_verdict_that_is_none_is_refused_and_the_item_stays_open(store, task, settings, answers, verdict):
+    of, ada = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings), rater(store, "Ada")
+    with pytest.raises(SteersmanError, match=task if task != "review" else "accept|correction"):
+        judge(store, of, ada, verdict)
+    with store.read() as session:
+        assert session.scalar(select(func.count()).select_from(Judgement)) == 0
+
+
+def test_a_conversation_is_a_tree_and_its_thumbs_are_the_newest(store):
+    ada = rater(store, "Ada")
+    with store.begin() as session:
+        chat = start(session, ada, system="Be kind.")
+        asked = add_turn(session, chat, "user", Said("你好 \0there"))
+        told = add_turn(session, chat, "assistant", Said("Hello", ("m", "1"), {"temperature": 0.7}, "eos", 0.2))
+        other = branch(session, chat, told, "assistant", Said("Hi", ("m", "1")))
+        assert [m["content"] for m in messages(path(session, chat))] == ["Be kind.", "你好 there", "Hi"]
+        edited = branch(session, chat, asked, "user", Said("Good day"))
+        assert [m["content"] for m in messages(path(session, chat))] == ["Be kind.", "Good day"]
+        assert newest_leaf(all_turns(session, chat.id), asked.id) == other.id
+        assert edited.parent_id == asked.parent_id
+        judge_turn(session, told, ada, {"up": True, "reasons": ["clear"]}, key=key())
+        judge_turn(session, told, ada, {"up": False, "correction": "Hello, you."}, key=key())
+        assert thumbs(session, ada, [told.id])[told.id].verdict == {"up": False, "correction": "Hello, you."}
+        assert chat.title == "你好 there"
+
+
+def test_who_is_forgotten_leaves_judgements_without_a_name(store):
+    of, ada = queue(store, "compare", [pair(1)]), rater(store, "Ada", password="hash")
+    judge(store, of, ada, {"choice": 0})
+    with store.begin() as session:
+        token = log_in(session, ada)
+        seen = visitor(session, token)
+        assert seen is not None
+        assert (seen.name, seen.role) == ("Ada", "rater")
+        assert session.scalars(select(Login.token)).one() != token
+    with store.begin() as session:
+        pseudonym = forget(session, "Ada")
+        assert visitor(session, token) is None
+        assert session.scalar(select(func.count()).select_from(Person)) == 0
+        assert session.scalar(select(func.count()).select_from(Judgement)) == 1
+        assert pseudonym.startswith("r-")
+        with pytest.raises(SteersmanError, match="knows nobody"):
+            forget(session, "Ada")
+
+
+def test_a_name_that_is_forgotten_is_not_in_the_file(tmp_path):
+    made = open_store(tmp_path / "f.db")
+    ada = rater(made, "Adelheid-Quendolyne")
+    queue(made, "compare", [pair(1)])
+    assert ada
+    with made.begin() as session:
+        forget(session, "Adelheid-Quendolyne")
+    with made.engine.connect() as connection:
+        connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    made.close()
+    assert b"Adelheid-Quendolyne" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+
+
+def test_a_login_ends(store):
+    ada = rater(store, "Ada")
+    with store.begin() as session:
+        token = log_in(session, ada)
+        log_out(session, token)
+        assert visitor(session, token) is None
+        token = log_in(session, ada)
+        session.execute(sa.update(Login).values(expires=0.0))
+        assert visitor(session, token) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://host/x", "known are sqlite"),
+        ("postgresql://me:secret@host/x", "PGPASSWORD"),
+        ("sqlite://", "name a file"),
+        ("sqlite:////no/such/folder/x.db", "folder .* does not exist"),
+        ("postgresql://nobody@127.0.0.1:1/x", "can not be opened"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_its_password(url, message):
+    with pytest.raises(SteersmanError, match=message) as caught:
+        open_store(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "x.db").write_text("no database, but text that is long enough to be looked at as one " * 20)
+    with pytest.raises(SteersmanError, match="can not be opened"):
+        open_store(tmp_path / "x.db")
+    with pytest.raises(SteersmanError, match="there is no such store"):
+        open_store(tmp_path / "y.db", create=False)
+    assert store_url(tmp_path / "z.db").database.endswith("z.db")

@@ -1,0 +1,54 @@
+"""Krippendorff's alpha against his own worked example and against the definition, pair by pair."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from steersman.statistics.agreement import alpha
+
+# Krippendorff 2011, section C: four observers, twelve units, 0 for missing.
+OBSERVERS = [
+    [1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0],
+    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, 0, 3],
+    [0, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, 0],
+    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0],
+]
+RATED = [(str(u), float(v)) for row in OBSERVERS for u, v in enumerate(row) if v]
+
+
+@pytest.mark.parametrize(("metric", "published"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
+def test_the_published_example(metric, published):
+    got = alpha(RATED, metric)
+    assert round(got.value, 3) == published
+    assert got.low < got.value < got.high
+    assert got.n == 11
+
+
+def by_definition(rated: list[tuple[str, float]]) -> float:
+    """1 - D_o / D_e, with every pair counted by itself (interval)."""
+    units: dict[str, list[float]] = {}
+    for unit, value in rated:
+        units.setdefault(unit, []).append(value)
+    units = {u: v for u, v in units.items() if len(v) > 1}
+    everything = [v for got in units.values() for v in got]
+    observed = sum(
+        (a - b) ** 2 / (len(got) - 1) for got in units.values() for i, a in enumerate(got) for b in got[:i]
+    ) / len(everything)
+    pairs = [(a - b) ** 2 for i, a in enumerate(everything) for b in everything[:i]]
+    return 1 - observed / (sum(pairs) / (len(everything) - 1) / len(everything))
+
+
+def test_random_ratings_by_the_definition():
+    rng = np.random.default_rng(3)
+    rated = [(str(u), float(rng.integers(1, 6))) for u in range(30) for _ in range(rng.integers(1, 5))]
+    assert alpha(rated, "interval", draws=10).value == pytest.approx(by_definition(rated), abs=1e-12)
+
+
+def test_where_nothing_can_be_said():
+    assert math.isnan(alpha([]).value)
+    assert math.isnan(alpha([("a", 1.0), ("b", 2.0)]).value)
+    assert math.isnan(alpha([("a", 1.0), ("a", 1.0)]).value)
+    assert alpha([("a", 1.0), ("a", 1.0), ("b", 2.0), ("b", 2.0)]).value == 1.0
