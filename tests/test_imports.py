@@ -40,6 +40,7 @@ MAY = {
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"},
     "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
+    "people": MATHS | {"run", "data", "model", "rollout", "train"},
 }  # fmt: skip
 """What each room may import of the others."""
 
@@ -54,6 +55,8 @@ HOMES = {
     "matplotlib": {"run", "control", "grue"},
     "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "cli.py"},
     "httpx2": {"judge"},
+    "starlette": {"people"},
+    "uvicorn": {"people"},
 }
 """Where a library may be imported: rooms, or files."""
 

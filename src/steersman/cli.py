@@ -98,6 +98,9 @@ VERBS = {
                      file_key="file"),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
+    "serve": Verb("steersman.people.serve.run:run", "steersman.people.serve.run:ServeRecipe",
+                  "an OpenAI-compatible server on the engine: steersman serve MODEL", file_key="model.path",
+                  example="MODEL"),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'"),
 }  # fmt: skip

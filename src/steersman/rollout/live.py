@@ -23,7 +23,7 @@ class Ticket:
     `ids[j]` are the tokens of its j-th sample so far, and `samples` those that are finished. `failure` ends it."""
 
     sequences: list[Growing]
-    changed: Callable[[], None]
+    changed: Callable[[], object]
     samples: dict[int, Sample] = field(default_factory=dict)
     failure: SteersmanError | None = None
     cancelled: bool = False
@@ -67,8 +67,13 @@ class Live:
             unfinished = sum(len(t.sequences) - len(t.samples) for t in [*self._arrived, *self._tickets])
         return max(0, unfinished - self.live)
 
+    def room(self, prompt: int) -> int:
+        """The longest answer to a prompt of so many tokens, at least 1."""
+        context = getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None)
+        return max(1, self.new_tokens if context is None else min(self.new_tokens, context - prompt))
+
     def submit(
-        self, prompt: Prompt, sampling: Sampling, changed: Callable[[], None], *, n: int = 1, seed: int = 0
+        self, prompt: Prompt, sampling: Sampling, changed: Callable[[], object], *, n: int = 1, seed: int = 0
     ) -> Ticket:
         """Takes a request in. Raises SteersmanError for what is too long or not in the vocabulary, and
         QueueFullError where too many wait."""
@@ -170,7 +175,7 @@ class Live:
                     ticket.samples[sequence.index] = sample
             ticket.changed()
         with self._lock:
-            self._tickets = [t for t in self._tickets if not t.done]
+            self._tickets = [t for t in self._tickets if t.cancelled or not t.done]
 
     def _fail(self, error: Exception) -> None:
         failure = error if isinstance(error, SteersmanError) else SteersmanError(f"decoding failed: {error}")

@@ -1,0 +1,1 @@
+"""People in the loop: what they judged is stored, collected in a browser, and read by the trainers."""
