@@ -24,6 +24,14 @@ from steersman.rollout.sampling import Sampling, draw, restrict, uniforms
 from steersman.types import Finish, Prompt, Sample, SteersmanError
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class How:
+    """How some of the sequences are drawn, and what decodes them."""
+
+    sampling: Sampling
+    texts: Any
+
+
 @dataclass(slots=True)
 class Growing:
     """A response while it grows. `order` is its place in the result."""
@@ -32,6 +40,7 @@ class Growing:
     index: int
     order: int
     uniform: np.ndarray | None
+    how: How
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     support: list[Tensor] | None = None
@@ -84,7 +93,8 @@ class Batch:
     ) -> None:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
         self.action_mask, self.version = action_mask, version
-        self.sampling, self.limits, self.texts, self.progress = sampling, limits, texts, progress
+        self.sampling, self.limits, self.progress = sampling, limits, progress
+        self.how = How(sampling, texts)
         self.is_cut = cut or (lambda: False)
         self.device = decoder.model.device
         self.ends = frozenset(end_ids)
@@ -98,28 +108,41 @@ class Batch:
         self.ready: deque[Ready] = deque()
         self.live: list[Growing] = []
         self.done: dict[int, Sample] = {}
-        self.tokens = self.total = self.longest = 0
+        self.tokens = self.total = self.longest = self.orders = 0
 
     def run(self, prompts: Sequence[Prompt], n: int, seed: int | Sequence[int]) -> list[Sample]:
         self._enqueue(prompts, n, seed)
+        self.begin()
+        while self.busy:
+            if self.is_cut():
+                self._file_unfinished()
+                break
+            self.advance()
+            if self.progress is not None:
+                self.progress(len(self.done), self.total, self.tokens)
+        return [self.done[order] for order in range(self.total)]
+
+    def begin(self) -> None:
+        """Room for what each row needs; the prompts that will come are known to be no longer than `longest`."""
         rows, width = self.limits.rows, self.sampling.max_new_tokens
         self.position = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # of the next token; tokens drawn
         self.last = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.uniform = None if self.sampling.greedy else torch.zeros(rows, width, device=self.device)
         for decoder in self.decoders:
             decoder.belt.clear(self.longest)
-        while self.waiting or self.ready or self.live:
-            if self.is_cut():
-                self._file_unfinished()
-                break
-            free = rows - len(self.live)
-            if (self.waiting or self.ready) and (not self.live or free >= self.limits.refill):
-                self._refill(free)
-            if self.live:
-                self._step()
-            if self.progress is not None:
-                self.progress(len(self.done), self.total, self.tokens)
-        return [self.done[order] for order in range(self.total)]
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits, is ready or is decoded."""
+        return bool(self.waiting or self.ready or self.live)
+
+    def advance(self) -> None:
+        """Lets sequences in where rows are free, and decodes one token of every live row."""
+        free = self.limits.rows - len(self.live)
+        if (self.waiting or self.ready) and (not self.live or free >= self.limits.refill):
+            self._refill(free)
+        if self.live:
+            self._step()
 
     def _enqueue(self, prompts: Sequence[Prompt], n: int, seed: int | Sequence[int]) -> None:
         met: dict[int, int] = {}
@@ -131,11 +154,26 @@ class Batch:
                 if not self.sampling.greedy:
                     u = uniforms(seed, prompt.index, occurrence, j, self.sampling.max_new_tokens)
                 support = [] if self.record else None
-                group.append(Growing(prompt, j, place * n + j, u, support=support))
+                group.append(Growing(prompt, j, place * n + j, u, self.how, support=support))
             self.waiting.append((prompt, group))
         self.waiting = deque(sorted(self.waiting, key=lambda item: -len(item[0].ids)))
         self.total = len(prompts) * n
         self.longest = max(len(prompt.ids) for prompt in prompts)
+
+    def next_order(self) -> int:
+        """A place in the result for a sequence that joins later."""
+        self.orders += 1
+        return self.orders - 1
+
+    def drop(self, gone: set[int]) -> None:
+        """Takes sequences out wherever they are, by their `id`; their rows are free."""
+        self.waiting = deque(
+            (prompt, kept) for prompt, group in self.waiting if (kept := [s for s in group if id(s) not in gone])
+        )
+        self.ready = deque(entry for entry in self.ready if id(entry.sequence) not in gone)
+        rows = {row for row, sequence in enumerate(self.live) if id(sequence) in gone}
+        if rows:
+            self._leave(rows)
 
     # -- admission -----------------------------------------------------------------------------------------
 
@@ -150,7 +188,7 @@ class Batch:
         """Read the next prompts and draw the first token of each of their samples."""
         width, chunk, count = len(self.waiting[0][0].ids), [], 0
         while self.waiting:
-            more = len(self.waiting[0][1])
+            more, width = len(self.waiting[0][1]), max(width, len(self.waiting[0][0].ids))
             full = (len(chunk) + 1) * width > self.limits.prefill_tokens or count + more > self.limits.rows
             if chunk and full:
                 break
@@ -214,15 +252,35 @@ class Batch:
         self, logits: list[Tensor], sequences: list[Growing], uniform: Tensor | None
     ) -> tuple[Tensor, set[int]]:
         """Draw one token for each sequence; returns the tokens and which sequences they finished."""
+        parts: dict[How, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            parts.setdefault(sequence.how, []).append(row)
+        if len(parts) == 1:
+            return self._sample_alike(logits, sequences, uniform, sequences[0].how.sampling)
+        drawn, finished = torch.empty(len(sequences), dtype=torch.long, device=self.device), set()
+        for how, rows in parts.items():
+            at = torch.tensor(rows, device=self.device)
+            some, ended = self._sample_alike(
+                [one[at] for one in logits], [sequences[row] for row in rows],
+                None if uniform is None else uniform[at], how.sampling,
+            )  # fmt: skip
+            drawn[at] = some
+            finished |= {rows[i] for i in ended}
+        return drawn, finished
+
+    def _sample_alike(
+        self, logits: list[Tensor], sequences: list[Growing], uniform: Tensor | None, sampling: Sampling
+    ) -> tuple[Tensor, set[int]]:
+        """As `_sample`, for sequences that are all drawn in the same way."""
         banned = None
-        if self.sampling.min_new_tokens and self.ends:
-            short = [len(s.ids) < self.sampling.min_new_tokens for s in sequences]
+        if sampling.min_new_tokens and self.ends:
+            short = [len(s.ids) < sampling.min_new_tokens for s in sequences]
             banned = torch.tensor(short, device=self.device) if any(short) else None
         if len(self.padding):
             logits = [one.index_fill(-1, self.padding, -torch.inf) for one in logits]
         allowed = None if self.action_mask is None else self._actions(logits[1].float(), self.action_mask, banned)
-        x = restrict(logits[0], self.sampling, banned, self.end_ids, allowed)
-        drawn, logp = draw(x, uniform)
+        x = restrict(logits[0], sampling, banned, self.end_ids, allowed)
+        drawn, logp = draw(x, None if sampling.greedy else uniform)
         if self.record:
             self._record(x, sequences)
         finished = set()
@@ -234,7 +292,7 @@ class Batch:
                 )
             sequence.ids.append(token)
             sequence.logp.append(lp)
-            may_end = token in self.ends or self.texts.stop or len(sequence.ids) == self.sampling.max_new_tokens
+            may_end = token in self.ends or sampling.stop or len(sequence.ids) == sampling.max_new_tokens
             if may_end and self._ended(sequence, token):
                 finished.add(i)
         self.tokens += len(sequences)
@@ -266,15 +324,17 @@ class Batch:
         text = None
         if token in self.ends:
             finish = "eos"
-        elif len(sequence.ids) >= self.sampling.min_new_tokens:
-            text = self.texts.stopped(sequence.prompt.ids, sequence.ids)
+        elif len(sequence.ids) >= sequence.how.sampling.min_new_tokens:
+            text = sequence.how.texts.stopped(sequence.prompt.ids, sequence.ids)
             finish = None if text is None else "stop"
-        if finish is None and len(sequence.ids) == self.sampling.max_new_tokens:
+        if finish is None and len(sequence.ids) == sequence.how.sampling.max_new_tokens:
             finish = "length"
         if finish is None:
             return False
         if text is None:
-            text = self.texts.response(sequence.prompt.ids, sequence.ids[: len(sequence.ids) - (finish == "eos")])
+            text = sequence.how.texts.response(
+                sequence.prompt.ids, sequence.ids[: len(sequence.ids) - (finish == "eos")]
+            )
         self.done[sequence.order] = Sample(
             sequence.prompt, sequence.ids, sequence.logp, finish, text, sequence.index, sequence.support,
             version=[self.version] * len(sequence.ids),

@@ -1,0 +1,80 @@
+"""What a client may ask, in OpenAI's words; everything else is refused by name."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steersman.rollout import Sampling
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+
+
+class Ask(BaseModel):
+    """What both kinds of request share. `user` is accepted and not kept."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    n: int = Field(default=1, ge=1, le=64)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def sampling(self, room: int) -> Sampling:
+        """How the answer is drawn; `room` is how long it may be at most."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(
+            self.answer_tokens or room, self.temperature, self.top_k, self.top_p, self.min_p, stop=stop
+        )  # fmt: skip
+
+    def own_seed(self) -> int:
+        """The seed asked for, or one that nobody chose."""
+        return random.SystemRandom().getrandbits(31) if self.seed is None else self.seed
+
+
+class ChatAsk(Ask):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextAsk(Ask):
+    """POST /v1/completions."""
+
+    prompt: str = Field(min_length=1)
+
+
+def fault(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
