@@ -170,5 +170,8 @@ def test_a_verb_typed_alone_says_the_least_that_runs(verb, steersman):
     words = shlex.split(line)
     assert words[:2] == ["steersman", verb]
     code, out, err = steersman(*words[1:], "--print-config")
-    named = any(word in out for word in ("path: MODEL", "run: RUN", "file: FILE"))
+    named = any(
+        word in out
+        for word in ("path: MODEL", "run: RUN", "file: FILE", "store: feedback.db", "recipe: recipes/ppo.yaml")
+    )
     assert (code, named) == (0, True), err

@@ -93,9 +93,10 @@ def test_bco_shift_follows_both_labels():
     assert made.threshold == 0.0
     means = {True: 0.0, False: 0.0}
     for batch in ([0, 1, 2], [3], [0, 4], [1, 2, 3]):  # one batch has one label only, which leaves the other mean
+        tally = Tally()
         for i in batch:  # micro-batches of one
-            made.loss([i], 1.0, Tally())
-        made.settle()
+            made.loss([i], 1.0, tally)
+        made.settle(tally.means())
         for label in (True, False):
             of = [float(reward[i]) for i in batch if made.train.examples[i].label == label]
             if of:
@@ -160,8 +161,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, asked, tmp_
     with monkeypatch.context() as patch:
         whole = FeedbackObjective.settle
 
-        def stop(self):
-            whole(self)
+        def stop(self, stats):
+            whole(self, stats)
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt

@@ -129,7 +129,16 @@ class DistillRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"rollout.prompts", "rollout.recompute_logp", "rollout.importance_cap", "reward.whiten"})
+        return frozenset(
+            {
+                "rollout.prompts",
+                "rollout.recompute_logp",
+                "rollout.correction",
+                "rollout.ahead",
+                "rollout.in_flight",
+                "reward.whiten",
+            }
+        )
 
     @property
     def gradient_through_samples(self) -> bool:

@@ -99,7 +99,7 @@ def _preflight(session: Session, state: Distill, loaded: Loaded[Any], held: Taug
     pre.fact("optimizer updates", f"{state.total} of {train.batch_size} prompts x {rollout.samples}")
     if state.reward is not None:
         pre.fact("reward", state.reward.describe())
-    models = [Model("student", student.model, recipe.model.path, student)]
+    models = [Model("student", student.model, recipe.model.path, student, recipe.optimizer)]
     if isinstance(model, Policy) and model is not student:
         models.append(Model("teacher", model.model, recipe.teacher.path or ""))
     prompt = max(state.data.longest, max(map(len, state.data.taught)))

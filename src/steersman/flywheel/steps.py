@@ -47,7 +47,7 @@ class StepLabelsRecipe(Section):
     def unread_keys(cls) -> frozenset[str]:
         model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
         kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
-        rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "importance_cap"))
+        rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "correction", "ahead"))
         return frozenset({*model, *kept, *rollout})
 
     @model_validator(mode="after")

@@ -60,7 +60,9 @@ def _state(
     """The whole weights by name, adapters added in where they are to be, or the adapters alone."""
     adapters = model.adapters if isinstance(model, Policy) else None
     if adapters is not None and not merged:
-        state = {name: x for name, x in adapters.state_dict().items() if ".lora_" in name}
+        state = {
+            name: x for name, x in adapters.state_dict().items() if ".lora_" in name or ".modules_to_save." in name
+        }
     else:
         with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
         if with_adapters or any(is_quantised(module) for module in model.model.modules()):

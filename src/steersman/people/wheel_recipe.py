@@ -91,7 +91,8 @@ class WheelRecipe(Section):
     def unread_keys(cls) -> frozenset[str]:
         # the wheel names its models by their turns; all that is sampled is one answer a held-out prompt
         names = {f"experiment.{key}" for key in ("control", "treatment")}
-        return frozenset(names | {"rollout.prompts", "rollout.samples"})
+        rollout = ("prompts", "samples", "recompute_logp", "correction", "ahead", "in_flight")
+        return frozenset(names | {f"rollout.{key}" for key in rollout})
 
     @model_validator(mode="after")
     def _can_turn(self) -> WheelRecipe:

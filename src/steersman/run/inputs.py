@@ -85,7 +85,9 @@ def _paths(text: str) -> list[Path]:
 def _digest(path: Path, own: Path) -> str:
     if path.is_file():
         return _file_digest(path)
-    inside = path.iterdir() if (path / "config.json").is_file() else path.rglob("*")
+    # A model's card says when and where it was trained; it is no part of what is read.
+    model = (path / "config.json").is_file()
+    inside = (p for p in path.iterdir() if p.name != "README.md") if model else path.rglob("*")
     digest = hashlib.sha256()
     for file in sorted(p for p in inside if p.is_file() and not p.name.startswith(".")):
         if own in file.resolve().parents:

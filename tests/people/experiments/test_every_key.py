@@ -9,11 +9,12 @@ from judging_kit import ab_rows, append, choices, settings
 from letter_models import write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
+from test_every_key_is_read import SOMETIMES as ELSEWHERE  # type: ignore
 from test_every_key_is_read import read_by  # type: ignore
 
 ASKED_FOR = ("kto.", "sft.", "ppo.", "dpo.", "model.", "run.", "rollout.recompute_logp", "experiment.")
 """Sections that are handed to the verbs, which have a test of their own; an experiment is `ab`'s."""
-SOMETIMES = {"mix.anchors", "rollout.importance_cap", "health"}
+SOMETIMES = {"mix.anchors", "health"}
 
 
 def unread(verb: str, values: dict, monkeypatch, sometimes: set[str] = frozenset()) -> set[str]:  # type: ignore
@@ -21,7 +22,8 @@ def unread(verb: str, values: dict, monkeypatch, sometimes: set[str] = frozenset
 
     keys, read = read_by(verb, values, monkeypatch)
     declared = VERBS[verb].recipe_class(None, []).unread_keys()
-    return {k for k in keys - read - declared - SOMETIMES - set(sometimes) if not k.startswith(ASKED_FOR)}
+    passed = (*ASKED_FOR, *(f"{section}." for section in declared))
+    return {k for k in keys - read - declared - ELSEWHERE - SOMETIMES - set(sometimes) if not k.startswith(passed)}
 
 
 def test_ab_and_leaderboard(tmp_path, monkeypatch):
