@@ -39,10 +39,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(folder):
-    policy = load_policy(folder, trainable=False, device="cpu")
+def other(tmp_path_factory, folder):
+    """The same model with other weights."""
+    place = save_mini(tmp_path_factory.mktemp("other"), seed=1, context=256)
+    load_policy(folder, trainable=False, device="cpu").tokenizer.save_pretrained(place)
+    return place
+
+
+def served_from(path) -> Served:
+    policy = load_policy(path, trainable=False, device="cpu")
     live = Live(Engine(policy.model, policy.tokenizer), rows=4, longest=100, new_tokens=100, queue=40)
-    served = Server({"mini": Served(live, layout(policy, DataConfig(path="serve")))}, keys=("right-key",))
+    return Served(live, layout(policy, DataConfig(path="serve")))
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    served = Server({"mini": served_from(folder)}, load=served_from, keys=("right-key",), hosts=("127.0.0.1",))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +66,8 @@ def url(folder):
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join()
-    live.close()
+    for one in served.models.values():
+        one.live.close()
 
 
 @pytest.fixture
@@ -87,6 +100,40 @@ def test_sixteen_streams_at_once_are_each_as_if_alone(client, folder):
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(one, range(16)))
     assert got == [expected(folder, "look at", Sampling(20 + s, temperature=s % 2), s) for s in range(16)]
+
+
+def test_a_model_is_swapped_and_no_request_is_dropped(client, url, folder, other):
+    def one(seed: int) -> str:
+        return client.completions.create(model="mini", prompt="oh", max_tokens=60, seed=seed).choices[0].text
+
+    def swap(path) -> None:
+        body = json.dumps({"path": str(path)}).encode()
+        headers = {"Authorization": "Bearer right-key", "Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{url}/admin/models/mini", body, headers, method="POST"))
+
+    olds, news = ([expected(place, "oh", Sampling(60), s) for s in range(24)] for place in (folder, other))
+    with ThreadPoolExecutor(24) as pool:
+        under_way = [pool.submit(one, s) for s in range(24)]
+        swap(other)
+        got = [future.result() for future in under_way]
+    assert all(text in (old, new) for text, old, new in zip(got, olds, news, strict=True))
+    assert [one(s) for s in range(3)] == news[:3]
+    swap(folder)
+    assert one(0) == olds[0]
+
+
+def test_only_its_own_names_and_routes_are_answered(client, url):
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request)
+    with pytest.raises(openai.NotFoundError, match="there is no POST /v1/embeddings"):
+        client.embeddings.create(model="mini", input="a")
+    plain, right = "text/plain", "application/json"
+    for body, kind in ((b"{}", right), (b'{"path": "/no/such/folder"}', right), (b"[", right), (b"{}", plain)):
+        headers = {"Authorization": "Bearer right-key", "Content-Type": kind}
+        asked = urllib.request.Request(f"{url}/admin/models/mini", body, headers, method="POST")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(asked)
 
 
 def test_refusals_have_openais_shape(client, url):

@@ -7,12 +7,14 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -38,10 +40,23 @@ class Served:
 
 
 class Server:
-    """The routes over models by name. `keys` are the API keys that are let in; none lets everybody in."""
+    """The routes over models by name. `keys` are the API keys that are let in; none lets everybody in.
 
-    def __init__(self, models: dict[str, Served], *, keys: tuple[str, ...] = (), time_limit: float = 600.0) -> None:
-        self.models, self.keys, self.time_limit = models, [key.encode() for key in keys], time_limit
+    `load` makes what serves the model of a folder; `hosts` are the names that a request may call this server by, so
+    that a page of another site can not reach it through a name of its own.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, Served],
+        *,
+        load: Callable[[str], Served],
+        keys: tuple[str, ...] = (),
+        time_limit: float = 600.0,
+        hosts: Sequence[str] = ("*",),
+    ) -> None:
+        self.models, self.load, self.hosts = models, load, list(hosts)
+        self.keys, self.time_limit = [key.encode() for key in keys], time_limit
         self.requests = self.refused = 0
 
     def app(self) -> Starlette:
@@ -53,8 +68,38 @@ class Server:
                 Route("/v1/models", self.list_models),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
-            ]
+                Route("/admin/models/{name}", self.swap, methods=["POST"]),
+            ],
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=self.hosts)],
+            exception_handlers={404: self.no_route, 405: self.no_route},
         )
+
+    async def no_route(self, request: Request, error: Exception) -> Response:
+        return self._refuse(404, f"there is no {request.method} {request.url.path}")
+
+    async def swap(self, request: Request) -> Response:
+        """Puts the model of `{"path": FOLDER}` in the place of a name: requests that were taken in are finished by
+        the old one, later ones go to the new one, and no request is dropped."""
+        if not self._let_in(request):
+            return self._refuse(401, "this server wants an API key", "authentication_error")
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            # which a browser sends to another site only after asking it
+            return self._refuse(400, "the request wants the header Content-Type: application/json")
+        try:
+            body = parse_json((await request.body()).decode(), "request")
+        except (UntrustedError, ValueError) as error:
+            return self._refuse(400, f"the body is no JSON that can be read: {error}")
+        if not isinstance(body, dict) or set(body) != {"path"} or not isinstance(body["path"], str):
+            return self._refuse(400, 'the body is {"path": FOLDER}', param="path")
+        try:
+            new = await asyncio.to_thread(self.load, body["path"])
+        except SteersmanError as error:
+            return self._refuse(400, str(error), param="path")
+        name = request.path_params["name"]
+        old, self.models[name] = self.models.get(name), new
+        if old is not None:
+            await asyncio.to_thread(old.live.close)
+        return JSONResponse({"id": name, "object": "model", "path": body["path"]})
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from steersman.data import DataConfig, layout
+from steersman.model import Policy
 from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
@@ -62,22 +63,31 @@ def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
     first = recipe.name or Path(recipe.model.path).name
     if first in recipe.models:
         raise SteersmanError(f"models: {first!r} is the name of model.path already; give it another with --name")
-    models = {}
-    for name, path in {first: recipe.model.path, **recipe.models}.items():
-        config = recipe.model.model_copy(update={"path": path})
-        policy = policy_from(config, recipe.run, resolve_device(recipe.run.device), trainable=False)
-        engine = open_generator(RolloutConfig(max_batch=recipe.serve.max_batch), policy)
-        assert isinstance(engine, Engine)
-        context, serve = context_length(policy.model), recipe.serve
-        live = Live(
-            engine, rows=serve.max_batch, longest=min(serve.max_prompt_tokens, context or serve.max_prompt_tokens),
-            new_tokens=min(serve.max_new_tokens, context or serve.max_new_tokens), queue=serve.queue,
-        )  # fmt: skip
-        models[name] = Served(live, layout(policy, DataConfig(path="serve")))
-    server = Server(models, keys=keys, time_limit=recipe.serve.time_limit)
+
+    def load(path: str) -> Served:
+        live, policy = live_of(recipe, path)
+        return Served(live, layout(policy, DataConfig(path="serve")))
+
+    models = {name: load(path) for name, path in {first: recipe.model.path, **recipe.models}.items()}
+    hosts = ("127.0.0.1", "localhost", "[::1]", recipe.serve.host) if loopback(recipe.serve.host) else ("*",)
+    server = Server(models, load=load, keys=keys, time_limit=recipe.serve.time_limit, hosts=hosts)
     print(f"serving {', '.join(models)} on http://{recipe.serve.host}:{recipe.serve.port}/v1", flush=True)
     uvicorn.run(server.app(), host=recipe.serve.host, port=recipe.serve.port, log_level="warning")
     return {"requests": server.requests}
+
+
+def live_of(recipe: ServeRecipe, path: str) -> tuple[Live, Policy]:
+    """An engine with continuous batching over the model of a folder, within the recipe's limits."""
+    config = recipe.model.model_copy(update={"path": path})
+    policy = policy_from(config, recipe.run, resolve_device(recipe.run.device), trainable=False)
+    engine = open_generator(RolloutConfig(max_batch=recipe.serve.max_batch), policy)
+    assert isinstance(engine, Engine)
+    context, serve = context_length(policy.model), recipe.serve
+    live = Live(
+        engine, rows=serve.max_batch, longest=min(serve.max_prompt_tokens, context or serve.max_prompt_tokens),
+        new_tokens=min(serve.max_new_tokens, context or serve.max_new_tokens), queue=serve.queue,
+    )  # fmt: skip
+    return live, policy
 
 
 def api_keys(serve: ServeSection) -> tuple[str, ...]:
