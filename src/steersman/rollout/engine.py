@@ -72,11 +72,12 @@ class Engine:
         `max_new_tokens`, an id outside the vocabulary, stop strings without a tokenizer, and logits that are not
         finite; all but the last before anything is generated. So is a call while another thread's is going on.
         """
-        with self._alone():
+        with self.alone():
             return self._generate(prompts, sampling, n, seed, record_support, progress, cut)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """While open this thread alone samples. Raises SteersmanError where another does."""
         if not self._busy.acquire(blocking=False):
             raise SteersmanError(
                 "rollout: another thread is sampling with this engine, or its own `progress` calls it; its cache has "
@@ -97,7 +98,7 @@ class Engine:
         progress: Progress | None,
         cut: Callable[[], bool] | None,
     ) -> list[Sample]:
-        self._check(prompts, sampling, n)
+        self.check(prompts, sampling, n)
         if not prompts:
             return []
         limits = self.limits(len(prompts) * n)
@@ -120,7 +121,7 @@ class Engine:
                     stack.enter_context(decoder.prepared(limits.rows, sampling.max_new_tokens))
                 return batch.run(prompts, n, seed)
         except BaseException:
-            self._clear()  # the buffers may hold NaN, or a batch cut off half-way
+            self.clear()  # the buffers may hold NaN, or a batch cut off half-way
             raise
 
     def update_weights(self, version: int) -> Stats:
@@ -130,14 +131,15 @@ class Engine:
 
     def release(self) -> None:
         """Give the cache's memory back; the next call allocates it again. Refused while a call is going on."""
-        with self._alone():
-            self._clear()
+        with self.alone():
+            self.clear()
 
     def close(self) -> None:
         """The same as `release`."""
         self.release()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Drops the buffers; the caller holds `alone`."""
         self.decoder.belt.release()
         self._mask_decoder = None
 
@@ -156,7 +158,8 @@ class Engine:
             self._mask_decoder = decoder_for(limit.model, self.tokenizer)
         return ActionMask(self._mask_decoder, limit.top_p, limit.min_tokens)
 
-    def _check(self, prompts: Sequence[Prompt], sampling: Sampling, n: int) -> None:
+    def check(self, prompts: Sequence[Prompt], sampling: Sampling, n: int) -> None:
+        """Raises SteersmanError, as `generate` does, for what can not be sampled."""
         if n < 1:
             raise SteersmanError(f"rollout: n (samples per prompt) is {n}; it must be at least 1")
         if sampling.stop and self.tokenizer is None:

@@ -105,7 +105,7 @@ class Live:
         self.engine.release()
 
     def _check(self, prompt: Prompt, sampling: Sampling, n: int) -> None:
-        self.engine._check([prompt], sampling, n)
+        self.engine.check([prompt], sampling, n)
         for what, size, limit in (
             ("the prompt has", len(prompt.ids), self.longest),
             ("the answer may have", sampling.max_new_tokens, self.new_tokens),
@@ -119,12 +119,12 @@ class Live:
         return uniforms(seed, index, 0, j, self.new_tokens)
 
     def _run(self) -> None:
-        with self.engine._alone():
+        with self.engine.alone():
             while self._wait():
                 try:
                     self._serve()
                 except Exception as error:  # whatever it is, those who wait are told, and the next batch begins anew
-                    self.engine._clear()
+                    self.engine.clear()
                     self._fail(error)
 
     def _wait(self) -> bool:
