@@ -29,11 +29,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Ranks:
-    """Rank `rank` of `world`; `local` is its place on its own machine, `parallel` how the work is shared."""
+    """Rank `rank` of `world`; `parallel` says how the work is shared."""
 
     rank: int = 0
     world: int = 1
-    local: int = 0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     store: Any = None
     calls: int = field(default=0, init=False)
@@ -77,10 +76,6 @@ class Ranks:
         with self._call(what):
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found
-
-    def any(self, flag: bool, what: str = "a question") -> bool:
-        """Whether it is so on any rank."""
-        return any(self.gather(flag, what))
 
     def from_main(self, make: Callable[[], T], what: str = "what rank 0 makes") -> T:
         """What `make` gives on rank 0, on every rank; its error is raised on every rank too."""
@@ -133,19 +128,21 @@ class Ranks:
         with self._call("the sum of gradients"):
             dist.all_reduce(has)
         waiting: list[Tensor] = []
+        numbers = 0
         for parameter, count in zip(parameters, has.tolist(), strict=True):
             if not count:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             waiting.append(parameter.grad)
-            if sum(g.numel() for g in waiting) >= bucket:
+            numbers += parameter.numel()
+            if numbers >= bucket:
                 self._sum_bucket(waiting)
-                waiting = []
+                waiting, numbers = [], 0
         self._sum_bucket(waiting)
 
     def _sum_bucket(self, gradients: list[Tensor]) -> None:
-        for dtype in {g.dtype for g in gradients}:
+        for dtype in dict.fromkeys(g.dtype for g in gradients):  # in the same order on every rank
             same = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.reshape(-1) for g in same])
             with self._call("the sum of gradients"):
@@ -249,7 +246,7 @@ def opened(parallel: ParallelConfig) -> Iterator[Ranks]:
             f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}: the other ranks did not come within "
             f"{parallel.timeout:g} s to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
         ) from error
-    before, _here = _here, Ranks(rank, world, local, parallel, store)
+    before, _here = _here, Ranks(rank, world, parallel, store)
     try:
         yield _here
     finally:

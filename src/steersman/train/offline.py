@@ -23,7 +23,7 @@ from steersman.run.ranks import ranks
 from steersman.train.session import Session, whole_state
 from steersman.train.tally import Tally
 from steersman.types import Stats
-from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
+from steersman.update.optimizer import Optimizer, OptimizerConfig, not_finite
 
 
 class OfflineConfig(Section):
@@ -101,7 +101,7 @@ class Offline:
         for part in my_micro_batches(self.cost[index], self.micro_tokens):
             loss = self.objective.loss(index[part.rows].tolist(), denominator, tally if part.counts else Tally())
             (loss * part.weight).backward()
-            losses.append(loss.detach())
+            losses.append({"loss": loss.detach()})
         ranks().agree(not_finite(losses))
         stats = self.optimizer.step() | tally.means()
         seconds = time.monotonic() - started
@@ -118,15 +118,6 @@ class Offline:
         load_trainable(self.objective.module, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
-
-
-def not_finite(losses: Sequence[Tensor]) -> NotFiniteError | None:
-    """The error for the first loss that is no finite number; it is asked once a step, so that nothing waits for the
-    device in between."""
-    if not losses or bool(torch.stack([x.double() for x in losses]).isfinite().all()):
-        return None
-    bad = next(float(x) for x in losses if not torch.isfinite(x))
-    return NotFiniteError(f"the loss is {bad}")
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from steersman.run.ranks import ranks
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory
 from steersman.update.natural import trust_region_step
-from steersman.update.optimizer import NotFiniteError, Optimizer
+from steersman.update.optimizer import Optimizer, not_finite
 
 Critic = ScalarModel | SharedCritic
 
@@ -83,7 +82,7 @@ class Learner:
                 loss = self._value_loss(value, part, advantage.ret, steps, tally)
                 (loss * micro.weight).backward()
                 losses.append({"value": loss.detach()})
-        ranks().agree(_not_finite(losses))
+        ranks().agree(not_finite(losses))
         return ranks().sum(values, "values")
 
     def update(
@@ -197,7 +196,7 @@ class Learner:
                 loss = self._value_loss(value, part, advantage.ret[index, :T], steps, tally)
                 losses["value"] = loss * self.vf_coef if isinstance(self.critic, SharedCritic) else loss
             _backward(losses, micro.weight, found)
-        ranks().agree(_not_finite(found))
+        ranks().agree(not_finite(found))
         if not with_policy:
             return 0.0
         moved = ranks().sum(moved, "KL to the sampler")
@@ -307,16 +306,6 @@ class Learner:
         columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
         counts = batch.mask[columns < batch.response_length[:, None]]
         return self.policy.head().log_softmax(self.policy.hidden(batch)[counts], self.temperature)
-
-
-def _not_finite(found: Sequence[dict[str, Tensor]]) -> NotFiniteError | None:
-    """The error for the first loss, by its name, that is no finite number; it is asked once a minibatch, so that
-    nothing waits for the device in between."""
-    named = [(name, loss) for losses in found for name, loss in losses.items()]
-    if not named or bool(torch.stack([loss.double() for _, loss in named]).isfinite().all()):
-        return None
-    name, loss = next((name, loss) for name, loss in named if not loss.isfinite())
-    return NotFiniteError(f"the loss is not a finite number ({name}: {loss.item():g})")
 
 
 def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:

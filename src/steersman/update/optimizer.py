@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from steersman.run.config import Section
 from steersman.run.pieces import moments_in_pieces, whole, whole_moments
@@ -129,3 +129,13 @@ def warmup_updates(warmup: float, total: int) -> int:
 
 class NotFiniteError(SteersmanError):
     """A loss, gradient or weight became NaN or infinite; nothing was updated with it."""
+
+
+def not_finite(found: Sequence[dict[str, Tensor]]) -> NotFiniteError | None:
+    """The error for the first loss, by its name, that is no finite number; it is asked once an update, so that
+    nothing waits for the device in between."""
+    named = [(name, loss) for losses in found for name, loss in losses.items()]
+    if not named or bool(torch.stack([loss.double() for _, loss in named]).isfinite().all()):
+        return None
+    name, loss = next((name, loss) for name, loss in named if not loss.isfinite())
+    return NotFiniteError(f"the loss is not a finite number ({name}: {loss.item():g})")
