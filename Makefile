@@ -28,7 +28,7 @@ test-vllm: $(READY)
 # The compiled loops with every access checked, under gcc's AddressSanitizer and UBSan; torch itself is not checked.
 # libstdc++ is preloaded too, since the sanitizer looks for it only once, and Python comes without it.
 SANITIZED := tests/native tests/model/test_attention.py tests/model/test_fused.py \
-	tests/rollout/test_native.py tests/rollout/test_packed.py tests/rollout/test_whole.py
+	tests/rollout/test_native.py tests/rollout/test_packed.py tests/rollout/test_compiled_step.py
 sanitize: $(READY)
 	@test -f "$$($(CXX) -print-file-name=libasan.so)" || { echo "$(CXX) has no AddressSanitizer; try: make sanitize CXX=g++"; exit 1; }
 	export CXX=$(CXX) STEERSMAN_NATIVE=sanitize OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \

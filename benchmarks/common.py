@@ -20,7 +20,9 @@ SHAPES = {
 """Llama-style models with random weights; the last one is for a GPU."""
 
 HEADS = 8
-PROMPT, NEW = 32, 64
+PROMPT, NEW, BATCH = 32, 64, 16
+CHAT = {"new": 48, "batch": 8, "longest": 512}
+"""What a real chat model is given instead, and the longest of its pairs, in tokens."""
 SETTINGS = {"lr": 1e-5, "clip": 0.2, "beta": 0.05, "max_grad_norm": 1.0, "dpo_beta": 0.1}
 """The hyper-parameters that both sides are given."""
 
@@ -62,6 +64,58 @@ def build_tokenizer(vocab: int) -> Any:
     )
 
 
+def sizes(folder: Path) -> tuple[int, int]:
+    """New tokens of an answer, and rows of a batch, for the inputs in a folder."""
+    given = json.loads((folder / "sizes.json").read_text())
+    return given["new"], given["batch"]
+
+
+def write_chat_inputs(folder: Path, model: Path, pairs: Path, rows: int = 192) -> None:
+    """The inputs of a real chat model: its weights, and real pairs in the layout of `hh_rlhf`.
+
+    The scalar model is the chat model with a fresh head. The end token is replaced by one that the model never
+    says, so that both sides write answers of the same length.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    never = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    tokenizer.eos_token = never
+    for kind, cls in (("policy", AutoModelForCausalLM), ("scalar", AutoModelForSequenceClassification)):
+        given = {} if kind == "policy" else {"num_labels": 1}
+        loaded = cls.from_pretrained(model, dtype=torch.float32, **given)
+        loaded.config.eos_token_id = tokenizer.eos_token_id
+        loaded.config.pad_token_id = tokenizer.pad_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        if kind == "policy":
+            loaded.generation_config.eos_token_id = tokenizer.eos_token_id
+            loaded.generation_config.pad_token_id = tokenizer.pad_token_id
+        loaded.save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    kept: list[dict[str, str]] = []
+    with pairs.open() as lines:
+        for line in lines:
+            row = json.loads(line)
+            prompt, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
+            before, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
+            longest = max(len(tokenizer(row[side])["input_ids"]) for side in ("chosen", "rejected"))
+            if prompt == before and chosen and rejected and longest <= CHAT["longest"]:
+                prompt += "\n\nAssistant:"
+                kept.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            if len(kept) == rows:
+                break
+    short = [row for row in kept if len(tokenizer(row["prompt"])["input_ids"]) <= 128]
+    prompts = [{"prompt": short[i % len(short)]["prompt"]} for i in range(1024)]
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in kept]
+    for file, data in (("prompts", prompts), ("pairs", kept), ("sft", sft)):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    (folder / "rewards.py").write_text(REWARD)
+    (folder / "sizes.json").write_text(json.dumps({"new": CHAT["new"], "batch": CHAT["batch"]}))
+
+
 def write_inputs(folder: Path, name: str, rows: int = 192, *, models: bool = True) -> None:
     """Models and data of one shape: policy/, scalar/, prompts.jsonl, pairs.jsonl, sft.jsonl, rewards.py.
 
@@ -93,6 +147,7 @@ def write_inputs(folder: Path, name: str, rows: int = 192, *, models: bool = Tru
     for file, data in (("prompts", prompts), ("pairs", pairs), ("sft", sft)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     (folder / "rewards.py").write_text(REWARD)
+    (folder / "sizes.json").write_text(json.dumps({"new": NEW, "batch": BATCH}))
 
 
 class Turns:

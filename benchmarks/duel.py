@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import write_inputs
+from common import write_chat_inputs, write_inputs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results" / "performance"
@@ -77,7 +77,10 @@ def duel(
     """Median seconds of both sides, their ratio in each pair, and their peak memory."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        write_inputs(folder, shape)
+        if Path(shape).is_dir():
+            write_chat_inputs(folder, Path(shape), args.pairs)
+        else:
+            write_inputs(folder, shape)
         arguments = [str(folder), str(args.threads), args.device, args.dtype, str(rows), str(samples)]
         sides = {
             "peer": Side(PEERS / peer / "bin" / "python", script, scenario, arguments, args.threads),
@@ -100,7 +103,7 @@ def duel(
     median = {name: statistics.median(values) for name, values in total.items()}
     last = turns["steersman"][-1]
     return {
-        "model": shape,
+        "model": Path(shape).name,
         "seconds": median,
         "ratio": statistics.median(a / b for a, b in zip(total["peer"], total["steersman"], strict=True)),
         "ratios": [round(a / b, 3) for a, b in zip(total["peer"], total["steersman"], strict=True)],
@@ -129,6 +132,7 @@ def parser(doc: str, models: list[str], repeats: int = 3) -> argparse.ArgumentPa
     """The options that every script has."""
     out = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--models", nargs="+", default=models)
+    out.add_argument("--pairs", type=Path, help="pairs of hh_rlhf's layout, for a folder of a chat model")
     out.add_argument("--repeats", type=int, default=repeats)
     out.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 2))
     out.add_argument("--device", default="cpu")

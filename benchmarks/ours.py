@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import NEW, SETTINGS, Turns
+from common import SETTINGS, Turns, sizes
 
 from steersman.data import Batches, demonstrations, encode, encode_prompts, layout, preferences, prompts
 from steersman.objectives.preference import PairObjective
@@ -33,7 +33,6 @@ from steersman.verbs.preference import PreferenceRecipe
 from steersman.verbs.reward_model import PairwiseReward, RewardModelRecipe
 from steersman.verbs.sft import SFTRecipe
 
-BATCH = 16
 OPTIMIZER = {"lr": SETTINGS["lr"], "max_grad_norm": SETTINGS["max_grad_norm"]}
 
 
@@ -41,10 +40,11 @@ def on_policy(
     name: str, folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: int, turns: Turns
 ) -> None:
     """PPO with a critic and a reward model, or GRPO with a reward function; one turn is one iteration."""
+    new, _ = sizes(folder)
     settings: dict[str, Any] = {
         "model": {"path": str(folder / "policy"), "dtype": dtype},
-        "data": {"path": str(folder / "prompts.jsonl")},
-        "rollout": {"prompts": rows, "samples": samples, "max_new_tokens": NEW},
+        "data": {"path": str(folder / "prompts.jsonl"), "wrap_in_chat": False},
+        "rollout": {"prompts": rows, "samples": samples, "max_new_tokens": new},
         "algorithm": {"beta": SETTINGS["beta"], "epochs": 1, "minibatches": 1},
         "optimizer": OPTIMIZER,
         "run": run,
@@ -62,30 +62,31 @@ def on_policy(
         roles.policy.model, roles.policy.tokenizer, max_batch=recipe.rollout.max_batch, eos_token_id=[]
     )
     laid = layout(roles.policy.tokenizer, recipe.data)
-    train, _, _ = encode_prompts(prompts(recipe.data).train, laid, recipe.data, None, NEW)
+    train, _, _ = encode_prompts(prompts(recipe.data).train, laid, recipe.data, None, new)
     state = OnPolicy(recipe, roles, train, Batches(len(train), rows, 0, drop_last=True))
     turns.ready()
     while True:
         turns.wait()
         stats = state.iteration().stats
         phases = {key: stats[f"time/{key}"] for key in ("rollout", "reward", "score", "update")}
-        turns.done(tokens=rows * samples * NEW, phases=phases, ratio_gap=stats["ratio_gap"])
+        turns.done(tokens=rows * samples * new, phases=phases, ratio_gap=stats["ratio_gap"])
 
 
 def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int, turns: Turns) -> None:
-    """DPO, reward model or SFT; one turn is one epoch of `steps` batches of 16.
+    """DPO, reward model or SFT; one turn is one epoch of `steps` batches.
 
     DPO's reference is scored once, before the first step. One epoch pays for that, so its seconds are told and
     counted.
     """
+    _, batch = sizes(folder)
     path = "sft.jsonl" if name == "sft" else "pairs.jsonl"
     kind = "scalar" if name == "reward" else "policy"
     recipe_of: dict[str, Any] = {"dpo": PreferenceRecipe, "reward": RewardModelRecipe, "sft": SFTRecipe}
     recipe = recipe_of[name].model_validate(
         {
             "model": {"path": str(folder / kind), "dtype": dtype},
-            "data": {"path": str(folder / path), "limit": steps * BATCH},
-            "train": {"batch_size": BATCH, "epochs": 1000},
+            "data": {"path": str(folder / path), "limit": steps * batch, "wrap_in_chat": False},
+            "train": {"batch_size": batch, "epochs": 1000},
             "optimizer": {**OPTIMIZER, "schedule": "constant"},
             "run": run,
         }

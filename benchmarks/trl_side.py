@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import NEW, SETTINGS, Turns, peak_mib
+from common import SETTINGS, Turns, peak_mib, sizes
 
 turns = Turns()
 
@@ -26,8 +26,6 @@ from transformers import (  # noqa: E402
     DataCollatorWithPadding,
     TrainerCallback,
 )
-
-BATCH = 16
 
 
 class TurnTaker(TrainerCallback):
@@ -74,6 +72,7 @@ def load(folder: Path, kind: str, device: str, dtype: str) -> Any:
 def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int) -> Any:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    new, _ = sizes(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     data = load_dataset(
         "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=settings["output_dir"]
@@ -81,20 +80,21 @@ def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: i
     data = data.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns=["prompt"])
     config = PPOConfig(
         **settings, per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_mini_batches=1,
-        num_ppo_epochs=1, total_episodes=rows * 1000, local_rollout_forward_batch_size=rows, response_length=NEW,
+        num_ppo_epochs=1, total_episodes=rows * 1000, local_rollout_forward_batch_size=rows, response_length=new,
         temperature=1.0, kl_coef=SETTINGS["beta"], cliprange=SETTINGS["clip"], num_sample_generations=0,
     )  # fmt: skip
     return PPOTrainer(
         args=config, processing_class=tokenizer, model=load(folder, "policy", device, dtype),
         ref_model=load(folder, "policy", device, dtype), reward_model=load(folder, "scalar", device, dtype),
         value_model=load(folder, "scalar", device, dtype), train_dataset=data, eval_dataset=data.select(range(rows)),
-        data_collator=DataCollatorWithPadding(tokenizer), callbacks=[TurnTaker(1, rows * NEW)],
+        data_collator=DataCollatorWithPadding(tokenizer), callbacks=[TurnTaker(1, rows * new)],
     )  # fmt: skip
 
 
 def grpo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
+    new, _ = sizes(folder)
     space: dict[str, Any] = {}
     exec((folder / "rewards.py").read_text(), space)
     data = load_dataset(
@@ -102,26 +102,27 @@ def grpo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: 
     )
     config = GRPOConfig(
         **settings, per_device_train_batch_size=rows * samples, gradient_accumulation_steps=1, num_iterations=1,
-        num_generations=samples, max_completion_length=NEW, temperature=1.0, beta=SETTINGS["beta"],
+        num_generations=samples, max_completion_length=new, temperature=1.0, beta=SETTINGS["beta"],
         epsilon=SETTINGS["clip"], loss_type="grpo", max_steps=1000,
         model_init_kwargs={"dtype": dtype},
     )  # fmt: skip
     return GRPOTrainer(
         model=str(folder / "policy"), args=config, reward_funcs=space["even"], train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "policy", padding_side="left"),
-        callbacks=[TurnTaker(1, rows * samples * NEW)],
+        callbacks=[TurnTaker(1, rows * samples * new)],
     )  # fmt: skip
 
 
 def offline(name: str, folder: Path, device: str, dtype: str, settings: dict[str, Any], steps: int) -> Any:
     import trl
 
+    _, batch = sizes(folder)
     file = "sft.jsonl" if name == "sft" else "pairs.jsonl"
     data: Dataset = load_dataset(
         "json", data_files=str(folder / file), split="train", cache_dir=settings["output_dir"]
     )
-    data = data.select(range(steps * BATCH))
-    settings |= {"per_device_train_batch_size": BATCH, "num_train_epochs": 1000, "max_length": None}
+    data = data.select(range(steps * batch))
+    settings |= {"per_device_train_batch_size": batch, "num_train_epochs": 1000, "max_length": None}
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     model = load(folder, "scalar" if name == "reward" else "policy", device, dtype)
     given: dict[str, Any] = {

@@ -68,7 +68,7 @@ def test_same_seed_same_result_and_resumed_run_ends_with_the_same_bits(name):
         assert once.iteration() == resumed.iteration()
     assert torch.equal(weights(once), weights(resumed))
     assert not torch.equal(weights(once), start)
-    if once.__class__.__name__ == "OnPolicy" and once.critic is not None:
+    if once.__class__.__name__ == "ControlLoop" and once.critic is not None:
         for a, b in zip(once.critic.parameters(), resumed.critic.parameters(), strict=True):
             assert torch.equal(a, b)
     other = fresh(small(name, *options, "--run.seed", "1"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from metric_texts import REFERENCES, TEXTS, columns
 
-from steersman.metrics import METRICS, Batch, Metric, Scorer, metric
+from steersman.metrics import METRICS, Metric, MetricInput, Scorer, metric
 from steersman.metrics.core import bootstrap, jackknife
 from steersman.metrics.workers import Parallel
 from steersman.types import SteersmanError
@@ -181,7 +181,7 @@ def test_too_few_scores_are_named():
         name = "short"
         implementation = "mine"  # type: ignore[assignment]
 
-        def rows(self, batch: Batch):
+        def rows(self, batch: MetricInput):
             return [1.0]
 
     with pytest.raises(SteersmanError, match="gave 1 scores for 2 texts"):
@@ -202,7 +202,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
 
 def test_jackknife_is_the_standard_error_of_a_mean():
     texts = [str(x) for x in np.random.default_rng(1).normal(size=20)]
-    found = jackknife(Batch(texts), lambda part: float(np.mean([float(t) for t in part.texts])), "mean")
+    found = jackknife(MetricInput(texts), lambda part: float(np.mean([float(t) for t in part.texts])), "mean")
     se = np.std([float(t) for t in texts], ddof=1) / math.sqrt(20)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * se)
 

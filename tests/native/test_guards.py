@@ -22,7 +22,7 @@ from steersman.native.decode import decode_attention, draws
 from steersman.native.layers import gates, norms, rms_norm, rotates
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.fast import packed
-from steersman.rollout.fast.whole import whole_of
+from steersman.rollout.fast.compiled_step import compiled_step_of
 from steersman.rollout.sampling import draw
 from steersman.types import Prompt, SteersmanError
 
@@ -75,9 +75,9 @@ def computed_embedding(model):
 )
 def test_no_compiled_step_for_a_model_whose_layers_do_not_fit_together(change):
     model = tiny_model("llama")
-    assert whole_of(model, 2) is not None
+    assert compiled_step_of(model, 2) is not None
     change(model)
-    assert whole_of(model, 2) is None
+    assert compiled_step_of(model, 2) is None
 
 
 def test_a_head_larger_than_the_embedding_goes_module_by_module():
@@ -91,7 +91,7 @@ def test_a_head_larger_than_the_embedding_goes_module_by_module():
 
 def test_weights_replaced_during_a_call_are_kept_for_it():
     model = tiny_model("llama")
-    whole = whole_of(model, 2)
+    whole = compiled_step_of(model, 2)
     held = {p.data_ptr() for p in whole.kept[2]}
     before = model.model.embed_tokens.weight.data_ptr()
     model.model.embed_tokens.weight.data = torch.zeros_like(model.model.embed_tokens.weight)
@@ -270,7 +270,7 @@ def test_a_cache_of_another_shape_than_the_weights_say_is_left_to_the_modules(mo
     for projection in (of.k_proj, of.v_proj):
         projection.register_forward_hook(lambda _module, _given, out: out[..., : of.head_dim])
     of.num_key_value_groups = of.q_proj.out_features // of.head_dim
-    assert whole_of(model, 2) is not None
+    assert compiled_step_of(model, 2) is not None
     expected = Engine(model, eos_token_id=[2]).generate([Prompt([3, 4], "")], Sampling(20))
     monkeypatch.setattr(packed, "STEPS", 1)
     found = Engine(model, eos_token_id=[2]).generate([Prompt([3, 4], "")], Sampling(20))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steersman.ops.divergence import DIVERGENCES, Listed, Whole, linear_divergence, sorted_distance
+from steersman.ops.divergence import DIVERGENCES, TeacherStates, TeacherTopK, linear_divergence, sorted_distance
 from steersman.ops.logprob import Head
 
 N, H, V = 7, 5, 40
@@ -21,7 +21,7 @@ def student(vocab=V, softcap=None, scale=1.0):
 def teacher(vocab=V):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(N, 9, dtype=torch.float64, generator=generator)
-    return Whole(hidden, Head(torch.randn(vocab, 9, dtype=torch.float64, generator=generator)))
+    return TeacherStates(hidden, Head(torch.randn(vocab, 9, dtype=torch.float64, generator=generator)))
 
 
 def kl(a, b):
@@ -73,7 +73,7 @@ def test_value_and_gradient_equal_the_papers(kind, mix, form):
 def listed(taught, k=6):
     p = probabilities(taught.hidden, taught.head)
     ids = p.topk(k).indices
-    return p, ids, Listed(ids, p.gather(1, ids).log())
+    return p, ids, TeacherTopK(ids, p.gather(1, ids).log())
 
 
 def bucketed(p, ids):
@@ -111,7 +111,7 @@ def test_what_the_list_leaves_out_only_lowers_a_divergence_and_by_how_much(kind)
 def test_limits():
     """jsd over b and over 1 - b goes to the two KLs; a skew of 0 is none, and one of 1 is nothing."""
     hidden, head = student()
-    taught = Whole(0.2 * teacher().hidden, teacher().head)
+    taught = TeacherStates(0.2 * teacher().hidden, teacher().head)
 
     def found(kind, mix=0.5):
         return linear_divergence(hidden, head, taught, kind, mix=mix).detach()
@@ -161,7 +161,7 @@ def test_all_logits_never_stand_at_once(kind):
     torch.manual_seed(0)
     many, wide = 64, 500
     hidden, head = torch.randn(many, 4, requires_grad=True), Head(torch.randn(wide, 4, requires_grad=True))
-    taught = Whole(torch.randn(many, 4), Head(torch.randn(wide, 4)))
+    taught = TeacherStates(torch.randn(many, 4), Head(torch.randn(wide, 4)))
     with Largest() as seen:
         linear_divergence(hidden, head, taught, kind, chunk=4).sum().backward()
     assert seen.most == 4 * wide
@@ -172,7 +172,10 @@ def test_steep_distributions_stay_finite():
     hidden = torch.tensor([[300.0, 0.0]], requires_grad=True)
     head = Head(torch.eye(2))
     for kind in DIVERGENCES:
-        for taught in (Whole(torch.tensor([[0.0, 300.0]]), head), Listed(torch.tensor([[1]]), torch.zeros(1, 1))):
+        for taught in (
+            TeacherStates(torch.tensor([[0.0, 300.0]]), head),
+            TeacherTopK(torch.tensor([[1]]), torch.zeros(1, 1)),
+        ):
             value = linear_divergence(hidden, head, taught, kind)
             (slope,) = torch.autograd.grad(value.sum(), hidden)
             assert value.isfinite().all()
@@ -182,9 +185,12 @@ def test_steep_distributions_stay_finite():
 def test_lower_precision_is_summed_in_float32():
     torch.manual_seed(0)
     hidden, weight, other = (torch.randn(n, 16) for n in (9, 60, 9))
-    exact = linear_divergence(hidden, Head(weight), Whole(other, Head(weight)), "forward_kl")
+    exact = linear_divergence(hidden, Head(weight), TeacherStates(other, Head(weight)), "forward_kl")
     half = linear_divergence(
-        hidden.bfloat16(), Head(weight.bfloat16()), Whole(other.bfloat16(), Head(weight.bfloat16())), "forward_kl"
+        hidden.bfloat16(),
+        Head(weight.bfloat16()),
+        TeacherStates(other.bfloat16(), Head(weight.bfloat16())),
+        "forward_kl",
     )
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0.05)
@@ -207,4 +213,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="mix"):
         linear_divergence(hidden, head, teacher(), "jsd", mix=1.5)
     with pytest.raises(ValueError, match="7"):
-        linear_divergence(hidden, head, Listed(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1)), "jsd")
+        linear_divergence(hidden, head, TeacherTopK(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1)), "jsd")

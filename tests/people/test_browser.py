@@ -23,7 +23,7 @@ from steersman.people.store import open_store
 from steersman.people.store.conversations import Said
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import live
-from steersman.people.store.schema import Judgement
+from steersman.people.store.schema import JudgementRow
 
 pytestmark = pytest.mark.slow
 HOSTILE = "<script>document.title='owned'</script> [x](javascript:document.title='owned') \u202e" + "long " * 9000
@@ -79,7 +79,7 @@ def page(chromium, address):
 
 def verdicts(store) -> list[dict]:
     with store.read() as session:
-        return list(session.scalars(select(Judgement.verdict).where(live()).order_by(Judgement.id)))
+        return list(session.scalars(select(JudgementRow.verdict).where(live()).order_by(JudgementRow.id)))
 
 
 def wait_for(store, count: int) -> list[dict]:
@@ -192,7 +192,7 @@ def test_two_raters_at_once_share_a_queue(chromium, address, store):
         page.keyboard.press("2")
         page.get_by_text("Nothing left").wait_for()
     with store.read() as session:
-        rows = session.execute(select(Judgement.item_id, Judgement.rater_id)).all()
+        rows = session.execute(select(JudgementRow.item_id, JudgementRow.rater_id)).all()
     assert len({item for item, _ in rows}) == 6
     assert len({rater for _, rater in rows}) == 2
     for context in contexts:

@@ -24,7 +24,7 @@ from steersman.people.store import open_store
 from steersman.people.store.conversations import Said
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import live
-from steersman.people.store.schema import Answer, Assignment, Judgement, Person, Turn
+from steersman.people.store.schema import Answer, Assignment, JudgementRow, Person, Turn
 from steersman.types import SteersmanError
 
 
@@ -68,7 +68,7 @@ def item_of(page) -> str:
 
 def verdicts(store) -> list[dict]:
     with store.read() as session:
-        return list(session.scalars(select(Judgement.verdict).where(live()).order_by(Judgement.id)))
+        return list(session.scalars(select(JudgementRow.verdict).where(live()).order_by(JudgementRow.id)))
 
 
 def texts(page) -> list[str]:
@@ -89,7 +89,7 @@ def test_a_comparison_from_the_screen_to_the_store(store):
     assert "Nothing left" in page.text
     assert verdicts(store) == [{"choice": 0}] * 8
     with store.read() as session:
-        rows = session.scalars(select(Judgement)).all()
+        rows = session.scalars(select(JudgementRow)).all()
     assert {row.seconds for row in rows} == {2.5}
     assert len({tuple(row.sides or []) for row in rows}) == 2
 

@@ -19,7 +19,7 @@ httpx2 = pytest.importorskip("httpx2")
 pytest.importorskip("starlette", reason="needs the extra people")
 
 from steersman.people.store import open_store
-from steersman.people.store.schema import Judgement
+from steersman.people.store.schema import JudgementRow
 
 SERVER = """
 import sys, uvicorn
@@ -79,8 +79,8 @@ def test_every_acknowledged_judgement_outlives_a_kill(tmp_path):
         for rater in raters:
             rater.join()
     with store.read() as session:
-        stored = set(session.scalars(select(Judgement.key)))
-        subjects = session.execute(select(Judgement.item_id, Judgement.rater_id)).all()
+        stored = set(session.scalars(select(JudgementRow.key)))
+        subjects = session.execute(select(JudgementRow.item_id, JudgementRow.rater_id)).all()
     store.close()
     assert set(told) <= stored
     assert len(set(subjects)) == len(subjects)

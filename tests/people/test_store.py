@@ -18,7 +18,7 @@ from steersman.people.store.database import store_url
 from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, progress, shown
 from steersman.people.store.judgements import judge_item, judge_turn, last_item, live, thumbs, undo
 from steersman.people.store.raters import forget, log_in, log_out, visitor
-from steersman.people.store.schema import Assignment, Base, Item, Judgement, Login, Person, Queue
+from steersman.people.store.schema import Assignment, Base, Item, JudgementRow, Login, Person, Queue
 from steersman.types import SteersmanError
 
 
@@ -60,7 +60,7 @@ def test_a_request_that_comes_twice_is_stored_once(store):
         assert judge_item(session, shown(session, assignment), {"choice": 1}, key=once).id == first
         # A second tab, with a key of its own: the first verdict counts.
         assert judge_item(session, shown(session, assignment), {"choice": 1}, key=key()).id == first
-        assert session.scalars(select(Judgement.verdict)).all() == [{"choice": 0}]
+        assert session.scalars(select(JudgementRow.verdict)).all() == [{"choice": 0}]
     bob = rater(store, "Bob")
     with store.begin() as session, pytest.raises(SteersmanError, match="another judgement has this key"):
         undo(session, bob, key=once)
@@ -76,7 +76,7 @@ def test_everything_about_a_judgement_is_kept(store):
     of, ada = queue(store, "compare", [pair(1)]), rater(store, "Ada")
     judge(store, of, ada, lambda got: {"choice": got.assignment.sides[0]}, seconds=4.5)
     with store.read() as session:
-        row = session.scalars(select(Judgement)).one()
+        row = session.scalars(select(JudgementRow)).one()
         assignment = session.scalars(select(Assignment)).one()
         assert row.rater_id == ada
         assert row.sides == assignment.sides
@@ -150,7 +150,7 @@ def test_a_skip_is_written_down_and_leaves_the_item_to_others(store):
     assert judge(store, of, ada, {"choice": 0}) is None
     assert judge(store, of, bob, {"choice": 0})
     with store.read() as session:
-        said = session.scalars(select(Judgement.verdict).order_by(Judgement.id)).all()
+        said = session.scalars(select(JudgementRow.verdict).order_by(JudgementRow.id)).all()
         assert said == [{"skip": "I know too little"}, {"choice": 0}]
 
 
@@ -178,8 +178,8 @@ def test_undo_is_a_new_row_and_opens_the_item_again(store):
         assert undo(session, ada, key=key()) is None
     assert judge(store, of, ada, {"choice": 1}) == first
     with store.read() as session:
-        assert session.scalar(select(func.count()).select_from(Judgement)) == 3
-        assert session.scalars(select(Judgement.verdict).where(live())).all() == [{"choice": 1}]
+        assert session.scalar(select(func.count()).select_from(JudgementRow)) == 3
+        assert session.scalars(select(JudgementRow.verdict).where(live())).all() == [{"choice": 1}]
 
 
 def test_an_assignment_is_its_raters_alone(store):
@@ -235,7 +235,7 @@ def test_verdicts_of_each_task(store, task, settings, answers, verdict, stored):
     of, ada = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings), rater(store, "Ada")
     judge(store, of, ada, verdict)
     with store.read() as session:
-        assert session.scalars(select(Judgement.verdict)).one() == stored
+        assert session.scalars(select(JudgementRow.verdict)).one() == stored
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_verdict_that_is_none_is_refused_and_the_item_stays_open(store, task, 
     with pytest.raises(SteersmanError, match=task if task != "review" else "accept|correction"):
         judge(store, of, ada, verdict)
     with store.read() as session:
-        assert session.scalar(select(func.count()).select_from(Judgement)) == 0
+        assert session.scalar(select(func.count()).select_from(JudgementRow)) == 0
 
 
 def test_a_conversation_is_a_tree_and_its_thumbs_are_the_newest(store):
@@ -294,7 +294,7 @@ def test_who_is_forgotten_leaves_judgements_without_a_name(store):
         pseudonym = forget(session, "Ada")
         assert visitor(session, token) is None
         assert session.scalar(select(func.count()).select_from(Person)) == 0
-        assert session.scalar(select(func.count()).select_from(Judgement)) == 1
+        assert session.scalar(select(func.count()).select_from(JudgementRow)) == 1
         assert pseudonym.startswith("r-")
         with pytest.raises(SteersmanError, match="knows nobody"):
             forget(session, "Ada")

@@ -142,22 +142,22 @@ def test_training_mode_comes_back_and_dropout_is_off_meanwhile():
 def test_buffers_are_used_again_and_given_back(model):
     engine = Engine(model, max_batch=4)
     first = ids_of(engine.generate(ragged(9), Sampling(20), seed=0))
-    keys = engine.decoder.belt.belts[0].keys
+    keys = engine.decoder.live.live_layers[0].keys
     assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
-    assert engine.decoder.belt.belts[0].keys is keys
+    assert engine.decoder.live.live_layers[0].keys is keys
     longer = engine.generate(ragged(9), Sampling(60), seed=0)
     assert [s.ids[:20] for s in longer] == first
     engine.release()
-    assert engine.decoder.belt.belts[0].keys is None
+    assert engine.decoder.live.live_layers[0].keys is None
     assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
 
 
 def test_bytes_of_the_cache_are_counted(model):
     engine = Engine(model, max_batch=4)
     engine.generate(ragged(9), Sampling(20), seed=0)
-    belts = engine.decoder.belt.belts
-    held = sum(x.numel() * x.element_size() for b in belts for x in (b.keys, b.values))
-    assert held == kv_cache_bytes(model.config, 4, belts[0].keys.shape[2], torch.float32)
+    live_layers = engine.decoder.live.live_layers
+    held = sum(x.numel() * x.element_size() for b in live_layers for x in (b.keys, b.values))
+    assert held == kv_cache_bytes(model.config, 4, live_layers[0].keys.shape[2], torch.float32)
 
 
 # -- how much it computes -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.cache import Belt
+from steersman.rollout.cache import LiveCache
 from steersman.rollout.sampling import ActionLimit, uniforms
 from steersman.types import Prompt
 
@@ -82,11 +82,11 @@ def test_windows_shorter_than_the_sequences(kind):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "t5", "bart"])
-def test_the_belt_rewinds_without_a_trace(name, monkeypatch):
+def test_the_live_cache_rewinds_without_a_trace(name, monkeypatch):
     live_model = tiny_model(name)
     rewinds = []
-    rewind = Belt._rewind
-    monkeypatch.setattr(Belt, "_rewind", lambda self, column: (rewinds.append(column), rewind(self, column)))
+    rewind = LiveCache._rewind
+    monkeypatch.setattr(LiveCache, "_rewind", lambda self, column: (rewinds.append(column), rewind(self, column)))
     samples = Engine(live_model, max_batch=3, eos_token_id=ENDS).generate(ragged(12), Sampling(40), n=4, seed=2)
     assert rewinds
     assert_recorded(live_model, samples, Sampling(40))

@@ -14,7 +14,7 @@ from steersman.model.fast.folded import folded, folded_bytes
 from steersman.model.lora import add_lora
 from steersman.rollout import Engine, Sampling
 from steersman.rollout import decoder as decoder_room
-from steersman.rollout.fast import packed, whole
+from steersman.rollout.fast import packed
 
 
 def with_adapters(model, targets: str | list[str] = "all-linear"):
@@ -49,8 +49,10 @@ def test_samples_and_log_probabilities_are_those_of_the_adapters(live_model, mon
 
 @pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 def test_the_compiled_step_of_the_whole_model_is_used(monkeypatch):
-    trusted, inner = [], whole.Whole.__call__
-    monkeypatch.setattr(whole.Whole, "__call__", lambda self, *a: trusted.append(self.proven) or inner(self, *a))
+    trusted, inner = [], compiled_step.CompiledStep.__call__
+    monkeypatch.setattr(
+        compiled_step.CompiledStep, "__call__", lambda self, *a: trusted.append(self.proven) or inner(self, *a)
+    )
     model = tiny_model("llama")
     with_adapters(model)
     Engine(model, eos_token_id=ENDS).generate(ragged(), Sampling(24), seed=1)

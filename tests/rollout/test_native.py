@@ -22,7 +22,7 @@ needs_native = pytest.mark.skipif(native.library() is None, reason=f"no compiled
 
 
 def inputs(rows=3, heads=4, kv_heads=2, columns=37, width=32, value_width=None, dtype=torch.float32):
-    """A query, and keys and values that are slices of a larger buffer, as the belt gives them."""
+    """A query, and keys and values that are slices of a larger buffer, as the live cache gives them."""
     random = torch.Generator().manual_seed(columns + width)
     buffer = torch.randn(
         2, rows + 2, kv_heads, columns + 9, max(width, value_width or 0), generator=random, dtype=dtype
@@ -53,7 +53,7 @@ def test_attention_of_one_token_is_the_softmax_over_its_columns(width, columns):
 @pytest.mark.parametrize(("width", "value_width"), [(8, 8), (32, 32), (32, 48)])
 def test_masked_columns_have_no_part_in_it(width, value_width):
     query, keys, values = inputs(columns=50, width=width, value_width=value_width)
-    mask = torch.zeros(3, 1, 1, 60)[..., 5:55]  # strided, as the belt's is
+    mask = torch.zeros(3, 1, 1, 60)[..., 5:55]  # strided, as the live cache's is
     mask[0, ..., :21], mask[1, ..., :49], mask[2, ..., 30:40] = -torch.inf, -torch.inf, -torch.inf
     expected = plain(query, keys, values, mask, 0.2)
     torch.testing.assert_close(

@@ -51,13 +51,13 @@ def test_rows_of_very_different_sources_share_a_batch(pair):
 def test_buffers_are_used_again_and_given_back(pair):
     engine = Engine(pair, max_batch=4)
     first = ids_of(engine.generate(ragged(9), Sampling(20), seed=0))
-    keys = engine.decoder.belt.buffers[0][0]
+    keys = engine.decoder.live.buffers[0][0]
     assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
-    assert engine.decoder.belt.buffers[0][0] is keys
+    assert engine.decoder.live.buffers[0][0] is keys
     wider = [*ragged(9), Prompt([4] * 40, "", index=20)]
     assert ids_of(engine.generate(wider, Sampling(20), seed=0))[:9] == first
     engine.release()
-    assert not engine.decoder.belt.buffers
+    assert not engine.decoder.live.buffers
     assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
 
 

@@ -133,13 +133,13 @@ def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
     assert foresee(CPU, both, Load(40, 40))[0].shares["activations"] == long
 
 
-def test_the_belt_has_the_bytes_that_are_foreseen():
+def test_the_live_cache_has_the_bytes_that_are_foreseen():
     policy = policy_of()
     engine = Engine(policy.model, None, max_batch=3, eos_token_id=[])
     prompts = [Prompt([5] * n, "", index=i) for i, n in enumerate((4, 9, 6, 7))]
     engine.generate(prompts, Sampling(max_new_tokens=8))
-    belts = engine.decoder.belt.belts
-    real = bytes_of(*(x for belt in belts for x in (belt.keys, belt.values) if x is not None))
+    live_layers = engine.decoder.live.live_layers
+    real = bytes_of(*(x for layer in live_layers for x in (layer.keys, layer.values) if x is not None))
     sampled = Sampled(policy, 4, 9, 8, engine.limits(4))
     read = kv_cache_bytes(policy.model.config, 1, 4 * 9, torch.float32)
     assert rollout(sampled)["cache"] == real + read

@@ -27,7 +27,7 @@ from steersman.update.optimizer import NotFiniteError, Optimizer
 
 
 @dataclass(slots=True)
-class Batch:
+class Transitions:
     """The steps that count, one per row: M of them."""
 
     obs: Tensor
@@ -41,8 +41,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.obs)
 
-    def rows(self, index: Tensor) -> Batch:
-        return Batch(
+    def rows(self, index: Tensor) -> Transitions:
+        return Transitions(
             self.obs[index],
             self.action[index],
             self.traj.rows(index),
@@ -53,7 +53,7 @@ class Batch:
         )
 
 
-def flatten(obs: Tensor, action: Tensor, traj: Trajectory, advantage: Advantage, weight: Tensor) -> Batch:
+def flatten(obs: Tensor, action: Tensor, traj: Trajectory, advantage: Advantage, weight: Tensor) -> Transitions:
     """`obs` [B, T+1, D] and the rest [B, T] as M rows of one step."""
     mask = traj.mask
 
@@ -63,7 +63,7 @@ def flatten(obs: Tensor, action: Tensor, traj: Trajectory, advantage: Advantage,
     steps = Trajectory(column(mask), column(traj.reward), column(traj.discount), column(traj.logp_old))
     value = None if traj.value is None else column(traj.value[:, :-1])
     ret = None if advantage.ret is None else column(advantage.ret)
-    return Batch(obs[:, :-1][mask], action[mask], steps, column(advantage.adv), column(weight), value, ret)
+    return Transitions(obs[:, :-1][mask], action[mask], steps, column(advantage.adv), column(weight), value, ret)
 
 
 @dataclass(slots=True)
@@ -117,14 +117,14 @@ class Learner:
                 stats["kl/old"] = float(kl_estimate(batch.traj.logp_old, logp, "k3").mean())
         return stats
 
-    def policy_loss(self, batch: Batch, coef: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    def policy_loss(self, batch: Transitions, coef: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the steps, reduced; their log-probabilities [M, 1] and entropies [M, 1]."""
         distribution = self.policy.distribution(batch.obs)
         logp, entropy = distribution.log_prob(batch.action)[:, None], distribution.entropy()[:, None]
         per_step = self.algorithm.loss(logp, batch.traj, batch.adv, coef) - self.algorithm.entropy_coef * entropy
         return reduce(per_step, batch.weight, len(batch)), logp.detach(), entropy.detach()
 
-    def _actor_step(self, batch: Batch, coef: Coefficients, tally: Tally, *, first: bool) -> float:
+    def _actor_step(self, batch: Transitions, coef: Coefficients, tally: Tally, *, first: bool) -> float:
         loss, logp, entropy = self.policy_loss(batch, coef)
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the policy's loss is {float(loss)}")
@@ -144,7 +144,7 @@ class Learner:
         tally.add("lr/actor", step["lr"], 1)
         return moved
 
-    def _critic_step(self, batch: Batch, tally: Tally) -> None:
+    def _critic_step(self, batch: Transitions, tally: Tally) -> None:
         critic, optimizer, value, ret = self.critic, self.critic_optimizer, batch.value, batch.ret
         assert critic and optimizer and value is not None and ret is not None  # noqa: PT018
         loss = value_loss(critic(batch.obs)[:, None], value, ret, self.value_clip).mean()
@@ -154,7 +154,7 @@ class Learner:
         tally.add("loss/value", loss * len(batch), len(batch))
         tally.add("grad_norm/critic", optimizer.step()["grad_norm"], 1)
 
-    def _trust_region(self, algorithm: Any, batch: Batch, coef: Coefficients) -> Stats:
+    def _trust_region(self, algorithm: Any, batch: Transitions, coef: Coefficients) -> Stats:
         """TRPO's step: surrogate and exact KL over whole distributions."""
         with torch.no_grad():
             old = self.policy.distribution(batch.obs)

@@ -20,7 +20,7 @@ from steersman.update.kl_controller import kl_to_sampler_controller
 from steersman.update.optimizer import Optimizer
 
 
-class OnPolicy:
+class ControlLoop:
     """One on-policy run: environments, policy, critic, optimisers and all that a resumed run needs."""
 
     def __init__(self, recipe: ControlRecipe, worlds: Worlds, device: torch.device) -> None:

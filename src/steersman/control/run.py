@@ -16,7 +16,7 @@ from steersman.control.curve import learning_curves
 from steersman.control.dqn import DQN
 from steersman.control.envs import Worlds, maker
 from steersman.control.evaluate import evaluate, record
-from steersman.control.loop import OnPolicy
+from steersman.control.loop import ControlLoop
 from steersman.control.policies import ActionValue, Value
 from steersman.control.recipe import TABULAR, ControlRecipe
 from steersman.control.tabular import Tabular
@@ -45,14 +45,14 @@ def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
         return session.summary(numbers)
 
 
-def build(recipe: ControlRecipe, make: Callable[[], gym.Env], device: torch.device) -> OnPolicy | DQN:
+def build(recipe: ControlRecipe, make: Callable[[], gym.Env], device: torch.device) -> ControlLoop | DQN:
     """The run's state before its first step.
 
     Raises SteersmanError for spaces that the method can not take.
     """
     worlds = Worlds(make, recipe.rollout.copies, recipe.run.seed, "training")
     if recipe.algorithm != "dqn":
-        return OnPolicy(recipe, worlds, device)
+        return ControlLoop(recipe, worlds, device)
     if not isinstance(worlds.action_space, spaces.Discrete):
         raise SteersmanError(
             f"DQN takes the largest of a few action values, and {recipe.env} acts in {worlds.action_space}; use a "
@@ -99,7 +99,7 @@ def _tables(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]
     return state.against_optimum()
 
 
-def _preflight(session: Session, recipe: ControlRecipe, state: OnPolicy | DQN) -> None:
+def _preflight(session: Session, recipe: ControlRecipe, state: ControlLoop | DQN) -> None:
     rollout, worlds, settings = recipe.rollout, state.worlds, recipe.settings
     title = f"{settings.title} ({settings.paper})" if isinstance(settings, Algorithm) else "DQN (Mnih et al. 2015)"
     pre = Preflight(f"steersman control: {title} on {recipe.env}")

@@ -10,7 +10,7 @@ from steersman.data.encoding import check_encoding
 from steersman.run.config import Section
 
 
-class JudgementsConfig(Section):
+class CountingConfig(Section):
     """Which judgements of a store count, and how much."""
 
     combine: Literal["raters", "each"] = Field(
@@ -42,8 +42,8 @@ class DataConfig(Section):
         description="file, folder, glob, list of these (jsonl, json, csv, tsv, parquet, txt; .gz of each), hub "
         "name, or store of judgements (sqlite:///FILE, postgresql://HOST/NAME)"
     )
-    judgements: JudgementsConfig = Field(
-        default=JudgementsConfig(), description="which judgements of a store count, and how much"
+    judgements: CountingConfig = Field(
+        default=CountingConfig(), description="which judgements of a store count, and how much"
     )
     subset: str | None = Field(default=None, description="configuration of a hub data set")
     hub_split: str = Field(default="train", description="split of a hub data set")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from steersman.data.rows import Row
 
 if TYPE_CHECKING:
-    from steersman.data.config import JudgementsConfig
+    from steersman.data.config import CountingConfig
     from steersman.data.shapes import Kind
 
 READERS = {
@@ -26,11 +26,11 @@ READERS = {
 class RowStore(Protocol):
     """A store that has rows for more than one kind of examples."""
 
-    def kinds(self, config: JudgementsConfig) -> list[Kind]:
+    def kinds(self, config: CountingConfig) -> list[Kind]:
         """The kinds that it has judgements for, the one with the most first."""
         ...
 
-    def rows(self, want: Kind, config: JudgementsConfig) -> Iterator[Row]:
+    def rows(self, want: Kind, config: CountingConfig) -> Iterator[Row]:
         """Rows in a shape that gives examples of this kind."""
         ...
 

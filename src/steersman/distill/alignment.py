@@ -15,7 +15,7 @@ from torch import Tensor
 from steersman.data import Codec
 from steersman.distill.teacher import Answer
 from steersman.model import Policy
-from steersman.ops.divergence import Whole
+from steersman.ops.divergence import TeacherStates
 from steersman.types import Tokens
 
 
@@ -47,7 +47,7 @@ class OtherTokenizer:
         return f"{self.name}, by its own tokenizer ({len(self.model.tokenizer):,} tokens)"
 
     @torch.no_grad()
-    def read(self, answers: Sequence[Answer]) -> tuple[Whole, Tensor]:
+    def read(self, answers: Sequence[Answer]) -> tuple[TeacherStates, Tensor]:
         """The teacher's distributions at the places that are compared, and these places among the packed response
         tokens of the answers; only tokens that count are."""
         responses = [self.codec.finish(a.text, eos=a.ended) or [0] for a in answers]
@@ -61,4 +61,4 @@ class OtherTokenizer:
             before, before_theirs = before + len(answer.response), before_theirs + len(response)
         hidden = self.model.hidden(tokens)
         at = torch.tensor(theirs, dtype=torch.long, device=hidden.device)
-        return Whole(hidden[at], self.model.head()), torch.tensor(mine, dtype=torch.long)
+        return TeacherStates(hidden[at], self.model.head()), torch.tensor(mine, dtype=torch.long)

@@ -12,18 +12,18 @@ import torch
 from steersman.distill.recipe import TeacherEndpoint
 from steersman.distill.teacher import Answer, Reading
 from steersman.judge.endpoint import Caller, without_password
-from steersman.ops.divergence import Listed
+from steersman.ops.divergence import TeacherTopK
 from steersman.types import SteersmanError
 
 Asked: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
 """Ids of a prompt and of a response."""
-Told: TypeAlias = "tuple[list[list[int]], list[list[float]], list[float]]"
+TopK: TypeAlias = "tuple[list[list[int]], list[list[float]], list[float]]"
 """Per response token: the ids that were listed, likeliest first, their log-probabilities, and the token's own."""
 LEAST = -1e4
 """The least log-probability that is taken over; JSON has none for minus infinity."""
 
 
-class TopLogprobs(Caller[Asked, Told]):
+class TopLogprobs(Caller[Asked, TopK]):
     """Asks for the log-probabilities of a text that is given as token ids, and makes one token that nobody reads.
 
     `prompt_logprobs` is vLLM's: `choices[0].prompt_logprobs[i]` maps ids (as text) to {logprob, rank,
@@ -44,7 +44,7 @@ class TopLogprobs(Caller[Asked, Told]):
             return {**body, "echo": True, "logprobs": self.top_k, "return_tokens_as_token_ids": True}
         return {**body, "prompt_logprobs": self.top_k}
 
-    def read(self, raw: bytes, question: Asked) -> Told | None:
+    def read(self, raw: bytes, question: Asked) -> TopK | None:
         try:
             choice = json.loads(raw)["choices"][0]
             rows = _echoed(choice["logprobs"]) if self.echo else _prompted(choice["prompt_logprobs"])
@@ -61,7 +61,7 @@ class TopLogprobs(Caller[Asked, Told]):
         best = sorted(row.items(), key=lambda pair: -pair[1])[: self.top_k]
         if len(best) < self.top_k:
             raise SteersmanError(
-                self._told(
+                self._message(
                     f"it lists {len(best)} tokens and teacher.endpoint.top_k is {self.top_k}; lower top_k, or raise "
                     "the server's limit (vLLM: --max-logprobs)"
                 )
@@ -104,14 +104,14 @@ class EndpointTeacher:
     def __init__(self, config: TeacherEndpoint, vocabulary: int, device: torch.device) -> None:
         self.caller = TopLogprobs(config)
         self.vocabulary, self.device = vocabulary, device
-        self.known: dict[Asked, Told] = {}
+        self.known: dict[Asked, TopK] = {}
 
     def prepare(self, answers: Sequence[Answer]) -> None:
         """Asks about all answers that are new, several at a time. Raises SteersmanError where that fails for good,
         or where the server tells of ids that the student has not."""
         new = list(dict.fromkeys(key for a in answers if (key := _key(a)) not in self.known))
 
-        def keep(index: int, told: Told) -> None:
+        def keep(index: int, told: TopK) -> None:
             highest = max((i for ids in told[0] for i in ids), default=0)
             if not 0 <= highest < self.vocabulary:
                 raise SteersmanError(
@@ -127,7 +127,7 @@ class EndpointTeacher:
         ids = torch.tensor([row for ids, _, _ in told for row in ids], device=self.device)
         listed = torch.tensor([row for _, top, _ in told for row in top], device=self.device)
         own = torch.tensor([x for _, _, own in told for x in own], device=self.device)
-        return Reading(Listed(ids, listed), own)
+        return Reading(TeacherTopK(ids, listed), own)
 
     def forget(self, answers: Sequence[Answer]) -> None:
         """Drops what was told of answers that will not come again."""

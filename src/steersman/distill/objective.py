@@ -14,7 +14,7 @@ from steersman.distill.teacher import Answer, Teacher
 from steersman.loss.distillation import distillation, still_to_come
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
-from steersman.ops.divergence import Divergence, Listed, linear_divergence, sorted_distance
+from steersman.ops.divergence import Divergence, TeacherTopK, linear_divergence, sorted_distance
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally
 from steersman.types import Tokens
@@ -82,7 +82,7 @@ class Distillation:
         found = linear_divergence(
             hidden, self.policy.head(), reading.teacher, kind, mix=config.mix, temperature=config.temperature
         )
-        if isinstance(reading.teacher, Listed):
+        if isinstance(reading.teacher, TeacherTopK):
             tally.add("teacher/unlisted", reading.teacher.rest.sum(), len(found))
         weight = self._advantage(answers, tokens) if self.rewarded else None
         if whole:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
-from steersman.ops.divergence import Listed, Whole
+from steersman.ops.divergence import TeacherStates, TeacherTopK
 from steersman.train.models import policy_from
 from steersman.train.reference import Reference, reference_from, same_tokens
 from steersman.types import SteersmanError, Tokens
@@ -45,7 +45,7 @@ class Reading:
     """A teacher's distributions at the N response tokens of some answers, packed row by row, and the log-probability
     of those very tokens where it was asked for."""
 
-    teacher: Whole | Listed
+    teacher: TeacherStates | TeacherTopK
     logp: Float[Tensor, " N"] | None = None
 
 
@@ -75,10 +75,10 @@ class LocalTeacher:
         tokens = Tokens.from_ids([a.taught for a in answers], [a.response for a in answers]).to(self.model.device)
         hidden = self.model.hidden(tokens)
         if not logp:
-            return Reading(Whole(hidden, self.model.head()))
+            return Reading(TeacherStates(hidden, self.model.head()))
         told = self.model.logp_from(tokens, hidden, temperature=temperature).logp
         slots = torch.arange(told.shape[1], device=told.device) < tokens.response_length[:, None]
-        return Reading(Whole(hidden, self.model.head()), told[slots])
+        return Reading(TeacherStates(hidden, self.model.head()), told[slots])
 
     def describe(self) -> str:
         return self.name

@@ -21,7 +21,7 @@ from steersman.environments.classes import FaultError
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import Conversation, TurnLayout
 from steersman.environments.port import Answer, Environment, Episode, Reply
-from steersman.environments.telling import as_users, told
+from steersman.environments.telling import as_users, with_tool_descriptions
 from steersman.environments.text import shown
 from steersman.environments.workers import Job, TooLateError, Workers
 from steersman.rollout.port import Generator, Limits, Progress
@@ -119,7 +119,7 @@ class Episodes:
         """Lays out what the episode begins with. Raises FaultError where the first reply does not fit behind it."""
         first: list[Message] = [dict(m) for m in messages]  # type: ignore[misc]
         if self.environment.tools and self.config.tell_tools:
-            first = told(first, self.environment.tools)
+            first = with_tool_descriptions(first, self.environment.tools)
         elif self.environment.tools and self.layout.chat:
             first[0] = {**first[0], "tools": self.environment.tools}
         ids, text = self.layout.first(first)

@@ -9,7 +9,7 @@ from typing import Any
 from steersman.data.examples import Message
 
 
-def told(messages: list[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+def with_tool_descriptions(messages: list[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
     """The turns with the tools' schemas and the form of a call in the first system turn, or before the first one."""
     schemas = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     text = (

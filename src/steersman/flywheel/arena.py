@@ -18,11 +18,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steersman.algorithms.ppo import PPO
+from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
 from steersman.flywheel.league import League
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
-from steersman.flywheel.wheel import Wheel, stage_data, stage_model
 from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
 from steersman.train.offline import OfflineConfig
@@ -91,34 +91,34 @@ def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
     shown = ("rating/model", "reward/judge", "kl")
     path = recipe.model.path
     with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
-        wheel = Wheel(ledger, recipe)
-        league = League(wheel, recipe.opponents, recipe.draws)
-        stats, samples = wheel.look(0, path)
+        flywheel = Flywheel(ledger, recipe)
+        league = League(flywheel, recipe.opponents, recipe.draws)
+        stats, samples = flywheel.look(0, path)
         ledger.finish_round(0, stats | league.rate(0), samples)
         for number in range(1, recipe.rounds + 1):
             counts: Stats = {}
             for place, stage in enumerate(recipe.stages):
                 name = f"round-{number:02d}/{place + 1}-{stage}"
                 batch = (number - 1) * len(recipe.stages) + place
-                battles = fight(wheel, recipe, name, path, batch)
+                battles = fight(flywheel, recipe, name, path, batch)
                 counts |= {f"lost/{stage}": sum(b["share"] == 0 for b in battles) / max(len(battles), 1)}
-                path, used = _STAGES[stage](wheel, recipe, name, path, battles)
+                path, used = _STAGES[stage](flywheel, recipe, name, path, battles)
                 counts[f"data/{stage}"] = used
-            stats, samples = wheel.look(number, path)
+            stats, samples = flywheel.look(number, path)
             ledger.finish_round(number, stats | league.rate(number) | counts, samples)
-        return wheel.finish(path, {"table": league.table(recipe.rounds)})
+        return flywheel.finish(path, {"table": league.table(recipe.rounds)})
     return ledger.summary({})
 
 
-def fight(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -> Rows:
+def fight(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -> Rows:
     """Table: one battle per prompt and opponent, `share` 1 where the model won, 0 where it lost.
 
     Prompts that the model, or an opponent, gave no usable answer to make no battle.
     """
-    ledger, answers = wheel.ledger, {}
+    ledger, answers = flywheel.ledger, {}
     for seat, (player, where) in enumerate({"model": path, **recipe.opponents}.items()):
-        opened = wheel.player(where)
-        rows = wheel.answers(f"{name}/answers-{player}", opened, where, batch, 1, seat)
+        opened = flywheel.player(where)
+        rows = flywheel.answers(f"{name}/answers-{player}", opened, where, batch, 1, seat)
         opened.release()
         answers[player] = {r["index"]: r for r in usable(rows, recipe.unfinished)[0]}
 
@@ -130,7 +130,7 @@ def fight(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -
             if i in answers[o]
         ]
         asked = [(mine["prompt"], mine["completion"], theirs["completion"]) for mine, theirs, _ in met]
-        outcomes = wheel.judge.compare(asked, wheel.columns([mine for mine, _, _ in met]))
+        outcomes = flywheel.judge.compare(asked, flywheel.columns([mine for mine, _, _ in met]))
         return [
             {
                 "prompt": mine["prompt"], "index": mine["index"], "opponent": opponent, "mine": mine["completion"],
@@ -141,7 +141,7 @@ def fight(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -
         ]  # fmt: skip
 
     sources = ledger.sources(*(f"{name}/answers-{player}" for player in answers))
-    return ledger.table(f"{name}/battles", make, judge=wheel.about_judge(), made_from=sources)
+    return ledger.table(f"{name}/battles", make, judge=flywheel.about_judge(), made_from=sources)
 
 
 def lessons(battles: Rows) -> Rows:
@@ -169,8 +169,8 @@ def decided(battles: Rows) -> Rows:
     ]  # fmt: skip
 
 
-def _sft(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
-    ledger = wheel.ledger
+def _sft(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
+    ledger = flywheel.ledger
     rows = ledger.table(f"{name}/lessons", lambda: lessons(battles), made_from=ledger.sources(f"{name}/battles"))
     if not rows:
         ledger.log.note(f"{name}: the model lost no battle, so there is nothing to learn", style="yellow")
@@ -183,27 +183,26 @@ def _sft(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows)
     return ledger.stage(f"{name}/train", sft.run, SFTRecipe.model_validate, values)["model"], len(rows)
 
 
-def _dpo(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
-    rows, data = _decided(wheel, recipe, name, battles)
+def _dpo(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
+    rows, data = _decided(flywheel, recipe, name, battles)
     if not rows:
         return path, 0
     config = recipe.dpo
     values = {"model": stage_model(recipe, path), "data": data, "loss": config.loss, "train": config.train}
     values |= {"optimizer": config.optimizer}
-    return wheel.ledger.stage(f"{name}/train", preference.run, PreferenceRecipe.model_validate, values)["model"], len(
-        rows
-    )
+    trained = flywheel.ledger.stage(f"{name}/train", preference.run, PreferenceRecipe.model_validate, values)
+    return trained["model"], len(rows)
 
 
-def _ppo(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
-    rows, data = _decided(wheel, recipe, name, battles)
+def _ppo(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
+    rows, data = _decided(flywheel, recipe, name, battles)
     if not rows:
         return path, 0
-    ledger, config, rollout = wheel.ledger, recipe.ppo, recipe.rollout
+    ledger, config, rollout = flywheel.ledger, recipe.ppo, recipe.rollout
     values = {"model": stage_model(recipe, path), "data": data}
     values |= {"train": config.reward_train, "optimizer": config.reward_optimizer}
     reward = ledger.stage(f"{name}/reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
-    asked = ledger.table(f"{name}/prompts", lambda: [{"prompt": wheel.train[i].prompt} for i in _places(battles)])
+    asked = ledger.table(f"{name}/prompts", lambda: [{"prompt": flywheel.train[i].prompt} for i in _places(battles)])
     values = {
         "model": stage_model(recipe, path), "data": stage_data(recipe, str(ledger.path / f"{name}/prompts.jsonl")),
         "reward": {"parts": {"reward_model": {"model": reward}}, "normalise": True},
@@ -215,8 +214,8 @@ def _ppo(wheel: Wheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows)
     return ledger.stage(f"{name}/train", rl.run, RECIPES["ppo"].model_validate, values)["model"], len(rows)
 
 
-def _decided(wheel: Wheel, recipe: ArenaRecipe, name: str, battles: Rows) -> tuple[Rows, dict[str, Any]]:
-    ledger = wheel.ledger
+def _decided(flywheel: Flywheel, recipe: ArenaRecipe, name: str, battles: Rows) -> tuple[Rows, dict[str, Any]]:
+    ledger = flywheel.ledger
     rows = ledger.table(f"{name}/pairs", lambda: decided(battles), made_from=ledger.sources(f"{name}/battles"))
     if not rows:
         ledger.log.note(f"{name}: no battle was decided, so there is nothing to learn", style="yellow")

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
 from steersman.flywheel.ledger import Rows
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
-from steersman.flywheel.wheel import Wheel, stage_data, stage_model
 from steersman.run.config import Section
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -45,17 +45,17 @@ def run(recipe: BestOfNRecipe, *, resume: bool = False) -> dict[str, Any]:
     return turn("best-of-n", recipe, resume=resume, learn=_learn)
 
 
-def _learn(wheel: Wheel, recipe: BestOfNRecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
+def _learn(flywheel: Flywheel, recipe: BestOfNRecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
     """One round's model: the kept answers are demonstrations."""
-    ledger, name = wheel.ledger, folder(number)
-    graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+    ledger, name = flywheel.ledger, folder(number)
+    graded = flywheel.graded(f"{name}/graded", f"{name}/samples", sampled)
     kept = ledger.table(
         f"{name}/kept", lambda: keep(graded, recipe.keep),
         made_from=ledger.sources(f"{name}/graded"), keep=recipe.keep.model_dump(),
     )  # fmt: skip
     values = {
         "model": stage_model(recipe, first_model(recipe, path)),
-        "data": stage_data(recipe, tables(wheel, recipe, number, "kept")),
+        "data": stage_data(recipe, tables(flywheel, recipe, number, "kept")),
         "train": recipe.train, "optimizer": recipe.optimizer,
     }  # fmt: skip
     path = ledger.stage(f"{name}/sft", sft.run, SFTRecipe.model_validate, values)["model"]

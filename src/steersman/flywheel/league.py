@@ -6,8 +6,8 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
+from steersman.flywheel.flywheel import LOOK, Flywheel
 from steersman.flywheel.ledger import Rows
-from steersman.flywheel.wheel import LOOK, Wheel
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Stats
 
@@ -19,8 +19,8 @@ class League:
     the recipe watches a reward, by the first one watched.
     """
 
-    def __init__(self, wheel: Wheel, opponents: dict[str, str], draws: int) -> None:
-        self.wheel, self.opponents, self.draws = wheel, opponents, draws
+    def __init__(self, flywheel: Flywheel, opponents: dict[str, str], draws: int) -> None:
+        self.flywheel, self.opponents, self.draws = flywheel, opponents, draws
 
     def rate(self, number: int) -> Stats:
         """`rating/...` of this round's model with its interval, and of the opponents."""
@@ -41,13 +41,13 @@ class League:
 
     def _rated(self, rows: Rows, column: str) -> list[dict[str, Any]]:
         battles = [Battle(r["first"], r["second"], r[column], r["index"]) for r in rows]
-        seed = self.wheel.recipe.run.seed
+        seed = self.flywheel.recipe.run.seed
         return [asdict(r) for r in ratings(battles, anchor=_name(0), draws=self.draws, seed=seed)]
 
     def _battles(self, number: int) -> Rows:
         """Table: the round's model against all opponents and its earlier selves; in round 0 opponents among
         themselves too."""
-        ledger, own = self.wheel.ledger, f"round-{number:02d}/held-out"
+        ledger, own = self.flywheel.ledger, f"round-{number:02d}/held-out"
         meets = [(_name(number), other) for other in [*self.opponents, *(_name(r) for r in range(number))]]
         if number == 0:
             meets += list(combinations(self.opponents, 2))
@@ -58,13 +58,15 @@ class League:
             return [row for a, b in meets for row in self._meet(a, answers[a], b, answers[b])]
 
         made_from = ledger.sources(own, *rounds)
-        return ledger.table(f"round-{number:02d}/league", make, judge=self.wheel.about_judge(), made_from=made_from)
+        return ledger.table(
+            f"round-{number:02d}/league", make, judge=self.flywheel.about_judge(), made_from=made_from
+        )
 
     def _meet(self, a: str, first: Rows, b: str, second: Rows) -> Rows:
         theirs = {r["index"]: r for r in second}
         met = [(r, theirs[r["index"]]) for r in first if r["index"] in theirs]
         asked = [(x["prompt"], x["completion"], y["completion"]) for x, y in met]
-        outcomes = self.wheel.judge.compare(asked, [self.wheel.held[x["index"]].columns for x, _ in met])
+        outcomes = self.flywheel.judge.compare(asked, [self.flywheel.held[x["index"]].columns for x, _ in met])
         return [
             {"first": a, "second": b, "index": x["index"], "share": o.share, "gold_share": _gold(x, y)}
             for (x, y), o in zip(met, outcomes, strict=True)
@@ -73,20 +75,20 @@ class League:
 
     def _answers(self, name: str) -> Rows:
         if name not in self.opponents:
-            return self.wheel.ledger.table(f"{name}/held-out", list)
-        wheel, path = self.wheel, self.opponents[name]
+            return self.flywheel.ledger.table(f"{name}/held-out", list)
+        flywheel, path = self.flywheel, self.opponents[name]
 
         def make() -> Rows:
-            player, seed = wheel.player(path), (wheel.recipe.run.seed, LOOK)
+            player, seed = flywheel.player(path), (flywheel.recipe.run.seed, LOOK)
             rows, _ = player.answer(
-                wheel.held, range(len(wheel.held)), wheel.data, wheel.recipe.rollout, n=1, seed=seed
+                flywheel.held, range(len(flywheel.held)), flywheel.data, flywheel.recipe.rollout, n=1, seed=seed
             )
-            texts, columns = [r["completion"] for r in rows], [wheel.held[r["index"]].columns for r in rows]
-            gold = wheel.gold([r["prompt"] for r in rows], texts, columns) if wheel.gold is not None else {}
+            texts, columns = [r["completion"] for r in rows], [flywheel.held[r["index"]].columns for r in rows]
+            gold = flywheel.gold([r["prompt"] for r in rows], texts, columns) if flywheel.gold is not None else {}
             gold.pop("total", None)
             return [{**r, "gold": {part: x[i] for part, x in gold.items()}} for i, r in enumerate(rows)]
 
-        return wheel.ledger.table(f"opponents/{name}", make, model=wheel.ledger.model(path), streams=[LOOK])
+        return flywheel.ledger.table(f"opponents/{name}", make, model=flywheel.ledger.model(path), streams=[LOOK])
 
 
 def _name(number: int) -> str:

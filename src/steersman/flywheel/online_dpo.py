@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.flywheel.flywheel import Flywheel, said, stage_data, stage_model
 from steersman.flywheel.ledger import Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
-from steersman.flywheel.wheel import Wheel, said, stage_data, stage_model
 from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
 from steersman.train.offline import OfflineConfig
@@ -84,43 +84,47 @@ def run(recipe: OnlineDPORecipe, *, resume: bool = False) -> dict[str, Any]:
     return turn("online-dpo", recipe, resume=resume, learn=_learn)
 
 
-def _learn(wheel: Wheel, recipe: OnlineDPORecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
+def _learn(flywheel: Flywheel, recipe: OnlineDPORecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
     """One round's model: the answers, paired by the judge, are preferences."""
     name = folder(number)
-    pairs = _pairs(wheel, recipe, name, sampled)
+    pairs = _pairs(flywheel, recipe, name, sampled)
     values = {
         "model": stage_model(recipe, first_model(recipe, path)),
-        "data": stage_data(recipe, tables(wheel, recipe, number, "pairs")), "loss": recipe.loss,
+        "data": stage_data(recipe, tables(flywheel, recipe, number, "pairs")), "loss": recipe.loss,
         "reference": recipe.model.path if recipe.reference == "start" else path,
         "anchor": recipe.model.path if recipe.reference == "mixed" else None, "anchor_share": recipe.anchor_share,
         "train": recipe.train, "optimizer": recipe.optimizer,
     }  # fmt: skip
-    path = wheel.ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
+    path = flywheel.ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
     leads = [p["lead"] for p in pairs]
     return path, {"data/sampled": len(sampled), "data/pairs": len(pairs), "lead": sum(leads) / len(leads)}
 
 
-def _pairs(wheel: Wheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> Rows:
+def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> Rows:
     """Table: prompt, chosen, rejected and by how much (`lead`: of grades, or of shares won)."""
-    ledger, config = wheel.ledger, recipe.pairs
+    ledger, config = flywheel.ledger, recipe.pairs
     if config.by == "given":
         answers, left_out = usable(sampled, recipe.unfinished)
         about = {"made_from": ledger.sources(f"{name}/samples"), "left_out": left_out}
 
         def make() -> Rows:
-            return list(given_pairs(answers, wheel.columns(answers), config.column))
+            return list(given_pairs(answers, flywheel.columns(answers), config.column))
     elif config.by == "grade":
-        graded = wheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+        graded = flywheel.graded(f"{name}/graded", f"{name}/samples", sampled)
         about = {"made_from": ledger.sources(f"{name}/graded")}
 
         def make() -> Rows:
             return list(pairs_of(graded, config))
     else:
         answers, left_out = usable(sampled, recipe.unfinished)
-        about = {"made_from": ledger.sources(f"{name}/samples"), "left_out": left_out, "judge": wheel.about_judge()}
+        about = {
+            "made_from": ledger.sources(f"{name}/samples"),
+            "left_out": left_out,
+            "judge": flywheel.about_judge(),
+        }
 
         def make() -> Rows:
-            return list(pairs_of(*compared(wheel, answers, config)))
+            return list(pairs_of(*compared(flywheel, answers, config)))
 
     pairs = ledger.table(f"{name}/pairs", make, **about, pairs=config.model_dump())
     if not pairs:
@@ -152,12 +156,12 @@ def given_pairs(answers: Rows, columns: list[dict[str, Any]], column: str) -> It
             }  # fmt: skip
 
 
-def compared(wheel: Wheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
+def compared(flywheel: Flywheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
     """Grades from comparisons, the share that an answer won of those with its siblings; or, for all pairs, each
     decided comparison as a pair of rows with grades 1 and 0."""
     duels = [(a, b) for a, b in combinations(answers, 2) if a["index"] == b["index"]]
     asked = [(a["prompt"], a["completion"], b["completion"]) for a, b in duels]
-    outcomes = wheel.judge.compare(asked, wheel.columns([a for a, _ in duels]))
+    outcomes = flywheel.judge.compare(asked, flywheel.columns([a for a, _ in duels]))
     told = [(a, b, o.share) for (a, b), o in zip(duels, outcomes, strict=True) if o is not None]
     if config.form == "all":
         # Each duel is a prompt of its own here, so that only what was compared is paired.

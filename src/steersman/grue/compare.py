@@ -36,7 +36,7 @@ def overview(results: Results) -> tuple[list[str], list[list[str]]]:
         task.name: {f"{a} − {b}": change for a, b, change in results.comparisons(task)} for task in results.tasks
     }
     names = list(dict.fromkeys(name for changes in found.values() for name in changes))
-    rows = [[task, *(told(changes.get(n)) for n in names)] for task, changes in found.items() if changes]
+    rows = [[task, *(change_text(changes.get(n)) for n in names)] for task, changes in found.items() if changes]
     return ["task", *names], rows
 
 
@@ -66,5 +66,5 @@ def shown(value: Mean | None, *, signed: bool = False) -> str:
     return text if value.half is None else f"{text} ± {value.half:.2g}"
 
 
-def told(change: Mean | None) -> str:
+def change_text(change: Mean | None) -> str:
     return "–" if change is None else f"{shown(change, signed=True)} {ARROWS[change.sign]}".strip()

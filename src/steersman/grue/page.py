@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from steersman.grue import leaderboard
 from steersman.grue.cells import cell_folder, reward_parts
-from steersman.grue.compare import OVERVIEW, compared, comparisons, counted, overview, shown, told
+from steersman.grue.compare import OVERVIEW, change_text, compared, comparisons, counted, overview, shown
 from steersman.grue.evaluate import metrics_of, read_answers
 from steersman.grue.picture import draw
 from steersman.grue.recipe import SUPERVISED, ZERO
@@ -148,7 +148,7 @@ def goodhart(results: Results, task: Task) -> tuple[list[str], list[list[str]], 
     moves = {m: {move.metric: move for move in results.moves(task, m)} for m in methods}
     reward = {m: results.change(task, m, started_from(m), "reward", "total") for m in methods}
     named = ", ".join(reward_parts(results.recipe, task))
-    rows = [[f"reward ({named})", "higher", *(told(reward[m]) for m in methods)]]
+    rows = [[f"reward ({named})", "higher", *(change_text(reward[m]) for m in methods)]]
     names = dict.fromkeys(name for found in moves.values() for name in found)
     for name in names:
         better = next(found[name].better for found in moves.values() if name in found)
@@ -239,7 +239,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _move(move: Move | None) -> str:
-    return "–" if move is None else told(move.change) + (" !" if move.harm else "")
+    return "–" if move is None else change_text(move.change) + (" !" if move.harm else "")
 
 
 def _sentence(method: str, reward: Mean | None, moves: dict[str, Move]) -> str:

@@ -51,7 +51,7 @@ class Supervised(Section):
     )
 
 
-class OnPolicy(Section):
+class OnPolicySettings(Section):
     """What the on-policy methods share, so that they differ in the method alone: the same samples, the same rates."""
 
     iterations: int = Field(default=100, ge=1, description="passes through rollout, reward, update")
@@ -125,7 +125,7 @@ class GrueRecipe(Section):
     model: ModelConfig
     data: DataSource = DataSource()
     supervised: Supervised = Supervised()
-    rl: OnPolicy = OnPolicy()
+    rl: OnPolicySettings = OnPolicySettings()
     algorithms: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="verb: settings of its algorithm, such as {ppo: {beta: 0.1}}"
     )

@@ -101,7 +101,7 @@ class Caller(ABC, Generic[Q, R]):
             except (httpx2.TimeoutException, TimeoutError):
                 trouble = f"no reply within {self.config.timeout:g} seconds"
             except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-                raise SteersmanError(self._told(f"no address that can be asked ({error})")) from error
+                raise SteersmanError(self._message(f"no address that can be asked ({error})")) from error
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
@@ -116,7 +116,7 @@ class Caller(ABC, Generic[Q, R]):
                     trouble = f"status {response.status_code}"
                     pause = min(_retry_after(response) or pause, self.config.max_wait)
                 else:
-                    raise SteersmanError(self._told(self._refused(response.status_code, raw)))
+                    raise SteersmanError(self._message(self._refused(response.status_code, raw)))
             if attempt < self.config.retries:
                 self.tries_again += 1
                 try:
@@ -124,7 +124,7 @@ class Caller(ABC, Generic[Q, R]):
                     break
                 except TimeoutError:
                     pass
-        raise SteersmanError(self._told(f"{trouble}, after {self.config.retries + 1} tries"))
+        raise SteersmanError(self._message(f"{trouble}, after {self.config.retries + 1} tries"))
 
     async def _post(self, client: httpx2.AsyncClient, question: Q) -> tuple[httpx2.Response, bytes]:
         """The response and its body, cut right behind LARGEST_REPLY bytes.
@@ -153,7 +153,7 @@ class Caller(ABC, Generic[Q, R]):
         # Unpacking would make a small reply a large one.
         return {"accept-encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def _told(self, what: str) -> str:
+    def _message(self, what: str) -> str:
         """An error's text, with the server's address, without its key."""
         return self._without_key(f"{self.who} {without_password(self.url)}: {what}")
 

@@ -5,7 +5,7 @@ rouge.score(texts, references)      # one float per text
 rouge.corpus(texts, references)     # Corpus(value, low, high, count)
 """
 
-from steersman.metrics.core import Batch, Corpus, Metric, Scorer
+from steersman.metrics.core import Corpus, Metric, MetricInput, Scorer
 from steersman.metrics.named import METRICS, metric
 
-__all__ = ["METRICS", "Batch", "Corpus", "Metric", "Scorer", "metric"]
+__all__ = ["METRICS", "Corpus", "Metric", "MetricInput", "Scorer", "metric"]

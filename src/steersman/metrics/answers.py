@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
-from steersman.metrics.core import Batch, Scorer, check_script
+from steersman.metrics.core import MetricInput, Scorer, check_script
 from steersman.metrics.math_process import MathProcess
 from steersman.metrics.stems import stem
 from steersman.ops.text import unspaced, words
@@ -48,7 +48,7 @@ class ExactMatch(Scorer):
     def implementation(self) -> str:
         return f"steersman's own, equal to SQuAD's evaluate-v1.1; normal: {self.normal}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         normal = squad_normal if self.normal == "squad" else spaced
         return [
             float(normal(text) in {normal(r) for r in references})
@@ -80,7 +80,7 @@ class TokenF1(Scorer):
             return "steersman's own over ops.text.words, articles left out"
         return "steersman's own, equal to SQuAD's evaluate-v2.0"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         if self.tokens == "squad":
             check_script(self.name, batch.references, "set `tokens: words`")
         cut = words if self.tokens == "words" else str.split
@@ -112,7 +112,7 @@ class MathAnswer(Scorer):
     def implementation(self) -> str:
         return f"math-verify {version('math-verify')}, after GSM8K's mark"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [
             float(any(math_equal(text, reference) for reference in references))
             for text, references in zip(batch.texts, batch.references, strict=True)
@@ -171,7 +171,7 @@ class ConceptCoverage(Scorer):
     def implementation(self) -> str:
         return f"steersman's own over ops.text.words and nltk {version('nltk')} Porter stems"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         pairs = zip(batch.texts, batch.columns["concepts"], strict=True)
         return [covered(text, concepts, f"'{self.name}', row {row}") for row, (text, concepts) in enumerate(pairs)]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.metrics.core import Batch, Scorer
+from steersman.metrics.core import MetricInput, Scorer
 from steersman.metrics.encoders import fit, in_batches, load, located, room
 from steersman.types import SteersmanError
 
@@ -47,7 +47,7 @@ class BERTScore(Scorer):
             f"no idf, no rescaling"
         )
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         references = self._kept(dict.fromkeys(r for listed in batch.references for r in listed))
         new = [text for text in dict.fromkeys(batch.texts) if text not in references]
         vectors = {**references, **self._vectors(new)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from steersman.metrics.core import CUTS, Batch, Corpus, Cut, Scorer
+from steersman.metrics.core import CUTS, Corpus, Cut, MetricInput, Scorer
 from steersman.ops.text import ngrams
 from steersman.types import SteersmanError
 
@@ -45,7 +45,7 @@ class CIDEr(Scorer):
         where = self.corpus_file or "the references judged"
         return f"steersman's own CIDEr-D, equal to pycocoevalcap 1.2; idf of {where}, tokens: {self.tokens}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         cut = CUTS[self.tokens]
         cooked = [[_cook(cut(r)) for r in references] for references in batch.references]
         idf = self._idf if self.corpus_file is not None else Idf(cooked, self.name)
@@ -53,7 +53,7 @@ class CIDEr(Scorer):
             _cider(_cook(cut(text)), references, idf) for text, references in zip(batch.texts, cooked, strict=True)
         ]
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         if len(batch.texts) < 2 and self.corpus_file is None:
             raise SteersmanError(
                 "metric 'cider': over one row every n-gram has weight 0; give more rows, or the setting corpus_file"

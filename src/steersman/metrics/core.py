@@ -84,7 +84,7 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class MetricInput:
     """What a metric reads, checked: as many rows of each as there are texts, references as lists of strings."""
 
     texts: list[str]
@@ -92,12 +92,12 @@ class Batch:
     sources: list[str] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
-    def rows(self, index: Sequence[int]) -> Batch:
+    def rows(self, index: Sequence[int]) -> MetricInput:
         def take(values: list[Any]) -> list[Any]:
             return [values[i] for i in index] if values else values
 
         columns = {name: take(values) for name, values in self.columns.items()}
-        return Batch(take(self.texts), take(self.references), take(self.sources), columns)
+        return MetricInput(take(self.texts), take(self.references), take(self.sources), columns)
 
 
 class Scorer(ABC):
@@ -125,7 +125,7 @@ class Scorer(ABC):
         """Package, version and tokenisation."""
 
     @abstractmethod
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         """One score per text."""
 
     def score(
@@ -157,7 +157,7 @@ class Scorer(ABC):
         with named(self.name):
             return self.over(batch)
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         """The value of a checked batch: the mean of its scores, unless a metric says otherwise."""
         scores = finite(self.name, self.rows(batch), len(batch.texts))
         return bootstrap(np.array([[s, 1.0] for s in scores]), lambda sums: sums[:, 0] / sums[:, 1], self.name)
@@ -168,7 +168,7 @@ class Scorer(ABC):
         references: Sequence[Any] | None,
         sources: Sequence[str] | None,
         columns: Mapping[str, Sequence[Any]],
-    ) -> Batch:
+    ) -> MetricInput:
         given = {"references": references, "sources": sources, **columns}
         for need in self.needs:
             if given.get(need) is None:
@@ -184,7 +184,7 @@ class Scorer(ABC):
             if not isinstance(source, str):
                 raise SteersmanError(f"metric '{self.name}', row {row}: the source is {_kind(source)}; give a text")
             _check_characters(f"metric '{self.name}', row {row}: the source", source)
-        return Batch(list(texts), listed, wanted.pop("sources", []), wanted)
+        return MetricInput(list(texts), listed, wanted.pop("sources", []), wanted)
 
     def _check_text(self, row: int, text: Any) -> None:
         if not isinstance(text, str):
@@ -262,7 +262,7 @@ def bootstrap(
     return Corpus(point, float(low), float(high), n)
 
 
-def jackknife(whole: Batch, value: Callable[[Batch], float], name: str, *, groups: int = 20) -> Corpus:
+def jackknife(whole: MetricInput, value: Callable[[MetricInput], float], name: str, *, groups: int = 20) -> Corpus:
     """Normal interval of a value that no resampling with repeats can give, such as a share of distinct n-grams.
 
         se^2 = (G - 1) / G * sum_g (value without group g - their mean)^2        value +- 1.96 se

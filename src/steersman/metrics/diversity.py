@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from steersman.metrics.core import Batch, Better, Corpus, Scorer, jackknife
+from steersman.metrics.core import Better, Corpus, MetricInput, Scorer, jackknife
 from steersman.ops import text as counts
 from steersman.ops.text import ngrams, words
 from steersman.types import SteersmanError
@@ -29,13 +29,13 @@ class _Pooled(Scorer):
     def of(self, grams: Sequence[tuple[str, ...]]) -> float:
         """The value of a list of n-grams."""
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [self.of(ngrams(words(text), self.n)) for text in batch.texts]
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         grams = {text: ngrams(words(text), self.n) for text in batch.texts}
 
-        def pooled(part: Batch) -> float:
+        def pooled(part: MetricInput) -> float:
             return self.of([gram for text in part.texts for gram in grams[text]])
 
         return jackknife(batch, pooled, self.name)
@@ -93,14 +93,14 @@ class MSTTR(Scorer):
     def implementation(self) -> str:
         return f"{_OWN}, segment: {self.segment}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [self._of(words(text), f", row {row}: the text has") for row, text in enumerate(batch.texts)]
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         tokens = {text: words(text) for text in batch.texts}
         self._of([word for text in batch.texts for word in tokens[text]], ": the texts have")
 
-        def joined(part: Batch) -> float:
+        def joined(part: MetricInput) -> float:
             together = [word for text in part.texts for word in tokens[text]]
             return self._of(together, "") if len(together) >= self.segment else math.nan
 
@@ -128,7 +128,7 @@ class Repetition(Scorer):
     def implementation(self) -> str:
         return f"{_OWN}, n: {self.n}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [counts.repetition(text, self.n) for text in batch.texts]
 
 
@@ -143,5 +143,5 @@ class Length(Scorer):
     def implementation(self) -> str:
         return _OWN
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [float(len(words(text))) for text in batch.texts]

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from steersman.metrics.core import Batch, Scorer
+from steersman.metrics.core import MetricInput, Scorer
 from steersman.types import SteersmanError
 
 Settings = Mapping[str, Any]
@@ -60,7 +60,7 @@ class IFEval(Scorer):
         how = ("loose" if self.loose else "strict") + (", all or nothing" if self.whole else ", share")
         return f"steersman's own, equal to IFEval's checks but for sentence ends (nltk {version('nltk')}); {how}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         columns = zip(batch.columns["instruction_id_list"], batch.columns["kwargs"], strict=True)
         out = []
         for row, (text, (names, settings)) in enumerate(zip(batch.texts, columns, strict=True)):

@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
-from steersman.metrics.core import Batch, Metric, Scorer
+from steersman.metrics.core import Metric, MetricInput, Scorer
 from steersman.types import SteersmanError
 
 
@@ -36,7 +36,7 @@ class METEOR15(Scorer):
     def implementation(self) -> str:
         return "pycocoevalcap 1.2, meteor-1.5.jar -l en -norm"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         given = {i: [_one_line(r) for r in references] for i, references in enumerate(batch.references)}
         texts = {i: [_one_line(t)] for i, t in enumerate(batch.texts)}
         return self._program.compute_score(given, texts)[1]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.metrics.core import Batch, Better, Corpus, Scorer, bootstrap
+from steersman.metrics.core import Better, Corpus, MetricInput, Scorer, bootstrap
 from steersman.metrics.encoders import fit, in_batches, load, room
 from steersman.types import SteersmanError
 
@@ -43,7 +43,7 @@ class Classifier(Scorer):
         what = "value" if self.label is None else f"{self.output} of {self.label}"
         return f"transformers AutoModelForSequenceClassification, {self.path}, {what}, beside: {self.beside}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         if self.beside == "reference":
             pairs = [(r, t) for t, listed in zip(batch.texts, batch.references, strict=True) for r in listed]
             scores, out = iter(self._scores(pairs)), []
@@ -133,10 +133,10 @@ class Perplexity(Scorer):
     def implementation(self) -> str:
         return f"transformers AutoModelForCausalLM, {self.path}, in {self.unit} per token, after {self.after}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [self._value(nats / count) for nats, count in self._sums(batch)]
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         sums = np.array(self._sums(batch))
 
         def value(totals: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ class Perplexity(Scorer):
     def _value(self, nats: float) -> float:
         return nats if self.unit == "nats" else float(np.exp(nats))
 
-    def _sums(self, batch: Batch) -> list[tuple[float, float]]:
+    def _sums(self, batch: MetricInput) -> list[tuple[float, float]]:
         """Per text: the sum of -log p over its judged tokens, and how many they are."""
         model, tokenizer = self._model
         limit = room(model, tokenizer)

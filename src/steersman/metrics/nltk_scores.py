@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steersman.metrics.core import CUTS, Batch, Corpus, Cut, Scorer, bootstrap
+from steersman.metrics.core import CUTS, Corpus, Cut, MetricInput, Scorer, bootstrap
 from steersman.metrics.stems import Stemmer
 
 Smooth = Literal["none", "epsilon", "add-1", "halving"]
@@ -35,15 +35,15 @@ class BLEU(Scorer):
     def implementation(self) -> str:
         return f"nltk {version('nltk')} bleu_score, order: {self.order}, smooth: {self.smooth}, tokens: {self.tokens}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [self._value(counts) for counts in self._counts(batch)]
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         return bootstrap(
             self._counts(batch), lambda sums: np.array([self._value(counts) for counts in sums]), self.name
         )
 
-    def _counts(self, batch: Batch) -> np.ndarray:
+    def _counts(self, batch: MetricInput) -> np.ndarray:
         """Per text: matches of each order, n-grams of each order, its length, the nearest reference's length."""
         from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
@@ -96,7 +96,7 @@ class METEOR(Scorer):
     def implementation(self) -> str:
         return f"nltk {version('nltk')} meteor_score, exact and stem matches only, tokens: {self.tokens}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         cut = CUTS[self.tokens]
         return [
             self._score([cut(r) for r in references], cut(text))

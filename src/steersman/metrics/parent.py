@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steersman.metrics.core import CUTS, Batch, Cut, Scorer
+from steersman.metrics.core import CUTS, Cut, MetricInput, Scorer
 from steersman.ops.text import ngrams
 from steersman.types import SteersmanError
 
@@ -43,7 +43,7 @@ class PARENT(Scorer):
             f"lambda: {self.lam}, tokens: {self.tokens}"
         )
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         cut, out = CUTS[self.tokens], []
         for row, (text, references) in enumerate(zip(batch.texts, batch.references, strict=True)):
             entries = [cut(entry) for entry in self._entries(row, batch.columns["table"][row])]

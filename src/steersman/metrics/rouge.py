@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Literal
 
-from steersman.metrics.core import Batch, Scorer, check_script
+from steersman.metrics.core import MetricInput, Scorer, check_script
 from steersman.metrics.stems import Stemmer
 from steersman.ops.text import words
 from steersman.types import SteersmanError
@@ -34,7 +34,7 @@ class Rouge(Scorer):
         stem = self.stem and self.tokens == "rouge"
         return f"rouge-score {version('rouge-score')}, {self.name} F1, tokens: {self.tokens}, stem: {stem}"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         if self.tokens == "rouge":
             check_script(self.name, batch.references, "set `tokens: words`, or use chrf")
         for row, references in enumerate(batch.references):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steersman.metrics.core import Batch, Better, Corpus, Scorer, bootstrap, check_script
+from steersman.metrics.core import Better, Corpus, MetricInput, Scorer, bootstrap, check_script
 from steersman.metrics.edits import edits
 
 
@@ -37,12 +37,12 @@ class _Sacre(Scorer):
     @abstractmethod
     def _settings(self) -> str: ...
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         self._check(batch)
         pairs = zip(batch.texts, batch.references, strict=True)
         return [self._scorer.sentence_score(text, references).score for text, references in pairs]
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         self._check(batch)
         pooled = self._pooled
         counts = np.array([
@@ -53,7 +53,7 @@ class _Sacre(Scorer):
             counts, lambda sums: np.array([pooled._compute_score_from_stats(list(s)).score for s in sums]), self.name
         )
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: MetricInput) -> None:
         """Refuses what the tokeniser can't read."""
 
 
@@ -94,7 +94,7 @@ class SacreBLEU(_Sacre):
     def _pooled(self) -> Any:
         return self._made(False)
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: MetricInput) -> None:
         if self.tokenize in ("13a", "intl", "none"):
             check_script(self.name, batch.references, "set `tokenize: char` (`zh` for Chinese), or use chrf")
 
@@ -119,7 +119,7 @@ class ChrF(_Sacre):
 
         return CHRF(char_order=self.char_order, word_order=self.word_order, beta=self.beta, lowercase=self.lowercase)
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: MetricInput) -> None:
         if self.word_order:
             check_script(self.name, batch.references, "use chrf, which reads characters alone")
 
@@ -159,6 +159,6 @@ class TER(_Sacre):
             case_sensitive=self.case_sensitive,
         )
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: MetricInput) -> None:
         if not self.asian:
             check_script(self.name, batch.references, "set `asian: true` and `normalized: true`, or use chrf")

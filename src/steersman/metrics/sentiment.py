@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
 
-from steersman.metrics.core import Batch, Scorer
+from steersman.metrics.core import MetricInput, Scorer
 
 
 @dataclass
@@ -23,7 +23,7 @@ class VaderSentiment(Scorer):
     def implementation(self) -> str:
         return f"vaderSentiment {version('vaderSentiment')}, compound"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         return [compound(text) for text in batch.texts]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from steersman.metrics.core import Batch, Better, Corpus, Metric, Scorer
+from steersman.metrics.core import Better, Corpus, Metric, MetricInput, Scorer
 from steersman.metrics.named import metric
 from steersman.types import SteersmanError
 
@@ -42,7 +42,7 @@ class Parallel(Scorer):
     def implementation(self) -> str:
         return f"{self.inner.implementation}; {self.workers} workers"
 
-    def rows(self, batch: Batch) -> Sequence[float]:
+    def rows(self, batch: MetricInput) -> Sequence[float]:
         n = len(batch.texts)
         step = -(-n // self.workers)
         starts = range(0, n, step)
@@ -53,7 +53,7 @@ class Parallel(Scorer):
         except BrokenProcessPool as error:
             raise SteersmanError(f"metric '{self.name}': a worker process died; set workers to 0") from error
 
-    def over(self, batch: Batch) -> Corpus:
+    def over(self, batch: MetricInput) -> Corpus:
         assert isinstance(self.inner, Scorer)
         return self.inner.over(batch)
 
@@ -73,7 +73,7 @@ def _start(name: str, settings: Mapping[str, Any]) -> None:
     _worker = metric(name, settings)
 
 
-def _score(batch: Batch, first: int) -> list[float]:
+def _score(batch: MetricInput, first: int) -> list[float]:
     """Scores of a run of rows; a row that a message names is counted from the whole batch's start."""
     assert isinstance(_worker, Scorer)
     try:

@@ -2,7 +2,7 @@
 //
 // Each live row is fed one token; its keys and values go into the cache's current column, and the logits of the next
 // token come out. All threads go through the model together and wait for one another between its parts. float32
-// throughout; tests/rollout/test_whole.py holds it to the model's own modules.
+// throughout; tests/rollout/test_compiled_step.py holds it to the model's own modules.
 
 #include <omp.h>
 

@@ -42,7 +42,7 @@ FAINT = -30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class TeacherStates:
     """A teacher's distributions at N positions, as the states and the output layer that they come from."""
 
     hidden: Float[Tensor, "N H"]
@@ -50,7 +50,7 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class TeacherTopK:
     """A teacher's K likeliest tokens at N positions with their log-probabilities (nats); all others are one outcome.
 
     What is compared then are distributions over K + 1 outcomes. For every divergence here that is a lower bound of
@@ -61,8 +61,8 @@ class Listed:
     ids: Int[Tensor, "N K"]
     logp: Float[Tensor, "N K"]
 
-    def rows(self, index: slice) -> Listed:
-        return Listed(self.ids[index], self.logp[index])
+    def rows(self, index: slice) -> TeacherTopK:
+        return TeacherTopK(self.ids[index], self.logp[index])
 
     @property
     def rest(self) -> Float[Tensor, " N"]:
@@ -73,7 +73,7 @@ class Listed:
 def linear_divergence(
     hidden: Float[Tensor, "N H"],
     head: Head,
-    teacher: Whole | Listed,
+    teacher: TeacherStates | TeacherTopK,
     kind: Divergence,
     *,
     mix: float = 0.5,
@@ -90,11 +90,11 @@ def linear_divergence(
     """
     if not 0 <= mix <= 1 or not temperature > 0:
         raise ValueError(f"mix {mix} must lie in [0, 1] and temperature {temperature} above 0")
-    count = len(teacher.hidden) if isinstance(teacher, Whole) else len(teacher.ids)
+    count = len(teacher.hidden) if isinstance(teacher, TeacherStates) else len(teacher.ids)
     if count != len(hidden):
         raise ValueError(f"the teacher has distributions for {count} positions and there are {len(hidden)}")
     width = head.weight.shape[0]
-    if isinstance(teacher, Whole):
+    if isinstance(teacher, TeacherStates):
         width = min(width, teacher.head.weight.shape[0])
     head = _narrowed(head, width)
     form = (head, teacher, kind, mix, temperature, chunk)
@@ -138,7 +138,7 @@ def _narrowed(head: Head, width: int) -> Head:
 def sorted_distance(
     hidden: Float[Tensor, "N H"],
     head: Head,
-    teacher: Whole,
+    teacher: TeacherStates,
     *,
     temperature: float = 1.0,
     chunk: int = 64,
@@ -177,7 +177,7 @@ class _Rows:
         self.width = width
         self.student = Tiles(hidden, head, temperature, chunk=chunk, block=width, dtype=dtype)
         self.taught = None
-        if isinstance(self.teacher, Whole):
+        if isinstance(self.teacher, TeacherStates):
             narrow = _narrowed(self.teacher.head, width)
             self.taught = Tiles(self.teacher.hidden, narrow, temperature, chunk=chunk, block=width)
 

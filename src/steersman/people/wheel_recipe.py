@@ -22,7 +22,7 @@ LEARNS: dict[Stage, Kind] = {"sft": "sft", "kto": "kto", "dpo": "pairs", "ppo": 
 """The table that each stage trains on."""
 
 
-class JudgementsConfig(Section):
+class ArrivalsConfig(Section):
     """Where judgements arrive, and when there are enough of them."""
 
     folder: str = Field(
@@ -57,7 +57,7 @@ class WheelRecipe(Section):
     """From people's judgements to a better model that people prefer, turn after turn."""
 
     model: ModelConfig
-    judgements: JudgementsConfig
+    judgements: ArrivalsConfig
     limits: LimitsConfig = LimitsConfig()
     sift: FilterConfig = FilterConfig()
     mix: MixConfig = MixConfig()

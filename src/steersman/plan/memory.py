@@ -19,7 +19,7 @@ from steersman.data import Encoded, collate
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.ops.logprob import TILE
-from steersman.rollout.batch import Limits, belt_size
+from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
@@ -122,7 +122,7 @@ def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
     """Bytes of weights laid out anew, and of keys, values and logits, or of the `kept` room that these fit in."""
     model, limits = sampled.policy.model, sampled.limits
     dtype, config = next(model.parameters()).dtype, model.config
-    rows, columns = belt_size(limits.rows, sampled.longest, sampled.new_tokens, sampled.sequences)
+    rows, columns = live_cache_size(limits.rows, sampled.longest, sampled.new_tokens, sampled.sequences)
     reads = min(max(limits.prefill_tokens, sampled.longest), sampled.sequences * sampled.longest)
     cache = kv_cache_bytes(config, rows, columns, dtype) + kv_cache_bytes(config, 1, reads, dtype)
     logits = SAMPLING * rows * config.get_text_config().vocab_size * 4 + WIDE * _widest(model) * reads

@@ -55,7 +55,7 @@ _NO_FEELING = _set("like")
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class GoldScore:
     """What the judge saw: `gold` = `gate` * (1 + `mood`) / 2, and the factors of the gate by name."""
 
     gold: float
@@ -147,12 +147,12 @@ def fluency(text: str, sentiment_share: float) -> dict[str, float]:
 
 
 @lru_cache(maxsize=65536)
-def judge(text: str) -> Judgement:
+def judge(text: str) -> GoldScore:
     """Score one continuation of a story and say why."""
     feeling, share = mood(text)
     factors = fluency(text, share)
     gate = math.prod(factors.values())
-    return Judgement(gate * (1 + feeling) / 2, feeling, gate, factors)
+    return GoldScore(gate * (1 + feeling) / 2, feeling, gate, factors)
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

@@ -1,7 +1,7 @@
-"""One call of the engine: sequences wait, are prefilled, live on the belt, and leave.
+"""One call of the engine: sequences wait, are prefilled, decode in the live cache, and leave.
 
 Prompts are prefilled longest first, several to a forward and each once however often it is sampled; the first
-token of every sample comes from that forward. Ready sequences take free rows. Each step feeds every live row
+token of every sample comes from that forward. Prefilled sequences take free rows. Each step feeds every live row
 its last token; rows that finish leave at once and the last rows move into their places, so that only live rows
 are ever computed.
 """
@@ -25,7 +25,7 @@ from steersman.types import Finish, Prompt, Sample, SteersmanError
 
 
 @dataclass(slots=True, frozen=True, eq=False)
-class How:
+class Drawing:
     """How some of the sequences are drawn, and what decodes them."""
 
     sampling: Sampling
@@ -33,31 +33,31 @@ class How:
 
 
 @dataclass(slots=True)
-class Growing:
+class RunningResponse:
     """A response while it grows. `order` is its place in the result."""
 
     prompt: Prompt
     index: int
     order: int
     uniform: np.ndarray | None
-    how: How
+    how: Drawing
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     support: list[Tensor] | None = None
 
 
 @dataclass(slots=True)
-class Ready:
+class Prefilled:
     """A prefilled sequence with its first token, waiting for a row: row `row` of each decoder's prompt cache."""
 
-    sequence: Growing
+    sequence: RunningResponse
     caches: list[Any]
     row: int
 
 
-def belt_size(rows: int, longest: int, new_tokens: int, sequences: int) -> tuple[int, int]:
-    """Rows and columns of the belt for prompts up to `longest`; where rows are refilled, some columns more, so that
-    the belt seldom rewinds."""
+def live_cache_size(rows: int, longest: int, new_tokens: int, sequences: int) -> tuple[int, int]:
+    """Rows and columns of the live cache for prompts up to `longest`; where rows are refilled, some columns more, so
+    that it seldom rewinds."""
     length = longest + new_tokens
     slack = max(64, length // 4) if sequences > rows else 0
     return rows, -(-(length + slack) // 16) * 16
@@ -73,7 +73,7 @@ class ActionMask:
     min_tokens: int
 
 
-class Batch:
+class RunningBatch:
     """The state of one `Engine.generate`; `run` returns the finished samples in order."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Batch:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
         self.action_mask, self.version = action_mask, version
         self.sampling, self.limits, self.progress = sampling, limits, progress
-        self.how = How(sampling, texts)
+        self.how = Drawing(sampling, texts)
         self.is_cut = cut or (lambda: False)
         self.device = decoder.model.device
         self.ends = frozenset(end_ids)
@@ -104,9 +104,9 @@ class Batch:
         self.padding = torch.tensor(padding, dtype=torch.long, device=self.device)  # ids that the tokenizer lacks
         self.cut = sampling.truncates or action_mask is not None
         self.record = record_support and (self.cut or bool(padding) or sampling.min_new_tokens > 0)
-        self.waiting: deque[tuple[Prompt, list[Growing]]] = deque()
-        self.ready: deque[Ready] = deque()
-        self.live: list[Growing] = []
+        self.waiting: deque[tuple[Prompt, list[RunningResponse]]] = deque()
+        self.prefilled: deque[Prefilled] = deque()
+        self.live: list[RunningResponse] = []
         self.done: dict[int, Sample] = {}
         self.tokens = self.total = self.longest = self.orders = 0
 
@@ -129,17 +129,17 @@ class Batch:
         self.last = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.uniform = None if self.sampling.greedy else torch.zeros(rows, width, device=self.device)
         for decoder in self.decoders:
-            decoder.belt.clear(self.longest)
+            decoder.live.clear(self.longest)
 
     @property
     def busy(self) -> bool:
-        """Whether any sequence waits, is ready or is decoded."""
-        return bool(self.waiting or self.ready or self.live)
+        """Whether any sequence waits, is prefilled or is decoded."""
+        return bool(self.waiting or self.prefilled or self.live)
 
     def advance(self) -> None:
         """Lets sequences in where rows are free, and decodes one token of every live row."""
         free = self.limits.rows - len(self.live)
-        if (self.waiting or self.ready) and (not self.live or free >= self.limits.refill):
+        if (self.waiting or self.prefilled) and (not self.live or free >= self.limits.refill):
             self._refill(free)
         if self.live:
             self._step()
@@ -154,7 +154,7 @@ class Batch:
                 if not self.sampling.greedy:
                     u = uniforms(seed, prompt.index, occurrence, j, self.sampling.max_new_tokens)
                 support = [] if self.record else None
-                group.append(Growing(prompt, j, place * n + j, u, self.how, support=support))
+                group.append(RunningResponse(prompt, j, place * n + j, u, self.how, support=support))
             self.waiting.append((prompt, group))
         self.waiting = deque(sorted(self.waiting, key=lambda item: -len(item[0].ids)))
         self.total = len(prompts) * n
@@ -170,7 +170,7 @@ class Batch:
         self.waiting = deque(
             (prompt, kept) for prompt, group in self.waiting if (kept := [s for s in group if id(s) not in gone])
         )
-        self.ready = deque(entry for entry in self.ready if id(entry.sequence) not in gone)
+        self.prefilled = deque(entry for entry in self.prefilled if id(entry.sequence) not in gone)
         rows = {row for row, sequence in enumerate(self.live) if id(sequence) in gone}
         if rows:
             self._leave(rows)
@@ -178,9 +178,9 @@ class Batch:
     # -- admission -----------------------------------------------------------------------------------------
 
     def _refill(self, free: int) -> None:
-        while self.waiting and len(self.ready) < free:
+        while self.waiting and len(self.prefilled) < free:
             self._prefill()
-        entering = [self.ready.popleft() for _ in range(min(free, len(self.ready)))]
+        entering = [self.prefilled.popleft() for _ in range(min(free, len(self.prefilled)))]
         for _, group in groupby(entering, key=lambda r: (id(r.caches), len(r.sequence.prompt.ids))):
             self._admit(list(group))
 
@@ -196,7 +196,7 @@ class Batch:
             count += more
         read = [decoder.prefill([prompt.ids for prompt, _ in chunk]) for decoder in self.decoders]
         caches = [cache for cache, _ in read]
-        entries = [Ready(s, caches, row) for row, (_, group) in enumerate(chunk) for s in group]
+        entries = [Prefilled(s, caches, row) for row, (_, group) in enumerate(chunk) for s in group]
         for at in range(0, len(entries), self.limits.rows):
             some = entries[at : at + self.limits.rows]
             rows = torch.tensor([entry.row for entry in some], device=self.device)
@@ -205,19 +205,19 @@ class Batch:
                 uniform = self._to_device(np.array([entry.sequence.uniform[0] for entry in some]))  # type: ignore[index]
             sequences = [entry.sequence for entry in some]
             _, finished = self._sample([logits[rows] for _, logits in read], sequences, uniform)
-            self.ready.extend(entry for i, entry in enumerate(some) if i not in finished)
+            self.prefilled.extend(entry for i, entry in enumerate(some) if i not in finished)
 
-    def _admit(self, entries: list[Ready]) -> None:
+    def _admit(self, entries: list[Prefilled]) -> None:
         """Give rows to sequences that share a prefill and a prompt length."""
         at, count = len(self.live), len(entries)
         length = len(entries[0].sequence.prompt.ids)
         source = torch.tensor([entry.row for entry in entries], device=self.device)
-        if not at and self.decoders[0].belt.rows == 0:
+        if not at and self.decoders[0].live.rows == 0:
             for decoder in self.decoders:
-                decoder.belt.clear(self.longest)
+                decoder.live.clear(self.longest)
         for decoder, cache in zip(self.decoders, entries[0].caches, strict=True):
-            decoder.belt.reserve(*self._belt_size(), cache)
-            decoder.belt.admit(cache, source, length)
+            decoder.live.reserve(*self._live_cache_size(), cache)
+            decoder.live.admit(cache, source, length)
         rows = slice(at, at + count)
         sequences = [entry.sequence for entry in entries]
         self.position[0, rows] = length
@@ -227,8 +227,8 @@ class Batch:
             self.uniform[rows] = self._to_device(np.stack([s.uniform for s in sequences]))  # type: ignore[misc]
         self.live += sequences
 
-    def _belt_size(self) -> tuple[int, int]:
-        return belt_size(self.limits.rows, self.longest, self.sampling.max_new_tokens, self.total)
+    def _live_cache_size(self) -> tuple[int, int]:
+        return live_cache_size(self.limits.rows, self.longest, self.sampling.max_new_tokens, self.total)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -249,10 +249,10 @@ class Batch:
             self._leave(finished)
 
     def _sample(
-        self, logits: list[Tensor], sequences: list[Growing], uniform: Tensor | None
+        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None
     ) -> tuple[Tensor, set[int]]:
         """Draw one token for each sequence; returns the tokens and which sequences they finished."""
-        parts: dict[How, list[int]] = {}
+        parts: dict[Drawing, list[int]] = {}
         for row, sequence in enumerate(sequences):
             parts.setdefault(sequence.how, []).append(row)
         if len(parts) == 1:
@@ -269,7 +269,7 @@ class Batch:
         return drawn, finished
 
     def _sample_alike(
-        self, logits: list[Tensor], sequences: list[Growing], uniform: Tensor | None, sampling: Sampling
+        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None, sampling: Sampling
     ) -> tuple[Tensor, set[int]]:
         """As `_sample`, for sequences that are all drawn in the same way."""
         banned = None
@@ -305,7 +305,7 @@ class Batch:
             logits = logits.index_copy(-1, self.end_ids, ends)
         return top_p_mask(logits, mask.top_p, mask.min_tokens).index_fill(-1, self.end_ids, True)
 
-    def _record(self, x: Tensor, sequences: list[Growing]) -> None:
+    def _record(self, x: Tensor, sequences: list[RunningResponse]) -> None:
         """Note which tokens each sequence could have drawn."""
         if self.cut:
             keep = x != -torch.inf
@@ -318,7 +318,7 @@ class Batch:
         for sequence, some in zip(sequences, ids, strict=True):
             sequence.support.append(some)  # type: ignore[union-attr]
 
-    def _ended(self, sequence: Growing, token: int) -> bool:
+    def _ended(self, sequence: RunningResponse, token: int) -> bool:
         """Whether the token just appended ends the response; if so, file the sample."""
         finish: Finish | None = None
         text = None
@@ -344,11 +344,11 @@ class Batch:
     def _file_unfinished(self) -> None:
         """Files every response that has not ended, as far as it is; its text is left out."""
         waiting = [sequence for _, group in self.waiting for sequence in group]
-        for s in [*waiting, *(entry.sequence for entry in self.ready), *self.live]:
+        for s in [*waiting, *(entry.sequence for entry in self.prefilled), *self.live]:
             version = [self.version] * len(s.ids)
             self.done[s.order] = Sample(s.prompt, s.ids, s.logp, "length", "", s.index, s.support, version=version)
         for decoder in self.decoders:
-            decoder.belt.keep(0, [])
+            decoder.live.keep(0, [])
 
     def _leave(self, finished: set[int]) -> None:
         """Drop finished rows; the last live rows take their places."""
@@ -357,7 +357,7 @@ class Batch:
         movers = [i for i in range(rows, len(self.live)) if i not in finished]
         moves = list(zip(holes, movers, strict=True))
         for decoder in self.decoders:
-            decoder.belt.keep(rows, moves)
+            decoder.live.keep(rows, moves)
         if moves:
             to, source = torch.tensor(holes, device=self.device), torch.tensor(movers, device=self.device)
             self.position[:, to] = self.position[:, source]

@@ -1,11 +1,11 @@
-"""Key/value caches for decoding: a prompt's, written once, and the belt that all live sequences share.
+"""Key/value caches for decoding: a prompt's, written once, and the live cache that all live sequences share.
 
-The belt is a buffer [slots, heads, columns, width] per layer, allocated once. Every live sequence ends at the
+The live cache is a buffer [slots, heads, columns, width] per layer, allocated once. Every live sequence ends at the
 same column: a newcomer's prompt is laid down so that it ends at the current one, and each step writes the next
 column of all rows with one slice copy. Keys carry their rotation already, so the column says nothing about the
 position. Attention reads the columns from the oldest live start to now, no more; rows that started later are
 masked before their start. A sliding window is the last columns of that range, for all rows alike, because
-distance in columns is distance in positions. When the belt runs out it is moved back to its beginning.
+distance in columns is distance in positions. When the live cache runs out it is moved back to its beginning.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class PromptCache(Cache):
         super().__init__(layers=list(self.read))
 
 
-class BeltLayer(CacheLayerMixin):
-    """One layer of the belt; `first` and `column` are set by the belt before each step."""
+class LiveLayer(CacheLayerMixin):
+    """One layer of the live cache; `first` and `column` are set by the live cache before each step."""
 
     is_sliding = False
 
@@ -90,7 +90,7 @@ class BeltLayer(CacheLayerMixin):
         self.live_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise RuntimeError("the belt is allocated by Belt.reserve")
+        raise RuntimeError("the live cache is allocated by LiveCache.reserve")
 
     def allocate(self, slots: int, columns: int, keys: Tensor, values: Tensor) -> None:
         self.keys = _zeros(slots, columns, keys)
@@ -134,12 +134,12 @@ class LaidPrompt(NamedTuple):
     length: int
 
 
-class Belt(Cache):
+class LiveCache(Cache):
     """The cache of all live sequences. Rows 0 to `rows` - 1 are live; `column` is where the next token goes."""
 
     def __init__(self, windows: list[int | None]) -> None:
-        self.belts = [BeltLayer(window) for window in windows]
-        super().__init__(layers=list(self.belts))
+        self.live_layers = [LiveLayer(window) for window in windows]
+        super().__init__(layers=list(self.live_layers))
         self.windows = set(windows)
         self.mask: Tensor | None = None
         self.rows = self.column = self.first = self.admitted = 0
@@ -162,24 +162,24 @@ class Belt(Cache):
                 return
             slots, columns = max(slots, old.shape[0]), max(columns, old.shape[1])
         self.release()
-        for belt, layer in zip(self.belts, like.read, strict=True):
-            belt.allocate(slots, columns, layer.keys, layer.values)  # type: ignore[arg-type]
+        for own, layer in zip(self.live_layers, like.read, strict=True):
+            own.allocate(slots, columns, layer.keys, layer.values)  # type: ignore[arg-type]
         self.mask = first.new_zeros(slots, columns)
 
     def release(self) -> None:
         """Give the buffers back."""
         self.mask = None
-        for belt in self.belts:
-            belt.keys = belt.values = belt.live_keys = belt.live_values = None
-            belt.is_initialized = False
+        for own in self.live_layers:
+            own.keys = own.values = own.live_keys = own.live_values = None
+            own.is_initialized = False
 
     def admit(self, prompts: PromptCache, source: Tensor, length: int) -> None:
         """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`."""
         assert self.mask is not None
         start, count = self.column - length, len(source)
         rows = slice(self.rows, self.rows + count)
-        for belt, layer in zip(self.belts, prompts.read, strict=True):
-            for buffer, fresh in ((belt.keys, layer.keys), (belt.values, layer.values)):
+        for own, layer in zip(self.live_layers, prompts.read, strict=True):
+            for buffer, fresh in ((own.keys, layer.keys), (own.values, layer.values)):
                 buffer[rows, :, start : self.column] = fresh[source, :, :length]  # type: ignore[index]
         self.mask[rows, :start] = -torch.inf
         self.mask[rows, start:] = 0
@@ -195,8 +195,8 @@ class Belt(Cache):
             start = self.starts[target] = self.starts[source]
             self.prompts[target] = self.prompts[source]
             length = self.column - start
-            for belt in self.belts:
-                for buffer in (belt.keys, belt.values):
+            for own in self.live_layers:
+                for buffer in (own.keys, own.values):
                     assert buffer is not None
                     buffer[target].narrow(1, start, length).copy_(buffer[source].narrow(1, start, length))
             self.mask[target].copy_(self.mask[source])
@@ -206,7 +206,7 @@ class Belt(Cache):
     def step(self, longest: int) -> Tensor | dict[str, Tensor]:
         """Prepare the next column and return the attention mask for it, additive, [rows, 1, 1, columns seen].
 
-        `longest` is the longest prompt that may still come; a belt at its end keeps that much room before now.
+        `longest` is the longest prompt that may still come; a live cache at its end keeps that much room before now.
         """
         assert self.mask is not None
         if self.column == self.mask.shape[1]:
@@ -216,9 +216,9 @@ class Belt(Cache):
             first = self.first if window is None else max(self.first, self.column + 1 - window)
             mask = self.mask[: self.rows, None, None, first : self.column + 1]
             masks[window] = mask.clone() if mask.is_cuda else mask  # CUDA's attention wants it aligned
-        for belt in self.belts:
-            belt.column = self.column
-            belt.first = self.column + 1 - masks[belt.window].shape[-1]
+        for own in self.live_layers:
+            own.column = self.column
+            own.first = self.column + 1 - masks[own.window].shape[-1]
         self.column += 1
         if len(masks) == 1:
             return next(iter(masks.values()))
@@ -242,15 +242,15 @@ class Belt(Cache):
     def _resize(self, rows: int) -> None:
         self.rows, self._reading = rows, None
         self.first = min(self.starts, default=self.column)
-        for belt in self.belts:
-            belt.live_keys, belt.live_values = belt.keys[:rows], belt.values[:rows]  # type: ignore[index]
+        for own in self.live_layers:
+            own.live_keys, own.live_values = own.keys[:rows], own.values[:rows]  # type: ignore[index]
 
     def _rewind(self, column: int) -> None:
         """Move the live columns back so that they end at `column`."""
         assert self.mask is not None
         shift, first, rows = self.column - column, self.first, self.rows
-        for belt in self.belts:
-            for buffer in (belt.keys, belt.values):
+        for own in self.live_layers:
+            for buffer in (own.keys, own.values):
                 assert buffer is not None
                 live = buffer[:rows, :, first : self.column].clone()  # the ranges overlap
                 buffer[:rows, :, first - shift : column] = live

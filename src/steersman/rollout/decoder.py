@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from steersman import native
 from steersman.model.fast.attention import registered
 from steersman.model.fast.folded import folded
-from steersman.rollout.cache import Belt, PromptCache, layer_windows
+from steersman.rollout.cache import LiveCache, PromptCache, layer_windows
+from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
 from steersman.rollout.fast.packed import lasts, packed, pays
-from steersman.rollout.fast.whole import Whole, whole_of
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
 
 
 class Decoder:
-    """Prefill and step of one model: its modules are called, or, for steps, `whole` where it does the same."""
+    """Prefill and step of one model: its modules are called, or, for steps, `compiled` where it does the same."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.belt = Belt(layer_windows(model.config))
-        self.whole: Whole | None = None
+        self.live = LiveCache(layer_windows(model.config))
+        self.compiled: CompiledStep | None = None
 
     @contextmanager
     def prepared(self, rows: int, steps: int) -> Iterator[None]:
@@ -36,11 +36,11 @@ class Decoder:
                 yield
                 return
             try:
-                self.whole = whole_of(self.model, rows)
-                with packed(self.model) if self.whole is None else nullcontext():
+                self.compiled = compiled_step_of(self.model, rows)
+                with packed(self.model) if self.compiled is None else nullcontext():
                     yield
             finally:
-                self.whole = None
+                self.compiled = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PromptCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] after each one's last token."""
@@ -49,7 +49,7 @@ class Decoder:
         device = self.model.device
         padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=device)
         last = torch.tensor(lengths, device=device) - 1
-        cache = PromptCache(len(self.belt.belts))
+        cache = PromptCache(len(self.live.live_layers))
         positions = torch.arange(width, device=device).expand(len(prompts), -1)
         with _last_only(self.model.get_output_embeddings(), last):
             out = self.model(
@@ -63,20 +63,20 @@ class Decoder:
 
     def step(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Logits [B, V] after feeding each live row one token; ids and positions are [B, 1]."""
-        mask = self.belt.step(longest)
-        whole = self.whole
-        logits = None if whole is None else whole(ids, positions, self.belt)
-        if whole is None or logits is None:
+        mask = self.live.step(longest)
+        compiled = self.compiled
+        logits = None if compiled is None else compiled(ids, positions, self.live)
+        if compiled is None or logits is None:
             return self._modules(ids, positions, mask)
-        if not whole.proven:
+        if not compiled.proven:
             expected = self._modules(ids, positions, mask)
-            self.whole = whole if whole.agrees(logits, expected) else None
+            self.compiled = compiled if compiled.agrees(logits, expected) else None
             return expected
         return logits
 
     def _modules(self, ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.belt, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.live, use_cache=True
         )
         return out.logits[:, -1]
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
-from steersman.rollout.batch import ActionMask, Batch
+from steersman.rollout.batch import ActionMask, RunningBatch
 from steersman.rollout.decoder import Decoder, generating
 from steersman.rollout.port import Limits, Progress, Stepper
 from steersman.rollout.sampling import ActionLimit, Sampling
@@ -102,7 +102,7 @@ class Engine:
         if not prompts:
             return []
         limits = self.limits(len(prompts) * n)
-        batch = Batch(
+        batch = RunningBatch(
             self.decoder,
             sampling,
             limits,
@@ -140,7 +140,7 @@ class Engine:
 
     def clear(self) -> None:
         """Drops the buffers; the caller holds `alone`."""
-        self.decoder.belt.release()
+        self.decoder.live.release()
         self._mask_decoder = None
 
     def limits(self, sequences: int) -> Limits:

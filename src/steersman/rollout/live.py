@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from steersman.rollout.batch import Batch, Growing, How
+from steersman.rollout.batch import Drawing, RunningBatch, RunningResponse
 from steersman.rollout.decoder import generating
 from steersman.rollout.engine import Engine
 from steersman.rollout.port import Limits
@@ -22,7 +22,7 @@ class Ticket:
     """One request under way. `changed` is called by the engine's thread after every step that gave it a token; then
     `ids[j]` are the tokens of its j-th sample so far, and `samples` those that are finished. `failure` ends it."""
 
-    sequences: list[Growing]
+    sequences: list[RunningResponse]
     changed: Callable[[], object]
     samples: dict[int, Sample] = field(default_factory=dict)
     failure: SteersmanError | None = None
@@ -78,9 +78,9 @@ class Live:
         """Takes a request in. Raises SteersmanError for what is too long or not in the vocabulary, and
         QueueFullError where too many wait."""
         self._check(prompt, sampling, n)
-        how = How(sampling, self.engine.decoder.texts(self.engine.tokenizer, sampling.stop))
+        how = Drawing(sampling, self.engine.decoder.texts(self.engine.tokenizer, sampling.stop))
         numbers = [self._numbers(sampling, prompt.index, j, seed) for j in range(n)]
-        ticket = Ticket([Growing(prompt, j, 0, u, how) for j, u in enumerate(numbers)], changed)
+        ticket = Ticket([RunningResponse(prompt, j, 0, u, how) for j, u in enumerate(numbers)], changed)
         if self.waiting + n > self.queue + self.limits.rows:
             raise QueueFullError(f"{self.queue} sequences wait already; ask again later")
         with self._lock:
@@ -137,7 +137,7 @@ class Live:
         """Decodes until nothing is left to do."""
         engine, decoder = self.engine, self.engine.decoder
         every = Sampling(self.new_tokens)
-        batch = Batch(
+        batch = RunningBatch(
             decoder, every, self.limits, engine.end_ids, None, known=engine.known, record_support=False,
             action_mask=None, version=engine.version, progress=None,
         )  # fmt: skip
@@ -153,7 +153,7 @@ class Live:
                 self.live, self.tokens, batch.tokens = len(batch.live), self.tokens + batch.tokens, 0
                 self._tell(batch)
 
-    def _admit(self, batch: Batch) -> None:
+    def _admit(self, batch: RunningBatch) -> None:
         with self._lock:
             arrived, self._arrived = self._arrived, []
         for ticket in arrived:
@@ -168,7 +168,7 @@ class Live:
             batch.drop(gone)
             self.live = len(batch.live)
 
-    def _tell(self, batch: Batch) -> None:
+    def _tell(self, batch: RunningBatch) -> None:
         for ticket in list(self._tickets):
             for sequence in ticket.sequences:
                 if (sample := batch.done.pop(sequence.order, None)) is not None:

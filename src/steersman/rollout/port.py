@@ -18,7 +18,7 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass(slots=True, frozen=True)
 class Limits:
-    """Rows of the belt, tokens of one prefill (padding counted), and how many free rows make a refill worth it."""
+    """Rows of the live cache, tokens of one prefill (padding counted), and free rows from which a refill pays."""
 
     rows: int
     prefill_tokens: int
@@ -28,14 +28,14 @@ class Limits:
 class Stepper(Protocol):
     """What reads prompts and steps through responses with one model: a causal decoder, or an encoder-decoder.
 
-    `belt` is the cache of all live rows; `prefill` makes what its `admit` takes.
+    `live` is the cache of all live rows; `prefill` makes what its `admit` takes.
     """
 
     @property
     def model(self) -> Any: ...
 
     @property
-    def belt(self) -> Any: ...
+    def live(self) -> Any: ...
 
     def prepared(self, rows: int, steps: int) -> AbstractContextManager[None]:
         """While open, during which no weight changes: up to `steps` steps of up to `rows` rows."""

@@ -1,7 +1,7 @@
 """A live encoder-decoder that reads prompts once and then one response token per row and step, with its cache.
 
-The decoder's own keys and values ride on the belt, exactly as a causal model's do, but its sequences begin with
-the decoder's start token and hold no prompt. Beside the belt each live row has the keys and values of its
+The decoder's own keys and values ride on the live cache, exactly as a causal model's do, but its sequences begin with
+the decoder's start token and hold no prompt. Beside the live cache each live row has the keys and values of its
 prompt, made in one forward of the encoder however often the prompt is sampled, and a mask over their padding.
 """
 
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from steersman.model.encoder_decoder import decoder_context, decoder_start
 from steersman.model.fast.folded import folded
 from steersman.model.probe import close, model_name, quiet
-from steersman.rollout.cache import Belt, PromptCache, PromptLayer, layer_windows
+from steersman.rollout.cache import LiveCache, PromptCache, PromptLayer, layer_windows
 from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
@@ -36,12 +36,12 @@ class PairCache:
         self.own, self.cross = PromptCache(layers), PromptCache(layers)
 
 
-class PairBelt:
+class EncoderDecoderLiveCache:
     """The cache of all live sequences: the decoder's belt, and each row's prompt in buffers [slots, heads, width]."""
 
     def __init__(self, windows: list[int | None], start: int) -> None:
         layers = len(windows)
-        self.own, self.start = Belt(windows), start
+        self.own, self.start = LiveCache(windows), start
         self.cross = [PromptLayer() for _ in range(layers)]
         self.past = EncoderDecoderCache(self.own, Cache(layers=list(self.cross)))
         self.past.is_updated = dict.fromkeys(range(layers), True)
@@ -131,7 +131,7 @@ class PairDecoder:
         self.told = "position_ids" in signature(model.get_decoder().forward).parameters
         with quiet(model):
             try:
-                self.belt = PairBelt(self._windows(), len(self.start))
+                self.live = EncoderDecoderLiveCache(self._windows(), len(self.start))
                 good = self._probe()
             except (TypeError, ValueError, AttributeError) as error:  # its modules are called in other ways
                 raise SteersmanError(f"{self._refused()}: {type(error).__name__}: {_first_line(error)}") from error
@@ -150,7 +150,7 @@ class PairDecoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""
-        cache = PairCache(len(self.belt.cross))
+        cache = PairCache(len(self.live.cross))
         width, device = max(map(len, prompts)), self.model.device
         padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=device)
         length = torch.tensor([len(ids) for ids in prompts], device=device)
@@ -165,17 +165,17 @@ class PairDecoder:
 
     def step(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Logits [B, V] after feeding each live row one token; ids and positions [B, 1] count the prompt too."""
-        belt = self.belt
-        own = positions - belt.length[: belt.rows] + len(self.start)
+        live = self.live
+        own = positions - live.length[: live.rows] + len(self.start)
         told = {"decoder_position_ids": own} if self.told else {}
-        nothing = belt.mask.new_zeros(1).expand(belt.rows, 1, 1)  # the prompts' keys and values are cached
+        nothing = live.mask.new_zeros(1).expand(live.rows, 1, 1)  # the prompts' keys and values are cached
         with _positions(self.model.get_decoder(), own):
             out = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=nothing),  # type: ignore[arg-type]
-                attention_mask=belt.cross_mask,
+                attention_mask=live.cross_mask,
                 decoder_input_ids=ids,
-                decoder_attention_mask=belt.own.step(len(self.start)),
-                past_key_values=belt.past,
+                decoder_attention_mask=live.own.step(len(self.start)),
+                past_key_values=live.past,
                 use_cache=True,
                 **told,
             )
@@ -222,14 +222,14 @@ class PairDecoder:
         prompts = [[3 % rows, 5 % rows, 4 % rows], [5 % rows]]
         said = [[7 % rows, 3 % rows, 9 % rows, 4 % rows], [6 % rows, 8 % rows]]
         cache, _ = self.prefill(prompts)
-        self.belt.clear(3)
-        self.belt.reserve(2, 3 + 4, cache)
+        self.live.clear(3)
+        self.live.reserve(2, 3 + 4, cache)
         logits = torch.zeros(0)
         for t in range(4):
             if t in (0, 2):
-                row = self.belt.rows
-                self.belt.admit(cache, torch.tensor([row], device=device), len(prompts[row]))
-            live = [(said[0][t], 3 + t), (said[1][t - 2], 1 + t - 2)][: self.belt.rows]
+                row = self.live.rows
+                self.live.admit(cache, torch.tensor([row], device=device), len(prompts[row]))
+            live = [(said[0][t], 3 + t), (said[1][t - 2], 1 + t - 2)][: self.live.rows]
             ids, positions = torch.tensor(live, device=device).split(1, -1)
             logits = self.step(ids, positions, 3)
         alone = [
@@ -240,7 +240,7 @@ class PairDecoder:
             ).logits[0, -1]
             for prompt, ids in zip(prompts, said, strict=True)
         ]
-        self.belt.release()
+        self.live.release()
         return close(logits, torch.stack(alone))
 
 
@@ -262,7 +262,7 @@ class TargetTexts:
 def _positions(decoder: Any, positions: Tensor) -> Iterator[None]:
     """Let a decoder with absolute positions use [B, 1] of them, one per row, where it would use one for all.
 
-    T5's positions are distances, which the belt's columns give by themselves.
+    T5's positions are distances, which the live cache's columns give by themselves.
     """
     table: nn.Module | None = getattr(decoder, "embed_positions", None)
     if table is None:

@@ -20,7 +20,7 @@ CHUNK = 8192
 
 
 @dataclass(slots=True)
-class Batch:
+class OracleBatch:
     """One or many batches that a method could have drawn.
 
     `trajectory` has B rows, `logp` [B, T] is the policy's log-probability of their tokens, with gradient, and
@@ -36,7 +36,7 @@ class Batch:
     batches: int = 1
 
 
-Loss = Callable[[Batch], Tensor]
+Loss = Callable[[OracleBatch], Tensor]
 
 
 def take(trajectory: Trajectory, rows: Int[Tensor, " B"]) -> Trajectory:
@@ -112,11 +112,11 @@ def expected_gradient(
     index, prob = index[prob > 0], prob[prob > 0]  # what is never drawn has no ratio, and 0 * NaN is NaN
     everything = mdp.trajectory(source, gamma=gamma, kl=kl, value=value)
 
-    def draw(index: Tensor) -> Batch:
+    def draw(index: Tensor) -> OracleBatch:
         rows = index.flatten()
         trajectory = take(everything, rows)
         trajectory.group = torch.arange(len(rows) // size).repeat_interleave(size)
-        return Batch(trajectory, mdp.sequence_logp(logits)[rows], rows, logits, len(index))
+        return OracleBatch(trajectory, mdp.sequence_logp(logits)[rows], rows, logits, len(index))
 
     total = torch.zeros_like(logits)
     for part, weight in zip(index.split(CHUNK), prob.split(CHUNK), strict=True):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from steersman.advantage.group import leave_one_out
 from steersman.loss.distillation import distillation, still_to_come
-from steersman.ops.divergence import Divergence, Listed, Whole, linear_divergence, sorted_distance
+from steersman.ops.divergence import Divergence, TeacherStates, TeacherTopK, linear_divergence, sorted_distance
 from steersman.ops.logprob import Head
-from steersman.tabular.oracle import Batch, exact_gradient, expected_gradient, relative_deviation
+from steersman.tabular.oracle import OracleBatch, exact_gradient, expected_gradient, relative_deviation
 from steersman.tabular.population import descend, descend_frozen
 from steersman.tabular.preference_check import FixedPoint
 from steersman.tabular.token_mdp import TokenMDP
@@ -29,11 +29,15 @@ def example() -> TokenMDP:
 
 
 def step_divergence(
-    mdp: TokenMDP, logits: Float[Tensor, "S V"], kind: Divergence, mix: float = 0.5, teacher: Listed | None = None
+    mdp: TokenMDP,
+    logits: Float[Tensor, "S V"],
+    kind: Divergence,
+    mix: float = 0.5,
+    teacher: TeacherTopK | None = None,
 ) -> Float[Tensor, " S"]:
     """D(teacher, student) in every state, by the same code that training uses."""
     table = Head(torch.eye(mdp.vocab, dtype=torch.float64))
-    return linear_divergence(logits, table, teacher or Whole(mdp.logp_ref, table), kind, mix=mix)
+    return linear_divergence(logits, table, teacher or TeacherStates(mdp.logp_ref, table), kind, mix=mix)
 
 
 def _tied(mdp: TokenMDP) -> Tensor:
@@ -114,7 +118,7 @@ def check_reverse_reward(mdp: TokenMDP) -> FixedPoint:
 def check_listed(mdp: TokenMDP, k: int = 2) -> FixedPoint:
     """Of what is not listed only the sum is compared, on the student's side too."""
     ids = mdp.logp_ref.topk(k).indices
-    few = Listed(ids, mdp.logp_ref.gather(1, ids))
+    few = TeacherTopK(ids, mdp.logp_ref.gather(1, ids))
     states = mdp.state_prob(mdp.logp_ref)
     logits = descend(lambda x: states @ step_divergence(mdp, x, "reverse_kl", teacher=few), _some(mdp))
     deviation = _gap(logits.softmax(-1).gather(1, ids), few.logp.exp())
@@ -131,7 +135,7 @@ def check_sorted(mdp: TokenMDP) -> FixedPoint:
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 0.1 * 1e-6 ** (step / steps)
         optimiser.zero_grad()
-        sorted_distance(logits, table, Whole(mdp.logp_ref, table), chunk=1024).sum().backward()
+        sorted_distance(logits, table, TeacherStates(mdp.logp_ref, table), chunk=1024).sum().backward()
         optimiser.step()
     logits = logits.detach()
     ranked = [x.sort(-1).values for x in (logits.softmax(-1), mdp.logp_ref.exp())]
@@ -139,10 +143,10 @@ def check_sorted(mdp: TokenMDP) -> FixedPoint:
     return _row(mdp, "uld", "2402.12030", statement, logits, _gap(*ranked))
 
 
-def _loss(mdp: TokenMDP, *, whole: bool = False, reward: bool = False) -> Callable[[Batch], Tensor]:
+def _loss(mdp: TokenMDP, *, whole: bool = False, reward: bool = False) -> Callable[[OracleBatch], Tensor]:
     """What each step of an answer adds to what training descends, averaged by "episode"."""
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: OracleBatch) -> Tensor:
         rows, mask = batch.rows, batch.trajectory.mask
         per_state = step_divergence(mdp, batch.logits, "reverse_kl")
         divergence = mdp.along(per_state, rows)[:, :-1]

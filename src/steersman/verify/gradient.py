@@ -18,7 +18,7 @@ from steersman.algorithms import Algorithm, Coefficients
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.ops.distributions import top_p_mask
 from steersman.ops.kl import kl_loss
-from steersman.tabular.oracle import Batch, Table, exact_gradient, expected_gradient, relative_deviation
+from steersman.tabular.oracle import OracleBatch, Table, exact_gradient, expected_gradient, relative_deviation
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
 
@@ -123,12 +123,12 @@ def arbitrary_critic(mdp: TokenMDP) -> Tensor:
     return torch.randn(len(mdp.states), generator=generator, dtype=torch.float64)
 
 
-def batch_loss(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Callable[[Batch], Tensor]:
+def batch_loss(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Callable[[OracleBatch], Tensor]:
     """The number whose gradient the method descends, for one draw of a batch."""
     coef = Coefficients(beta=mdp.beta, beta_old=1.0)
     greedy = episode_return(mdp.trajectory(logits, mdp.greedy(logits)))
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: OracleBatch) -> Tensor:
         traj = batch.trajectory
         if algorithm.baseline == "greedy":
             traj.baseline = greedy[mdp.prompt[batch.rows]]

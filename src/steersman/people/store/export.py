@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from steersman.data.config import JudgementsConfig
+from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
 from steersman.people.store.reading import StoredRows
@@ -31,9 +31,7 @@ class Export(Section):
     ties: Literal["keep", "drop"] = Field(
         default="drop", description="pairs and rankings with ties: leave them out, or keep them for data.ties"
     )
-    judgements: JudgementsConfig = Field(
-        default=JudgementsConfig(), description="which judgements count, and how much"
-    )
+    judgements: CountingConfig = Field(default=CountingConfig(), description="which judgements count, and how much")
     out: str = Field(description="JSONL file to write")
 
 

@@ -22,7 +22,7 @@ from steersman.people.store.database import Store, now
 from steersman.people.store.items import NewItem, add_item, make_queue
 from steersman.people.store.judgements import imported
 from steersman.people.store.raters import imported_rater
-from steersman.people.store.schema import Conversation, Item, Judgement, Turn
+from steersman.people.store.schema import Conversation, Item, JudgementRow, Turn
 from steersman.people.store.verdicts import checked, storable
 from steersman.run.untrusted import UntrustedError, parse_json
 from steersman.types import SteersmanError
@@ -345,7 +345,7 @@ def _store(
     when: float,
     **more: Any,
 ) -> None:
-    row = Judgement(
+    row = JudgementRow(
         key=_id(*key), rater_id=rater, task=task, verdict=verdict, created=when, source=source,
         sides=None, **({"seconds": None} | more),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, aliased
 
 from steersman.people.store.database import now
 from steersman.people.store.items import Shown
-from steersman.people.store.schema import Assignment, Item, Judgement, Turn
+from steersman.people.store.schema import Assignment, Item, JudgementRow, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
 
@@ -19,7 +19,9 @@ UNDO = "undo"
 LONGEST_SECONDS = 24 * 3600.0
 
 
-def judge_item(session: Session, shown: Shown, verdict: Any, *, key: str, seconds: float | None = None) -> Judgement:
+def judge_item(
+    session: Session, shown: Shown, verdict: Any, *, key: str, seconds: float | None = None
+) -> JudgementRow:
     """Stores the verdict on an item that the rater was shown, and closes it.
 
     The same `key` again gives the row that is there already; so does another verdict on a closed item, since the
@@ -29,8 +31,8 @@ def judge_item(session: Session, shown: Shown, verdict: Any, *, key: str, second
     found = by_key(session, key, assignment.rater_id)
     if found is None and assignment.state != "open":
         found = session.scalar(
-            select(Judgement).where(
-                Judgement.item_id == shown.item.id, Judgement.rater_id == assignment.rater_id, live()
+            select(JudgementRow).where(
+                JudgementRow.item_id == shown.item.id, JudgementRow.rater_id == assignment.rater_id, live()
             )
         )
     if found is not None:
@@ -46,7 +48,7 @@ def judge_item(session: Session, shown: Shown, verdict: Any, *, key: str, second
 
 def judge_turn(
     session: Session, turn: Turn, rater_id: int, verdict: Any, *, key: str, seconds: float | None = None
-) -> Judgement:
+) -> JudgementRow:
     """Stores a thumb for an answer in a chat; of several by one rater the newest counts."""
     found = by_key(session, key, rater_id)
     if found is not None:
@@ -55,22 +57,25 @@ def judge_turn(
     return _insert(session, _row("thumb", rater_id, said, key=key, turn_id=turn.id, seconds=seconds))
 
 
-def imported(session: Session, row: Judgement) -> bool:
+def imported(session: Session, row: JudgementRow) -> bool:
     """Stores a judgement of another program; False where its key is there already."""
-    if session.scalar(select(Judgement.id).where(Judgement.key == row.key)) is not None:
+    if session.scalar(select(JudgementRow.id).where(JudgementRow.key == row.key)) is not None:
         return False
     session.add(row)
     session.flush()
     return True
 
 
-def undo(session: Session, rater_id: int, *, key: str) -> Judgement | None:
+def undo(session: Session, rater_id: int, *, key: str) -> JudgementRow | None:
     """Takes back the rater's newest judgement and opens its item again; None where there is none to take back."""
     found = by_key(session, key, rater_id)
     if found is not None:
         return found
     last = session.scalar(
-        select(Judgement).where(Judgement.rater_id == rater_id, live()).order_by(Judgement.id.desc()).limit(1)
+        select(JudgementRow)
+        .where(JudgementRow.rater_id == rater_id, live())
+        .order_by(JudgementRow.id.desc())
+        .limit(1)
     )
     if last is None:
         return None
@@ -88,24 +93,24 @@ def undo(session: Session, rater_id: int, *, key: str) -> Judgement | None:
 
 def live() -> ColumnElement[bool]:
     """True of judgements that were not taken back and take none back."""
-    later = aliased(Judgement)
-    return (Judgement.task != UNDO) & ~select(later.id).where(later.undoes == Judgement.id).exists()
+    later = aliased(JudgementRow)
+    return (JudgementRow.task != UNDO) & ~select(later.id).where(later.undoes == JudgementRow.id).exists()
 
 
-def by_key(session: Session, key: str, rater_id: int) -> Judgement | None:
+def by_key(session: Session, key: str, rater_id: int) -> JudgementRow | None:
     """The judgement that was sent under this key. Raises SteersmanError for no UUID and for another rater's."""
-    found = session.scalar(select(Judgement).where(Judgement.key == checked_key(key)))
+    found = session.scalar(select(JudgementRow).where(JudgementRow.key == checked_key(key)))
     if found is not None and found.rater_id != rater_id:
         raise SteersmanError("key: another judgement has this key; make a new random UUID")
     return found
 
 
-def thumbs(session: Session, rater_id: int, turn_ids: list[str]) -> dict[str, Judgement]:
+def thumbs(session: Session, rater_id: int, turn_ids: list[str]) -> dict[str, JudgementRow]:
     """The rater's newest thumb for each of the turns."""
     rows = session.scalars(
-        select(Judgement)
-        .where(Judgement.rater_id == rater_id, Judgement.turn_id.in_(turn_ids), live())
-        .order_by(Judgement.id)
+        select(JudgementRow)
+        .where(JudgementRow.rater_id == rater_id, JudgementRow.turn_id.in_(turn_ids), live())
+        .order_by(JudgementRow.id)
     )
     return {str(row.turn_id): row for row in rows}
 
@@ -114,9 +119,9 @@ def last_item(session: Session, rater_id: int) -> Item | None:
     """The item of the rater's newest judgement that counts."""
     return session.scalar(
         select(Item)
-        .join(Judgement, Judgement.item_id == Item.id)
-        .where(Judgement.rater_id == rater_id, live())
-        .order_by(Judgement.id.desc())
+        .join(JudgementRow, JudgementRow.item_id == Item.id)
+        .where(JudgementRow.rater_id == rater_id, live())
+        .order_by(JudgementRow.id.desc())
         .limit(1)
     )
 
@@ -128,22 +133,22 @@ def checked_key(key: str) -> str:
         raise SteersmanError("key: every judgement carries a random UUID of its client's making") from None
 
 
-def _row(task: str, rater_id: int, verdict: dict[str, Any], *, key: str, **more: Any) -> Judgement:
+def _row(task: str, rater_id: int, verdict: dict[str, Any], *, key: str, **more: Any) -> JudgementRow:
     seconds = more.pop("seconds", None)
     if seconds is not None:
         seconds = min(max(float(seconds), 0.0), LONGEST_SECONDS) if seconds == seconds else None
-    return Judgement(
+    return JudgementRow(
         key=checked_key(key), rater_id=rater_id, task=task, verdict=verdict, seconds=seconds, created=now(),
         source="collect", **more,
     )  # fmt: skip
 
 
-def _insert(session: Session, row: Judgement) -> Judgement:
+def _insert(session: Session, row: JudgementRow) -> JudgementRow:
     try:
         with session.begin_nested():
             session.add(row)
     except IntegrityError:  # the same request came twice at once: the other one was first
-        found = session.scalar(select(Judgement).where(Judgement.key == row.key))
+        found = session.scalar(select(JudgementRow).where(JudgementRow.key == row.key))
         if found is None or found.rater_id != row.rater_id:
             raise
         return found

@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from steersman.data.config import JudgementsConfig
+from steersman.data.config import CountingConfig
 from steersman.people.store.conversations import all_turns, messages, path_to
 from steersman.people.store.items import CHAT
 from steersman.people.store.judgements import live
-from steersman.people.store.schema import Answer, Item, Judgement, Model, Queue, Rater, Turn
+from steersman.people.store.schema import Answer, Item, JudgementRow, Model, Queue, Rater, Turn
 from steersman.people.store.verdicts import Verdict, agrees
 
 
@@ -40,7 +40,7 @@ class Opinion:
     seconds: float | None
 
 
-def opinions(session: Session, config: JudgementsConfig) -> list[Opinion]:
+def opinions(session: Session, config: CountingConfig) -> list[Opinion]:
     """All that count under the configuration, oldest first: no skips, no gold items, nothing that was undone, of the
     thumbs of one rater for one turn the newest, and no rater without weight or with too few gold items right."""
     results = gold_results(session) if config.min_gold else {}
@@ -69,13 +69,13 @@ def everything(session: Session, *, gold: bool = False) -> Iterator[Opinion]:
         answers[answer.item_id].append(answer)
     paths = _Paths(session)
     rows = session.execute(
-        select(Judgement, Rater.pseudonym, Item, Queue.name, Turn)
-        .join(Rater, Rater.id == Judgement.rater_id)
-        .outerjoin(Item, Item.id == Judgement.item_id)
+        select(JudgementRow, Rater.pseudonym, Item, Queue.name, Turn)
+        .join(Rater, Rater.id == JudgementRow.rater_id)
+        .outerjoin(Item, Item.id == JudgementRow.item_id)
         .outerjoin(Queue, Queue.id == Item.queue_id)
-        .outerjoin(Turn, Turn.id == Judgement.turn_id)
+        .outerjoin(Turn, Turn.id == JudgementRow.turn_id)
         .where(live())
-        .order_by(Judgement.id)
+        .order_by(JudgementRow.id)
     )
     for judgement, rater, item, queue, turn in rows:
         if item is not None and (item.gold is not None) == gold:

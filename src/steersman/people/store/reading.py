@@ -23,7 +23,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from steersman.data.config import JudgementsConfig
+from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
 from steersman.people.store.database import open_store
@@ -51,13 +51,13 @@ class StoredRows:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def kinds(self, config: JudgementsConfig) -> list[Kind]:
+    def kinds(self, config: CountingConfig) -> list[Kind]:
         """The kinds that there are judgements for, the one with the most first."""
         told = [o.task for o in self._opinions(config)]
         counts: dict[Kind, int] = {kind: sum(task in tasks for task in told) for kind, tasks in TASKS.items()}
         return sorted([k for k in counts if counts[k]], key=lambda k: -counts[k])
 
-    def rows(self, want: Kind, config: JudgementsConfig) -> Iterator[Row]:
+    def rows(self, want: Kind, config: CountingConfig) -> Iterator[Row]:
         """Rows that give examples of the kind. Thumbs come from pairs, split in two, where the store has no thumb.
 
         Raises SteersmanError where the store has nothing for it.
@@ -82,7 +82,7 @@ class StoredRows:
                 f"what it has: {', '.join(self.kinds(config)) or 'no judgement'}"
             )
 
-    def _opinions(self, config: JudgementsConfig) -> list[Opinion]:
+    def _opinions(self, config: CountingConfig) -> list[Opinion]:
         store = open_store(self.url, create=False)
         try:
             with store.read() as session:

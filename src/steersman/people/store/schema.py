@@ -148,7 +148,7 @@ class Assignment(Base):
     created: Mapped[float]
 
 
-class Judgement(Base):
+class JudgementRow(Base):
     """What a rater said of an item's answers or of a turn; append-only.
 
     `key` is a UUID of the client's making: a request that is sent again is stored once. `sides` is the order in which

@@ -77,7 +77,7 @@ class Batchwise:
     def check(self, server: Server, vocabulary: int) -> None:
         told = server.get("/version")
         if not isinstance(told, dict) or "steersman" not in told:
-            raise SteersmanError(server.told("it is no engine of steersman; for vLLM set rollout.engine: vllm"))
+            raise SteersmanError(server.message("it is no engine of steersman; for vLLM set rollout.engine: vllm"))
 
 
 class Promptwise:
@@ -107,7 +107,7 @@ class Promptwise:
         version = str(told.get("version", "")) if isinstance(told, dict) else ""
         if numbers(version) < numbers(TRIED):
             raise SteersmanError(
-                server.told(
+                server.message(
                     f"vLLM {version or 'of an unknown version'}; its routes for training came with {TRIED}, which "
                     "the extra steersman[vllm] names"
                 )
@@ -116,8 +116,8 @@ class Promptwise:
         names = [one.get("id") for one in models.get("data", [])] if isinstance(models, dict) else []
         if self.model not in names:
             raise SteersmanError(
-                server.told(f"it serves {', '.join(map(str, names)) or 'nothing'}, not {self.model}: start it with "
-                            f"--served-model-name {self.model}")
+                server.message(f"it serves {', '.join(map(str, names)) or 'nothing'}, not {self.model}: start it "
+                            f"with --served-model-name {self.model}")
             )  # fmt: skip
         server.weights()
 

@@ -25,7 +25,7 @@ from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
 
 
 @dataclass(slots=True)
-class Growing:
+class PendingResponse:
     """A response while it grows; `prompt.ids + ids` is what it goes on from after a cut."""
 
     prompt: Prompt
@@ -127,11 +127,11 @@ class RemoteGenerator:
             progress(len(done), len(done), sum(len(s.ids) for s in done))
         return done
 
-    def _wave(self, groups: list[list[Growing]], call: Call, n: int) -> None:
+    def _wave(self, groups: list[list[PendingResponse]], call: Call, n: int) -> None:
         """Asks once for each group, a prompt's samples or one that goes on; cut answers stay unfinished."""
         shares = _shares(groups, len(self.stations))
 
-        def ask(station: Station, share: list[list[Growing]]) -> None:
+        def ask(station: Station, share: list[list[PendingResponse]]) -> None:
             with self._traffic.under_way():
                 asked = [self._asked(group[0], call.sampling, n) for group in share]
                 for group, found in zip(share, station.complete(asked, call), strict=True):
@@ -142,7 +142,7 @@ class RemoteGenerator:
             for done in [pool.submit(ask, s, share) for s, share in zip(self.stations, shares, strict=True) if share]:
                 done.result()
 
-    def _asked(self, first: Growing, sampling: Sampling, n: int) -> Asked:
+    def _asked(self, first: PendingResponse, sampling: Sampling, n: int) -> Asked:
         have = len(first.ids)
         key = (first.prompt.index, first.occurrence)
         if first.cuts:
@@ -152,7 +152,7 @@ class RemoteGenerator:
             max(sampling.min_new_tokens - have, 0),
         )  # fmt: skip
 
-    def _grow(self, one: Growing, reply: Reply, station: Station, call: Call) -> None:
+    def _grow(self, one: PendingResponse, reply: Reply, station: Station, call: Call) -> None:
         assert station.snapshot is not None
         one.ids += reply.ids
         one.logp += reply.logp
@@ -165,7 +165,7 @@ class RemoteGenerator:
         else:
             one.finish = "length"
 
-    def _sample(self, one: Growing, sampling: Sampling, texts: Texts, record: bool) -> Sample:
+    def _sample(self, one: PendingResponse, sampling: Sampling, texts: Texts, record: bool) -> Sample:
         assert one.finish is not None
         text = self._stop_over_a_cut(one, texts, sampling.min_new_tokens)
         if text is None and one.finish == "stop":
@@ -178,7 +178,7 @@ class RemoteGenerator:
             one.prompt, one.ids, one.logp, one.finish, text, one.index, support, version=one.version
         )  # fmt: skip
 
-    def _stop_over_a_cut(self, one: Growing, texts: Texts, shortest: int) -> str | None:
+    def _stop_over_a_cut(self, one: PendingResponse, texts: Texts, shortest: int) -> str | None:
         """Ends a response at a stop string that began before a cut and ended behind it; its text then."""
         for cut in one.cuts if texts.stop else ():
             for end in range(max(cut, shortest) + 1, min(cut + texts.window, len(one.ids)) + 1):
@@ -189,7 +189,7 @@ class RemoteGenerator:
                     return text
         return None
 
-    def _support(self, one: Growing, sampling: Sampling) -> list[Tensor] | None:
+    def _support(self, one: PendingResponse, sampling: Sampling) -> list[Tensor] | None:
         """What could be sampled at each token, where that was not the whole vocabulary of the policy."""
         if sampling.truncates:
             return one.support
@@ -275,19 +275,19 @@ class Traffic:
                 self._changed.notify_all()
 
 
-def _started(prompts: Sequence[Prompt], n: int) -> list[list[Growing]]:
+def _started(prompts: Sequence[Prompt], n: int) -> list[list[PendingResponse]]:
     met: dict[int, int] = {}
     out = []
     for prompt in prompts:
         occurrence = met[prompt.index] = met.get(prompt.index, -1) + 1
-        out.append([Growing(prompt, occurrence, j) for j in range(n)])
+        out.append([PendingResponse(prompt, occurrence, j) for j in range(n)])
     return out
 
 
-def _shares(groups: list[list[Growing]], servers: int) -> list[list[list[Growing]]]:
+def _shares(groups: list[list[PendingResponse]], servers: int) -> list[list[list[PendingResponse]]]:
     """The groups in as many contiguous shares as there are servers; what has one prompt stays together, so that a
     server counts its occurrences as one engine would."""
-    out: list[list[list[Growing]]] = [[] for _ in range(servers)]
+    out: list[list[list[PendingResponse]]] = [[] for _ in range(servers)]
     home: dict[int, int] = {}
     for place, group in enumerate(groups):
         index = group[0].prompt.index

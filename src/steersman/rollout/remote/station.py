@@ -94,15 +94,15 @@ class Station:
         server.load(str(snapshot.path), name)
         confirmed = server.weights()
         if confirmed != name:
-            raise ReceiptError(server.told(f"it says that its weights are {confirmed!r}, and was sent {name!r}"))
+            raise ReceiptError(server.message(f"it says that its weights are {confirmed!r}, and was sent {name!r}"))
         held = server.digests(str(snapshot.path))
         wrong = first_difference(snapshot.digests, held)
         if wrong:
-            raise ReceiptError(server.told(f"the weights of version {snapshot.version} are not there: {wrong}"))
+            raise ReceiptError(server.message(f"the weights of version {snapshot.version} are not there: {wrong}"))
         gap = self._gap(snapshot)
         if not gap <= self.tolerance:
             raise ReceiptError(
-                server.told(
+                server.message(
                     f"its log-probabilities differ from the policy's by up to {gap:.3g} nats, and {self.tolerance:g} "
                     f"is allowed (rollout.tolerance), though every tensor of version {snapshot.version} arrived: "
                     "another architecture or precision, a stale cache, or weights that it tied or left out"
@@ -116,7 +116,7 @@ class Station:
         call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False)
         found = self.dialect.complete(self.server, asked, call)
         if any(answers is None for answers in found):
-            raise ServerGoneError(self.server.told("it was gone while its weights were looked at"))
+            raise ServerGoneError(self.server.message("it was gone while its weights were looked at"))
         return max(
             abs(reply.logp[0] - float(canary.logp[reply.ids[0]]))
             for canary, answers in zip(snapshot.canaries, found, strict=True)
@@ -133,7 +133,7 @@ class Station:
         found = self.server.weights()
         if found != self._weights_name(self.snapshot):
             raise SteersmanError(
-                self.server.told(
+                self.server.message(
                     f"another run has loaded its weights ({found}); give each run a server of its own (rollout.url)"
                 )
             )
@@ -148,7 +148,7 @@ class Station:
     def _restart(self) -> None:
         if self.launched is None or self._closed:
             raise ServerGoneError(
-                self.server.told("it is gone, and steersman did not start it: start it, then --resume")
+                self.server.message("it is gone, and steersman did not start it: start it, then --resume")
             )
         self.restarts += 1
         self._ready = False
@@ -157,7 +157,7 @@ class Station:
         self.launched.start()
 
     def _name(self) -> str:
-        return self.launched.name if self.launched is not None else self.server.told("it")
+        return self.launched.name if self.launched is not None else self.server.message("it")
 
     def _trouble(self) -> str:
         return self.launched.trouble() if self.launched is not None else ""

@@ -111,7 +111,7 @@ class Server:
             first = found["results"][0]
             return {kind: dict(first[kind]) for kind in ("file", "live")}
         except (LookupError, TypeError, ValueError) as error:
-            raise BadReplyError(self.told(f"no digests of its weights: {_cut(found)}")) from error
+            raise BadReplyError(self.message(f"no digests of its weights: {_cut(found)}")) from error
 
     def pause(self) -> None:
         """Cuts what is under way, which comes back as far as it is, and begins nothing until `resume`."""
@@ -120,7 +120,7 @@ class Server:
     def resume(self) -> None:
         self.post("/resume")
 
-    def told(self, what: str) -> str:
+    def message(self, what: str) -> str:
         """An error's text, with the server's address."""
         return f"rollout server {printable(self.url)}: {what}"
 
@@ -130,23 +130,23 @@ class Server:
             response = self._client.request(method, self.url + path, json=body, timeout=limit)
         except httpx2.TimeoutException as error:
             raise ServerGoneError(
-                self.told(f"it took {path} and gave no answer within {limit:g} seconds (rollout.timeout)")
+                self.message(f"it took {path} and gave no answer within {limit:g} seconds (rollout.timeout)")
             ) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise SteersmanError(self.told(f"no address that can be asked ({error}); see rollout.url")) from error
+            raise SteersmanError(self.message(f"no address that can be asked ({error}); see rollout.url")) from error
         except httpx2.TransportError as error:
-            raise ServerGoneError(self.told(f"it can not be reached ({type(error).__name__}: {error})")) from error
+            raise ServerGoneError(self.message(f"it can not be reached ({type(error).__name__}: {error})")) from error
         if response.status_code == 404:
             raise SteersmanError(
-                self.told(
+                self.message(
                     f"it has no route {path.split('?')[0]}. vLLM 0.32 or newer has it, started with the environment "
                     "variable VLLM_SERVER_DEV_MODE=1; docs/how-to/vllm.md has the whole command"
                 )
             )
         if response.status_code != 200:
-            raise SteersmanError(self.told(f"status {response.status_code} of {path}: {_cut(response.text)}"))
+            raise SteersmanError(self.message(f"status {response.status_code} of {path}: {_cut(response.text)}"))
         if len(response.content) > LARGEST_REPLY:
-            raise BadReplyError(self.told(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
+            raise BadReplyError(self.message(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
         return self._read(path, response.content)
 
     def _read(self, path: str, raw: bytes) -> Any:
@@ -156,7 +156,7 @@ class Server:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise BadReplyError(
-                self.told(f"the reply to {path} is no JSON: {_cut(raw.decode(errors='replace'))}")
+                self.message(f"the reply to {path} is no JSON: {_cut(raw.decode(errors='replace'))}")
             ) from error
 
 
@@ -171,15 +171,15 @@ def replies(
     choices = found.get("choices") if isinstance(found, dict) else None
     wanted = sum(one.n for one in asked)
     if not isinstance(choices, list):
-        raise BadReplyError(server.told(f"a reply without answers: {_cut(found)}"))
+        raise BadReplyError(server.message(f"a reply without answers: {_cut(found)}"))
     if len(choices) != wanted:
-        raise BadReplyError(server.told(f"{len(choices)} answers where {wanted} were asked for"))
+        raise BadReplyError(server.message(f"{len(choices)} answers where {wanted} were asked for"))
     placed: dict[int, Any] = {}
     for choice in choices:
         index = choice.get("index") if isinstance(choice, dict) else None
         if not isinstance(index, int) or not 0 <= index < wanted or index in placed:
             raise BadReplyError(
-                server.told(f"an answer has the number {_cut(index)}; each of 0 to {wanted - 1} comes once")
+                server.message(f"an answer has the number {_cut(index)}; each of 0 to {wanted - 1} comes once")
             )
         placed[index] = choice
     owners = [one for one in asked for _ in range(one.n)]
@@ -192,18 +192,22 @@ def _reply(server: Server, choice: dict[str, Any], asked: Asked, vocabulary: int
     ids, finish = choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
         raise BadReplyError(
-            server.told(f"an answer with ids outside the vocabulary of {vocabulary}: {_cut(ids)}; another model's?")
+            server.message(
+                f"an answer with ids outside the vocabulary of {vocabulary}: {_cut(ids)}; another model's?"
+            )
         )
     if len(ids) > asked.max_new_tokens:
-        raise BadReplyError(server.told(f"an answer of {len(ids)} tokens where {asked.max_new_tokens} were the most"))
+        raise BadReplyError(
+            server.message(f"an answer of {len(ids)} tokens where {asked.max_new_tokens} were the most")
+        )
     if finish not in ("stop", "length", "abort") or (not ids and finish != "abort"):
-        raise BadReplyError(server.told(f"an answer of {len(ids)} tokens that ended with {_cut(finish)}"))
+        raise BadReplyError(server.message(f"an answer of {len(ids)} tokens that ended with {_cut(finish)}"))
     content = (choice.get("logprobs") or {}).get("content") or []
     logp: list[Any] = [one.get("logprob") if isinstance(one, dict) else None for one in content]
     if len(logp) != len(ids) or not all(isinstance(x, float | int) and UNREACHED < x <= ROUNDING for x in logp):
         wrong = next((x for x in logp if not isinstance(x, float | int) or not UNREACHED < x <= ROUNDING), len(logp))
         raise BadReplyError(
-            server.told(
+            server.message(
                 f"{len(logp)} log-probabilities for {len(ids)} tokens, or one that is none ({_cut(wrong)}): its "
                 "weights may hold NaN"
             )

@@ -14,7 +14,7 @@ from steersman import native
 from steersman.rollout import Engine, Sampling
 from steersman.rollout import decoder as decoder_room
 from steersman.rollout.decoder import Decoder
-from steersman.rollout.fast import whole as room
+from steersman.rollout.fast import compiled_step as room
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 
@@ -30,20 +30,20 @@ def model_of(name: str):
 def steps(monkeypatch):
     """Counts compiled steps, and those whose logits were used."""
     seen = SimpleNamespace(made=0, trusted=0)
-    inner = room.Whole.__call__
+    inner = room.CompiledStep.__call__
 
     def call(self, *args):
         seen.made += 1
         seen.trusted += self.proven
         return inner(self, *args)
 
-    monkeypatch.setattr(room.Whole, "__call__", call)
+    monkeypatch.setattr(room.CompiledStep, "__call__", call)
     return seen
 
 
 def by_modules(monkeypatch, model, *args, **settings):
     with monkeypatch.context() as patch:
-        patch.setattr(decoder_room, "whole_of", lambda *_: None)
+        patch.setattr(decoder_room, "compiled_step_of", lambda *_: None)
         return Engine(model, max_batch=6, eos_token_id=ENDS).generate(*args, **settings)
 
 
@@ -62,12 +62,12 @@ def test_samples_are_those_of_the_modules(name, n, steps, monkeypatch):
 
 
 def laid(model, prompts, rows):
-    """A decoder whose belt holds these rows of a prefill, and the ids and positions of their first step."""
+    """A decoder whose live cache holds these rows of a prefill, and the ids and positions of their first step."""
     decoder = Decoder(model)
     cache, _ = decoder.prefill(prompts)
-    decoder.belt.clear(len(prompts[0]))
-    decoder.belt.reserve(len(rows), 64, cache)
-    decoder.belt.admit(cache, torch.tensor(rows), len(prompts[0]))
+    decoder.live.clear(len(prompts[0]))
+    decoder.live.reserve(len(rows), 64, cache)
+    decoder.live.admit(cache, torch.tensor(rows), len(prompts[0]))
     ids = torch.arange(3, 3 + len(rows))[:, None]
     return decoder, ids, torch.full((len(rows), 1), len(prompts[0]))
 
@@ -79,12 +79,12 @@ def test_rows_of_one_prompt_read_one_copy_of_it():
     results = []
     for poisoned in ((), (2, 4)):
         decoder, ids, positions = laid(model, prompts, [0, 1, 0, 1, 1])
-        assert decoder.belt.reading().tolist() == [[0, 2, 1, 3, 4], [0] * 5, [0, 1, 0, 1, 1], [20] * 5]
+        assert decoder.live.reading().tolist() == [[0, 2, 1, 3, 4], [0] * 5, [0, 1, 0, 1, 1], [20] * 5]
         for row in poisoned:  # the last four columns do not fill a tile and are read from each row's own copy
-            for belt in decoder.belt.belts:
-                belt.keys[row, :, :16] = belt.values[row, :, :16] = torch.nan
-        decoder.belt.step(20)
-        results.append(room.Whole(model, 5)(ids, positions, decoder.belt))
+            for layer in decoder.live.live_layers:
+                layer.keys[row, :, :16] = layer.values[row, :, :16] = torch.nan
+        decoder.live.step(20)
+        results.append(room.CompiledStep(model, 5)(ids, positions, decoder.live))
     assert torch.equal(*results)
     rows = [[*prompts[p], int(i)] for p, i in zip([0, 1, 0, 1, 1], ids, strict=True)]
     expected = model(torch.tensor(rows)).logits[:, -1]
@@ -94,8 +94,8 @@ def test_rows_of_one_prompt_read_one_copy_of_it():
 @torch.inference_mode()
 def test_rows_that_move_or_lose_their_leader_are_read_rightly():
     decoder, _, _ = laid(tiny_model("llama"), [list(range(5, 25)), list(range(30, 50))], [0, 0, 1, 0, 1])
-    decoder.belt.keep(4, [(0, 4)])  # the first row leaves, the last takes its place
-    assert decoder.belt.reading().tolist() == [[0, 2, 1, 3], [0] * 4, [0, 1, 0, 1], [20] * 4]
+    decoder.live.keep(4, [(0, 4)])  # the first row leaves, the last takes its place
+    assert decoder.live.reading().tolist() == [[0, 2, 1, 3], [0] * 4, [0, 1, 0, 1], [20] * 4]
 
 
 @pytest.mark.parametrize("change", ["hook", "parameter of another kind", "bias", "unknown gate"])

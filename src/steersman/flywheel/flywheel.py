@@ -23,7 +23,7 @@ LOOK = 1 << 30
 """Stream of the held-out answers: the same in every round."""
 
 
-class Wheel:
+class Flywheel:
     """A loop's standing parts, and its steps as tables in the ledger.
 
     `train` and `held` are the prompts; the judge decides what is learned, `gold` (the recipe's `watch`) only looks.

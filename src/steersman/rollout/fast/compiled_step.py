@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from steersman.native import step
 from steersman.native.products import rearrange
-from steersman.rollout.cache import Belt
+from steersman.rollout.cache import LiveCache
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -27,7 +27,7 @@ CLOSE = 1e-3
 """How far logits may be apart, as a share of the largest: more than rounding gives, less than another model would."""
 
 
-class Whole:
+class CompiledStep:
     """One model's weights laid out for compiled steps; they are read when it is made, and stand for one call."""
 
     def __init__(self, model: Any, rows: int) -> None:
@@ -64,14 +64,14 @@ class Whole:
         self.buffers: list[Tensor | None] = []
         self.proven = False
 
-    def _reads(self, belt: Belt) -> bool:
-        """Whether the belt's buffers are as the weights say: what the modules wrote there may be of another shape."""
-        buffers = [x for part in belt.belts for x in (part.keys, part.values)]
+    def _reads(self, live: LiveCache) -> bool:
+        """Whether the live cache's buffers are as the weights say: the modules may have written another shape."""
+        buffers = [x for part in live.live_layers for x in (part.keys, part.values)]
         if len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers)):
             return True
-        if belt.mask is None or len(belt.belts) != len(self.layers):
+        if live.mask is None or len(live.live_layers) != len(self.layers):
             return False
-        slots, columns = belt.mask.shape
+        slots, columns = live.mask.shape
         shape = (slots, self.model.kv_heads, columns, self.model.width)
         for x in buffers:
             if x is None or x.shape != shape or x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()):
@@ -82,21 +82,21 @@ class Whole:
             layer.keys, layer.values = _at(keys), _at(values)
         return True
 
-    def __call__(self, ids: Tensor, positions: Tensor, belt: Belt) -> Tensor | None:
-        """Logits [B, V] after feeding each row one token, as `Decoder.step`; the belt has prepared the column.
+    def __call__(self, ids: Tensor, positions: Tensor, live: LiveCache) -> Tensor | None:
+        """Logits [B, V] after feeding each row one token, as `Decoder.step`; the live cache has prepared the column.
 
         None, and nothing done, where the cache is not of the shape that the weights say.
         """
-        if not self._reads(belt):
+        if not self._reads(live):
             return None
-        for layer, part in zip(self.layers, belt.belts, strict=True):
+        for layer, part in zip(self.layers, live.live_layers, strict=True):
             layer.first = part.first
         ids, positions = ids.contiguous(), positions.contiguous()
         logits = torch.empty(len(ids), self.model.vocabulary)
-        order, start, leader, until = (row.ctypes.data for row in belt.reading())
+        order, start, leader, until = (row.ctypes.data for row in live.reading())
         now = step.Now(
             ids=_at(ids), positions=_at(positions), order=order, start=start, leader=leader, until=until,
-            logits=_at(logits), rows=len(ids), column=belt.belts[0].column,
+            logits=_at(logits), rows=len(ids), column=live.live_layers[0].column,
             **{name: _at(x) for name, x in self.scratch.items()},
         )  # fmt: skip
         step.decode_step(self.model, now)
@@ -108,7 +108,7 @@ class Whole:
         return self.proven
 
     def _see(self, columns: int) -> None:
-        """The angles of every position the belt has room for."""
+        """The angles of every position the live cache has room for."""
         if self.model.columns == columns:
             return
         cosine, sine = self.rotary(self.scratch["x"], torch.arange(columns)[None])
@@ -118,9 +118,9 @@ class Whole:
         self.model.cosine, self.model.sine, self.model.columns = *map(_at, self.tables), columns
 
 
-def whole_of(model: Any, rows: int) -> Whole | None:
+def compiled_step_of(model: Any, rows: int) -> CompiledStep | None:
     """The model laid out for compiled steps of up to `rows` rows; None where that is not known to be the same."""
-    return Whole(model, rows) if _known(model) else None
+    return CompiledStep(model, rows) if _known(model) else None
 
 
 def _known(model: Any) -> bool:
