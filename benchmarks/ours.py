@@ -36,13 +36,20 @@ from steersman.verbs.sft import SFTRecipe
 OPTIMIZER = {"lr": SETTINGS["lr"], "max_grad_norm": SETTINGS["max_grad_norm"]}
 
 
+def model_of(folder: Path, kind: str, dtype: str, lora: bool) -> dict[str, Any]:
+    """The `model` section: the whole model, or LoRA of rank 16 on all linear layers."""
+    whole = {"path": str(folder / kind), "dtype": dtype}
+    return {**whole, "lora": {"r": 16, "alpha": 32}} if lora else whole
+
+
 def on_policy(
     name: str, folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: int, turns: Turns
 ) -> None:
     """PPO with a critic and a reward model, or GRPO with a reward function; one turn is one iteration."""
     new, _ = sizes(folder)
+    name, lora = name.removesuffix("-lora"), name.endswith("-lora")
     settings: dict[str, Any] = {
-        "model": {"path": str(folder / "policy"), "dtype": dtype},
+        "model": model_of(folder, "policy", dtype, lora),
         "data": {"path": str(folder / "prompts.jsonl"), "wrap_in_chat": False},
         "rollout": {"prompts": rows, "samples": samples, "max_new_tokens": new},
         "algorithm": {"beta": SETTINGS["beta"], "epochs": 1, "minibatches": 1},
@@ -79,12 +86,13 @@ def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int
     counted.
     """
     _, batch = sizes(folder)
+    name, lora = name.removesuffix("-lora"), name.endswith("-lora")
     path = "sft.jsonl" if name == "sft" else "pairs.jsonl"
     kind = "scalar" if name == "reward" else "policy"
     recipe_of: dict[str, Any] = {"dpo": PreferenceRecipe, "reward": RewardModelRecipe, "sft": SFTRecipe}
     recipe = recipe_of[name].model_validate(
         {
-            "model": {"path": str(folder / kind), "dtype": dtype},
+            "model": model_of(folder, kind, dtype, lora),
             "data": {"path": str(folder / path), "limit": steps * batch, "wrap_in_chat": False},
             "train": {"batch_size": batch, "epochs": 1000},
             "optimizer": {**OPTIMIZER, "schedule": "constant"},
@@ -140,7 +148,7 @@ def main() -> None:
     run = {"device": device, "threads": int(threads)}
     if name == "rollout":
         rollout(Path(folder), run, dtype, int(rows), int(samples), turns)
-    elif name in ("ppo", "grpo"):
+    elif name.removesuffix("-lora") in ("ppo", "grpo"):
         on_policy(name, Path(folder), run, dtype, int(rows), int(samples), turns)
     else:
         offline(name, Path(folder), run, dtype, int(rows), turns)

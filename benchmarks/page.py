@@ -38,6 +38,7 @@ def write_page(folder: Path, *, measured: bool) -> Path:
     """Measures the machine's rates (unless `measured` is False and they are known), then writes the page."""
     rates = _rates(folder, measured)
     text = [HEAD, _machine(folder, rates), "## Times and floors\n", _times(folder, rates)]
+    text += ["## A real chat model\n", _chat(folder)]
     text += ["## Where the time goes\n", _phases(folder, rates), "## Rollout beside `generate`\n", _rollout(folder)]
     text += ["## Log-probabilities over 128,000 words\n", _memory(folder), "## Growth\n", _growth(folder)]
     text += ["## GPU\n", _gpu(folder)]
@@ -107,6 +108,27 @@ def _times(folder: Path, rates: Rates) -> str:
                 f"{r['ratio']:.2f} ({pairs}) | {floor:.2f} | {floor / s['steersman']:.2f} | "
                 f"{memory['peer']['peak_mib']:.0f} | {memory['steersman']['peak_mib']:.0f} |"
             )
+    return "\n".join(lines) + "\n"
+
+
+def _chat(folder: Path) -> str:
+    found = read(folder, "chat")
+    if not found:
+        return "Not measured.\n"
+    lines = [
+        f"SmolLM2-135M-Instruct, {found['date']}, by `python benchmarks/chat.py MODEL --pairs FILE`: SFT, reward and "
+        "DPO steps on 8 real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 "
+        "tokens, 48 new tokens. LoRA has rank 16 on all linear layers.\n",
+        "| what | TRL, s | steersman, s | ratio (pairs) | TRL, MiB | ours, MiB | ours / TRL |",
+        "| --- " * 7 + "|",
+    ]
+    for name, r in found["results"].items():
+        s, memory = r["seconds"], {side: r["memory"][side]["peak_mib"] for side in ("peer", "steersman")}
+        lines.append(
+            f"| {name} | {s['peer']:.2f} | {s['steersman']:.2f} | {r['ratio']:.2f} "
+            f"({', '.join(f'{x:.2f}' for x in r['ratios'])}) | {memory['peer']:.0f} | {memory['steersman']:.0f} | "
+            f"{memory['steersman'] / memory['peer']:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

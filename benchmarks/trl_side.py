@@ -69,6 +69,13 @@ def load(folder: Path, kind: str, device: str, dtype: str) -> Any:
     return cls.from_pretrained(folder / kind, dtype=getattr(torch, dtype)).to(device)
 
 
+def adapters(lora: bool) -> Any:
+    """LoRA of rank 16 on all linear layers, where the scenario's name ends in `-lora`."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+
+
 def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int) -> Any:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -91,7 +98,9 @@ def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: i
     )  # fmt: skip
 
 
-def grpo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int) -> Any:
+def grpo(
+    folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int, *, lora: bool = False
+) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     new, _ = sizes(folder)
@@ -109,11 +118,13 @@ def grpo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: 
     return GRPOTrainer(
         model=str(folder / "policy"), args=config, reward_funcs=space["even"], train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "policy", padding_side="left"),
-        callbacks=[TurnTaker(1, rows * samples * new)],
+        callbacks=[TurnTaker(1, rows * samples * new)], peft_config=adapters(lora),
     )  # fmt: skip
 
 
-def offline(name: str, folder: Path, device: str, dtype: str, settings: dict[str, Any], steps: int) -> Any:
+def offline(
+    name: str, folder: Path, device: str, dtype: str, settings: dict[str, Any], steps: int, *, lora: bool = False
+) -> Any:
     import trl
 
     _, batch = sizes(folder)
@@ -131,24 +142,26 @@ def offline(name: str, folder: Path, device: str, dtype: str, settings: dict[str
     if name == "reward":
         return trl.RewardTrainer(args=trl.RewardConfig(**settings), **given)
     if name == "sft":
-        return trl.SFTTrainer(args=trl.SFTConfig(**settings), **given)
+        return trl.SFTTrainer(args=trl.SFTConfig(**settings), peft_config=adapters(lora), **given)
     return trl.DPOTrainer(
-        args=trl.DPOConfig(**settings, beta=SETTINGS["dpo_beta"]), ref_model=load(folder, "policy", device, dtype),
-        **given,
+        args=trl.DPOConfig(**settings, beta=SETTINGS["dpo_beta"]), peft_config=adapters(lora),
+        ref_model=None if lora else load(folder, "policy", device, dtype), **given,
     )  # fmt: skip
 
 
 def main() -> None:
     name, folder, threads, device, dtype, rows, samples = sys.argv[1:]
     name, checkpointed = name.removesuffix("-checkpointed"), name.endswith("-checkpointed")
+    name, lora = name.removesuffix("-lora"), name.endswith("-lora")
     torch.set_num_threads(int(threads))
     turns.imported = peak_mib()
     settings = common_settings(device, dtype, checkpointed)
-    if name in ("ppo", "grpo"):
-        make = ppo if name == "ppo" else grpo
-        trainer = make(Path(folder), device, dtype, settings, int(rows), int(samples))
+    if name == "ppo":
+        trainer = ppo(Path(folder), device, dtype, settings, int(rows), int(samples))
+    elif name == "grpo":
+        trainer = grpo(Path(folder), device, dtype, settings, int(rows), int(samples), lora=lora)
     else:
-        trainer = offline(name, Path(folder), device, dtype, settings, int(rows))
+        trainer = offline(name, Path(folder), device, dtype, settings, int(rows), lora=lora)
     trainer.train()
 
 

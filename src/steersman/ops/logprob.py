@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn import functional
+
+from steersman.ops.products import add_product, faster, linear
 
 FORBIDDEN = -1e30
 """Logit of a token outside the support: exp gives exactly 0, and 0 * FORBIDDEN is 0 where 0 * -inf is NaN."""
@@ -41,7 +43,7 @@ class Head:
 
     def log_softmax(self, hidden: Float[Tensor, "N H"], temperature: float = 1.0) -> Float[Tensor, "N V"]:
         """Whole distributions, in float32 (float64 stays), differentiable as often as needed; all [N, V] live."""
-        logits = linear(hidden, self.weight, self.bias)
+        logits = functional.linear(hidden, self.weight, self.bias)
         logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -158,7 +160,9 @@ class Tiles:
         """Logits of a tile, and d cap(x) / dx where the layer caps. The next call writes over them."""
         h, W = self.hidden[a:b].to(self.dtype), self.head.weight[v:w].to(self.dtype)
         with torch.autocast(h.device.type, enabled=False):
-            if self.dtype == self.exact:
+            if faster(h, W):
+                u = linear(h, W)
+            elif self.dtype == self.exact:
                 u = torch.mm(h, W.t(), out=self.buffer[: (b - a) * (w - v)].view(b - a, w - v))
             else:
                 u = _mm(h, W.t(), self.exact)
@@ -308,6 +312,6 @@ def _addmm_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, in place, without a product of its own where the dtypes allow."""
     with torch.autocast(out.device.type, enabled=False):
         if a.dtype == out.dtype:
-            out.addmm_(a, b)
+            add_product(out, a, b)
         else:
             out.add_(_mm(a, b, out.dtype))

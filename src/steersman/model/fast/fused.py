@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.model.fast.attention import registered
+from steersman.model.fast.linear import quicken_linear
 from steersman.model.fast.plain import plain
 from steersman.native import library
 from steersman.native.layers import GATES, gated, gates, norms, rms_norm, rotate, rotates
@@ -27,6 +28,7 @@ ROTATION = "apply_rotary_pos_emb"
 
 def quicken(model: Any) -> None:
     """Lets the model's modules use the compiled loops, where there are any; doing it again changes nothing."""
+    quicken_linear(model)
     if library() is None:
         return
     found: dict[Any, Any] = {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.model.fast.linear import LINEAR
 from steersman.native import step
 from steersman.native.products import rearrange
 from steersman.rollout.cache import LiveCache
@@ -130,7 +131,7 @@ def _known(model: Any) -> bool:
     linears = [linear for layer in layers for linear in _linears(layer)]
     norms = [model.model.norm, *(n for layer in layers for n in _norms(layer))]
     return (
-        all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])
+        all(type(linear) in LINEAR for linear in [*linears, model.lm_head])
         and all(linear.bias is None for layer in layers for linear in _linears(layer)[4:])
         and model.lm_head.bias is None
         and all(p.is_cpu and p.dtype == torch.float32 and type(p) is nn.Parameter for p in model.parameters())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
+from steersman.model.fast.linear import LINEAR
 from steersman.native.products import Panels, panel_bytes, product, rearrange
 
 STEPS, BYTES = 32, 1 << 30
@@ -57,7 +58,7 @@ def packed(model: Any) -> Iterator[None]:
 def _plain(module: nn.Module) -> bool:
     """A linear layer of its own float32 weights on the CPU, called as it stands."""
     return (
-        type(module) is nn.Linear
+        type(module) in LINEAR
         and type(module.weight) is nn.Parameter
         and module.weight.is_cpu
         and module.weight.dtype == torch.float32
@@ -79,5 +80,5 @@ def _linear(layer: nn.Linear, weight: Panels, x: Tensor) -> Tensor:
         or not x.is_cpu
         or not (layer.bias is None or _bias_fits(layer.bias, weight.outputs))
     ):
-        return nn.Linear.forward(layer, x)
+        return type(layer).forward(layer, x)
     return product(x, weight, None if layer.bias is None else layer.bias.detach())

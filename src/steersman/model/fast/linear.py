@@ -1,0 +1,32 @@
+"""Linear layers whose large products are computed by the faster of torch's libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from steersman.model.fast.plain import plain
+from steersman.ops.products import available, linear
+
+
+class FastLinear(nn.Linear):
+    """torch's layer with `ops.products.linear` for its product; torch's own while `plain_layers` is open."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if plain():
+            return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+LINEAR = (nn.Linear, FastLinear)
+"""The layers that are x weight^T + bias and nothing else; quantised and adapted ones are classes of their own."""
+
+
+def quicken_linear(model: Any) -> None:
+    """Makes the model's plain linear layers fast ones, each by itself, where that is of use on this processor."""
+    if available():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FastLinear
