@@ -66,7 +66,7 @@ class Learner:
         """
         if self.critic is None:
             return Values(None)
-        if isinstance(self.critic, SharedCritic) or self.algorithm.epochs * self.algorithm.minibatches > 1:
+        if self.critic.shares_trunk or self.algorithm.epochs * self.algorithm.minibatches > 1:
             with torch.no_grad():
                 width = tokens.response.shape[1] + 1
                 return Values(over_rows(tokens, self.micro_tokens, self.critic.value, width, traj.group))
@@ -168,13 +168,13 @@ class LanguageBatch:
                     difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
                     gap = torch.maximum(gap, difference.max().cpu())
                 self._note_clipping(logp.detach(), part, tally)
-            shared = isinstance(learner.critic, SharedCritic)
-            if learner.critic is not None and not shared and self.critic_is_due:
+            critic = learner.critic
+            if critic is not None and not critic.shares_trunk and self.critic_is_due:
                 _backward(losses, micro.weight, found)  # the actor's activations go before the critic's come
-                losses, value = {}, seen(learner.critic.value(batch)[:, :-1], part.mask)
-            if value is not None and advantage.ret is not None and part.value is not None:
+                losses, value = {}, seen(critic.value(batch)[:, :-1], part.mask)
+            if critic is not None and value is not None and advantage.ret is not None and part.value is not None:
                 loss = learner.value_loss(value, part, advantage.ret[index, :T], steps, tally)
-                losses["value"] = loss * learner.vf_coef if shared else loss
+                losses["value"] = loss * learner.vf_coef if critic.shares_trunk else loss
             _backward(losses, micro.weight, found)
         ranks().agree(not_finite(found))
         if not actor:
@@ -240,8 +240,9 @@ class LanguageBatch:
     def _forward(self, batch: Tokens, actor: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """log-probabilities, entropies and a shared critic's values of the response tokens, each only if needed."""
         learner, want_entropy = self.learner, self.algorithm.entropy_coef > 0
-        if isinstance(learner.critic, SharedCritic):
-            out, value = learner.critic.logp_value(batch, temperature=learner.temperature, entropy=want_entropy)
+        critic = learner.critic
+        if critic is not None and critic.shares_trunk is True:
+            out, value = critic.logp_value(batch, temperature=learner.temperature, entropy=want_entropy)
             return out.logp if actor else None, out.entropy, value[:, :-1]
         if not actor:
             return None, None, None
