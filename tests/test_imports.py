@@ -24,7 +24,7 @@ MAY = {
     "tabular": MATHS | {"run", "loss"},  # preference losses are followed to their fixed points there
     "loss": MATHS | {"run"},
     "advantage": MATHS | {"run"},
-    "update": MATHS | {"run"},
+    "update": MATHS | {"run", "loss", "algorithms"},
     "algorithms": MATHS | {"run", "advantage", "loss"},
     "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
     "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},

@@ -38,19 +38,25 @@ class Verb:
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
-        found = _load(self.recipe)
-        return found if isinstance(found, type) else found(path, overrides)
+        from steersman.run.extras import explained
+
+        with explained("this verb"):
+            found = _load(self.recipe)
+            return found if isinstance(found, type) else found(path, overrides)
 
     def start(self, name: str, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
         """Runs the verb, on as many processes as the recipe asks for, and gives its summary."""
-        if not self.many:
-            return _load(self.run)(recipe, resume=resume)
-        from steersman.run import launch
+        from steersman.run.extras import explained
 
-        if launch.must_start(recipe.run.devices):
-            return launch.start(name, recipe, recipe.run.devices, resume=resume)
-        with launch.joined(recipe.parallel):
-            return _load(self.run)(recipe, resume=resume)
+        with explained(name):
+            if not self.many:
+                return _load(self.run)(recipe, resume=resume)
+            from steersman.run import launch
+
+            if launch.must_start(recipe.run.devices):
+                return launch.start(name, recipe, recipe.run.devices, resume=resume)
+            with launch.joined(recipe.parallel):
+                return _load(self.run)(recipe, resume=resume)
 
 
 _START = "--model.path MODEL --data.path FILE"

@@ -96,7 +96,7 @@ def test_the_controller_of_ppo_kl_sees_the_step_that_was_made(monkeypatch):
         return update(self, obs, action, traj, *given)
 
     monkeypatch.setattr(Learner, "update", watched)
-    first = state.beta_old.coef
+    first = state.coefficients.beta_old.coef
     stats = state.iteration()
     obs, action, traj = seen[0]
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_the_controller_of_ppo_kl_sees_the_step_that_was_made(monkeypatch):
     expected = float((log_ratio.exp() - 1 - log_ratio).mean())
     assert expected > 1e-6
     assert stats["kl/old"] == pytest.approx(expected, rel=1e-3)
-    assert state.beta_old.coef == first / 2
+    assert state.coefficients.beta_old.coef == first / 2
 
 
 def test_gaussian_policy_samples_what_its_log_probability_says():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from steersman import cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ["from-bellman-to-ppo.md"]
@@ -24,6 +27,27 @@ def test_every_python_block_runs(page):
         # blank lines in front keep the line numbers of a traceback those of the page
         source = "\n" * text[: block.start(1)].count("\n") + block[1]
         exec(compile(source, str(DOCS / page), "exec"), space)
+
+
+def test_each_part_that_can_be_added_has_an_example_that_runs(tmp_path, monkeypatch, capsys):
+    """Block after block in a module of its own; the comments right after a block's last line are what it prints."""
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    blocks = [block[1] for block in BLOCK.finditer(page)]
+    (tmp_path / "added.py").write_text("\n\n".join(blocks))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cli, "VERBS", dict(cli.VERBS))
+    importlib.import_module("added")
+    del sys.modules["added"]
+    expected = [line.removeprefix("# ") for block in blocks for line in _tail(block)]
+    assert len(blocks) == 6
+    assert expected == capsys.readouterr().out.splitlines()
+
+
+def _tail(block: str) -> list[str]:
+    """The comments at the end of a block."""
+    lines = block.rstrip().splitlines()
+    return lines[next(i for i in range(len(lines), 0, -1) if not lines[i - 1].startswith("# ")) :]
 
 
 @pytest.mark.parametrize("page", PAGES)

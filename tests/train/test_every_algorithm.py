@@ -74,7 +74,7 @@ def test_critic_warmup_trains_the_critic_alone(base):
         assert "loss/policy" not in stats
     assert not moved(state.roles.policy, actor)
     assert moved(state.roles.learner.critic, critic)
-    assert state.beta.coef == 0.1
+    assert state.coefficients.beta.coef == 0.1
     assert "grad_norm/actor" in state.iteration().stats
     assert moved(state.roles.policy, actor)
     # the schedule spans the updates that the actor makes
@@ -170,7 +170,7 @@ def test_the_controller_of_ppo_kl_sees_the_step_that_was_made(base, monkeypatch)
     expected = float((log_ratio.exp() - 1 - log_ratio).sum() / traj.mask.sum())
     assert expected > 1e-4
     assert stats["kl/old"] == pytest.approx(expected, rel=1e-4)
-    assert state.beta_old.coef == first / 2
+    assert state.coefficients.beta_old.coef == first / 2
 
 
 def test_trust_region_step_stays_in_its_region(base):
@@ -260,9 +260,9 @@ def test_nlpo_never_samples_outside_the_lagging_copys_nucleus_but_to_end(base, t
 
 def test_the_penalty_of_ppo_kl_follows_how_far_the_policy_moved(base):
     state = on_policy("ppo-kl", base, algorithm__target_old=1e-9, optimizer__lr=0.03)
-    assert isinstance(state.beta_old, DoublingKL)
+    assert isinstance(state.coefficients.beta_old, DoublingKL)
     state.iteration()
-    assert state.beta_old.coef == 2.0
+    assert state.coefficients.beta_old.coef == 2.0
 
 
 def test_same_seed_same_run_and_another_seed_another(base, tmp_path):

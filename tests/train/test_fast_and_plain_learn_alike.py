@@ -25,7 +25,7 @@ from steersman.native import sequences, step
 from steersman.rollout import Engine
 from steersman.rollout.fast import packed
 from steersman.rollout.sampling import uniforms
-from steersman.train.policy_update import Learner
+from steersman.train.policy_update import Learner, Values
 from steersman.train.roles import build_roles
 from steersman.types import Sample, Tokens
 from steersman.verbs import rl
@@ -177,9 +177,9 @@ def without_fast_paths(patch: pytest.MonkeyPatch) -> Counter[str]:
         return samples
 
     @torch.no_grad()
-    def value(self: Learner, tokens: Tokens, *rest: Any) -> Tensor:
+    def value(self: Learner, tokens: Tokens, *rest: Any) -> Values:
         assert self.critic is not None
-        return self.critic.value(tokens)
+        return Values(self.critic.value(tokens))
 
     patch.setattr(Learner, "value", value)
     patch.setattr(Joined, "hidden", hidden)

@@ -12,8 +12,7 @@ from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
 from steersman.train.experience import tokens_of, trajectory
-from steersman.train.policy_update import Learner
-from steersman.train.tally import Tally
+from steersman.train.policy_update import LanguageBatch, Learner
 from steersman.types import Prompt
 from steersman.update.optimizer import Optimizer, OptimizerConfig
 
@@ -60,10 +59,11 @@ def test_the_first_ratio_is_one_and_the_gradient_is_reinforces(family, temperatu
         algorithm, policy, Optimizer(policy.parameters(), OptimizerConfig(), 1), temperature=temperature,
         micro_tokens=40,
     )  # fmt: skip
-    everything, tally = torch.arange(len(samples)), Tally()
-    learner._minibatch(tokens, traj, Advantage(adv), Coefficients(), everything, tally, True, True)
+    batch = LanguageBatch(learner, tokens, traj, Advantage(adv), Coefficients())
+    batch.gradients(torch.arange(len(samples)), actor=True, first=True)
     got = [p.grad.clone() for p in policy.model.parameters()]
     expected = score_function_gradient(policy.model, samples, adv, temperature)
+    tally = batch.tally
     assert tally.means()["ratio_gap"] < 2e-4
     assert tally.means()["kl/old"] < 1e-6
     assert tally.means()["clip_fraction"] == 0

@@ -147,8 +147,8 @@ def test_critics_start_at_zero_and_learn(asked, init):
     critic = state.roles.learner.critic
     assert isinstance(critic, SharedCritic if init == "shared" else ScalarModel)
     samples, scores = state.sample(state.next_prompts())
-    _, traj, _ = state.experience(samples, scores)
-    assert not traj.value.any()
+    tokens, traj, _ = state.experience(samples, scores)
+    assert not state.roles.learner.value(tokens, traj).value.any()
     before = snapshot(critic)
     assert state.iteration().stats["loss/value"] > 0
     assert any(not torch.equal(p, before[n]) for n, p in critic.named_parameters())

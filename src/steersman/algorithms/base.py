@@ -34,6 +34,16 @@ class SamplingMask(NamedTuple):
     every: int
 
 
+class TrustRegion(NamedTuple):
+    """One step inside the ball KL(old || new) <= max_kl; see `steersman.update.natural.trust_region_step`."""
+
+    max_kl: float
+    cg_steps: int
+    damping: float
+    backtracks: int
+    backtrack_ratio: float
+
+
 class Algorithm(Section):
     """Hyper-parameters that every on-policy algorithm has; a subclass adds its own, an advantage and a loss."""
 
@@ -49,6 +59,7 @@ class Algorithm(Section):
     """Compares the samples of one prompt, so needs at least two of them."""
     baseline: ClassVar[Literal["none", "greedy", "moving"]] = "none"
     update: ClassVar[Literal["gradient", "trust_region"]] = "gradient"
+    """How the actor moves; `trust_region()` says where."""
     masks: ClassVar[bool] = False
     """Limits the actions by a mask over a vocabulary."""
     own_in_baseline: ClassVar[bool] = False
@@ -90,6 +101,10 @@ class Algorithm(Section):
 
     def sampling_mask(self) -> SamplingMask | None:
         """What limits the actions while sampling and in the loss; None where nothing does."""
+        return None
+
+    def trust_region(self) -> TrustRegion | None:
+        """The ball that the actor's one step stays in; None where the actor learns by gradient steps."""
         return None
 
     def kl_to_sampler(self) -> tuple[float, float] | None:

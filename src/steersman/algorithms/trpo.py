@@ -6,7 +6,7 @@ Departures: advantages by GAE (as in arXiv 1506.02438); the critic is fitted by 
 from pydantic import Field
 from torch import Tensor
 
-from steersman.algorithms.base import Coefficients
+from steersman.algorithms.base import Coefficients, TrustRegion
 from steersman.algorithms.ppo import PPO
 from steersman.loss.policy import surrogate
 from steersman.types import Trajectory
@@ -30,6 +30,9 @@ class TRPO(PPO):
 
     def clip_range(self) -> None:
         return None
+
+    def trust_region(self) -> TrustRegion:
+        return TrustRegion(self.max_kl, self.cg_steps, self.damping, self.backtracks, self.backtrack_ratio)
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         return surrogate(logp, traj.logp_old, adv)

@@ -6,7 +6,7 @@ choose look at one step at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
-from steersman.run.micro import split_evenly
 from steersman.train.tally import Tally
 from steersman.types import Stats, Trajectory
-from steersman.update.natural import trust_region_step
-from steersman.update.optimizer import NotFiniteError, Optimizer
+from steersman.update.on_policy import Problem, learn, policy_loss
+from steersman.update.optimizer import Optimizer, not_finite
 
 
 @dataclass(slots=True)
@@ -93,80 +92,88 @@ class Learner:
         """All epochs over one iteration's steps; returns losses, norms and how far the policy moved."""
         average = self.algorithm.average
         weight = token_weight(traj.mask, average, self.length_limit) / denominator(traj.mask, average)
-        batch = flatten(obs, action, traj, advantage, weight * traj.mask.sum())
-        tally, stats = Tally(), Stats()
-        with_policy = self.algorithm.update == "gradient"
-        if not with_policy:
-            stats |= self._trust_region(self.algorithm, batch, coef)
-        for epoch in range(self.algorithm.epochs):
-            moved = 0.0
-            order = torch.randperm(len(batch), generator=generator)
-            for part, index in enumerate(split_evenly(order, self.algorithm.minibatches)):
-                rows = batch.rows(index)
-                if with_policy:
-                    moved = self._actor_step(rows, coef, tally, first=epoch == 0 and part == 0)
-                if self.critic is not None:
-                    self._critic_step(rows, tally)
-            if self.algorithm.stop_kl is not None and moved > self.algorithm.stop_kl:
-                stats["epochs"] = epoch + 1.0
-                break
-        stats |= tally.means()
-        if with_policy and self.algorithm.kl_to_sampler() is not None:
-            with torch.no_grad():
-                logp = self.policy.distribution(batch.obs).log_prob(batch.action)[:, None]
-                stats["kl/old"] = float(kl_estimate(batch.traj.logp_old, logp, "k3").mean())
-        return stats
+        steps = flatten(obs, action, traj, advantage, weight * traj.mask.sum())
+        batch = StepBatch(self, steps, coef)
+        stats = learn(self.algorithm, batch, generator)
+        return batch.tally.means() | stats
 
-    def policy_loss(self, batch: Transitions, coef: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    def policy_loss(self, steps: Transitions, coef: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the steps, reduced; their log-probabilities [M, 1] and entropies [M, 1]."""
-        distribution = self.policy.distribution(batch.obs)
-        logp, entropy = distribution.log_prob(batch.action)[:, None], distribution.entropy()[:, None]
-        per_step = self.algorithm.loss(logp, batch.traj, batch.adv, coef) - self.algorithm.entropy_coef * entropy
-        return reduce(per_step, batch.weight, len(batch)), logp.detach(), entropy.detach()
+        distribution = self.policy.distribution(steps.obs)
+        logp, entropy = distribution.log_prob(steps.action)[:, None], distribution.entropy()[:, None]
+        per_step = policy_loss(self.algorithm, logp, steps.traj, steps.adv, coef, entropy=entropy)
+        return reduce(per_step, steps.weight, len(steps)), logp.detach(), entropy.detach()
 
-    def _actor_step(self, batch: Transitions, coef: Coefficients, tally: Tally, *, first: bool) -> float:
-        loss, logp, entropy = self.policy_loss(batch, coef)
-        if not torch.isfinite(loss):
-            raise NotFiniteError(f"the policy's loss is {float(loss)}")
-        loss.backward()
-        steps, old = len(batch), batch.traj.logp_old
-        moved = float(kl_estimate(old, logp, "k3").mean())
-        tally.add("loss/policy", loss * steps, steps)
-        tally.add("entropy/policy", entropy.sum(), steps)
-        tally.add("kl/old", moved * steps, steps)
-        if first:
-            tally.add("ratio_gap", (logp - old).abs().max(), 1)
-        clipped = self.algorithm.clip_range()
-        if clipped is not None:
-            tally.add("clip_fraction", clip_fraction(logp, old, batch.traj.mask, *clipped) * steps, steps)
-        step = self.actor.step()
-        tally.add("grad_norm/actor", step["grad_norm"], 1)
-        tally.add("lr/actor", step["lr"], 1)
+
+@dataclass(slots=True)
+class StepBatch:
+    """One iteration's steps beside the networks that learn from them."""
+
+    learner: Learner
+    steps: Transitions
+    coef: Coefficients
+    tally: Tally = field(default_factory=Tally)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def gradients(self, rows: Tensor, *, actor: bool, first: bool) -> float:
+        part, learner, losses = self.steps.rows(rows), self.learner, {}
+        moved = 0.0
+        if actor:
+            losses["policy"], moved = self._actor_loss(part, first=first)
+        if learner.critic is not None:
+            assert part.value is not None
+            assert part.ret is not None
+            value = learner.critic(part.obs)[:, None]
+            losses["value"] = value_loss(value, part.value, part.ret, learner.value_clip).mean()
+            self.tally.add("loss/value", losses["value"] * len(part), len(part))
+        if (error := not_finite([{name: loss.detach() for name, loss in losses.items()}])) is not None:
+            raise error
+        for loss in losses.values():
+            loss.backward()
         return moved
 
-    def _critic_step(self, batch: Transitions, tally: Tally) -> None:
-        critic, optimizer, value, ret = self.critic, self.critic_optimizer, batch.value, batch.ret
-        assert critic and optimizer and value is not None and ret is not None  # noqa: PT018
-        loss = value_loss(critic(batch.obs)[:, None], value, ret, self.value_clip).mean()
-        if not torch.isfinite(loss):
-            raise NotFiniteError(f"the critic's loss is {float(loss)}")
-        loss.backward()
-        tally.add("loss/value", loss * len(batch), len(batch))
-        tally.add("grad_norm/critic", optimizer.step()["grad_norm"], 1)
+    def step(self, *, actor: bool) -> Stats:
+        learner, stats = self.learner, Stats()
+        if actor:
+            stats |= {f"{name}/actor": x for name, x in learner.actor.step().items()}
+        if learner.critic_optimizer is not None:
+            stats |= {f"{name}/critic": x for name, x in learner.critic_optimizer.step().items()}
+        return stats
 
-    def _trust_region(self, algorithm: Any, batch: Transitions, coef: Coefficients) -> Stats:
-        """TRPO's step: surrogate and exact KL over whole distributions."""
+    def zero_grad(self) -> None:
+        self.learner.actor.zero_grad()
+        if self.learner.critic_optimizer is not None:
+            self.learner.critic_optimizer.zero_grad()
+
+    @torch.no_grad()
+    def moved(self) -> float:
+        logp = self.learner.policy.distribution(self.steps.obs).log_prob(self.steps.action)[:, None]
+        return float(kl_estimate(self.steps.traj.logp_old, logp, "k3").mean())
+
+    def problem(self) -> Problem:
+        """Surrogate, and exact KL over whole distributions."""
+        learner, steps = self.learner, self.steps
         with torch.no_grad():
-            old = self.policy.distribution(batch.obs)
-            entropy = float(old.entropy().mean())
-        stats = trust_region_step(
-            self.actor.parameters,
-            [lambda: self.policy_loss(batch, coef)[0]],
-            [lambda: kl_divergence(old, self.policy.distribution(batch.obs)).mean()],
-            max_kl=algorithm.max_kl,
-            cg_steps=algorithm.cg_steps,
-            damping=algorithm.damping,
-            backtracks=algorithm.backtracks,
-            backtrack_ratio=algorithm.backtrack_ratio,
+            old = learner.policy.distribution(steps.obs)
+            self.tally.add("entropy/policy", old.entropy().sum(), len(steps))
+        return Problem(
+            learner.actor.parameters,
+            [lambda: learner.policy_loss(steps, self.coef)[0]],
+            [lambda: kl_divergence(old, learner.policy.distribution(steps.obs)).mean()],
         )
-        return stats | {"grad_norm/actor": stats.pop("grad_norm"), "entropy/policy": entropy}
+
+    def _actor_loss(self, part: Transitions, *, first: bool) -> tuple[Tensor, float]:
+        loss, logp, entropy = self.learner.policy_loss(part, self.coef)
+        count, old, tally = len(part), part.traj.logp_old, self.tally
+        moved = float(kl_estimate(old, logp, "k3").mean())
+        tally.add("loss/policy", loss * count, count)
+        tally.add("entropy/policy", entropy.sum(), count)
+        tally.add("kl/old", moved * count, count)
+        if first:
+            tally.add("ratio_gap", (logp - old).abs().max(), 1)
+        clipped = self.learner.algorithm.clip_range()
+        if clipped is not None:
+            tally.add("clip_fraction", clip_fraction(logp, old, part.traj.mask, *clipped) * count, count)
+        return loss, moved

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steersman.advantage.returns import values
-from steersman.algorithms import Algorithm, Coefficients
+from steersman.algorithms import Algorithm
 from steersman.control.envs import Experience, Normaliser, Worlds, collect, collect_episodes
 from steersman.control.learner import Learner
 from steersman.control.policies import Value, policy_for
@@ -16,7 +16,7 @@ from steersman.control.recipe import ControlRecipe
 from steersman.loss.value import explained_variance
 from steersman.run.seed import stream
 from steersman.types import Stats, Trajectory
-from steersman.update.kl_controller import kl_to_sampler_controller
+from steersman.update.kl_controller import KLCoefficients
 from steersman.update.optimizer import Optimizer
 
 
@@ -29,7 +29,7 @@ class ControlLoop:
         self.normaliser = Normaliser(worlds.obs_size) if recipe.rollout.normalise else None
         self.learner = self._learner()
         self.policy, self.critic = self.learner.policy, self.learner.critic
-        self.beta_old = kl_to_sampler_controller(self.algorithm.kl_to_sampler())
+        self.coefficients = KLCoefficients(self.algorithm, recipe.rollout.copies)
         self.done, self.env_steps = 0, 0
 
     def iteration(self) -> Stats:
@@ -37,9 +37,8 @@ class ControlLoop:
         seen = self.collect(stream(self.recipe.run.seed, "actions", self.done))
         obs, action, traj = self.experience(seen)
         advantage = self.algorithm.advantage(traj)
-        coef = Coefficients(beta_old=self.beta_old.coef)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
-        stats = self.learner.update(obs, action, traj, advantage, coef, order)
+        stats = self.learner.update(obs, action, traj, advantage, self.coefficients.now(), order)
         return stats | self.observe(seen, traj, advantage.ret, stats)
 
     def collect(self, generator: torch.Generator) -> Experience:
@@ -71,14 +70,14 @@ class ControlLoop:
 
     def observe(self, seen: Experience, traj: Trajectory, ret: Tensor | None, updated: Stats) -> Stats:
         """Numbers of the iteration; moves what moves between iterations: KL coefficient, normaliser, counters."""
-        self.beta_old.update(updated.get("kl/old", 0.0))
+        self.coefficients.adapt(updated)
         if self.normaliser is not None:
             self.normaliser.update(seen.obs[:, :-1][seen.mask])
         self.done += 1
         self.env_steps += int(seen.length.sum())
         stats: Stats = {"env_steps": float(self.env_steps)} | episode_stats(seen)
         if self.algorithm.kl_to_sampler() is not None:
-            stats["coefficient/beta_old"] = self.beta_old.coef
+            stats["coefficient/beta_old"] = self.coefficients.beta_old.coef
         if ret is not None:
             stats["explained_variance"] = float(explained_variance(values(traj)[0], ret, traj.mask))
         return stats
@@ -107,7 +106,7 @@ class ControlLoop:
             "actor": learner.actor.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
             "critic_optimizer": None if learner.critic_optimizer is None else learner.critic_optimizer.state_dict(),
-            "beta_old": self.beta_old.state_dict(),
+            **self.coefficients.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,7 +114,7 @@ class ControlLoop:
         self.worlds.load_state_dict(state["worlds"])
         self.policy.load_state_dict(state["policy"])
         self.learner.actor.load_state_dict(state["actor"])
-        self.beta_old.load_state_dict(state["beta_old"])
+        self.coefficients.load_state_dict(state)
         if self.normaliser is not None:
             self.normaliser.load_state_dict(state["normaliser"])
         if self.critic is not None and self.learner.critic_optimizer is not None:

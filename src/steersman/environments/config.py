@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from steersman.environments.classes import TextEnvironment, ToolEnvironment, from_class
-from steersman.environments.gym import GymEnvironment
 from steersman.run.config import Section
+from steersman.run.extras import explained
+
+if TYPE_CHECKING:
+    from steersman.environments.gym import GymEnvironment
 
 _KINDS = ("tools", "path", "gym")
 
@@ -79,6 +82,8 @@ def open_environment(config: EnvironmentConfig) -> ToolEnvironment | TextEnviron
     if config.tools:
         return ToolEnvironment(config.tools, on_error=config.on_error, longest=config.max_characters)
     if config.gym is not None:
+        with explained("environment.gym"):
+            from steersman.environments.gym import GymEnvironment
         return GymEnvironment(
             config.gym, args=config.args, actions=config.actions, rendering=config.rendering,
             invalid_reward=config.invalid_reward, longest=config.max_characters,

@@ -107,6 +107,7 @@ class MathAnswer(Scorer):
 
     name = "math_answer"
     needs = ("references",)
+    libraries = ("math_verify",)
 
     @property
     def implementation(self) -> str:
@@ -166,6 +167,7 @@ class ConceptCoverage(Scorer):
 
     name = "concept_coverage"
     needs = ("concepts",)
+    libraries = ("nltk",)
 
     @property
     def implementation(self) -> str:

@@ -118,6 +118,8 @@ class Scorer(ABC):
     better: Better = "higher"
     scores_empty: bool = True
     empty_reference: bool = False
+    libraries: tuple[str, ...] = ()
+    """Modules of `run/extras.py` without which it has no scores; `metric` asks for them."""
 
     @property
     @abstractmethod

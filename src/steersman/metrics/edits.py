@@ -14,7 +14,6 @@ from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Int32
-from rapidfuzz.distance import Levenshtein
 
 LONGEST_MOVE, FARTHEST_MOVE, MOST_MOVES, BEAM = 10, 50, 1000, 25
 FAR = 1 << 20
@@ -105,6 +104,8 @@ def _moves(said: list[int], wanted: list[int], table: Table) -> Iterator[Move]:
 
 def _best(said: list[int], wanted: list[int], options: list[Move], now: int) -> tuple[list[int], Table] | None:
     """The text after the move that saves most, with its table; None where none saves anything."""
+    from rapidfuzz.distance import Levenshtein
+
     least: dict[tuple[int, ...], int] = {}
     for *_, words in options:
         key = tuple(words)

@@ -54,6 +54,7 @@ class IFEval(Scorer):
     loose: bool = False
     name = "ifeval"
     needs = ("instruction_id_list", "kwargs")
+    libraries = ("nltk",)
 
     @property
     def implementation(self) -> str:

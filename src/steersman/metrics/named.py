@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from steersman.metrics.answers import ConceptCoverage, ExactMatch, MathAnswer, TokenF1
 from steersman.metrics.bertscore import BERTScore
 from steersman.metrics.cider import CIDEr
-from steersman.metrics.core import Metric
+from steersman.metrics.core import Metric, Scorer
 from steersman.metrics.diversity import MSTTR, Distinct, Entropy, Length, Repetition, Unique
 from steersman.metrics.ifeval import IFEval
 from steersman.metrics.java import METEOR15, spice
@@ -23,6 +23,7 @@ from steersman.metrics.parent import PARENT
 from steersman.metrics.rouge import Rouge
 from steersman.metrics.sacre import TER, ChrF, SacreBLEU
 from steersman.metrics.sentiment import VaderSentiment
+from steersman.run.extras import require
 from steersman.run.functions import load_function
 from steersman.types import SteersmanError
 
@@ -63,8 +64,8 @@ METRICS: dict[str, Callable[..., Metric]] = {
 def metric(name: str, settings: Mapping[str, Any] | None = None) -> Metric:
     """The metric of that name in `METRICS`, or of "module:Class" or "path/to/file.py:Class", with its settings.
 
-    Raises SteersmanError when there is no such metric, a setting is unknown or of the wrong type, or what a
-    user's class makes is not a metric.
+    Raises SteersmanError when there is no such metric, a setting is unknown or of the wrong type, a package that it
+    needs is not installed, or what a user's class makes is not a metric.
     """
     factory = METRICS.get(name)
     if factory is None:
@@ -82,6 +83,8 @@ def metric(name: str, settings: Mapping[str, Any] | None = None) -> Metric:
         raise SteersmanError(
             f"metric '{name}': it makes {type(made).__name__}, which is no metric; subclass steersman.metrics.Scorer"
         )
+    if isinstance(made, Scorer):
+        require(f"metric '{name}'", *made.libraries)
     return made
 
 

@@ -30,6 +30,7 @@ class BLEU(Scorer):
     tokens: Cut = "words"
     name = "bleu"
     needs = ("references",)
+    libraries = ("nltk",)
 
     @property
     def implementation(self) -> str:
@@ -91,6 +92,7 @@ class METEOR(Scorer):
     tokens: Cut = "words"
     name = "meteor"
     needs = ("references",)
+    libraries = ("nltk",)
 
     @property
     def implementation(self) -> str:

@@ -28,6 +28,7 @@ class Rouge(Scorer):
     stem: bool = True
     tokens: Literal["rouge", "words"] = "rouge"
     needs = ("references",)
+    libraries = ("rouge_score", "nltk")
 
     @property
     def implementation(self) -> str:

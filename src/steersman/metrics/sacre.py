@@ -19,6 +19,7 @@ class _Sacre(Scorer):
     """A metric of sacrebleu: sentence scores for single texts, pooled counts for the whole set."""
 
     needs = ("references",)
+    libraries = ("sacrebleu",)
 
     @cached_property
     @abstractmethod
@@ -136,6 +137,7 @@ class TER(_Sacre):
     case_sensitive: bool = False
     asian: bool = False
     name = "ter"
+    libraries = ("sacrebleu", "rapidfuzz")
     better: Better = field(default="lower", init=False, repr=False)
 
     @property

@@ -46,7 +46,7 @@ class EnsembleModel(AttributeModel):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def bound(self, tokens: Tokens, pessimism: float) -> Float[Tensor, " B"]:
+    def bound(self, tokens: Tokens, pessimism: float = 0.0) -> Float[Tensor, " B"]:
         """The heads' mean less `pessimism` times their standard deviation."""
         heads = self.outputs(tokens)
         return heads.mean(-1) - pessimism * heads.std(-1, correction=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -51,6 +51,14 @@ class Headed(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
+        """One number for each response; each kind of model says which."""
+        raise NotImplementedError
+
+    def bound(self, tokens: Tokens, pessimism: float = 0.0) -> Float[Tensor, " B"]:
+        """`score`, less `pessimism` times the deviation of the heads where there are several (`EnsembleModel`)."""
+        return self.score(tokens)
 
     @property
     def trunk(self) -> nn.Module:
@@ -125,6 +133,8 @@ class ScalarModel(Headed):
     """A head of one output: V of a state, or the score of a whole response, in the units of its `meaning`."""
 
     runs = ("value", "outputs", "score")
+    shares_trunk: ClassVar[Literal[False]] = False
+    """Whether it is a head on another model, and learns with it."""
 
     def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int | None = 8192) -> None:
         super().__init__(model, tokenizer, 1, max_tokens=max_tokens)
@@ -149,6 +159,8 @@ class SharedCritic(nn.Module):
 
     The head starts at zero, in float32 at least: the first values are 0 for every state.
     """
+
+    shares_trunk: ClassVar[Literal[True]] = True
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ depend on its micro-batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,9 @@ from steersman.types import Stats
 class KTOConfig(Section):
     """Kahneman-Tversky optimisation's own numbers."""
 
+    mismatches: ClassVar[bool] = True
+    """Compares with what the policy says to other prompts of the batch."""
+
     name: Literal["kto"] = Field(default="kto", description="the loss, fixed by the verb")
     beta: float = Field(default=0.1, gt=0, description="how fast a gain or loss saturates; the KL penalty's strength")
     desirable_weight: float | Literal["auto"] = Field(
@@ -50,9 +53,30 @@ class KTOConfig(Section):
                 raise ValueError(f"{name} is {value}; it must be above 0, or auto")
         return self
 
+    def label_weights(self, ups: int, downs: int) -> tuple[float, float]:
+        """lambda_D and lambda_U of so many answers of each label."""
+        auto, up, down = auto_weights(ups, downs), self.desirable_weight, self.undesirable_weight
+        return auto[0] if up == "auto" else up, auto[1] if down == "auto" else down
+
+    def compared(
+        self, logp: Tensor, ref: Tensor, label: Tensor, threshold: Tensor, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, implicit rewards, and their leads over the reference point, all `[B]`."""
+        up, down = weights
+        loss, explain = kto(
+            logp, ref, label, threshold, beta=self.beta, desirable_weight=up, undesirable_weight=down
+        )  # fmt: skip
+        return loss, explain["reward"], explain["reward"] - self.beta * threshold
+
+    def shifted(self, means: dict[bool, float], stats: Stats) -> float | None:
+        """None: its threshold is each batch's own reference point."""
+        return None
+
 
 class BCOConfig(Section):
     """Binary classifier optimisation's own numbers."""
+
+    mismatches: ClassVar[bool] = False
 
     name: Literal["bco"] = Field(default="bco", description="the loss, fixed by the verb")
     beta: float = Field(default=0.1, gt=0, description="scale of the implicit reward; the KL penalty's strength")
@@ -62,6 +86,24 @@ class BCOConfig(Section):
     nll: float = Field(
         default=0.0, ge=0, description="weight of the liked answers' mean negative log-likelihood, added to the loss"
     )
+
+    def label_weights(self, ups: int, downs: int) -> tuple[float, float]:
+        """Both labels count once."""
+        return 1.0, 1.0
+
+    def compared(
+        self, logp: Tensor, ref: Tensor, label: Tensor, threshold: Tensor, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, implicit rewards, and their leads over the shift, all `[B]`."""
+        loss, explain = bco(logp, ref, label, threshold, beta=self.beta)
+        return loss, explain["reward"], explain["reward"] - threshold
+
+    def shifted(self, means: dict[bool, float], stats: Stats) -> float | None:
+        """The shift for the next batch: half-way between the labels' moving mean rewards, this batch's included."""
+        for label, mean in ((True, "reward/liked"), (False, "reward/disliked")):
+            if mean in stats:
+                means[label] = self.shift_decay * means[label] + (1 - self.shift_decay) * stats[mean]
+        return sum(means.values()) / 2
 
 
 class FeedbackObjective:
@@ -90,29 +132,21 @@ class FeedbackObjective:
         }
         self.threshold = 0.0
         self.means = {True: 0.0, False: 0.0}  # of the implicit reward by label: 0 while the policy is the reference
-        self.weights = (1.0, 1.0)
-        if isinstance(config, KTOConfig):
-            ups = sum(e.label for e in train.examples)
-            auto = auto_weights(ups, len(train.examples) - ups)
-            asked = (config.desirable_weight, config.undesirable_weight)
-            self.weights = (auto[0] if asked[0] == "auto" else asked[0], auto[1] if asked[1] == "auto" else asked[1])
+        ups = sum(e.label for e in train.examples)
+        self.weights = config.label_weights(ups, len(train.examples) - ups)
 
     def look(self, rows: Sequence[int]) -> None:
         """What the whole batch says before its update: KTO's reference point."""
-        if self.config.name == "kto":
+        if self.config.mismatches:
             pairs = mismatched(self.train, rows, self.context)
             if pairs:
                 own, ref = (answer_logp(m, pairs, self.micro_tokens) for m in (self.module, self.reference))
                 self.threshold = float(kto_reference_point(own, ref))
 
     def settle(self, stats: Stats) -> None:
-        """BCO's shift for the next batch: half-way between the labels' moving mean rewards, this batch's included."""
-        if isinstance(self.config, BCOConfig):
-            keep = self.config.shift_decay
-            for label, mean in ((True, "reward/liked"), (False, "reward/disliked")):
-                if mean in stats:
-                    self.means[label] = keep * self.means[label] + (1 - keep) * stats[mean]
-            self.threshold = sum(self.means.values()) / 2
+        """What a method's threshold learns from a batch: BCO's shift for the next one."""
+        shift = self.config.shifted(self.means, stats)
+        self.threshold = self.threshold if shift is None else shift
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -157,20 +191,11 @@ class FeedbackObjective:
         logp = torch.where(tokens.mask, per_token, torch.zeros_like(per_token)).sum(-1)
         ref = self.known[id(data)][list(rows)].to(logp.device)
         label, threshold = self._labels(data, rows), logp.new_tensor(self.threshold)
-        if isinstance(self.config, KTOConfig):
-            up, down = self.weights
-            loss, explain = kto(
-                logp, ref, label, threshold,
-                beta=self.config.beta, desirable_weight=up, undesirable_weight=down,
-            )  # fmt: skip
-            lead = explain["reward"] - self.config.beta * threshold
-        else:
-            loss, explain = bco(logp, ref, label, threshold, beta=self.config.beta)
-            lead = explain["reward"] - threshold
+        loss, reward, lead = self.config.compared(logp, ref, label, threshold, self.weights)
         if self.config.nll:
             loss = loss - self.config.nll * torch.where(label, logp / tokens.mask.sum(-1).clamp(min=1), 0.0)
         told = {"accuracy": right(torch.where(label, lead, -lead), logp.detach()), "logp": logp.detach(), "ref": ref}
-        return loss, told | {"reward": explain["reward"]}
+        return loss, told | {"reward": reward}
 
     def _labels(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> Tensor:
         return torch.tensor([data.examples[i].label for i in rows], device=self.module.device)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steersman.model import Headed
 from steersman.run.functions import describe_function, load_function
 from steersman.run.ranks import ranks
 from steersman.run.user_code import user_code
@@ -45,9 +46,16 @@ class Scores:
 class Reward(Protocol):
     """Anything that scores samples; `describe` says in one line what it is, for the page before a run.
 
+    `model` is the one that it asks, None where it asks none; `reads_ids` says that it is shown the policy's own ids.
     Every rank calls `score` with the same samples and gets the same scores: a model's rows are shared out, functions
     run on rank 0.
     """
+
+    @property
+    def model(self) -> Headed | None: ...
+
+    @property
+    def reads_ids(self) -> bool: ...
 
     def score(self, samples: Sequence[Sample]) -> Scores: ...
 
@@ -113,6 +121,9 @@ class CallableReward:
     original exception is chained), asks the process to end, takes longer than `time_limit` seconds (None: no limit),
     or returns a wrong count, a wrong type, NaN, or a number beyond LARGEST.
     """
+
+    model = None
+    reads_ids = False
 
     def __init__(
         self,

@@ -19,6 +19,9 @@ class EpisodeReward:
     Raises SteersmanError for samples that no environment made.
     """
 
+    model = None
+    reads_ids = False
+
     def __init__(self, name: str, per: Per = "turn") -> None:
         self.name, self.per = name, per
 

@@ -28,6 +28,9 @@ class MetricReward:
     metric refuses a sample.
     """
 
+    model = None
+    reads_ids = False
+
     def __init__(
         self, metric: Metric, name: str, columns: Mapping[str, str] | None = None, empty: float | None = None
     ):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from steersman.model import AttributeModel, EnsembleModel, ScalarModel, step_ends
+from steersman.model import AttributeModel, ScalarModel, step_ends
+from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
 from steersman.run.micro import over_rows
 from steersman.types import Sample, SteersmanError, Tokens
@@ -66,7 +67,7 @@ class ModelReward:
                 f"reward '{name}': {model.model.name_or_path} has no attribute {attribute!r}; it has: "
                 f"{', '.join(known) or 'none, it gives one number'}"
             )
-        if pessimism and not isinstance(model, EnsembleModel):
+        if pessimism and model.meaning.kind != ENSEMBLE:
             raise SteersmanError(
                 f"reward '{name}': pessimism is {pessimism:g}, and {model.model.name_or_path} has no heads that "
                 "could disagree; train one with `steersman reward --train.heads 5`"
@@ -81,6 +82,10 @@ class ModelReward:
         if self.bridged:
             _log.warning("reward '%s': %s", name, self.describe())
 
+    @property
+    def reads_ids(self) -> bool:
+        return not self.bridged
+
     def describe(self) -> str:
         if self.bridged:
             how = "with another tokenizer than the policy's: reads decoded text (text bridge)"
@@ -94,7 +99,7 @@ class ModelReward:
             return f" of {self.attribute}"
         if meaning.kind == "steps":
             return f" of steps ({self.steps})"
-        if isinstance(self.model, EnsembleModel):
+        if meaning.kind == ENSEMBLE:
             return f" of {len(meaning.attributes)} heads, their mean less {self.pessimism:g} deviations,"
         if len(meaning.attributes) > 1:
             return f" of {', '.join(meaning.attributes)}, {'gated' if meaning.gating else 'their mean'},"
@@ -118,11 +123,8 @@ class ModelReward:
         if isinstance(self.model, AttributeModel) and self.attribute is not None:
             model, place = self.model, self.model.meaning.attributes.index(self.attribute)
             numbers = self._over(tokens, lambda part: model.attributes(part)[:, place])
-        elif isinstance(self.model, EnsembleModel):
-            ensemble = self.model
-            numbers = self._over(tokens, lambda part: ensemble.bound(part, self.pessimism))
         else:
-            numbers = self._over(tokens, self.model.score)
+            numbers = self._over(tokens, lambda part: self.model.bound(part, self.pessimism))
         scores = numbers.float().cpu()
         self._check(scores, samples)
         return Scores(scores, {self.name: scores})

@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from steersman.run.charts import SERIES, Line, line_chart
+from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
 from steersman.types import SteersmanError
@@ -103,6 +104,7 @@ def write_report(folder: Path) -> Path:
         single=single,
         findings=findings(read_jsonl(folder / "health.jsonl")),
         charts=charts(metrics),
+        drawn=installed("matplotlib"),
         pairs=sample_pairs(read_jsonl(folder / "samples.jsonl")),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         show=_show,
@@ -131,7 +133,12 @@ def setup(config: Path) -> list[tuple[str, str]]:
 
 
 def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """One chart per group of metrics that has at least one finite point, in the order of GROUPS."""
+    """One chart per group of metrics that has at least one finite point, in the order of GROUPS.
+
+    There is none where matplotlib is not installed.
+    """
+    if not installed("matplotlib"):
+        return []
     lines: dict[str, dict[str, Line]] = {}
     for row in metrics:
         for key, raw in row.items():

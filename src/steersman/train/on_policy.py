@@ -12,7 +12,6 @@ from torch import Tensor
 
 from steersman.advantage.group import no_signal
 from steersman.advantage.returns import values
-from steersman.algorithms.base import Coefficients
 from steersman.loss.correction import effective_sample_size
 from steersman.loss.value import explained_variance
 from steersman.ops.masked import masked_mean, masked_sum
@@ -23,7 +22,7 @@ from steersman.run.seed import stream
 from steersman.train.experience import episode_stats, tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
-from steersman.update.kl_controller import FixedKL, ProportionalKL, kl_to_sampler_controller
+from steersman.update.kl_controller import KLCoefficients
 
 
 @dataclass(slots=True)
@@ -44,8 +43,7 @@ class OnPolicy:
         self._order = batches.forever()
         self.waiting: list[int] = []
         self.algorithm = recipe.algorithm
-        self.beta = self._beta_controller()
-        self.beta_old = kl_to_sampler_controller(self.algorithm.kl_to_sampler())
+        self.coefficients = KLCoefficients(self.algorithm, recipe.rollout.prompts * recipe.rollout.samples)
         self.moving_mean, self.moving_count = 0.0, 0
         self.done = 0
 
@@ -54,12 +52,13 @@ class OnPolicy:
         clock = Clock()
         samples, scores = self.next_samples(clock)
         tokens, traj, shaping = self.experience(samples, scores)
+        traj.value, critic_loss = self.roles.learner.value(tokens, traj)
         clock.lap("score")
         advantage = self.algorithm.advantage(traj)
-        coef = Coefficients(self.beta.coef, self.beta_old.coef)
+        order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
-            tokens, traj, advantage, coef, stream(self.recipe.run.seed, "minibatches", self.done),
-            only_critic=self.warming_up,
+            tokens, traj, advantage, self.coefficients.now(), order,
+            only_critic=self.warming_up, critic_loss=critic_loss,
         )  # fmt: skip
         clock.lap("update")
         stats |= (
@@ -118,7 +117,7 @@ class OnPolicy:
         return samples, scores
 
     def experience(self, samples: list[Sample], scores: Scores) -> tuple[Tokens, Trajectory, Stats]:
-        """Reference log-probabilities, values and baselines of the samples, and their shaped rewards.
+        """Reference log-probabilities and baselines of the samples, and their shaped rewards.
 
         The policy is taken as it was sampled from, the reference whole: what top-k, top-p, min-p, a minimum length
         or NLPO's mask cut away is part of the KL (arXiv 1909.08593, eq. 2).
@@ -131,7 +130,7 @@ class OnPolicy:
         logp_old = self._logp(roles.policy, tokens) if recipe.rollout.recompute_logp else None
         logp_ref = None if roles.reference is None else self._logp(roles.reference, tokens.untruncated())
         traj = trajectory(
-            samples, tokens, score.to(like), self.algorithm, self.beta.coef,
+            samples, tokens, score.to(like), self.algorithm, self.coefficients.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
             per_token=None if scores.per_token is None else scores.per_token.to(like),
             cut="end" if recipe.critic is None else recipe.critic.cut,
@@ -139,7 +138,6 @@ class OnPolicy:
         )  # fmt: skip
         if self.algorithm.parts:
             traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
-        traj.value = roles.learner.value(tokens, traj)
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
 
@@ -191,7 +189,7 @@ class OnPolicy:
         stats["entropy"] = -float(masked_mean(traj.logp_old, traj.mask))
         if traj.logp_ref is not None:
             stats["kl"] = float(masked_sum(traj.logp_old - traj.logp_ref, traj.mask, dim=-1).mean())
-            stats["beta"] = self.beta.coef
+            stats["beta"] = self.coefficients.beta.coef
         if traj.logp_rollout is not None:
             stats |= self._mismatch(traj)
         if ret is not None and traj.value is not None:
@@ -214,18 +212,14 @@ class OnPolicy:
 
     def adapt(self, stats: Stats) -> None:
         """Lets the controllers of the KL coefficients see this iteration's KL."""
-        if "kl" in stats and not self.warming_up:
-            self.beta.update(stats["kl"])
-        if "kl/old" in stats:
-            self.beta_old.update(stats["kl/old"])
+        self.coefficients.adapt(stats, actor=not self.warming_up)
         self.roles.refresh(self.done + 1)
         stats |= self.roles.engine.update_weights(self.done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "done": self.done,
-            "beta": self.beta.state_dict(),
-            "beta_old": self.beta_old.state_dict(),
+            **self.coefficients.state_dict(),
             "moving": [self.moving_mean, self.moving_count],
             "batches": self.batches.state_dict(),
             "waiting": self.waiting,
@@ -234,20 +228,12 @@ class OnPolicy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
-        self.beta.load_state_dict(state["beta"])
-        self.beta_old.load_state_dict(state["beta_old"])
+        self.coefficients.load_state_dict(state)
         self.moving_mean, self.moving_count = state["moving"]
         self.batches.load_state_dict(state["batches"])
         self.waiting = list(state["waiting"])
         self.roles.load_state_dict(state["roles"])
         self.roles.engine.update_weights(self.done)
-
-    def _beta_controller(self) -> FixedKL:
-        algorithm = self.algorithm
-        if algorithm.kl_target is None:
-            return FixedKL(algorithm.beta)
-        samples = self.recipe.rollout.prompts * self.recipe.rollout.samples
-        return ProportionalKL(algorithm.beta, algorithm.kl_target, algorithm.kl_horizon, samples)
 
 
 class Clock:

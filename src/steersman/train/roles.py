@@ -13,7 +13,6 @@ from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
 from steersman.model import Policy, SharedBase, SharedCritic, whole_weights
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
-from steersman.reward.models import ModelReward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
 from steersman.train.generators import open_episodes, open_generator, sampled_by_all
@@ -97,8 +96,8 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     config = recipe.critic or CriticConfig()
     per_iteration = algorithm.epochs * algorithm.minibatches
     updates = recipe.iterations * per_iteration
-    shared = isinstance(critic, SharedCritic)
-    actor_parameters = critic.parameters() if shared else policy.parameters()
+    shared = critic is not None and critic.shares_trunk
+    actor_parameters = policy.parameters() if critic is None or not shared else critic.parameters()
     learner = Learner(
         algorithm,
         policy,
@@ -161,7 +160,7 @@ def _critic(
         judges = (
             recipe.reward.parts[name].model
             for name, (_, part) in reward.parts.items()
-            if isinstance(part, ModelReward) and not part.bridged and (base is None or part.model.adapted)
+            if part.model is not None and part.reads_ids and (base is None or part.model.adapted)
         )
         init = next((path for path in judges if path is not None), "policy")
     if base is not None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
+
+from steersman.algorithms.base import Algorithm, Coefficients
+from steersman.types import Stats
 
 
 @dataclass
@@ -54,6 +58,34 @@ class DoublingKL(FixedKL):
             self.coef *= 2
 
 
-def kl_to_sampler_controller(asked: tuple[float, float] | None) -> FixedKL:
-    """What moves the coefficient of KL(old || new): by the method's first coefficient and target, else 0 for good."""
-    return FixedKL(0.0) if asked is None else DoublingKL(*asked)
+class KLCoefficients:
+    """Both coefficients of a method: `beta` on KL to the reference, `beta_old` on KL to the sampler.
+
+    `samples` is how many responses an iteration has.
+    """
+
+    def __init__(self, algorithm: Algorithm, samples: int) -> None:
+        target, asked = algorithm.kl_target, algorithm.kl_to_sampler()
+        self.beta = (
+            FixedKL(algorithm.beta)
+            if target is None
+            else ProportionalKL(algorithm.beta, target, algorithm.kl_horizon, samples)
+        )
+        self.beta_old = FixedKL(0.0) if asked is None else DoublingKL(*asked)
+
+    def now(self) -> Coefficients:
+        return Coefficients(self.beta.coef, self.beta_old.coef)
+
+    def adapt(self, stats: Stats, *, actor: bool = True) -> None:
+        """Lets each controller see an iteration's `kl` and `kl/old`, if they were measured and the actor learned."""
+        if "kl" in stats and actor:
+            self.beta.update(stats["kl"])
+        if "kl/old" in stats and actor:
+            self.beta_old.update(stats["kl/old"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beta": self.beta.state_dict(), "beta_old": self.beta_old.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.beta.load_state_dict(state["beta"])
+        self.beta_old.load_state_dict(state["beta_old"])

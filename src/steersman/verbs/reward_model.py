@@ -33,6 +33,7 @@ from steersman.objectives.reward_points import FeedbackReward, RatingReward, Ste
 from steersman.plan.memory import Load, Model, announce
 from steersman.run.calibration import calibration_png
 from steersman.run.config import Section
+from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
@@ -285,7 +286,14 @@ def _finish(
     if curve is not None:
         low = 0.5 if report.kind in ("preference", "ranking", "gating") else 0.0
         file = session.path / "calibration.png"
-        session.write(lambda: calibration_png(file, curve.said, curve.seen, curve.count, low=low, error=curve.ece))
+        if installed("matplotlib"):
+            session.write(
+                lambda: calibration_png(file, curve.said, curve.seen, curve.count, low=low, error=curve.ece)
+            )
+        else:
+            session.log.note(
+                "calibration.png is drawn where matplotlib is installed: pip install 'steersman[reports]'"
+            )
     for line in report.lines():
         session.log.note(line)
     return session.summary({**told, **objective.evaluate(), **report.summary()})

@@ -12,11 +12,10 @@ from steersman import native
 from steersman.data import Batches, encode_prompts, layout, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import quick
-from steersman.model import Policy, ScalarModel
+from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
 from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
-from steersman.reward.models import ModelReward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
@@ -204,12 +203,12 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     """Everything with weights; what shares the actor's is counted with it."""
     found = [Model("actor", roles.policy.model, recipe.model.path, roles.policy, recipe.optimizer)]
     critic, own = roles.learner.critic, (recipe.critic or CriticConfig()).optimizer
-    if isinstance(critic, ScalarModel):
+    if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     if isinstance(roles.reference, Policy):
         found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():
-        if isinstance(part, ModelReward):
+        if part.model is not None:
             found.append(Model(f"reward {name}", part.model.model, part.model.model.name_or_path))
     if roles.mask_model is not None:
         found.append(Model("masking policy", roles.mask_model, "the actor, copied now and then"))

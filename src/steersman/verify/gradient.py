@@ -17,10 +17,10 @@ from steersman.advantage.returns import episode_return
 from steersman.algorithms import Algorithm, Coefficients
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.ops.distributions import top_p_mask
-from steersman.ops.kl import kl_loss
 from steersman.tabular.oracle import OracleBatch, Table, exact_gradient, expected_gradient, relative_deviation
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
+from steersman.update.on_policy import policy_loss
 
 SIZE = 2
 """Answers per prompt of a group method, and prompts per batch of the others, in the enumeration."""
@@ -134,20 +134,13 @@ def batch_loss(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Callable[
             traj.baseline = greedy[mdp.prompt[batch.rows]]
         elif algorithm.baseline == "moving":
             traj.baseline = torch.full_like(traj.reward[:, 0], 0.3)
-        return policy_loss(algorithm, batch.logp, traj, coef)
+        return loss_given(algorithm, algorithm.advantage(traj).adv, batch.logp, traj, coef)
 
     return loss
 
 
-def policy_loss(algorithm: Algorithm, logp: Tensor, traj: Trajectory, coef: Coefficients) -> Tensor:
-    """advantage -> loss -> KL term -> reduce, on one whole batch."""
-    return loss_given(algorithm, algorithm.advantage(traj).adv, logp, traj, coef)
-
-
 def loss_given(algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory, coef: Coefficients) -> Tensor:
-    """loss -> KL term -> reduce, for advantages that are known already."""
-    per_step = algorithm.loss(logp, traj, adv, coef)
-    if algorithm.kl_in == "loss" and traj.logp_ref is not None:
-        per_step = per_step + coef.beta * kl_loss(logp, traj.logp_ref, traj.mask, algorithm.kl_estimator)
+    """The policy's loss on one whole batch, as one number."""
+    per_step = policy_loss(algorithm, logp, traj, adv, coef)
     weight = token_weight(traj.mask, algorithm.average, dtype=logp.dtype)
     return reduce(per_step, weight, denominator(traj.mask, algorithm.average))

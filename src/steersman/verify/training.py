@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steersman.advantage.gae import Advantage
 from steersman.advantage.returns import episode_return
 from steersman.algorithms import Algorithm, Coefficients
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_mean
 from steersman.tabular.token_mdp import TokenMDP
-from steersman.types import Trajectory
-from steersman.update.kl_controller import kl_to_sampler_controller
-from steersman.update.natural import trust_region_step
+from steersman.types import Stats, Trajectory
+from steersman.update.kl_controller import KLCoefficients
+from steersman.update.on_policy import Problem, learn
 from steersman.verify.gradient import loss_given, masked
 
 
@@ -79,7 +79,7 @@ class Run:
         self.critic = nn.Parameter(torch.zeros(len(mdp.states), dtype=torch.float64))
         self.actor_step = torch.optim.Adam([self.logits], lr=budget.lr)
         self.critic_step = torch.optim.Adam([self.critic], lr=budget.lr_critic)
-        self.beta_old = kl_to_sampler_controller(algorithm.kl_to_sampler())
+        self.coefficients = KLCoefficients(algorithm, budget.prompts * budget.size)
         self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
         self.moving = torch.zeros((), dtype=torch.float64)
 
@@ -101,44 +101,15 @@ class Run:
             old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group
         )
         self._baseline(traj, old, rows)
-        adv, ret = algorithm.advantage(traj)
-        if algorithm.update == "trust_region":
-            self._trust_region(algorithm, traj, adv, rows, old)
-        for _ in range(algorithm.epochs):
-            order = torch.randperm(len(rows), generator=self.generator)
-            for part in order.tensor_split(algorithm.minibatches):
-                self._minibatch(traj.rows(part), adv[part], ret if ret is None else ret[part], rows[part])
-        if self.beta_old.coef > 0:
-            new = self._logp(rows).detach()
-            self.beta_old.update(float(masked_mean(kl_estimate(traj.logp_old, new, "k3"), traj.mask)))
+        batch = TableBatch(self, rows, traj, algorithm.advantage(traj), old, self.coefficients.now())
+        self.coefficients.adapt(learn(algorithm, batch, self.generator))
         mask = algorithm.sampling_mask()
         if mask is not None and (iteration + 1) % mask.every == 0:
             self.forbidden = masked(algorithm, self.logits.detach(), mdp.eos).isinf()
 
-    def _minibatch(self, traj: Trajectory, adv: Tensor, ret: Tensor | None, rows: Tensor) -> None:
-        T = traj.mask.shape[1]
-        if self.algorithm.update == "gradient":
-            coef = Coefficients(self.mdp.beta, self.beta_old.coef)
-            loss = loss_given(self.algorithm, adv[:, :T], self._logp(rows)[:, :T], traj, coef)
-            self._descend(loss, self.actor_step)
-        if ret is not None:
-            value = self.mdp.along(self.critic, rows)[:, :T]
-            self._descend(masked_mean(value_loss(value, value.detach(), ret[:, :T]), traj.mask), self.critic_step)
-
-    def _trust_region(self, algorithm: Any, traj: Trajectory, adv: Tensor, rows: Tensor, old: Tensor) -> None:
-        before = torch.log_softmax(self.mdp.along(old, rows)[:, :-1], -1)
-
-        def surrogate() -> Tensor:
-            return loss_given(algorithm, adv, self._logp(rows), traj, Coefficients())
-
-        def distance() -> Tensor:
-            new = torch.log_softmax(self.mdp.along(self.logits, rows)[:, :-1], -1)
-            return masked_mean((before.exp() * (before - new)).sum(-1), traj.mask)
-
-        trust_region_step(
-            [self.logits], [surrogate], [distance], max_kl=algorithm.max_kl, cg_steps=algorithm.cg_steps,
-            damping=algorithm.damping, backtracks=algorithm.backtracks, backtrack_ratio=algorithm.backtrack_ratio,
-        )  # fmt: skip
+    def logp(self, rows: Tensor) -> Tensor:
+        """log pi `[B, T]` of sampled sequences."""
+        return self.mdp.sequence_logp(self.policy())[rows]
 
     def _baseline(self, traj: Trajectory, old: Tensor, rows: Tensor) -> None:
         if self.algorithm.baseline == "greedy":
@@ -148,11 +119,59 @@ class Run:
             traj.baseline = self.moving.expand(len(rows))
             self.moving = 0.9 * self.moving + 0.1 * episode_return(traj).mean()
 
-    def _logp(self, rows: Tensor) -> Tensor:
-        return self.mdp.sequence_logp(self.policy())[rows]
 
-    @staticmethod
-    def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+@dataclass(slots=True)
+class TableBatch:
+    """One iteration's sequences beside the two tables; `old` are the logits that they were sampled from."""
+
+    run: Run
+    rows: Tensor
+    traj: Trajectory
+    advantage: Advantage
+    old: Tensor
+    coef: Coefficients
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gradients(self, rows: Tensor, *, actor: bool, first: bool) -> float:
+        run, part, chosen = self.run, self.traj.rows(rows), self.rows[rows]
+        T, moved = part.mask.shape[1], 0.0
+        if actor:
+            logp = run.logp(chosen)[:, :T]
+            loss_given(run.algorithm, self.advantage.adv[rows, :T], logp, part, self.coef).backward()
+            moved = float(masked_mean(kl_estimate(part.logp_old, logp.detach(), "k3"), part.mask))
+        if self.advantage.ret is not None:
+            value, ret = run.mdp.along(run.critic, chosen)[:, :T], self.advantage.ret[rows, :T]
+            masked_mean(value_loss(value, value.detach(), ret), part.mask).backward()
+        return moved
+
+    def step(self, *, actor: bool) -> Stats:
+        if actor:
+            self.run.actor_step.step()
+        if self.advantage.ret is not None:
+            self.run.critic_step.step()
+        self.zero_grad()
+        return {}
+
+    def zero_grad(self) -> None:
+        self.run.actor_step.zero_grad()
+        self.run.critic_step.zero_grad()
+
+    def problem(self) -> Problem:
+        run, traj, rows = self.run, self.traj, self.rows
+        before = torch.log_softmax(run.mdp.along(self.old, rows)[:, :-1], -1)
+
+        def surrogate() -> Tensor:
+            return loss_given(run.algorithm, self.advantage.adv, run.logp(rows), traj, self.coef)
+
+        def distance() -> Tensor:
+            new = torch.log_softmax(run.mdp.along(run.logits, rows)[:, :-1], -1)
+            return masked_mean((before.exp() * (before - new)).sum(-1), traj.mask)
+
+        return Problem([run.logits], [surrogate], [distance])
+
+    @torch.no_grad()
+    def moved(self) -> float:
+        new = self.run.logp(self.rows)
+        return float(masked_mean(kl_estimate(self.traj.logp_old, new, "k3"), self.traj.mask))
