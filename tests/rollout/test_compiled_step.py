@@ -129,7 +129,7 @@ def test_weights_are_read_anew_by_every_call(steps):
     assert steps.trusted == steps.made - 2
     assert [s.ids for s in first] != [s.ids for s in second]
     assert_recorded(model, second, Sampling(20))
-    assert engine.decoder.whole is None
+    assert engine.decoder.compiled is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
