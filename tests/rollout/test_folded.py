@@ -14,7 +14,7 @@ from steersman.model.fast.folded import folded, folded_bytes
 from steersman.model.lora import add_lora
 from steersman.rollout import Engine, Sampling
 from steersman.rollout import decoder as decoder_room
-from steersman.rollout.fast import packed
+from steersman.rollout.fast import compiled_step, packed
 
 
 def with_adapters(model, targets: str | list[str] = "all-linear"):
