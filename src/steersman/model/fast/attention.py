@@ -14,6 +14,7 @@ from steersman.native import decode, sequences
 WIDEST = 1024
 KNOWN = {
     "scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits",
 }  # fmt: skip
 """Settings that are read here or say nothing that the mask doesn't."""
 

@@ -112,8 +112,9 @@ def read_shared(
     return parts
 
 
-def shares_exactly(trunk: nn.Module, rows: int) -> bool:
-    """Whether responses that look at the kept keys and values of their prompts get the states of a joined read.
+def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
+    """What keeps responses from looking at the kept keys and values of their prompts; None where they get the states
+    of a joined read.
 
     `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a
     model that takes no positions.
@@ -121,7 +122,7 @@ def shares_exactly(trunk: nn.Module, rows: int) -> bool:
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
     kinds: Sequence[str] = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
-        return False
+        return "some of its layers see a window of tokens, or keep a state"
     prompts = [[(5 * i + 3) % rows for i in range(n)] for n in (3, 5)]
     answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
     tokens = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers).to(next(trunk.parameters()).device)
@@ -132,8 +133,8 @@ def shares_exactly(trunk: nn.Module, rows: int) -> bool:
         try:
             found = read_shared(trunk, tokens, first, which, cost=1 << 30)
         except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-            return False  # a family of its own kind of memory
+            return "its layers keep another kind of memory than keys and values"
     (order, states) = found[0]
     places = (tokens.prompt_length - 1)[:, None] + torch.arange(states.shape[1], device=states.device)
     expected = whole[torch.arange(len(tokens), device=states.device)[:, None], places]
-    return close(states, expected[order])
+    return None if close(states, expected[order]) else "its states differ when the prompt is read apart"
