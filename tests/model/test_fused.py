@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -61,7 +62,7 @@ def test_what_is_replaced(family, kinds, rotates):
     assert set(replaced(model)) == kinds
     attention = next(module for module in model.modules() if "Attention" in type(module).__name__)
     own = own_forward(type(attention))
-    assert isinstance(own.__globals__.get(ROTATION), Rotation) == rotates
+    assert isinstance(inspect.unwrap(own).__globals__.get(ROTATION), Rotation) == rotates
     assert quicken(model) == []
     assert set(replaced(model)) == kinds
 

@@ -57,16 +57,26 @@ def entries(place: tuple[str, ...], thing: Any) -> Iterator[tuple[tuple[str, ...
         yield from (((*place, key), value) for key, value in thing.items())
 
 
-def is_ours(thing: Any) -> bool:
-    """A function or class of ours, what is bound to one, or a function of theirs over names other than its file's."""
+def inside(thing: Any) -> Any:
+    """What a partial or a bound function calls."""
     inner = thing.func if isinstance(thing, partial) else thing
-    inner = inner.__func__ if isinstance(inner, MethodType | classmethod | staticmethod) else inner
+    return inner.__func__ if isinstance(inner, MethodType | classmethod | staticmethod) else inner
+
+
+def is_ours(thing: Any) -> bool:
+    """A function or class of ours, an object of such a class, or what is bound to one."""
+    inner = inside(thing)
     if isinstance(inner, FunctionType):
-        file = sys.modules.get(str(inner.__globals__.get("__name__")))
-        copied = file is not None and inner.__globals__ is not vars(file)
-        return (inner.__module__ or "").startswith("steersman") or copied
+        return (inner.__module__ or "").startswith("steersman")
     kind = inner if isinstance(inner, type) else type(inner)
     return str(type.__getattribute__(kind, "__module__")).startswith("steersman")
+
+
+def is_over_other_names(thing: Any) -> bool:
+    """A function that reads its names elsewhere than in its file."""
+    inner = inside(thing)
+    file = sys.modules.get(str(inner.__globals__.get("__name__"))) if isinstance(inner, FunctionType) else None
+    return file is not None and inner.__globals__ is not vars(file)
 
 
 def changed(before: Contents, after: Contents) -> list[tuple[str, ...]]:
@@ -75,7 +85,13 @@ def changed(before: Contents, after: Contents) -> list[tuple[str, ...]]:
         place for place, thing in before.items()
         if place in after and after[place] is not thing and isinstance(thing, FunctionType | type | classmethod)
     ]  # fmt: skip
-    return moved + [place for place, thing in after.items() if is_ours(thing)]
+    # transformers makes stand-ins of old files while it runs, whose __getattr__ and __dir__ read names elsewhere
+    ours = [
+        place for place, thing in after.items()
+        if is_ours(thing) or (is_over_other_names(thing) and before.get(place) is not thing
+                              and place[-1] not in ("__getattr__", "__dir__"))
+    ]  # fmt: skip
+    return moved + ours
 
 
 @compiled

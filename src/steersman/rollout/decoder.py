@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steersman.model.fast.folded import folded
 from steersman.model.fast.fused import quick
+from steersman.model.probe import cache_argument
 from steersman.rollout.cache import LiveCache, PromptCache, layer_windows
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
 from steersman.rollout.fast.packed import lasts, packed, pays
@@ -22,7 +23,7 @@ class Decoder:
     """Prefill and step of one model: its modules are called, or, for steps, `compiled` where it does the same."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self.cache_name = model, cache_argument(type(model))
         self.live = LiveCache(layer_windows(model.config))
         self.compiled: CompiledStep | None = None
 
@@ -55,8 +56,8 @@ class Decoder:
                 input_ids=padded,
                 attention_mask=torch.ones_like(padded),  # causality hides the padding; None would draw a warning
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{self.cache_name: cache},
             )
         return cache, out.logits[:, -1]
 
@@ -74,9 +75,8 @@ class Decoder:
         return logits
 
     def _modules(self, ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.live, use_cache=True
-        )
+        memory = {self.cache_name: self.live}
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **memory)
         return out.logits[:, -1]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:

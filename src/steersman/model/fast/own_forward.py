@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 from steersman.model.fast.attention import attention
@@ -24,17 +24,40 @@ def own_forward(kind: type) -> Callable[..., Any] | None:
 
     What someone puts into the family's file afterwards is not seen by it.
     """
-    forward = kind.forward  # type: ignore[attr-defined]
-    if type(forward) is not FunctionType:
+    return _over_our_names(kind.forward)  # type: ignore[attr-defined]
+
+
+def _over_our_names(function: Any) -> FunctionType | None:
+    if type(function) is not FunctionType:
         return None
-    code, names = forward.__code__, forward.__globals__
+    code, names = function.__code__, function.__globals__
     ours = {name: stand_in(names[name]) for name, stand_in in STAND_INS.items()
             if name in code.co_names and name in names}  # fmt: skip
     ours = {name: thing for name, thing in ours.items() if thing is not None}
-    if not ours:
+    if ours:
+        return _copy(function, {**names, **ours}, function.__closure__)
+    inner = vars(function).get("__wrapped__")  # a decorator's, as where an argument has got another name
+    own = None if inner is None else _over_our_names(inner)
+    if own is None:
         return None
-    own = FunctionType(code, {**names, **ours}, forward.__name__, forward.__defaults__, forward.__closure__)
-    own.__kwdefaults__ = forward.__kwdefaults__
+    closure = function.__closure__ or ()
+    if not any(_holds(cell, inner) for cell in closure):
+        return None
+    outer = _copy(function, names, tuple(CellType(own) if _holds(cell, inner) else cell for cell in closure))
+    outer.__wrapped__ = own  # type: ignore[attr-defined]
+    return outer
+
+
+def _holds(cell: CellType, thing: Any) -> bool:
+    try:
+        return cell.cell_contents is thing
+    except ValueError:  # not filled yet
+        return False
+
+
+def _copy(function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    own.__kwdefaults__ = function.__kwdefaults__
     return own
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, require_prompts
-from steersman.model.probe import close, quiet
+from steersman.model.probe import cache_argument, close, quiet
 from steersman.types import Tokens
 
 CALL = {"cpu": 64, "accelerator": 2048}
@@ -83,11 +83,11 @@ def read_shared(
     prompts = tokens.prompt[first, : int(length.max())]
     column = torch.arange(prompts.shape[1], device=prompts.device)
     real = column < length[:, None]
-    memory = DynamicCache()
+    memory, cache_name = DynamicCache(), cache_argument(type(trunk))
     ids = prompts.masked_fill(~real, 0)
     places = torch.arange(len(first), device=length.device) * prompts.shape[1] + length - 1
     with narrowed(part, places, ids.numel()):
-        states = trunk(input_ids=ids, past_key_values=memory, use_cache=True).last_hidden_state
+        states = trunk(input_ids=ids, use_cache=True, **{cache_name: memory}).last_hidden_state
     last = states.flatten(0, 1)[places]
     parts = []
     for rows in like_lengths(tokens.response_length, cost):
@@ -105,8 +105,8 @@ def read_shared(
         read = step == some.response_length[:, None] - 1 if ends else there
         with narrowed(part, read.flatten().nonzero()[:, 0], ids.numel()):
             states = trunk(
-                input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=seen.long(),
-                position_ids=some.prompt_length[:, None] + step,
+                input_ids=ids, use_cache=True, attention_mask=seen.long(),
+                position_ids=some.prompt_length[:, None] + step, **{cache_name: cache},
             ).last_hidden_state  # fmt: skip
         parts.append((rows, torch.cat([last[prompt][:, None], states], 1)))
     return parts
