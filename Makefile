@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-vllm check sanitize docs bench clean
+.PHONY: quickstart test test-vllm test-transformers check sanitize docs bench clean
 
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
@@ -24,6 +24,10 @@ check: $(READY)
 # Needs an environment with vLLM (benchmarks/README.md); STEERSMAN_VLLM_PYTHON names its Python.
 test-vllm: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm tests/rollout/remote
+
+# With the oldest and the newest transformers of pyproject's range, each in a folder of its own; minutes each.
+test-transformers: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/transformers_versions.py
 
 # The compiled loops with every access checked, under gcc's AddressSanitizer and UBSan; torch itself is not checked.
 # libstdc++ is preloaded too, since the sanitizer looks for it only once, and Python comes without it.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-import sys
+import inspect
+import pickle
 
 import pytest
 import torch
 from tiny_models import tiny_model
 
 from steersman import native
-from steersman.model.fast.fused import ROTATION, _Rotation, quicken
+from steersman.model.fast.fused import quick, quicken
+from steersman.model.fast.own_forward import ROTATION, own_forward
 from steersman.model.fast.plain import plain_layers
+from steersman.model.fast.rotation import Rotation
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 
@@ -46,21 +49,51 @@ def test_states_and_gradients_are_those_of_the_librarys_layers(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "norm", "gate"),
-    [("llama", "LlamaRMSNorm", "LlamaMLP"), ("gemma3", "Gemma3RMSNorm", "Gemma3MLP"), ("gpt2", None, None)],
+    ("family", "kinds", "rotates"),
+    [
+        ("llama", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}, True),
+        ("gemma3", {"Gemma3RMSNorm", "Gemma3MLP", "Gemma3Attention"}, True),
+        ("gpt2", {"GPT2Attention"}, False),
+    ],
 )
-def test_what_is_replaced(family, norm, gate):
+def test_what_is_replaced(family, kinds, rotates):
     model = tiny_model(family)
-    quicken(model)
-    kinds = set(replaced(model))
-    assert kinds == ({norm, gate} if norm else set())
-    rotation = getattr(sys.modules[type(model).__module__], ROTATION, None)
-    assert isinstance(rotation, _Rotation) == (norm is not None)
-    quicken(model)
+    assert {type(module).__name__ for module in quicken(model)} == kinds
     assert set(replaced(model)) == kinds
-    if norm is not None:
-        assert isinstance(rotation, _Rotation)
-        assert not isinstance(rotation.original, _Rotation)
+    attention = next(module for module in model.modules() if "Attention" in type(module).__name__)
+    own = own_forward(type(attention))
+    assert isinstance(inspect.unwrap(own).__globals__.get(ROTATION), Rotation) == rotates
+    assert quicken(model) == []
+    assert set(replaced(model)) == kinds
+
+
+def test_a_module_with_a_forward_of_its_own_keeps_it():
+    """As accelerate's hooks give it one."""
+    model = tiny_model("llama")
+    mine = model.model.norm.forward = lambda x: x
+    quicken(model)
+    assert model.model.norm.forward is mine
+    with quick(model):
+        assert model.model.norm.forward is mine
+
+
+def test_quick_for_a_while_leaves_nothing_even_after_an_error():
+    model = tiny_model("llama")
+    with quick(model):
+        assert replaced(model)
+    assert not replaced(model)
+    with pytest.raises(KeyError), quick(model):
+        raise KeyError
+    assert not replaced(model)
+
+
+def test_a_quick_model_can_be_pickled():
+    model = tiny_model("llama")
+    quicken(model)
+    other = pickle.loads(pickle.dumps(model))
+    assert replaced(other) == replaced(model)
+    other.model.norm.weight.data.zero_()
+    assert float(run(other)[0].abs().max()) == 0.0 < float(run(model)[0].abs().max())
 
 
 def test_a_copy_uses_its_own_weights():

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -69,6 +71,13 @@ def spied(model: Any, forward: Callable[[], Tensor]) -> tuple[Tensor | None, Ten
     finally:
         handle.remove()
     return (seen[0] if seen else None), wide.float(), logits.float()
+
+
+@cache
+def cache_argument(kind: type) -> str:
+    """What the class's forward calls the keys and values that it is given: `cache` since transformers 5.24."""
+    parameters = signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def probe_ids(model: Any) -> Tensor:

@@ -21,7 +21,7 @@ from steersman.model.fast.shared import (
     read_shared,
     saved_tokens,
     shared_prompts,
-    shares_exactly,
+    why_not_shared,
 )
 from steersman.model.layout import Layout, join, pack, require_prompts, response_slots
 from steersman.types import Tokens
@@ -148,7 +148,7 @@ class Joined:
 
     def _can_share(self) -> bool:
         if self.shares is None:
-            self.shares = shares_exactly(self.trunk, self.trunk.get_input_embeddings().weight.shape[0])
+            self.shares = why_not_shared(self.trunk, self.trunk.get_input_embeddings().weight.shape[0]) is None
         return self.shares
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steersman import native
-from steersman.model.fast.attention import registered
 from steersman.model.fast.folded import folded
+from steersman.model.fast.fused import quick
+from steersman.model.probe import cache_argument
 from steersman.rollout.cache import LiveCache, PromptCache, layer_windows
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
 from steersman.rollout.fast.packed import lasts, packed, pays
@@ -23,7 +23,7 @@ class Decoder:
     """Prefill and step of one model: its modules are called, or, for steps, `compiled` where it does the same."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self.cache_name = model, cache_argument(type(model))
         self.live = LiveCache(layer_windows(model.config))
         self.compiled: CompiledStep | None = None
 
@@ -56,8 +56,8 @@ class Decoder:
                 input_ids=padded,
                 attention_mask=torch.ones_like(padded),  # causality hides the padding; None would draw a warning
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{self.cache_name: cache},
             )
         return cache, out.logits[:, -1]
 
@@ -75,9 +75,8 @@ class Decoder:
         return logits
 
     def _modules(self, ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.live, use_cache=True
-        )
+        memory = {self.cache_name: self.live}
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **memory)
         return out.logits[:, -1]
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
@@ -108,7 +107,7 @@ def _last_only(head: nn.Module, last: Tensor) -> Iterator[None]:
 
 @contextmanager
 def generating(*models: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the fastest attention that takes masks; everything put back after."""
+    """Evaluation mode, no gradients, compiled loops, and an attention that takes masks; everything put back after."""
     training = [module for model in models for module in model.modules() if module.training]
     other = [(model, model.config._attn_implementation) for model in models]
     other = [(model, backend) for model, backend in other if backend != _backend(model)]
@@ -117,7 +116,10 @@ def generating(*models: Any) -> Iterator[None]:
             model.eval()
         for model, _ in other:
             model.set_attn_implementation(_backend(model))
-        with torch.inference_mode():
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(quick(model))
+            stack.enter_context(torch.inference_mode())
             yield
     finally:
         for module in training:
@@ -127,8 +129,5 @@ def generating(*models: Any) -> Iterator[None]:
 
 
 def _backend(model: Any) -> str:
-    """The attention to decode with: the model's own where only it can be had, else torch's or the compiled one."""
-    if model.config._attn_implementation == "eager":
-        return "eager"
-    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return registered() if on_cpu and native.library() is not None else "sdpa"
+    """The attention to decode with: the model's own where only it can be had, else torch's."""
+    return "eager" if model.config._attn_implementation == "eager" else "sdpa"

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from steersman.model.encoder_decoder import decoder_context, decoder_start
 from steersman.model.fast.folded import folded
-from steersman.model.probe import close, model_name, quiet
+from steersman.model.probe import cache_argument, close, model_name, quiet
 from steersman.rollout.cache import LiveCache, PromptCache, PromptLayer, layer_windows
 from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts
@@ -125,7 +125,7 @@ class PairDecoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
-        self.model = model
+        self.model, self.cache_name = model, cache_argument(type(model))
         self.start = decoder_start(model, tokenizer)
         # T5Gemma's decoder is told where each row stands, as a causal model is
         self.told = "position_ids" in signature(model.get_decoder().forward).parameters
@@ -158,8 +158,8 @@ class PairDecoder:
             input_ids=padded,
             attention_mask=(torch.arange(width, device=device) < length[:, None]).long(),
             decoder_input_ids=torch.tensor(self.start, device=device).expand(len(prompts), -1),
-            past_key_values=EncoderDecoderCache(cache.own, cache.cross),
             use_cache=True,
+            **{self.cache_name: EncoderDecoderCache(cache.own, cache.cross)},
         )
         return cache, out.logits[:, -1]
 
@@ -175,8 +175,8 @@ class PairDecoder:
                 attention_mask=live.cross_mask,
                 decoder_input_ids=ids,
                 decoder_attention_mask=live.own.step(len(self.start)),
-                past_key_values=live.past,
                 use_cache=True,
+                **{self.cache_name: live.past},
                 **told,
             )
         return out.logits[:, -1]
@@ -207,7 +207,7 @@ class PairDecoder:
             return layer_windows(config)
         past = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor([self.start], device=self.model.device)
-        self.model(input_ids=ids, decoder_input_ids=ids, past_key_values=past, use_cache=True)
+        self.model(input_ids=ids, decoder_input_ids=ids, use_cache=True, **{self.cache_name: past})
         return [None] * len(past.cross_attention_cache.layers)
 
     def _refused(self) -> str:

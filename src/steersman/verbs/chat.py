@@ -14,6 +14,7 @@ from pydantic import Field
 from steersman.data import DataConfig, Layout, layout
 from steersman.data import end_ids as template_ends
 from steersman.model import Policy
+from steersman.model.probe import cache_argument
 from steersman.rollout import Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.sampling import draw, restrict, uniforms
@@ -160,10 +161,11 @@ class Chat:
         context, sampling = context_length(model), Sampling(**self.sampling.model_dump())
         count = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
         numbers = torch.from_numpy(uniforms(self.seed, self.answers, 0, 0, count))
+        cache_name = cache_argument(type(model))
         new, shown, cache, feed = [], "", None, torch.tensor([ids])
         for i in range(count):
-            out = model(input_ids=feed.to(self.policy.device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=feed.to(self.policy.device), use_cache=True, **{cache_name: cache})
+            cache = out[cache_name]
             uniform = None if sampling.greedy else numbers[i : i + 1].to(self.policy.device)
             token, _ = draw(restrict(out.logits[:, -1], sampling), uniform)
             if int(token) in self.ends:

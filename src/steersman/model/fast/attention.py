@@ -1,8 +1,7 @@
-"""transformers' attention interface: the compiled attention of `native` where it applies, torch's elsewhere."""
+"""Attention as transformers calls it: the compiled one of `native` where it applies, torch's elsewhere."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,32 +11,19 @@ from steersman import native
 from steersman.model.fast.plain import plain
 from steersman.native import decode, sequences
 
-ATTENTION = "steersman"
-"""The name under which transformers knows the attention."""
 WIDEST = 1024
 KNOWN = {
     "scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits",
 }  # fmt: skip
 """Settings that are read here or say nothing that the mask doesn't."""
-
-
-@cache
-def registered() -> str:
-    """The attention's name, known to transformers from here on."""
-    # imported where a model is at hand, and transformers' modelling with it
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    return ATTENTION
 
 
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """The compiled attention of one token per row or of whole sequences where it applies, torch's otherwise."""
-    if not plain() and _asks_nothing_else(settings) and _grouped(module, query, key):
+    if query.is_cpu and not plain() and _asks_nothing_else(settings) and _grouped(module, query, key):
         scale = settings.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if _one_token(query, key, value, attention_mask):

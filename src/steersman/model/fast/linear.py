@@ -24,9 +24,15 @@ LINEAR = (nn.Linear, FastLinear)
 """The layers that are x weight^T + bias and nothing else; quantised and adapted ones are classes of their own."""
 
 
-def quicken_linear(model: Any) -> None:
-    """Makes the model's plain linear layers fast ones, each by itself, where that is of use on this processor."""
-    if available():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = FastLinear
+def quicken_linear(model: Any) -> list[nn.Module]:
+    """Makes the model's plain linear layers fast ones, where that is of use on this processor; returns those."""
+    layers = [module for module in model.modules() if type(module) is nn.Linear] if available() else []
+    for layer in layers:
+        layer.__class__ = FastLinear
+    return layers
+
+
+def slow_linear(layers: list[nn.Module]) -> None:
+    """Makes fast layers torch's own again."""
+    for layer in layers:
+        layer.__class__ = nn.Linear

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor, nn
 
 _plain: ContextVar[bool] = ContextVar("plain layers", default=False)
 
@@ -24,3 +25,8 @@ def plain_layers() -> Iterator[None]:
 def plain() -> bool:
     """Whether the compiled loops stand aside: `plain_layers` is open, or the model is being traced."""
     return _plain.get() or torch.compiler.is_compiling()
+
+
+def compiled_may_run(*tensors: Tensor) -> bool:
+    """Whether the compiled loops may run here and now; parameters that are sharded or traced are left alone."""
+    return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and not plain()

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, require_prompts
-from steersman.model.probe import close, quiet
+from steersman.model.probe import cache_argument, close, quiet
 from steersman.types import Tokens
 
 CALL = {"cpu": 64, "accelerator": 2048}
@@ -83,11 +83,11 @@ def read_shared(
     prompts = tokens.prompt[first, : int(length.max())]
     column = torch.arange(prompts.shape[1], device=prompts.device)
     real = column < length[:, None]
-    memory = DynamicCache()
+    memory, cache_name = DynamicCache(), cache_argument(type(trunk))
     ids = prompts.masked_fill(~real, 0)
     places = torch.arange(len(first), device=length.device) * prompts.shape[1] + length - 1
     with narrowed(part, places, ids.numel()):
-        states = trunk(input_ids=ids, past_key_values=memory, use_cache=True).last_hidden_state
+        states = trunk(input_ids=ids, use_cache=True, **{cache_name: memory}).last_hidden_state
     last = states.flatten(0, 1)[places]
     parts = []
     for rows in like_lengths(tokens.response_length, cost):
@@ -105,15 +105,16 @@ def read_shared(
         read = step == some.response_length[:, None] - 1 if ends else there
         with narrowed(part, read.flatten().nonzero()[:, 0], ids.numel()):
             states = trunk(
-                input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=seen.long(),
-                position_ids=some.prompt_length[:, None] + step,
+                input_ids=ids, use_cache=True, attention_mask=seen.long(),
+                position_ids=some.prompt_length[:, None] + step, **{cache_name: cache},
             ).last_hidden_state  # fmt: skip
         parts.append((rows, torch.cat([last[prompt][:, None], states], 1)))
     return parts
 
 
-def shares_exactly(trunk: nn.Module, rows: int) -> bool:
-    """Whether responses that look at the kept keys and values of their prompts get the states of a joined read.
+def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
+    """What keeps responses from looking at the kept keys and values of their prompts; None where they get the states
+    of a joined read.
 
     `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a
     model that takes no positions.
@@ -121,7 +122,7 @@ def shares_exactly(trunk: nn.Module, rows: int) -> bool:
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
     kinds: Sequence[str] = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
-        return False
+        return "some of its layers see a window of tokens, or keep a state"
     prompts = [[(5 * i + 3) % rows for i in range(n)] for n in (3, 5)]
     answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
     tokens = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers).to(next(trunk.parameters()).device)
@@ -132,8 +133,8 @@ def shares_exactly(trunk: nn.Module, rows: int) -> bool:
         try:
             found = read_shared(trunk, tokens, first, which, cost=1 << 30)
         except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-            return False  # a family of its own kind of memory
+            return "its layers keep another kind of memory than keys and values"
     (order, states) = found[0]
     places = (tokens.prompt_length - 1)[:, None] + torch.arange(states.shape[1], device=states.device)
     expected = whole[torch.arange(len(tokens), device=states.device)[:, None], places]
-    return close(states, expected[order])
+    return None if close(states, expected[order]) else "its states differ when the prompt is read apart"

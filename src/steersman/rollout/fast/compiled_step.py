@@ -1,7 +1,7 @@
 """A step of decoding in one compiled call, for models of the Llama kind in float32 on a CPU.
 
 Module by module, a step of a small model is mostly Python and the starting of small operations, and one of a larger
-model waits for its weights again and again; in one call neither is so. Which families it knows is listed here.
+model waits for its weights again and again; in one call neither is so. Whose step it is: `step_conditions`.
 Whether it does what a model does is asked at the first step of every call of the engine, which is done both ways:
 hooks and whatever else sits in a model's modules are noticed there, and the modules go on alone.
 """
@@ -13,17 +13,13 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from steersman.model.fast.linear import LINEAR
 from steersman.native import step
 from steersman.native.products import rearrange
 from steersman.rollout.cache import LiveCache
+from steersman.rollout.fast.step_conditions import GATES, linears_of, query_key_norms_of, why_no_compiled_step
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding in which a position's angles do not depend on how long the sequences are."""
-GATES = {"silu": 0, "gelu_pytorch_tanh": 1}
 CLOSE = 1e-3
 """How far logits may be apart, as a share of the largest: more than rounding gives, less than another model would."""
 
@@ -35,7 +31,7 @@ class CompiledStep:
         self.rotary = model.model.rotary_emb
         layers, config = model.model.layers, model.config
         attention, feed_forward = layers[0].self_attn, layers[0].mlp
-        matrices = [linear.weight for layer in layers for linear in _linears(layer)]
+        matrices = [linear.weight for layer in layers for linear in linears_of(layer)]
         # what the pointers below point to: the numbers themselves, whatever becomes of the parameters meanwhile
         self.kept: list[Any] = [model, rearrange([*matrices, model.lm_head.weight]), _storages(model)]
         panels = iter(self.kept[1])
@@ -46,7 +42,7 @@ class CompiledStep:
                 setattr(to, name, _at(next(panels).data))
             to.query_bias, to.key_bias, to.value_bias = (_at(p.bias) for p in (of.q_proj, of.k_proj, of.v_proj))
             to.out_bias = _at(of.o_proj.bias)
-            to.query_norm, to.key_norm = (_at(getattr(n, "weight", None)) for n in _query_key_norms(layer))
+            to.query_norm, to.key_norm = (_at(getattr(n, "weight", None)) for n in query_key_norms_of(layer))
             to.norm, to.inner_norm = _at(layer.input_layernorm.weight), _at(layer.post_attention_layernorm.weight)
         width, inner, hidden = attention.head_dim, len(feed_forward.gate_proj.weight), config.hidden_size
         heads, kv_heads = (len(p.weight) // width for p in (attention.q_proj, attention.k_proj))
@@ -121,85 +117,11 @@ class CompiledStep:
 
 def compiled_step_of(model: Any, rows: int) -> CompiledStep | None:
     """The model laid out for compiled steps of up to `rows` rows; None where that is not known to be the same."""
-    return CompiledStep(model, rows) if _known(model) else None
-
-
-def _known(model: Any) -> bool:
-    if type(model).__name__ not in FAMILIES or not type(model).__module__.startswith("transformers."):
-        return False
-    layers, attention = model.model.layers, model.model.layers[0].self_attn
-    linears = [linear for layer in layers for linear in _linears(layer)]
-    norms = [model.model.norm, *(n for layer in layers for n in _norms(layer))]
-    return (
-        all(type(linear) in LINEAR for linear in [*linears, model.lm_head])
-        and all(linear.bias is None for layer in layers for linear in _linears(layer)[4:])
-        and model.lm_head.bias is None
-        and all(p.is_cpu and p.dtype == torch.float32 and type(p) is nn.Parameter for p in model.parameters())
-        and all(type(of.weight) is nn.Parameter for of in [model.model.embed_tokens, *linears, *norms, model.lm_head])
-        and len({norm.variance_epsilon for norm in norms}) == 1
-        and len(layers) == model.config.num_hidden_layers
-        and getattr(model.model.rotary_emb, "rope_type", None) in ROTATIONS
-        and 2 * len(model.model.rotary_emb.inv_freq) == attention.head_dim
-        and model.config.hidden_act in GATES
-        and _of_one_shape(model)
-    )
-
-
-def _of_one_shape(model: Any) -> bool:
-    """Whether every layer has the shapes that the first one has, and all fit together as the compiled step takes
-    them: a pruned model's need not, and a pointer knows no bounds."""
-    attention, hidden = model.model.layers[0].self_attn, model.config.hidden_size
-    width, embedding, head = attention.head_dim, model.model.embed_tokens.weight, model.lm_head.weight
-    heads, kv_heads, inner = (
-        len(linear.weight) for linear in (attention.q_proj, attention.k_proj, model.model.layers[0].mlp.gate_proj)
-    )
-    shapes = [
-        (heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads),
-        (inner, hidden), (inner, hidden), (hidden, inner),
-    ]  # fmt: skip
-    if not (width > 0 and heads % width == kv_heads % width == 0 and kv_heads > 0 and heads % kv_heads == 0):
-        return False
-    own_norms = {tuple(norm is not None for norm in _query_key_norms(layer)) for layer in model.model.layers}
-    return (
-        len(own_norms) == 1
-        and embedding.shape[1] == head.shape[1] == hidden
-        and len(embedding) >= len(head) > 0
-        and model.model.norm.weight.shape == (hidden,)
-        and all(_layer_fits(layer, shapes, hidden, width) for layer in model.model.layers)
-        and len({(layer.self_attn.head_dim, layer.self_attn.scaling) for layer in model.model.layers}) == 1
-        and all(p.is_contiguous() for p in model.parameters())
-    )
-
-
-def _layer_fits(layer: Any, shapes: list[tuple[int, int]], hidden: int, width: int) -> bool:
-    linears = _linears(layer)
-    return (
-        all(tuple(linear.weight.shape) == shape for linear, shape in zip(linears, shapes, strict=True))
-        and all(linear.bias is None or linear.bias.shape == linear.weight.shape[:1] for linear in linears)
-        and layer.input_layernorm.weight.shape == layer.post_attention_layernorm.weight.shape == (hidden,)
-        and all(norm is None or norm.weight.shape == (width,) for norm in _query_key_norms(layer))
-    )
+    return CompiledStep(model, rows) if why_no_compiled_step(model) is None else None
 
 
 def _storages(model: Any) -> list[Tensor]:
     return [p.data for p in model.parameters()]
-
-
-def _linears(layer: Any) -> list[Any]:
-    attention, feed_forward = layer.self_attn, layer.mlp
-    return [
-        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-        feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj,
-    ]  # fmt: skip
-
-
-def _query_key_norms(layer: Any) -> tuple[Any, Any]:
-    return getattr(layer.self_attn, "q_norm", None), getattr(layer.self_attn, "k_norm", None)
-
-
-def _norms(layer: Any) -> list[Any]:
-    own = [norm for norm in _query_key_norms(layer) if norm is not None]
-    return [layer.input_layernorm, layer.post_attention_layernorm, *own]
 
 
 def _at(x: Tensor | None) -> int | None:

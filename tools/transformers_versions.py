@@ -1,0 +1,141 @@
+"""The tests that touch transformers' insides, run with the oldest and the newest transformers of pyproject's range.
+
+    python tools/transformers_versions.py [oldest] [newest] [--short] [--folder build/transformers] [--seconds 1800]
+
+Each version is installed into a folder of its own, FOLDER/transformers-VERSION, with whatever it needs in another
+version than the one that runs this; all else, torch among it, is this environment's. A folder that stands is used
+again. For each version the fast paths that models of each family take are printed, and the tests run; --short runs
+the few that say most. Exit code 1: a test failed; 75: the version could not be had, which is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["tests/model/test_per_instance.py", "tests/model/test_fused.py", "tests/rollout/test_fast_paths.py"]
+TESTS = ["tests/model", "tests/rollout", "tests/native/test_guards.py", "tests/train/test_first_ratio.py"]
+NOT_AVAILABLE = 75
+PATHS = """
+import sys
+sys.path.insert(0, "tests")
+from fast_paths import PATHS, paths_taken, small
+from transformers.utils import logging
+logging.set_verbosity_error()
+for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"):
+    taken = paths_taken(small(family))
+    print(f"  {family}: {', '.join(p for p in PATHS if p in taken)}")
+"""
+
+
+class NotAvailableError(Exception):
+    """A version that can not be installed here and now."""
+
+
+def wanted() -> Requirement:
+    """What pyproject.toml says of transformers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return next(r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
+
+
+def requirement(which: str) -> str:
+    """What pip is asked for."""
+    if which == "newest":
+        return str(wanted())
+    lowest = next(part.version for part in wanted().specifier if part.operator == ">=")
+    return f"transformers=={lowest}"
+
+
+def pip(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    ran = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    if ran.returncode:
+        raise NotAvailableError(ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else "pip failed")
+    return ran.stdout
+
+
+def version_of(which: str, folder: Path) -> str:
+    """The version that pip would install; where it can not be asked, one that lies in the folder already."""
+    try:
+        report = pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", requirement(which))
+        return json.loads(report)["install"][0]["metadata"]["version"]
+    except (NotAvailableError, subprocess.TimeoutExpired) as error:
+        allowed = Requirement(requirement(which)).specifier
+        here = sorted((path.name.removeprefix("transformers-") for path in folder.glob("transformers-*")),
+                      key=lambda version: [int(part) for part in version.split(".")])  # fmt: skip
+        fitting = [version for version in here if allowed.contains(version)]
+        if not fitting:
+            raise NotAvailableError(
+                f"pip can not say what {requirement(which)} is ({error}), and {folder} has none"
+            ) from error
+        return fitting[-1]
+
+
+def environment(version: str, folder: Path) -> Path:
+    """The folder with this version, and what it needs otherwise than this environment has it."""
+    target = folder / f"transformers-{version}"
+    if not (target / "transformers").is_dir():
+        pip("install", "--no-deps", "--target", str(target), f"transformers=={version}")
+    (told,) = target.glob("transformers-*.dist-info/METADATA")
+    needs = [Requirement(r) for r in metadata.PathDistribution(told.parent).requires or []]
+    here = {path.name.rpartition("-")[0].lower().replace("_", "-") for path in target.glob("*.dist-info")}
+    others = [str(need) for need in needs if not need.marker and need.name not in here and not satisfied(need)]
+    if others:
+        pip("install", "--no-deps", "--target", str(target), *others)
+    return target
+
+
+def satisfied(need: Requirement) -> bool:
+    try:
+        return need.specifier.contains(metadata.version(need.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def run(which: str, folder: Path, tests: list[str], seconds: int) -> int:
+    version = version_of(which, folder)
+    places = [str(ROOT / "src")]
+    if version != metadata.version("transformers"):
+        places.insert(0, str(environment(version, folder)))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
+    ask = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
+    got = subprocess.run(ask, env=env, text=True, capture_output=True, check=True).stdout.strip()
+    if got != version:
+        raise NotAvailableError(f"transformers {version} was asked for and {got} is imported")
+    print(f"transformers {version} ({which}); fast paths on:", flush=True)
+    told = subprocess.run([sys.executable, "-c", PATHS], env=env, cwd=ROOT, text=True, capture_output=True)
+    print(told.stdout if told.returncode == 0 else told.stderr, flush=True)
+    # slow: the test that starts this script
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not vllm", *tests]
+    return subprocess.run(command, env=env, cwd=ROOT, timeout=seconds).returncode or told.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=["oldest", "newest"], default=["oldest", "newest"])
+    parser.add_argument("--short", action="store_true")
+    folder = os.environ.get("STEERSMAN_TRANSFORMERS", str(ROOT / "build" / "transformers"))
+    parser.add_argument("--folder", type=Path, default=Path(folder))
+    parser.add_argument("--seconds", type=int, default=1800)
+    args = parser.parse_args()
+    failed = 0
+    for which in args.which:
+        try:
+            failed |= run(which, args.folder, SHORT if args.short else TESTS, args.seconds) != 0
+        except (NotAvailableError, subprocess.TimeoutExpired) as error:
+            print(f"the {which} transformers of the range: {error}", file=sys.stderr)
+            return NOT_AVAILABLE
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
