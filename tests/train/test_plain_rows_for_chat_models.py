@@ -8,7 +8,7 @@ from train_kit import save_tiny
 
 from steersman.cli import main
 from steersman.data import DataConfig, Query, Row, encode, encode_prompts, layout
-from steersman.data.examples import Demonstration
+from steersman.data.examples import Demonstration, Message
 from steersman.judge.scored import Scorer
 from steersman.reward import RewardPart
 
@@ -81,5 +81,5 @@ def test_a_reward_model_judges_rows_as_it_was_trained_on_them(chatty, tmp_path):
     args = ["reward", "--model.path", str(chatty), "--data.path", str(data), "--run.dir", str(run)]
     assert main([*args, "--train.max_steps", "1", "--run.threads", "1"]) == 0
     scorer = Scorer({"people": RewardPart(model=str(run / "model"))})
-    [text], [turns] = (scorer([prompt], ["oh"])["people"] for prompt in ("hm", [{"role": "user", "content": "hm"}]))
+    text, turns = scorer(["hm", [Message(role="user", content="hm")]], ["oh", "oh"])["people"]
     assert text == turns
