@@ -1,4 +1,4 @@
-"""The memory that preflight announces beside the memory that is used: ten recipes, each in a process of its own.
+"""The memory that preflight announces beside the memory that is used: recipes, each in a process of its own.
 
     python benchmarks/preflight.py [--only NAME ...]
 
@@ -45,6 +45,14 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "reward": ("reward", "36M", "pairs", OFFLINE),
     "ppo": ("ppo", "36M", "prompts", {**SAMPLED, "reward": "model"}),
     "ppo, shared critic": ("ppo", "36M", "prompts", {**SAMPLED, "reward": "function", "critic": {"init": "shared"}}),
+    "sft, bfloat16": ("sft", "36M", "sft", {**OFFLINE, "model": {"dtype": "bfloat16"}}),
+    "dpo, QLoRA": ("dpo", "36M", "pairs", {**OFFLINE, "model": {"quantise": "nf4", "lora": {}}}),
+    "ppo, share: base": (
+        "ppo",
+        "36M",
+        "prompts",
+        {**SAMPLED, "reward": "function", "share": "base", "model": {"lora": {}}},
+    ),
 }
 """Verb, model, data and settings of each recipe."""
 TOKENS = {"135M": 1024, "36M": 2048}
@@ -110,10 +118,10 @@ def write(results: dict[str, Any]) -> None:
     ratios = [found["announced_mib"] / found["used_mib"] for found in results.values()]
     text = f"""# Memory: what is announced and what is used
 
-Written by `python benchmarks/preflight.py`; do not edit. Ten recipes of two steps, each in a process of its own on a
-CPU in float32: the largest phase that preflight announces before work starts, beside the largest resident memory that
-the process had. Random weights: 135M is of SmolLM2-135M's shape (micro-batches of {TOKENS["135M"]:,} tokens), 36M has
-8 layers of width 512 (micro-batches of {TOKENS["36M"]:,} tokens).
+Written by `python benchmarks/preflight.py`; do not edit. Recipes of two steps, each in a process of its own on a CPU,
+in float32 unless they say otherwise: the largest phase that preflight announces before work starts, beside the largest
+resident memory that the process had. Random weights: 135M is of SmolLM2-135M's shape (micro-batches of
+{TOKENS["135M"]:,} tokens), 36M has 8 layers of width 512 (micro-batches of {TOKENS["36M"]:,} tokens).
 
 | recipe | model | largest phase | announced, MiB | used, MiB | announced / used |
 | --- | --- | --- | --- | --- | --- |

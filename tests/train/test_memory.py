@@ -15,7 +15,7 @@ from steersman.model import Policy
 from steersman.model.lora import LoraConfig, add_lora
 from steersman.native.products import rearrange
 from steersman.plan import memory
-from steersman.plan.memory import Load, Model, Sampled, activations, announce, foresee, largest_micro_batch, rollout
+from steersman.plan.memory import Load, Model, Sampled, announce, foresee, forward, largest_micro_batch, rollout
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
 from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import Room
@@ -85,7 +85,7 @@ def test_activations_are_those_that_the_largest_micro_batch_keeps(family, attent
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
         policy.hidden(batch(1, 100))
     real = bytes_of(*(x for x in kept if x.untyped_storage().data_ptr() not in own))
-    assert activations(model_of(policy), Load(100, 100)) == pytest.approx(real, rel=0.05)
+    assert forward(model_of(policy), Load(100, 100))[0] == pytest.approx(real, rel=0.05)
 
 
 def test_what_is_measured_leaves_no_trace():
@@ -94,7 +94,7 @@ def test_what_is_measured_leaves_no_trace():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    activations(model_of(policy), LOAD)
+    forward(model_of(policy), LOAD)
     assert torch.equal(torch.rand(2), expected)
     assert policy.model.training
     assert all(p.grad is None for p in policy.parameters())
@@ -102,13 +102,14 @@ def test_what_is_measured_leaves_no_trace():
 
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
     policy = policy_of()
-    plain = activations(model_of(policy), LOAD)
+    plain, freed = forward(model_of(policy), LOAD)
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.model.train()
-    foreseen = activations(model_of(policy), LOAD)
+    foreseen, freed_once = forward(model_of(policy), LOAD)
     config = policy.model.config
     inputs = config.num_hidden_layers * LOAD.tokens * config.hidden_size * 4
     assert plain / 2 + inputs <= foreseen < plain
+    assert freed_once == pytest.approx(freed, rel=0.05)
 
 
 def test_adapters_have_gradients_and_the_rest_has_none():
@@ -125,7 +126,7 @@ def test_adapters_have_gradients_and_the_rest_has_none():
 
 def test_the_largest_phase_is_the_peak_and_the_longest_row_counts():
     policy = policy_of()
-    short, long = (activations(model_of(policy), Load(n, n)) for n in (20, 40))
+    short, long = (forward(model_of(policy), Load(n, n))[0] for n in (20, 40))
     assert long == pytest.approx(2 * short, rel=0.05)
     critic = policy_of()
     both = [model_of(policy), Model("critic", critic.model, "here", critic)]

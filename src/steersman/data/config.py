@@ -104,8 +104,8 @@ class DataConfig(Section):
     )
     wrap_in_chat: bool | None = Field(
         default=None,
-        description="put plain-text prompts into the chat template as a user's turn; null: where a model with a "
-        "template of its own is to answer them, and not in data with answers",
+        description="put plain-text prompts into the chat template as a user's turn and their answers as the "
+        "assistant's; null: where the model has a template of its own",
     )
     assistant_turns: Literal["all", "last"] = Field(
         default="all", description="which assistant turns of a conversation count in the loss"

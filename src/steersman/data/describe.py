@@ -89,8 +89,13 @@ def _lines(summary: Summary, loaded: Loaded, encoded: EncodedSet, laid: Layout) 
         lines.append(
             f"the encoder reads the prompt, {source} tokens at most; the decoder writes the answer, {target} at most"
         )
-    if _in_turns(encoded, laid):
+    if _in_turns(encoded):
         lines.append(f"conversations are laid out by {laid.template.sentence}")
+    if _wrapped(encoded, laid):
+        lines.append(
+            f"plain-text prompts become a user's turn, laid out by {laid.template.sentence} (off: data.wrap_in_chat "
+            "false)"
+        )
     if loaded.left_out.counts:
         lines.append(loaded.left_out.sentence)
     if loaded.left_out.nulls:
@@ -119,6 +124,12 @@ def _all(encoded: EncodedSet) -> list[Encoded]:
     return [e for group in encoded.groups for e in group]
 
 
-def _in_turns(encoded: EncodedSet, laid: Layout) -> bool:
-    prompts: Sequence = [e.prompt for e in encoded.examples[:1]]
-    return any(not isinstance(p, str) or laid.wrap_in_chat for p in prompts)
+def _in_turns(encoded: EncodedSet) -> bool:
+    prompts: Sequence = [e.prompt for e in encoded.examples]
+    return any(not isinstance(p, str) for p in prompts)
+
+
+def _wrapped(encoded: EncodedSet, laid: Layout) -> bool:
+    """Whether any prompt was plain text that the template was put around; text alone has an empty one."""
+    prompts: Sequence = [e.prompt for e in encoded.examples]
+    return laid.wrap_in_chat and any(isinstance(p, str) and p for p in prompts)

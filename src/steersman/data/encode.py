@@ -58,23 +58,20 @@ class EncodedSet(Generic[E]):
 
 
 def wraps(tokenizer: Any, config: DataConfig) -> bool:
-    """Whether plain-text prompts that a model is to answer go through its chat template: as the section says, or
-    where the tokenizer has a template of its own."""
+    """Whether plain-text prompts go through the model's chat template, in training as in sampling: as the section
+    says, or where the tokenizer has a template of its own."""
     return bool(tokenizer.chat_template) if config.wrap_in_chat is None else config.wrap_in_chat
 
 
-def layout(reader: Any, config: DataConfig, *, asks: bool = False) -> Layout:
-    """The layout that a data section asks for, for a policy or scalar model; a bare tokenizer is a causal model's.
-
-    `asks` says that the model is to answer the prompts, so that what the section leaves open follows `wraps`.
-    """
+def layout(reader: Any, config: DataConfig) -> Layout:
+    """The layout that a data section asks for, for a policy or scalar model; a bare tokenizer is a causal model's."""
     tokenizer, start = getattr(reader, "tokenizer", reader), getattr(reader, "decoder_start", ())
     kind = functools.partial(PairLayout, start=len(start)) if start else Layout
     return kind(
         tokenizer,
         append_eos=config.append_eos,
         allow_special_tokens=config.allow_special_tokens,
-        wrap_in_chat=wraps(tokenizer, config) if asks else bool(config.wrap_in_chat),
+        wrap_in_chat=wraps(tokenizer, config),
         assistant_turns=config.assistant_turns,
     )
 
@@ -99,7 +96,8 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
         out.cut += was_cut
         contents = [example.prompt, *answers(example)]
         out.special += any(laid.codec.has_special(c) for c in contents)
-        out.open_prompts += laid.joined and isinstance(example.prompt, str) and example.prompt[-1:].isspace()
+        plain = isinstance(example.prompt, str) and not laid.wrap_in_chat
+        out.open_prompts += laid.joined and plain and example.prompt[-1:].isspace()
     _require_known(laid, [(e, [*g[0].prompt, *(i for a in g for i in a.response)]) for e, g in
                           zip(out.examples, out.groups, strict=True)])  # fmt: skip
     if not out.groups:

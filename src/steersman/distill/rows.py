@@ -154,9 +154,8 @@ def load(recipe: DistillRecipe) -> Loaded[Any]:
 def reader(recipe: DistillRecipe, student: Policy, teacher: Policy | None) -> Reader:
     """`teacher` is the model that teaches, where it is in this process; with loss uld it reads tokens of its own."""
     check_template(recipe.teacher.prompt)
-    asks = recipe.train.on_policy == 1
-    own = other = layout(student, recipe.data, asks=asks)
+    own = other = layout(student, recipe.data)
     if teacher is not None and recipe.loss.name == "uld":
-        other = layout(teacher, recipe.data, asks=asks)
+        other = layout(teacher, recipe.data)
     limit = None if teacher is None else context_length(teacher.model)
     return Reader(recipe, own, other, recipe.teacher.prompt, context_length(student.model), limit)

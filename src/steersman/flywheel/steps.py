@@ -134,7 +134,7 @@ class Maker:
     def _prompts(self) -> list[Prompt]:
         policy, data = self.player.policy, self.recipe.data
         context, new = context_length(policy.model), self.recipe.rollout.max_new_tokens
-        return encode_prompts(self.queries, layout(policy, data, asks=True), data, context, new)[0]
+        return encode_prompts(self.queries, layout(policy, data), data, context, new)[0]
 
     def _cut(self, text: str) -> list[str]:
         """The steps of an answer, those without visible text left out."""

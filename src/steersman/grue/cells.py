@@ -111,6 +111,7 @@ def supervised(recipe: GrueRecipe, task: Task, seed: int) -> SFTRecipe:
                 "path": str(data / "demonstrations.jsonl"),
                 "held_out_files": [str(data / "held-out-demonstrations.jsonl")],
                 "completion_prefix": task.answer_prefix,
+                "wrap_in_chat": False,
                 "on_too_long": "truncate",
             },
             "train": recipe.supervised.train.model_dump(),

@@ -76,7 +76,10 @@ def answers(cell: Cell, recipe: GrueRecipe) -> tuple[list[Sample], WeightedSum]:
     path = recipe.model.path if cell.method == ZERO else str(cell.folder / "model")
     policy = _policy(recipe, path, run)
     config = DataConfig(
-        path=str(data_folder(recipe, cell.task) / "held-out.jsonl"), on_too_long="truncate", held_out=0
+        path=str(data_folder(recipe, cell.task) / "held-out.jsonl"),
+        wrap_in_chat=False,
+        on_too_long="truncate",
+        held_out=0,
     )
     rollout = RolloutConfig(**generation(recipe, cell.task))
     asked, _, _ = encode_prompts(

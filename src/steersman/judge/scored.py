@@ -19,14 +19,15 @@ CHUNK = 256
 class Scorer:
     """Score of an answer under a weighted sum of rewards, from its text.
 
-    The texts become the ids of the first reward model's own tokenizer, with its end token, as in its training;
-    rewards that are functions see the texts. `columns` are the prompt's row, for functions that need them.
+    The texts become the ids of the first reward model's own tokenizer, laid out as in its training: with the end
+    token, and in a chat template where it has one. Rewards that are functions see the texts. `columns` are the
+    prompt's row, for functions that need them.
     """
 
     def __init__(self, parts: Mapping[str, RewardPart], device: torch.device | str = "cpu") -> None:
         paths = [part.model for part in parts.values() if part.model is not None]
         tokenizer = load_tokenizer(paths[0]) if paths else None
-        self.layout = Layout(tokenizer) if tokenizer is not None else None
+        self.layout = None if tokenizer is None else Layout(tokenizer, wrap_in_chat=bool(tokenizer.chat_template))
         config = RewardConfig(parts=dict(parts))
         self.reward: WeightedSum = build_reward(config, tokenizer, device)  # pyright: ignore[reportArgumentType]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from steersman.model.in_place import add_in_place
 from steersman.model.meaning import Meaning
 from steersman.types import SteersmanError
 
@@ -65,6 +66,7 @@ def put_adapters(scalar: Any, source: str) -> None:
         config: Any = peft.LoraConfig.from_pretrained(str(folder))
         config.task_type, config.modules_to_save, config.inference_mode = "FEATURE_EXTRACTION", None, False
         peft.inject_adapter_in_model(config, scalar.trunk)
+        add_in_place(scalar.trunk)
         scalar.adapted = True
         saved = {name.removeprefix(ROOT): x for name, x in load_file(folder / WEIGHTS).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

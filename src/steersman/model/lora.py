@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from steersman.model.in_place import add_in_place
 from steersman.types import SteersmanError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     with _naming_targets(model, config):
         adapters = peft.get_peft_model(model, _settings(model, config, task))
     _drop_while_learning(model)
+    add_in_place(model)
     _require_plain_output(model)
     return adapters  # type: ignore[return-value]
 
@@ -65,6 +67,7 @@ def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
     with _naming_targets(trunk, config):
         peft.inject_adapter_in_model(_settings(trunk, config, "FEATURE_EXTRACTION"), trunk)
     _drop_while_learning(trunk)
+    add_in_place(trunk)
 
 
 def _settings(model: Any, config: LoraConfig, task: str) -> Any:
@@ -120,6 +123,7 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
     import peft
 
     adapters = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    add_in_place(model)
     _require_plain_output(model)
     return adapters
 

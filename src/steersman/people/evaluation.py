@@ -34,7 +34,7 @@ def queries(rows: Sequence[Judgement], count: int) -> list[Query]:
 @torch.no_grad()
 def answer_logp(player: Player, data: DataConfig, asked: Sequence[tuple[Content, str]]) -> list[float]:
     """log-probability (nats) of each given answer with its end, as this model would be trained on it."""
-    laid, out = layout(player.policy, data, asks=True), list[float]()
+    laid, out = layout(player.policy, data), list[float]()
     for start in range(0, len(asked), BATCH):
         ids = [laid.answer(*item) for item in asked[start : start + BATCH]]
         tokens = Tokens.from_ids([p for p, _, _ in ids], [r for _, r, _ in ids], [m for _, _, m in ids])

@@ -2,8 +2,8 @@
 
 What a run holds all the time is counted: weights, the optimizers' moments and what the process has taken already.
 What it holds for a while is foreseen phase by phase, and the largest phase is the peak. How much a forward pass keeps
-for its backward pass is measured on the model itself with a few tokens, so that fused layers, adapters, precision,
-attention and gradient checkpointing count as they are.
+for its backward pass, and how much it makes besides, is measured on the model itself with a few tokens, so that fused
+layers, adapters, precision, attention and gradient checkpointing count as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from steersman.data import Encoded, collate
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.ops.logprob import TILE
+from steersman.plan.made import Made
 from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import lasts, packed_bytes
@@ -95,7 +96,9 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     """The phases of a run, each with the bytes that it holds; what is held all the time is part of each.
 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
-    process after an update; sampling uses it again for what is small, and adds to it what is large.
+    process after an update; sampling uses it again for what is small, and adds to it what is large. It aligns blocks
+    by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
+    forward pass makes and frees between activations leaves "gaps" as large as itself.
     """
     roles = _roles(models)
     held = {
@@ -104,17 +107,20 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
         "optimizer": sum(role.optimizer for role in roles),
     }
     learners = [model for model in models if model.trained is not None]
-    found, kept = [], 0
+    found, kept, gaps = [], 0, 0
     if learners:
-        kept = max(activations(model, load) for model in learners)  # one backward pass after the other
+        kept, gaps = max((forward(model, load) for model in learners), key=sum)  # one backward pass after the other
+        gaps = gaps if device.type == "cpu" else 0
         gradients = sum(role.gradients for role in roles)
         beside = max(backward(model.module, load) for model in learners)
-        found.append(Phase("update", {**held, "gradients": gradients, "activations": kept, "backward": beside}))
+        found.append(
+            Phase("update", {**held, "gradients": gradients, "activations": kept, "gaps": gaps, "backward": beside})
+        )
     else:
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
         found.append(Phase("forward", {**held, "activations": passing}))
     if sampled is not None:
-        found.append(Phase("rollout", {**held, **rollout(sampled, kept if device.type == "cpu" else 0)}))
+        found.append(Phase("rollout", {**held, **rollout(sampled, kept + gaps if device.type == "cpu" else 0)}))
     return found
 
 
@@ -134,24 +140,26 @@ def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
     }
 
 
-def activations(model: Model, load: Load) -> int:
-    """Bytes that a forward pass over the largest micro-batch keeps for its backward pass.
+def forward(model: Model, load: Load) -> tuple[int, int]:
+    """Bytes that a forward pass over the largest micro-batch keeps for its backward pass, and those it frees at once.
 
     Linear in the tokens, and for attention that keeps its scores in tokens x length: two short sequences tell both.
     A model in training mode that keeps less than it does in evaluation mode checkpoints: one layer's activations are
-    then made again beside what was kept.
+    then made again beside what was kept, and what is freed is freed while they are.
     """
     module: Any = model.module
     training = module.training
-    kept = _measured(model, load)
+    kept, freed = _measured(model, load)
     if not training:
-        return kept
+        return kept, freed
     module.eval()
     try:
-        whole = _measured(model, load)
+        whole, freed_once = _measured(model, load)
     finally:
         module.train()
-    return kept if kept >= whole else kept + whole // module.config.get_text_config().num_hidden_layers
+    if kept >= whole:
+        return kept, freed
+    return kept + whole // module.config.get_text_config().num_hidden_layers, freed_once
 
 
 def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
@@ -163,18 +171,26 @@ def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> 
     return min(together, max(min(batch, max(1, micro_tokens // c)) * c for c in set(costs)))
 
 
-def _measured(model: Model, load: Load) -> int:
-    short, long = PROBE
+def _measured(model: Model, load: Load) -> tuple[int, int]:
     with whole_weights(model.trained):
-        a, b = (saved_bytes(model, n) / n for n in PROBE)
+        measured = [forward_bytes(model, n) for n in PROBE]
+    kept, made = (_scaled(a, b, load) for a, b in zip(*measured, strict=True))
+    return kept, max(made - kept, 0)
+
+
+def _scaled(few: int, more: int, load: Load) -> int:
+    """Bytes of the load, out of those of the two sequences of `PROBE`."""
+    short, long = PROBE
+    a, b = few / short, more / long
     slope = (b - a) / (long - short)
     if slope * long < 0.01 * b:  # what every sequence has once, not scores
         slope = 0.0
     return round((b + slope * (load.length - long)) * load.tokens)
 
 
-def saved_bytes(model: Model, tokens: int) -> int:
-    """Bytes that a forward pass over one sequence of so many tokens keeps for its backward pass, weights left out."""
+def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
+    """Bytes that a forward pass over one sequence of so many tokens keeps for its backward pass, weights left out,
+    and that it makes in all."""
     module: Any = model.module
     own = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
     seen: dict[int, Tensor] = {}
@@ -186,9 +202,10 @@ def saved_bytes(model: Model, tokens: int) -> int:
 
     half = tokens // 2
     sequence = collate([Encoded([1] * half, [1] * half, [True] * half)]).to(module.device)
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    made = Made()
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), made:
         model.trained.reader.hidden(sequence)
-        return sum(x.untyped_storage().nbytes() for x in seen.values())
+        return sum(x.untyped_storage().nbytes() for x in seen.values()), made.total
 
 
 def backward(model: nn.Module, load: Load) -> int:

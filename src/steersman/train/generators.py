@@ -61,7 +61,7 @@ def open_episodes(
             f"environment: {policy.model.config.model_type} reads prompts with an encoder, which sees nothing of "
             "later turns; episodes need a causal model"
         )
-    laid = layout(policy, data, asks=True)
+    laid = layout(policy, data)
     ends = ends_of(rollout, policy)
     return Episodes(generator, environment, laid, ends, config, context_length(policy.model))
 

@@ -77,9 +77,7 @@ def _with_model(recipe: CheckEnvRecipe, environment: Environment, rows: list[Pro
     if recipe.data is not None:
         queries = prompts(data).train[: recipe.episodes]
         context = context_length(policy.model)
-        rows, _, _ = encode_prompts(
-            queries, layout(policy, data, asks=True), data, context, recipe.rollout.max_new_tokens
-        )
+        rows, _, _ = encode_prompts(queries, layout(policy, data), data, context, recipe.rollout.max_new_tokens)
     rows = [Prompt(r.ids, r.text, r.row, i, r.turns or [{"role": "user", "content": ""}]) for i, r in enumerate(rows)]
     try:
         generator = open_generator(recipe.rollout, policy)

@@ -86,7 +86,7 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
         if recipe.data
         else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
     )
-    laid = layout(policy, config, asks=True)
+    laid = layout(policy, config)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
     with closing(open_generator(rollout, policy)) as engine, whole_weights(policy):

@@ -149,7 +149,7 @@ def _interval(look: Stats) -> str:
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held prompts; without held-out rows the last few training prompts are looked at too."""
     loaded = prompts(recipe.data)
-    laid = layout(policy, recipe.data, asks=True)
+    laid = layout(policy, recipe.data)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
     train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
     if loaded.held_out:

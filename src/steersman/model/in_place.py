@@ -1,0 +1,52 @@
+"""Adapters added into what their layer gives, in place: no tensor of the layer's width is made and thrown away.
+
+peft computes y + (x A^T B^T) s as four tensors of y's size, three of which are freed at once. On a CPU their places
+lie between those that the backward pass needs, and the C library can not give a freed place to a tensor of the same
+size (it aligns blocks by asking for more than it hands out), so each of them stays with the process: a model of 135M
+parameters took twice the memory that its tensors have.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def add_in_place(model: nn.Module) -> None:
+    """Lets every plain linear layer with adapters compute y = W x + s B A x in one tensor of y's size.
+
+    Layers of other kinds, with other adapters (DoRA), in mixed precision, sharded or merged do what peft does.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.lora.layer import Linear
+
+    for module in list(model.modules()):
+        if type(module) is Linear and type(module.get_base_layer()) is nn.Linear:
+            module.forward = partial(_forward, module)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`x` is [..., in]; the result [..., out]."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if args or kwargs or layer.disable_adapters or layer.merged or not all(_plain(layer, n, x) for n in names):
+        return type(layer).forward(layer, x, *args, **kwargs)
+    rows = x.flatten(0, -2)
+    out = layer.base_layer(rows)
+    for name in names:
+        low = layer.lora_A[name](layer.lora_dropout[name](rows))
+        out = out.addmm_(low, layer.lora_B[name].weight.t(), alpha=layer.scaling[name])
+    return out.unflatten(0, x.shape[:-1])
+
+
+def _plain(layer: Any, name: str, x: Tensor) -> bool:
+    """Whether the adapter is two matrices of the base's precision and nothing more."""
+    weights = (layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
+    return (
+        name not in layer.lora_variant
+        and layer.lora_B[name].bias is None
+        and all(type(w) is nn.Parameter and w.dtype == x.dtype for w in weights)
+    )

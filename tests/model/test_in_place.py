@@ -1,0 +1,107 @@
+"""Adapters added in place give what peft gives, in values, gradients and second derivatives, in fewer tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from steersman.data import Encoded, collate
+from steersman.model import Policy
+from steersman.model.in_place import add_in_place
+from steersman.model.lora import LoraConfig, add_lora
+
+IDS = torch.arange(3, 23).view(2, 10)
+
+
+def pair(family: str = "llama", dtype: torch.dtype = torch.float64, **given: Any) -> tuple[Any, Any]:
+    """A model with adapters that were trained a little, as peft has it and as we have it."""
+    model = tiny_model(family, 96).to(dtype)
+    add_lora(model, LoraConfig(r=3, **given))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1)
+    theirs = copy.deepcopy(model)
+    for module in theirs.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            vars(module).pop("forward", None)
+    return model, theirs
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    loss = model(input_ids=IDS).logits.pow(2).mean()
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("given", [{}, {"rslora": True}, {"dora": True}, {"targets": ["q_proj", "down_proj"]}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_values_and_gradients_are_those_of_peft(family, given):
+    if family == "gpt2" and "targets" in given:
+        given = {"targets": ["c_attn"]}
+    ours, theirs = pair(family, **given)
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_second_derivatives_too():
+    found = []
+    for model in pair():
+        model.set_attn_implementation("eager")
+        weight = next(p for n, p in model.named_parameters() if "lora_A" in n)
+        loss = model(input_ids=IDS).logits.pow(2).mean()
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        found.append(torch.autograd.grad(first.pow(2).sum(), weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_adapters_off_merged_and_in_another_precision_are_pefts():
+    ours, theirs = pair(dtype=torch.float32)
+    layer = ours.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 4, layer.in_features)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=0, atol=0)
+    layer.enable_adapters(True)
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    layer.unmerge()
+    half, other = (m.model.layers[1].self_attn.q_proj for m in (ours, theirs))
+    for module in (half, other):
+        module.base_layer.to(torch.bfloat16)
+    assert torch.equal(half(x.bfloat16()), other(x.bfloat16()))
+
+
+def test_no_tensor_of_the_layers_width_is_thrown_away():
+    ours, theirs = (Policy(model, None) for model in pair(dtype=torch.float32))
+    tokens = collate([Encoded([5] * 20, [6] * 20, [True] * 20)])
+    made = []
+    for policy in (ours, theirs):
+        with torch.profiler.profile(profile_memory=True) as seen:
+            policy.hidden(tokens)
+        made.append(sum(max(e.self_cpu_memory_usage, 0) for e in seen.events() if e.name != "[memory]"))
+    assert made[0] < 0.7 * made[1]
+
+
+def test_a_copy_of_a_model_computes_with_its_own_weights():
+    ours, _ = pair()
+    other = copy.deepcopy(ours)
+    before = ours(input_ids=IDS).logits
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+    assert torch.equal(ours(input_ids=IDS).logits, before)
+    assert not torch.allclose(other(input_ids=IDS).logits, before)
+
+
+def test_without_adapters_nothing_happens():
+    model = tiny_model("llama", 96)
+    add_in_place(model)
+    assert all("forward" not in vars(m) for m in model.modules() if isinstance(m, torch.nn.Linear))
