@@ -46,7 +46,7 @@ class StepLabelsRecipe(Section):
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
         model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
-        kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
+        kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
         rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "correction", "ahead"))
         return frozenset({*model, *kept, *rollout})
 

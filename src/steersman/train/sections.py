@@ -84,7 +84,7 @@ class ModelConfig(Section):
 
 TRAINED_ONLY = ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch")
 """Keys of `model` that say what is trained and how it is saved."""
-KEPT_ONLY = ("dir", "eval_every", "save_every", "keep_last", "keep_best", "sinks", "deterministic")
+KEPT_ONLY = ("dir", "eval_every", "save_every", "save_async", "keep_last", "keep_best", "sinks", "deterministic")
 """Keys of `run` that are about a run folder, or about training."""
 
 
@@ -119,6 +119,11 @@ class RunConfig(Section):
     )
     eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
+    save_async: bool = Field(
+        default=False,
+        description="write checkpoints on a thread while the loop goes on; costs a copy of the trained weights and "
+        "moments in the CPU's memory",
+    )
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept, newest first")
     keep_best: int = Field(default=1, ge=0, description="checkpoints kept, best held-out value first")
     sinks: list[str] = Field(
