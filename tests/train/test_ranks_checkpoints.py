@@ -15,6 +15,7 @@ import torch
 from letter_models import write_jsonl
 from ranks_kit import launch, trained_weights
 from train_kit import merge, save_tiny
+from transformers import AutoModelForCausalLM
 
 from steersman.run import checkpoint
 from steersman.run.checkpoint import Checkpointer
@@ -56,9 +57,15 @@ def case(folder: Path, model: Path, run: str, layout: str, steps: int, **extra: 
 
 @pytest.fixture(scope="module")
 def sharded(folder, model) -> Path:
-    """Three runs of 4 steps on two ranks whose weights lie in pieces, one of them saved beside the loop."""
-    cases = [case(folder, model, "to-alone", "shards", 4), case(folder, model, "to-replicas", "shards", 4),
-             case(folder, model, "beside", "shards", 6, **{"run.save_async": True, "run.save_every": 1})]  # fmt: skip
+    """Runs on two ranks whose weights lie in pieces; one is saved beside the loop, one has tied embeddings."""
+    beside = {"run.save_async": True, "run.save_every": 1, "model.max_shard_size": "20KB"}
+    tied = save_tiny(folder / "gpt2", "gpt2")
+    cases = [
+        case(folder, model, "to-alone", "shards", 4),
+        case(folder, model, "to-replicas", "shards", 4),
+        case(folder, model, "beside", "shards", 6, **beside),
+        case(folder, tied, "tied", "shards", 2),
+    ]
     launch(folder / "sharded.json", cases, 2)
     return folder
 
@@ -111,6 +118,20 @@ def test_saved_beside_the_loop_it_is_the_same(sharded, alone):
     steps = sorted(path.name for path in (sharded / "beside" / "checkpoints").iterdir())
     assert steps[-1] == "step-00000006"
     assert not any(name.startswith(".tmp") for name in steps)
+
+
+@pytest.mark.slow
+def test_the_model_of_sharded_runs_is_exported_file_by_file(sharded):
+    folder = sharded / "beside" / "model"
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, value in trained_weights(sharded / "beside").items():
+        torch.testing.assert_close(plain.state_dict()[name.removeprefix("model.model.")], value, rtol=0, atol=1e-6)
+    tied = AutoModelForCausalLM.from_pretrained(sharded / "tied" / "model", dtype=torch.float64)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    for name, value in trained_weights(sharded / "tied").items():
+        found = tied.state_dict()[name.removeprefix("model.model.")]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-6)  # stored in the start's float32
 
 
 @pytest.mark.slow

@@ -66,6 +66,11 @@ class ModelConfig(Section):
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same", description="precision of the weights on disk; same: that of the model that `path` names"
     )
+    max_shard_size: str = Field(
+        default="5GB",
+        pattern=r"^\d+(\.\d+)?(KB|MB|GB)$",
+        description="largest file of the saved model's weights, such as 5GB or 500MB",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again instead of keeping them"
     )
@@ -82,7 +87,7 @@ class ModelConfig(Section):
         return self
 
 
-TRAINED_ONLY = ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch")
+TRAINED_ONLY = ("lora", "merge", "save_dtype", "max_shard_size", "gradient_checkpointing", "scratch")
 """Keys of `model` that say what is trained and how it is saved."""
 KEPT_ONLY = ("dir", "eval_every", "save_every", "save_async", "keep_last", "keep_best", "sinks", "deterministic")
 """Keys of `run` that are about a run folder, or about training."""

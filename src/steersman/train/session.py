@@ -193,7 +193,7 @@ class Session:
         state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
         require_same(state["state"])
         last = step == self.total or self.stopped
-        self.checkpoints.save(step, state, self.last_metrics, wait=last or not self.config.save_async)
+        self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
         self.saved = step
 
     def _rank(self, value: float) -> None:
