@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from steersman.run.checkpoint import Checkpointer
+from steersman.run.stored import StoredTensor
+
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2 replicas": (2, {}),
@@ -55,10 +58,15 @@ def run(verb: str, settings: dict[str, Any], recipe: str | None = None) -> tuple
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
-    newest = max((folder / "checkpoints").glob("step-*"))
-    state = torch.load(newest / "state.pt", weights_only=True)["state"]
-    roles = state.get("roles", {"model": state.get("model")})
-    return {f"{role}.{name}": x for role in ("model", "policy", "critic") for name, x in roles.get(role, {}).items()}
+    found = Checkpointer(folder).load()
+    if found is None:
+        raise SystemExit(f"{folder} has no checkpoint")
+    roles = found.state["state"].get("roles", {"model": found.state["state"].get("model")})
+    return {
+        f"{role}.{name}": x.whole() if isinstance(x, StoredTensor) else x
+        for role in ("model", "policy", "critic")
+        for name, x in roles.get(role, {}).items()
+    }
 
 
 def equality() -> None:

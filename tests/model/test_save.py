@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from steersman.model import LoraConfig, Policy, load_policy, load_scalar, save
+from steersman.model import LoraConfig, Policy, load_policy, load_scalar, save, weight_files
 from steersman.model.fast.plain import plain_layers
 from steersman.types import SteersmanError
 
@@ -183,3 +184,41 @@ def test_an_adapter_on_the_embedding_alone_unties_it_from_the_output_layer(model
     logits = plain(ids[None]).logits[0, tokens.prompt_length[0] - 1 : -1].double().log_softmax(-1)
     said = logits.gather(1, tokens.response[0, : tokens.response_length[0], None])[:, 0]
     torch.testing.assert_close(said.float(), expected[0, : tokens.response_length[0]], rtol=1e-5, atol=1e-5)
+
+
+def test_written_file_by_file_no_more_than_a_file_and_a_layer_lie_in_memory(model_folder, tmp_path, monkeypatch):
+    policy = load_policy(model_folder())
+    nudge(policy)
+    sizes = {name: x.numel() * x.element_size() for name, x in policy.model.state_dict().items()}
+    layer = max(sum(n for name, n in sizes.items() if f".layers.{i}." in name) for i in range(8))
+    limit, alive, peak = max(sizes.values()), 0, 0
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal alive, peak
+        copy = tensor.detach().clone()  # what putting pieces together makes
+        size = copy.numel() * copy.element_size()
+        alive, peak = alive + size, max(peak, alive + size)
+        weakref.finalize(copy.untyped_storage(), freed, size)
+        return copy
+
+    def freed(size: int) -> None:
+        nonlocal alive
+        alive -= size
+
+    monkeypatch.setattr(weight_files, "whole", gathered)
+    folder = save(policy, None, tmp_path / "model", max_shard_size=f"{limit / 1000}KB")
+    assert layer <= peak <= limit + layer + max(sizes.values()) < 0.7 * sum(sizes.values())
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for name, value in policy.model.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("size", ["5", "0GB", "big", "-1GB", "5PB"])
+def test_a_size_that_is_none_is_refused_before_anything_is_written(size, model_folder, tmp_path):
+    with pytest.raises(SteersmanError, match="max_shard_size"):
+        save(load_policy(model_folder()), None, tmp_path / "model", max_shard_size=size)
+    assert not (tmp_path / "model").exists()

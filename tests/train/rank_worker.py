@@ -1,7 +1,8 @@
 """What one rank of a launch does: every case of a file, one after the other.
 
-`python rank_worker.py CASES.json` runs each `{"verb", "recipe"}` through the verb's own function, as a rank where
-RANK and WORLD_SIZE are set. Many cases share one launch, since a start costs seconds of imports.
+`python rank_worker.py CASES.json` runs each `{"verb", "recipe"}` (and `"resume": true`) through the verb's own
+function, as a rank where RANK and WORLD_SIZE are set. Many cases share one launch, since a start costs seconds of
+imports.
 """
 
 from __future__ import annotations
@@ -22,5 +23,5 @@ if __name__ == "__main__":
     cases = json.loads(Path(sys.argv[1]).read_text())
     recipes = [(VERBS[c["verb"]], VERBS[c["verb"]].recipe_class(None, []).model_validate(c["recipe"])) for c in cases]
     with joined(recipes[0][1].parallel):
-        for verb, recipe in recipes:
-            _load(verb.run)(recipe, resume=False)
+        for (verb, recipe), case in zip(recipes, cases, strict=True):
+            _load(verb.run)(recipe, resume=case.get("resume", False))

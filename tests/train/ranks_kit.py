@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from steersman.run.checkpoint import Checkpointer
+from steersman.run.stored import StoredTensor
+
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
@@ -34,3 +39,16 @@ def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float =
             one.kill()
     for one, text in zip(running, said, strict=True):
         assert one.returncode == 0, text[-4000:]
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Every trained tensor of the newest checkpoint, optimisers left out."""
+    found = Checkpointer(run).load()
+    assert found is not None
+    state = found.state["state"]
+    roles = state.get("roles", {"model": state.get("model")})
+    return {
+        f"{role}.{name}": x.whole() if isinstance(x, StoredTensor) else x
+        for role in ("model", "policy", "critic")
+        for name, x in roles.get(role, {}).items()
+    }

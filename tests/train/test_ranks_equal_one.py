@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from letter_models import write_jsonl
-from ranks_kit import launch
+from ranks_kit import launch, trained_weights
 from train_kit import merge, save_tiny, settings
 
 pytestmark = pytest.mark.slow
@@ -63,14 +63,6 @@ def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parall
     return {"verb": verb, "recipe": merge(merge(base, own), extra)}
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every trained tensor of the newest checkpoint, optimisers left out."""
-    newest = max((folder / "checkpoints").glob("step-*"))
-    state = torch.load(newest / "state.pt", weights_only=True)["state"]
-    roles = state.get("roles", {"model": state.get("model")})
-    return {f"{role}.{name}": x for role in ("model", "policy", "critic") for name, x in roles.get(role, {}).items()}
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
@@ -113,7 +105,7 @@ def four(folder, model) -> Path:
 
 
 def assert_same(got: Path, wanted: Path, name: str) -> None:
-    found, expected = weights_of(got / name), weights_of(wanted / name)
+    found, expected = trained_weights(got / name), trained_weights(wanted / name)
     assert found.keys() == expected.keys()
     assert len(expected) > 2
     for key, value in expected.items():
@@ -122,7 +114,7 @@ def assert_same(got: Path, wanted: Path, name: str) -> None:
 
 
 def test_training_moves_the_weights(alone, model):
-    start, end = weights_of(alone / "grpo"), weights_of(alone / "ppo")
+    start, end = trained_weights(alone / "grpo"), trained_weights(alone / "ppo")
     assert any(not torch.equal(start[key], end[key]) for key in start)
 
 

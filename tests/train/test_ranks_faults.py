@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from letter_models import rows_of
+from ranks_kit import trained_weights
 from train_kit import merge, plain, save_tiny, settings
 
 pytestmark = pytest.mark.slow
@@ -75,11 +76,6 @@ def gone(pids: list[int], seconds: float = 90) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = max((run / "checkpoints").glob("step-*"))
-    return torch.load(newest / "state.pt", weights_only=True)["state"]["roles"]["policy"]
 
 
 def test_an_error_of_the_users_is_told_once(base, tmp_path):
@@ -146,8 +142,8 @@ def test_a_signal_is_agreed_and_the_run_goes_on_with_another_number_of_ranks(bas
     assert process.wait(timeout=120) == 0, process.communicate()
     whole = begin(tmp_path, merge(values, {"run.devices": 1, "run.dir": str(tmp_path / "whole")}))
     assert whole.wait(timeout=120) == 0
-    for name, value in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=0, atol=1e-9)
+    for name, value in trained_weights(tmp_path / "whole").items():
+        torch.testing.assert_close(trained_weights(tmp_path / "run")[name], value, rtol=0, atol=1e-9)
     assert [r["step"] for r in rows_of(tmp_path / "run" / "metrics.jsonl")] == [*range(7)]
 
 

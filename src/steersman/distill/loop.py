@@ -22,7 +22,7 @@ from steersman.rollout import Generator
 from steersman.run.micro import micro_batches
 from steersman.run.seed import stream
 from steersman.train.offline import load_trainable, trainable
-from steersman.train.session import whole_state
+from steersman.train.session import kept_state
 from steersman.train.tally import Tally
 from steersman.types import Prompt, Sample, Stats
 from steersman.update.optimizer import NotFiniteError, Optimizer
@@ -137,7 +137,7 @@ class Distill:
     def state_dict(self) -> dict[str, Any]:
         return {
             "done": self.done,
-            "model": whole_state(trainable(self.objective.policy)),
+            "model": kept_state(trainable(self.objective.policy)),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
             "shaping": None if self.shaping is None else self.shaping.norm.state_dict(),

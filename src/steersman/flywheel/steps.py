@@ -25,7 +25,7 @@ from steersman.run.config import Section
 from steersman.run.seed import sub_seed
 from steersman.train.generators import open_generator
 from steersman.train.models import context_length
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.train.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Prompt, SteersmanError
 
 
@@ -45,8 +45,8 @@ class StepLabelsRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
-        kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
+        model = (f"model.{key}" for key in TRAINED_ONLY)
+        kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
         rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "correction", "ahead"))
         return frozenset({*model, *kept, *rollout})
 

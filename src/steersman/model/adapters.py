@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from steersman.model.in_place import add_in_place
 from steersman.model.meaning import Meaning
+from steersman.run.pieces import whole
+from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 CONFIG, WEIGHTS, MEANING = "adapter_config.json", "adapter_model.safetensors", "meaning.json"
@@ -81,13 +83,19 @@ def put_adapters(scalar: Any, source: str) -> None:
 
 
 def write_adapters(scalar: Any, folder: Path) -> None:
-    """Writes adapters, head and meaning into the folder; peft loads them on a sequence classifier."""
+    """Writes adapters, head and meaning into the folder; peft loads them on a sequence classifier. All ranks call it,
+    and rank 0 writes."""
+    state = {ROOT + name: whole(p.detach()).contiguous() for name, p in _named(scalar)}
+    ranks().from_main(lambda: _write_files(scalar, folder, state), "the adapters")
+
+
+def _write_files(scalar: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
     config: Any = copy.copy(next(iter(scalar.trunk.peft_config.values())))
     head = sorted({name.split(".")[0] for name, _ in _named(scalar) if ".lora_" not in name})
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", head, True
     config.base_model_name_or_path = scalar.model.name_or_path
     config.save_pretrained(str(folder))
-    save_file({ROOT + name: p.detach().contiguous() for name, p in _named(scalar)}, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS)
     (folder / MEANING).write_text(json.dumps(asdict(scalar.meaning)))
 
 

@@ -144,13 +144,13 @@ def _require_plain_output(model: Any) -> None:
         raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
 
 
-def untied(model: Any, state: dict[str, Tensor]) -> bool:
-    """Whether embedding and output layer differ in a merged state: an adapter on the embedding alone changes just
-    that one, whether the model began with both as one weight or not."""
+def untied(model: Any, weight: Callable[[str], Tensor]) -> bool:
+    """Whether embedding and output layer differ in a merged state, whose tensors `weight` gives by name: an adapter
+    on the embedding alone changes just that one, whether the model began with both as one weight or not."""
     from peft.tuners.lora import LoraLayer
 
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, LoraLayer) or output is None:
         return False
     names = {id(module): name for name, module in model.named_modules()}
-    return not torch.equal(state[f"{names[id(embedding)]}.weight"], state[f"{names[id(output)]}.weight"])
+    return not torch.equal(*(weight(f"{names[id(module)]}.weight") for module in (embedding, output)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steersman.model.quantise import dense, is_quantised
+from steersman.model.weight_files import Entry, in_dtype
 
 
 def merged_weight(layer: Any, weight: Tensor) -> Tensor:
@@ -29,10 +31,15 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     The model itself is left as it is: merging in place and undoing it would not give the same bits back. One layer at
     a time is widened.
     """
+    return {name: make() for name, _, make in merged_entries(model, dtype)}
+
+
+def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[Entry]:
+    """The weights of `merged_state`, each made when it is asked for."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    state, special = {}, {}
+    special: dict[str, Callable[[], Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             base: Any = module.get_base_layer()
@@ -40,14 +47,22 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
         elif is_quantised(module):
             special.setdefault(f"{name}.weight", lambda module=module: dense(module))
     trained_whole = {name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_" in name or _beside(name, special) or any(f"{n}.original_module." in name for n in trained_whole):
             continue
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-        made = special[name]() if name in special else tensor
-        wide = made.is_floating_point() and dtype is not None
-        state[plain] = made.to(dtype) if wide else made.to(tensor.dtype) if tensor.is_floating_point() else made
-    return state
+        if name in special:
+            yield plain, torch.empty(0), lambda made=special[name], like=tensor: _merged(made, like, dtype)
+        else:
+            yield plain, tensor, lambda tensor=tensor: in_dtype(tensor.detach(), dtype)
+
+
+@torch.no_grad()
+def _merged(make: Callable[[], Tensor], like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    made = make()
+    if made.is_floating_point() and dtype is not None:
+        return made.to(dtype)
+    return made.to(like.dtype) if like.is_floating_point() else made
 
 
 def _beside(name: str, special: dict[str, Any]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ from safetensors.torch import save_file
 from steersman.model.adapters import write_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.lora import untied
-from steersman.model.merge import merged_state
+from steersman.model.merge import merged_entries
 from steersman.model.policy import Policy
 from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
 from steersman.model.scalar import Headed, ScalarModel
-from steersman.run.folder import save_dir
+from steersman.model.weight_files import Entry, bytes_of, plain_entries, write_weights
+from steersman.run.folder import begin_dir, replace_dir, saving
 from steersman.run.pieces import whole
 from steersman.run.ranks import ranks
 
 
+@torch.no_grad()
 def save(
     model: Policy | ScalarModel | AttributeModel,
     tokenizer: Any | None,
@@ -29,73 +33,72 @@ def save(
     *,
     merged: bool = True,
     dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
 ) -> Path:
     """Writes model and tokenizer so that the ecosystem's `from_pretrained` loads them; returns the folder.
 
     A policy becomes what `AutoModelForCausalLM` loads, a scalar model what `AutoModelForSequenceClassification`
     loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters are written, and a
     scalar model's head beside them.
-    `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. A folder
-    that is there already is replaced once the new one is complete.
+    `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. Files of weights
+    are at most `max_shard_size` large, such as 5GB or 500MB, and no rank holds more than one of them and one layer.
+    A folder that is there already is replaced once the new one is complete.
 
     Of several ranks all call it and rank 0 writes. Raises SteersmanError when writing fails; what stood there
     before is then untouched.
     """
-    folder = Path(folder)
-
-    state = _state(model, merged, dtype)
-
-    def write(partial: Path) -> None:
-        _write(model, state, partial, merged, dtype)
-        (tokenizer or model.tokenizer).save_pretrained(partial)
-
-    with silence():
-        ranks().from_main(lambda: save_dir(folder, write), "the model")
+    folder, limit, here = Path(folder), bytes_of(max_shard_size), ranks()
+    partial = here.from_main(lambda: begin_dir(folder), "the model's folder")
+    try:
+        with silence(), saving(folder):
+            adapters = model.adapters if isinstance(model, Policy) else None
+            if adapters is not None and not merged:
+                state = {n: whole(x) for n, x in adapters.state_dict().items() if _trained(n)}
+                here.from_main(lambda: adapters.save_pretrained(str(partial), state_dict=state), "the adapters")
+            elif isinstance(model, Headed) and model.adapted and not merged:
+                write_adapters(model, partial)
+            else:
+                _write(model, partial, dtype, limit)
+            here.from_main(lambda: (tokenizer or model.tokenizer).save_pretrained(partial) and None, "the tokenizer")
+            here.from_main(lambda: replace_dir(partial, folder), "the model")
+    finally:
+        if here.main:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _state(
-    model: Policy | ScalarModel | AttributeModel, merged: bool, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """The whole weights by name, adapters added in where they are to be, or the adapters alone."""
-    adapters = model.adapters if isinstance(model, Policy) else None
-    if adapters is not None and not merged:
-        state = {
-            name: x for name, x in adapters.state_dict().items() if ".lora_" in name or ".modules_to_save." in name
-        }
-    else:
-        with_adapters = adapters is not None if isinstance(model, Policy) else model.adapted
-        if with_adapters or any(is_quantised(module) for module in model.model.modules()):
-            state = merged_state(model.model, dtype)
-        else:
-            state = model.model.state_dict()
-    return {name: whole(x) for name, x in state.items()}
+def _trained(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def _write(
-    model: Policy | ScalarModel | AttributeModel,
-    state: dict[str, torch.Tensor],
-    folder: Path,
-    merged: bool,
-    dtype: torch.dtype | None,
+    model: Policy | ScalarModel | AttributeModel, folder: Path, dtype: torch.dtype | None, max_shard_size: int
 ) -> None:
-    adapters = model.adapters if isinstance(model, Policy) else None
-    if adapters is not None and not merged:
-        adapters.save_pretrained(str(folder), state_dict=state)
-        return
-    if isinstance(model, Headed) and model.adapted and not merged:
-        write_adapters(model, folder)
-        return
-    if dtype is not None:
-        state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-    model.model.save_pretrained(folder, state_dict=state)
-    if isinstance(model, GatedModel):
-        save_file(model.gating.state_dict(), folder / GATING_FILE)
+    """A plain model: transformers writes all but the weights, and these come file by file."""
+    inner: Any = model.model
+    ranks().from_main(lambda: inner.save_pretrained(folder, state_dict={}), "the model's config")
+    adapted = model.adapters is not None if isinstance(model, Policy) else model.adapted
+    if adapted or any(is_quantised(module) for module in inner.modules()):
+        entries = list(merged_entries(inner, dtype))
+    else:
+        entries = list(plain_entries(inner, dtype))
+    write_weights(inner, entries, folder, max_shard_size)
     changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         changed["dtype"] = str(dtype).split(".")[1]
-    if adapters is not None and untied(model.model, state):
+    if isinstance(model, Policy) and adapted and _untied(inner, entries):
         changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
+    ranks().from_main(lambda: _finish(model, folder, changed), "the model's config")
+
+
+def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
+    made = {name: make for name, _, make in entries}
+    return untied(inner, lambda name: whole(made[name]()))
+
+
+def _finish(model: Policy | ScalarModel | AttributeModel, folder: Path, changed: dict[str, Any]) -> None:
+    if isinstance(model, GatedModel):
+        save_file(model.gating.state_dict(), folder / GATING_FILE)
     if changed:
         path = folder / "config.json"
         told = json.loads(path.read_text())

@@ -10,6 +10,9 @@ import random
 import shutil
 import signal
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,9 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from steersman.run.folder import recover, save_dir
-from steersman.run.ranks import ranks
+from steersman.run.folder import begin_dir, recover, replace_dir, saving
+from steersman.run.pieces import copied
+from steersman.run.ranks import Ranks, ranks
+from steersman.run.stored import described, with_stored, without_pieces, write_pieces
 from steersman.types import Stats, SteersmanError
 
 
@@ -58,26 +64,48 @@ class Checkpointer:
         self.folder = Path(folder) / "checkpoints"
         self.keep_last, self.keep_best, self.metric, self.mode = keep_last, keep_best, metric, mode
         self.damaged: list[str] = []
+        self._writing: Future[None] | None = None
+        self._beside: Ranks | None = None
         if self.folder.exists():
             recover(self.folder)
 
-    def save(self, step: int, state: dict[str, Any], metrics: Stats | None = None) -> Path:
+    def save(self, step: int, state: dict[str, Any], metrics: Stats | None = None, *, wait: bool = True) -> Path:
         """Writes the checkpoint whole, then drops the ones that need not be kept.
 
-        Raises SteersmanError where the disk is full; earlier checkpoints stay.
+        All ranks call it: rank 0 writes, and every rank the pieces of tensors that it holds. Without `wait` the state
+        is copied and written on a thread, and the checkpoint is there once that is done.
+
+        Raises SteersmanError where the disk is full; earlier checkpoints stay. What failed on a thread is raised by
+        the next call of `save` or `wait`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / _name(step)
+        self.wait()
         kept = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
-        save_dir(path, lambda tmp: _write(tmp, step, state, kept))
-        self._drop_old()
+        path = self.folder / _name(step)
+        if wait:
+            self._write(path, step, state, kept, ranks())
+            return path
+        self._beside = self._beside or ranks().beside()
+        copy, beside = copied(state), self._beside
+        self._writing = in_background(lambda: self._write(path, step, copy, kept, beside))
         return path
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is still being written, and raises what went wrong with it."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint that was written on a thread could not be; `wait` raises why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, None where there is none at all; `damaged` names each newer one.
 
         Raises SteersmanError where there are checkpoints and all are damaged.
         """
+        self.wait()
         self.damaged = []
         for path in reversed(self._paths()):
             damage = damage_of(path)
@@ -94,30 +122,58 @@ class Checkpointer:
 
     def best(self) -> Path | None:
         """The whole checkpoint with the best metric, None where none carries it."""
+        self.wait()
         ranked = [p for p in self._ranked() if damage_of(p) is None]
         return ranked[0] if ranked else None
 
     def load(self, path: Path | None = None) -> Checkpoint | None:
-        """The checkpoint at `path`, or the newest whole one; tensors come to the CPU.
+        """The checkpoint at `path`, or the newest whole one; tensors come to the CPU, and those that were saved in
+        pieces stay on the disk until they are read (`run.stored`). Rank 0 looks for damage, for all.
 
         Raises SteersmanError where the one asked for by name is damaged.
         """
+        path = ranks().from_main(lambda: self._whole(path), "the newest checkpoint")
         if path is None:
-            path = self.latest()
-            if path is None:
-                return None
-        else:
-            damage = damage_of(path)
-            if damage is not None:
-                raise SteersmanError(f"checkpoint {path}: it is damaged ({damage}); choose another")
+            return None
         manifest = _manifest(path)
         try:
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            state = with_stored(state, path)
         except Exception as error:
             raise SteersmanError(
                 f"checkpoint {path}: this version of torch ({torch.__version__}) can not read it: {error}"
             ) from error
         return Checkpoint(manifest["step"], state, manifest["metrics"], path)
+
+    def _whole(self, path: Path | None) -> Path | None:
+        if path is None:
+            return self.latest()
+        damage = damage_of(path)
+        if damage is not None:
+            raise SteersmanError(f"checkpoint {path}: it is damaged ({damage}); choose another")
+        return path
+
+    def _write(self, path: Path, step: int, state: dict[str, Any], metrics: Stats, here: Ranks) -> None:
+        """The manifest comes last and the folder takes its name after it, so a kill leaves the checkpoint before."""
+        tmp = here.from_main(lambda: begin_dir(path), "a checkpoint's folder")
+        try:
+            pieces: dict[str, Tensor] = {}
+            rest = without_pieces(state, pieces)
+            with saving(path):
+                files = write_pieces(pieces, tmp, here)
+            here.from_main(lambda: self._finish(path, tmp, step, rest, metrics, files), "a checkpoint")
+        finally:
+            if here.main:
+                shutil.rmtree(tmp, ignore_errors=True)
+
+    def _finish(self, path: Path, tmp: Path, step: int, rest: Any, metrics: Stats, files: dict[str, Any]) -> None:
+        with saving(path):
+            with (tmp / "state.pt").open("wb") as file:
+                torch.save(rest, file)
+            manifest = {"step": step, "metrics": metrics, "files": {"state.pt": described(tmp / "state.pt"), **files}}
+            (tmp / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+            replace_dir(tmp, path)
+        self._drop_old()
 
     def _paths(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
@@ -155,21 +211,13 @@ def damage_of(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size} of {told['bytes']} bytes"
-        if _sha256(file) != told["sha256"]:
+        if described(file)["sha256"] != told["sha256"]:
             return f"{name} does not match its SHA-256"
     return None
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _write(folder: Path, step: int, state: dict[str, Any], metrics: Stats) -> None:
-    with (folder / "state.pt").open("wb") as file:
-        torch.save(state, file)
-    files = {"state.pt": {"bytes": (folder / "state.pt").stat().st_size, "sha256": _sha256(folder / "state.pt")}}
-    manifest = {"step": step, "metrics": metrics, "files": files}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -189,9 +237,18 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """Does the work on a thread that does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="checkpoint").start()
+    return future
 
 
 def rng_state() -> dict[str, Any]:

@@ -173,16 +173,25 @@ def save_dir(final: Path, write: Callable[[Path], Any]) -> None:
     Where `write` fails nothing of it is left and an earlier `final` stays as it was.
     Raises SteersmanError where the disk is full.
     """
-    tmp = final.with_name(f"{_TMP}{final.name}")
+    tmp = begin_dir(final)
     with saving(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(tmp, ignore_errors=True)
         try:
-            tmp.mkdir(parents=True)
             write(tmp)
             replace_dir(tmp, final)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def begin_dir(final: Path) -> Path:
+    """An empty temporary folder beside `final`, for `replace_dir` to put in its place.
+
+    Raises SteersmanError where the disk is full.
+    """
+    tmp = final.with_name(f"{_TMP}{final.name}")
+    with saving(final):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    return tmp
 
 
 def replace_dir(tmp: Path, final: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from steersman.run.ranks import ranks
+from steersman.run.stored import StoredTensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -28,8 +29,23 @@ def mine(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def in_pieces(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor laid out as `like` is."""
+def my_piece(tensor: Tensor) -> tuple[Tensor, str]:
+    """The piece that this rank holds, and which it is, such as " piece 1"; all of a tensor that is not in pieces, and
+    ""."""
+    if not ranks().sharded:
+        return tensor, ""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor, ""
+    at = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
+    return tensor.to_local(), "".join(f" piece {place}" for place, kind in at if kind.is_shard())
+
+
+def in_pieces(tensor: Tensor | StoredTensor, like: Any) -> Tensor:
+    """A whole tensor, or one that a checkpoint holds, laid out as `like` is."""
+    if isinstance(tensor, StoredTensor):
+        return tensor.read(like)
     if not ranks().sharded:
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -39,20 +55,20 @@ def in_pieces(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def whole_moments(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's `state_dict` with every moment put together; then every rank must ask."""
-    if not ranks().sharded:
-        return state
-    moments = {i: {name: whole(x) for name, x in of_one.items()} for i, of_one in state["state"].items()}
-    return state | {"state": moments}
-
-
 def moments_in_pieces(state: dict[str, Any], order: Sequence[Any]) -> dict[str, Any]:
-    """What `whole_moments` gave, laid out as the parameters are, which stand in `order`."""
-    if not ranks().sharded:
-        return state
-    moments = {
-        i: {name: in_pieces(x, order[i]) if x.ndim else x for name, x in of_one.items()}
-        for i, of_one in state["state"].items()
-    }
+    """An optimiser's saved `state_dict` laid out as the parameters are, which stand in `order`."""
+
+    def laid(x: Any, like: Any) -> Any:
+        return in_pieces(x, like) if isinstance(x, StoredTensor) or (isinstance(x, Tensor) and x.ndim) else x
+
+    moments = {i: {name: laid(x, order[i]) for name, x in of_one.items()} for i, of_one in state["state"].items()}
     return state | {"state": moments}
+
+
+def copied(state: Any) -> Any:
+    """The nested state with every tensor copied to the CPU, those in pieces piece by piece."""
+    if isinstance(state, dict):
+        return {key: copied(inner) for key, inner in state.items()}
+    if isinstance(state, list | tuple):
+        return [copied(inner) for inner in state]
+    return state.detach().cpu().clone() if isinstance(state, Tensor) else state

@@ -35,6 +35,8 @@ class Ranks:
     world: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     store: Any = None
+    group: Any = None
+    """The process group of the collectives; None is that of the whole run."""
     calls: int = field(default=0, init=False)
 
     @property
@@ -55,8 +57,8 @@ class Ranks:
         if self.world == 1:
             return [thing]
         found: list[Any] = [None] * self.world
-        with self._call(what):
-            dist.all_gather_object(found, thing)
+        with self.call(what):
+            dist.all_gather_object(found, thing, self.group)
         return found
 
     def sum(self, tensor: Tensor, what: str = "a sum") -> Tensor:
@@ -64,8 +66,8 @@ class Ranks:
         if self.world == 1:
             return tensor
         total = tensor.clone()
-        with self._call(what):
-            dist.all_reduce(total)
+        with self.call(what):
+            dist.all_reduce(total, group=self.group)
         return total
 
     def largest(self, tensor: Tensor, what: str = "a maximum") -> Tensor:
@@ -73,8 +75,8 @@ class Ranks:
         if self.world == 1:
             return tensor
         found = tensor.clone()
-        with self._call(what):
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+        with self.call(what):
+            dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
         return found
 
     def from_main(self, make: Callable[[], T], what: str = "what rank 0 makes") -> T:
@@ -88,8 +90,8 @@ class Ranks:
                 made = [_Made(make(), None)]
             except Exception as raised:
                 error, made = raised, [_Made(None, _portable(raised))]
-        with self._call(what):
-            dist.broadcast_object_list(made, src=0)
+        with self.call(what):
+            dist.broadcast_object_list(made, src=0, group=self.group)
         if error is not None:
             raise error
         if made[0].error is not None:
@@ -125,7 +127,7 @@ class Ranks:
         if self.world == 1 or self.sharded:
             return
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-        with self._call("the sum of gradients"):
+        with self.call("the sum of gradients"):
             dist.all_reduce(has)
         waiting: list[Tensor] = []
         numbers = 0
@@ -145,22 +147,39 @@ class Ranks:
         for dtype in dict.fromkeys(g.dtype for g in gradients):  # in the same order on every rank
             same = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.reshape(-1) for g in same])
-            with self._call("the sum of gradients"):
+            with self.call("the sum of gradients"):
                 dist.all_reduce(flat)
             for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    # -- beside the loop -----------------------------------------------------------------------------------
+
+    def beside(self) -> Ranks:
+        """The same ranks over a process group of their own, for a thread whose calls must not mix with the loop's.
+
+        All ranks must ask at the same time.
+        """
+        if self.world == 1:
+            return self
+        limit = timedelta(seconds=self.parallel.timeout)
+        with self.call("a second process group"):
+            group = dist.new_group(backend="gloo", timeout=limit)
+        return Ranks(self.rank, self.world, self.parallel, self.store, group)
+
     # -- time limits ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _call(self, what: str) -> Iterator[None]:
-        """One collective: noted where the others can read it, so that a time-out can name who is missing."""
+    def call(self, what: str) -> Iterator[None]:
+        """Around one collective: noted where the others can read it, so that a time-out can name who is missing."""
         self.calls += 1
-        self.store.set(f"steersman/at/{self.rank}", f"{self.calls} {what}")
+        self.store.set(self._place(self.rank), f"{self.calls} {what}")
         try:
             yield
         except (RuntimeError, ValueError) as error:
             raise MissingRankError(f"rank {self.rank} of {self.world}: {what} failed. {self._missing()}") from error
+
+    def _place(self, rank: int) -> str:
+        return f"steersman/{'at' if self.group is None else 'beside'}/{rank}"
 
     def _missing(self) -> str:
         """Where every other rank was last, as far as the store can still be asked."""
@@ -170,7 +189,7 @@ class Ranks:
                 continue
             try:
                 self.store.set_timeout(timedelta(seconds=2))
-                number, _, where = self.store.get(f"steersman/at/{rank}").decode().partition(" ")
+                number, _, where = self.store.get(self._place(rank)).decode().partition(" ")
             except Exception:
                 told.append(f"rank {rank} can no longer be asked")
                 continue

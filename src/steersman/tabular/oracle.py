@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steersman.run.micro import my_micro_batches
+from steersman.run.ranks import ranks
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import SteersmanError, Trajectory
 
@@ -97,6 +99,8 @@ def expected_gradient(
     The batch is drawn from the policy, or from `behaviour` logits [S, V], which then also stand in `logp_old`,
     the KL term and V. `gamma`, `kl` and `value` are those of `TokenMDP.trajectory`.
 
+    Of several ranks all call it, each takes its share of the batches, and all get the sum.
+
     - `stacked=True`: `loss` sees many draws at once, `trajectory.group` numbering all groups apart, and
       returns what each row or each step adds, [B] or [B, T], or one number per draw, [batches]. Right for
       whatever never mixes groups; fast.
@@ -119,12 +123,14 @@ def expected_gradient(
         return OracleBatch(trajectory, mdp.sequence_logp(logits)[rows], rows, logits, len(index))
 
     total = torch.zeros_like(logits)
-    for part, weight in zip(index.split(CHUNK), prob.split(CHUNK), strict=True):
+    for micro in my_micro_batches(torch.ones(len(index), dtype=torch.long), CHUNK):
+        part = index[micro.rows]
         if stacked:
             each = loss(draw(part)).reshape(len(part), -1).sum(-1)
         else:
             each = torch.stack([loss(draw(one[None])) for one in part])
-        total += torch.autograd.grad((weight * each).sum(), logits)[0]
+        total += torch.autograd.grad((micro.weight * prob[micro.rows] * each).sum(), logits)[0]
+    total = ranks().sum(total, "an exact gradient")
     return _flat(torch.autograd.grad(made, params, total, materialize_grads=True))
 
 

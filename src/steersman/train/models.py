@@ -124,7 +124,7 @@ def reward_from(
 def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig, folder: Path) -> None:
     """The trained model in the Hugging Face layout, in the precision and form that the section asks for."""
     dtype = model.stored_dtype if config.save_dtype == "same" else getattr(torch, config.save_dtype)
-    save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype)
+    save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype, max_shard_size=config.max_shard_size)
 
 
 SLOW = 1e-4

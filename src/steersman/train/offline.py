@@ -20,7 +20,7 @@ from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
 from steersman.run.pieces import in_pieces
 from steersman.run.ranks import ranks
-from steersman.train.session import Session, whole_state
+from steersman.train.session import Session, kept_state
 from steersman.train.tally import Tally
 from steersman.types import Stats
 from steersman.update.optimizer import Optimizer, OptimizerConfig, not_finite
@@ -109,7 +109,7 @@ class Offline:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": whole_state(trainable(self.objective.module)),
+            "model": kept_state(trainable(self.objective.module)),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
         }

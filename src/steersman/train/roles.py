@@ -21,7 +21,7 @@ from steersman.train.offline import load_trainable, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.reference import Reference, reference_from, same_tokens
-from steersman.train.session import whole_state
+from steersman.train.session import kept_state
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.update.optimizer import Optimizer
 
@@ -64,14 +64,14 @@ class Roles:
 
     def state_dict(self) -> dict[str, Any]:
         learner = self.learner
-        state = {"policy": whole_state(trainable(learner.policy)), "actor": learner.actor.state_dict()}
+        state = {"policy": kept_state(trainable(learner.policy)), "actor": learner.actor.state_dict()}
         state["shaping"] = self.shaping.norm.state_dict()
         if learner.critic is not None:
-            state["critic"] = whole_state(trainable(learner.critic))
+            state["critic"] = kept_state(trainable(learner.critic))
         if learner.critic_optimizer is not None:
             state["critic_optimizer"] = learner.critic_optimizer.state_dict()
         if self.mask_model is not None:
-            state["mask"] = whole_state(self.mask_model.state_dict())
+            state["mask"] = kept_state(self.mask_model.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

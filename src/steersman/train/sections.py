@@ -66,6 +66,11 @@ class ModelConfig(Section):
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same", description="precision of the weights on disk; same: that of the model that `path` names"
     )
+    max_shard_size: str = Field(
+        default="5GB",
+        pattern=r"^\d+(\.\d+)?(KB|MB|GB)$",
+        description="largest file of the saved model's weights, such as 5GB or 500MB",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again instead of keeping them"
     )
@@ -82,9 +87,9 @@ class ModelConfig(Section):
         return self
 
 
-TRAINED_ONLY = ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch")
+TRAINED_ONLY = ("lora", "merge", "save_dtype", "max_shard_size", "gradient_checkpointing", "scratch")
 """Keys of `model` that say what is trained and how it is saved."""
-KEPT_ONLY = ("dir", "eval_every", "save_every", "keep_last", "keep_best", "sinks", "deterministic")
+KEPT_ONLY = ("dir", "eval_every", "save_every", "save_async", "keep_last", "keep_best", "sinks", "deterministic")
 """Keys of `run` that are about a run folder, or about training."""
 
 
@@ -119,6 +124,11 @@ class RunConfig(Section):
     )
     eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
+    save_async: bool = Field(
+        default=False,
+        description="write checkpoints on a thread while the loop goes on; costs a copy of the trained weights and "
+        "moments in the CPU's memory",
+    )
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept, newest first")
     keep_best: int = Field(default=1, ge=0, description="checkpoints kept, best held-out value first")
     sinks: list[str] = Field(

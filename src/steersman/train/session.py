@@ -19,7 +19,7 @@ from steersman.run.folder import open_folder, write_atomic
 from steersman.run.health import Finding, HealthWatch
 from steersman.run.health_limits import HealthConfig
 from steersman.run.log import Log, NoLog, read_jsonl
-from steersman.run.pieces import whole
+from steersman.run.pieces import my_piece
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
@@ -157,8 +157,10 @@ class Session:
             # A checkpoint is ranked by what was measured on its own weights, so a resumed run ranks alike.
             self.step, self.last_metrics, self._is_best = step, {}, False
             yield step
-            signals = ranks().gather(self.signal.signal_name, "the end of a step")
-            came = next((name for name in signals if name is not None), None)
+            ends = ranks().gather((self.signal.signal_name, self.checkpoints.failed), "the end of a step")
+            came = next((name for name, _ in ends if name is not None), None)
+            if any(failed for _, failed in ends):
+                self.checkpoints.wait()
             self.stopped = came is not None
             due = step % self.config.save_every == 0 or step == self.total
             if due or self.stopped or (self._is_best and self.config.keep_best > 0):
@@ -190,7 +192,8 @@ class Session:
         """
         state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
         require_same(state["state"])
-        ranks().from_main(lambda: self.checkpoints.save(step, state, self.last_metrics), "a checkpoint")
+        last = step == self.total or self.stopped
+        self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
         self.saved = step
 
     def _rank(self, value: float) -> None:
@@ -234,27 +237,32 @@ def require_same(state: dict[str, Any]) -> None:
     if ranks().world == 1:
         return
     mine = digests(state)
-    first, *others = ranks().gather(mine, "the ranks' weights")
-    for rank, found in enumerate(others, start=1):
-        for name, digest in first.items():
-            if found.get(name) != digest:
+    every = ranks().gather(mine, "the ranks' weights")
+    names = [{name.split(" piece ")[0] for name in found} for found in every]
+    first: dict[str, tuple[int, str]] = {}
+    for rank, found in enumerate(every):
+        for name, digest in [*found.items(), *((name, "") for name in names[0] - names[rank])]:
+            before, wanted = first.setdefault(name, (rank, digest))
+            if digest != wanted:
                 raise SteersmanError(
-                    f"rank {rank} has another {name} than rank 0: they have drifted apart, so nothing was saved; go "
-                    "on from the last checkpoint, and please report this"
+                    f"rank {rank} has another {name} than rank {before}: they have drifted apart, so nothing was "
+                    "saved; go on from the last checkpoint, and please report this"
                 )
 
 
 def digests(state: Any, name: str = "") -> dict[str, str]:
-    """SHA-256 of every tensor and number of a nested state, by its dotted name."""
+    """SHA-256 of every tensor and number of a nested state, by its dotted name; that of a piece by its place too."""
     if isinstance(state, dict):
         return {k: v for key, inner in state.items() for k, v in digests(inner, f"{name}.{key}".strip(".")).items()}
     if isinstance(state, torch.Tensor):
+        state, place = my_piece(state)
+        name += place
         raw = state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     else:
         raw = repr(state).encode()
     return {name: hashlib.sha256(raw).hexdigest()}
 
 
-def whole_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors copied to the CPU, so that a checkpoint does not hold what training goes on changing."""
-    return {name: whole(tensor.detach()).cpu().clone() for name, tensor in state.items()}
+def kept_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as a checkpoint keeps them, without their gradients; those in pieces stay in pieces."""
+    return {name: tensor.detach() for name, tensor in state.items()}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steersman.run.pieces import moments_in_pieces
 from steersman.types import SteersmanError
 
 Kind = Literal["adamw", "adamw-8bit", "adamw-8bit-paged", "adafactor", "lion", "lion-8bit", "muon"]
@@ -49,7 +50,7 @@ class Several:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+            restore(part, saved)
 
 
 class Rounded:
@@ -139,7 +140,7 @@ class Rounded:
         for mine, saved in zip(kept, state["kept"], strict=True):
             mine.copy_(saved)
         for (_, _, inner), saved in zip(self.parts, state["inner"], strict=True):
-            inner.load_state_dict(saved)
+            restore(inner, saved)
         self.updates = state["updates"]
 
 
@@ -153,6 +154,13 @@ def steps_of(groups: Sequence[Group], config: Any) -> Any:
     wide, half = (_where(groups, lambda p, want=want: (p.element_size() < 4) == want) for want in (False, True))
     parts = [make(some, config) for make, some in ((_made, wide), (Rounded, half)) if some]
     return parts[0] if len(parts) == 1 else Several(parts)
+
+
+def restore(steps: Any, saved: dict[str, Any]) -> None:
+    """Puts back what the `state_dict` of `steps_of`'s answer was, each moment laid out as its weight is."""
+    if "state" in saved:
+        saved = moments_in_pieces(saved, [p for group in steps.param_groups for p in group["params"]])
+    steps.load_state_dict(saved)
 
 
 def state_bytes(parameters: Iterable[nn.Parameter], config: Any) -> int:

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.run.config import Section
-from steersman.run.pieces import moments_in_pieces, whole, whole_moments
+from steersman.run.pieces import whole
 from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
-from steersman.update.kinds import Kind, Rounding, steps_of
+from steersman.update.kinds import Kind, Rounding, restore, steps_of
 
 
 class OptimizerConfig(Section):
@@ -113,11 +113,10 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        return {"adamw": whole_moments(self.adamw.state_dict()), "updates": self.updates}
+        return {"adamw": self.adamw.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        order = [p for group in self.adamw.param_groups for p in group["params"]]
-        self.adamw.load_state_dict(moments_in_pieces(state["adamw"], order))
+        restore(self.adamw, state["adamw"])
         self.updates = state["updates"]
 
 

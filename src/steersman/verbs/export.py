@@ -26,6 +26,9 @@ class ExportRecipe(Section):
     dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same", description="precision on disk; same: that of the model, or of the base of the adapters"
     )
+    max_shard_size: str = Field(
+        default="5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB)$", description="largest file of weights, such as 500MB"
+    )
     trust_remote_code: bool = Field(
         default=False, description="run Python code that comes with the model's folder; read it first"
     )
@@ -46,7 +49,8 @@ def run(recipe: ExportRecipe, *, resume: bool = False) -> dict[str, Any]:
     load = load_reward if _gives_numbers(Path(recipe.path)) else load_policy
     model: Any = load(recipe.path, device="cpu", trust_remote_code=recipe.trust_remote_code)
     dtype = model.stored_dtype if recipe.dtype == "same" else getattr(torch, recipe.dtype)
-    save(model, model.tokenizer, out, merged=recipe.form == "merged", dtype=dtype)
+    merged, size = recipe.form == "merged", recipe.max_shard_size
+    save(model, model.tokenizer, out, merged=merged, dtype=dtype, max_shard_size=size)
     print(f"{recipe.form} written to {out} ({str(dtype).removeprefix('torch.')})")
     return {"out": str(out), "form": recipe.form, "dtype": str(dtype)}
 

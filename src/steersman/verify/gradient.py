@@ -73,6 +73,14 @@ def check_gradient(
     )
 
 
+def expected(algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """The method's expected gradient in the example, as shipped and with the named biases switched off."""
+    mdp, policy = example()
+    algorithm = algorithm.model_copy(update={"beta": mdp.beta})
+    shipped, _ = _expected_and_exact(algorithm, mdp, policy, None, SIZE)
+    return shipped, _expected_and_exact(unbiased(algorithm), mdp, policy, None, SIZE)[0]
+
+
 def unbiased(algorithm: Algorithm) -> Algorithm:
     """The method with every setting of OFF that it has."""
     return algorithm.model_copy(update={k: v for k, v in OFF.items() if k in type(algorithm).model_fields})

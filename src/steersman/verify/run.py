@@ -28,8 +28,9 @@ from steersman.types import SteersmanError
 from steersman.verify import distillation, gradient, self_play, training, two_turns
 from steersman.verify.identities import Identity, identities
 from steersman.verify.judge import Method, failures
+from steersman.verify.ranks import is_rank, on_ranks, on_this_rank
 from steersman.verify.staleness import claims, stale_table
-from steersman.verify.table import identity_table, method_table, offline_table, staleness_table
+from steersman.verify.table import identity_table, method_table, offline_table, ranks_table, staleness_table
 
 with warnings.catch_warnings():
     # `json` is also the name of a method that pydantic 2 keeps for version 1's sake; nobody calls it here
@@ -44,6 +45,9 @@ with warnings.catch_warnings():
         json: str | None = Field(default=None, description="file that the same numbers are written to")  # type: ignore
         workers: int = Field(
             default=0, ge=0, description="processes that share the work; 0 is one per core, at most 8"
+        )
+        devices: int = Field(
+            default=1, ge=1, description="hold the exact gradients on so many ranks too, against one process's"
         )
 
 
@@ -87,11 +91,15 @@ def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
     """
     start = time.monotonic()
     names = _names(recipe.only)
+    methods_named = [name for name in names if name in ALGORITHMS]
+    if recipe.devices > 1 and is_rank(recipe.devices):
+        return on_this_rank(methods_named)
+    shared = on_ranks(recipe, methods_named) if recipe.devices > 1 else []
     console = Console()
     if not console.is_terminal:
         console = Console(width=118)
     answers = _work(_jobs(names, recipe), recipe.workers, console)
-    methods = [_method(name, answers, recipe.seeds) for name in names if name in ALGORITHMS]
+    methods = [_method(name, answers, recipe.seeds) for name in methods_named]
     offline = [answers[Job("offline", name)][0] for name in names if name in preference_check.CHECKS]
     distilled = [answers[Job("distilled", name)][0] for name in names if name in distillation.CHECKS]
     played = [answers[Job("played", name)][0] for name in names if name in self_play.CHECKS]
@@ -106,11 +114,15 @@ def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
         console.print(offline_table(played, "Self-play", "KL to start"))
     if exact:
         console.print(identity_table(exact))
-    wrong = failures(methods, [*offline, *distilled, *played], exact)
+    if shared:
+        console.print(ranks_table(shared, recipe.devices))
+    wrong = [f"{row.name}: {recipe.devices} ranks find another gradient than one" for row in shared if not row.holds]
+    wrong += failures(methods, [*offline, *distilled, *played], exact)
     if stale:
         console.print(staleness_table(stale))
         wrong += [f"stale samples: {statement}: it does not" for statement, holds in claims(stale) if not holds]
     summary = _summary(recipe, methods, offline, exact, wrong, time.monotonic() - start)
+    summary["ranks"] = [asdict(row) for row in shared]
     summary["stale"] = [asdict(row) for row in stale]
     summary["distillation"] = [asdict(row) | {"holds": row.holds} for row in distilled]
     summary["self_play"] = [asdict(row) | {"holds": row.holds} for row in played]

@@ -13,6 +13,7 @@ from rich.text import Text
 from steersman.tabular.preference_check import FixedPoint
 from steersman.verify.identities import Identity
 from steersman.verify.judge import EXACT, REACHED, Method
+from steersman.verify.ranks import OnRanks
 from steersman.verify.staleness import LAGS, RATES, Stale
 
 MARKS = "abcdefghijklmnopqrstuvwxyz"
@@ -104,6 +105,18 @@ def staleness_table(rows: list[Stale]) -> RenderableType:
     for name in dict.fromkeys(r.correction for r in rows):
         cells = [at[name, *column] for column in columns]
         table.add_row(Text(name, style="bold"), *(f"{r.bias:.3f} / {r.deviation:.2f}" for r in cells))
+    return table
+
+
+def ranks_table(rows: list[OnRanks], devices: int) -> RenderableType:
+    """One row per method: how far its gradient on several ranks is from that of one process."""
+    title = f"Exact gradients: {devices} ranks beside one process"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
+    for name in ("method", "shipped, off by", "core, off by"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        style = "green" if row.holds else "bold red"
+        table.add_row(Text(row.name), Text(f"{row.shipped:.0e}", style=style), Text(f"{row.core:.0e}", style=style))
     return table
 
 

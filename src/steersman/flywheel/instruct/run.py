@@ -34,7 +34,7 @@ from steersman.judge.writer import Writer, WriterConfig
 from steersman.model import load_tokenizer
 from steersman.run.config import Section
 from steersman.run.seed import sub_seed
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.train.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Stats
 
 
@@ -77,8 +77,8 @@ class InstructRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
-        kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
+        model = (f"model.{key}" for key in TRAINED_ONLY)
+        kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
         return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.correction", "rollout.ahead"})
 
     @model_validator(mode="after")
