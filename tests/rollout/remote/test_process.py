@@ -257,6 +257,30 @@ def test_a_server_killed_before_and_in_a_sync_gets_the_weights():
 
 
 @pytest.mark.slow
+def test_a_server_killed_while_it_starts_is_started_once_more():
+    policy = make_policy()
+    generator = opened(policy)
+    try:
+        launched = generator.stations[0].launched
+        os.kill(launched.pid, signal.SIGKILL)
+        there = generator.generate(asked(), SAMPLING, seed=2)
+        assert same(there, inside(policy).generate(asked(), SAMPLING, seed=2))
+        real = launched.start
+
+        def dies():  # while it is started in the place of one that died
+            real()
+            launched.start = real
+            os.kill(launched.pid, signal.SIGKILL)
+
+        launched.start = dies
+        os.kill(launched.pid, signal.SIGKILL)
+        assert same(generator.generate(asked(), SAMPLING, seed=2), there)
+        assert generator.stations[0].restarts == 3
+    finally:
+        generator.close()
+
+
+@pytest.mark.slow
 def test_what_is_cut_goes_on_under_the_new_weights():
     """Tokens of both versions in one answer, each with the log-probability of the weights that it was drawn from."""
     policy = make_policy()

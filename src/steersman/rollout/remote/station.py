@@ -36,15 +36,26 @@ class Station:
 
     @property
     def server(self) -> Server:
-        """The server; its first use waits until it answers and looks at what it is."""
+        """The server; its first use waits until it answers and looks at what it is. One that ends while it starts is
+        started once more: it may have been killed."""
         if not self._ready:
-            server = self.launched.wait() if self.launched is not None else self._server
+            server = self._server if self.launched is None else self._started(self.launched)
             assert server is not None
             self._server = server
             self.dialect.check(server, self.vocabulary)
             self._ready = True
         assert self._server is not None
         return self._server
+
+    def _started(self, launched: Launched) -> Server:
+        try:
+            return launched.wait()
+        except ServerGoneError:
+            if self._closed:
+                raise
+            self.restarts += 1
+            launched.start()
+            return launched.wait()
 
     def complete(self, asked: Sequence[Asked], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
@@ -141,9 +152,15 @@ class Station:
     def _mend(self) -> None:
         """The server as it should be: started again where its process died, with the weights that it had."""
         with self._repair:
-            self._restart()
-            if self.snapshot is not None:
-                self._send_twice(self.snapshot)
+            for attempt in range(RESTARTS + 1):
+                self._restart()
+                try:
+                    if self.snapshot is not None:
+                        self._send_twice(self.snapshot)
+                    return
+                except ServerGoneError:
+                    if attempt == RESTARTS:
+                        raise
 
     def _restart(self) -> None:
         if self.launched is None or self._closed:
