@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import yaml
 from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
-from steersman.flywheel import arena, best_of_n, ledger, online_dpo
+from steersman.flywheel import arena, best_of_n, ledger, online_dpo, players
 from steersman.run.report import write_report
 from steersman.train import offline
 from steersman.types import SteersmanError
@@ -304,3 +305,21 @@ def test_conversations_as_prompts(tmp_path, mini_model):
     turn("best-of-n", tmp_path, mini_model, rounds=1, data={"path": str(data)})
     kept = rows_of(tmp_path / "run/round-01/kept.jsonl")
     assert kept[0]["prompt"][0]["role"] == "user"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_engines_elsewhere_end_with_the_run(broken, tmp_path, mini_model, monkeypatch):
+    """Processes that a loop started to sample are gone when it is done, and when an error ends it."""
+    opened = []
+    real = players.open_generator
+    monkeypatch.setattr(players, "open_generator", lambda *a: opened.append(real(*a)) or opened[-1])
+    if broken:
+        Cut(monkeypatch, players, "tokens_of", 1, after=False)
+    extra = {"rollout": {"engine": "process", "timeout": 120}, "rounds": 1}
+    with pytest.raises(KeyboardInterrupt) if broken else nullcontext():
+        turn("best-of-n", tmp_path, mini_model, **extra)
+    assert opened
+    for generator in opened:
+        assert not generator.stations[0].launched.alive()
+        assert not generator._folder.name or not os.path.exists(generator._folder.name)

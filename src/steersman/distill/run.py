@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from steersman.data import Loaded
@@ -32,7 +33,7 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         "distill", recipe, resume=resume, metric=watched, mode="min",
         shown=("divergence", watched, "held_out/loss", "reward/total", "length/mean"), health=recipe.health,
     )  # fmt: skip
-    with session:
+    with session, ExitStack() as stack:
         student = policy_from(recipe.model, recipe.run, session.device)
         model = None if recipe.teacher.path is None else local_model(recipe, student)
         rows = reader(recipe, student, model if isinstance(model, Policy) else None)
@@ -45,7 +46,9 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         reward = None
         if recipe.reward is not None:
             reward = build_reward(recipe.reward, student.tokenizer, session.device)
-        state = Distill(recipe, objective, train, open_generator(recipe.rollout, student), reward)
+        engine = open_generator(recipe.rollout, student)
+        stack.callback(engine.close)
+        state = Distill(recipe, objective, train, engine, reward)
         watch = Watch(state, held)
         _preflight(session, state, loaded, held, model)
         session.begin(state, state.total)

@@ -45,7 +45,9 @@ class Flywheel:
     def player(self, path: str, model: ModelConfig | None = None) -> Player:
         """The model at `path`, in the recipe's precision unless `model` says another."""
         config = (model or self.recipe.model).model_copy(update={"path": path, "lora": None})
-        return Player(config, self.recipe.run, self.ledger.device)
+        player = Player(config, self.recipe.run, self.ledger.device)
+        self.ledger.at_end(player.release)
+        return player
 
     def batch(self, number: int) -> list[int]:
         """The prompts of batch `number` (from 0), by place; batches pass over all prompts before any comes again."""

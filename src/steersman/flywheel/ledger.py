@@ -81,6 +81,10 @@ class Ledger:
             self._stack.close()
         return self.stopped
 
+    def at_end(self, action: Callable[[], object]) -> None:
+        """Has something done when the run ends, however it ends."""
+        self._stack.callback(action)
+
     def table(self, name: str, make: Callable[[], Rows], **about: Any) -> Rows:
         """The rows of `<name>.jsonl`: read where the file is there, else made, written whole, and returned.
 

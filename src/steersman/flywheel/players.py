@@ -38,6 +38,12 @@ class Player:
             self._policy = policy_from(self.config, self.run, self.device, trainable=False)
         return self._policy
 
+    def engine(self, rollout: RolloutConfig) -> Generator:
+        """What samples from it, opened at the first call and closed by `release`."""
+        if self._engine is None:
+            self._engine = open_generator(rollout, self.policy)
+        return self._engine
+
     def answer(
         self, queries: Sequence[Query], places: Sequence[int], data: DataConfig, rollout: RolloutConfig, *,
         n: int, seed: Sequence[int],
@@ -53,9 +59,7 @@ class Player:
         found = [places[p.index] for p in asked]
         for prompt, place in zip(asked, found, strict=True):
             prompt.index = place  # the random stream is the query's, whatever batch it stands in
-        if self._engine is None:
-            self._engine = open_generator(rollout, self.policy)
-        samples = self._engine.generate(asked, rollout.sampling(), n=n, seed=list(seed))
+        samples = self.engine(rollout).generate(asked, rollout.sampling(), n=n, seed=list(seed))
         rows = [
             {
                 "prompt": queries[s.prompt.index].prompt, "completion": s.text, "index": s.prompt.index,
@@ -73,7 +77,9 @@ class Player:
         return masked_sum(logp, tokens.mask.to(logp.device), dim=-1).tolist()
 
     def release(self) -> None:
-        """Gives the memory back."""
+        """Gives the memory back, and ends what samples elsewhere."""
+        if self._engine is not None:
+            self._engine.close()
         self._policy = self._engine = None
 
 

@@ -23,7 +23,6 @@ from steersman.judge.scored import Scorer
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.run.seed import sub_seed
-from steersman.train.generators import open_generator
 from steersman.train.models import context_length
 from steersman.train.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Prompt, SteersmanError
@@ -64,6 +63,7 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         queries = queries[: recipe.rollout.prompts]
         scorer = Scorer(recipe.reward, ledger.device)
         player = Player(recipe.model, recipe.run, ledger.device)
+        ledger.at_end(player.release)
         maker = Maker(recipe, player, queries, scorer)
         answers = ledger.table("answers", maker.answers, model=ledger.model(recipe.model.path))
         kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
@@ -92,7 +92,7 @@ class Maker:
     def answers(self) -> Rows:
         """Every answer with its steps; those that the length limit cut are left out."""
         prompts = self._prompts()
-        engine = open_generator(self.recipe.rollout, self.player.policy)
+        engine = self.player.engine(self.recipe.rollout)
         samples = engine.generate(
             prompts, self.recipe.rollout.sampling(), n=self.recipe.rollout.samples, seed=(self.seed, 0)
         )
@@ -125,7 +125,7 @@ class Maker:
                 "too long",
                 f"a continuation needs {longest + rollout.max_new_tokens} tokens of a context of {context}",
             )
-        engine = open_generator(rollout, policy)
+        engine = self.player.engine(rollout)
         seed = sub_seed(self.seed, "continuations", index)
         n = self.recipe.continuations
         samples = engine.generate(prompts, rollout.sampling(), n=n, seed=(seed,))

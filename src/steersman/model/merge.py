@@ -24,9 +24,11 @@ def merged_weight(layer: Any, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The state dict with every adapter added into its layer and every quantised layer as its numbers, under the
-    names of a plain model, in `dtype` where one is given.
+def merged_state(
+    model: nn.Module, dtype: torch.dtype | None = None, *, with_adapters: bool = True
+) -> dict[str, Tensor]:
+    """The state dict with every adapter added into its layer (without `with_adapters`: left out) and every quantised
+    layer as its numbers, under the names of a plain model, in `dtype` where one is given.
 
     The model itself is left as it is: merging in place and undoing it would not give the same bits back. One layer at
     a time is widened.
@@ -43,7 +45,10 @@ def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             base: Any = module.get_base_layer()
-            special[f"{name}.base_layer.weight"] = lambda layer=module, base=base: merged_weight(layer, dense(base))
+            whole = merged_weight if with_adapters else lambda _, weight: weight
+            special[f"{name}.base_layer.weight"] = lambda layer=module, base=base, whole=whole: whole(
+                layer, dense(base)
+            )
         elif is_quantised(module):
             special.setdefault(f"{name}.weight", lambda module=module: dense(module))
     trained_whole = {name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}

@@ -34,6 +34,7 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
         ends=end_ids(policy.model, policy.tokenizer, ends or None), max_batch=rollout.max_batch,
         servers=rollout.servers, urls=tuple(rollout.url), timeout=rollout.timeout, tolerance=rollout.tolerance,
         python=rollout.python, arguments=tuple(rollout.arguments), top_k=rollout.top_k,
+        adapter=rollout.sync == "adapter",
     )  # fmt: skip
     return open_process(policy, wanted) if rollout.engine == "process" else open_vllm(policy, wanted)
 

@@ -219,6 +219,11 @@ class RolloutConfig(Section):
     timeout: float = Field(
         default=600.0, gt=0, description="seconds that a server may take to start or to answer one request"
     )
+    sync: Literal["weights", "adapter"] = Field(
+        default="weights",
+        description="what travels to other processes after each update: all weights, adapters added in; or with "
+        "model.lora the adapter alone, under a name of its version (servers then have the base)",
+    )
     tolerance: float | None = Field(
         default=None,
         gt=0,
@@ -243,9 +248,10 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
             )
-        if self.engine == "inside" and (self.servers > 1 or self.url or self.arguments):
+        if self.engine == "inside" and (self.servers > 1 or self.url or self.arguments or self.sync == "adapter"):
             raise ValueError(
-                "servers, url and arguments are about other processes, and engine is inside; choose process or vllm"
+                "servers, url, arguments and sync are about other processes, and engine is inside; choose process or "
+                "vllm"
             )
         if self.engine == "inside" and self.ahead:
             raise ValueError(

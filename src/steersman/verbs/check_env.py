@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:
         low=recipe.reward_low, high=recipe.reward_high,
     )  # fmt: skip
     if recipe.model is not None:
-        _with_model(recipe, environment, rows, found)
+        with ExitStack() as stack:
+            _with_model(recipe, environment, rows, found, stack)
     _print(environment, found)
     if found.wrong:
         raise SteersmanError(f"check-env: {len(found.wrong)} to mend: " + "; ".join(found.wrong))
@@ -69,7 +71,9 @@ def _rows(recipe: CheckEnvRecipe) -> list[Prompt]:
     return [Prompt([0], "", q.columns, i, t) for i, (q, t) in enumerate(zip(queries, turns, strict=True))]
 
 
-def _with_model(recipe: CheckEnvRecipe, environment: Environment, rows: list[Prompt], found: Findings) -> None:
+def _with_model(
+    recipe: CheckEnvRecipe, environment: Environment, rows: list[Prompt], found: Findings, stack: ExitStack
+) -> None:
     """What only a model can show: its template, its tokens, what it earns, and that nothing heard reaches a loss."""
     assert recipe.model is not None
     data = recipe.data or DataConfig(path="")
@@ -81,6 +85,7 @@ def _with_model(recipe: CheckEnvRecipe, environment: Environment, rows: list[Pro
     rows = [Prompt(r.ids, r.text, r.row, i, r.turns or [{"role": "user", "content": ""}]) for i, r in enumerate(rows)]
     try:
         generator = open_generator(recipe.rollout, policy)
+        stack.callback(generator.close)
         play = open_episodes(recipe.environment, environment, data, recipe.rollout, policy, generator)
     except SteersmanError as error:
         found.wrong.append(str(error))

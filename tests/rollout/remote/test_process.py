@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from letter_models import LETTERS, letters
-from remote_kit import asked, make_policy, move, opened
+from remote_kit import ENDS, asked, make_policy, move, opened
 
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.remote import ReceiptError, snapshot
+from steersman.rollout.remote import ReceiptError, Wanted, open_process, snapshot
 from steersman.types import Prompt, SteersmanError
 
 SAMPLING = Sampling(20)
@@ -179,6 +179,75 @@ def test_adapters_arrive_added_in(tmp_path):
         generator.close()
 
 
+@pytest.fixture
+def adapted(tmp_path):
+    """(policy with adapters, generator whose server has the base)."""
+    make_policy().model.save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, lora=LoraConfig(r=2), device="cpu", dtype="float32")
+    generator = opened(policy, adapter=True)
+    yield policy, generator
+    generator.close()
+
+
+def move_adapters(policy: Policy, by: float = 0.1) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * by)
+
+
+@pytest.mark.slow
+def test_an_adapter_travels_alone_under_a_name_of_its_version(adapted, monkeypatch):
+    policy, generator = adapted
+    torch.manual_seed(0)
+    whole = sum(x.numel() * x.element_size() for x in snapshot.weights_of(policy).values())
+    for version in (1, 2):
+        move_adapters(policy)
+        stats = generator.update_weights(version)
+        assert stats["sync/gap"] < 1e-4
+        assert stats["sync/bytes"] < whole / 2
+        (receipt,) = generator.receipts
+        assert receipt.compared == receipt.tensors == sum(".lora_" in name for name in policy.model.state_dict())
+        station = generator.stations[0]
+        assert station.server.models() == ["policy", f"{station.owner}:{version}"]
+        there = generator.generate(asked(), SAMPLING, n=2, seed=2)
+        assert same(there, inside(policy).generate(asked(), SAMPLING, n=2, seed=2))
+        assert all(s.version == [version] * len(s.ids) for s in there)
+    os.kill(generator.stations[0].launched.pid, signal.SIGKILL)  # the next one has the base, and gets them too
+    assert same(there, generator.generate(asked(), SAMPLING, n=2, seed=2))
+    real = snapshot.save_file
+    lost = next(name for name in policy.adapters.state_dict() if "lora_B" in name).replace(".default", "")
+    move_adapters(policy, 1e-6)  # by so little that no log-probability would tell
+    monkeypatch.setattr(
+        snapshot, "save_file", lambda state, path: real({k: v for k, v in state.items() if k != lost}, path)
+    )
+    with pytest.raises(ReceiptError, match=f"{lost} did not arrive"):
+        generator.update_weights(3)
+    monkeypatch.undo()
+    url = generator.stations[0].server.url
+    other = open_process(make_policy(), Wanted(ENDS, 8, urls=(url,), timeout=60.0))
+    assert other.update_weights(1)["sync/gap"] < 1e-4  # a run of whole weights on a server that had adapters
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (None, "the policy has no adapters"),
+        (LoraConfig(r=2, dora=True), "plain LoRA of linear layers.*lora_magnitude_vector"),
+        (LoraConfig(r=2, targets=["q_proj", "embed_tokens"]), "plain LoRA of linear layers.*lora_embedding"),
+        (LoraConfig(r=2, train_whole=("lm_head",)), "plain LoRA of linear layers"),
+    ],
+)
+def test_adapters_that_no_server_takes_are_refused_before_it_starts(lora, said):
+    policy = make_policy()
+    if lora is not None:
+        policy.adapt(lora)
+    with pytest.raises(SteersmanError, match=said):
+        opened(policy, adapter=True)
+
+
 def _tokens(samples):
     from steersman.types import Tokens
 
@@ -252,6 +321,30 @@ def test_a_server_killed_before_and_in_a_sync_gets_the_weights():
         assert generator.update_weights(2)["sync/version"] == 2
         assert generator.stations[0].restarts == 2
         assert same(generator.generate(asked(), SAMPLING, seed=2), inside(policy).generate(asked(), SAMPLING, seed=2))
+    finally:
+        generator.close()
+
+
+@pytest.mark.slow
+def test_a_server_killed_while_it_starts_is_started_once_more():
+    policy = make_policy()
+    generator = opened(policy)
+    try:
+        launched = generator.stations[0].launched
+        os.kill(launched.pid, signal.SIGKILL)
+        there = generator.generate(asked(), SAMPLING, seed=2)
+        assert same(there, inside(policy).generate(asked(), SAMPLING, seed=2))
+        real = launched.start
+
+        def dies():  # while it is started in the place of one that died
+            real()
+            launched.start = real
+            os.kill(launched.pid, signal.SIGKILL)
+
+        launched.start = dies
+        os.kill(launched.pid, signal.SIGKILL)
+        assert same(generator.generate(asked(), SAMPLING, seed=2), there)
+        assert generator.stations[0].restarts == 3
     finally:
         generator.close()
 

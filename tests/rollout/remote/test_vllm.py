@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def served(tmp_path_factory):
 
     torch.set_num_threads(1)
     policy: Policy = load_policy(save_llama(tmp_path_factory.mktemp("llama")), device="cpu", dtype="float32")
-    generator = open_vllm(policy, Wanted(ends=(2,), max_batch=16, timeout=300.0, python=str(PYTHON), top_k=5))
+    generator = open_vllm(policy, Wanted(ends=(2,), max_batch=16, timeout=600.0, python=str(PYTHON), top_k=5))
     yield policy, generator
     generator.close()
 
@@ -146,8 +147,54 @@ def test_a_server_that_is_killed_comes_back_with_its_weights(served):
     assert gap(policy, after) < 1e-4
 
 
-def test_grpo_trains_on_vllm(tmp_path):
-    """Two iterations by the verb, with a receipt after each update."""
+def test_adapters_travel_alone(tmp_path):
+    """A server with the base from the start; each version is an adapter under a name of its own."""
+    from steersman.model import LoraConfig, load_policy
+
+    policy = load_policy(save_llama(tmp_path), lora=LoraConfig(r=4), device="cpu", dtype="float32")
+    wanted = Wanted((2,), 16, timeout=600.0, python=str(PYTHON), adapter=True)
+    generator = open_vllm(policy, wanted)
+    torch.manual_seed(0)
+    try:
+        for version in (1, 2, 3):
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(torch.randn_like(parameter) * 0.05)
+            assert generator.update_weights(version)["sync/gap"] < 1e-4
+            samples = generator.generate(asked(), Sampling(16), n=2, seed=version)
+            assert gap(policy, samples) < 1e-4
+            assert all(s.version == [version] * len(s.ids) for s in samples)
+        station = generator.stations[0]
+        assert station.server.models() == ["policy", f"{station.owner}:3"]
+        real = snapshot.save_file
+        dropped = lambda state, path: real(dict(list(state.items())[:-2]), path)  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(snapshot, "save_file", dropped)
+            with pytest.raises(ReceiptError, match="did not arrive"):
+                generator.update_weights(4)
+        assert generator.update_weights(5)["sync/gap"] < 1e-4
+    finally:
+        generator.close()
+
+
+def test_a_prefix_cache_that_outlives_its_weights_is_caught(served, monkeypatch):
+    """The first canary is longer than a block of the cache, so what was kept of it under older weights shows."""
+    policy, generator = served
+    generator.update_weights(40)
+    server = generator.stations[0].server
+    real = server.post
+    kept = lambda path, *a, **k: None if path == "/reset_prefix_cache" else real(path, *a, **k)  # noqa: E731
+    monkeypatch.setattr(server, "post", kept)
+    move(policy, 0.02)
+    with pytest.raises(ReceiptError, match=r"differ from the policy's by up to .* a stale cache"):
+        generator.update_weights(41)
+    monkeypatch.undo()
+    assert generator.update_weights(42)["sync/gap"] < 1e-4
+
+
+def train(name: str, tmp_path: Path, **rollout: Any) -> list[dict[str, Any]]:
+    """A short run by the verb; the rows of its metrics."""
     from steersman.verbs import rl
     from steersman.verbs.on_policy_recipes import RECIPES
 
@@ -156,13 +203,29 @@ def test_grpo_trains_on_vllm(tmp_path):
         "model": {"path": str(save_llama(tmp_path / "model"))},
         "data": {"path": str(write_jsonl(tmp_path / "prompts.jsonl", prompts)), "held_out": 2},
         "reward": {"parts": {"length": {"builtin": "length"}}},
-        "rollout": {
-            "prompts": 2, "samples": 4, "max_new_tokens": 8, "engine": "vllm", "python": str(PYTHON), "timeout": 300,
-            "ahead": 1,
-        },
+        "rollout": {"prompts": 2, "samples": 4, "max_new_tokens": 8, "engine": "vllm", "timeout": 600, **rollout},
         "iterations": 3,
         "run": {"dir": str(tmp_path / "run"), "threads": 1},
     }  # fmt: skip
-    rl.run(RECIPES["grpo"].model_validate(values))
+    rl.run(RECIPES[name].model_validate(values))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["sync/gap"] for row in rows if "sync/gap" in row) < 1e-4
+    gaps = [row["sync/gap"] for row in rows if "sync/gap" in row]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    return rows
+
+
+def test_grpo_trains_on_vllm(tmp_path):
+    """Three iterations by the verb, sampled ahead, with a receipt after each update."""
+    train("grpo", tmp_path, python=str(PYTHON), ahead=1)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_a_verb_trains_on_a_server_that_runs_already(name, served, tmp_path):
+    """`rollout.url`: the run leaves the server running, with weights that are the run's."""
+    _, generator = served
+    server = generator.stations[0].server
+    train(name, tmp_path, url=[server.url])
+    assert server.healthy()
+    assert server.weights().endswith(":3")
+    generator.update_weights(50)

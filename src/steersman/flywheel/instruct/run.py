@@ -158,6 +158,7 @@ def _rephrased(asked: Rows, writer: Writer) -> Rows:
 def _answers(ledger: Ledger, recipe: InstructRecipe, asked: Rows, wrap: bool) -> Rows:
     """What the model says to each instruction."""
     player = Player(recipe.model, recipe.run, ledger.device)
+    ledger.at_end(player.release)
     queries = [
         Query(user(r["prompt"]) if wrap else r["prompt"], Row(r, "instructions.jsonl", r["index"] + 1)) for r in asked
     ]

@@ -23,7 +23,7 @@ class Call:
     """What all prompts of a call share.
 
     `ends` are the ids that end a response, `skip` whether special tokens are left out where stop strings are looked
-    for, `vocabulary` how many ids there are.
+    for, `vocabulary` how many ids there are, `adapter` the name of the adapters that are to be added, if any.
     """
 
     sampling: Sampling
@@ -32,6 +32,7 @@ class Call:
     vocabulary: int
     skip: bool
     support: bool
+    adapter: str = ""
 
 
 class Dialect(Protocol):
@@ -92,7 +93,7 @@ class Promptwise:
     def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]:
         def one(ask: Asked) -> list[Reply] | None:
             params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key)}
-            body = {"model": self.model, "token_ids": ask.ids, "sampling_params": params}
+            body = {"model": call.adapter or self.model, "token_ids": ask.ids, "sampling_params": params}
             try:
                 found = server.post("/inference/v1/generate", body)
             except ServerGoneError:
@@ -112,11 +113,10 @@ class Promptwise:
                     "the extra steersman[vllm] names"
                 )
             )
-        models = server.get("/v1/models")
-        names = [one.get("id") for one in models.get("data", [])] if isinstance(models, dict) else []
+        names = server.models()
         if self.model not in names:
             raise SteersmanError(
-                server.message(f"it serves {', '.join(map(str, names)) or 'nothing'}, not {self.model}: start it "
+                server.message(f"it serves {', '.join(names) or 'nothing'}, not {self.model}: start it "
                             f"with --served-model-name {self.model}")
             )  # fmt: skip
         server.weights()

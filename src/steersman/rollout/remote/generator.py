@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,16 @@ from torch import Tensor
 from steersman.model import Policy
 from steersman.rollout.port import Limits, Progress
 from steersman.rollout.remote.dialects import Call
-from steersman.rollout.remote.snapshot import Receipt, Snapshot, canaries, known_ids, weights_of, write_weights
+from steersman.rollout.remote.snapshot import (
+    ADAPTER,
+    Receipt,
+    Snapshot,
+    canaries,
+    known_ids,
+    weights_of,
+    write_adapter,
+    write_weights,
+)
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.wire import Asked, Reply, ServerGoneError
 from steersman.rollout.sampling import Sampling
@@ -49,11 +59,11 @@ class RemoteGenerator:
 
     def __init__(
         self, policy: Policy, stations: Sequence[Station], folder: tempfile.TemporaryDirectory[str], *,
-        ends: Sequence[int], context: int | None, max_batch: int, returns_support: bool,
+        ends: Sequence[int], context: int | None, max_batch: int, returns_support: bool, adapter: bool,
     ) -> None:  # fmt: skip
         self.policy, self.stations = policy, list(stations)
         self.ends, self.context, self.max_batch = tuple(ends), context, max_batch
-        self.returns_support, self.vocabulary = returns_support, known_ids(policy)
+        self.returns_support, self.vocabulary, self.adapter = returns_support, known_ids(policy), adapter
         self.receipts: list[Receipt] = []
         self._folder = folder
         self._loaded: Snapshot | None = None
@@ -63,22 +73,30 @@ class RemoteGenerator:
     # -- weights ---------------------------------------------------------------------------------------------
 
     def publish(self, version: int) -> Snapshot:
-        """The policy's weights as they are now, as `version`, with what proves their arrival."""
-        path = Path(self._folder.name) / f"weights-{version}.safetensors"
-        digests = write_weights(weights_of(self.policy), path)
-        return Snapshot(version, path, digests, canaries(self.policy, self.context))
+        """The policy's weights (or its adapters, where servers have the base) as they are now, as `version`, with
+        what proves their arrival."""
+        home = Path(self._folder.name)
+        if self.adapter:
+            path = home / f"adapter-{version}" / ADAPTER
+            shutil.rmtree(path.parent, ignore_errors=True)
+            digests = write_adapter(self.policy, path.parent)
+        else:
+            path = home / f"weights-{version}.safetensors"
+            digests = write_weights(weights_of(self.policy), path)
+        return Snapshot(version, path, digests, canaries(self.policy, self.context), self.adapter)
 
     def load(self, snapshot: Snapshot, *, cut: bool = False) -> Stats:
         """Puts the snapshot onto every server; what was there before is dropped. Returns the receipts' numbers."""
         with self._traffic.stopped(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
             receipts = list(pool.map(lambda station: station.load(snapshot), self.stations))
-        if self._loaded is not None and self._loaded is not snapshot:
+        if self._loaded is not None and self._loaded.path != snapshot.path:
             self._loaded.drop()
         self._loaded = snapshot
         self.receipts = receipts
         return {
             "sync/gap": max(r.gap for r in receipts),
             "sync/seconds": max(r.seconds for r in receipts),
+            "sync/bytes": float(snapshot.path.stat().st_size),
             "sync/version": float(snapshot.version),
         }
 
@@ -156,7 +174,8 @@ class RemoteGenerator:
         assert station.snapshot is not None
         one.ids += reply.ids
         one.logp += reply.logp
-        one.version += reply.version or [station.snapshot.version] * len(reply.ids)
+        told = None if self.adapter else reply.version  # a server tells its base's
+        one.version += told or [station.snapshot.version] * len(reply.ids)
         one.support += reply.support or []
         if reply.finish == "abort":
             one.cuts.append(len(one.ids))

@@ -17,6 +17,7 @@ from steersman.rollout.remote.wire import Server, ServerGoneError
 from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 
+KEEPER = Path(__file__).with_name("keeper.py")
 PORT_TRIES = 3
 """Another program may take a free port between our look and the server's."""
 _ROOT = re.compile(r"^.*\b(?:[A-Z]\w*(?:Error|Exception)|MemoryError|Killed)\b.*$", re.MULTILINE)
@@ -26,7 +27,7 @@ class Launched:
     """A server's process: its command is made for a port by `command`, its output goes to a log file.
 
     It ends when `stop` is called, or when this process ends, however that happens: a keeper holds the other end of a
-    pipe. The keeper also removes `folders` then.
+    pipe. The keeper also removes shared memory that was left, and `folders` where this process ended.
     """
 
     def __init__(
@@ -51,8 +52,7 @@ class Launched:
         self._began = time.monotonic()
         self.server = Server(f"http://127.0.0.1:{(port := free_port())}", self.timeout)
         self._from = self.log.stat().st_size if self.log.exists() else 0
-        keeper = Path(__file__).with_name("keeper.py")
-        words = [sys.executable, "-I", str(keeper), str(self.log), *map(str, self.folders), "--", *self.command(port)]
+        words = [sys.executable, "-I", str(KEEPER), str(self.log), *map(str, self.folders), "--", *self.command(port)]
         self._keeper = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, start_new_session=True
         )

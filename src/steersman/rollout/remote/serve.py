@@ -3,8 +3,8 @@
     python -m steersman.rollout.remote.serve --model FOLDER --port 8000 --threads 1 --max-batch 64 --dtype float32 \\
         --device cpu
 
-FOLDER holds a config and a tokenizer; the weights come by /update_weights before the first sample. It listens on this
-machine only.
+FOLDER holds a config and a tokenizer. The weights come by /update_weights before the first sample; or FOLDER holds
+them too, and adapters come by /v1/load_lora_adapter. It listens on this machine only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import argparse
 import json
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,8 +23,9 @@ import torch
 from safetensors.torch import load_file
 
 from steersman.model import Policy
+from steersman.model.lora import load_lora
 from steersman.rollout.engine import Engine
-from steersman.rollout.remote.snapshot import digest
+from steersman.rollout.remote.snapshot import ADAPTER, digest
 from steersman.rollout.sampling import Sampling
 from steersman.types import Prompt, Sample, SteersmanError
 
@@ -30,13 +33,16 @@ from steersman.types import Prompt, Sample, SteersmanError
 class Desk:
     """The engine with what its routes share: one call at a time, a pause that cuts it, and the weights' name."""
 
-    def __init__(self, policy: Policy, max_batch: int) -> None:
-        self.policy, self.max_batch = policy, max_batch
-        self.engine = Engine(policy.model, policy.tokenizer, max_batch=max_batch)
-        self.name = ""
+    def __init__(self, make: Callable[[], Policy], max_batch: int) -> None:
+        self.make, self.max_batch = make, max_batch
+        self.name = self.adapter = ""
+        self._begin(make())
         self._turn = threading.Lock()
         self._open = threading.Event()
         self._open.set()
+
+    def _begin(self, policy: Policy) -> None:
+        self.policy, self.engine = policy, Engine(policy.model, policy.tokenizer, max_batch=self.max_batch)
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """The samples of the batch; where a pause came, each as far as it is."""
@@ -90,8 +96,33 @@ class Desk:
     def update(self, body: dict[str, Any]) -> dict[str, str]:
         """Takes the file's tensors over; one that is missing stays as it was, and the receipt will tell."""
         with self._turn:
+            if self.policy.adapters is not None:  # of a run before this one
+                self._begin(self.make())
             self.policy.model.load_state_dict(load_file(body["update_info"]["path"]), strict=False)
         return {}
+
+    @torch.no_grad()
+    def load_adapter(self, body: dict[str, Any]) -> dict[str, str]:
+        """Puts the folder's adapters on the model, or in the place of those that it has; a tensor that is missing
+        stays as it was, and the receipt will tell."""
+        from peft.utils.save_and_load import set_peft_model_state_dict
+
+        folder = body["lora_path"]
+        with self._turn:
+            if self.policy.adapters is None:
+                self.policy.wear(load_lora(self.policy.model, folder, trainable=False))
+                self._begin(self.policy)
+            set_peft_model_state_dict(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
+            self.adapter = body["lora_name"]
+        return {}
+
+    def unload_adapter(self, body: dict[str, Any]) -> dict[str, str]:
+        """Forgets the name; the adapters themselves are replaced by the next ones."""
+        self.adapter = "" if self.adapter == body["lora_name"] else self.adapter
+        return {}
+
+    def models(self, _: Any) -> dict[str, Any]:
+        return {"data": [{"id": name} for name in ("policy", self.adapter) if name]}
 
     def finish(self, body: dict[str, Any]) -> dict[str, str]:
         self.name = body["weight_version"]
@@ -101,6 +132,10 @@ class Desk:
         path = body["args"][0]
         file = {name: digest(tensor) for name, tensor in load_file(path).items()}
         state = self.policy.model.state_dict()
+        if self.policy.adapters is not None:
+            from peft.utils.save_and_load import get_peft_model_state_dict
+
+            state = get_peft_model_state_dict(self.policy.adapters)
         return {"results": [{"file": file, "live": {name: digest(state[name]) for name in file if name in state}}]}
 
     def nothing(self, _: Any) -> dict[str, str]:
@@ -119,6 +154,9 @@ def routes(desk: Desk) -> dict[str, Any]:
         "/update_weights": desk.update,
         "/finish_weight_update": desk.finish,
         "/reset_prefix_cache": desk.nothing,
+        "/v1/models": desk.models,
+        "/v1/load_lora_adapter": desk.load_adapter,
+        "/v1/unload_lora_adapter": desk.unload_adapter,
         "/collective_rpc": desk.digests,
     }
 
@@ -162,11 +200,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def fresh(folder: str, dtype: str, device: str) -> Policy:
-    """The model of the folder's config, with any weights."""
+    """The model of the folder, with any weights where it holds none."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype))
+    if (file := Path(folder) / "model.safetensors").exists():
+        model.load_state_dict(load_file(file), strict=False)
     return Policy(model.eval().to(device), AutoTokenizer.from_pretrained(folder)).requires_grad_(False)
 
 
@@ -179,7 +218,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)  # first, so that a port in use is told at once
-    Handler.table = routes(Desk(fresh(given.model, given.dtype, given.device), given.max_batch))
+    Handler.table = routes(Desk(lambda: fresh(given.model, given.dtype, given.device), given.max_batch))
     server.serve_forever()
 
 

@@ -18,11 +18,19 @@ from steersman.model import Policy
 from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import Launched
-from steersman.rollout.remote.snapshot import known_ids, shared_folder, tolerance_of, write_model
+from steersman.rollout.remote.snapshot import (
+    known_ids,
+    require_plain_adapters,
+    shared_folder,
+    tolerance_of,
+    write_model,
+)
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.wire import Server
 from steersman.types import SteersmanError
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM keeps room for."""
 SERVED = "policy"
 """The name that a vLLM server serves the policy under."""
 EXTENSION = Path(__file__).with_name("extension")
@@ -38,7 +46,8 @@ class Wanted:
 
     `urls` are of servers that run already, or else so many `servers` are started; `python` has vLLM (None: this one);
     `arguments` go to vLLM's command line as they are; `top_k` likeliest tokens may be asked for; `ends` are the ids
-    that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's, in nats.
+    that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's, in nats. With
+    `adapter` servers have the base, and only adapters travel.
     """
 
     ends: tuple[int, ...]
@@ -50,6 +59,7 @@ class Wanted:
     python: str | None = None
     arguments: tuple[str, ...] = ()
     top_k: int = 0
+    adapter: bool = False
 
 
 def open_process(policy: Policy, wanted: Wanted) -> RemoteGenerator:
@@ -80,9 +90,13 @@ def open_vllm(policy: Policy, wanted: Wanted) -> RemoteGenerator:
 
     def command(model: Path) -> Callable[[int], Sequence[str]]:
         fixed = vllm_command(python, str(model), _dtype(policy), max(wanted.top_k, 1), on_cpu)
+        if wanted.adapter:
+            fixed = [word if word != "dummy" else "auto" for word in fixed] + lora_words(policy)
         return lambda port: [*fixed, "--port", str(port), *wanted.arguments]
 
     environment = {**vllm_environment(on_cpu), "PYTHONPATH": str(EXTENSION)}
+    if wanted.adapter:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return _open(policy, wanted, Promptwise(SERVED), "vLLM server", command, environment, returns_support=False)
 
 
@@ -95,6 +109,14 @@ def vllm_command(python: str, model: str, dtype: str, most_logprobs: int, on_cpu
         "--worker-extension-cls", "steersman_vllm.Worker",
         "--weight-transfer-config", json.dumps({"backend": "steersman"}), *(["--enforce-eager"] if on_cpu else []),
     ]  # fmt: skip
+
+
+def lora_words(policy: Policy) -> list[str]:
+    """What vLLM's command line has beside, where adapters of this policy's rank are loaded while it runs."""
+    assert policy.adapters is not None
+    settings: Any = policy.adapters.peft_config["default"]
+    rank = next((r for r in LORA_RANKS if r >= settings.r), LORA_RANKS[-1])
+    return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
 
 
 def vllm_environment(on_cpu: bool) -> dict[str, str]:
@@ -128,6 +150,8 @@ def _open(
     policy: Policy, wanted: Wanted, dialect: Dialect, what: str,
     command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *, returns_support: bool,
 ) -> RemoteGenerator:  # fmt: skip
+    if wanted.adapter:
+        require_plain_adapters(policy)
     folder = shared_folder()
     home = Path(folder.name)
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
@@ -138,7 +162,7 @@ def _open(
     stations = [Station(Server(url, wanted.timeout), None, dialect, **shared) for url in wanted.urls]
     if not wanted.urls:
         model = home / "model"
-        write_model(policy, model)
+        write_model(policy, model, base=wanted.adapter)
         for number in range(1, wanted.servers + 1):
             launched = Launched(
                 f"{what} {number}", command(model), home / f"server-{number}.log", timeout=wanted.timeout,
@@ -148,7 +172,7 @@ def _open(
             stations.append(Station(None, launched, dialect, **shared))
     return RemoteGenerator(
         policy, stations, folder, ends=wanted.ends, context=context, max_batch=wanted.max_batch,
-        returns_support=returns_support,
+        returns_support=returns_support, adapter=wanted.adapter,
     )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """One version of the policy's weights on its way to servers, and the receipt that proves that they arrived.
 
-A snapshot is a safetensors file in shared memory with the digest of each tensor, and canaries: prompts with the
-policy's own log-probabilities of every next token. A receipt is given where the server confirms the version, holds
-the same digests, and answers the canaries with the same log-probabilities.
+A snapshot is a safetensors file in shared memory with the digest of each tensor, of all weights or of the adapters
+alone, and canaries: prompts with the policy's own log-probabilities of every next token. A receipt is given where the
+server confirms the version, holds the same digests, and answers the canaries with the same log-probabilities.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from steersman.types import SteersmanError
 CANARY_LENGTHS = (160, 40)
 """Tokens of the canaries' prompts, where the context has room: the first is longer than a block of any server's
 prefix cache, so that a cache that outlived its weights is seen."""
+ADAPTER = "adapter_model.safetensors"
+"""The name that peft gives the file of a folder of adapters."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of log-probabilities, in nats, that a receipt allows by the precision of the weights."""
 
@@ -45,16 +48,23 @@ class Canary:
 
 @dataclass(slots=True)
 class Snapshot:
-    """Weights of one version: where they lie, the digest of each by name, and the canaries' answers."""
+    """Weights of one version: the file in which they lie, the digest of each by name, and the canaries' answers.
+
+    With `adapter` they are adapters for a base that servers have, and the file lies in a folder of its own with
+    peft's settings.
+    """
 
     version: int
     path: Path
     digests: dict[str, str]
     canaries: list[Canary]
+    adapter: bool = False
 
     def drop(self) -> None:
-        """Removes the file."""
+        """Removes the file, and the folder that is its own."""
         self.path.unlink(missing_ok=True)
+        if self.adapter:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,11 +94,11 @@ def known_ids(policy: Policy) -> int:
     return min(rows, max(policy.tokenizer.get_vocab().values()) + 1)
 
 
-def weights_of(policy: Policy) -> dict[str, Tensor]:
-    """The policy's weights under the names that `from_pretrained` knows: adapters added in, embedding and output
-    layer both there though they may be one, and without the rows that pad the vocabulary."""
+def weights_of(policy: Policy, *, with_adapters: bool = True) -> dict[str, Tensor]:
+    """The policy's weights under the names that `from_pretrained` knows: adapters added in or left out, embedding and
+    output layer both there though they may be one, and without the rows that pad the vocabulary."""
     model = policy.model
-    state = model.state_dict() if policy.adapters is None else merged_state(model)
+    state = model.state_dict() if policy.adapters is None else merged_state(model, with_adapters=with_adapters)
     known = known_ids(policy)
     tables = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     padded = {f"{name}.{leaf}" for name, m in model.named_modules() if id(m) in tables for leaf in ("weight", "bias")}
@@ -96,15 +106,48 @@ def weights_of(policy: Policy) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in out.items()}
 
 
-def write_model(policy: Policy, folder: Path) -> None:
-    """Config and tokenizer of the model as servers have it: no weights, the vocabulary without padding, and embedding
-    and output layer apart (a server that ties them takes an update of the one for both, or for none)."""
+def write_model(policy: Policy, folder: Path, *, base: bool) -> None:
+    """Config and tokenizer of the model as servers have it: the vocabulary without padding, and embedding and output
+    layer apart (a server that ties them takes an update of the one for both, or for none). The weights below the
+    adapters go with it where `base` asks for them; else there are none."""
     config = type(policy.model.config).from_dict(policy.model.config.to_dict())
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.tie_word_embeddings = False
         part.vocab_size = known_ids(policy)
     config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+    if base:
+        file = folder / "model.safetensors"
+        with saving(file):
+            save_file(_apart(weights_of(policy, with_adapters=False)), file, {"format": "pt"})
+
+
+def require_plain_adapters(policy: Policy) -> None:
+    """Raises SteersmanError unless the policy has adapters, and they are pairs A, B of linear layers: what vLLM's
+    and our servers add to a base under a name."""
+    if policy.adapters is None:
+        raise SteersmanError(
+            "rollout.sync adapter: the policy has no adapters; give model.lora, or use sync: weights"
+        )
+    names = [name for name in policy.adapters.state_dict() if ".lora_" in name]
+    odd = [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
+    settings: Any = policy.adapters.peft_config["default"]
+    if odd or settings.modules_to_save:
+        raise SteersmanError(
+            "rollout.sync adapter: servers take plain LoRA of linear layers, without dora, train_whole or adapters "
+            f"on embeddings{f' ({odd[0]})' if odd else ''}; use sync: weights"
+        )
+
+
+def write_adapter(policy: Policy, folder: Path) -> dict[str, str]:
+    """The adapters as peft writes them, which is what servers read; returns each tensor's digest."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    assert policy.adapters is not None
+    folder.mkdir()
+    policy.adapters.peft_config["default"].save_pretrained(str(folder))
+    state = {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(policy.adapters).items()}
+    return write_weights(state, folder / ADAPTER)
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from steersman.rollout.remote.dialects import Call, Dialect
 from steersman.rollout.remote.launch import Launched
@@ -31,14 +32,16 @@ class Station:
         self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
         self.snapshot: Snapshot | None = None
         self.restarts = 0
+        self._adapter = ""
         self._ready = self._closed = False
         self._repair = threading.Lock()
 
     @property
     def server(self) -> Server:
-        """The server; its first use waits until it answers and looks at what it is."""
+        """The server; its first use waits until it answers and looks at what it is. One that ends while it starts is
+        started once more: it may have been killed."""
         if not self._ready:
-            server = self.launched.wait() if self.launched is not None else self._server
+            server = self._server if self.launched is None else self._started(self.launched)
             assert server is not None
             self._server = server
             self.dialect.check(server, self.vocabulary)
@@ -46,12 +49,23 @@ class Station:
         assert self._server is not None
         return self._server
 
+    def _started(self, launched: Launched) -> Server:
+        try:
+            return launched.wait()
+        except ServerGoneError:
+            if self._closed:
+                raise
+            self.restarts += 1
+            launched.start()
+            return launched.wait()
+
     def complete(self, asked: Sequence[Asked], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
         done: dict[int, list[Reply]] = {}
         for _ in range(RESTARTS + 1):
             left = [i for i in range(len(asked)) if i not in done]
-            found = self.dialect.complete(self.server, [asked[i] for i in left], call)
+            named = replace(call, adapter=self._adapter)
+            found = self.dialect.complete(self.server, [asked[i] for i in left], named)
             done |= {i: reply for i, reply in zip(left, found, strict=True) if reply is not None}
             if len(done) == len(asked):
                 self._still_ours()
@@ -91,10 +105,13 @@ class Station:
     def _send(self, snapshot: Snapshot) -> Receipt:
         name, server = self._weights_name(snapshot), self.server
         began = time.monotonic()
-        server.load(str(snapshot.path), name)
-        confirmed = server.weights()
-        if confirmed != name:
-            raise ReceiptError(server.message(f"it says that its weights are {confirmed!r}, and was sent {name!r}"))
+        if snapshot.adapter:
+            self._send_adapter(snapshot, name)
+        else:
+            server.load(str(snapshot.path), name)
+        confirmed = server.models() if snapshot.adapter else [server.weights()]
+        if name not in confirmed:
+            raise ReceiptError(server.message(f"it says that its weights are {confirmed}, and was sent {name!r}"))
         held = server.digests(str(snapshot.path))
         wrong = first_difference(snapshot.digests, held)
         if wrong:
@@ -110,10 +127,19 @@ class Station:
             )
         return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)
 
+    def _send_adapter(self, snapshot: Snapshot, name: str) -> None:
+        """The new adapters beside the base, in the place of those before."""
+        server, before = self.server, self._adapter
+        if before:
+            server.unload_adapter(before)
+            self._adapter = ""
+        server.load_adapter(str(snapshot.path.parent), name)
+        self._adapter = name
+
     def _gap(self, snapshot: Snapshot) -> float:
         """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries."""
         asked = [Asked(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(snapshot.canaries)]
-        call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False)
+        call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter)
         found = self.dialect.complete(self.server, asked, call)
         if any(answers is None for answers in found):
             raise ServerGoneError(self.server.message("it was gone while its weights were looked at"))
@@ -130,20 +156,27 @@ class Station:
         """Raises SteersmanError where another run has put its weights onto the server."""
         if self.snapshot is None or self.launched is not None:
             return
-        found = self.server.weights()
-        if found != self._weights_name(self.snapshot):
+        found = self.server.models() if self.snapshot.adapter else [self.server.weights()]
+        if self._weights_name(self.snapshot) not in found:
             raise SteersmanError(
                 self.server.message(
-                    f"another run has loaded its weights ({found}); give each run a server of its own (rollout.url)"
+                    f"another run has loaded its weights ({', '.join(found)}); give each run a server of its own "
+                    "(rollout.url)"
                 )
             )
 
     def _mend(self) -> None:
         """The server as it should be: started again where its process died, with the weights that it had."""
         with self._repair:
-            self._restart()
-            if self.snapshot is not None:
-                self._send_twice(self.snapshot)
+            for attempt in range(RESTARTS + 1):
+                self._restart()
+                try:
+                    if self.snapshot is not None:
+                        self._send_twice(self.snapshot)
+                    return
+                except ServerGoneError:
+                    if attempt == RESTARTS:
+                        raise
 
     def _restart(self) -> None:
         if self.launched is None or self._closed:
@@ -151,7 +184,7 @@ class Station:
                 self.server.message("it is gone, and steersman did not start it: start it, then --resume")
             )
         self.restarts += 1
-        self._ready = False
+        self._ready, self._adapter = False, ""
         if self.restarts > RESTARTS * 4:
             raise SteersmanError(f"{self._name()} died {self.restarts} times in this run. {self._trouble()}")
         self.launched.start()

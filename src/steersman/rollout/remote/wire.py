@@ -1,8 +1,8 @@
 """Requests to a server that samples, and replies that are looked at before they are believed.
 
 The routes are vLLM's own: /inference/v1/generate (token ids in, token ids out), /pause and /resume,
-/start_weight_update, /update_weights, /finish_weight_update and /weight_info. The engine in another process
-(`serve.py`) answers the same ones.
+/start_weight_update, /update_weights, /finish_weight_update and /weight_info, /v1/load_lora_adapter and
+/v1/unload_lora_adapter. The engine in another process (`serve.py`) answers the same ones.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Server:
         """What the route answers, read as JSON."""
         return self._ask("GET", path, None, timeout)
 
-    def post(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
-        return self._ask("POST", path, body, timeout)
+    def post(self, path: str, body: Any = None, timeout: float | None = None, *, text: bool = False) -> Any:
+        """What the route answers, read as JSON, or nothing where it answers in words (`text`)."""
+        return self._ask("POST", path, body, timeout, text)
 
     def healthy(self) -> bool:
         """Whether it answers at all, within two seconds."""
@@ -103,6 +104,21 @@ class Server:
         self.post("/update_weights", {"update_info": {"path": path}})
         self.post("/finish_weight_update", {"weight_version": name})
         self.post("/reset_prefix_cache")
+
+    def load_adapter(self, folder: str, name: str) -> None:
+        """Has the server read adapters from a folder that it can see, to be added to its weights for requests that
+        ask for `name`."""
+        self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, text=True)
+        self.post("/reset_prefix_cache")
+
+    def unload_adapter(self, name: str) -> None:
+        self.post("/v1/unload_lora_adapter", {"lora_name": name}, text=True)
+
+    def models(self) -> list[str]:
+        """The names that requests can ask for: the model's own and those of adapters."""
+        found = self.get("/v1/models")
+        served = found.get("data", []) if isinstance(found, dict) else []
+        return [str(one.get("id")) for one in served if isinstance(one, dict)]
 
     def digests(self, path: str) -> dict[str, dict[str, str]]:
         """What the server holds: {"file": {name: digest}, "live": {name: digest}}."""
@@ -124,7 +140,7 @@ class Server:
         """An error's text, with the server's address."""
         return f"rollout server {printable(self.url)}: {what}"
 
-    def _ask(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
+    def _ask(self, method: str, path: str, body: Any, timeout: float | None, text: bool = False) -> Any:
         limit = self.timeout if timeout is None else timeout
         try:
             response = self._client.request(method, self.url + path, json=body, timeout=limit)
@@ -140,14 +156,15 @@ class Server:
             raise SteersmanError(
                 self.message(
                     f"it has no route {path.split('?')[0]}. vLLM 0.32 or newer has it, started with the environment "
-                    "variable VLLM_SERVER_DEV_MODE=1; docs/how-to/vllm.md has the whole command"
+                    "variable VLLM_SERVER_DEV_MODE=1 (for adapters also VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and "
+                    "--enable-lora); docs/how-to/vllm.md has the whole command"
                 )
             )
         if response.status_code != 200:
             raise SteersmanError(self.message(f"status {response.status_code} of {path}: {_cut(response.text)}"))
         if len(response.content) > LARGEST_REPLY:
             raise BadReplyError(self.message(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
-        return self._read(path, response.content)
+        return None if text else self._read(path, response.content)
 
     def _read(self, path: str, raw: bytes) -> Any:
         if not raw.strip():
