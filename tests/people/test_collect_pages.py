@@ -50,7 +50,7 @@ def store(tmp_path):
 
 def browser(store, **more) -> TestClient:
     host = more.pop("host", "127.0.0.1")
-    return TestClient(make_app(Site(store, **more), host=host), follow_redirects=True)
+    return TestClient(make_app(Site(store, **more), host=host), "http://127.0.0.1", follow_redirects=True)
 
 
 def send(client: TestClient, page, action: str, **values):
