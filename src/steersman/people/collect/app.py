@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from steersman.people.collect import security
 from steersman.people.collect.answering import Answerer
-from steersman.people.collect.markdown import plain, rendered, visible
+from steersman.people.collect.markdown import plain, rendered, short, visible
 from steersman.people.collect.texts import LANGUAGES, language
 from steersman.people.store import Store
 from steersman.people.store.raters import Visitor, add_person, find_person, log_in, visitor
@@ -37,12 +37,14 @@ Handler = Callable[["Visit"], Response]
 
 @dataclass(slots=True)
 class Site:
-    """What all requests share. With `open` there are no passwords: only this machine reaches the pages."""
+    """What all requests share. With `open` there are no passwords: only this machine reaches the pages. `runs` is the
+    folder of runs that admins look at."""
 
     store: Store
     answerers: list[Answerer] = field(default_factory=list)
     system: str = ""
     open: bool = True
+    runs: Path | None = None
     rates: security.Rates = field(default_factory=security.Rates)
 
 
@@ -86,13 +88,13 @@ def go(path: str) -> Response:
 
 
 _templates = Environment(loader=PackageLoader("steersman.people.collect"), autoescape=select_autoescape())
-_templates.filters |= {"md": rendered, "plain": plain, "visible": visible}
+_templates.filters |= {"md": rendered, "plain": plain, "visible": visible, "short": short}
 
 
 def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
     """The application for an address; on a loopback address no other name of a host is answered, so that no page of
     another site can reach it by a name of its own."""
-    from steersman.people.collect import chat, judging, looking, people
+    from steersman.people.collect import chat, judging, looking, people, run_pages
 
     pages, waiting = CapacityLimiter(PAGES_AT_ONCE), CapacityLimiter(ANSWERS_AT_ONCE)
 
@@ -121,6 +123,12 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
             route("/chat/{chat}/edit/{turn}", chat.edit, "POST", asks=True),
             route("/chat/{chat}/thumb/{turn}", chat.thumb, "POST"),
             route("/look", looking.judgements, admin=True),
+            route("/look/conversations", looking.conversations, admin=True),
+            route("/look/conversation/{chat}", looking.conversation, admin=True),
+            route("/look/runs", run_pages.runs, admin=True),
+            route("/look/run/{run:path}", run_pages.run, admin=True),
+            route("/look/rows/{run:path}", run_pages.rows, admin=True),
+            route("/look/beside", run_pages.side_by_side, admin=True),
             route("/admin", looking.overview, admin=True),
             route("/admin/forget", looking.forget_person, "POST", admin=True),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
