@@ -46,7 +46,7 @@ def test_answers_asked_for_at_once_are_each_as_if_alone(folder):
     sampling = AnsweringSampling(max_new_tokens=24)
     model = open_answerer(AnsweringModel(path=str(folder), device="cpu"), sampling)
     with ThreadPoolExecutor(12) as pool:
-        told = list(pool.map(lambda i: model.answer(asked("hm" + "m" * i)), range(12)))
+        told = list(pool.map(lambda i: model.answer(asked("hm" + "m" * i), "r-1"), range(12)))
     policy = load_policy(folder, trainable=False, device="cpu")
     how = Sampling(24, temperature=sampling.temperature, top_p=sampling.top_p)
     for i, said in enumerate(told):
@@ -59,8 +59,11 @@ def test_answers_asked_for_at_once_are_each_as_if_alone(folder):
 def test_a_conversation_longer_than_the_model_reads_is_refused(folder):
     model = open_answerer(AnsweringModel(path=str(folder), device="cpu"), AnsweringSampling())
     with pytest.raises(SteersmanError, match=r"256|context"):
-        model.answer(asked("m" * 400))
-    assert model.answer(asked("m" * 200)).finish in ("length", "eos")  # less than 256 new tokens fit: what fits comes
+        model.answer(asked("m" * 400), "r-1")
+    assert model.answer(asked("m" * 200), "r-1").finish in (
+        "length",
+        "eos",
+    )  # less than 256 new tokens fit: what fits comes
 
 
 @contextmanager
@@ -87,16 +90,17 @@ def address(status: int, body: bytes, seen: list):
 
 def test_a_model_behind_an_address(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "secret-key")
-    reply = {"choices": [{"message": {"content": " 你好 "}, "finish_reason": "stop"}]}
+    reply = {"model": "far-2", "choices": [{"message": {"content": " 你好 "}, "finish_reason": "stop"}]}
     with address(200, json.dumps(reply).encode(), seen := []) as url:
         model = AnsweringModel(url=url, name="far", key_env="SOME_KEY")
-        said = open_answerer(model, AnsweringSampling(max_new_tokens=9)).answer(asked("hello"))
-    assert (said.content, said.model, said.finish) == ("你好", ("far", ""), "stop")
+        said = open_answerer(model, AnsweringSampling(max_new_tokens=9)).answer(asked("hello"), "r-1")
+    assert (said.content, said.model, said.finish) == ("你好", ("far-2", ""), "stop")
     path, headers, body = seen[0]
     assert path == "/v1/chat/completions"
     assert headers["authorization"] == "Bearer secret-key"
     assert body == {
         "model": "far", "messages": asked("hello"), "max_tokens": 9, "temperature": 0.7, "top_p": 0.95,
+        "user": "r-1",
     }  # fmt: skip
 
 
@@ -111,7 +115,7 @@ def test_a_model_behind_an_address(monkeypatch):
 def test_what_goes_wrong_at_an_address_is_told_without_the_key(monkeypatch, status, body, told):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     with address(status, body, []) as url, pytest.raises(SteersmanError, match=told) as caught:
-        open_answerer(AnsweringModel(url=url, name="far"), AnsweringSampling()).answer(asked("hello"))
+        open_answerer(AnsweringModel(url=url, name="far"), AnsweringSampling()).answer(asked("hello"), "r-1")
     assert "secret-key" not in str(caught.value)
 
 
@@ -120,7 +124,7 @@ def test_pages_come_while_many_wait_for_a_model(tmp_path):
     begun, go_on = threading.Semaphore(0), threading.Event()
 
     class Slow:
-        def answer(self, messages):
+        def answer(self, messages, user):
             begun.release()
             assert go_on.wait(60)
             return Said("at last", ("slow", "1"))

@@ -31,7 +31,7 @@ HOSTILE = "<script>document.title='owned'</script> [x](javascript:document.title
 
 
 class Echo:
-    def answer(self, messages):
+    def answer(self, messages, user):
         return Said(f"You said: {messages[-1]['content']}", ("echo", "1"))
 
 

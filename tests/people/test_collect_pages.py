@@ -36,7 +36,7 @@ class Scripted:
     lines: list[str] = field(default_factory=list)
     asked: list[list[dict[str, str]]] = field(default_factory=list)
 
-    def answer(self, messages):
+    def answer(self, messages, user):
         self.asked.append(messages)
         return Said(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
 

@@ -63,9 +63,9 @@ class AnsweringSampling(Section):
 
 
 class Answerer(Protocol):
-    """What gives the next turn of a conversation; asked by several threads at once."""
+    """What gives the next turn of a user's conversation; asked by several threads at once."""
 
-    def answer(self, messages: Messages) -> Said: ...
+    def answer(self, messages: Messages, user: str) -> Said: ...
 
 
 def open_answerer(model: AnsweringModel, sampling: AnsweringSampling) -> Answerer:
@@ -92,7 +92,7 @@ class LocalModel:
         self.model = (model.name or path.rstrip("/").rsplit("/", 1)[-1], version)
         self.settings = sampling.model_dump()
 
-    def answer(self, messages: Messages) -> Said:
+    def answer(self, messages: Messages, user: str) -> Said:
         """The next turn. Raises SteersmanError where the conversation does not fit the model's context."""
         seed, begun = secrets.randbits(31), time.monotonic()
         turns: list[Any] = [dict(m) for m in messages]
@@ -115,7 +115,11 @@ class LocalModel:
 
 
 class RemoteModel:
-    """A model behind an OpenAI-compatible address."""
+    """A model behind an OpenAI-compatible address.
+
+    It is told a rater's pseudonym, by which `steersman serve` keeps them with one model of an A/B test; an answer
+    bears the name that the address gives it.
+    """
 
     def __init__(self, model: AnsweringModel, sampling: AnsweringSampling) -> None:
         self.url = str(model.url).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -123,19 +127,20 @@ class RemoteModel:
         key = os.environ.get(model.key_env, "").strip()
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def answer(self, messages: Messages) -> Said:
+    def answer(self, messages: Messages, user: str) -> Said:
         """The next turn. Raises SteersmanError, without the key, where no answer comes."""
         body: dict[str, Any] = {
             "model": self.name, "messages": messages, "max_tokens": self.settings["max_new_tokens"],
-            "temperature": self.settings["temperature"], "top_p": self.settings["top_p"],
+            "temperature": self.settings["temperature"], "top_p": self.settings["top_p"], "user": user,
         }  # fmt: skip
         begun = time.monotonic()
         try:
             reply = httpx2.post(self.url, json=body, headers=self.headers, timeout=120.0)
-            choice = reply.raise_for_status().json()["choices"][0]
+            told = reply.raise_for_status().json()
+            choice, name = told["choices"][0], str(told.get("model") or self.name)
             text, finish = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
         except httpx2.HTTPStatusError as error:
             raise SteersmanError(f"the model's address answers with status {error.response.status_code}") from None
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SteersmanError(f"the model's address gives no chat completion ({type(error).__name__})") from None
-        return Said(text.strip(), (self.name, ""), self.settings, finish[:20], time.monotonic() - begun)
+        return Said(text.strip(), (name, ""), self.settings, finish[:20], time.monotonic() - begun)

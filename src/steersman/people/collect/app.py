@@ -23,6 +23,7 @@ from steersman.people.collect import security
 from steersman.people.collect.answering import Answerer
 from steersman.people.collect.markdown import plain, rendered, short, visible
 from steersman.people.collect.texts import LANGUAGES, language
+from steersman.people.rates import Rates
 from steersman.people.store import Store
 from steersman.people.store.raters import Visitor, add_person, find_person, log_in, visitor
 from steersman.types import SteersmanError
@@ -45,7 +46,7 @@ class Site:
     system: str = ""
     open: bool = True
     runs: Path | None = None
-    rates: security.Rates = field(default_factory=security.Rates)
+    rates: Rates = field(default_factory=lambda: Rates(security.LIMITS))
 
 
 @dataclass(slots=True)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import time
-from collections import defaultdict, deque
-from threading import Lock
 from typing import Any
 
 import argon2
@@ -68,27 +65,3 @@ def has_token(form: Any, csrf: str) -> bool:
 def set_login(response: Response, request: Request, token: str) -> None:
     secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, token, max_age=14 * 24 * 3600, httponly=True, samesite="strict", secure=secure)
-
-
-class Rates:
-    """Counts requests by client and kind over a sliding window."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple[str, str], deque[float]] = defaultdict(deque)
-        self.lock = Lock()
-
-    def allows(self, kind: str, client: str) -> bool:
-        with self.lock:
-            return self._allows(kind, client)
-
-    def _allows(self, kind: str, client: str) -> bool:
-        most, window = LIMITS[kind]
-        times, now = self.seen[kind, client], time.monotonic()
-        while times and times[0] < now - window:
-            times.popleft()
-        if len(times) >= most:
-            return False
-        times.append(now)
-        if len(self.seen) > 10_000:
-            self.seen = defaultdict(deque, {k: t for k, t in self.seen.items() if t and t[-1] > now - window})
-        return True
