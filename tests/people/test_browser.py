@@ -9,6 +9,7 @@ import time
 
 import pytest
 from people_kit import pair, queue
+from runs_kit import some_runs
 from sqlalchemy import select
 
 pytest.importorskip("starlette", reason="needs the extra people")
@@ -30,7 +31,7 @@ HOSTILE = "<script>document.title='owned'</script> [x](javascript:document.title
 
 
 class Echo:
-    def answer(self, messages):
+    def answer(self, messages, user):
         return Said(f"You said: {messages[-1]['content']}", ("echo", "1"))
 
 
@@ -53,12 +54,13 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def address(store):
-    """The pages on a port of their own."""
+def address(store, tmp_path):
+    """The pages on a port of their own, with some runs to look at."""
+    some_runs(tmp_path / "runs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    app = make_app(Site(store, answerers=[Echo()]))
+    app = make_app(Site(store, answerers=[Echo()], runs=tmp_path / "runs"))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -199,6 +201,27 @@ def test_two_raters_at_once_share_a_queue(chromium, address, store):
         context.close()
 
 
+def test_from_a_number_to_its_rows_and_side_by_side(page):
+    page.goto("/look")
+    page.get_by_role("link", name="Runs").click()
+    page.get_by_role("link", name="runs/grpo", exact=True).click()
+    page.get_by_role("row", name="held_out/reward/total").get_by_role("link", name="0.6").click()
+    assert page.locator("article").count() == 2
+    assert "answer 10 to two" in page.locator("article").first.inner_text()  # the lowest reward stands first
+    page.get_by_label("Search").fill("one")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelectorAll('article').length === 1")
+    page.goto("/look/runs")
+    page.get_by_label("runs/grpo").check()
+    page.get_by_role("button", name="Side by side").click()
+    page.get_by_label("runs/grpo: 5").check()
+    page.get_by_role("button", name="Search").click()
+    page.get_by_role("heading", name="runs/grpo: 5").first.wait_for()
+    texts = page.locator("article").first.locator(".answer .text").all_inner_texts()
+    assert [text.split()[1] for text in texts] == ["0", "5", "10"]
+    assert page.title() == "Judge answers"
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, width, scheme):
@@ -214,7 +237,9 @@ def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, wid
         base_url=address, viewport={"width": width, "height": 740}, color_scheme=scheme, has_touch=width < 500
     )
     page = context.new_page()
-    for path in ("/", "/chat", "/look", "/admin", *(f"/judge/{i}" for i in ids)):
+    seen = ("/look", "/look/conversations", "/look/runs", "/look/run/runs/grpo", "/look/rows/runs/grpo")
+    beside = "/look/beside?run=runs/grpo"
+    for path in ("/", "/chat", "/admin", *seen, beside, *(f"/judge/{i}" for i in ids)):
         page.goto(path)
         found = Axe().run(page)["violations"]
         assert not found, (path, [(v["id"], [n["html"] for n in v["nodes"]]) for v in found])

@@ -36,7 +36,7 @@ class Scripted:
     lines: list[str] = field(default_factory=list)
     asked: list[list[dict[str, str]]] = field(default_factory=list)
 
-    def answer(self, messages):
+    def answer(self, messages, user):
         self.asked.append(messages)
         return Said(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
 
@@ -50,7 +50,7 @@ def store(tmp_path):
 
 def browser(store, **more) -> TestClient:
     host = more.pop("host", "127.0.0.1")
-    return TestClient(make_app(Site(store, **more), host=host), follow_redirects=True)
+    return TestClient(make_app(Site(store, **more), host=host), "http://127.0.0.1", follow_redirects=True)
 
 
 def send(client: TestClient, page, action: str, **values):

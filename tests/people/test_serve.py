@@ -9,8 +9,10 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
+import torch
 from letter_models import letters, save_mini
 
 from steersman.cli import main
@@ -22,7 +24,13 @@ from steersman.types import Prompt
 
 openai = pytest.importorskip("openai", reason="needs the openai client")
 uvicorn = pytest.importorskip("uvicorn", reason="needs steersman[people]")
-from steersman.people.serve.app import Served, Server  # noqa: E402
+from steersman.people.serve.app import Server  # noqa: E402
+from steersman.people.serve.assignment import Assignment  # noqa: E402
+from steersman.people.serve.backend import Backend, BackendSection  # noqa: E402
+from steersman.people.serve.growing_text import SettledText  # noqa: E402
+from steersman.people.serve.reply import Served  # noqa: E402
+from steersman.people.serving import Served as ServedModel  # noqa: E402
+from steersman.people.serving import Serving, read_serving  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a {% endif %}"
@@ -46,15 +54,15 @@ def other(tmp_path_factory, folder):
     return place
 
 
-def served_from(path) -> Served:
+def served_from(path, name="") -> Served:
     policy = load_policy(path, trainable=False, device="cpu")
     live = Live(Engine(policy.model, policy.tokenizer), rows=4, longest=100, new_tokens=100, queue=40)
-    return Served(live, layout(policy, DataConfig(path="serve")))
+    return Served(live, layout(policy, DataConfig(path="serve")), name)
 
 
-@pytest.fixture(scope="module")
-def url(folder):
-    served = Server({"mini": served_from(folder)}, load=served_from, keys=("right-key",), hosts=("127.0.0.1",))
+@contextmanager
+def running(served: Server):
+    """The address of a server on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,11 +71,20 @@ def url(folder):
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-    for one in served.models.values():
-        one.live.close()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        for one in served.models.values():
+            one.live.close()
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    models, keys = {"mini": served_from(folder)}, {"keys": ("right-key", "guest"), "admin_keys": ("right-key",)}
+    with running(Server(models, load=served_from, hosts=("127.0.0.1",), **keys)) as address:
+        yield address
 
 
 @pytest.fixture
@@ -134,6 +151,9 @@ def test_only_its_own_names_and_routes_are_answered(client, url):
         asked = urllib.request.Request(f"{url}/admin/models/mini", body, headers, method="POST")
         with pytest.raises(urllib.error.HTTPError, match="400"):
             urllib.request.urlopen(asked)
+    guest = {"Authorization": "Bearer guest", "Content-Type": right}
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # who may ask may not exchange models
+        urllib.request.urlopen(urllib.request.Request(f"{url}/admin/models/mini", b"{}", guest, method="POST"))
 
 
 def test_refusals_have_openais_shape(client, url):
@@ -179,3 +199,127 @@ def test_a_client_that_leaves_makes_room(client, url):
         assert time.monotonic() < end
         time.sleep(0.02)
     assert client.completions.create(model="mini", prompt="a", max_tokens=2).choices
+
+
+def exact_logp(folder, prompt: str, text: str) -> list[float]:
+    """Log-probability of each letter under the whole model, by a forward pass of transformers."""
+    policy = load_policy(folder, trainable=False, device="cpu")
+    ids = policy.tokenizer.encode(prompt + text, add_special_tokens=False)
+    logp = policy.model(torch.tensor([ids])).logits.double().log_softmax(-1)[0]
+    first = len(ids) - len(text)
+    return [float(logp[i - 1, ids[i]]) for i in range(first, len(ids))]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_the_models_own(client, folder, stream):
+    """Whatever the temperature: what is listed is the model's distribution, as transformers computes it."""
+    ask = {"model": "mini", "max_tokens": 12, "seed": 3, "temperature": 0.5, "top_p": 0.9, "stream": stream}
+    chat = client.chat.completions.create(
+        **ask, messages=[{"role": "user", "content": "hm"}], logprobs=True, top_logprobs=2
+    )
+    choices = [c.choices[0] for c in chat] if stream else [chat.choices[0]]
+    listed = [entry for c in choices if c.logprobs for entry in c.logprobs.content]
+    text = "".join(entry.token for entry in listed)
+    said = "".join((c.delta.content or "") if stream else c.message.content for c in choices)
+    assert text == said
+    assert [e.logprob for e in listed] == pytest.approx(exact_logp(folder, "u hm\na ", text), abs=1e-4)
+    assert all(len(e.top_logprobs) == 2 and e.bytes == list(e.token.encode()) for e in listed)
+    assert all(e.top_logprobs[0].logprob >= max(e.logprob, e.top_logprobs[1].logprob) for e in listed)
+    plain = client.completions.create(**ask, prompt="look at", logprobs=1)
+    parts = [c.choices[0] for c in plain] if stream else [plain.choices[0]]
+    tokens = [token for c in parts if c.logprobs for token in c.logprobs.tokens]
+    offsets = [offset for c in parts if c.logprobs for offset in c.logprobs.text_offset]
+    told = [x for c in parts if c.logprobs for x in c.logprobs.token_logprobs]
+    assert "".join(tokens) == "".join(c.text for c in parts)
+    assert offsets == list(range(len(tokens)))
+    assert told == pytest.approx(exact_logp(folder, "look at", "".join(tokens)), abs=1e-4)
+    nothing = client.completions.create(**ask | {"stream": False}, prompt="look at")
+    assert nothing.choices[0].logprobs is None
+
+
+class CountingTexts:
+    """Bytes as tokens, a character of several bytes showing only when it is whole; counts what it decodes."""
+
+    stop = ("end",)
+
+    def __init__(self):
+        self.decoded = 0
+
+    def response(self, prompt, ids):
+        self.decoded += len(ids)
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_stream_decodes_each_token_a_few_times_however_long_it_is():
+    texts, ids, shown = CountingTexts(), [], ""
+    settled, whole = SettledText(texts, [1, 2]), "你好 world, the e" * 200
+    for byte in whole.encode():
+        ids.append(byte)
+        text = settled.after(ids)
+        assert text.startswith(shown)
+        assert "\ufffd" not in text
+        shown = text
+    assert shown == whole[:-1]  # its last letter may begin the stop string
+    assert texts.decoded <= 3 * len(ids)
+
+
+def test_one_client_asks_at_most_so_often(folder):
+    with running(Server({"mini": served_from(folder)}, load=served_from, keys=("a", "b"), rate=3)) as address:
+        one, two = (openai.OpenAI(base_url=f"{address}/v1", api_key=k, max_retries=0) for k in "ab")
+        for _ in range(3):
+            one.models.list()
+        with pytest.raises(openai.RateLimitError, match="3 requests in 60 seconds"):
+            one.completions.create(model="mini", prompt="a", max_tokens=1)
+        assert two.completions.create(model="mini", prompt="a", max_tokens=1).choices
+
+
+def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path):
+    file = tmp_path / "serving.json"
+    old, new = ServedModel("turn-00", str(folder)), ServedModel("turn-01", str(other), share=0.5)
+    Serving(1, old, new, "salt").write(file)
+    assignment = Assignment(
+        str(file), lambda one: served_from(one.path, one.name), lambda served: served.live.close()
+    )
+    served = Server({}, load=served_from, alias="current", assignment=assignment)
+    with running(served) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def answers(user):
+            more = {"user": user} if user else {}
+            got = client.completions.create(model="current", prompt="oh", max_tokens=20, seed=1, **more)
+            return got.model, got.choices[0].text
+
+        assert [m.id for m in client.models.list()] == ["current"]
+        met = {f"r-{i}": answers(f"r-{i}") for i in range(12)}
+        assert {name for name, _ in met.values()} == {"turn-00", "turn-01"}
+        for user, (name, text) in met.items():
+            assert name == read_serving(file).arm(user).name
+            assert text == expected(folder if name == "turn-00" else other, "oh", Sampling(20), 1)
+            assert answers(user) == (name, text)
+        assert answers(None)[0] == "turn-00"
+        Serving(1, new, None, "salt").write(file)  # promoted while requests go on
+        assert {answers(user)[0] for user in met} == {"turn-01"}
+        file.write_text("{")  # half a file changes nothing
+        assert answers("r-1")[0] == "turn-01"
+
+
+def test_in_front_of_another_server_streams_come_through_as_they_are(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKEND_KEY", "right-key")
+    behind = Backend(BackendSection(url=f"{url}/v1", key_env="BACKEND_KEY"), 60.0)
+    with running(Server({}, load=served_from, keys=("front-key",), backend=behind)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="front-key", max_retries=0)
+        assert [m.id for m in client.models.list()] == ["mini"]
+        ask = {"model": "mini", "prompt": "look at", "max_tokens": 30, "seed": 2}
+        whole = client.completions.create(**ask).choices[0].text
+        pieces = [c.choices[0].text for c in client.completions.create(**ask, stream=True)]
+        assert len(pieces) > 5
+        assert "".join(pieces) == whole
+        with pytest.raises(openai.NotFoundError, match="there is no model"):
+            client.completions.create(model="none", prompt="a")
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{address}/v1", api_key="right-key", max_retries=0).models.list()
+    nowhere = Backend(BackendSection(url="http://127.0.0.1:9/v1"), 5.0)
+    with running(Server({}, load=served_from, backend=nowhere)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="does not answer"):
+            client.completions.create(model="mini", prompt="a")

@@ -26,10 +26,20 @@ from steersman.types import Finish, Prompt, Sample, SteersmanError
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Drawing:
-    """How some of the sequences are drawn, and what decodes them."""
+    """How some of the sequences are drawn, and what decodes them. With `likeliest`, each token's log-probability is
+    noted, and those of so many likeliest tokens."""
 
     sampling: Sampling
     texts: Any
+    likeliest: int | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Likeliest:
+    """A drawn token's log-probability (nats; temperature 1, nothing cut off) and the likeliest tokens with theirs."""
+
+    logp: float
+    others: list[tuple[int, float]]
 
 
 @dataclass(slots=True)
@@ -44,6 +54,7 @@ class RunningResponse:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     support: list[Tensor] | None = None
+    likeliest: list[Likeliest] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -283,6 +294,8 @@ class RunningBatch:
         drawn, logp = draw(x, None if sampling.greedy else uniform)
         if self.record:
             self._record(x, sequences)
+        if sequences[0].how.likeliest is not None:
+            self._note_likeliest(logits[0], drawn, sequences, sequences[0].how.likeliest)
         finished = set()
         for i, (sequence, token, lp) in enumerate(zip(sequences, drawn.tolist(), logp.tolist(), strict=True)):
             if lp != lp:
@@ -317,6 +330,15 @@ class RunningBatch:
             ids = [other if len(s.ids) < self.sampling.min_new_tokens else every for s in sequences]
         for sequence, some in zip(sequences, ids, strict=True):
             sequence.support.append(some)  # type: ignore[union-attr]
+
+    def _note_likeliest(self, logits: Tensor, drawn: Tensor, sequences: list[RunningResponse], count: int) -> None:
+        logp = logits.float().log_softmax(-1)
+        own = logp.gather(-1, drawn[:, None]).squeeze(-1).tolist()
+        top = logp.topk(count, dim=-1)
+        for row, (sequence, values, ids) in enumerate(
+            zip(sequences, top.values.tolist(), top.indices.tolist(), strict=True)
+        ):
+            sequence.likeliest.append(Likeliest(own[row], list(zip(ids, values, strict=True))))
 
     def _ended(self, sequence: RunningResponse, token: int) -> bool:
         """Whether the token just appended ends the response; if so, file the sample."""

@@ -73,12 +73,21 @@ class Live:
         return max(1, self.new_tokens if context is None else min(self.new_tokens, context - prompt))
 
     def submit(
-        self, prompt: Prompt, sampling: Sampling, changed: Callable[[], object], *, n: int = 1, seed: int = 0
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        changed: Callable[[], object],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        likeliest: int | None = None,
     ) -> Ticket:
-        """Takes a request in. Raises SteersmanError for what is too long or not in the vocabulary, and
-        QueueFullError where too many wait."""
+        """Takes a request in; with `likeliest`, log-probabilities are noted as `Drawing` says.
+
+        Raises SteersmanError for what is too long or not in the vocabulary, and QueueFullError where too many wait.
+        """
         self._check(prompt, sampling, n)
-        how = Drawing(sampling, self.engine.decoder.texts(self.engine.tokenizer, sampling.stop))
+        how = Drawing(sampling, self.engine.decoder.texts(self.engine.tokenizer, sampling.stop), likeliest)
         numbers = [self._numbers(sampling, prompt.index, j, seed) for j in range(n)]
         ticket = Ticket([RunningResponse(prompt, j, 0, u, how) for j, u in enumerate(numbers)], changed)
         if self.waiting + n > self.queue + self.limits.rows:

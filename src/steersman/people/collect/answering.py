@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
-from threading import Lock
+from threading import Event
 from typing import Any, Protocol
 
 import httpx2
@@ -14,17 +15,25 @@ from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, layout
 from steersman.people.store.conversations import Said
+from steersman.rollout import Engine
+from steersman.rollout.live import Live
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.inputs import fingerprints
 from steersman.train.generators import open_generator
-from steersman.train.models import policy_from
+from steersman.train.models import context_length, policy_from
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Prompt, SteersmanError
 
 Messages = list[dict[str, str]]
 UNTAUGHT_STOP = "\nUser:"
 """Ends an answer of a model without a template of its own, which would go on with the user's next turn."""
+ROWS, QUEUE = 8, 256
+"""Answers of one model that are decoded side by side, and those that may wait."""
+LONGEST_CHAT = 4096
+"""Most tokens of a conversation that a model is asked to go on with."""
+LONGEST_WAIT = 300.0
+"""Seconds after which nobody waits for an answer any more."""
 
 
 class AnsweringModel(Section):
@@ -54,9 +63,9 @@ class AnsweringSampling(Section):
 
 
 class Answerer(Protocol):
-    """What gives the next turn of a conversation; one call at a time waits for the others."""
+    """What gives the next turn of a user's conversation; asked by several threads at once."""
 
-    def answer(self, messages: Messages) -> Said: ...
+    def answer(self, messages: Messages, user: str) -> Said: ...
 
 
 def open_answerer(model: AnsweringModel, sampling: AnsweringSampling) -> Answerer:
@@ -65,7 +74,7 @@ def open_answerer(model: AnsweringModel, sampling: AnsweringSampling) -> Answere
 
 
 class LocalModel:
-    """A model of this process, through the engine."""
+    """A model of this process: answers that are asked for at once are decoded together."""
 
     def __init__(self, model: AnsweringModel, sampling: AnsweringSampling) -> None:
         path = str(model.path)
@@ -74,25 +83,43 @@ class LocalModel:
         self.layout = layout(self.policy, DataConfig(path="chat"))
         stop = [] if self.layout.template.own else [UNTAUGHT_STOP]
         rollout = RolloutConfig(**sampling.model_dump(), stop=stop, held_out=0)
-        self.engine, self.sampling = open_generator(rollout, self.policy), rollout.sampling()
+        engine, self.sampling = open_generator(rollout, self.policy), rollout.sampling()
+        assert isinstance(engine, Engine)
+        longest = min(context_length(self.policy.model) or LONGEST_CHAT, LONGEST_CHAT)
+        self.live = Live(engine, rows=ROWS, longest=longest, new_tokens=sampling.max_new_tokens, queue=QUEUE)
         digests = fingerprints(config, Path("/nowhere"))
         version = next((d[:12] for paths in digests.values() for d in paths.values()), "")
         self.model = (model.name or path.rstrip("/").rsplit("/", 1)[-1], version)
-        self.settings, self._one_at_a_time = sampling.model_dump(), Lock()
+        self.settings = sampling.model_dump()
 
-    def answer(self, messages: Messages) -> Said:
+    def answer(self, messages: Messages, user: str) -> Said:
         """The next turn. Raises SteersmanError where the conversation does not fit the model's context."""
         seed, begun = secrets.randbits(31), time.monotonic()
         turns: list[Any] = [dict(m) for m in messages]
         ids, _ = self.layout.prompt(turns)
-        with self._one_at_a_time:
-            (sample,) = self.engine.generate([Prompt(ids, "")], self.sampling, seed=seed)
+        fitting = min(self.sampling.max_new_tokens, self.live.room(len(ids)))
+        moved = Event()
+        ticket = self.live.submit(
+            Prompt(ids, ""), replace(self.sampling, max_new_tokens=fitting), moved.set, seed=seed
+        )
+        while not ticket.done:
+            if not moved.wait(max(0.0, begun + LONGEST_WAIT - time.monotonic())):
+                self.live.cancel(ticket)
+                raise SteersmanError(f"no answer within {LONGEST_WAIT:g} seconds; ask again")
+            moved.clear()
+        if ticket.failure is not None:
+            raise ticket.failure
+        sample = ticket.samples[0]
         settings = self.settings | {"seed": seed}
         return Said(sample.text.strip(), self.model, settings, sample.finish, time.monotonic() - begun)
 
 
 class RemoteModel:
-    """A model behind an OpenAI-compatible address."""
+    """A model behind an OpenAI-compatible address.
+
+    It is told a rater's pseudonym, by which `steersman serve` keeps them with one model of an A/B test; an answer
+    bears the name that the address gives it.
+    """
 
     def __init__(self, model: AnsweringModel, sampling: AnsweringSampling) -> None:
         self.url = str(model.url).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -100,19 +127,20 @@ class RemoteModel:
         key = os.environ.get(model.key_env, "").strip()
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def answer(self, messages: Messages) -> Said:
+    def answer(self, messages: Messages, user: str) -> Said:
         """The next turn. Raises SteersmanError, without the key, where no answer comes."""
         body: dict[str, Any] = {
             "model": self.name, "messages": messages, "max_tokens": self.settings["max_new_tokens"],
-            "temperature": self.settings["temperature"], "top_p": self.settings["top_p"],
+            "temperature": self.settings["temperature"], "top_p": self.settings["top_p"], "user": user,
         }  # fmt: skip
         begun = time.monotonic()
         try:
             reply = httpx2.post(self.url, json=body, headers=self.headers, timeout=120.0)
-            choice = reply.raise_for_status().json()["choices"][0]
+            told = reply.raise_for_status().json()
+            choice, name = told["choices"][0], str(told.get("model") or self.name)
             text, finish = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
         except httpx2.HTTPStatusError as error:
             raise SteersmanError(f"the model's address answers with status {error.response.status_code}") from None
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SteersmanError(f"the model's address gives no chat completion ({type(error).__name__})") from None
-        return Said(text.strip(), (self.name, ""), self.settings, finish[:20], time.monotonic() - begun)
+        return Said(text.strip(), (name, ""), self.settings, finish[:20], time.monotonic() - begun)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from jinja2 import Environment, PackageLoader, select_autoescape
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -20,26 +21,32 @@ from starlette.staticfiles import StaticFiles
 
 from steersman.people.collect import security
 from steersman.people.collect.answering import Answerer
-from steersman.people.collect.markdown import plain, rendered, visible
+from steersman.people.collect.markdown import plain, rendered, short, visible
 from steersman.people.collect.texts import LANGUAGES, language
+from steersman.people.rates import Rates
 from steersman.people.store import Store
 from steersman.people.store.raters import Visitor, add_person, find_person, log_in, visitor
 from steersman.types import SteersmanError
 
+FOREIGN_FORM = "the form is not from this page; go back, load the page again and send it again"
 LOCAL_NAME = "local"
 """Who judges on this machine before another name is chosen."""
+PAGES_AT_ONCE, ANSWERS_AT_ONCE = 8, 512
+"""Pages that are made at the same time, and requests that may wait for a model meanwhile without holding up pages."""
 Handler = Callable[["Visit"], Response]
 
 
 @dataclass(slots=True)
 class Site:
-    """What all requests share. With `open` there are no passwords: only this machine reaches the pages."""
+    """What all requests share. With `open` there are no passwords: only this machine reaches the pages. `runs` is the
+    folder of runs that admins look at."""
 
     store: Store
     answerers: list[Answerer] = field(default_factory=list)
     system: str = ""
     open: bool = True
-    rates: security.Rates = field(default_factory=security.Rates)
+    runs: Path | None = None
+    rates: Rates = field(default_factory=lambda: Rates(security.LIMITS))
 
 
 @dataclass(slots=True)
@@ -82,18 +89,23 @@ def go(path: str) -> Response:
 
 
 _templates = Environment(loader=PackageLoader("steersman.people.collect"), autoescape=select_autoescape())
-_templates.filters |= {"md": rendered, "plain": plain, "visible": visible}
+_templates.filters |= {"md": rendered, "plain": plain, "visible": visible, "short": short}
 
 
 def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
     """The application for an address; on a loopback address no other name of a host is answered, so that no page of
     another site can reach it by a name of its own."""
-    from steersman.people.collect import chat, judging, looking, people
+    from steersman.people.collect import chat, judging, looking, people, run_pages
 
-    def route(path: str, handler: Handler, *methods: str, public: bool = False, admin: bool = False) -> Route:
-        return Route(path, _endpoint(site, handler, public, admin), methods=list(methods) or ["GET"])
+    pages, waiting = CapacityLimiter(PAGES_AT_ONCE), CapacityLimiter(ANSWERS_AT_ONCE)
 
-    hosts = ["127.0.0.1", "localhost", "[::1]", "testserver"] if security.is_loopback(host) else ["*"]
+    def route(
+        path: str, handler: Handler, *methods: str, public: bool = False, admin: bool = False, asks: bool = False
+    ) -> Route:
+        limiter = waiting if asks else pages
+        return Route(path, _endpoint(site, handler, public, admin, limiter), methods=list(methods) or ["GET"])
+
+    hosts = ["127.0.0.1", "localhost", "[::1]"] if security.is_loopback(host) else ["*"]
     return Starlette(
         routes=[
             route("/", judging.home),
@@ -107,11 +119,17 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
             route("/undo", judging.take_back, "POST"),
             route("/chat", chat.chats, "GET", "POST"),
             route("/chat/{chat}", chat.show),
-            route("/chat/{chat}/say", chat.say, "POST"),
-            route("/chat/{chat}/answer", chat.answer, "POST"),
-            route("/chat/{chat}/edit/{turn}", chat.edit, "POST"),
+            route("/chat/{chat}/say", chat.say, "POST", asks=True),
+            route("/chat/{chat}/answer", chat.answer, "POST", asks=True),
+            route("/chat/{chat}/edit/{turn}", chat.edit, "POST", asks=True),
             route("/chat/{chat}/thumb/{turn}", chat.thumb, "POST"),
             route("/look", looking.judgements, admin=True),
+            route("/look/conversations", looking.conversations, admin=True),
+            route("/look/conversation/{chat}", looking.conversation, admin=True),
+            route("/look/runs", run_pages.runs, admin=True),
+            route("/look/run/{run:path}", run_pages.run, admin=True),
+            route("/look/rows/{run:path}", run_pages.rows, admin=True),
+            route("/look/beside", run_pages.side_by_side, admin=True),
             route("/admin", looking.overview, admin=True),
             route("/admin/forget", looking.forget_person, "POST", admin=True),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
@@ -120,21 +138,23 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
     )
 
 
-def _endpoint(site: Site, handler: Handler, public: bool, admin: bool) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(
+    site: Site, handler: Handler, public: bool, admin: bool, limiter: CapacityLimiter
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        client = request.client.host if request.client else ""
-        form = None
-        lang = language(request.cookies.get("lang"), request.headers.get("accept-language", ""))
+        form, lang = None, language(request.cookies.get("lang"), request.headers.get("accept-language", ""))
         if request.method == "POST":
-            if int(request.headers.get("content-length") or security.LARGEST_BODY + 1) > security.LARGEST_BODY:
-                return Visit(site, request, None, lang).refused("the form is too large", 413)
-            kind = "login" if request.url.path == "/login" else "post"
-            if not site.rates.allows(
-                kind, request.cookies.get(security.COOKIE, client) if kind == "post" else client
-            ):
-                return Visit(site, request, None, lang).refused(LANGUAGES[lang]["busy"], 429)
+            stranger = Visit(site, request, None, lang)
+            if not security.fits(request):
+                return stranger.refused("the form is too large", 413)
+            if not security.is_same_site(request):
+                return stranger.refused(FOREIGN_FORM, 403)
+            client = request.client.host if request.client else ""
+            if request.url.path == "/login" and not site.rates.allows("login", client):
+                return stranger.refused(LANGUAGES[lang]["busy"], 429)
             form = await request.form(max_files=0, max_fields=200)
-        return await run_in_threadpool(_answer, Visit(site, request, None, lang, form), handler, public, admin)
+        visit = Visit(site, request, None, lang, form)
+        return await run_sync(_answer, visit, handler, public, admin, limiter=limiter)
 
     return endpoint
 
@@ -149,12 +169,11 @@ def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Respon
         return go("/" if visit.site.open else "/login")
     if admin and visit.rater.role != "admin":
         return visit.refused("404", 404)
-    if (
-        visit.form is not None
-        and visit.who is not None
-        and not security.is_own_form(visit.request, visit.form, visit.who.csrf)
-    ):
-        return visit.refused("the form is not from this page; go back, load the page again and send it again", 403)
+    if visit.form is not None and visit.who is not None:
+        if not security.has_token(visit.form, visit.who.csrf):
+            return visit.refused(FOREIGN_FORM, 403)
+        if not visit.site.rates.allows("post", visit.who.csrf):
+            return visit.refused(LANGUAGES[visit.lang]["busy"], 429)
     try:
         response = handler(visit)
     except SteersmanError as error:

@@ -112,7 +112,7 @@ def _answered(visit: Visit, chat_id: str) -> Response:
         chat = session.get_one(Conversation, chat_id)
         asked, leaf = messages(path(session, chat)), chat.leaf_id
     with ThreadPoolExecutor(len(visit.site.answerers)) as pool:
-        said = list(pool.map(lambda a: a.answer(asked), visit.site.answerers))
+        said = list(pool.map(lambda a: a.answer(asked, visit.rater.pseudonym), visit.site.answerers))
     with visit.store.begin() as session:
         chat = session.get_one(Conversation, chat_id)
         if chat.leaf_id != leaf:  # another tab went on in the meantime

@@ -11,9 +11,11 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from steersman.people.collect.app import Visit, go
-from steersman.people.store.opinions import Opinion, everything, gold_results
+from steersman.people.store.conversations import all_turns, path_to
+from steersman.people.store.judgements import live
+from steersman.people.store.opinions import Opinion, everything, gold_results, model_names
 from steersman.people.store.raters import forget
-from steersman.people.store.schema import Person, Rater
+from steersman.people.store.schema import Conversation, JudgementRow, Person, Rater, Turn
 from steersman.statistics.agreement import Rated, alpha
 from steersman.statistics.estimates import Estimate
 
@@ -33,6 +35,51 @@ def judgements(visit: Visit) -> Response:
     found = [o for o in found if _holds(o, words) and task in ("", o.task) and rater in ("", o.rater)]
     rows = [(o, _when(o.created)) for o in reversed(found[-SHOWN:])]
     return visit.page("look.html", rows=rows, count=len(found), q=words, task=task, rater=rater)
+
+
+def conversations(visit: Visit) -> Response:
+    """The newest chats in which any turn holds the words."""
+    asked = visit.request.query_params
+    words, rater = (asked.get(name, "").strip()[:300] for name in ("q", "rater"))
+    found = (
+        select(Conversation, Rater.pseudonym)
+        .join(Rater, Rater.id == Conversation.rater_id)
+        .order_by(Conversation.created.desc())
+        .limit(SHOWN)
+    )
+    if rater:
+        found = found.where(Rater.pseudonym == rater)
+    for word in words.split():
+        holds = Turn.content.icontains(word, autoescape=True)
+        found = found.where(select(Turn.id).where(Turn.conversation_id == Conversation.id, holds).exists())
+    with visit.store.read() as session:
+        rows = [
+            {"id": chat.id, "title": chat.title, "rater": who, "when": _when(chat.created)}
+            for chat, who in session.execute(found)
+        ]
+    return visit.page("look_chats.html", rows=rows, q=words, rater=rater)
+
+
+def conversation(visit: Visit) -> Response:
+    """All turns of a chat, those of other branches too, with their models and what was said of them."""
+    with visit.store.read() as session:
+        chat = session.get(Conversation, visit.arg("chat"))
+        if chat is None:
+            return visit.refused("404", 404)
+        turns, models = all_turns(session, chat.id), model_names(session)
+        shown = {turn.id for turn in path_to(turns, chat.leaf_id)}
+        said: dict[str, list[str]] = defaultdict(list)
+        of_turns = select(JudgementRow).where(JudgementRow.turn_id.in_(list(turns)), live())
+        for row in session.scalars(of_turns.order_by(JudgementRow.id)):
+            said[str(row.turn_id)].append(f"{row.task}: {row.verdict}")
+        rows = [
+            {
+                "role": turn.role, "content": turn.content, "model": models.get(turn.model_id, ""),
+                "shown": turn.id in shown, "said": said[turn.id],
+            }
+            for turn in turns.values()
+        ]  # fmt: skip
+    return visit.page("look_chat.html", chat=chat, turns=rows)
 
 
 def overview(visit: Visit) -> Response:

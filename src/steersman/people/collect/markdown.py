@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
@@ -40,6 +41,11 @@ def plain(text: str) -> Markup:
 def visible(text: str) -> str:
     """The text with control characters and direction marks written out."""
     return _CONTROLS.sub(lambda m: f"[U+{ord(m[0]):04X}]", text.replace("\r\n", "\n"))
+
+
+def short(value: Any) -> str:
+    """A number with four digits; anything else as it is, cut."""
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value)[:40])
 
 
 def _rest(text: str) -> str:

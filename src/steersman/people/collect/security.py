@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import time
-from collections import defaultdict, deque
 from typing import Any
 
 import argon2
@@ -48,31 +46,22 @@ def right_password(stored: str | None, given: str) -> bool:
         return False
 
 
-def is_own_form(request: Request, form: Any, csrf: str) -> bool:
-    """Whether a form comes from a page of ours: its token is the login's, and the browser names no other site."""
-    site = request.headers.get("sec-fetch-site", "same-origin")
-    return site in ("same-origin", "none") and hmac.compare_digest(str(form.get("csrf", "")), csrf)
+def fits(request: Request) -> bool:
+    """Whether a form says its size, and is small enough."""
+    size = request.headers.get("content-length", "")
+    return size.isascii() and size.isdigit() and len(size) < 10 and int(size) <= LARGEST_BODY
+
+
+def is_same_site(request: Request) -> bool:
+    """Whether the browser names no other site as the one that a form comes from."""
+    return request.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+
+
+def has_token(form: Any, csrf: str) -> bool:
+    """Whether a form holds the login's token, and so comes from a page of ours."""
+    return hmac.compare_digest(str(form.get("csrf", "")).encode(errors="replace"), csrf.encode())
 
 
 def set_login(response: Response, request: Request, token: str) -> None:
     secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, token, max_age=14 * 24 * 3600, httponly=True, samesite="strict", secure=secure)
-
-
-class Rates:
-    """Counts requests by client and kind over a sliding window."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple[str, str], deque[float]] = defaultdict(deque)
-
-    def allows(self, kind: str, client: str) -> bool:
-        most, window = LIMITS[kind]
-        times, now = self.seen[kind, client], time.monotonic()
-        while times and times[0] < now - window:
-            times.popleft()
-        if len(times) >= most:
-            return False
-        times.append(now)
-        if len(self.seen) > 10_000:
-            self.seen = defaultdict(deque, {k: t for k, t in self.seen.items() if t and t[-1] > now - window})
-        return True

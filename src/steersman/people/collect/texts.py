@@ -23,6 +23,11 @@ EN = {
     "thinking": "The model is answering…", "busy": "Too many requests; wait.", "error": "This did not work",
     "all": "All", "count": "Judgements", "forget": "Forget", "skip_main": "To the content",
     "alpha": "Agreement (Krippendorff's alpha, 95% interval)", "items": "Items",
+    "conversations": "Conversations", "runs": "Runs", "run": "Run", "step": "Step", "tables": "Tables",
+    "beside": "Side by side", "beside_pick": "Pick", "behind": "A number that is a link leads to the rows behind it.",
+    "all_numbers": "All numbers of this run", "no_rows": "Nothing matches.", "more": "More", "prompts": "Prompts",
+    "lowest": "Lowest first by", "other_branch": "another branch",
+    "no_runs": "No folder of runs was named:",
 }  # fmt: skip
 ZH = {
     "title": "评判回答", "home": "首页", "chat": "对话", "queues": "待评判", "judge": "评判", "done": "已完成",
@@ -42,7 +47,11 @@ ZH = {
     "rater": "评判人", "task": "任务", "seconds": "秒（中位数）", "gold": "检验题正确", "drift": "前半 / 后半",
     "thinking": "模型正在回答……", "busy": "请求过多，请稍候。", "error": "未能完成", "all": "全部",
     "count": "评判数", "forget": "删除", "skip_main": "跳到内容",
-    "alpha": "一致性 (Krippendorff alpha，95% 区间)", "items": "条目",
+    "alpha": "一致性 (Krippendorff alpha，95% 区间)", "items": "条目", "conversations": "对话记录",
+    "runs": "训练运行", "run": "运行", "step": "步", "tables": "表", "beside": "并排比较", "beside_pick": "选择",
+    "behind": "带链接的数字通向其背后的数据行。", "all_numbers": "此运行的全部数字", "no_rows": "没有匹配的内容。",
+    "more": "更多", "prompts": "提示", "lowest": "从低到高", "other_branch": "另一分支",
+    "no_runs": "尚未指定训练运行的文件夹：",
 }  # fmt: skip
 LANGUAGES = {"en": EN, "zh": ZH}
 

@@ -59,6 +59,7 @@ class CollectRecipe(Section):
         default="127.0.0.1", description="address to listen on; another than this machine's own wants accounts"
     )
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on")
+    runs: str | None = Field(default=None, description="folder with run folders, which admins see under Look")
     add_account: str | None = Field(
         default=None, description=f"make an account of this name and end; its password is asked, or in {PASSWORD_ENV}"
     )
@@ -88,11 +89,12 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     import uvicorn
 
     from steersman.people.collect.app import Site, make_app
+    from steersman.people.collect.runs import open_root
     from steersman.people.collect.security import is_loopback
 
     if recipe.second is not None and recipe.model is None:
         raise SteersmanError("second: a second model needs a first one under `model`")
-    is_open = is_loopback(recipe.host)
+    is_open, runs = is_loopback(recipe.host), open_root(recipe.runs)
     with store.read() as session:
         if not is_open and not people(session):
             raise SteersmanError(
@@ -101,7 +103,7 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
             )
     fill(store, recipe)
     models = [m for m in (recipe.model, recipe.second) if m is not None]
-    site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open)
+    site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open, runs)
     app = make_app(site, host=recipe.host)
     print(f"http://{recipe.host}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
     uvicorn.run(app, host=recipe.host, port=recipe.port, log_level="warning", server_header=False, access_log=False)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, layout
 from steersman.model import Policy
+from steersman.people.serve.app import Server
+from steersman.people.serve.assignment import Assignment
+from steersman.people.serve.backend import Backend, BackendSection
+from steersman.people.serve.reply import Served
 from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
@@ -28,6 +33,10 @@ class ServeSection(Section):
     )
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     token_file: str | None = Field(default=None, description="file of API keys, one a line; null lets everybody in")
+    admin_token_file: str | None = Field(
+        default=None, description="file of API keys that may exchange models; with token_file alone nobody may"
+    )
+    rate: int | None = Field(default=None, ge=1, description="requests a minute that one key, or address, may send")
     max_batch: int = Field(default=16, ge=1, description="sequences decoded side by side")
     queue: int = Field(default=64, ge=0, description="sequences that may wait; more are answered with status 429")
     max_prompt_tokens: int = Field(default=1024, ge=1, description="longest prompt, in tokens")
@@ -38,9 +47,14 @@ class ServeSection(Section):
 class ServeRecipe(Section):
     """Models behind an OpenAI-compatible server."""
 
-    model: ModelConfig
+    model: ModelConfig | None = Field(default=None, description="the model that answers; null: see serving, backend")
     models: dict[str, str] = Field(default_factory=dict, description="more models or adapter folders, by name")
     name: str | None = Field(default=None, description="what model.path is called; null: its folder's name")
+    serving: str | None = Field(
+        default=None, description="serving.json of a wheel: requests for the alias go to the model of their user"
+    )
+    alias: str = Field(default="current", min_length=1, description="name under which the models of serving answer")
+    backend: BackendSection = BackendSection()
     serve: ServeSection = ServeSection()
     run: RunConfig = RunConfig()
 
@@ -49,36 +63,57 @@ class ServeRecipe(Section):
         kept = (f"run.{key}" for key in (*KEPT_ONLY, "seed"))
         return frozenset({*(f"model.{key}" for key in TRAINED_ONLY), *kept})
 
+    @model_validator(mode="after")
+    def _has_models(self) -> ServeRecipe:
+        if self.backend.url is not None and (self.model is not None or self.models):
+            raise ValueError("backend.url: the server behind answers for all models; leave out model and models")
+        if self.backend.url is None and self.model is None and not self.models and self.serving is None:
+            raise ValueError("there is nothing to serve; give model.path, serving, or backend.url")
+        return self
+
 
 def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Serves until it is stopped. Raises SteersmanError for an open address without keys, before any model loads."""
-    try:
-        import uvicorn
+    import uvicorn
 
-        from steersman.people.serve.app import Served, Server
-    except ImportError as error:
-        raise SteersmanError("serve needs starlette and uvicorn: pip install 'steersman[people]'") from error
-    keys = api_keys(recipe.serve)
+    keys, admin_keys = api_keys(recipe.serve)
     set_threads(recipe.run.threads or None)
-    first = recipe.name or Path(recipe.model.path).name
-    if first in recipe.models:
-        raise SteersmanError(f"models: {first!r} is the name of model.path already; give it another with --name")
+    first = {} if recipe.model is None else {recipe.name or Path(recipe.model.path).name: recipe.model.path}
+    alias = recipe.alias if recipe.serving is not None else ""
+    for name in first:
+        if name in recipe.models:
+            raise SteersmanError(f"models: {name!r} is the name of model.path already; give it another with --name")
+    if alias in {**first, **recipe.models}:
+        raise SteersmanError(f"alias: {alias!r} is the name of another model; give --alias")
 
-    def load(path: str) -> Served:
+    def load(path: str, name: str = "") -> Served:
         live, policy = live_of(recipe, path)
-        return Served(live, layout(policy, DataConfig(path="serve")))
+        return Served(live, layout(policy, DataConfig(path="serve")), name)
 
-    models = {name: load(path) for name, path in {first: recipe.model.path, **recipe.models}.items()}
+    models = {name: load(path, name) for name, path in (first | recipe.models).items()}
     hosts = ("127.0.0.1", "localhost", "[::1]", recipe.serve.host) if loopback(recipe.serve.host) else ("*",)
-    server = Server(models, load=load, keys=keys, time_limit=recipe.serve.time_limit, hosts=hosts)
-    print(f"serving {', '.join(models)} on http://{recipe.serve.host}:{recipe.serve.port}/v1", flush=True)
+    behind = None if recipe.backend.url is None else Backend(recipe.backend, recipe.serve.time_limit)
+    server = Server(
+        models, load=load, keys=keys, admin_keys=admin_keys, time_limit=recipe.serve.time_limit, hosts=hosts,
+        rate=recipe.serve.rate, alias=alias, assignment=_assignment(recipe, load), backend=behind,
+    )  # fmt: skip
+    what = ", ".join(filter(None, (*models, alias))) or f"what {recipe.backend.url} has"
+    print(f"serving {what} on http://{recipe.serve.host}:{recipe.serve.port}/v1", flush=True)
     uvicorn.run(server.app(), host=recipe.serve.host, port=recipe.serve.port, log_level="warning")
     return {"requests": server.requests}
 
 
+def _assignment(recipe: ServeRecipe, load: Callable[[str, str], Served]) -> Assignment[Any] | None:
+    if recipe.serving is None:
+        return None
+    if recipe.backend.url is not None:  # there the models go by their names
+        return Assignment[str](recipe.serving, lambda one: one.name, lambda name: None)
+    return Assignment[Served](recipe.serving, lambda one: load(one.path, one.name), lambda old: old.live.close())
+
+
 def live_of(recipe: ServeRecipe, path: str) -> tuple[Live, Policy]:
     """An engine with continuous batching over the model of a folder, within the recipe's limits."""
-    config = recipe.model.model_copy(update={"path": path})
+    config = ModelConfig(path=path) if recipe.model is None else recipe.model.model_copy(update={"path": path})
     policy = policy_from(config, recipe.run, resolve_device(recipe.run.device), trainable=False)
     engine = open_generator(RolloutConfig(max_batch=recipe.serve.max_batch), policy)
     assert isinstance(engine, Engine)
@@ -90,22 +125,30 @@ def live_of(recipe: ServeRecipe, path: str) -> tuple[Live, Policy]:
     return live, policy
 
 
-def api_keys(serve: ServeSection) -> tuple[str, ...]:
-    """The keys of the token file. Raises SteersmanError where there are none and other machines reach the address."""
-    keys: tuple[str, ...] = ()
-    if serve.token_file is not None:
-        try:
-            lines = Path(serve.token_file).read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SteersmanError(f"serve.token_file {serve.token_file}: can not be read") from error
-        keys = tuple(lines)
-        if not keys:
-            raise SteersmanError(f"serve.token_file {serve.token_file}: there is no key in it")
+def api_keys(serve: ServeSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys of clients and of admins. Raises SteersmanError where there are none and other machines reach the
+    address."""
+    keys = _keys("token_file", serve.token_file)
+    admin_keys = _keys("admin_token_file", serve.admin_token_file)
+    if admin_keys and not keys:
+        raise SteersmanError("serve.admin_token_file: clients need keys as well; name them with --serve.token_file")
     if not keys and not loopback(serve.host):
         raise SteersmanError(
             f"serve.host {serve.host} can be reached from other machines; name a file of API keys with "
             "--serve.token_file, or listen on 127.0.0.1"
         )
+    return keys, admin_keys
+
+
+def _keys(field: str, file: str | None) -> tuple[str, ...]:
+    if file is None:
+        return ()
+    try:
+        keys = tuple(Path(file).read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteersmanError(f"serve.{field} {file}: can not be read") from error
+    if not keys:
+        raise SteersmanError(f"serve.{field} {file}: there is no key in it")
     return keys
 
 

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steersman.rollout import Sampling
 
+MOST_LIKELIEST = 20
+"""Tokens that are listed beside each token at most."""
+
 
 class Message(BaseModel):
     """A turn of a conversation."""
@@ -26,7 +29,7 @@ class StreamOptions(BaseModel):
 
 
 class Ask(BaseModel):
-    """What both kinds of request share. `user` is accepted and not kept."""
+    """What both kinds of request share. `user` decides which model of an A/B test answers, and is not kept."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
@@ -46,6 +49,11 @@ class Ask(BaseModel):
     def answer_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are listed with each token; None: no log-probabilities are asked for."""
+        raise NotImplementedError
+
     def sampling(self, room: int) -> Sampling:
         """How the answer is drawn; `room` is how long it may be at most."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -63,6 +71,12 @@ class ChatAsk(Ask):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LIKELIEST)
+
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def answer_tokens(self) -> int | None:
@@ -73,6 +87,11 @@ class TextAsk(Ask):
     """POST /v1/completions."""
 
     prompt: str = Field(min_length=1)
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LIKELIEST)
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
 
 def fault(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:

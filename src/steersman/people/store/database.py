@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from steersman.types import SteersmanError
@@ -36,11 +37,13 @@ class Store:
     def __init__(self, engine: Engine, url: str) -> None:
         self.engine, self.url = engine, url
         self._reader = engine.execution_options(steersman_reads=True)
+        # SQLite lets one write at a time and has the others ask again and again; here they queue up
+        self._turn = Lock() if engine.dialect.name == "sqlite" else nullcontext()
 
     @contextmanager
     def begin(self) -> Iterator[Session]:
         """A transaction that writes: on SQLite one at a time. It is on the disk when the block ends."""
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with self._turn, Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
