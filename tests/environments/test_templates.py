@@ -14,8 +14,9 @@ from steersman.environments.calls import form_of
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import TurnLayout
+from steersman.environments.play import Played
 from steersman.environments.port import Call, Reply
-from steersman.environments.runner import Episodes, Played
+from steersman.environments.runner import Episodes
 from steersman.rollout import Engine, Sampling
 from steersman.train.experience import tokens_of
 from steersman.types import Prompt, Sample, SteersmanError

@@ -36,8 +36,9 @@ class EnvironmentConfig(Section):
     workers: int = Field(default=64, ge=1, description="threads that run environments side by side")
     overlap: bool = Field(
         default=False,
-        description="sample some episodes while others wait for their tools; faster with slow tools, but what is "
-        "batched together then depends on time, so a run is repeatable to rounding only",
+        description="turns join the batch that is being decoded, half of the episodes at a time, while the others "
+        "wait for their tools; faster with slow tools. Repeatable bit for bit with the engine inside; with servers, "
+        "what is sampled together depends on time",
     )
     retries: int = Field(default=0, ge=0, description="how often a beginning that failed is tried anew")
     on_error: Literal["tell", "end"] = Field(
