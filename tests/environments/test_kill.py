@@ -1,4 +1,4 @@
-"""SIGKILL while episodes are under way: the resumed run is the one that was not killed, and says where it can't be."""
+"""SIGKILL while episodes are under way: the resumed run is the one that was not killed, or says why it may not be."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from steersman.data.examples import Message
 from steersman.environments.calls import read_reply
 from steersman.environments.classes import FaultError
-from steersman.environments.conversation import Conversation
+from steersman.environments.conversation import Conversation, in_segments
 from steersman.environments.port import Answer, Episode, Reply
 from steersman.environments.text import shown
 from steersman.environments.workers import Job, TooLateError, Workers
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Played:
-    """One episode while it is played. `key` names its random streams, whatever is played beside it."""
+    """One episode while it is played. `key` names its random streams, whatever is played beside it.
+
+    `talk` is what the policy is shown now, `messages` the same as messages; `earlier` are conversations that were
+    shown anew since.
+    """
 
     prompt: Prompt
     index: int
@@ -36,12 +41,19 @@ class Played:
     key: int
     episode: Episode | None = None
     talk: Conversation | None = None
+    earlier: list[Conversation] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     reply: Reply | None = None
     tries: int = 0
     waited: float = 0.0
     asked_at: float = 0.0
     outcome: str = ""
     terminated: bool = True
+
+    @property
+    def turns(self) -> int:
+        """How often the policy has spoken."""
+        return sum(len(talk.turns) for talk in [*self.earlier, *([] if self.talk is None else [self.talk])])
 
 
 @dataclass
@@ -104,11 +116,11 @@ class Play:
         elif game.talk is None:
             game.episode, messages = job.result
             try:
-                self.of.opened(game, messages)
+                fits = self.of.opened(game, messages, self.sampling.max_new_tokens)
             except (FaultError, TypeError, KeyError) as error:
                 return self._failed(game, error)
             assert game.talk is not None
-            if len(game.talk.prompt.ids) + self.sampling.max_new_tokens > self.of.limit:
+            if not fits:
                 return self._failed(game, FaultError(_no_room(game.talk, self.sampling, self.of.limit)))
             self.ready[game.order] = game
         else:
@@ -121,13 +133,13 @@ class Play:
         limit = self.of.config.episode_limit
         if answer.done or answer.truncated:
             self._end(game, "done" if answer.done else "the environment's limit", answer.done)
-        elif len(talk.turns) >= self.of.config.max_turns:
+        elif game.turns >= self.of.config.max_turns:
             self._end(game, "turn limit", False)
         elif limit is not None and game.waited > limit:
             self._end(game, "time limit", False)
         else:
             try:
-                fits = self.of.answered(game, answer.messages, self.sampling.max_new_tokens)
+                fits = self.of.answered(game, answer, self.sampling.max_new_tokens)
             except FaultError as error:
                 return self._failed(game, error)
             if fits:
@@ -149,14 +161,15 @@ class Play:
         if game.talk is None and game.tries <= config.retries:
             game.episode = None
             return self._begin(game)
-        what = f"{'its beginning' if game.talk is None else f'turn {len(game.talk.turns)}'}: {what}"
+        what = f"{'its beginning' if game.talk is None else f'turn {game.turns}'}: {what}"
         self.of.faults.append(what)
         if config.on_fault == "stop":
             raise SteersmanError(
                 f"environment, row {game.prompt.index}, {what} (environment.on_fault is stop)"
             ) from error
-        if game.talk is not None and game.talk.turns:
-            game.talk.paid(config.fault_reward if config.on_fault == "end" else 0.0, "")
+        if game.talk is not None and game.turns:
+            spoken = game.talk if game.talk.turns else game.earlier[-1]
+            spoken.paid(config.fault_reward if config.on_fault == "end" else 0.0, "")
         if late:
             game.episode = None  # its thread still holds it
         self._end(game, f"fault at {what}", config.on_fault == "end")
@@ -186,11 +199,14 @@ class Play:
 
     def _sample(self, game: Played) -> Sample:
         talk = game.talk
-        if talk is None or not talk.turns:  # nothing was said: one token that does not count stands for it
+        if talk is None or not game.turns:  # nothing was said: one token that does not count stands for it
             ids = game.prompt.ids if talk is None else talk.prompt.ids
             prompt = Prompt(ids, game.prompt.text, game.prompt.row, game.prompt.index, game.prompt.turns)
             support = [torch.tensor(ids[-1:])] if self.record_support else None
             return Sample(prompt, ids[-1:], [0.0], "length", "", game.index, support, [False], [0], [], game.outcome)
+        if game.earlier:
+            talks = [*game.earlier, talk]
+            return in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
         return talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
 
 

@@ -12,7 +12,7 @@ from steersman.environments.classes import FaultError
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import Conversation, TurnLayout
 from steersman.environments.play import Play, Played, closed
-from steersman.environments.port import Environment
+from steersman.environments.port import Answer, Environment, Reply
 from steersman.environments.schedules import as_answers_come, joining, turn_by_turn
 from steersman.environments.telling import as_users, with_tool_descriptions
 from steersman.environments.workers import Workers
@@ -39,6 +39,7 @@ class Episodes:
         self.generator, self.environment, self.config = generator, environment, config
         self.layout = TurnLayout(layout, ends)
         self.limit = min(x for x in (config.max_tokens, context, _NO_LIMIT) if x is not None)
+        self.told = config.tell_tools
         self.form = self._form()
         self.faults: list[str] = []
         self._probe()
@@ -110,34 +111,34 @@ class Episodes:
                 games.append(Played(prompt, j, place * n + j, seed, key))
         return games
 
-    def opened(self, game: Played, messages: Sequence[Message]) -> None:
-        """Lays out what the episode begins with. Raises FaultError where the first reply does not fit behind it."""
+    def opened(self, game: Played, messages: Sequence[Message], room: int) -> bool:
+        """Lays out what the episode, or a conversation of it, begins with; False where no reply fits behind it."""
         first: list[Message] = [dict(m) for m in messages]  # type: ignore[misc]
-        if self.environment.tools and self.config.tell_tools:
-            first = with_tool_descriptions(first, self.environment.tools)
-        elif self.environment.tools and self.layout.chat:
-            first[0] = {**first[0], "tools": self.environment.tools}
-        ids, text = self.layout.first(first)
-        prompt = Prompt(ids, text, game.prompt.row, game.prompt.index, game.prompt.turns)
-        game.talk = Conversation(self.layout, prompt, first)
+        tools = self.environment.tools or first[0].get("tools", [])
+        if tools and self.told:
+            first[0] = {key: value for key, value in first[0].items() if key != "tools"}  # type: ignore[assignment]
+            first = with_tool_descriptions(first, tools)
+        elif tools and self.layout.chat:
+            first[0] = {**first[0], "tools": tools}
+        return self._shown_anew(game, first, room)
 
-    def answered(self, game: Played, messages: Sequence[Message], room: int) -> bool:
-        """Puts the environment's messages behind the reply; False where another reply does not fit behind them."""
+    def answered(self, game: Played, answer: Answer, room: int) -> bool:
+        """Puts what the environment says behind the reply, or shows the conversation anew; False where another reply
+        does not fit behind it."""
         talk, reply = game.talk, game.reply
         assert talk is not None
         assert reply is not None
-        calls = []
-        if self.config.tell_tools or not self.layout.chat:
-            messages = as_users(messages) if self.layout.chat else messages
-        else:
-            made = [{"name": c.name, "arguments": c.arguments} for c in reply.calls]
-            calls = [{"type": "function", "id": f"call{i:05d}", "function": f} for i, f in enumerate(made)]
-            tools = iter(range(len(calls)))
-            messages = [
-                {**m, "tool_call_id": f"call{next(tools, 0):05d}"} if m["role"] == "tool" else m for m in messages
-            ]
+        said, messages = self._as_shown(reply, answer.messages)
         try:
-            new = talk.between(self.layout.stand_in(calls), messages)
+            if answer.anew:
+                game.earlier.append(talk)
+                return self.opened(game, answer.messages, room)
+            if self.config.history == "segments" and self.layout.chat:
+                before, game.messages = game.messages, [*game.messages, said, *messages]
+                if self.layout.rewritten(before, reply.text, game.messages):
+                    game.earlier.append(talk)
+                    return self._shown_anew(game, game.messages, room)
+            new = talk.between(self.layout.stand_in(said.get("tool_calls", ())), messages)
         except SteersmanError as error:
             raise FaultError(f"the chat template can't show the environment's turn: {error}") from error
         if len(talk.prompt.ids) + len(talk.ids) + len(new) + room > self.limit:
@@ -145,12 +146,36 @@ class Episodes:
         talk.heard(new)
         return True
 
+    def _shown_anew(self, game: Played, messages: list[Message], room: int) -> bool:
+        """Begins a conversation with everything that is to be seen of the earlier ones."""
+        ids, text = self.layout.first(messages)
+        prompt = Prompt(ids, text, game.prompt.row, game.prompt.index, game.prompt.turns)
+        game.talk, game.messages = Conversation(self.layout, prompt, messages), messages
+        return len(ids) + room <= self.limit
+
+    def _as_shown(self, reply: Reply, messages: Sequence[Message]) -> tuple[Message, list[Message]]:
+        """The policy's turn and the environment's, as the template is to show them."""
+        said: Message = {"role": "assistant", "content": reply.text}
+        if self.told or not self.layout.chat:
+            return said, list(as_users(messages) if self.layout.chat else messages)
+        if reply.calls:
+            made = [{"name": c.name, "arguments": c.arguments} for c in reply.calls]
+            calls = [{"type": "function", "id": f"call{i:05d}", "function": f} for i, f in enumerate(made)]
+            said = {**said, "content": reply.content, "tool_calls": calls}
+        tools = iter(range(len(reply.calls)))
+        return said, [
+            {**m, "tool_call_id": f"call{next(tools, 0):05d}"} if m["role"] == "tool" else m for m in messages
+        ]
+
     def _form(self) -> str | None:
-        if not self.environment.tools:
+        if not self.environment.tools and not self.config.agent:
             return None
-        if self.config.tell_tools or not self.layout.chat:
+        if self.told or not self.layout.chat:
             return "tagged"
         form = form_of(self.layout.template)
+        if form is None and self.config.agent:
+            self.told = True
+            return "tagged"
         if form is None:
             raise SteersmanError(
                 "environment: the model's chat template shows no tool calls; set environment.tell_tools to tell the "
@@ -159,17 +184,17 @@ class Episodes:
         return form
 
     def _probe(self) -> None:
-        if self.config.history == "keep":
+        if self.config.history != "refuse":
             return
         first: list[Message] = [{"role": "user", "content": "a"}]
         new: list[Message] = [{"role": "user", "content": "b"}]
-        if self.form is not None and not self.config.tell_tools and self.layout.chat:
+        if self.form is not None and not self.told and self.layout.chat:
             first[0]["tools"] = self.environment.tools
             new = [{"role": "tool", "name": "probe", "content": "b"}]
         found = self.layout.rewriting(first, new)
         if found is not None:
             raise SteersmanError(
                 f"environment: the chat template shows earlier turns otherwise than they were said ({found}). Set "
-                "environment.history: keep, with which the model sees its turns as it said them, or use another "
-                "template"
+                "environment.history: segments, with which each turn is trained behind what the template showed "
+                "before it, or keep, with which the model sees its turns as it said them"
             )

@@ -44,7 +44,7 @@ def joining(play: Play, batch: Joinable) -> None:
             if play.waits_to_speak(game):
                 taken.append(game)
         if taken:
-            numbers = batch.join([_asked(g) for g in taken], [(*play.words, _turn(g)) for g in taken])
+            numbers = batch.join([_asked(g) for g in taken], [(*play.words, g.turns) for g in taken])
             speaking |= dict(zip(numbers, taken, strict=True))
         if batch.busy:
             for number, sample in batch.advance().items():
@@ -58,7 +58,7 @@ def _speak(play: Play, generator: Generator) -> None:
     games, play.ready = [play.ready[order] for order in sorted(play.ready)], {}
     by_turn: dict[int, list[Played]] = {}
     for game in games:
-        by_turn.setdefault(_turn(game), []).append(game)
+        by_turn.setdefault(game.turns, []).append(game)
     for turn, some in sorted(by_turn.items()):
         asked, seed = [_asked(g) for g in some], (*play.words, turn)
         replies = generator.generate(asked, play.sampling, n=1, seed=seed, record_support=play.record_support)
@@ -69,8 +69,3 @@ def _speak(play: Play, generator: Generator) -> None:
 def _asked(game: Played) -> Prompt:
     assert game.talk is not None
     return Prompt(game.talk.asked(), "", {}, game.key)
-
-
-def _turn(game: Played) -> int:
-    assert game.talk is not None
-    return len(game.talk.turns)

@@ -22,6 +22,7 @@ from steersman.run.micro import over_rows
 from steersman.run.seed import stream
 from steersman.train.experience import episode_stats, tokens_of, trajectory
 from steersman.train.roles import Roles
+from steersman.train.segments import SegmentRows
 from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
 from steersman.update.kl_controller import FixedKL, ProportionalKL, kl_to_sampler_controller
 
@@ -56,9 +57,10 @@ class OnPolicy:
         tokens, traj, shaping = self.experience(samples, scores)
         clock.lap("score")
         advantage = self.algorithm.advantage(traj)
-        coef = Coefficients(self.beta.coef, self.beta_old.coef)
+        coef, rows = Coefficients(self.beta.coef, self.beta_old.coef), SegmentRows(samples)
         stats = self.roles.learner.update(
-            tokens, traj, advantage, coef, stream(self.recipe.run.seed, "minibatches", self.done),
+            rows.tokens(tokens), *rows.experience(traj, advantage), coef,
+            stream(self.recipe.run.seed, "minibatches", self.done),
             only_critic=self.warming_up,
         )  # fmt: skip
         clock.lap("update")
@@ -128,8 +130,12 @@ class OnPolicy:
         tokens = tokens_of(samples).to(roles.device)
         score, stats = self.shape(samples, scores)
         like = torch.zeros((), device=roles.device, dtype=roles.number)
-        logp_old = self._logp(roles.policy, tokens) if recipe.rollout.recompute_logp else None
-        logp_ref = None if roles.reference is None else self._logp(roles.reference, tokens.untruncated())
+        rows, T = SegmentRows(samples), tokens.mask.shape[1]
+        read = rows.tokens(tokens)
+        logp_old = rows.join(self._logp(roles.policy, read), T) if recipe.rollout.recompute_logp else None
+        logp_ref = None
+        if roles.reference is not None:
+            logp_ref = rows.join(self._logp(roles.reference, read.untruncated()), T)
         traj = trajectory(
             samples, tokens, score.to(like), self.algorithm, self.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
@@ -139,7 +145,8 @@ class OnPolicy:
         )  # fmt: skip
         if self.algorithm.parts:
             traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
-        traj.value = roles.learner.value(tokens, traj)
+        value = roles.learner.value(read, traj)
+        traj.value = None if value is None else rows.join(value, T + 1, after=1)
         traj.baseline = self.baseline(samples, traj)
         return tokens, traj, stats
 

@@ -61,10 +61,11 @@ class Learner:
         """
         if self.critic is None:
             return None
-        if isinstance(self.critic, SharedCritic) or self.algorithm.epochs * self.algorithm.minibatches > 1:
+        apart = len(tokens) != len(traj)  # episodes in segments: their advantages are known only once they are joined
+        if isinstance(self.critic, SharedCritic) or self.algorithm.epochs * self.algorithm.minibatches > 1 or apart:
             with torch.no_grad():
                 width = tokens.response.shape[1] + 1
-                return over_rows(tokens, self.micro_tokens, self.critic.value, width, traj.group)
+                return over_rows(tokens, self.micro_tokens, self.critic.value, width, None if apart else traj.group)
         self.fitted = Tally()
         steps = denominator(traj.mask, "token")
         values = traj.reward.new_zeros(len(tokens), traj.mask.shape[1] + 1)
