@@ -51,6 +51,15 @@ class Turn:
     heard: str = ""
 
 
+@dataclass(slots=True, frozen=True)
+class Segment:
+    """`ids[begin:end]` of a Sample as they were said: behind the ids `prompt`, not behind what stands before them."""
+
+    prompt: list[int]
+    begin: int
+    end: int
+
+
 @dataclass(slots=True)
 class Sample:
     """One response to one prompt, as the rollout engine made it.
@@ -62,7 +71,8 @@ class Sample:
     `index` counts the samples of one prompt. `text` is the response without end token or stop string. `mask` marks
     the tokens that count (None: all); what an environment wrote does not. `version` is that of the weights that each
     token was sampled from (None where nobody counts them). An episode of several turns lists them in `turns`; its
-    `text` is the last thing that the policy said, and `outcome` says why it ended.
+    `text` is the last thing that the policy said, and `outcome` says why it ended. An episode whose history was shown
+    anew lists its `segments`: a model reads each by itself (None: `ids` were said behind the prompt, all in one).
     """
 
     prompt: Prompt
@@ -76,6 +86,7 @@ class Sample:
     version: list[int] | None = None
     turns: list[Turn] | None = None
     outcome: str = ""
+    segments: list[Segment] | None = None
 
     @property
     def terminated(self) -> bool:

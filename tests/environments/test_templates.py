@@ -9,16 +9,19 @@ import torch
 from letter_models import letters
 from tiny_models import tiny_model
 
+from steersman.algorithms import ALGORITHMS
 from steersman.data import Layout, end_ids
 from steersman.environments.calls import form_of
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import TurnLayout
-from steersman.environments.port import Call, Reply
-from steersman.environments.runner import Episodes, Played
+from steersman.environments.play import Played
+from steersman.environments.port import Answer, Call, Reply
+from steersman.environments.runner import Episodes
 from steersman.rollout import Engine, Sampling
 from steersman.train.experience import tokens_of
-from steersman.types import Prompt, Sample, SteersmanError
+from steersman.train.segments import SegmentRows
+from steersman.types import Prompt, Sample, Segment, SteersmanError, Trajectory
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -156,11 +159,11 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
         Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"]), 128)
     play = Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"], tell_tools=True), 4096)
     game = Played(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
-    play.opened(game, ASK)
+    play.opened(game, ASK, 4)
     assert '"name": "add"' in game.talk.prompt.text
     game.talk.said(Sample(game.talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
     game.reply = Reply("b", "b", (Call("add", {"a": 1, "b": 2}),))
-    assert play.answered(game, [{"role": "tool", "name": "add", "content": "3"}], 4)
+    assert play.answered(game, Answer([{"role": "tool", "name": "add", "content": "3"}]), 4)
     assert "user\n<unk>tool<unk>response<unk>" in tokenizer.decode(game.talk.ids)  # these letters have no <
 
 
@@ -180,3 +183,79 @@ def test_imitated_templates(name, rewrites):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
     layout = TurnLayout(Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer))
     assert (layout.rewriting(ASK, USER) is not None) == rewrites
+
+
+@pytest.mark.skipif(FOLDER is None, reason="needs the models that imitate families, made by shared/cases")
+@pytest.mark.parametrize("name", ["t_qwen3", "t_r1", "t_llama3", "t_gemma", "llama"])
+def test_history_shown_anew_is_trained_as_it_was_shown(name, worlds):
+    """Every turn stands behind what the template shows before it, and its log-probabilities are those of training."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from steersman.model import Policy
+
+    assert FOLDER is not None
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / name).eval()
+    layout, ends = Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer)
+    config = EnvironmentConfig(path=f"{worlds}:Echo", max_turns=5, history="segments")
+    engine = Engine(model, tokenizer, eos_token_id=ends)
+    play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 1024)
+    asked = [Prompt([3], "", {}, i, [{"role": "user", "content": word}]) for i, word in enumerate(("hm", "look at"))]
+    samples = play.generate(asked, Sampling(5), n=2, seed=3)
+    parts, whole = SegmentRows(samples), tokens_of(samples)
+    logp = parts.join(Policy(model, tokenizer).logp(parts.tokens(whole)).logp, whole.mask.shape[1])
+    recorded = torch.tensor([x for s in samples for x, m in zip(s.logp, s.mask, strict=True) if m])
+    torch.testing.assert_close(logp[whole.mask], recorded, atol=1e-4, rtol=0)
+    codec, render = layout.codec, layout.template.render
+    for s in samples:
+        talk = [{"role": "user", "content": s.prompt.turns[0]["content"]}]
+        for turn in s.turns:
+            part = next(p for p in s.segments or [Segment(s.prompt.ids, 0, len(s.ids))] if p.end >= turn.end)
+            shown = codec.rendered(render(talk, for_reply=True), first=True, own_template=layout.template.own)
+            assert tokenizer.decode(part.prompt + s.ids[part.begin : turn.begin]) == tokenizer.decode(shown)
+            talk += [{"role": "assistant", "content": turn.said}, {"role": "user", "content": turn.heard}]
+
+
+@pytest.mark.skipif(FOLDER is None, reason="needs the models that imitate families, made by shared/cases")
+@pytest.mark.parametrize(("name", "apart"), [("t_qwen3", True), ("t_llama3", False)])
+def test_a_dropped_thought_begins_a_segment(name, apart, worlds):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert FOLDER is not None
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
+    layout, ends = Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer)
+    engine = Engine(AutoModelForCausalLM.from_pretrained(FOLDER / name), tokenizer, eos_token_id=ends)
+    config = EnvironmentConfig(path=f"{worlds}:Echo", history="segments")
+    play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 1024)
+    game = Played(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    play.opened(game, ASK, 4)
+    thought = layout.codec.more("<think>\nzzz\n</think>\n\nyes")
+    ids = [*thought, next(i for i in ends if play.layout.tail.startswith(tokenizer.convert_ids_to_tokens(i)))]
+    text = tokenizer.decode(thought)
+    game.talk.said(Sample(game.talk.prompt, ids, [0.0] * len(ids), "eos", text))
+    game.reply = Reply(text, "yes")
+    assert play.answered(game, Answer(USER), 4)
+    assert (len(game.earlier) == 1) == apart
+    assert ("zzz" in tokenizer.decode(game.talk.asked())) != apart
+
+
+def test_segments_split_and_join_and_leave_advantages_the_episodes_own():
+    both = Sample(Prompt([3], "", {}, 0), [4, 5, 6], [-1.0, -2.0, -3.0], "eos", mask=[True, False, True])
+    both.segments = [Segment([3], 0, 1), Segment([3, 9, 9], 1, 3)]
+    one = Sample(Prompt([3], "", {}, 0), [7, 8], [-4.0, -5.0], "eos", mask=[True, True])
+    parts, whole = SegmentRows([both, one]), tokens_of([both, one])
+    read = parts.tokens(whole)
+    assert [read.response[i, : read.response_length[i]].tolist() for i in range(3)] == [[4], [5, 6], [7, 8]]
+    assert read.prompt_length.tolist() == [1, 3, 1]
+    steps = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(parts.join(parts.split(steps), 3)[whole.mask], steps[whole.mask])
+    values = torch.arange(9.0).reshape(3, 3)
+    assert parts.join(values, 4, after=1).tolist() == [[0.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 0.0]]
+    reward = torch.tensor([[0.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    traj = Trajectory(whole.mask, reward, whole.mask.float(), steps, group=torch.tensor([0, 0]))
+    advantage = ALGORITHMS["rloo"]().advantage(traj)
+    split, apart = parts.experience(traj, advantage)
+    assert apart.adv[0, 0] == advantage.adv[0, 0] == 1.0  # said before the reward, in another segment
+    assert apart.adv[1, 1] == advantage.adv[0, 2] == 1.0
+    assert split.group.tolist() == [0, 0, 0]
+    assert split.mask.sum() == whole.mask.sum()

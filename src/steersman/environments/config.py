@@ -6,22 +6,32 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.environments.classes import TextEnvironment, ToolEnvironment, from_class
+from steersman.environments.agent import AgentEnvironment
+from steersman.environments.classes import ToolEnvironment, from_class
+from steersman.environments.port import Environment
 from steersman.run.config import Section
 from steersman.run.extras import explained
 
 if TYPE_CHECKING:
-    from steersman.environments.gym import GymEnvironment
+    pass
 
-_KINDS = ("tools", "path", "gym")
+_KINDS = ("tools", "path", "gym", "agent")
 
 
 class EnvironmentConfig(Section):
-    """What the model plays in: exactly one of tools, path and gym."""
+    """What the model plays in: exactly one of tools, path, gym and agent."""
 
     tools: list[str] = Field(default_factory=list, description="typed functions, as my_tools.py:add")
     path: str | None = Field(
         default=None, description="my_env.py:Env, a class with tools (reset, get_reward) or with begin and step"
+    )
+    agent: list[str] = Field(
+        default_factory=list,
+        description="a program and its arguments, run once per episode; it asks the OpenAI endpoint that it finds in "
+        "OPENAI_BASE_URL and OPENAI_API_KEY, and reads the row as JSON from its standard input",
+    )
+    agent_pays: bool = Field(
+        default=False, description='agent: its last line of output is {"reward": NUMBER}, what the episode earns'
     )
     gym: str | None = Field(default=None, description="name of a Gymnasium environment, such as FrozenLake-v1")
     args: dict[str, Any] = Field(default_factory=dict, description="settings of the class, or of gymnasium.make")
@@ -39,8 +49,9 @@ class EnvironmentConfig(Section):
     workers: int = Field(default=64, ge=1, description="threads that run environments side by side")
     overlap: bool = Field(
         default=False,
-        description="sample some episodes while others wait for their tools; faster with slow tools, but what is "
-        "batched together then depends on time, so a run is repeatable to rounding only",
+        description="turns join the batch that is being decoded, half of the episodes at a time, while the others "
+        "wait for their tools; faster with slow tools. Repeatable bit for bit with the engine inside; with servers, "
+        "what is sampled together depends on time",
     )
     retries: int = Field(default=0, ge=0, description="how often a beginning that failed is tried anew")
     on_error: Literal["tell", "end"] = Field(
@@ -53,10 +64,11 @@ class EnvironmentConfig(Section):
     )
     fault_reward: float = Field(default=0.0, description="reward of the turn at which an environment failed")
     max_characters: int = Field(default=4000, ge=1, description="of one message of the environment; the rest is cut")
-    history: Literal["refuse", "keep"] = Field(
+    history: Literal["refuse", "keep", "segments"] = Field(
         default="refuse",
         description="a chat template that shows earlier turns otherwise than they were said (without thoughts, say): "
-        "refused, or the model sees its turns as it said them",
+        "refused; or the model sees its turns as it said them; or it sees what the template shows, and every turn "
+        "whose history was shown anew is a segment that is trained behind that",
     )
     tell_tools: bool = Field(
         default=False, description="tell the tools in the prompt, where the chat template shows none"
@@ -72,12 +84,14 @@ class EnvironmentConfig(Section):
             raise ValueError(f"give exactly one of {', '.join(_KINDS)}; {' and '.join(given) or 'none'} given")
         if self.gym is None and (self.actions or self.rendering or self.invalid_reward):
             raise ValueError("actions, rendering and invalid_reward belong to gym")
-        if self.tools and self.args:
+        if self.agent_pays and not self.agent:
+            raise ValueError("agent_pays belongs to agent")
+        if (self.tools or self.agent) and self.args:
             raise ValueError("args belong to path or gym")
         return self
 
 
-def open_environment(config: EnvironmentConfig) -> ToolEnvironment | TextEnvironment | GymEnvironment:
+def open_environment(config: EnvironmentConfig) -> Environment:
     """The environment that the section describes. Raises SteersmanError for what does not load or fit."""
     if config.tools:
         return ToolEnvironment(config.tools, on_error=config.on_error, longest=config.max_characters)
@@ -88,5 +102,9 @@ def open_environment(config: EnvironmentConfig) -> ToolEnvironment | TextEnviron
             config.gym, args=config.args, actions=config.actions, rendering=config.rendering,
             invalid_reward=config.invalid_reward, longest=config.max_characters,
         )  # fmt: skip
+    if config.agent:
+        return AgentEnvironment(
+            config.agent, pays=config.agent_pays, time_limit=config.time_limit, longest=config.max_characters
+        )
     assert config.path is not None
     return from_class(config.path, config.args, config.on_error, config.max_characters)

@@ -5,8 +5,9 @@ A template that is rendered again after each turn may write the model's own word
 policy would be trained on what it never saw. So a conversation only grows: the sampled ids are kept, and behind them
 comes what the template writes between a reply and the next one, rendered behind a stand-in for the reply.
 
-`rewriting` tells which templates show earlier turns otherwise than they were said. They are refused by name, or kept
-as said (`environment.history: keep`): exact in training, but not what the template shows to others later.
+`rewriting` tells which templates show earlier turns otherwise than they were said. They are refused by name; or kept
+as said (`environment.history: keep`): exact in training, but not what the template shows to others later; or shown as
+the template has it (`history: segments`): a conversation then ends where the template rewrites it, and another begins.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from steersman.data import Layout
 from steersman.data.examples import Message
 from steersman.data.template import unfenced
-from steersman.types import Prompt, Sample, SteersmanError, Turn
+from steersman.types import Prompt, Sample, Segment, SteersmanError, Turn
 
 _STAND_IN = "reply"
 _THOUGHT = "<think>\nthought\n</think>\n\n" + _STAND_IN
@@ -100,6 +101,11 @@ class TurnLayout:
                 return str(error)
         return None
 
+    def rewritten(self, before: Sequence[Message], reply: str, after: Sequence[Message]) -> bool:
+        """Whether the template, shown what comes after a reply, shows the reply or what stood before it otherwise."""
+        shown = unfenced(self.template.render(before, for_reply=True)) + reply + self.tail
+        return not unfenced(self.template.render(after, for_reply=True)).startswith(shown)
+
     def stand_in(self, calls: Sequence[Any] = ()) -> Message:
         """An assistant's turn in the place of a reply, with its calls."""
         made: Message = {"role": "assistant", "content": _STAND_IN}
@@ -176,8 +182,33 @@ class Conversation:
             list(self.turns), outcome,
         )  # fmt: skip
 
+    def said_so_far(self) -> Sample | None:
+        """What was said in this conversation; None where nothing was."""
+        return self.sample(0, terminated=True, outcome="") if self.turns else None
+
     def _support(self) -> list[Tensor]:
         return self._only(self.ids) if self.support is None else self.support
 
     def _only(self, ids: Sequence[int]) -> list[Tensor]:
         return [torch.tensor([i]) for i in ids]
+
+
+def in_segments(talks: Sequence[Conversation], index: int, *, terminated: bool, outcome: str) -> Sample:
+    """One episode whose history was shown anew now and then, as one sample: what was said, one behind the other, and
+    of each part the prompt that it was said behind. The sample's own prompt is the first."""
+    parts = [part for talk in talks if (part := talk.said_so_far()) is not None]
+    whole = Sample(parts[0].prompt, [], [], "eos" if terminated else "length", parts[-1].text, index)
+    whole.mask, whole.version, whole.turns, whole.segments, whole.outcome = [], [], [], [], outcome
+    if any(part.support is not None for part in parts):
+        whole.support = []
+    for part in parts:
+        at = len(whole.ids)
+        whole.segments.append(Segment(part.prompt.ids, at, at + len(part.ids)))
+        whole.turns += [Turn(t.begin + at, t.end + at, t.reward, t.said, t.heard) for t in part.turns or []]
+        whole.ids += part.ids
+        whole.logp += part.logp
+        whole.mask += part.mask or []
+        whole.version += part.version or []
+        if whole.support is not None:
+            whole.support += part.support or []
+    return whole

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
 from steersman.rollout.batch import ActionMask, RunningBatch
 from steersman.rollout.decoder import Decoder, generating
-from steersman.rollout.port import Limits, Progress, Stepper
+from steersman.rollout.joining import joinable
+from steersman.rollout.port import Joinable, Limits, Progress, Stepper
 from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
 from steersman.types import Prompt, Sample, Stats, SteersmanError
@@ -110,7 +111,7 @@ class Engine:
             self.decoder.texts(self.tokenizer, sampling.stop),
             known=self.known,
             record_support=record_support,
-            action_mask=None if sampling.limit is None else self._action_mask(sampling.limit),
+            action_mask=None if sampling.limit is None else self.action_mask(sampling.limit),
             version=self.version,
             progress=progress,
             cut=cut,
@@ -123,6 +124,15 @@ class Engine:
         except BaseException:
             self.clear()  # the buffers may hold NaN, or a batch cut off half-way
             raise
+
+    def joinable(
+        self, sampling: Sampling, *, rows: int, longest: int, sequences: int, record_support: bool
+    ) -> AbstractContextManager[Joinable]:
+        """A batch that prompts join while it decodes. Raises SteersmanError where another thread samples."""
+        return joinable(
+            self, sampling, rows=min(rows, self.max_batch), longest=longest, sequences=sequences,
+            record_support=record_support,
+        )  # fmt: skip
 
     def update_weights(self, version: int) -> Stats:
         """The engine runs the policy itself, so it has the weights; samples carry `version` from now on."""
@@ -148,7 +158,8 @@ class Engine:
         rows = min(self.max_batch, sequences)
         return Limits(rows, self.prefill_tokens, refill=max(1, rows // 8))
 
-    def _action_mask(self, limit: ActionLimit) -> ActionMask:
+    def action_mask(self, limit: ActionLimit) -> ActionMask:
+        """What reads the masking policy; kept from call to call. Raises SteersmanError for another vocabulary."""
         ours, theirs = (m.config.get_text_config().vocab_size for m in (self.model, limit.model))
         if ours != theirs:
             raise SteersmanError(

@@ -58,6 +58,29 @@ class Stepper(Protocol):
         ...
 
 
+class Joinable(Protocol):
+    """A batch that prompts join while it decodes. Who joins when is the caller's to say, and so what is computed
+    together."""
+
+    @property
+    def room(self) -> int:
+        """Rows that may be given away now."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is decoded."""
+        ...
+
+    def join(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[int]:
+        """Lets at most `room` prompts in, each with its seed; returns the numbers by which `advance` names them."""
+        ...
+
+    def advance(self) -> dict[int, Sample]:
+        """Decodes one token of every row; the samples that it finished, by number."""
+        ...
+
+
 class Generator(Protocol):
     """Turns prompts into samples, `n` per prompt, those of the first prompt first.
 
@@ -75,6 +98,13 @@ class Generator(Protocol):
         record_support: bool = False,
         progress: Progress | None = None,
     ) -> list[Sample]: ...
+
+    def joinable(
+        self, sampling: Sampling, *, rows: int, longest: int, sequences: int, record_support: bool
+    ) -> AbstractContextManager[Joinable] | None:
+        """A running batch of at most `rows` rows for prompts of up to `longest` tokens, of which about `sequences`
+        are sampled at a time; None where it samples in whole calls only."""
+        ...
 
     def update_weights(self, version: int) -> Stats:
         """Takes over the policy's current weights as `version`, which samples carry from now on. It is called after

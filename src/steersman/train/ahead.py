@@ -92,6 +92,9 @@ class Schedule:
             prompts, sampling, n=n, seed=seed, record_support=record_support, progress=progress
         )
 
+    def joinable(self, sampling: Sampling, **room: Any) -> None:
+        """Batches are sampled whole, ahead of their use."""
+
     def update_weights(self, version: int) -> Stats:
         self.published[version] = self.engine.publish(version)
         self.newest = version

@@ -21,6 +21,7 @@ from steersman.run.micro import over_rows
 from steersman.run.seed import stream
 from steersman.train.experience import episode_stats, tokens_of, trajectory
 from steersman.train.roles import Roles
+from steersman.train.segments import SegmentRows
 from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
 from steersman.update.kl_controller import KLCoefficients
 
@@ -52,12 +53,14 @@ class OnPolicy:
         clock = Clock()
         samples, scores = self.next_samples(clock)
         tokens, traj, shaping = self.experience(samples, scores)
-        traj.value, critic_loss = self.roles.learner.value(tokens, traj)
+        rows = SegmentRows(samples)
+        value, critic_loss = self.roles.learner.value(rows.tokens(tokens), traj)
+        traj.value = None if value is None else rows.join(value, tokens.mask.shape[1] + 1, after=1)
         clock.lap("score")
         advantage = self.algorithm.advantage(traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
-            tokens, traj, advantage, self.coefficients.now(), order,
+            rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.now(), order,
             only_critic=self.warming_up, critic_loss=critic_loss,
         )  # fmt: skip
         clock.lap("update")
@@ -127,8 +130,12 @@ class OnPolicy:
         tokens = tokens_of(samples).to(roles.device)
         score, stats = self.shape(samples, scores)
         like = torch.zeros((), device=roles.device, dtype=roles.number)
-        logp_old = self._logp(roles.policy, tokens) if recipe.rollout.recompute_logp else None
-        logp_ref = None if roles.reference is None else self._logp(roles.reference, tokens.untruncated())
+        rows, T = SegmentRows(samples), tokens.mask.shape[1]
+        read = rows.tokens(tokens)
+        logp_old = rows.join(self._logp(roles.policy, read), T) if recipe.rollout.recompute_logp else None
+        logp_ref = None
+        if roles.reference is not None:
+            logp_ref = rows.join(self._logp(roles.reference, read.untruncated()), T)
         traj = trajectory(
             samples, tokens, score.to(like), self.algorithm, self.coefficients.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,

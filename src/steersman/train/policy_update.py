@@ -66,10 +66,11 @@ class Learner:
         """
         if self.critic is None:
             return Values(None)
-        if self.critic.shares_trunk or self.algorithm.epochs * self.algorithm.minibatches > 1:
+        apart = len(tokens) != len(traj)  # episodes in segments: their advantages are known only once they are joined
+        if self.critic.shares_trunk or self.algorithm.epochs * self.algorithm.minibatches > 1 or apart:
             with torch.no_grad():
-                width = tokens.response.shape[1] + 1
-                return Values(over_rows(tokens, self.micro_tokens, self.critic.value, width, traj.group))
+                width, group = tokens.response.shape[1] + 1, None if apart else traj.group
+                return Values(over_rows(tokens, self.micro_tokens, self.critic.value, width, group))
         critic_loss, steps = Tally(), denominator(traj.mask, "token")
         values = traj.reward.new_zeros(len(tokens), traj.mask.shape[1] + 1)
         losses = []

@@ -25,6 +25,7 @@ from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
+from steersman.train.segments import SegmentRows
 from steersman.train.session import Session
 from steersman.types import Prompt, Sample, Stats
 
@@ -121,13 +122,15 @@ class HeldOut:
 
     @torch.no_grad()
     def _distance(self, samples: list) -> Stats:
-        tokens = tokens_of(samples).untruncated().to(self.roles.device)
+        rows = SegmentRows(samples)
+        whole = tokens_of(samples)
+        tokens = rows.tokens(whole).untruncated().to(self.roles.device)
         ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp
-        logp = behaviour_logp(samples, tokens.mask.shape[1]).to(ref.device)
+        logp = rows.split(behaviour_logp(samples, whole.mask.shape[1])).to(ref.device)
         plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp
         mean = float(masked_sum(plain, tokens.mask)) / max(int(tokens.mask.sum()), 1)
         return {
-            "held_out/kl": float(masked_sum(logp - ref, tokens.mask, dim=-1).mean()),
+            "held_out/kl": float(masked_sum(logp - ref, tokens.mask)) / len(samples),
             "held_out/perplexity": math.exp(min(-mean, 50)),
         }
 

@@ -29,7 +29,8 @@ def quicken(model: Any) -> list[nn.Module]:
     """Lets the model's modules use the compiled loops, where there are any, for as long as the model lives.
 
     Only these instances are touched: linear layers become fast ones, and others get a `forward` of their own, unless
-    they have one already; those that did are returned. Nothing of transformers is changed, and other models of the family know nothing of it.
+    they have one already; the latter are returned. Nothing of transformers is changed, and other models of the family
+    know nothing of it.
     """
     quicken_linear(model)
     if library() is None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,9 @@ class RemoteGenerator:
             "sync/bytes": float(snapshot.path.stat().st_size),
             "sync/version": float(snapshot.version),
         }
+
+    def joinable(self, sampling: Sampling, **room: Any) -> None:
+        """Servers make up their batches themselves."""
 
     def update_weights(self, version: int) -> Stats:
         return self.load(self.publish(version))

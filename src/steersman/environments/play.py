@@ -1,0 +1,227 @@
+"""Episodes while they are played: what each environment is asked and answers, and what comes of it.
+
+Who speaks when is decided in `schedules.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steersman.data.examples import Message
+from steersman.environments.calls import read_reply
+from steersman.environments.classes import FaultError
+from steersman.environments.conversation import Conversation, in_segments
+from steersman.environments.port import Answer, Episode, Reply
+from steersman.environments.text import shown
+from steersman.environments.workers import Job, TooLateError, Workers
+from steersman.rollout.port import Progress
+from steersman.rollout.sampling import Sampling
+from steersman.types import Prompt, Sample, SteersmanError
+
+if TYPE_CHECKING:
+    from steersman.environments.runner import Episodes
+
+
+@dataclass(slots=True)
+class Played:
+    """One episode while it is played. `key` names its random streams, whatever is played beside it.
+
+    `talk` is what the policy is shown now, `messages` the same as messages; `earlier` are conversations that were
+    shown anew since.
+    """
+
+    prompt: Prompt
+    index: int
+    order: int
+    seed: int
+    key: int
+    episode: Episode | None = None
+    talk: Conversation | None = None
+    earlier: list[Conversation] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    reply: Reply | None = None
+    tries: int = 0
+    waited: float = 0.0
+    asked_at: float = 0.0
+    outcome: str = ""
+    terminated: bool = True
+
+    @property
+    def turns(self) -> int:
+        """How often the policy has spoken."""
+        return sum(len(talk.turns) for talk in [*self.earlier, *([] if self.talk is None else [self.talk])])
+
+
+@dataclass
+class Play:
+    """One call of `Episodes.generate`. `ready` holds the episodes that wait for a reply, by their order."""
+
+    of: Episodes
+    games: list[Played]
+    sampling: Sampling
+    words: tuple[int, ...]
+    record_support: bool
+    workers: Workers
+    progress: Progress | None
+    ready: dict[int, Played] = field(default_factory=dict)
+    over: int = 0
+    tokens: int = 0
+
+    # -- the environment's side --------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Opens every episode."""
+        for game in self.games:
+            self._begin(game)
+
+    def collect(self, *, everything: bool) -> None:
+        """Takes what environments have answered: all that are asked, or those that have, and one at least."""
+        while self.workers.pending:
+            for job in self.workers.take(wait=not self.ready or everything):
+                self._settle(job)
+            if self.ready and not everything:
+                return
+
+    def waits_to_speak(self, game: Played) -> bool:
+        """Waits until the episode's environment has answered; False where that ended the episode."""
+        while not game.outcome and game.order not in self.ready:
+            for job in self.workers.take(wait=True):
+                self._settle(job)
+        return self.ready.pop(game.order, None) is not None
+
+    def _begin(self, game: Played) -> None:
+        def begin() -> Any:
+            episode = self.of.environment.open()
+            turns: list[Any] = [dict(m) for m in game.prompt.turns or []]
+            return episode, episode.begin(turns, dict(game.prompt.row), game.seed)
+
+        game.tries += 1
+        self._submit(game, begin)
+
+    def _submit(self, game: Played, call: Any) -> None:
+        game.asked_at = time.monotonic()
+        self.workers.submit(game.order, call, self.of.config.time_limit)
+
+    def _settle(self, job: Job) -> None:
+        game = self.games[job.key]
+        game.waited += time.monotonic() - game.asked_at
+        if game.outcome:
+            return
+        if job.error is not None:
+            self._failed(game, job.error)
+        elif game.talk is None:
+            game.episode, messages = job.result
+            try:
+                fits = self.of.opened(game, messages, self.sampling.max_new_tokens)
+            except (FaultError, TypeError, KeyError) as error:
+                return self._failed(game, error)
+            assert game.talk is not None
+            if not fits:
+                return self._failed(game, FaultError(_no_room(game.talk, self.sampling, self.of.limit)))
+            self.ready[game.order] = game
+        else:
+            self._answer(game, job.result)
+
+    def _answer(self, game: Played, answer: Answer) -> None:
+        talk = game.talk
+        assert talk is not None
+        talk.paid(answer.reward, "".join(m["content"] for m in answer.messages))
+        limit = self.of.config.episode_limit
+        if answer.done or answer.truncated:
+            self._end(game, "done" if answer.done else "the environment's limit", answer.done)
+        elif game.turns >= self.of.config.max_turns:
+            self._end(game, "turn limit", False)
+        elif limit is not None and game.waited > limit:
+            self._end(game, "time limit", False)
+        else:
+            try:
+                fits = self.of.answered(game, answer, self.sampling.max_new_tokens)
+            except FaultError as error:
+                return self._failed(game, error)
+            if fits:
+                self.ready[game.order] = game
+            else:
+                self._end(game, "token limit", False)
+
+    def _failed(self, game: Played, error: BaseException) -> None:
+        """An environment that hung, raised or gave nonsense: as `on_fault` says."""
+        config = self.of.config
+        if isinstance(error, SteersmanError):
+            raise error
+        late = isinstance(error, TooLateError)
+        what = (
+            f"took longer than {config.time_limit:g} s"
+            if late
+            else f"{type(error).__name__}: {shown(str(error), 300)}"
+        )
+        if game.talk is None and game.tries <= config.retries:
+            game.episode = None
+            return self._begin(game)
+        what = f"{'its beginning' if game.talk is None else f'turn {game.turns}'}: {what}"
+        self.of.faults.append(what)
+        if config.on_fault == "stop":
+            raise SteersmanError(
+                f"environment, row {game.prompt.index}, {what} (environment.on_fault is stop)"
+            ) from error
+        if game.talk is not None and game.turns:
+            spoken = game.talk if game.talk.turns else game.earlier[-1]
+            spoken.paid(config.fault_reward if config.on_fault == "end" else 0.0, "")
+        if late:
+            game.episode = None  # its thread still holds it
+        self._end(game, f"fault at {what}", config.on_fault == "end")
+
+    def _end(self, game: Played, outcome: str, terminated: bool) -> None:
+        game.outcome, game.terminated = outcome, terminated
+        self.over += 1
+        closed(game)
+        if self.progress is not None:
+            self.progress(self.over, len(self.games), self.tokens)
+
+    # -- the policy's side -------------------------------------------------------------------------------------
+
+    def said(self, game: Played, sample: Sample) -> None:
+        """Takes a reply over and gives it to the episode's environment."""
+        talk, episode = game.talk, game.episode
+        assert talk is not None
+        assert episode is not None
+        self.tokens += len(sample.ids)
+        talk.said(sample)
+        reply = game.reply = read_reply(sample.text, self.of.form, cut=sample.finish == "length")
+        self._submit(game, lambda: episode.step(reply))
+
+    def samples(self) -> list[Sample]:
+        """Every episode as it ended."""
+        return [self._sample(game) for game in self.games]
+
+    def _sample(self, game: Played) -> Sample:
+        talk = game.talk
+        if talk is None or not game.turns:  # nothing was said: one token that does not count stands for it
+            ids = game.prompt.ids if talk is None else talk.prompt.ids
+            prompt = Prompt(ids, game.prompt.text, game.prompt.row, game.prompt.index, game.prompt.turns)
+            support = [torch.tensor(ids[-1:])] if self.record_support else None
+            return Sample(prompt, ids[-1:], [0.0], "length", "", game.index, support, [False], [0], [], game.outcome)
+        if game.earlier:
+            talks = [*game.earlier, talk]
+            return in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
+        return talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
+
+
+def _no_room(talk: Conversation, sampling: Sampling, limit: int) -> str:
+    return (
+        f"the episode begins with {len(talk.prompt.ids)} tokens, which with {sampling.max_new_tokens} of a reply are "
+        f"more than {limit}"
+    )
+
+
+def closed(game: Played) -> None:
+    """Closes the episode's environment; what that raises is of no use to anybody any more."""
+    episode, game.episode = game.episode, None
+    if episode is not None:
+        try:
+            episode.close()
+        except Exception:
+            return
