@@ -19,6 +19,7 @@ from steersman.data.load import (
     section_rows,
     steps,
 )
+from steersman.data.mixing import Mixture, mixture
 from steersman.data.read import read_rows
 from steersman.data.rows import BadRows, Row, RowError
 from steersman.data.template import end_ids
@@ -35,6 +36,7 @@ __all__ = [
     "Feedback",
     "Layout",
     "Loaded",
+    "Mixture",
     "Preference",
     "Query",
     "Ranking",
@@ -54,6 +56,7 @@ __all__ = [
     "end_ids",
     "feedback",
     "layout",
+    "mixture",
     "pack",
     "preferences",
     "prompts",

@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 from steersman.data.config import DataConfig
 from steersman.data.encoder_decoder import PairLayout
 from steersman.data.examples import Example, Query, answers, user
+from steersman.data.rows import Row
 from steersman.data.tokenize import Layout, Room, smallest
 from steersman.types import Prompt, SteersmanError
 
@@ -50,6 +51,11 @@ class EncodedSet(Generic[E]):
     def lengths(self) -> list[int]:
         """Tokens of each group's longest answer with its prompt."""
         return [max(map(len, group)) for group in self.groups]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of data that the groups come from."""
+        return [e.row for e in self.examples]
 
     @property
     def first(self) -> list[Encoded]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar, cast
 
@@ -158,7 +159,7 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
     first bad row unless `on_bad_row` is skip.
     """
     left_out = BadRows(config.on_bad_row)
-    shape, found = _examples(config, config.path, want, left_out)
+    shape, found = _mixed(config, want, left_out) if config.mix else _examples(config, config.path, want, left_out)
     held: list[Example] = []
     if config.held_out_files:
         train_files = _files(config.path)
@@ -172,13 +173,38 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
         for e in shared:
             left_out.note("prompt is held out", e.row.where())
     if config.limit is not None:
-        found = found[: config.limit]
+        found = _first_of_each(found, config.limit)
     if not found:
         raise SteersmanError(f"{_name(config)}: no usable row ({left_out.sentence}){_first(left_out)}")
     if config.held_out:
         found, more = split(found, config.held_out)
         held = held + more
     return Loaded(found, held, shape, left_out)
+
+
+def _mixed(config: DataConfig, want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
+    """The examples of each path, which may be of different shapes; the sentence says all."""
+    found: list[Example] = []
+    shapes: list[Shape] = []
+    for part, path in enumerate(config.path):
+        shape, own = _examples(config, path, want, bad)
+        for e in own:
+            e.row.part = part
+        found += own
+        shapes.append(shape)
+    said = "; ".join(f"{path}: {shape.sentence}" for path, shape in zip(config.path, shapes, strict=True))
+    return replace(shapes[0], sentence=said), found
+
+
+def _first_of_each(found: Sequence[Example], limit: int) -> list[Example]:
+    """The first so many examples of each set."""
+    seen: Counter[int] = Counter()
+    out = []
+    for e in found:
+        seen[e.row.part] += 1
+        if seen[e.row.part] <= limit:
+            out.append(e)
+    return out
 
 
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steersman.data import Batches
+from steersman.data import Batches, Mixture
 from steersman.model import in_their_pieces
 from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
@@ -68,10 +68,13 @@ class Offline:
         run: Any,
         *,
         shuffle: bool = True,
+        mix: Mixture | None = None,
     ) -> None:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
         self.batch_size = config.batch_size
-        self.batches = Batches(len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle)
+        self.batches = Batches(
+            len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle, mix=mix
+        )
         steps = max(1, round(config.epochs * len(self.batches)))
         self.total = min(steps, config.max_steps or steps)
         self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from steersman.data import DataConfig, demonstrations, describe, encode, layout
+from steersman.data import DataConfig, demonstrations, describe, encode, layout, mixture
 from steersman.objectives.supervised import SFT
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
@@ -59,6 +59,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
         state = Offline(
             SFT(policy, train.first, held_out, recipe.run.micro_tokens),
             recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle,
+            mix=mixture(recipe.data, train.rows),
         )  # fmt: skip
         pre = Preflight("steersman sft")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))

@@ -79,7 +79,7 @@ class InstructRecipe(Section):
     def unread_keys(cls) -> frozenset[str]:
         model = (f"model.{key}" for key in ("lora", "merge", "save_dtype", "gradient_checkpointing", "scratch"))
         kept = (f"run.{key}" for key in ("eval_every", "save_every", "keep_last", "keep_best"))
-        return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.correction", "rollout.ahead"})
+        return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.correction", "rollout.ahead", "data.mix"})
 
     @model_validator(mode="after")
     def _fits(self) -> InstructRecipe:
