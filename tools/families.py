@@ -44,14 +44,22 @@ UNSAID = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_ex
 """Sizes that a default config may leave open, where no model could be made of it."""
 OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "attention_layers": ["global", "local"]},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "attention_layers": ["global", "local"],
+    },
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, "num_dense_layers": 1},
     "zaya": {"num_experts_per_tok": 1},
     "xlnet": {"d_head": 8},
     "reformer": {"is_decoder": True},
-    "qwen2": {"vocab_size": 40},  # whose tokenizer adds tokens of its own
+    "qwen2": {"vocab_size": 36},  # whose tokenizer adds a token of its own
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
 }

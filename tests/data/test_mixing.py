@@ -28,7 +28,7 @@ def three(tmp_path):
 def mixed(paths, mix, **more):
     config = DataConfig(path=paths, mix=mix, **more)
     loaded = demonstrations(config)
-    mix = mixture(config, [e.row for e in loaded.train])
+    mix = mixture(config, [e.row.part for e in loaded.train])
     assert mix is not None
     return loaded, mix
 
@@ -104,4 +104,4 @@ def test_a_set_that_is_too_long_altogether_is_named(three, tmp_path):
     tokenizer = load_tokenizer(save_mini(tmp_path / "mini"))
     encoded = encode(demonstrations(config).train, layout(tokenizer, config), config)
     with pytest.raises(SteersmanError, match=r"no row of .*long.jsonl is left"):
-        mixture(config, encoded.rows)
+        mixture(config, encoded.parts)

@@ -60,3 +60,32 @@ def test_prompts_of_several_sets_are_sampled_in_their_shares(base, tmp_path, mon
     rl.run(asked)
     share = sum(text.startswith("x") for text in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.15)
+
+
+def many(tmp_path: Path, count: int = 50) -> Path:
+    rows = [{"prompt": f"ask{'?' * (i % 9)}", "completion": WORDS[i % 12] + " a" * (i // 12)} for i in range(count)]
+    return write_jsonl(tmp_path / "many.jsonl", rows)
+
+
+def test_rows_on_disk_train_bit_for_bit_as_rows_in_memory(tmp_path, mini):
+    asked = settings(tmp_path, mini, data={"path": str(many(tmp_path)), "held_out": 0.2})
+    runs = {}
+    for name, cache in (("memory", None), ("disk", str(tmp_path / "cache")), ("again", str(tmp_path / "cache"))):
+        made = merge(asked, {"data.cache": cache, "run.dir": str(tmp_path / name)})
+        sft.run(sft.SFTRecipe.model_validate(made))
+        runs[name] = weights(tmp_path / name / "model")
+    for name in ("disk", "again"):
+        assert all(torch.equal(runs["memory"][k], runs[name][k]) for k in runs["memory"])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_stream_goes_on_from_a_checkpoint_in_its_middle(tmp_path, mini):
+    """Also in the middle of a buffer, and in a later pass over the file."""
+    data = {"path": str(many(tmp_path)), "stream": True, "buffer": 12, "on_too_long": "drop", "max_length": 20}
+    asked = settings(tmp_path, mini, data=data, train={"batch_size": 4, "max_steps": 24})
+    goes_on(asked, tmp_path, from_step=16)
+
+
+def test_a_stream_of_a_mixture_goes_on_too(tmp_path, mini):
+    more = {"data.mix": [3, 1], "data.stream": True, "data.buffer": 8, "train.max_steps": 16}
+    goes_on(settings(tmp_path, mini, **more), tmp_path, from_step=10)

@@ -162,7 +162,7 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
     shape, found = _mixed(config, want, left_out) if config.mix else _examples(config, config.path, want, left_out)
     held: list[Example] = []
     if config.held_out_files:
-        train_files = _files(config.path)
+        train_files = files_of(config.path)
         inside = [p for p in config.held_out_files if any(_same(file, p) for file in train_files)]
         outside = [p for p in config.held_out_files if p not in inside]
         held = [e for e in found if any(_same(e.row.file, p) for p in inside)]
@@ -180,6 +180,19 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
         found, more = split(found, config.held_out)
         held = held + more
     return Loaded(found, held, shape, left_out)
+
+
+def held_outside(config: DataConfig, want: Kind) -> list[Any]:
+    """The examples of `held_out_files` that are no part of `path`. Raises SteersmanError for a file that is."""
+    inside = [p for p in config.held_out_files if any(_same(file, p) for file in files_of(config.path))]
+    if inside:
+        raise SteersmanError(
+            f"data.held_out_files: {inside[0]} is a file of data.path too; with data.cache or data.stream give them "
+            "apart"
+        )
+    return (
+        _examples(config, config.held_out_files, want, BadRows(config.on_bad_row))[1] if config.held_out_files else []
+    )
 
 
 def _mixed(config: DataConfig, want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
@@ -208,8 +221,17 @@ def _first_of_each(found: Sequence[Example], limit: int) -> list[Example]:
 
 
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
-    rows = iter(section_rows(config, bad, path, want))
-    prepared = _prepared(rows, config, bad)
+    shape, found = each_example(config, path, want, bad)
+    # held-out files may come out of the same rows, so the limit stops reading only where they do not
+    limit = None if config.held_out_files else config.limit
+    return shape, list(islice(found, limit))
+
+
+def each_example(
+    config: DataConfig, path: str | list[str], want: Kind, bad: BadRows
+) -> tuple[Shape, Iterator[Example]]:
+    """What the rows of a path are, and their examples one by one. Raises SteersmanError as `load` does."""
+    prepared = _prepared(iter(section_rows(config, bad, path, want)), config, bad)
     if config.rank_by:
         prepared = iter(ranked(prepared, config.rank_by, bad))
     first = list(islice(prepared, PROBED))
@@ -219,17 +241,17 @@ def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRow
     everything: Iterable[Row] = chain(first, prepared)
     if shape.format.regroup:
         everything = shape.format.regroup(everything, bad)
-    out: list[Example] = []
-    # held-out files may come out of the same rows, so the limit stops reading only where they do not
-    limit = None if config.held_out_files else config.limit
-    for row in everything:
+    return shape, _of_rows(shape, everything, config, bad)
+
+
+def _of_rows(shape: Shape, rows: Iterable[Row], config: DataConfig, bad: BadRows) -> Iterator[Example]:
+    for row in rows:
         try:
-            out += [e for e in examples(shape, row) if _keep(e, config, bad)]
+            found = [e for e in examples(shape, row) if _keep(e, config, bad)]
         except RowError as error:
             bad.add(error)
-        if limit is not None and len(out) >= limit:
-            break
-    return shape, out
+        else:
+            yield from found
 
 
 def _prepared(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iterator[Row]:
@@ -337,7 +359,8 @@ def _prefix(example: Example, prefix: str) -> None:
         example.steps = [str(put(example.steps[0])), *example.steps[1:]]
 
 
-def _files(path: str | list[str]) -> list[str]:
+def files_of(path: str | list[str]) -> list[str]:
+    """The local files that paths stand for; none for hub sets and stores."""
     return [str(file) for one in _listed(path) if not is_store(one) for file in local_files(one) or []]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from steersman.data.config import DataConfig
-from steersman.data.rows import Row
 from steersman.types import SteersmanError
 
 
@@ -42,26 +41,26 @@ class Mixture:
         return out
 
 
-def mixture(config: DataConfig, rows: Sequence[Row]) -> Mixture | None:
-    """How the rows that are left for training are drawn; None where the section gives no shares.
+def mixture(config: DataConfig, parts: Sequence[int] | np.ndarray) -> Mixture | None:
+    """How rows are drawn of which path each is; None where the section gives no shares.
 
     Raises SteersmanError for a set of which nothing is left, or whose share is less than one row of an epoch.
     """
     if not config.mix:
         return None
-    parts = np.array([row.part for row in rows])
+    of = np.asarray(parts)
     shares = np.array(config.mix) / sum(config.mix)
-    exact = shares * len(rows)
+    exact = shares * len(of)
     counts = np.floor(exact).astype(int)
-    for k in np.argsort(counts - exact, kind="stable")[: len(rows) - counts.sum()]:
+    for k in np.argsort(counts - exact, kind="stable")[: len(of) - counts.sum()]:
         counts[k] += 1
-    members = tuple(np.flatnonzero(parts == k) for k in range(len(shares)))
+    members = tuple(np.flatnonzero(of == k) for k in range(len(shares)))
     for k, own in enumerate(members):
         if not len(own):
             raise SteersmanError(f"data.mix: no row of {config.path[k]} is left to train on; see what was left out")
         if not counts[k]:
             raise SteersmanError(
-                f"data.mix: a share of {shares[k]:.2g} of {len(rows)} rows is less than one row an epoch, so "
+                f"data.mix: a share of {shares[k]:.2g} of {len(of)} rows is less than one row an epoch, so "
                 f"{config.path[k]} would never be read; give it more"
             )
     return Mixture(members, tuple(int(n) for n in counts))

@@ -54,7 +54,7 @@ class Distill:
         lengths = [len(e) for e in data.given] or [len(p.ids) for p in data.prompts]
         self.batches = Batches(
             len(data), train.batch_size, recipe.run.seed, lengths, shuffle=recipe.data.shuffle,
-            mix=mixture(recipe.data, data.rows),
+            mix=mixture(recipe.data, data.parts),
         )  # fmt: skip
         steps = max(1, round(train.epochs * len(self.batches)))
         self.total = min(steps, train.max_steps or steps)

@@ -40,7 +40,7 @@ class Flywheel:
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
         self.start = self.player(recipe.model.path)
         size = min(recipe.rollout.prompts, len(self.train))
-        mix = mixture(recipe.data, [query.row for query in self.train])
+        mix = mixture(recipe.data, [query.row.part for query in self.train])
         self.batches = Batches(
             len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
         )

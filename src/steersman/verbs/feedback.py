@@ -59,7 +59,7 @@ class FeedbackRun(Offline):
             recipe.train.batch_size,
             recipe.run.seed,
             shuffle=recipe.data.shuffle,
-            mix=mixture(recipe.data, objective.train.rows),
+            mix=mixture(recipe.data, objective.train.parts),
         )
 
     def step(self, rows: Sequence[int]) -> Stats:

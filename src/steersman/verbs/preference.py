@@ -95,7 +95,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         objective = PairObjective(
             policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
         )
-        mix = mixture(recipe.data, train.rows)
+        mix = mixture(recipe.data, train.parts)
         state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))

@@ -155,7 +155,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     train = _encode(loaded.train, laid, recipe, model)
     held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
     objective = _objective(kind, model, train, held_out, recipe, names)
-    mix = mixture(recipe.data, train.rows)
+    mix = mixture(recipe.data, train.parts)
     state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
     pre = Preflight("steersman reward")
     describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
@@ -175,7 +175,7 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
     train = _encode(loaded.train, laid, recipe, model)
     held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
     objective = GatingReward(model, train, held_out, recipe.train, recipe.gating, recipe.run.micro_tokens)
-    mix = mixture(recipe.data, train.rows)
+    mix = mixture(recipe.data, train.parts)
     state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
     pre = Preflight("steersman reward, stage gating (arXiv 2406.12845)")
     describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))

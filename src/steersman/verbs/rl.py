@@ -158,7 +158,7 @@ def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list
         held_out, _, _ = encode_prompts(loaded.held_out, laid, recipe.data, context, new)
     else:
         held_out = train[-recipe.rollout.held_out :] if recipe.rollout.held_out else []
-    mix = mixture(recipe.data, [loaded.train[p.index].row for p in train])
+    mix = mixture(recipe.data, [loaded.train[p.index].row.part for p in train])
     return train, held_out[: recipe.rollout.held_out], mix
 
 
