@@ -4,8 +4,9 @@ from steersman.data.batches import Batches
 from steersman.data.collate import collate, collate_groups, collate_pairs, pack
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import Encoded, EncodedSet, encode, encode_prompts, layout, wraps
+from steersman.data.encode import Encoded, EncodedList, EncodedRows, EncodedSet, encode, encode_prompts, layout, wraps
 from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
+from steersman.data.large import LargeDataConfig, training
 from steersman.data.load import (
     Loaded,
     attributes,
@@ -19,8 +20,10 @@ from steersman.data.load import (
     section_rows,
     steps,
 )
+from steersman.data.mixing import Mixture, mixture
 from steersman.data.read import read_rows
 from steersman.data.rows import BadRows, Row, RowError
+from steersman.data.streamed import Streamed
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Codec, Layout
 
@@ -31,10 +34,14 @@ __all__ = [
     "DataConfig",
     "Demonstration",
     "Encoded",
+    "EncodedList",
+    "EncodedRows",
     "EncodedSet",
     "Feedback",
+    "LargeDataConfig",
     "Layout",
     "Loaded",
+    "Mixture",
     "Preference",
     "Query",
     "Ranking",
@@ -42,6 +49,7 @@ __all__ = [
     "Row",
     "RowError",
     "Steps",
+    "Streamed",
     "Summary",
     "attributes",
     "collate",
@@ -54,6 +62,7 @@ __all__ = [
     "end_ids",
     "feedback",
     "layout",
+    "mixture",
     "pack",
     "preferences",
     "prompts",
@@ -63,5 +72,6 @@ __all__ = [
     "recognised",
     "section_rows",
     "steps",
+    "training",
     "wraps",
 ]  # fmt: skip

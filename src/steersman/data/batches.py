@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from steersman.data.mixing import Mixture
 from steersman.types import SteersmanError
 
 BUCKET = 32
@@ -13,7 +15,7 @@ BUCKET = 32
 
 
 class Batches:
-    """Lists of row numbers, epoch after epoch; every row once per epoch.
+    """Lists of row numbers, epoch after epoch; every row once per epoch, or as often as a mixture draws it.
 
     The order of epoch e depends on (seed, e) and the lengths alone. With `lengths`, rows of like length share a
     batch (less padding): the shuffled rows are sorted by length within windows of 32 batches, and the batches
@@ -34,6 +36,7 @@ class Batches:
         *,
         shuffle: bool = True,
         drop_last: bool = False,
+        mix: Mixture | None = None,
     ) -> None:
         if size < 1 or batch_size < 1:
             raise SteersmanError(f"can not make batches of {batch_size} from {size} rows")
@@ -41,7 +44,7 @@ class Batches:
             raise ValueError(f"{len(lengths)} lengths for {size} rows")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.lengths = None if lengths is None else np.asarray(lengths)
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle, self.drop_last, self.mix = shuffle, drop_last, mix
         self.epoch = self.position = 0
         if len(self) == 0:
             raise SteersmanError(f"{size} rows do not fill one batch of {batch_size}; make the batch smaller")
@@ -56,7 +59,7 @@ class Batches:
             rows = np.arange(self.size)
             return self._cut(rows)
         rng = np.random.default_rng((self.seed, epoch))
-        rows = rng.permutation(self.size)
+        rows = rng.permutation(self.size) if self.mix is None else self.mix.rows(self.seed, epoch)
         if self.lengths is None:
             return self._cut(rows)
         window = BUCKET * self.batch_size
@@ -89,15 +92,17 @@ class Batches:
         while True:
             yield from self
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch, "position": self.position, "seed": self.seed, "size": self.size,
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size, "mix": [] if self.mix is None else list(self.mix.counts),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        now = self.state_dict()
-        changed = [f"{k} {state[k]} -> {now[k]}" for k in ("seed", "size", "batch_size") if state[k] != now[k]]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        now, before = self.state_dict(), {"mix": [], **state}
+        changed = [
+            f"{k} {before[k]} -> {now[k]}" for k in ("seed", "size", "batch_size", "mix") if before[k] != now[k]
+        ]
         if changed:
             raise SteersmanError(
                 f"can not resume the data order: {', '.join(changed)}; resume with the data and recipe of the run"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from steersman.data.encoding import check_encoding
 from steersman.run.config import Section
@@ -41,6 +41,10 @@ class DataConfig(Section):
     path: str | list[str] = Field(
         description="file, folder, glob, list of these (jsonl, json, csv, tsv, parquet, txt; .gz of each), hub "
         "name, or store of judgements (sqlite:///FILE, postgresql://HOST/NAME)"
+    )
+    mix: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="the share of each path among the examples, such as [3, 1]; empty: all rows once an epoch",
     )
     judgements: CountingConfig = Field(
         default=CountingConfig(), description="which judgements of a store count, and how much"
@@ -81,7 +85,9 @@ class DataConfig(Section):
     held_out_files: list[str] = Field(
         default_factory=list, description="files or globs whose rows are held out; taken away from path if there"
     )
-    limit: int | None = Field(default=None, ge=1, description="use only the first so many examples")
+    limit: int | None = Field(
+        default=None, ge=1, description="use only the first so many examples (of each path, with mix)"
+    )
     shuffle: bool = Field(default=True, description="a new order every epoch; off: the order of the file")
     on_bad_row: Literal["stop", "skip"] = Field(
         default="stop", description="stop at a bad row, or leave it out and count it"
@@ -121,3 +127,12 @@ class DataConfig(Section):
     @classmethod
     def _known_encoding(cls, value: str | None) -> str | None:
         return None if value is None else check_encoding(value)
+
+    @model_validator(mode="after")
+    def _mixable(self) -> DataConfig:
+        if self.mix and (isinstance(self.path, str) or len(self.mix) != len(self.path)):
+            paths = 1 if isinstance(self.path, str) else len(self.path)
+            raise ValueError(f"mix has {len(self.mix)} shares, and path names {paths}; give a list of as many paths")
+        if self.mix and not self.shuffle:
+            raise ValueError("mix draws rows at random; remove shuffle: false")
+        return self

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from steersman.data.config import DataConfig
 from steersman.data.encoder_decoder import PairLayout
@@ -27,6 +27,25 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+
+class EncodedRows(Protocol):
+    """Tokenised rows by place, wherever they are, with the tokens of each."""
+
+    def __getitem__(self, place: int, /) -> Encoded: ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+
+class EncodedList(list[Encoded]):
+    """Tokenised rows in memory; `lengths` are the tokens of each."""
+
+    def __init__(self, rows: Iterable[Encoded] = ()) -> None:
+        super().__init__(rows)
+        self.lengths: Sequence[int] = [len(e) for e in self]
 
 
 @dataclass(slots=True)
@@ -52,9 +71,14 @@ class EncodedSet(Generic[E]):
         return [max(map(len, group)) for group in self.groups]
 
     @property
-    def first(self) -> list[Encoded]:
+    def parts(self) -> list[int]:
+        """Of which path each group is, where sets are mixed."""
+        return [e.row.part for e in self.examples]
+
+    @property
+    def first(self) -> EncodedList:
         """The first answer of each group: all there is of demonstrations."""
-        return [group[0] for group in self.groups]
+        return EncodedList(group[0] for group in self.groups)
 
 
 def wraps(tokenizer: Any, config: DataConfig) -> bool:
@@ -86,23 +110,35 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
     out: EncodedSet[E] = EncodedSet()
     room = laid.room(config.max_prompt_tokens, config.max_length, context)
     for example in examples:
-        group = _group(example, laid)
-        fitting, was_cut = _fit(example, group, laid, config, room)
-        if fitting is None:
-            out.dropped += 1
-            continue
-        out.groups.append(fitting)
-        out.examples.append(example)
-        out.cut += was_cut
-        contents = [example.prompt, *answers(example)]
-        out.special += any(laid.codec.has_special(c) for c in contents)
-        plain = isinstance(example.prompt, str) and not laid.wrap_in_chat
-        out.open_prompts += laid.joined and plain and example.prompt[-1:].isspace()
-    _require_known(laid, [(e, [*g[0].prompt, *(i for a in g for i in a.response)]) for e, g in
-                          zip(out.examples, out.groups, strict=True)])  # fmt: skip
+        put(out, example, laid, config, room)
+    require_known(out, laid)
     if not out.groups:
         raise SteersmanError(f"no example fits: all {out.dropped} are longer than {_limits(room)}")
     return out
+
+
+def put(out: EncodedSet[E], example: E, laid: Layout, config: DataConfig, room: Room) -> bool:
+    """Puts an example into the set, or counts it as too long; whether it is there. Raises SteersmanError as `encode`
+    does."""
+    group = _group(example, laid)
+    fitting, was_cut = _fit(example, group, laid, config, room)
+    if fitting is None:
+        out.dropped += 1
+        return False
+    out.groups.append(fitting)
+    out.examples.append(example)
+    out.cut += was_cut
+    contents = [example.prompt, *answers(example)]
+    out.special += any(laid.codec.has_special(c) for c in contents)
+    plain = isinstance(example.prompt, str) and not laid.wrap_in_chat
+    out.open_prompts += laid.joined and plain and example.prompt[-1:].isspace()
+    return True
+
+
+def require_known(out: EncodedSet[Any], laid: Layout) -> None:
+    """Raises SteersmanError where more than half of a set's tokens are the tokenizer's unknown one."""
+    _require_known(laid, [(e, [*g[0].prompt, *(i for a in g for i in a.response)]) for e, g in
+                          zip(out.examples, out.groups, strict=True)])  # fmt: skip
 
 
 def encode_prompts(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar, cast
 
@@ -158,10 +159,10 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
     first bad row unless `on_bad_row` is skip.
     """
     left_out = BadRows(config.on_bad_row)
-    shape, found = _examples(config, config.path, want, left_out)
+    shape, found = _mixed(config, want, left_out) if config.mix else _examples(config, config.path, want, left_out)
     held: list[Example] = []
     if config.held_out_files:
-        train_files = _files(config.path)
+        train_files = files_of(config.path)
         inside = [p for p in config.held_out_files if any(_same(file, p) for file in train_files)]
         outside = [p for p in config.held_out_files if p not in inside]
         held = [e for e in found if any(_same(e.row.file, p) for p in inside)]
@@ -172,7 +173,7 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
         for e in shared:
             left_out.note("prompt is held out", e.row.where())
     if config.limit is not None:
-        found = found[: config.limit]
+        found = _first_of_each(found, config.limit)
     if not found:
         raise SteersmanError(f"{_name(config)}: no usable row ({left_out.sentence}){_first(left_out)}")
     if config.held_out:
@@ -181,9 +182,56 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
     return Loaded(found, held, shape, left_out)
 
 
+def held_outside(config: DataConfig, want: Kind) -> list[Any]:
+    """The examples of `held_out_files` that are no part of `path`. Raises SteersmanError for a file that is."""
+    inside = [p for p in config.held_out_files if any(_same(file, p) for file in files_of(config.path))]
+    if inside:
+        raise SteersmanError(
+            f"data.held_out_files: {inside[0]} is a file of data.path too; with data.cache or data.stream give them "
+            "apart"
+        )
+    return (
+        _examples(config, config.held_out_files, want, BadRows(config.on_bad_row))[1] if config.held_out_files else []
+    )
+
+
+def _mixed(config: DataConfig, want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
+    """The examples of each path, which may be of different shapes; the sentence says all."""
+    found: list[Example] = []
+    shapes: list[Shape] = []
+    for part, path in enumerate(config.path):
+        shape, own = _examples(config, path, want, bad)
+        for e in own:
+            e.row.part = part
+        found += own
+        shapes.append(shape)
+    said = "; ".join(f"{path}: {shape.sentence}" for path, shape in zip(config.path, shapes, strict=True))
+    return replace(shapes[0], sentence=said), found
+
+
+def _first_of_each(found: Sequence[Example], limit: int) -> list[Example]:
+    """The first so many examples of each set."""
+    seen: Counter[int] = Counter()
+    out = []
+    for e in found:
+        seen[e.row.part] += 1
+        if seen[e.row.part] <= limit:
+            out.append(e)
+    return out
+
+
 def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
-    rows = iter(section_rows(config, bad, path, want))
-    prepared = _prepared(rows, config, bad)
+    shape, found = each_example(config, path, want, bad)
+    # held-out files may come out of the same rows, so the limit stops reading only where they do not
+    limit = None if config.held_out_files else config.limit
+    return shape, list(islice(found, limit))
+
+
+def each_example(
+    config: DataConfig, path: str | list[str], want: Kind, bad: BadRows
+) -> tuple[Shape, Iterator[Example]]:
+    """What the rows of a path are, and their examples one by one. Raises SteersmanError as `load` does."""
+    prepared = _prepared(iter(section_rows(config, bad, path, want)), config, bad)
     if config.rank_by:
         prepared = iter(ranked(prepared, config.rank_by, bad))
     first = list(islice(prepared, PROBED))
@@ -193,17 +241,17 @@ def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRow
     everything: Iterable[Row] = chain(first, prepared)
     if shape.format.regroup:
         everything = shape.format.regroup(everything, bad)
-    out: list[Example] = []
-    # held-out files may come out of the same rows, so the limit stops reading only where they do not
-    limit = None if config.held_out_files else config.limit
-    for row in everything:
+    return shape, _of_rows(shape, everything, config, bad)
+
+
+def _of_rows(shape: Shape, rows: Iterable[Row], config: DataConfig, bad: BadRows) -> Iterator[Example]:
+    for row in rows:
         try:
-            out += [e for e in examples(shape, row) if _keep(e, config, bad)]
+            found = [e for e in examples(shape, row) if _keep(e, config, bad)]
         except RowError as error:
             bad.add(error)
-        if limit is not None and len(out) >= limit:
-            break
-    return shape, out
+        else:
+            yield from found
 
 
 def _prepared(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iterator[Row]:
@@ -311,7 +359,8 @@ def _prefix(example: Example, prefix: str) -> None:
         example.steps = [str(put(example.steps[0])), *example.steps[1:]]
 
 
-def _files(path: str | list[str]) -> list[str]:
+def files_of(path: str | list[str]) -> list[str]:
+    """The local files that paths stand for; none for hub sets and stores."""
     return [str(file) for one in _listed(path) if not is_store(one) for file in local_files(one) or []]
 
 

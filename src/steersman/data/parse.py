@@ -7,34 +7,41 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from steersman.data.encoding import decode, is_wide, not_utf8
 from steersman.data.rows import BadRows, Row
 from steersman.run.untrusted import Parsed, UntrustedError, first_fault, parse_json, parse_suspect
 from steersman.types import SteersmanError
 
+HEAD = 2**16
+"""Bytes of a file of lines by which its encoding is judged."""
 STORY_END = "<|endoftext|>"
 TOOL_FIELDS = ("tool_calls", "tools", "arguments", "function_call")
 """Fields inside which a null that the container invented would be shown to the model."""
 
 
-def jsonl(content: bytes, file: str, bad: BadRows) -> Iterator[Row]:
-    """One object a line. A line that is none is a bad row."""
-    if is_wide(content):
-        decode(content, file)  # which says what to do
-    advice = functools.cache(lambda: not_utf8(content))
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
+def jsonl(stream: BinaryIO, file: str, bad: BadRows) -> Iterator[Row]:
+    """One object a line, read line by line. A line that is none is a bad row."""
+    head = stream.read(HEAD)
+    if is_wide(head):
+        decode(head, file)  # which says what to do
+    advice = functools.cache(lambda: not_utf8(head))
+    lines = enumerate(_lines(head, stream), 1)
+    filled: Iterator[tuple[int, bytes]] = ((number, raw) for number, raw in lines if raw.strip())
+    for number, raw in filled:
         row = Row({}, file, number, "line")
         try:
             data = parse_json(raw.decode("utf-8"), file)
         except UnicodeDecodeError as error:
             bad.add(row.fault("undecodable bytes", f"byte {raw[error.start]:#04x} is not UTF-8; {advice()}"))
         except json.JSONDecodeError as error:
-            bad.add(row.fault("broken JSON", _broken(error, last=not b"".join(lines[number:]).strip())))
+            following = next(filled, None)
+            bad.add(row.fault("broken JSON", _broken(error, last=following is None)))
+            filled = chain([] if following is None else [following], filled)
         except UntrustedError as error:
             bad.add(row.fault(error.fault.reason, error.fault.problem, error.fault.field or None))
         else:
@@ -43,6 +50,14 @@ def jsonl(content: bytes, file: str, bad: BadRows) -> Iterator[Row]:
                 yield row
             else:
                 bad.add(row.fault("not an object", f"a {type(data).__name__}, but every line must be an object"))
+
+
+def _lines(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file of which the head was read already, without a byte order mark."""
+    *whole, rest = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    yield from whole
+    yield rest + stream.readline()
+    yield from stream
 
 
 def _broken(error: json.JSONDecodeError, *, last: bool) -> str:
@@ -89,7 +104,7 @@ def _concatenated(text: str, file: str, bad: BadRows) -> Iterator[Row]:
     except (ValueError, RecursionError):
         pass
     else:  # one a line, so that a bad one can be left out
-        yield from jsonl(text.encode(), file, bad)
+        yield from jsonl(BytesIO(text.encode()), file, bad)
         return
     decoder, at, line = json.JSONDecoder(parse_int=lambda _: 0), 0, 1
     while True:
@@ -152,38 +167,44 @@ def csv_file(text: str, file: str, kind: str, bad: BadRows) -> Iterator[Row]:
         raise SteersmanError(f"{file}, line {begins}: {error}; is a quotation mark left open?") from error
 
 
-def parquet(content: bytes, file: str, bad: BadRows) -> Iterator[Row]:
-    """The rows of a Parquet file, without the nulls of `without_nulls`."""
+def parquet(source: Path | bytes, file: str, bad: BadRows) -> Iterator[Row]:
+    """The rows of a Parquet file, read piece by piece, without the nulls of `without_nulls`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        table = pq.read_table(pa.BufferReader(content))
+        opened = pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
+        repeated = [name for name, n in Counter(opened.schema_arrow.names).items() if n > 1]
+        if repeated:
+            raise SteersmanError(f"{file}: column {repeated[0]!r} occurs twice")
+        for batch in opened.iter_batches(1024):
+            yield from _of_batch(batch, file, number, bad)
+            number += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SteersmanError(f"{file}: not a whole Parquet file ({error})") from error
-    repeated = [name for name, n in Counter(table.column_names).items() if n > 1]
-    if repeated:
-        raise SteersmanError(f"{file}: column {repeated[0]!r} occurs twice")
-    number = 0
-    for batch in table.to_batches(1024):
+
+
+def _of_batch(batch: Any, file: str, before: int, bad: BadRows) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        whole = batch.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):  # one value is enough: row by row, to name it
+        whole = None
+    for at in range(batch.num_rows):
+        row, column = Row({}, file, before + at + 1), ""
         try:
-            whole = batch.to_pylist()
-        except (pa.ArrowException, ValueError, OverflowError):  # one value is enough: row by row, to name it
-            whole = None
-        for at in range(batch.num_rows):
-            number += 1
-            row, column = Row({}, file, number), ""
-            try:
-                if whole is None:
-                    for column in batch.schema.names:
-                        row.data[column] = batch[column][at].as_py()
-                else:
-                    row.data = whole[at]
-            except (pa.ArrowException, ValueError, OverflowError) as error:
-                bad.add(row.fault("unreadable value", f"the value can not be read ({error})", column))
+            if whole is None:
+                for column in batch.schema.names:
+                    row.data[column] = batch[column][at].as_py()
             else:
-                row.data = without_nulls(row.data, bad)
-                yield row
+                row.data = whole[at]
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            bad.add(row.fault("unreadable value", f"the value can not be read ({error})", column))
+        else:
+            row.data = without_nulls(row.data, bad)
+            yield row
 
 
 def without_nulls(data: dict[str, Any], bad: BadRows) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import glob
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 from steersman.data import parse
@@ -90,35 +92,60 @@ def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None) -> It
     kind = _kind(path)
     if kind is None:
         raise SteersmanError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}, each also as .gz")
-    content = _bytes(path)
-    if not content.strip():
-        raise SteersmanError(f"{path}: the file is empty")
     name, count = str(path), 0
-    if encoding is not None and kind != ".parquet":
-        content = decode(content, name, encoding).encode("utf-8")
-    if kind in (".jsonl", ".ndjson"):
-        rows = parse.jsonl(content, name, bad)
-    elif kind == ".parquet":
-        rows = parse.parquet(content, name, bad)
-    elif kind == ".json":
-        rows = parse.json_file(decode(content, name), name, bad)
-    elif kind == ".txt":
-        rows = parse.text(decode(content, name), name, text_split)
+    if kind in (".jsonl", ".ndjson") and encoding is None:
+        rows = _line_by_line(path, bad)
+    elif kind == ".parquet" and path.suffix.lower() != ".gz":
+        rows = parse.parquet(path, name, bad)
     else:
-        rows = parse.csv_file(decode(content, name), name, kind, bad)
+        rows = _whole(path, kind, bad, text_split, encoding)
     for row in rows:
         count += 1
         yield row
     if count == 0 and not bad.counts:
-        raise SteersmanError(f"{path}: the file holds no rows")
+        what = "is empty" if _empty(path) else "holds no rows"
+        raise SteersmanError(f"{path}: the file {what}")
+
+
+def _line_by_line(path: Path, bad: BadRows) -> Iterator[Row]:
+    with _readable(path), gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        yield from parse.jsonl(stream, str(path), bad)  # type: ignore[arg-type]
+
+
+def _whole(path: Path, kind: str, bad: BadRows, text_split: str, encoding: str | None) -> Iterator[Row]:
+    name, content = str(path), _bytes(path)
+    if not content.strip():
+        return iter(())
+    if encoding is not None and kind != ".parquet":
+        content = decode(content, name, encoding).encode("utf-8")
+    if kind in (".jsonl", ".ndjson"):
+        return parse.jsonl(BytesIO(content), name, bad)
+    if kind == ".parquet":
+        return parse.parquet(content, name, bad)
+    if kind == ".json":
+        return parse.json_file(decode(content, name), name, bad)
+    if kind == ".txt":
+        return parse.text(decode(content, name), name, text_split)
+    return parse.csv_file(decode(content, name), name, kind, bad)
+
+
+def _empty(path: Path) -> bool:
+    with _readable(path), gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        return not stream.read(parse.HEAD).strip()
 
 
 def _bytes(path: Path) -> bytes:
+    with _readable(path), gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        return stream.read()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says of which file it was that it could not be read."""
     try:
-        if path.suffix.lower() != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as stream:
-            return stream.read()
+        yield
+    except SteersmanError:
+        raise
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SteersmanError(f"{path}: not a whole gzip file ({error}); copy or download it again") from error
     except OSError as error:

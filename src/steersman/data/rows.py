@@ -54,7 +54,8 @@ class BadRows:
 class Row:
     """One row of data: `number` counts lines (JSONL, CSV, text) or rows (JSON, Parquet, hub) from 1.
 
-    `names` maps a canonical column to the user's own name for it, so that errors speak the user's language.
+    `names` maps a canonical column to the user's own name for it, so that errors speak the user's language. `part` is
+    the place of its path in the recipe, where sets are mixed.
     """
 
     data: dict[str, Any]
@@ -62,6 +63,7 @@ class Row:
     number: int
     unit: str = "row"
     names: dict[str, str] = field(default_factory=dict)
+    part: int = 0
 
     def where(self, column: str | None = None) -> str:
         place = f"{self.file}, {self.unit} {self.number}"

@@ -7,7 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import TypeVar
 
-from steersman.data.examples import Demonstration, Example, Rating
+import numpy as np
+
+from steersman.data.examples import Content, Demonstration, Example, Rating
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)
@@ -18,7 +20,24 @@ def prompt_key(example: Example) -> str:
     prompt = example.prompt
     if isinstance(example, Demonstration | Rating) and not prompt:
         prompt = example.completion
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hash_of(prompt)
+
+
+def hash_of(content: Content) -> str:
+    """A stable hash (hex) of a text or conversation."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def key_of(hashed: str) -> int:
+    """The first 52 bits of a hash."""
+    return int(hashed[:13], 16)
+
+
+def held_keys(keys: np.ndarray, held_out: float | int) -> np.ndarray:
+    """Which rows are held out by the keys of their prompts, as `split` chooses them."""
+    if held_out < 1:
+        return keys / 16**13 < held_out
+    return np.isin(keys, np.sort(keys)[: int(held_out)])
 
 
 def split(examples: Sequence[E], held_out: float | int) -> tuple[list[E], list[E]]:
@@ -35,7 +54,7 @@ def split(examples: Sequence[E], held_out: float | int) -> tuple[list[E], list[E
         return list(examples), []
     keys = [prompt_key(e) for e in examples]
     if held_out < 1:
-        chosen = {k for k in keys if int(k[:13], 16) / 16**13 < held_out}
+        chosen = {k for k in keys if key_of(k) / 16**13 < held_out}
     else:
         chosen = set(sorted(keys)[: int(held_out)])
     train = [e for e, k in zip(examples, keys, strict=True) if k not in chosen]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steersman.advantage.group import leave_one_out
-from steersman.data import Batches
+from steersman.data import Batches, mixture
 from steersman.distill.alignment import OtherTokenizer
 from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.objective import Distillation
@@ -52,7 +52,10 @@ class Distill:
         self.shaping = None if recipe.reward is None else ScoreShaping(recipe.reward)
         train = recipe.train
         lengths = [len(e) for e in data.given] or [len(p.ids) for p in data.prompts]
-        self.batches = Batches(len(data), train.batch_size, recipe.run.seed, lengths, shuffle=recipe.data.shuffle)
+        self.batches = Batches(
+            len(data), train.batch_size, recipe.run.seed, lengths, shuffle=recipe.data.shuffle,
+            mix=mixture(recipe.data, data.parts),
+        )  # fmt: skip
         steps = max(1, round(train.epochs * len(self.batches)))
         self.total = min(steps, train.max_steps or steps)
         self.optimizer = Optimizer(objective.policy.parameters(), recipe.optimizer, self.total)

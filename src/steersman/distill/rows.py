@@ -34,6 +34,7 @@ class Taught:
     prompts: list[Prompt] = field(default_factory=list)
     taught: list[list[int]] = field(default_factory=list)
     given: list[Encoded] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -84,6 +85,7 @@ class Reader:
                 for i, (e, example) in enumerate(zip(given.first, given.examples, strict=True))
             ]
         out.prompts = [Prompt(p.ids, p.text, p.row, i) for i, p in enumerate(out.prompts)]
+        out.parts = [e.row.part for e in kept]
         own = self.template is None and self.teacher is self.student
         out.taught = [p.ids if own else self._taught(e) for p, e in zip(out.prompts, kept, strict=True)]
         for i, example in enumerate(kept):

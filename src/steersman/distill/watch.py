@@ -32,7 +32,7 @@ class Watch:
         count = run.recipe.rollout.held_out
         self.prompts, self.taught = held.prompts[:count], held.taught[:count]
         given: list[Encoded] = held.given
-        self.given = SFT(run.objective.policy, [], given, run.recipe.run.micro_tokens) if given else None
+        self.given = SFT(run.objective.policy, EncodedList(), given, run.recipe.run.micro_tokens) if given else None
 
     @torch.no_grad()
     def look(self, session: Session, step: int) -> Stats:

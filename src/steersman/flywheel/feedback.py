@@ -89,6 +89,10 @@ class FeedbackRecipe(Section):
     kto: KTOStage = KTOStage()
     run: RunConfig = RunConfig()
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset({"data.mix"})
+
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe:
         if bool(self.then) != (self.model is not None):

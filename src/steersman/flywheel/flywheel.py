@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from steersman.data import Batches, wraps
+from steersman.data import Batches, mixture, wraps
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
 from steersman.flywheel.sections import LoopRecipe
@@ -40,7 +40,10 @@ class Flywheel:
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
         self.start = self.player(recipe.model.path)
         size = min(recipe.rollout.prompts, len(self.train))
-        self.batches = Batches(len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True)
+        mix = mixture(recipe.data, [query.row.part for query in self.train])
+        self.batches = Batches(
+            len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
+        )
 
     def player(self, path: str, model: ModelConfig | None = None) -> Player:
         """The model at `path`, in the recipe's precision unless `model` says another."""
@@ -53,7 +56,7 @@ class Flywheel:
         """The prompts of batch `number` (from 0), by place; batches pass over all prompts before any comes again."""
         fresh = Batches(
             self.batches.size, self.batches.batch_size, self.recipe.run.seed, shuffle=self.batches.shuffle,
-            drop_last=True,
+            drop_last=True, mix=self.batches.mix,
         )  # fmt: skip
         return next(islice(fresh.forever(), number, None))
 

@@ -37,6 +37,10 @@ class LabelRecipe(Section):
     )
     run: RunConfig = RunConfig()
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset({"data.mix"})
+
 
 @dataclass(slots=True)
 class Asked:

@@ -47,7 +47,7 @@ class StepLabelsRecipe(Section):
         model = (f"model.{key}" for key in TRAINED_ONLY)
         kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
         rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "correction", "ahead"))
-        return frozenset({*model, *kept, *rollout})
+        return frozenset({*model, *kept, *rollout, "data.mix"})
 
     @model_validator(mode="after")
     def _fits(self) -> StepLabelsRecipe:

@@ -28,6 +28,7 @@ from steersman.model.source import (
     read_weights,
     require_complete,
     require_vocabulary,
+    router_notes,
     stored_dtype,
 )
 from steersman.types import SteersmanError
@@ -96,7 +97,7 @@ def load_policy(
     require_vocabulary(base, tokenizer, model)
     model = model if quantise != "none" else model.to(_device(device))
     policy = Policy(model, tokenizer, pack=pack)
-    policy.notes, policy.stored_dtype = notes, stored
+    policy.notes, policy.stored_dtype = [*notes, *router_notes(base, config)], stored
     if saved_adapters:
         policy.wear(load_lora(model, source, trainable=trainable))
         notes.append(f"adapters from {source} on {base}")

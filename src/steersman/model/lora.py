@@ -79,12 +79,25 @@ def _settings(model: Any, config: LoraConfig, task: str) -> Any:
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
         lora_dropout=config.dropout,
         target_modules=config.targets,
+        exclude_modules=_routers(model) or None,
         use_dora=config.dora,
         use_rslora=config.rslora,
         modules_to_save=list(config.train_whole) or None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2 stores weights transposed
         task_type=task,
     )
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Linear layers that a family gave a forward pass of its own, such as a router that gives indices too: an adapter
+    would add to that what it can not."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and type(module).__module__.startswith("transformers.models.")
+    ]
 
 
 class LearningDropout(nn.Dropout):

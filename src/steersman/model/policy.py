@@ -15,7 +15,7 @@ from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, p
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora
-from steersman.model.probe import packs_exactly, probe_causal, probe_ids
+from steersman.model.probe import naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
 from steersman.types import SteersmanError, Tokens
@@ -61,11 +61,12 @@ class Policy(nn.Module):
         self.notes: list[str] = []
         self.stored_dtype: torch.dtype | None = None
         self.reader: Reader
-        if is_pair(model):
-            self.reader, self.form = pair_reader(model, tokenizer), probe_pair(model)
-        else:
-            self.form = probe_causal(model)
-            self.reader = Joined(self.form.trunk, pack)
+        with naming_family(model):
+            if is_pair(model):
+                self.reader, self.form = pair_reader(model, tokenizer), probe_pair(model)
+            else:
+                self.form = probe_causal(model)
+                self.reader = Joined(self.form.trunk, pack)
         if pack is not None and (is_pair(model) or not packs_exactly(self.form.trunk, probe_ids(model))):
             raise SteersmanError(
                 f"{type(model).__name__} does not keep packed sequences apart with attention "

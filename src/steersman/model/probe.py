@@ -33,6 +33,20 @@ class Form:
     input_scale: float = 1.0
 
 
+@contextmanager
+def naming_family(model: Any) -> Iterator[None]:
+    """Turns whatever a family's own code raises on a few tokens into a refusal of that family."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except Exception as error:  # each family's code has errors of its own
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SteersmanError(
+            f"{model_name(model)}: it could not be run on a few tokens ({said}); this model family is not supported yet"
+        ) from error
+
+
 def probe_causal(model: Any) -> Form:
     """Compares the model's logits with trunk, output layer, scale and cap taken apart, on a few tokens.
 
@@ -43,6 +57,7 @@ def probe_causal(model: Any) -> Form:
     with quiet(model):
         seen, wide, logits = spied(model, lambda: model(input_ids=ids, use_cache=False).logits)
         trunk = _trunk(model, ids, seen)
+        trunk.get_input_embeddings()  # what reads batches asks for it
         require_causal(lambda some: trunk(input_ids=some, use_cache=False).last_hidden_state, ids, name)
     scale, softcap = after(model.config.get_text_config(), wide, logits, name)
     return Form(trunk, scale, softcap)
@@ -123,7 +138,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _trunk(model: Any, ids: Tensor, states: Tensor | None) -> nn.Module:
+def _trunk(model: Any, ids: Tensor, states: Tensor | None) -> Any:
     """The module whose last hidden state is what the output layer read."""
     for trunk in (model.base_model, model.get_decoder()):
         if states is None or trunk is model:

@@ -24,6 +24,8 @@ NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
 
 ALIBI = ("bloom", "mpt")
+UNCACHED = ("openai-gpt", "hrm_text")
+"""Families without a cache of one key and value a layer, by which responses are sampled."""
 
 _log = logging.getLogger("steersman.model")
 
@@ -93,6 +95,8 @@ def require_family(source: str, config: Any) -> None:
         why = "its positions are slopes of the attention mask (ALiBi)"
     elif odd:
         why = f"it has layers of kind {', '.join(odd)}"
+    elif config.model_type in UNCACHED:
+        why = "it has no cache of one key and value a layer, by which responses are sampled"
     elif not hasattr(text, "num_attention_heads"):
         why = "it has no attention"
     else:
@@ -101,6 +105,20 @@ def require_family(source: str, config: Any) -> None:
         f"{source}: models of type '{config.model_type}' are not supported: {why}; give a model with full or "
         "sliding-window attention, such as a Llama, Qwen, Gemma or GPT-2"
     )
+
+
+def router_notes(source: str, config: Any) -> list[str]:
+    """What to say of a mixture of experts whose router was trained to spread its tokens: no objective here does."""
+    text = config.get_text_config(decoder=True)
+    counts = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = max((n for n in counts if isinstance(n, int)), default=0)
+    weight = getattr(text, "router_aux_loss_coef", 0.0)
+    if experts < 2 or not weight:
+        return []
+    return [
+        f"{source}: its router balances {experts} experts by a loss of weight {weight:g} (router_aux_loss_coef), which "
+        "is not part of the objective here; with LoRA the router stays as it is"
+    ]
 
 
 def own_code(config: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steersman.data import Encoded, collate
+from steersman.data import Encoded, EncodedRows, collate
 from steersman.loss.reduce import reduce, token_weight
 from steersman.loss.supervised import nll
 from steersman.model import Policy
@@ -22,9 +22,13 @@ from steersman.types import Stats
 class SFT:
     """The objective: mean negative log-likelihood per token that counts, in nats."""
 
-    def __init__(self, policy: Policy, train: Sequence[Encoded], held_out: Sequence[Encoded], micro_tokens: int):
+    def __init__(self, policy: Policy, train: EncodedRows, held_out: Sequence[Encoded], micro_tokens: int) -> None:
         self.module, self.train, self.held_out, self.micro_tokens = policy, train, held_out, micro_tokens
-        self.cost = [len(e) for e in train]
+
+    @property
+    def cost(self) -> Sequence[int]:
+        """Tokens of each row; of a stream, of those in its buffer."""
+        return self.train.lengths
 
     def denominator(self, rows: Sequence[int]) -> float:
         return max(sum(sum(self.train[i].mask) for i in rows), 1)

@@ -174,6 +174,11 @@ def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: b
     module: Any = model
     module.max_tokens = run.micro_tokens
     if config.gradient_checkpointing and trainable:
+        if not module.model.supports_gradient_checkpointing:
+            raise SteersmanError(
+                f"model.gradient_checkpointing: models of type '{module.model.config.model_type}' keep their "
+                "activations; set it to false, and lower run.micro_tokens to save memory"
+            )
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
         module.model.train()
     place(module)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steersman.data import Batches
+from steersman.data import Batches, Mixture, Streamed
 from steersman.model import in_their_pieces
 from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
@@ -68,14 +68,22 @@ class Offline:
         run: Any,
         *,
         shuffle: bool = True,
+        mix: Mixture | None = None,
+        stream: Streamed | None = None,
     ) -> None:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
         self.batch_size = config.batch_size
-        self.batches = Batches(len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle)
-        steps = max(1, round(config.epochs * len(self.batches)))
-        self.total = min(steps, config.max_steps or steps)
+        self.batches: Batches | Streamed
+        if stream is not None:
+            assert config.max_steps is not None
+            self.batches, self.total = stream, config.max_steps
+        else:
+            self.batches = Batches(
+                len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle, mix=mix
+            )
+            steps = max(1, round(config.epochs * len(self.batches)))
+            self.total = min(steps, config.max_steps or steps)
         self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)
-        self.cost = torch.tensor(objective.cost)
 
     def load(self, longest: int) -> Load:
         """The largest micro-batch; `longest` is the longest sequence in tokens."""
@@ -96,16 +104,17 @@ class Offline:
     def step(self, rows: Sequence[int]) -> Stats:
         """One optimizer update on the given examples."""
         started, tally = time.monotonic(), Tally()
+        cost = torch.tensor([self.objective.cost[i] for i in rows])
         denominator, index = self.objective.denominator(rows), torch.tensor(rows)
         losses = []
-        for part in my_micro_batches(self.cost[index], self.micro_tokens):
+        for part in my_micro_batches(cost, self.micro_tokens):
             loss = self.objective.loss(index[part.rows].tolist(), denominator, tally if part.counts else Tally())
             (loss * part.weight).backward()
             losses.append({"loss": loss.detach()})
         ranks().agree(not_finite(losses))
         stats = self.optimizer.step() | tally.means()
         seconds = time.monotonic() - started
-        return stats | {"time/step": seconds, "throughput": float(self.cost[index].sum()) / seconds}
+        return stats | {"time/step": seconds, "throughput": float(cost.sum()) / seconds}
 
     def state_dict(self) -> dict[str, Any]:
         return {

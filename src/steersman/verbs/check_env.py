@@ -43,7 +43,8 @@ class CheckEnvRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset(f"run.{key}" for key in RunConfig.model_fields if key not in ("device", "seed"))
+        run = {f"run.{key}" for key in RunConfig.model_fields if key not in ("device", "seed")}
+        return frozenset({*run, "data.mix"})
 
 
 def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import model_validator
 
-from steersman.data import Batches, EncodedSet, Feedback, describe, encode, feedback, layout
+from steersman.data import Batches, EncodedSet, Feedback, describe, encode, feedback, layout, mixture
 from steersman.loss.offline import LOSSES
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
@@ -55,7 +55,11 @@ class FeedbackRun(Offline):
     def __init__(self, objective: FeedbackObjective, recipe: FeedbackRecipe[Any]) -> None:
         super().__init__(objective, recipe.train, recipe.optimizer, recipe.run)
         self.batches = Batches(
-            len(objective.cost), recipe.train.batch_size, recipe.run.seed, shuffle=recipe.data.shuffle
+            len(objective.cost),
+            recipe.train.batch_size,
+            recipe.run.seed,
+            shuffle=recipe.data.shuffle,
+            mix=mixture(recipe.data, objective.train.parts),
         )
 
     def step(self, rows: Sequence[int]) -> Stats:

@@ -45,7 +45,12 @@ class GenerateRecipe(Section):
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
         rollout = ("prompts", "held_out", "recompute_logp", "correction", "ahead", "in_flight")
-        sections = {"model": TRAINED_ONLY, "run": KEPT_ONLY, "rollout": rollout, "data": ("max_length", "shuffle")}
+        sections = {
+            "model": TRAINED_ONLY,
+            "run": KEPT_ONLY,
+            "rollout": rollout,
+            "data": ("max_length", "shuffle", "mix"),
+        }
         return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from steersman.data import (
     describe,
     encode,
     layout,
+    mixture,
     preferences,
 )
 from steersman.loss.offline import LOSSES
@@ -94,7 +95,8 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         objective = PairObjective(
             policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
         )
-        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
+        mix = mixture(recipe.data, train.parts)
+        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
         pre.fact("leads to", entry.fixed_point)

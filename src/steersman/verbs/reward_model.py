@@ -17,6 +17,7 @@ from steersman.data import (
     encode,
     feedback,
     layout,
+    mixture,
     preferences,
     rankings,
     ratings,
@@ -155,7 +156,8 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     train = _encode(loaded.train, laid, recipe, model)
     held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
     objective = _objective(kind, model, train, held_out, recipe, names)
-    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
+    mix = mixture(recipe.data, train.parts)
+    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
     pre = Preflight("steersman reward")
     describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
@@ -174,7 +176,8 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
     train = _encode(loaded.train, laid, recipe, model)
     held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
     objective = GatingReward(model, train, held_out, recipe.train, recipe.gating, recipe.run.micro_tokens)
-    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle)
+    mix = mixture(recipe.data, train.parts)
+    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
     pre = Preflight("steersman reward, stage gating (arXiv 2406.12845)")
     describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
     pre.fact("recognised", f"preferences, to mix {', '.join(objective.names)} by the prompt; trunk and heads stay")

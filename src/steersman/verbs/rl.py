@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from steersman import native
-from steersman.data import Batches, encode_prompts, layout, prompts, wraps
+from steersman.data import Batches, Mixture, encode_prompts, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import quick
 from steersman.model import Policy
@@ -39,10 +39,10 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session, ExitStack() as stack:
         roles = build_roles(recipe, session.device)
         stack.callback(roles.engine.close)
-        train, held_out = _prompts(recipe, roles.policy)
+        train, held_out, mix = _prompts(recipe, roles.policy)
         lengths = [len(p.ids) for p in train]
         batches = Batches(
-            len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True
+            len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
         )
         state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
@@ -149,8 +149,9 @@ def _interval(look: Stats) -> str:
     return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {1.96 * error:.2g}"
 
 
-def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held prompts; without held-out rows the last few training prompts are looked at too."""
+def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None]:
+    """Training and held prompts, and how sets of them are mixed; without held-out rows the last few training prompts
+    are looked at too."""
     loaded = prompts(recipe.data)
     laid = layout(policy, recipe.data)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
@@ -159,7 +160,8 @@ def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list
         held_out, _, _ = encode_prompts(loaded.held_out, laid, recipe.data, context, new)
     else:
         held_out = train[-recipe.rollout.held_out :] if recipe.rollout.held_out else []
-    return train, held_out[: recipe.rollout.held_out]
+    mix = mixture(recipe.data, [loaded.train[p.index].row.part for p in train])
+    return train, held_out[: recipe.rollout.held_out], mix
 
 
 def _preflight(

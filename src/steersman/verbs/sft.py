@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from steersman.data import DataConfig, demonstrations, describe, encode, layout
+from steersman.data import LargeDataConfig, layout, training
 from steersman.objectives.supervised import SFT
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
@@ -35,12 +35,18 @@ class SFTRecipe(Section):
     """Supervised fine-tuning: the loss is on completions (assistant turns of a chat), ends included."""
 
     model: ModelConfig
-    data: DataConfig
+    data: LargeDataConfig
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
+
+    @model_validator(mode="after")
+    def _ends(self) -> SFTRecipe:
+        if self.data.stream and self.train.max_steps is None:
+            raise ValueError("data.stream: how many rows there are is not known before; say train.max_steps")
+        return self
 
 
 def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -52,14 +58,13 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
-        loaded = demonstrations(recipe.data)
-        context = context_length(policy.model)
-        train = encode(loaded.train, laid, recipe.data, context)
-        held_out = encode(loaded.held_out, laid, recipe.data, context).first if loaded.held_out else []
+        data = training(
+            recipe.data, laid, context_length(policy.model), batch_size=recipe.train.batch_size, seed=recipe.run.seed
+        )
         state = Offline(
-            SFT(policy, train.first, held_out, recipe.run.micro_tokens),
-            recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle,
+            SFT(policy, data.train, data.held_out, recipe.run.micro_tokens),
+            recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=data.mix, stream=data.stream,
         )  # fmt: skip
         pre = Preflight("steersman sft")
-        describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
-        return carry_out(pre, session, state, recipe, policy, max(train.lengths))
+        describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
+        return carry_out(pre, session, state, recipe, policy, int(max(data.train.lengths)))

@@ -79,7 +79,7 @@ class InstructRecipe(Section):
     def unread_keys(cls) -> frozenset[str]:
         model = (f"model.{key}" for key in TRAINED_ONLY)
         kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
-        return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.correction", "rollout.ahead"})
+        return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.correction", "rollout.ahead", "data.mix"})
 
     @model_validator(mode="after")
     def _fits(self) -> InstructRecipe:

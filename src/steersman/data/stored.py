@@ -1,0 +1,211 @@
+"""Tokenised rows on disk: written once in bounded memory, named by what they are made of, and read memory-mapped.
+
+A set is a folder: `rows.arrow` (prompt, response, mask), `lengths.npy` (tokens of each row), `keys.npy` (52 bits of
+each prompt's hash, by which rows are held out) and `set.json` (what was counted and said).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steersman.data.config import DataConfig
+from steersman.data.describe import Summary, describe
+from steersman.data.encode import Encoded, EncodedSet, put, require_known
+from steersman.data.examples import Content, Demonstration
+from steersman.data.load import Loaded, each_example, files_of
+from steersman.data.rows import BadRows
+from steersman.data.split import hash_of, held_keys, key_of, prompt_key
+from steersman.data.tokenize import Layout
+from steersman.run.folder import save_dir
+from steersman.run.ranks import ranks
+from steersman.types import SteersmanError
+
+CHUNK = 1024
+"""Rows that are tokenised and written together."""
+LAYOUT = 1
+"""Counts up where the same rows and settings come out otherwise than before."""
+NAME = 32
+"""Letters of a set's name."""
+COUNTED = ("dropped", "cut", "special", "open_prompts")
+SPLITS = {"path", "mix", "held_out", "held_out_files", "shuffle", "cache", "cache_gb", "stream", "buffer"}
+"""Keys of the section that do not change what a path's rows become."""
+
+
+def store(config: Any, path: Any, laid: Layout, context: int | None) -> Path:
+    """The folder with a path's rows as tokens, made now where it is not there yet.
+
+    Its name is the SHA-256 of the files' content, the section's settings, the tokenizer with its chat template, and
+    the limits of length. Raises SteersmanError as `demonstrations` and `encode` do.
+    """
+    folder = Path(config.cache).expanduser() / _name(config, path, laid, context)
+
+    def make() -> None:
+        if not (folder / "set.json").is_file():
+            save_dir(folder, lambda tmp: _write(tmp, config, path, laid, context))
+        (folder / "set.json").touch()
+        _make_room(folder, config.cache_gb)
+
+    ranks().from_main(make, "tokenised rows")
+    return folder
+
+
+def _name(config: Any, path: Any, laid: Layout, context: int | None) -> str:
+    files = files_of(path)
+    if not files:
+        raise SteersmanError(f"data.cache: {path} is no local file or folder; only those are kept by their content")
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(f"{Path(file).name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    tokenizer = laid.codec.tokenizer
+    about = {
+        "layout": LAYOUT,
+        "section": config.model_dump(mode="json", exclude=SPLITS),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": laid.template.source,
+        "special": [str(laid.codec.eos_id), laid.codec.prefix, laid.codec.suffix],
+        "kind": type(laid).__name__,
+        "context": context,
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()[:NAME]
+
+
+def _write(folder: Path, config: DataConfig, path: Any, laid: Layout, context: int | None) -> None:
+    import pyarrow as pa
+
+    ints, flags = pa.list_(pa.int32()), pa.list_(pa.bool_())
+    schema = pa.schema([("prompt", ints), ("response", ints), ("mask", flags)])
+    bad = BadRows(config.on_bad_row)
+    shape, found = each_example(config, path, "demonstration", bad)
+    first: EncodedSet[Demonstration] | None = None
+    lengths: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    counts: Counter[str] = Counter()
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for chunk in _chunks(islice(found, config.limit), laid, config, context):
+            columns = [[getattr(e, name) for e in chunk.first] for name in schema.names]
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            lengths.append(np.array(chunk.lengths, dtype=np.int32))
+            keys.append(np.array([key_of(prompt_key(e)) for e in chunk.examples], dtype=np.int64))
+            counts.update({name: getattr(chunk, name) for name in COUNTED})
+            first = first or chunk
+    if first is None or not first.groups:
+        raise SteersmanError(f"{path}: no row is left to train on ({bad.sentence}; {counts['dropped']} too long)")
+    np.save(folder / "lengths.npy", np.concatenate(lengths))
+    np.save(folder / "keys.npy", np.concatenate(keys))
+    for name in COUNTED:
+        setattr(first, name, 0)
+    summary = describe(Loaded(first.examples, [], shape, bad), first, laid)
+    about = {"sentence": shape.sentence, "lines": summary.lines[2:], "samples": summary.samples, "counts": counts}
+    about |= {"end_share": summary.end_share, "loss_share": summary.loss_share}
+    (folder / "set.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _chunks(
+    found: Iterable[Any], laid: Layout, config: DataConfig, context: int | None
+) -> Iterator[EncodedSet[Demonstration]]:
+    """Sets of `CHUNK` rows; the last one, which may be empty, has what is left, and what came to nothing after it."""
+    room = laid.room(config.max_prompt_tokens, config.max_length, context)
+    out = EncodedSet[Demonstration]()
+    for example in found:
+        if len(out.groups) == CHUNK:
+            require_known(out, laid)
+            yield out
+            out = EncodedSet[Demonstration]()
+        put(out, example, laid, config, room)
+    require_known(out, laid)
+    yield out
+
+
+def _make_room(used: Path, gigabytes: float) -> None:
+    """Removes sets of the cache that were not used for longest, until what is left fits; never the one in use."""
+    sets = [p.parent for p in used.parent.glob("*/set.json") if len(p.parent.name) == NAME]
+    sets.sort(key=lambda p: (p / "set.json").stat().st_mtime, reverse=True)
+    total = 0
+    for folder in sets:
+        total += sum(file.stat().st_size for file in folder.iterdir())
+        if total > gigabytes * 1e9 and folder != used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Stored:
+    """The training rows of one or several stored sets by place, read from disk when asked for.
+
+    A row is held out by its prompt's hash, as `split` does, or because `held` has its prompt. In memory are a number
+    of 4 bytes for each row's length and one of 8 for its place.
+    """
+
+    def __init__(self, folders: Sequence[Path], config: DataConfig, held: Sequence[Content]) -> None:
+        self.folders, self.tables = list(folders), [_mapped(folder) for folder in folders]
+        self.about = [json.loads((folder / "set.json").read_text(encoding="utf-8")) for folder in folders]
+        lengths = [np.load(folder / "lengths.npy") for folder in folders]
+        keys = np.concatenate([np.load(folder / "keys.npy") for folder in folders])
+        sizes = [len(x) for x in lengths]
+        self.begins = np.concatenate([[0], np.cumsum(sizes)])
+        out = np.isin(keys, np.array([key_of(hash_of(prompt)) for prompt in held], dtype=np.int64))
+        chosen = held_keys(keys, config.held_out) & ~out
+        self.places = np.flatnonzero(~chosen & ~out)
+        if not len(self.places) or (config.held_out and not chosen.any()):
+            side = "training" if not len(self.places) else "held-out"
+            raise SteersmanError(f"data.held_out: {config.held_out:g} of {len(keys)} rows leaves no {side} row")
+        self.lengths: Any = np.concatenate(lengths)[self.places]
+        self.parts = np.repeat(np.arange(len(sizes)), sizes)[self.places]
+        self.held_out = [self._row(int(place)) for place in np.flatnonzero(chosen)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> Encoded:
+        return self._row(int(self.places[place]))
+
+    def _row(self, place: int) -> Encoded:
+        k = int(np.searchsorted(self.begins, place, side="right")) - 1
+        chunk, at = divmod(place - int(self.begins[k]), CHUNK)
+        prompt, response, mask = (self.tables[k].column(i).chunk(chunk)[at].values for i in range(3))
+        flags = mask.to_numpy(zero_copy_only=False).tolist()
+        return Encoded(prompt.to_numpy().tolist(), response.to_numpy().tolist(), flags)
+
+    def summary(self, held: int) -> Summary:
+        """What is told of the sets before a run: lengths of all rows, and the rest of the first ones of each."""
+        lengths = {"p50": int(np.percentile(self.lengths, 50)), "p95": int(np.percentile(self.lengths, 95))}
+        lengths["max"] = int(self.lengths.max())
+        counts = Counter[str]()
+        for about in self.about:
+            counts.update(about["counts"])
+        size = sum(file.stat().st_size for folder in self.folders for file in folder.iterdir())
+        lines = [
+            f"{len(self):,} examples, {held:,} held out; " + "; ".join(about["sentence"] for about in self.about),
+            f"{lengths['p50']} tokens in the middle, {lengths['p95']} at the 95th percentile, "
+            f"{lengths['max']} at most",
+            f"read from {', '.join(map(str, self.folders))} ({size / 1e6:,.0f} MB on disk)",
+            *dict.fromkeys(line for about in self.about for line in about["lines"]),
+        ]
+        if counts["dropped"] or counts["cut"]:
+            lines.append(f"too long: {counts['dropped']:,} left out, {counts['cut']:,} cut")
+        if counts["special"]:
+            lines.append(f"{counts['special']:,} examples spell a special token (data.allow_special_tokens)")
+        first = self.about[0]
+        return Summary(
+            len(self), held, lengths, counts["cut"] / len(self), first["end_share"], first["loss_share"], lines,
+            [[(text, bool(counted)) for text, counted in sample] for sample in first["samples"]],
+        )  # fmt: skip
+
+
+def _mapped(folder: Path) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise SteersmanError(f"{folder}: the stored rows can not be read ({error}); remove this folder") from error

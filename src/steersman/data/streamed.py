@@ -1,0 +1,148 @@
+"""A stream of rows: read, tokenised and shuffled buffer by buffer, and taken up again where it was left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from steersman.data.batches import Batches
+from steersman.data.encode import Encoded, EncodedSet, put, require_known
+from steersman.data.load import each_example
+from steersman.data.rows import BadRows
+from steersman.data.shapes import Shape
+from steersman.data.split import prompt_key
+from steersman.data.tokenize import Layout
+from steersman.types import SteersmanError
+
+Pass = Callable[[], Iterator[Any]]
+"""Begins a pass over all examples of a set."""
+
+
+def open_streams(
+    config: Any, paths: Sequence[Any], bad: BadRows, held: Sequence[Any]
+) -> tuple[list[Shape], list[Pass]]:
+    """What the rows of each path are, and how a pass over them begins; prompts that are held out are passed over.
+
+    Bad rows are counted in the first pass alone.
+    """
+    held_keys = {prompt_key(e) for e in held}
+
+    def begins(path: Any) -> Pass:
+        def begin(count: BadRows | None = None) -> Iterator[Any]:
+            _, found = each_example(config, path, "demonstration", count or BadRows(config.on_bad_row))
+            return islice((e for e in found if prompt_key(e) not in held_keys), config.limit)
+
+        return begin
+
+    shapes = [each_example(config, path, "demonstration", bad)[0] for path in paths]
+    return shapes, [begins(path) for path in paths]
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a set was read: whole passes, examples of the current pass, and rows that it gave so far."""
+
+    passes: int = 0
+    examples: int = 0
+    rows: int = 0
+
+
+class Streamed:
+    """Batches without end out of sets of rows that are read while training, by their places in the current window.
+
+    A window is as many rows as the buffer holds, in whole batches. Of several sets the one that is furthest behind
+    its share gives the next row, and a set that is at its end begins again. Within a window rows are shuffled, and
+    batched by like length, as `Batches` does. The order depends on (seed, window) and the files alone.
+
+    `state_dict` after a batch names the position of the window in the files, and the next batch. A resumed run reads
+    the files of the current pass again up to there, without tokenising them.
+
+    Raises SteersmanError for a set without a row that fits, and for a state of another seed, batch size or buffer.
+    """
+
+    def __init__(
+        self, passes: Sequence[Pass], laid: Layout, config: Any, context: int | None, batch_size: int, seed: int
+    ) -> None:
+        self.passes, self.laid, self.config, self.batch_size, self.seed = passes, laid, config, batch_size, seed
+        self.room = laid.room(config.max_prompt_tokens, config.max_length, context)
+        self.size = max(config.buffer // batch_size, 1) * batch_size
+        self.shares = np.array(config.mix or [1.0]) / sum(config.mix or [1.0])
+        self.positions = [Position() for _ in passes]
+        self.begun, self.number, self.next = self._now(), 0, 0
+        self.open: list[Iterator[Any] | None] = [None for _ in passes]
+        self.window: EncodedSet[Any] = EncodedSet()
+        self.lengths: list[int] = []
+        self._fill()
+
+    def __len__(self) -> int:
+        return len(self.window.groups)
+
+    def __getitem__(self, place: int) -> Encoded:
+        return self.window.groups[place][0]
+
+    def forever(self) -> Iterator[list[int]]:
+        """Batches of places in the window, which changes between two of them."""
+        while True:
+            order = self._order()
+            while self.next < len(order):
+                self.next += 1
+                yield order[self.next - 1]
+            self.begun, self.number, self.next = self._now(), self.number + 1, 0
+            self._fill()
+
+    def _order(self) -> list[list[int]]:
+        batches = Batches(len(self), self.batch_size, self.seed, self.lengths, shuffle=self.size > self.batch_size)
+        return batches.order(self.number)
+
+    def _fill(self) -> None:
+        self.window = EncodedSet()
+        while len(self.window.groups) < self.size:
+            given = np.array([p.rows for p in self.positions])
+            self._row_of(int(np.argmax(self.shares * (given.sum() + 1) - given)))
+        require_known(self.window, self.laid)
+        self.lengths = self.window.lengths
+
+    def _row_of(self, k: int) -> None:
+        """Puts the next row of a set that fits into the window."""
+        position, fitted = self.positions[k], False
+        while not fitted:
+            stream = self.open[k]
+            if stream is None:
+                stream = self.open[k] = islice(self.passes[k](), position.examples, None)
+            example = next(stream, None)
+            if example is None:
+                if position.examples == 0 or position.rows == 0:
+                    raise SteersmanError(
+                        f"data.stream: no row of set {k + 1} of {len(self.passes)} fits; see data.max_length"
+                    )
+                position.passes, position.examples, self.open[k] = position.passes + 1, 0, None
+                continue
+            position.examples += 1
+            fitted = put(self.window, example, self.laid, self.config, self.room)
+        position.rows += 1
+
+    def _now(self) -> list[dict[str, int]]:
+        return [{"passes": p.passes, "examples": p.examples, "rows": p.rows} for p in self.positions]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "sets": self.begun, "window": self.number, "next": self.next, "seed": self.seed,
+            "batch_size": self.batch_size, "size": self.size, "shares": self.shares.tolist(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        now = self.state_dict()
+        same = ("seed", "batch_size", "size", "shares")
+        changed = [f"{name} {state.get(name)} -> {now[name]}" for name in same if state.get(name) != now[name]]
+        if changed:
+            raise SteersmanError(
+                f"can not resume the stream: {', '.join(changed)}; resume with the data and recipe of the run"
+            )
+        self.positions = [Position(**position) for position in state["sets"]]
+        self.open = [None for _ in self.passes]
+        self.begun, self.number, self.next = self._now(), state["window"], state["next"]
+        self._fill()

@@ -1,0 +1,148 @@
+"""Rows that are kept tokenised on disk, and rows that are read as a stream."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+from letter_models import WORDS, save_mini, write_jsonl
+
+from steersman.data import LargeDataConfig, demonstrations, encode, layout, training
+from steersman.data.stored import CHUNK
+from steersman.model import load_tokenizer
+from steersman.types import SteersmanError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_mini(tmp_path_factory.mktemp("mini")))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    data = [
+        {"prompt": f"ask{'?' * (i % 40)}", "completion": WORDS[i % 12] + " a" * (i % 7)} for i in range(CHUNK + 90)
+    ]
+    return write_jsonl(tmp_path / "rows.jsonl", data)
+
+
+def ready(config, tokenizer, context=70, batch_size=4):
+    return training(config, layout(tokenizer, config), context, batch_size=batch_size, seed=5)
+
+
+def made(rows, **words):
+    return LargeDataConfig.model_validate({"path": str(rows), **words})
+
+
+def streamed(config, tokenizer):
+    stream = ready(config, tokenizer).stream
+    assert stream is not None
+    return stream
+
+
+def plain(rows):
+    return [(e.prompt, e.response, e.mask) for e in rows]
+
+
+@pytest.mark.parametrize("held_out", [0, 0.25, 30])
+def test_rows_on_disk_are_the_rows_in_memory(rows, tokenizer, tmp_path, held_out):
+    kept = made(rows, cache=str(tmp_path / "cache"), held_out=held_out)
+    memory = kept.model_copy(update={"cache": None})
+    one, two = ready(memory, tokenizer), ready(kept, tokenizer)
+    assert plain(one.train) == plain(two.train[i] for i in range(len(two.train)))
+    assert plain(one.held_out) == plain(two.held_out)
+    assert list(one.train.lengths) == list(two.train.lengths)
+    assert one.summary.lengths == two.summary.lengths
+    assert [(s.rows, s.held_out) for s in (one.summary, two.summary)] == [(len(one.train), len(one.held_out))] * 2
+
+
+def test_a_set_is_made_anew_where_content_or_settings_changed_and_not_else(rows, tokenizer, tmp_path):
+    cache = tmp_path / "cache"
+    there = lambda: {p.name for p in cache.iterdir()}  # noqa: E731
+    config = made(rows, cache=str(cache))
+    ready(config, tokenizer)
+    first = there()
+    for same in ({"held_out": 0.2}, {"shuffle": False}, {"cache_gb": 3.0}):
+        ready(config.model_copy(update=same), tokenizer)
+    assert there() == first
+    ready(config.model_copy(update={"append_eos": False}), tokenizer)
+    ready(config, tokenizer, context=69)
+    assert len(there()) == 3
+    rows.write_text(rows.read_text().replace("ask", "say", 1))
+    ready(config, tokenizer)
+    assert len(there()) == 4
+
+
+def test_the_sets_that_were_used_last_stay(rows, tokenizer, tmp_path):
+    cache = tmp_path / "cache"
+    config = made(rows, cache=str(cache), cache_gb=1e-9)
+    ready(config, tokenizer)
+    ready(config.model_copy(update={"append_eos": False}), tokenizer)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_bad_row_leaves_nothing_in_the_cache(rows, tokenizer, tmp_path):
+    rows.write_text(rows.read_text() + "{broken")
+    with pytest.raises(SteersmanError, match="line 1115"):
+        ready(made(rows, cache=str(tmp_path / "cache")), tokenizer)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_stream_gives_every_row_once_a_pass_and_shuffles_in_its_buffer(rows, tokenizer):
+    config = made(rows, stream=True, buffer=100)
+    stream = streamed(config, tokenizer)
+    memory = encode(demonstrations(config).train, layout(tokenizer, config), config, 70)
+    size, order = len(memory.groups), stream.forever()
+    batches = islice(order, size // 4)
+    seen = [(e.prompt, e.response) for batch in batches for e in (stream[i] for i in batch)]
+    expected = [(g[0].prompt, g[0].response) for g in memory.groups[: size - size % 4]]
+    assert seen != expected
+    for begin in range(0, len(expected) - 100, 100):
+        assert sorted(seen[begin : begin + 100]) == sorted(expected[begin : begin + 100])
+    for _ in range(25):  # past the window that holds rows of two passes
+        next(order)
+    assert stream.state_dict()["sets"][0]["passes"] == 1
+
+
+def test_a_resumed_stream_gives_the_batches_that_were_left(rows, tokenizer):
+    config = made(rows, stream=True, buffer=64)
+    make = lambda: streamed(config, tokenizer)  # noqa: E731
+    texts = lambda stream, batches: [[stream[i].response for i in batch] for batch in batches]  # noqa: E731
+    whole, broken = make(), make()
+    left = whole.forever()
+    texts(whole, islice(left, 300))
+    stream = broken.forever()
+    for _ in range(300):
+        next(stream)
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(broken.state_dict())))
+    assert [texts(resumed, [b]) for b in islice(resumed.forever(), 40)] == [
+        texts(whole, [b]) for b in islice(left, 40)
+    ]
+    other = config.model_copy(update={"buffer": 32})
+    with pytest.raises(SteersmanError, match="size 64 -> 32"):
+        streamed(other, tokenizer).load_state_dict(broken.state_dict())
+
+
+def test_held_out_files_are_passed_over(rows, tokenizer, tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "ask", "completion": "no"}])
+    for more in ({"stream": True, "buffer": 100}, {"cache": str(tmp_path / "cache")}):
+        got = ready(made(rows, held_out_files=[str(held)], **more), tokenizer)
+        assert len(got.held_out) == 1
+        prompt = got.held_out[0].prompt
+        assert all(got.train[i].prompt != prompt for i in range(len(got.train)))
+
+
+def test_what_can_not_be_is_refused(rows, tokenizer, tmp_path):
+    for words, message in (
+        ({"stream": True, "cache": "c"}, "give one of both"),
+        ({"stream": True, "held_out": 0.1}, "name held_out_files"),
+        ({"cache": "c", "rank_by": ["x"]}, "rank_by gathers them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(rows, **words)
+    with pytest.raises(SteersmanError, match=r"is a file of data\.path"):
+        ready(made(rows, stream=True, held_out_files=[str(rows)]), tokenizer)
+    with pytest.raises(SteersmanError, match="no row of set 1 of 1 fits"):
+        ready(made(rows, stream=True, max_length=2, on_too_long="drop"), tokenizer)
