@@ -70,7 +70,7 @@ def agent(base, tmp_path):
 def played(values, name="rloo", **extra):
     made = recipe(name, values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train, _ = _prompts(made, roles.policy)
+    train, _, _ = _prompts(made, roles.policy)
     return roles, roles.generate(train[:2], seed=(0, 0), n=2)
 
 

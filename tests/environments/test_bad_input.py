@@ -21,7 +21,7 @@ from steersman.verbs.rl import _prompts
 def episodes(base, what, **extra):
     made = recipe("rloo", merge(base, {"environment.args": {"what": what}}), **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train, _ = _prompts(made, roles.policy)
+    train, _, _ = _prompts(made, roles.policy)
     return roles.generate(train[:2], seed=0, n=2)
 
 

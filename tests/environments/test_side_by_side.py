@@ -46,7 +46,7 @@ def slow(base, tmp_path):
 def generate(values, n=8, **extra):
     made = recipe("rloo", values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train, _ = _prompts(made, roles.policy)
+    train, _, _ = _prompts(made, roles.policy)
     roles.generate(train[:1], seed=0, n=1)
     start = time.monotonic()
     samples = roles.generate(train[:4], seed=0, n=n)
