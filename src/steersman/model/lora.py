@@ -167,3 +167,17 @@ def untied(model: Any, weight: Callable[[str], Tensor]) -> bool:
         return False
     names = {id(module): name for name, module in model.named_modules()}
     return not torch.equal(*(weight(f"{names[id(module)]}.weight") for module in (embedding, output)))
+
+
+def adapter_state(adapters: Any) -> dict[str, Tensor]:
+    """The adapters' weights under the names of peft's files."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(adapters)
+
+
+def load_adapter_state(adapters: Any, state: dict[str, Tensor]) -> None:
+    """Puts weights under the names of peft's files into the adapters; one that is missing stays as it was."""
+    from peft.utils.save_and_load import set_peft_model_state_dict
+
+    set_peft_model_state_dict(adapters, state)

@@ -33,10 +33,12 @@ def merged_state(
     The model itself is left as it is: merging in place and undoing it would not give the same bits back. One layer at
     a time is widened.
     """
-    return {name: make() for name, _, make in merged_entries(model, dtype)}
+    return {name: make() for name, _, make in merged_entries(model, dtype, with_adapters=with_adapters)}
 
 
-def merged_entries(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[Entry]:
+def merged_entries(
+    model: nn.Module, dtype: torch.dtype | None = None, *, with_adapters: bool = True
+) -> Iterator[Entry]:
     """The weights of `merged_state`, each made when it is asked for."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
