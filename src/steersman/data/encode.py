@@ -130,8 +130,8 @@ def put(out: EncodedSet[E], example: E, laid: Layout, config: DataConfig, room: 
     out.cut += was_cut
     contents = [example.prompt, *answers(example)]
     out.special += any(laid.codec.has_special(c) for c in contents)
-    plain = isinstance(example.prompt, str) and not laid.wrap_in_chat
-    out.open_prompts += laid.joined and plain and example.prompt[-1:].isspace()
+    joined = laid.joined and not laid.wrap_in_chat
+    out.open_prompts += joined and isinstance(example.prompt, str) and example.prompt[-1:].isspace()
     return True
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from steersman.data import Encoded
+from steersman.data import Encoded, EncodedList
 from steersman.distill.alignment import OtherTokenizer
 from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.loop import Distill

@@ -14,17 +14,17 @@ from steersman.ops.products import available, linear
 class FastLinear(nn.Linear):
     """torch's layer with `ops.products.linear` for its product; torch's own while `plain_layers` is open."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if plain():
-            return functional.linear(x, self.weight, self.bias)
-        return linear(x, self.weight, self.bias)
+            return functional.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 LINEAR = (nn.Linear, FastLinear)
 """The layers that are x weight^T + bias and nothing else; quantised and adapted ones are classes of their own."""
 
 
-def quicken_linear(model: Any) -> list[nn.Module]:
+def quicken_linear(model: Any) -> list[nn.Linear]:
     """Makes the model's plain linear layers fast ones, where that is of use on this processor; returns those."""
     layers = [module for module in model.modules() if type(module) is nn.Linear] if available() else []
     for layer in layers:
@@ -32,7 +32,7 @@ def quicken_linear(model: Any) -> list[nn.Module]:
     return layers
 
 
-def slow_linear(layers: list[nn.Module]) -> None:
+def slow_linear(layers: list[nn.Linear]) -> None:
     """Makes fast layers torch's own again."""
     for layer in layers:
         layer.__class__ = nn.Linear

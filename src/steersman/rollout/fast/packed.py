@@ -58,7 +58,8 @@ def packed(model: Any) -> Iterator[None]:
 def _plain(module: nn.Module) -> bool:
     """A linear layer of its own float32 weights on the CPU, called as it stands."""
     return (
-        type(module) in LINEAR
+        isinstance(module, nn.Linear)
+        and type(module) in LINEAR
         and type(module.weight) is nn.Parameter
         and module.weight.is_cpu
         and module.weight.dtype == torch.float32
