@@ -119,8 +119,8 @@ def write(results: dict[str, Any]) -> None:
     text = f"""# Memory: what is announced and what is used
 
 Written by `python benchmarks/preflight.py`; do not edit. Recipes of two steps, each in a process of its own on a CPU,
-in float32 unless they say otherwise: the largest phase that preflight announces before work starts, beside the largest
-resident memory that the process had. Random weights: 135M is of SmolLM2-135M's shape (micro-batches of
+in float32 unless they say otherwise: the largest phase that preflight announces before work starts, beside the
+largest resident memory that the process had. Random weights: 135M is of SmolLM2-135M's shape (micro-batches of
 {TOKENS["135M"]:,} tokens), 36M has 8 layers of width 512 (micro-batches of {TOKENS["36M"]:,} tokens).
 
 | recipe | model | largest phase | announced, MiB | used, MiB | announced / used |

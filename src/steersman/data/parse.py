@@ -19,11 +19,11 @@ TOOL_FIELDS = ("tool_calls", "tools", "arguments", "function_call")
 """Fields inside which a null that the container invented would be shown to the model."""
 
 
-def jsonl(content: bytes, file: str, bad: BadRows) -> Iterator[Row]:
-    """One object a line. A line that is none is a bad row."""
+def jsonl(content: bytes, file: str, bad: BadRows, key: str | None = None) -> Iterator[Row]:
+    """One object a line. A line that is none is a bad row. `key` is the recipe's key that names an encoding."""
     if is_wide(content):
-        decode(content, file)  # which says what to do
-    advice = functools.cache(lambda: not_utf8(content))
+        decode(content, file, key=key)  # which says what to do
+    advice = functools.cache(lambda: not_utf8(content, key))
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, raw in enumerate(lines, 1):
         if not raw.strip():

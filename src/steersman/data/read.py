@@ -26,6 +26,7 @@ def read_rows(
     *,
     text_split: str = "auto",
     encoding: str | None = None,
+    encoding_key: str | None = None,
     subset: str | None = None,
     hub_split: str = "train",
 ) -> Iterator[Row]:
@@ -33,7 +34,7 @@ def read_rows(
 
     `text_split` says how plain text is cut into rows: "lines", "blank" (at blank lines), a separator line
     such as `<|endoftext|>`, or "auto" (that separator if it occurs, else blank lines, else lines).
-    `encoding` is that of all files but Parquet's; None is UTF-8.
+    `encoding` is that of all files but Parquet's; None is UTF-8. Errors name the recipe's key for it, `encoding_key`.
 
     Raises SteersmanError for a path that does not exist, an empty or unreadable file, and, unless `bad` says
     to skip, at the first row that is broken or no object.
@@ -52,7 +53,7 @@ def read_rows(
         if paths is None:
             yield from _hub(str(one), subset, hub_split, bad)
         for path in paths or []:
-            yield from _file(path, bad, text_split, encoding)
+            yield from _file(path, bad, text_split, encoding, encoding_key)
 
 
 def local_files(source: str | Path) -> list[Path] | None:
@@ -86,7 +87,7 @@ def _kind(path: Path) -> str | None:
     return next((s for s in SUFFIXES if name.endswith(s)), None)
 
 
-def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None) -> Iterator[Row]:
+def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None, key: str | None) -> Iterator[Row]:
     kind = _kind(path)
     if kind is None:
         raise SteersmanError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}, each also as .gz")
@@ -95,17 +96,17 @@ def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None) -> It
         raise SteersmanError(f"{path}: the file is empty")
     name, count = str(path), 0
     if encoding is not None and kind != ".parquet":
-        content = decode(content, name, encoding).encode("utf-8")
+        content = decode(content, name, encoding, key).encode("utf-8")
     if kind in (".jsonl", ".ndjson"):
-        rows = parse.jsonl(content, name, bad)
+        rows = parse.jsonl(content, name, bad, key)
     elif kind == ".parquet":
         rows = parse.parquet(content, name, bad)
     elif kind == ".json":
-        rows = parse.json_file(decode(content, name), name, bad)
+        rows = parse.json_file(decode(content, name, key=key), name, bad)
     elif kind == ".txt":
-        rows = parse.text(decode(content, name), name, text_split)
+        rows = parse.text(decode(content, name, key=key), name, text_split)
     else:
-        rows = parse.csv_file(decode(content, name), name, kind, bad)
+        rows = parse.csv_file(decode(content, name, key=key), name, kind, bad)
     for row in rows:
         count += 1
         yield row
