@@ -130,10 +130,11 @@ largest resident memory that the process had. Random weights: 135M is of SmolLM2
 The ratios lie between {min(ratios):.2f} and {max(ratios):.2f}; the aim is within 0.15 of 1.
 
 What is announced holds the gaps that a forward pass leaves on a CPU: tensors that it makes and frees between those
-that are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next tensor
-of the same size. Measured before gaps were counted: `sft` took 555 MiB more than its tensors, and with peft's own sum of
-base and adapters 2,071, where 2,018 were such tensors. With every block mapped by itself (M_MMAP_THRESHOLD at 128 KiB)
-both took what their tensors have, within 2%; but new pages cost time, so adapters are added in place instead.
+that are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next
+tensor of the same size. Measured before gaps were counted: `sft` took 555 MiB more than its tensors, and with peft's
+own sum of base and adapters 2,071, where 2,018 were such tensors. With every block mapped by itself (M_MMAP_THRESHOLD
+at 128 KiB) both took what their tensors have, within 2%; but new pages cost time, so adapters are added in place
+instead.
 """
     (RESULTS / "preflight.md").write_text(text)
     machine = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
