@@ -109,7 +109,10 @@ def test_another_encoding_is_recognised_and_read(tmp_path, name, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(body.encode(name))
     with pytest.raises(SteersmanError, match=rf"a.{suffix}.*looks like {told}[ ,].*data.encoding: {told} "):
+        demonstrations(DataConfig(path=str(path)))
+    with pytest.raises(SteersmanError, match="save the file as UTF-8") as caught:  # where no key names an encoding
         list(read_rows(path))
+    assert "data.encoding" not in str(caught.value)
     loaded = demonstrations(DataConfig(path=str(path), encoding=told))
     assert text in (loaded.train[0].prompt, loaded.train[0].completion)
 
@@ -117,7 +120,7 @@ def test_another_encoding_is_recognised_and_read(tmp_path, name, suffix):
 def test_an_encoding_that_does_not_fit(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ncaf\xff\xff")
     with pytest.raises(SteersmanError, match=r"a.txt, line 2: .*data.encoding names, gb18030"):
-        list(read_rows(tmp_path / "a.txt", encoding="gb18030"))
+        list(read_rows(tmp_path / "a.txt", encoding="gb18030", encoding_key="data.encoding"))
     for name in ("klingon", "hex"):
         with pytest.raises(ValidationError, match="is no encoding that is known"):
             DataConfig(path="a", encoding=name)

@@ -47,6 +47,20 @@ def test_evaluate_a_file(rows, tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"rougeL", "ter"}
 
 
+def test_a_file_in_another_encoding_is_named_and_read(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    row = {"completion": "今天天气很好", "reference": "今天天气不错"}
+    path.write_bytes((json.dumps(row, ensure_ascii=False) + "\n").encode("gb18030"))
+    words = ["evaluate", str(path), "--metrics", "[chrf]", "--as-json"]
+    assert main(words) == 2
+    assert "set encoding: gb18030 if that is right" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "--encoding", "gb18030"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]["chrf"]["value"]
+    assert found == pytest.approx(metric("chrf", {}).corpus([row["completion"]], [row["reference"]]).value)
+    assert main([*words, "--encoding", "ascii"]) == 2
+    assert "is not in the encoding that encoding names, ascii" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [

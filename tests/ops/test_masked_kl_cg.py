@@ -93,3 +93,20 @@ def test_k1_to_go_steps_over_what_does_not_count():
     mask = torch.tensor([[True, True, False, True, False]])
     (grad,) = torch.autograd.grad(kl_loss(logp, ref, mask, "k1_to_go").sum(), logp)
     assert grad.tolist() == [[0.5 - 1.0 + 0.25, -1.0 + 0.25, 0.0, 0.25, 0.0]]
+
+
+def test_k3_under_truncation_misses_the_mass_that_was_cut_off():
+    generator = torch.Generator().manual_seed(3)
+    logits, ref = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    ref, allowed = ref.log_softmax(0), torch.tensor([0, 2, 3, 6])
+    theta = logits[allowed].requires_grad_()
+    logp, mass = theta.log_softmax(0), ref[allowed].exp().sum()
+    p = logp.detach().exp()
+    kl = (p * (logp.detach() - ref[allowed])).sum()  # log pi - log ref with the reference whole
+    value = {k: (p * kl_estimate(logp.detach(), ref[allowed], k)).sum() for k in ("k1", "k3")}
+    assert value["k1"].item() == pytest.approx(kl.item())
+    assert value["k3"].item() == pytest.approx((kl - (1 - mass)).item())
+    (found,) = torch.autograd.grad((p * kl_estimate(logp, ref[allowed], "k3")).sum(), theta, retain_graph=True)
+    inside = ref[allowed].log_softmax(0)
+    (pull,) = torch.autograd.grad(mass * (inside.exp() * (inside - logp)).sum(), theta)
+    torch.testing.assert_close(found, pull)

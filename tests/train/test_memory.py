@@ -154,6 +154,8 @@ def test_adapters_that_are_added_in_while_sampling_are_counted():
     limits = Engine(policy.model).limits(4)
     for steps, expected in ((64, bytes_), (8, 0)):
         assert rollout(Sampled(policy, 4, 9, steps, limits))["adapters added in"] == expected
+    shares = rollout(Sampled(policy, 4, 9, 64, limits), kept=1 << 20)  # small blocks fit into the room that is there
+    assert sum(shares.values()) - shares["packed weights"] == 1 << 20
 
 
 @pytest.mark.skipif(native.library() is None, reason="without the compiled loops no weights are laid out anew")

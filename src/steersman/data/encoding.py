@@ -25,14 +25,14 @@ GB2312, cp1252 reads Latin-1 as it is met."""
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def decode(content: bytes, file: str, encoding: str | None = None) -> str:
-    """The text of a file, a byte order mark at its beginning left out.
+def decode(content: bytes, file: str, encoding: str | None = None, key: str | None = None) -> str:
+    """The text of a file, a byte order mark at its beginning left out. `key` is the recipe's key for `encoding`.
 
     Raises SteersmanError, with the line of the first byte that does not fit and, where none was named, the encoding
     that the file looks to be in.
     """
     if encoding is None and is_wide(content):
-        raise SteersmanError(f"{file}: not UTF-8; {not_utf8(content)}")
+        raise SteersmanError(f"{file}: not UTF-8; {not_utf8(content, key)}")
     try:
         text = content.decode(encoding or "utf-8").removeprefix("\ufeff")
         if encoding:
@@ -42,11 +42,10 @@ def decode(content: bytes, file: str, encoding: str | None = None) -> str:
         start = error.start if isinstance(error, UnicodeDecodeError) else 0
         line = content.count(b"\n", 0, start) + 1
         if encoding:
-            raise SteersmanError(
-                f"{file}, line {line}: the file is not in the encoding that data.encoding names, {encoding} ({error})"
-            ) from error
+            named = f"that {key or 'encoding'} names, {encoding}"
+            raise SteersmanError(f"{file}, line {line}: the file is not in the encoding {named} ({error})") from error
         byte = f"byte {content[start]:#04x} is not UTF-8"
-        raise SteersmanError(f"{file}, line {line}: {byte}; {not_utf8(content)}") from error
+        raise SteersmanError(f"{file}, line {line}: {byte}; {not_utf8(content, key)}") from error
 
 
 def is_wide(content: bytes) -> bool:
@@ -55,19 +54,20 @@ def is_wide(content: bytes) -> bool:
     return _marked(content) is not None or 4 * head.count(0) > len(head)
 
 
-def not_utf8(content: bytes) -> str:
-    """What to do with a file that is not UTF-8, with its probable encoding and how it begins to read in it."""
+def not_utf8(content: bytes, key: str | None = None) -> str:
+    """What to do with a file that is not UTF-8, with its probable encoding and how it begins to read in it.
+
+    `key` is the recipe's key that names an encoding, where there is one.
+    """
     name = _marked(content) or _guess(content)
     if name is None:
-        return "save the file as UTF-8, or name its encoding in data.encoding"
+        return "save the file as UTF-8" + (f", or name its encoding in {key}" if key else "")
     text = content.decode(name, errors="replace").removeprefix("\ufeff")
     odd = next((i for i, c in enumerate(text) if ord(c) > 127), 0)
     shown = text[max(0, odd - 10) : odd + 20]
     also = {"gb18030": " (GBK)", "cp1252": " (Latin-1)"}.get(name, "")
-    return (
-        f"the file looks like {name}{also}, in which it reads {shown!r}: set data.encoding: {name} "
-        "if that is right, or save the file as UTF-8"
-    )
+    setting = f"set {key}: {name} if that is right, or " if key else ""
+    return f"the file looks like {name}{also}, in which it reads {shown!r}: {setting}save the file as UTF-8"
 
 
 def check_encoding(name: str) -> str:

@@ -142,6 +142,7 @@ def _read(config: DataConfig, bad: BadRows, path: str) -> Iterator[Row]:
         bad,
         text_split=config.text_split,
         encoding=config.encoding,
+        encoding_key="data.encoding",
         subset=config.subset,
         hub_split=config.hub_split,
     )

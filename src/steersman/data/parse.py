@@ -24,12 +24,13 @@ TOOL_FIELDS = ("tool_calls", "tools", "arguments", "function_call")
 """Fields inside which a null that the container invented would be shown to the model."""
 
 
-def jsonl(stream: BinaryIO, file: str, bad: BadRows) -> Iterator[Row]:
-    """One object a line, read line by line. A line that is none is a bad row."""
+def jsonl(stream: BinaryIO, file: str, bad: BadRows, key: str | None = None) -> Iterator[Row]:
+    """One object a line, read line by line. A line that is none is a bad row. `key` is the recipe's key that names an
+    encoding."""
     head = stream.read(HEAD)
     if is_wide(head):
-        decode(head, file)  # which says what to do
-    advice = functools.cache(lambda: not_utf8(head))
+        decode(head, file, key=key)  # which says what to do
+    advice = functools.cache(lambda: not_utf8(head, key))
     lines = enumerate(_lines(head, stream), 1)
     filled: Iterator[tuple[int, bytes]] = ((number, raw) for number, raw in lines if raw.strip())
     for number, raw in filled:

@@ -28,6 +28,7 @@ def read_rows(
     *,
     text_split: str = "auto",
     encoding: str | None = None,
+    encoding_key: str | None = None,
     subset: str | None = None,
     hub_split: str = "train",
 ) -> Iterator[Row]:
@@ -35,7 +36,7 @@ def read_rows(
 
     `text_split` says how plain text is cut into rows: "lines", "blank" (at blank lines), a separator line
     such as `<|endoftext|>`, or "auto" (that separator if it occurs, else blank lines, else lines).
-    `encoding` is that of all files but Parquet's; None is UTF-8.
+    `encoding` is that of all files but Parquet's; None is UTF-8. Errors name the recipe's key for it, `encoding_key`.
 
     Raises SteersmanError for a path that does not exist, an empty or unreadable file, and, unless `bad` says
     to skip, at the first row that is broken or no object.
@@ -54,7 +55,7 @@ def read_rows(
         if paths is None:
             yield from _hub(str(one), subset, hub_split, bad)
         for path in paths or []:
-            yield from _file(path, bad, text_split, encoding)
+            yield from _file(path, bad, text_split, encoding, encoding_key)
 
 
 def local_files(source: str | Path) -> list[Path] | None:
@@ -88,17 +89,17 @@ def _kind(path: Path) -> str | None:
     return next((s for s in SUFFIXES if name.endswith(s)), None)
 
 
-def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None) -> Iterator[Row]:
+def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None, key: str | None) -> Iterator[Row]:
     kind = _kind(path)
     if kind is None:
         raise SteersmanError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}, each also as .gz")
     name, count = str(path), 0
     if kind in (".jsonl", ".ndjson") and encoding is None:
-        rows = _line_by_line(path, bad)
+        rows = _line_by_line(path, bad, key)
     elif kind == ".parquet" and path.suffix.lower() != ".gz":
         rows = parse.parquet(path, name, bad)
     else:
-        rows = _whole(path, kind, bad, text_split, encoding)
+        rows = _whole(path, kind, bad, text_split, encoding, key)
     for row in rows:
         count += 1
         yield row
@@ -107,26 +108,28 @@ def _file(path: Path, bad: BadRows, text_split: str, encoding: str | None) -> It
         raise SteersmanError(f"{path}: the file {what}")
 
 
-def _line_by_line(path: Path, bad: BadRows) -> Iterator[Row]:
+def _line_by_line(path: Path, bad: BadRows, key: str | None) -> Iterator[Row]:
     with _readable(path), gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-        yield from parse.jsonl(stream, str(path), bad)  # type: ignore[arg-type]
+        yield from parse.jsonl(stream, str(path), bad, key)  # type: ignore[arg-type]
 
 
-def _whole(path: Path, kind: str, bad: BadRows, text_split: str, encoding: str | None) -> Iterator[Row]:
+def _whole(
+    path: Path, kind: str, bad: BadRows, text_split: str, encoding: str | None, key: str | None
+) -> Iterator[Row]:
     name, content = str(path), _bytes(path)
     if not content.strip():
         return iter(())
     if encoding is not None and kind != ".parquet":
-        content = decode(content, name, encoding).encode("utf-8")
+        content = decode(content, name, encoding, key).encode("utf-8")
     if kind in (".jsonl", ".ndjson"):
-        return parse.jsonl(BytesIO(content), name, bad)
+        return parse.jsonl(BytesIO(content), name, bad, key)
     if kind == ".parquet":
         return parse.parquet(content, name, bad)
     if kind == ".json":
-        return parse.json_file(decode(content, name), name, bad)
+        return parse.json_file(decode(content, name, key=key), name, bad)
     if kind == ".txt":
-        return parse.text(decode(content, name), name, text_split)
-    return parse.csv_file(decode(content, name), name, kind, bad)
+        return parse.text(decode(content, name, key=key), name, text_split)
+    return parse.csv_file(decode(content, name, key=key), name, kind, bad)
 
 
 def _empty(path: Path) -> bool:

@@ -17,6 +17,11 @@ while k2 in a loss has d_t in the place of the inner sum. For answers of one tok
 language of three steps it is off by a third of the gradient's length (tests/ops, by enumeration). The exact forms are
 k1 in the reward, whose return is that inner sum, and `k1_to_go` in the loss, which is the equation above. k3 is for
 reading, or in a loss where a paper says so (GRPO, arXiv 2402.03300, eq. 4).
+
+Where sampling is truncated, pi allows the tokens A of a state and ref, which stays whole, gives them the mass m < 1.
+k1 is unbiased as before. k3's expectation is KL(pi || ref) - (1 - m), too small by the mass cut off; in a loss
+its gradient is that of m KL(ref(. | A) || pi), so it pulls toward the reference renormalised on what is allowed, and
+less the more was cut.
 """
 
 from __future__ import annotations

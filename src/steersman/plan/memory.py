@@ -36,6 +36,8 @@ CONTEXT = 512 << 20
 WIDE = 4
 """Tensors of a layer's widest size that live at once in a forward pass without gradients, and in a layer's backward
 pass beside what was kept for it: gate, up, their product and one that is being made."""
+MAPPED = 32 << 20
+"""Bytes of a block from which the C library asks the system for it and gives it back; smaller ones it keeps."""
 SAMPLING = 3
 """Tensors of rows x vocabulary in a step of sampling: logits, the tempered ones, cumulative weights."""
 
@@ -131,12 +133,14 @@ def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
     rows, columns = live_cache_size(limits.rows, sampled.longest, sampled.new_tokens, sampled.sequences)
     reads = min(max(limits.prefill_tokens, sampled.longest), sampled.sequences * sampled.longest)
     cache = kv_cache_bytes(config, rows, columns, dtype) + kv_cache_bytes(config, 1, reads, dtype)
+    added = folded_bytes(model) if lasts(sampled.new_tokens) else 0
+    reused = cache + (added if _widest(model) * config.get_text_config().hidden_size < MAPPED else 0)
     logits = SAMPLING * rows * config.get_text_config().vocab_size * 4 + WIDE * _widest(model) * reads
     return {
         "packed weights": packed_bytes(model, sampled.new_tokens),
-        "adapters added in": folded_bytes(model) if lasts(sampled.new_tokens) else 0,
+        "adapters added in": added,
         "cache": cache,
-        "logits": max(logits, kept - cache),
+        "logits": max(logits, kept - reused),
     }
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from steersman.data import read_rows
+from steersman.data.encoding import check_encoding
 from steersman.metrics import Corpus, Metric, metric
 from steersman.reward.metrics import inputs
 from steersman.run.config import Section
@@ -39,6 +40,9 @@ class EvaluateRecipe(Section):
     """Metrics over the completions of `file`, or over what a model answers (`generate`)."""
 
     file: str | None = Field(default=None, description="rows with completions: jsonl, json, csv, tsv, parquet")
+    encoding: str | None = Field(
+        default=None, description="encoding of `file`, such as gb18030, big5, utf-16 or cp1252; null: UTF-8"
+    )
     completion: str = Field(default="completion", description="the column of the texts to judge")
     prompt: str = Field(default="prompt", description="the column of the prompts, for metrics that read sources")
     generate: GenerateRecipe | None = Field(default=None, description="answers of a model in the place of a file")
@@ -55,6 +59,11 @@ class EvaluateRecipe(Section):
         listed = [listed] if isinstance(listed, str) else listed
         return {str(name): {} for name in listed} if isinstance(listed, list) else value
 
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        return None if value is None else check_encoding(value)
+
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
         own = ("run.devices", *(f"parallel.{key}" for key in ParallelConfig.model_fields))
@@ -64,6 +73,8 @@ class EvaluateRecipe(Section):
     def _one_source(self) -> EvaluateRecipe:
         if (self.file is None) == (self.generate is None):
             raise ValueError("give either a file of completions or the section generate")
+        if self.encoding is not None and self.file is None:
+            raise ValueError("encoding is of the file of completions, and none is given; see generate.data.encoding")
         if not self.metrics:
             raise ValueError("give metrics, such as --metrics '[rougeL, chrf]'; docs/metrics.md lists them")
         return self
@@ -121,7 +132,7 @@ def judge(one: Metric, name: str, samples: list[Sample], columns: dict[str, str]
 def _from_file(recipe: EvaluateRecipe) -> list[Sample]:
     assert recipe.file is not None
     samples = []
-    for row in read_rows(recipe.file):
+    for row in read_rows(recipe.file, encoding=recipe.encoding, encoding_key="encoding"):
         text = row.data.get(recipe.completion)
         if not isinstance(text, str):
             have = ", ".join(row.data)
