@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
-from steersman.rollout.batch import ActionMask, RunningBatch
+from steersman.rollout.batch import RunningBatch
 from steersman.rollout.decoder import Decoder, generating
 from steersman.rollout.port import Limits, Progress, Stepper
+from steersman.rollout.responses import ActionMask
 from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
 from steersman.types import Prompt, Sample, Stats, SteersmanError
