@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -18,43 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.ops.distributions import top_p_mask
+from steersman.rollout.next_token import NextToken
 from steersman.rollout.port import Limits, Progress, Stepper
-from steersman.rollout.sampling import Sampling, draw, restrict, uniforms
-from steersman.types import Finish, Prompt, Sample, SteersmanError
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class Drawing:
-    """How some of the sequences are drawn, and what decodes them. With `likeliest`, each token's log-probability is
-    noted, and those of so many likeliest tokens."""
-
-    sampling: Sampling
-    texts: Any
-    likeliest: int | None = None
-
-
-@dataclass(slots=True, frozen=True)
-class Likeliest:
-    """A drawn token's log-probability (nats; temperature 1, nothing cut off) and the likeliest tokens with theirs."""
-
-    logp: float
-    others: list[tuple[int, float]]
-
-
-@dataclass(slots=True)
-class RunningResponse:
-    """A response while it grows. `order` is its place in the result."""
-
-    prompt: Prompt
-    index: int
-    order: int
-    uniform: np.ndarray | None
-    how: Drawing
-    ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    support: list[Tensor] | None = None
-    likeliest: list[Likeliest] = field(default_factory=list)
+from steersman.rollout.responses import ActionMask, Drawing, RunningResponse
+from steersman.rollout.sampling import Sampling, uniforms
+from steersman.types import Prompt, Sample
 
 
 @dataclass(slots=True)
@@ -72,16 +40,6 @@ def live_cache_size(rows: int, longest: int, new_tokens: int, sequences: int) ->
     length = longest + new_tokens
     slack = max(64, length // 4) if sequences > rows else 0
     return rows, -(-(length + slack) // 16) * 16
-
-
-@dataclass(slots=True, frozen=True)
-class ActionMask:
-    """NLPO's masking policy: a token may be sampled only if it lies in this model's nucleus of mass `top_p`, or ends
-    the response."""
-
-    decoder: Stepper
-    top_p: float
-    min_tokens: int
 
 
 class RunningBatch:
@@ -103,18 +61,14 @@ class RunningBatch:
         cut: Callable[[], bool] | None = None,
     ) -> None:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
-        self.action_mask, self.version = action_mask, version
         self.sampling, self.limits, self.progress = sampling, limits, progress
         self.how = Drawing(sampling, texts)
         self.is_cut = cut or (lambda: False)
         self.device = decoder.model.device
-        self.ends = frozenset(end_ids)
-        self.end_ids = torch.tensor(sorted(self.ends), dtype=torch.long, device=self.device)
-        width = decoder.model.get_output_embeddings().weight.shape[0]
-        padding = [] if known is None else [v for v in range(known, width) if v not in self.ends]
-        self.padding = torch.tensor(padding, dtype=torch.long, device=self.device)  # ids that the tokenizer lacks
-        self.cut = sampling.truncates or action_mask is not None
-        self.record = record_support and (self.cut or bool(padding) or sampling.min_new_tokens > 0)
+        self.next_token = NextToken(
+            sampling, end_ids, known=known, width=decoder.model.get_output_embeddings().weight.shape[0],
+            record=record_support, action_mask=action_mask, version=version, device=self.device,
+        )  # fmt: skip
         self.waiting: deque[tuple[Prompt, list[RunningResponse]]] = deque()
         self.prefilled: deque[Prefilled] = deque()
         self.live: list[RunningResponse] = []
@@ -164,7 +118,7 @@ class RunningBatch:
                 u = None
                 if not self.sampling.greedy:
                     u = uniforms(seed, prompt.index, occurrence, j, self.sampling.max_new_tokens)
-                support = [] if self.record else None
+                support = [] if self.next_token.record else None
                 group.append(RunningResponse(prompt, j, place * n + j, u, self.how, support=support))
             self.waiting.append((prompt, group))
         self.waiting = deque(sorted(self.waiting, key=lambda item: -len(item[0].ids)))
@@ -215,7 +169,7 @@ class RunningBatch:
             if not self.sampling.greedy:
                 uniform = self._to_device(np.array([entry.sequence.uniform[0] for entry in some]))  # type: ignore[index]
             sequences = [entry.sequence for entry in some]
-            _, finished = self._sample([logits[rows] for _, logits in read], sequences, uniform)
+            _, finished = self._draw([logits[rows] for _, logits in read], sequences, uniform)
             self.prefilled.extend(entry for i, entry in enumerate(some) if i not in finished)
 
     def _admit(self, entries: list[Prefilled]) -> None:
@@ -253,122 +207,27 @@ class RunningBatch:
         uniform = None
         if self.uniform is not None:
             uniform = self.uniform[:count].gather(1, position[1, :, None]).squeeze(1)
-        drawn, finished = self._sample(logits, self.live, uniform)
+        drawn, finished = self._draw(logits, self.live, uniform)
         position += 1
         self.last[:count] = drawn
         if finished:
             self._leave(finished)
 
-    def _sample(
+    def _draw(
         self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None
     ) -> tuple[Tensor, set[int]]:
-        """Draw one token for each sequence; returns the tokens and which sequences they finished."""
-        parts: dict[Drawing, list[int]] = {}
-        for row, sequence in enumerate(sequences):
-            parts.setdefault(sequence.how, []).append(row)
-        if len(parts) == 1:
-            return self._sample_alike(logits, sequences, uniform, sequences[0].how.sampling)
-        drawn, finished = torch.empty(len(sequences), dtype=torch.long, device=self.device), set()
-        for how, rows in parts.items():
-            at = torch.tensor(rows, device=self.device)
-            some, ended = self._sample_alike(
-                [one[at] for one in logits], [sequences[row] for row in rows],
-                None if uniform is None else uniform[at], how.sampling,
-            )  # fmt: skip
-            drawn[at] = some
-            finished |= {rows[i] for i in ended}
-        return drawn, finished
-
-    def _sample_alike(
-        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None, sampling: Sampling
-    ) -> tuple[Tensor, set[int]]:
-        """As `_sample`, for sequences that are all drawn in the same way."""
-        banned = None
-        if sampling.min_new_tokens and self.ends:
-            short = [len(s.ids) < sampling.min_new_tokens for s in sequences]
-            banned = torch.tensor(short, device=self.device) if any(short) else None
-        if len(self.padding):
-            logits = [one.index_fill(-1, self.padding, -torch.inf) for one in logits]
-        allowed = None if self.action_mask is None else self._actions(logits[1].float(), self.action_mask, banned)
-        x = restrict(logits[0], sampling, banned, self.end_ids, allowed)
-        drawn, logp = draw(x, None if sampling.greedy else uniform)
-        if self.record:
-            self._record(x, sequences)
-        if sequences[0].how.likeliest is not None:
-            self._note_likeliest(logits[0], drawn, sequences, sequences[0].how.likeliest)
-        finished = set()
-        for i, (sequence, token, lp) in enumerate(zip(sequences, drawn.tolist(), logp.tolist(), strict=True)):
-            if lp != lp:
-                raise SteersmanError(
-                    f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to "
-                    f"prompt {sequence.prompt.index}; its weights hold NaN or Inf, go back to a checkpoint"
-                )
-            sequence.ids.append(token)
-            sequence.logp.append(lp)
-            may_end = token in self.ends or sampling.stop or len(sequence.ids) == sampling.max_new_tokens
-            if may_end and self._ended(sequence, token):
-                finished.add(i)
+        """Draws a token for each sequence: the tokens, and which sequences ended; their samples are filed."""
+        drawn, finished = self.next_token.draw(logits, sequences, uniform)
         self.tokens += len(sequences)
-        return drawn, finished
-
-    def _actions(self, logits: Tensor, mask: ActionMask, banned: Tensor | None) -> Tensor:
-        """The nucleus of the masking policy among the tokens that may come at all, and every end token: [B, V]."""
-        if banned is not None:
-            ends = logits[:, self.end_ids].masked_fill(banned[:, None], -torch.inf)
-            logits = logits.index_copy(-1, self.end_ids, ends)
-        return top_p_mask(logits, mask.top_p, mask.min_tokens).index_fill(-1, self.end_ids, True)
-
-    def _record(self, x: Tensor, sequences: list[RunningResponse]) -> None:
-        """Note which tokens each sequence could have drawn."""
-        if self.cut:
-            keep = x != -torch.inf
-            ids = keep.nonzero()[:, 1].cpu().split(keep.sum(-1).tolist())
-        else:  # only padding and end tokens were banned: all rows share two lists
-            every = torch.arange(x.shape[-1])
-            every = every[~torch.isin(every, self.padding.cpu())]
-            other = every[~torch.isin(every, self.end_ids.cpu())]
-            ids = [other if len(s.ids) < self.sampling.min_new_tokens else every for s in sequences]
-        for sequence, some in zip(sequences, ids, strict=True):
-            sequence.support.append(some)  # type: ignore[union-attr]
-
-    def _note_likeliest(self, logits: Tensor, drawn: Tensor, sequences: list[RunningResponse], count: int) -> None:
-        logp = logits.float().log_softmax(-1)
-        own = logp.gather(-1, drawn[:, None]).squeeze(-1).tolist()
-        top = logp.topk(count, dim=-1)
-        for row, (sequence, values, ids) in enumerate(
-            zip(sequences, top.values.tolist(), top.indices.tolist(), strict=True)
-        ):
-            sequence.likeliest.append(Likeliest(own[row], list(zip(ids, values, strict=True))))
-
-    def _ended(self, sequence: RunningResponse, token: int) -> bool:
-        """Whether the token just appended ends the response; if so, file the sample."""
-        finish: Finish | None = None
-        text = None
-        if token in self.ends:
-            finish = "eos"
-        elif len(sequence.ids) >= sequence.how.sampling.min_new_tokens:
-            text = sequence.how.texts.stopped(sequence.prompt.ids, sequence.ids)
-            finish = None if text is None else "stop"
-        if finish is None and len(sequence.ids) == sequence.how.sampling.max_new_tokens:
-            finish = "length"
-        if finish is None:
-            return False
-        if text is None:
-            text = sequence.how.texts.response(
-                sequence.prompt.ids, sequence.ids[: len(sequence.ids) - (finish == "eos")]
-            )
-        self.done[sequence.order] = Sample(
-            sequence.prompt, sequence.ids, sequence.logp, finish, text, sequence.index, sequence.support,
-            version=[self.version] * len(sequence.ids),
-        )  # fmt: skip
-        return True
+        for row, sample in finished.items():
+            self.done[sequences[row].order] = sample
+        return drawn, set(finished)
 
     def _file_unfinished(self) -> None:
         """Files every response that has not ended, as far as it is; its text is left out."""
         waiting = [sequence for _, group in self.waiting for sequence in group]
         for s in [*waiting, *(entry.sequence for entry in self.prefilled), *self.live]:
-            version = [self.version] * len(s.ids)
-            self.done[s.order] = Sample(s.prompt, s.ids, s.logp, "length", "", s.index, s.support, version=version)
+            self.done[s.order] = s.sample("length", "", self.next_token.version)
         for decoder in self.decoders:
             decoder.live.keep(0, [])
 

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
-from steersman.rollout.batch import ActionMask, RunningBatch
+from steersman.rollout.batch import RunningBatch
 from steersman.rollout.decoder import Decoder, generating
 from steersman.rollout.joining import joinable
 from steersman.rollout.port import Joinable, Limits, Progress, Stepper
+from steersman.rollout.responses import ActionMask
 from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
 from steersman.types import Prompt, Sample, Stats, SteersmanError

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from steersman.rollout.batch import ActionMask, RunningBatch, RunningResponse
+from steersman.rollout.batch import RunningBatch
 from steersman.rollout.decoder import generating
 from steersman.rollout.port import Limits
+from steersman.rollout.responses import ActionMask, RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
 from steersman.types import Prompt, Sample
 
@@ -47,7 +48,7 @@ class JoinableBatch:
         batch, made = self.batch, []
         for prompt, seed in zip(prompts, seeds, strict=True):
             luck = None if self.sampling.greedy else uniforms(seed, prompt.index, 0, 0, self.sampling.max_new_tokens)
-            support = [] if batch.record else None
+            support = [] if batch.next_token.record else None
             made.append(RunningResponse(prompt, 0, batch.next_order(), luck, batch.how, support=support))
         alike: dict[tuple[int, ...], list[RunningResponse]] = {}
         for response in sorted(made, key=lambda r: -len(r.prompt.ids)):

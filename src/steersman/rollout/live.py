@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from steersman.rollout.batch import Drawing, RunningBatch, RunningResponse
+from steersman.rollout.batch import RunningBatch
 from steersman.rollout.decoder import generating
 from steersman.rollout.engine import Engine
 from steersman.rollout.port import Limits
+from steersman.rollout.responses import Drawing, RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
 from steersman.types import Prompt, Sample, SteersmanError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from steersman.rollout.batch import Likeliest
+from steersman.rollout.responses import Likeliest
 
 LOWEST = -9999.0
 """Stands for a probability of 0, which JSON can not hold as a logarithm."""

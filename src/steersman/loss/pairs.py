@@ -1,0 +1,134 @@
+"""Two answers to one prompt as a loss sees them: log-probabilities and lengths, summed under their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steersman.ops.masked import masked_sum
+
+Explain = dict[str, Tensor]
+
+
+class PairLogp(NamedTuple):
+    """What a pair's loss may look at, one number per pair, masks already applied.
+
+    `chosen` and `rejected` are log-probabilities of whole answers (nats), `ref_*` the reference's, `*_length`
+    the number of tokens that counted, `*_kl` the sequential divergence sum_t KL(pi_ref(. | s_t) || pi(. | s_t))
+    over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
+    losses with `takes_offset` read it). `own` is how much both answers are like the policy's own: over the two, the
+    sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient.
+    What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks is a TypeError.
+    """
+
+    chosen: Float[Tensor, " B"]
+    rejected: Float[Tensor, " B"]
+    chosen_length: Float[Tensor, " B"]
+    rejected_length: Float[Tensor, " B"]
+    ref_chosen: Float[Tensor, " B"] | None = None
+    ref_rejected: Float[Tensor, " B"] | None = None
+    chosen_kl: Float[Tensor, " B"] | None = None
+    rejected_kl: Float[Tensor, " B"] | None = None
+    offset: Float[Tensor, " B"] | None = None
+    own: Float[Tensor, " B"] | None = None
+
+    def swapped(self) -> PairLogp:
+        """The same answers under the opposite label."""
+        return PairLogp(
+            self.rejected, self.chosen, self.rejected_length, self.chosen_length, self.ref_rejected, self.ref_chosen,
+            self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset, self.own,
+        )  # fmt: skip
+
+
+def pair_logp(
+    chosen: Float[Tensor, "B T"],
+    chosen_mask: Bool[Tensor, "B T"],
+    rejected: Float[Tensor, "B S"],
+    rejected_mask: Bool[Tensor, "B S"],
+    *,
+    ref_chosen: Float[Tensor, "B T"] | None = None,
+    ref_rejected: Float[Tensor, "B S"] | None = None,
+    chosen_kl: Float[Tensor, "B T"] | None = None,
+    rejected_kl: Float[Tensor, "B S"] | None = None,
+    chosen_own: Float[Tensor, "B T"] | None = None,
+    rejected_own: Float[Tensor, "B S"] | None = None,
+) -> PairLogp:
+    """Sum per-token log-probabilities (and divergences) over the tokens that count: the one place for masks."""
+
+    def total(x: Tensor | None, mask: Tensor) -> Tensor | None:
+        return None if x is None else masked_sum(x, mask, -1)
+
+    chosen_length, rejected_length = chosen_mask.sum(-1).to(chosen.dtype), rejected_mask.sum(-1).to(chosen.dtype)
+    own = None
+    if chosen_own is not None and rejected_own is not None:
+        sides = ((chosen_own, chosen_mask, chosen_length), (rejected_own, rejected_mask, rejected_length))
+        own = sum(
+            (masked_sum(x, mask, -1) / length.clamp(min=1) for x, mask, length in sides), start=chosen.new_zeros(())
+        )
+        own = own.detach()
+    return PairLogp(
+        masked_sum(chosen, chosen_mask, -1),
+        masked_sum(rejected, rejected_mask, -1),
+        chosen_length,
+        rejected_length,
+        total(ref_chosen, chosen_mask),
+        total(ref_rejected, rejected_mask),
+        total(chosen_kl, chosen_mask),
+        total(rejected_kl, rejected_mask),
+        own=own,
+    )
+
+
+def log_ratios(pair: PairLogp) -> tuple[Tensor, Tensor]:
+    """rho(w), rho(l)."""
+    if pair.ref_chosen is None or pair.ref_rejected is None:
+        raise TypeError("this loss needs the log-probabilities of a reference: ref_chosen and ref_rejected")
+    return pair.chosen - pair.ref_chosen, pair.rejected - pair.ref_rejected
+
+
+def divergences(pair: PairLogp) -> tuple[Tensor, Tensor]:
+    """D(w), D(l)."""
+    if pair.chosen_kl is None or pair.rejected_kl is None:
+        raise TypeError("this loss needs the divergences from the reference: chosen_kl and rejected_kl")
+    return pair.chosen_kl, pair.rejected_kl
+
+
+def less_offset(lead: Tensor, pair: PairLogp) -> Tensor:
+    """The chosen answer's lead, less what it should lead by."""
+    return lead if pair.offset is None else lead - pair.offset
+
+
+def explained(chosen: Tensor, rejected: Tensor) -> Explain:
+    """The implicit rewards of both answers and their margin, without gradient."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}
+
+
+def chosen_nll(pair: PairLogp, length_normalised: bool = True) -> Float[Tensor, " B"]:
+    """-log pi(w) / |w| (or -log pi(w)): add it, weighted, to any loss whose chosen likelihood falls.
+
+    Source: arXiv 2404.19733, eq. 1 (per token); arXiv 2401.08417, section 3 (whole answer).
+    """
+    return -pair.chosen / pair.chosen_length.clamp(min=1) if length_normalised else -pair.chosen
+
+
+def soft_labelled(
+    loss: Callable[[PairLogp], tuple[Float[Tensor, " B"], Explain]], pair: PairLogp, agreement: Float[Tensor, " B"]
+) -> tuple[Float[Tensor, " B"], Explain]:
+    """Any pair loss under a soft label: its expectation when the label is drawn by one of the raters.
+
+        a L(w, l) + (1 - a) L(l, w)
+
+    `agreement` a in [0, 1] is the share of raters who preferred the first answer. Since a population's loss is
+    linear in how often a pair is labelled each way, the optimum is that of the raters' single votes. What is
+    explained is the pair in the given order. For DPO this is cross-entropy with a as the target.
+
+    Source: arXiv 2310.12036 (a preference is one draw of a Bernoulli variable).
+    """
+    value, explain = loss(pair)
+    if bool((agreement == 1).all()):
+        return value, explain
+    return agreement * value + (1 - agreement) * loss(pair.swapped())[0], explain

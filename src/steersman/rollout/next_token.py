@@ -1,0 +1,144 @@
+"""The next token of each running response: what may come, the draw, and whether it ends the response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steersman.ops.distributions import top_p_mask
+from steersman.rollout.responses import ActionMask, Drawing, Likeliest, RunningResponse
+from steersman.rollout.sampling import Sampling, draw, restrict
+from steersman.types import Finish, Sample, SteersmanError
+
+
+class NextToken:
+    """Draws the next tokens of a batch.
+
+    `known` is how many ids the tokenizer has, `width` how many the model scores; those beyond are never drawn.
+    Samples carry `version`, that of the weights. With `record` each response keeps the ids that it could have
+    drawn, where any were cut away.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        end_ids: Sequence[int],
+        *,
+        known: int | None,
+        width: int,
+        record: bool,
+        action_mask: ActionMask | None,
+        version: int,
+        device: torch.device,
+    ) -> None:
+        self.sampling, self.action_mask = sampling, action_mask
+        self.version, self.device = version, device
+        self.ends = frozenset(end_ids)
+        self.end_ids = torch.tensor(sorted(self.ends), dtype=torch.long, device=device)
+        padding = [] if known is None else [v for v in range(known, width) if v not in self.ends]
+        self.padding = torch.tensor(padding, dtype=torch.long, device=device)  # ids that the tokenizer lacks
+        self.cut = sampling.truncates or action_mask is not None
+        self.record = record and (self.cut or bool(padding) or sampling.min_new_tokens > 0)
+
+    def draw(
+        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None
+    ) -> tuple[Tensor, dict[int, Sample]]:
+        """Draws one token for each sequence: the tokens, and the samples of the sequences that they finished."""
+        parts: dict[Drawing, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            parts.setdefault(sequence.how, []).append(row)
+        if len(parts) == 1:
+            return self._draw_alike(logits, sequences, uniform, sequences[0].how.sampling)
+        drawn = torch.empty(len(sequences), dtype=torch.long, device=self.device)
+        finished: dict[int, Sample] = {}
+        for how, rows in parts.items():
+            at = torch.tensor(rows, device=self.device)
+            some, ended = self._draw_alike(
+                [one[at] for one in logits], [sequences[row] for row in rows],
+                None if uniform is None else uniform[at], how.sampling,
+            )  # fmt: skip
+            drawn[at] = some
+            finished |= {rows[i]: sample for i, sample in ended.items()}
+        return drawn, finished
+
+    def _draw_alike(
+        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None, sampling: Sampling
+    ) -> tuple[Tensor, dict[int, Sample]]:
+        """As `draw`, for sequences that are all drawn in the same way."""
+        banned = None
+        if sampling.min_new_tokens and self.ends:
+            short = [len(s.ids) < sampling.min_new_tokens for s in sequences]
+            banned = torch.tensor(short, device=self.device) if any(short) else None
+        if len(self.padding):
+            logits = [one.index_fill(-1, self.padding, -torch.inf) for one in logits]
+        allowed = None if self.action_mask is None else self._actions(logits[1].float(), self.action_mask, banned)
+        x = restrict(logits[0], sampling, banned, self.end_ids, allowed)
+        drawn, logp = draw(x, None if sampling.greedy else uniform)
+        if self.record:
+            self._record(x, sequences)
+        if sequences[0].how.likeliest is not None:
+            _note_likeliest(logits[0], drawn, sequences, sequences[0].how.likeliest)
+        finished: dict[int, Sample] = {}
+        for i, (sequence, token, lp) in enumerate(zip(sequences, drawn.tolist(), logp.tolist(), strict=True)):
+            if lp != lp:
+                raise SteersmanError(
+                    f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to "
+                    f"prompt {sequence.prompt.index}; its weights hold NaN or Inf, go back to a checkpoint"
+                )
+            sequence.ids.append(token)
+            sequence.logp.append(lp)
+            may_end = token in self.ends or sampling.stop or len(sequence.ids) == sampling.max_new_tokens
+            sample = self._ended(sequence, token) if may_end else None
+            if sample is not None:
+                finished[i] = sample
+        return drawn, finished
+
+    def _actions(self, logits: Tensor, mask: ActionMask, banned: Tensor | None) -> Tensor:
+        """The nucleus of the masking policy among the tokens that may come at all, and every end token: [B, V]."""
+        if banned is not None:
+            ends = logits[:, self.end_ids].masked_fill(banned[:, None], -torch.inf)
+            logits = logits.index_copy(-1, self.end_ids, ends)
+        return top_p_mask(logits, mask.top_p, mask.min_tokens).index_fill(-1, self.end_ids, True)
+
+    def _record(self, x: Tensor, sequences: list[RunningResponse]) -> None:
+        """Note which tokens each sequence could have drawn."""
+        if self.cut:
+            keep = x != -torch.inf
+            ids = keep.nonzero()[:, 1].cpu().split(keep.sum(-1).tolist())
+        else:  # only padding and end tokens were banned: all rows share two lists
+            every = torch.arange(x.shape[-1])
+            every = every[~torch.isin(every, self.padding.cpu())]
+            other = every[~torch.isin(every, self.end_ids.cpu())]
+            ids = [other if len(s.ids) < self.sampling.min_new_tokens else every for s in sequences]
+        for sequence, some in zip(sequences, ids, strict=True):
+            sequence.support.append(some)  # type: ignore[union-attr]
+
+    def _ended(self, sequence: RunningResponse, token: int) -> Sample | None:
+        """The finished sample where the token just appended ends the response."""
+        finish: Finish | None = None
+        text = None
+        if token in self.ends:
+            finish = "eos"
+        elif len(sequence.ids) >= sequence.how.sampling.min_new_tokens:
+            text = sequence.how.texts.stopped(sequence.prompt.ids, sequence.ids)
+            finish = None if text is None else "stop"
+        if finish is None and len(sequence.ids) == sequence.how.sampling.max_new_tokens:
+            finish = "length"
+        if finish is None:
+            return None
+        if text is None:
+            ids = sequence.ids[: len(sequence.ids) - (finish == "eos")]
+            text = sequence.how.texts.response(sequence.prompt.ids, ids)
+        return sequence.sample(finish, text, self.version)
+
+
+def _note_likeliest(logits: Tensor, drawn: Tensor, sequences: list[RunningResponse], count: int) -> None:
+    logp = logits.float().log_softmax(-1)
+    own = logp.gather(-1, drawn[:, None]).squeeze(-1).tolist()
+    top = logp.topk(count, dim=-1)
+    for row, (sequence, values, ids) in enumerate(
+        zip(sequences, top.values.tolist(), top.indices.tolist(), strict=True)
+    ):
+        sequence.likeliest.append(Likeliest(own[row], list(zip(ids, values, strict=True))))

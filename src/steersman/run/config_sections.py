@@ -1,0 +1,104 @@
+"""Sections of settings: what they know, their defaults, and one laid over another."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A few settings of one stage: frozen, complete, and refusing what it does not know.
+
+    Every field has `Field(default=..., description=...)`, by keyword: type checkers miss a positional default.
+    Limits are `Field(gt=0)` and the like; rules over several fields are `@model_validator(mode="after")`
+    methods that raise ValueError.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+    )
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        """Dotted keys of shared sections that the recipe's verb does not read. They are left out of its help, and
+        another value than the default is refused."""
+        return frozenset()
+
+
+def walk_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key below `model` as (dotted key, pydantic FieldInfo), sections before their own keys."""
+    for name, info in model.model_fields.items():
+        yield prefix + name, info
+        inner = section_of(info.annotation)
+        if inner is not None:
+            yield from walk_keys(inner, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The one Section class that an annotation such as `Optim` or `Optim | None` stands for, else None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = [section_of(a) for a in get_args(annotation) if a is not type(None)]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def items_of(annotation: Any, value: Any) -> list[tuple[str, dict[str, Any], type[Section]]]:
+    """The sections inside a `list[Section]` or `dict[str, Section]` value."""
+    args = get_args(annotation)
+    if get_origin(annotation) not in (list, tuple, dict) or not args:
+        return []
+    model = section_of(args[1] if get_origin(annotation) is dict else args[0])
+    if model is None or not isinstance(value, (list, dict)):
+        return []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(str(k), v, model) for k, v in pairs if isinstance(v, dict)]
+
+
+def defaults_of(model: type[Section]) -> dict[str, Any]:
+    """Defaults as nested plain data, so that a section given in part keeps the defaults of this recipe."""
+    out = {}
+    for name, info in model.model_fields.items():
+        if not info.is_required() and not info.default_factory_takes_validated_data:
+            default = info.get_default(call_default_factory=True)
+            out[name] = _plain(default) if isinstance(default, Section) else default
+        elif (inner := section_of(info.annotation)) is not None:
+            # A required section is begun empty, so that what is missing is told key by key.
+            out[name] = defaults_of(inner)
+    return out
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    """The section as plain data, without the defaults that follow other fields: those are not known yet."""
+    out = section.model_dump()
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            out[name] = _plain(value)
+        elif info.default_factory_takes_validated_data and name not in section.model_fields_set:
+            del out[name]
+    return out
+
+
+def merged(base: dict[str, Any], over: dict[str, Any], model: type[Section]) -> dict[str, Any]:
+    out = dict(base)
+    for name, value in over.items():
+        inner = section_of(model.model_fields[name].annotation)
+        optional = type(None) in get_args(model.model_fields[name].annotation)
+        if inner is not None and value is None and not optional:
+            value = {}
+        if inner is not None and isinstance(value, dict):
+            below = out.get(name)
+            out[name] = merged(below if isinstance(below, dict) else defaults_of(inner), value, inner)
+        else:
+            out[name] = value
+    return out
