@@ -11,7 +11,8 @@ from steersman.data import BadRows, Encoded, EncodedSet, Preference, RowError
 from steersman.data.rows import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
-from steersman.objectives.preference import PairLossConfig, PairObjective, right
+from steersman.objectives.batch import right, rounding
+from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.train.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
@@ -170,7 +171,9 @@ def test_pairs_that_the_length_limit_made_equal_are_named_or_left_out():
 
 def test_a_lead_that_is_rounding_is_half_right():
     lead, logp = torch.tensor([1e-5, -1e-5, 1e-3, -2.0, 0.0]), torch.tensor([-90.0, -90.0, -90.0, -1.0, -0.5])
-    assert right(lead, logp).tolist() == [0.5, 0.5, 1.0, 0.0, 0.5]
+    assert right(lead, tie=rounding(logp)).tolist() == [0.5, 0.5, 1.0, 0.0, 0.5]
+    raters = torch.tensor([0.9, 0.2, 0.2, 0.5, 0.9])
+    assert right(torch.tensor([1.0, 1.0, -1.0, 3.0, 0.0]), raters).tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
     made = objective(PairLossConfig(name="dpo"))
     made.known = {
         key: made._run(data, [0, 1, 2])[0] for key, data in ((id(d), d) for d in (made.train, made.held_out))

@@ -20,10 +20,10 @@ from steersman.reward import build_reward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.train.generators import open_generator
+from steersman.train.looks import before_and_after, first_and_last
 from steersman.train.models import policy_from, save_model
 from steersman.train.reference import Reference
 from steersman.train.session import Session
-from steersman.types import Stats
 
 
 def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         if session.stopped:
             return session.summary({})
         save_model(student, recipe.model, session.path / "model")
-        return session.summary({"model": str(session.path / "model"), **_before_and_after(session)})
+        looks = before_and_after(*first_and_last(session))
+        return session.summary({"model": str(session.path / "model"), **looks})
 
 
 def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, rows: Any) -> Teacher | OtherTokenizer:
@@ -80,14 +81,6 @@ def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, ro
 def _last(train: Taught, count: int) -> Taught:
     """The last few prompts of the training data, looked at where none are held out; their answers are not."""
     return Taught(train.prompts[-count:], train.taught[-count:]) if count else Taught()
-
-
-def _before_and_after(session: Session) -> Stats:
-    """The first and the last look at held-out data, by name."""
-    looks = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in session.metrics()]
-    looks = [look for look in looks if look] or [{}]
-    named = [("before", looks[0]), ("after", looks[-1])]
-    return {f"{k.removeprefix('held_out/')}_{when}": v for when, look in named for k, v in look.items()}
 
 
 def _preflight(session: Session, state: Distill, loaded: Loaded[Any], held: Taught, model: Reference | None) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
 from steersman.data import Encoded, EncodedList
 from steersman.distill.alignment import OtherTokenizer
@@ -15,6 +12,7 @@ from steersman.distill.rows import Taught
 from steersman.distill.teacher import Answer
 from steersman.objectives.supervised import SFT
 from steersman.run.micro import micro_batches
+from steersman.train.looks import STREAM, answer_row, standard_error
 from steersman.train.session import Session
 from steersman.train.tally import Tally
 from steersman.types import Stats
@@ -40,16 +38,10 @@ class Watch:
         stats = {} if self.given is None else self.given.evaluate()
         if not self.prompts:
             return stats
-        own = self.run.own(self.prompts, 1, (self.run.recipe.run.seed, 1 << 40), self.taught)
+        own = self.run.own(self.prompts, 1, (self.run.recipe.run.seed, STREAM), self.taught)
         stats |= {f"held_out/{name.replace('length/mean', 'length')}": x for name, x in own.stats.items()}
         stats |= self._distance(own.answers)
-        session.log.samples(
-            step,
-            [
-                {"index": s.prompt.index, "prompt": s.prompt.text, "completion": s.text, "finish": s.finish}
-                for s in own.samples
-            ],
-        )
+        session.log.samples(step, [answer_row(s) for s in own.samples])
         return stats
 
     def _distance(self, answers: list[Answer]) -> Stats:
@@ -65,11 +57,5 @@ class Watch:
         found = [objective.apart([answers[i] for i in part.tolist()], "reverse_kl") for part in parts]
         if isinstance(teacher, EndpointTeacher):
             teacher.forget(answers)
-        return _mean(torch.cat(found).double())
-
-
-def _mean(kl: Tensor) -> Stats:
-    stats = {"held_out/teacher_kl": float(kl.mean())}
-    if len(kl) > 1:
-        stats["held_out/teacher_kl_se"] = float(kl.std()) / math.sqrt(len(kl))
-    return stats
+        kl = torch.cat(found).double()
+        return {"held_out/teacher_kl": float(kl.mean())} | standard_error("held_out/teacher_kl_se", kl)

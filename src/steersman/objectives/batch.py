@@ -1,4 +1,4 @@
-"""Numbers of many answers at once, without gradients."""
+"""Numbers of many answers at once, without gradients, and whose lead is right."""
 
 from __future__ import annotations
 
@@ -34,3 +34,17 @@ def over_answers(groups: Sequence[Sequence[Encoded]], micro_tokens: int, run: Ca
 def scores_of(model: Any, groups: Sequence[Sequence[Encoded]], micro_tokens: int) -> Tensor:
     """The reward model's score of every answer, `[N]`."""
     return over_answers(groups, micro_tokens, model.score)
+
+
+def right(lead: Tensor, target: Tensor | None = None, tie: Tensor | float = 0.0) -> Tensor:
+    """1 where the lead is on the side that most raters are on (`target` above or below 1/2; the first side without
+    it), 1/2 for a lead of at most `tie`, 0 where raters are split or the lead is on the other side."""
+    side = torch.ones_like(lead) if target is None else (target - 0.5).sign()
+    even = lead.abs() <= tie
+    return torch.where(even, 0.5, (lead * side > 0).float()) * (side != 0)
+
+
+def rounding(logp: Tensor) -> Tensor:
+    """The lead that is rounding: at the start policy and reference are the same, and their log-probabilities `logp`
+    (nats) equal but for the last bits."""
+    return 1e-6 * logp.abs().clamp(min=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Feedback, collate
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
-from steersman.objectives.preference import right
+from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import in_order, my_micro_batches
 from steersman.train.held_prompts import HeldPrompts
@@ -194,7 +194,11 @@ class FeedbackObjective:
         loss, reward, lead = self.config.compared(logp, ref, label, threshold, self.weights)
         if self.config.nll:
             loss = loss - self.config.nll * torch.where(label, logp / tokens.mask.sum(-1).clamp(min=1), 0.0)
-        told = {"accuracy": right(torch.where(label, lead, -lead), logp.detach()), "logp": logp.detach(), "ref": ref}
+        told = {
+            "accuracy": right(torch.where(label, lead, -lead), tie=rounding(logp.detach())),
+            "logp": logp.detach(),
+            "ref": ref,
+        }
         return loss, told | {"reward": reward}
 
     def _labels(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> Tensor:

@@ -24,6 +24,7 @@ from steersman.data import (
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
+from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
 from steersman.train.held_prompts import HeldPrompts
@@ -189,7 +190,7 @@ class PairObjective:
 def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:
     """What explains a preference loss: both likelihoods apart, how far they moved, the implicit reward's margin."""
     told = {
-        "accuracy": right(explain["margin"], pair.chosen.detach()),
+        "accuracy": right(explain["margin"], tie=rounding(pair.chosen.detach())),
         "margin": explain["margin"],
         "logp/chosen": pair.chosen.detach(),
         "logp/rejected": pair.rejected.detach(),
@@ -198,10 +199,3 @@ def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:
         told["drift/chosen"] = pair.chosen.detach() - pair.ref_chosen
         told["drift/rejected"] = pair.rejected.detach() - pair.ref_rejected
     return told
-
-
-def right(lead: Tensor, logp: Tensor) -> Tensor:
-    """1 where the lead is positive, 0 where it is negative, 1/2 where it is rounding: at the start, policy and
-    reference are the same, and their log-probabilities `logp` (nats) equal but for the last bits."""
-    tie = lead.abs() <= 1e-6 * logp.abs().clamp(min=1)
-    return torch.where(tie, 0.5, (lead > 0).float())

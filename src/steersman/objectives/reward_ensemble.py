@@ -10,9 +10,9 @@ from torch import Tensor
 from steersman.data import EncodedSet, Preference, collate_pairs
 from steersman.loss.reward import centring, pairwise
 from steersman.model import EnsembleModel
-from steersman.objectives.batch import over_answers
+from steersman.objectives.batch import over_answers, right
 from steersman.objectives.reward_config import RewardModelConfig
-from steersman.objectives.reward_pairs import PairwiseReward, right
+from steersman.objectives.reward_pairs import PairwiseReward
 from steersman.train.tally import Tally
 from steersman.types import Stats
 

@@ -13,9 +13,9 @@ from steersman.data import EncodedSet, Preference
 from steersman.loss.reward import pairwise
 from steersman.model import AttributeModel, Gating
 from steersman.model.attributes import verbosity
-from steersman.objectives.batch import over_answers
+from steersman.objectives.batch import over_answers, right
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
-from steersman.objectives.reward_pairs import require_loss, right, share
+from steersman.objectives.reward_pairs import require_loss, share
 from steersman.statistics.estimates import Array, bootstrap, mean, pearson, spearman, wilson
 from steersman.statistics.reward_report import Report, keys, pair_report, subsets
 from steersman.train.tally import Tally

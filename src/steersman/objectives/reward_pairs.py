@@ -12,7 +12,7 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
 from steersman.model import EnsembleModel, ScalarModel
-from steersman.objectives.batch import scores_of
+from steersman.objectives.batch import right, scores_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
 from steersman.train.tally import Tally
@@ -188,12 +188,6 @@ def dense_ranks(ranks: Sequence[Sequence[float]]) -> Tensor:
     for row, given in zip(out, ranks, strict=True):
         row[: len(given)] = torch.from_numpy(np.unique(given, return_inverse=True)[1])
     return out
-
-
-def right(lead: Tensor, target: Tensor | None = None) -> Tensor:
-    """1 where the lead is on the side that most raters are on, 1/2 for a lead of 0; 0 where raters are split."""
-    side = torch.ones_like(lead) if target is None else (target - 0.5).sign()
-    return ((lead * side > 0).float() + 0.5 * (lead == 0).float()) * (side != 0)
 
 
 def share(x: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,23 +53,23 @@ def bootstrap(
     """
     n = len(arrays[0])
     value = float(statistic(*arrays)) if n else math.nan
-    members = _members(np.arange(n) if clusters is None else clusters)
-    if len(members) < 2:
+    if (n if clusters is None else len(np.unique(clusters))) < 2:
         return Estimate(value, -math.inf, math.inf, n)
-    rng, seen = np.random.default_rng(0), []
-    for _ in range(draws):
-        picked = rng.integers(len(members), size=len(members))
-        rows = picked if clusters is None else np.concatenate([members[i] for i in picked])
-        seen.append(float(statistic(*(a[rows] for a in arrays))))
+    drawn = resamples(np.arange(n) if clusters is None else clusters, draws)
+    seen = [float(statistic(*(a[rows] for a in arrays))) for rows in drawn]
     kept = [x for x in seen if math.isfinite(x)]
     low, high = np.percentile(kept, [2.5, 97.5]) if kept else (-math.inf, math.inf)
     return Estimate(value, float(low), float(high), n)
 
 
-def _members(clusters: Array) -> list[Array]:
+def resamples(clusters: Array, draws: int, seed: int = 0) -> Iterator[Array]:
+    """The row numbers of each draw: as many clusters as there are, with replacement, each with all its rows."""
     order = np.argsort(clusters, kind="stable")
     _, starts = np.unique(clusters[order], return_index=True)
-    return np.split(order, starts[1:])
+    members, rng = np.split(order, starts[1:]), np.random.default_rng(seed)
+    for _ in range(draws if len(order) else 0):
+        picked = rng.integers(len(members), size=len(members))
+        yield order[picked] if len(members) == len(order) else np.concatenate([members[i] for i in picked])
 
 
 def mean(x: Array) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from steersman.statistics.estimates import resamples
+
 SCALE = 400 / np.log(10)
 """Elo points per nat: 400 points are odds of 10 to 1."""
 
@@ -56,13 +58,7 @@ def ratings(
         theta = bradley_terry(wins_of(rows, len(players)), prior)
         return at + SCALE * (theta - theta[zero])
 
-    groups = np.array([b.group for b in battles])
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    rng = np.random.default_rng(seed)
-    drawn = [
-        fit(fought[np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])])
-        for _ in range(draws if members else 0)
-    ]
+    drawn = [fit(fought[rows]) for rows in resamples(np.array([b.group for b in battles]), draws, seed)]
     point, tail = fit(fought), (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0) if drawn else (point, point)
     told = [

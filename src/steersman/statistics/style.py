@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steersman.ops.text import words
-from steersman.statistics.estimates import Estimate
+from steersman.statistics.estimates import Estimate, resamples
 from steersman.statistics.ratings import SCALE, Rating
 
 Array = NDArray[np.float64]
@@ -84,11 +84,7 @@ def controlled_ratings(
         theta = at + SCALE * (found[: len(players)] - found[place[anchor]])
         return np.concatenate([theta, SCALE * found[len(players) :]])
 
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    rng = np.random.default_rng(seed)
-    drawn = [
-        fit(np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])) for _ in range(draws)
-    ]
+    drawn = [fit(rows) for rows in resamples(groups, draws, seed)]
     point = fit(np.arange(len(battles)))
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if drawn else (point, point)
     told = [

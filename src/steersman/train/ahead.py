@@ -179,14 +179,14 @@ class Ahead(OnPolicy):
         Where a method draws prompts anew by their rewards, a batch takes its prompts when it is its turn, and the
         next one waits for its rewards too: the order of prompts is then the same every time.
         """
-        self._now.number, self._now.whole = number, self.algorithm.resampling() > 0
+        self._now.number, self._now.redraws = number, self.algorithm.resampling() > 0
 
-        def whole() -> Batch:
+        def batch() -> Batch:
             asked = self.next_prompts() if prompts is None else prompts
             self._note(number, "begun", asked)
             return self.sample(asked, None, number)
 
-        made = self.schedule.sample(number, whole) if self._now.whole else whole()
+        made = self.schedule.sample(number, batch) if self._now.redraws else batch()
         self._note(number, "rewarded", made[0])
         return made
 
@@ -196,7 +196,7 @@ class Ahead(OnPolicy):
         def draw() -> list[Sample]:
             return engine.generate(prompts, roles.sampling, n=n, seed=seed, record_support=True)
 
-        samples = draw() if self._now.whole else self.schedule.sample(self._now.number, draw)
+        samples = draw() if self._now.redraws else self.schedule.sample(self._now.number, draw)
         self._note(self._now.number, "sampled", samples)
         with self._judging:
             return samples, roles.reward.score(samples)

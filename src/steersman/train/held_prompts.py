@@ -17,6 +17,7 @@ from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
 from steersman.train.experience import tokens_of
 from steersman.train.generators import open_generator, sampled_by_all
+from steersman.train.looks import STREAM, answer_row
 from steersman.train.models import context_length
 from steersman.train.progress import Stretch
 from steersman.train.reference import Reference, divergence
@@ -76,7 +77,7 @@ class HeldPrompts:
             return {}
         with whole_weights(self.policy):
             samples = sampled_by_all(
-                self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, 1 << 40),
+                self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, STREAM),
                 progress=Stretch("answers to held prompts"),
             )  # fmt: skip
         self._write(samples)
@@ -97,11 +98,7 @@ class HeldPrompts:
         return {"held_out/kl": means["kl"], "held_out/perplexity": math.exp(min(-means["logp_ref"], 50))}
 
     def _write(self, samples: list[Sample]) -> None:
-        rows: list[dict[str, Any]] = [
-            {"index": s.prompt.index, "prompt": s.prompt.text, "completion": s.text, "finish": s.finish}
-            for s in samples
-        ]
-        self.session.log.samples(self.session.step, rows)
+        self.session.log.samples(self.session.step, [answer_row(s) for s in samples])
 
 
 def held_prompts(

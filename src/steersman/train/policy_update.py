@@ -149,7 +149,7 @@ class LanguageBatch:
         steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
         moved, gap = torch.zeros(()), torch.zeros(())
         group = None if traj.group is None else traj.group[rows]
-        found: list[dict[str, Tensor]] = []
+        seen_losses: list[dict[str, Tensor]] = []
         for micro in my_micro_batches(tokens.length[rows], learner.micro_tokens, group):
             index = rows[micro.rows]
             tally = self.tally if micro.counts else Tally()
@@ -171,13 +171,13 @@ class LanguageBatch:
                 self._note_clipping(logp.detach(), part, tally)
             critic = learner.critic
             if critic is not None and not critic.shares_trunk and self.critic_is_due:
-                _backward(losses, micro.weight, found)  # the actor's activations go before the critic's come
+                _backward(losses, micro.weight, seen_losses)  # the actor's activations go before the critic's come
                 losses, value = {}, seen(critic.value(batch)[:, :-1], part.mask)
             if critic is not None and value is not None and advantage.ret is not None and part.value is not None:
                 loss = learner.value_loss(value, part, advantage.ret[index, :T], steps, tally)
                 losses["value"] = loss * learner.vf_coef if critic.shares_trunk else loss
-            _backward(losses, micro.weight, found)
-        ranks().agree(not_finite(found))
+            _backward(losses, micro.weight, seen_losses)
+        ranks().agree(not_finite(seen_losses))
         if not actor:
             return 0.0
         moved = ranks().sum(moved, "KL to the sampler")
@@ -272,11 +272,11 @@ def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:
     return None if x is None else torch.where(mask, x[:, : mask.shape[1]], 0.0)
 
 
-def _backward(losses: dict[str, Tensor], weight: float, found: list[dict[str, Tensor]]) -> None:
-    """The gradient of their sum, `weight` times; `found` remembers them, to be asked whether they are numbers."""
+def _backward(losses: dict[str, Tensor], weight: float, kept: list[dict[str, Tensor]]) -> None:
+    """The gradient of their sum, `weight` times; they are added to `kept`, to be asked whether they are numbers."""
     if losses:
         (torch.stack([*losses.values()]).sum() * weight).backward()
-        found.append({name: loss.detach() for name, loss in losses.items()})
+        kept.append({name: loss.detach() for name, loss in losses.items()})
 
 
 def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advantage]:

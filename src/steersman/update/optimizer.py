@@ -130,10 +130,10 @@ class NotFiniteError(SteersmanError):
     """A loss, gradient or weight became NaN or infinite; nothing was updated with it."""
 
 
-def not_finite(found: Sequence[dict[str, Tensor]]) -> NotFiniteError | None:
+def not_finite(losses: Sequence[dict[str, Tensor]]) -> NotFiniteError | None:
     """The error for the first loss, by its name, that is no finite number; it is asked once an update, so that
     nothing waits for the device in between."""
-    named = [(name, loss) for losses in found for name, loss in losses.items()]
+    named = [(name, loss) for parts in losses for name, loss in parts.items()]
     if not named or bool(torch.stack([loss.double() for _, loss in named]).isfinite().all()):
         return None
     name, loss = next((name, loss) for name, loss in named if not loss.isfinite())

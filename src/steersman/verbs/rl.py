@@ -21,6 +21,7 @@ from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
+from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
 from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
@@ -50,7 +51,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         session.begin(state, recipe.iterations)
         if session.start == 0:
             session.observe(0, watch.look(session, 0))
-        before, after = watch.recall(session)
+        before, after = first_and_last(session)
         for step in session.steps():
             seen = state.iteration()
             for note in seen.notes:
@@ -67,8 +68,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         return session.summary(
             {
                 "model": str(session.path / "model"),
-                **{f"{name.removeprefix('held_out/')}_before": x for name, x in before.items()},
-                **{f"{name.removeprefix('held_out/')}_after": x for name, x in after.items()},
+                **before_and_after(before, after),
                 "findings": [f"{f.code} at step {f.step}" for f in session.watch.findings],
             }
         )
@@ -90,22 +90,18 @@ class HeldOut:
         if not self.prompts:
             return {}
         roles = self.roles
-        samples = roles.generate(self.prompts, seed=(self.recipe.run.seed, 1 << 40), n=1)
+        samples = roles.generate(self.prompts, seed=(self.recipe.run.seed, STREAM), n=1)
         scores = roles.reward.score(samples)
         stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
         stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
-        if len(samples) > 1:
-            stats["held_out/reward_se"] = float(scores.total.double().std()) / math.sqrt(len(samples))
+        stats |= standard_error("held_out/reward_se", scores.total)
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
             stats |= self._distance(samples)
         rows = [
             {
-                "index": s.prompt.index,
-                "prompt": s.prompt.text,
-                "completion": s.text,
-                "finish": s.finish,
+                **answer_row(s),
                 "reward": {name: float(part[i]) for name, part in scores.parts.items()},
                 **_episode(s),
             }
@@ -113,12 +109,6 @@ class HeldOut:
         ]
         session.log.samples(step, rows)
         return stats
-
-    def recall(self, session: Session) -> tuple[Stats, Stats]:
-        """The numbers of step 0 and the newest ones as they stand in the log, which a resumed run goes on with."""
-        rows = [{k: v for k, v in row.items() if k.startswith("held_out/")} for row in session.metrics()]
-        looks = [row for row in rows if row] or [{}]
-        return looks[0], looks[-1]
 
     @torch.no_grad()
     def _distance(self, samples: list) -> Stats:

@@ -1,0 +1,29 @@
+"""Draws of whole clusters, beside a loop written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from steersman.statistics.estimates import bootstrap, mean, resamples
+
+
+@pytest.mark.parametrize("clusters", [[0, 1, 2, 3], [7, 2, 7, 2, 5], ["b", "a", "b"]])
+def test_draws_are_whole_clusters_with_replacement(clusters):
+    rows = np.array(clusters)
+    members = [np.flatnonzero(rows == c) for c in np.unique(rows)]
+    rng = np.random.default_rng(3)
+    drawn = list(resamples(rows, 20, seed=3))
+    for one in drawn:
+        expected = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        assert one.tolist() == expected.tolist()
+    assert len(drawn) == 20
+
+
+def test_nothing_can_be_drawn_of_nothing_and_one_cluster_has_no_interval():
+    assert list(resamples(np.array([]), 5)) == []
+    x = np.array([1.0, 2.0, 6.0])
+    assert bootstrap(mean, [x], clusters=np.array([1, 1, 1])).low == -np.inf
+    assert bootstrap(mean, [x[:0]]).n == 0
+    found = bootstrap(mean, [x])
+    assert found.low < found.value == 3.0 < found.high
