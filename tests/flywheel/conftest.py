@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from letter_models import save_mini
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from grue_kit import settings
+from safetensors.torch import load_file
 
 from steersman.grue import run as grue_run
 from steersman.grue.cells import cells
@@ -315,3 +316,22 @@ def test_the_recipe_that_ships_loads():
     root = Path(__file__).parents[2]
     for name in ("recipes/grue.yaml", "recipes/results/grue-small.yaml", "recipes/results/grue-small-t5.yaml"):
         assert load_recipe(GrueRecipe, root / name).tasks
+
+
+@pytest.mark.slow
+def test_the_cells_train_on_ranks_and_are_the_same(done, tmp_path):
+    one, values = done[0], settings(tmp_path)
+    values["run"]["devices"] = 2
+    assert run(GrueRecipe.model_validate(values))["finished"]
+    for name in ("supervised", "supervised+grpo"):
+        weights, wanted = (
+            load_file(folder / "cells" / "colours" / name / "seed-0" / "model" / "model.safetensors")
+            for folder in (tmp_path / "matrix", one)
+        )
+        assert all((weights[key] - value).abs().max() < 1e-4 for key, value in wanted.items())
+
+
+def test_ranks_are_started_by_grue_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SteersmanError, match="without a launcher"):
+        run(GrueRecipe.model_validate(settings(tmp_path)))

@@ -8,12 +8,14 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    MixtralConfig,
 )
 
 from steersman.model import LoraConfig, Policy, load_policy, load_scalar, save, weight_files
@@ -222,3 +224,19 @@ def test_a_size_that_is_none_is_refused_before_anything_is_written(size, model_f
     with pytest.raises(SteersmanError, match="max_shard_size"):
         save(load_policy(model_folder()), None, tmp_path / "model", max_shard_size=size)
     assert not (tmp_path / "model").exists()
+
+
+def test_experts_that_lie_in_one_tensor_are_written_as_transformers_writes_them(tmp_path):
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=50, num_local_experts=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    weight_files.write_weights(model, weight_files.plain_entries(model, None), tmp_path / "ours", 10_000)
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    ours = {name: x for file in (tmp_path / "ours").glob("*.safetensors") for name, x in load_file(file).items()}
+    assert any(".experts.3." in name for name in theirs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())

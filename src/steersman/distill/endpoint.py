@@ -13,6 +13,7 @@ from steersman.distill.recipe import TeacherEndpoint
 from steersman.distill.teacher import Answer, Reading
 from steersman.judge.endpoint import Caller, without_password
 from steersman.ops.divergence import TeacherTopK
+from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 Asked: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
@@ -107,8 +108,12 @@ class EndpointTeacher:
         self.known: dict[Asked, TopK] = {}
 
     def prepare(self, answers: Sequence[Answer]) -> None:
-        """Asks about all answers that are new, several at a time. Raises SteersmanError where that fails for good,
-        or where the server tells of ids that the student has not."""
+        """Asks about all answers that are new, several at a time; of several ranks, rank 0 does, for all. Raises
+        SteersmanError where that fails for good, or where the server tells of ids that the student has not."""
+        self.known |= ranks().from_main(lambda: self._asked(answers), "what the teacher says")
+
+    def _asked(self, answers: Sequence[Answer]) -> dict[Asked, TopK]:
+        found: dict[Asked, TopK] = {}
         new = list(dict.fromkeys(key for a in answers if (key := _key(a)) not in self.known))
 
         def keep(index: int, told: TopK) -> None:
@@ -118,9 +123,10 @@ class EndpointTeacher:
                     f"teacher {without_password(self.caller.url)}: it lists token id {highest}, and the student has "
                     f"{self.vocabulary}; the two are of different families"
                 )
-            self.known[new[index]] = told
+            found[new[index]] = told
 
         self.caller.ask(new, keep, lambda: True)
+        return found
 
     def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
         told = [self.known[_key(a)] for a in answers]

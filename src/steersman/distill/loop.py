@@ -17,15 +17,18 @@ from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.rows import Taught
 from steersman.distill.teacher import Answer
+from steersman.model import whole_weights
 from steersman.reward import ScoreShaping, WeightedSum
 from steersman.rollout import Generator
-from steersman.run.micro import micro_batches
+from steersman.run.micro import my_micro_batches
+from steersman.run.ranks import ranks
 from steersman.run.seed import stream
+from steersman.train.generators import sampled_by_all
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.session import kept_state
 from steersman.train.tally import Tally
 from steersman.types import Prompt, Sample, Stats
-from steersman.update.optimizer import NotFiniteError, Optimizer
+from steersman.update.optimizer import Optimizer, not_finite
 
 
 @dataclass(slots=True)
@@ -87,7 +90,8 @@ class Distill:
     def own(self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None) -> Own:
         """The student's answers to prompts, with what their rewards say of them. `taught` are the teacher's readings
         of prompts that are not those of the training data."""
-        samples = self.engine.generate(prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
+        with whole_weights(self.objective.policy):
+            samples = sampled_by_all(self.engine, prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
         train = taught is None
         taught = [self.data.taught[p.index] for p in prompts] if taught is None else taught
         answers = [
@@ -128,14 +132,15 @@ class Distill:
             objective.teacher.prepare(answers)
         denominator = objective.denominator(answers)
         cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
-        total = 0.0
-        for part in micro_batches(cost, self.recipe.run.micro_tokens):
-            loss = objective.loss([answers[i] for i in part.tolist()], denominator, tally)
-            if not torch.isfinite(loss):
-                raise NotFiniteError(f"the loss is {float(loss)}")
-            loss.backward()
-            total += float(loss.detach())
-        return self.optimizer.step() | tally.means() | {"loss": total}
+        losses, total = [], torch.zeros((), dtype=torch.float64)
+        for part in my_micro_batches(cost, self.recipe.run.micro_tokens):
+            some, counted = [answers[i] for i in part.rows.tolist()], tally if part.counts else Tally()
+            loss = objective.loss(some, denominator, counted)
+            (loss * part.weight).backward()
+            losses.append({"loss": loss.detach()})
+            total += loss.detach().cpu() * part.weight
+        ranks().agree(not_finite(losses))
+        return self.optimizer.step() | tally.means() | {"loss": float(ranks().sum(total, "the loss"))}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,8 @@ from steersman.ops.divergence import Divergence
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.run.parallel import ParallelConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig
 from steersman.update.optimizer import OptimizerConfig
 
 SOURCES = {
@@ -124,7 +125,8 @@ class DistillRecipe(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
     optimizer: OptimizerConfig = OptimizerConfig()
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
 
     @classmethod
@@ -148,6 +150,15 @@ class DistillRecipe(Section):
     @model_validator(mode="after")
     def _fits(self) -> DistillRecipe:
         loss, rollout, share = self.loss, self.rollout, self.train.on_policy
+        if self.run.devices > 1 and rollout.engine != "inside":
+            raise ValueError(
+                "run.devices: sampling by other processes goes with one device so far; use rollout.engine: inside"
+            )
+        if self.parallel.mode == "fsdp" and self.teacher.path == "live":
+            raise ValueError(
+                "parallel.mode fsdp: a live teacher reads with the student's own weights while these learn; use "
+                "mode: replicas, or teacher.path: start"
+            )
         if self.gradient_through_samples:
             what = "minillm" if loss.name == "minillm" else "a reward"
             if share < 1:

@@ -11,7 +11,7 @@ from steersman.distill.loop import Distill
 from steersman.distill.rows import Taught
 from steersman.distill.teacher import Answer
 from steersman.objectives.supervised import SFT
-from steersman.run.micro import micro_batches
+from steersman.run.micro import in_order, my_micro_batches
 from steersman.train.looks import STREAM, answer_row, standard_error
 from steersman.train.session import Session
 from steersman.train.tally import Tally
@@ -47,15 +47,19 @@ class Watch:
     def _distance(self, answers: list[Answer]) -> Stats:
         objective, teacher = self.run.objective, self.run.objective.teacher
         cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
-        parts = micro_batches(cost, self.run.recipe.run.micro_tokens)
+        parts = my_micro_batches(cost, self.run.recipe.run.micro_tokens)
         if isinstance(teacher, OtherTokenizer):
             tally = Tally()
             for part in parts:
-                objective.loss([answers[i] for i in part.tolist()], 1, tally)
+                some = [answers[i] for i in part.rows.tolist()]
+                objective.loss(some, 1, tally if part.counts else Tally())
             return {"held_out/uld": tally.means()["divergence"]}
         teacher.prepare(answers)
-        found = [objective.apart([answers[i] for i in part.tolist()], "reverse_kl") for part in parts]
+        found = []
+        for part in parts:
+            apart = objective.apart([answers[i] for i in part.rows.tolist()], "reverse_kl")
+            found += [(part.rows, apart)] if part.counts else []
         if isinstance(teacher, EndpointTeacher):
             teacher.forget(answers)
-        kl = torch.cat(found).double()
+        kl = in_order(found).double()
         return {"held_out/teacher_kl": float(kl.mean())} | standard_error("held_out/teacher_kl_se", kl)

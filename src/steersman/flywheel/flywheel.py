@@ -12,7 +12,7 @@ from steersman.data import Batches, mixture, wraps
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
 from steersman.flywheel.sections import LoopRecipe
-from steersman.judge import open_judge
+from steersman.judge.judge import SharedJudge
 from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n
@@ -31,10 +31,11 @@ class Flywheel:
 
     def __init__(self, ledger: Ledger, recipe: LoopRecipe) -> None:
         self.ledger, self.recipe = ledger, recipe
+        ledger.shared = {"parallel": recipe.parallel.model_dump()}
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out, wrap=wraps(tokenizer, recipe.data))
         stopping = lambda: bool(ledger.signal)  # noqa: E731
-        self.judge = open_judge(recipe.judge, ledger.path, stopping=stopping, device=ledger.device)
+        self.judge = SharedJudge(recipe.judge, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})

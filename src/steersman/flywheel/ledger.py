@@ -20,8 +20,9 @@ from typing import Any
 from steersman.judge.judge import InterruptedJudgeError
 from steersman.run.checkpoint import StopRequest
 from steersman.run.device import resolve_device, set_threads
-from steersman.run.folder import RunFolder, write_atomic
-from steersman.run.log import Log, read_jsonl
+from steersman.run.folder import open_folder, write_atomic
+from steersman.run.log import Log, NoLog, read_jsonl
+from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
 from steersman.train.sections import RunConfig
@@ -47,21 +48,24 @@ class Ledger:
         seed_everything(self.config.seed, deterministic=self.config.deterministic)
         self.device = resolve_device(self.config.device)
         self.stopped, self.began = False, False
+        self.shared: dict[str, Any] = {}
+        """Sections that every stage's recipe gets."""
         self._stack, self._hashes = ExitStack(), dict[str, str]()
 
     def __enter__(self) -> Ledger:
-        self.folder = self._stack.enter_context(RunFolder(Path(self.config.dir), self.recipe, resume=self.resume))
+        self.folder = self._stack.enter_context(open_folder(Path(self.config.dir), self.recipe, resume=self.resume))
         self.path = self.folder.path
         self.signal = self._stack.enter_context(StopRequest())
-        logged = {row.get("step") for row in read_jsonl(self.path / "metrics.jsonl")}
-        whole = [r for r in range(self.rounds + 1) if r in logged and self._round_file(r).exists()]
+        logged = {row.get("step") for row in self.metrics()}
+        whole = [r for r in range(self.rounds + 1) if r in logged and self._there(self._round_file(r))]
         self.done = next((r - 1 for r in range(self.rounds + 2) if r not in whole), self.rounds)
-        self.log = self._stack.enter_context(
-            Log(
+        self.log: Log | NoLog = NoLog()
+        if ranks().main:
+            self.log = Log(
                 self.path, title=self.verb, total=self.rounds, resumed_step=self.done, shown=self.shown,
                 sinks=self.config.sinks,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        self.log = self._stack.enter_context(self.log)
         for change in self.folder.changes:
             self.log.note(f"the recipe changed since the run began: {change}", style="yellow")
         return self
@@ -73,8 +77,9 @@ class Ledger:
         try:
             # A report that can not be written must not hide why the run failed.
             with nullcontext() if error is None else suppress(Exception):
-                write_report(self.path)
-            if not self.began and not self.folder.resumed:
+                if ranks().main:
+                    write_report(self.path)
+            if not self.began and not self.folder.resumed and ranks().main:
                 self.folder.forget()
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
         finally:
@@ -88,15 +93,17 @@ class Ledger:
     def table(self, name: str, make: Callable[[], Rows], **about: Any) -> Rows:
         """The rows of `<name>.jsonl`: read where the file is there, else made, written whole, and returned.
 
-        `about` goes into `<name>.provenance.json` beside it, with the file's rows and SHA-256.
+        Of several ranks all make it, sharing out what they can, and rank 0 writes. `about` goes into
+        `<name>.provenance.json` beside it, with the file's rows and SHA-256.
         """
         self.check()
         path = self.path / f"{name}.jsonl"
-        if not (path.exists() and self._about(name).exists()):
+        if not self._there(path, self._about(name)):
             rows = make()
             self.check()
-            self._write(name, rows, about)
-        return read_jsonl(path)
+            self.began = True
+            ranks().from_main(lambda: self._write(name, rows, about), "a table")
+        return ranks().from_main(lambda: read_jsonl(path), "a table")
 
     def parts(self, name: str, count: int, make: Callable[[int], Rows], **about: Any) -> Rows:
         """`table` for what takes long: made in `count` parts, each kept as soon as it is there."""
@@ -107,15 +114,15 @@ class Ledger:
             for i in range(count):
                 self.check()
                 part = folder / f"{i:05d}.jsonl"
-                if not part.exists():
+                if not self._there(part):
                     self.began = True
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_atomic(part, _lines(make(i)))
-                rows += read_jsonl(part)
+                    made = make(i)
+                    ranks().from_main(lambda part=part, made=made: _write_part(part, made), "a part of a table")
+                rows += ranks().from_main(lambda part=part: read_jsonl(part), "a part of a table")
             return rows
 
         rows = self.table(name, joined, **about)
-        shutil.rmtree(folder, ignore_errors=True)
+        ranks().from_main(lambda: shutil.rmtree(folder, ignore_errors=True), "a table's parts")
         return rows
 
     def stage(self, name: str, run: Callable[..., dict[str, Any]], recipe: Callable[[Any], Any], values: Any) -> dict:
@@ -125,33 +132,43 @@ class Ledger:
         """
         self.check()
         folder = self.path / name
-        summary = _finished(folder)
+        summary = ranks().from_main(lambda: _finished(folder), "a stage's summary")
         if summary is None:
-            values = {**values, "run": {**self.config.model_dump(), **values.get("run", {}), "dir": str(folder)}}
+            values = {
+                **values,
+                **self.shared,
+                "run": {**self.config.model_dump(), **values.get("run", {}), "dir": str(folder)},
+            }
             summary = run(recipe(values), resume=True)
             if not summary["finished"]:
                 self.signal.signal_name = self.signal.signal_name or "a signal"
                 raise StoppedError
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        ranks().from_main(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True), "a stage's checkpoints")
         return summary
 
     def finish_round(self, number: int, stats: Stats, samples: Rows) -> None:
         """Writes down the round: one row of metrics.jsonl, and the held-out answers into samples.jsonl."""
         if number > self.done:
-            self._round_file(number).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._round_file(number), json.dumps(stats, indent=1))
-            self.log.samples(number, samples)
-            self.log.step(number, stats)
+
+            def write() -> None:
+                self._round_file(number).parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self._round_file(number), json.dumps(stats, indent=1))
+                self.log.samples(number, samples)
+                self.log.step(number, stats)
+
+            ranks().from_main(write, "a round")
         self.check()
 
     def check(self) -> None:
-        """Raises StoppedError where a signal asked the run to stop."""
-        if self.signal:
+        """Raises StoppedError, on every rank, where a signal asked one of them to stop."""
+        came = [name for name in ranks().gather(self.signal.signal_name, "a signal") if name is not None]
+        if came:
+            self.signal.signal_name = came[0]
             raise StoppedError
 
     def metrics(self) -> Rows:
         """The rows of metrics.jsonl so far."""
-        return read_jsonl(self.path / "metrics.jsonl")
+        return ranks().from_main(lambda: read_jsonl(self.path / "metrics.jsonl"), "the log's rows")
 
     def summary(self, numbers: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json`, and returns it."""
@@ -161,7 +178,7 @@ class Ledger:
             "verb": self.verb, "finished": not self.stopped, "rounds": max((r["step"] for r in rows), default=0),
             "seconds": seconds, "run": str(self.path), **numbers,
         }  # fmt: skip
-        write_atomic(self.path / "summary.json", json.dumps(told, indent=1))
+        ranks().from_main(lambda: write_atomic(self.path / "summary.json", json.dumps(told, indent=1)), "a summary")
         return told
 
     def model(self, path: str) -> dict[str, str]:
@@ -178,14 +195,18 @@ class Ledger:
 
     def sources(self, *names: str) -> dict[str, str]:
         """Tables for provenance: name and SHA-256."""
-        return {name: _sha256(self.path / f"{name}.jsonl") for name in names}
+        return ranks().from_main(lambda: {n: _sha256(self.path / f"{n}.jsonl") for n in names}, "tables' digests")
 
     def _write(self, name: str, rows: Rows, about: Mapping[str, Any]) -> None:
-        path, self.began = self.path / f"{name}.jsonl", True
+        path = self.path / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, _lines(rows))
         told = {"file": path.name, "rows": len(rows), "sha256": _sha256(path), "seed": self.config.seed, **about}
         write_atomic(self._about(name), json.dumps(told, indent=1, ensure_ascii=False))
+
+    @staticmethod
+    def _there(*paths: Path) -> bool:
+        return ranks().from_main(lambda: all(path.exists() for path in paths), "what is there already")
 
     def _about(self, name: str) -> Path:
         return self.path / f"{name}.provenance.json"
@@ -199,6 +220,11 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary if summary["finished"] else None
     return None
+
+
+def _write_part(part: Path, rows: Rows) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(part, _lines(rows))
 
 
 def _lines(rows: Rows) -> str:

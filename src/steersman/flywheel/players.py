@@ -12,11 +12,12 @@ from steersman.data import DataConfig, Query, encode_prompts, layout
 from steersman.data.examples import Content, user
 from steersman.data.load import prompts
 from steersman.flywheel.sections import Unfinished
-from steersman.model import Policy
+from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.rollout import Generator
+from steersman.run.micro import over_rows
 from steersman.train.experience import tokens_of
-from steersman.train.generators import open_generator
+from steersman.train.generators import open_generator, sampled_by_all
 from steersman.train.models import context_length, policy_from
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Sample, SteersmanError
@@ -59,7 +60,8 @@ class Player:
         found = [places[p.index] for p in asked]
         for prompt, place in zip(asked, found, strict=True):
             prompt.index = place  # the random stream is the query's, whatever batch it stands in
-        samples = self.engine(rollout).generate(asked, rollout.sampling(), n=n, seed=list(seed))
+        with whole_weights(self.policy):
+            samples = sampled_by_all(self.engine(rollout), asked, rollout.sampling(), n=n, seed=list(seed))
         rows = [
             {
                 "prompt": queries[s.prompt.index].prompt, "completion": s.text, "index": s.prompt.index,
@@ -73,7 +75,12 @@ class Player:
     def logp(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[float]:
         """log-probability (nats) of each answer under this model's whole distribution."""
         tokens = tokens_of(samples).untruncated()
-        logp = self.policy.logp(tokens, temperature=temperature).logp
+        logp = over_rows(
+            tokens.to(self.policy.device),
+            self.run.micro_tokens,
+            lambda part: self.policy.logp(part, temperature=temperature).logp,
+            tokens.response.shape[1],
+        )
         return masked_sum(logp, tokens.mask.to(logp.device), dim=-1).tolist()
 
     def release(self) -> None:

@@ -10,7 +10,8 @@ from steersman.data import DataConfig
 from steersman.judge import JudgeConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.run.parallel import ParallelConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig
 
 Unfinished = Literal["drop", "trim", "keep"]
 
@@ -31,13 +32,18 @@ class LoopRecipe(Section):
         default="drop", description="answers cut by the length limit: leave out, trim to their last sentence, or keep"
     )
     rounds: int = Field(default=3, ge=1, description="times around")
-    run: RunConfig = RunConfig()
+    run: ManyRunConfig = ManyRunConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _can_begin(self) -> LoopRecipe:
         if self.model.scratch is not None:
             raise ValueError(
                 "model.scratch: a model with fresh weights has nothing to say yet; train it with sft first"
+            )
+        if self.run.devices > 1 and self.rollout.engine != "inside":
+            raise ValueError(
+                "run.devices: sampling by other processes goes with one device so far; use rollout.engine: inside"
             )
         if self.rollout.held_out < 1:
             raise ValueError("rollout.held_out is 0: a loop needs held-out prompts to tell what a round gained")

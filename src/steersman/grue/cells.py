@@ -117,6 +117,7 @@ def supervised(recipe: GrueRecipe, task: Task, seed: int) -> SFTRecipe:
             "train": recipe.supervised.train.model_dump(),
             "optimizer": recipe.supervised.optimizer.model_dump(),
             "run": _run(recipe, task, SUPERVISED, seed),
+            "parallel": recipe.parallel.model_dump(),
         }
     )
 
@@ -140,6 +141,7 @@ def on_policy(recipe: GrueRecipe, task: Task, verb: str, start: str, folder: Pat
         "optimizer": rl.optimizer.model_dump(),
         "iterations": rl.iterations,
         "run": _run(recipe, task, folder.parent.name, seed),
+        "parallel": recipe.parallel.model_dump(),
     }  # fmt: skip
     if ALGORITHMS[verb].critic:
         values["critic"] = {"optimizer": rl.critic.model_dump()}
@@ -198,7 +200,10 @@ def check_stamp(cell: Cell) -> None:
         )
 
 
-_FREE = ("recipe.run.dir", "recipe.run.threads", "recipe.run.device", "recipe.run.save_every")
+_FREE = (
+    "recipe.run.dir", "recipe.run.threads", "recipe.run.device", "recipe.run.save_every", "recipe.run.save_async",
+    "recipe.parallel", "recipe.model.max_shard_size",
+)  # fmt: skip
 """What may change between the cells of one matrix without changing what they measure."""
 
 
@@ -213,6 +218,7 @@ def _run(recipe: GrueRecipe, task: Task, method: str, seed: int) -> dict[str, An
     return {
         "dir": str(cell_folder(recipe, task, method, seed)), "seed": seed, "device": run.device,
         "threads": run.threads, "micro_tokens": run.micro_tokens, "eval_every": looks,
+        "devices": run.devices,
         "save_every": run.save_every, "keep_last": 1, "keep_best": int(method == SUPERVISED),
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from steersman.grue.task import TASKS
 from steersman.reward import RewardPart
 from steersman.run.config import Section
+from steersman.run.parallel import ParallelConfig
 from steersman.train.sections import ModelConfig, micro_tokens
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.on_policy_recipes import RECIPES
@@ -106,6 +107,9 @@ class MatrixRun(Section):
         "not given",
     )
     eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
+    devices: int = Field(
+        default=1, ge=1, description="processes that share the training of each cell; cells are judged by one"
+    )
     save_every: int = Field(
         default=20, ge=1, description="steps between checkpoints, from which a killed cell resumes"
     )
@@ -133,6 +137,7 @@ class GrueRecipe(Section):
     per_task: dict[str, TaskSettings] = Field(default_factory=dict, description="task: what it has otherwise")
     evaluation: Evaluation = Evaluation()
     run: MatrixRun = MatrixRun()
+    parallel: ParallelConfig = ParallelConfig()
 
     @property
     def model_name(self) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
     tried again. Raises SteersmanError where a cell failed, after the pages are written.
     """
     started = time.monotonic()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SteersmanError(
+            "grue starts the ranks of each cell itself, as many as run.devices says; start it without a launcher"
+        )
     tasks, rows, every = checked(recipe)
     with RunFolder(Path(recipe.run.dir), recipe, resume=resume) as folder:
         for task in tasks:
@@ -86,9 +92,7 @@ def fill(cell: Cell, recipe: GrueRecipe) -> bool:
     began = time.monotonic()
     write_atomic(cell.folder / "cell.json", json.dumps(cell.stamp, indent=1))
     if cell.recipe is not None and not _trained(cell):
-        name = {"sft": "steersman.verbs.sft"}.get(cell.verb or "", "steersman.verbs.rl")
-        with _output(cell, recipe):
-            summary = importlib.import_module(name).run(cell.recipe, resume=True)
+        summary = _train(cell, recipe)
         if not summary["finished"]:
             return False
     result = judge(cell, recipe)
@@ -97,6 +101,19 @@ def fill(cell: Cell, recipe: GrueRecipe) -> bool:
     spent = json.dumps({**result, "cell_seconds": round(time.monotonic() - began, 2)}, indent=1)
     write_atomic(cell.result, spent)
     return True
+
+
+def _train(cell: Cell, recipe: GrueRecipe) -> dict[str, Any]:
+    """The summary of the cell's verb, which runs in this process, or on as many ranks as the recipe asks for."""
+    assert cell.verb is not None
+    assert cell.recipe is not None
+    if recipe.run.devices > 1:
+        launch: Any = importlib.import_module("steersman.run.launch")  # torch's launcher takes a while to load
+        with _output(cell, recipe), _descriptors(sys.stdout):
+            return launch.start(cell.verb, cell.recipe, recipe.run.devices, resume=True)
+    name = {"sft": "steersman.verbs.sft"}.get(cell.verb, "steersman.verbs.rl")
+    with _output(cell, recipe):
+        return importlib.import_module(name).run(cell.recipe, resume=True)
 
 
 class Clock:
@@ -154,6 +171,18 @@ def _output(cell: Cell, recipe: GrueRecipe):
         return
     with (cell.folder / "output.txt").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         yield
+
+
+@contextlib.contextmanager
+def _descriptors(file: Any):
+    """What processes that are started meanwhile print goes into the file too."""
+    kept = os.dup(1)
+    try:
+        os.dup2(file.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _tell(summary: dict[str, Any]) -> None:

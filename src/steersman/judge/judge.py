@@ -16,6 +16,7 @@ from steersman.judge.endpoint import Endpoint, without_password
 from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.prompts import Question
 from steersman.judge.scored import Scorer, as_text
+from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
 
 
@@ -249,6 +250,25 @@ class Judge:
         config: Any = self.config.endpoint or self.config.local
         how = {"url", "timeout", "retries", "max_wait", "concurrency", "key_env", "batch", "device"}
         return key_of(config.model_dump(mode="json", exclude=how), self._text(asked))
+
+
+class SharedJudge(Judge):
+    """A judge that all ranks ask with the same items, and that gives all the same answers: a model or a server is
+    asked by rank 0, and a reward shares out its rows."""
+
+    def compare(
+        self, items: Sequence[tuple[Content, str, str]], columns: Sequence[dict[str, Any]] | None = None
+    ) -> list[Comparison | None]:
+        if self.scorer is not None:
+            return super().compare(items, columns)
+        return ranks().from_main(lambda: Judge.compare(self, items, columns), "the judge")
+
+    def grade(
+        self, items: Sequence[tuple[Content, str]], columns: Sequence[dict[str, Any]] | None = None
+    ) -> list[float | None]:
+        if self.scorer is not None:
+            return super().grade(items, columns)
+        return ranks().from_main(lambda: Judge.grade(self, items, columns), "the judge")
 
 
 def open_judge(

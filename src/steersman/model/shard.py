@@ -26,13 +26,43 @@ def place(model: Any) -> None:
     Gradients are summed, not averaged: losses carry the whole batch's denominator already. Raises SteersmanError
     where the ranks do not divide into `parallel.replicas`.
     """
-    here, device = ranks(), model.device
-    parallel = here.parallel
-    if not here.sharded:
+    if not ranks().sharded:
         return
+    from torch.distributed import fsdp
+
+    settings = _settings(model.device)
+    for layer in layers(model.model):
+        fsdp.fully_shard(layer, reshard_after_forward=ranks().parallel.reshard, **settings)
+    # The output layer is used after the trunk's run too: what is in no layer stays gathered until a backward pass.
+    fsdp.fully_shard(model, reshard_after_forward=False, **settings)
+    for name in model.runs:
+        fsdp.register_fsdp_forward_method(model, name)
+    _sum_up(model)
+    model.max_tokens = None
+    model.reader.once_a_call()
+    with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
+        getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
+    in_their_pieces(model)
+
+
+def place_head(head: nn.Linear) -> None:
+    """The same for a layer that reads the states of a model which lies in pieces, in the layer's own precision."""
+    if not ranks().sharded:
+        return
+    from torch.distributed import fsdp
+
+    settings = _settings(head.weight.device)
+    settings["mp_policy"] = fsdp.MixedPrecisionPolicy(reduce_dtype=settings["mp_policy"].reduce_dtype)
+    fsdp.fully_shard(head, reshard_after_forward=False, **settings)
+    _sum_up(head)
+
+
+def _settings(device: torch.device) -> dict[str, Any]:
+    """Over which ranks weights are laid, and in which precision they are used and their gradients added up."""
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
+    here, parallel = ranks(), ranks().parallel
     if here.world % parallel.replicas:
         raise SteersmanError(
             f"parallel.replicas is {parallel.replicas}, which does not divide the {here.world} devices"
@@ -42,27 +72,20 @@ def place(model: Any) -> None:
         sizes, names = (parallel.replicas, here.world // parallel.replicas), ("replicate", "shard")
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     own = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    settings: dict[str, Any] = {
+    return {
         "mesh": mesh,
         "mp_policy": fsdp.MixedPrecisionPolicy(own[parallel.compute_dtype], own[parallel.reduce_dtype]),
         "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
         if parallel.offload
         else fsdp.OffloadPolicy(),
     }
-    for layer in layers(model.model):
-        fsdp.fully_shard(layer, reshard_after_forward=parallel.reshard, **settings)
-    # The output layer is used after the trunk's run too: what is in no layer stays gathered until a backward pass.
-    fsdp.fully_shard(model, reshard_after_forward=False, **settings)
-    for name in model.runs:
-        fsdp.register_fsdp_forward_method(model, name)
+
+
+def _sum_up(model: nn.Module) -> None:
+    """Gradients are added up over the ranks, not averaged."""
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-    model.max_tokens = None
-    model.reader.once_a_call()
-    with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
-        getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
-    in_their_pieces(model)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

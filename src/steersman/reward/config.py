@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steersman.metrics import METRICS, metric
 from steersman.metrics.workers import Parallel
-from steersman.model import SharedBase, load_reward
+from steersman.model import SharedBase, load_reward, place
 from steersman.reward import shaping
 from steersman.reward.core import CallableReward, Reward, WeightedSum
 from steersman.reward.episodes import EpisodeReward
@@ -147,7 +147,7 @@ def _build_part(
         model = load_reward(part.model, device=device, trainable=False)
     else:
         model = base.reward(part.model, device)
-    return ModelReward(
+    reward = ModelReward(
         model,
         tokenizer,
         name=name,
@@ -156,6 +156,8 @@ def _build_part(
         steps=part.steps,
         pessimism=part.pessimism,
     )
+    place(model)
+    return reward
 
 
 def _metric_part(name: str, part: RewardPart) -> MetricReward:

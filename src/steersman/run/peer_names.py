@@ -109,6 +109,14 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "reward_pretrain": (("reward.parts",), "such as '{score: {model: PATH}}'"),
     "generate_max_len": (("rollout.max_new_tokens",), "tokens"),
     "prompt_max_len": (("data.max_prompt_tokens",), "tokens"),
+    "deepspeed": (("parallel.mode",), "fsdp lays weights, gradients and optimizer in pieces, as ZeRO 3 does"),
+    "engine": (
+        ("parallel.mode",),
+        "DeepSpeed is not there; fsdp lays weights and optimizer in pieces, as ZeRO 3 does",
+    ),
+    "zero_stage": (("parallel.mode",), "replicas is stage 0, fsdp is stage 3"),
+    "fsdp": (("parallel.mode",), "fsdp"),
+    "nproc_per_node": (("run.devices",), ""),
     "resume_from_checkpoint": (("run.dir",), "with the flag --resume"),
 }
 """Their name: the keys that may stand for it here, the first that a verb has, and what to know about it."""

@@ -135,10 +135,15 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def load_trainable(module: nn.Module, saved: dict[str, Tensor]) -> None:
     """Puts `trainable` back, in place."""
-    for name, p in trainable(module).items():
+    put_back(trainable(module), saved)
+
+
+@torch.no_grad()
+def put_back(parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Gives the parameters the values that were saved under their names."""
+    for name, p in parameters.items():
         p.copy_(in_pieces(saved[name], p))
 
 

@@ -134,11 +134,6 @@ class OnPolicyRecipe(Section, Generic[A]):
             raise ValueError(
                 f"parallel.mode fsdp: {algorithm.title} copies the whole policy now and then; use mode: replicas"
             )
-        if self.parallel.mode == "fsdp" and self.critic is not None and self.critic.init == "shared":
-            raise ValueError(
-                "parallel.mode fsdp: a critic that shares the actor's trunk is not sharded yet; use mode: replicas, "
-                "or critic.init: policy"
-            )
         if self.critic is not None and self.critic.init == "shared":
             if algorithm.update == "trust_region":
                 raise ValueError(

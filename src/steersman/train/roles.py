@@ -11,13 +11,13 @@ import torch
 
 from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
-from steersman.model import Policy, SharedBase, SharedCritic, whole_weights
+from steersman.model import Policy, SharedBase, SharedCritic, place_head, whole_weights
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
 from steersman.train.generators import open_episodes, open_generator, sampled_by_all
 from steersman.train.models import lora_of, policy_from, scalar_from, shared_from
-from steersman.train.offline import load_trainable, trainable
+from steersman.train.offline import load_trainable, put_back, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.reference import Reference, reference_from, same_tokens
@@ -67,7 +67,7 @@ class Roles:
         state = {"policy": kept_state(trainable(learner.policy)), "actor": learner.actor.state_dict()}
         state["shaping"] = self.shaping.norm.state_dict()
         if learner.critic is not None:
-            state["critic"] = kept_state(trainable(learner.critic))
+            state["critic"] = kept_state(_own(learner.critic))
         if learner.critic_optimizer is not None:
             state["critic_optimizer"] = learner.critic_optimizer.state_dict()
         if self.mask_model is not None:
@@ -80,11 +80,17 @@ class Roles:
         learner.actor.load_state_dict(state["actor"])
         self.shaping.norm.load_state_dict(state["shaping"])
         if learner.critic is not None:
-            load_trainable(learner.critic, state["critic"])
+            put_back(_own(learner.critic), state["critic"])
         if learner.critic_optimizer is not None:
             learner.critic_optimizer.load_state_dict(state["critic_optimizer"])
         if self.mask_model is not None:
             self.mask_model.load_state_dict(state["mask"])
+
+
+def _own(critic: Critic) -> dict[str, torch.Tensor]:
+    """What a critic has to be trained beside the actor's weights."""
+    shared = "policy." if isinstance(critic, SharedCritic) else None
+    return {name: p for name, p in trainable(critic).items() if shared is None or not name.startswith(shared)}
 
 
 def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
@@ -155,7 +161,9 @@ def _critic(
 ) -> Critic:
     init = (recipe.critic or CriticConfig()).init
     if init == "shared":
-        return SharedCritic(policy)
+        critic = SharedCritic(policy)
+        place_head(critic.value_head)
+        return critic
     if init == "auto":
         judges = (
             recipe.reward.parts[name].model

@@ -20,8 +20,10 @@ from steersman.reward.metrics import inputs
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.parallel import ParallelConfig
+from steersman.run.ranks import ranks
 from steersman.run.recipe_text import load_yaml
 from steersman.run.terminal import printable
+from steersman.train.sections import ManyRunConfig
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
 
@@ -66,8 +68,17 @@ class EvaluateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        own = ("run.devices", *(f"parallel.{key}" for key in ParallelConfig.model_fields))
-        return frozenset(f"generate.{key}" for key in (*GenerateRecipe.unread_keys(), *own))
+        return frozenset(f"generate.{key}" for key in GenerateRecipe.unread_keys())
+
+    @property
+    def run(self) -> ManyRunConfig:
+        """Where the answers are sampled, on `generate.run.devices` ranks."""
+        return ManyRunConfig() if self.generate is None else self.generate.run
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How those ranks share the work."""
+        return ParallelConfig() if self.generate is None else self.generate.parallel
 
     @model_validator(mode="after")
     def _one_source(self) -> EvaluateRecipe:
@@ -83,10 +94,20 @@ class EvaluateRecipe(Section):
 def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Judges, and prints the table; returns name -> value, low, high, count, implementation.
 
-    A model's answers are kept as `generate.out`, or beside `out` with the ending .completions.jsonl.
+    Answers are sampled by all ranks, and judged by rank 0. A model's answers are kept as `generate.out`, or beside
+    `out` with the ending .completions.jsonl.
     """
-    made = {name: metric(part.metric or name, part.args) for name, part in recipe.metrics.items()}
+    made: dict[str, Metric] = {}
+
+    def make() -> None:
+        made.update({name: metric(part.metric or name, part.args) for name, part in recipe.metrics.items()})
+
+    ranks().from_main(make, "the metrics")
     samples = sampled(recipe.generate) if recipe.generate is not None else _from_file(recipe)
+    return ranks().from_main(lambda: _judged(recipe, made, samples), "the metrics")
+
+
+def _judged(recipe: EvaluateRecipe, made: dict[str, Metric], samples: list[Sample]) -> dict[str, Any]:
     kept = _keep(recipe, samples)
     if not samples:
         raise SteersmanError(f"{recipe.file or 'generate'}: there is no completion to judge")
