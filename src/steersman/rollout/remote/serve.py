@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from steersman.model import Policy
-from steersman.model.lora import load_lora
+from steersman.model.lora import adapter_state, load_lora, take_adapter_state
 from steersman.rollout.engine import Engine
 from steersman.rollout.remote.snapshot import ADAPTER, digest
 from steersman.rollout.sampling import Sampling
@@ -105,14 +105,13 @@ class Desk:
     def load_adapter(self, body: dict[str, Any]) -> dict[str, str]:
         """Puts the folder's adapters on the model, or in the place of those that it has; a tensor that is missing
         stays as it was, and the receipt will tell."""
-        from peft.utils.save_and_load import set_peft_model_state_dict
-
         folder = body["lora_path"]
         with self._turn:
             if self.policy.adapters is None:
                 self.policy.wear(load_lora(self.policy.model, folder, trainable=False))
                 self._begin(self.policy)
-            set_peft_model_state_dict(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
+            assert self.policy.adapters is not None
+            take_adapter_state(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
             self.adapter = body["lora_name"]
         return {}
 
@@ -133,9 +132,7 @@ class Desk:
         file = {name: digest(tensor) for name, tensor in load_file(path).items()}
         state = self.policy.model.state_dict()
         if self.policy.adapters is not None:
-            from peft.utils.save_and_load import get_peft_model_state_dict
-
-            state = get_peft_model_state_dict(self.policy.adapters)
+            state = adapter_state(self.policy.adapters)
         return {"results": [{"file": file, "live": {name: digest(state[name]) for name in file if name in state}}]}
 
     def nothing(self, _: Any) -> dict[str, str]:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.model import Policy
+from steersman.model.lora import adapter_state
 from steersman.model.merge import merged_state
 from steersman.run.folder import saving
 from steersman.types import SteersmanError
@@ -141,12 +142,10 @@ def require_plain_adapters(policy: Policy) -> None:
 
 def write_adapter(policy: Policy, folder: Path) -> dict[str, str]:
     """The adapters as peft writes them, which is what servers read; returns each tensor's digest."""
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
     assert policy.adapters is not None
     folder.mkdir()
     policy.adapters.peft_config["default"].save_pretrained(str(folder))
-    state = {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(policy.adapters).items()}
+    state = {k: v.detach().contiguous() for k, v in adapter_state(policy.adapters).items()}
     return write_weights(state, folder / ADAPTER)
 
 
