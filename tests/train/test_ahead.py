@@ -161,6 +161,19 @@ def servers_of(learner: int) -> list[int]:
 
 
 @pytest.mark.slow
+def test_adapters_alone_train_the_same(base, tmp_path):
+    """rollout.sync adapter: whole weights or the adapter alone, what is learned is the same to rounding."""
+    asked = merge(base, {**ELSEWHERE, "model.lora": {"r": 2}, "rollout.ahead": 1, "optimizer.lr": 0.02})
+    rl.run(recipe("grpo", asked))
+    rl.run(recipe("grpo", merge(asked, {"rollout.sync": "adapter", "run.dir": str(tmp_path / "there")})))
+    a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "there" / "model")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    sent = [row["sync/bytes"] for row in rows(tmp_path / "there") if "sync/bytes" in row]
+    whole = [row["sync/bytes"] for row in rows(tmp_path / "run") if "sync/bytes" in row]
+    assert max(sent) < min(whole)
+
+
+@pytest.mark.slow
 def test_cut_answers_stay_within_the_limit(base, tmp_path):
     extra = {**ELSEWHERE, "rollout.ahead": 1, "rollout.in_flight": "cut", "rollout.max_new_tokens": 40}
     rl.run(recipe("grpo", merge(base, extra)))
@@ -193,6 +206,13 @@ def test_a_lower_limit_is_kept_after_a_resume(base, tmp_path):
         ("remax", {"rollout.ahead": 1, "rollout.engine": "process"}, "answers each prompt greedily"),
         ("nlpo", {"rollout.engine": "process"}, "mask of a second model"),
         ("grpo", {"rollout.servers": 2}, "engine is inside"),
+        ("grpo", {"rollout.sync": "adapter"}, "engine is inside"),
+        ("grpo", {"rollout.ahead": 1, "rollout.engine": "process", "run.devices": 2}, "ahead goes with one device"),
+        (
+            "grpo",
+            {"rollout.engine": "process", "run.devices": 2, "parallel.mode": "fsdp"},
+            "use parallel.mode: replicas",
+        ),
         ("grpo", {"rollout.engine": "vllm", "rollout.top_p": 0.9}, "only beside a top_k"),
         (
             "grpo",

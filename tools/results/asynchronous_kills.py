@@ -264,6 +264,8 @@ def main() -> None:
         kept = json.loads(file.read_text()) if file.exists() else {}
         engine = "vllm" if "vllm" in given.cases else "process"
         command = f"python tools/results/asynchronous_kills.py --kills {given.kills} --seed {given.seed}"
+        if engine == "vllm":
+            command += " --cases vllm --python ../env/vllm/bin/python"
         kept[engine] = {"command": command, "date": str(date.today()), "runs": rows}
         file.write_text(json.dumps(kept, indent=1) + "\n")
     sys.exit(any(row["wrong"] for row in rows))

@@ -141,6 +141,20 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
     return adapters
 
 
+def adapter_state(adapters: PeftModel) -> dict[str, Tensor]:
+    """The adapters' tensors under the names that they have in peft's files."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(adapters)
+
+
+def take_adapter_state(adapters: PeftModel, state: dict[str, Tensor]) -> None:
+    """Puts tensors of such names in the place of the adapters' own; one that is missing stays as it was."""
+    from peft.utils.save_and_load import set_peft_model_state_dict
+
+    set_peft_model_state_dict(adapters, state)
+
+
 def _require_plain_output(model: Any) -> None:
     """Raises SteersmanError if the output layer carries an adapter: it is applied without running the module. So do
     adapters on the embeddings of an encoder-decoder, which has several that share their weights."""
@@ -167,17 +181,3 @@ def untied(model: Any, weight: Callable[[str], Tensor]) -> bool:
         return False
     names = {id(module): name for name, module in model.named_modules()}
     return not torch.equal(*(weight(f"{names[id(module)]}.weight") for module in (embedding, output)))
-
-
-def adapter_state(adapters: Any) -> dict[str, Tensor]:
-    """The adapters' weights under the names of peft's files."""
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(adapters)
-
-
-def load_adapter_state(adapters: Any, state: dict[str, Tensor]) -> None:
-    """Puts weights under the names of peft's files into the adapters; one that is missing stays as it was."""
-    from peft.utils.save_and_load import set_peft_model_state_dict
-
-    set_peft_model_state_dict(adapters, state)

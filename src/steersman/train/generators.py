@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from steersman.environments.runner import Episodes
 from steersman.model import Policy
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
+from steersman.rollout.port import Limits
 from steersman.run.micro import share_out
 from steersman.run.ranks import ranks
 from steersman.train.models import context_length
 from steersman.train.sections import RolloutConfig
-from steersman.types import Prompt, Sample, SteersmanError
+from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 
 def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
@@ -36,7 +37,50 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
         python=rollout.python, arguments=tuple(rollout.arguments), top_k=rollout.top_k,
         adapter=rollout.sync == "adapter",
     )  # fmt: skip
-    return open_process(policy, wanted) if rollout.engine == "process" else open_vllm(policy, wanted)
+    opener = open_process if rollout.engine == "process" else open_vllm
+    return opener(policy, wanted) if ranks().world == 1 else OfMainRank(lambda: opener(policy, wanted))
+
+
+class OfMainRank:
+    """A generator that rank 0 alone has: it samples for the prompts of all ranks, and each gets its own samples.
+
+    Every rank must call it as often as the others. Raises rank 0's errors on every rank.
+    """
+
+    def __init__(self, opener: Callable[[], Generator]) -> None:
+        self._engine: Generator | None = None
+        error: SteersmanError | None = None
+        try:
+            self._engine = opener() if ranks().main else None
+        except SteersmanError as raised:
+            error = raised
+        ranks().agree(error, "the start of what samples")
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, **how: Any) -> list[Sample]:
+        here = ranks()
+        shares = here.gather(list(prompts), "prompts")
+
+        def ask() -> list[Sample]:
+            assert self._engine is not None
+            return self._engine.generate([prompt for share in shares for prompt in share], sampling, n=n, **how)
+
+        before = n * sum(len(share) for share in shares[: here.rank])
+        return here.from_main(ask, "samples")[before : before + n * len(prompts)]
+
+    def update_weights(self, version: int) -> Stats:
+        def send() -> Stats:
+            assert self._engine is not None
+            return self._engine.update_weights(version)
+
+        return ranks().from_main(send, "the weights' receipt")
+
+    def limits(self, sequences: int) -> Limits:
+        """The memory of servers is their own."""
+        return Limits(1, 1, 1)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
 
 
 def ends_of(rollout: RolloutConfig, policy: Policy) -> list[int]:
@@ -90,7 +134,7 @@ def sampled_by_all(
     made: list[Sample] = []
     error: Exception | None = None
     try:
-        made = generator.generate(mine, sampling, n=n, **how) if mine else []
+        made = generator.generate(mine, sampling, n=n, **how)
     except SteersmanError as raised:
         error = raised
     here.agree(error, "the end of sampling")

@@ -10,11 +10,14 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from remote_kit import asked, make_policy
 
 from steersman.rollout import Sampling
 from steersman.rollout.remote import Wanted, open_process, open_vllm
+from steersman.rollout.remote.dialects import Batchwise, Call
 from steersman.rollout.remote.launch import Launched, free_port
+from steersman.rollout.remote.serve import Desk, Handler, routes
 from steersman.rollout.remote.wire import Asked, BadReplyError, Server, ServerGoneError, replies
 from steersman.types import SteersmanError
 
@@ -111,6 +114,38 @@ def test_a_server_of_another_kind_is_named(kind, answers, said):
     with pytest.raises(SteersmanError, match=said):
         generator.generate(asked(), Sampling(4))
     generator.close()
+
+
+class NoMemory:
+    """An engine whose allocation fails, as torch reports it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def generate(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
+)
+def test_a_server_out_of_memory_says_so_and_goes_on(error):
+    """Our server's own routes over HTTP; the next call is answered again."""
+    desk = Desk(make_policy, 4)
+    engine, desk.engine = desk.engine, NoMemory(error)  # type: ignore[assignment]
+    table = routes(desk)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), type("Routes", (Handler,), {"table": table}))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    server = Server(f"http://127.0.0.1:{http.server_port}", 20.0)
+    ask = lambda: Batchwise().complete(server, ASKED, Call(Sampling(4), (0,), (2,), 35, True, False))  # noqa: E731
+    with pytest.raises(SteersmanError, match=rf"status 500 of /inference/v1/generate.*{str(error)[:10]}"):
+        ask()
+    desk.engine = engine
+    (answers,) = ask()
+    assert answers is not None
+    assert len(answers) == 2
+    server.close()
+    http.shutdown()
 
 
 def test_a_server_that_is_not_there_is_named():

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from steersman.model import Policy
-from steersman.model.lora import adapter_state, load_adapter_state, load_lora
+from steersman.model.lora import adapter_state, load_lora, take_adapter_state
 from steersman.rollout.engine import Engine
 from steersman.rollout.remote.snapshot import ADAPTER, digest
 from steersman.rollout.sampling import Sampling
@@ -110,7 +110,8 @@ class Desk:
             if self.policy.adapters is None:
                 self.policy.wear(load_lora(self.policy.model, folder, trainable=False))
                 self._begin(self.policy)
-            load_adapter_state(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
+            assert self.policy.adapters is not None
+            take_adapter_state(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
             self.adapter = body["lora_name"]
         return {}
 
