@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-vllm test-transformers check sanitize docs bench clean
+.PHONY: quickstart test test-vllm test-transformers check sanitize scan docs bench clean
 
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
@@ -40,6 +40,10 @@ sanitize: $(READY)
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
 	$(BIN)/python -c 'from steersman import native; native.library() or exit(native.why_not())' && \
 	$(BIN)/python -m pytest -q $(SANITIZED)
+
+# Random requests against the servers that people and their programs reach.
+scan: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tools/scan.py
 
 # A link or a name that leads nowhere is an error. The site is in build/site.
 docs: $(READY)

@@ -341,3 +341,44 @@ def test_the_admin_page_tells_how_far_raters_agree(store):
             judge(store, of, who, {"choice": choice})
     # n = 8 values, n_0 = 5, n_1 = 3, one unit at odds, so o_01 = 1: alpha = 1 - 7 * 1 / (5 * 3)
     assert "compare (compare): 0.533" in browser(store).get("/admin").text
+
+
+def test_admins_add_reset_and_close_accounts(store):
+    rater(store, "ada", role="admin", password=security.hashed("correct horse battery"))
+
+    def log_in(name, password):
+        client = browser(store, open=False)
+        return client, send(client, client.get("/login"), "/login", name=name, password=password)
+
+    ada, page = log_in("ada", "correct horse battery")
+    page = send(ada, ada.get("/admin"), "/admin/add", name="bob", password="first password", role="rater")
+    bob, home = log_in("bob", "first password")
+    assert home.status_code == 200
+    assert bob.get("/admin").status_code == 404
+    token = re.findall(r'name="csrf" value="([^"]*)"', bob.get("/").text)[0]
+    for path in ("add", "password", "disable", "forget"):  # a rater changes no account
+        form = {"csrf": token, "name": "ada", "password": "taken over!", "role": "admin"}
+        assert bob.post(f"/admin/{path}", data=form).status_code == 404
+    assert "at least 10" in send(ada, page, "/admin/password", name="bob", password="short").text
+    send(ada, page, "/admin/password", name="bob", password="second password")
+    assert "Log in" in bob.get("/").text  # whoever is logged in is out
+    assert log_in("bob", "first password")[1].status_code == 401
+    assert log_in("bob", "second password")[1].status_code == 200
+    send(ada, page, "/admin/disable", name="bob")
+    assert log_in("bob", "second password")[1].status_code == 401
+    assert "your own account" in ada.post("/admin/disable", data={"csrf": re.findall(
+        r'name="csrf" value="([^"]*)"', page.text)[0], "name": "ada"}).text  # fmt: skip
+    assert ada.get("/admin").status_code == 200
+
+
+def test_no_word_of_the_pages_is_a_method_of_python(store):
+    ids = [
+        queue(store, "mark", [NewItem("q", [Said("a")])], labels=["error"]),
+        queue(store, "compare", [pair(1), pair(2)], overlap=2),
+    ]
+    for name in ("ada", "bob"):
+        judge(store, ids[1], rater(store, name), {"choice": 0})
+        judge(store, ids[1], rater(store, f"{name} 2"), {"choice": 0})
+    client = browser(store)
+    for path in (f"/judge/{ids[0]}", f"/judge/{ids[1]}", "/admin", "/look"):
+        assert "built-in method" not in client.get(path).text, path

@@ -5,7 +5,7 @@
 14 raters judge pairs of the story model's stories on the pages of `steersman collect`, by keyboard: 12 have a hidden
 preference (the quickstart's judge, which no stage sees) and err in 15% of choices, 2 click at random. The wheel reads
 the store by its address. Users of the A/B test judge one pair each, blind, on the same pages. A second wheel reads
-the same store with a careless learning rate.
+the same store with a careless learning rate. What is there already in --out is not done again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Any
 
 from browser import Rater, chromium
 from pages import collecting
+from playwright.sync_api import Browser
 from wheel import ROLLOUT, SALAD, answers, hidden, numbers_of, recipe, rows
 
 from steersman.assets import openings, story_model
 from steersman.people.collect.verb import CollectRecipe, QueueConfig, fill
 from steersman.people.serving import Serving, read_serving
+from steersman.people.sources import open_judgements
 from steersman.people.store import open_store
 from steersman.people.wheel import run
 from steersman.people.wheel_recipe import WheelRecipe
@@ -41,7 +43,6 @@ class Recorded:
         self.out, self.seed, self.prompts = out, seed, openings()
         out.mkdir(parents=True, exist_ok=True)
         self.url = f"sqlite:///{out / 'feedback.db'}"
-        self.judged = 0
 
     def queue(self, name: str, found: list[dict[str, Any]], **how: int) -> None:
         """Puts pairs into a queue, as `steersman collect` does at its start."""
@@ -79,32 +80,25 @@ class Recorded:
             if told[0][i][0].strip() != told[1][i][0].strip() and all(one[i][0].strip() for one in told)
         ]
 
-    def wheel(self, name: str, **more: Any) -> dict[str, Any]:
+    def wheel(self, name: str, epochs: int = 2, **more: Any) -> dict[str, Any]:
         """The wheel over the store. Scripted raters need no time to read, so it does not ask for any."""
         test = {"experiment": {"share": 0.5, "margin": 0.02, "most_units": 900}}
         made = recipe(self.out, name, 1, **{"lr": 1e-4, **test, **more}).model_dump(exclude_unset=True)
         made["judgements"] = {"folder": self.url, "at_least": 500, "held_out": 0.2}
         made["sift"] = {"fastest": 0, "gold_share": 0.65}
-        made["kto"]["train"]["epochs"] = made["dpo"]["train"]["epochs"] = 2
+        made["kto"]["train"]["epochs"] = made["dpo"]["train"]["epochs"] = epochs
         return run(WheelRecipe.model_validate(made), resume=True)
 
 
 def record(out: Path, seed: int) -> dict[str, Any]:
     """Everything, from the first pair to the decision; leaves out/record.json."""
     start, loop, base = time.perf_counter(), Recorded(out, seed), str(story_model())
-    loop.queue("stories", loop.pairs(), gold_every=6)
+    if not (out / "stories.jsonl").exists():
+        loop.queue("stories", loop.pairs(), gold_every=6)
     with collecting("--store", loop.url) as (address, _), chromium() as browser:
-        names = [(f"rater {i}", False) for i in range(RATERS)] + [(f"clicker {i}", True) for i in range(CLICKERS)]
-        raters = [Rater(browser, address, name, seed=seed, clicks=clicks) for name, clicks in names]
-        begun = time.perf_counter()
-        at_work = [rater for rater in raters if rater.begin("stories")]
-        while at_work:
-            loop.judged += len(at_work)
-            at_work = [rater for rater in at_work if rater.judge()]
-        per_pair = (time.perf_counter() - begun) / loop.judged
-        print(f"{loop.judged} pairs judged, {per_pair:.2f} s each", flush=True)
-        for rater in raters:
-            rater.leave()
+        judged = out / "judged.json"
+        if not judged.exists():
+            judged.write_text(json.dumps(first_day(browser, address, seed)))
         told, batch, users = loop.wheel("wheel"), 0, 0
         while told["state"] != "done":
             print(told["state"], flush=True)
@@ -120,12 +114,12 @@ def record(out: Path, seed: int) -> dict[str, Any]:
                 if not there:
                     break
             batch, told = batch + 1, loop.wheel("wheel")
-    refused = loop.wheel("careless", experiment=None, lr=1e-2)["decisions"][0]
+    refused = loop.wheel("careless", experiment=None, epochs=1, lr=1e-2, then=["kto"])["decisions"][0]
     (decision,) = told["decisions"]
     held = [row["prompt"] for row in rows(out / "wheel/round-01/answers-current.jsonl")]
     models = {"turn-00": base, "turn-01": decision["path"], "careless": refused["path"]}
     found = {
-        "decision": decision, "refused": refused, "judged": loop.judged, "users": users, "seconds_a_pair": per_pair,
+        "decision": decision, "refused": refused, "users": met(loop.url), **json.loads(judged.read_text()),
         "hidden": {name: hidden(path, base, held).plain() for name, path in models.items()},
         "held_out_prompts": len(held), "serving": read_serving(out / "wheel/serving.json").current.name,
         "turns": {n: numbers_of(out / n / "round-01") for n in ("wheel", "careless")},
@@ -135,14 +129,31 @@ def record(out: Path, seed: int) -> dict[str, Any]:
     return found
 
 
+def first_day(browser: Browser, address: str, seed: int) -> dict[str, float]:
+    """All raters judge in turn until no pair is left; how many, and how long a pair took."""
+    names = [(f"rater {i}", False) for i in range(RATERS)] + [(f"clicker {i}", True) for i in range(CLICKERS)]
+    raters = [Rater(browser, address, name, seed=seed, clicks=clicks) for name, clicks in names]
+    begun, count = time.perf_counter(), 0
+    at_work = [rater for rater in raters if rater.begin("stories")]
+    while at_work:
+        count += len(at_work)
+        at_work = [rater for rater in at_work if rater.judge()]
+    for rater in raters:
+        rater.leave()
+    return {"judged": count, "seconds_a_pair": round((time.perf_counter() - begun) / count, 2)}
+
+
+def met(url: str) -> int:
+    """Users of the A/B test who judged."""
+    return len({one.user for one in open_judgements(url) if "turn-01" in one.models})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/loop"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--docs", type=Path, help="where loop.json goes; without it nothing is written there")
     args = parser.parse_args()
-    if args.out.exists():
-        raise SystemExit(f"{args.out} is there already; choose another --out, since pairs are judged once")
     found = record(args.out, args.seed)
     if args.docs:
         (args.docs / "loop.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -71,6 +71,10 @@ class Visit:
     def arg(self, name: str) -> str:
         return str(self.request.path_params[name])
 
+    def field(self, name: str) -> str:
+        """What the form says under a name; empty where it says nothing."""
+        return str(self.form.get(name, ""))
+
     def page(self, template: str, status: int = 200, **values: Any) -> Response:
         words = LANGUAGES[self.lang]
         text = _templates.get_template(template).render(
@@ -95,7 +99,7 @@ _templates.filters |= {"md": rendered, "plain": plain, "visible": visible, "shor
 def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
     """The application for an address; on a loopback address no other name of a host is answered, so that no page of
     another site can reach it by a name of its own."""
-    from steersman.people.collect import chat, judging, looking, people, run_pages
+    from steersman.people.collect import accounts, chat, judging, looking, people, run_pages
 
     pages, waiting = CapacityLimiter(PAGES_AT_ONCE), CapacityLimiter(ANSWERS_AT_ONCE)
 
@@ -131,7 +135,10 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
             route("/look/rows/{run:path}", run_pages.rows, admin=True),
             route("/look/beside", run_pages.side_by_side, admin=True),
             route("/admin", looking.overview, admin=True),
-            route("/admin/forget", looking.forget_person, "POST", admin=True),
+            route("/admin/forget", accounts.forget_person, "POST", admin=True),
+            route("/admin/add", accounts.add, "POST", admin=True),
+            route("/admin/password", accounts.new_password, "POST", admin=True),
+            route("/admin/disable", accounts.disable, "POST", admin=True),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Headers)],

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from steersman.people.collect.app import Visit, go
 from steersman.people.collect.forms import seconds_of, verdict_of
 from steersman.people.store.conversations import Said, add_turn, path
-from steersman.people.store.items import CHAT, Shown, next_item, own_assignment, progress, shown
+from steersman.people.store.items import CHAT, Shown, next_item, own_assignment, place_of, progress, shown
 from steersman.people.store.judgements import judge_item, undo
 from steersman.people.store.schema import Assignment, Conversation, Model, Queue
 
@@ -30,7 +30,7 @@ def next_page(visit: Visit) -> Response:
             return visit.refused("404", 404)
         got = next_item(session, queue.id, visit.rater.rater_id)
         if got is not None:
-            return _item(visit, got)
+            return _item(visit, got, place_of(session, queue, visit.rater.rater_id))
         return visit.page("nothing.html")
 
 
@@ -40,9 +40,10 @@ def item_page(visit: Visit) -> Response:
         if assignment is None:
             return visit.refused("404", 404)
         got = shown(session, assignment)
+        place = place_of(session, got.queue, visit.rater.rater_id)
     if assignment.state != "open":  # the back button, after the verdict was saved
         return go(_after(got))
-    return _item(visit, got)
+    return _item(visit, got, place)
 
 
 def judge(visit: Visit) -> Response:
@@ -87,11 +88,12 @@ def _after(got: Shown) -> str:
     return f"/chat/{got.item.conversation_id}" if got.item.conversation_id else f"/judge/{got.queue.id}"
 
 
-def _item(visit: Visit, got: Shown) -> Response:
+def _item(visit: Visit, got: Shown, place: tuple[int, int] | None) -> Response:
     """The page of an item: it holds nothing that tells which model answered, nor any id but the assignment's."""
     prompt = got.item.prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return visit.page(
         "item.html", task=got.queue.task, settings=got.queue.settings, turns=turns,
         answers=[a.content for a in got.sides], assignment=got.assignment.id, queue=got.queue.name,
+        place=place,
     )  # fmt: skip

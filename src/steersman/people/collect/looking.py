@@ -10,11 +10,10 @@ from typing import Any
 from sqlalchemy import select
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit, go
+from steersman.people.collect.app import Visit
 from steersman.people.store.conversations import all_turns, path_to
 from steersman.people.store.judgements import live
 from steersman.people.store.opinions import Opinion, everything, gold_results, model_names
-from steersman.people.store.raters import forget
 from steersman.people.store.schema import Conversation, JudgementRow, Person, Rater, Turn
 from steersman.statistics.agreement import Rated, alpha
 from steersman.statistics.estimates import Estimate
@@ -109,12 +108,6 @@ def overview(visit: Visit) -> Response:
             }
         )  # fmt: skip
     return visit.page("admin.html", rows=rows, agreed=agreed)
-
-
-def forget_person(visit: Visit) -> Response:
-    with visit.store.begin() as session:
-        forget(session, str(visit.form.get("name", "")))
-    return go("/admin")
 
 
 def agreement(told: list[Opinion]) -> list[tuple[str, Estimate]]:

@@ -10,6 +10,8 @@ import argon2
 from starlette.requests import Request
 from starlette.responses import Response
 
+from steersman.types import SteersmanError
+
 COOKIE = "steersman"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -20,6 +22,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 LARGEST_BODY = 1 << 20
+SHORTEST_PASSWORD = 10
 LIMITS = {"login": (10, 60.0), "post": (120, 60.0)}
 """How many requests in how many seconds one client may send."""
 _hasher = argon2.PasswordHasher()
@@ -36,6 +39,13 @@ def is_loopback(host: str) -> bool:
 
 def hashed(password: str) -> str:
     return _hasher.hash(password)
+
+
+def checked_password(password: str) -> str:
+    """The password. Raises SteersmanError where it is too short."""
+    if len(password) < SHORTEST_PASSWORD:
+        raise SteersmanError(f"a password has at least {SHORTEST_PASSWORD} characters")
+    return password
 
 
 def right_password(stored: str | None, given: str) -> bool:

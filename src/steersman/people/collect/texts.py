@@ -27,7 +27,9 @@ EN = {
     "beside": "Side by side", "beside_pick": "Pick", "behind": "A number that is a link leads to the rows behind it.",
     "all_numbers": "All numbers of this run", "no_rows": "Nothing matches.", "more": "More", "prompts": "Prompts",
     "lowest": "Lowest first by", "other_branch": "another branch",
-    "no_runs": "No folder of runs was named:",
+    "no_runs": "No folder of runs was named:", "details": "Why, and a better answer (optional)", "role": "Role",
+    "account": "Account", "add_account": "Add an account", "new_password": "New password",
+    "disable": "Let nobody log in", "not_found": "There is no such page, or it is not yours.",
 }  # fmt: skip
 ZH = {
     "title": "评判回答", "home": "首页", "chat": "对话", "queues": "待评判", "judge": "评判", "done": "已完成",
@@ -51,7 +53,9 @@ ZH = {
     "runs": "训练运行", "run": "运行", "step": "步", "tables": "表", "beside": "并排比较", "beside_pick": "选择",
     "behind": "带链接的数字通向其背后的数据行。", "all_numbers": "此运行的全部数字", "no_rows": "没有匹配的内容。",
     "more": "更多", "prompts": "提示", "lowest": "从低到高", "other_branch": "另一分支",
-    "no_runs": "尚未指定训练运行的文件夹：",
+    "no_runs": "尚未指定训练运行的文件夹：", "details": "原因和更好的回答（可选）", "role": "角色", "account": "账户",
+    "add_account": "添加账户", "new_password": "新密码", "disable": "禁止登录",
+    "not_found": "没有这个页面，或它不属于您。",
 }  # fmt: skip
 LANGUAGES = {"en": EN, "zh": ZH}
 

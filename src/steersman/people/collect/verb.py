@@ -21,7 +21,6 @@ from steersman.people.store.raters import add_person, forget, people
 from steersman.run.config import Section
 from steersman.types import SteersmanError
 
-SHORTEST_PASSWORD = 10
 PASSWORD_ENV = "STEERSMAN_PASSWORD"
 
 
@@ -147,7 +146,7 @@ def _item(row: Row) -> NewItem:
 
 
 def _add_account(store: Store, name: str, role: str) -> dict[str, Any]:
-    from steersman.people.collect.security import hashed
+    from steersman.people.collect.security import SHORTEST_PASSWORD, hashed
 
     password = os.environ.get(PASSWORD_ENV, "")
     if not password and sys.stdin.isatty():

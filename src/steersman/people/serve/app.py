@@ -123,7 +123,8 @@ class Server:
         return JSONResponse({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(document())
+        there = [*self.models, *([self.alias] if self.assignment is not None else [])]
+        return JSONResponse(document([] if self.backend is not None else there))
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text."""

@@ -14,8 +14,8 @@ STATUSES = {
 }  # fmt: skip
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1; requests are described by the classes that check them."""
+def document(models: list[str]) -> dict[str, Any]:
+    """OpenAPI 3.1; the classes that check requests describe them. `models` are the names that are known, if any."""
     failure = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}
     refusals = {
         status: {"description": why, "content": {"application/json": {"schema": failure}}}
@@ -27,6 +27,8 @@ def document() -> dict[str, Any]:
         schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[shape.__name__] = schema
+        if models:
+            schema["properties"]["model"]["enum"] = models
         told = {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}
         return {"required": True, "content": {"application/json": told}}
 

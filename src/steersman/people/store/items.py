@@ -199,6 +199,14 @@ def progress(session: Session, queue: Queue, rater_id: int) -> Progress:
     return Progress(items or 0, (items or 0) * queue.overlap, given, mine, open_to_me)
 
 
+def place_of(session: Session, queue: Queue, rater_id: int) -> tuple[int, int] | None:
+    """Which item of a queue a rater is at, counted from 1, and how many there are; None for comparisons in chats."""
+    if queue.name == CHAT:
+        return None
+    items = session.scalar(select(func.count()).select_from(Item).where(Item.queue_id == queue.id)) or 0
+    return max(_seen(session, queue.id, rater_id), 1), items
+
+
 def _open(queue_id: int, rater_id: int) -> Select[Any]:
     return (
         select(Assignment.id)

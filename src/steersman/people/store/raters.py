@@ -81,6 +81,15 @@ def forget(session: Session, name: str) -> str:
     return rater.pseudonym
 
 
+def set_password(session: Session, name: str, password: str | None) -> None:
+    """Gives a person another password (a hash), or none, so that nobody can log in; whoever is logged in is out."""
+    person = find_person(session, name)
+    if person is None:
+        raise SteersmanError(f"{name}: the store knows nobody of this name")
+    person.password = password
+    session.execute(delete(Login).where(Login.rater_id == person.rater_id))
+
+
 def log_in(session: Session, rater_id: int) -> str:
     """A new login's token, which only the browser keeps; the store has its hash."""
     token = secrets.token_urlsafe(32)

@@ -1,0 +1,48 @@
+"""Accounts, as admins edit them: added, given another password, closed, forgotten."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from steersman.people.collect.app import Visit, go
+from steersman.people.collect.security import checked_password, hashed
+from steersman.people.store.raters import add_person, forget, set_password
+from steersman.types import SteersmanError
+
+
+def add(visit: Visit) -> Response:
+    password, role = hashed(checked_password(visit.field("password"))), visit.field("role")
+    with visit.store.begin() as session:
+        add_person(session, visit.field("name"), role=role, password=password)
+    return go("/admin")
+
+
+def new_password(visit: Visit) -> Response:
+    """Of another person, who has to log in again with it."""
+    name, password = _other(visit), hashed(checked_password(visit.field("password")))
+    with visit.store.begin() as session:
+        set_password(session, name, password)
+    return go("/admin")
+
+
+def disable(visit: Visit) -> Response:
+    """Nobody can log in under this name until it gets a new password; its judgements stay."""
+    name = _other(visit)
+    with visit.store.begin() as session:
+        set_password(session, name, None)
+    return go("/admin")
+
+
+def forget_person(visit: Visit) -> Response:
+    name = _other(visit)
+    with visit.store.begin() as session:
+        forget(session, name)
+    return go("/admin")
+
+
+def _other(visit: Visit) -> str:
+    """The name of the form. Raises SteersmanError where it is the admin's own, who would lock everybody out."""
+    name = visit.field("name").strip()
+    if name == visit.rater.name:
+        raise SteersmanError("this is your own account; another admin can change it, or `steersman collect --forget`")
+    return name
