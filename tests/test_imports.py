@@ -31,7 +31,7 @@ MAY = {
     "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
     "statistics": MATHS | {"run", "data"},
     "plan": MATHS | {"run", "data", "model", "rollout", "update"},
-    "environments": MATHS | {"run", "data", "model", "rollout"},
+    "environments": MATHS | {"run", "data", "model", "rollout", "judge"},  # who plays a user, who judges a talk
     "train": MATHS
     | {"environments", "run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms"}
     | {"plan"},

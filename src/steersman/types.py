@@ -73,6 +73,7 @@ class Sample:
     token was sampled from (None where nobody counts them). An episode of several turns lists them in `turns`; its
     `text` is the last thing that the policy said, and `outcome` says why it ended. An episode whose history was shown
     anew lists its `segments`: a model reads each by itself (None: `ids` were said behind the prompt, all in one).
+    `asked` and `talk` are an episode as messages, for records: what it began with, and all that was said since.
     """
 
     prompt: Prompt
@@ -87,6 +88,8 @@ class Sample:
     turns: list[Turn] | None = None
     outcome: str = ""
     segments: list[Segment] | None = None
+    asked: Any = None
+    talk: Any = None
 
     @property
     def terminated(self) -> bool:

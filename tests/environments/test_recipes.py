@@ -19,15 +19,18 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("tools", "grpo"), ("class", "grpo"), ("text", "ppo"), ("frozen-lake", "ppo")]
+    ("name", "method"),
+    [("tools", "grpo"), ("class", "grpo"), ("text", "ppo"), ("frozen-lake", "ppo"), ("dialogue", "grpo")],
 )
 def test_recipe(name, method, tmp_path, mini, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])
     values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     values = merge(values, {**SMALL, "model.path": str(mini), "run.dir": str(tmp_path / "run")})
-    if name in ("tools", "class"):
+    if name in ("tools", "class", "dialogue"):
         values["rollout"]["max_new_tokens"] = 8
-        values["environment"].pop("tell_tools")  # this model reads plain text, in which 250 tokens hold no schema
+        values["environment"].pop(
+            "tell_tools", None
+        )  # this model reads plain text, in which 250 tokens hold no schema
     rl.run(RECIPES[method].model_validate(values))
     seen = rows(tmp_path / "run")[-1]
     assert seen["episode/turns"] >= 1

@@ -7,7 +7,7 @@ comes what the template writes between a reply and the next one, rendered behind
 
 `rewriting` tells which templates show earlier turns otherwise than they were said. They are refused by name; or kept
 as said (`environment.history: keep`): exact in training, but not what the template shows to others later; or shown as
-the template has it (`history: segments`): a conversation then ends where it is rewritten, and the next begins.
+the template has it (`history: segments`): a conversation ends where the template rewrites it, and another begins.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Played:
     """One episode while it is played. `key` names its random streams, whatever is played beside it.
 
-    `talk` is what the policy is shown now, `messages` the same as messages; `earlier` are conversations that were
-    shown anew since.
+    `talk` is what the policy is shown now, and `messages` the same as messages, the first `begun` of which were shown
+    first, after `before` replies; `earlier` are conversations that were shown anew since.
     """
 
     prompt: Prompt
@@ -43,6 +43,8 @@ class Played:
     talk: Conversation | None = None
     earlier: list[Conversation] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    begun: int = 0
+    before: int = 0
     reply: Reply | None = None
     tries: int = 0
     waited: float = 0.0
@@ -206,8 +208,20 @@ class Play:
             return Sample(prompt, ids[-1:], [0.0], "length", "", game.index, support, [False], [0], [], game.outcome)
         if game.earlier:
             talks = [*game.earlier, talk]
-            return in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
-        return talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
+            sample = in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
+        else:
+            sample = talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
+        sample.asked, sample.talk = game.messages[: game.begun], _as_messages(game, sample.text)
+        return sample
+
+
+def _as_messages(game: Played, last: str) -> list[Message]:
+    """What was said in the conversation of now, up to the policy's last reply."""
+    talk = game.messages[game.begun :]
+    replies = [i for i, m in enumerate(talk) if m["role"] == "assistant"]
+    if len(replies) < game.turns - game.before:
+        return [*talk, {"role": "assistant", "content": last}]
+    return talk[: replies[-1] + 1] if replies else []
 
 
 def _no_room(talk: Conversation, sampling: Sampling, limit: int) -> str:

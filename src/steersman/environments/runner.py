@@ -120,6 +120,7 @@ class Episodes:
             first = with_tool_descriptions(first, tools)
         elif tools and self.layout.chat:
             first[0] = {**first[0], "tools": tools}
+        game.begun, game.before = len(first), game.turns
         return self._shown_anew(game, first, room)
 
     def answered(self, game: Played, answer: Answer, room: int) -> bool:
@@ -133,11 +134,11 @@ class Episodes:
             if answer.anew:
                 game.earlier.append(talk)
                 return self.opened(game, answer.messages, room)
-            if self.config.history == "segments" and self.layout.chat:
-                before, game.messages = game.messages, [*game.messages, said, *messages]
-                if self.layout.rewritten(before, reply.text, game.messages):
-                    game.earlier.append(talk)
-                    return self._shown_anew(game, game.messages, room)
+            before, game.messages = game.messages, [*game.messages, said, *messages]
+            segments = self.config.history == "segments" and self.layout.chat
+            if segments and self.layout.rewritten(before, reply.text, game.messages):
+                game.earlier.append(talk)
+                return self._shown_anew(game, game.messages, room)
             new = talk.between(self.layout.stand_in(said.get("tool_calls", ())), messages)
         except SteersmanError as error:
             raise FaultError(f"the chat template can't show the environment's turn: {error}") from error

@@ -21,6 +21,7 @@ from rich.table import Table
 from steersman.data.examples import Message, user
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.judge import Judge, JudgeConfig, open_judge
+from steersman.judge.personas import END, play, spoken
 from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
@@ -31,18 +32,6 @@ from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.statistics.ratings import Battle, ratings
 from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
-
-END = "[[END]]"
-"""What a simulated user writes to leave."""
-PLAY = """You play a person who writes to an assistant. Stay in character and never act as the assistant.
-Who you are: {character}
-What you want: {goal}
-
-The conversation so far:
-{so_far}
-
-Write this person's next message, one to three sentences, and nothing else. If the goal is reached, or the person
-would give up, write only {end}."""
 
 
 class Persona(Section):
@@ -112,8 +101,8 @@ def converse(
     for turn in range(turns):
         said = [persona.opening] * len(going)
         if turn or not persona.opening:
-            asked = [user(_play(persona, talks[i])) for i in going]
-            said = [_spoken(text) for text in speaker.reply(asked, (seed, turn, 0))]
+            asked = [user(play(persona.character, persona.goal, talks[i])) for i in going]
+            said = [spoken(text) for text in speaker.reply(asked, (seed, turn, 0))]
         going = [i for i, text in zip(going, said, strict=True) if text and END not in text]
         texts = [text for text in said if text and END not in text]
         for i, text in zip(going, texts, strict=True):
@@ -137,18 +126,6 @@ def win_rates(recipe: SimulateRecipe, battles: Rows) -> dict[str, Estimate]:
         if len(met):
             out[name] = bootstrap(mean, [won], clusters=personas)
     return out
-
-
-def _spoken(text: str) -> str:
-    """The first paragraph of what the model wrote for the user, without the name of the role in front."""
-    first = text.strip().split("\n\n")[0].strip()
-    return first.partition(":")[2].strip() if first.lower().startswith(("you:", "user:", "me:")) else first
-
-
-def _play(persona: Persona, turns: Turns) -> str:
-    roles = {"user": "You", "assistant": "The assistant"}
-    so_far = "\n\n".join(f"{roles[m['role']]}: {m['content']}" for m in turns) or "(nothing yet)"
-    return PLAY.format(character=persona.character, goal=persona.goal, so_far=so_far, end=END)
 
 
 def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str) -> Rows:

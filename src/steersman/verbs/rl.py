@@ -130,7 +130,8 @@ def _episode(sample: Sample) -> dict[str, Any]:
     if sample.turns is None:
         return {}
     turns = [{"said": t.said, "heard": t.heard, "reward": t.reward} for t in sample.turns]
-    return {"begin": sample.prompt.text, "turns": turns, "outcome": sample.outcome}
+    talk = {"asked": sample.asked, "talk": sample.talk} if sample.talk else {}
+    return {"begin": sample.prompt.text, "turns": turns, "outcome": sample.outcome, **talk}
 
 
 def _interval(look: Stats) -> str:

@@ -1,0 +1,90 @@
+"""Recorded episodes as rows that `dpo` and `kto` read: only what the policy said counts there, as it did here.
+
+    python -m steersman.environments.lessons runs/game pairs.jsonl
+    python -m steersman.environments.lessons runs/game labels.jsonl --above 0.5
+
+A run's `samples.jsonl` holds the episodes of its looks at held-out prompts. Pairs are made of one prompt's best and
+worst episode over all looks, with the difference of their rewards as `margin`; with `--above` every episode becomes a
+row with a thumb, up where its reward is above that. Episodes in several segments are recorded as their last one. A
+chat template lays the turns out, so the model needs one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from steersman.run.untrusted import parse_json
+from steersman.types import SteersmanError
+
+Row = dict[str, Any]
+
+
+def episodes(run: Path) -> list[Row]:
+    """The recorded episodes of a run folder. Raises SteersmanError where there are none, or for a broken line."""
+    path = run / "samples.jsonl"
+    if not path.is_file():
+        raise SteersmanError(f"{run}: there is no samples.jsonl; give the folder of a run with rollout.held_out")
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = parse_json(line, f"{path}, line {number}")
+        except ValueError as error:
+            raise SteersmanError(f"{path}, line {number}: {error}") from error
+        if isinstance(row, dict) and row.get("talk"):
+            found.append(row)
+    if not found:
+        raise SteersmanError(f"{path}: it holds no episodes of several turns; the run had no section `environment`")
+    return found
+
+
+def pairs(rows: Iterable[Row]) -> list[Row]:
+    """The best and the worst episode of each beginning, where what was said and their rewards differ."""
+    by_beginning: dict[str, list[Row]] = {}
+    for row in rows:
+        by_beginning.setdefault(json.dumps(row["asked"], sort_keys=True), []).append(row)
+    made = []
+    for some in by_beginning.values():
+        best, worst = max(some, key=reward_of), min(some, key=reward_of)
+        margin = reward_of(best) - reward_of(worst)
+        if margin > 0 and best["talk"] != worst["talk"]:
+            made.append(
+                {"prompt": best["asked"], "chosen": best["talk"], "rejected": worst["talk"], "margin": margin}
+            )
+    return made
+
+
+def labels(rows: Iterable[Row], above: float) -> list[Row]:
+    """Every episode with a thumb: up where its reward is above `above`."""
+    return [{"prompt": r["asked"], "completion": r["talk"], "label": reward_of(r) > above} for r in rows]
+
+
+def reward_of(row: Row) -> float:
+    """What an episode earned by all parts of the reward."""
+    return sum(float(x) for x in row["reward"].values())
+
+
+def main(words: Sequence[str]) -> int:
+    """The command line; 2 for what a user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--above", type=float)
+    args = parser.parse_args(words)
+    try:
+        rows = episodes(args.run)
+    except SteersmanError as error:
+        print(error, file=sys.stderr)
+        return 2
+    made = pairs(rows) if args.above is None else labels(rows, args.above)
+    args.target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    print(f"{len(made)} rows in {args.target}, from {len(rows)} episodes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
