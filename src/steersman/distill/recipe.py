@@ -13,7 +13,7 @@ from steersman.ops.divergence import Divergence
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 SOURCES = {
@@ -113,7 +113,7 @@ class DistillTraining(Section):
     )
 
 
-class DistillRecipe(Section):
+class DistillRecipe(TrainingRecipe):
     """Distillation of a teacher into a student."""
 
     model: ModelConfig

@@ -42,6 +42,12 @@ class Section(BaseModel):
         another value than the default is refused."""
         return frozenset()
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Defaults of a recipe, as nested plain data, that follow from what it is given elsewhere; those that it is
+        given itself win."""
+        return {}
+
 
 R = TypeVar("R", bound=Section)
 
@@ -58,7 +64,7 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
     data = _read_yaml(path) if path is not None else {}
     problems, from_command = _apply_overrides(model, data, overrides or [])
     problems += _drop_unknown(model, model, data, "", from_command)
-    merged = _merge(_defaults(model), data, model)
+    merged = _merge(_merge(_defaults(model), model.dependent_defaults(data), model), data, model)
     recipe = None
     try:
         recipe = model.model_validate(merged)

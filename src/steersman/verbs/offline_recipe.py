@@ -12,13 +12,13 @@ from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import OfflineConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 L = TypeVar("L", bound=Section)
 
 
-class OfflineRecipe(Section, Generic[L]):
+class OfflineRecipe(TrainingRecipe, Generic[L]):
     """Offline optimisation of a policy; `loss` is the method's own section."""
 
     model: ModelConfig

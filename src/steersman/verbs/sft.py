@@ -8,13 +8,12 @@ from pydantic import Field, model_validator
 
 from steersman.data import LargeDataConfig, layout, training
 from steersman.objectives.supervised import SFT
-from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.train.session import Session
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.offline_run import carry_out
@@ -31,7 +30,7 @@ class SFTConfig(OfflineConfig):
     )
 
 
-class SFTRecipe(Section):
+class SFTRecipe(TrainingRecipe):
     """Supervised fine-tuning: the loss is on completions (assistant turns of a chat), ends included."""
 
     model: ModelConfig
