@@ -41,7 +41,7 @@ def naming_family(model: Any) -> Iterator[None]:
     except Exception as error:  # each family's code has errors of its own
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise SteersmanError(
-            f"{model_name(model)}: it could not be run on a few tokens ({said}); this model family is not supported yet"
+            f"{model_name(model)}: it could not be run on a few tokens ({said}); this family is not supported yet"
         ) from error
 
 
