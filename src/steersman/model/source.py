@@ -116,8 +116,8 @@ def router_notes(source: str, config: Any) -> list[str]:
     if experts < 2 or not weight:
         return []
     return [
-        f"{source}: its router balances {experts} experts by a loss of weight {weight:g} (router_aux_loss_coef), which "
-        "is not part of the objective here; with LoRA the router stays as it is"
+        f"{source}: its router balances {experts} experts by a loss of weight {weight:g} (router_aux_loss_coef), "
+        "which is not part of the objective here; with LoRA the router stays as it is"
     ]
 
 
