@@ -20,10 +20,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "water small river bright morning old house garden letter friend answer question number table window story light"
-    " walk find read write open close carry follow green yellow quiet long early late under over between after before"
-).split()
+WORDS = [
+    "water",
+    "small",
+    "river",
+    "bright",
+    "morning",
+    "old",
+    "house",
+    "garden",
+    "letter",
+    "friend",
+    "answer",
+    "window",
+]
 BATCH, BATCHES = 32, 200
 
 
@@ -72,19 +82,22 @@ def apart(*words: str) -> dict[str, Any]:
 def page(found: list[tuple[str, dict[str, Any]]], count: int, size: float, kept: float, model: str) -> str:
     lines = [
         "# Sets larger than memory", "",
-        f"Written by `python benchmarks/large_sets.py`: {count:,} generated conversations ({size:,.0f} MB of JSON lines)",
-        f"with the tokenizer and chat template of {model}, on one core of a shared machine. Memory is the peak of the",
-        "process, and in brackets what of it was there before the data. Batches are of 32 rows, read and collated, the",
-        "first 200.", "",
+        f"Written by `python benchmarks/large_sets.py`: {count:,} generated conversations ({size:,.0f} MB of JSON",
+        f"lines) with the tokenizer and chat template of {model}, on one core of a shared machine. Memory is the",
+        "peak of the process, and in brackets what of it was there before the data. Batches are of 32 rows, read and",
+        "collated, the first 200.", "",
         "| way | seconds until ready | memory, MiB | ms a batch |", "| --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name, x in found:
         lines.append(
             f"| {name} | {x['ready']:,.1f} | {x['peak']:,.0f} ({x['before']:,.0f}) | {1000 * x['batch']:.1f} |"
         )
-    lines += ["", f"The tokens lie on disk in {kept:,.0f} MB. A batch of the stream has its share of reading and "
-              "tokenising in it; the first buffer of 10,000 rows is what it waits for. The row in memory is of a tenth "
-              "of the rows: its memory grows with them, that of the others does not."]  # fmt: skip
+    lines += [
+        "",
+        f"The tokens lie on disk in {kept:,.0f} MB. A batch of the stream has its share of reading and tokenising",
+        "in it; the first buffer of 10,000 rows is what it waits for. The row in memory is of a tenth of the rows:",
+        "its memory grows with them, that of the others does not.",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

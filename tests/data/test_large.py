@@ -82,6 +82,15 @@ def test_the_sets_that_were_used_last_stay(rows, tokenizer, tmp_path):
     assert len(list(cache.iterdir())) == 1
 
 
+def test_the_sets_of_a_mixture_are_all_kept_while_they_are_read(rows, tokenizer, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "so it is"}] * 40)
+    config = made(rows, path=[str(rows), str(other)], mix=[1, 1], cache=str(tmp_path / "cache"), cache_gb=1e-9)
+    got = ready(config, tokenizer)
+    assert got.mix is not None
+    assert got.mix.counts == (577, 577)
+    assert {len(got.train[int(own[0])].prompt) for own in got.mix.members} == {3, 1}
+
+
 def test_a_bad_row_leaves_nothing_in_the_cache(rows, tokenizer, tmp_path):
     rows.write_text(rows.read_text() + "{broken")
     with pytest.raises(SteersmanError, match="line 1115"):

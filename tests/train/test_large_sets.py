@@ -10,7 +10,7 @@ import torch
 from letter_models import WORDS, rows_of, write_jsonl
 from train_kit import merge, prompts_file, recipe, weights
 
-from steersman.verbs import rl, sft
+from steersman.verbs import preference, rl, sft
 
 
 def settings(tmp_path: Path, mini: Path, **more) -> dict:
@@ -89,3 +89,24 @@ def test_a_stream_goes_on_from_a_checkpoint_in_its_middle(tmp_path, mini):
 def test_a_stream_of_a_mixture_goes_on_too(tmp_path, mini):
     more = {"data.mix": [3, 1], "data.stream": True, "data.buffer": 8, "train.max_steps": 16}
     goes_on(settings(tmp_path, mini, **more), tmp_path, from_step=10)
+
+
+def test_pairs_in_packed_rows_learn_what_they_learn_apart(tmp_path, mini):
+    """No answer sees another one in its row: the losses are the same, and so is what they lead to."""
+    pairs = [
+        {"prompt": f"ask{'?' * (i % 5)}", "chosen": w, "rejected": "no e" + " a" * (i % 3)}
+        for i, w in enumerate(WORDS)
+    ]
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    runs = []
+    for pack in (0, 90):
+        asked = {
+            "model": {"path": str(mini)}, "data": {"path": str(data)}, "optimizer": {"lr": 0.01},
+            "train": {"batch_size": 4, "epochs": 2, "pack": pack}, "samples": {"prompts": 0},
+            "run": {"threads": 1, "dir": str(tmp_path / f"run{pack}")},
+        }  # fmt: skip
+        preference.run(preference.PreferenceRecipe.model_validate(asked))
+        logged = rows_of(tmp_path / f"run{pack}" / "metrics.jsonl")
+        runs.append([(row["loss"], row["margin"]) for row in logged if "loss" in row])
+    assert len(runs[0]) == 6
+    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=1e-4, atol=1e-5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from letter_models import write_jsonl
 
 from steersman import cli
+from steersman.run.config import load_recipe
 from steersman.train.models import slow_rate
-from steersman.train.sections import LoraSection, ModelConfig
+from steersman.train.sections import ADAPTER_RATE, LoraSection, ModelConfig
 
 
 @pytest.mark.parametrize(("lora", "lr", "told"), [(True, 1e-5, True), (True, 2e-4, False), (False, 1e-5, False)])
@@ -20,6 +23,43 @@ def test_preflight_shows_it(tmp_path, mini, capsys):
     data = write_jsonl(
         tmp_path / "rows.jsonl", [{"prompt": f"a{'?' * i}", "chosen": "b", "rejected": "c"} for i in range(4)]
     )
-    words = ["--data.path", str(data), "--run.dir", str(tmp_path / "run"), "--train.batch_size", "2"]
+    words = [
+        "--data.path",
+        str(data),
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--train.batch_size",
+        "2",
+        "--optimizer.lr",
+        "1e-5",
+    ]
     assert cli.main(["dpo", "--model.path", str(mini), "--model.lora", "{r: 2}", *words]) == 0
     assert "1e-05 is a rate for whole models" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "kto", "reward", "grpo", "distill"])
+def test_the_default_rate_goes_by_what_is_trained(verb):
+    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    words = ["--model.path", "m", "--data.path", "d", "--optimizer.beta2", "0.99"]
+    words += {"grpo": ["--reward.parts", "{l: {builtin: length}}"], "distill": ["--teacher.path", "t"]}.get(verb, [])
+    whole = load_recipe(model, None, words)
+    lora = load_recipe(model, None, [*words, "--model.lora", "{}"])
+    given = load_recipe(model, None, [*words, "--model.lora", "{}", "--optimizer.lr", "3e-6"])
+    assert [r.optimizer.lr for r in (lora, given)] == [ADAPTER_RATE, 3e-6]
+    assert whole.optimizer.lr < ADAPTER_RATE
+    assert lora.optimizer.model_copy(update={"lr": 0}) == whole.optimizer.model_copy(update={"lr": 0})
+
+
+def test_a_method_without_gradient_steps_has_no_rate():
+    words = [
+        "--model.path",
+        "m",
+        "--data.path",
+        "d",
+        "--reward.parts",
+        "{l: {builtin: length}}",
+        "--model.lora",
+        "{}",
+    ]
+    recipe: Any = load_recipe(cli.VERBS["trpo"].recipe_class(None, []), None, words)
+    assert recipe.optimizer == type(recipe.optimizer)()

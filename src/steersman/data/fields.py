@@ -137,7 +137,15 @@ def turn(row: Row, column: str, item: Any, default_role: str | None, index: int 
 def _parts(row: Row, column: str, at: str, parts: list[Any]) -> str:
     texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else None for p in parts]
     if any(not isinstance(t, str) for t in texts):
-        raise row.fault("wrong type", f"{at} holds a part that is not text; images and sound are not read", column)
+        kinds = {str(p.get("type"))[:20] for p in parts if isinstance(p, dict)} - {"text", "None"}
+        named = f" ({', '.join(sorted(kinds))})" if kinds else ""
+        raise row.fault(
+            "wrong type",
+            f"{at} holds a part that is not text{named}; images and sound are not read: no verb "
+            "passes a processor's pixels or samples beside the token ids. Leave the row out "
+            "(data.on_bad_row: skip), or put what it shows into words",
+            column,
+        )
     return "".join(t for t in texts if t)
 
 

@@ -13,9 +13,10 @@ from steersman.data.encode import Encoded, EncodedRows, EncodedSet, encode
 from steersman.data.load import Loaded, demonstrations, held_outside
 from steersman.data.mixing import Mixture, mixture
 from steersman.data.rows import BadRows
-from steersman.data.stored import Stored, store
+from steersman.data.stored import Stored, make_room, store
 from steersman.data.streamed import Streamed, open_streams
 from steersman.data.tokenize import Layout
+from steersman.run.ranks import ranks
 
 
 class LargeDataConfig(DataConfig):
@@ -79,6 +80,7 @@ def training(config: LargeDataConfig, laid: Layout, context: int | None, *, batc
 def _stored(config: LargeDataConfig, laid: Layout, context: int | None) -> Training:
     held = held_outside(config, "demonstration")
     sets = [store(config, path, laid, context) for path in _paths(config)]
+    ranks().from_main(lambda: make_room(sets, config.cache_gb), "room in the cache")
     found = Stored(sets, config, [e.prompt for e in held])
     kept = [*found.held_out, *_encoded(held, laid, config, context)]
     return Training(found, kept, found.summary(len(kept)), mixture(config, found.parts))

@@ -52,7 +52,6 @@ def store(config: Any, path: Any, laid: Layout, context: int | None) -> Path:
         if not (folder / "set.json").is_file():
             save_dir(folder, lambda tmp: _write(tmp, config, path, laid, context))
         (folder / "set.json").touch()
-        _make_room(folder, config.cache_gb)
 
     ranks().from_main(make, "tokenised rows")
     return folder
@@ -67,6 +66,11 @@ def _name(config: Any, path: Any, laid: Layout, context: int | None) -> str:
         with open(file, "rb") as stream:
             digest.update(f"{Path(file).name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     tokenizer = laid.codec.tokenizer
+    if not tokenizer.is_fast:
+        raise SteersmanError(
+            f"data.cache: {tokenizer.name_or_path} has a tokenizer without a file of its own (tokenizer.json), by "
+            "which sets could be told apart; use data.stream, or rows in memory"
+        )
     about = {
         "layout": LAYOUT,
         "section": config.model_dump(mode="json", exclude=SPLITS),
@@ -128,14 +132,14 @@ def _chunks(
     yield out
 
 
-def _make_room(used: Path, gigabytes: float) -> None:
-    """Removes sets of the cache that were not used for longest, until what is left fits; never the one in use."""
-    sets = [p.parent for p in used.parent.glob("*/set.json") if len(p.parent.name) == NAME]
+def make_room(used: Sequence[Path], gigabytes: float) -> None:
+    """Removes sets of the cache that were not used for longest, until what is left fits; never those in use."""
+    sets = [p.parent for p in used[0].parent.glob("*/set.json") if len(p.parent.name) == NAME]
     sets.sort(key=lambda p: (p / "set.json").stat().st_mtime, reverse=True)
     total = 0
     for folder in sets:
         total += sum(file.stat().st_size for file in folder.iterdir())
-        if total > gigabytes * 1e9 and folder != used:
+        if total > gigabytes * 1e9 and folder not in used:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 SOURCES = {
@@ -114,7 +114,7 @@ class DistillTraining(Section):
     )
 
 
-class DistillRecipe(Section):
+class DistillRecipe(TrainingRecipe):
     """Distillation of a teacher into a student."""
 
     model: ModelConfig

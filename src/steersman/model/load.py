@@ -80,6 +80,11 @@ def load_policy(
     config = read_config(base, base_local, notes, trust=trust_remote_code)
     pair, stored = config.is_encoder_decoder, stored_dtype(config)
     known = hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known and type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise SteersmanError(
+            f"{base}: a model of type '{config.model_type}' reads images beside text, and no verb passes a "
+            "processor's pixels beside the token ids; give a language model, such as the one that it was built on"
+        )
     if type(config) not in known and not (trust_remote_code and "AutoModelForCausalLM" in own_code(config)):
         raise SteersmanError(
             f"{base}: a model of type '{config.model_type}' is not a causal language model, nor an encoder with a "

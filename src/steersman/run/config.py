@@ -36,7 +36,7 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
     data = _read_yaml(path) if path is not None else {}
     problems, from_command = apply_overrides(model, data, overrides or [])
     problems += drop_unknown(model, model, data, "", from_command)
-    settings = merged(defaults_of(model), data, model)
+    settings = merged(merged(defaults_of(model), model.dependent_defaults(data), model), data, model)
     recipe = None
     try:
         recipe = model.model_validate(settings)

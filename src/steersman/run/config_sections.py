@@ -32,6 +32,12 @@ class Section(BaseModel):
         another value than the default is refused."""
         return frozenset()
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Defaults of a recipe, as nested plain data, that follow from what it is given elsewhere; those that it is
+        given itself win."""
+        return {}
+
 
 def walk_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key below `model` as (dotted key, pydantic FieldInfo), sections before their own keys."""

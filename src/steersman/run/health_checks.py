@@ -7,7 +7,8 @@ sentence with the numbers that it saw and what to do, or None. What it reads, wh
 `length/mean` (tokens), and `text/*` made from the responses themselves (`text_stats`). Offline preference methods
 measure `held_out/kl` with `held_out/length` in the place of `kl` and `length/mean`, and the log-probabilities of the
 given answers, `logp/<side>` (nats per answer), where a side is chosen and rejected, or liked and disliked, and the
-implicit reward's `held_out/margin`. `held_out/perplexity` is that of sampled answers under the starting model.
+implicit reward's `margin` and `held_out/margin`. `lr` is the learning rate. `held_out/perplexity` is that of sampled
+answers under the starting model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from steersman.run.health_history import History, mean_or_nan
+from steersman.run.health_history import History, Series, mean_or_nan
 from steersman.run.health_limits import HealthConfig
 from steersman.run.health_text import answers_alike, empty_answers, repetition, same_answer, same_phrase
 
@@ -24,7 +25,7 @@ Severity = Literal["note", "warning", "stop"]
 
 READ = {
     "step", "kl", "entropy", "ratio_gap", "explained_variance", "finish/length", "finish/eos", "length/mean",
-    "held_out/kl", "held_out/length", "held_out/perplexity", "held_out/margin",
+    "held_out/kl", "held_out/length", "held_out/perplexity", "held_out/margin", "margin", "lr",
     *(f"{where}logp/{side}" for where in ("", "held_out/") for side in ("chosen", "rejected", "liked", "disliked")),
 }  # fmt: skip
 """Numbers that the checks read, beside `reward/...` and `text/...`."""
@@ -141,21 +142,31 @@ def chosen_falls(history: History, c: HealthConfig) -> str | None:
 
 
 def nothing_moved(history: History, c: HealthConfig) -> str | None:
-    """By KL to the reference; where none is measured, by the held-out margin."""
-    key = next((k for k in ("kl", "held_out/kl", "held_out/margin") if history.of(k).count), None)
-    step = history.latest.get("step", 0.0)
-    if key is None or key not in history.latest or step < c.still_steps:
+    """By KL to the reference, and by the margin of given pairs, on held-out ones where there are some; where both are
+    measured, neither has moved. While the rate still rises to its peak nothing is said."""
+    rates, step = history.of("lr").last, history.latest.get("step", 0.0)
+    if step < c.still_steps or (len(rates) > 1 and rates[-1] > rates[-2]):
         return None
-    values = history.of(key)
-    origin = values.first[0] if key == "held_out/margin" else 0.0
-    most = max(abs(values.low - origin), abs(values.high - origin))
-    if values.count < 2 or most > c.still_kl:
+    kl = next((k for k in ("kl", "held_out/kl") if history.of(k).count), "held_out/kl")
+    margin = "held_out/margin" if history.of("held_out/margin").count else "margin"
+    asked = [k for k in (margin, kl) if history.of(k).count]
+    if not any(k in history.latest and history.of(k).count > 1 for k in asked):
         return None
-    what = "the held-out margin" if key == "held_out/margin" else "KL to the reference (nats per response)"
+    moved = {k: _range(history.of(k), from_start=k == margin) for k in asked}
+    if any(x > (c.still_margin if margin in asked else c.still_kl) for x in moved.values()):
+        return None
+    names = {kl: "KL to the reference (nats per response)", margin: "the margin of the pairs"}
+    said = " and ".join(f"{names[k]} by {x:.1e}" for k, x in moved.items())
     return (
-        f"nothing moves: in {step:.0f} steps {what} has changed by no more than {most:.1e}. The updates are too "
-        "small to see; raise the learning rate, shorten the warm-up, or see whether all answers get the same reward."
+        f"nothing moves: in {step:.0f} steps there changed {said} at most. The updates are too small to see; raise "
+        "the learning rate, shorten the warm-up, or see whether all answers get the same reward."
     )
+
+
+def _range(values: Series, *, from_start: bool) -> float:
+    """How far a number ever was from its first value, or from 0."""
+    origin = values.first[0] if from_start else 0.0
+    return max(abs(values.low - origin), abs(values.high - origin))
 
 
 def strange_answers(history: History, c: HealthConfig) -> str | None:
@@ -184,6 +195,6 @@ CHECKS: dict[str, tuple[Severity, Check]] = {
     "bad_critic": ("warning", bad_critic),
     "reward_hacking": ("warning", reward_hacking),
     "chosen_falls": ("warning", chosen_falls),
-    "nothing_moved": ("note", nothing_moved),
+    "nothing_moved": ("warning", nothing_moved),
     "strange_answers": ("warning", strange_answers),
 }

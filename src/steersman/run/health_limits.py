@@ -45,9 +45,10 @@ class HealthConfig(Section):
     perplexity_factor: float = Field(
         default=2.0, gt=1, description="answers strange to the starting model: their perplexity, times its start"
     )
-    still_steps: int = Field(default=20, gt=0, description="steps after which a policy that has not moved is named")
-    still_kl: float = Field(
-        default=1e-3, ge=0, description="not moved: KL to the reference, or the change of a margin, up to this"
+    still_steps: int = Field(default=10, gt=0, description="steps after which a policy that has not moved is named")
+    still_kl: float = Field(default=1e-3, ge=0, description="not moved: KL to the reference up to this")
+    still_margin: float = Field(
+        default=0.02, ge=0, description="not moved: change of the preference margin up to this"
     )
     expect_eos: bool = Field(default=True, description="false: responses are meant to fill the length limit")
     ratio_gap: float = Field(

@@ -37,6 +37,16 @@ class OfflineConfig(Section):
     )
 
 
+class PackedOfflineConfig(OfflineConfig):
+    """How long and in what batches a policy is trained on given examples."""
+
+    pack: int = Field(
+        default=0,
+        ge=0,
+        description="put several sequences into rows of so many tokens, kept apart by position; 0 is off",
+    )
+
+
 class Objective(Protocol):
     """What is learned from examples: a loss over rows, and a look at held-out data.
 

@@ -14,7 +14,7 @@ from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.train.experience import Cut
-from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 A = TypeVar("A", bound=Algorithm)
@@ -41,7 +41,7 @@ class CriticConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class OnPolicyRecipe(Section, Generic[A]):
+class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     """Reinforcement learning of a language model from rewards."""
 
     model: ModelConfig

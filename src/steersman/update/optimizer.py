@@ -31,7 +31,9 @@ class OptimizerConfig(Section):
         description="how updates of half-precision weights are kept: master (a float32 copy), kahan (a remainder in "
         "the weights' precision), stochastic (at random, right in the mean), nearest (small ones are lost)",
     )
-    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    lr: float = Field(
+        default=1e-4, gt=0, description="peak learning rate; 5e-4 if a recipe with model.lora gives none"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="how the rate falls after warm-up: not, or to min_lr linearly or by a half cosine",

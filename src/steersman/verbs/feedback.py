@@ -84,7 +84,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         shown=("loss", "accuracy", "held_out/auc", "drift/liked"), health=recipe.health,
     )  # fmt: skip
     with session:
-        policy = policy_from(recipe.model, recipe.run, session.device)
+        policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
         loaded = feedback(recipe.data)
         context = context_length(policy.model)

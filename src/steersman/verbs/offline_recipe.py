@@ -11,20 +11,20 @@ from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.train.held_prompts import SamplesConfig
-from steersman.train.offline import OfflineConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig
+from steersman.train.offline import PackedOfflineConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 L = TypeVar("L", bound=Section)
 
 
-class OfflineRecipe(Section, Generic[L]):
+class OfflineRecipe(TrainingRecipe, Generic[L]):
     """Offline optimisation of a policy; `loss` is the method's own section."""
 
     model: ModelConfig
     data: DataConfig
     loss: L = Field(default_factory=dict, description="the method's own settings")  # type: ignore
-    train: OfflineConfig = OfflineConfig()
+    train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
     reference: str = Field(default="start", description="start (the policy before training) or a folder")
     samples: SamplesConfig = SamplesConfig()

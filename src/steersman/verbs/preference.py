@@ -73,7 +73,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     with session:
         entry = LOSSES[recipe.loss.name]
-        policy = policy_from(recipe.model, recipe.run, session.device)
+        policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
         loaded = preferences(recipe.data)
         context = context_length(policy.model)

@@ -33,7 +33,6 @@ from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
 from steersman.run.calibration import calibration_png
-from steersman.run.config import Section
 from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
 from steersman.run.health_limits import HealthConfig
@@ -43,7 +42,7 @@ from steersman.run.seed import stream
 from steersman.statistics.reward_report import Report
 from steersman.train.models import context_length, reward_from, save_model, scalar_from
 from steersman.train.offline import Offline
-from steersman.train.sections import ManyRunConfig, ModelConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -63,7 +62,7 @@ METRIC = {"preference": ("held_out/accuracy", "max"), "ranking": ("held_out/accu
 """What ranks checkpoints; for other kinds the held-out loss does."""
 
 
-class RewardModelRecipe(Section):
+class RewardModelRecipe(TrainingRecipe):
     """A reward model of one number, of several attributes, or of steps, from a base, SFT or reward model."""
 
     model: ModelConfig

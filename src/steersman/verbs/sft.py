@@ -4,34 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from steersman.data import LargeDataConfig, layout, training
 from steersman.objectives.supervised import SFT
-from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.train.models import context_length, policy_from
-from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig
+from steersman.train.offline import Offline, PackedOfflineConfig
+from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.train.session import Session
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.offline_run import carry_out
 from steersman.verbs.preflight import describe_run
 
 
-class SFTConfig(OfflineConfig):
+class SFTConfig(PackedOfflineConfig):
     """How long and in what batches to train on demonstrations."""
 
-    pack: int = Field(
-        default=0,
-        ge=0,
-        description="put several examples into rows of so many tokens, kept apart by position; 0 is off",
-    )
 
-
-class SFTRecipe(Section):
+class SFTRecipe(TrainingRecipe):
     """Supervised fine-tuning: the loss is on completions (assistant turns of a chat), ends included."""
 
     model: ModelConfig

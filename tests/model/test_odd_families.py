@@ -1,0 +1,66 @@
+"""Families with parts of their own: routers, no checkpointing, code that fails; refused or said by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from letter_models import LETTERS, letters
+
+from steersman.model import LoraConfig, Policy, load_policy
+from steersman.train.models import policy_from
+from steersman.train.sections import ModelConfig, RunConfig
+from steersman.types import SteersmanError, Tokens
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from families import shrunk, small_config  # type: ignore
+
+
+def saved(kind: str, folder: Path) -> Path:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(small_config(kind, len(LETTERS), whole=True)).save_pretrained(folder)
+    letters().save_pretrained(folder)
+    return folder
+
+
+def test_a_router_that_gives_indices_too_carries_no_adapter_and_its_loss_is_said(tmp_path):
+    policy = load_policy(saved("phimoe", tmp_path), device="cpu", lora=LoraConfig(r=2))
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any("router" in name for name in trained)
+    assert torch.isfinite(policy.logp(Tokens.from_ids([[5, 6]], [[7, 8]])).logp).all()
+    assert any("router_aux_loss_coef" in note for note in policy.notes)
+
+
+def test_a_family_without_activation_checkpointing_is_refused_by_name(tmp_path):
+    path = saved("jetmoe", tmp_path)
+    config = ModelConfig(path=str(path), gradient_checkpointing=True)
+    with pytest.raises(SteersmanError, match="gradient_checkpointing: models of type 'jetmoe'"):
+        policy_from(config, RunConfig(), torch.device("cpu"))
+
+
+def test_what_a_familys_own_code_raises_is_a_refusal(tmp_path, monkeypatch):
+    model: Any = load_policy(saved("llama", tmp_path), device="cpu").model
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(SteersmanError, match=r"LlamaForCausalLM .* \(ZeroDivisionError: division by zero\)"):
+        Policy(model, letters())
+
+
+def test_a_family_whose_cache_is_another_is_refused_by_its_config(tmp_path):
+    with pytest.raises(SteersmanError, match="'openai-gpt' are not supported: it has no cache"):
+        load_policy(saved("openai-gpt", tmp_path), device="cpu")
+
+
+def test_a_small_config_keeps_a_layer_of_each_kind():
+    import transformers as hf
+
+    given = hf.AutoConfig.for_model("exaone_moe").to_dict()
+    made = shrunk(given, 35)
+    assert made["num_hidden_layers"] == len(made["layer_types"]) == len(made["mlp_layer_types"]) <= 4
+    for name in ("layer_types", "mlp_layer_types"):
+        assert set(made[name]) == set(given[name])
