@@ -23,7 +23,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["tests/model/test_per_instance.py", "tests/model/test_fused.py", "tests/rollout/test_fast_paths.py"]
-TESTS = ["tests/model", "tests/rollout", "tests/native/test_guards.py", "tests/train/test_first_ratio.py"]
+TESTS = ["tests/model", "tests/rollout", "--ignore=tests/rollout/remote", "tests/native/test_guards.py",
+         "tests/train/test_first_ratio.py"]  # fmt: skip
 NOT_AVAILABLE = 75
 PATHS = """
 import sys
