@@ -51,7 +51,10 @@ def test_two_ranks_teach_what_one_process_teaches(settings, tmp_path):
     ("extra", "said"),
     [
         ({"run.devices": 2, "rollout.engine": "process"}, "other processes"),
-        ({"run.devices": 2, "parallel.mode": "fsdp", "teacher.path": "live"}, "live teacher"),
+        (
+            {"run.devices": 2, "parallel.mode": "fsdp", "teacher.path": "live", "teacher.prompt": "{prompt} (go on)"},
+            "live teacher",
+        ),
     ],
 )
 def test_what_ranks_can_not_do_is_refused_by_name(settings, extra, said):

@@ -25,7 +25,7 @@ from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
-from steersman.train.offline import OfflineConfig
+from steersman.train.offline import PackedOfflineConfig
 from steersman.train.recipe import CriticConfig
 from steersman.types import Stats
 from steersman.update.optimizer import OptimizerConfig
@@ -47,7 +47,7 @@ class DPOStage(Section):
     """Preference optimisation on decided battles."""
 
     loss: PairLossConfig = PairLossConfig()
-    train: OfflineConfig = OfflineConfig()
+    train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
 
 

@@ -23,7 +23,7 @@ from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
 from steersman.run.config import Section
-from steersman.train.offline import OfflineConfig
+from steersman.train.offline import PackedOfflineConfig
 from steersman.train.sections import ModelConfig, RunConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -51,7 +51,7 @@ class KTOStage(Section):
     """Training on thumbs."""
 
     loss: KTOConfig = KTOConfig()
-    train: OfflineConfig = OfflineConfig()
+    train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
 
 

@@ -33,7 +33,7 @@ from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
-from steersman.train.offline import OfflineConfig
+from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import preference
@@ -69,7 +69,7 @@ class OnlineDPORecipe(RoundsRecipe):
     )
     anchor_share: float = Field(default=0.1, ge=0, le=1, description="with mixed: the first model's share")
     loss: PairLossConfig = PairLossConfig()
-    train: OfflineConfig = OfflineConfig()
+    train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
 
     @model_validator(mode="after")
