@@ -109,7 +109,15 @@ def child(case: str, folder: Path) -> dict[str, Any]:
 
 def row(case: str, found: dict[str, Any]) -> str:
     announced, used = found["announced_mib"], found["used_mib"]
-    cells = (case, CASES[case][1], found["largest"], f"{announced:,.0f}", f"{used:,.0f}", f"{announced / used:.2f}")
+    mark = "" if "gaps" in found["phases"]["update"] else " *"
+    cells = (
+        case + mark,
+        CASES[case][1],
+        found["largest"],
+        f"{announced:,.0f}",
+        f"{used:,.0f}",
+        f"{announced / used:.2f}",
+    )
     return f"| {' | '.join(cells)} |"
 
 
@@ -128,6 +136,7 @@ largest resident memory that the process had. Random weights: 135M is of SmolLM2
 {chr(10).join(row(case, found) for case, found in results.items())}
 
 The ratios lie between {min(ratios):.2f} and {max(ratios):.2f}; the aim is within 0.15 of 1.
+Rows with * were measured before gaps were counted.
 
 What is announced holds the gaps that a forward pass leaves on a CPU: tensors that it makes and frees between those
 that are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next

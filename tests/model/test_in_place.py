@@ -44,7 +44,7 @@ def gradients(model: Any) -> list[torch.Tensor]:
 def test_values_and_gradients_are_those_of_peft(family, given):
     if family == "gpt2" and "targets" in given:
         given = {"targets": ["c_attn"]}
-    ours, theirs = pair(family, **given)
+    ours, theirs = pair(family, torch.float64, **given)
     torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
     for a, b in zip(gradients(ours), gradients(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -85,7 +85,7 @@ def test_no_tensor_of_the_layers_width_is_thrown_away():
     for policy in (ours, theirs):
         with torch.profiler.profile(profile_memory=True) as seen:
             policy.hidden(tokens)
-        made.append(sum(max(e.self_cpu_memory_usage, 0) for e in seen.events() if e.name != "[memory]"))
+        made.append(sum(max(e.self_cpu_memory_usage, 0) for e in (seen.events() or []) if e.name != "[memory]"))
     assert made[0] < 0.7 * made[1]
 
 

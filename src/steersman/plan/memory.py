@@ -100,7 +100,8 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
     process after an update; sampling uses it again for what is small, and adds to it what is large. It aligns blocks
     by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
-    forward pass makes and frees between activations leaves "gaps" as large as itself.
+    forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision and quantised
+    models leave few: what they free (float32 intermediates, widened weights) is larger than what comes next.
     """
     roles = _roles(models)
     held = {
@@ -112,7 +113,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     found, kept, gaps = [], 0, 0
     if learners:
         kept, gaps = max((forward(model, load) for model in learners), key=sum)  # one backward pass after the other
-        gaps = gaps if device.type == "cpu" else 0
+        gaps = gaps if device.type == "cpu" and all(_float32(model.module) for model in learners) else 0
         gradients = sum(role.gradients for role in roles)
         beside = max(backward(model.module, load) for model in learners)
         found.append(
@@ -252,6 +253,10 @@ def _role(model: Model, seen: set[int]) -> Role:
 def _bytes(x: Tensor) -> int:
     """What this rank holds of a tensor."""
     return mine(x).numel() * x.element_size()
+
+
+def _float32(model: nn.Module) -> bool:
+    return all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def _widest(model: nn.Module) -> int:
