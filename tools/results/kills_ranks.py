@@ -119,7 +119,7 @@ def launched(case: str, layout: str, folder: Path, resume: bool, rng: random.Ran
     code = None
     while code is None or any(alive(pid) for pid in ranks):
         now = time.monotonic() - began
-        if killed is None and code is None and now >= moment:
+        if killed is None and code is None and now >= moment and alive(whom):
             os.kill(whom, signal.SIGKILL)
             killed = {
                 "layout": layout,

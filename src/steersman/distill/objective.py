@@ -47,16 +47,16 @@ class Distillation:
         """The part of the loss that some of an update's answers make."""
         tokens = _tokens(answers).to(self.policy.device)
         hidden = self.policy.hidden(tokens)
+        # Before the divergence, so that its backward pass comes first: after this one sharded weights are given back.
+        pulled = self.rewarded or self.config.name == "minillm" or self.config.nll > 0
+        told = self.policy.logp_from(tokens, hidden, temperature=self.config.temperature) if pulled else None
         if isinstance(self.teacher, OtherTokenizer):
             divergence, weight = self._aligned(self.teacher, answers, tokens, hidden), None
             if self.rewarded:
                 weight = self._advantage(answers, tokens)
         else:
             divergence, weight = self._by_token(self.teacher, answers, tokens, hidden, tally)
-        pulled = weight is not None or self.config.nll > 0
-        logp = torch.zeros_like(divergence)
-        if pulled:
-            logp = self.policy.logp_from(tokens, hidden, temperature=self.config.temperature).logp.to(divergence)
+        logp = torch.zeros_like(divergence) if told is None else told.logp.to(divergence)
         per_token = distillation(divergence, logp, tokens.mask, weight=weight, nll=self.config.nll)
         steps = token_weight(tokens.mask, self.config.average, self.limit, per_token.dtype)
         loss = reduce(per_token, steps, denominator)

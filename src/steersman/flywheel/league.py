@@ -54,7 +54,8 @@ class League:
         rounds = [f"round-{r:02d}/held-out" for r in range(number + 1)]
 
         def make() -> Rows:
-            answers = {name: self._answers(name) for name in {p for pair in meets for p in pair}}
+            players = dict.fromkeys(player for pair in meets for player in pair)  # in one order on every rank
+            answers = {name: self._answers(name) for name in players}
             return [row for a, b in meets for row in self._meet(a, answers[a], b, answers[b])]
 
         made_from = ledger.sources(own, *rounds)
