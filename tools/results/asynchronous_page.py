@@ -21,11 +21,11 @@ HEAD = """# Asynchronous runs: nothing lost, and what old samples cost
 ([how-to](../how-to/vllm.md#sampling-ahead)). This page is written by `tools/results/asynchronous_page.py`; the
 numbers are in the JSON files beside it.
 """
-KILLS = """## Kills
+KILLS = """## Kills: {engine}
 
     {command}
 
-{date}. {runs} runs of the story model ({engine}) were killed {kills} times by SIGKILL, at moments drawn evenly over
+{date}. {runs} runs of the story model were killed {kills} times by SIGKILL, at moments drawn evenly over
 the time of an unbroken run: their learner {learner} times, a process that samples {generator} times, both {both}
 times. A dead learner was resumed with `--resume`; dead servers are started again by steersman. **{right} of {runs}
 runs ended right.**

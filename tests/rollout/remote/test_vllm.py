@@ -162,7 +162,7 @@ def test_adapters_travel_alone(tmp_path):
                     if parameter.requires_grad:
                         parameter.add_(torch.randn_like(parameter) * 0.05)
             assert generator.update_weights(version)["sync/gap"] < 1e-4
-            samples = generator.generate(asked(), Sampling(16), n=2, seed=version)
+            samples = generator.generate(asked(), Sampling(16), n=2, seed=version, record_support=True)
             assert gap(policy, samples) < 1e-4
             assert all(s.version == [version] * len(s.ids) for s in samples)
         station = generator.stations[0]
