@@ -157,3 +157,26 @@ def test_gymnasium_trains(base, tmp_path):
     made["environment"] = environment | {"args": {"is_slippery": False}, "max_characters": 60}
     rl.run(recipe("grpo", made))
     assert rows(tmp_path / "run")[-1]["episode/turns"] > 1
+
+
+def test_a_judge_pays_each_turn(base, tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text(
+        "def vowels(prompts, completions):\n"
+        "    return [float('hm' in p or c.count('a')) for p, c in zip(prompts, completions)]\n"
+    )
+    judge = {"reward": {"vowels": {"function": f"{path}:vowels"}}}
+    part = {"function": "steersman.judge.reward:grade_turns", "args": {"judge": judge}}
+    values = {**base, "reward": {"parts": {"judge": part, "play": {"environment": "turn", "weight": 0.0}}}}
+    _, roles, _, samples = played(values)
+    scores = roles.reward.score(samples)
+    for b, s in enumerate(samples):
+        ends = [t.end - 1 for t in s.turns]
+        told, shown = [], s.prompt.text
+        for t in s.turns:
+            told.append(float("hm" in shown or t.said.count("a")))
+            shown += f"{t.said}\n{t.heard}\n"
+        assert scores.per_token[b, ends].tolist() == told
+        assert float(scores.per_token[b].sum()) == sum(told)
+    rl.run(recipe("rloo", values, iterations=1))
+    assert rows(tmp_path / "run")[-1]["ratio_gap"] < 1e-4

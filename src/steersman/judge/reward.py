@@ -5,6 +5,8 @@ reward:
     judge:
       function: steersman.judge.reward:grade
       args: {judge: {endpoint: {url: "http://localhost:8000/v1", model: my-judge}, cache: runs/judge.jsonl}}
+
+`grade_turns` in its place grades each turn of an episode by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pydantic import ValidationError
 
 from steersman.judge.config import JudgeConfig
 from steersman.judge.judge import Judge
-from steersman.types import SteersmanError
+from steersman.types import Sample, SteersmanError
 
 
 def grade(prompts: Sequence[str], completions: Sequence[str], *, judge: dict[str, Any]) -> list[float]:
@@ -30,6 +32,30 @@ def grade(prompts: Sequence[str], completions: Sequence[str], *, judge: dict[str
     low, high = opened.config.scale
     grades = opened.grade(list(zip(prompts, completions, strict=True)))
     return [(low + high) / 2 if g is None else g for g in grades]
+
+
+def grade_turns(
+    prompts: Sequence[str], completions: Sequence[str], *, samples: Sequence[Sample], judge: dict[str, Any]
+) -> list[list[float]]:
+    """The judge's grade of every turn of an episode, at the turn's last token; 0 at all other tokens.
+
+    A turn is judged behind everything that was said before it. A reply without grade counts as the middle of the
+    scale. Raises SteersmanError as `grade` does, and for samples that are no episodes.
+    """
+    asked: list[str] = []
+    for sample in samples:
+        if sample.turns is None:
+            raise SteersmanError("reward: grade_turns judges the turns of episodes; the recipe has no `environment`")
+        so_far = sample.prompt.text
+        for turn in sample.turns:
+            asked.append(so_far)
+            so_far += f"{turn.said}\n{turn.heard}\n"
+    grades = iter(grade(asked, [t.said for s in samples for t in s.turns or []], judge=judge))
+    out = [[0.0] * len(s.ids) for s in samples]
+    for row, sample in zip(out, samples, strict=True):
+        for turn in sample.turns or []:
+            row[turn.end - 1] += next(grades)
+    return out
 
 
 @cache
