@@ -118,7 +118,8 @@ def _chat(folder: Path) -> str:
     lines = [
         f"SmolLM2-135M-Instruct, {found['date']}, by `python benchmarks/chat.py MODEL --pairs FILE`: SFT, reward and "
         "DPO steps on 8 real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 "
-        "tokens, 48 new tokens. LoRA has rank 16 on all linear layers.\n",
+        "tokens, 48 new tokens. LoRA has rank 16 on all linear layers. This table is of another processor than the "
+        f"one above: {found['machine']}, where float32 products go through oneDNN ([log](../log.md)).\n",
         "| what | TRL, s | steersman, s | ratio (pairs) | TRL, MiB | ours, MiB | ours / TRL |",
         "| --- " * 7 + "|",
     ]

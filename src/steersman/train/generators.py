@@ -67,6 +67,9 @@ class OfMainRank:
         before = n * sum(len(share) for share in shares[: here.rank])
         return here.from_main(ask, "samples")[before : before + n * len(prompts)]
 
+    def joinable(self, sampling: Sampling, **room: Any) -> None:
+        """Servers make up their batches themselves."""
+
     def update_weights(self, version: int) -> Stats:
         def send() -> Stats:
             assert self._engine is not None
