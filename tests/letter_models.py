@@ -50,6 +50,20 @@ def save_mini(folder: Path, seed: int = 0, context: int = 64, head_dim: int = 8)
     return folder
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+def save_chat_mini(folder: Path, context: int, template: str = CHAT_TEMPLATE) -> Path:
+    """`save_mini`, whose tokenizer has a chat template."""
+    save_mini(folder, context=context)
+    tokenizer = letters()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

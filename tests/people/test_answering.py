@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from letter_models import letters, save_mini
+from letter_models import save_chat_mini
 
 pytest.importorskip("starlette", reason="needs the extra people")
 
@@ -24,18 +24,10 @@ from steersman.people.store.conversations import Said
 from steersman.rollout import Engine, Sampling
 from steersman.types import Prompt, SteersmanError
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a {% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = save_mini(tmp_path_factory.mktemp("answering"), context=256)
-    tokenizer = letters()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(place)
-    return place
+    return save_chat_mini(tmp_path_factory.mktemp("answering"), context=256)
 
 
 def asked(text: str) -> list[dict[str, str]]:

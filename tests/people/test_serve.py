@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from letter_models import letters, save_mini
+from letter_models import save_chat_mini, save_mini
 
 from steersman.cli import main
 from steersman.data import DataConfig, layout
@@ -32,18 +32,10 @@ from steersman.people.serve.reply import Served  # noqa: E402
 from steersman.people.serving import Served as ServedModel  # noqa: E402
 from steersman.people.serving import Serving, read_serving  # noqa: E402
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a {% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = save_mini(tmp_path_factory.mktemp("serve"), context=256)
-    tokenizer = letters()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_mini(tmp_path_factory.mktemp("serve"), context=256)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from train_kit import merge, plain, recipe, rows, weights
+from train_kit import cut_after, merge, plain, recipe, rows, weights
 
 from steersman.data import Batches
 from steersman.train.ahead import Ahead
@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, ahead, base
     with monkeypatch.context() as patch:
         from steersman.reward import core
 
-        patch.setattr(core, "load_function", lambda _: stopping(6))
+        patch.setattr(core, "load_function", lambda _: cut_after(6))
         with pytest.raises(KeyboardInterrupt):
             rl.run(recipe(name, again))
     rl.run(recipe(name, again), resume=True)
@@ -85,18 +85,6 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, ahead, base
         for row in used:  # batch b by version max(0, b - k), exactly
             assert row["versions"] == [max(0, row["batch"] - ahead)] * 2
     assert_each_prompt_as_often_as_its_order_says(tmp_path / "cut", tmp_path / "run")
-
-
-def stopping(calls: int):
-    left = [calls]
-
-    def score(prompts, completions):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return [c.count("a") / 4 for c in completions]
-
-    return score
 
 
 def assert_each_prompt_as_often_as_its_order_says(run: Path, whole: Path) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from letter_models import letters, rows_of, save_mini
+from letter_models import letters, rows_of, save_chat_mini
 from transformers import AutoModelForCausalLM
 
 TEMPLATE = (
@@ -22,11 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = save_mini(tmp_path_factory.mktemp("chat"), context=4096)
-    tokenizer = letters()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_mini(tmp_path_factory.mktemp("chat"), 4096, TEMPLATE)
 
 
 class Terminal:

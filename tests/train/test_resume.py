@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from letter_models import write_jsonl
-from train_kit import merge, plain, recipe, rows, weights
+from train_kit import cut_after, merge, plain, recipe, rows, weights
 
 from steersman import cli
 from steersman.algorithms import ALGORITHMS
@@ -31,19 +31,6 @@ def count_a(prompts, completions):
     return [c.count("a") / 4 for c in completions]
 """
 WORDS = ["yes it is.", "no", "a cat, a dog, and two", "ok", "look there", "e", "so she said", "hm", "what?", "go on"]
-
-
-def cut_after(calls: int):
-    """A reward that ends the process's work in the middle of an iteration, after so many calls."""
-    left = [calls]
-
-    def score(prompts, completions):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return [c.count("a") / 4 for c in completions]
-
-    return score
 
 
 FULL = {

@@ -102,3 +102,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def cut_after(calls: int):
+    """A reward that ends the process's work in the middle of an iteration, after so many calls."""
+    left = [calls]
+
+    def score(prompts, completions):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return [c.count("a") / 4 for c in completions]
+
+    return score

@@ -27,7 +27,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import torch
 import yaml
 from asynchronous_replay import check, reward_file
+from kills import forked, options
 
 from steersman import cli
 from steersman.assets import openings, story_model
@@ -76,23 +77,6 @@ def recipe(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]
         "run": {"dir": str(folder / "run"), "threads": 1, "save_every": 2, "eval_every": 3},
     }  # fmt: skip
     return made if verb == "ppo" else {**made, "algorithm": {"beta": 0.05}}
-
-
-def forked(work: Callable[[], Any], out: Path) -> int:
-    """A process that does the work, its words in a file; gives its id."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        log = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = work()
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
 
 
 def learner(name: str, folder: Path, *flags: str) -> int:
@@ -241,13 +225,8 @@ def go_inside() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/asynchronous-kills"))
-    parser.add_argument("--docs", type=Path, help="where asynchronous-kills.json is; without it nothing is written")
-    ours = [name for name in CASES if name != "vllm"]
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=ours, metavar="CASE")
+    parser = options(__doc__, "asynchronous-kills.json is", "runs/asynchronous-kills", kills=100, cases=CASES)
+    parser.set_defaults(cases=[name for name in CASES if name != "vllm"])
     parser.add_argument("--python", help="the Python that has vLLM")
     given = parser.parse_args()
     go_inside()

@@ -120,7 +120,7 @@ def lagged(folder: Path, kind: str, lag: int, seed: int) -> None:
     recipe = RECIPES["grpo"].model_validate(settings(folder, "grpo", seed, **correction))
     torch.set_num_threads(1)
     roles = build_roles(recipe, torch.device("cpu"))
-    train, held = rl._prompts(recipe, roles.policy)
+    train, held, _ = rl._prompts(recipe, roles.policy)
     batches = Batches(len(train), recipe.rollout.prompts, seed, shuffle=True, drop_last=True)
     loop = Lagged(recipe, roles, train, batches)
     loop.lag = lag

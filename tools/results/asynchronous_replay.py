@@ -73,7 +73,7 @@ class Replay(OnPolicy):
 
     def __init__(self, recipe: Any, trace: Path, *, ahead: int, draws_the_same: bool) -> None:
         roles = build_roles(recipe, torch.device("cpu"))
-        train, _ = _prompts(recipe, roles.policy)
+        train, _, _ = _prompts(recipe, roles.policy)
         batches = Batches(len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=True, drop_last=True)
         super().__init__(recipe, roles, train, batches)
         self.trace, self.ahead, self.draws_the_same = recorded(trace), ahead, draws_the_same

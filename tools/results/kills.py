@@ -20,7 +20,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +87,36 @@ def recipe(name: str, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def start(name: str, folder: Path, *flags: str) -> int:
-    """Forks a process that runs the case's command line in `folder`; gives its id."""
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe(name, folder / "recipe.yaml")
+def forked(work: Callable[[], Any], out: Path) -> int:
+    """A process that does the work, which gives its exit code, its words in a file; gives its id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
-        os.chdir(folder)
-        out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        code = cli.main([CASES[name][0], "recipe.yaml", *flags])
-        sys.stdout.flush()
+        log = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def start(name: str, folder: Path, *flags: str) -> int:
+    """Forks a process that runs the case's command line in `folder`; gives its id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe(name, folder / "recipe.yaml")
+
+    def work() -> int:
+        os.chdir(folder)
+        return cli.main([CASES[name][0], "recipe.yaml", *flags])
+
+    return forked(work, folder / "out.txt")
 
 
 def broken(name: str, folder: Path, seconds: float, rng: random.Random, kills: int) -> list[dict[str, Any]]:
@@ -224,14 +237,19 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
+def options(doc: str | None, written: str, out: str, *, kills: int, cases: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of a campaign of kills; `written` is what it leaves in `--docs`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
-    parser.add_argument("--docs", type=Path, help="where kills.md and kills.json go; without it nothing is written")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    asked = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--docs", type=Path, help=f"where {written}; without it nothing is written")
+    parser.add_argument("--cases", nargs="+", choices=list(cases), default=list(cases), metavar="CASE")
+    return parser
+
+
+def main() -> None:
+    asked = options(__doc__, "kills.md and kills.json go", "runs/kills", kills=200, cases=CASES).parse_args()
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -14,7 +14,6 @@ Ranks are forked from this process, which has imported everything but run nothin
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -59,23 +58,15 @@ CLOSE = 1e-5
 
 def rank(case: str, layout: str, flags: list[str], environment: dict[str, str], folder: Path) -> int:
     """Forks one rank of the case in the folder; gives its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
+    world, how = LAYOUTS[layout]
+    words = [kills.CASES[case][0], "recipe.yaml", *CASES[case], "--run.devices", str(world), *how, *flags]
+
+    def work() -> int:
         os.environ.update(environment)
         os.chdir(folder)
-        out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        world, how = LAYOUTS[layout]
-        words = [kills.CASES[case][0], "recipe.yaml", *CASES[case], "--run.devices", str(world), *how, *flags]
-        code = cli.main([*words, "--parallel.timeout", "120"])
-        sys.stdout.flush()
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-        code = 70
-    os._exit(code)
+        return cli.main([*words, "--parallel.timeout", "120"])
+
+    return kills.forked(work, folder / "out.txt")
 
 
 def starter(case: str, layout: str, flags: list[str], folder: Path, pids: Path) -> int:
@@ -237,13 +228,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/kills-ranks"))
-    parser.add_argument("--docs", type=Path, help="where kills-ranks.json goes; without it nothing is written")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    asked = parser.parse_args()
+    asked = kills.options(__doc__, "kills-ranks.json goes", "runs/kills-ranks", kills=50, cases=CASES).parse_args()
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -26,8 +26,8 @@ from steersman.reward import RewardConfig, build_reward
 from steersman.reward.rules import BUILTINS
 from steersman.run.device import set_threads
 from steersman.run.folder import write_atomic
+from steersman.train.generators import open_generator
 from steersman.train.models import policy_from
-from steersman.train.roles import sampler
 from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.verbs import feedback, generate, preference, reward_model, sft
 
@@ -150,7 +150,7 @@ def judged(task: str, model: str, pairs: dict[str, Any], judge: dict[str, Any]) 
     laid = layout(policy.tokenizer, config)
     asked, _, _ = encode_prompts(list(queries.values()), laid, config, 512, NEW_TOKENS)
     rollout = RolloutConfig(max_new_tokens=NEW_TOKENS, eos_token_id=ENDS[task])
-    samples = sampler(policy, rollout).generate(asked[:64], rollout.sampling(), n=2, seed=7)
+    samples = open_generator(rollout, policy).generate(asked[:64], rollout.sampling(), n=2, seed=7)
     reward = build_reward(RewardConfig.model_validate({"parts": {"judge": judge}}), policy.tokenizer, device)
     score = reward.score(samples).total
     texts = [s.text for s in samples]

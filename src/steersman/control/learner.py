@@ -21,7 +21,7 @@ from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
 from steersman.train.tally import Tally
 from steersman.types import Stats, Trajectory
-from steersman.update.on_policy import Problem, learn, policy_loss
+from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
 
 
@@ -135,17 +135,10 @@ class StepBatch:
         return moved
 
     def step(self, *, actor: bool) -> Stats:
-        learner, stats = self.learner, Stats()
-        if actor:
-            stats |= {f"{name}/actor": x for name, x in learner.actor.step().items()}
-        if learner.critic_optimizer is not None:
-            stats |= {f"{name}/critic": x for name, x in learner.critic_optimizer.step().items()}
-        return stats
+        return step_both(self.learner.actor, self.learner.critic_optimizer, with_actor=actor)
 
     def zero_grad(self) -> None:
-        self.learner.actor.zero_grad()
-        if self.learner.critic_optimizer is not None:
-            self.learner.critic_optimizer.zero_grad()
+        zero_both(self.learner.actor, self.learner.critic_optimizer)
 
     @torch.no_grad()
     def moved(self) -> float:

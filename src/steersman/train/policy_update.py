@@ -24,7 +24,7 @@ from steersman.run.micro import my_micro_batches, over_rows
 from steersman.run.ranks import ranks
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory
-from steersman.update.on_policy import Problem, learn, policy_loss
+from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
 
 Critic = ScalarModel | SharedCritic
@@ -187,17 +187,10 @@ class LanguageBatch:
         return float(moved) / steps
 
     def step(self, *, actor: bool) -> Stats:
-        learner, stats = self.learner, Stats()
-        if actor:
-            stats |= {f"{name}/actor": x for name, x in learner.actor.step().items()}
-        if learner.critic_optimizer is not None:
-            stats |= {f"{name}/critic": x for name, x in learner.critic_optimizer.step().items()}
-        return stats
+        return step_both(self.learner.actor, self.learner.critic_optimizer, with_actor=actor)
 
     def zero_grad(self) -> None:
-        self.learner.actor.zero_grad()
-        if self.learner.critic_optimizer is not None:
-            self.learner.critic_optimizer.zero_grad()
+        zero_both(self.learner.actor, self.learner.critic_optimizer)
 
     @torch.no_grad()
     def moved(self) -> float:

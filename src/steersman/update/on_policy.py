@@ -20,6 +20,7 @@ from steersman.ops.kl import kl_loss
 from steersman.run.micro import split_evenly
 from steersman.types import Stats, Trajectory
 from steersman.update.natural import Scalar, trust_region_step
+from steersman.update.optimizer import Optimizer
 
 
 class Problem(NamedTuple):
@@ -92,6 +93,21 @@ def _epochs(algorithm: Algorithm, batch: Batch, generator: torch.Generator, with
                 return stats | {"epochs": epoch + part / algorithm.minibatches}
             stats |= batch.step(actor=with_policy)
     return stats
+
+
+def step_both(actor: Optimizer, critic: Optimizer | None, *, with_actor: bool) -> Stats:
+    """One update of the critic, where it has an optimiser of its own, and of the actor if asked for."""
+    stats = {f"{name}/actor": x for name, x in actor.step().items()} if with_actor else Stats()
+    if critic is not None:
+        stats |= {f"{name}/critic": x for name, x in critic.step().items()}
+    return stats
+
+
+def zero_both(actor: Optimizer, critic: Optimizer | None) -> None:
+    """Forgets the gradients of both."""
+    actor.zero_grad()
+    if critic is not None:
+        critic.zero_grad()
 
 
 def policy_loss(
