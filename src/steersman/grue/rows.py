@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,8 +192,3 @@ def _laid_out(task: Task, given: Any, words: int | None, where: str) -> Row:
     if not prompt.strip():
         raise SteersmanError(f"{where}: the prompt is empty")
     return {**given, "prompt": prompt, "references": [r for r in references if r.strip()]}
-
-
-def texts_of(rows: Sequence[Row], column: str) -> list[Any]:
-    """One column of the rows."""
-    return [row.get(column) for row in rows]
