@@ -15,6 +15,7 @@ from steersman.run.extras import explained
 if TYPE_CHECKING:
     pass
 
+DiscountPer = Literal["token", "turn"]
 _KINDS = ("tools", "path", "gym", "agent")
 
 
@@ -73,7 +74,7 @@ class EnvironmentConfig(Section):
     tell_tools: bool = Field(
         default=False, description="tell the tools in the prompt, where the chat template shows none"
     )
-    discount_per: Literal["token", "turn"] = Field(
+    discount_per: DiscountPer = Field(
         default="token", description="what algorithm.gamma counts by: every token, or once a turn"
     )
 

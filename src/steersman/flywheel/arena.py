@@ -24,9 +24,9 @@ from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.objectives.preference import PairLossConfig
+from steersman.recipe.on_policy import CriticConfig
 from steersman.run.config import Section
 from steersman.train.offline import PackedOfflineConfig
-from steersman.train.recipe import CriticConfig
 from steersman.types import Stats
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import preference, reward_model, rl, sft

@@ -16,7 +16,7 @@ from steersman.judge.judge import SharedJudge
 from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n
-from steersman.train.sections import ModelConfig
+from steersman.recipe.sections import ModelConfig
 from steersman.types import Stats, SteersmanError
 
 LOOK = 1 << 30

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steersman.algorithms.base import Algorithm
+from steersman.environments.config import DiscountPer
 from steersman.ops.masked import last_step, whiten
+from steersman.recipe.on_policy import Cut
 from steersman.reward.shaping import kl_shaped
 from steersman.types import Sample, Stats, Tokens, Trajectory
-
-Cut = Literal["end", "bootstrap"]
-DiscountPer = Literal["token", "turn"]
 
 
 def tokens_of(samples: Sequence[Sample]) -> Tokens:

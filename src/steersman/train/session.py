@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from steersman.ops.text import text_stats
+from steersman.recipe.sections import RunConfig
 from steersman.run.card import write_card
 from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
@@ -23,7 +24,6 @@ from steersman.run.pieces import my_piece
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
-from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
 

@@ -16,15 +16,15 @@ from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
 from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
+from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
+from steersman.setup.models import context_length, save_model, slow_rate
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
-from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
-from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
 from steersman.train.segments import SegmentRows
 from steersman.train.session import Session

@@ -13,13 +13,13 @@ from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
 from steersman.model import Policy
+from steersman.recipe.sections import RolloutConfig
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.port import Limits
 from steersman.run.micro import share_out
 from steersman.run.ranks import ranks
-from steersman.train.models import context_length
-from steersman.train.sections import RolloutConfig
+from steersman.setup.models import context_length
 from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 
