@@ -27,7 +27,9 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import matplotlib.figure
 import torch
+import torch._inductor
 import transformers
 import yaml
 
@@ -68,6 +70,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 """Name -> verb, shipped recipe, and what makes it short."""
 MOST = 3
 """Kills of one run, at most."""
+LATE = (
+    transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer,
+    transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification, matplotlib.figure.Figure,
+)  # fmt: skip
+"""What a run would import late, imported before the forks."""
 
 
 def recipe(name: str, path: Path) -> None:

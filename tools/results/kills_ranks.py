@@ -3,13 +3,15 @@
     python tools/results/kills_ranks.py --kills 50 --seed 0 --out runs/kills-ranks --docs docs/results
 
 Each case is a shipped recipe made short, in float64. It runs once alone and unbroken; then from an empty folder on a
-layout drawn at random, where SIGKILL ends one rank, or what started the ranks, at a random moment. What is left goes
+layout drawn at random, where SIGKILL ends one rank, or what started the ranks, at a random moment (drawn evenly over
+the processor time of the unbroken run, so that a busy machine changes nothing). What is left goes
 on with `--resume` on another layout, is killed again, and so on up to three times, until it is done. Then the steps
 must be those of the unbroken run, every answer the same, and every number and weight the same to rounding. A process
 that outlives its run by more than its time limit is a hang, and ends the campaign.
 
 Ranks are forked from this process, which has imported everything but run nothing, with the environment that
-`--run.devices` gives them, so that a kill costs seconds. A later call with the same `--out` goes on where it was.
+`--run.devices` gives them, so that a kill costs seconds. A later call with the same `--out` goes on where it was;
+`--minutes` ends a call after the run that it is at by then.
 """
 
 from __future__ import annotations
@@ -89,6 +91,15 @@ def starter(case: str, layout: str, flags: list[str], folder: Path, pids: Path) 
     os._exit(next((70 if code < 0 else code for code in codes if code), 0))
 
 
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has used; 0 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -97,8 +108,10 @@ def alive(pid: int) -> bool:
 
 
 def launched(case: str, layout: str, folder: Path, resume: bool, rng: random.Random, seconds: float | None) -> Any:
-    """One launch, killed after a random share of `seconds` where they are given; the record of the kill, or None
-    where it was done before."""
+    """One launch, killed once rank 0 has used a random share of `seconds` of processor time, where they are given.
+
+    Gives the record of the kill, or None where the run was done before.
+    """
     pids = folder / "pids.json"
     pids.unlink(missing_ok=True)
     top = starter(case, layout, ["--resume"] if resume else [], folder, pids)
@@ -110,7 +123,7 @@ def launched(case: str, layout: str, folder: Path, resume: bool, rng: random.Ran
     code = None
     while code is None or any(alive(pid) for pid in ranks):
         now = time.monotonic() - began
-        if killed is None and code is None and now >= moment and alive(whom):
+        if killed is None and code is None and processor(ranks[0]) >= moment and alive(whom):
             os.kill(whom, signal.SIGKILL)
             killed = {
                 "layout": layout,
@@ -133,15 +146,14 @@ def launched(case: str, layout: str, folder: Path, resume: bool, rng: random.Ran
     return killed
 
 
-def broken(case: str, folder: Path, seconds: dict[str, float], rng: random.Random, most: int) -> list[Any]:
+def broken(case: str, folder: Path, seconds: float, rng: random.Random, most: int) -> list[Any]:
     """A run that is killed up to `most` times, each time on another layout than before, and then done."""
     prepared(case, folder)
     deaths: list[Any] = []
     layout = ""
     while True:
         layout = rng.choice([name for name in LAYOUTS if name != layout])
-        limit = seconds[layout] if len(deaths) < most else None
-        death = launched(case, layout, folder, bool(deaths), rng, limit)
+        death = launched(case, layout, folder, bool(deaths), rng, seconds if len(deaths) < most else None)
         if death is None:
             return [*deaths, {"layout": layout, "whom": "nobody"}]
         deaths.append(death)
@@ -153,15 +165,16 @@ def prepared(case: str, folder: Path) -> None:
     kills.recipe(case, folder / "recipe.yaml")
 
 
-def unbroken(case: str, out: Path) -> dict[str, float]:
-    """Runs the case once alone, which all others are compared with; about how many seconds each layout takes."""
+def unbroken(case: str, out: Path) -> float:
+    """Runs the case once alone, which all others are compared with; how much processor time it took, in seconds."""
     timing = out / "whole" / case / "seconds.json"
     if not timing.exists():
         prepared(case, out / "whole" / case)
-        began = time.monotonic()
+        before = os.times()
         launched(case, "1 process", out / "whole" / case, False, random.Random(0), None)
-        seconds = time.monotonic() - began
-        timing.write_text(json.dumps({layout: seconds * world for layout, (world, _) in LAYOUTS.items()}))
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        timing.write_text(json.dumps(used))
     return json.loads(timing.read_text())
 
 
@@ -190,13 +203,15 @@ def close(x: Any, y: Any) -> bool:
     return math.isclose(x, y, rel_tol=CLOSE, abs_tol=CLOSE) if number else x == y
 
 
-def campaign(out: Path, seed: int, wanted: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Runs the cases in turn until there were so many kills; one record per run, older ones first."""
+def campaign(out: Path, seed: int, wanted: int, names: list[str], minutes: float) -> Iterator[dict[str, Any]]:
+    """Runs the cases in turn until there were so many kills, or the time is over; one record per run, older ones
+    first."""
+    until = time.monotonic() + 60 * minutes
     record = out / "record.jsonl"
     done = [json.loads(line) for line in kills.lines(record)]
     yield from done
     count, number = sum(len(row["launches"]) - 1 for row in done), len(done)
-    while count < wanted:
+    while count < wanted and time.monotonic() < until:
         case = names[number % len(names)]
         rng = random.Random(f"{seed} {number}")
         seconds = unbroken(case, out)
@@ -228,11 +243,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    asked = kills.options(__doc__, "kills-ranks.json goes", "runs/kills-ranks", kills=50, cases=CASES).parse_args()
+    parser = kills.options(__doc__, "kills-ranks.json goes", "runs/kills-ranks", kills=50, cases=CASES)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
+    asked = parser.parse_args()
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in campaign(out, asked.seed, asked.kills, asked.cases):
+    for row in campaign(out, asked.seed, asked.kills, asked.cases, asked.minutes):
         rows.append(row)
         count = sum(len(r["launches"]) - 1 for r in rows)
         at = ", ".join(f"{d['whom']} of {d['layout']}" for d in row["launches"])
