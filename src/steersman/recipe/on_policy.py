@@ -175,8 +175,6 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
                 "must be in the same process; use rollout.engine: inside"
             )
-        if self.run.devices > 1 and rollout.ahead:
-            raise ValueError("run.devices: sampling ahead goes with one device so far; use rollout.ahead: 0")
         if self.run.devices > 1 and rollout.engine != "inside" and (self.environment or self.parallel.mode == "fsdp"):
             raise ValueError(
                 f"rollout.engine {rollout.engine}: on several devices it samples single answers of a policy that "

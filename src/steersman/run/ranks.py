@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -233,11 +234,23 @@ def _numbered(error: Exception, rank: int) -> Exception:
 
 
 _here = Ranks(store=NoStore())
+_of_thread = threading.local()
 
 
 def ranks() -> Ranks:
     """This process among those that train together; alone until `opened` says otherwise."""
-    return _here
+    return getattr(_of_thread, "ranks", _here)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open this process is alone for the calling thread: what it does there is rank 0's own work, in which the
+    other ranks have no part."""
+    _of_thread.ranks = Ranks(store=NoStore())
+    try:
+        yield
+    finally:
+        del _of_thread.ranks
 
 
 @contextmanager

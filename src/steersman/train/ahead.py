@@ -12,6 +12,8 @@ resume.
 Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded
 while the next is sampled; a reward is never called twice at a time. Everything that was sampled ahead is in the
 checkpoint.
+
+Of several ranks the first does all of this, and the others get each batch when it is due.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from steersman.reward import Scores
 from steersman.rollout.remote.schedule import Schedule
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
+from steersman.run.ranks import alone, ranks
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, SteersmanError
@@ -43,8 +47,11 @@ class Ahead(OnPolicy):
         super().__init__(recipe, roles, prompts, batches)
         rollout = recipe.rollout
         engine: Any = roles.engine  # the recipe allows no other engine with `ahead`
-        self.schedule = Schedule(engine, rollout.ahead, cut=rollout.in_flight == "cut")
-        roles.engine = self.schedule
+        made = partial(Schedule, ahead=rollout.ahead, cut=rollout.in_flight == "cut")
+        if ranks().world == 1:
+            roles.engine = self.schedule = made(engine)
+        elif schedule := engine.replaced(made):
+            self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}
         self.begun = 0
@@ -52,13 +59,8 @@ class Ahead(OnPolicy):
         self._judging, self._writing = threading.Lock(), threading.Lock()
 
     def next_samples(self, clock: Clock) -> Batch:
-        """The batch of this iteration, when it is there; before that, all batches that may begin are begun."""
-        if not self.begun:
-            self._forget_what_follows()  # of a run that died before its first checkpoint
-        while self.begun <= self.done + self.recipe.rollout.ahead:
-            self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
-        samples, scores = self.under_way[self.done].result()
-        del self.under_way[self.done]
+        """The batch of this iteration, when it is there, on every rank."""
+        samples, scores = ranks().from_main(self._due, "a batch that was sampled ahead")
         clock.lap("rollout")
         lag = [self.done - v for s in samples for v in s.version or []]
         self._lag: Stats = {"ahead/lag": sum(lag) / len(lag), "ahead/lag_max": float(max(lag))}
@@ -67,8 +69,19 @@ class Ahead(OnPolicy):
                 f"batch {self.done} has tokens of {max(lag)} versions ago, and rollout.ahead is "
                 f"{self.recipe.rollout.ahead}: this is a fault of steersman's, please report it"
             )
-        self._note(self.done, "used", samples)
+        if ranks().main:
+            self._note(self.done, "used", samples)
         return samples, scores
+
+    def _due(self) -> Batch:
+        """Begins all batches that may begin, and waits for this iteration's."""
+        if not self.begun:
+            self._forget_what_follows()  # of a run that died before its first checkpoint
+        while self.begun <= self.done + self.recipe.rollout.ahead:
+            self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
+        batch = self.under_way[self.done].result()
+        del self.under_way[self.done]
+        return batch
 
     def adapt(self, stats: Stats) -> None:
         super().adapt(stats)
@@ -95,7 +108,8 @@ class Ahead(OnPolicy):
             self._note(number, "begun", asked)
             return self.sample(asked, None, number)
 
-        made = self.schedule.sample(number, batch) if self._now.redraws else batch()
+        with alone():
+            made = self.schedule.sample(number, batch) if self._now.redraws else batch()
         self._note(number, "rewarded", made[0])
         return made
 
@@ -122,15 +136,25 @@ class Ahead(OnPolicy):
     # -- what a resumed run needs -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Waits for the batches under way and keeps them whole."""
-        kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
-        ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
-        return {**super().state_dict(), "ahead": ahead, "begun": self.begun}
+        """Waits for the batches under way and keeps them whole. The order of prompts is that of rank 0, which alone
+        takes any."""
+
+        def of_main() -> dict[str, Any]:
+            kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
+            ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
+            order = {"batches": self.batches.state_dict(), "waiting": self.waiting}
+            return {"ahead": ahead, "begun": self.begun, **order}
+
+        mine = ranks().from_main(of_main, "what was sampled ahead")
+        return {**super().state_dict(), **mine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the batches that were sampled ahead; one that would be too old now, because `rollout.ahead` was
         lowered, has its prompts sampled again."""
         super().load_state_dict(state)
+        ranks().from_main(lambda: self._take_up(state), "what was sampled ahead")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.begun = state["begun"]
         self.schedule.restart_at(self.done)
         self._forget_what_follows()
