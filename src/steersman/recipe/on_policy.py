@@ -10,6 +10,7 @@ from steersman.algorithms.base import Algorithm
 from steersman.data import DataConfig
 from steersman.environments.config import EnvironmentConfig
 from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
+from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
@@ -63,6 +64,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         "(needs model.lora); none: every model has weights of its own",
     )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
+    stop: StopConfig | None = Field(
+        default=None, description="end before that when a held-out judge finds nothing better, or KL is spent"
+    )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
@@ -93,6 +97,18 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"{algorithm.title} gives each part of the reward a scale of its own; remove reward.normalise, "
                 "reward.whiten and reward.clip"
             )
+        if self.stop is not None:
+            if self.stop.judge not in self.reward.parts:
+                raise ValueError(
+                    f"stop.judge is {self.stop.judge!r}, which is no part of the reward; there are: "
+                    f"{', '.join(self.reward.parts)}. Add one with weight 0, so that it only looks"
+                )
+            if not rollout.held_out or not self.run.keep_best:
+                raise ValueError(
+                    "stop needs rollout.held_out, and run.keep_best for the best weights: both at least 1"
+                )
+            if self.stop.max_kl is not None and self.reference == "none":
+                raise ValueError("stop.max_kl is KL to the reference, and reference is none")
         if self.critic is not None and not algorithm.critic:
             raise ValueError(f"{algorithm.title} has no critic; remove the section `critic`")
         if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.beta > 0:
