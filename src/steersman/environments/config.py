@@ -76,6 +76,11 @@ class EnvironmentConfig(Section):
     discount_per: Literal["token", "turn"] = Field(
         default="token", description="what algorithm.gamma counts by: every token, or once a turn"
     )
+    baseline_per: Literal["episode", "turn"] = Field(
+        default="episode",
+        description="what methods that compare the samples of a prompt compare: whole episodes, or what they earn "
+        "from the same turn on",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> EnvironmentConfig:
