@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,9 +11,6 @@ from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.port import Environment
 from steersman.run.config import Section
 from steersman.run.extras import explained
-
-if TYPE_CHECKING:
-    pass
 
 _KINDS = ("tools", "path", "gym", "agent")
 
