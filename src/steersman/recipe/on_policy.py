@@ -181,6 +181,10 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(f"reward.parts.{paying[0]}.environment: the recipe has no section `environment`")
         if self.environment is not None and self.reward.overlong_buffer:
             raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
+        by_turn = self.environment is not None and self.environment.baseline_per == "turn"
+        if by_turn and (not algorithm.group or algorithm.whole_response):
+            why = "has one ratio for a whole episode" if algorithm.group else "compares no samples of one prompt"
+            raise ValueError(f"environment.baseline_per turn: {algorithm.title} {why}; use rloo or grpo, or episode")
         if rollout.ahead and algorithm.baseline == "greedy":
             raise ValueError(
                 f"rollout.ahead: {algorithm.title} answers each prompt greedily by the weights of the moment, which "
