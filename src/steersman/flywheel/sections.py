@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 
 from steersman.data import DataConfig
 from steersman.judge import JudgeConfig
-from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.run.parallel import ParallelConfig
+from steersman.run.run_config import ManyRunConfig
 
 Unfinished = Literal["drop", "trim", "keep"]
 
