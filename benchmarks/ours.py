@@ -20,9 +20,10 @@ from common import SETTINGS, Turns, sizes
 from steersman.data import Batches, demonstrations, encode, encode_prompts, layout, preferences, prompts
 from steersman.objectives.preference import PairObjective
 from steersman.objectives.supervised import SFT
-from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig
 from steersman.rollout import Engine, Sampling
 from steersman.run.device import resolve_device
+from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from, scalar_from
 from steersman.train.offline import Offline
 from steersman.train.on_policy import OnPolicy

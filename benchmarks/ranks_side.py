@@ -12,10 +12,10 @@ import torch
 from steersman.data import Encoded, EncodedList
 from steersman.model import load_policy, place
 from steersman.objectives.supervised import SFT
-from steersman.recipe.sections import ManyRunConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.pieces import mine
 from steersman.run.ranks import opened, ranks
+from steersman.run.run_config import ManyRunConfig
 from steersman.train.offline import Offline, OfflineConfig
 from steersman.update.optimizer import OptimizerConfig
 

@@ -27,7 +27,7 @@ MAY = {
     "update": MATHS | {"run", "loss", "algorithms"},
     "algorithms": MATHS | {"run", "advantage", "loss"},
     "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
-    "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "recipe"},
+    "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train"},
     "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
     "statistics": MATHS | {"run", "data"},
     "plan": MATHS | {"run", "data", "model", "rollout", "update"},

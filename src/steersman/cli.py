@@ -127,7 +127,7 @@ VERBS = {
     "instruct": Verb("steersman.flywheel.instruct.run:run", "steersman.flywheel.instruct.run:InstructRecipe",
                      "instructions with rules that programs check, and answers mended until they keep them",
                      example=_START),
-    "judge": Verb("steersman.flywheel.label:run", "steersman.flywheel.label:LabelRecipe",
+    "judge": Verb("steersman.judge.label:run", "steersman.judge.label:LabelRecipe",
                   "a judge compares or grades a file of answers: pairs, rankings or ratings come out"),
     "grue": Verb("steersman.grue.run:run", "steersman.grue.recipe:GrueRecipe",
                  "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric"),

@@ -16,7 +16,8 @@ from forked import steersman
 from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
-from steersman.flywheel import arena, best_of_n, ledger, online_dpo, players
+from steersman.flywheel import arena, best_of_n, online_dpo, players
+from steersman.run import ledger
 from steersman.run.report import write_report
 from steersman.train import offline
 from steersman.types import SteersmanError

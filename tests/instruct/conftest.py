@@ -9,7 +9,7 @@ import pytest
 import torch
 from letter_models import save_mini
 
-from steersman.flywheel import ledger
+from steersman.run import ledger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "judge"))
 

@@ -10,7 +10,8 @@ import transformers as hf
 from steersman.metrics.encoders import load
 from steersman.model import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.scratch import fresh_policy
-from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig
+from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from
 from steersman.types import SteersmanError
 

@@ -11,7 +11,8 @@ import torch
 from letter_models import LETTERS, letters
 
 from steersman.model import LoraConfig, Policy, load_policy
-from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig
+from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from
 from steersman.types import SteersmanError, Tokens
 

@@ -16,7 +16,7 @@ from steersman.data import DataConfig, collate, demonstrations, encode, layout, 
 from steersman.loss.supervised import nll
 from steersman.model import Policy, SharedCritic, load_scalar
 from steersman.objectives.supervised import SFT
-from steersman.recipe.sections import RunConfig
+from steersman.run.run_config import RunConfig
 from steersman.train.offline import Offline
 from steersman.train.policy_update import LanguageBatch, Learner
 from steersman.train.tally import Tally

@@ -27,9 +27,10 @@ from steersman.flywheel.players import Player
 from steersman.people.serving import Serving, read_serving
 from steersman.people.wheel import run
 from steersman.people.wheel_recipe import WheelRecipe
-from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.gold import judge
 from steersman.run.device import resolve_device
+from steersman.run.run_config import RunConfig
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 
 NOISE = 0.15

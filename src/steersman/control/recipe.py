@@ -12,9 +12,9 @@ from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
 from steersman.algorithms.load import load_algorithm
 from steersman.control.policies import NetworkConfig
-from steersman.recipe.sections import RunConfig
 from steersman.run.config import Section
 from steersman.run.recipe_text import load_yaml
+from steersman.run.run_config import RunConfig
 from steersman.tabular.learning import Method
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig

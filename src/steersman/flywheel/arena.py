@@ -20,12 +20,12 @@ from pydantic import Field, model_validator
 from steersman.algorithms.ppo import PPO
 from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
 from steersman.flywheel.league import League
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.objectives.preference import PairLossConfig
 from steersman.recipe.on_policy import CriticConfig
 from steersman.run.config import Section
+from steersman.run.ledger import Ledger, Rows
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats
 from steersman.update.optimizer import OptimizerConfig

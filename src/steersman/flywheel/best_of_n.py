@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
-from steersman.flywheel.ledger import Rows
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.run.config import Section
+from steersman.run.ledger import Rows
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import sft

@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 
 from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.reactions import DOWN, Down, category
 from steersman.flywheel.reading import Reading, kappa, read, revise
 from steersman.judge import JudgeConfig, open_judge
@@ -22,8 +21,10 @@ from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
-from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig
 from steersman.run.config import Section
+from steersman.run.ledger import Ledger, Rows
+from steersman.run.run_config import RunConfig
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any
 
 from steersman.data import Batches, mixture, wraps
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
 from steersman.flywheel.refresh import refreshed
 from steersman.flywheel.sections import LoopRecipe
@@ -19,6 +18,7 @@ from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n
 from steersman.recipe.sections import ModelConfig
+from steersman.run.ledger import Ledger, Rows
 from steersman.train.stopping import Stopping
 from steersman.types import Stats, SteersmanError
 

@@ -28,11 +28,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steersman.flywheel.flywheel import Flywheel, said, stage_data, stage_model
-from steersman.flywheel.ledger import Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.objectives.preference import PairLossConfig
 from steersman.run.config import Section
+from steersman.run.ledger import Rows
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from steersman.flywheel.flywheel import Flywheel
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.sections import LoopRecipe
+from steersman.run.ledger import Ledger, Rows
 from steersman.types import Stats
 
 

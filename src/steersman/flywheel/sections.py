@@ -9,11 +9,12 @@ from pydantic import Field, model_validator
 from steersman.data import DataConfig
 from steersman.judge import JudgeConfig
 from steersman.objectives.reward_config import RewardModelConfig
-from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.run.parallel import ParallelConfig
+from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 
 Unfinished = Literal["drop", "trim", "keep"]

@@ -16,11 +16,12 @@ from steersman.judge.endpoint import Endpoint, without_password
 from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.prompts import Question
 from steersman.judge.scored import Scorer, as_text
+from steersman.run.ledger import StoppedError
 from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
 
 
-class InterruptedJudgeError(SteersmanError):
+class InterruptedJudgeError(SteersmanError, StoppedError):
     """A signal asked the run to stop while the judge was at work; what was judged is kept."""
 
 

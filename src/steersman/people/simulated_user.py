@@ -19,15 +19,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from steersman.data.examples import Message, user
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.personas import END, play, spoken
 from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
 from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
-from steersman.recipe.sections import RunConfig
 from steersman.run.config import Section
+from steersman.run.ledger import Ledger, Rows
+from steersman.run.run_config import RunConfig
 from steersman.run.terminal import printable
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.statistics.ratings import Battle, ratings

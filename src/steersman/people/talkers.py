@@ -12,8 +12,9 @@ from steersman.data.examples import Message
 from steersman.flywheel.players import Player
 from steersman.judge import EndpointConfig
 from steersman.judge.endpoint import Endpoint
-from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.run.config import Section
+from steersman.run.run_config import RunConfig
 
 Turns = list[Message]
 

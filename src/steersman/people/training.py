@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from steersman.data import read_rows
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.people.judgements import Judgement
 from steersman.people.lessons import Kind, lessons, mixed
 from steersman.people.wheel_recipe import LEARNS, Stage, WheelRecipe
+from steersman.run.ledger import Ledger, Rows
 from steersman.verbs import feedback as thumbs
 from steersman.verbs import preference, reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from typing import Any
 
 from steersman.data import BadRows, Row
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import text_of
 from steersman.model import load_tokenizer
 from steersman.people.experiments import Experiment, report
@@ -34,6 +33,7 @@ from steersman.people.sources import open_judgements
 from steersman.people.training import Training
 from steersman.people.wheel_page import write_page
 from steersman.people.wheel_recipe import WheelRecipe
+from steersman.run.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate
 from steersman.types import Stats
 

@@ -14,8 +14,9 @@ from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
 from steersman.people.gates import Gate, standard_gates
 from steersman.people.lessons import Kind, MixConfig
-from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.run.config import Section
+from steersman.run.run_config import RunConfig
 
 Stage = Literal["sft", "kto", "dpo", "ppo"]
 LEARNS: dict[Stage, Kind] = {"sft": "sft", "kto": "kto", "dpo": "pairs", "ppo": "pairs"}

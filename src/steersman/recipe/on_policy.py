@@ -9,12 +9,13 @@ from pydantic import Field, model_validator
 from steersman.algorithms.base import Algorithm
 from steersman.data import DataConfig
 from steersman.environments.config import EnvironmentConfig
-from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
+from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
+from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 
 A = TypeVar("A", bound=Algorithm)

@@ -22,8 +22,9 @@ from steersman.model import (
     place,
     save,
 )
-from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig
 from steersman.run.device import resolve_dtype
+from steersman.run.run_config import RunConfig
 from steersman.types import SteersmanError
 
 

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from steersman.ops.text import text_stats
-from steersman.recipe.sections import RunConfig
 from steersman.run.card import write_card
 from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
-from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import open_folder, write_atomic
 from steersman.run.health import Finding, HealthWatch
 from steersman.run.health_limits import HealthConfig
@@ -23,6 +21,7 @@ from steersman.run.log import Log, NoLog, read_jsonl
 from steersman.run.pieces import my_piece
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
+from steersman.run.run_config import RunConfig, device_of
 from steersman.run.seed import seed_everything
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
@@ -57,9 +56,8 @@ class Session:
     ) -> None:
         self.verb, self.recipe, self.metric, self.mode, self.shown = verb, recipe, metric, mode, shown
         self.config: RunConfig = recipe.run
-        set_threads(self.config.threads or None)
         seed_everything(self.config.seed, deterministic=self.config.deterministic)
-        self.device = resolve_device(self.config.device)
+        self.device = device_of(self.config)
         self.resume, self.watch = resume, HealthWatch(health)
         self.last_metrics: Stats = {}
         self.start, self.step, self.saved = 0, 0, 0

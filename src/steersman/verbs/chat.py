@@ -15,13 +15,13 @@ from steersman.data import DataConfig, Layout, layout
 from steersman.data import end_ids as template_ends
 from steersman.model import Policy
 from steersman.model.probe import cache_argument
-from steersman.recipe.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RunConfig
+from steersman.recipe.sections import TRAINED_ONLY, ModelConfig
 from steersman.rollout import Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.sampling import draw, restrict, uniforms
 from steersman.run.config import Section
-from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
+from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.run.terminal import printable
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
@@ -61,8 +61,7 @@ class ChatRecipe(Section):
 
 def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Talks until the input ends; returns how many answers were given."""
-    set_threads(recipe.run.threads or None)
-    policy = policy_from(recipe.model, recipe.run, resolve_device(recipe.run.device), trainable=False)
+    policy = policy_from(recipe.model, recipe.run, device_of(recipe.run), trainable=False)
     chat = Chat(policy, recipe)
     print(f"{recipe.model.path}, laid out by {chat.layout.template.sentence}. /help lists the commands.")
     with suppress(ImportError):

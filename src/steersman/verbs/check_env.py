@@ -18,10 +18,10 @@ from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
-from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.episodes import EpisodeReward
 from steersman.run.config import Section
-from steersman.run.device import resolve_device
+from steersman.run.run_config import RunConfig, device_of
 from steersman.run.terminal import printable
 from steersman.setup.generators import open_episodes, open_generator
 from steersman.setup.models import context_length, policy_from
@@ -78,7 +78,7 @@ def _with_model(
     """What only a model can show: its template, its tokens, what it earns, and that nothing heard reaches a loss."""
     assert recipe.model is not None
     data = recipe.data or DataConfig(path="")
-    policy = policy_from(recipe.model, recipe.run, resolve_device(recipe.run.device))
+    policy = policy_from(recipe.model, recipe.run, device_of(recipe.run))
     if recipe.data is not None:
         queries = prompts(data).train[: recipe.episodes]
         context = context_length(policy.model)

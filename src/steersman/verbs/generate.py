@@ -13,12 +13,12 @@ from rich.console import Console
 
 from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
 from steersman.model import whole_weights
-from steersman.recipe.sections import KEPT_ONLY, TRAINED_ONLY, ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.config import Section
-from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import ranks
+from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
 from steersman.run.terminal import printable
 from steersman.setup.generators import open_generator, sampled_by_all
 from steersman.setup.models import context_length, policy_from
@@ -78,8 +78,7 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 def sampled(recipe: GenerateRecipe) -> list[Sample]:
     """The responses that the recipe asks for."""
-    set_threads(recipe.run.threads or None)
-    device, rollout = resolve_device(recipe.run.device), recipe.rollout
+    device, rollout = device_of(recipe.run), recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device, trainable=False)
     config = recipe.data or DataConfig(path="--prompts", wrap_in_chat=recipe.wrap_in_chat)
     if config.wrap_in_chat is None and wraps(policy.tokenizer, config):

@@ -7,10 +7,11 @@ from typing import Generic, TypeVar
 from pydantic import Field, model_validator
 
 from steersman.data import DataConfig
-from steersman.recipe.sections import ManyRunConfig, ModelConfig, TrainingRecipe
+from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
+from steersman.run.run_config import ManyRunConfig
 from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import PackedOfflineConfig
 from steersman.update.optimizer import OptimizerConfig

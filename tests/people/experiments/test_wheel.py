@@ -15,12 +15,12 @@ from judging_kit import ab_rows, append, choices, settings
 from letter_models import rows_of
 
 from steersman.data import Row
-from steersman.flywheel.ledger import Ledger, StoppedError
 from steersman.people.judgements import judgement
 from steersman.people.lessons import held
 from steersman.people.serving import read_serving
 from steersman.people.wheel import run
 from steersman.people.wheel_recipe import WheelRecipe
+from steersman.run.ledger import Ledger, StoppedError
 from steersman.types import SteersmanError
 
 

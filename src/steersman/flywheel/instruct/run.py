@@ -26,14 +26,15 @@ from steersman.data.examples import user
 from steersman.flywheel.instruct.compose import REWRITE, compose, keeps_the_rules, said, split_kinds
 from steersman.flywheel.instruct.constraints import KINDS, again
 from steersman.flywheel.instruct.correct import Draft, correct
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.prompts import fill
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.model import load_tokenizer
-from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
+from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.config import Section
+from steersman.run.ledger import Ledger, Rows
+from steersman.run.run_config import RunConfig
 from steersman.run.seed import sub_seed
 from steersman.types import Stats
 

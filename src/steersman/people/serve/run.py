@@ -15,11 +15,11 @@ from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
 from steersman.people.serve.reply import Served
-from steersman.recipe.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
+from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
-from steersman.run.device import resolve_device, set_threads
+from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.setup.generators import open_generator
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
@@ -77,7 +77,6 @@ def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
     import uvicorn
 
     keys, admin_keys = api_keys(recipe.serve)
-    set_threads(recipe.run.threads or None)
     first = {} if recipe.model is None else {recipe.name or Path(recipe.model.path).name: recipe.model.path}
     alias = recipe.alias if recipe.serving is not None else ""
     for name in first:
@@ -114,7 +113,7 @@ def _assignment(recipe: ServeRecipe, load: Callable[[str, str], Served]) -> Assi
 def live_of(recipe: ServeRecipe, path: str) -> tuple[Live, Policy]:
     """An engine with continuous batching over the model of a folder, within the recipe's limits."""
     config = ModelConfig(path=path) if recipe.model is None else recipe.model.model_copy(update={"path": path})
-    policy = policy_from(config, recipe.run, resolve_device(recipe.run.device), trainable=False)
+    policy = policy_from(config, recipe.run, device_of(recipe.run), trainable=False)
     engine = open_generator(RolloutConfig(max_batch=recipe.serve.max_batch), policy)
     assert isinstance(engine, Engine)
     context, serve = context_length(policy.model), recipe.serve

@@ -16,11 +16,11 @@ from pydantic import Field
 from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
 from steersman.data.examples import Content, is_empty
-from steersman.flywheel.ledger import Ledger, Rows
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
-from steersman.recipe.sections import RunConfig
 from steersman.run.config import Section
+from steersman.run.ledger import Ledger, Rows
+from steersman.run.run_config import RunConfig
 from steersman.types import SteersmanError
 
 PAIRS = (("chosen", "rejected"), ("first", "second"), ("response1", "response2"))

@@ -7,7 +7,7 @@ from letter_models import rows_of, write_jsonl
 
 from steersman.data import DataConfig
 from steersman.data.load import preferences, rankings
-from steersman.flywheel.label import LabelRecipe, run
+from steersman.judge.label import LabelRecipe, run
 from steersman.types import SteersmanError
 
 JUDGE = {"reward": {"n": {"builtin": "length"}}}

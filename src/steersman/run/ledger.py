@@ -17,14 +17,12 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from steersman.judge.judge import InterruptedJudgeError
-from steersman.recipe.sections import RunConfig
 from steersman.run.checkpoint import StopRequest
-from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import open_folder, write_atomic
 from steersman.run.log import Log, NoLog, read_jsonl
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
+from steersman.run.run_config import RunConfig, device_of
 from steersman.run.seed import seed_everything
 from steersman.types import Stats
 
@@ -44,9 +42,8 @@ class Ledger:
     def __init__(self, verb: str, recipe: Any, *, resume: bool, rounds: int, shown: Sequence[str] = ()) -> None:
         self.verb, self.recipe, self.resume, self.rounds, self.shown = verb, recipe, resume, rounds, shown
         self.config: RunConfig = recipe.run
-        set_threads(self.config.threads or None)
         seed_everything(self.config.seed, deterministic=self.config.deterministic)
-        self.device = resolve_device(self.config.device)
+        self.device = device_of(self.config)
         self.stopped, self.began = False, False
         self.shared: dict[str, Any] = {}
         """Sections that every stage's recipe gets."""
@@ -71,7 +68,7 @@ class Ledger:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.stopped = isinstance(error, StoppedError | InterruptedJudgeError)
+        self.stopped = isinstance(error, StoppedError)
         if self.stopped:
             self.log.note(f"stopped by {self.signal.signal_name}; go on with --resume --run.dir {self.path}")
         try:
