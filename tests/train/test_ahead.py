@@ -191,6 +191,7 @@ def test_a_lower_limit_is_kept_after_a_resume(base, tmp_path):
         ("nlpo", {"rollout.engine": "process"}, "mask of a second model"),
         ("grpo", {"rollout.servers": 2}, "engine is inside"),
         ("grpo", {"rollout.sync": "adapter"}, "engine is inside"),
+        ("grpo", {"rollout.folder": "there"}, "engine is inside"),
         (
             "grpo",
             {"rollout.engine": "process", "run.devices": 2, "parallel.mode": "fsdp"},

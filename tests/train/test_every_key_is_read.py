@@ -20,7 +20,7 @@ SOMETIMES = {
     "optimizer.min_lr", "critic.optimizer.min_lr", "algorithm.kl_horizon", "gating.correlation", "gating.hidden",
     "gating.layers", "gating.verbosity", "data.shuffle", "rollout.correction.kind", "data.json_columns",
     "rollout.servers", "rollout.url", "rollout.python", "rollout.arguments", "rollout.timeout", "rollout.tolerance",
-    "rollout.in_flight", "rollout.sync", "data.cache_gb", "data.buffer",
+    "rollout.in_flight", "rollout.sync", "rollout.folder", "data.cache_gb", "data.buffer",
     "data.judgements.combine", "data.judgements.min_gold", "data.judgements.queues", "data.judgements.weights",
 }  # fmt: skip
 """Read where something of the data, or another key, asks for it; these runs are too plain. So is all of `health`, and

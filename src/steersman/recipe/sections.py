@@ -184,6 +184,11 @@ class RolloutConfig(Section):
         description="what travels to other processes after each update: all weights, adapters added in; or with "
         "model.lora the adapter alone, under a name of its version (servers then have the base)",
     )
+    folder: str | None = Field(
+        default=None,
+        description="where weights are written for servers to read; null is shared memory of this machine. "
+        "Servers on other machines need a folder of a file system that they share with this one",
+    )
     tolerance: float | None = Field(
         default=None,
         gt=0,
@@ -208,10 +213,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
             )
-        if self.engine == "inside" and (self.servers > 1 or self.url or self.arguments or self.sync == "adapter"):
+        apart = self.servers > 1 or self.url or self.arguments or self.sync == "adapter" or self.folder
+        if self.engine == "inside" and apart:
             raise ValueError(
-                "servers, url, arguments and sync are about other processes, and engine is inside; choose process or "
-                "vllm"
+                "servers, url, arguments, sync and folder are about other processes, and engine is inside; choose "
+                "process or vllm"
             )
         if self.engine == "inside" and self.ahead:
             raise ValueError(

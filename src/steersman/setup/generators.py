@@ -37,7 +37,7 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
         ends=end_ids(policy.model, policy.tokenizer, ends or None), max_batch=rollout.max_batch,
         servers=rollout.servers, urls=tuple(rollout.url), timeout=rollout.timeout, tolerance=rollout.tolerance,
         python=rollout.python, arguments=tuple(rollout.arguments), top_k=rollout.top_k,
-        adapter=rollout.sync == "adapter",
+        adapter=rollout.sync == "adapter", folder=rollout.folder,
     )  # fmt: skip
     opener = open_process if rollout.engine == "process" else open_vllm
     return opener(policy, wanted) if ranks().world == 1 else OfMainRank(lambda: opener(policy, wanted))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 from remote_kit import asked, make_policy
 
-from steersman.rollout import Sampling
+from steersman.rollout import Engine, Sampling
 from steersman.rollout.remote import Wanted, open_process, open_vllm
 from steersman.rollout.remote.dialects import Batchwise, Call
 from steersman.rollout.remote.launch import Launched, free_port
@@ -168,6 +169,68 @@ def test_two_runs_on_one_server_are_told_apart(running):
     one.close()
     two.close()
     owner.update_weights(2)
+
+
+class Elsewhere:
+    """Our server's own routes in a thread; `dead`, it ends every connection without a word."""
+
+    def __init__(self) -> None:
+        self.desk, self.dead = Desk(make_policy, 8), False
+        outer = self
+
+        class Routes(Handler):
+            def _answer(self, body):
+                if outer.dead:
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                else:
+                    self.table = routes(outer.desk)
+                    super()._answer(body)
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Routes)
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        self.url, self.close = f"http://127.0.0.1:{http.server_port}", http.shutdown
+
+
+def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(running, tmp_path, capsys):
+    """Two addresses, and weights in a folder of a file system: each answers its share; one that is gone, or was
+    started anew without the weights, is passed over until new weights find it there."""
+    policy, owner = running
+    owner.update_weights(1)
+    other, sampling = Elsewhere(), Sampling(20)
+    urls = (owner.stations[0].server.url, other.url)
+    generator = open_process(policy, Wanted((2,), 8, urls=urls, timeout=60.0, folder=str(tmp_path)))
+    wanted = Engine(policy.model, policy.tokenizer, eos_token_id=[2]).generate(asked(), sampling, n=2, seed=5)
+
+    def right() -> bool:
+        there = generator.generate(asked(), sampling, n=2, seed=5)
+        return [s.ids for s in there] == [s.ids for s in wanted]
+
+    assert generator.update_weights(1)["sync/servers"] == 2
+    assert [path.name for path in tmp_path.glob("*/weights-*")] == ["weights-1.safetensors"]
+    assert right()
+    other.dead = True
+    for _ in range(2):
+        assert right()
+        assert generator.stations[1].gone
+    assert capsys.readouterr().err.count("The other servers take its prompts") == 1
+    assert generator.update_weights(2)["sync/servers"] == 1
+    other.dead, other.desk = False, Desk(make_policy, 8)
+    assert generator.update_weights(3)["sync/servers"] == 2
+    assert right()
+    other.desk = Desk(lambda: make_policy(seed=9), 8)
+    assert right()
+    assert generator.stations[1].gone
+    assert "started anew" in capsys.readouterr().err
+    generator.close()
+    assert not list(tmp_path.iterdir())
+    other.close()
+    owner.update_weights(2)
+
+
+def test_a_folder_for_weights_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SteersmanError, match=r"rollout\.folder: .*/none: no folder can be made there"):
+        open_process(make_policy(), Wanted((2,), 4, urls=("http://127.0.0.1:1",), folder=str(tmp_path / "none")))
 
 
 def launched(tmp_path, script: str, timeout: float = 20.0) -> Launched:

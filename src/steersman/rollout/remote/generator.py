@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from steersman.rollout.remote.snapshot import (
     write_weights,
 )
 from steersman.rollout.remote.station import Station
+from steersman.rollout.remote.traffic import Traffic, share_out
 from steersman.rollout.remote.wire import Asked, Reply, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.rollout.text import Texts
@@ -70,6 +72,7 @@ class RemoteGenerator:
         self._loaded: Snapshot | None = None
         self._first = threading.Lock()
         self._traffic = Traffic()
+        self._gone = ServerGoneError("no server is there")
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -89,7 +92,10 @@ class RemoteGenerator:
     def load(self, snapshot: Snapshot, *, cut: bool = False) -> Stats:
         """Puts the snapshot onto every server; what was there before is dropped. Returns the receipts' numbers."""
         with self._traffic.stopped(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
-            receipts = list(pool.map(lambda station: station.load(snapshot), self.stations))
+            given = list(pool.map(lambda station: self._load(station, snapshot), self.stations))
+        receipts = [receipt for receipt in given if receipt is not None]
+        if not receipts:
+            raise self._gone
         if self._loaded is not None and self._loaded.path != snapshot.path:
             self._loaded.drop()
         self._loaded = snapshot
@@ -99,7 +105,20 @@ class RemoteGenerator:
             "sync/seconds": max(r.seconds for r in receipts),
             "sync/bytes": float(snapshot.path.stat().st_size),
             "sync/version": float(snapshot.version),
+            "sync/servers": float(len(receipts)),
         }
+
+    def _load(self, station: Station, snapshot: Snapshot) -> Receipt | None:
+        """The station's receipt; None of a server of an address that was there before, and is gone."""
+        try:
+            receipt = station.load(snapshot)
+        except ServerGoneError as error:
+            if self._loaded is None:
+                raise
+            self._without(station, error)
+            return None
+        station.gone = False
+        return receipt
 
     def joinable(self, sampling: Sampling, **room: Any) -> None:
         """Servers make up their batches themselves."""
@@ -109,7 +128,7 @@ class RemoteGenerator:
 
     def _pause(self) -> None:
         """Cuts what is under way. What arrives behind the cut is begun, and cut by the next one."""
-        for station in self.stations:
+        for station in (one for one in self.stations if not one.gone):
             with suppress(ServerGoneError):  # whoever waits for its answers starts it again
                 station.server.pause()
                 station.server.resume()
@@ -150,19 +169,45 @@ class RemoteGenerator:
         return done
 
     def _wave(self, groups: list[list[PendingResponse]], call: Call, n: int) -> None:
-        """Asks once for each group, a prompt's samples or one that goes on; cut answers stay unfinished."""
-        shares = _shares(groups, len(self.stations))
+        """Asks once for each group, a prompt's samples or one that goes on; cut answers stay unfinished.
 
-        def ask(station: Station, share: list[list[PendingResponse]]) -> None:
-            with self._traffic.under_way():
-                asked = [self._asked(group[0], call.sampling, n) for group in share]
-                for group, found in zip(share, station.complete(asked, call), strict=True):
-                    for one, reply in zip(group, found, strict=True):
-                        self._grow(one, reply, station, call)
+        What a server of an address leaves unanswered because it is gone, the others are asked for.
+        """
+        while groups:
+            there = [station for station in self.stations if not station.gone]
+            if not there:
+                raise self._gone
+            shares = share_out(groups, [group[0].prompt.index for group in groups], len(there))
+            with ThreadPoolExecutor(len(there)) as pool:
+                left = list(pool.map(lambda station, share: self._ask(station, share, call, n), there, shares))
+            groups = [group for share in left for group in share]
 
-        with ThreadPoolExecutor(len(self.stations)) as pool:
-            for done in [pool.submit(ask, s, share) for s, share in zip(self.stations, shares, strict=True) if share]:
-                done.result()
+    def _ask(
+        self, station: Station, share: list[list[PendingResponse]], call: Call, n: int
+    ) -> list[list[PendingResponse]]:
+        """Lets the station answer its share; gives back the share where it is gone for good."""
+        if not share:
+            return []
+        with self._traffic.under_way():
+            asked = [self._asked(group[0], call.sampling, n) for group in share]
+            try:
+                answers = station.complete(asked, call)
+            except ServerGoneError as error:
+                self._without(station, error)
+                return share
+            for group, found in zip(share, answers, strict=True):
+                for one, reply in zip(group, found, strict=True):
+                    self._grow(one, reply, station, call)
+        return []
+
+    def _without(self, station: Station, error: ServerGoneError) -> None:
+        """Goes on without a server of an address, until new weights find it there again; raises the error of one that
+        steersman started, which was started again as often as it may be."""
+        if station.launched is not None or len(self.stations) == 1:
+            raise error
+        if not station.gone:
+            print(f"steersman: {error}. The other servers take its prompts", file=sys.stderr, flush=True)
+        station.gone, self._gone = True, error
 
     def _asked(self, first: PendingResponse, sampling: Sampling, n: int) -> Asked:
         have = len(first.ids)
@@ -259,60 +304,10 @@ class RemoteGenerator:
         self._folder.cleanup()
 
 
-class Traffic:
-    """Calls under way, and a barrier that new weights wait behind and new calls wait before."""
-
-    def __init__(self) -> None:
-        self._changed, self._count, self._barred = threading.Condition(), 0, False
-
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._barred)
-            self._count += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._count -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def stopped(self, cut: Callable[[], None] | None) -> Iterator[None]:
-        """While open nothing is under way. What was is waited for, or `cut`, again and again until it is out: a
-        request may reach the server after the first cut."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._barred)
-            self._barred = True
-        try:
-            while cut is not None and self._count:
-                cut()
-                with self._changed:
-                    self._changed.wait_for(lambda: not self._count, timeout=0.1)
-            with self._changed:
-                self._changed.wait_for(lambda: not self._count)
-            yield
-        finally:
-            with self._changed:
-                self._barred = False
-                self._changed.notify_all()
-
-
 def _started(prompts: Sequence[Prompt], n: int) -> list[list[PendingResponse]]:
     met: dict[int, int] = {}
     out = []
     for prompt in prompts:
         occurrence = met[prompt.index] = met.get(prompt.index, -1) + 1
         out.append([PendingResponse(prompt, occurrence, j) for j in range(n)])
-    return out
-
-
-def _shares(groups: list[list[PendingResponse]], servers: int) -> list[list[list[PendingResponse]]]:
-    """The groups in as many contiguous shares as there are servers; what has one prompt stays together, so that a
-    server counts its occurrences as one engine would."""
-    out: list[list[list[PendingResponse]]] = [[] for _ in range(servers)]
-    home: dict[int, int] = {}
-    for place, group in enumerate(groups):
-        index = group[0].prompt.index
-        out[home.setdefault(index, place * servers // len(groups))].append(group)
     return out

@@ -4,7 +4,8 @@
         --device cpu
 
 FOLDER holds a config and a tokenizer. The weights come by /update_weights before the first sample; or FOLDER holds
-them too, and adapters come by /v1/load_lora_adapter. It listens on this machine only.
+them too, and adapters come by /v1/load_lora_adapter. It listens on this machine only; with `--host ADDRESS` whoever
+reaches that address can replace its weights and have it read files.
 """
 
 from __future__ import annotations
@@ -212,9 +213,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     for name in ("port", "threads", "max-batch"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)  # first, so that a port in use is told at once
+    server = ThreadingHTTPServer((given.host, given.port), Handler)  # first, so that a port in use is told at once
     Handler.table = routes(Desk(lambda: fresh(given.model, given.dtype, given.device), given.max_batch))
     server.serve_forever()
 

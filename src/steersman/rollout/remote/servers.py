@@ -47,7 +47,8 @@ class Wanted:
     `urls` are of servers that run already, or else so many `servers` are started; `python` has vLLM (None: this one);
     `arguments` go to vLLM's command line as they are; `top_k` likeliest tokens may be asked for; `ends` are the ids
     that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's, in nats. With
-    `adapter` servers have the base, and only adapters travel.
+    `adapter` servers have the base, and only adapters travel. Weights lie in `folder`, which servers see too, or
+    (None) in shared memory.
     """
 
     ends: tuple[int, ...]
@@ -60,6 +61,7 @@ class Wanted:
     arguments: tuple[str, ...] = ()
     top_k: int = 0
     adapter: bool = False
+    folder: str | None = None
 
 
 def open_process(policy: Policy, wanted: Wanted) -> RemoteGenerator:
@@ -152,7 +154,7 @@ def _open(
 ) -> RemoteGenerator:  # fmt: skip
     if wanted.adapter:
         require_plain_adapters(policy)
-    folder = shared_folder()
+    folder = shared_folder(wanted.folder)
     home = Path(folder.name)
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     shared: dict[str, Any] = {

@@ -22,7 +22,8 @@ CANARY_SAMPLES = 8
 
 class Station:
     """A server, `launched` or of an address. `owner` names the run in the name of the weights, so that another run's
-    are told apart; `tolerance` is the largest gap of a receipt, in nats."""
+    are told apart; `tolerance` is the largest gap of a receipt, in nats. `gone` says that the server of an address
+    did not answer when it was last asked."""
 
     def __init__(
         self, server: Server | None, launched: Launched | None, dialect: Dialect, *, owner: str, tolerance: float,
@@ -31,7 +32,7 @@ class Station:
         self._server, self.launched, self.dialect = server, launched, dialect
         self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
         self.snapshot: Snapshot | None = None
-        self.restarts = 0
+        self.restarts, self.gone = 0, False
         self._adapter = ""
         self._ready = self._closed = False
         self._repair = threading.Lock()
@@ -68,7 +69,8 @@ class Station:
             found = self.dialect.complete(self.server, [asked[i] for i in left], named)
             done |= {i: reply for i, reply in zip(left, found, strict=True) if reply is not None}
             if len(done) == len(asked):
-                self._still_ours()
+                if not self._still_ours():
+                    raise ServerGoneError(self.server.message("it was started anew, and has lost the run's weights"))
                 return [done[i] for i in range(len(asked))]
             self._mend()
         raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over the same prompts. {self._trouble()}")
@@ -78,7 +80,8 @@ class Station:
 
         Raises ReceiptError naming the first tensor that differs.
         """
-        self._still_ours()
+        if not self._still_ours():
+            self._adapter = ""
         for _ in range(RESTARTS + 1):
             try:
                 receipt = self._send_twice(snapshot)
@@ -152,18 +155,24 @@ class Station:
     def _weights_name(self, snapshot: Snapshot) -> str:
         return f"{self.owner}:{snapshot.version}"
 
-    def _still_ours(self) -> None:
-        """Raises SteersmanError where another run has put its weights onto the server."""
+    def _still_ours(self) -> bool:
+        """Whether the server has the run's weights, or none of any run's because it was started anew.
+
+        Raises SteersmanError where another run has put its own onto the server.
+        """
         if self.snapshot is None or self.launched is not None:
-            return
+            return True
         found = self.server.models() if self.snapshot.adapter else [self.server.weights()]
-        if self._weights_name(self.snapshot) not in found:
+        if self._weights_name(self.snapshot) in found:
+            return True
+        if others := [name for name in found if ":" in name]:
             raise SteersmanError(
                 self.server.message(
-                    f"another run has loaded its weights ({', '.join(found)}); give each run a server of its own "
+                    f"another run has loaded its weights ({', '.join(others)}); give each run a server of its own "
                     "(rollout.url)"
                 )
             )
+        return False
 
     def _mend(self) -> None:
         """The server as it should be: started again where its process died, with the weights that it had."""
