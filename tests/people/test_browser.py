@@ -103,6 +103,7 @@ def test_pairs_by_keyboard_with_undo(page, store):
     assert verdicts(store) == [{"choice": 0}] * 3
     page.keyboard.press("u")
     page.get_by_text("question 2").wait_for()
+    page.get_by_text("is taken back").wait_for()
     page.keyboard.press("s")
     page.get_by_text("Nothing left").wait_for()
     assert verdicts(store) == [{"choice": 0}] * 2 + [{"skip": ""}]
@@ -138,15 +139,18 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
     mark = queue(store, "mark", [NewItem("q", [Said("😀 all wrong")])], labels=["error"])
     review = queue(store, "review", [NewItem("q", [Said("a")])])
     page.goto(f"/judge/{rank}")
-    for side, text in enumerate(page.locator(".answer .text").all_inner_texts()):
-        page.locator("select").nth(side).select_option(index=1 if text.strip() == "a" else 2)
-    page.get_by_role("button", name="Save").press("Enter")
+    for text in page.locator(".answer .text").all_inner_texts():
+        page.keyboard.press("1" if text.strip() == "a" else "2")
+    page.keyboard.press("Control+Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{rate}")
-    page.get_by_label("very").press("Space")
-    page.get_by_role("button", name="Save").press("Enter")
+    page.keyboard.press("9")  # there is no such step
+    page.keyboard.press("3")
+    page.keyboard.press("Control+Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{mark}")
+    page.keyboard.press("1")
+    page.get_by_text("Select some text first").wait_for()
     page.evaluate(
         "() => { const n = document.querySelector('.markable').firstChild; const r = document.createRange();"
         "r.setStart(n, 7); r.setEnd(n, 12); getSelection().removeAllRanges(); getSelection().addRange(r); }"
@@ -157,6 +161,7 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{review}")
     page.get_by_label("A better answer").fill("更好")
+    page.keyboard.press("Control+Enter")  # says nothing of whether the answer is good
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert wait_for(store, 4) == [
@@ -183,7 +188,7 @@ def test_two_raters_at_once_share_a_queue(chromium, address, store):
     for name, page in zip(("Ada", "Bob"), pages, strict=True):
         page.goto("/")
         page.get_by_label("Judging as").fill(name)
-        page.get_by_role("button", name="Judge as").click()
+        page.get_by_role("button", name="Change name").click()
         page.goto(f"/judge/{of}")
     for count in range(1, 5):  # then each has one item open, of which the other sees nothing
         page = pages[count % 2]

@@ -124,11 +124,23 @@ def test_each_task(store, task, settings, answers, values, stored):
 def test_undo_shows_the_item_again_and_the_first_verdict_no_longer_counts(store):
     of = queue(store, "compare", [pair(1)])
     client = browser(store)
-    page = send(client, page := client.get(f"/judge/{of}"), item_of(page), choice="tie")
-    page = send(client, page, "/undo")
+    page = client.get(f"/judge/{of}")
+    page = send(client, page, "/undo", path=f"/judge/{of}")
+    assert "Nothing to take back" in page.text
+    assert page.url.path == f"/judge/{of}"
+    page = send(client, page, item_of(page), choice="tie")
+    page = send(client, page, "/undo", path="//elsewhere.example")
+    assert "is taken back" in page.text
     assert "good 1" in page.text
     send(client, page, item_of(page), choice="both_bad")
     assert verdicts(store) == [{"choice": "both_bad"}]
+
+
+def test_lines_of_an_answer_stay_lines(store):
+    of = queue(store, "compare", [NewItem("one\ntwo", [Said("red\nblue"), Said("1. a\n2. b")])])
+    page = browser(store).get(f"/judge/{of}").text
+    assert "one<br" in page
+    assert "red<br" in page
 
 
 def test_the_back_button_after_a_verdict_leads_on(store):

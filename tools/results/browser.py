@@ -39,7 +39,7 @@ class Rater:
         self.page = self.context.new_page()
         self.page.goto("/")
         self.page.get_by_label("Judging as").fill(name)
-        self.page.get_by_role("button", name="Judge as").click()
+        self.page.get_by_role("button", name="Change name").click()
         self.page.get_by_text("To judge").first.wait_for()
 
     def begin(self, queue: str) -> bool:

@@ -31,6 +31,7 @@ from steersman.types import SteersmanError
 FOREIGN_FORM = "the form is not from this page; go back, load the page again and send it again"
 LOCAL_NAME = "local"
 """Who judges on this machine before another name is chosen."""
+NOTES = ("undone", "thumb_undone", "undo_nothing")
 PAGES_AT_ONCE, ANSWERS_AT_ONCE = 8, 512
 """Pages that are made at the same time, and requests that may wait for a model meanwhile without holding up pages."""
 Handler = Callable[["Visit"], Response]
@@ -79,9 +80,18 @@ class Visit:
         words = LANGUAGES[self.lang]
         text = _templates.get_template(template).render(
             t=words, lang="zh-Hans" if self.lang == "zh" else "en", who=self.who, open=self.site.open,
-            key=str(uuid.uuid4()), path=self.request.url.path, **values,
+            key=str(uuid.uuid4()), path=self._path(), note=self._note(), **values,
         )  # fmt: skip
         return HTMLResponse(text, status)
+
+    def _path(self) -> str:
+        """Where a form that leaves the page as it is leads back to."""
+        return self.request.url.path if self.request.method == "GET" else "/"
+
+    def _note(self) -> str:
+        """What became of the request before this one, where the address says one of the things that it may."""
+        note = self.request.query_params.get("note", "")
+        return note if note in NOTES else ""
 
     def refused(self, message: str, status: int = 400) -> Response:
         return self.page("error.html", status, message=visible(message))
@@ -90,6 +100,11 @@ class Visit:
 def go(path: str) -> Response:
     """On to another page, which is then fetched by GET."""
     return RedirectResponse(path, 303)
+
+
+def own_path(path: str) -> str:
+    """The path that a form names, where it is one of this site; the first page otherwise."""
+    return path if path.startswith("/") and not path.startswith(("//", "/\\")) else "/"
 
 
 _templates = Environment(loader=PackageLoader("steersman.people.collect"), autoescape=select_autoescape())

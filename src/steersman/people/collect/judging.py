@@ -8,12 +8,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit, go
+from steersman.people.collect.app import Visit, go, own_path
 from steersman.people.collect.forms import seconds_of, verdict_of
 from steersman.people.store.conversations import Said, add_turn, path
 from steersman.people.store.items import CHAT, Shown, next_item, own_assignment, place_of, progress, shown
 from steersman.people.store.judgements import judge_item, undo
-from steersman.people.store.schema import Assignment, Conversation, Model, Queue
+from steersman.people.store.schema import Assignment, Conversation, Model, Queue, Turn
 
 
 def home(visit: Visit) -> Response:
@@ -72,7 +72,12 @@ def take_back(visit: Visit) -> Response:
                     Assignment.item_id == row.item_id, Assignment.rater_id == visit.rater.rater_id
                 )
             )
-    return go(f"/item/{again.id}" if again is not None else "/")
+        turn = None if row is None or row.turn_id is None else session.get(Turn, row.turn_id)
+    if again is not None:
+        return go(f"/item/{again.id}?note=undone")
+    if turn is not None:
+        return go(f"/chat/{turn.conversation_id}?note=thumb_undone")
+    return go(f"{own_path(visit.field('path'))}?note=undo_nothing")
 
 
 def _go_on(session: Session, got: Shown, choice: Any) -> None:
@@ -92,7 +97,7 @@ def _after(got: Shown) -> str:
 def _item(visit: Visit, got: Shown, place: tuple[int, int] | None) -> Response:
     """The page of an item: it holds nothing that tells which model answered, nor any id but the assignment's."""
     prompt = got.item.prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else prompt
     return visit.page(
         "item.html", task=got.queue.task, settings=got.queue.settings, turns=turns,
         answers=[a.content for a in got.sides], assignment=got.assignment.id, queue=got.queue.name,

@@ -17,12 +17,15 @@ TAGS = {
     "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "s",
 }  # fmt: skip
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-_markdown = MarkdownIt("commonmark", {"html": False}).enable("table").enable("strikethrough").disable("image")
+_markdown = (
+    MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table").enable("strikethrough").disable("image")
+)
 
 
 def rendered(text: str) -> Markup:
     """Markdown as sanitised HTML: no raw HTML, no image, no script, links only to http(s) and mail.
 
+    A line that ends in the text ends on the page as well, so that a poem or a list without marks is seen as written.
     Marks that turn the direction of writing are written out, so that no text turns round what stands beside it.
     """
     shown = visible(text[:LONGEST])

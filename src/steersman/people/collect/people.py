@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from steersman.people.collect import security
-from steersman.people.collect.app import Visit, enter, go
+from steersman.people.collect.app import Visit, enter, go, own_path
 from steersman.people.collect.texts import LANGUAGES
 from steersman.people.store.raters import find_person, log_in, log_out
 
@@ -45,7 +45,6 @@ def name(visit: Visit) -> Response:
 
 def language(visit: Visit) -> Response:
     others = [one for one in LANGUAGES if one != visit.lang]
-    back = str(visit.form.get("path", "/"))
-    response = go(back if back.startswith("/") and not back.startswith(("//", "/\\")) else "/")
+    response = go(own_path(visit.field("path")))
     response.set_cookie("lang", others[0], max_age=365 * 24 * 3600, samesite="strict")
     return response

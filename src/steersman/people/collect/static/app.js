@@ -6,18 +6,37 @@ const status = document.getElementById("status");
 
 // A key presses the button that shows it, but not while something is typed.
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input, textarea, select");
-  if (event.key === "Enter" && event.ctrlKey && event.target.matches("textarea")) {
-    event.target.form.requestSubmit(event.target.form.querySelector("button.primary, button"));
+  const typing = event.target.matches("textarea, select, input:not([type=radio], [type=checkbox])");
+  if (event.key === "Enter" && event.ctrlKey) {
+    const form = event.target.form || document.querySelector("form.verdict");
+    const button = form && form.querySelector("button.primary, button:not([name])");
+    if (button) form.requestSubmit(button);
     return;
   }
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (/^[1-9]$/.test(event.key) && answersOpen(Number(event.key))) return;
   const found = document.querySelector(`[data-key="${CSS.escape(event.key)}"]`);
   if (found) {
     event.preventDefault();
     found.click();
   }
 });
+
+// The number answers the first place or attribute that is still open, if there is one.
+function answersOpen(number) {
+  for (const field of document.querySelectorAll(".verdict fieldset, .verdict .answer select")) {
+    if (field.matches("select")) {
+      if (field.value !== "") continue;
+      if (number < field.options.length) field.selectedIndex = number;
+    } else {
+      const steps = field.querySelectorAll("input");
+      if ([...steps].some((step) => step.checked)) continue;
+      if (number <= steps.length) steps[number - 1].checked = true;
+    }
+    return true;
+  }
+  return false;
+}
 
 // Every form tells how long its page was looked at. Verdicts are sent with their key until they are acknowledged.
 document.addEventListener("submit", (event) => {
@@ -74,7 +93,11 @@ if (markable) {
     button.addEventListener("mousedown", (event) => event.preventDefault());
     button.addEventListener("click", () => {
       const picked = getSelection();
-      if (!picked.rangeCount || picked.isCollapsed || !markable.contains(picked.getRangeAt(0).commonAncestorContainer)) return;
+      if (!picked.rangeCount || picked.isCollapsed || !markable.contains(picked.getRangeAt(0).commonAncestorContainer)) {
+        status.textContent = document.body.dataset.select;
+        return;
+      }
+      status.textContent = "";
       const range = picked.getRangeAt(0);
       const start = characters(offset(range.startContainer, range.startOffset));
       const end = characters(offset(range.endContainer, range.endOffset));
