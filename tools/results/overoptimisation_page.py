@@ -1,4 +1,4 @@
-"""The table of docs/results/overoptimisation.md: gold at equal KL, and at the end, of what `overoptimisation.py` ran."""
+"""The table of docs/results/overoptimisation.md: gold at equal KL and at the end, of what the runs left."""
 
 from __future__ import annotations
 
