@@ -190,7 +190,8 @@ class Trajectory:
     prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
     `score` is what a row earned without any KL penalty; `parts` are the rewards that it was added up from, each with
     its weight. `marked` are steps that an advantage picked out for its method's loss. `turn` numbers the turns of
-    episodes whose baselines are to be taken turn by turn (`advantage/by_turn.py`).
+    episodes whose baselines are to be taken turn by turn (`advantage/by_turn.py`). `weight` is what
+    a row's loss counts, where its prompt was not drawn like all others.
     """
 
     mask: Bool[Tensor, "B T"]
@@ -206,6 +207,7 @@ class Trajectory:
     parts: Float[Tensor, "B K 2"] | None = None
     marked: Bool[Tensor, "B T"] | None = None
     turn: Int[Tensor, "B T"] | None = None
+    weight: Float[Tensor, " B"] | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]

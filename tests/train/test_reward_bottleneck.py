@@ -106,7 +106,7 @@ def test_what_it_can_not_be_is_refused(asked, tmp_path, mini):
     thumbs = merge(settings(tmp_path, mini, "feedback"), {"train.bottleneck": 3, "run.dir": str(tmp_path / "x")})
     with pytest.raises(SteersmanError, match=r"train.bottleneck is 3, but the data is of kind feedback"):
         run(thumbs)
-    with pytest.raises(ValueError, match="two kinds of reward model"):
+    with pytest.raises(ValueError, match="different kinds of reward model"):
         run(merge(asked, {"train.heads": 2}))
     with pytest.raises(ValueError, match="no file of adapters holds"):
         run(merge(asked, {"model.lora": {"r": 2}, "model.merge": False}))

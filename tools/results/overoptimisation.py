@@ -1,7 +1,6 @@
 """What helps against over-optimisation: seven ways on three tasks, gold against KL.
 
     steersman quickstart --dir runs/results/flywheel/base --iterations 1 --sft_samples 3 --pair_samples 6
-    steersman best-of-n recipes/results/flywheel-best-of-n.yaml --run.seed 0 --run.dir runs/results/flywheel/best-of-n-0
     python tools/results/overoptimisation.py run --data ../shared/data --seeds 0 1 2 --minutes 9
     python tools/results/overoptimisation.py table --seeds 0 1 2
 
@@ -12,7 +11,8 @@ one of as many other pairs (the held-out judge) that only looks:
 - happy: stories260k continues story openings; gold is VADER's score; RLOO.
 - polite: stories260k after SFT on `instruction_preference`; gold is a reward model of all its pairs, which also knows
   that a stub is worse than either answer; RLOO.
-- arena: five rounds of `steersman arena`; gold is the happy-story judge.
+- arena: five rounds of `steersman arena` against the first model and one that gold taught; gold is the
+  happy-story judge.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from steersman.reward import RewardPart
 from steersman.verbs import generate, reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
 
-PAIRS, ITERATIONS, EVERY, ROUNDS = 120, 48, 4, 5
+PAIRS, ITERATIONS, EVERY, ROUNDS = 120, 32, 4, 5
 BUDGET = {"happy": 8.0, "polite": 8.0, "arena": 15.0}
 """Nats per answer that the arm with a budget may go from the start."""
 PESSIMISM, LATENTS, NAT, VARIETY = 1.0, 16, 0.1, 4.0
@@ -108,6 +108,16 @@ class Start:
         self.gold = {"model": judged(self.out / "gold", 99, self.base, known, epochs=3)}
         return pairs
 
+    def taught(self) -> str:
+        """The arena's opponent: the first model after fine-tuning on the answers that gold chose."""
+        values = {
+            "model": {"path": self.model},
+            "data": {"path": str(BASE / "pairs.jsonl"), "columns": {"completion": "chosen"}, "on_too_long": "drop"},
+            "train": {"epochs": 1, "batch_size": 32}, "run": {"eval_every": 1000},
+            "optimizer": {"lr": 5e-4, "schedule": "linear"},
+        }  # fmt: skip
+        return verb(sft, sft.SFTRecipe, self.out / "taught", 0, values)["model"]
+
     def judges(self, arm: str, seed: int, pairs: Path, name: str = "") -> tuple[dict[str, Any], str]:
         """What is optimised, as parts of a reward, and the path of the held-out judge."""
         into, model = self.out / f"seed-{seed}", self.base if self.task != "arena" else self.model
@@ -133,7 +143,7 @@ def trained(start: Start, arm: str, seed: int, folder: Path, iterations: int, **
     values = {
         "model": {"path": start.model}, "reference": start.model, "data": start.prompts,
         "reward": {"parts": parts, "normalise": True},
-        "rollout": {"prompts": 16, "samples": 4, "max_new_tokens": 32, "held_out": 64, **ENDS[start.task]},
+        "rollout": {"prompts": 12, "samples": 4, "max_new_tokens": 32, "held_out": 64, **ENDS[start.task]},
         "algorithm": {"beta": 0.02}, "optimizer": {"lr": 1e-3, "warmup": 4}, "iterations": iterations,
         "run": {"eval_every": EVERY, "save_every": iterations}, "health": {"expect_eos": False}, "stop": stop, **more,
     }  # fmt: skip
@@ -193,10 +203,10 @@ def battled(start: Start, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     parts, other = start.judges(arm, seed, start.first)
     values["judge"] = {"reward": parts}
     values["watch"] = {"gold": start.gold, "other": {"model": other}}
-    values["opponents"].pop("online-dpo")
+    values["opponents"] = {"start": start.model, "taught": start.taught()}
     values["data"]["held_out"] = values["rollout"]["held_out"] = 64
-    values["rollout"] |= {"prompts": 48, "max_new_tokens": 48}
-    values["ppo"] |= {"iterations": 6, "prompts": 24}
+    values["rollout"] |= {"prompts": 32, "max_new_tokens": 48}
+    values["ppo"] |= {"iterations": 4, "prompts": 16}
     values |= {"rounds": ROUNDS, "draws": 20}
     if arm in ("early stop", "kl budget"):
         values["stop"] = {"judge": "other", "patience": 1 if arm == "early stop" else ROUNDS}

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 
+RUBRIC = "Judge how helpful, correct and well written the answer is. Do not favour length."
+"""What a judge looks at where a recipe does not say."""
+
 
 class AddressConfig(Section):
     """A server that speaks the OpenAI protocol, and how patiently it is asked."""
@@ -56,7 +59,7 @@ class JudgeConfig(Section):
         default_factory=dict, description="name: reward model, function or builtin; summed as in a reward section"
     )
     rubric: str = Field(
-        default="Judge how helpful, correct and well written the answer is. Do not favour length.",
+        default=RUBRIC,
         description="what the judge looks at",
     )
     compare: str | None = Field(

@@ -127,7 +127,8 @@ class Judge:
     ) -> list[Comparison | None]:
         twice = None if columns is None else [c for c in columns for _ in range(2)]
         asked = [p for p, _, _ in items for _ in range(2)]
-        scores = self._scorer(asked, [x for _, a, b in items for x in (a, b)], twice)["total"]
+        pairs = [i for i in range(len(items)) for _ in range(2)]
+        scores = self._scorer(asked, [x for _, a, b in items for x in (a, b)], twice, pairs)["total"]
         out: list[Comparison | None] = []
         for a, b in zip(scores[::2], scores[1::2], strict=True):
             tie = abs(a - b) <= self.config.tie_margin

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from steersman.judge.config import JudgeConfig
 from steersman.judge.judge import Judge
+from steersman.judge.prompts import verdict
 from steersman.types import Sample, SteersmanError
 
 
@@ -32,6 +33,22 @@ def grade(prompts: Sequence[str], completions: Sequence[str], *, judge: dict[str
     low, high = opened.config.scale
     grades = opened.grade(list(zip(prompts, completions, strict=True)))
     return [(low + high) / 2 if g is None else g for g in grades]
+
+
+def agreement(
+    prompts: Sequence[str], completions: Sequence[str], *, winner: Sequence[str], unreadable: float = -0.5
+) -> list[float]:
+    """1 where a written verdict is the row's `winner` (A or B), 0 where it is the other or a tie, `unreadable` where
+    there is none: the reward that trains a judge (`steersman judge-lessons` makes the rows).
+
+    Raises SteersmanError for a winner that is neither A nor B.
+    """
+    wanted = {"A": 1.0, "B": 0.0}
+    for row, letter in enumerate(winner):
+        if letter not in wanted:
+            raise SteersmanError(f"reward agreement: winner is {str(letter)[:40]!r} in row {row} of a batch; A or B")
+    said = [verdict(text) for text in completions]
+    return [unreadable if v is None else float(v == wanted[w]) for v, w in zip(said, winner, strict=True)]
 
 
 def grade_turns(

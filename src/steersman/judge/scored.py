@@ -32,11 +32,21 @@ class Scorer:
         self.reward: WeightedSum = build_reward(config, tokenizer, device)  # pyright: ignore[reportArgumentType]
 
     def __call__(
-        self, prompts: Sequence[Content], answers: Sequence[str], columns: Sequence[dict] | None = None
+        self,
+        prompts: Sequence[Content],
+        answers: Sequence[str],
+        columns: Sequence[dict] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> dict[str, list[float]]:
-        """Each part's scores by name, and their weighted sum as `total`."""
-        rows = columns or [{} for _ in prompts]
-        samples = [self._sample(*item) for item in zip(prompts, answers, rows, strict=True)]
+        """Each part's scores by name, and their weighted sum as `total`.
+
+        `groups` number the answers that meet each other, where a reward compares them; by default those to one
+        prompt do.
+        """
+        rows, texts = columns or [{} for _ in prompts], [as_text(p) for p in prompts]
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        among = groups or [place[text] for text in texts]
+        samples = [self._sample(*item) for item in zip(prompts, texts, answers, rows, among, strict=True)]
         out: dict[str, list[float]] = {name: [] for name in ["total", *self.reward.parts]}
         for start in range(0, len(samples), CHUNK):
             scores = self.reward.score(samples[start : start + CHUNK])
@@ -47,12 +57,11 @@ class Scorer:
     def describe(self) -> str:
         return self.reward.describe()
 
-    def _sample(self, prompt: Content, answer: str, row: dict) -> Sample:
-        text = prompt if isinstance(prompt, str) else as_text(prompt)
+    def _sample(self, prompt: Content, text: str, answer: str, row: dict, group: int) -> Sample:
         if self.layout is None:
-            return Sample(Prompt([0], text, row), [0], [0.0], "eos", answer)
+            return Sample(Prompt([0], text, row, index=group), [0], [0.0], "eos", answer)
         ids, response, _ = self.layout.answer(prompt, answer)
-        return Sample(Prompt(ids, text, row), response, [0.0] * len(response), "eos", answer)
+        return Sample(Prompt(ids, text, row, index=group), response, [0.0] * len(response), "eos", answer)
 
 
 def as_text(content: Content) -> str:

@@ -3,6 +3,7 @@
 from steersman.model.attributes import AttributeModel, GatedModel, Gating
 from steersman.model.bottleneck import BottleneckModel, latent_names
 from steersman.model.ensemble import EnsembleModel, head_names
+from steersman.model.general import GENERAL, GeneralPreferenceModel, plane_names
 from steersman.model.load import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.lora import LoraConfig
 from steersman.model.meaning import Meaning, step_ends
@@ -15,12 +16,14 @@ from steersman.model.shard import in_their_pieces, place, place_head, whole_weig
 from steersman.model.share import SharedBase
 
 __all__ = [
+    "GENERAL",
     "SIZES",
     "AttributeModel",
     "BottleneckModel",
     "EnsembleModel",
     "GatedModel",
     "Gating",
+    "GeneralPreferenceModel",
     "Headed",
     "Logp",
     "LoraConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "load_tokenizer",
     "place",
     "place_head",
+    "plane_names",
     "save",
     "shape_of",
     "step_ends",

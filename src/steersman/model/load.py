@@ -16,6 +16,7 @@ from steersman.model.adapters import adapted_folder, is_adapters, put_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
 from steersman.model.bottleneck import BOTTLENECK, DECODER_FILE, BottleneckModel
 from steersman.model.ensemble import ENSEMBLE, EnsembleModel
+from steersman.model.general import GENERAL, GeneralPreferenceModel
 from steersman.model.lora import LoraConfig, load_lora
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
@@ -200,7 +201,7 @@ def load_reward(
     how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
     model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes, how)
     model = model if quantise != "none" else model.to(_device(device))
-    kinds = {ENSEMBLE: EnsembleModel, BOTTLENECK: BottleneckModel}
+    kinds = {ENSEMBLE: EnsembleModel, BOTTLENECK: BottleneckModel, GENERAL: GeneralPreferenceModel}
     kind = GatedModel if meaning.gating else kinds.get(meaning.kind, AttributeModel)
     loaded = kind(model, tokenizer, wanted)
     if isinstance(loaded, GatedModel):

@@ -16,7 +16,8 @@ class Meaning:
 
     `kind` is what it was trained on: preference, ranking, rating, feedback or steps. `attributes` name the outputs
     of a model of ratings. `separator` ends a step where `kind` is steps. `gating` holds the sizes of the network
-    that mixes the attributes, where there is one.
+    that mixes the attributes, where there is one. `debiased` is what each unit of a feature of style is worth, which
+    the score is freed of.
     """
 
     kind: str = "preference"
@@ -25,6 +26,7 @@ class Meaning:
     scale: tuple[float, ...] = ()
     separator: str = ""
     gating: dict[str, Any] = field(default_factory=dict)
+    debiased: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Any) -> Meaning:

@@ -16,6 +16,7 @@ from steersman.model.meaning import Meaning
 from steersman.model.policy import Logp, Policy
 from steersman.model.probe import close, model_name, probe_ids, quiet, require_causal
 from steersman.model.reader import Joined, Reader
+from steersman.ops.style import FEATURES, style_counts
 from steersman.types import SteersmanError, Tokens
 
 
@@ -150,8 +151,19 @@ class ScalarModel(Headed):
         return in_groups(tokens, self.max_tokens, run, tokens.response.shape[1] + 1)[0]
 
     def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
-        """The number at the last token of prompt + response."""
-        return self._in_units(self.outputs(tokens))[:, 0]
+        """The number at the last token of prompt + response, less what its style is worth where it is debiased."""
+        score = self._in_units(self.outputs(tokens))[:, 0]
+        debiased = self.meaning.debiased
+        if not debiased:
+            return score
+        worth = score.new_tensor([debiased.get(name, 0.0) for name in FEATURES])
+        return score - self.style(tokens).to(score) @ worth
+
+    def style(self, tokens: Tokens) -> Float[Tensor, "B F"]:
+        """Words, headers, list items and bold spans of each response's text (`ops.style.FEATURES`)."""
+        responses = [r[:n].tolist() for r, n in zip(tokens.response, tokens.response_length, strict=True)]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        return torch.tensor([style_counts(text) for text in texts], dtype=torch.get_default_dtype())
 
 
 class SharedCritic(nn.Module):

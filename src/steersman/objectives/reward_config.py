@@ -33,6 +33,16 @@ class RewardModelConfig(OfflineConfig):
     bottleneck_weight: float = Field(
         default=0.02, ge=0, description="with bottleneck: price of a nat that an answer's latents tell"
     )
+    planes: int = Field(
+        default=0,
+        ge=0,
+        description="pairs: planes of a model of preferences that may run in circles, without scores (general "
+        "preference model); 0 is Bradley-Terry",
+    )
+    debias: list[Literal["length", "headers", "lists", "bold"]] = Field(
+        default_factory=list,
+        description="pairs: what the score is freed of after training, as far as a straight line goes",
+    )
     centre: float = Field(
         default=0.0,
         ge=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
 from steersman.model import AttributeModel, ScalarModel
-from steersman.objectives.batch import right, scores_of
+from steersman.objectives.batch import over_answers, right, scores_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
+from steersman.ops.style import FEATURES
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
 from steersman.train.tally import Tally
 from steersman.types import Stats, SteersmanError, Tokens
@@ -60,6 +62,26 @@ class PairwiseReward:
         """How probable it is that the first answer wins, and by how much it must lead, `[B]`."""
         margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
         return like.new_tensor([e.agreement for e in examples]), like.new_tensor(margin)
+
+    def debias(self) -> dict[str, float]:
+        """Frees the model's score of the features that `train.debias` names, and returns what each unit was worth.
+
+            lambda = argmin sum over the training pairs of (lead - lambda . (f_w - f_l))^2,  r' = r - lambda . f
+
+        So over the training pairs, in both orders, the leads that remain are uncorrelated with the features' leads.
+        Source: arXiv 2409.17407 (calibration after training). Departure: a straight line in several features, where
+        the paper takes a locally weighted regression on one.
+        """
+        wanted = [FEATURES.index(name) for name in self.config.debias]
+        if not wanted or not isinstance(self.module, ScalarModel):
+            return {}
+        score, style = self._scores(self.train), over_answers(self.train.groups, self.micro, self.module.style)
+        by = style.view(len(score), 2, -1)[..., wanted].double()
+        lead, gap = (score[:, 0] - score[:, 1]).double(), by[:, 0] - by[:, 1]
+        found = np.linalg.lstsq(gap.numpy(), lead.numpy(), rcond=None)[0]
+        worth = dict(zip(self.config.debias, found.tolist(), strict=True))
+        self.module.means(replace(self.module.meaning, debiased=worth))
+        return worth
 
     def evaluate(self) -> Stats:
         """Held-out loss and accuracy, and how well the trivial rule "the longer answer wins" does beside it."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from steersman.algorithms.base import Algorithm
 from steersman.data import DataConfig
 from steersman.environments.config import EnvironmentConfig
+from steersman.recipe.curriculum import CurriculumConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
@@ -65,6 +66,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         "(needs model.lora); none: every model has weights of its own",
     )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="draw prompts by how often they are solved; null: all alike, each once an epoch"
+    )
     stop: StopConfig | None = Field(
         default=None, description="end before that when a held-out judge finds nothing better, or KL is spent"
     )
@@ -97,6 +101,11 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(
                 f"{algorithm.title} gives each part of the reward a scale of its own; remove reward.normalise, "
                 "reward.whiten and reward.clip"
+            )
+        if self.curriculum is not None and (rollout.ahead or algorithm.resampling() or self.data.mix):
+            raise ValueError(
+                "curriculum draws prompts by the newest outcomes: it does not go with rollout.ahead, data.mix, or a "
+                f"method that replaces groups itself ({algorithm.title}: {'yes' if algorithm.resampling() else 'no'})"
             )
         if self.stop is not None:
             if self.stop.judge not in self.reward.parts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from steersman.model import AttributeModel, ScalarModel, step_ends
+from steersman.model import GENERAL, AttributeModel, GeneralPreferenceModel, ScalarModel, step_ends
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
@@ -36,6 +36,9 @@ class ModelReward:
 
     A model of several heads gives their mean less `pessimism` times their deviation, one with a bottleneck its score
     less `pessimism` times the nats that its latents tell.
+
+    A model of general preferences gives an answer the mean of its log-odds against the other answers to the prompt
+    (of the same `Prompt.index`) that are scored with it, and 0 where there is none: even odds against itself.
 
     Raises SteersmanError when the vocabularies differ and `text_bridge` is False, or when the model's head was
     never trained (all zeros); when scoring, if a sample is longer than the model's context or a score is not
@@ -106,6 +109,8 @@ class ModelReward:
             return f" of {len(meaning.attributes)} heads, their mean less {self.pessimism:g} deviations,"
         if meaning.kind == BOTTLENECK:
             return f" of {len(meaning.attributes) // 2} latents, its score less {self.pessimism:g} times their nats,"
+        if meaning.kind == GENERAL:
+            return " of general preferences, log-odds against the prompt's other answers,"
         if len(meaning.attributes) > 1:
             return f" of {', '.join(meaning.attributes)}, {'gated' if meaning.gating else 'their mean'},"
         return ""
@@ -125,6 +130,10 @@ class ModelReward:
         tokens = Tokens.from_ids([prompt for prompt, _ in pairs], [response for _, response in pairs])
         if self.model.meaning.kind == "steps":
             return self._by_steps(samples, tokens)
+        if isinstance(self.model, GeneralPreferenceModel):
+            scores = self._against_others(self.model, samples, tokens)
+            self._check(scores, samples)
+            return Scores(scores, {self.name: scores})
         if isinstance(self.model, AttributeModel) and self.attribute is not None:
             model, place = self.model, self.model.meaning.attributes.index(self.attribute)
             numbers = self._over(tokens, lambda part: model.attributes(part)[:, place])
@@ -133,6 +142,15 @@ class ModelReward:
         scores = numbers.float().cpu()
         self._check(scores, samples)
         return Scores(scores, {self.name: scores})
+
+    def _against_others(self, model: GeneralPreferenceModel, samples: Sequence[Sample], tokens: Tokens) -> Tensor:
+        """Each answer's mean log-odds against the others of its prompt, which are samples of the policy too: an
+        estimate of the preference score that GPO maximises (arXiv 2410.02197, section 5)."""
+        embedded = self._over(tokens, model.outputs, len(model.meaning.attributes)).float().cpu()
+        group = torch.tensor([s.prompt.index for s in samples])
+        other = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
+        leads = model.leads(embedded[:, None].expand(-1, len(group), -1), embedded[None].expand(len(group), -1, -1))
+        return (leads * other).sum(1) / other.sum(1).clamp(min=1)
 
     def _over(self, tokens: Tokens, run: Callable[[Tokens], Tensor], width: int | None = None) -> Tensor:
         """`run` on the batch, whose rows are shared out over the ranks."""

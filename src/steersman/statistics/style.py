@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steersman.ops.text import words
+from steersman.ops.style import FEATURES, style_counts
 from steersman.statistics.estimates import Estimate, resamples
 from steersman.statistics.ratings import SCALE, Rating
 
 Array = NDArray[np.float64]
-
-FEATURES = ("length", "headers", "lists", "bold")
-_HEADER = re.compile(r"^#{1,6} ", re.MULTILINE)
-_LIST = re.compile(r"^ {0,12}(?:[-*+]|\d{1,4}[.)]) ", re.MULTILINE)
-_BOLD = re.compile(r"\*\*[^*\n]{1,400}\*\*|__[^_\n]{1,400}__")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +31,9 @@ def style(first: str, second: str) -> tuple[float, ...]:
 
     Source: the normalised differences of Chatbot Arena's style control (LMSYS, "Does style matter?", August 2024).
     """
-    counts = np.array([_counts(text) for text in (first, second)], float)
+    counts = np.array([style_counts(text) for text in (first, second)], float)
     total = counts.sum(0)
     return tuple(np.divide(counts[0] - counts[1], total, out=np.zeros(len(total)), where=total > 0).tolist())
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return len(words(text)), *(len(pattern.findall(text)) for pattern in (_HEADER, _LIST, _BOLD))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
 from steersman.run.micro import over_rows
 from steersman.run.seed import stream
+from steersman.train.curriculum import Curriculum
 from steersman.train.experience import episode_stats, tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.train.segments import SegmentRows
@@ -43,6 +44,8 @@ class OnPolicy:
     def __init__(self, recipe: Any, roles: Roles, prompts: Sequence[Prompt], batches: Any) -> None:
         self.recipe, self.roles, self.prompts, self.batches = recipe, roles, prompts, batches
         self._order = batches.forever()
+        by = recipe.curriculum
+        self.curriculum = None if by is None else Curriculum(by, prompts, recipe.run.seed)
         self.waiting: list[int] = []
         self.algorithm = recipe.algorithm
         self.coefficients = KLCoefficients(self.algorithm, recipe.rollout.prompts * recipe.rollout.samples)
@@ -79,8 +82,11 @@ class OnPolicy:
         return self.recipe.critic is not None and self.done < self.recipe.critic.warmup
 
     def next_prompts(self, count: int | None = None) -> list[Prompt]:
-        """The next prompts of the data's order, an iteration's worth by default; none is passed over."""
+        """The next prompts of the data's order, an iteration's worth by default; none is passed over. With a
+        curriculum they are drawn by difficulty."""
         wanted: int = self.recipe.rollout.prompts if count is None else count
+        if self.curriculum is not None:
+            return [self.prompts[i] for i in self.curriculum.draw(wanted)]
         while len(self.waiting) < wanted:
             self.waiting += next(self._order)
         taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
@@ -148,6 +154,11 @@ class OnPolicy:
         if self.algorithm.parts:
             traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
         traj.baseline = self.baseline(samples, traj)
+        if self.curriculum is not None:
+            asked = [s.prompt for s in samples]
+            weight = self.curriculum.weight(asked)
+            traj.weight = None if weight is None else weight.to(like)
+            stats = stats | self.curriculum.outcome(asked, scores.total)
         return tokens, traj, stats
 
     @torch.no_grad()
@@ -232,6 +243,7 @@ class OnPolicy:
             "moving": [self.moving_mean, self.moving_count],
             "batches": self.batches.state_dict(),
             "waiting": self.waiting,
+            "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
             "roles": self.roles.state_dict(),
         }
 
@@ -241,6 +253,8 @@ class OnPolicy:
         self.moving_mean, self.moving_count = state["moving"]
         self.batches.load_state_dict(state["batches"])
         self.waiting = list(state["waiting"])
+        if self.curriculum is not None:
+            self.curriculum.load_state_dict(state["curriculum"])
         self.roles.load_state_dict(state["roles"])
         self.roles.engine.update_weights(self.done)
 

@@ -168,7 +168,10 @@ def _critic(
         judges = (
             recipe.reward.parts[name].model
             for name, (_, part) in reward.parts.items()
-            if part.model is not None and part.reads_ids and (base is None or part.model.adapted)
+            if part.model is not None
+            and len(part.model.meaning.attributes) < 2  # one number, as a critic has
+            and part.reads_ids
+            and (base is None or part.model.adapted)
         )
         init = next((path for path in judges if path is not None), "policy")
     if base is not None:

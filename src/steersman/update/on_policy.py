@@ -123,13 +123,15 @@ def policy_loss(
     """w_t [ loss_t(log pi, A_t) + beta kl_t (if `kl_in` is "loss") ] - entropy_coef H_t, per step.
 
     What is an average over sampled actions is weighted by `correction` where another policy sampled them
-    (`logp_rollout`); the entropy needs no action.
+    (`logp_rollout`), and by `traj.weight` where prompts were drawn unequally; the entropy needs no action.
     """
     loss = algorithm.loss(logp, traj, adv, coef)
     if algorithm.kl_in == "loss" and traj.logp_ref is not None:
         loss = loss + coef.beta * kl_loss(logp, traj.logp_ref, traj.mask, algorithm.kl_estimator)
     if correction is not None and traj.logp_rollout is not None:
         loss = loss * correction.weight(traj.logp_old, traj.logp_rollout, traj.mask)
+    if traj.weight is not None:
+        loss = loss * traj.weight[:, None]
     if entropy is not None:
         loss = loss - algorithm.entropy_coef * entropy
     return loss

@@ -30,14 +30,17 @@ from steersman.model import (
     BottleneckModel,
     EnsembleModel,
     GatedModel,
+    GeneralPreferenceModel,
     ScalarModel,
     head_names,
     latent_names,
+    plane_names,
 )
 from steersman.objectives.reward_bottleneck import BottleneckReward
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.objectives.reward_ensemble import EnsembleReward
 from steersman.objectives.reward_gating import GatingReward
+from steersman.objectives.reward_general import GeneralPreferenceReward
 from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
@@ -100,8 +103,12 @@ class RewardModelRecipe(TrainingRecipe):
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":
             raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
-        if self.train.heads > 1 and self.train.bottleneck:
-            raise ValueError("train.heads and train.bottleneck are two kinds of reward model; give one of them")
+        several = [f"train.{key}" for key in ("bottleneck", "planes") if getattr(self.train, key)]
+        several += ["train.heads"] * (self.train.heads > 1)
+        if len(several) > 1:
+            raise ValueError(f"{' and '.join(several)} are different kinds of reward model; give one of them")
+        if self.train.debias and (several or self.stage != "train"):
+            raise ValueError("train.debias is for a reward model of one number, at the end of stage train")
         if self.train.bottleneck and self.model.lora is not None and not self.model.merge:
             raise ValueError("train.bottleneck has a layer that no file of adapters holds; set model.merge: true")
         return self
@@ -126,19 +133,23 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
         return _train(session, recipe, kind)
 
 
-def _of_pairs(session: Session, recipe: RewardModelRecipe, kind: Kind) -> EnsembleModel | BottleneckModel | None:
+def _of_pairs(session: Session, recipe: RewardModelRecipe, kind: Kind) -> AttributeModel | None:
     """What the section `train` asks for on pairs: outputs that begin apart, or those of a saved model of the same
     kind and size; None where it asks for one score."""
     train = recipe.train
-    if train.heads == 1 and not train.bottleneck:
+    asked = {"heads": train.heads > 1, "bottleneck": train.bottleneck > 0, "planes": train.planes > 0}
+    key = next((name for name, wanted in asked.items() if wanted), None)
+    if key is None:
         return None
-    key = "heads" if train.heads > 1 else "bottleneck"
     if kind != "preference":
         raise SteersmanError(
             f"train.{key} is {getattr(train, key)}, but the data is of kind {kind}: give pairs, from which it learns"
         )
-    made_of = EnsembleModel if key == "heads" else BottleneckModel
-    names = head_names(train.heads) if key == "heads" else latent_names(train.bottleneck)
+    made_of, names = {
+        "heads": (EnsembleModel, head_names(train.heads)),
+        "bottleneck": (BottleneckModel, latent_names(train.bottleneck)),
+        "planes": (GeneralPreferenceModel, plane_names(train.planes)),
+    }[key]
     model = reward_from(recipe.model, recipe.run, session.device, names)
     if isinstance(model, made_of):
         return model
@@ -185,8 +196,15 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     _show(pre, session, model, recipe, state.load(max(train.lengths)))
     if not trained(session, state, recipe.train.keep):
         return session.summary({})
+    worth = objective.debias() if isinstance(objective, PairwiseReward) else {}
+    for name, each in worth.items():
+        session.log.note(f"debiased: one more of {name} was worth {each:+.4f}")
     save_model(model, recipe.model, session.path / "model")
-    return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": kind})
+    return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": kind, **_told(worth)})
+
+
+def _told(worth: dict[str, float]) -> dict[str, float]:
+    return {f"debiased/{name}": each for name, each in worth.items()}
 
 
 def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
@@ -275,6 +293,8 @@ def _objective(
             return EnsembleReward(*given, stream(recipe.run.seed, "draws of pairs"))
         case _ if isinstance(model, BottleneckModel):
             return BottleneckReward(*given)
+        case _ if isinstance(model, GeneralPreferenceModel):
+            return GeneralPreferenceReward(*given)
         case _:
             return PairwiseReward(*given)
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from steersman.advantage.gae import gae, vtrace
 from steersman.advantage.group import group_mean, leave_one_out
 from steersman.advantage.returns import return_to_go, td_error
+from steersman.algorithms.rloo import RLOO
 from steersman.loss.correction import Correction
 from steersman.ops.kl import KLEstimator, kl_estimate, kl_loss
 from steersman.tabular.oracle import exact_gradient
 from steersman.tabular.token_mdp import TokenMDP
+from steersman.verify.curriculum import check_curriculum
 from steersman.verify.gradient import arbitrary_critic, example
 from steersman.verify.two_turns import cut_turns_bootstrap, discount_counts_turns
 
@@ -109,6 +111,11 @@ def importance_weights(mdp: TokenMDP, logits: Tensor) -> float:
     return _gap(found.flatten(), exact_gradient(one, policy))
 
 
+def difficulty(mdp: TokenMDP, logits: Tensor) -> float:
+    """RLOO on prompts of which one is drawn six times as often as another."""
+    return check_curriculum(RLOO()).corrected
+
+
 def _kl_gradient(estimator: KLEstimator, divergence: Callable[[Tensor, Tensor], Tensor]) -> float:
     one = TokenMDP.random(5, 1, seed=1)
     logits = torch.linspace(-1, 1, 5, dtype=torch.float64)[None].requires_grad_()
@@ -135,5 +142,6 @@ IDENTITIES: tuple[tuple[str, str, Callable[[TokenMDP, Tensor], float]], ...] = (
     ("k3 in a loss", "has, in each state, the gradient of KL(ref || pi)", k3_gradient),
     ("discount per turn", "counts once a turn, over the world's answer", discount_counts_turns),
     ("turns cut off", "with an exact critic behind them are worth what whole ones are", cut_turns_bootstrap),
+    ("prompts by difficulty", "weighted by 1 / (N q), give the exact gradient of all prompts alike", difficulty),
     ("importance weights", "uncut, give the exact gradient from another policy's samples", importance_weights),
 )

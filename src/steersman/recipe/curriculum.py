@@ -1,0 +1,22 @@
+"""How prompts are drawn by their difficulty, as recipes say it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from steersman.run.config import Section
+
+
+class CurriculumConfig(Section):
+    """Draws prompts that are sometimes solved more often than those that always or never are."""
+
+    right_from: float = Field(default=1.0, description="an answer is right from this score on")
+    uniform: float = Field(
+        default=0.25, gt=0, le=1, description="share of the prompts drawn without regard to difficulty"
+    )
+    forget: float = Field(
+        default=0.5, ge=0, lt=1, description="what earlier tries count beside a prompt's newest ones"
+    )
+    corrected: bool = Field(
+        default=True, description="weigh a prompt by 1 / (N q), so that the expected gradient is that of all alike"
+    )
