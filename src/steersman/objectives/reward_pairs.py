@@ -16,7 +16,7 @@ from steersman.objectives.batch import right, scores_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
 from steersman.train.tally import Tally
-from steersman.types import Stats, SteersmanError
+from steersman.types import Stats, SteersmanError, send
 
 
 class PairwiseReward:
@@ -38,16 +38,17 @@ class PairwiseReward:
         return sum(self.train.examples[i].weight for i in rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate_pairs([self.train.groups[i] for i in rows]).to(self.module.device)
+        tokens = collate_pairs([self.train.groups[i] for i in rows])
         chosen, rejected = self.module.score(tokens).chunk(2)
         examples = [self.train.examples[i] for i in rows]
         margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
-        target = chosen.new_tensor([e.agreement for e in examples])
-        weight = chosen.new_tensor([e.weight for e in examples])
-        per_pair = pairwise(chosen, rejected, target=target, margin=chosen.new_tensor(margin))
+        numbers = [[e.agreement for e in examples], [e.weight for e in examples], margin]
+        decided, total = sum(share != 0.5 for share in numbers[0]), sum(numbers[1])
+        target, weight, lead = send(torch.tensor(numbers, dtype=chosen.dtype), chosen.device)
+        per_pair = pairwise(chosen, rejected, target=target, margin=lead)
         per_pair = per_pair + self.config.centre * centring(chosen, rejected)
-        tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
-        tally.add("accuracy", right(chosen - rejected, target).sum(), int((target != 0.5).sum()))
+        tally.add("loss", (weight * per_pair).sum(), total)
+        tally.add("accuracy", right(chosen - rejected, target).sum(), decided)
         tally.add("margin", (chosen - rejected).sum(), len(rows))
         return (weight * per_pair).sum() / denominator
 
@@ -115,7 +116,7 @@ class RankingReward:
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         groups = [self.train.groups[i] for i in rows]
         tokens, owner = collate_groups(groups)
-        score, mask = side_by_side(self.module.score(tokens.to(self.module.device)), owner)
+        score, mask = side_by_side(self.module.score(tokens), owner)
         rank = dense_ranks([self.train.examples[i].ranks for i in rows]).to(score.device)
         per_prompt = self.per_prompt(score, rank, mask)
         tally.add("loss", per_prompt.sum(), len(rows))
