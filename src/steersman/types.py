@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -101,7 +101,8 @@ class Tokens:
     """Prompts with responses as a policy reads them; the one input of every model role.
 
     A causal model joins each prompt with its response; an encoder-decoder gives the prompt to its encoder.
-    Both are right-padded; what stands in the padding is never read (a test perturbs it). `mask` marks the
+    Both are right-padded; what stands in the padding is never read (a test perturbs it). A model lays them out on the
+    CPU and sends to its own device what it reads, so a batch is best kept on the CPU. `mask` marks the
     response tokens that count in losses and may have holes (a user's turn between two assistant turns);
     `response_length` is the structural end, so `mask` is False at and after it.
 
@@ -164,12 +165,21 @@ class Tokens:
         )
 
     def to(self, device: torch.device | str) -> Tokens:
-        moved = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return _sent(self, device)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on the device. What goes from the CPU to an accelerator does not wait for the work that it has still to do;
+    what comes back waits, so that it is there."""
+    return x.to(device, non_blocking=x.is_cpu)
+
+
+Held = TypeVar("Held", "Tokens", "Trajectory")
+
+
+def _sent(held: Held, device: torch.device | str) -> Held:
+    moved = {f.name: x for f in fields(held) if isinstance(x := getattr(held, f.name), Tensor)}
+    return replace(held, **{name: send(x, device) for name, x in moved.items()})
 
 
 def _pad(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
@@ -221,6 +231,9 @@ class Trajectory:
             if x.ndim == 2:
                 picked[name] = x[:, : T + 1] if name == "value" else x[:, :T]
         return replace(self, **picked)
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        return _sent(self, device)
 
 
 Stats = dict[str, float]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steersman.advantage.returns import next_step, scan_back, td_error, values
-from steersman.types import Trajectory
+from steersman.types import Trajectory, send
 
 
 class Advantage(NamedTuple):
@@ -17,6 +17,9 @@ class Advantage(NamedTuple):
 
     adv: Float[Tensor, "B T"]
     ret: Float[Tensor, "B T"] | None = None
+
+    def to(self, device: torch.device | str) -> Advantage:
+        return Advantage(send(self.adv, device), None if self.ret is None else send(self.ret, device))
 
 
 def gae(traj: Trajectory, lam: float | Float[Tensor, "B 1"]) -> Advantage:

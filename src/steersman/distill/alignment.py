@@ -16,7 +16,7 @@ from steersman.data import Codec
 from steersman.distill.teacher import Answer
 from steersman.model import Policy
 from steersman.ops.divergence import TeacherStates
-from steersman.types import Tokens
+from steersman.types import Tokens, send
 
 
 def read_before(codec: Codec, ids: Sequence[int]) -> list[str]:
@@ -51,7 +51,7 @@ class OtherTokenizer:
         """The teacher's distributions at the places that are compared, and these places among the packed response
         tokens of the answers; only tokens that count are."""
         responses = [self.codec.finish(a.text, eos=a.ended) or [0] for a in answers]
-        tokens = Tokens.from_ids([a.taught for a in answers], responses).to(self.model.device)
+        tokens = Tokens.from_ids([a.taught for a in answers], responses)
         mine, theirs, before, before_theirs = [], [], 0, 0
         for answer, response in zip(answers, responses, strict=True):
             places = same_places(read_before(self.student, answer.response), read_before(self.codec, response))
@@ -60,5 +60,5 @@ class OtherTokenizer:
             theirs += [before_theirs + j for _, j in kept]
             before, before_theirs = before + len(answer.response), before_theirs + len(response)
         hidden = self.model.hidden(tokens)
-        at = torch.tensor(theirs, dtype=torch.long, device=hidden.device)
+        at = send(torch.tensor(theirs, dtype=torch.long), hidden.device)
         return TeacherStates(hidden[at], self.model.head()), torch.tensor(mine, dtype=torch.long)

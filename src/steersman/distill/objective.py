@@ -14,10 +14,11 @@ from steersman.distill.teacher import Answer, Teacher
 from steersman.loss.distillation import distillation, still_to_come
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
+from steersman.model.layout import response_slots, spread
 from steersman.ops.divergence import Divergence, TeacherTopK, linear_divergence, sorted_distance
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally
-from steersman.types import Tokens
+from steersman.types import Tokens, send
 
 
 class Distillation:
@@ -45,36 +46,43 @@ class Distillation:
 
     def loss(self, answers: Sequence[Answer], denominator: int, tally: Tally) -> Tensor:
         """The part of the loss that some of an update's answers make."""
-        tokens = _tokens(answers).to(self.policy.device)
+        tokens = _tokens(answers)
         hidden = self.policy.hidden(tokens)
+        mask = send(tokens.mask, hidden.device)
         # Before the divergence, so that its backward pass comes first: after this one sharded weights are given back.
         pulled = self.rewarded or self.config.name == "minillm" or self.config.nll > 0
         told = self.policy.logp_from(tokens, hidden, temperature=self.config.temperature) if pulled else None
         if isinstance(self.teacher, OtherTokenizer):
             divergence, weight = self._aligned(self.teacher, answers, tokens, hidden), None
             if self.rewarded:
-                weight = self._advantage(answers, tokens)
+                weight = self._advantage(answers, mask)
         else:
-            divergence, weight = self._by_token(self.teacher, answers, tokens, hidden, tally)
+            divergence, weight = self._by_token(self.teacher, answers, tokens, mask, hidden, tally)
         logp = torch.zeros_like(divergence) if told is None else told.logp.to(divergence)
-        per_token = distillation(divergence, logp, tokens.mask, weight=weight, nll=self.config.nll)
-        steps = token_weight(tokens.mask, self.config.average, self.limit, per_token.dtype)
+        per_token = distillation(divergence, logp, mask, weight=weight, nll=self.config.nll)
+        steps = token_weight(mask, self.config.average, self.limit, per_token.dtype)
         loss = reduce(per_token, steps, denominator)
-        tally.add("divergence", masked_sum(divergence.detach(), tokens.mask), int(tokens.mask.sum()))
+        tally.add("divergence", masked_sum(divergence.detach(), mask), int(tokens.mask.sum()))
         return loss
 
     @torch.no_grad()
     def apart(self, answers: Sequence[Answer], kind: Divergence) -> Tensor:
         """A divergence summed over each answer's tokens that count (nats), of a teacher with the same tokens."""
         assert not isinstance(self.teacher, OtherTokenizer)
-        tokens = _tokens(answers).to(self.policy.device)
+        tokens = _tokens(answers)
         hidden = self.policy.hidden(tokens)
         reading = self.teacher.read(answers, logp=False, temperature=1.0)
         found = linear_divergence(hidden, self.policy.head(), reading.teacher, kind)
-        return masked_sum(_laid(found, tokens), tokens.mask, -1)
+        return masked_sum(_laid(found, tokens).cpu(), tokens.mask, -1)
 
     def _by_token(
-        self, teacher: Teacher, answers: Sequence[Answer], tokens: Tokens, hidden: Tensor, tally: Tally
+        self,
+        teacher: Teacher,
+        answers: Sequence[Answer],
+        tokens: Tokens,
+        mask: Tensor,
+        hidden: Tensor,
+        tally: Tally,
     ) -> tuple[Tensor, Tensor | None]:
         config, whole = self.config, self.config.name == "minillm"
         kind: Divergence = "reverse_kl" if config.name in ("minillm", "uld") else config.name
@@ -84,25 +92,25 @@ class Distillation:
         )
         if isinstance(reading.teacher, TeacherTopK):
             tally.add("teacher/unlisted", reading.teacher.rest.sum(), len(found))
-        weight = self._advantage(answers, tokens) if self.rewarded else None
+        weight = self._advantage(answers, mask) if self.rewarded else None
         if whole:
             assert reading.logp is not None
             with torch.no_grad():
                 own = self.policy.logp_from(tokens, hidden, temperature=config.temperature).logp
             gap = _laid(reading.logp.to(own), tokens) - own
-            to_come = still_to_come(gap, tokens.mask, normalised=config.normalised)
+            to_come = still_to_come(gap, mask, normalised=config.normalised)
             weight = to_come if weight is None else weight + to_come
         return _laid(found, tokens), weight
 
     def _aligned(self, teacher: OtherTokenizer, answers: Sequence[Answer], tokens: Tokens, hidden: Tensor) -> Tensor:
         taught, places = teacher.read(answers)
-        places = places.to(hidden.device)
+        places = send(places, hidden.device)
         found = sorted_distance(hidden[places], self.policy.head(), taught, temperature=self.config.temperature)
         return _laid(found.new_zeros(len(hidden)).index_add(0, places, found), tokens)
 
-    def _advantage(self, answers: Sequence[Answer], tokens: Tokens) -> Tensor:
-        each = torch.tensor([a.advantage for a in answers], device=tokens.mask.device)
-        return (self.config.reward_weight * each)[:, None].expand(tokens.mask.shape)
+    def _advantage(self, answers: Sequence[Answer], mask: Tensor) -> Tensor:
+        each = send(torch.tensor([a.advantage for a in answers]), mask.device)
+        return (self.config.reward_weight * each)[:, None].expand(mask.shape)
 
 
 def _tokens(answers: Sequence[Answer]) -> Tokens:
@@ -111,5 +119,4 @@ def _tokens(answers: Sequence[Answer]) -> Tokens:
 
 def _laid(packed: Tensor, tokens: Tokens) -> Tensor:
     """Numbers of all response tokens, packed row by row, as `[B, T]`; 0 beyond each response."""
-    slots = torch.arange(tokens.response.shape[1], device=packed.device) < tokens.response_length[:, None]
-    return packed.new_zeros(slots.shape).masked_scatter(slots, packed)
+    return spread(packed, response_slots(tokens))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
+from steersman.model.layout import picked, response_slots
 from steersman.ops.divergence import TeacherStates, TeacherTopK
 from steersman.setup.models import policy_from
 from steersman.setup.reference import Reference, reference_from, same_tokens
@@ -72,13 +73,13 @@ class LocalTeacher:
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
-        tokens = Tokens.from_ids([a.taught for a in answers], [a.response for a in answers]).to(self.model.device)
+        tokens = Tokens.from_ids([a.taught for a in answers], [a.response for a in answers])
         hidden = self.model.hidden(tokens)
         if not logp:
             return Reading(TeacherStates(hidden, self.model.head()))
         told = self.model.logp_from(tokens, hidden, temperature=temperature).logp
-        slots = torch.arange(told.shape[1], device=told.device) < tokens.response_length[:, None]
-        return Reading(TeacherStates(hidden, self.model.head()), told[slots])
+        places = picked(response_slots(tokens), told.device)
+        return Reading(TeacherStates(hidden, self.model.head()), told.flatten()[places])
 
     def describe(self) -> str:
         return self.name

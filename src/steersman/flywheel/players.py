@@ -77,12 +77,12 @@ class Player:
         """log-probability (nats) of each answer under this model's whole distribution."""
         tokens = tokens_of(samples).untruncated()
         logp = over_rows(
-            tokens.to(self.policy.device),
+            tokens,
             self.run.micro_tokens,
             lambda part: self.policy.logp(part, temperature=temperature).logp,
             tokens.response.shape[1],
         )
-        return masked_sum(logp, tokens.mask.to(logp.device), dim=-1).tolist()
+        return masked_sum(logp, tokens.mask, dim=-1).tolist()
 
     def release(self) -> None:
         """Gives the memory back, and ends what samples elsewhere."""

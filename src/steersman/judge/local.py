@@ -48,7 +48,7 @@ class Local:
             ids = [self._ids(text, max(map(len, said))) for text in texts[start : start + self.config.batch]]
             tokens = Tokens.from_ids([i for i in ids for _ in said], [s for _ in ids for s in said])
             with torch.no_grad():
-                logp = torch.where(tokens.mask.to(self.policy.device), self.policy.logp(tokens).logp, 0.0).sum(-1)
+                logp = torch.where(tokens.mask, self.policy.logp(tokens).logp.cpu(), 0.0).sum(-1)
             for row, told in enumerate(logp.view(len(ids), len(said)).tolist()):
                 reply: Reply = {"logp": dict(zip(verdicts, told, strict=True))}
                 keep(start + row, reply | {"tokens": len(ids[row]) + 1})

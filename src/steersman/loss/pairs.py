@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steersman.ops.masked import masked_sum
+from steersman.types import send
 
 Explain = dict[str, Tensor]
 
@@ -131,4 +132,5 @@ def soft_labelled(
     value, explain = loss(pair)
     if bool((agreement == 1).all()):
         return value, explain
+    agreement = send(agreement, value.device)
     return agreement * value + (1 - agreement) * loss(pair.swapped())[0], explain

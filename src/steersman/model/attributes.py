@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steersman.model.layout import in_groups
 from steersman.model.scalar import Headed
-from steersman.types import SteersmanError, Tokens
+from steersman.types import SteersmanError, Tokens, send
 
 GATING_FILE = "gating.safetensors"
 """Weights of the gating network, beside the model's own."""
@@ -44,7 +44,7 @@ class AttributeModel(Headed):
 
     def with_prompt(self, tokens: Tokens) -> tuple[Float[Tensor, "B A"], Float[Tensor, "B H"]]:
         """`outputs`, and the trunk's state at the last token of the prompt, from one run."""
-        tokens = tokens.to(self.device)
+        tokens = tokens.to("cpu")
         A = len(self.meaning.attributes)
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
@@ -126,5 +126,5 @@ class GatedModel(AttributeModel):
 def verbosity(kind: str, attributes: Sequence[str], tokens: Tokens, numbers: Float[Tensor, "B A"]) -> Tensor:
     """The response's length in tokens (`length`, `none`), or the number of the attribute that is named."""
     if kind in ("length", "none"):
-        return tokens.response_length.to(numbers.device, numbers.dtype)
+        return send(tokens.response_length, numbers.device).to(numbers.dtype)
     return numbers[:, attributes.index(kind)]

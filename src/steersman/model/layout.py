@@ -2,7 +2,7 @@
 
 Rows are joined (prompt, then response) and right-padded, or several are laid into one row of the trunk with
 positions that start anew. Either way a row is known by the flat index of its first token, so what follows does
-not care which.
+not care which. All of it is done on the CPU, which knows the lengths: an accelerator would have to be waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from steersman.types import SteersmanError, Tokens
+from steersman.types import SteersmanError, Tokens, send
 
 
 @dataclass(slots=True)
@@ -85,9 +85,15 @@ def response_slots(tokens: Tokens, extra: int = 0) -> Bool[Tensor, "B T+extra"]:
     return column < (tokens.response_length + extra)[:, None]
 
 
+def picked(mask: Bool[Tensor, "*s"], device: torch.device) -> Int[Tensor, " n"]:
+    """Flat indices of what a mask on the CPU marks, on the device."""
+    return send(mask.flatten().nonzero()[:, 0], device)
+
+
 def spread(packed: Tensor, slots: Bool[Tensor, "B W"]) -> Tensor:
     """Packed numbers back into `[B, W]`, 0 elsewhere."""
-    return packed.new_zeros(slots.shape).masked_scatter(slots, packed)
+    places = picked(slots, packed.device)
+    return packed.new_zeros(slots.numel()).index_copy(0, places, packed).view(slots.shape)
 
 
 def length_groups(length: Int[Tensor, " B"], max_tokens: int) -> list[Tensor]:
@@ -114,5 +120,5 @@ def in_groups(
         parts = run(tokens.rows(rows))
         out = out or tuple(part.new_zeros(len(tokens), width) for part in parts)
         for whole_part, part in zip(out, parts, strict=True):
-            whole_part[rows, : part.shape[1]] = part
+            whole_part[send(rows, part.device), : part.shape[1]] = part
     return out

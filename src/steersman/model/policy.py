@@ -15,10 +15,10 @@ from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, p
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora
-from steersman.model.probe import naming_family, packs_exactly, probe_causal, probe_ids
+from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
-from steersman.types import SteersmanError, Tokens
+from steersman.types import SteersmanError, Tokens, send
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,7 +75,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return device_of(self.model)
 
     @property
     def decoder_start(self) -> tuple[int, ...]:
@@ -107,12 +107,12 @@ class Policy(nn.Module):
 
         With `extra` 1 each row also has the state after its last token. A row without response gives none (one).
         """
-        return self.reader.hidden(tokens.to(self.device), extra)
+        return self.reader.hidden(tokens.to("cpu"), extra)
 
     def logp(self, tokens: Tokens, *, temperature: float = 1.0, entropy: bool = False) -> Logp:
         """Log-probability of every response token, under softmax(logits / temperature) restricted to the
         tokens' support where they have one. Holes in the mask are computed like the rest."""
-        tokens = tokens.to(self.device)
+        tokens = tokens.to("cpu")
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
             out = self.logp_from(part, self.hidden(part), temperature=temperature, entropy=entropy)
@@ -124,18 +124,18 @@ class Policy(nn.Module):
         self, tokens: Tokens, hidden: Float[Tensor, "N H"], *, temperature: float = 1.0, entropy: bool = False
     ) -> Logp:
         """`logp` where the states of `hidden` are already there."""
-        tokens = tokens.to(self.device)
+        tokens = tokens.to("cpu")
         slots, head = response_slots(tokens), self.head()
         logp, entropies = linear_logp(
             hidden,
             head.weight,
             head.bias,
-            tokens.response[slots],
+            send(tokens.response[slots], hidden.device),
             temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             entropy=entropy,
-            support=_support(tokens, self.device),
+            support=_support(tokens),
         )
         return Logp(spread(logp, slots), None if entropies is None else spread(entropies, slots))
 
@@ -154,7 +154,7 @@ class Policy(nn.Module):
             yield self
 
 
-def _support(tokens: Tokens, device: torch.device) -> Support | None:
+def _support(tokens: Tokens) -> Support | None:
     if tokens.support is None:
         return None
     whole = torch.zeros(0, dtype=torch.long)
@@ -163,4 +163,4 @@ def _support(tokens: Tokens, device: torch.device) -> Support | None:
         if row and len(row) != n:
             raise ValueError(f"a response of {n} tokens has a support for {len(row)}")
         flat += row or [whole] * n
-    return Support.pack(flat, device)
+    return Support.pack(flat)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 ROWS, LENGTH = 2, 6
@@ -31,6 +32,14 @@ class Form:
     logit_scale: float
     softcap: float | None
     input_scale: float = 1.0
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where its weights are, or, where they wait in the CPU's memory for their turn, this
+    rank's accelerator."""
+    if ranks().sharded and ranks().parallel.offload and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return next(model.parameters()).device
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from steersman.model.fast.shared import (
     shared_prompts,
     why_not_shared,
 )
-from steersman.model.layout import Layout, join, pack, require_prompts, response_slots
-from steersman.types import Tokens
+from steersman.model.layout import Layout, join, pack, picked, require_prompts, response_slots
+from steersman.model.probe import device_of
+from steersman.types import Tokens, send
 
 
 class Reader(Protocol):
@@ -75,22 +76,26 @@ class Joined:
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         parts = self._parts(tokens, extra)
-        width = torch.arange(tokens.response.shape[1] + extra, device=tokens.response.device)
+        width = torch.arange(tokens.response.shape[1] + extra)
         count = tokens.response_length + extra
-        picked = [flat[(first[:, None] + width)[width < count[rows, None]]] for rows, flat, first in parts]
+        read = []
+        for rows, flat, first in parts:
+            places = (first[:, None] + width)[width < count[rows, None]]
+            read.append(flat[send(places, flat.device)])
         if len(parts) == 1:
-            return picked[0]
+            return read[0]
         rows = torch.cat([rows for rows, _, _ in parts])
         begin = torch.empty_like(count)
         begin[rows] = count[rows].cumsum(0) - count[rows]
-        return torch.cat(picked)[(begin[:, None] + width)[width < count[:, None]]]
+        return torch.cat(read)[send((begin[:, None] + width)[width < count[:, None]], read[0].device)]
 
     def ends(self, tokens: Tokens) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
         parts = self._parts(tokens, None)
         back = torch.cat([rows for rows, _, _ in parts]).argsort()
-        before = torch.cat([flat[first] for _, flat, first in parts])
-        after = torch.cat([flat[first + tokens.response_length[rows]] for rows, flat, first in parts])
-        return before[back], after[back]
+        before = torch.cat([flat[send(first, flat.device)] for _, flat, first in parts])
+        after = [flat[send(first + tokens.response_length[rows], flat.device)] for rows, flat, first in parts]
+        back = send(back, before.device)
+        return before[back], torch.cat(after)[back]
 
     def _parts(self, tokens: Tokens, extra: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Groups of rows, the states of each group, flattened, and where the state before each row's response
@@ -101,20 +106,15 @@ class Joined:
         """
         if self.pack is not None:
             layout = pack(tokens, self.pack)
-            rows = torch.arange(len(tokens), device=layout.start.device)
-            return [(rows, *self._states(tokens, layout, extra))]
+            return [(torch.arange(len(tokens)), *self._states(tokens, layout, extra))]
         if self.single:
-            return [
-                (torch.arange(len(tokens), device=tokens.prompt.device), *self._states(tokens, join(tokens), extra))
-            ]
-        cost = call_cost(tokens.prompt.device)
+            return [(torch.arange(len(tokens)), *self._states(tokens, join(tokens), extra))]
+        cost = call_cost(device_of(self.trunk))
         if len(tokens) > 1 and self._may_share():
             first, which = shared_prompts(tokens)
             if saved_tokens(tokens, first) > cost and self._can_share():
                 found = read_shared(self.trunk, tokens, first, which, cost, ends=extra is None, part=self._part())
-                return [
-                    (rows, x.flatten(0, 1), torch.arange(len(x), device=x.device) * x.shape[1]) for rows, x in found
-                ]
+                return [(rows, x.flatten(0, 1), torch.arange(len(x)) * x.shape[1]) for rows, x in found]
         parts = []
         for rows in like_lengths(tokens.length, cost):
             part = tokens.rows(rows)
@@ -126,9 +126,9 @@ class Joined:
         if extra is None:
             places = torch.cat([first, (first + tokens.response_length)[tokens.response_length > 0]])
         else:
-            column = torch.arange(tokens.response.shape[1] + extra, device=first.device)
+            column = torch.arange(tokens.response.shape[1] + extra)
             places = (first[:, None] + column)[response_slots(tokens, extra)]
-        with narrowed(self._part(), places, layout.ids.numel()):
+        with narrowed(self._part(), send(places, device_of(self.trunk)), layout.ids.numel()):
             return states(self.trunk, layout), first
 
     def _part(self) -> nn.Module | None:
@@ -167,12 +167,13 @@ class Pair:
         return None
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
-        return self._states(tokens, extra)[response_slots(tokens, extra)]
+        found = self._states(tokens, extra)
+        return found.flatten(0, 1)[picked(response_slots(tokens, extra), found.device)]
 
     def ends(self, tokens: Tokens) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
         found = self._states(tokens, extra=1)
-        rows = torch.arange(len(tokens), device=found.device)
-        return found[:, 0], found[rows, tokens.response_length]
+        last = torch.arange(len(tokens)) * found.shape[1] + tokens.response_length
+        return found[:, 0], found.flatten(0, 1)[send(last, found.device)]
 
     def _states(self, tokens: Tokens, extra: int) -> Float[Tensor, "B T+extra H"]:
         memory, real = self._encode(tokens)
@@ -180,7 +181,7 @@ class Pair:
         start = tokens.response.new_tensor(self.start).expand(len(tokens), -1)
         response = tokens.response.masked_fill(~response_slots(tokens), 0)
         ids = torch.cat([start, response], 1)[:, : first + tokens.response.shape[1] + extra]
-        return decode(self.decoder, ids, memory, real)[:, first:]
+        return decode(self.decoder, send(ids, memory.device), memory, send(real, memory.device))[:, first:]
 
     def _encode(self, tokens: Tokens) -> tuple[Float[Tensor, "B P H"], Bool[Tensor, "B P"]]:
         require_prompts(tokens)
@@ -188,13 +189,16 @@ class Pair:
         real = column < tokens.prompt_length[:, None]
         known = torch.cat([tokens.prompt.masked_fill(~real, 0), tokens.prompt_length[:, None]], 1)
         once, row = torch.unique(known, dim=0, return_inverse=True)
-        return encode(self.encoder, once[:, :-1], column < once[:, -1:])[row], real
+        device = device_of(self.encoder)
+        memory = encode(self.encoder, send(once[:, :-1], device), send(column < once[:, -1:], device))
+        return memory[send(row, device)], real
 
 
 def states(trunk: nn.Module, layout: Layout) -> Float[Tensor, "RL H"]:
     """A causal trunk's last hidden states, flattened. No attention mask: nothing on the right can be seen."""
-    positions = {} if layout.positions is None else {"position_ids": layout.positions}
-    return trunk(input_ids=layout.ids, use_cache=False, **positions).last_hidden_state.flatten(0, 1)
+    device = device_of(trunk)
+    positions = {} if layout.positions is None else {"position_ids": send(layout.positions, device)}
+    return trunk(input_ids=send(layout.ids, device), use_cache=False, **positions).last_hidden_state.flatten(0, 1)
 
 
 def encode(encoder: nn.Module, ids: Tensor, real: Bool[Tensor, "B P"]) -> Float[Tensor, "B P H"]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steersman.model.encoder_decoder import is_pair, pair_reader, read
 from steersman.model.fast.fused import quicken
-from steersman.model.layout import in_groups, response_slots, spread
+from steersman.model.layout import in_groups, picked, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora_to_trunk
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Logp, Policy
@@ -95,7 +95,7 @@ class Headed(nn.Module):
 
     def outputs(self, tokens: Tokens) -> Float[Tensor, "B A"]:
         """The head's numbers at the last token of prompt + response, before their units."""
-        tokens = tokens.to(self.device)
+        tokens = tokens.to("cpu")
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
             return (self._head(self.reader.ends(part)[1]),)
@@ -142,7 +142,7 @@ class ScalarModel(Headed):
 
     def value(self, tokens: Tokens) -> Float[Tensor, "B T+1"]:
         """V before each response token, and after the last one in the column of the row's length; 0 beyond."""
-        tokens = tokens.to(self.device)
+        tokens = tokens.to("cpu")
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
             hidden = self.reader.hidden(part, extra=1)
@@ -184,7 +184,7 @@ class SharedCritic(nn.Module):
 
     def value(self, tokens: Tokens) -> Float[Tensor, "B T+1"]:
         """V before each response token, and after the last one in the column of the row's length; 0 beyond."""
-        tokens = tokens.to(self.policy.device)
+        tokens = tokens.to("cpu")
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
             return (self._value(part, self.policy.hidden(part, extra=1)),)
@@ -195,14 +195,14 @@ class SharedCritic(nn.Module):
         self, tokens: Tokens, *, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Logp, Float[Tensor, "B T+1"]]:
         """The policy's `logp` and this critic's `value` from one run of the trunk."""
-        tokens = tokens.to(self.policy.device)
+        tokens = tokens.to("cpu")
 
         def run(part: Tokens) -> tuple[Tensor, ...]:
             hidden = self.policy.hidden(part, extra=1)
             value = self._value(part, hidden)
-            column = torch.arange(value.shape[1], device=value.device)
-            acts = (column < part.response_length[:, None])[response_slots(part, extra=1)]
-            out = self.policy.logp_from(part, hidden[acts], temperature=temperature, entropy=entropy)
+            acts = (torch.arange(value.shape[1]) < part.response_length[:, None])[response_slots(part, extra=1)]
+            acting = hidden[picked(acts, hidden.device)]
+            out = self.policy.logp_from(part, acting, temperature=temperature, entropy=entropy)
             return (value, out.logp) if out.entropy is None else (value, out.logp, out.entropy)
 
         T = tokens.response.shape[1]

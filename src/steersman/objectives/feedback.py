@@ -16,6 +16,7 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Feedback, collate
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
+from steersman.model.layout import picked
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import in_order, my_micro_batches
@@ -24,7 +25,7 @@ from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, answer_logp
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
-from steersman.types import Stats
+from steersman.types import Stats, send
 
 
 class KTOConfig(Section):
@@ -154,8 +155,9 @@ class FeedbackObjective:
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         loss, told = self._run(self.train, rows)
         label = self._labels(self.train, rows)
-        weight = loss.new_tensor([self.train.examples[i].weight for i in rows])
-        tally.add("loss", (weight * loss).sum(), float(weight.sum()))
+        weights = torch.tensor([self.train.examples[i].weight for i in rows], dtype=loss.dtype)
+        weight = send(weights, loss.device)
+        tally.add("loss", (weight * loss).sum(), float(weights.sum()))
         _add(tally, "", label, told)
         return (weight * loss).sum() / denominator
 
@@ -186,14 +188,15 @@ class FeedbackObjective:
         self.threshold, self.means = state["threshold"], dict(state["means"])
 
     def _run(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = collate([data.groups[i][0] for i in rows]).to(self.module.device)
+        tokens = collate([data.groups[i][0] for i in rows])
         per_token = self.module.logp_from(tokens, self.module.hidden(tokens)).logp
-        logp = torch.where(tokens.mask, per_token, torch.zeros_like(per_token)).sum(-1)
-        ref = self.known[id(data)][list(rows)].to(logp.device)
-        label, threshold = self._labels(data, rows), logp.new_tensor(self.threshold)
+        mask = send(tokens.mask, per_token.device)
+        logp = torch.where(mask, per_token, torch.zeros_like(per_token)).sum(-1)
+        ref = send(self.known[id(data)][list(rows)], logp.device)
+        label, threshold = send(self._labels(data, rows), logp.device), torch.full_like(logp[0], self.threshold)
         loss, reward, lead = self.config.compared(logp, ref, label, threshold, self.weights)
         if self.config.nll:
-            loss = loss - self.config.nll * torch.where(label, logp / tokens.mask.sum(-1).clamp(min=1), 0.0)
+            loss = loss - self.config.nll * torch.where(label, logp / mask.sum(-1).clamp(min=1), 0.0)
         told = {
             "accuracy": right(torch.where(label, lead, -lead), tie=rounding(logp.detach())),
             "logp": logp.detach(),
@@ -202,7 +205,7 @@ class FeedbackObjective:
         return loss, told | {"reward": reward}
 
     def _labels(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> Tensor:
-        return torch.tensor([data.examples[i].label for i in rows], device=self.module.device)
+        return torch.tensor([data.examples[i].label for i in rows])
 
 
 def _add(tally: Tally, prefix: str, label: Tensor, told: dict[str, Tensor]) -> None:
@@ -210,10 +213,10 @@ def _add(tally: Tally, prefix: str, label: Tensor, told: dict[str, Tensor]) -> N
     tally.add(f"{prefix}accuracy", told["accuracy"].sum(), len(label))
     for kind, name in ((label, "liked"), (~label, "disliked")):
         if kind.any():
-            count = int(kind.sum())
-            tally.add(f"{prefix}logp/{name}", told["logp"][kind].sum(), count)
-            tally.add(f"{prefix}drift/{name}", (told["logp"] - told["ref"])[kind].sum(), count)
-            tally.add(f"{prefix}reward/{name}", told["reward"][kind].sum(), count)
+            count, places = int(kind.sum()), picked(kind, told["logp"].device)
+            tally.add(f"{prefix}logp/{name}", told["logp"][places].sum(), count)
+            tally.add(f"{prefix}drift/{name}", (told["logp"] - told["ref"])[places].sum(), count)
+            tally.add(f"{prefix}reward/{name}", told["reward"][places].sum(), count)
 
 
 def mismatched(data: EncodedSet[Feedback], rows: Sequence[int], context: int | None) -> list[Encoded]:

@@ -24,6 +24,7 @@ from steersman.data import (
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
+from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
@@ -31,7 +32,7 @@ from steersman.run.progress import reported
 from steersman.setup.reference import Reference, answer_logp, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
-from steersman.types import Stats, Tokens
+from steersman.types import Stats, Tokens, send
 
 PairLossName = Literal[
     "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo",
@@ -122,8 +123,9 @@ class PairObjective:
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         pair, loss, explain = self._run(self.train, rows)
-        weight = loss.new_tensor([self.train.examples[i].weight for i in rows])
-        tally.add("loss", (weight * loss).sum(), float(weight.sum()))
+        weights = torch.tensor([self.train.examples[i].weight for i in rows], dtype=loss.dtype)
+        weight = send(weights, loss.device)
+        tally.add("loss", (weight * loss).sum(), float(weights.sum()))
         for name, value in _told(pair, explain).items():
             tally.add(name, value.sum(), len(rows))
         return (weight * loss).sum() / denominator
@@ -142,8 +144,8 @@ class PairObjective:
         return told | tally.means()
 
     def _run(self, data: EncodedSet[Preference], rows: Sequence[int]) -> tuple[PairLogp, Tensor, Explain]:
-        tokens = collate_pairs([data.groups[i] for i in rows]).to(self.module.device)
-        n = len(rows)
+        tokens = collate_pairs([data.groups[i] for i in rows])
+        mask, n = send(tokens.mask, self.module.device), len(rows)
         hidden = self.module.hidden(tokens)
         logp = self.module.logp_from(tokens, hidden).logp
         ref = kl = None
@@ -151,19 +153,21 @@ class PairObjective:
             ref, kl = self._divergence(tokens, hidden)
         own = self._own(tokens, hidden, logp) if self.entry.needs_own else None
         pair = pair_logp(
-            logp[:n], tokens.mask[:n], logp[n:], tokens.mask[n:],
+            logp[:n], mask[:n], logp[n:], mask[n:],
             chosen_own=None if own is None else own[:n], rejected_own=None if own is None else own[n:],
             ref_chosen=None if ref is None else ref[:n], ref_rejected=None if ref is None else ref[n:],
             chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:],
         )  # fmt: skip
         if id(data) in self.known:
-            sums = self.known[id(data)][list(rows)].to(logp.device)
+            sums = send(self.known[id(data)][list(rows)], logp.device)
             pair = pair._replace(ref_chosen=sums[:, 0], ref_rejected=sums[:, 1])
         examples = [data.examples[i] for i in rows]
         if self.config.margin_weight:
-            lead = logp.new_tensor([e.margin or 0.0 for e in examples])
-            pair = pair._replace(offset=self.config.margin_weight * lead)
-        agreement = logp.new_tensor([e.agreement if self.config.soft_labels else 1.0 for e in examples])
+            lead = torch.tensor([e.margin or 0.0 for e in examples], dtype=logp.dtype)
+            pair = pair._replace(offset=send(self.config.margin_weight * lead, logp.device))
+        agreement = torch.tensor(
+            [e.agreement if self.config.soft_labels else 1.0 for e in examples], dtype=logp.dtype
+        )
         return pair, *soft_labelled(self._one_way, pair, agreement)
 
     def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:
@@ -173,8 +177,7 @@ class PairObjective:
     @torch.no_grad()
     def _own(self, tokens: Tokens, hidden: Tensor, logp: Tensor) -> Tensor:
         """log pi(y_t) - log sum_v pi(v | s_t)^2 at every response token, `[2B, T]`."""
-        slots = torch.arange(tokens.response.shape[1], device=hidden.device) < tokens.response_length[:, None]
-        return logp - torch.zeros_like(logp).masked_scatter(slots, collision(hidden, self.module.head()).to(logp))
+        return logp - spread(collision(hidden, self.module.head()).to(logp), response_slots(tokens))
 
     def _divergence(self, tokens: Tokens, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities and KL(pi_ref || pi) at every response token, `[2B, T]`."""
@@ -183,8 +186,7 @@ class PairObjective:
             hidden_ref = self.reference.hidden(tokens)
             ref = self.reference.logp_from(tokens, hidden_ref).logp
         per_token = divergence(hidden_ref, self.reference.head(), hidden, self.module.head())
-        slots = torch.arange(tokens.response.shape[1], device=hidden.device) < tokens.response_length[:, None]
-        return ref, torch.zeros_like(ref).masked_scatter(slots, per_token)
+        return ref, spread(per_token.to(ref), response_slots(tokens))
 
 
 def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from steersman.objectives.batch import over_answers, right
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.objectives.reward_pairs import PairwiseReward
 from steersman.train.tally import Tally
-from steersman.types import Stats
+from steersman.types import Stats, send
 
 
 class EnsembleReward(PairwiseReward):
@@ -46,17 +46,19 @@ class EnsembleReward(PairwiseReward):
         return max(float(self._weights(rows).mean(1).sum()), 1e-12)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate_pairs([self.train.groups[i] for i in rows]).to(self.module.device)
+        tokens = collate_pairs([self.train.groups[i] for i in rows])
         chosen, rejected = self.ensemble.outputs(tokens).chunk(2)
         examples, heads = [self.train.examples[i] for i in rows], chosen.shape[1]
         margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
-        wide = [chosen.new_tensor(x).repeat_interleave(heads) for x in ([e.agreement for e in examples], margin)]
+        agreement, weights = [e.agreement for e in examples], self._weights(rows)
+        target, lead = send(torch.tensor([agreement, margin], dtype=chosen.dtype), chosen.device)
+        wide = [x[:, None].expand(-1, heads).flatten() for x in (target, lead)]
         per_pair = pairwise(chosen.flatten(), rejected.flatten(), target=wide[0], margin=wide[1])
         per_pair = per_pair + self.config.centre * centring(chosen.flatten(), rejected.flatten())
-        weight = self._weights(rows).to(per_pair).flatten() / heads
-        target, lead = chosen.new_tensor([e.agreement for e in examples]), (chosen - rejected).mean(1)
-        tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
-        tally.add("accuracy", right(lead, target).sum(), int((target != 0.5).sum()))
+        weight = send(weights.to(per_pair.dtype), per_pair.device).flatten() / heads
+        lead = (chosen - rejected).mean(1)
+        tally.add("loss", (weight * per_pair).sum(), float(weights.mean(1).sum()))
+        tally.add("accuracy", right(lead, target).sum(), sum(share != 0.5 for share in agreement))
         tally.add("margin", lead.sum(), len(rows))
         return (weight * per_pair).sum() / denominator
 

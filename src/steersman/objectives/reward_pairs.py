@@ -18,7 +18,7 @@ from steersman.objectives.reward_config import EvaluationConfig, RewardModelConf
 from steersman.ops.style import FEATURES
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
 from steersman.train.tally import Tally
-from steersman.types import Stats, SteersmanError, Tokens
+from steersman.types import Stats, SteersmanError, Tokens, send
 
 
 class PairwiseReward:
@@ -40,13 +40,13 @@ class PairwiseReward:
         return sum(self.train.examples[i].weight for i in rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate_pairs([self.train.groups[i] for i in rows]).to(self.module.device)
+        tokens = collate_pairs([self.train.groups[i] for i in rows])
         examples = [self.train.examples[i] for i in rows]
         per_pair, lead = self.per_pair(tokens, examples)
-        target = lead.new_tensor([e.agreement for e in examples])
-        weight = lead.new_tensor([e.weight for e in examples])
-        tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
-        tally.add("accuracy", right(lead, target).sum(), int((target != 0.5).sum()))
+        target, weights = [e.agreement for e in examples], [e.weight for e in examples]
+        target_there, weight = send(torch.tensor([target, weights], dtype=lead.dtype), lead.device)
+        tally.add("loss", (weight * per_pair).sum(), sum(weights))
+        tally.add("accuracy", right(lead, target_there).sum(), sum(share != 0.5 for share in target))
         tally.add("margin", lead.sum(), len(rows))
         return (weight * per_pair).sum() / denominator
 
@@ -61,7 +61,8 @@ class PairwiseReward:
     def labels(self, examples: Sequence[Preference], like: Tensor) -> tuple[Tensor, Tensor]:
         """How probable it is that the first answer wins, and by how much it must lead, `[B]`."""
         margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
-        return like.new_tensor([e.agreement for e in examples]), like.new_tensor(margin)
+        target, lead = send(torch.tensor([[e.agreement for e in examples], margin], dtype=like.dtype), like.device)
+        return target, lead
 
     def debias(self) -> dict[str, float]:
         """Frees the model's score of the features that `train.debias` names, and returns what each unit was worth.
@@ -147,7 +148,7 @@ class RankingReward:
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         groups = [self.train.groups[i] for i in rows]
         tokens, owner = collate_groups(groups)
-        score, mask = side_by_side(self.module.score(tokens.to(self.module.device)), owner)
+        score, mask = side_by_side(self.module.score(tokens), owner)
         rank = dense_ranks([self.train.examples[i].ranks for i in rows]).to(score.device)
         per_prompt = self.per_prompt(score, rank, mask)
         tally.add("loss", per_prompt.sum(), len(rows))

@@ -21,7 +21,7 @@ from steersman.objectives.reward_pairs import require_loss
 from steersman.statistics.estimates import Array, auc, rmse, spearman
 from steersman.statistics.reward_report import Report, binary_report, keys, rating_report, subsets
 from steersman.train.tally import Tally
-from steersman.types import Stats
+from steersman.types import Stats, send
 
 
 class RatingReward:
@@ -52,7 +52,7 @@ class RatingReward:
         return float(len(rows))
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train.first[i] for i in rows]).to(self.module.device)
+        tokens = collate([self.train.first[i] for i in rows])
         error = self._errors(self.module.outputs(tokens), self.truth[list(rows)])
         tally.add("loss", error.sum(), len(rows))
         return error.sum() / denominator
@@ -88,7 +88,7 @@ class RatingReward:
 
     def _errors(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """The loss of each answer, `[B]`; a missing rating (NaN) counts in none."""
-        truth = truth.to(outputs.device, outputs.dtype)
+        truth = send(truth.to(outputs.dtype), outputs.device)
         present = truth.isfinite()
         wanted = torch.where(present, (truth - self.module.shift) / self.module.scale, 0.0)
         if self.config.loss != "huber":
@@ -143,12 +143,13 @@ class FeedbackReward:
         return sum(self.train.examples[i].weight for i in rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train.first[i] for i in rows]).to(self.module.device)
+        tokens = collate([self.train.first[i] for i in rows])
         score = self.module.score(tokens)
-        label = score.new_tensor([float(self.train.examples[i].label) for i in rows])
-        weight = score.new_tensor([self.train.examples[i].weight for i in rows])
+        examples = [self.train.examples[i] for i in rows]
+        numbers = torch.tensor([[float(e.label) for e in examples], [e.weight for e in examples]], dtype=score.dtype)
+        label, weight = send(numbers, score.device)
         per_row = cross_entropy(score, label, reduction="none") + self.config.centre * score**2
-        tally.add("loss", (weight * per_row).sum(), float(weight.sum()))
+        tally.add("loss", (weight * per_row).sum(), float(numbers[1].sum()))
         tally.add("accuracy", ((score > 0) == (label > 0.5)).float().sum(), len(rows))
         return (weight * per_row).sum() / denominator
 
@@ -203,13 +204,14 @@ class StepReward:
         return float(sum(len(self.train.examples[i].labels) for i in rows))
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train.first[i] for i in rows]).to(self.module.device)
+        tokens = collate([self.train.first[i] for i in rows])
         logit = self.module.value(tokens)[:, 1:]  # column t: the state after response token t
-        label, ends = torch.zeros_like(logit), torch.zeros_like(logit, dtype=torch.bool)
+        label, ends = torch.zeros(logit.shape, dtype=logit.dtype), torch.zeros(logit.shape, dtype=torch.bool)
         for row, i in enumerate(rows):
             ends[row, self.places[i]] = True
             label[row, self.places[i]] = label.new_tensor(self.train.examples[i].labels)
-        total, count = process(logit, label, ends).sum(), int(ends.sum())
+        count, label, ends = int(ends.sum()), send(label, logit.device), send(ends, logit.device)
+        total = process(logit, label, ends).sum()
         tally.add("loss", total, count)
         tally.add("accuracy", (((logit > 0) == (label > 0.5)) & ends).float().sum(), count)
         return total / denominator

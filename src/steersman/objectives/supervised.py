@@ -16,7 +16,7 @@ from steersman.ops.masked import masked_sum
 from steersman.run.micro import my_micro_batches
 from steersman.run.progress import reported
 from steersman.train.tally import Tally
-from steersman.types import Stats
+from steersman.types import Stats, send
 
 
 class SFT:
@@ -34,9 +34,10 @@ class SFT:
         return max(sum(sum(self.train[i].mask) for i in rows), 1)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train[i] for i in rows]).to(self.module.device)
+        tokens = collate([self.train[i] for i in rows])
         per_token = nll(self.module.logp(tokens).logp)
-        loss = reduce(per_token, token_weight(tokens.mask, "token", dtype=per_token.dtype), denominator)
+        mask = send(tokens.mask, per_token.device)
+        loss = reduce(per_token, token_weight(mask, "token", dtype=per_token.dtype), denominator)
         tally.add("loss", loss * denominator, int(tokens.mask.sum()))
         return loss
 
@@ -47,8 +48,8 @@ class SFT:
             return {}
         tally, lengths = Tally(), torch.tensor([len(e) for e in self.held_out])
         for part in reported(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
-            tokens = collate([self.held_out[i] for i in part.rows.tolist()]).to(self.module.device)
-            loss = nll(self.module.logp(tokens).logp)
+            tokens = collate([self.held_out[i] for i in part.rows.tolist()])
+            loss = nll(self.module.logp(tokens).logp).cpu()
             last = (tokens.response_length - 1).clamp(min=0)
             if part.counts:
                 tally.add("held_out/loss", masked_sum(loss, tokens.mask), int(tokens.mask.sum()))

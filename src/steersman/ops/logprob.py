@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from steersman.ops.products import add_product, faster, linear
+from steersman.types import send
 
 FORBIDDEN = -1e30
 """Logit of a token outside the support: exp gives exactly 0, and 0 * FORBIDDEN is 0 where 0 * -inf is NaN."""
@@ -64,7 +65,7 @@ class Support:
     offset: list[int]
 
     @classmethod
-    def pack(cls, per_token: Sequence[Tensor], device: torch.device | str = "cpu") -> Support:
+    def pack(cls, per_token: Sequence[Tensor]) -> Support:
         """From one integer tensor per token: allowed ids; or forbidden ids v written as ~v (so all negative);
         or nothing, for the whole vocabulary."""
         counts = [len(ids) for ids in per_token]
@@ -78,15 +79,16 @@ class Support:
         if (listed[token] & (flat < 0)).any():
             raise ValueError("a token's support lists allowed ids and forbidden ones (negative, ~id) together")
         ids = torch.where(flat < 0, ~flat, flat)
-        return cls(ids.to(device), token.to(device), listed.to(device), offset)
+        return cls(ids, token, listed, offset)
 
-    def allowed(self, a: int, b: int, v: int, w: int) -> Bool[Tensor, "{b-a} {w-v}"]:
-        """The mask of rows [a, b) over the ids [v, w)."""
+    def allowed(
+        self, a: int, b: int, v: int, w: int, device: torch.device | str = "cpu"
+    ) -> Bool[Tensor, "{b-a} {w-v}"]:
+        """The mask of rows [a, b) over the ids [v, w), on the device; which numbers it needs is found on the CPU."""
         span = slice(self.offset[a], self.offset[b])
         row, column = self.token[span] - a, self.ids[span] - v
         inside = (column >= 0) & (column < w - v)
-        row, column = row[inside], column[inside]
-        listed = self.listed[a:b]
+        row, column, listed = (send(x, device) for x in (row[inside], column[inside], self.listed[a:b]))
         mask = (~listed)[:, None].repeat(1, w - v)
         mask[row, column] = listed[row]
         return mask
@@ -177,7 +179,7 @@ class Tiles:
         if scale != self.temperature:
             u = u.mul_(scale / self.temperature)
         if self.support is not None:
-            u = u.masked_fill_(~self.support.allowed(a, b, v, w), FORBIDDEN)
+            u = u.masked_fill_(~self.support.allowed(a, b, v, w, u.device), FORBIDDEN)
         return u, slope
 
 

@@ -206,7 +206,7 @@ def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
         return x
 
     half = tokens // 2
-    sequence = collate([Encoded([1] * half, [1] * half, [True] * half)]).to(module.device)
+    sequence = collate([Encoded([1] * half, [1] * half, [True] * half)])
     made = Made()
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), made:
         model.trained.reader.hidden(sequence)

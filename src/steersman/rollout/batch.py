@@ -22,7 +22,7 @@ from steersman.rollout.next_token import NextToken
 from steersman.rollout.port import Limits, Progress, Stepper
 from steersman.rollout.responses import ActionMask, Drawing, RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
-from steersman.types import Prompt, Sample
+from steersman.types import Prompt, Sample, send
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ class RunningBatch:
         entries = [Prefilled(s, caches, row) for row, (_, group) in enumerate(chunk) for s in group]
         for at in range(0, len(entries), self.limits.rows):
             some = entries[at : at + self.limits.rows]
-            rows = torch.tensor([entry.row for entry in some], device=self.device)
+            rows = send(torch.tensor([entry.row for entry in some]), self.device)
             uniform = None
             if not self.sampling.greedy:
                 uniform = self._to_device(np.array([entry.sequence.uniform[0] for entry in some]))  # type: ignore[index]
@@ -176,7 +176,7 @@ class RunningBatch:
         """Give rows to sequences that share a prefill and a prompt length."""
         at, count = len(self.live), len(entries)
         length = len(entries[0].sequence.prompt.ids)
-        source = torch.tensor([entry.row for entry in entries], device=self.device)
+        source = torch.tensor([entry.row for entry in entries])
         if not at and self.decoders[0].live.rows == 0:
             for decoder in self.decoders:
                 decoder.live.clear(self.longest)
@@ -187,7 +187,7 @@ class RunningBatch:
         sequences = [entry.sequence for entry in entries]
         self.position[0, rows] = length
         self.position[1, rows] = 1
-        self.last[rows] = torch.tensor([s.ids[-1] for s in sequences], device=self.device)
+        self.last[rows] = send(torch.tensor([s.ids[-1] for s in sequences]), self.device)
         if self.uniform is not None:
             self.uniform[rows] = self._to_device(np.stack([s.uniform for s in sequences]))  # type: ignore[misc]
         self.live += sequences
@@ -196,7 +196,7 @@ class RunningBatch:
         return live_cache_size(self.limits.rows, self.longest, self.sampling.max_new_tokens, self.total)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return send(torch.from_numpy(array), self.device)
 
     # -- decoding ------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class RunningBatch:
         for decoder in self.decoders:
             decoder.live.keep(rows, moves)
         if moves:
-            to, source = torch.tensor(holes, device=self.device), torch.tensor(movers, device=self.device)
+            to, source = send(torch.tensor([holes, movers]), self.device)
             self.position[:, to] = self.position[:, source]
             self.last[to] = self.last[source]
             if self.uniform is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from steersman.types import SteersmanError
+from steersman.types import SteersmanError, send
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -174,13 +174,14 @@ class LiveCache(Cache):
             own.is_initialized = False
 
     def admit(self, prompts: PromptCache, source: Tensor, length: int) -> None:
-        """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`."""
+        """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`;
+        `source` is on the CPU."""
         assert self.mask is not None
-        start, count = self.column - length, len(source)
+        start, count, there = self.column - length, len(source), send(source, self.mask.device)
         rows = slice(self.rows, self.rows + count)
         for own, layer in zip(self.live_layers, prompts.read, strict=True):
             for buffer, fresh in ((own.keys, layer.keys), (own.values, layer.values)):
-                buffer[rows, :, start : self.column] = fresh[source, :, :length]  # type: ignore[index]
+                buffer[rows, :, start : self.column] = fresh[there, :, :length]  # type: ignore[index]
         self.mask[rows, :start] = -torch.inf
         self.mask[rows, start:] = 0
         self.starts += [start] * count
@@ -215,7 +216,7 @@ class LiveCache(Cache):
         for window in self.windows:
             first = self.first if window is None else max(self.first, self.column + 1 - window)
             mask = self.mask[: self.rows, None, None, first : self.column + 1]
-            masks[window] = mask.clone() if mask.is_cuda else mask  # CUDA's attention wants it aligned
+            masks[window] = mask if mask.is_cpu else mask.clone()  # CUDA's attention wants it aligned
         for own in self.live_layers:
             own.column = self.column
             own.first = self.column + 1 - masks[own.window].shape[-1]

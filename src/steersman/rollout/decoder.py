@@ -16,7 +16,7 @@ from steersman.rollout.cache import LiveCache, PromptCache, layer_windows
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
 from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts
-from steersman.types import Prompt, SteersmanError
+from steersman.types import Prompt, SteersmanError, send
 
 
 class Decoder:
@@ -47,8 +47,8 @@ class Decoder:
         lengths = [len(ids) for ids in prompts]
         width = max(lengths)
         device = self.model.device
-        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=device)
-        last = torch.tensor(lengths, device=device) - 1
+        padded = send(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts]), device)
+        last = send(torch.tensor(lengths) - 1, device)
         cache = PromptCache(len(self.live.live_layers))
         positions = torch.arange(width, device=device).expand(len(prompts), -1)
         with _last_only(self.model.get_output_embeddings(), last):

@@ -10,7 +10,7 @@ from torch import Tensor
 from steersman.ops.distributions import top_p_mask
 from steersman.rollout.responses import ActionMask, Drawing, Likeliest, RunningResponse
 from steersman.rollout.sampling import Sampling, draw, restrict
-from steersman.types import Finish, Sample, SteersmanError
+from steersman.types import Finish, Sample, SteersmanError, send
 
 
 class NextToken:
@@ -36,9 +36,9 @@ class NextToken:
         self.sampling, self.action_mask = sampling, action_mask
         self.version, self.device = version, device
         self.ends = frozenset(end_ids)
-        self.end_ids = torch.tensor(sorted(self.ends), dtype=torch.long, device=device)
+        self.end_ids = send(torch.tensor(sorted(self.ends), dtype=torch.long), device)
         padding = [] if known is None else [v for v in range(known, width) if v not in self.ends]
-        self.padding = torch.tensor(padding, dtype=torch.long, device=device)  # ids that the tokenizer lacks
+        self.padding = send(torch.tensor(padding, dtype=torch.long), device)  # ids that the tokenizer lacks
         self.cut = sampling.truncates or action_mask is not None
         self.record = record and (self.cut or bool(padding) or sampling.min_new_tokens > 0)
 
@@ -54,7 +54,7 @@ class NextToken:
         drawn = torch.empty(len(sequences), dtype=torch.long, device=self.device)
         finished: dict[int, Sample] = {}
         for how, rows in parts.items():
-            at = torch.tensor(rows, device=self.device)
+            at = send(torch.tensor(rows), self.device)
             some, ended = self._draw_alike(
                 [one[at] for one in logits], [sequences[row] for row in rows],
                 None if uniform is None else uniform[at], how.sampling,
@@ -70,7 +70,7 @@ class NextToken:
         banned = None
         if sampling.min_new_tokens and self.ends:
             short = [len(s.ids) < sampling.min_new_tokens for s in sequences]
-            banned = torch.tensor(short, device=self.device) if any(short) else None
+            banned = send(torch.tensor(short), self.device) if any(short) else None
         if len(self.padding):
             logits = [one.index_fill(-1, self.padding, -torch.inf) for one in logits]
         allowed = None if self.action_mask is None else self._actions(logits[1].float(), self.action_mask, banned)
@@ -81,7 +81,7 @@ class NextToken:
         if sequences[0].how.likeliest is not None:
             _note_likeliest(logits[0], drawn, sequences, sequences[0].how.likeliest)
         finished: dict[int, Sample] = {}
-        for i, (sequence, token, lp) in enumerate(zip(sequences, drawn.tolist(), logp.tolist(), strict=True)):
+        for i, (sequence, token, lp) in enumerate(zip(sequences, *_read(drawn, logp), strict=True)):
             if lp != lp:
                 raise SteersmanError(
                     f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to "
@@ -132,6 +132,14 @@ class NextToken:
             ids = sequence.ids[: len(sequence.ids) - (finish == "eos")]
             text = sequence.how.texts.response(sequence.prompt.ids, ids)
         return sequence.sample(finish, text, self.version)
+
+
+def _read(drawn: Tensor, logp: Tensor) -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities as numbers; an accelerator is waited for once."""
+    if drawn.is_cpu:
+        return drawn.tolist(), logp.tolist()
+    ids, logps = torch.stack([drawn.double(), logp.double()]).tolist()
+    return [int(token) for token in ids], logps
 
 
 def _note_likeliest(logits: Tensor, drawn: Tensor, sequences: list[RunningResponse], count: int) -> None:

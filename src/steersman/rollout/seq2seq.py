@@ -24,7 +24,7 @@ from steersman.model.probe import cache_argument, close, model_name, quiet
 from steersman.rollout.cache import LiveCache, PromptCache, PromptLayer, layer_windows
 from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts
-from steersman.types import Prompt, SteersmanError
+from steersman.types import Prompt, SteersmanError, send
 
 KNOWN = "T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, PLBart, Marian, Pegasus and Blenderbot"
 
@@ -86,10 +86,10 @@ class EncoderDecoderLiveCache:
     def admit(self, prompts: PairCache, source: Tensor, length: int) -> None:
         """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`."""
         at, count = self.rows, len(source)
-        rows = slice(at, at + count)
+        rows, there = slice(at, at + count), send(source, self.mask.device)
         for buffers, layer in zip(self.buffers, prompts.cross.read, strict=True):
             for buffer, fresh in zip(buffers, (layer.keys, layer.values), strict=True):
-                buffer[rows, :, :length] = fresh[source, :, :length]  # type: ignore[index]
+                buffer[rows, :, :length] = fresh[there, :, :length]  # type: ignore[index]
         self.mask[rows] = -torch.inf
         self.mask[rows, :length] = 0
         self.length[rows] = length
@@ -115,7 +115,7 @@ class EncoderDecoderLiveCache:
         for layer, (keys, values) in zip(self.cross, self.buffers, strict=True):
             layer.keys, layer.values = keys[: self.rows, :, : self.width], values[: self.rows, :, : self.width]
         mask = self.mask[: self.rows, None, None, : self.width]
-        self.cross_mask = mask.clone() if mask.is_cuda else mask  # CUDA's attention wants it aligned
+        self.cross_mask = mask if mask.is_cpu else mask.clone()  # CUDA's attention wants it aligned
 
 
 class PairDecoder:
@@ -152,12 +152,12 @@ class PairDecoder:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""
         cache = PairCache(len(self.live.cross))
         width, device = max(map(len, prompts)), self.model.device
-        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=device)
-        length = torch.tensor([len(ids) for ids in prompts], device=device)
+        padded = send(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts]), device)
+        length = send(torch.tensor([len(ids) for ids in prompts]), device)
         out = self.model(
             input_ids=padded,
             attention_mask=(torch.arange(width, device=device) < length[:, None]).long(),
-            decoder_input_ids=torch.tensor(self.start, device=device).expand(len(prompts), -1),
+            decoder_input_ids=send(torch.tensor(self.start), device).expand(len(prompts), -1),
             use_cache=True,
             **{self.cache_name: EncoderDecoderCache(cache.own, cache.cross)},
         )
@@ -228,7 +228,7 @@ class PairDecoder:
         for t in range(4):
             if t in (0, 2):
                 row = self.live.rows
-                self.live.admit(cache, torch.tensor([row], device=device), len(prompts[row]))
+                self.live.admit(cache, torch.tensor([row]), len(prompts[row]))
             live = [(said[0][t], 3 + t), (said[1][t - 2], 1 + t - 2)][: self.live.rows]
             ids, positions = torch.tensor(live, device=device).split(1, -1)
             logits = self.step(ids, positions, 3)

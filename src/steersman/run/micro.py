@@ -108,10 +108,10 @@ def over_rows(
     """`run`, without gradients, on the rows of a batch, each on one rank; `[B, ...]` on every rank, in order.
 
     What `run` gives of some rows is `[b, ...]`; with `width` it is padded with 0 to `[b, width]`. Alone: `run` on the
-    whole batch.
+    whole batch. The result is where the batch is.
     """
     if ranks().world == 1:
-        return run(tokens)
+        return run(tokens).to(tokens.response.device)
     device, found = tokens.response.device, []
     for part in my_micro_batches(tokens.length, max_tokens, group):
         values = run(tokens.rows(part.rows))

@@ -77,9 +77,9 @@ def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) ->
     found = []
     parts = my_micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
     for part in reported(parts, "log-probabilities of the data"):
-        tokens = collate([rows[i] for i in part.rows.tolist()]).to(model.device)
-        logp = model.logp(tokens).logp
-        sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1).cpu()
+        tokens = collate([rows[i] for i in part.rows.tolist()])
+        logp = model.logp(tokens).logp.cpu()
+        sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1)
         if part.counts:
             found.append((part.rows, sums))
     return in_order(found)

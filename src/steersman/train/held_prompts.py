@@ -87,10 +87,10 @@ class HeldPrompts:
     def _distance(self, samples: list[Sample]) -> Stats:
         tally, lengths = Tally(), torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])
         for part in my_micro_batches(lengths, self.session.config.micro_tokens):
-            tokens = tokens_of([samples[i] for i in part.rows.tolist()]).to(self.policy.device)
+            tokens = tokens_of([samples[i] for i in part.rows.tolist()])
             hidden, hidden_ref = self.policy.hidden(tokens), self.reference.hidden(tokens)
             kl = divergence(hidden, self.policy.head(), hidden_ref, self.reference.head()).sum()
-            logp_ref = masked_sum(self.reference.logp_from(tokens, hidden_ref).logp, tokens.mask)
+            logp_ref = masked_sum(self.reference.logp_from(tokens, hidden_ref).logp.cpu(), tokens.mask)
             if part.counts:
                 tally.add("kl", kl, len(part.rows))
                 tally.add("logp_ref", logp_ref, int(tokens.mask.sum()))

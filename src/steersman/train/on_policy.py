@@ -129,14 +129,15 @@ class OnPolicy:
     def experience(self, samples: list[Sample], scores: Scores) -> tuple[Tokens, Trajectory, Stats]:
         """Reference log-probabilities and baselines of the samples, and their shaped rewards.
 
+        All of it is on the CPU: numbers of each token, from which whatever needs the device takes its part.
         The policy is taken as it was sampled from, the reference whole: what top-k, top-p, min-p, a minimum length
         or NLPO's mask cut away is part of the KL (arXiv 1909.08593, eq. 2).
         With `rollout.recompute_logp` the old log-probabilities are the policy's own, not the engine's.
         """
         roles, recipe = self.roles, self.recipe
-        tokens = tokens_of(samples).to(roles.device)
+        tokens = tokens_of(samples)
         score, stats = self.shape(samples, scores)
-        like = torch.zeros((), device=roles.device, dtype=roles.number)
+        like = torch.zeros((), dtype=roles.number)
         rows, T = SegmentRows(samples), tokens.mask.shape[1]
         read = rows.tokens(tokens)
         logp_old = rows.join(self._logp(roles.policy, read), T) if recipe.rollout.recompute_logp else None
@@ -152,7 +153,7 @@ class OnPolicy:
             baseline_per="episode" if recipe.environment is None else recipe.environment.baseline_per,
         )  # fmt: skip
         if self.algorithm.parts:
-            traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)
+            traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()})
         traj.baseline = self.baseline(samples, traj)
         if self.curriculum is not None:
             asked = [s.prompt for s in samples]

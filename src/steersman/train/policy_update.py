@@ -18,12 +18,13 @@ from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
 from steersman.model.fast.plain import plain_layers
+from steersman.model.layout import picked
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_sum
 from steersman.run.micro import my_micro_batches, over_rows
 from steersman.run.ranks import ranks
 from steersman.train.tally import Tally
-from steersman.types import Stats, Tokens, Trajectory
+from steersman.types import Stats, Tokens, Trajectory, send
 from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
 
@@ -77,13 +78,16 @@ class Learner:
         for micro in my_micro_batches(tokens.length, self.micro_tokens, traj.group):
             part = traj.rows(micro.rows)
             read = self.critic.value(tokens.rows(micro.rows))
-            part.value = read.detach()[:, : part.mask.shape[1] + 1]
+            part.value = read.detach()[:, : part.mask.shape[1] + 1].cpu()
             if micro.counts:
                 values[micro.rows, : part.value.shape[1]] = part.value.to(values.dtype)
+            count = denominator(part.mask, "token")
             part, advantage = _zeroed(part, self.algorithm.advantage(part))
+            part, advantage = part.to(read.device), advantage.to(read.device)
             value = seen(read[:, :-1], part.mask)
             if value is not None and advantage.ret is not None:
-                loss = self.value_loss(value, part, advantage.ret, steps, critic_loss if micro.counts else Tally())
+                told = critic_loss if micro.counts else Tally()
+                loss = self.value_loss(value, part, advantage.ret, steps, told, count)
                 (loss * micro.weight).backward()
                 losses.append({"value": loss.detach()})
         ranks().agree(not_finite(losses))
@@ -113,12 +117,14 @@ class Learner:
         stats = learn(self.algorithm, batch, generator, actor=not only_critic)
         return batch.tally.means() | stats
 
-    def value_loss(self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally) -> Tensor:
-        """The critic's share of the mean over `steps`, told to the tally."""
+    def value_loss(
+        self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally, count: int
+    ) -> Tensor:
+        """The critic's share of the mean over `steps`, told to the tally as that of `count` of them."""
         assert part.value is not None
         per_step = value_loss(value, part.value[:, :-1], ret, self.value_clip)
         loss = reduce(per_step, token_weight(part.mask, "token", dtype=per_step.dtype), steps)
-        tally.add("loss/value", loss * steps, denominator(part.mask, "token"))
+        tally.add("loss/value", loss * steps, count)
         return loss
 
 
@@ -147,39 +153,41 @@ class LanguageBatch:
         learner, tokens, traj, advantage = self.learner, self.tokens, self.traj, self.advantage
         mask = traj.mask[rows]
         steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
-        moved, gap = torch.zeros(()), torch.zeros(())
+        device = learner.policy.device
+        moved, gap = torch.zeros((), device=device), torch.zeros((), device=device)
         group = None if traj.group is None else traj.group[rows]
         seen_losses: list[dict[str, Tensor]] = []
         for micro in my_micro_batches(tokens.length[rows], learner.micro_tokens, group):
             index = rows[micro.rows]
             tally = self.tally if micro.counts else Tally()
-            batch, part = tokens.rows(index), traj.rows(index)
-            T = part.mask.shape[1]
+            batch, own = tokens.rows(index), traj.rows(index)
+            count, share = denominator(own.mask, "token"), denominator(own.mask, self.algorithm.average)
+            part, T = own.to(device), own.mask.shape[1]
             losses: dict[str, Tensor] = {}
             logp, entropy, value = (seen(x, part.mask) for x in self._forward(batch, actor))
             if logp is not None:
-                per_step = self._policy_loss(logp, entropy, part, advantage.adv[index, :T])
+                per_step = self._policy_loss(logp, entropy, part, send(advantage.adv[index, :T], device))
                 weight = token_weight(part.mask, self.algorithm.average, learner.length_limit, per_step.dtype)
                 losses["policy"] = reduce(per_step, weight, policy_count)
-                share = denominator(part.mask, self.algorithm.average)
                 tally.add("loss/policy", losses["policy"] * policy_count, share)
                 distance = kl_estimate(part.logp_old, logp.detach(), "k3")
-                moved = moved + masked_sum(distance, part.mask).cpu() * micro.weight
+                moved = moved + masked_sum(distance, part.mask) * micro.weight
                 if first:
                     difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
-                    gap = torch.maximum(gap, difference.max().cpu())
-                self._note_clipping(logp.detach(), part, tally)
+                    gap = torch.maximum(gap, difference.max())
+                self._note_clipping(logp.detach(), part, count, tally)
             critic = learner.critic
             if critic is not None and not critic.shares_trunk and self.critic_is_due:
                 _backward(losses, micro.weight, seen_losses)  # the actor's activations go before the critic's come
                 losses, value = {}, seen(critic.value(batch)[:, :-1], part.mask)
             if critic is not None and value is not None and advantage.ret is not None and part.value is not None:
-                loss = learner.value_loss(value, part, advantage.ret[index, :T], steps, tally)
+                loss = learner.value_loss(value, part, send(advantage.ret[index, :T], device), steps, tally, count)
                 losses["value"] = loss * learner.vf_coef if critic.shares_trunk else loss
             _backward(losses, micro.weight, seen_losses)
         ranks().agree(not_finite(seen_losses))
         if not actor:
             return 0.0
+        moved, gap = torch.stack([moved, gap.to(moved.dtype)]).cpu()
         moved = ranks().sum(moved, "KL to the sampler")
         self.tally.add("kl/old", moved, steps)
         if first:
@@ -194,14 +202,15 @@ class LanguageBatch:
 
     @torch.no_grad()
     def moved(self) -> float:
-        total, learner = torch.zeros(()), self.learner
+        learner = self.learner
+        total = torch.zeros((), device=learner.policy.device)
         for micro in my_micro_batches(self.tokens.length, learner.micro_tokens, self.traj.group):
-            batch, part = self.tokens.rows(micro.rows), self.traj.rows(micro.rows)
+            batch, part = self.tokens.rows(micro.rows), self.traj.rows(micro.rows).to(total.device)
             logp = seen(learner.policy.logp(batch, temperature=learner.temperature).logp, part.mask)
             assert logp is not None
             if micro.counts:
-                total = total + masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask).cpu()
-        return float(ranks().sum(total, "KL to the sampler")) / denominator(self.traj.mask, "token")
+                total = total + masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask)
+        return float(ranks().sum(total.cpu(), "KL to the sampler")) / denominator(self.traj.mask, "token")
 
     def problem(self) -> Problem:
         """Surrogate and exact KL over whole distributions, in micro-batches."""
@@ -210,8 +219,8 @@ class LanguageBatch:
         surrogates, distances = [], []
         for micro in my_micro_batches(self.tokens.length, learner.micro_tokens):
             rows = micro.rows
-            batch, part = self.tokens.rows(rows), traj.rows(rows)
-            part_adv = self.advantage.adv[rows, : part.mask.shape[1]]
+            batch, part = self.tokens.rows(rows), traj.rows(rows).to(learner.policy.device)
+            part_adv = send(self.advantage.adv[rows, : part.mask.shape[1]], part.mask.device)
             weight = token_weight(part.mask, average, learner.length_limit)
 
             def surrogate(batch=batch, part=part, part_adv=part_adv, weight=weight) -> Tensor:
@@ -247,17 +256,17 @@ class LanguageBatch:
         correction = self.learner.correction
         return policy_loss(self.algorithm, logp, part, adv, self.coef, entropy=entropy, correction=correction)
 
-    def _note_clipping(self, logp: Tensor, part: Trajectory, tally: Tally) -> None:
+    def _note_clipping(self, logp: Tensor, part: Trajectory, count: int, tally: Tally) -> None:
         clipped = self.algorithm.clip_range()
         if clipped is not None:
-            count = int(part.mask.sum())
             tally.add("clip_fraction", clip_fraction(logp, part.logp_old, part.mask, *clipped) * count, count)
 
     def _distribution(self, batch: Tokens) -> Tensor:
         """log pi(. | s) at every response token that counts, `[N, V]`, twice differentiable."""
-        policy, columns = self.learner.policy, torch.arange(batch.mask.shape[1], device=batch.mask.device)
+        policy, columns = self.learner.policy, torch.arange(batch.mask.shape[1])
         counts = batch.mask[columns < batch.response_length[:, None]]
-        return policy.head().log_softmax(policy.hidden(batch)[counts], self.learner.temperature)
+        hidden = policy.hidden(batch)
+        return policy.head().log_softmax(hidden[picked(counts, hidden.device)], self.learner.temperature)
 
 
 def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:

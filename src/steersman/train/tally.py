@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from steersman.run.ranks import ranks
@@ -27,8 +28,16 @@ class Tally:
         """The mean of each name over all ranks, the same on every one."""
         totals: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for found in ranks().gather({name: (float(x), self.counts[name]) for name, x in self.sums.items()}, "means"):
+        sums = numbers(self.sums)
+        for found in ranks().gather({name: (x, self.counts[name]) for name, x in sums.items()}, "means"):
             for name, (total, count) in found.items():
                 totals[name] = totals.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0.0) + count
         return {name: total / max(counts[name], 1e-12) for name, total in totals.items()}
+
+
+def numbers(named: dict[str, Tensor | float]) -> dict[str, float]:
+    """The numbers by name; those on an accelerator are read all at once, so that it is waited for once."""
+    there = {name: x.detach().double() for name, x in named.items() if isinstance(x, Tensor) and not x.is_cpu}
+    read = dict(zip(there, torch.stack([*there.values()]).tolist(), strict=True)) if there else {}
+    return {name: read[name] if name in read else float(x) for name, x in named.items()}

@@ -113,9 +113,9 @@ def _with_model(
 def _inexact(policy: Policy, samples: list[Sample], temperature: float) -> list[str]:
     """Where sampled tokens are not those that are trained on, or what was heard reaches a loss."""
     wrong = []
-    tokens = tokens_of(samples).to(policy.device)
+    tokens = tokens_of(samples)
     with torch.no_grad():
-        logp = policy.logp(tokens, temperature=temperature).logp
+        logp = policy.logp(tokens, temperature=temperature).logp.cpu()
     recorded = trajectory(samples, tokens, torch.zeros(len(samples)), ALGORITHMS["grpo"](), 0.0).logp_old
     gap = float(torch.where(tokens.mask, (logp - recorded).abs(), 0.0).max())
     if gap > 1e-3:

@@ -153,10 +153,10 @@ class HeldOut:
     def _distance(self, samples: list) -> Stats:
         rows = SegmentRows(samples)
         whole = tokens_of(samples)
-        tokens = rows.tokens(whole).untruncated().to(self.roles.device)
-        ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp
-        logp = rows.split(behaviour_logp(samples, whole.mask.shape[1])).to(ref.device)
-        plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp
+        tokens = rows.tokens(whole).untruncated()
+        ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp.cpu()
+        logp = rows.split(behaviour_logp(samples, whole.mask.shape[1]))
+        plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp.cpu()
         mean = float(masked_sum(plain, tokens.mask)) / max(int(tokens.mask.sum()), 1)
         return {
             "held_out/kl": float(masked_sum(logp - ref, tokens.mask)) / len(samples),

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from steersman.model.probe import close, quiet
+from steersman.model.probe import close, device_of, quiet
 
 ENOUGH = 0.8
 """Where more than this share of the states is read, all are made."""
@@ -55,7 +55,7 @@ def last_feed_forward(trunk: Any, rows: int) -> nn.Module | None:
 
 
 def _same(trunk: Any, part: nn.Module, rows: int) -> bool:
-    device = next(trunk.parameters()).device
+    device = device_of(trunk)
     ids = (torch.arange(12, device=device) * 5 + 3).remainder(rows).view(2, 6)
     places = torch.tensor([1, 4, 11], device=device)
     with quiet(trunk):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steersman.model.fast.narrow import narrowed
-from steersman.model.layout import join, require_prompts
-from steersman.model.probe import cache_argument, close, quiet
-from steersman.types import Tokens
+from steersman.model.layout import join, picked, require_prompts
+from steersman.model.probe import cache_argument, close, device_of, quiet
+from steersman.types import Tokens, send
 
 CALL = {"cpu": 64, "accelerator": 2048}
 """What one more run of the trunk costs, in tokens' worth of work: so much padding it must save."""
@@ -79,36 +79,36 @@ def read_shared(
     those that need be.
     """
     require_prompts(tokens)
-    length = tokens.prompt_length[first]
+    device, length = device_of(trunk), tokens.prompt_length[first]
     prompts = tokens.prompt[first, : int(length.max())]
-    column = torch.arange(prompts.shape[1], device=prompts.device)
+    column = torch.arange(prompts.shape[1])
     real = column < length[:, None]
     memory, cache_name = DynamicCache(), cache_argument(type(trunk))
     ids = prompts.masked_fill(~real, 0)
-    places = torch.arange(len(first), device=length.device) * prompts.shape[1] + length - 1
+    places = send(torch.arange(len(first)) * prompts.shape[1] + length - 1, device)
     with narrowed(part, places, ids.numel()):
-        states = trunk(input_ids=ids, use_cache=True, **{cache_name: memory}).last_hidden_state
+        states = trunk(input_ids=send(ids, device), use_cache=True, **{cache_name: memory}).last_hidden_state
     last = states.flatten(0, 1)[places]
     parts = []
     for rows in like_lengths(tokens.response_length, cost):
         some = tokens.rows(rows)
         prompt, P = which[rows], some.prompt.shape[1]
-        cache = DynamicCache()
+        cache, owner = DynamicCache(), send(prompt, device)
         layers: Any = memory.layers
         for i, layer in enumerate(layers):
-            cache.update(layer.keys[prompt, :, :P], layer.values[prompt, :, :P], i)
+            cache.update(layer.keys[owner, :, :P], layer.values[owner, :, :P], i)
         T = some.response.shape[1]
-        step = torch.arange(T, device=prompts.device)
+        step = torch.arange(T)
         there = step < some.response_length[:, None]
         ids = some.response.masked_fill(~there, 0)
         seen = torch.cat([real[prompt, :P], real.new_ones(len(rows), T)], 1)
         read = step == some.response_length[:, None] - 1 if ends else there
-        with narrowed(part, read.flatten().nonzero()[:, 0], ids.numel()):
+        with narrowed(part, picked(read, device), ids.numel()):
             states = trunk(
-                input_ids=ids, use_cache=True, attention_mask=seen.long(),
-                position_ids=some.prompt_length[:, None] + step, **{cache_name: cache},
+                input_ids=send(ids, device), use_cache=True, attention_mask=send(seen.long(), device),
+                position_ids=send(some.prompt_length[:, None] + step, device), **{cache_name: cache},
             ).last_hidden_state  # fmt: skip
-        parts.append((rows, torch.cat([last[prompt][:, None], states], 1)))
+        parts.append((rows, torch.cat([last[owner][:, None], states], 1)))
     return parts
 
 
@@ -125,16 +125,16 @@ def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
         return "some of its layers see a window of tokens, or keep a state"
     prompts = [[(5 * i + 3) % rows for i in range(n)] for n in (3, 5)]
     answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
-    tokens = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers).to(next(trunk.parameters()).device)
+    tokens, device = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers), device_of(trunk)
     first, which = shared_prompts(tokens)
     with quiet(trunk):
         layout = join(tokens)
-        whole = trunk(input_ids=layout.ids, use_cache=False).last_hidden_state
+        whole = trunk(input_ids=send(layout.ids, device), use_cache=False).last_hidden_state
         try:
             found = read_shared(trunk, tokens, first, which, cost=1 << 30)
         except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
             return "its layers keep another kind of memory than keys and values"
     (order, states) = found[0]
-    places = (tokens.prompt_length - 1)[:, None] + torch.arange(states.shape[1], device=states.device)
-    expected = whole[torch.arange(len(tokens), device=states.device)[:, None], places]
-    return None if close(states, expected[order]) else "its states differ when the prompt is read apart"
+    places = (tokens.prompt_length - 1)[:, None] + torch.arange(states.shape[1])
+    expected = whole[send(torch.arange(len(tokens))[:, None], device), send(places, device)]
+    return None if close(states, expected[send(order, device)]) else "its states differ when the prompt is read apart"
