@@ -120,9 +120,9 @@ class ModelReward:
         tokens = Tokens.from_ids([prompt for prompt, _ in pairs], [response for _, response in pairs])
         if self.model.meaning.kind == "steps":
             return self._by_steps(samples, tokens)
-        if isinstance(self.model, AttributeModel) and self.attribute is not None:
-            model, place = self.model, self.model.meaning.attributes.index(self.attribute)
-            numbers = self._over(tokens, lambda part: model.attributes(part)[:, place])
+        name = self.attribute
+        if name is not None:
+            numbers = self._over(tokens, lambda part: self.model.attribute(part, name))
         else:
             numbers = self._over(tokens, lambda part: self.model.bound(part, self.pessimism))
         scores = numbers.float().cpu()
@@ -135,7 +135,6 @@ class ModelReward:
 
     def _by_steps(self, samples: Sequence[Sample], tokens: Tokens) -> Scores:
         """Probabilities at the ends of steps; where the two tokenizers end them, in the order of the text."""
-        assert isinstance(self.model, ScalarModel)
         separator = self.model.meaning.separator
         width = tokens.response.shape[1] + 1
         right = self._over(tokens, self.model.value, width)[:, 1:].float().sigmoid().cpu()

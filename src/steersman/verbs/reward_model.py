@@ -26,6 +26,7 @@ from steersman.data import (
 )
 from steersman.data.shapes import NOUNS, Kind
 from steersman.model import AttributeModel, EnsembleModel, GatedModel, ScalarModel, head_names
+from steersman.model.ensemble import ENSEMBLE
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.objectives.reward_ensemble import EnsembleReward
 from steersman.objectives.reward_gating import GatingReward
@@ -251,7 +252,7 @@ def _objective(
             return FeedbackReward(*given)
         case "steps":
             return StepReward(*given)
-        case _ if isinstance(model, EnsembleModel) and recipe.train.heads > 1:
+        case _ if model.meaning.kind == ENSEMBLE and recipe.train.heads > 1:
             return EnsembleReward(*given, stream(recipe.run.seed, "draws of pairs"))
         case _:
             return PairwiseReward(*given)

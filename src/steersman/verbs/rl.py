@@ -21,6 +21,7 @@ from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
 from steersman.setup.models import context_length, save_model, slow_rate
+from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
@@ -98,7 +99,7 @@ class HeldOut:
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
-            stats |= self._distance(samples)
+            stats |= self._distance(roles.reference, samples)
         rows = [
             {
                 **answer_row(s),
@@ -111,13 +112,13 @@ class HeldOut:
         return stats
 
     @torch.no_grad()
-    def _distance(self, samples: list) -> Stats:
+    def _distance(self, reference: Reference, samples: list) -> Stats:
         rows = SegmentRows(samples)
         whole = tokens_of(samples)
         tokens = rows.tokens(whole).untruncated().to(self.roles.device)
-        ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp
+        ref = reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp
         logp = rows.split(behaviour_logp(samples, whole.mask.shape[1])).to(ref.device)
-        plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp
+        plain = ref if self.recipe.rollout.temperature == 1 else reference.logp(tokens).logp
         mean = float(masked_sum(plain, tokens.mask)) / max(int(tokens.mask.sum()), 1)
         return {
             "held_out/kl": float(masked_sum(logp - ref, tokens.mask)) / len(samples),
@@ -201,8 +202,9 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     critic, own = roles.learner.critic, (recipe.critic or CriticConfig()).optimizer
     if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
-    if isinstance(roles.reference, Policy):
-        found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
+    reference = None if roles.reference is None else roles.reference.separate
+    if reference is not None:
+        found.append(Model("reference", reference.model, reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             found.append(Model(f"reward {name}", part.model.model, part.model.model.name_or_path))
