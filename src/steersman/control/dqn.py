@@ -130,6 +130,10 @@ class DQN:
             explore, torch.randint(self.worlds.actions, (len(obs),), generator=generator), self.greedy(obs).cpu()
         )
 
+    def modules(self) -> dict[str, torch.nn.Module | None]:
+        """What it learns, by name."""
+        return {"Q": self.q}
+
     def networks(self) -> dict[str, Any]:
         return {"q": self.q.state_dict()}
 

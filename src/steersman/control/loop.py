@@ -92,6 +92,10 @@ class ControlLoop:
     def sampled(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         return self.policy.sample(self.see(obs), generator)
 
+    def modules(self) -> dict[str, torch.nn.Module | None]:
+        """What it learns, by name."""
+        return {"policy": self.policy, "critic": self.critic}
+
     def networks(self) -> dict[str, Any]:
         """Weights of the policy and what it needs to see, for the file that a run leaves."""
         normaliser = None if self.normaliser is None else self.normaliser.state_dict()

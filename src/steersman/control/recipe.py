@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, create_model, model_validator
@@ -54,6 +54,8 @@ class EvaluationConfig(Section):
 class DQNSettings(Section):
     """Deep Q-learning with a replay buffer and a target network."""
 
+    title: ClassVar[str] = "DQN"
+    paper: ClassVar[str] = "Mnih et al. 2015"
     gamma: float = Field(default=0.99, ge=0, le=1, description="discount per step")
     double: bool = Field(
         default=True, description="double DQN: the learning network chooses, the target network judges"

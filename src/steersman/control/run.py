@@ -11,13 +11,11 @@ import gymnasium as gym
 import torch
 from gymnasium import spaces
 
-from steersman.algorithms.base import Algorithm
 from steersman.control.curve import learning_curves
 from steersman.control.dqn import DQN
 from steersman.control.envs import Worlds, maker
 from steersman.control.evaluate import evaluate, record
 from steersman.control.loop import ControlLoop
-from steersman.control.policies import ActionValue, Value
 from steersman.control.recipe import TABULAR, ControlRecipe
 from steersman.control.tabular import Tabular
 from steersman.run.device import device_text
@@ -101,8 +99,7 @@ def _tables(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]
 
 def _preflight(session: Session, recipe: ControlRecipe, state: ControlLoop | DQN) -> None:
     rollout, worlds, settings = recipe.rollout, state.worlds, recipe.settings
-    title = f"{settings.title} ({settings.paper})" if isinstance(settings, Algorithm) else "DQN (Mnih et al. 2015)"
-    pre = Preflight(f"steersman control: {title} on {recipe.env}")
+    pre = Preflight(f"steersman control: {settings.title} ({settings.paper}) on {recipe.env}")
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, torch.float32))
     pre.fact("observations", str(worlds.observation_space))
@@ -111,9 +108,7 @@ def _preflight(session: Session, recipe: ControlRecipe, state: ControlLoop | DQN
     per = f"{what} of {rollout.copies} copies" if rollout.episodes is None else f"{what} on {rollout.copies} copies"
     pre.fact("per iteration", per)
     pre.fact("iterations", recipe.iterations)
-    networks: dict[str, torch.nn.Module | Value | ActionValue | None]
-    networks = {"Q": state.q} if isinstance(state, DQN) else {"policy": state.policy, "critic": state.critic}
-    for name, network in networks.items():
+    for name, network in state.modules().items():
         if network is not None:
             pre.fact(name, f"{sum(p.numel() for p in network.parameters()):,} parameters")
     pre.show()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from steersman.data import Codec
-from steersman.distill.teacher import Answer
+from steersman.distill.teacher import Answer, Compared, Teacher
 from steersman.model import Policy
-from steersman.ops.divergence import TeacherStates
+from steersman.ops.divergence import Divergence, TeacherStates, sorted_distance
+from steersman.ops.logprob import Head
 from steersman.types import Tokens, send
 
 
@@ -36,8 +37,10 @@ def same_places(first: Sequence[str], second: Sequence[str]) -> list[tuple[int, 
     return out
 
 
-class OtherTokenizer:
-    """A frozen teacher that reads an answer's text in tokens of its own."""
+class OtherTokenizer(Teacher):
+    """A frozen teacher that reads an answer's text in tokens of its own; sorted probabilities are compared."""
+
+    reads_ids = False
 
     def __init__(self, model: Policy, student: Codec, name: str) -> None:
         self.model, self.student, self.name = model, student, name
@@ -45,6 +48,26 @@ class OtherTokenizer:
 
     def describe(self) -> str:
         return f"{self.name}, by its own tokenizer ({len(self.model.tokenizer):,} tokens)"
+
+    def text(self, ids: list[int]) -> str:
+        return self.student.decode(ids)
+
+    def compare(
+        self,
+        answers: Sequence[Answer],
+        hidden: Tensor,
+        head: Head,
+        kind: Divergence,
+        *,
+        mix: float = 0.5,
+        temperature: float = 1.0,
+        logp: bool = False,
+    ) -> Compared:
+        """The sorted distance, whatever the kind; 0 at tokens where the two do not stand at the same place."""
+        taught, places = self.read(answers)
+        places = send(places, hidden.device)
+        apart = sorted_distance(hidden[places], head, taught, temperature=temperature)
+        return Compared(apart.new_zeros(len(hidden)).index_add(0, places, apart))
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer]) -> tuple[TeacherStates, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from steersman.distill.recipe import TeacherEndpoint
-from steersman.distill.teacher import Answer, Reading
+from steersman.distill.teacher import Answer, Reading, TokenTeacher
 from steersman.judge.endpoint import Caller, without_password
 from steersman.ops.divergence import TeacherTopK
 from steersman.run.ranks import ranks
@@ -99,7 +99,7 @@ def _number(x: Any) -> float:
     return float(min(x, 0.0))
 
 
-class EndpointTeacher:
+class EndpointTeacher(TokenTeacher):
     """A teacher behind a server; what it told of an answer is kept, so that given answers are asked about once."""
 
     def __init__(self, config: TeacherEndpoint, vocabulary: int, device: torch.device) -> None:

@@ -11,8 +11,6 @@ import torch
 
 from steersman.advantage.group import leave_one_out
 from steersman.data import Batches, mixture
-from steersman.distill.alignment import OtherTokenizer
-from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.rows import Taught
@@ -74,11 +72,11 @@ class Distill:
             answers, samples, stats = own.answers, own.samples, own.stats
             stats["time/rollout"] = time.monotonic() - started
         else:
-            answers, samples, stats = self.data.answers(rows, self.text), [], {}
+            answers, samples, stats = self.data.answers(rows, self.objective.teacher.text), [], {}
         stats |= self.update(answers)
         self.done += 1
         self.engine.update_weights(self.done)
-        if samples and isinstance(self.objective.teacher, EndpointTeacher):
+        if samples:
             self.objective.teacher.forget(answers)
         return stats | {"time/step": time.monotonic() - started, "on_policy": float(bool(samples))}, samples
 
@@ -120,16 +118,10 @@ class Distill:
         stats["reward/total"] = float(scores.total.mean())
         return stats | {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
 
-    def text(self, ids: list[int]) -> str:
-        """The text of a given answer, for a teacher that reads text."""
-        teacher = self.objective.teacher
-        return teacher.student.decode(ids) if isinstance(teacher, OtherTokenizer) else ""
-
     def update(self, answers: Sequence[Answer]) -> Stats:
         """One optimizer update. Raises NotFiniteError where the loss is no finite number."""
         objective, tally = self.objective, Tally()
-        if not isinstance(objective.teacher, OtherTokenizer):
-            objective.teacher.prepare(answers)
+        objective.teacher.prepare(answers)
         denominator = objective.denominator(answers)
         cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
         losses, total = [], torch.zeros((), dtype=torch.float64)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from steersman.data import Encoded, collate
-from steersman.distill.alignment import OtherTokenizer
 from steersman.distill.recipe import DistillLoss
 from steersman.distill.teacher import Answer, Teacher
 from steersman.loss.distillation import distillation, still_to_come
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
-from steersman.ops.divergence import Divergence, TeacherTopK, linear_divergence, sorted_distance
+from steersman.ops.divergence import Divergence
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally
 from steersman.types import Tokens, send
@@ -31,7 +30,7 @@ class Distillation:
     def __init__(
         self,
         policy: Policy,
-        teacher: Teacher | OtherTokenizer,
+        teacher: Teacher,
         config: DistillLoss,
         *,
         limit: float,
@@ -52,12 +51,7 @@ class Distillation:
         # Before the divergence, so that its backward pass comes first: after this one sharded weights are given back.
         pulled = self.rewarded or self.config.name == "minillm" or self.config.nll > 0
         told = self.policy.logp_from(tokens, hidden, temperature=self.config.temperature) if pulled else None
-        if isinstance(self.teacher, OtherTokenizer):
-            divergence, weight = self._aligned(self.teacher, answers, tokens, hidden), None
-            if self.rewarded:
-                weight = self._advantage(answers, mask)
-        else:
-            divergence, weight = self._by_token(self.teacher, answers, tokens, mask, hidden, tally)
+        divergence, weight = self._compared(answers, tokens, mask, hidden, tally)
         logp = torch.zeros_like(divergence) if told is None else told.logp.to(divergence)
         per_token = distillation(divergence, logp, mask, weight=weight, nll=self.config.nll)
         steps = token_weight(mask, self.config.average, self.limit, per_token.dtype)
@@ -68,45 +62,31 @@ class Distillation:
     @torch.no_grad()
     def apart(self, answers: Sequence[Answer], kind: Divergence) -> Tensor:
         """A divergence summed over each answer's tokens that count (nats), of a teacher with the same tokens."""
-        assert not isinstance(self.teacher, OtherTokenizer)
         tokens = _tokens(answers)
         hidden = self.policy.hidden(tokens)
-        reading = self.teacher.read(answers, logp=False, temperature=1.0)
-        found = linear_divergence(hidden, self.policy.head(), reading.teacher, kind)
-        return masked_sum(_laid(found, tokens).cpu(), tokens.mask, -1)
+        compared = self.teacher.compare(answers, hidden, self.policy.head(), kind)
+        return masked_sum(_laid(compared.divergence, tokens).cpu(), tokens.mask, -1)
 
-    def _by_token(
-        self,
-        teacher: Teacher,
-        answers: Sequence[Answer],
-        tokens: Tokens,
-        mask: Tensor,
-        hidden: Tensor,
-        tally: Tally,
+    def _compared(
+        self, answers: Sequence[Answer], tokens: Tokens, mask: Tensor, hidden: Tensor, tally: Tally
     ) -> tuple[Tensor, Tensor | None]:
+        """The divergence at every token `[B, T]`, and w_t where there is one."""
         config, whole = self.config, self.config.name == "minillm"
         kind: Divergence = "reverse_kl" if config.name in ("minillm", "uld") else config.name
-        reading = teacher.read(answers, logp=whole, temperature=config.temperature)
-        found = linear_divergence(
-            hidden, self.policy.head(), reading.teacher, kind, mix=config.mix, temperature=config.temperature
+        compared = self.teacher.compare(
+            answers, hidden, self.policy.head(), kind, mix=config.mix, temperature=config.temperature, logp=whole
         )
-        if isinstance(reading.teacher, TeacherTopK):
-            tally.add("teacher/unlisted", reading.teacher.rest.sum(), len(found))
+        if compared.unlisted is not None:
+            tally.add("teacher/unlisted", compared.unlisted.sum(), len(compared.unlisted))
         weight = self._advantage(answers, mask) if self.rewarded else None
         if whole:
-            assert reading.logp is not None
+            assert compared.logp is not None
             with torch.no_grad():
                 own = self.policy.logp_from(tokens, hidden, temperature=config.temperature).logp
-            gap = _laid(reading.logp.to(own), tokens) - own
+            gap = _laid(compared.logp.to(own), tokens) - own
             to_come = still_to_come(gap, mask, normalised=config.normalised)
             weight = to_come if weight is None else weight + to_come
-        return _laid(found, tokens), weight
-
-    def _aligned(self, teacher: OtherTokenizer, answers: Sequence[Answer], tokens: Tokens, hidden: Tensor) -> Tensor:
-        taught, places = teacher.read(answers)
-        places = send(places, hidden.device)
-        found = sorted_distance(hidden[places], self.policy.head(), taught, temperature=self.config.temperature)
-        return _laid(found.new_zeros(len(hidden)).index_add(0, places, found), tokens)
+        return _laid(compared.divergence, tokens), weight
 
     def _advantage(self, answers: Sequence[Answer], mask: Tensor) -> Tensor:
         each = send(torch.tensor([a.advantage for a in answers]), mask.device)

@@ -36,7 +36,7 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session, ExitStack() as stack:
         student = policy_from(recipe.model, recipe.run, session.device)
         model = None if recipe.teacher.path is None else local_model(recipe, student)
-        rows = reader(recipe, student, model if isinstance(model, Policy) else None)
+        rows = reader(recipe, student, None if model is None else model.separate)
         teacher = _teacher(recipe, student, model, rows)
         loaded = load(recipe)
         train = rows.read(loaded.train)
@@ -66,14 +66,14 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         return session.summary({"model": str(session.path / "model"), **looks})
 
 
-def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, rows: Any) -> Teacher | OtherTokenizer:
+def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, rows: Any) -> Teacher:
     if recipe.teacher.endpoint is not None:
         width = student.head().weight.shape[0]
         return EndpointTeacher(recipe.teacher.endpoint, width, student.device)
     assert model is not None
     name = recipe.teacher.path or ""
-    if recipe.loss.name == "uld" and isinstance(model, Policy):
-        return OtherTokenizer(model, rows.student.codec, name)
+    if recipe.loss.name == "uld" and model.separate is not None:
+        return OtherTokenizer(model.separate, rows.student.codec, name)
     check_tokens(recipe, model, student)
     return LocalTeacher(model, name)
 
@@ -96,8 +96,9 @@ def _preflight(session: Session, state: Distill, loaded: Loaded[Any], held: Taug
     if state.reward is not None:
         pre.fact("reward", state.reward.describe())
     models = [Model("student", student.model, recipe.model.path, student, recipe.optimizer)]
-    if isinstance(model, Policy) and model is not student:
-        models.append(Model("teacher", model.model, recipe.teacher.path or ""))
+    separate = None if model is None else model.separate
+    if separate is not None and separate is not student:
+        models.append(Model("teacher", separate.model, recipe.teacher.path or ""))
     prompt = max(state.data.longest, max(map(len, state.data.taught)))
     longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given)])
     answers = train.batch_size * rollout.samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,8 @@ from torch import Tensor
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
 from steersman.model.layout import picked, response_slots
-from steersman.ops.divergence import TeacherStates, TeacherTopK
+from steersman.ops.divergence import Divergence, TeacherStates, TeacherTopK, linear_divergence
+from steersman.ops.logprob import Head
 from steersman.setup.models import policy_from
 from steersman.setup.reference import Reference, reference_from, same_tokens
 from steersman.types import SteersmanError, Tokens
@@ -50,26 +51,80 @@ class Reading:
     logp: Float[Tensor, " N"] | None = None
 
 
-class Teacher(Protocol):
-    """What reads answers in the student's own token ids."""
+@dataclass(slots=True)
+class Compared:
+    """How far student and teacher are apart at the N response tokens of some answers, packed row by row: `divergence`
+    in nats, the teacher's `logp` of those tokens where it was asked for, and the mass that it did not list where it
+    lists tokens."""
+
+    divergence: Float[Tensor, " N"]
+    logp: Float[Tensor, " N"] | None = None
+    unlisted: Float[Tensor, " N"] | None = None
+
+
+class Teacher:
+    """What tells its distributions at every token of an answer."""
+
+    reads_ids: ClassVar[bool] = True
+    """Whether it reads the student's token ids; False where it reads the text in tokens of its own."""
 
     def prepare(self, answers: Sequence[Answer]) -> None:
         """Called once with all answers of an update, before any of them is read."""
-        ...
 
-    def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading: ...
+    def forget(self, answers: Sequence[Answer]) -> None:
+        """Drops what it keeps of answers that will not come again."""
 
-    def describe(self) -> str: ...
+    def text(self, ids: list[int]) -> str:
+        """The text of a given answer, for a teacher that reads text."""
+        return ""
+
+    def compare(
+        self,
+        answers: Sequence[Answer],
+        hidden: Float[Tensor, "N H"],
+        head: Head,
+        kind: Divergence,
+        *,
+        mix: float = 0.5,
+        temperature: float = 1.0,
+        logp: bool = False,
+    ) -> Compared:
+        """How far the student, given by its states and output layer, is from it."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line: which model, and where."""
+        raise NotImplementedError
 
 
-class LocalTeacher:
+class TokenTeacher(Teacher):
+    """A teacher of the student's own token ids."""
+
+    def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
+        """Its distributions at every response token, and the log-probability of those tokens if asked for."""
+        raise NotImplementedError
+
+    def compare(
+        self,
+        answers: Sequence[Answer],
+        hidden: Float[Tensor, "N H"],
+        head: Head,
+        kind: Divergence,
+        *,
+        mix: float = 0.5,
+        temperature: float = 1.0,
+        logp: bool = False,
+    ) -> Compared:
+        reading = self.read(answers, logp=logp, temperature=temperature)
+        apart = linear_divergence(hidden, head, reading.teacher, kind, mix=mix, temperature=temperature)
+        return Compared(apart, reading.logp, reading.teacher.rest)
+
+
+class LocalTeacher(TokenTeacher):
     """A model in this process, frozen, of the same token ids."""
 
     def __init__(self, model: Reference, name: str) -> None:
         self.model, self.name = model, name
-
-    def prepare(self, answers: Sequence[Answer]) -> None:
-        pass
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
@@ -101,14 +156,14 @@ def local_model(recipe: DistillRecipe, student: Policy) -> Reference:
 
 def check_tokens(recipe: DistillRecipe, model: Reference, student: Policy) -> None:
     """Raises SteersmanError where teacher and student read other token ids, by what can be done about it."""
-    if not isinstance(model, Policy):
+    if model.separate is None:
         return
     path = recipe.teacher.path or ""
     try:
-        same_tokens("teacher.path", path, model, student)
+        same_tokens("teacher.path", path, model.separate, student)
     except SteersmanError as error:
         raise SteersmanError(
-            f"teacher.path: the tokenizer of {path} ({len(model.tokenizer)} tokens) is not the student's "
+            f"teacher.path: the tokenizer of {path} ({len(model.separate.tokenizer)} tokens) is not the student's "
             f"({len(student.tokenizer)} tokens), and loss.name {recipe.loss.name} compares them token by token; use "
             "loss.name uld, which compares probabilities in order, or a teacher of the same family"
         ) from error

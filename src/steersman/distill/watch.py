@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from steersman.data import Encoded, EncodedList
-from steersman.distill.alignment import OtherTokenizer
-from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.loop import Distill
 from steersman.distill.rows import Taught
 from steersman.distill.teacher import Answer
@@ -48,7 +46,7 @@ class Watch:
         objective, teacher = self.run.objective, self.run.objective.teacher
         cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
         parts = my_micro_batches(cost, self.run.recipe.run.micro_tokens)
-        if isinstance(teacher, OtherTokenizer):
+        if not teacher.reads_ids:
             tally = Tally()
             for part in parts:
                 some = [answers[i] for i in part.rows.tolist()]
@@ -59,7 +57,6 @@ class Watch:
         for part in parts:
             apart = objective.apart([answers[i] for i in part.rows.tolist()], "reverse_kl")
             found += [(part.rows, apart)] if part.counts else []
-        if isinstance(teacher, EndpointTeacher):
-            teacher.forget(answers)
+        teacher.forget(answers)
         kl = in_order(found).double()
         return {"held_out/teacher_kl": float(kl.mean())} | standard_error("held_out/teacher_kl_se", kl)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steersman.model.layout import in_groups
@@ -37,6 +39,9 @@ class AttributeModel(Headed):
     def attributes(self, tokens: Tokens) -> Float[Tensor, "B A"]:
         """Every attribute in the units of its ratings."""
         return self._in_units(self.outputs(tokens))
+
+    def attribute(self, tokens: Tokens, name: str) -> Float[Tensor, " B"]:
+        return self.attributes(tokens)[:, self.meaning.attributes.index(name)]
 
     def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
         """The mean over attributes, each in deviations of its ratings, so that none outweighs another."""
@@ -113,6 +118,12 @@ class GatedModel(AttributeModel):
             raise SteersmanError(f"{model.name_or_path}: its config names no gating; train it with --stage gating")
         self.gating = Gating(self.output.in_features, len(attributes), sizes["hidden"], sizes["layers"])
         self.gating.to(self.device)
+
+    def files_beside(self) -> dict[str, dict[str, Tensor]]:
+        return {GATING_FILE: self.gating.state_dict()}
+
+    def read_beside(self, folder: Path) -> None:
+        self.gating.load_state_dict(load_file(folder / GATING_FILE, device=str(self.device)))
 
     def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
         numbers, prompt = self.with_prompt(tokens)

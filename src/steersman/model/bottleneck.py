@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steersman.model.attributes import AttributeModel
@@ -56,6 +58,12 @@ class BottleneckModel(AttributeModel):
             if head.bias is not None:
                 nn.init.zeros_(head.bias)
             self.decoder.weight.copy_(torch.randn(1, latents, generator=generator) / math.sqrt(latents))
+
+    def files_beside(self) -> dict[str, dict[str, Tensor]]:
+        return {DECODER_FILE: self.decoder.state_dict()}
+
+    def read_beside(self, folder: Path) -> None:
+        self.decoder.load_state_dict(load_file(folder / DECODER_FILE, device=str(self.device)))
 
     def latents(self, tokens: Tokens) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         """Means and log variances of each answer's latents."""

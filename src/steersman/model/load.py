@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import torch
 import transformers as hf  # its names are imported when they are asked for, which takes seconds
-from safetensors.torch import load_file
 
 from steersman.model.adapters import adapted_folder, is_adapters, put_adapters
-from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
-from steersman.model.bottleneck import BOTTLENECK, DECODER_FILE, BottleneckModel
+from steersman.model.attributes import AttributeModel, GatedModel
+from steersman.model.bottleneck import BOTTLENECK, BottleneckModel
 from steersman.model.ensemble import ENSEMBLE, EnsembleModel
 from steersman.model.general import GENERAL, GeneralPreferenceModel
 from steersman.model.lora import LoraConfig, load_lora
@@ -204,10 +203,7 @@ def load_reward(
     kinds = {ENSEMBLE: EnsembleModel, BOTTLENECK: BottleneckModel, GENERAL: GeneralPreferenceModel}
     kind = GatedModel if meaning.gating else kinds.get(meaning.kind, AttributeModel)
     loaded = kind(model, tokenizer, wanted)
-    if isinstance(loaded, GatedModel):
-        loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))
-    if isinstance(loaded, BottleneckModel):
-        loaded.decoder.load_state_dict(load_file(Path(source) / DECODER_FILE, device=str(loaded.device)))
+    loaded.read_beside(Path(source))
     loaded.notes, loaded.stored_dtype = notes, stored
     return loaded if trainable else loaded.requires_grad_(False)
 

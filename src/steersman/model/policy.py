@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from steersman.model.lora import LoraConfig, add_lora
 from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import Joined, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
+from steersman.run.pieces import whole
+from steersman.run.ranks import ranks
 from steersman.types import SteersmanError, Tokens, send
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ class Policy(nn.Module):
     asked for.
     """
 
+    speaks: ClassVar[bool] = True
+    """Whether its output layer gives tokens, and so may share weights with its embedding."""
     runs = ("logp", "hidden", "logp_from")
     """Methods that read the weights; sharded ones are gathered around them (`model.shard`)."""
 
@@ -95,6 +100,29 @@ class Policy(nn.Module):
         """Knows these adapters, which are on the model already, as its own."""
         # past nn.Module, which would count every weight twice
         object.__setattr__(self, "_adapters", adapters)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has adapters."""
+        return self.adapters is not None
+
+    def write_adapters(self, folder: Path) -> None:
+        """Writes the adapters, and what is trained whole beside them, as peft loads them. All ranks call it, and
+        rank 0 writes. Raises SteersmanError where there are none."""
+        adapters = self.adapters
+        if adapters is None:
+            raise SteersmanError("this policy has no adapters to write")
+        state = {n: whole(x) for n, x in adapters.state_dict().items() if ".lora_" in n or ".modules_to_save." in n}
+        ranks().from_main(lambda: adapters.save_pretrained(str(folder), state_dict=state), "the adapters")
+
+    def files_beside(self) -> dict[str, dict[str, Tensor]]:
+        """Weights that lie in files of their own beside the model's, by file name."""
+        return {}
+
+    @property
+    def separate(self) -> Policy | None:
+        """As a reference: the model with weights of its own, which is this one."""
+        return self
 
     def head(self) -> Head:
         """The output layer."""
@@ -157,10 +185,10 @@ class Policy(nn.Module):
 def _support(tokens: Tokens) -> Support | None:
     if tokens.support is None:
         return None
-    whole = torch.zeros(0, dtype=torch.long)
+    everything = torch.zeros(0, dtype=torch.long)
     flat: list[Tensor] = []
     for row, n in zip(tokens.support, tokens.response_length.tolist(), strict=True):
         if row and len(row) != n:
             raise ValueError(f"a response of {n} tokens has a support for {len(row)}")
-        flat += row or [whole] * n
+        flat += row or [everything] * n
     return Support.pack(flat)

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from steersman.model.adapters import write_adapters
-from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
-from steersman.model.bottleneck import DECODER_FILE, BottleneckModel
+from steersman.model.attributes import AttributeModel
 from steersman.model.lora import untied
 from steersman.model.merge import merged_entries
 from steersman.model.policy import Policy
 from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
-from steersman.model.scalar import Headed, ScalarModel
+from steersman.model.scalar import ScalarModel
 from steersman.model.weight_files import Entry, bytes_of, plain_entries, write_weights
 from steersman.run.folder import begin_dir, replace_dir, saving
 from steersman.run.pieces import whole
@@ -52,12 +50,8 @@ def save(
     partial = here.from_main(lambda: begin_dir(folder), "the model's folder")
     try:
         with silence(), saving(folder):
-            adapters = model.adapters if isinstance(model, Policy) else None
-            if adapters is not None and not merged:
-                state = {n: whole(x) for n, x in adapters.state_dict().items() if _trained(n)}
-                here.from_main(lambda: adapters.save_pretrained(str(partial), state_dict=state), "the adapters")
-            elif isinstance(model, Headed) and model.adapted and not merged:
-                write_adapters(model, partial)
+            if model.adapted and not merged:
+                model.write_adapters(partial)
             else:
                 _write(model, partial, dtype, limit)
             here.from_main(lambda: (tokenizer or model.tokenizer).save_pretrained(partial) and None, "the tokenizer")
@@ -68,18 +62,13 @@ def save(
     return folder
 
 
-def _trained(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name
-
-
 def _write(
     model: Policy | ScalarModel | AttributeModel, folder: Path, dtype: torch.dtype | None, max_shard_size: int
 ) -> None:
     """A plain model: transformers writes all but the weights, and these come file by file."""
     inner: Any = model.model
     ranks().from_main(lambda: inner.save_pretrained(folder, state_dict={}), "the model's config")
-    adapted = model.adapters is not None if isinstance(model, Policy) else model.adapted
-    if adapted or any(is_quantised(module) for module in inner.modules()):
+    if model.adapted or any(is_quantised(module) for module in inner.modules()):
         entries = list(merged_entries(inner, dtype))
     else:
         entries = list(plain_entries(inner, dtype))
@@ -87,7 +76,7 @@ def _write(
     changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         changed["dtype"] = str(dtype).split(".")[1]
-    if isinstance(model, Policy) and adapted and _untied(inner, entries):
+    if model.speaks and model.adapted and _untied(inner, entries):
         changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
     ranks().from_main(lambda: _finish(model, folder, changed), "the model's config")
 
@@ -98,10 +87,8 @@ def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
 
 
 def _finish(model: Policy | ScalarModel | AttributeModel, folder: Path, changed: dict[str, Any]) -> None:
-    if isinstance(model, GatedModel):
-        save_file(model.gating.state_dict(), folder / GATING_FILE)
-    if isinstance(model, BottleneckModel):
-        save_file(model.decoder.state_dict(), folder / DECODER_FILE)
+    for name, weights in model.files_beside().items():
+        save_file(weights, folder / name)
     if changed:
         path = folder / "config.json"
         told = json.loads(path.read_text())

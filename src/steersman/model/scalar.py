@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from steersman.model.adapters import write_adapters
 from steersman.model.encoder_decoder import is_pair, pair_reader, read
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, picked, response_slots, spread
@@ -30,6 +32,8 @@ class Headed(nn.Module):
     Raises SteersmanError if the head does not give `outputs` numbers, or later tokens or padding show.
     """
 
+    speaks: ClassVar[bool] = False
+    """Whether its output layer gives tokens, and so may share weights with its embedding."""
     runs: tuple[str, ...] = ("outputs",)
     """Methods that read the weights; sharded ones are gathered around them (`model.shard`)."""
 
@@ -57,9 +61,21 @@ class Headed(nn.Module):
         """One number for each response; each kind of model says which."""
         raise NotImplementedError
 
+    def attribute(self, tokens: Tokens, name: str) -> Float[Tensor, " B"]:
+        """The number of one attribute in the units of its ratings; the score where the model has one number."""
+        return self.score(tokens)
+
+    def value(self, tokens: Tokens) -> Float[Tensor, "B T+1"]:
+        """A number before each response token and after the last one; a head of several outputs has none."""
+        raise NotImplementedError
+
     def bound(self, tokens: Tokens, pessimism: float = 0.0) -> Float[Tensor, " B"]:
         """`score`, less `pessimism` times the deviation of the heads where there are several (`EnsembleModel`)."""
         return self.score(tokens)
+
+    def leads(self, first: Float[Tensor, "*B K"], second: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
+        """Log-odds that the first answer beats the second, from their `outputs`."""
+        return (first - second).mean(-1)
 
     @property
     def trunk(self) -> nn.Module:
@@ -83,6 +99,18 @@ class Headed(nn.Module):
         """
         add_lora_to_trunk(self.trunk, lora)
         self.adapted = True
+
+    def write_adapters(self, folder: Path) -> None:
+        """Writes adapters, head and meaning, which peft loads on a sequence classifier. All ranks call it, and rank 0
+        writes."""
+        write_adapters(self, folder)
+
+    def files_beside(self) -> dict[str, dict[str, Tensor]]:
+        """Weights that lie in files of their own beside the model's, by file name."""
+        return {}
+
+    def read_beside(self, folder: Path) -> None:
+        """Takes up what `files_beside` wrote."""
 
     def means(self, meaning: Meaning) -> None:
         """Says what the head's numbers are from now on."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -47,6 +47,20 @@ class TeacherStates:
 
     hidden: Float[Tensor, "N H"]
     head: Head
+    rest: ClassVar[None] = None
+    """Nothing is left out."""
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def width(self) -> int:
+        """How many tokens it has logits of."""
+        return self.head.weight.shape[0]
+
+    def tiles(self, width: int, temperature: float, chunk: int) -> Tiles:
+        """Its logits of the first `width` tokens, some rows at a time."""
+        return Tiles(self.hidden, _narrowed(self.head, width), temperature, chunk=chunk, block=width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,14 @@ class TeacherTopK:
 
     ids: Int[Tensor, "N K"]
     logp: Float[Tensor, "N K"]
+    width: ClassVar[None] = None
+    """It lists tokens, and has no logits."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tiles(self, width: int, temperature: float, chunk: int) -> None:
+        """It has no logits."""
 
     def rows(self, index: slice) -> TeacherTopK:
         return TeacherTopK(self.ids[index], self.logp[index])
@@ -90,13 +112,10 @@ def linear_divergence(
     """
     if not 0 <= mix <= 1 or not temperature > 0:
         raise ValueError(f"mix {mix} must lie in [0, 1] and temperature {temperature} above 0")
-    count = len(teacher.hidden) if isinstance(teacher, TeacherStates) else len(teacher.ids)
-    if count != len(hidden):
-        raise ValueError(f"the teacher has distributions for {count} positions and there are {len(hidden)}")
-    width = head.weight.shape[0]
-    if isinstance(teacher, TeacherStates):
-        width = min(width, teacher.head.weight.shape[0])
-    head = _narrowed(head, width)
+    if len(teacher) != len(hidden):
+        raise ValueError(f"the teacher has distributions for {len(teacher)} positions and there are {len(hidden)}")
+    own = head.weight.shape[0]
+    head = _narrowed(head, min(own, teacher.width or own))
     form = (head, teacher, kind, mix, temperature, chunk)
     return _LinearDivergence.apply(hidden, head.weight, head.bias, form)  # type: ignore[return-value]
 
@@ -176,10 +195,7 @@ class _Rows:
         chunk = min(chunk or max(1, size // (exact * width)), max(len(hidden), 1))
         self.width = width
         self.student = Tiles(hidden, head, temperature, chunk=chunk, block=width, dtype=dtype)
-        self.taught = None
-        if isinstance(self.teacher, TeacherStates):
-            narrow = _narrowed(self.teacher.head, width)
-            self.taught = Tiles(self.teacher.hidden, narrow, temperature, chunk=chunk, block=width)
+        self.taught = self.teacher.tiles(width, temperature, chunk)
 
     def outcomes(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """log p and log q of the outcomes, log q of all tokens, and d cap(x) / dx where the layer caps."""

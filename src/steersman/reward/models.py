@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from steersman.model import GENERAL, AttributeModel, GeneralPreferenceModel, ScalarModel, step_ends
+from steersman.model import GENERAL, AttributeModel, ScalarModel, step_ends
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
@@ -130,22 +130,23 @@ class ModelReward:
         tokens = Tokens.from_ids([prompt for prompt, _ in pairs], [response for _, response in pairs])
         if self.model.meaning.kind == "steps":
             return self._by_steps(samples, tokens)
-        if isinstance(self.model, GeneralPreferenceModel):
-            scores = self._against_others(self.model, samples, tokens)
+        if self.model.meaning.kind == GENERAL:
+            scores = self._against_others(samples, tokens)
             self._check(scores, samples)
             return Scores(scores, {self.name: scores})
-        if isinstance(self.model, AttributeModel) and self.attribute is not None:
-            model, place = self.model, self.model.meaning.attributes.index(self.attribute)
-            numbers = self._over(tokens, lambda part: model.attributes(part)[:, place])
+        name = self.attribute
+        if name is not None:
+            numbers = self._over(tokens, lambda part: self.model.attribute(part, name))
         else:
             numbers = self._over(tokens, lambda part: self.model.bound(part, self.pessimism))
         scores = numbers.float().cpu()
         self._check(scores, samples)
         return Scores(scores, {self.name: scores})
 
-    def _against_others(self, model: GeneralPreferenceModel, samples: Sequence[Sample], tokens: Tokens) -> Tensor:
+    def _against_others(self, samples: Sequence[Sample], tokens: Tokens) -> Tensor:
         """Each answer's mean log-odds against the others of its prompt, which are samples of the policy too: an
         estimate of the preference score that GPO maximises (arXiv 2410.02197, section 5)."""
+        model = self.model
         embedded = self._over(tokens, model.outputs, len(model.meaning.attributes)).float().cpu()
         group = torch.tensor([s.prompt.index for s in samples])
         other = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
@@ -158,7 +159,6 @@ class ModelReward:
 
     def _by_steps(self, samples: Sequence[Sample], tokens: Tokens) -> Scores:
         """Probabilities at the ends of steps; where the two tokenizers end them, in the order of the text."""
-        assert isinstance(self.model, ScalarModel)
         separator = self.model.meaning.separator
         width = tokens.response.shape[1] + 1
         right = self._over(tokens, self.model.value, width)[:, 1:].float().sigmoid().cpu()

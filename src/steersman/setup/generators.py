@@ -28,11 +28,11 @@ S = TypeVar("S", bound=Generator)
 def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     """What samples from this policy. A response ends with the recipe's ids, or else with the model's own end tokens
     and the chat template's end of turn."""
-    ends = ends_of(rollout, policy)
     if rollout.engine == "inside":
-        return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
+        return open_engine(rollout, policy)
     from steersman.rollout.remote import Wanted, open_process, open_vllm  # here: most runs have no other process
 
+    ends = ends_of(rollout, policy)
     wanted = Wanted(
         ends=end_ids(policy.model, policy.tokenizer, ends or None), max_batch=rollout.max_batch,
         servers=rollout.servers, urls=tuple(rollout.url), timeout=rollout.timeout, tolerance=rollout.tolerance,
@@ -41,6 +41,12 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     )  # fmt: skip
     opener = open_process if rollout.engine == "process" else open_vllm
     return opener(policy, wanted) if ranks().world == 1 else OfMainRank(lambda: opener(policy, wanted))
+
+
+def open_engine(rollout: RolloutConfig, policy: Policy) -> Engine:
+    """The engine inside this process, whatever `rollout.engine` says."""
+    ends = ends_of(rollout, policy)
+    return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
 
 
 class OfMainRank:

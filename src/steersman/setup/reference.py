@@ -30,6 +30,11 @@ class AdaptersOff:
     def device(self) -> torch.device:
         return self.policy.device
 
+    @property
+    def separate(self) -> None:
+        """It has no weights of its own."""
+        return None
+
     def head(self) -> Head:
         return self.policy.head()
 

@@ -105,7 +105,7 @@ class Ahead(OnPolicy):
 
         def batch() -> Batch:
             asked = self.next_prompts() if prompts is None else prompts
-            self._note(number, "begun", asked)
+            self._note(number, "begun", (), asked)
             return self.sample(asked, None, number)
 
         with alone():
@@ -124,10 +124,11 @@ class Ahead(OnPolicy):
         with self._judging:
             return samples, roles.reward.score(samples)
 
-    def _note(self, batch: int, stands: str, of: Sequence[Prompt | Sample]) -> None:
-        prompts = [x.prompt.index if isinstance(x, Sample) else x.index for x in of]
-        versions = [v for x in of if isinstance(x, Sample) for v in x.version or []]
-        row: dict[str, Any] = {"batch": batch, "stands": stands, "prompts": list(dict.fromkeys(prompts))}
+    def _note(self, batch: int, stands: str, samples: Sequence[Sample], prompts: Sequence[Prompt] = ()) -> None:
+        """Writes down where a batch stands: its samples, or its prompts before there are any."""
+        asked = [*prompts, *(sample.prompt for sample in samples)]
+        versions = [v for sample in samples for v in sample.version or []]
+        row: dict[str, Any] = {"batch": batch, "stands": stands, "prompts": list({p.index: None for p in asked})}
         if versions:
             row["versions"] = [min(versions), max(versions)]
         with self._writing, self.ledger.open("a", encoding="utf-8") as file:

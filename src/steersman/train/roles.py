@@ -31,7 +31,7 @@ class Roles:
     """Everything with weights, and what uses them to sample and to judge."""
 
     learner: Learner
-    reference: Any
+    reference: Reference | None
     reward: WeightedSum
     shaping: ScoreShaping
     engine: Generator
@@ -89,8 +89,8 @@ class Roles:
 
 def _own(critic: Critic) -> dict[str, torch.Tensor]:
     """What a critic has to be trained beside the actor's weights."""
-    shared = "policy." if isinstance(critic, SharedCritic) else None
-    return {name: p for name, p in trainable(critic).items() if shared is None or not name.startswith(shared)}
+    own = trainable(critic)
+    return {n: p for n, p in own.items() if not n.startswith("policy.")} if critic.shares_trunk else own
 
 
 def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:

@@ -29,8 +29,8 @@ def carry_out(
     the models will not fit.
     """
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
-    if isinstance(reference, Policy):
-        models.append(Model("reference", reference.model, reference.model.name_or_path))
+    if reference is not None and reference.separate is not None:
+        models.append(Model("reference", reference.separate.model, reference.separate.model.name_or_path))
     if note := slow_rate(recipe.model, recipe.optimizer.lr):
         pre.fact("optimizer.lr", note)
     announce(pre, session.device, models, state.load(longest), sampled)

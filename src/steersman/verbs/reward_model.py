@@ -36,6 +36,9 @@ from steersman.model import (
     latent_names,
     plane_names,
 )
+from steersman.model.bottleneck import BOTTLENECK
+from steersman.model.ensemble import ENSEMBLE
+from steersman.model.general import GENERAL
 from steersman.objectives.reward_bottleneck import BottleneckReward
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.objectives.reward_ensemble import EnsembleReward
@@ -145,13 +148,13 @@ def _of_pairs(session: Session, recipe: RewardModelRecipe, kind: Kind) -> Attrib
         raise SteersmanError(
             f"train.{key} is {getattr(train, key)}, but the data is of kind {kind}: give pairs, from which it learns"
         )
-    made_of, names = {
-        "heads": (EnsembleModel, head_names(train.heads)),
-        "bottleneck": (BottleneckModel, latent_names(train.bottleneck)),
-        "planes": (GeneralPreferenceModel, plane_names(train.planes)),
+    made_of, meaning, names = {
+        "heads": (EnsembleModel, ENSEMBLE, head_names(train.heads)),
+        "bottleneck": (BottleneckModel, BOTTLENECK, latent_names(train.bottleneck)),
+        "planes": (GeneralPreferenceModel, GENERAL, plane_names(train.planes)),
     }[key]
-    model = reward_from(recipe.model, recipe.run, session.device, names)
-    if isinstance(model, made_of):
+    model: Any = reward_from(recipe.model, recipe.run, session.device, names)
+    if model.meaning.kind == meaning:
         return model
     made = made_of(model.model, model.tokenizer, names)
     made.notes, made.stored_dtype, made.adapted = model.notes, model.stored_dtype, model.adapted
@@ -289,11 +292,11 @@ def _objective(
             return FeedbackReward(*given)
         case "steps":
             return StepReward(*given)
-        case _ if isinstance(model, EnsembleModel) and recipe.train.heads > 1:
+        case _ if model.meaning.kind == ENSEMBLE and recipe.train.heads > 1:
             return EnsembleReward(*given, stream(recipe.run.seed, "draws of pairs"))
-        case _ if isinstance(model, BottleneckModel):
+        case _ if model.meaning.kind == BOTTLENECK:
             return BottleneckReward(*given)
-        case _ if isinstance(model, GeneralPreferenceModel):
+        case _ if model.meaning.kind == GENERAL:
             return GeneralPreferenceReward(*given)
         case _:
             return PairwiseReward(*given)

@@ -21,6 +21,7 @@ from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
 from steersman.setup.models import context_length, save_model, slow_rate
+from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
@@ -134,7 +135,7 @@ class HeldOut:
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
-            stats |= self._distance(samples)
+            stats |= self._distance(roles.reference, samples)
         stop = self.recipe.stop
         if stop is not None and stats.get("held_out/kl", 0.0) <= (stop.max_kl or math.inf):
             stats["held_out/judge"] = stats[f"held_out/reward/{stop.judge}"]
@@ -150,13 +151,13 @@ class HeldOut:
         return stats
 
     @torch.no_grad()
-    def _distance(self, samples: list) -> Stats:
+    def _distance(self, reference: Reference, samples: list) -> Stats:
         rows = SegmentRows(samples)
         whole = tokens_of(samples)
         tokens = rows.tokens(whole).untruncated()
-        ref = self.roles.reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp.cpu()
+        ref = reference.logp(tokens, temperature=self.recipe.rollout.temperature).logp.cpu()
         logp = rows.split(behaviour_logp(samples, whole.mask.shape[1]))
-        plain = ref if self.recipe.rollout.temperature == 1 else self.roles.reference.logp(tokens).logp.cpu()
+        plain = ref if self.recipe.rollout.temperature == 1 else reference.logp(tokens).logp.cpu()
         mean = float(masked_sum(plain, tokens.mask)) / max(int(tokens.mask.sum()), 1)
         return {
             "held_out/kl": float(masked_sum(logp - ref, tokens.mask)) / len(samples),
@@ -240,8 +241,9 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     critic, own = roles.learner.critic, (recipe.critic or CriticConfig()).optimizer
     if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
-    if isinstance(roles.reference, Policy):
-        found.append(Model("reference", roles.reference.model, roles.reference.model.name_or_path))
+    reference = None if roles.reference is None else roles.reference.separate
+    if reference is not None:
+        found.append(Model("reference", reference.model, reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             found.append(Model(f"reward {name}", part.model.model, part.model.model.name_or_path))

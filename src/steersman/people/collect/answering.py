@@ -16,13 +16,12 @@ from pydantic import Field, model_validator
 from steersman.data import DataConfig, layout
 from steersman.people.store.conversations import Said
 from steersman.recipe.sections import ModelConfig, RolloutConfig
-from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.inputs import fingerprints
 from steersman.run.run_config import RunConfig
-from steersman.setup.generators import open_generator
+from steersman.setup.generators import open_engine
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Prompt, SteersmanError
 
@@ -84,8 +83,7 @@ class LocalModel:
         self.layout = layout(self.policy, DataConfig(path="chat"))
         stop = [] if self.layout.template.own else [UNTAUGHT_STOP]
         rollout = RolloutConfig(**sampling.model_dump(), stop=stop, held_out=0)
-        engine, self.sampling = open_generator(rollout, self.policy), rollout.sampling()
-        assert isinstance(engine, Engine)
+        engine, self.sampling = open_engine(rollout, self.policy), rollout.sampling()
         longest = min(context_length(self.policy.model) or LONGEST_CHAT, LONGEST_CHAT)
         self.live = Live(engine, rows=ROWS, longest=longest, new_tokens=sampling.max_new_tokens, queue=QUEUE)
         digests = fingerprints(config, Path("/nowhere"))

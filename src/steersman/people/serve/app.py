@@ -250,11 +250,7 @@ def submitted(served: Served, ask: Ask) -> Reply:
 
 def laid_out(served: Served, ask: Ask) -> Prompt:
     """The request as the model reads it."""
-    if isinstance(ask, ChatAsk):
-        ids, text = served.layout.prompt([{"role": m.role, "content": m.content} for m in ask.messages])
-    else:
-        assert isinstance(ask, TextAsk)
-        text, ids = ask.prompt, served.layout.codec.begin(ask.prompt)
+    ids, text = ask.laid_out(served.layout)
     return Prompt(ids, text)
 
 

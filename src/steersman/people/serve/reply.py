@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from steersman.data import Layout
 from steersman.people.serve.growing_text import SettledText
 from steersman.people.serve.logprobs import chat_logprobs, text_logprobs
-from steersman.people.serve.wire import Ask, ChatAsk, fault
+from steersman.people.serve.wire import Ask, fault
 from steersman.rollout.live import Live, Ticket
 from steersman.types import Prompt
 
@@ -38,7 +38,7 @@ class Reply:
 
     def __init__(self, ask: Ask, served: Served, prompt: Prompt, ticket: Ticket, moved: asyncio.Event) -> None:
         self.ask, self.served, self.prompt, self.ticket, self.moved = ask, served, prompt, ticket, moved
-        self.chat = isinstance(ask, ChatAsk)
+        self.chat = ask.chat
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
         self.shown, self.listed = [""] * ask.n, [0] * ask.n
         self.told: set[int] = set()

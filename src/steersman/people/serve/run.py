@@ -16,11 +16,10 @@ from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
 from steersman.people.serve.reply import Served
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
-from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
-from steersman.setup.generators import open_generator
+from steersman.setup.generators import open_engine
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 
@@ -114,8 +113,7 @@ def live_of(recipe: ServeRecipe, path: str) -> tuple[Live, Policy]:
     """An engine with continuous batching over the model of a folder, within the recipe's limits."""
     config = ModelConfig(path=path) if recipe.model is None else recipe.model.model_copy(update={"path": path})
     policy = policy_from(config, recipe.run, device_of(recipe.run), trainable=False)
-    engine = open_generator(RolloutConfig(max_batch=recipe.serve.max_batch), policy)
-    assert isinstance(engine, Engine)
+    engine = open_engine(RolloutConfig(max_batch=recipe.serve.max_batch), policy)
     context, serve = context_length(policy.model), recipe.serve
     live = Live(
         engine, rows=serve.max_batch, longest=min(serve.max_prompt_tokens, context or serve.max_prompt_tokens),

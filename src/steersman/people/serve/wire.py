@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from steersman.data import Layout
 from steersman.rollout import Sampling
 
 MOST_LIKELIEST = 20
@@ -32,6 +33,7 @@ class Ask(BaseModel):
     """What both kinds of request share. `user` decides which model of an A/B test answers, and is not kept."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    chat: ClassVar[bool] = False
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=100)
@@ -54,6 +56,10 @@ class Ask(BaseModel):
         """How many likeliest tokens are listed with each token; None: no log-probabilities are asked for."""
         raise NotImplementedError
 
+    def laid_out(self, layout: Layout) -> tuple[list[int], str]:
+        """The request as the model reads it: ids, and their text."""
+        raise NotImplementedError
+
     def sampling(self, room: int) -> Sampling:
         """How the answer is drawn; `room` is how long it may be at most."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -69,6 +75,7 @@ class Ask(BaseModel):
 class ChatAsk(Ask):
     """POST /v1/chat/completions."""
 
+    chat: ClassVar[bool] = True
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -82,6 +89,9 @@ class ChatAsk(Ask):
     def answer_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    def laid_out(self, layout: Layout) -> tuple[list[int], str]:
+        return layout.prompt([{"role": m.role, "content": m.content} for m in self.messages])
+
 
 class TextAsk(Ask):
     """POST /v1/completions."""
@@ -92,6 +102,9 @@ class TextAsk(Ask):
     @property
     def likeliest(self) -> int | None:
         return self.logprobs
+
+    def laid_out(self, layout: Layout) -> tuple[list[int], str]:
+        return layout.codec.begin(self.prompt), self.prompt
 
 
 def fault(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
