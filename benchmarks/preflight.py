@@ -10,11 +10,14 @@ glibc on Linux. Writes docs/results/preflight.md and .json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,34 @@ def settings(case: str, folder: Path) -> dict[str, Any]:
     return {**found, "data": {"path": str(folder / f"{data}.jsonl")}, "run": {**run, "eval_every": 1000}}
 
 
+class Heap(ctypes.Structure):
+    """glibc's `mallinfo2`: what its heaps hold, bytes of all arenas together."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "blocks", "fast", "maps", "mapped", "_", "fast_free", "used", "free", "top")
+    ]
+
+
+class Watch(threading.Thread):
+    """Every few milliseconds: resident memory, and where it is the largest so far, what of the C library's heaps is
+    free then (`free`, without the end of the main heap that it can give back), and what of it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.free, self.used, self.mapped = 0, 0, 0, 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = Heap
+        while not self.over.wait(0.005):
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            if resident > self.peak:
+                heap = library.mallinfo2()
+                self.peak, self.free, self.used, self.mapped = resident, heap.free - heap.top, heap.used, heap.mapped
+
+
 def child(case: str, folder: Path) -> dict[str, Any]:
     """Runs one recipe here; MiB announced by phase, and used."""
     from steersman import cli
@@ -100,11 +131,17 @@ def child(case: str, folder: Path) -> dict[str, Any]:
     Preflight.phase = note
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps(settings(case, folder)))  # which is YAML too
+    watch = Watch()
+    watch.start()
     if cli.main([CASES[case][0], str(recipe)]) != 0:
         raise SystemExit(f"{case}: the recipe was refused")
+    watch.over.set()
+    heap = {"sampled_mib": watch.peak, "free_mib": watch.free, "used_mib": watch.used, "mapped_mib": watch.mapped}
     largest = max(phases, key=lambda name: sum(phases[name].values()))
     announced = sum(phases[largest].values()) / 2**20
-    return {"largest": largest, "announced_mib": announced, "used_mib": peak_mib(), "phases": phases}
+    return {"largest": largest, "announced_mib": announced, "used_mib": peak_mib(), "phases": phases} | {
+        "heap": {name: round(number / 2**20) for name, number in heap.items()}
+    }
 
 
 def row(case: str, found: dict[str, Any]) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import peft
 import pytest
 import torch
+from model_inputs import word_tokenizer
 from tiny_models import tiny_model
 
 from steersman.data import Encoded, collate
-from steersman.model import Policy
+from steersman.model import Policy, load_policy
 from steersman.model.in_place import add_in_place
 from steersman.model.lora import LoraConfig, add_lora
+from steersman.plan.made import Made
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -87,6 +90,29 @@ def test_no_tensor_of_the_layers_width_is_thrown_away():
             policy.hidden(tokens)
         made.append(sum(max(e.self_cpu_memory_usage, 0) for e in (seen.events() or []) if e.name != "[memory]"))
     assert made[0] < 0.7 * made[1]
+
+
+@pytest.mark.parametrize("rows", [(7,), (2, 5)])
+def test_a_base_in_4_bits_too(rows, tmp_path):
+    """Values to rounding, gradients, and one tensor of the layer's width besides the base's."""
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama").save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, device="cpu", quantise="nf4", lora=LoraConfig(r=3))
+    layer = policy.model.model.layers[0].mlp.gate_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(*rows, layer.in_features, requires_grad=True)
+    inputs = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    found, made = [], []
+    for forward in (layer.forward, partial(type(layer).forward, layer)):
+        with Made() as seen:
+            out = forward(x)
+        made.append(seen.total)
+        found.append([out, *torch.autograd.grad(out.pow(2).sum(), inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    width = found[0][0].nbytes
+    assert made[0] <= made[1] - 3 * width
 
 
 def test_a_copy_of_a_model_computes_with_its_own_weights():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import torch
 import yaml
 from forked import steersman
-from train_kit import cut_after, merge, plain, recipe, rows, weights
+from train_kit import cut_after, merge, plain, recipe, rows, settings, weights
 
 from steersman.data import Batches
+from steersman.rollout.remote.launch import Launched
+from steersman.train import session
 from steersman.train.ahead import Ahead
 from steersman.train.roles import build_roles
 from steersman.types import SteersmanError
@@ -26,8 +29,20 @@ ELSEWHERE = {
     "iterations": 4,
     "run.save_every": 2,
     "run.eval_every": 2,
-    "rollout.timeout": 90,
+    "rollout.timeout": 400,
 }
+
+
+@pytest.fixture(scope="module")
+def elsewhere(mini, tmp_path_factory):
+    """Settings of runs that sample from one server, started once: a start imports for seconds."""
+    words = [sys.executable, "-m", "steersman.rollout.remote.serve", "--model", str(mini), "--threads", "1",
+             "--max-batch", "64", "--dtype", "float32", "--device", "cpu", "--port"]  # fmt: skip
+    log = tmp_path_factory.mktemp("server") / "log"
+    launched = Launched("engine process", lambda port: [*words, str(port)], log, timeout=400)
+    launched.start()
+    yield {**ELSEWHERE, "rollout.url": [launched.wait().url]}
+    launched.stop()
 
 
 def unlike_syncs(row):
@@ -53,19 +68,19 @@ def test_another_process_learns_the_same_bits(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_ahead_0_is_the_loop_of_today(base, tmp_path, monkeypatch):
+def test_ahead_0_is_the_loop_of_today(base, elsewhere, tmp_path, monkeypatch):
     """The asynchronous loop itself, with nothing ahead, bit for bit."""
     rl.run(recipe("grpo", merge(base, {**ELSEWHERE, "rollout.engine": "inside"})))
     monkeypatch.setattr(rl, "OnPolicy", Ahead)
-    rl.run(recipe("grpo", merge(base, {**ELSEWHERE, "run.dir": str(tmp_path / "there")})))
+    rl.run(recipe("grpo", merge(base, {**elsewhere, "run.dir": str(tmp_path / "there")})))
     a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "there" / "model")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ahead"), [("grpo", 1), ("ppo", 2), ("dapo", 1)])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, ahead, base, tmp_path, monkeypatch):
-    asked = merge(base, {**ELSEWHERE, "iterations": 5, "rollout.ahead": ahead})
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, ahead, base, elsewhere, tmp_path, monkeypatch):
+    asked = merge(base, {**elsewhere, "iterations": 5, "rollout.ahead": ahead})
     rl.run(recipe(name, asked))
     again = merge(asked, {"run.dir": str(tmp_path / "cut")})
     with monkeypatch.context() as patch:
@@ -102,14 +117,24 @@ def count_a(prompts, completions):
 """
 
 
+@pytest.fixture(scope="module")
+def undisturbed(mini, elsewhere, tmp_path_factory):
+    """(folder of a run that nothing befell, its settings)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "slow.py").write_text(SLOW)
+    asked = merge(settings(folder, mini), {"iterations": 8, "rollout.ahead": 2, "rollout.held_out": 0})
+    asked["reward"]["parts"]["score"]["function"] = f"{folder / 'slow.py'}:count_a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "write_report", lambda folder: folder / "report.html")
+        rl.run(recipe("grpo", merge(asked, elsewhere | {"iterations": 8})))
+    return folder / "run", merge(asked, {**ELSEWHERE, "iterations": 8})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["learner", "server", "both"])
-def test_sigkill_loses_nothing(victim, base, tmp_path):
+def test_sigkill_loses_nothing(victim, undisturbed, tmp_path):
     """A run of its own process, killed once in the middle: the same weights as an undisturbed one."""
-    (tmp_path / "slow.py").write_text(SLOW)
-    asked = merge(base, {**ELSEWHERE, "iterations": 8, "rollout.ahead": 2, "rollout.held_out": 0})
-    asked["reward"]["parts"]["score"]["function"] = f"{tmp_path / 'slow.py'}:count_a"
-    rl.run(recipe("grpo", asked))
+    whole, asked = undisturbed
     file, run = tmp_path / "recipe.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(merge(asked, {"run.dir": str(run)})))
     learner = steersman("grpo", str(file))
@@ -124,12 +149,12 @@ def test_sigkill_loses_nothing(victim, base, tmp_path):
         learner.wait()
         learner = steersman("grpo", str(file), "--resume")
     assert learner.wait() == 0, learner.communicate()
-    a, b = weights(tmp_path / "run" / "model"), weights(run / "model")
+    a, b = weights(whole / "model"), weights(run / "model")
     assert all(torch.equal(a[k], b[k]) for k in a)
     used = [row for row in ledger(run) if row["stands"] == "used"]
     assert [row["batch"] for row in used] == list(range(8))
     assert all(row["batch"] - row["versions"][0] <= 2 for row in used)
-    assert_each_prompt_as_often_as_its_order_says(run, tmp_path / "run")
+    assert_each_prompt_as_often_as_its_order_says(run, whole)
 
 
 def servers_of(learner: int) -> list[int]:
@@ -145,10 +170,10 @@ def servers_of(learner: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_adapters_alone_train_the_same(base, tmp_path):
+def test_adapters_alone_train_the_same(base, elsewhere, tmp_path):
     """rollout.sync adapter: whole weights or the adapter alone, what is learned is the same to rounding."""
     asked = merge(base, {**ELSEWHERE, "model.lora": {"r": 2}, "rollout.ahead": 1, "optimizer.lr": 0.02})
-    rl.run(recipe("grpo", asked))
+    rl.run(recipe("grpo", merge(asked, elsewhere)))
     rl.run(recipe("grpo", merge(asked, {"rollout.sync": "adapter", "run.dir": str(tmp_path / "there")})))
     a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "there" / "model")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
@@ -158,8 +183,8 @@ def test_adapters_alone_train_the_same(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_cut_answers_stay_within_the_limit(base, tmp_path):
-    extra = {**ELSEWHERE, "rollout.ahead": 1, "rollout.in_flight": "cut", "rollout.max_new_tokens": 40}
+def test_cut_answers_stay_within_the_limit(base, elsewhere, tmp_path):
+    extra = {**elsewhere, "rollout.ahead": 1, "rollout.in_flight": "cut", "rollout.max_new_tokens": 40}
     rl.run(recipe("grpo", merge(base, extra)))
     used = [row for row in ledger(tmp_path / "run") if row["stands"] == "used"]
     assert [row["batch"] for row in used] == [0, 1, 2, 3]
@@ -168,9 +193,9 @@ def test_cut_answers_stay_within_the_limit(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lower_limit_is_kept_after_a_resume(base, tmp_path):
+def test_a_lower_limit_is_kept_after_a_resume(base, elsewhere, tmp_path):
     """What was sampled ahead and is too old by the new limit is sampled again, prompt by prompt."""
-    asked = merge(base, {**ELSEWHERE, "rollout.ahead": 3, "iterations": 4})
+    asked = merge(base, {**elsewhere, "rollout.ahead": 3, "iterations": 4})
     rl.run(recipe("grpo", asked))
     lower = merge(asked, {"rollout.ahead": 1, "iterations": 7})
     rl.run(recipe("grpo", lower), resume=True)

@@ -7,15 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from letter_models import save_mini
 from tiny_models import tiny_model
 
 from steersman import native
 from steersman.data import Encoded, collate
-from steersman.model import Policy
+from steersman.model import Policy, load_policy
 from steersman.model.lora import LoraConfig, add_lora
 from steersman.native.products import rearrange
 from steersman.plan import memory
-from steersman.plan.memory import Load, Model, Sampled, announce, foresee, forward, largest_micro_batch, rollout
+from steersman.plan.memory import (
+    Load,
+    Model,
+    Sampled,
+    announce,
+    foresee,
+    forward,
+    largest_micro_batch,
+    rollout,
+)
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
 from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import Room
@@ -86,6 +96,18 @@ def test_activations_are_those_that_the_largest_micro_batch_keeps(family, attent
         policy.hidden(batch(1, 100))
     real = bytes_of(*(x for x in kept if x.untyped_storage().data_ptr() not in own))
     assert forward(model_of(policy), Load(100, 100))[0] == pytest.approx(real, rel=0.05)
+
+
+def test_a_base_in_4_bits_computes_as_wide_as_a_plain_one(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    policy = load_policy(save_mini(tmp_path), device="cpu", quantise="nf4", lora=LoraConfig(r=2))
+    config, shares = policy.model.config, phase(policy, "update").shares
+    assert memory._widest(policy.model) == 4 * config.intermediate_size
+    assert shares["gaps"] == forward(model_of(policy), LOAD)[1] > 0
+    # no adapter's sum is made beside the layer's output: what is freed is less than what is kept
+    assert shares["gaps"] < shares["activations"]
+    widened = 4 * config.hidden_size * config.intermediate_size
+    assert shares["backward"] - 4 * memory._widest(policy.model) * LOAD.tokens - 2 * memory.TILE["cpu"][1] == widened
 
 
 def test_what_is_measured_leaves_no_trace():

@@ -1,9 +1,9 @@
 """Adapters added into what their layer gives, in place: no tensor of the layer's width is made and thrown away.
 
-peft computes y + (x A^T B^T) s as four tensors of y's size, three of which are freed at once. On a CPU their places
-lie between those that the backward pass needs, and the C library can not give a freed place to a tensor of the same
-size (it aligns blocks by asking for more than it hands out), so each of them stays with the process: a model of 135M
-parameters took twice the memory that its tensors have.
+peft computes y + (x A^T B^T) s as four tensors of y's size, three of which are freed at once, and as five where the
+base is in 4 bits. On a CPU their places lie between those that the backward pass needs, and the C library can not
+give a freed place to a tensor of the same size (it aligns blocks by asking for more than it hands out), so each of
+them stays with the process: a model of 135M parameters took twice the memory that its tensors have.
 """
 
 from __future__ import annotations
@@ -14,19 +14,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steersman.model.quantise import is_quantised
+
+KINDS = {("Linear", "Linear", "Parameter"), ("Linear4bit", "Linear4bit", "Params4bit")}
+"""Layers whose output no other tensor shares memory with, so that it may be added to."""
+
 
 def add_in_place(model: nn.Module) -> None:
-    """Lets every plain linear layer with adapters compute y = W x + s B A x in one tensor of y's size.
+    """Lets every linear layer with adapters, plain or in 4 bits, compute y = W x + s B A x in one tensor of y's size.
 
     Layers of other kinds, with other adapters (DoRA), in mixed precision, sharded or merged do what peft does.
     """
     if "peft" not in sys.modules:
         return
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import LoraLayer
 
     for module in list(model.modules()):
-        if type(module) is Linear and type(module.get_base_layer()) is nn.Linear:
+        if isinstance(module, LoraLayer) and _kinds(module) in KINDS:
             module.forward = partial(_forward, module)
+
+
+def _kinds(layer: Any) -> tuple[str, str, str]:
+    """What peft calls the layer, and torch or bitsandbytes its base and the base's weight."""
+    base = layer.get_base_layer()
+    return type(layer).__name__, type(base).__name__, type(base._parameters.get("weight")).__name__
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,7 +55,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _plain(layer: Any, name: str, x: Tensor) -> bool:
     """Whether the adapter is two matrices of the base's precision and nothing more."""
-    weights = (layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
+    weights = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    if not is_quantised(layer.base_layer):  # which gives what it is given
+        weights.append(layer.base_layer.weight)
     return (
         name not in layer.lora_variant
         and layer.lora_B[name].bias is None

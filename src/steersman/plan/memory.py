@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from steersman.data import Encoded, collate
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
+from steersman.model.quantise import is_quantised
 from steersman.ops.logprob import TILE
 from steersman.plan.made import Made
 from steersman.rollout.batch import Limits, live_cache_size
@@ -100,8 +101,8 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
     process after an update; sampling uses it again for what is small, and adds to it what is large. It aligns blocks
     by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
-    forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision and quantised
-    models leave few: what they free (float32 intermediates, widened weights) is larger than what comes next.
+    forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision models leave
+    few: what they free (float32 intermediates) is larger than what comes next.
     """
     roles = _roles(models)
     held = {
@@ -215,12 +216,15 @@ def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
 
 def backward(model: nn.Module, load: Load) -> int:
     """Bytes of a backward pass beside gradients and activations: a layer's intermediate gradients, the output layer's
-    tiles, and the gradients of vocabulary x hidden that are made anew and then added to what is there already (the
-    output layer's at the start; the embedding's at the end)."""
+    tiles, a quantised layer's weight as its product takes it, and the gradients of vocabulary x hidden that are made
+    anew and then added to what is there already (the output layer's at the start; the embedding's at the end)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     tables = sum(_bytes(p) for p in _tables(model) if p.requires_grad)
     tile = TILE["cpu" if trained[0].is_cpu else "accelerator"][1]
-    return WIDE * _widest(model) * load.tokens + 2 * tile + tables
+    widened = max(
+        (m.out_features * m.in_features * _wide(model) for m in _layers(model) if is_quantised(m)), default=0
+    )
+    return WIDE * _widest(model) * load.tokens + 2 * tile + widened + tables
 
 
 def _tables(model: Any) -> list[nn.Parameter]:
@@ -256,14 +260,23 @@ def _bytes(x: Tensor) -> int:
 
 
 def _float32(model: nn.Module) -> bool:
-    return all(p.dtype == torch.float32 for p in model.parameters())
+    """Whether what the model computes is float32; quantised weights are integers that stand for such."""
+    return all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
 
 
 def _widest(model: nn.Module) -> int:
     """Bytes per token of the widest linear layer's output, the output layer left out."""
-    layers: Any = [module for module in model.modules() if isinstance(module, nn.Linear)]
     tables = {id(p) for p in _tables(model)}
-    return max((m.out_features * m.weight.element_size() for m in layers if id(m.weight) not in tables), default=0)
+    return max((m.out_features * _wide(model) for m in _layers(model) if id(m.weight) not in tables), default=0)
+
+
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def _wide(model: nn.Module) -> int:
+    """Bytes of a number that the model computes with; a quantised weight's own are fewer."""
+    return max((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
 
 
 def _process(device: torch.device, weights: int) -> int:
