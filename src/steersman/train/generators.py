@@ -12,7 +12,7 @@ from steersman.data import end_ids as template_ends
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
-from steersman.model import Policy
+from steersman.model import Policy, whole_weights
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.port import Limits
@@ -28,7 +28,8 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     and the chat template's end of turn."""
     ends = ends_of(rollout, policy)
     if rollout.engine == "inside":
-        return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
+        with whole_weights(policy):  # an encoder-decoder is tried once
+            return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
     from steersman.rollout.remote import Wanted, open_process, open_vllm  # here: most runs have no other process
 
     wanted = Wanted(
