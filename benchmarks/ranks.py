@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py equality [VERB ...] # verbs x layouts, the story model in float64
     python benchmarks/ranks.py memory MODEL        # what a rank holds of weights, gradients and moments, and its peak
+    python benchmarks/ranks.py scale               # the recipes of recipes/scale, one under torchrun as two nodes
     python benchmarks/ranks.py cost                # what every rank holds of the whole batch, against batch and world
 
 Prints Markdown tables. Everything runs over gloo on this machine's CPU.
@@ -31,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2 shards": (2, {"parallel.mode": "fsdp"}),
     "2 copies x 2 shards": (4, {"parallel.mode": "fsdp", "parallel.replicas": 2}),
 }
+RANKS = {"1-gpu": "1", "8-gpus": "2 shards", "4-nodes": "2 nodes of 2 shards, a copy on each"}
 SHORT = {"rollout.prompts": 8, "rollout.max_new_tokens": 16, "iterations": 4, "algorithm.minibatches": 2}
 VERBS: dict[str, dict[str, Any]] = {
     "sft": {"train.max_steps": 8},
@@ -133,6 +135,33 @@ def memory(model: str) -> None:
         )
 
 
+def scale() -> None:
+    """Runs each recipe of recipes/scale with the small model, that of four nodes as two nodes of two ranks each."""
+    nodes = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29511"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "steersman.cli"]
+    alone = [sys.executable, "-m", "steersman.cli"]
+    commands = {
+        "1-gpu": (1, [*alone, "ppo"], []),
+        "8-gpus": (1, [*alone, "ppo"], ["--run.devices", "2"]),
+        "4-nodes": (2, [*launcher, "grpo"], ["--parallel.replicas", "2"]),
+    }
+    print("| recipe | ranks | held-out reward, before | after | every step logged |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (count, words, changes) in commands.items():
+            there = Path(folder, name)
+            asked = [*words, f"recipes/scale/{name}.yaml", *changes, "--run.dir", str(there)]
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            running = [subprocess.Popen(asked, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True) for _ in range(count)]  # fmt: skip
+            said = [one.communicate()[0] for one in running]
+            if any(one.returncode for one in running):
+                raise SystemExit(f"{name}: {said[0][-3000:]}")
+            rows = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
+            reward = [row["held_out/reward/total"] for row in rows if "held_out/reward/total" in row]
+            whole = [row["step"] for row in rows] == list(range(5))
+            print(f"| {name} | {RANKS[name]} | {reward[0]:.3f} | {reward[-1]:.3f} | {whole} |", flush=True)
+
+
 def cost() -> None:
     """Bytes that every rank holds of the whole batch: ids, masks and eight `[B, T]` numbers a token."""
     print("| samples x tokens | on every rank | share of an 80 GB device |\n|---|---|---|")
@@ -142,4 +171,7 @@ def cost() -> None:
 
 
 if __name__ == "__main__":
-    {"equality": lambda: equality(), "memory": lambda: memory(sys.argv[2]), "cost": lambda: cost()}[sys.argv[1]]()
+    {
+        "equality": lambda: equality(), "memory": lambda: memory(sys.argv[2]), "scale": lambda: scale(),
+        "cost": lambda: cost(),
+    }[sys.argv[1]]()  # fmt: skip

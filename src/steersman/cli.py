@@ -53,6 +53,7 @@ class Verb:
                 return _load(self.run)(recipe, resume=resume)
             from steersman.run import launch
 
+            os.environ.update(launch.from_slurm(os.environ))
             if launch.must_start(recipe.run.devices):
                 return launch.start(name, recipe, recipe.run.devices, resume=resume)
             with launch.joined(recipe.parallel):

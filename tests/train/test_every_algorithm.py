@@ -242,7 +242,7 @@ def test_the_moving_baseline_is_of_earlier_iterations_only(base):
 def test_nlpo_never_samples_outside_the_lagging_copys_nucleus_but_to_end(base, tmp_path):
     spiky = merge(base, {"model.path": str(save_tiny(tmp_path / "spiky", scale=4.0))})
     state = on_policy("nlpo", spiky, algorithm__mask_top_p=0.6, algorithm__mask_every=2, optimizer__lr=0.05)
-    masker = state.roles.mask_model
+    masker = state.roles.mask.model
     frozen = snapshot(masker)
     samples, _ = state.sample(state.next_prompts())
     for sample in samples:

@@ -129,7 +129,7 @@ def test_nlpos_mask_is_the_lagging_copys_nucleus_and_the_end(asked):
 
     state = on_policy("nlpo", asked, algorithm__mask_top_p=0.5, algorithm__mask_min_tokens=1)
     samples, _ = state.sample(state.next_prompts())
-    masker = state.roles.mask_model
+    masker = state.roles.mask.model
     for sample in samples:
         read = torch.tensor([[masker.config.decoder_start_token_id, *sample.ids[:-1]]])
         with torch.no_grad():

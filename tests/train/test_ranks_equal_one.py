@@ -5,14 +5,15 @@ Every rank also compares its weights with rank 0's, bit for bit, whenever a chec
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from letter_models import write_jsonl
+from letter_models import rows_of, write_jsonl
 from ranks_kit import launch, trained_weights
-from train_kit import merge, save_tiny, settings
+from train_kit import merge, prompts_file, save_tiny, settings
 
 from steersman.model import load_scalar, save
 
@@ -32,11 +33,20 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-tdpo": ("dpo", {"loss.name": "tdpo2"}),
     "sft-packed": ("sft", {"train.pack": 48}),
     "reward-lora": ("reward", {"model.lora": {"r": 2}}),
+    "ppo-t5": ("ppo", {"model.path": "t5"}),
+    "grpo-bart": ("grpo", {"model.path": "bart"}),
+    "dpo-t5": ("dpo", {"model.path": "t5"}),
+    "ppo-judge": ("ppo", {"reward.parts": {"judge": {"function": "steersman.judge.reward:grade"}}}),
+    "sft-adafactor": ("sft", {"optimizer.kind": "adafactor"}),
+    "sft-muon": ("sft", {"optimizer.kind": "muon"}),
 }
-CLOSE = {"ppo-reward-model": 1e-6}
-"""What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches."""
-REPLICAS_ONLY = {"trpo", "nlpo", "grpo-process", "grpo-ahead", "dapo-ahead"}
+CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
+"""What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
+are near zero, AdamW makes rounding as large as the rest."""
+REPLICAS_ONLY = {"trpo", "grpo-process", "grpo-ahead", "dapo-ahead", "sft-adafactor", "sft-muon"}
 NAMES = [*ON_POLICY, *OFFLINE, *EXTRA]
+ANSWERS = ["generate", "evaluate"]
+"""Verbs that train nothing: their files are compared."""
 
 
 def offline_rows(verb: str) -> list[dict[str, Any]]:
@@ -52,6 +62,8 @@ def offline_rows(verb: str) -> list[dict[str, Any]]:
 
 def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parallel: dict[str, Any]) -> dict[str, Any]:
     verb, extra = EXTRA.get(name, (name, {}))
+    if verb in ANSWERS:
+        return {"verb": verb, "recipe": answers(verb, folder, model, run, world, parallel)}
     if verb in OFFLINE:
         data = write_jsonl(folder / f"{verb}.jsonl", offline_rows(verb))
         base: dict[str, Any] = {
@@ -69,8 +81,28 @@ def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parall
         "parallel": parallel,
     }
     if "reward.parts" in extra:
-        extra = {"reward.parts": {"judge": {"model": str(judge_on(model, folder / "judge"))}}}
+        judge = {"model": str(judge_on(model, folder / "judge"))}
+        asked = extra["reward.parts"]["judge"]
+        if "function" in asked:  # the same model behind a judge, which rank 0 asks
+            judge = asked | {"args": {"judge": {"reward": {"score": judge}}}}
+        extra = {"reward.parts": {"judge": judge}}
+    if "model.path" in extra:
+        extra = {"model.path": str(pair_on(folder, extra["model.path"]))}
     return {"verb": verb, "recipe": merge(merge(base, own), extra)}
+
+
+def answers(verb: str, folder: Path, model: Path, run: str, world: int, parallel: dict[str, Any]) -> dict[str, Any]:
+    asked = {
+        "model": {"path": str(model), "dtype": "float64"},
+        "data": {"path": str(prompts_file(folder))},
+        "rollout": {"samples": 2, "max_new_tokens": 8},
+        "out": str(folder / run / f"{verb}.jsonl"),
+        "run": {"threads": 1, "devices": world},
+        "parallel": parallel,
+    }
+    if verb == "generate":
+        return asked
+    return {"generate": asked, "metrics": {"distinct": {}, "length": {}}, "out": str(folder / run / "table.json")}
 
 
 def judge_on(model: Path, folder: Path) -> Path:
@@ -80,6 +112,11 @@ def judge_on(model: Path, folder: Path) -> Path:
         torch.nn.init.normal_(scalar.output.weight, generator=torch.Generator().manual_seed(5))
         save(scalar, None, folder)
     return folder
+
+
+def pair_on(folder: Path, family: str) -> Path:
+    """A tiny encoder-decoder, saved once."""
+    return folder / family if (folder / family).exists() else save_tiny(folder / family, family)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +131,7 @@ def folder(tmp_path_factory) -> Path:
 
 def launched(folder: Path, model: Path, run: str, world: int, names: list[str], parallel: dict[str, Any]) -> Path:
     (folder / run).mkdir()
+    names = [*names, *ANSWERS]
     cases = [recipe_of(name, folder, model, run, world, parallel) for name in names]
     launch(folder / f"{run}.json", cases, world)
     return folder / run
@@ -121,6 +159,16 @@ FOUR = ["ppo", "grpo", "dpo", "sft"]
 @pytest.fixture(scope="module")
 def four(folder, model) -> Path:
     return launched(folder, model, "four", 4, FOUR, {"mode": "fsdp", "replicas": 2})
+
+
+@pytest.mark.parametrize("run", ["replicas", "sharded", "four"])
+def test_ranks_answer_and_measure_as_one_process_does(run, alone, request):
+    there = request.getfixturevalue(run)
+    for name in ("generate.jsonl", "evaluate.jsonl"):
+        assert len(rows_of(alone / name)) == 24
+        assert (there / name).read_bytes() == (alone / name).read_bytes()
+    found, wanted = (json.loads((folder / "table.json").read_text()) for folder in (there, alone))
+    assert found["metrics"] == wanted["metrics"]
 
 
 def assert_same(got: Path, wanted: Path, name: str) -> None:

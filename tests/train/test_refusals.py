@@ -218,3 +218,21 @@ def test_two_runs_at_once_can_not_share_a_folder(base, tmp_path):
 
 def test_the_kit_makes_the_prompts_it_says(tmp_path):
     assert len(prompts_file(tmp_path, 30).read_text().splitlines()) == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("grpo", {"optimizer.kind": "muon"}, r"optimizer\.kind muon looks at whole matrices"),
+        ("ppo", {"critic": {"optimizer": {"kind": "adafactor"}}}, r"critic\.optimizer\.kind adafactor"),
+        ("grpo", {"model.dtype": "bfloat16"}, r"optimizer\.rounding master keeps more of bfloat16 weights"),
+        ("grpo", {"model.quantise": "nf4", "model.lora": {}}, r"model\.quantise nf4.*can not lie in pieces"),
+        ("ppo", {"share": "base", "model.lora": {}}, "share: none, where every model lies in pieces"),
+        ("trpo", {}, "needs second derivatives"),
+        ("grpo", {"parallel.replicas": 3}, "parallel.replicas is 3, which does not divide run.devices 4"),
+    ],
+)
+def test_what_can_not_lie_in_pieces_is_refused_before_any_rank_starts(name, changes, said, base):
+    laid = {"parallel.mode": "fsdp", "run.devices": 4}
+    with pytest.raises(ValueError, match=said):
+        RECIPES[name].model_validate(merge(base, {**laid, **changes}))

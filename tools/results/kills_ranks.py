@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 
 from steersman import cli
 from steersman.run import launch
+from steersman.train import session
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "1 process": (1, []),
@@ -52,8 +53,8 @@ CASES: dict[str, list[str]] = {
     "grpo": [*SHORT, "--iterations", "4", "--rollout.samples", "2"],
     "ppo": [*SHORT, "--iterations", "4"],
 }
-LIMIT, ENDED = 900.0, 300.0
-"""Seconds that a launch may take, and that its processes may outlive a kill."""
+LIMIT, ENDED, GRACE = 900.0, 300.0, 30.0
+"""Seconds that a launch may take, that its processes may outlive a kill, and that ranks have after SIGTERM."""
 CLOSE = 1e-5
 """Largest difference of a number, in parts of it or absolute; AdamW makes rounding larger."""
 
@@ -64,9 +65,10 @@ def rank(case: str, layout: str, flags: list[str], environment: dict[str, str], 
     words = [kills.CASES[case][0], "recipe.yaml", *CASES[case], "--run.devices", str(world), *how, *flags]
 
     def work() -> int:
+        session.write_report = lambda folder: folder / "report.html"  # half a short run's time, and nothing of it
         os.environ.update(environment)
         os.chdir(folder)
-        return cli.main([*words, "--parallel.timeout", "120"])
+        return cli.main([*words, "--parallel.timeout", "60"])
 
     return kills.forked(work, folder / "out.txt")
 
@@ -81,13 +83,18 @@ def starter(case: str, layout: str, flags: list[str], folder: Path, pids: Path) 
     own = {r: launch._environment(r, world, port, place) if world > 1 else {} for r in range(world)}
     ranks = [rank(case, layout, flags, own[r], folder) for r in range(world)]
     pids.write_text(json.dumps(ranks))
-    codes = []
-    for _ in ranks:
-        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
-        if codes[-1]:
-            for other in ranks:
-                if alive(other):
-                    os.kill(other, signal.SIGTERM)
+    codes: list[int] = []
+    asked = math.inf
+    while len(codes) < len(ranks):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes.append(os.waitstatus_to_exitcode(status))
+        elif time.monotonic() < asked + GRACE and (asked < math.inf or not any(codes)):
+            time.sleep(0.05)
+        else:
+            for other in filter(alive, ranks):
+                os.kill(other, signal.SIGKILL if asked < math.inf else signal.SIGTERM)
+            asked = time.monotonic()
     os._exit(next((70 if code < 0 else code for code in codes if code), 0))
 
 

@@ -52,13 +52,19 @@ class Judge:
     ) -> None:  # fmt: skip
         self.config, self.stopping, self.counts = config, stopping, Counter[str]()
         self.endpoint = Endpoint(config.endpoint) if config.endpoint is not None else None
-        self.local = Local(config.local) if config.local is not None else None
+        self.local: Local | None = None
+        self._load()
         self.scorer = Scorer(config.reward, device) if config.reward else None
         path = Path(config.cache) if config.cache is not None else cache
         self.cache = ReplyCache(None if self.scorer is not None else path)
         self.spent = Counter(calls=0, tokens=0)
         for reply in self.cache.replies.values():
             self._pay(reply)
+
+    def _load(self) -> None:
+        """Loads a judge that is a model on this machine."""
+        if self.config.local is not None:
+            self.local = Local(self.config.local)
 
     def compare(
         self, items: Sequence[tuple[Content, str, str]], columns: Sequence[dict[str, Any]] | None = None
@@ -256,7 +262,10 @@ class Judge:
 
 class SharedJudge(Judge):
     """A judge that all ranks ask with the same items, and that gives all the same answers: a model or a server is
-    asked by rank 0, and a reward shares out its rows."""
+    asked by rank 0, which alone loads it, and a reward shares out its rows."""
+
+    def _load(self) -> None:
+        ranks().from_main(super()._load, "the judge's model")
 
     def compare(
         self, items: Sequence[tuple[Content, str, str]], columns: Sequence[dict[str, Any]] | None = None

@@ -24,7 +24,7 @@ def place(model: Any) -> None:
     """Lays a policy's or scalar model's weights in pieces over the ranks, in place, where `parallel.mode` is fsdp.
 
     Gradients are summed, not averaged: losses carry the whole batch's denominator already. Raises SteersmanError
-    where the ranks do not divide into `parallel.replicas`.
+    where the ranks do not divide into `parallel.replicas`, or the model does not say which blocks are its layers.
     """
     if not ranks().sharded:
         return
@@ -60,20 +60,11 @@ def place_head(head: nn.Linear) -> None:
 def _settings(device: torch.device) -> dict[str, Any]:
     """Over which ranks weights are laid, and in which precision they are used and their gradients added up."""
     from torch.distributed import fsdp
-    from torch.distributed.device_mesh import init_device_mesh
 
-    here, parallel = ranks(), ranks().parallel
-    if here.world % parallel.replicas:
-        raise SteersmanError(
-            f"parallel.replicas is {parallel.replicas}, which does not divide the {here.world} devices"
-        )
-    sizes, names = (here.world,), ("shard",)
-    if parallel.replicas > 1:
-        sizes, names = (parallel.replicas, here.world // parallel.replicas), ("replicate", "shard")
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    parallel = ranks().parallel
     own = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     return {
-        "mesh": mesh,
+        "mesh": ranks().mesh(device.type),
         "mp_policy": fsdp.MixedPrecisionPolicy(own[parallel.compute_dtype], own[parallel.reduce_dtype]),
         "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
         if parallel.offload

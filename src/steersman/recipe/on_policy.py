@@ -86,6 +86,11 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         own = (f"algorithm.{key}" for key in method.unread)
         return frozenset({"data.max_length", *own, *(f"optimizer.{key}" for key in actor)})
 
+    @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        critic = {} if self.critic is None else {"critic.optimizer": self.critic.optimizer}
+        return {"optimizer": self.optimizer, **critic}
+
     @model_validator(mode="after")
     def _fits(self) -> OnPolicyRecipe[A]:
         algorithm, rollout = self.algorithm, self.rollout
@@ -137,7 +142,10 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "would be 1 at the start; leave it at 0 for on-policy methods"
             )
         if self.share == "base" and self.parallel.mode == "fsdp":
-            raise ValueError("share: base keeps one whole base on each device; use parallel.mode: replicas")
+            raise ValueError(
+                "share: base keeps one whole base on each device; use parallel.mode: replicas, or share: none, where "
+                "every model lies in pieces"
+            )
         if self.share == "base" and self.model.lora is None:
             raise ValueError(
                 "share: base needs adapters to tell the models apart; give model.lora, for instance '{}'"
@@ -155,10 +163,6 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(
                 f"parallel.mode fsdp: {algorithm.title} needs second derivatives, which sharded layers do not give; "
                 "use mode: replicas"
-            )
-        if self.parallel.mode == "fsdp" and algorithm.sampling_mask() is not None:
-            raise ValueError(
-                f"parallel.mode fsdp: {algorithm.title} copies the whole policy now and then; use mode: replicas"
             )
         if self.critic is not None and self.critic.init == "shared":
             if algorithm.update == "trust_region":

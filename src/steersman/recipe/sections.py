@@ -12,6 +12,8 @@ from steersman.run.config import Section
 
 if TYPE_CHECKING:
     from steersman.rollout import Sampling
+    from steersman.run.parallel import ParallelConfig
+    from steersman.update.optimizer import OptimizerConfig
 
 
 class LoraSection(Section):
@@ -95,14 +97,58 @@ ADAPTER_RATE = 5e-4
 more; on a chat model of 135M parameters DPO hardly moved at 1e-5 and 1e-4, and did at this rate."""
 
 
+HALF = ("bfloat16", "float16")
+
+
 class TrainingRecipe(Section):
-    """A recipe that trains `model` by `optimizer`, with a default rate for what is trained."""
+    """A recipe that trains `model` by `optimizer`, with a default rate for what is trained; on several devices as
+    `run` and `parallel` say.
+
+    Raises ValueError for what can not be laid over them.
+    """
+
+    if TYPE_CHECKING:  # each recipe has these fields, at a place of its own
+        model: ModelConfig
+        optimizer: OptimizerConfig
+        run: ManyRunConfig
+        parallel: ParallelConfig
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         model = given.get("model")
         adapters = isinstance(model, dict) and model.get("lora") is not None
         return {"optimizer": {"lr": ADAPTER_RATE}} if adapters and "optimizer.lr" not in cls.unread_keys() else {}
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        """What updates the weights of each model, by its key."""
+        return {"optimizer": self.optimizer}
+
+    @model_validator(mode="after")
+    def _fits_its_devices(self) -> TrainingRecipe:
+        devices, copies = self.run.devices, self.parallel.replicas
+        if devices > 1 and devices % copies:
+            raise ValueError(f"parallel.replicas is {copies}, which does not divide run.devices {devices}")
+        if self.parallel.mode != "fsdp":
+            return self
+        if self.model.quantise != "none":
+            raise ValueError(
+                f"model.quantise {self.model.quantise}: quantised weights can not lie in pieces; use parallel.mode: "
+                "replicas, or parallel.compute_dtype: bfloat16 without quantise"
+            )
+        for key, optimizer in self.optimizers.items():
+            if optimizer.kind != "adamw":
+                raise ValueError(
+                    f"{key}.kind {optimizer.kind} looks at whole matrices or blocks of them, and parallel.mode fsdp "
+                    "has pieces; use adamw, or mode: replicas"
+                )
+            if self.model.dtype in HALF and self.model.lora is None and optimizer.rounding != "nearest":
+                raise ValueError(
+                    f"{key}.rounding {optimizer.rounding} keeps more of {self.model.dtype} weights than they hold, "
+                    "which parallel.mode fsdp does not; use model.dtype: float32 with parallel.compute_dtype: "
+                    "bfloat16, which computes in half of it, or mode: replicas"
+                )
+        return self
 
 
 class CorrectionConfig(Section):

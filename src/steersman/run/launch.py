@@ -1,7 +1,7 @@
 """Starts a verb on several processes of this machine through torch's own launcher, and watches over them.
 
-Under `torchrun`, SLURM's `srun` with torch's variables, or any other launcher that sets RANK and WORLD_SIZE, the
-ranks are there already and nothing is started here.
+Under `torchrun`, SLURM's `srun`, or any other launcher that sets RANK and WORLD_SIZE, the ranks are there already and
+nothing is started here.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,31 @@ from steersman.types import SteersmanError
 
 FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
 """What a rank that was started here finds in its environment: where it leaves word, and its starter's pid."""
+
+
+def from_slurm(given: Mapping[str, str]) -> dict[str, str]:
+    """torch's variables for a task of an `srun` step of several tasks, from SLURM's own; empty for any other process,
+    and where torch's are there already.
+
+    Rank 0 is on the step's first node; its port follows from the numbers of job and step, which all tasks know.
+    Raises SteersmanError where a variable that `srun` sets is missing.
+    """
+    world = given.get("SLURM_STEP_NUM_TASKS", "1")
+    if world == "1" or "WORLD_SIZE" in given:
+        return {}
+    try:
+        first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", given["SLURM_STEP_NODELIST"])
+        address = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group() if first else "")
+        port = 20_000 + (int(given["SLURM_JOB_ID"]) * 7 + int(given["SLURM_STEP_ID"])) % 20_000
+        return {
+            "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given["SLURM_LOCALID"], "WORLD_SIZE": world,
+            "MASTER_ADDR": address, "MASTER_PORT": str(port),
+        }  # fmt: skip
+    except KeyError as missing:
+        raise SteersmanError(
+            f"this is a task of srun, which did not set {missing.args[0]}; set torch's variables (RANK, LOCAL_RANK, "
+            "WORLD_SIZE, MASTER_ADDR, MASTER_PORT) yourself, or use torchrun"
+        ) from missing
 
 
 def must_start(devices: int) -> bool:

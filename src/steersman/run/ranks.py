@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ class Ranks:
     group: Any = None
     """The process group of the collectives; None is that of the whole run."""
     calls: int = field(default=0, init=False)
+    _mesh: Any = field(default=None, init=False)
 
     @property
     def sharded(self) -> bool:
@@ -81,16 +82,23 @@ class Ranks:
         return found
 
     def from_main(self, make: Callable[[], T], what: str = "what rank 0 makes") -> T:
-        """What `make` gives on rank 0, on every rank; its error is raised on every rank too."""
+        """What `make` gives on rank 0, on every rank; its error is raised on every rank too.
+
+        While it runs, `ranks()` says that rank 0 is alone: whatever would share work out does all of it itself, since
+        the others wait here.
+        """
         if self.world == 1:
             return make()
         made: list[Any] = [None]
         error: BaseException | None = None
         if self.main:
+            token = _by_itself.set(True)
             try:
                 made = [_Made(make(), None)]
             except Exception as raised:
                 error, made = raised, [_Made(None, _portable(raised))]
+            finally:
+                _by_itself.reset(token)
         with self.call(what):
             dist.broadcast_object_list(made, src=0, group=self.group)
         if error is not None:
@@ -167,6 +175,36 @@ class Ranks:
             group = dist.new_group(backend="gloo", timeout=limit)
         return Ranks(self.rank, self.world, self.parallel, self.store, group)
 
+    # -- weights in pieces ---------------------------------------------------------------------------------
+
+    def mesh(self, device: str) -> Any:
+        """The ranks as torch's device mesh: copies of the model over the first axis where there are several, the
+        pieces of a copy over the last. It is made once; its groups have this run's time limit, not torch's half hour.
+
+        Raises SteersmanError where the ranks do not divide into `parallel.replicas`.
+        """
+        if self._mesh is not None:
+            return self._mesh
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+        copies, limit = self.parallel.replicas, timedelta(seconds=self.parallel.timeout)
+        if self.world % copies:
+            raise SteersmanError(f"parallel.replicas is {copies}, which does not divide the {self.world} devices")
+        with self.call("the device mesh"):
+            if copies == 1:
+                self._mesh = init_device_mesh(device, (self.world,), mesh_dim_names=("shard",))
+                return self._mesh
+            grid = torch.arange(self.world).view(copies, -1)
+            groups: list[Any] = [
+                next(group for members, group in axis if self.rank in members)
+                for axis in (
+                    [(members, dist.new_group(members, limit)) for members in rows.tolist()]
+                    for rows in (grid.T, grid)
+                )
+            ]
+            self._mesh = DeviceMesh.from_group(groups, device, grid, mesh_dim_names=("replicate", "shard"))
+        return self._mesh
+
     # -- time limits ---------------------------------------------------------------------------------------
 
     @contextmanager
@@ -177,14 +215,17 @@ class Ranks:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            raise MissingRankError(f"rank {self.rank} of {self.world}: {what} failed. {self._missing()}") from error
+            raise MissingRankError(f"rank {self.rank} of {self.world}: {what} failed. {self.missing()}") from error
 
     def _place(self, rank: int) -> str:
         return f"steersman/{'at' if self.group is None else 'beside'}/{rank}"
 
-    def _missing(self) -> str:
-        """Where every other rank was last, as far as the store can still be asked."""
+    def missing(self) -> str:
+        """Where every other rank was last, and whether it waits in vain as this one did, as far as the store can
+        still be asked."""
         told = []
+        with suppress(Exception):
+            self.store.set(f"{self._place(self.rank)}/waits", "")
         for rank in range(self.world):
             if rank == self.rank:
                 continue
@@ -194,9 +235,13 @@ class Ranks:
             except Exception:
                 told.append(f"rank {rank} can no longer be asked")
                 continue
-            late = int(number) < self.calls
-            told.append(f"rank {rank} was last in call {number} ({where}){', behind' if late else ''}")
-        return f"This is call {self.calls}; {'; '.join(told)}. A rank that is behind has died or hangs"
+            how = ", behind" if int(number) < self.calls else ""
+            try:
+                self.store.wait([f"{self._place(rank)}/waits"], timedelta(seconds=5))
+            except Exception:
+                how += ", and is not waiting"
+            told.append(f"rank {rank} was last in call {number} ({where}){how}")
+        return f"This is call {self.calls}; {'; '.join(told)}. A rank that is not waiting has died or hangs"
 
 
 class MissingRankError(SteersmanError):
@@ -233,24 +278,25 @@ def _numbered(error: Exception, rank: int) -> Exception:
     return error
 
 
-_here = Ranks(store=NoStore())
-_of_thread = threading.local()
+_here = _alone = Ranks(store=NoStore())
+_by_itself: ContextVar[bool] = ContextVar("by itself", default=False)
+"""Whether this thread of rank 0 makes what the others wait for (`Ranks.from_main`)."""
 
 
 def ranks() -> Ranks:
     """This process among those that train together; alone until `opened` says otherwise."""
-    return getattr(_of_thread, "ranks", _here)
+    return _alone if _by_itself.get() else _here
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """While open this process is alone for the calling thread: what it does there is rank 0's own work, in which the
     other ranks have no part."""
-    _of_thread.ranks = Ranks(store=NoStore())
+    before = _by_itself.set(True)
     try:
         yield
     finally:
-        del _of_thread.ranks
+        _by_itself.reset(before)
 
 
 @contextmanager
@@ -258,7 +304,7 @@ def opened(parallel: ParallelConfig) -> Iterator[Ranks]:
     """Joins the ranks that torch's launcher started, for as long as the block lasts; alone where none did.
 
     Collectives over CPU tensors go through gloo, those over CUDA tensors through NCCL. Raises SteersmanError where
-    the other ranks do not come within `parallel.timeout` seconds.
+    the other ranks do not come within `parallel.timeout` seconds, MissingRankError where one is lost later.
     """
     global _here
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -281,6 +327,12 @@ def opened(parallel: ParallelConfig) -> Iterator[Ranks]:
     before, _here = _here, Ranks(rank, world, parallel, store)
     try:
         yield _here
+    except RuntimeError as error:  # of a layer that lies in pieces, whose weights are gathered inside torch
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise MissingRankError(
+            f"rank {rank} of {world}: pieces of a layer did not come. {_here.missing()}"
+        ) from error
     finally:
         _here = before
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from steersman.data import end_ids as template_ends
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
-from steersman.model import Policy
+from steersman.model import Policy, whole_weights
 from steersman.recipe.sections import RolloutConfig
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
@@ -46,7 +46,8 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
 def open_engine(rollout: RolloutConfig, policy: Policy) -> Engine:
     """The engine inside this process, whatever `rollout.engine` says."""
     ends = ends_of(rollout, policy)
-    return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
+    with whole_weights(policy):  # an encoder-decoder is tried once
+        return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
 
 
 class OfMainRank:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
-from steersman.model import Policy, SharedBase, SharedCritic, place_head, whole_weights
+from steersman.model import Policy, SharedBase, SharedCritic, in_their_pieces, place_head, whole_weights
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
@@ -37,7 +37,7 @@ class Roles:
     engine: Generator
     sampling: Sampling
     device: torch.device
-    mask_model: torch.nn.Module | None = None
+    mask: Policy | None = None
     environment: Environment | None = None
 
     @property
@@ -52,15 +52,21 @@ class Roles:
     def generate(self, prompts: Sequence[Prompt], *, seed: Any, n: int, greedy: bool = False) -> list[Sample]:
         """Samples from the actor as it is now, under the algorithm's mask where it has one."""
         sampling = self.sampling.as_greedy() if greedy else self.sampling
-        with whole_weights(self.policy):
+        with whole_weights(self.policy), nullcontext() if self.mask is None else whole_weights(self.mask):
             return sampled_by_all(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
 
     def refresh(self, iteration: int) -> None:
         """Copies the actor into the masking policy when it is due."""
-        mask = self.learner.algorithm.sampling_mask()
-        if mask is not None and iteration % mask.every == 0:
-            assert self.mask_model is not None
-            self.mask_model.load_state_dict(self.policy.model.state_dict())
+        limit = self.learner.algorithm.sampling_mask()
+        if limit is not None and iteration % limit.every == 0:
+            put_back(self._masking(), trainable(self.policy))
+
+    def _masking(self) -> dict[str, torch.Tensor]:
+        """The masking policy's weights that the actor trains, by name."""
+        assert self.mask is not None
+        trained = trainable(self.policy)
+        in_their_pieces(self.mask)
+        return {name: p for name, p in self.mask.named_parameters() if name in trained}
 
     def state_dict(self) -> dict[str, Any]:
         learner = self.learner
@@ -70,8 +76,8 @@ class Roles:
             state["critic"] = kept_state(_own(learner.critic))
         if learner.critic_optimizer is not None:
             state["critic_optimizer"] = learner.critic_optimizer.state_dict()
-        if self.mask_model is not None:
-            state["mask"] = kept_state(self.mask_model.state_dict())
+        if self.mask is not None:
+            state["mask"] = kept_state(self._masking())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,8 +89,8 @@ class Roles:
             put_back(_own(learner.critic), state["critic"])
         if learner.critic_optimizer is not None:
             learner.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        if self.mask_model is not None:
-            self.mask_model.load_state_dict(state["mask"])
+        if self.mask is not None:
+            put_back(self._masking(), state["mask"])
 
 
 def _own(critic: Critic) -> dict[str, torch.Tensor]:
@@ -117,10 +123,10 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         vf_coef=config.vf_coef,
         correction=rollout.correction.made(),
     )
-    sampling, mask, mask_model = rollout.sampling(), algorithm.sampling_mask(), None
-    if mask is not None:
-        mask_model = copy.deepcopy(policy.model).requires_grad_(False)
-        sampling = replace(sampling, limit=ActionLimit(mask_model, mask.top_p, mask.min_tokens))
+    sampling, limit, mask = rollout.sampling(), algorithm.sampling_mask(), None
+    if limit is not None:
+        mask = _policy(recipe, device)[0].requires_grad_(False)
+        sampling = replace(sampling, limit=ActionLimit(mask.model, limit.top_p, limit.min_tokens))
     engine, environment = open_generator(rollout, policy), None
     if recipe.environment is not None:
         environment = open_environment(recipe.environment)
@@ -130,10 +136,12 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
                 "`play: {environment: turn}`"
             )
         engine = open_episodes(recipe.environment, environment, recipe.data, rollout, policy, engine)
-    return Roles(
+    roles = Roles(
         learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), engine, sampling, device,
-        mask_model, environment,
+        mask, environment,
     )  # fmt: skip
+    roles.refresh(0)
+    return roles
 
 
 def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, SharedBase | None]:

@@ -247,8 +247,8 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             found.append(Model(f"reward {name}", part.model.model, part.model.model.name_or_path))
-    if roles.mask_model is not None:
-        found.append(Model("masking policy", roles.mask_model, "the actor, copied now and then"))
+    if roles.mask is not None:
+        found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found
 
 

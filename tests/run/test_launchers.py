@@ -1,0 +1,46 @@
+"""What a launcher of another kind says of the ranks, in torch's words."""
+
+from __future__ import annotations
+
+import pytest
+
+from steersman.run.launch import from_slurm
+from steersman.types import SteersmanError
+
+TASK = {
+    "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[003-004,007]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[003-004,007]", "gpu003"),
+        ("gpu003,gpu004", "gpu003"),
+        ("login1,gpu[1-2]", "login1"),
+        ("rack[2-3]node[10,12].x", "rack2node10.x"),
+        ("alone", "alone"),
+    ],
+)
+def test_a_task_of_srun_knows_its_rank_and_the_first_node(nodes, first):
+    found = from_slurm(TASK | {"SLURM_STEP_NODELIST": nodes})
+    assert found.pop("MASTER_ADDR") == first
+    assert found == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "MASTER_PORT": str(20_000 + 4711 * 7 % 20_000),
+    }
+
+
+def test_other_processes_are_left_as_they_are():
+    assert from_slurm({}) == {}
+    assert from_slurm(TASK | {"SLURM_STEP_NUM_TASKS": "1"}) == {}  # one task that starts its own ranks
+    assert from_slurm({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}  # the batch script itself
+    assert from_slurm(TASK | {"WORLD_SIZE": "2"}) == {}  # torchrun inside a step
+
+
+def test_a_missing_variable_is_named():
+    with pytest.raises(SteersmanError, match="SLURM_LOCALID"):
+        from_slurm({k: v for k, v in TASK.items() if k != "SLURM_LOCALID"})
