@@ -7,9 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-import pytest
-
-uvicorn = pytest.importorskip("uvicorn", reason="needs steersman[people]")
+import uvicorn
 
 from steersman.data import DataConfig, layout
 from steersman.model import load_policy
