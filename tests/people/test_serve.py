@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
 from letter_models import save_chat_mini, save_mini
 
 from steersman.cli import main
-from steersman.data import DataConfig, layout
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.live import Live
 from steersman.types import Prompt
 
 openai = pytest.importorskip("openai", reason="needs the openai client")
-uvicorn = pytest.importorskip("uvicorn", reason="needs steersman[people]")
+pytest.importorskip("uvicorn", reason="needs steersman[people]")
+from serve_kit import running, served_from  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.responses import StreamingResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
 from steersman.people.serve.app import Server  # noqa: E402
 from steersman.people.serve.assignment import Assignment  # noqa: E402
 from steersman.people.serve.backend import Backend, BackendSection  # noqa: E402
 from steersman.people.serve.growing_text import SettledText  # noqa: E402
-from steersman.people.serve.reply import Served  # noqa: E402
 from steersman.people.serving import Served as ServedModel  # noqa: E402
 from steersman.people.serving import Serving, read_serving  # noqa: E402
 
@@ -44,32 +45,6 @@ def other(tmp_path_factory, folder):
     place = save_mini(tmp_path_factory.mktemp("other"), seed=1, context=256)
     load_policy(folder, trainable=False, device="cpu").tokenizer.save_pretrained(place)
     return place
-
-
-def served_from(path, name="") -> Served:
-    policy = load_policy(path, trainable=False, device="cpu")
-    live = Live(Engine(policy.model, policy.tokenizer), rows=4, longest=100, new_tokens=100, queue=40)
-    return Served(live, layout(policy, DataConfig(path="serve")), name)
-
-
-@contextmanager
-def running(served: Server):
-    """The address of a server on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(served.app(), host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        for one in served.models.values():
-            one.live.close()
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +270,41 @@ def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path)
         assert answers("r-1")[0] == "turn-01"
 
 
+class Halting:
+    """A server that sends a stream's second piece when it is told to."""
+
+    def __init__(self):
+        self.models, self.go_on = {}, threading.Event()
+
+    def app(self):
+        return Starlette(routes=[Route("/v1/completions", self.stream, methods=["POST"])])
+
+    async def stream(self, request):
+        return StreamingResponse(self.pieces(), media_type="text/event-stream")
+
+    async def pieces(self):
+        for text in ("one", "two"):
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'text': text}]})}\n\n"
+            assert await asyncio.to_thread(self.go_on.wait, 60)
+        yield "data: [DONE]\n\n"
+
+
+def test_a_piece_of_a_stream_goes_on_before_the_next_one_is_there():
+    far = Halting()
+    with (
+        running(far) as url,
+        running(Server({}, load=served_from, backend=Backend(BackendSection(url=f"{url}/v1"), 60.0))) as near,
+    ):
+        stream = iter(
+            openai.OpenAI(base_url=f"{near}/v1", api_key="x", max_retries=0).completions.create(
+                model="m", prompt="a", stream=True
+            )
+        )
+        assert next(stream).choices[0].text == "one"
+        far.go_on.set()
+        assert [chunk.choices[0].text for chunk in stream] == ["two"]
+
+
 def test_in_front_of_another_server_streams_come_through_as_they_are(url, tmp_path, monkeypatch):
     monkeypatch.setenv("BACKEND_KEY", "right-key")
     behind = Backend(BackendSection(url=f"{url}/v1", key_env="BACKEND_KEY"), 60.0)
@@ -303,9 +313,7 @@ def test_in_front_of_another_server_streams_come_through_as_they_are(url, tmp_pa
         assert [m.id for m in client.models.list()] == ["mini"]
         ask = {"model": "mini", "prompt": "look at", "max_tokens": 30, "seed": 2}
         whole = client.completions.create(**ask).choices[0].text
-        pieces = [c.choices[0].text for c in client.completions.create(**ask, stream=True)]
-        assert len(pieces) >= 2  # as many tokens come in one piece as were made since the last
-        assert "".join(pieces) == whole
+        assert "".join(c.choices[0].text for c in client.completions.create(**ask, stream=True)) == whole
         with pytest.raises(openai.NotFoundError, match="there is no model"):
             client.completions.create(model="none", prompt="a")
         with pytest.raises(openai.AuthenticationError):

@@ -1,26 +1,37 @@
-"""Pictures of every view of `steersman collect`, at a desktop's and a phone's width.
+"""Pictures of every view of `steersman collect`: on a desktop, on a phone, and some in Chinese and dark.
 
-    python tools/results/screenshots.py --runs runs --out docs/images/collect
+    python tools/results/screenshots.py --out docs/images/collect
 
-`--runs` is a folder with finished runs. The story model answers in the chats; the pairs are its stories.
+The story model answers in the chats; the pairs are its stories; a short run of GRPO is made to be looked at. The
+Chinese pages want a font with Chinese characters (Debian: fonts-wqy-zenhei).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from browser import chromium
 from pages import collecting
-from playwright.sync_api import Page
+from playwright.sync_api import Browser
 
 from steersman.assets import openings, story_model
 
-WIDTHS = {"desktop": (1280, 800), "phone": (390, 800)}
-PAIRS = 20
+DEVICES: dict[str, dict[str, Any]] = {
+    "desktop": {"viewport": {"width": 1280, "height": 800}},
+    "phone": {"viewport": {"width": 390, "height": 800}, "is_mobile": True, "has_touch": True},
+}
+CHINESE = {"locale": "zh-CN", "color_scheme": "dark"}
+LONGEST_PAGE, PAIRS = 2500, 20
+RUN = {
+    "iterations": 4, "rollout.prompts": 8, "rollout.samples": 4, "rollout.max_new_tokens": 32, "rollout.held_out": 8,
+    "run.eval_every": 2, "run.save_every": 4,
+}  # fmt: skip
 
 
 def queues(folder: Path) -> Path:
@@ -53,63 +64,103 @@ def queues(folder: Path) -> Path:
     return recipe
 
 
-def take(page: Page, out: Path, name: str, *, whole: bool = True) -> None:
-    for width, (x, y) in WIDTHS.items():
-        page.set_viewport_size({"width": x, "height": y})
-        page.screenshot(path=out / f"{name}-{width}.png", full_page=whole)
+class Camera:
+    """One rater with a desktop and a phone: `page` is the desktop's, which they work on."""
+
+    def __init__(self, browser: Browser, address: str, out: Path, **look: Any) -> None:
+        self.out, options = out, {"base_url": address, "locale": "en", **look}
+        first = browser.new_context(**options, **DEVICES["desktop"])
+        first.set_default_timeout(60_000)
+        self.page = first.new_page()
+        self.page.goto("/")
+        second = browser.new_context(**options, **DEVICES["phone"], storage_state=first.storage_state())
+        second.set_default_timeout(60_000)
+        self.phone = second.new_page()
+
+    def take(self, name: str, *, whole: bool = True) -> None:
+        """The desktop's page on both devices; `whole` is as long as it is, otherwise what one screen shows."""
+        self.phone.goto(self.page.url)
+        for device, page in (("desktop", self.page), ("phone", self.phone)):
+            size = DEVICES[device]["viewport"]
+            high = page.evaluate("document.documentElement.scrollHeight") if whole else 0
+            page.set_viewport_size(size | {"height": max(size["height"], min(high, LONGEST_PAGE))})
+            page.screenshot(path=self.out / f"{name}-{device}.png")
+            page.set_viewport_size(size)
 
 
-def judge_twenty(page: Page, out: Path) -> None:
+def judge_twenty(camera: Camera) -> None:
     """A new rater from the first page on: the first, second and last pair, undo, and the end."""
+    page = camera.page
     page.goto("/")
-    take(page, out, "home")
+    camera.take("home")
     page.keyboard.press("j")
     for number in range(PAIRS):
         page.locator(f"text={openings()[number]}").first.wait_for()
         if number == 0:
-            take(page, out, "compare")
+            camera.take("compare")
         page.keyboard.press("1" if number % 3 else "4")
     page.locator("h1:text-is('Done')").wait_for()
-    take(page, out, "nothing-left")
+    camera.take("nothing-left")
+    page.keyboard.press("u")
+    page.locator("#status:not(:empty)").wait_for()
+    camera.take("undone")
+    page.keyboard.press("1")
+    page.locator("h1:text-is('Done')").wait_for()
 
 
-def others(page: Page, out: Path, run: str) -> None:
+def others(camera: Camera, run: str) -> None:
+    page = camera.page
     for number, task in enumerate(("rank", "rate", "mark", "review"), 2):
         page.goto(f"/judge/{number}")
-        take(page, out, task)
+        camera.take(task)
     page.goto("/chat")
     page.keyboard.press("n")
     page.get_by_label("Your message").fill("Once upon a time, there was a little cat")
     page.keyboard.press("Control+Enter")
     page.locator(".turn.assistant").wait_for(timeout=180_000)
-    take(page, out, "chat")
     page.keyboard.press("1")
     page.locator('button[aria-pressed="true"]').wait_for()
+    camera.take("chat")
     for name, path in {
         "chats": "/chat", "look": "/look", "look-conversations": "/look/conversations", "look-runs": "/look/runs",
         "look-run": f"/look/run/{run}", "look-rows": f"/look/rows/{run}", "look-beside": f"/look/beside?run={run}",
         "admin": "/admin", "error": "/item/none",
     }.items():  # fmt: skip
         page.goto(path)
-        take(page, out, name, whole=False)
+        camera.take(name, whole=False)
+
+
+def in_chinese(camera: Camera) -> None:
+    """Of the same rater's pages, those that every rater sees first."""
+    for name, path in {"home": "/", "rate": "/judge/3", "chats": "/chat"}.items():
+        camera.page.goto(path)
+        camera.take(f"{name}-zh-dark")
+
+
+def short_run(folder: Path) -> None:
+    """Four iterations of GRPO with the shipped recipe, in `folder`."""
+    keys = [text for key, value in RUN.items() for text in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "steersman.cli", "grpo", "recipes/grpo.yaml", *keys, "--run.dir", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/images/collect"))
-    parser.add_argument("--runs", type=Path, required=True, help="folder with runs")
-    parser.add_argument("--run", required=True, help="a run in it, as the pages name it")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [str(queues(Path(folder))), "--model.path", str(story_model()), "--runs", str(args.runs)]
-        arguments += ["--sampling.max_new_tokens", "48"]
-        with collecting(*arguments) as (address, _), chromium() as browser:
-            context = browser.new_context(base_url=address, locale="en")
-            context.set_default_timeout(60_000)
-            page = context.new_page()
-            judge_twenty(page, args.out)
-            others(page, args.out, args.run)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        short_run(folder / "runs" / "grpo")
+        arguments = [str(queues(folder)), "--model.path", str(story_model()), "--runs", str(folder / "runs")]
+        with (
+            collecting(*arguments, "--sampling.max_new_tokens", "48") as (address, _),
+            chromium() as browser,
+        ):
+            camera = Camera(browser, address, args.out)
+            judge_twenty(camera)
+            others(camera, "runs/grpo")
+            in_chinese(Camera(browser, address, args.out, **CHINESE))
 
 
 if __name__ == "__main__":
