@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from steersman.environments.agent import AgentEnvironment
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.port import Environment
+from steersman.environments.processes import ProcessEnvironment
+from steersman.environments.records import RecordedEnvironment
 from steersman.run.config import Section
 from steersman.run.extras import explained
 
@@ -44,6 +46,15 @@ class EnvironmentConfig(Section):
         default=None, gt=0, description="seconds that an episode may wait for its environment in all; null: no limit"
     )
     workers: int = Field(default=64, ge=1, description="threads that run environments side by side")
+    run_in: Literal["threads", "processes"] = Field(
+        default="threads",
+        description="processes: every episode under way has one of its own, so that a tool that crashes, hangs or "
+        "holds the interpreter takes nothing else along; for tools that compute in Python it is faster too",
+    )
+    record: str | None = Field(default=None, description="file that everything an environment says is recorded in")
+    replay: bool = Field(
+        default=False, description="episodes are played from `record` and no environment is asked anything"
+    )
     overlap: bool = Field(
         default=False,
         description="turns join the batch that is being decoded, half of the episodes at a time, while the others "
@@ -88,6 +99,12 @@ class EnvironmentConfig(Section):
             raise ValueError("actions, rendering and invalid_reward belong to gym")
         if self.agent_pays and not self.agent:
             raise ValueError("agent_pays belongs to agent")
+        if self.replay and self.record is None:
+            raise ValueError("replay plays episodes from a record; give its file as `record`")
+        if self.agent and (self.run_in == "processes" or self.record):
+            raise ValueError(
+                "run_in and record belong to other environments; an agent is a program of its own already"
+            )
         if (self.tools or self.agent) and self.args:
             raise ValueError("args belong to path or gym")
         return self
@@ -95,6 +112,17 @@ class EnvironmentConfig(Section):
 
 def open_environment(config: EnvironmentConfig) -> Environment:
     """The environment that the section describes. Raises SteersmanError for what does not load or fit."""
+    environment = _inner(config)
+    if config.run_in == "processes" and not config.replay:
+        section = config.model_copy(update={"run_in": "threads", "record": None}).model_dump_json()
+        environment = ProcessEnvironment(environment, section, config.time_limit)
+    if config.record is not None:
+        environment = RecordedEnvironment(environment, config.record, replay=config.replay)
+    return environment
+
+
+def _inner(config: EnvironmentConfig) -> Environment:
+    """The environment in this process."""
     if config.tools:
         return ToolEnvironment(config.tools, on_error=config.on_error, longest=config.max_characters)
     if config.gym is not None:
