@@ -61,6 +61,12 @@ class EnvironmentConfig(Section):
         "wait for their tools; faster with slow tools. Repeatable bit for bit with the engine inside; with servers, "
         "what is sampled together depends on time",
     )
+    overlap_steps: int = Field(
+        default=0,
+        ge=0,
+        description="overlap with the engine inside: steps of decoding (a token of every row) before an episode may "
+        "speak again; about what tools take at most, so that nobody is waited for while rows stand idle",
+    )
     retries: int = Field(default=0, ge=0, description="how often a beginning that failed is tried anew")
     on_error: Literal["tell", "end"] = Field(
         default="tell", description="a tool that raises: its error is shown to the model, or ends the episode"
@@ -99,6 +105,8 @@ class EnvironmentConfig(Section):
             raise ValueError("actions, rendering and invalid_reward belong to gym")
         if self.agent_pays and not self.agent:
             raise ValueError("agent_pays belongs to agent")
+        if self.overlap_steps and not self.overlap:
+            raise ValueError("overlap_steps belongs to overlap")
         if self.replay and self.record is None:
             raise ValueError("replay plays episodes from a record; give its file as `record`")
         if self.agent and (self.run_in == "processes" or self.record):
