@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from letter_models import LETTERS, letters
 from pydantic import ValidationError
+from tiny_models import tiny_model
 from train_kit import merge, recipe, rows, weights
 
 from steersman.advantage.by_turn import by_turn
@@ -205,3 +207,15 @@ def test_baselines_per_turn(base, tmp_path):
 def test_baselines_per_turn_are_refused_where_there_are_none(base, name, why):
     with pytest.raises(ValidationError, match=why):
         recipe(name, base, environment__baseline_per="turn")
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_an_encoder_decoder_trains(base, tmp_path, name):
+    """Each turn is a segment of its own; the episode is one all the same."""
+    folder = tmp_path / "t5"
+    tiny_model("t5", vocab=len(LETTERS), scale=1.0).save_pretrained(folder)
+    letters().save_pretrained(folder)
+    rl.run(recipe(name, base, model__path=str(folder), iterations=2))
+    seen = rows(tmp_path / "run")[-1]
+    assert seen["ratio_gap"] < 1e-4
+    assert seen["episode/turns"] == 3

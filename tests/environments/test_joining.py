@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from train_kit import merge, recipe
 
 from steersman.environments import schedules
@@ -59,6 +60,40 @@ def test_how_long_environments_take_changes_no_bit(waits):
     for luck in (1, 2):
         late = merge(waits, {"environment.args": {"longest": 0.05, "luck": luck}})
         assert bits(episodes(late)) == at_once
+
+
+def test_steps_between_turns_change_no_bit_and_are_kept(waits, monkeypatch):
+    """An episode speaks again after so many steps, or sooner where nothing else is decoded; never by the clock."""
+    waits = merge(waits, {"environment.overlap_steps": 9})
+    at_once = bits(episodes(waits))
+    steps, ended, gaps, joining = [0], {}, [], schedules.joining
+
+    class Watched:
+        def __init__(self, batch):
+            self.batch, self.keys = batch, {}
+
+        room = property(lambda self: self.batch.room)
+        busy = property(lambda self: self.batch.busy)
+
+        def join(self, asked, seeds):
+            gaps.extend(steps[0] - ended[p.index] for p in asked if p.index in ended and self.busy)
+            numbers = self.batch.join(asked, seeds)
+            self.keys |= {n: p.index for n, p in zip(numbers, asked, strict=True)}
+            return numbers
+
+        def advance(self):
+            steps[0] += 1
+            done = self.batch.advance()
+            ended.update({self.keys[n]: steps[0] for n in done})
+            return done
+
+    monkeypatch.setattr("steersman.environments.runner.joining", lambda play, b: joining(play, Watched(b)))
+    late = merge(waits, {"environment.args": {"longest": 0.05, "luck": 1}})
+    assert bits(episodes(late)) == at_once
+    assert len(gaps) > 10
+    assert min(gaps) >= 9
+    with pytest.raises(ValidationError, match="overlap_steps belongs to overlap"):
+        recipe("rloo", merge(waits, {"environment.overlap": False}))
 
 
 def test_the_same_words_as_turn_by_turn(waits):

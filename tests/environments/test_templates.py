@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 
 from steersman.algorithms import ALGORITHMS
 from steersman.data import Layout, end_ids
+from steersman.data.encoder_decoder import PairLayout
 from steersman.environments.calls import form_of
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
@@ -18,6 +19,7 @@ from steersman.environments.conversation import TurnLayout
 from steersman.environments.play import Played
 from steersman.environments.port import Answer, Call, Reply
 from steersman.environments.runner import Episodes
+from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
 from steersman.train.experience import tokens_of
 from steersman.train.segments import SegmentRows
@@ -139,8 +141,6 @@ def test_ids_and_mask_hold_for_families(family, template, worlds):
     prompts = [Prompt([3], "", {}, i, [{"role": "user", "content": w}]) for i, w in enumerate(("hm", "look at"))]
     samples = play.generate(prompts, Sampling(5), n=2, seed=3)
     tokens = tokens_of(samples)
-    from steersman.model import Policy
-
     logp = Policy(model, tokenizer).logp(tokens).logp
     for b, s in enumerate(samples):
         assert [sum(s.mask[t.begin : t.end]) for t in s.turns] == [t.end - t.begin for t in s.turns]
@@ -148,6 +148,33 @@ def test_ids_and_mask_hold_for_families(family, template, worlds):
         mask = torch.tensor(s.mask)
         found = logp[b, : len(s.ids)][mask]
         torch.testing.assert_close(found, torch.tensor(s.logp)[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_ids_and_mask_hold_for_encoder_decoders(family, chat, worlds):
+    """Each turn's encoder reads all that was said before it, and training reads what sampling read."""
+    tokenizer = tokenizer_of(CHATML)
+    model = tiny_model(family, vocab=len(tokenizer), scale=1.0)
+    layout, ends = PairLayout(tokenizer, start=1, wrap_in_chat=chat), end_ids(tokenizer)
+    config = EnvironmentConfig(path=f"{worlds}:Echo", max_turns=5)
+    engine = Engine(model, tokenizer, eos_token_id=ends)
+    play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 60)
+    prompts = [Prompt([3], "", {}, i, [{"role": "user", "content": w}]) for i, w in enumerate(("hm", "oh"))]
+    samples = play.generate(prompts, Sampling(4), n=2, seed=3)
+    parts, whole = SegmentRows(samples), tokens_of(samples)
+    logp = parts.join(Policy(model, tokenizer).logp(parts.tokens(whole)).logp, whole.mask.shape[1])
+    recorded = torch.tensor([x for s in samples for x in s.logp])
+    torch.testing.assert_close(logp[whole.mask], recorded, atol=1e-4, rtol=0)
+    for s in samples:
+        assert all(s.mask)  # nobody but the policy speaks into the decoder
+        talk = list(s.prompt.turns)
+        for turn, part in zip(s.turns, s.segments or [Segment(s.prompt.ids, 0, len(s.ids))], strict=True):
+            shown = layout.template.render(talk, for_reply=True) if chat else "".join(m["content"] for m in talk)
+            asked = layout.codec.rendered(shown, first=True, own_template=True) if chat else layout.codec.begin(shown)
+            assert part.prompt == asked + ([] if asked[-1:] == layout.codec.suffix else layout.codec.suffix)
+            assert (part.begin, part.end) == (turn.begin, turn.end)
+            talk += [{"role": "assistant", "content": turn.said}, {"role": "user", "content": turn.heard}]
 
 
 def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
@@ -190,8 +217,6 @@ def test_imitated_templates(name, rewrites):
 def test_history_shown_anew_is_trained_as_it_was_shown(name, worlds):
     """Every turn stands behind what the template shows before it, and its log-probabilities are those of training."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from steersman.model import Policy
 
     assert FOLDER is not None
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from steersman.environments.agent import AgentEnvironment
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.port import Environment
+from steersman.environments.processes import ProcessEnvironment
+from steersman.environments.records import RecordedEnvironment
 from steersman.run.config import Section
 from steersman.run.extras import explained
 
@@ -46,11 +48,26 @@ class EnvironmentConfig(Section):
         default=None, gt=0, description="seconds that an episode may wait for its environment in all; null: no limit"
     )
     workers: int = Field(default=64, ge=1, description="threads that run environments side by side")
+    run_in: Literal["threads", "processes"] = Field(
+        default="threads",
+        description="processes: every episode under way has one of its own, so that a tool that crashes, hangs or "
+        "holds the interpreter takes nothing else along; for tools that compute in Python it is faster too",
+    )
+    record: str | None = Field(default=None, description="file that everything an environment says is recorded in")
+    replay: bool = Field(
+        default=False, description="episodes are played from `record` and no environment is asked anything"
+    )
     overlap: bool = Field(
         default=False,
         description="turns join the batch that is being decoded, half of the episodes at a time, while the others "
         "wait for their tools; faster with slow tools. Repeatable bit for bit with the engine inside; with servers, "
         "what is sampled together depends on time",
+    )
+    overlap_steps: int = Field(
+        default=0,
+        ge=0,
+        description="overlap with the engine inside: steps of decoding (a token of every row) before an episode may "
+        "speak again; about what tools take at most, so that nobody is waited for while rows stand idle",
     )
     retries: int = Field(default=0, ge=0, description="how often a beginning that failed is tried anew")
     on_error: Literal["tell", "end"] = Field(
@@ -90,6 +107,14 @@ class EnvironmentConfig(Section):
             raise ValueError("actions, rendering and invalid_reward belong to gym")
         if self.agent_pays and not self.agent:
             raise ValueError("agent_pays belongs to agent")
+        if self.overlap_steps and not self.overlap:
+            raise ValueError("overlap_steps belongs to overlap")
+        if self.replay and self.record is None:
+            raise ValueError("replay plays episodes from a record; give its file as `record`")
+        if self.agent and (self.run_in == "processes" or self.record):
+            raise ValueError(
+                "run_in and record belong to other environments; an agent is a program of its own already"
+            )
         if (self.tools or self.agent) and self.args:
             raise ValueError("args belong to path or gym")
         return self
@@ -97,6 +122,17 @@ class EnvironmentConfig(Section):
 
 def open_environment(config: EnvironmentConfig) -> Environment:
     """The environment that the section describes. Raises SteersmanError for what does not load or fit."""
+    environment = _inner(config)
+    if config.run_in == "processes" and not config.replay:
+        section = config.model_copy(update={"run_in": "threads", "record": None}).model_dump_json()
+        environment = ProcessEnvironment(environment, section, config.time_limit)
+    if config.record is not None:
+        environment = RecordedEnvironment(environment, config.record, replay=config.replay)
+    return environment
+
+
+def _inner(config: EnvironmentConfig) -> Environment:
+    """The environment in this process."""
     if config.tools:
         return ToolEnvironment(config.tools, on_error=config.on_error, longest=config.max_characters)
     if config.gym is not None:

@@ -31,12 +31,15 @@ _THOUGHT = "<think>\nthought\n</think>\n\n" + _STAND_IN
 class TurnLayout:
     """How turns become ids for one tokenizer: by its chat template, or as plain text one behind the other.
 
-    `ends` are the ids that end a reply. `tail` is what the template writes behind a reply, its end token first.
+    `joined` says that a model reads all turns as one sequence; an encoder-decoder reads everything before a turn with
+    its encoder, each time anew. `ends` are the ids that end a
+    reply. `tail` is what the template writes behind a reply, its end token first.
     """
 
     def __init__(self, layout: Layout, ends: Sequence[int]) -> None:
         self.codec, self.template, self.chat = layout.codec, layout.template, layout.wrap_in_chat
         self.ends = frozenset(ends)
+        self.joined, self.suffix = layout.joined, [] if layout.joined else layout.codec.suffix
         self.tail = ""
         if self.chat:
             talk: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _STAND_IN}]
@@ -46,9 +49,14 @@ class TurnLayout:
         """Ids and text of what the model is asked first."""
         if not self.chat:
             text = "".join(m["content"] for m in messages)
-            return self.codec.begin(text), text
+            return self._closed(self.codec.begin(text)), text
         shown = self.template.render(messages, for_reply=True)
-        return self.codec.rendered(shown, first=True, own_template=self.template.own), unfenced(shown)
+        ids = self.codec.rendered(shown, first=True, own_template=self.template.own)
+        return self._closed(ids), unfenced(shown)
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """With what an encoder-decoder's tokenizer puts behind every text."""
+        return ids if not self.suffix or ids[-len(self.suffix) :] == self.suffix else ids + self.suffix
 
     def between(
         self, first: Sequence[Message], reply: Message, new: Sequence[Message], *, ended: bool

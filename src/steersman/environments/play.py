@@ -106,7 +106,8 @@ class Play:
 
     def _submit(self, game: Played, call: Any) -> None:
         game.asked_at = time.monotonic()
-        self.workers.submit(game.order, call, self.of.config.time_limit)
+        in_threads = self.of.config.run_in == "threads"  # a process has its own clock and is ended
+        self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None)
 
     def _settle(self, job: Job) -> None:
         game = self.games[job.key]

@@ -101,3 +101,25 @@ class PayingEnvironment:
 
     def findings(self) -> list[str]:
         return []
+
+
+class EnvironmentAround:
+    """What an environment that stands around another one shows: what the inner one does."""
+
+    def __init__(self, inner: Environment) -> None:
+        self.inner = inner
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return self.inner.tools
+
+    @property
+    def pays(self) -> bool:
+        return self.inner.pays
+
+    @property
+    def actions(self) -> Sequence[str]:
+        return self.inner.actions
+
+    def findings(self) -> list[str]:
+        return self.inner.findings()

@@ -136,7 +136,7 @@ class Episodes:
                 return self.opened(game, answer.messages, room)
             before, game.messages = game.messages, [*game.messages, said, *messages]
             segments = self.config.history == "segments" and self.layout.chat
-            if segments and self.layout.rewritten(before, reply.text, game.messages):
+            if not self.layout.joined or (segments and self.layout.rewritten(before, reply.text, game.messages)):
                 game.earlier.append(talk)
                 return self._shown_anew(game, game.messages, room)
             new = talk.between(self.layout.stand_in(said.get("tool_calls", ())), messages)
@@ -185,7 +185,7 @@ class Episodes:
         return form
 
     def _probe(self) -> None:
-        if self.config.history != "refuse":
+        if self.config.history != "refuse" or not self.layout.joined:
             return
         first: list[Message] = [{"role": "user", "content": "a"}]
         new: list[Message] = [{"role": "user", "content": "b"}]

@@ -8,7 +8,8 @@
 
 In `joining` an episode takes its place in the line when its reply ends, not when its environment answers. So what is
 computed together follows from what was sampled alone: an answer that comes early waits for its turn, and one that is
-late when its turn comes is waited for. With twice as many episodes as rows that seldom happens.
+late when its turn comes is waited for, and nothing is decoded meanwhile. So that this is rare, an episode's turn may
+come no sooner than `overlap_steps` steps of decoding after its reply ended, as long as others are decoded.
 """
 
 from __future__ import annotations
@@ -36,21 +37,24 @@ def as_answers_come(play: Play, generator: Generator) -> None:
 
 def joining(play: Play, batch: Joinable) -> None:
     """Turns join the running batch while others are decoded; a turn that ended or waits holds no row."""
-    line, speaking = deque(play.games), {}
+    delay, step = play.of.config.overlap_steps, 0
+    line, speaking = deque((game, 0) for game in play.games), {}
     while line or batch.busy:
         room, taken = batch.room if line else 0, []
-        while line and len(taken) < room:
-            game = line.popleft()
+        while line and len(taken) < room and (line[0][1] <= step or not (taken or batch.busy)):
+            game, due = line.popleft()
+            step = max(step, due)
             if play.waits_to_speak(game):
                 taken.append(game)
         if taken:
             numbers = batch.join([_asked(g) for g in taken], [(*play.words, g.turns) for g in taken])
             speaking |= dict(zip(numbers, taken, strict=True))
         if batch.busy:
+            step += 1
             for number, sample in batch.advance().items():
                 game = speaking.pop(number)
                 play.said(game, sample)
-                line.append(game)
+                line.append((game, step + delay))
 
 
 def _speak(play: Play, generator: Generator) -> None:

@@ -116,15 +116,7 @@ def open_episodes(
     policy: Policy,
     generator: Generator,
 ) -> Episodes:
-    """The same, playing whole episodes in the recipe's environment.
-
-    Raises SteersmanError for an encoder-decoder, whose decoder can't be shown what the environment says.
-    """
-    if policy.model.config.is_encoder_decoder:
-        raise SteersmanError(
-            f"environment: {policy.model.config.model_type} reads prompts with an encoder, which sees nothing of "
-            "later turns; episodes need a causal model"
-        )
+    """The same, playing whole episodes in the recipe's environment."""
     laid = layout(policy, data)
     ends = ends_of(rollout, policy)
     return Episodes(generator, environment, laid, ends, config, context_length(policy.model))
