@@ -93,6 +93,7 @@ def runs_of(verb: str, tmp_path, mini, base) -> list[dict[str, Any]]:
         plain = offline(tmp_path, mini, verb)
         more |= {"optimizer.warmup": 2, "optimizer.schedule": "cosine", "train.keep": "best"}
         more |= {"anchor": str(mini)} if verb == "dpo" else {}
+        more |= {"train.bottleneck": 2} if verb == "reward" else {}
     else:
         plain = merge(base, {"iterations": 1})
     return [merge(plain, {**extra, "run.dir": str(tmp_path / f"{verb}-{i}")}) for i, extra in enumerate(({}, more))]
