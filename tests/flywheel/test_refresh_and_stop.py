@@ -83,7 +83,8 @@ def test_a_run_that_was_killed_while_its_judge_learned_ends_as_if_it_had_not_bee
 
 
 def test_a_loop_ends_when_the_watched_reward_finds_no_better_round(tmp_path, mini_model):
-    falls = "SEEN = []\n\ndef falls(prompts, completions):\n    SEEN.append(1)\n    return [-len(SEEN)] * len(completions)\n"
+    falls = "SEEN = []\n\ndef falls(prompts, completions):\n    SEEN.append(1)\n"
+    falls += "    return [-len(SEEN)] * len(completions)\n"
     (tmp_path / "watch.py").write_text(falls)
     settings = {"watch": {"other": {"function": f"{tmp_path / 'watch.py'}:falls"}}, "rounds": 4}
     summary = turn(tmp_path, mini_model, stop={"judge": "other", "patience": 2}, **settings)

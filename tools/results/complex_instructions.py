@@ -3,11 +3,11 @@
     python tools/results/complex_instructions.py run --model SMOLLM2 --data ../shared/data --minutes 9
     python tools/results/complex_instructions.py table --model SMOLLM2 --data ../shared/data
 
-Four sets of the same size, from the same tasks: instructions with one rule or with three, and answers that keep all rules
-as the model gave them, or mended where it broke some. Each trains adapters by SFT; each is then asked instructions of
-one to five rules that stand in none of the sets, and others of kinds of rules that no set has. `--corrector` is the model
-that mends (the model itself without it: then "corrected" is self-correction under the checks of programs). A stage
-that has finished is not made again; `--minutes` begins no further one after so much CPU time.
+Four sets of the same size, from the same tasks: instructions with one rule or with three, and answers that keep all
+rules as the model gave them, or mended where it broke some. Each trains adapters by SFT; each is then asked
+instructions of one to five rules that stand in none of the sets, and others of kinds of rules that no set has.
+`--corrector` is the model that mends (the model itself without it: then "corrected" is self-correction under the checks
+of programs). A stage that has finished is not made again; `--minutes` begins no further one after so much CPU time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from overoptimisation_page import rewrite
 from recording import finished, options, run_cells, verb
 
 from steersman.flywheel.instruct import run as instruct
@@ -55,7 +56,10 @@ def instructed(args: Any, name: str, least: int, most: int, count: int, seed: in
         {
             "model": {"path": args.model}, "data": {"path": str(tasks(args.data, args.out))},
             "rules": {"least": least, "most": most, "held_out": HELD_OUT},
-            "rollout": {"prompts": count, "samples": 2, "max_new_tokens": TOKENS, "held_out": ASKED, **more.pop("rollout", {})},
+            "rollout": {
+                "prompts": count, "samples": 2, "max_new_tokens": TOKENS, "held_out": ASKED,
+                **more.pop("rollout", {}),
+            },
             **more,
         },
     )  # fmt: skip
@@ -89,9 +93,8 @@ def sets(args: Any) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for name, (rules, mended) in SETS.items():
         rows = rows_of(args.out / f"rules-{rules}" / "sft.jsonl")
-        found[name] = (
-            sorted(rows, key=lambda r: not r["corrected"]) if mended else [r for r in rows if not r["corrected"]]
-        )
+        direct = [r for r in rows if not r["corrected"]]
+        found[name] = [r for r in rows if r["corrected"]] + direct if mended else direct
     size = min(map(len, found.values()))
     if size < 8:
         raise SystemExit(f"the smallest set has {size} rows; ask for more (--instructions) or take a better model")
@@ -190,7 +193,7 @@ def main() -> None:
     sizes = {name: len(rows) for name, rows in sets(args).items()}
     made |= {"rows": sizes, "start": finished(args.out / "rules-1")}
     (args.docs / "complex-instructions.json").write_text(json.dumps(made, indent=1) + "\n")
-    print(markdown(made))
+    rewrite(args.docs / "complex-instructions.md", markdown(made))
 
 
 if __name__ == "__main__":
