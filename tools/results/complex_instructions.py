@@ -6,8 +6,9 @@
 Four sets of the same size, from the same tasks: instructions with one rule or with three, and answers that keep all
 rules as the model gave them, or mended where it broke some. Each trains adapters by SFT; each is then asked
 instructions of one to five rules that stand in none of the sets, and others of kinds of rules that no set has.
-`--corrector` is the model that mends (the model itself without it: then "corrected" is self-correction under the checks
-of programs). A stage that has finished is not made again; `--minutes` begins no further one after so much CPU time.
+`--corrector` is the model that mends (the model itself without it: then "corrected" is self-correction under the
+checks of programs). A stage that has finished is not made again; `--minutes` begins no further one after so much CPU
+time.
 """
 
 from __future__ import annotations
