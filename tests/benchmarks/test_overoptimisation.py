@@ -72,10 +72,10 @@ def test_the_arenas_rounds_are_above_the_start_or_not(tmp_path):
 
 def test_a_new_table_leaves_the_pages_words(tmp_path):
     run(tmp_path / "happy/plain/seed-0", [(0, [0.5, 0.5]), (9, [0.9, 0.7])])
-    (tmp_path / "overoptimisation.md").write_text(f"# T\n<!-- tables -->\nold\n{page.READING}\n\nmine\n")
+    (tmp_path / "overoptimisation.md").write_text(f"# T\n<!-- tables -->\nstale\n{page.READING}\n\nmine\n")
     page.write_page(tmp_path, tmp_path, [0])
     text = (tmp_path / "overoptimisation.md").read_text()
     assert text.startswith("# T\n<!-- tables -->")
     assert text.endswith("mine\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert "| plain | 1 | 0.633" in text

@@ -153,8 +153,12 @@ def write_page(out: Path, docs: Path, seeds: Sequence[int]) -> None:
     """overoptimisation.json, and the tables of the page; its other words stay."""
     table = measure(out, seeds)
     (docs / "overoptimisation.json").write_text(json.dumps(table, indent=1) + "\n")
-    page = docs / "overoptimisation.md"
+    rewrite(docs / "overoptimisation.md", markdown(table))
+
+
+def rewrite(page: Path, tables: str) -> None:
+    """Puts the tables into a page between its mark and its own reading of them, and prints them."""
     text = page.read_text()
     before, after = text.split("<!-- tables -->")[0], text[text.index(READING) :]
-    page.write_text(f"{before}<!-- tables -->\n\n{markdown(table)}\n{after}")
-    print(markdown(table))
+    page.write_text(f"{before}<!-- tables -->\n\n{tables}\n{after}")
+    print(tables)

@@ -92,13 +92,11 @@ class Ranks:
         made: list[Any] = [None]
         error: BaseException | None = None
         if self.main:
-            token = _by_itself.set(True)
-            try:
-                made = [_Made(make(), None)]
-            except Exception as raised:
-                error, made = raised, [_Made(None, _portable(raised))]
-            finally:
-                _by_itself.reset(token)
+            with alone():
+                try:
+                    made = [_Made(make(), None)]
+                except Exception as raised:
+                    error, made = raised, [_Made(None, _portable(raised))]
         with self.call(what):
             dist.broadcast_object_list(made, src=0, group=self.group)
         if error is not None:
