@@ -3,7 +3,7 @@
 // a tensor on the CPU, as a CUDA tensor is: what mixes them is refused, and whatever makes the host wait for the device
 // is reported to a listener, which counts it.
 
-#include <mutex>
+#include <atomic>
 #include <set>
 #include <string>
 
@@ -42,14 +42,25 @@ void waits(const std::string& what) {
 
 // Memory -------------------------------------------------------------------------------------------------------------
 
+std::atomic<int64_t> held{0}, peak{0};
+
+struct Block {
+  at::DataPtr data;
+  int64_t bytes;
+};
+
 struct Memory final : c10::Allocator {
   at::DataPtr allocate(size_t bytes) override {
-    auto held = c10::GetCPUAllocator()->allocate(bytes);
-    auto* data = held.get();
-    auto free = held.get_deleter();
-    return {data, held.release_context(), free, c10::Device(KIND, 0)};
+    auto* block = new Block{c10::GetCPUAllocator()->allocate(bytes), static_cast<int64_t>(bytes)};
+    const int64_t now = held += block->bytes;
+    if (now > peak) peak = now;
+    return {block->data.get(), block, &release, c10::Device(KIND, 0)};
   }
-  at::DeleterFnPtr raw_deleter() const override { return c10::GetCPUAllocator()->raw_deleter(); }
+  static void release(void* context) {
+    auto* block = static_cast<Block*>(context);
+    held -= block->bytes;
+    delete block;
+  }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 Memory memory;
@@ -231,6 +242,8 @@ TORCH_LIBRARY(pretend, m) {
 }  // namespace
 
 extern "C" void pretend_listen(Listener given) { listener = given; }
+extern "C" int64_t pretend_peak() { return peak; }
+extern "C" void pretend_reset_peak() { peak = held.load(); }
 extern "C" void pretend_start() {
   static Hooks hooks;
   at::RegisterPrivateUse1HooksInterface(&hooks);

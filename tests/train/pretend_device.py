@@ -1,4 +1,5 @@
-"""`pretend`: a device that is not the CPU, on a machine without one, and a count of what makes the host wait for it.
+"""`pretend`: a device that is not the CPU, on a machine without one, and a count of what makes the host wait for it
+and of the bytes in use on it.
 
 `start()` builds `pretend_device.cpp` (kept between runs, about 10 seconds the first time) and gives PyTorch the
 device for the rest of the process, so it is called in a process of its own.
@@ -84,9 +85,20 @@ def start() -> None:
     kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
     _keep.append(kind(lambda what: [one.note(what) for one in _listening] and None))
     loaded.pretend_listen(_keep[0])
+    loaded.pretend_peak.restype = ctypes.c_int64
+    _keep.append(loaded)
 
 
 _keep: list[Any] = []
+
+
+@contextmanager
+def memory() -> Iterator[list[int]]:
+    """Afterwards the list holds the most bytes that the device had in use while it was open."""
+    found: list[int] = []
+    _keep[1].pretend_reset_peak()
+    yield found
+    found.append(_keep[1].pretend_peak())
 
 
 @contextmanager

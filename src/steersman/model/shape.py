@@ -39,6 +39,35 @@ class Shape:
     hidden: int
     cached: int
     """Numbers that one token leaves in the cache of one layer: keys and values."""
+    inner: int = 0
+    """Width between the matrices of a layer's feed-forward part; 0 is not known, then four times `hidden`."""
+    query: int = 0
+    """Numbers of a token's queries in one layer; 0 is not known, then `hidden`."""
+    heads: int = 1
+    vocabulary: int = 0
+
+    @property
+    def wide(self) -> int:
+        return self.inner or 4 * self.hidden
+
+    def activations(self, number: int, scores: int = 0) -> float:
+        """Bytes that a token keeps of one layer for the backward pass, numbers having `number` bytes.
+
+            2 (4 + 2 n) h + n (2 q + k) + 4 n i   [+ n heads T where attention keeps its scores]
+
+        Two norms: their input in float32, the normalised and the scaled one; queries, keys, values and what attention
+        gives; the feed-forward part's two factors, the activation of one and their product. As transformers' Llama is
+        written, counted on its saved tensors (`benchmarks/plan_memory.py`).
+        """
+        norms = 2 * (4 + 2 * number) * self.hidden
+        query = self.query or self.hidden
+        attention = number * (4 * query + self.heads * scores if scores else 2 * query + self.cached)
+        return norms + attention + 4 * number * self.wide
+
+    def adapters(self, r: int) -> int:
+        """Parameters of rank-r adapters on a layer's seven matrices, in all layers: r (in + out) of each."""
+        h, q, k, i = self.hidden, self.query or self.hidden, self.cached // 2, self.wide
+        return self.layers * r * (2 * (h + q) + 2 * (h + k) + 3 * (h + i))
 
     def cache(self, length: float, number: int) -> float:
         """Bytes of one sequence's keys and values, with `number` bytes each."""
@@ -51,6 +80,11 @@ def shape_of(path: str) -> Shape:
         config: Any = hf.LlamaConfig(**SIZES[path.lower()])
     else:
         config = read_config(*find(path), [])
+    return shape_from(config, path)
+
+
+def shape_from(config: Any, name: str) -> Shape:
+    """The shape of a model of this config."""
     with torch.device("meta"):
         auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
         model: Any = auto.from_config(config)
@@ -61,7 +95,8 @@ def shape_of(path: str) -> Shape:
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
-        name=path, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
+        name=name, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
         tables=sum(tables.values()), layers=text.num_hidden_layers, hidden=text.hidden_size,
         cached=2 * (getattr(text, "num_key_value_heads", None) or heads) * size,
+        inner=getattr(text, "intermediate_size", None) or 0, query=heads * size, heads=heads, vocabulary=text.vocab_size,
     )  # fmt: skip

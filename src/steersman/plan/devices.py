@@ -19,6 +19,8 @@ class Device:
     bandwidth: float
     link: float
     network: float = 50e9
+    process: float = 1e9
+    """Bytes of it that the driver, libraries and the allocator's gaps take."""
 
 
 KNOWN = {

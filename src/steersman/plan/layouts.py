@@ -2,15 +2,16 @@
 
 All is arithmetic on the model's shape and the devices' data sheets, and is shown, so that a reader can check it:
 
-    held        (weights + trained x (gradient + two moments)) x bytes / shards
-    activations 34 x tokens x hidden x layers bytes at 16 bits; with checkpointing 2 x tokens x hidden x layers, and
-                one layer's 34 x tokens x hidden again
+    held        (weights + trained x (gradient + what the optimizer keeps)) / shards
+    activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
+                with checkpointing tokens x layers x n h, and one layer's of the former again
+    backward    tokens x 4 n i, a layer's gradients; the output layer's gradient in float32, and two tiles of logits
     cache       2 x layers x kv heads x head size x sequences x length x bytes
     seconds     2 P a token forward, 6 P trained (8 P with checkpointing), at `COMPUTE` of the data sheet's rate; a
                 step of decoding reads weights and cache once, at `MEMORY` of the data sheet's bandwidth
 
-Source: activations of a transformer layer, arXiv 2205.05198, section 4.1 (without the attention scores, which no
-current kernel keeps); 2 P and 6 P a token, arXiv 2001.08361, section 2.1.
+Source: activations are counted on transformers' Llama as arXiv 2205.05198, section 4.1, counts GPT's (without the
+attention scores, which no current kernel keeps); 2 P and 6 P a token, arXiv 2001.08361, section 2.1.
 """
 
 from __future__ import annotations
@@ -19,35 +20,45 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from steersman.model import Shape
+from steersman.ops.logprob import TILE
 from steersman.plan.devices import Cluster
 
 COMPUTE = 0.4
 """Share of the data sheet's rate that large matrix products reach in a training step; 0.3 to 0.5 are published."""
 MEMORY = 0.6
 """Share of the data sheet's bandwidth that decoding reaches."""
-PROCESS = 1.0e9
-"""Bytes of a device that the driver, libraries and the allocator's gaps take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A model of the run: `trained` of its parameters are. `own` is False where it shares another's base."""
+    """A model of the run: `trained` parameters of it learn. `own` is False where it has another's base. `added` are its
+    adapters' parameters. `matrices` are the bytes of each parameter of the layers where these are not as `Work` says,
+    being quantised."""
 
     name: str
     shape: Shape
     trained: int = 0
     own: bool = True
+    added: int = 0
+    matrices: float | None = None
 
-    @property
-    def weights(self) -> int:
-        return self.shape.parameters if self.own else self.trained
+    def weights(self, number: int) -> float:
+        """Bytes of its weights, those of another's base left out."""
+        shape, adapters = self.shape, self.added * number
+        if not self.own:
+            return adapters
+        if self.matrices is None:
+            return shape.parameters * number + adapters
+        inside = shape.layers * shape.largest_layer
+        return inside * self.matrices + (shape.parameters - inside) * number + adapters
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """An iteration: `samples` answers of `new` tokens to prompts of `prompt` tokens (offline: none is sampled), gone
-    through `epochs` times in micro-batches of `micro` tokens. Weights, gradients and moments have `weight` bytes,
-    activations and the cache `compute`."""
+    through `epochs` times in micro-batches of `micro` tokens. Weights and gradients have `weight` bytes, activations and
+    the cache `compute`; the optimizer keeps `kept` bytes of each parameter. `scores` is the length of a sequence where
+    attention is written out and keeps its scores, else 0."""
 
     samples: int
     prompt: int
@@ -56,6 +67,8 @@ class Work:
     micro: int
     weight: int = 4
     compute: int = 4
+    kept: float = 8
+    scores: int = 0
     checkpointing: bool = False
     sampled: bool = True
 
@@ -120,34 +133,45 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
 
 def weigh(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> Verdict:
     """Memory and time of a layout."""
-    memory, seconds = _memory(layout, roles, work, there), _seconds(layout, roles, work, there)
-    return Verdict(layout, memory, seconds, there.device.memory)
+    memory = _memory(layout, roles, work, there)
+    return Verdict(layout, memory, seconds(layout, roles, work, there), there.device.memory)
 
 
 def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     held = {}
     for role in roles:
-        held[role.name] = (role.weights + 3 * role.trained) * work.weight / layout.shards
+        held[role.name] = (role.weights(work.weight) + role.trained * (work.weight + work.kept)) / layout.shards
     actor = roles[0].shape
     if layout.shards > 1:
         held["a layer put together, and the next"] = (2 * actor.largest_layer + actor.tables) * work.compute
     trained = max((role.shape for role in roles if role.trained), key=lambda s: s.parameters, default=actor)
-    micro = min(work.micro, work.tokens)
-    one = 34 * micro * trained.hidden * work.compute / 2
+    length = work.prompt + work.new
+    micro = min(max(1, work.micro // length) * length, work.tokens)  # whole rows
+    one = micro * trained.activations(work.compute, work.scores)
     activations = one * trained.layers
     if work.checkpointing:
         activations = micro * trained.hidden * trained.layers * work.compute + one
+    activations += backward(trained, roles, micro, work)
     sampling = 0.0
     if work.sampled and not layout.generators:
         here = -(-work.samples // there.count)
         whole = actor.parameters * work.compute if layout.shards > 1 else 0
         sampling = whole + actor.cache(work.prompt + work.new, work.compute) * here
     held["activations, or cache and whole weights while sampling"] = max(activations, sampling)
-    held["process"] = PROCESS
+    held["process"] = there.device.process
     return held
 
 
-def _seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
+def backward(trained: Shape, roles: list[Role], micro: int, work: Work) -> float:
+    """Bytes that a backward pass makes beside what was kept for it and the gradients."""
+    inside = 4 * micro * trained.wide * work.compute
+    whole = any(role.trained >= role.shape.parameters for role in roles)
+    output = 4 * trained.vocabulary * trained.hidden if whole else 0
+    return max(inside, output + 2 * min(TILE["accelerator"][1], 4 * micro * trained.vocabulary))
+
+
+def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
+    """Seconds of each phase of an iteration, every response as long as `work` says."""
     device, actor = there.device, roles[0].shape
     flops, training = device.flops * COMPUTE, there.count - layout.generators
     found: dict[str, float] = {}

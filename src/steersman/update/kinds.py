@@ -163,7 +163,7 @@ def restore(steps: Any, saved: dict[str, Any]) -> None:
     steps.load_state_dict(saved)
 
 
-def state_bytes(parameters: Iterable[nn.Parameter], config: Any) -> int:
+def state_bytes(parameters: Iterable[Tensor], config: Any) -> int:
     """Bytes that the optimizer keeps for these parameters: moments, and what half-precision weights can not hold."""
     kept = {"master": 4, "kahan": 2}.get(config.rounding, 0)
     return sum(

@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from steersman.model import Shape, shape_of
+from steersman.model import shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
+from steersman.plan.simulate import Lengths, Scaled, best_apart, simulate
 from steersman.recipe.on_policy import OnPolicyRecipe
 from steersman.run.config import Section, load_recipe
 from steersman.run.run_config import ON_ACCELERATOR
 from steersman.types import SteersmanError
+from steersman.update.kinds import state_bytes
+from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.feedback import RECIPES as FEEDBACK
+from steersman.verbs.feedback import FeedbackRecipe
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
 from steersman.verbs.preference import PreferenceRecipe
 from steersman.verbs.reward_model import RewardModelRecipe
@@ -25,6 +30,8 @@ from steersman.verbs.sft import SFTRecipe
 KINDS: dict[str, type[Section]] = {
     "sft": SFTRecipe, "reward": RewardModelRecipe, "dpo": PreferenceRecipe, **FEEDBACK, **ON_POLICY,
 }  # fmt: skip
+MATRICES = {"none": None, "nf4": 0.516, "fp4": 0.516, "int8": 1.0}
+"""Bytes of a quantised parameter: 4 bits, and a scale of 8 bits for each 64, with one of 32 bits for each 256 of those."""
 
 
 class PlanRecipe(Section):
@@ -38,6 +45,12 @@ class PlanRecipe(Section):
         default="", description="another model in the recipe's place: 135m, 1b, 7b, 8b, 13b, 70b, or a folder"
     )
     prompt_tokens: int = Field(default=512, ge=1, description="tokens of a prompt, or of an example offline")
+    simulate: bool = Field(
+        default=False, description="also simulate the loop on 1, 2, 4, ... devices, with responses of many lengths"
+    )
+    mean_tokens: int | None = Field(
+        default=None, ge=1, description="mean length of a response in the simulation; null: half the longest"
+    )
 
 
 def run(recipe: PlanRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -50,6 +63,9 @@ def run(recipe: PlanRecipe, *, resume: bool = False) -> dict[str, Any]:
     found = [weigh(one, roles, work, there) for one in layouts(there, work)]
     found.sort(key=lambda verdict: (not verdict.fits, verdict.iteration if verdict.fits else verdict.peak))
     show(found, roles, work, there)
+    if recipe.simulate and work.sampled:
+        lengths = Lengths(recipe.mean_tokens or max(work.new // 2, 1), work.new)
+        show_growth(growth(there, roles, work, lengths), work)
     return {
         "layouts": [
             {
@@ -69,14 +85,17 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     """The models of the recipe, the actor (or the model that is trained) first."""
     shape = shape_of(size or recipe.model.path)
     lora = recipe.model.lora
-    trained = shape.parameters if lora is None else adapters(shape, lora.r)
+    added = 0 if lora is None else shape.adapters(lora.r)
+    learner = {"trained": added or shape.parameters, "added": added, "matrices": MATRICES[recipe.model.quantise]}
     if not isinstance(recipe, OnPolicyRecipe):
-        own = [Role("model", shape, trained)]
-        frozen = getattr(recipe, "reference", None) is not None and lora is None
+        own = [Role("model", shape, **learner)]
+        frozen = (
+            isinstance(recipe, PreferenceRecipe | FeedbackRecipe) and recipe.reference is not None and lora is None
+        )
         return [*own, Role("reference", shape)] if frozen else own
-    found = [Role("actor", shape, trained)]
-    if recipe.algorithm.critic:
-        found.append(Role("critic", shape, trained))
+    found = [Role("actor", shape, **learner)]
+    if recipe.algorithm.critic and (recipe.critic is None or recipe.critic.init != "shared"):
+        found.append(Role("critic", shape, **learner, own=recipe.share != "base"))
     if recipe.reference != "none":
         found.append(Role("reference", shape, own=lora is None))
     found += [
@@ -87,18 +106,14 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     return found
 
 
-def adapters(shape: Shape, r: int) -> int:
-    """Parameters of rank-r adapters on all linear layers, each of which is about hidden x (a few) hidden wide: r of
-    every 2 hidden x hidden of a layer, in and out."""
-    return round(shape.layers * shape.largest_layer * 2 * r / shape.hidden)
-
-
 def work_of(recipe: Any, prompt_tokens: int) -> Work:
     """What an iteration (offline: an update) goes through."""
     weight = 2 if recipe.model.dtype in ("bfloat16", "float16", "auto") else 4
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,
+        "kept": kept(recipe.optimizer, weight),
+        "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
     }
@@ -113,6 +128,37 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
         )
     pairs = 2 if isinstance(recipe, PreferenceRecipe | RewardModelRecipe) else 1
     return Work(recipe.train.batch_size * pairs, prompt_tokens, 0, 1, sampled=False, **common)
+
+
+def kept(optimizer: OptimizerConfig, weight: int) -> float:
+    """Bytes that the optimizer keeps of each parameter, as for a matrix of 4,096 x 4,096."""
+    dtype = torch.bfloat16 if weight == 2 else torch.float32
+    like = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    return state_bytes([like], optimizer) / like.numel()
+
+
+def growth(there: Cluster, roles: list[Role], work: Work, lengths: Lengths) -> list[list[Scaled]]:
+    """For 1, 2, 4, ... devices: together, and the best split for sampling 0, 1 and 2 updates ahead."""
+    counts = [2**i for i in range(there.count.bit_length()) if 2**i <= there.count]
+    found = []
+    for n in counts:
+        some = Cluster(there.device, min(n, there.per_node), max(1, n // there.per_node))
+        apart = [best_apart(some, roles, work, lengths, ahead) for ahead in (0, 1, 2)]
+        found.append([simulate(some, roles, work, lengths), *(one for one in apart if one is not None)])
+    return found
+
+
+def show_growth(found: list[list[Scaled]], work: Work) -> None:
+    """Seconds of an iteration and answers a second and device, by devices and layout; who waits how long."""
+    table = Table("devices", "layout", "iteration s", "answers/s a device", "samplers wait", "trainers wait")
+    for rows in found:
+        for one in rows:
+            name = "together" if not one.apart else f"{one.apart} apart, {one.ahead} ahead"
+            table.add_row(
+                str(one.devices), name, f"{one.seconds:.1f}", f"{work.samples / one.seconds / one.devices:.3g}",
+                f"{one.samplers_wait:.0%}", f"{one.trainers_wait:.0%}",
+            )  # fmt: skip
+    Console().print(table)
 
 
 def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) -> None:
@@ -136,8 +182,9 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
     console.print(f'\nmemory of "{best.layout.name}", a device', highlight=False)
     for role in roles:
         console.print(
-            f"  {role.name}: ({role.weights / 1e9:.3f} G weights + {role.trained / 1e9:.3f} G trained x (gradient + "
-            f"2 moments)) x {work.weight} bytes / {best.layout.shards} devices",
+            f"  {role.name}: ({role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G trained "
+            f"x ({work.weight} bytes of gradient + {work.kept:.3g} that the optimizer keeps)) / "
+            f"{best.layout.shards} devices",
             highlight=False, markup=False,
         )  # fmt: skip
     for name, size in best.memory.items():
