@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from steersman.flywheel.ledger import Rows
+from steersman.run.ledger import Rows
 from steersman.flywheel.players import usable
 from steersman.judge.config import JudgeConfig
 from steersman.verbs import reward_model
