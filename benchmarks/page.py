@@ -149,9 +149,10 @@ def _phases(folder: Path, rates: Rates) -> str:
                     f"{floor[phase] / seconds:.2f} |"
                 )
     lines.append(
-        "\nWhat stands between: in decode, keys and values that come from memory while nothing is multiplied, and "
-        "the reading of prompts; in the passes over whole batches, products at 85 to 95% of the rate, attention, "
-        "what lies between the products, and sums of gradients, which the floor leaves out.\n"
+        "\nThe time above the floor goes, in decoding, into reading keys and values from memory and into processing "
+        "prompts; in passes over whole batches, into matrix products that reach only 85 to 95% of the peak rate, into "
+        "attention, into the operations between the products, and into adding up gradients, none of which the floor "
+        "counts.\n"
     )
     return "\n".join(lines)
 

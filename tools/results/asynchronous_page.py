@@ -30,8 +30,8 @@ the time of an unbroken run: their learner {learner} times, a process that sampl
 times. A dead learner was resumed with `--resume`; dead servers are started again by steersman. **{right} of {runs}
 runs ended right.**
 
-Right means, of the run's own record of prompts, versions and samples, held against one process that does the same
-by the schedule: each prompt was used as often as its order says; no token is older than k versions (with `finish`
+A run counts as right if its own record of prompts, versions and samples agrees with a replay of the same schedule in
+one process: each prompt was used as often as its order says; no token is older than k versions (with `finish`
 each has exactly its version); each recorded log-probability is that of the weights whose version it carries, within
 1e-4 nats (the largest difference was {gap:.1e}); weights and optimisers are those of the replay, bit for
 bit{draws}; and after 20 seconds no process of the run was left, and no file in shared memory.
