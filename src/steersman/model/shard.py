@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -111,19 +112,29 @@ def in_their_pieces(model: nn.Module) -> None:
         part.reshard()
 
 
+_together: WeakSet[nn.Module] = WeakSet()
+"""Models whose weights are held whole now."""
+
+
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """While open every rank holds the whole weights, as sampling needs them; they must not change meanwhile.
 
-    `model` is what `place` was given. A model that is not sharded has them anyway.
+    `model` is what `place` was given. A model that is not sharded has them anyway. An inner block on the same model
+    changes nothing: the outermost one gives the weights back.
     """
-    parts = _parts(model)
+    parts = [] if model in _together else _parts(model)
+    if not parts:
+        yield
+        return
+    _together.add(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
         yield
     finally:
+        _together.remove(model)
         for part in parts:
             part.set_reshard_after_forward(ranks().parallel.reshard and part is not model, recurse=False)
             part.reshard()
