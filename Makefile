@@ -11,15 +11,17 @@ export TOKENIZERS_PARALLELISM ?= false
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
 
-# Two processes of one thread each: on tiny models more threads only wait for each other.
+# Two processes of one thread each: on tiny models more threads only wait for each other. Each takes half of the files
+# and what the other has left, so that what a file's tests share is made once; compiled files are kept.
 test: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow and not vllm"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m "not slow and not vllm"
 
 # Needs an environment with vLLM (benchmarks/README.md); STEERSMAN_VLLM_PYTHON names its Python.
 test-vllm: $(READY)

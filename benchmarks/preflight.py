@@ -98,22 +98,23 @@ class Heap(ctypes.Structure):
 
 
 class Watch(threading.Thread):
-    """Every few milliseconds: resident memory, and where it is the largest so far, what of the C library's heaps is
-    free then (`free`, without the end of the main heap that it can give back), and what of it is used."""
+    """Every few milliseconds: what the C library's heaps hold. Kept from the moment when most of it was in use, in
+    bytes: `used`, `gaps` (free places between what is used; what can be given back at the end is left out), and the
+    process's `resident` memory."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak, self.free, self.used, self.mapped = 0, 0, 0, 0
+        self.used = self.gaps = self.resident = 0
         self.over = threading.Event()
 
     def run(self) -> None:
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = Heap
         while not self.over.wait(0.005):
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            if resident > self.peak:
-                heap = library.mallinfo2()
-                self.peak, self.free, self.used, self.mapped = resident, heap.free - heap.top, heap.used, heap.mapped
+            heap = library.mallinfo2()
+            if heap.used + heap.mapped > self.used:
+                self.used, self.gaps = heap.used + heap.mapped, heap.free - heap.top
+                self.resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def child(case: str, folder: Path) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def child(case: str, folder: Path) -> dict[str, Any]:
     if cli.main([CASES[case][0], str(recipe)]) != 0:
         raise SystemExit(f"{case}: the recipe was refused")
     watch.over.set()
-    heap = {"sampled_mib": watch.peak, "free_mib": watch.free, "used_mib": watch.used, "mapped_mib": watch.mapped}
+    heap = {"used": watch.used, "gaps": watch.gaps, "resident": watch.resident}
     largest = max(phases, key=lambda name: sum(phases[name].values()))
     announced = sum(phases[largest].values()) / 2**20
     return {"largest": largest, "announced_mib": announced, "used_mib": peak_mib(), "phases": phases} | {

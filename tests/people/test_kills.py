@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 
 import pytest
+from forked import Python
 from people_kit import pair, queue
 from sqlalchemy import select
 
@@ -67,7 +66,7 @@ def test_every_acknowledged_judgement_outlives_a_kill(tmp_path):
         rater.start()
     try:
         for kill in range(3):
-            server = subprocess.Popen([sys.executable, "-c", SERVER, place, str(port)])
+            server = Python("-c", SERVER, place, str(port))
             before, until = len(told), time.monotonic() + 180
             while len(told) < before + 20 + 3 * kill and time.monotonic() < until:
                 time.sleep(0.01)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import Python
 from rollout_oracle import ENDS, ragged
 from tiny_models import tiny_model
 from torch.nn.functional import scaled_dot_product_attention
@@ -106,6 +105,7 @@ def test_logits_that_are_not_finite_give_no_finite_probability():
 WITHOUT = """
 import sys; sys.path[:0] = [{tests!r}, {rollout!r}]
 import torch
+from forked import Python
 from rollout_oracle import ENDS, ragged
 from tiny_models import tiny_model
 from steersman import native
@@ -124,11 +124,10 @@ print([s.ids for s in samples])
 def test_without_it_the_same_samples_come_from_plain_torch(change, reason, tmp_path):
     here = os.path.dirname(__file__)
     code = WITHOUT.format(tests=os.path.dirname(here), rollout=here)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **change}, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
-    said, ids = ran.stdout.strip().splitlines()
+    ran = Python("-c", code, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **change})
+    out, error = ran.communicate()
+    assert ran.returncode == 0, error
+    said, ids = out.strip().splitlines()
     assert reason in said
     engine = Engine(tiny_model("qwen3"), max_batch=4, eos_token_id=ENDS)
     assert ids == str([s.ids for s in engine.generate(ragged(5), Sampling(10), n=2, seed=3)])

@@ -103,9 +103,6 @@ def test_a_base_in_4_bits_computes_as_wide_as_a_plain_one(tmp_path):
     policy = load_policy(save_mini(tmp_path), device="cpu", quantise="nf4", lora=LoraConfig(r=2))
     config, shares = policy.model.config, phase(policy, "update").shares
     assert memory._widest(policy.model) == 4 * config.intermediate_size
-    assert shares["gaps"] == forward(model_of(policy), LOAD)[1] > 0
-    # no adapter's sum is made beside the layer's output: what is freed is less than what is kept
-    assert shares["gaps"] < shares["activations"]
     widened = 4 * config.hidden_size * config.intermediate_size
     assert shares["backward"] - 4 * memory._widest(policy.model) * LOAD.tokens - 2 * memory.TILE["cpu"][1] == widened
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steersman.model.fast.linear import LINEAR
 from steersman.model.quantise import is_quantised
 
-KINDS = {("Linear", "Linear", "Parameter"), ("Linear4bit", "Linear4bit", "Params4bit")}
+KINDS = {("Linear", kind.__name__, "Parameter") for kind in LINEAR} | {("Linear4bit", "Linear4bit", "Params4bit")}
 """Layers whose output no other tensor shares memory with, so that it may be added to."""
 
 
