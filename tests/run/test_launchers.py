@@ -1,10 +1,13 @@
-"""What a launcher of another kind says of the ranks, in torch's words."""
+"""What a launcher of another kind says of the ranks, in torch's words; and which rank is missing."""
 
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 
+from steersman.run import ranks
 from steersman.run.launch import from_slurm
+from steersman.run.ranks import MissingRankError, Ranks, pieces_named
 from steersman.types import SteersmanError
 
 TASK = {
@@ -44,3 +47,31 @@ def test_other_processes_are_left_as_they_are():
 def test_a_missing_variable_is_named():
     with pytest.raises(SteersmanError, match="SLURM_LOCALID"):
         from_slurm({k: v for k, v in TASK.items() if k != "SLURM_LOCALID"})
+
+
+@pytest.fixture
+def three(monkeypatch) -> list[Ranks]:
+    """Three ranks over one store: rank 0 and rank 1 are in the same call, rank 2 has not come to it."""
+    monkeypatch.setattr(ranks, "PATIENCE", 0.05)
+    store = dist.HashStore()
+    found = [Ranks(rank, 3, store=store) for rank in range(3)]
+    for rank, calls in ((0, 2), (1, 2), (2, 1)):
+        for number in range(calls):
+            with found[rank].call(f"call {number + 1}"):
+                pass
+    return found
+
+
+def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
+    three[1].missing()  # it waited in vain too
+    with pytest.raises(MissingRankError) as caught, pieces_named(three[0]):
+        raise RuntimeError("[pair.cc:547] gloo: Timed out waiting 5000ms for recv operation to complete")
+    text = str(caught.value)
+    assert "rank 1 was last in call 2 (call 2);" in text
+    assert "rank 2 was last in call 1 (call 1), behind, and is not waiting" in text
+
+
+def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
+    with pytest.raises(RuntimeError, match="shapes") as caught, pieces_named(three[0]):
+        raise RuntimeError("shapes can not be multiplied")
+    assert not isinstance(caught.value, MissingRankError)

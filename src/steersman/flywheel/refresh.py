@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from steersman.run.ledger import Rows
 from steersman.flywheel.players import usable
 from steersman.judge.config import JudgeConfig
+from steersman.run.ledger import Rows
 from steersman.verbs import reward_model
 from steersman.verbs.reward_model import RewardModelRecipe
 

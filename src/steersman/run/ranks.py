@@ -26,6 +26,8 @@ from steersman.run.parallel import ParallelConfig
 from steersman.types import SteersmanError
 
 T = TypeVar("T")
+PATIENCE = 5.0
+"""Seconds that a rank which waited in vain gives the others to say that they did too."""
 
 
 @dataclass(slots=True)
@@ -235,7 +237,7 @@ class Ranks:
                 continue
             how = ", behind" if int(number) < self.calls else ""
             try:
-                self.store.wait([f"{self._place(rank)}/waits"], timedelta(seconds=5))
+                self.store.wait([f"{self._place(rank)}/waits"], timedelta(seconds=PATIENCE))
             except Exception:
                 how += ", and is not waiting"
             told.append(f"rank {rank} was last in call {number} ({where}){how}")
@@ -295,6 +297,20 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _by_itself.reset(before)
+
+
+@contextmanager
+def pieces_named(here: Ranks) -> Iterator[None]:
+    """Names the missing rank where the weights or gradients of a layer in pieces, which torch gathers and adds up by
+    itself, did not come in time. Other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise MissingRankError(
+            f"rank {here.rank} of {here.world}: pieces of a layer did not come. {here.missing()}"
+        ) from error
 
 
 @contextmanager
