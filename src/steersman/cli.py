@@ -53,8 +53,9 @@ class Verb:
                 return _load(self.run)(recipe, resume=resume)
             from steersman.run import launch
 
-            if launch.must_start(recipe.run.devices):
-                return launch.start(name, recipe, recipe.run.devices, resume=resume)
+            if launch.must_start(recipe.run.devices, recipe.run.launcher):
+                start = _load("steersman.run.on_ray:start") if recipe.run.launcher == "ray" else launch.start
+                return start(name, recipe, recipe.run.devices, resume=resume)
             with launch.joined(recipe.parallel):
                 return _load(self.run)(recipe, resume=resume)
 

@@ -35,7 +35,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CLOSE = {"ppo-reward-model": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches."""
-REPLICAS_ONLY = {"trpo", "nlpo", "grpo-process", "grpo-ahead", "dapo-ahead"}
+REPLICAS_ONLY = {"trpo", "nlpo", "dapo-ahead"}
 NAMES = [*ON_POLICY, *OFFLINE, *EXTRA]
 
 

@@ -32,8 +32,9 @@ FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
 """What a rank that was started here finds in its environment: where it leaves word, and its starter's pid."""
 
 
-def must_start(devices: int) -> bool:
-    """Whether this process is to start `devices` ranks; False where it is one of them, or alone.
+def must_start(devices: int, launcher: str = "torch") -> bool:
+    """Whether this process is to start `devices` ranks; False where it is one of them, or alone. Ray starts a single
+    one too.
 
     Raises SteersmanError where a launcher started another number of ranks than the recipe asks for.
     """
@@ -43,7 +44,7 @@ def must_start(devices: int) -> bool:
             f"run.devices is {devices}, but the launcher started {there} ranks; leave run.devices out, or make them "
             "equal"
         )
-    return not there and devices > 1
+    return not there and (devices > 1 or launcher == "ray")
 
 
 def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str, Any]:
