@@ -54,8 +54,9 @@ class Verb:
             from steersman.run import launch
 
             os.environ.update(launch.from_slurm(os.environ))
-            if launch.must_start(recipe.run.devices):
-                return launch.start(name, recipe, recipe.run.devices, resume=resume)
+            if launch.must_start(recipe.run.devices, recipe.run.launcher):
+                start = _load("steersman.run.on_ray:start") if recipe.run.launcher == "ray" else launch.start
+                return start(name, recipe, recipe.run.devices, resume=resume)
             with launch.joined(recipe.parallel):
                 return _load(self.run)(recipe, resume=resume)
 

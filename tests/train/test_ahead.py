@@ -219,7 +219,18 @@ def test_a_lower_limit_is_kept_after_a_resume(base, elsewhere, tmp_path):
         ("grpo", {"rollout.folder": "there"}, "engine is inside"),
         (
             "grpo",
-            {"rollout.engine": "process", "run.devices": 2, "parallel.mode": "fsdp"},
+            {"rollout.engine": "vllm", "rollout.sync": "nccl"},
+            "a route between GPUs that steersman does not have",
+        ),
+        (
+            "grpo",
+            {"rollout.engine": "vllm", "rollout.sync": "ipc"},
+            "a route between GPUs that steersman does not have",
+        ),
+        ("grpo", {"rollout.engine": "colocated"}, "vLLM inside the learner's process"),
+        (
+            "grpo",
+            {"rollout.engine": "process", "run.devices": 2, "parallel.mode": "fsdp", "model.lora": {"r": 2}},
             "use parallel.mode: replicas",
         ),
         ("grpo", {"rollout.engine": "vllm", "rollout.top_p": 0.9}, "only beside a top_k"),

@@ -43,7 +43,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
 CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
 are near zero, AdamW makes rounding as large as the rest."""
-REPLICAS_ONLY = {"trpo", "grpo-process", "grpo-ahead", "dapo-ahead", "sft-adafactor", "sft-muon"}
+REPLICAS_ONLY = {"trpo", "dapo-ahead", "sft-adafactor", "sft-muon"}
 NAMES = [*ON_POLICY, *OFFLINE, *EXTRA]
 ANSWERS = ["generate", "evaluate"]
 """Verbs that train nothing: their files are compared."""

@@ -4,14 +4,14 @@
     python tools/results/asynchronous_kills.py --kills 10 --cases vllm --python ../env/vllm/bin/python \\
         --out runs/asynchronous-kills-vllm --docs docs/results
 
-A run is killed up to five times, at moments drawn evenly over the time of an unbroken run: its learner, one of the
-processes that sample for it, or both, by SIGKILL. A dead learner is resumed. Learners and engines are forked from
-processes that have imported everything (`forked_engines.py`), vLLM is started as ever. When the run is done
-(`asynchronous_replay.py` has the rules): every prompt was used as often as its order says, no token is older than the
-limit, every recorded log-probability is that of the weights whose version it carries, and weights and optimisers are,
-bit for bit, what one process alone makes of the recorded samples by the schedule; where the sampler is ours, that
-process draws the same samples too (one engine; two have other batches, whose last bits may differ). Within 20 seconds
-no process of the run is left, and nothing in shared memory.
+A run is killed up to five times, each time at a moment drawn evenly over its start and the iterations that are left:
+its learner, one of the processes that sample for it, or both, by SIGKILL. A dead learner is resumed. Learners and
+engines are forked from processes that have imported everything (`forked_engines.py`), vLLM is started as ever. When
+the run is done (`asynchronous_replay.py` has the rules): every prompt was used as often as its order says, no token
+is older than the limit, every recorded log-probability is that of the weights whose version it carries, and weights
+and optimisers are, bit for bit, what one process alone makes of the recorded samples by the schedule; where the
+sampler is ours, that process draws the same samples too (one engine; two have other batches, whose last bits may
+differ). Within 20 seconds no process of the run is left, and nothing in shared memory.
 
 It runs in namespaces of its own (`unshare`), where it sees its own processes and an empty /dev/shm only. A later call
 with the same `--out` goes on where it was.
@@ -79,10 +79,14 @@ def recipe(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]
             **({"python": given.python} if vllm else {}), **rollout,
         },
         "optimizer": {"lr": 3e-4},
-        "iterations": 6 if vllm else 8,
+        "iterations": iterations(name),
         "run": {"dir": str(folder / "run"), "threads": 1, "save_every": 2, "eval_every": 3},
     }  # fmt: skip
     return made if verb == "ppo" else {**made, "algorithm": {"beta": 0.05}}
+
+
+def iterations(name: str) -> int:
+    return 6 if CASES[name][1]["engine"] == "vllm" else 8
 
 
 def learner(name: str, folder: Path, nursery: Nursery, *flags: str) -> int:
@@ -124,23 +128,28 @@ def ended(pid: int, seconds: float | None = None) -> int | None:
 
 
 def broken(
-    name: str, folder: Path, nursery: Nursery, seconds: float, rng: random.Random, kills: int
+    name: str, folder: Path, nursery: Nursery, usual: dict[str, float] | None, rng: random.Random, kills: int
 ) -> list[dict[str, Any]]:
-    """A run that is killed up to `kills` times and resumed until it is done; what was killed when.
+    """A run that is killed up to `kills` times and resumed until it is done; what was killed when. `usual` has the
+    seconds of a start and of an iteration; without them the run is left alone.
 
     Raises SystemExit, with the end of what the run said, where it ends in another way than done or killed.
     """
     deaths: list[dict[str, Any]] = []
-    pid, code = learner(name, folder, nursery), None
-    for _ in range(kills):
-        moment, victim = rng.random() * seconds, rng.choice(VICTIMS)
-        code, servers = ended(pid, moment), generators()
+    pid, code, last = learner(name, folder, nursery), None, iterations(name) + 1
+    for _ in range(kills if usual else 0):
+        assert usual is not None
+        there, victim = _rows(folder), rng.choice(VICTIMS)
+        moment = rng.uniform(there, last)
+        while code is None and _rows(folder) < int(moment):
+            code = ended(pid, 0.02)
+        wait = usual["start"] if int(moment) == there else usual["iteration"]
+        code, servers = ended(pid, moment % 1 * wait) if code is None else code, generators()
         while code is None and victim != "learner" and not servers:  # none is there yet
             code, servers = ended(pid, 0.02), generators()
         if code is not None:
             break
-        death = {"seconds": round(moment, 2), "victim": victim, "rows": _rows(folder)}
-        deaths.append(death)
+        deaths.append({"at": round(moment, 2), "victim": victim, "rows": _rows(folder)})
         if victim != "learner":
             _kill(rng.choice(servers))
         if victim != "generator":
@@ -153,6 +162,13 @@ def broken(
         said = (folder / "out.txt").read_text(errors="replace")[-3000:]
         raise SystemExit(f"{name}: exit code {code} in {folder} after {deaths}\n{said}")
     return deaths
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """What the start and an iteration of an unbroken run took."""
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[0]["seconds"], rows[-1]["seconds"]
+    return {"start": first, "iteration": (last - first) / (len(rows) - 1)}
 
 
 def _kill(pid: int) -> None:
@@ -192,10 +208,9 @@ def one_run(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False))
     timing = given.out / "seconds.json"
     usual = json.loads(timing.read_text()) if timing.exists() else {}
-    began = time.monotonic()
-    deaths = broken(name, folder, nursery, usual.get(name, 0.0), rng, kills if name in usual else 0)
+    deaths = broken(name, folder, nursery, usual.get(name), rng, kills)
     if name not in usual:
-        timing.write_text(json.dumps(usual | {name: time.monotonic() - began}))
+        timing.write_text(json.dumps(usual | {name: seconds_of(folder)}))
     left = left_behind(nursery)
 
     def judge() -> int:
@@ -252,7 +267,7 @@ def main() -> None:
     nursery = Nursery()
     for row in campaign(given, nursery):
         rows.append(row)
-        at = ", ".join(f"{death['victim']} at {death['seconds']:.1f} s" for death in row["kills"])
+        at = ", ".join(f"{death['victim']} at {death['at']:.1f}" for death in row["kills"])
         total = sum(len(r["kills"]) for r in rows)
         print(f"{total:4d}  {row['case']:<26} {at or 'unbroken'}: {row['wrong'] or 'right'}", flush=True)
     os.kill(nursery.pid, signal.SIGKILL)

@@ -2,13 +2,17 @@
 
     python tools/results/asynchronous_learning.py engines --python ../env/vllm/bin/python
     python tools/results/asynchronous_learning.py lag
+    python tools/results/asynchronous_learning.py receipts --python ../env/vllm/bin/python \\
+        --model HuggingFaceTB/SmolLM2-135M-Instruct
     python tools/results/asynchronous_learning.py draw --docs docs/results
 
 `engines`: GRPO and PPO by the verbs with `rollout.engine` inside, process and vllm, the same recipe and seeds; the
 runs with vLLM share one server by its address (`rollout.url`). `lag`: GRPO whose batch b is sampled by the weights of
-version max(0, b - k), as `rollout.in_flight: finish` has it, once for each correction; in one process, since where it
-is sampled changes nothing (that is what `engines` and asynchronous_kills.py show). The task of both: the story model
-towards positive sentiment. What is finished is not made again.
+version max(0, b - k), as `rollout.in_flight: finish` has it, once for each correction and k above 0 (at k = 0 there
+is nothing to correct); in one process, since where it is sampled changes nothing (that is what `engines` and
+asynchronous_kills.py show). The task of both: the story model towards positive sentiment. `receipts`: a few
+iterations of GRPO and PPO on a real chat model with vLLM, for the gap of each receipt. What is finished is not made
+again.
 """
 
 from __future__ import annotations
@@ -53,7 +57,14 @@ def settings(folder: Path, method: str, seed: int, **rollout: Any) -> dict[str, 
         "model": {"path": str(story_model()), "dtype": "float32"},
         "data": {"path": str(prompts), "held_out": HELD},
         "reward": {"parts": {"vader": {"builtin": "vader_sentiment"}}},
-        "rollout": {"prompts": 8, "samples": 4, "max_new_tokens": 20, "held_out": HELD, "timeout": 1800, **rollout},
+        "rollout": {
+            "prompts": 8,
+            "samples": 4,
+            "max_new_tokens": 20,
+            "held_out": HELD,
+            "timeout": 1800.0,
+            **rollout,
+        },
         "algorithm": {"beta": 0.05, "minibatches": 4},
         "optimizer": {"lr": 3e-4},
         "critic": {"optimizer": {"lr": 1e-3}} if method == "ppo" else None,
@@ -66,7 +77,7 @@ def settings(folder: Path, method: str, seed: int, **rollout: Any) -> dict[str, 
 
 
 def engines(given: Any) -> None:
-    with vllm_server(given.python) as url:
+    with vllm_server(given.python, str(story_model())) as url:
         where: dict[str, dict[str, Any]] = {name: {"engine": name} for name in ENGINES}
         where["vllm"]["url"] = [url]
         cells = []
@@ -81,15 +92,28 @@ def engines(given: Any) -> None:
 
 
 @contextmanager
-def vllm_server(python: str) -> Iterator[str]:
-    """The address of a vLLM server of the story model's shape, which lives as long as the block."""
-    policy = load_policy(story_model(), device="cpu", dtype="float32")
+def vllm_server(python: str, model: str) -> Iterator[str]:
+    """The address of a vLLM server of the model's shape, which lives as long as the block."""
+    policy = load_policy(model, device="cpu", dtype="float32")
     wanted = Wanted(ends=(policy.tokenizer.eos_token_id,), max_batch=32, timeout=1800.0, python=python)
     generator = open_vllm(policy, wanted)
     try:
         yield generator.stations[0].server.url
     finally:
         generator.close()
+
+
+def receipts(given: Any) -> None:
+    with vllm_server(given.python, given.model) as url:
+        cells = []
+        for method in METHODS:
+            folder = given.out / "receipts" / method
+            short = {"prompts": 2, "samples": 4, "max_new_tokens": 16, "held_out": 2}
+            values = settings(folder, method, 0, engine="vllm", url=[url], **short)
+            values["model"]["path"] = given.model
+            values |= {"iterations": 3, "optimizer": {"lr": 1e-6}}
+            cells.append((folder, lambda m=method, f=folder, v=values: verb(rl, RECIPES[m], f, 0, v)))
+        run_cells(cells, given.minutes)
 
 
 # -- how old -------------------------------------------------------------------------------------------------------
@@ -140,7 +164,7 @@ def lag(given: Any) -> None:
     cells = []
     for seed in given.seeds:
         for k in LAGS:
-            for kind in KINDS:
+            for kind in KINDS if k else (RECORDED,):
                 folder = given.out / "lag" / f"{kind}-{k}-{seed}"
                 cells.append((folder, lambda f=folder, c=kind, k=k, s=seed: lagged(f, c, k, s)))
     run_cells(cells, given.minutes)
@@ -151,7 +175,10 @@ def lag(given: Any) -> None:
 
 def draw(given: Any) -> None:
     """Writes what there is to asynchronous-learning.json, and draws it."""
-    found = {"engines": engine_table(given.out, given.seeds), "lag": lag_table(given.out, given.seeds)}
+    found = {
+        "engines": engine_table(given.out, given.seeds), "lag": lag_table(given.out, given.seeds),
+        "receipts": receipt_table(given.out),
+    }  # fmt: skip
     write_atomic(given.docs / "asynchronous-learning.json", json.dumps(found, indent=1) + "\n")
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), constrained_layout=True)
     for axis, method in zip(axes, METHODS, strict=False):
@@ -163,6 +190,7 @@ def draw(given: Any) -> None:
     plain_axes(axes[2], "GRPO: held-out reward against k")
     for kind in KINDS:
         rows = [row for row in found["lag"] if row["kind"] == kind]
+        rows = [row for row in found["lag"] if not row["lag"]] + [row for row in rows if row["lag"]]
         axes[2].plot([row["lag"] for row in rows], [row["held_out"]["mean"] for row in rows], label=kind)
     axes[2].legend(fontsize=5)
     figure.savefig(given.docs / "asynchronous-learning.png", dpi=120)
@@ -193,6 +221,17 @@ def engine_table(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return table
 
 
+def receipt_table(out: Path) -> list[dict[str, Any]]:
+    """By method: the gap of each receipt, in nats."""
+    table = []
+    for method in METHODS:
+        folder = out / "receipts" / method
+        if finished(folder):
+            gaps = [row["sync/gap"] for row in rows_of(folder) if "sync/gap" in row]
+            table.append({"method": method, "gaps": gaps})
+    return table
+
+
 def lag_table(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """By correction and k: reward over the last quarter of the iterations, held-out reward and effective sample
     size."""
@@ -215,9 +254,10 @@ def lag_table(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    steps = {"engines": engines, "lag": lag, "draw": draw}
+    steps = {"engines": engines, "lag": lag, "receipts": receipts, "draw": draw}
     parser = options(__doc__, tuple(steps), "runs/asynchronous-learning")
     parser.add_argument("--python", help="the Python that has vLLM")
+    parser.add_argument("--model", help="the chat model of `receipts`")
     given = parser.parse_args()
     given.out = given.out.resolve()
     steps[given.what](given)

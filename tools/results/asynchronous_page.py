@@ -19,16 +19,16 @@ HEAD = """# Asynchronous runs: nothing lost, and what old samples cost
 
 `rollout.ahead: k` samples up to k batches while the policy learns from earlier ones
 ([how-to](../how-to/vllm.md#sampling-ahead)). This page is written by `tools/results/asynchronous_page.py`; the
-numbers are in the JSON files beside it.
+numbers are in the JSON files beside it, and `tools/results/asynchronous.py` makes all of them.
 """
 KILLS = """## Kills: {engine}
 
     {command}
 
 {date}. {runs} runs of the story model were killed {kills} times by SIGKILL, at moments drawn evenly over
-the time of an unbroken run: their learner {learner} times, a process that samples {generator} times, both {both}
-times. A dead learner was resumed with `--resume`; dead servers are started again by steersman. **{right} of {runs}
-runs ended right.**
+their start and iterations ({early} of them while a run started for the first time): their learner {learner}
+times, a process that samples {generator} times, both {both} times. A dead learner was resumed with `--resume`; dead
+servers are started again by steersman. **{right} of {runs} runs ended right.**
 
 A run counts as right if its own record of prompts, versions and samples agrees with a replay of the same schedule in
 one process: each prompt was used as often as its order says; no token is older than k versions (with `finish`
@@ -62,6 +62,12 @@ updates each, beta 0.05; mean ± standard deviation over the seeds.
 {engines}
 
 {lag}
+
+{receipts}
+"""
+RECEIPTS = """A real chat model: SmolLM2-135M-Instruct in float32 through vLLM's CPU build, three iterations of each
+method (`asynchronous_learning.py receipts`). The largest difference of a canary's log-probability from the policy's,
+in nats, after each update:
 """
 SPEED = """## Wall time with a slow reward
 
@@ -70,6 +76,10 @@ SPEED = """## Wall time with a slow reward
 Sampling takes {sampling:.2f} s a batch, the reward {reward:.2f} s; runs of one seed take turns on one machine.
 
 {table}
+"""
+SIMULATED = """## At 8 to 512 devices, simulated
+
+[What layouts and `ahead` gain on many devices](plan-scale.md) is a simulation, with its assumptions.
 """
 MISSING = "## {title}\n\n    {command}\n\nNot recorded yet.\n"
 
@@ -96,6 +106,7 @@ def kills(found: dict[str, Any], engine: str) -> str:
     wrong = [f"- {run['case']}, run {run['run']}: {'; '.join(run['wrong'])[:300]}" for run in runs if run["wrong"]]
     return KILLS.format(
         command=found["command"], date=found["date"], runs=len(runs), kills=len(deaths), **count,
+        early=sum(death["rows"] < 1 for death in deaths),
         engine="our engine in another process" if engine == "process" else "vLLM's CPU build 0.32.0",
         right=sum(not run["wrong"] for run in runs), gap=max(run["gap"] for run in runs),
         draws=DRAWS if engine == "process" else "",
@@ -131,7 +142,15 @@ def learning(found: dict[str, Any]) -> str:
     return LEARNING.format(
         engines=rows(head, where) if where else "By engine: not recorded yet.",
         lag=rows(lag_head, old) if old else "By k: not recorded yet.",
+        receipts=receipts(found.get("receipts", [])),
     )
+
+
+def receipts(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "Receipts of a real chat model: not recorded yet."
+    body = [[one["method"], ", ".join(f"{gap:.1e}" for gap in one["gaps"])] for one in found]
+    return RECEIPTS + "\n" + rows(["method", "gaps"], body)
 
 
 def speed(found: dict[str, Any]) -> str:
@@ -158,6 +177,8 @@ def page(docs: Path) -> str:
     for name, (title, command, write) in made.items():
         found = read(name)
         parts.append(MISSING.format(title=title, command=command) if found is None else write(found))
+    if (docs / "plan-scale.md").exists():
+        parts.append(SIMULATED)
     return "\n".join(parts)
 
 

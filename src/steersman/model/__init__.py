@@ -12,7 +12,7 @@ from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
 from steersman.model.shape import SIZES, Shape, shape_of
-from steersman.model.shard import in_their_pieces, place, place_head, whole_weights
+from steersman.model.shard import in_their_pieces, place, place_head, whole_state, whole_weights
 from steersman.model.share import SharedBase
 
 __all__ = [
@@ -47,5 +47,6 @@ __all__ = [
     "save",
     "shape_of",
     "step_ends",
+    "whole_state",
     "whole_weights",
 ]

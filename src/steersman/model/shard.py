@@ -112,6 +112,18 @@ def in_their_pieces(model: nn.Module) -> None:
         part.reshard()
 
 
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict while `whole_weights` is open, where PyTorch's own would give the pieces."""
+    if not ranks().sharded:
+        return model.state_dict()
+    named = model.named_parameters(remove_duplicate=False)
+    state = {name: part.detach().clone() for name, part in named}  # whoever looks at the storage itself would pin it
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        state |= {f"{prefix}.{name}".lstrip("."): module.get_buffer(name) for name in kept}
+    return state
+
+
 _together: WeakSet[nn.Module] = WeakSet()
 """Models whose weights are held whole now."""
 

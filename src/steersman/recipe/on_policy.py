@@ -209,11 +209,17 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
                 "must be in the same process; use rollout.engine: inside"
             )
-        if self.run.devices > 1 and rollout.engine != "inside" and (self.environment or self.parallel.mode == "fsdp"):
-            raise ValueError(
-                f"rollout.engine {rollout.engine}: on several devices it samples single answers of a policy that "
-                "each device has whole; remove `environment`, and use parallel.mode: replicas"
-            )
+        if self.run.devices > 1 and rollout.engine != "inside":
+            if self.environment:
+                raise ValueError(
+                    f"rollout.engine {rollout.engine}: on several devices it samples single answers; remove "
+                    "`environment`, or use engine: inside"
+                )
+            if self.parallel.mode == "fsdp" and self.model.lora is not None:
+                raise ValueError(
+                    f"rollout.engine {rollout.engine}: adapters of a policy that lies in pieces are not sent "
+                    "to other processes; use parallel.mode: replicas"
+                )
         if rollout.ahead and self.environment is not None:
             raise ValueError(
                 "rollout.ahead: episodes of an environment are not played ahead yet; use rollout.ahead: 0"

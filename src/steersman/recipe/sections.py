@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from steersman.loss.correction import CAPS, Correction, Kind
 from steersman.model.quantise import Quantise
@@ -252,6 +252,21 @@ class RolloutConfig(Section):
         description="with ahead, answers under way when new weights are ready: finished by the weights that began "
         "them (the schedule is then the same every time), or cut and continued under the new ones",
     )
+
+    @field_validator("sync", "engine", mode="before")
+    @classmethod
+    def _offered(cls, value: Any) -> Any:
+        if value in ("nccl", "ipc"):
+            raise ValueError(
+                f"{value} is a route between GPUs that steersman does not have; weights travel in a file, in shared "
+                "memory or in rollout.folder (sync: weights, or adapter)"
+            )
+        if value == "colocated":
+            raise ValueError(
+                "vLLM inside the learner's process, asleep while it trains, needs CUDA and is not offered; engine "
+                "vllm starts servers of their own"
+            )
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:

@@ -58,8 +58,9 @@ def from_slurm(given: Mapping[str, str]) -> dict[str, str]:
         ) from missing
 
 
-def must_start(devices: int) -> bool:
-    """Whether this process is to start `devices` ranks; False where it is one of them, or alone.
+def must_start(devices: int, launcher: str = "torch") -> bool:
+    """Whether this process is to start `devices` ranks; False where it is one of them, or alone. Ray starts a single
+    one too.
 
     Raises SteersmanError where a launcher started another number of ranks than the recipe asks for.
     """
@@ -69,7 +70,7 @@ def must_start(devices: int) -> bool:
             f"run.devices is {devices}, but the launcher started {there} ranks; leave run.devices out, or make them "
             "equal"
         )
-    return not there and devices > 1
+    return not there and (devices > 1 or launcher == "ray")
 
 
 def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str, Any]:

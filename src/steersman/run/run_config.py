@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 
@@ -57,6 +59,11 @@ class ManyRunConfig(RunConfig):
 
     devices: int = Field(
         default=1, ge=1, description="processes that share the run, each with a device of its own (or CPU cores)"
+    )
+    launcher: Literal["torch", "ray"] = Field(
+        default="torch",
+        description="what starts these processes: torch's launcher on this machine, or a Ray cluster that is there "
+        "already, which places them (and servers that sample) on its machines and starts them again where they die",
     )
 
 

@@ -40,7 +40,7 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
         adapter=rollout.sync == "adapter", folder=rollout.folder,
     )  # fmt: skip
     opener = open_process if rollout.engine == "process" else open_vllm
-    return opener(policy, wanted) if ranks().world == 1 else OfMainRank(lambda: opener(policy, wanted))
+    return opener(policy, wanted) if ranks().world == 1 else OfMainRank(lambda: opener(policy, wanted), policy)
 
 
 def open_engine(rollout: RolloutConfig, policy: Policy) -> Engine:
@@ -53,11 +53,13 @@ def open_engine(rollout: RolloutConfig, policy: Policy) -> Engine:
 class OfMainRank:
     """A generator that rank 0 alone has: it samples for the prompts of all ranks, and each gets its own samples.
 
-    Every rank must call it as often as the others. Raises rank 0's errors on every rank.
+    Every rank must call it as often as the others. Raises rank 0's errors on every rank. The policy's weights may lie
+    in pieces; they are gathered whenever they are sent.
     """
 
-    def __init__(self, opener: Callable[[], Generator]) -> None:
+    def __init__(self, opener: Callable[[], Generator], policy: Policy) -> None:
         self._engine: Generator | None = None
+        self._policy, self._sent = policy, False
         error: SteersmanError | None = None
         try:
             self._engine = opener() if ranks().main else None
@@ -74,6 +76,7 @@ class OfMainRank:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, **how: Any) -> list[Sample]:
         here = ranks()
+        self.send_first()
         shares = here.gather(list(prompts), "prompts")
 
         def ask() -> list[Sample]:
@@ -86,12 +89,19 @@ class OfMainRank:
     def joinable(self, sampling: Sampling, **room: Any) -> None:
         """Servers make up their batches themselves."""
 
+    def send_first(self) -> None:
+        """Sends the weights that the run begins with, unless some were sent already."""
+        if not self._sent:
+            self.update_weights(0)
+
     def update_weights(self, version: int) -> Stats:
         def send() -> Stats:
             assert self._engine is not None
             return self._engine.update_weights(version)
 
-        return ranks().from_main(send, "the weights' receipt")
+        self._sent = True
+        with whole_weights(self._policy):
+            return ranks().from_main(send, "the weights' receipt")
 
     def limits(self, sequences: int) -> Limits:
         """The memory of servers is their own."""

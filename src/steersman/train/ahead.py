@@ -31,6 +31,7 @@ from steersman.rollout.remote.schedule import Schedule
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
 from steersman.run.ranks import alone, ranks
+from steersman.setup.generators import OfMainRank
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, SteersmanError
@@ -50,8 +51,10 @@ class Ahead(OnPolicy):
         made = partial(Schedule, ahead=rollout.ahead, cut=rollout.in_flight == "cut")
         if ranks().world == 1:
             roles.engine = self.schedule = made(engine)
-        elif schedule := engine.replaced(made):
-            self.schedule = schedule
+        else:
+            self._of_ranks: OfMainRank = engine
+            if schedule := engine.replaced(made):
+                self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}
         self.begun = 0
@@ -60,6 +63,8 @@ class Ahead(OnPolicy):
 
     def next_samples(self, clock: Clock) -> Batch:
         """The batch of this iteration, when it is there, on every rank."""
+        if ranks().world > 1:
+            self._of_ranks.send_first()
         samples, scores = ranks().from_main(self._due, "a batch that was sampled ahead")
         clock.lap("rollout")
         lag = [self.done - v for s in samples for v in s.version or []]

@@ -18,6 +18,7 @@ from steersman.model import Policy
 from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.snapshot import (
     known_ids,
     require_plain_adapters,
@@ -27,6 +28,7 @@ from steersman.rollout.remote.snapshot import (
 )
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.wire import Server
+from steersman.run import ray_cluster
 from steersman.types import SteersmanError
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -72,7 +74,7 @@ def open_process(policy: Policy, wanted: Wanted) -> RemoteGenerator:
         fixed = [
             sys.executable, "-m", "steersman.rollout.remote.serve", "--model", str(model), "--threads",
             str(torch.get_num_threads()), "--max-batch", str(wanted.max_batch), "--dtype", _dtype(policy), "--device",
-            str(policy.device),
+            str(policy.device), "--host", _host(wanted),
         ]  # fmt: skip
         return lambda port: [*fixed, "--port", str(port)]
 
@@ -91,7 +93,7 @@ def open_vllm(policy: Policy, wanted: Wanted) -> RemoteGenerator:
     on_cpu = policy.device.type == "cpu"
 
     def command(model: Path) -> Callable[[int], Sequence[str]]:
-        fixed = vllm_command(python, str(model), _dtype(policy), max(wanted.top_k, 1), on_cpu)
+        fixed = vllm_command(python, str(model), _dtype(policy), max(wanted.top_k, 1), on_cpu, _host(wanted))
         if wanted.adapter:
             fixed = [word if word != "dummy" else "auto" for word in fixed] + lora_words(policy)
         return lambda port: [*fixed, "--port", str(port), *wanted.arguments]
@@ -102,11 +104,13 @@ def open_vllm(policy: Policy, wanted: Wanted) -> RemoteGenerator:
     return _open(policy, wanted, Promptwise(SERVED), "vLLM server", command, environment, returns_support=False)
 
 
-def vllm_command(python: str, model: str, dtype: str, most_logprobs: int, on_cpu: bool) -> list[str]:
+def vllm_command(
+    python: str, model: str, dtype: str, most_logprobs: int, on_cpu: bool, host: str = "127.0.0.1"
+) -> list[str]:
     """The command that a server of ours is started with; weights come later, so it loads none."""
     return [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", SERVED,
-        "--host", "127.0.0.1", "--dtype", dtype, "--load-format", "dummy", "--generation-config", "vllm",
+        "--host", host, "--dtype", dtype, "--load-format", "dummy", "--generation-config", "vllm",
         "--logprobs-mode", "processed_logprobs", "--max-logprobs", str(most_logprobs), "--enable-scale-out",
         "--worker-extension-cls", "steersman_vllm.Worker",
         "--weight-transfer-config", json.dumps({"backend": "steersman"}), *(["--enforce-eager"] if on_cpu else []),
@@ -166,16 +170,29 @@ def _open(
         model = home / "model"
         write_model(policy, model, base=wanted.adapter)
         for number in range(1, wanted.servers + 1):
-            launched = Launched(
-                f"{what} {number}", command(model), home / f"server-{number}.log", timeout=wanted.timeout,
-                environment=environment, folders=[home] if number == 1 else [],
-            )  # fmt: skip
+            launched: Launched | PlacedByRay
+            if ray_cluster.here():
+                launched = PlacedByRay(
+                    f"{what} {number}", command(model), environment, timeout=wanted.timeout,
+                    anywhere=wanted.folder is not None, cores=torch.get_num_threads(),
+                    on_gpu=policy.device.type == "cuda",
+                )  # fmt: skip
+            else:
+                launched = Launched(
+                    f"{what} {number}", command(model), home / f"server-{number}.log", timeout=wanted.timeout,
+                    environment=environment, folders=[home] if number == 1 else [],
+                )  # fmt: skip
             launched.start()
             stations.append(Station(None, launched, dialect, **shared))
     return RemoteGenerator(
         policy, stations, folder, ends=wanted.ends, context=context, max_batch=wanted.max_batch,
         returns_support=returns_support, adapter=wanted.adapter,
     )  # fmt: skip
+
+
+def _host(wanted: Wanted) -> str:
+    """The address that a server of ours listens on: this machine's own, or any where Ray may put it elsewhere."""
+    return "0.0.0.0" if ray_cluster.here() and wanted.folder is not None else "127.0.0.1"
 
 
 def _causal(policy: Policy) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steersman.model import Policy
+from steersman.model import Policy, whole_state
 from steersman.model.lora import adapter_state
 from steersman.model.merge import merged_state
 from steersman.run.folder import saving
@@ -105,7 +105,7 @@ def weights_of(policy: Policy, *, with_adapters: bool = True) -> dict[str, Tenso
     """The policy's weights under the names that `from_pretrained` knows: adapters added in or left out, embedding and
     output layer both there though they may be one, and without the rows that pad the vocabulary."""
     model = policy.model
-    state = model.state_dict() if policy.adapters is None else merged_state(model, with_adapters=with_adapters)
+    state = whole_state(model) if policy.adapters is None else merged_state(model, with_adapters=with_adapters)
     known = known_ids(policy)
     tables = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     padded = {f"{name}.{leaf}" for name, m in model.named_modules() if id(m) in tables for leaf in ("weight", "bias")}

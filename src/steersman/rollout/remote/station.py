@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from steersman.rollout.remote.dialects import Call, Dialect
 from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.snapshot import Receipt, ReceiptError, Snapshot, first_difference
 from steersman.rollout.remote.wire import Asked, Reply, Server, ServerGoneError
 from steersman.rollout.sampling import Sampling
@@ -26,8 +27,8 @@ class Station:
     did not answer when it was last asked."""
 
     def __init__(
-        self, server: Server | None, launched: Launched | None, dialect: Dialect, *, owner: str, tolerance: float,
-        vocabulary: int,
+        self, server: Server | None, launched: Launched | PlacedByRay | None, dialect: Dialect, *, owner: str,
+        tolerance: float, vocabulary: int,
     ) -> None:  # fmt: skip
         self._server, self.launched, self.dialect = server, launched, dialect
         self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
@@ -50,7 +51,7 @@ class Station:
         assert self._server is not None
         return self._server
 
-    def _started(self, launched: Launched) -> Server:
+    def _started(self, launched: Launched | PlacedByRay) -> Server:
         try:
             return launched.wait()
         except ServerGoneError:
