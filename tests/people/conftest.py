@@ -67,7 +67,7 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def address(request, tmp_path) -> str:
-    """The address of an empty store."""
+    """The address of an empty store: of either kind, unless a test names one (`indirect`)."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'feedback.db'}"
     import psycopg

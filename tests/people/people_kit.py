@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import pytest
 from sqlalchemy import select
 
 from steersman.people.store import Store
@@ -13,6 +14,9 @@ from steersman.people.store.items import NewItem, add_item, make_queue, next_ite
 from steersman.people.store.judgements import judge_item
 from steersman.people.store.raters import add_person
 from steersman.people.store.schema import Queue
+
+SQLITE = pytest.mark.parametrize("address", ["sqlite"], indirect=True)
+"""For tests of what does not depend on the kind of database: the others run on both."""
 
 
 def key() -> str:

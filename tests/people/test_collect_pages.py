@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 
 import pytest
-from people_kit import judge, pair, queue, rater
+from people_kit import SQLITE, judge, pair, queue, rater
 from sqlalchemy import select
 
 pytest.importorskip("starlette", reason="needs the extra people")
@@ -39,13 +39,6 @@ class Scripted:
     def answer(self, messages, user):
         self.asked.append(messages)
         return Said(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
-
-
-@pytest.fixture
-def store(tmp_path):
-    made = open_store(tmp_path / "feedback.db")
-    yield made
-    made.close()
 
 
 def browser(store, **more) -> TestClient:
@@ -94,6 +87,7 @@ def test_a_comparison_from_the_screen_to_the_store(store):
     assert len({tuple(row.sides or []) for row in rows}) == 2
 
 
+@SQLITE
 @pytest.mark.parametrize(
     ("task", "settings", "answers", "values", "stored"),
     [
@@ -136,6 +130,7 @@ def test_undo_shows_the_item_again_and_the_first_verdict_no_longer_counts(store)
     assert verdicts(store) == [{"choice": "both_bad"}]
 
 
+@SQLITE
 def test_lines_of_an_answer_stay_lines(store):
     of = queue(store, "compare", [NewItem("one\ntwo", [Said("red\nblue"), Said("1. a\n2. b")])])
     page = browser(store).get(f"/judge/{of}").text
@@ -143,6 +138,7 @@ def test_lines_of_an_answer_stay_lines(store):
     assert "red<br" in page
 
 
+@SQLITE
 def test_the_back_button_after_a_verdict_leads_on(store):
     of = queue(store, "compare", [pair(1), pair(2)])
     client = browser(store)
@@ -153,6 +149,7 @@ def test_the_back_button_after_a_verdict_leads_on(store):
     assert verdicts(store) == [{"choice": "tie"}]
 
 
+@SQLITE
 def test_nothing_on_the_page_tells_which_model_answered(store):
     answers = [Said("first", ("secret-base", "v1"), {"temperature": 0.123}), Said("second", ("secret-tuned", "v2"))]
     of = queue(store, "compare", [NewItem("q", answers)])
@@ -231,6 +228,7 @@ def test_what_belongs_to_others_is_not_there(store):
     assert verdicts(store) == []
 
 
+@SQLITE
 def test_a_form_from_elsewhere_is_refused(store):
     of = queue(store, "compare", [pair(1)])
     client = browser(store)
@@ -245,6 +243,7 @@ def test_a_form_from_elsewhere_is_refused(store):
     assert verdicts(store) == []
 
 
+@SQLITE
 def test_headers_allow_no_script_but_ours(store):
     page = browser(store).get("/")
     policy = page.headers["content-security-policy"]
@@ -295,6 +294,7 @@ def test_chinese_and_a_search_with_filters(store):
     assert "local" in client.get("/admin").text
 
 
+@SQLITE
 def test_accounts_where_others_can_reach_the_pages(store, monkeypatch):
     rater(store, "Ada", password=security.hashed("correct horse battery"), role="rater")
     client = browser(store, open=False, host="0.0.0.0")
@@ -355,6 +355,7 @@ def test_the_admin_page_tells_how_far_raters_agree(store):
     assert "compare (compare): 0.533" in browser(store).get("/admin").text
 
 
+@SQLITE
 def test_admins_add_reset_and_close_accounts(store):
     rater(store, "ada", role="admin", password=security.hashed("correct horse battery"))
 
@@ -383,6 +384,7 @@ def test_admins_add_reset_and_close_accounts(store):
     assert ada.get("/admin").status_code == 200
 
 
+@SQLITE
 def test_no_word_of_the_pages_is_a_method_of_python(store):
     ids = [
         queue(store, "mark", [NewItem("q", [Said("a")])], labels=["error"]),

@@ -7,7 +7,7 @@ from html import unescape
 from urllib.parse import urljoin
 
 import pytest
-from people_kit import key, rater
+from people_kit import SQLITE, key, rater
 from runs_kit import some_runs
 
 pytest.importorskip("starlette", reason="needs the extra people")
@@ -17,17 +17,9 @@ from starlette.testclient import TestClient
 from steersman.people.collect.app import Site, make_app
 from steersman.people.collect.runs import find_runs
 from steersman.people.collect.verb import CollectRecipe, run
-from steersman.people.store import open_store
 from steersman.people.store.conversations import Said, add_turn, branch, start
 from steersman.people.store.judgements import judge_turn
 from steersman.types import SteersmanError
-
-
-@pytest.fixture
-def store(tmp_path):
-    made = open_store(tmp_path / "feedback.db")
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -47,6 +39,7 @@ def behind(page, metric: str) -> list[str]:
     return [urljoin(str(page.url), unescape(x)) for x in re.findall(r'href="([^"]+)"', row[1])]
 
 
+@SQLITE
 def test_a_metric_leads_to_the_rows_behind_it(client):
     page = client.get("/look/runs")
     assert {"runs/grpo", "runs/wheel"} <= set(re.findall(r'<a href="/look/run/([^"]+)"', page.text))
@@ -62,6 +55,7 @@ def test_a_metric_leads_to_the_rows_behind_it(client):
     assert "answers 1" in client.get(behind(wheel, "win_rate")[0]).text
 
 
+@SQLITE
 def test_answers_stand_side_by_side_over_steps(client):
     page = client.get("/look/beside?run=runs/grpo&column=runs/grpo:+0&column=runs/grpo:+10&q=two").text
     shown = re.findall(r"answer (\d+) to (\w+)", page)
@@ -69,6 +63,7 @@ def test_answers_stand_side_by_side_over_steps(client):
     assert "<script>document" not in client.get("/look/rows/runs/grpo?table=samples").text
 
 
+@SQLITE
 def test_rows_are_searched_and_turned_over(client, tmp_path):
     more = "".join(f'{{"step": 20, "prompt": "p{i}", "completion": "x"}}\n' for i in range(120))
     with (tmp_path / "runs/grpo/samples.jsonl").open("a") as file:
@@ -81,6 +76,7 @@ def test_rows_are_searched_and_turned_over(client, tmp_path):
     assert client.get("/look/rows/runs/grpo?table=samples&q=nowhere").text.count("<article") == 0
 
 
+@SQLITE
 @pytest.mark.parametrize(
     "path",
     ["/look/rows/../../etc?table=passwd", "/look/rows/runs/grpo?table=../../train", "/look/run/%2e%2e/x",

@@ -134,9 +134,18 @@ def test_refusals_have_openais_shape(client, url):
         client.completions.create(model="mini", prompt="a" * 101, max_tokens=4)
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+    spent = {"model": "mini", "prompt": "a", "max_tokens": 1}
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):  # what a web page may send anywhere, unasked
+        headers = {"Authorization": "Bearer right-key", "Content-Type": kind}
+        asked = urllib.request.Request(f"{url}/v1/completions", json.dumps(spent).encode(), headers, method="POST")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(asked)
     for body in (b"{", b"\xff", b"[" * 100_000, b'{"model": "mini", "prompt": "\\ud800"}', b"3"):
         request = urllib.request.Request(
-            f"{url}/v1/completions", body, {"Authorization": "Bearer right-key"}, method="POST"
+            f"{url}/v1/completions",
+            body,
+            {"Authorization": "Bearer right-key", "Content-Type": "application/json"},
+            method="POST",
         )
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)

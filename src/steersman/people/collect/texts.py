@@ -38,7 +38,8 @@ EN = {
 }  # fmt: skip
 ZH = {
     "title": "评判回答", "home": "首页", "chat": "对话", "queues": "待评判", "judge": "评判", "done": "已完成",
-    "nothing": "这里没有待评判的内容了。谢谢。", "mine": "由您完成", "of": "/", "at_most": "/ 最多", "look": "查看", "admin": "管理",
+    "nothing": "这里没有待评判的内容了。谢谢。", "mine": "由您完成", "of": "/", "at_most": "/ 最多",
+    "look": "查看", "admin": "管理",
     "undo": "撤销上一个", "skip": "跳过", "save": "保存", "say": "发送", "message": "您的消息",
     "new_chat": "新对话", "again": "换一个回答", "answer": "回答", "edit": "编辑",
     "edit_send": "发送编辑后的消息", "user": "用户", "assistant": "助手", "system": "系统",
@@ -56,7 +57,8 @@ ZH = {
     "count": "评判数", "forget": "删除", "skip_main": "跳到内容",
     "alpha": "一致性 (Krippendorff alpha，95% 区间)", "items": "条目", "conversations": "对话记录",
     "runs": "训练运行", "run": "运行", "step": "步", "tables": "表", "beside": "并排比较", "beside_pick": "选择",
-    "behind": "带链接的数字通向其背后的数据行。", "all_numbers": "此运行的全部数字", "no_rows": "没有匹配的内容。", "prompt": "提示",
+    "behind": "带链接的数字通向其背后的数据行。", "all_numbers": "此运行的全部数字", "no_rows": "没有匹配的内容。",
+    "prompt": "提示",
     "rate_hint": "按数字键可回答第一个未完成的项目。", "select_first": "请先选取文字。",
     "review_hint": "这个回答好吗？如果不好，可以先写出更好的回答再拒绝。",
     "undone": "上一个评判已撤销，请重新评判。", "undo_nothing": "没有可以撤销的内容。",

@@ -29,6 +29,7 @@ from steersman.types import Prompt, SteersmanError
 
 LARGEST_BODY = 4 << 20
 """Bytes of one request."""
+NOT_JSON = "the request wants the header Content-Type: application/json"
 Shape = type[ChatAsk] | type[TextAsk]
 PATHS = {ChatAsk: "/chat/completions", TextAsk: "/completions"}
 
@@ -92,9 +93,8 @@ class Server:
             return refusal
         if (self.keys or self.admin_keys) and not _among(request, self.admin_keys):
             return self._refuse(403, "this key may ask, and not exchange models; use one of serve.admin_token_file")
-        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            # which a browser sends to another site only after asking it
-            return self._refuse(400, "the request wants the header Content-Type: application/json")
+        if not _is_json(request):
+            return self._refuse(400, NOT_JSON)
         try:
             body = parse_json((await self._body(request)).decode(), "request")
         except ClientDisconnect:
@@ -190,6 +190,8 @@ class Server:
         refusal = self._stranger(request)
         if refusal is not None:
             return refusal
+        if not _is_json(request):
+            return self._refuse(400, NOT_JSON)
         try:
             told = parse_json((await self._body(request)).decode(), "request")
             if self.backend is not None:
@@ -252,6 +254,14 @@ def laid_out(served: Served, ask: Ask) -> Prompt:
     """The request as the model reads it."""
     ids, text = ask.laid_out(served.layout)
     return Prompt(ids, text)
+
+
+def _is_json(request: Request) -> bool:
+    """Whether the request says that it is JSON, which a browser says to another site only after asking it.
+
+    So no page that is open on this machine can spend the model's time, or the key of a server behind.
+    """
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 def _among(request: Request, keys: Sequence[bytes]) -> bool:
