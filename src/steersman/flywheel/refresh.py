@@ -27,8 +27,8 @@ SEAT = 1 << 20
 
 def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     """The judge for the round after `number`, whose model is at `path`."""
-    recipe, ledger = flywheel.recipe, flywheel.ledger
-    assert recipe.refresh is not None
+    recipe, ledger, refresh = flywheel.recipe, flywheel.ledger, flywheel.recipe.refresh
+    assert refresh is not None
     name = f"round-{number:02d}/refresh"
     player = flywheel.player(path)
     answers = flywheel.answers(f"{name}/answers", player, path, number, 2, SEAT)
@@ -36,19 +36,19 @@ def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     usable_rows = usable(answers, recipe.unfinished)[0]
 
     def make() -> Rows:
-        return compared(flywheel, usable_rows, recipe.refresh.by)
+        return compared(flywheel, usable_rows, refresh.by)
 
-    pairs = ledger.table(f"{name}/pairs", make, judge=recipe.refresh.by, made_from=ledger.sources(f"{name}/answers"))
+    pairs = ledger.table(f"{name}/pairs", make, judge=refresh.by, made_from=ledger.sources(f"{name}/answers"))
     if not pairs:
-        ledger.log.note(f"{name}: {recipe.refresh.by} told no two answers apart; the judge stays", style="yellow")
+        ledger.log.note(f"{name}: {refresh.by} told no two answers apart; the judge stays", style="yellow")
         return flywheel.judge.config
     every = [ledger.path / f"round-{r:02d}/refresh/pairs.jsonl" for r in range(1, number + 1)]
-    files = [*recipe.refresh.first, *(str(file) for file in every if file.stat().st_size)]
+    files = [*refresh.first, *(str(file) for file in every if file.stat().st_size)]
     part, model = flywheel.judge.config.reward_model()
     values = {
         "model": recipe.model.model_dump() | {"path": model, "merge": True},
         "data": {"path": files, "append_eos": recipe.data.append_eos, "on_too_long": "drop"},
-        "train": recipe.refresh.train, "optimizer": recipe.refresh.optimizer,
+        "train": refresh.train, "optimizer": refresh.optimizer,
     }  # fmt: skip
     trained = ledger.stage(f"{name}/train", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
     reward = recipe.judge.reward | {part: recipe.judge.reward[part].model_copy(update={"model": trained})}
