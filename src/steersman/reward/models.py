@@ -145,7 +145,7 @@ class ModelReward:
 
     def _against_others(self, model: GeneralPreferenceModel, samples: Sequence[Sample], tokens: Tokens) -> Tensor:
         """Each answer's mean log-odds against the others of its prompt, which are samples of the policy too: an
-        estimate of the preference score that GPO maximises (arXiv 2410.02197, section 5)."""
+        estimate of the preference score that GPO maximises (arXiv 2410.02197)."""
         embedded = self._over(tokens, model.outputs, len(model.meaning.attributes)).float().cpu()
         group = torch.tensor([s.prompt.index for s in samples])
         other = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
