@@ -27,7 +27,8 @@ from steersman.model import Policy, load_policy
 from steersman.ops.masked import masked_sum
 from steersman.rollout import Engine, Sampling
 from steersman.types import Prompt
-from steersman.verbs import sft
+from steersman.verbs import rl, sft
+from steersman.verbs.on_policy_recipes import RECIPES
 
 OPENING, REST, NEW = 8, 40, 56
 """Words of a prompt, words of a given answer, and tokens of the student's own."""
@@ -41,7 +42,13 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "reverse KL, own answers": {"loss": {"name": "reverse_kl"}, "train": {"on_policy": 1.0}},
     "JSD, half own answers": {"loss": {"name": "jsd"}, "train": {"on_policy": 0.5}},
+    "GRPO, the teacher's likelihood": {},
 }  # fmt: skip
+
+
+def stem_of(name: str) -> str:
+    """An arm's name as the beginning of its files' names."""
+    return name.replace(" ", "-").replace(",", "").replace("+", "and").replace("'", "")
 
 
 def main() -> None:
@@ -61,7 +68,7 @@ def main() -> None:
     student = first_layers(args.teacher, args.layers, args.out / "student")
     measured(args.out / "start.json", student, args.teacher, rows[1])
     for name, extra in ARMS.items():
-        folder = args.out / name.replace(" ", "-").replace(",", "").replace("+", "and")
+        folder = args.out / stem_of(name)
         pace = folder.with_suffix(".pace.json")
         values = settings(student, args, rows[0])
         if not pace.exists():
@@ -118,9 +125,25 @@ def train(folder: Path, name: str, values: dict[str, Any], extra: dict[str, Any]
     if name == "fine-tuning":
         kept = {k: v for k, v in values.items() if k not in ("teacher", "rollout")}
         verb(sft, sft.SFTRecipe, folder, seed, {**kept, "train": training})
+    elif name.startswith("GRPO"):
+        verb(rl, RECIPES["grpo"], folder, seed, rewarded(values, steps))
     else:
         verb(distill, DistillRecipe, folder, seed, {**values, **extra, "train": training})
     return folder
+
+
+def rewarded(values: dict[str, Any], steps: int) -> dict[str, Any]:
+    """GRPO on the student's own answers to the same openings, paid by their likelihood under the teacher."""
+    likely = {
+        "metric": "perplexity", "weight": -1.0, "empty": 10.0,
+        "args": {"path": values["teacher"]["path"], "unit": "nats", "after": "source", "device": "cpu"},
+    }  # fmt: skip
+    batch = values["train"]["batch_size"]
+    kept = {k: values[k] for k in ("model", "data", "optimizer", "run", "health")}
+    return {
+        **kept, "reward": {"parts": {"likely": likely}}, "iterations": steps, "algorithm": {"beta": 0.0},
+        "rollout": {**values["rollout"], "prompts": max(batch // 4, 1), "samples": 4},
+    }  # fmt: skip
 
 
 def seconds_per_update(folder: Path, name: str, values: dict[str, Any], extra: dict[str, Any]) -> float:
@@ -176,7 +199,7 @@ def table(out: Path) -> str:
     lines.append(f"| start | 0 | {start['loss']:.3f} | | {_interval(torch.tensor(start['kl_rows']))} |")
     base = None
     for name in ARMS:
-        stem = name.replace(" ", "-").replace(",", "").replace("+", "and")
+        stem = stem_of(name)
         found = [json.loads(f.read_text()) for f in sorted(out.glob(f"{stem}.[0-9].json"))]
         if not found:
             continue

@@ -48,6 +48,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "CPO": {"name": "cpo"},
     "KTO": {"name": "kto"},
     "BCO": {"name": "bco"},
+    "AlphaPO": {"name": "alphapo"},
+    "DPO-shift": {"name": "dpo_shift"},
+    "WPO": {"name": "wpo"},
+    "Cal-DPO": {"name": "cal_dpo"},
+    "SPPO": {"name": "sppo"},
 }
 """Each with its own defaults (docs/algorithms.md); SLiC with the likelihood term that belongs to it."""
 LEARNING_RATE, EPOCHS, BATCH, NEW_TOKENS = 3e-4, 2, 32, 48

@@ -5,7 +5,7 @@
 
 GRPO (or any on-policy verb) on these rows, rewarded by `steersman.judge.reward:agreement`, trains a generative judge:
 it writes what it weighs and a verdict, and is paid where the verdict is the people's. Each pair is asked in both
-orders, so that a preference for a place earns half. Source: J1, arXiv 2505.10320, section 3 (verdicts as verifiable
+orders, so that a preference for a place earns half. Source: J1, arXiv 2505.10320 (verdicts as verifiable
 rewards, both orders); JudgeLRM, arXiv 2504.00050. Departure: no extra reward for verdicts that agree in both orders.
 """
 

@@ -27,8 +27,7 @@ SEAT = 1 << 20
 
 def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     """The judge for the round after `number`, whose model is at `path`."""
-    recipe, ledger = flywheel.recipe, flywheel.ledger
-    refresh = recipe.refresh
+    recipe, ledger, refresh = flywheel.recipe, flywheel.ledger, flywheel.recipe.refresh
     assert refresh is not None
     name = f"round-{number:02d}/refresh"
     player = flywheel.player(path)

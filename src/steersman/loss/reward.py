@@ -53,7 +53,7 @@ def noisy_pairwise(
 
         1 / sqrt(pi) sum_i w_i L(lead + sqrt(2 variance) x_i),  x_i and w_i the Gauss-Hermite rule
 
-    Departure from arXiv 2402.09345, eq. 5: the expectation over the latents' noise is a quadrature and not one draw,
+    Departure from arXiv 2402.09345: the expectation over the latents' noise is a quadrature and not one draw,
     so it is the same however a batch is split; with a linear decoder the lead is Gaussian, so nothing is lost.
     """
     point, weight = (lead.new_tensor(x) for x in np.polynomial.hermite.hermgauss(NODES))

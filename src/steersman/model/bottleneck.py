@@ -33,7 +33,7 @@ class BottleneckModel(AttributeModel):
 
     What people did not go by costs nats and earns nothing, so it is left out; and an answer whose latents lie far
     from N(0, I) is unlike those that the model was trained on, which `bound` makes it pay for. Source: InfoRM, arXiv
-    2402.09345, eq. 5 (the bottleneck; outliers in its space are over-optimised answers), and arXiv 2510.13694 (a
+    2402.09345 (the bottleneck; outliers in its space are over-optimised answers), and arXiv 2510.13694 (a
     penalty on them in RL). Departures: the decoder is linear; the penalty is the nats of the latents against the
     prior, and not the Mahalanobis distance to the supervised model's answers.
     """

@@ -27,7 +27,7 @@ class GeneralPreferenceModel(AttributeModel):
     """log-odds that y beats y' = sum over k planes of (v_x v'_y - v_y v'_x), v = head(x, y) in R^2k.
 
     The form is skew-symmetric, so either order says the same, and every skew-symmetric table of log-odds is reached
-    with enough planes; Bradley-Terry is one plane with v = (r, 1). Source: arXiv 2410.02197, eq. 5. Departure: the
+    with enough planes; Bradley-Terry is one plane with v = (r, 1). Source: arXiv 2410.02197. Departure: the
     planes' scales are part of the embedding and do not depend on the prompt apart from it.
     """
 

@@ -21,7 +21,7 @@ class BottleneckReward(PairwiseReward):
 
         E[-log sigma(w . (z_w - z_l))] + weight * (KL(q(z_w) || N(0, I)) + KL(q(z_l) || N(0, I))) / 2
 
-    with z ~ q = N(mu, sigma^2) of each answer. Source: arXiv 2402.09345, eq. 5. `held_out/nats` is that KL per
+    with z ~ q = N(mu, sigma^2) of each answer. Source: arXiv 2402.09345. `held_out/nats` is that KL per
     answer: how much the model reads out of it.
     """
 

@@ -21,7 +21,7 @@ from steersman.types import Stats, Tokens
 class GeneralPreferenceReward(PairwiseReward):
     """The objective: -log sigma(s(y_w, y_l)) with s the model's skew-symmetric lead.
 
-    Source: arXiv 2410.02197, eq. 8. `train.centre` has no meaning here: there is no level to hold.
+    Source: arXiv 2410.02197. `train.centre` has no meaning here: there is no level to hold.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ class PairwiseReward:
         by = style.view(len(score), 2, -1)[..., wanted].double()
         lead, gap = (score[:, 0] - score[:, 1]).double(), by[:, 0] - by[:, 1]
         found = np.linalg.lstsq(gap.numpy(), lead.numpy(), rcond=None)[0]
-        worth: dict[str, float] = dict(zip(self.config.debias, found.tolist(), strict=True))
+        worth: dict[str, float] = {str(n): w for n, w in zip(self.config.debias, found.tolist(), strict=True)}
         self.module.means(replace(self.module.meaning, debiased=worth))
         return worth
 

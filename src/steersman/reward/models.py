@@ -145,7 +145,7 @@ class ModelReward:
 
     def _against_others(self, samples: Sequence[Sample], tokens: Tokens) -> Tensor:
         """Each answer's mean log-odds against the others of its prompt, which are samples of the policy too: an
-        estimate of the preference score that GPO maximises (arXiv 2410.02197, section 5)."""
+        estimate of the preference score that GPO maximises (arXiv 2410.02197)."""
         model = self.model
         embedded = self._over(tokens, model.outputs, len(model.meaning.attributes)).float().cpu()
         group = torch.tensor([s.prompt.index for s in samples])

@@ -19,7 +19,7 @@ class Curriculum:
         p = (right + 1) / (tries + 2),  q = uniform / N + (1 - uniform) p (1 - p) / sum of these,  w = 1 / (N q)
 
     An answer's advantage over its group has variance p (1 - p): prompts of half a chance teach most (arXiv
-    2504.03380, section 3; 2510.01135). Draws are independent, with replacement, so E_q[w g] is the mean of g over the
+    2504.03380, 2510.01135). Draws are independent, with replacement, so E_q[w g] is the mean of g over the
     prompts for whatever gradient g(x) a prompt has (`verify/curriculum.py`). Departure: the papers leave the weight
     out, and then maximise another mixture of the prompts, one that moves with the policy.
     """

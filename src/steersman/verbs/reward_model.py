@@ -27,14 +27,8 @@ from steersman.data import (
 from steersman.data.shapes import NOUNS, Kind
 from steersman.model import (
     AttributeModel,
-    BottleneckModel,
-    EnsembleModel,
     GatedModel,
-    GeneralPreferenceModel,
     ScalarModel,
-    head_names,
-    latent_names,
-    plane_names,
 )
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
@@ -64,6 +58,7 @@ from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.offline_run import trained
 from steersman.verbs.preflight import describe_run
+from steersman.verbs.reward_of_pairs import of_pairs
 
 KINDS: tuple[Kind, ...] = ("preference", "ranking", "rating", "feedback", "steps")
 LOADERS = {"preference": preferences, "ranking": rankings, "rating": ratings, "feedback": feedback, "steps": steps}
@@ -136,33 +131,6 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
         return _train(session, recipe, kind)
 
 
-def _of_pairs(session: Session, recipe: RewardModelRecipe, kind: Kind) -> AttributeModel | None:
-    """What the section `train` asks for on pairs: outputs that begin apart, or those of a saved model of the same
-    kind and size; None where it asks for one score."""
-    train = recipe.train
-    asked = {"heads": train.heads > 1, "bottleneck": train.bottleneck > 0, "planes": train.planes > 0}
-    key = next((name for name, wanted in asked.items() if wanted), None)
-    if key is None:
-        return None
-    if kind != "preference":
-        raise SteersmanError(
-            f"train.{key} is {getattr(train, key)}, but the data is of kind {kind}: give pairs, from which it learns"
-        )
-    made_of, meaning, names = {
-        "heads": (EnsembleModel, ENSEMBLE, head_names(train.heads)),
-        "bottleneck": (BottleneckModel, BOTTLENECK, latent_names(train.bottleneck)),
-        "planes": (GeneralPreferenceModel, GENERAL, plane_names(train.planes)),
-    }[key]
-    model: Any = reward_from(recipe.model, recipe.run, session.device, names)
-    if model.meaning.kind == meaning:
-        return model
-    made = made_of(model.model, model.tokenizer, names)
-    made.notes, made.stored_dtype, made.adapted = model.notes, model.stored_dtype, model.adapted
-    made.max_tokens = model.max_tokens
-    made.begin(stream(recipe.run.seed, "heads"))
-    return made
-
-
 Objective = PairwiseReward | RankingReward | RatingReward | FeedbackReward | StepReward
 
 
@@ -178,7 +146,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     loaded: Loaded[Any] = LOADERS[kind](recipe.data)
     names = attributes(loaded.train) if kind == "rating" else []
     names = recipe.data.scores or names
-    model: Any = _of_pairs(session, recipe, kind)
+    model: Any = of_pairs(recipe.model, recipe.train, recipe.run, session.device, kind)
     if model is not None:
         pass
     elif kind == "rating" and len(names) > 1:
