@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py equality [VERB ...] # verbs x layouts, the story model in float64
     python benchmarks/ranks.py memory MODEL        # what a rank holds of weights, gradients and moments, and its peak
-    python benchmarks/ranks.py scale               # the recipes of recipes/scale, one under torchrun as two nodes
+    python benchmarks/ranks.py scale [RECIPE ...]  # the recipes of recipes/scale, one under torchrun as two nodes
     python benchmarks/ranks.py cost                # what every rank holds of the whole batch, against batch and world
 
 Prints Markdown tables. Everything runs over gloo on this machine's CPU.
@@ -148,6 +148,8 @@ def scale() -> None:
     print("| recipe | ranks | held-out reward, before | after | every step logged |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, (count, words, changes) in commands.items():
+            if sys.argv[2:] and name not in sys.argv[2:]:
+                continue
             there = Path(folder, name)
             asked = [*words, f"recipes/scale/{name}.yaml", *changes, "--run.dir", str(there)]
             env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

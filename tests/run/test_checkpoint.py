@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,8 +15,12 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from steersman.run.checkpoint import Checkpointer, StopRequest, rng_state, set_rng_state
+from steersman.run.ranks import NoStore, Ranks
+from steersman.run.stored import write_pieces
 from steersman.types import SteersmanError
 
 
@@ -224,3 +229,12 @@ def test_handlers_are_put_back():
         assert not stop
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_full_disk_of_one_rank_is_named(tmp_path, monkeypatch):
+    def save(*_: object, **__: object) -> None:
+        raise CheckpointException("write", {1: (OSError(errno.ENOSPC, "No space left on device"), [])})  # type: ignore
+
+    monkeypatch.setattr(distributed, "save", save)
+    with pytest.raises(SteersmanError, match=r"rank 1: .*the disk is full"):
+        write_pieces({"weight": torch.zeros(2)}, tmp_path, Ranks(store=NoStore()))

@@ -249,8 +249,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+PAGE = """# Kills of runs on several devices
+
+    {command}
+
+Shipped recipes made short (the story model in float64, a checkpoint after every step, torch {torch}, gloo) were begun on
+a layout drawn at random: 1 process, 2 replicas, 2 shards, or 2 copies of 2 shards. SIGKILL ended one rank, or what had
+started the ranks, at a moment drawn evenly over the processor time of an unbroken run; what was left went on with
+`--resume` on another layout, was killed again, up to three times in a row, and then ended. {count} kills in {runs} runs.
+
+**{same} of {runs} left what the unbroken run of one process left**: the same steps, the same answers, every number and
+weight the same to {close:g}. No process outlived its run by more than {longest:.0f} s (the limit for ranks that wait is
+60 s, and for what is left of a rank after SIGTERM {grace:.0f} s).
+
+{table}
+
+Reports are not drawn in these runs. Each kill, with its layout, moment and rank, is in kills-ranks.json.
+"""
+
+
+def page(rows: list[dict[str, Any]], command: str) -> str:
+    deaths = [death for row in rows for death in row["launches"] if "seconds" in death]
+    return PAGE.format(
+        command=command, torch=torch.__version__, count=len(deaths), runs=len(rows), close=CLOSE, grace=GRACE,
+        same=sum(not row["differ"] for row in rows), table=table(rows),
+        longest=max((death["ended_after"] for death in deaths), default=0.0),
+    )  # fmt: skip
+
+
 def main() -> None:
-    parser = kills.options(__doc__, "kills-ranks.json goes", "runs/kills-ranks", kills=50, cases=CASES)
+    parser = kills.options(
+        __doc__, "kills-ranks.md and kills-ranks.json go", "runs/kills-ranks", kills=50, cases=CASES
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
     asked = parser.parse_args()
     out = asked.out.resolve()
@@ -265,6 +295,7 @@ def main() -> None:
     if asked.docs:
         command = f"python tools/results/kills_ranks.py --kills {asked.kills} --seed {asked.seed} --docs docs/results"
         told = {"command": command, "torch": torch.__version__, "runs": rows}
+        (asked.docs / "kills-ranks.md").write_text(page(rows, command), encoding="utf-8")
         (asked.docs / "kills-ranks.json").write_text(json.dumps(told, indent=1) + "\n")
     sys.exit(any(row["differ"] for row in rows))
 

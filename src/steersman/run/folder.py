@@ -230,9 +230,9 @@ def recover(folder: Path) -> None:
 
 
 @contextmanager
-def saving(what: Path) -> Iterator[None]:
+def saving(what: Path, who: str = "") -> Iterator[None]:
     """Turns a full disk, however the library below reports it, and any other failure of the system's to write into
-    a SteersmanError that names `what`."""
+    a SteersmanError that names `what`, behind `who` such as `rank 1: `."""
     try:
         yield
     except SteersmanError:
@@ -241,11 +241,11 @@ def saving(what: Path) -> Iterator[None]:
         if _is_full(error):
             free = shutil.disk_usage(what.parent).free / 2**20 if what.parent.exists() else 0.0
             raise SteersmanError(
-                f"{what}: the disk is full (or a size limit was reached) while saving; {free:.0f} MiB are free "
+                f"{who}{what}: the disk is full (or a size limit was reached) while saving; {free:.0f} MiB are free "
                 "there. What was saved before is untouched: make room and run again with --resume"
             ) from error
         if isinstance(error, OSError):
-            raise SteersmanError(f"{what}: it can not be written ({error.strerror or error})") from error
+            raise SteersmanError(f"{who}{what}: it can not be written ({error.strerror or error})") from error
         raise
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.run.folder import saving
 from steersman.run.ranks import Ranks, ranks
 from steersman.types import SteersmanError
 
@@ -41,7 +42,7 @@ def without_pieces(state: Any, pieces: dict[str, Tensor], name: str = "") -> Any
 def write_pieces(pieces: dict[str, Tensor], folder: Path, here: Ranks) -> dict[str, dict[str, Any]]:
     """Writes this rank's share into `folder`/pieces; gives size and SHA-256 of every rank's files by name.
 
-    All ranks of `here` call it, and all raise the first error of any of them.
+    All ranks of `here` call it, and all raise the first error of any of them, with its rank.
     """
     if not pieces:
         return {}
@@ -54,7 +55,9 @@ def write_pieces(pieces: dict[str, Tensor], folder: Path, here: Ranks) -> dict[s
         with here.call("the pieces of a checkpoint"):
             checkpoint.save(pieces, storage_writer=writer, process_group=here.group)
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
+        rank, (first, _) = next(iter(error.failures.items()))
+        with saving(folder, f"rank {rank}: "):
+            raise first from error
     mine = {f"{FOLDER}/{file.name}": described(file) for file in place.glob(f"shard-{here.rank + 1:05d}-*")}
     return {
         name: file for of_rank in here.gather(mine, "the files of a checkpoint") for name, file in of_rank.items()
