@@ -1,23 +1,26 @@
 """The memory that `steersman plan` foresees, beside what is in use: of recipes that run, and of real shapes.
 
-    python benchmarks/plan_memory.py recipes [NAME ...]   # on the stand-in accelerator of the tests, whose bytes count
+    python benchmarks/plan_memory.py recipes [NAME ...]   # on the tests' stand-in accelerator, whose bytes count
     python benchmarks/plan_memory.py shapes [NAME ...]    # one step of 1B to 70B on tensors without memory
     python benchmarks/plan_memory.py page                 # docs/results/plan-memory.md again
 
 Recipes run whole, in a process of their own each, on a device that counts what is allocated on it (needs a C++
-compiler); attention is written out there, so its scores count. Shapes go forward, back and through AdamW with PyTorch's
-FakeTensorMode, which knows the size of every tensor and holds none. Each run adds its rows to
+compiler); attention is written out there, so its scores count. Shapes go forward, back and through AdamW with
+PyTorch's FakeTensorMode, which knows the size of every tensor and holds none. Each run adds its rows to
 docs/results/plan-memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-MODEL = "5M"
+MODEL, PROMPT, LENGTH = "5M", 32, 96
 preflight.MODELS[MODEL] = {
     "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 4096, "tie_word_embeddings": False,
@@ -49,18 +52,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Qwen2.5 has biases besides, which are left out."""
 
 
-def recipe_row(case: str, folder: Path) -> dict[str, float]:
-    """Runs one recipe here; the most bytes in use in any step, and what is planned."""
+def inputs(folder: Path) -> None:
+    """A policy, a reward model, and data whose rows all have `LENGTH` tokens."""
+    preflight.inputs(folder, MODEL)
+    draw = random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(f"t{draw.randrange(4, 4096)}" for _ in range(n))
+
+    new = LENGTH - PROMPT - 1  # and the end token
+    rows = [{"prompt": words(PROMPT), "chosen": f" {words(new)}", "rejected": f" {words(new)}"} for _ in range(64)]
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    for name, data in (("pairs", rows), ("sft", sft)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+
+
+def recipe_rows(names: list[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Runs the recipes here, one after the other: the most bytes in use in any step, and what is planned."""
     sys.path.insert(0, str(ROOT / "tests" / "train"))
     import pretend_device
 
     pretend_device.start()
     from steersman.cli import VERBS, _load
-    from steersman.plan.devices import Cluster, Device
-    from steersman.plan.layouts import Layout, weigh
     from steersman.train.offline import Offline
     from steersman.train.on_policy import OnPolicy
-    from steersman.verbs.plan import roles_of, work_of
 
     peaks: list[int] = []
 
@@ -77,15 +92,44 @@ def recipe_row(case: str, folder: Path) -> dict[str, float]:
 
     measured(OnPolicy, "iteration")
     measured(Offline, "step")
-    given = preflight.settings(case, folder)
-    given["run"]["device"] = "pretend"
-    verb = VERBS[preflight.CASES[case][0]]
-    recipe: Any = verb.recipe_class(None, []).model_validate(given)
-    _load(verb.run)(recipe)
-    work = replace(work_of(recipe, 32 if "rollout" in given else 96), scores=96)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            inputs(Path(folder))
+            given = preflight.settings(name, Path(folder))
+            given["run"]["device"] = "pretend"
+            gc.collect()
+            with pretend_device.memory() as before:
+                pass
+            peaks.clear()
+            verb = VERBS[preflight.CASES[name][0]]
+            recipe: Any = verb.recipe_class(None, []).model_validate(given)
+            _load(verb.run)(recipe)
+            yield name, {"used": max(peaks) - before[0]}
+
+
+def plan_again(rows: dict[str, dict[str, float]]) -> None:
+    """Adds what is planned of each recipe to its row."""
+    from steersman.cli import VERBS
+
+    with tempfile.TemporaryDirectory() as folder:
+        inputs(Path(folder))
+        for name, row in rows.items():
+            given = preflight.settings(name, Path(folder))
+            recipe = VERBS[preflight.CASES[name][0]].recipe_class(None, []).model_validate(given)
+            row |= planned(recipe, "rollout" in given)
+
+
+def planned(recipe: Any, sampled: bool) -> dict[str, float]:
+    """What the plan adds up for one device, without the driver's share."""
+    from steersman.plan.devices import Cluster, Device
+    from steersman.plan.layouts import Layout, weigh
+    from steersman.verbs.plan import roles_of, work_of
+
+    # written out, attention keeps its scores twice: before and after rows without any key are set to 0
+    work = replace(work_of(recipe, PROMPT if sampled else LENGTH), scores=2 * LENGTH)
     device = Device("pretend", 64e9, 1e12, 1e12, 1e12, process=0)
     found = weigh(Layout("replicas", 1), roles_of(recipe, ""), work, Cluster(device, 1))
-    return {"used": max(peaks), "planned": found.peak, **{f"of which {k}": v for k, v in found.memory.items()}}
+    return {"planned": found.peak, **{f"of which {k}": v for k, v in found.memory.items()}}
 
 
 class Alive(torch.utils._python_dispatch.TorchDispatchMode):
@@ -189,7 +233,8 @@ def page(found: dict[str, Any]) -> str:
         "Written by `python benchmarks/plan_memory.py page`; do not edit.", "",
         "## Recipes that run", "",
         "A model of 5M parameters (4 layers of width 256, 4,096 words), micro-batches of 1,024 tokens, on the tests'",
-        "stand-in accelerator, which counts the bytes of every tensor on it: the most in use in any step, beside what",
+        "stand-in accelerator, which counts the bytes of every tensor on it: the most in use in any step,",
+        "beside what",
         "`steersman plan` adds up for one device, without the driver's share.", "",
         *table(recipes, 2**20, "MiB"), "",
         f"{near} of {len(ratios)} are within 15%.", "",
@@ -198,7 +243,8 @@ def page(found: dict[str, Any]) -> str:
         "tensors without memory (PyTorch's FakeTensorMode): forward, the last layer's log-probabilities in tiles,",
         "backward, update. The optimizer's float32 copy is left out on both sides.", "",
         *table(shapes, 1e9, "GB"), "",
-        "| shape | part | in use, GB | planned, GB | planned / in use |", "| --- | --- | --- | --- | --- |", *parts, "",
+        "| shape | part | in use, GB | planned, GB | planned / in use |", "| --- | --- | --- | --- | --- |",
+        *parts, "",
     ]) + "\n"  # fmt: skip
 
 
@@ -209,27 +255,29 @@ def main() -> None:
     asked = parser.parse_args()
     preflight.CASES = {k: (verb, MODEL, *rest) for k, (verb, _, *rest) in preflight.CASES.items()}
     if asked.what == "child":
-        print(json.dumps(recipe_row(asked.names[0], Path(asked.names[1]))))
+        for name, row in recipe_rows(asked.names):
+            print(json.dumps([name, row]), flush=True)
         return
     file = RESULTS / "plan-memory.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    for name in (asked.names or RECIPES) if asked.what == "recipes" else ():
-        with tempfile.TemporaryDirectory() as folder:
-            preflight.inputs(Path(folder), MODEL)
-            words = [sys.executable, __file__, "child", name, folder]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-3000:]}")
-        found.setdefault("recipes", {})[name] = json.loads(done.stdout.splitlines()[-1])
-        row = found["recipes"][name]
-        print(f"{name}: {row['planned'] / row['used']:.2f}", flush=True)
-        file.write_text(json.dumps(found, indent=1))
+    if asked.what == "recipes":
+        words = [sys.executable, __file__, "child", *(asked.names or RECIPES)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                if line.startswith('["'):
+                    name, row = json.loads(line)
+                    found.setdefault("recipes", {})[name] = row
+                    print(f"{name}: {row['used'] / 2**20:.1f} MiB", flush=True)
+                    file.write_text(json.dumps(found, indent=1))
     for name in (asked.names or SHAPES) if asked.what == "shapes" else ():
         for checkpointing in (False, True):
             key = f"{name}, checkpointing" if checkpointing else name
             found.setdefault("shapes", {})[key] = row = shape_row(name, checkpointing)
             print(f"{key}: {row['planned'] / row['used']:.2f}", flush=True)
             file.write_text(json.dumps(found, indent=1))
+    plan_again(found.get("recipes", {}))
+    file.write_text(json.dumps(found, indent=1))
     (RESULTS / "plan-memory.md").write_text(page(found))
 
 

@@ -87,11 +87,14 @@ def page(found: list[dict[str, Any]]) -> str:
     ]
     return "\n".join([
         "# Where each layout stops scaling", "",
-        "Written by `python benchmarks/plan_scale.py`; do not edit. A simulation, not a measurement: nothing here ran on",
-        "a GPU. `steersman plan RECIPE --devices 8xH100-80GB --nodes 16 --simulate true` does the same for a recipe.", "",
+        "Written by `python benchmarks/plan_scale.py`; do not edit. A simulation, not a measurement: nothing",
+        "here ran on",
+        "a GPU. `steersman plan RECIPE --devices 8xH100-80GB --nodes 16 --simulate true` does the same for a",
+        "recipe.", "",
         "GRPO of a 7B model with a reference on nodes of eight H100: 4,096 responses an iteration to prompts of 512",
         f"tokens. Responses are log-normal with a mean of {LENGTHS.mean:,.0f} tokens and a deviation of",
-        f"{LENGTHS.spread:g} of it, cut at {LENGTHS.longest:,}. Training is at 40% of the data sheet's rate, decoding at",
+        f"{LENGTHS.spread:g} of it, cut at {LENGTHS.longest:,}. Training is at 40% of the data sheet's rate,",
+        "decoding at",
         "60% of its bandwidth, weights are sharded inside a node and copied over nodes. Seconds of an iteration; in",
         "brackets how many devices sample, the best of an eighth to seven eighths.", "",
         *lines, "",
@@ -102,7 +105,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "What bounds each: a response of 8,192 tokens is decoded one token after the other, each reading all weights",
         "once, so no layout is faster than the longest response of an iteration (sampling ahead hides it behind",
         "training, but one batch must end before the next version is more than `ahead` old). With more devices each",
-        "decodes fewer responses side by side, so reading the weights is shared by fewer. What is left out: prompts that",
+        "decodes fewer responses side by side, so reading the weights is shared by fewer. What is left out:",
+        "prompts that",
         "share a cache, responses that are handed from a slow device to a free one, failures.", "",
     ])  # fmt: skip
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from tiny_models import tiny_model
+import torch
+from tiny_models import tiny_config, tiny_model
+from transformers import LlamaModel
 
 from steersman.cli import main
 from steersman.model import shape_of
-from steersman.plan.devices import cluster
+from steersman.plan.devices import Cluster, Device, cluster
 from steersman.plan.layouts import Layout, Role, Work, layouts, weigh
+from steersman.plan.simulate import Lengths, decode, phases, simulate
 from steersman.types import SteersmanError
+from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs.plan import kept
 
 B7 = 2 * 32_000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096) + 4096
 """Parameters of the 7B shape: two tables, 32 layers of attention, feed-forward and two norms, and the last norm."""
@@ -32,12 +38,16 @@ def test_the_7b_shape_has_7b_parameters():
 def test_memory_by_hand():
     there = cluster("8xH100-80GB")
     found = weigh(Layout("sharded", 8), ppo_roles(), PPO, there).memory
-    assert found["actor"] == (B7 + 3 * B7) * 2 / 8
+    assert found["actor"] == B7 * (2 + 8) / 8
     assert found["critic"] == found["actor"]
     assert found["reference"] == B7 * 2 / 8
     layer = 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096
     assert found["a layer put together, and the next"] == (2 * layer + 2 * 32_000 * 4096) * 2
-    kept = 16_384 * 4096 * 32 * 2 + 34 * 16_384 * 4096
+    tokens = 8 * 1024  # a device's share of the 64 responses, in one micro-batch
+    one = 2 * (4 + 2 * 2) * 4096 + 2 * (2 * 4096 + 2 * 4096) + 4 * 2 * 11_008
+    last = 4 * 32_000 * 4096 + 2 * min(256 << 20, 4 * tokens * 32_000)
+    kept = tokens * 4096 * 32 * 2 + one * tokens + max(4 * tokens * 11_008 * 2, last)
+    assert found["gradients"] == B7 * 2 / 8 + max(B7 * 2 / 8 - kept, 0)
     sampling = B7 * 2 + 8 * 2 * 32 * 32 * 128 * 1024 * 2
     assert found["activations, or cache and whole weights while sampling"] == max(kept, sampling)
 
@@ -81,4 +91,83 @@ def test_the_verb_prints_layouts_that_name_their_settings(capsys):
     )
     said = " ".join(capsys.readouterr().out.split())
     assert "sharded in each node" in said
-    assert "6.738 G weights" in said
+    assert "of weights + 6.738 G trained" in said
+
+
+def test_the_optimizer_keeps_what_its_kind_says():
+    half, whole = OptimizerConfig(), OptimizerConfig(kind="lion")
+    assert kept(half, 2) == 12  # two moments and the copy, in float32
+    assert kept(half, 4) == 8
+    assert kept(whole, 4) == 4
+
+
+def test_quantised_and_shared_bases_count_once():
+    shape = shape_of("8b")
+    inside = 32 * shape.largest_layer
+    added = shape.adapters(16)
+    h, i, k = 4096, 14_336, 1024
+    assert added == 32 * 16 * (2 * (h + h) + 2 * (h + k) + 3 * (h + i))
+    role = Role("actor", shape, trained=added, added=added, matrices=0.516)
+    assert role.weights(2) == inside * 0.516 + (shape.parameters - inside) * 2 + added * 4
+    assert Role("critic", shape, trained=added, added=added, own=False).weights(2) == added * 4
+
+
+def test_activations_are_what_a_layer_keeps():
+    """Counted on the saved tensors of transformers' Llama, whose attention repeats keys and values where a mask is
+    given; here both have four heads."""
+    from steersman.model.shape import shape_from
+
+    def kept_by(layers: int) -> int:
+        config = tiny_config("llama")
+        config.num_hidden_layers, config.num_key_value_heads = layers, 4
+        model = LlamaModel(config)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: dict[int, torch.Tensor] = {}
+
+        def pack(x):
+            if x.untyped_storage().data_ptr() not in own:
+                seen[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(input_ids=torch.ones(2, 64, dtype=torch.long), use_cache=False)
+        return sum(x.untyped_storage().nbytes() for x in seen.values())
+
+    config = tiny_config("llama")
+    config.num_key_value_heads = 4
+    shape = shape_from(config, "tiny")
+    found = (kept_by(3) - kept_by(2)) / 128
+    assert found == pytest.approx(shape.activations(4), rel=0.05)
+
+
+def test_decoding_side_by_side_takes_the_places_that_become_free():
+    """Two places, responses of 4, 1 and 2 tokens: 1 and 2 share a place, so three steps of two rows, one of one."""
+    shape = shape_of("135m")
+    role, work = Role("actor", shape), Work(3, 0, 4, 1, 1024, compute=2)
+    weights, cache = shape.parameters * 2, shape.cache(4, 2)
+    device = Device("small", (weights + 2.5 * cache) / 0.9, 1e30, 1e12, 1e12)
+    found = decode(np.array([4, 1, 2]), Cluster(device, 1), role, work)
+    mean = shape.cache(7 / 3 / 2, 2)
+    assert found == pytest.approx((3 * (weights + 2 * mean) + weights + mean) / (1e12 * 0.6))
+
+
+def test_sampling_ahead_hides_the_longest_response():
+    """Two devices, lengths all alike: alternating takes both phases, one ahead the longer of the two."""
+    shape = shape_of("1b")
+    roles, work = [Role("actor", shape, shape.parameters)], Work(64, 16, 128, 1, 8192, compute=2)
+    there, alike = cluster("2xH100-80GB"), Lengths(128, 128, spread=1e-6)
+    waits, ahead, far = (simulate(there, roles, work, alike, apart=1, ahead=k) for k in (0, 1, 3))
+    sampling = decode(np.full(64, 128), there, roles[0], work)
+    train, move = phases(there, roles, work, alike, 1)
+    assert waits.seconds == pytest.approx(sampling + train + move, rel=0.02)
+    assert ahead.seconds == pytest.approx(max(sampling, train), rel=0.05)
+    assert far.seconds <= ahead.seconds * 1.001
+    assert waits.trainers_wait > 0.1
+
+
+def test_the_simulation_prints_who_waits(capsys):
+    words = ["plan", "recipes/scale/8-gpus.yaml", "--devices", "4xH100-80GB", "--size", "1b", "--simulate", "true"]
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 apart," in said
+    assert "ahead" in said

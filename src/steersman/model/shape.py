@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,12 @@ class Shape:
         h, q, k, i = self.hidden, self.query or self.hidden, self.cached // 2, self.wide
         return self.layers * r * (2 * (h + q) + 2 * (h + k) + 3 * (h + i))
 
+    def scalar(self) -> Shape:
+        """The same trunk under a head of one number: no output layer of words."""
+        table = self.vocabulary * self.hidden
+        untied = table if self.tables > table else 0
+        return replace(self, parameters=self.parameters - untied, tables=table, vocabulary=0)
+
     def cache(self, length: float, number: int) -> float:
         """Bytes of one sequence's keys and values, with `number` bytes each."""
         return self.layers * self.cached * length * number
@@ -98,5 +104,6 @@ def shape_from(config: Any, name: str) -> Shape:
         name=name, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
         tables=sum(tables.values()), layers=text.num_hidden_layers, hidden=text.hidden_size,
         cached=2 * (getattr(text, "num_key_value_heads", None) or heads) * size,
-        inner=getattr(text, "intermediate_size", None) or 0, query=heads * size, heads=heads, vocabulary=text.vocab_size,
+        inner=getattr(text, "intermediate_size", None) or 0, query=heads * size, heads=heads,
+        vocabulary=text.vocab_size,
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 All is arithmetic on the model's shape and the devices' data sheets, and is shown, so that a reader can check it:
 
-    held        (weights + trained x (gradient + what the optimizer keeps)) / shards
+    held        (weights + trained x what the optimizer keeps) / shards
+    gradients   trained x bytes / shards; where an update is one micro-batch, those of the model that is in its pass
+                grow while its activations go, and only what is more than these counts
     activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
                 with checkpointing tokens x layers x n h, and one layer's of the former again
     backward    tokens x 4 n i, a layer's gradients; the output layer's gradient in float32, and two tiles of logits
@@ -31,9 +33,9 @@ MEMORY = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A model of the run: `trained` parameters of it learn. `own` is False where it has another's base. `added` are its
-    adapters' parameters. `matrices` are the bytes of each parameter of the layers where these are not as `Work` says,
-    being quantised."""
+    """A model of the run: `trained` parameters of it learn. `own` is False where it has another's base. `added` are
+    its adapters' parameters, in float32. `matrices` are the bytes of each parameter of the layers where these are
+    quantised, and not as `Work` says."""
 
     name: str
     shape: Shape
@@ -44,7 +46,7 @@ class Role:
 
     def weights(self, number: int) -> float:
         """Bytes of its weights, those of another's base left out."""
-        shape, adapters = self.shape, self.added * number
+        shape, adapters = self.shape, self.added * 4.0
         if not self.own:
             return adapters
         if self.matrices is None:
@@ -56,9 +58,9 @@ class Role:
 @dataclass(frozen=True, slots=True)
 class Work:
     """An iteration: `samples` answers of `new` tokens to prompts of `prompt` tokens (offline: none is sampled), gone
-    through `epochs` times in micro-batches of `micro` tokens. Weights and gradients have `weight` bytes, activations and
-    the cache `compute`; the optimizer keeps `kept` bytes of each parameter. `scores` is the length of a sequence where
-    attention is written out and keeps its scores, else 0."""
+    through `epochs` times, `minibatches` updates each, in micro-batches of `micro` tokens. Weights and gradients have
+    `weight` bytes, activations and the cache `compute`; the optimizer keeps `kept` bytes of each parameter. `scores`
+    is the length of a sequence where attention is written out and keeps its scores, else 0."""
 
     samples: int
     prompt: int
@@ -68,6 +70,7 @@ class Work:
     weight: int = 4
     compute: int = 4
     kept: float = 8
+    minibatches: int = 1
     scores: int = 0
     checkpointing: bool = False
     sampled: bool = True
@@ -140,18 +143,25 @@ def weigh(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> Verd
 def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     held = {}
     for role in roles:
-        held[role.name] = (role.weights(work.weight) + role.trained * (work.weight + work.kept)) / layout.shards
+        held[role.name] = (role.weights(work.weight) + role.trained * work.kept) / layout.shards
     actor = roles[0].shape
     if layout.shards > 1:
         held["a layer put together, and the next"] = (2 * actor.largest_layer + actor.tables) * work.compute
     trained = max((role.shape for role in roles if role.trained), key=lambda s: s.parameters, default=actor)
     length = work.prompt + work.new
-    micro = min(max(1, work.micro // length) * length, work.tokens)  # whole rows
+    update = -(-work.samples // (work.minibatches * (there.count - layout.generators))) * length
+    micro = min(max(1, work.micro // length) * length, update)  # whole rows
     one = micro * trained.activations(work.compute, work.scores)
     activations = one * trained.layers
     if work.checkpointing:
         activations = micro * trained.hidden * trained.layers * work.compute + one
     activations += backward(trained, roles, micro, work)
+    gradients = sorted(
+        role.trained * (4 if role.added else work.weight) / layout.shards for role in roles if role.trained
+    )
+    if gradients and update <= micro:
+        gradients[-1] = max(gradients[-1] - activations, 0)
+    held["gradients"] = sum(gradients)
     sampling = 0.0
     if work.sampled and not layout.generators:
         here = -(-work.samples // there.count)

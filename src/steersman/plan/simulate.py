@@ -1,15 +1,15 @@
 """How a loop's seconds grow and shrink from one device to thousands, with responses that end at different times.
 
-A discrete simulation. Each device that samples has its share of an iteration's responses: as many as fit its memory are
-decoded side by side, one token each a step, and when one ends the next takes its place (the engine's rule). A step reads
-the weights once and every live row's cache. Training waits for the last response of its iteration, and sampling for
-weights that are at most `ahead` updates old:
+A discrete simulation. Each device that samples has its share of an iteration's responses: as many as fit its memory
+are decoded side by side, one token each a step, and when one ends the next takes its place, as the engine does. A
+step reads the weights once and every live row's cache. Training waits for the last response of its iteration, and
+sampling for weights that are at most `ahead` updates old:
 
     begin of batch j on device d = max(its end of batch j - 1, end of update j - 1 - ahead + moving the weights)
     begin of update j            = max(end of update j - 1, the last device's end of batch j)
 
-With no devices apart all of them sample, then all of them train. Collectives take their bytes over the slowest link, and
-`HOP` seconds for each doubling of the devices.
+With no devices apart all of them sample, then all of them train. Collectives take their bytes over the slowest link,
+and `HOP` seconds for each doubling of the devices.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def phases(there: Cluster, roles: list[Role], work: Work, lengths: Lengths, apar
 def best_apart(
     there: Cluster, roles: list[Role], work: Work, lengths: Lengths, ahead: int, *, iterations: int = 6
 ) -> Scaled | None:
-    """The fastest of the ways to set an eighth to seven eighths of the devices apart; None where there are too few."""
+    """The fastest of the ways to set one to seven eighths of the devices apart; None where there are too few."""
     tried = {round(there.count * part / 8) for part in range(1, 8)} - {0, there.count}
     found = [
         simulate(there, roles, work, lengths, apart=apart, ahead=ahead, iterations=iterations) for apart in tried

@@ -31,7 +31,7 @@ KINDS: dict[str, type[Section]] = {
     "sft": SFTRecipe, "reward": RewardModelRecipe, "dpo": PreferenceRecipe, **FEEDBACK, **ON_POLICY,
 }  # fmt: skip
 MATRICES = {"none": None, "nf4": 0.516, "fp4": 0.516, "int8": 1.0}
-"""Bytes of a quantised parameter: 4 bits, and a scale of 8 bits for each 64, with one of 32 bits for each 256 of those."""
+"""Bytes of a quantised parameter: 4 bits, a scale of 8 bits for each 64, and one of 32 bits for each 256 of those."""
 
 
 class PlanRecipe(Section):
@@ -87,6 +87,9 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     lora = recipe.model.lora
     added = 0 if lora is None else shape.adapters(lora.r)
     learner = {"trained": added or shape.parameters, "added": added, "matrices": MATRICES[recipe.model.quantise]}
+    head = {**learner, "trained": added or shape.scalar().parameters}
+    if isinstance(recipe, RewardModelRecipe):
+        return [Role("model", shape.scalar(), **head)]
     if not isinstance(recipe, OnPolicyRecipe):
         own = [Role("model", shape, **learner)]
         frozen = (
@@ -95,11 +98,11 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
         return [*own, Role("reference", shape)] if frozen else own
     found = [Role("actor", shape, **learner)]
     if recipe.algorithm.critic and (recipe.critic is None or recipe.critic.init != "shared"):
-        found.append(Role("critic", shape, **learner, own=recipe.share != "base"))
+        found.append(Role("critic", shape.scalar(), **head, own=recipe.share != "base"))
     if recipe.reference != "none":
         found.append(Role("reference", shape, own=lora is None))
     found += [
-        Role(f"reward {name}", shape_of(size or part.model))
+        Role(f"reward {name}", shape_of(size or part.model).scalar())
         for name, part in recipe.reward.parts.items()
         if part.model is not None
     ]
@@ -112,7 +115,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,
-        "kept": kept(recipe.optimizer, weight),
+        "kept": kept(recipe.optimizer, weight if recipe.model.lora is None else 4),
         "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
@@ -124,6 +127,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
             prompt_tokens,
             rollout.max_new_tokens,
             recipe.algorithm.epochs,
+            minibatches=recipe.algorithm.minibatches,
             **common,
         )
     pairs = 2 if isinstance(recipe, PreferenceRecipe | RewardModelRecipe) else 1
@@ -181,9 +185,10 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
     best = found[0]
     console.print(f'\nmemory of "{best.layout.name}", a device', highlight=False)
     for role in roles:
+        gradient = 4 if role.added else work.weight
         console.print(
-            f"  {role.name}: ({role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G trained "
-            f"x ({work.weight} bytes of gradient + {work.kept:.3g} that the optimizer keeps)) / "
+            f"  {role.name}: ({role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G "
+            f"trained x {work.kept:.3g} bytes that the optimizer keeps, and {gradient} of gradient) / "
             f"{best.layout.shards} devices",
             highlight=False, markup=False,
         )  # fmt: skip

@@ -15,6 +15,9 @@ from steersman.model import (
     latent_names,
     plane_names,
 )
+from steersman.model.bottleneck import BOTTLENECK
+from steersman.model.ensemble import ENSEMBLE
+from steersman.model.general import GENERAL
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.sections import ModelConfig
 from steersman.run.run_config import RunConfig
@@ -28,21 +31,21 @@ def of_pairs(
 ) -> AttributeModel | None:
     """What the section `train` asks for on pairs: outputs that begin apart, or those of a saved model of the same
     kind and size; None where it asks for one score. Raises SteersmanError where the data are no pairs."""
-    asked: dict[str, tuple[int, Any, tuple[str, ...]]] = {
-        "heads": (train.heads if train.heads > 1 else 0, EnsembleModel, head_names(train.heads)),
-        "bottleneck": (train.bottleneck, BottleneckModel, latent_names(train.bottleneck)),
-        "planes": (train.planes, GeneralPreferenceModel, plane_names(train.planes)),
+    asked: dict[str, tuple[int, Any, str, tuple[str, ...]]] = {
+        "heads": (train.heads if train.heads > 1 else 0, EnsembleModel, ENSEMBLE, head_names(train.heads)),
+        "bottleneck": (train.bottleneck, BottleneckModel, BOTTLENECK, latent_names(train.bottleneck)),
+        "planes": (train.planes, GeneralPreferenceModel, GENERAL, plane_names(train.planes)),
     }
-    key = next((name for name, (size, _, _) in asked.items() if size), None)
+    key = next((name for name, (size, *_) in asked.items() if size), None)
     if key is None:
         return None
-    size, made_of, names = asked[key]
+    size, made_of, meaning, names = asked[key]
     if kind != "preference":
         raise SteersmanError(
             f"train.{key} is {size}, but the data is of kind {kind}: give pairs, from which it learns"
         )
-    model = reward_from(config, run, device, names)
-    if isinstance(model, made_of):
+    model: Any = reward_from(config, run, device, names)
+    if model.meaning.kind == meaning:
         return model
     made = made_of(model.model, model.tokenizer, names)
     made.notes, made.stored_dtype, made.adapted = model.notes, model.stored_dtype, model.adapted
