@@ -15,6 +15,16 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def multiply(a: int, b: int) -> int:
+    """Multiplies two whole numbers.
+
+    Args:
+        a: the first number
+        b: the second number
+    """
+    return a * b
+
+
 class Till:
     """A class with tools: the customer pays, the model gives change coin by coin.
 

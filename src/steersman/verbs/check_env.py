@@ -151,8 +151,8 @@ def _print(environment: Environment, found: Findings) -> None:
     for name, value in found.facts.items():
         console.print(f"  {name:<24}{printable(value)}", markup=False, highlight=False)
     for note in found.notes:
-        console.print(f"  note   {printable(note)}", style="yellow", markup=False, highlight=False)
+        console.print(f"  note   {printable(note)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for fault in found.wrong:
-        console.print(f"  wrong  {printable(fault)}", style="red", markup=False, highlight=False)
+        console.print(f"  wrong  {printable(fault)}", style="red", markup=False, highlight=False, soft_wrap=True)
     if not found.wrong:
         console.print("  nothing to mend", style="green")
