@@ -25,7 +25,7 @@ ALLOWED = {
     "distill/rows.py": {"Demonstration", "Query"},
     # What a folder or a recipe holds is known when it is read.
     "verbs/reward_model.py": {"AttributeModel", "EnsembleModel"},
-    "verbs/plan.py": {"OnPolicyRecipe", "PreferenceRecipe", "RewardModelRecipe"},
+    "verbs/plan.py": {"FeedbackRecipe", "OnPolicyRecipe", "PreferenceRecipe", "RewardModelRecipe"},
     "people/serve/app.py": {"Served"},
 }  # fmt: skip
 """By file, the classes of ours that it may tell apart."""

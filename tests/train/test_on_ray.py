@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from train_kit import merge, plain, recipe, rows, save_tiny, settings, weights
 from steersman.cli import VERBS
 from steersman.types import SteersmanError
 
-needs_ray = pytest.mark.skipif(pytest.importorskip("importlib.util").find_spec("ray") is None, reason="needs Ray")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 MARK = "STEERSMAN_TEST_ON_RAY"
 """In the environment of whatever comes of these tests."""
 SLOW = """

@@ -73,6 +73,12 @@ class Headed(nn.Module):
         """`score`, less `pessimism` times the deviation of the heads where there are several (`EnsembleModel`)."""
         return self.score(tokens)
 
+    def style(self, tokens: Tokens) -> Float[Tensor, "B F"]:
+        """Words, headers, list items and bold spans of each response's text (`ops.style.FEATURES`)."""
+        responses = [r[:n].tolist() for r, n in zip(tokens.response, tokens.response_length, strict=True)]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        return torch.tensor([style_counts(text) for text in texts], dtype=torch.get_default_dtype())
+
     def leads(self, first: Float[Tensor, "*B K"], second: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
         """Log-odds that the first answer beats the second, from their `outputs`."""
         return (first - second).mean(-1)
@@ -186,12 +192,6 @@ class ScalarModel(Headed):
             return score
         worth = score.new_tensor([debiased.get(name, 0.0) for name in FEATURES])
         return score - self.style(tokens).to(score) @ worth
-
-    def style(self, tokens: Tokens) -> Float[Tensor, "B F"]:
-        """Words, headers, list items and bold spans of each response's text (`ops.style.FEATURES`)."""
-        responses = [r[:n].tolist() for r, n in zip(tokens.response, tokens.response_length, strict=True)]
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-        return torch.tensor([style_counts(text) for text in texts], dtype=torch.get_default_dtype())
 
 
 class SharedCritic(nn.Module):

@@ -74,7 +74,7 @@ class PairwiseReward:
         the paper takes a locally weighted regression on one.
         """
         wanted = [FEATURES.index(name) for name in self.config.debias]
-        if not wanted or not isinstance(self.module, ScalarModel):
+        if not wanted:
             return {}
         score, style = self._scores(self.train), over_answers(self.train.groups, self.micro, self.module.style)
         by = style.view(len(score), 2, -1)[..., wanted].double()

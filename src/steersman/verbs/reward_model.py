@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -143,6 +143,10 @@ def _kind(recipe: RewardModelRecipe) -> Kind:
 
 
 def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
+    if recipe.train.debias and kind != "preference":
+        raise SteersmanError(
+            f"train.debias learns from pairs, and the data is of kind {kind}; give pairs, or remove it"
+        )
     loaded: Loaded[Any] = LOADERS[kind](recipe.data)
     names = attributes(loaded.train) if kind == "rating" else []
     names = recipe.data.scores or names
@@ -167,7 +171,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     _show(pre, session, model, recipe, state.load(max(train.lengths)))
     if not trained(session, state, recipe.train.keep):
         return session.summary({})
-    worth = objective.debias() if isinstance(objective, PairwiseReward) else {}
+    worth = cast(PairwiseReward, objective).debias() if recipe.train.debias else {}
     for name, each in worth.items():
         session.log.note(f"debiased: one more of {name} was worth {each:+.4f}")
     save_model(model, recipe.model, session.path / "model")
