@@ -150,7 +150,7 @@ def _phases(folder: Path, rates: Rates) -> str:
                 )
     lines.append(
         "\nThe time above the floor goes, in decoding, into reading keys and values from memory and into processing "
-        "prompts; in passes over whole batches, into matrix products that reach only 85 to 95% of the peak rate, into "
+        "prompts; in passes over whole batches, into matrix products that reach 85 to 95% of the peak rate, into "
         "attention, into the operations between the products, and into adding up gradients, none of which the floor "
         "counts.\n"
     )

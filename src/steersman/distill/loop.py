@@ -13,7 +13,7 @@ from steersman.advantage.group import leave_one_out
 from steersman.data import Batches, mixture
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillRecipe
-from steersman.distill.rows import Taught
+from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
 from steersman.model import whole_weights
 from steersman.reward import ScoreShaping, WeightedSum
@@ -45,7 +45,7 @@ class Distill:
         self,
         recipe: DistillRecipe,
         objective: Distillation,
-        data: Taught,
+        data: DistillSet,
         engine: Generator,
         reward: WeightedSum | None,
     ) -> None:

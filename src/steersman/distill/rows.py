@@ -28,7 +28,7 @@ from steersman.types import Prompt, SteersmanError
 
 
 @dataclass(slots=True)
-class Taught:
+class DistillSet:
     """Rows by place: `prompts` to answer, the same prompts as the teacher reads them, and given answers if any."""
 
     prompts: list[Prompt] = field(default_factory=list)
@@ -68,11 +68,11 @@ class Reader:
     context: int | None
     teacher_context: int | None
 
-    def read(self, examples: Sequence[Query | Demonstration]) -> Taught:
+    def read(self, examples: Sequence[Query | Demonstration]) -> DistillSet:
         """Raises SteersmanError for what does not fit, as `encode` and `encode_prompts` do, and for a row in which
         the teacher's prompt can not be made or leaves no room for an answer."""
         data, new = self.recipe.data, self.recipe.rollout.max_new_tokens
-        out = Taught()
+        out = DistillSet()
         if all(isinstance(e, Query) for e in examples):
             queries = [e for e in examples if isinstance(e, Query)]
             out.prompts, _, _ = encode_prompts(queries, self.student, data, self.context, new)

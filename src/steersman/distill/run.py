@@ -11,7 +11,7 @@ from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.loop import Distill
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import SOURCES, DistillRecipe
-from steersman.distill.rows import Taught, load, reader
+from steersman.distill.rows import DistillSet, load, reader
 from steersman.distill.teacher import LocalTeacher, Teacher, check_tokens, local_model
 from steersman.distill.watch import Watch
 from steersman.model import Policy
@@ -78,12 +78,14 @@ def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, ro
     return LocalTeacher(model, name)
 
 
-def _last(train: Taught, count: int) -> Taught:
+def _last(train: DistillSet, count: int) -> DistillSet:
     """The last few prompts of the training data, looked at where none are held out; their answers are not."""
-    return Taught(train.prompts[-count:], train.taught[-count:]) if count else Taught()
+    return DistillSet(train.prompts[-count:], train.taught[-count:]) if count else DistillSet()
 
 
-def _preflight(session: Session, state: Distill, loaded: Loaded[Any], held: Taught, model: Reference | None) -> None:
+def _preflight(
+    session: Session, state: Distill, loaded: Loaded[Any], held: DistillSet, model: Reference | None
+) -> None:
     recipe, student = state.recipe, state.objective.policy
     train, rollout, loss = recipe.train, recipe.rollout, recipe.loss
     pre = Preflight(f"steersman distill: {loss.name} ({SOURCES[loss.name]})")

@@ -6,7 +6,7 @@ import torch
 
 from steersman.data import Encoded, EncodedList
 from steersman.distill.loop import Distill
-from steersman.distill.rows import Taught
+from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
 from steersman.objectives.supervised import SFT
 from steersman.run.micro import in_order, my_micro_batches
@@ -23,7 +23,7 @@ class Watch:
     the data have answers, `held_out/loss` is the student's loss on them, in nats per token.
     """
 
-    def __init__(self, run: Distill, held: Taught) -> None:
+    def __init__(self, run: Distill, held: DistillSet) -> None:
         self.run, self.held = run, held
         count = run.recipe.rollout.held_out
         self.prompts, self.taught = held.prompts[:count], held.taught[:count]

@@ -60,7 +60,7 @@ class Played:
 
 @dataclass
 class Play:
-    """One call of `Episodes.generate`. `ready` holds the episodes that wait for a reply, by their order."""
+    """One call of `Episodes.generate`. `waiting` holds the episodes that wait for a reply, by their order."""
 
     of: Episodes
     games: list[Played]
@@ -69,7 +69,7 @@ class Play:
     record_support: bool
     workers: Workers
     progress: Progress | None
-    ready: dict[int, Played] = field(default_factory=dict)
+    waiting: dict[int, Played] = field(default_factory=dict)
     over: int = 0
     tokens: int = 0
 
@@ -83,17 +83,17 @@ class Play:
     def collect(self, *, everything: bool) -> None:
         """Takes what environments have answered: all that are asked, or those that have, and one at least."""
         while self.workers.pending:
-            for job in self.workers.take(wait=not self.ready or everything):
+            for job in self.workers.take(wait=not self.waiting or everything):
                 self._settle(job)
-            if self.ready and not everything:
+            if self.waiting and not everything:
                 return
 
     def waits_to_speak(self, game: Played) -> bool:
         """Waits until the episode's environment has answered; False where that ended the episode."""
-        while not game.outcome and game.order not in self.ready:
+        while not game.outcome and game.order not in self.waiting:
             for job in self.workers.take(wait=True):
                 self._settle(job)
-        return self.ready.pop(game.order, None) is not None
+        return self.waiting.pop(game.order, None) is not None
 
     def _begin(self, game: Played) -> None:
         def begin() -> Any:
@@ -125,7 +125,7 @@ class Play:
             assert game.talk is not None
             if not fits:
                 return self._failed(game, FaultError(_no_room(game.talk, self.sampling, self.of.limit)))
-            self.ready[game.order] = game
+            self.waiting[game.order] = game
         else:
             self._answer(game, job.result)
 
@@ -146,7 +146,7 @@ class Play:
             except FaultError as error:
                 return self._failed(game, error)
             if fits:
-                self.ready[game.order] = game
+                self.waiting[game.order] = game
             else:
                 self._end(game, "token limit", False)
 

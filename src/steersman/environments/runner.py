@@ -39,7 +39,7 @@ class Episodes:
         self.generator, self.environment, self.config = generator, environment, config
         self.layout = TurnLayout(layout, ends)
         self.limit = min(x for x in (config.max_tokens, context, _NO_LIMIT) if x is not None)
-        self.told = config.tell_tools
+        self.tools_in_prompt = config.tell_tools
         self.form = self._form()
         self.faults: list[str] = []
         self._probe()
@@ -115,7 +115,7 @@ class Episodes:
         """Lays out what the episode, or a conversation of it, begins with; False where no reply fits behind it."""
         first: list[Message] = [dict(m) for m in messages]  # type: ignore[misc]
         tools = self.environment.tools or first[0].get("tools", [])
-        if tools and self.told:
+        if tools and self.tools_in_prompt:
             first[0] = {key: value for key, value in first[0].items() if key != "tools"}  # type: ignore[assignment]
             first = with_tool_descriptions(first, tools)
         elif tools and self.layout.chat:
@@ -157,7 +157,7 @@ class Episodes:
     def _as_shown(self, reply: Reply, messages: Sequence[Message]) -> tuple[Message, list[Message]]:
         """The policy's turn and the environment's, as the template is to show them."""
         said: Message = {"role": "assistant", "content": reply.text}
-        if self.told or not self.layout.chat:
+        if self.tools_in_prompt or not self.layout.chat:
             return said, list(as_users(messages) if self.layout.chat else messages)
         if reply.calls:
             made = [{"name": c.name, "arguments": c.arguments} for c in reply.calls]
@@ -171,11 +171,11 @@ class Episodes:
     def _form(self) -> str | None:
         if not self.environment.tools and not self.config.agent:
             return None
-        if self.told or not self.layout.chat:
+        if self.tools_in_prompt or not self.layout.chat:
             return "tagged"
         form = form_of(self.layout.template)
         if form is None and self.config.agent:
-            self.told = True
+            self.tools_in_prompt = True
             return "tagged"
         if form is None:
             raise SteersmanError(
@@ -189,7 +189,7 @@ class Episodes:
             return
         first: list[Message] = [{"role": "user", "content": "a"}]
         new: list[Message] = [{"role": "user", "content": "b"}]
-        if self.form is not None and not self.told and self.layout.chat:
+        if self.form is not None and not self.tools_in_prompt and self.layout.chat:
             first[0]["tools"] = self.environment.tools
             new = [{"role": "tool", "name": "probe", "content": "b"}]
         found = self.layout.rewriting(first, new)

@@ -59,7 +59,7 @@ def joining(play: Play, batch: Joinable) -> None:
 
 def _speak(play: Play, generator: Generator) -> None:
     """One reply of every episode that waits for one, in the order of the prompts."""
-    games, play.ready = [play.ready[order] for order in sorted(play.ready)], {}
+    games, play.waiting = [play.waiting[order] for order in sorted(play.waiting)], {}
     by_turn: dict[int, list[Played]] = {}
     for game in games:
         by_turn.setdefault(game.turns, []).append(game)

@@ -31,7 +31,7 @@ def entries(results: Results) -> list[dict[str, Any]]:
                         "mean": m.value, "half_width": m.half, "seeds": m.count, "better": _better(made, group, name),
                         "by": made[name][0].implementation if group == "preference" else "steersman",
                     }  # fmt: skip
-            prompts = [v["prompts"] for k, v in results.found.items() if k[:2] == (task.name, method)]
+            prompts = [v["prompts"] for k, v in results.cells.items() if k[:2] == (task.name, method)]
             out.append({
                 "by": "steersman", "version": version("steersman"), "date": date.today().isoformat(),
                 "task": task.name, "data": recipe.data.source, "held_out": prompts[0],

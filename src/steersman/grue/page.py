@@ -57,16 +57,16 @@ def as_json(results: Results) -> dict[str, Any]:
     """Every cell's numbers, and how each metric is computed."""
     return {
         "recipe": results.recipe.model_dump(mode="json"),
-        "done": len(results.found), "planned": results.planned, "failed": results.failed,
+        "done": len(results.cells), "planned": results.planned, "failed": results.failed,
         "comparisons": comparisons(results),
         "metrics": {t.name: {n: m.implementation for n, (m, _) in metrics_of(t).items()} for t in results.tasks},
-        "cells": list(results.found.values()),
+        "cells": list(results.cells.values()),
     }  # fmt: skip
 
 
 def head(results: Results) -> list[str]:
     """How much of the matrix the page shows, and how to read it."""
-    recipe, done = results.recipe, len(results.found)
+    recipe, done = results.recipe, len(results.cells)
     whole = (
         f"All {done} cells." if done == results.planned else f"Partial: {done} of {results.planned} cells are done."
     )
@@ -120,7 +120,7 @@ def missing_values(results: Results, task: Task) -> list[str]:
     """Why a cell has no value for a metric."""
     return [
         f"{method} seed {seed}: no {metric}: {why}"
-        for (name, method, seed), cell in results.found.items()
+        for (name, method, seed), cell in results.cells.items()
         if name == task.name
         for metric, why in cell["missing"].items()
     ]
@@ -176,7 +176,7 @@ def sheets(results: Results, task: Task) -> list[tuple[str, list[str], list[tupl
     """(prompt, references, [(method, answer, its reward)]) for the first few held-out prompts."""
     answers = {}
     for method in results.methods(task):
-        seed = next(s for s in results.recipe.seeds if (task.name, method, s) in results.found)
+        seed = next(s for s in results.recipe.seeds if (task.name, method, s) in results.cells)
         answers[method] = read_answers(cell_folder(results.recipe, task, method, seed))
     first = next(iter(answers.values()), [])[: results.recipe.evaluation.sheets]
     return [

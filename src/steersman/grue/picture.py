@@ -76,7 +76,7 @@ def _moves(axes: Any, results: Results, task: Task, colours: dict[str, str]) -> 
             at = names.index(move.metric) + (order + 0.5) * shift - 0.4
             marker = "o" if abs(percent) <= FURTHEST else ">" if percent > 0 else "<"
             axes.plot([max(-FURTHEST, min(FURTHEST, percent))], [at], marker, ms=4, color=colour, clip_on=False,
-                      mfc=colour if move.seen else "none")  # fmt: skip
+                      mfc=colour if move.significant else "none")  # fmt: skip
             if move.change.half is not None:
                 half = 100 * move.change.half / abs(before.value)
                 low, high = (max(-FURTHEST, min(FURTHEST, percent + s * half)) for s in (-1, 1))

@@ -28,7 +28,8 @@ NATURAL: dict[str, str] = {
 class Move:
     """What a method did to one metric, against what it started from.
 
-    `seen`: the change is more than noise. Over several seeds that is an interval without 0; of one seed, more than
+    `significant`: the change is more than noise. Over several seeds that is an interval without 0; of one seed, more
+    than
     twice the half width of the wider bootstrap interval over the prompts, which knows nothing of what another seed
     would give.
     """
@@ -36,12 +37,12 @@ class Move:
     metric: str
     better: str
     change: Mean
-    seen: bool
+    significant: bool
 
     @property
     def harm(self) -> bool:
         """Whether it is seen to have gone against its own direction."""
-        return self.seen and self.better != "neither" and (self.change.value < 0) == (self.better == "higher")
+        return self.significant and self.better != "neither" and (self.change.value < 0) == (self.better == "higher")
 
 
 @dataclass(slots=True)
@@ -50,18 +51,18 @@ class Results:
 
     recipe: GrueRecipe
     tasks: list[Task]
-    found: dict[tuple[str, str, int], dict[str, Any]]
+    cells: dict[tuple[str, str, int], dict[str, Any]]
     planned: int
     failed: dict[str, str]
 
     def methods(self, task: Task) -> list[str]:
         order = dict.fromkeys([ZERO, SUPERVISED, *self.recipe.methods])
-        return [m for m in order if any((task.name, m, s) in self.found for s in self.recipe.seeds)]
+        return [m for m in order if any((task.name, m, s) in self.cells for s in self.recipe.seeds)]
 
     def by_seed(self, task: Task, method: str, group: Group, name: str) -> dict[int, float]:
         out = {}
         for seed in self.recipe.seeds:
-            value = self.found.get((task.name, method, seed), {}).get(group, {}).get(name)
+            value = self.cells.get((task.name, method, seed), {}).get(group, {}).get(name)
             value = value[0] if isinstance(value, list) else value
             if value is not None:
                 out[seed] = value
@@ -79,7 +80,7 @@ class Results:
         Each prompt's difference is its mean over the seeds that both methods have, so the interval says how sure the
         difference of these trained models is on other prompts, and nothing about other seeds.
         """
-        both = [s for s in self.by_seed(task, ours, "reward", "total") if (task.name, theirs, s) in self.found]
+        both = [s for s in self.by_seed(task, ours, "reward", "total") if (task.name, theirs, s) in self.cells]
         answers = [[self._rewards(task, m, s) for m in (ours, theirs)] for s in both]
         if not all(len(a) == len(b) > 0 for a, b in answers):
             return None
@@ -120,7 +121,7 @@ class Results:
         The wider one, because a set where nothing was hit has an interval of no width and yet is no certainty.
         """
         for seed in self.by_seed(task, ours, group, name):
-            pair = [self.found.get((task.name, m, seed), {}).get(group, {}).get(name) for m in (ours, theirs)]
+            pair = [self.cells.get((task.name, m, seed), {}).get(group, {}).get(name) for m in (ours, theirs)]
             if all(isinstance(v, list) and None not in v for v in pair):
                 half = max((high - low) / 2 for _, low, high in pair)
                 return abs(pair[0][0] - pair[1][0]) > 2 * half

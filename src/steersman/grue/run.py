@@ -69,11 +69,11 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
             clock.done(cell)
         results = collect(recipe, tasks, every, failed)
         summary: dict[str, Any] = {
-            "verb": "grue", "finished": not stopped and not failed, "cells": len(results.found),
+            "verb": "grue", "finished": not stopped and not failed, "cells": len(results.cells),
             "planned": len(every), "failed": failed, "seconds": round(time.monotonic() - started, 1),
             "run": str(folder.path),
         }  # fmt: skip
-        if results.found:
+        if results.cells:
             summary |= write_pages(results, folder.path)
         write_atomic(folder.path / "summary.json", json.dumps(summary, indent=1))
     _tell(summary)

@@ -55,14 +55,14 @@ class GatingReward:
             )
         self.model, self.train, self.held_out, self.config = model, train, held_out, config
         self.cost = [1] * len(train.groups)
-        self.seen = features(model, train, gating.verbosity, micro_tokens)
+        self.features = features(model, train, gating.verbosity, micro_tokens)
         self.held = features(model, held_out, gating.verbosity, micro_tokens) if held_out is not None else None
-        self.module = Gating(self.seen.prompt.shape[1], len(self.names), gating.hidden, gating.layers)
+        self.module = Gating(self.features.prompt.shape[1], len(self.names), gating.hidden, gating.layers)
         self._fit_buffers(gating)
 
     def _fit_buffers(self, gating: GatingConfig) -> None:
         """Prompts' mean and deviation, verbosity's, and the penalties that take its correlation away."""
-        module, seen = self.module, self.seen
+        module, seen = self.module, self.features
         module.mean.copy_(seen.prompt.mean(0))
         module.deviation.copy_(seen.prompt.std(0, correction=0).clamp(min=1e-6))
         verbose = seen.verbose.double().flatten()
@@ -79,7 +79,7 @@ class GatingReward:
         return sum(self.train.examples[i].weight for i in rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        scores = self.scores(self.seen, list(rows))
+        scores = self.scores(self.features, list(rows))
         target = torch.tensor([self.train.examples[i].agreement for i in rows])
         weight = torch.tensor([self.train.examples[i].weight for i in rows])
         per_pair = pairwise(scores[:, 0], scores[:, 1], target=target)

@@ -16,20 +16,20 @@ class Rates:
 
     def __init__(self, limits: Mapping[str, tuple[int, float]]) -> None:
         self.limits = limits
-        self.seen: dict[tuple[str, str], deque[float]] = defaultdict(deque)
+        self.requests: dict[tuple[str, str], deque[float]] = defaultdict(deque)
         self.lock = Lock()
 
     def allows(self, kind: str, client: str) -> bool:
         """Whether one more is allowed, which then counts."""
         most, window = self.limits[kind]
         with self.lock:
-            times, now = self.seen[kind, client], time.monotonic()
+            times, now = self.requests[kind, client], time.monotonic()
             while times and times[0] < now - window:
                 times.popleft()
             if len(times) >= most:
                 return False
             times.append(now)
-            if len(self.seen) > MOST_CLIENTS:
-                kept = {k: t for k, t in self.seen.items() if t and t[-1] > now - window}
-                self.seen = defaultdict(deque, kept)
+            if len(self.requests) > MOST_CLIENTS:
+                kept = {k: t for k, t in self.requests.items() if t and t[-1] > now - window}
+                self.requests = defaultdict(deque, kept)
             return True

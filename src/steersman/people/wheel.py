@@ -53,7 +53,7 @@ def run(recipe: WheelRecipe, *, resume: bool = False, source: Judgements | None 
         if ledger.done < 0:
             ledger.finish_round(0, {}, [])
         state = wheel.turn()
-        summary = ledger.summary({"state": state, **wheel.told()})
+        summary = ledger.summary({"state": state, **wheel.decided()})
         write_page(ledger.path, recipe, summary)
         return summary
     return ledger.summary({"state": "stopped"})
@@ -81,7 +81,7 @@ class Wheel:
                     break
                 except WaitingError as waiting:
                     self.serve(number, one.candidate if one.testing else None)
-                    write_page(self.ledger.path, self.recipe, {"state": str(waiting), **self.told()})
+                    write_page(self.ledger.path, self.recipe, {"state": str(waiting), **self.decided()})
                     if self.recipe.poll is None:
                         return str(waiting)
                 self._pause(self.recipe.poll)
@@ -98,7 +98,7 @@ class Wheel:
         own = self.recipe.experiment.salt if self.recipe.experiment else ""
         return f"{own}/{self.recipe.run.seed}/{number}"
 
-    def told(self) -> dict[str, Any]:
+    def decided(self) -> dict[str, Any]:
         """The decisions so far, and the model that serves."""
         decisions = [self.rows(n, "decision") for n in range(1, self.recipe.turns + 1)]
         made = [rows[0] for rows in decisions if rows]

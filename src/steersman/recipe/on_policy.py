@@ -93,8 +93,17 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
 
     @model_validator(mode="after")
     def _fits(self) -> OnPolicyRecipe[A]:
+        self._method_fits()
+        self._prompts_fit()
+        self._models_fit()
+        self._critic_fits()
+        self._rollout_fits()
+        self._devices_fit()
+        return self
+
+    def _method_fits(self) -> None:
+        """What the method refuses of its own settings, its samples and its reward."""
         algorithm, rollout = self.algorithm, self.rollout
-        samples = rollout.prompts * rollout.samples
         if algorithm.group and rollout.samples < 2:
             raise ValueError(
                 f"{algorithm.title} compares the samples of one prompt, and rollout.samples is {rollout.samples}; "
@@ -107,25 +116,6 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"{algorithm.title} gives each part of the reward a scale of its own; remove reward.normalise, "
                 "reward.whiten and reward.clip"
             )
-        if self.curriculum is not None and (rollout.ahead or algorithm.resampling() or self.data.mix):
-            raise ValueError(
-                "curriculum draws prompts by the newest outcomes: it does not go with rollout.ahead, data.mix, or a "
-                f"method that replaces groups itself ({algorithm.title}: {'yes' if algorithm.resampling() else 'no'})"
-            )
-        if self.stop is not None:
-            if self.stop.judge not in self.reward.parts:
-                raise ValueError(
-                    f"stop.judge is {self.stop.judge!r}, which is no part of the reward; there are: "
-                    f"{', '.join(self.reward.parts)}. Add one with weight 0, so that it only looks"
-                )
-            if not rollout.held_out or not self.run.keep_best:
-                raise ValueError(
-                    "stop needs rollout.held_out, and run.keep_best for the best weights: both at least 1"
-                )
-            if self.stop.max_kl is not None and self.reference == "none":
-                raise ValueError("stop.max_kl is KL to the reference, and reference is none")
-        if self.critic is not None and not algorithm.critic:
-            raise ValueError(f"{algorithm.title} has no critic; remove the section `critic`")
         if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.beta > 0:
             raise ValueError(
                 "algorithm.kl_estimator k1 has an expected gradient of 0 inside the loss, so it would restrain "
@@ -136,6 +126,15 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "algorithm.kl_estimator k1_to_go is for kl_in: loss; in the reward, k1 is the same gradient "
                 "(the return sums it to the end)"
             )
+        if self.reward.whiten and algorithm.baseline == "greedy":
+            raise ValueError(
+                f"reward.whiten changes the scale of returns, which {algorithm.title} compares with the greedy "
+                "response's score; use reward.normalise instead"
+            )
+
+    def _models_fit(self) -> None:
+        """What the models refuse: adapters, a shared base, shards."""
+        algorithm = self.algorithm
         if self.model.lora is not None and self.model.lora.dropout > 0:
             raise ValueError(
                 "model.lora.dropout makes every training pass another policy than the one that sampled, so no ratio "
@@ -154,41 +153,69 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(
                 "model.scratch: a model with fresh weights has nothing to say yet; train it with sft first"
             )
-        if self.reward.whiten and algorithm.baseline == "greedy":
-            raise ValueError(
-                f"reward.whiten changes the scale of returns, which {algorithm.title} compares with the greedy "
-                "response's score; use reward.normalise instead"
-            )
         if self.parallel.mode == "fsdp" and algorithm.update == "trust_region":
             raise ValueError(
                 f"parallel.mode fsdp: {algorithm.title} needs second derivatives, which sharded layers do not give; "
                 "use mode: replicas"
             )
-        if self.critic is not None and self.critic.init == "shared":
+
+    def _prompts_fit(self) -> None:
+        """What drawing prompts by difficulty refuses, and an early stop."""
+        algorithm, rollout, stop = self.algorithm, self.rollout, self.stop
+        if self.curriculum is not None and (rollout.ahead or algorithm.resampling() or self.data.mix):
+            raise ValueError(
+                "curriculum draws prompts by the newest outcomes: it does not go with rollout.ahead, data.mix, or a "
+                f"method that replaces groups itself ({algorithm.title}: {'yes' if algorithm.resampling() else 'no'})"
+            )
+        if stop is None:
+            return
+        if stop.judge not in self.reward.parts:
+            raise ValueError(
+                f"stop.judge is {stop.judge!r}, which is no part of the reward; there are: "
+                f"{', '.join(self.reward.parts)}. Add one with weight 0, so that it only looks"
+            )
+        if not rollout.held_out or not self.run.keep_best:
+            raise ValueError("stop needs rollout.held_out, and run.keep_best for the best weights: both at least 1")
+        if stop.max_kl is not None and self.reference == "none":
+            raise ValueError("stop.max_kl is KL to the reference, and reference is none")
+
+    def _critic_fits(self) -> None:
+        """What a critic refuses."""
+        algorithm, critic = self.algorithm, self.critic
+        if critic is None:
+            return
+        if not algorithm.critic:
+            raise ValueError(f"{algorithm.title} has no critic; remove the section `critic`")
+        if critic.init == "shared":
             if algorithm.update == "trust_region":
                 raise ValueError(
                     f"critic.init shared: {algorithm.title} moves the actor by a line search, and the critic by "
                     "gradient steps of its own; give it a critic of its own (critic.init: policy)"
                 )
-            if self.critic.warmup:
+            if critic.warmup:
                 raise ValueError(
                     "critic.warmup: a shared critic can not learn without changing the actor's trunk; remove "
                     "warmup, or give the critic a model of its own (critic.init: policy)"
                 )
-        if self.critic is not None and self.critic.warmup >= self.iterations:
+        if critic.warmup >= self.iterations:
             raise ValueError(
-                f"critic.warmup is {self.critic.warmup} of {self.iterations} iterations: none is left for the policy"
+                f"critic.warmup is {critic.warmup} of {self.iterations} iterations: none is left for the policy"
             )
+        withheld = self.reward.missing_eos_penalty or self.reward.overlong_buffer
+        if withheld and critic.cut == "bootstrap":
+            raise ValueError(
+                "critic.cut bootstrap withholds the score of a cut response, and with it missing_eos_penalty and "
+                "overlong_buffer of section reward; set these to 0, or critic.cut: end"
+            )
+
+    def _rollout_fits(self) -> None:
+        """What sampling refuses: its amounts, an environment, other processes."""
+        algorithm, rollout = self.algorithm, self.rollout
+        samples = rollout.prompts * rollout.samples
         if samples % algorithm.minibatches:
             raise ValueError(
                 f"{samples} samples per iteration (rollout.prompts x rollout.samples) do not divide into "
                 f"algorithm.minibatches = {algorithm.minibatches} equal parts"
-            )
-        withheld = self.reward.missing_eos_penalty or self.reward.overlong_buffer
-        if withheld and self.critic is not None and self.critic.cut == "bootstrap":
-            raise ValueError(
-                "critic.cut bootstrap withholds the score of a cut response, and with it missing_eos_penalty and "
-                "overlong_buffer of section reward; set these to 0, or critic.cut: end"
             )
         paying = [name for name, part in self.reward.parts.items() if part.environment is not None]
         if paying and self.environment is None:
@@ -209,17 +236,6 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
                 "must be in the same process; use rollout.engine: inside"
             )
-        if self.run.devices > 1 and rollout.engine != "inside":
-            if self.environment:
-                raise ValueError(
-                    f"rollout.engine {rollout.engine}: on several devices it samples single answers; remove "
-                    "`environment`, or use engine: inside"
-                )
-            if self.parallel.mode == "fsdp" and self.model.lora is not None:
-                raise ValueError(
-                    f"rollout.engine {rollout.engine}: adapters of a policy that lies in pieces are not sent "
-                    "to other processes; use parallel.mode: replicas"
-                )
         if rollout.ahead and self.environment is not None:
             raise ValueError(
                 "rollout.ahead: episodes of an environment are not played ahead yet; use rollout.ahead: 0"
@@ -229,4 +245,19 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(
                 f"{algorithm.title} measures KL over whole distributions; sample without top_k, top_p and min_p"
             )
-        return self
+
+    def _devices_fit(self) -> None:
+        """What several devices refuse."""
+        rollout = self.rollout
+        if self.run.devices == 1:
+            return
+        if rollout.engine != "inside" and self.environment:
+            raise ValueError(
+                f"rollout.engine {rollout.engine}: on several devices it samples single answers; remove "
+                "`environment`, or use engine: inside"
+            )
+        if rollout.engine != "inside" and self.parallel.mode == "fsdp" and self.model.lora is not None:
+            raise ValueError(
+                f"rollout.engine {rollout.engine}: adapters of a policy that lies in pieces are not sent "
+                "to other processes; use parallel.mode: replicas"
+            )

@@ -62,7 +62,7 @@ class RunningBatch:
     ) -> None:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
         self.sampling, self.limits, self.progress = sampling, limits, progress
-        self.how = Drawing(sampling, texts)
+        self.drawing = Drawing(sampling, texts)
         self.is_cut = cut or (lambda: False)
         self.device = decoder.model.device
         self.next_token = NextToken(
@@ -119,7 +119,7 @@ class RunningBatch:
                 if not self.sampling.greedy:
                     u = uniforms(seed, prompt.index, occurrence, j, self.sampling.max_new_tokens)
                 support = [] if self.next_token.record else None
-                group.append(RunningResponse(prompt, j, place * n + j, u, self.how, support=support))
+                group.append(RunningResponse(prompt, j, place * n + j, u, self.drawing, support=support))
             self.waiting.append((prompt, group))
         self.waiting = deque(sorted(self.waiting, key=lambda item: -len(item[0].ids)))
         self.total = len(prompts) * n

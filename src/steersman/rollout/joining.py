@@ -49,7 +49,7 @@ class JoinableBatch:
         for prompt, seed in zip(prompts, seeds, strict=True):
             luck = None if self.sampling.greedy else uniforms(seed, prompt.index, 0, 0, self.sampling.max_new_tokens)
             support = [] if batch.next_token.record else None
-            made.append(RunningResponse(prompt, 0, batch.next_order(), luck, batch.how, support=support))
+            made.append(RunningResponse(prompt, 0, batch.next_order(), luck, batch.drawing, support=support))
         alike: dict[tuple[int, ...], list[RunningResponse]] = {}
         for response in sorted(made, key=lambda r: -len(r.prompt.ids)):
             alike.setdefault(tuple(response.prompt.ids), []).append(response)

@@ -48,9 +48,9 @@ class NextToken:
         """Draws one token for each sequence: the tokens, and the samples of the sequences that they finished."""
         parts: dict[Drawing, list[int]] = {}
         for row, sequence in enumerate(sequences):
-            parts.setdefault(sequence.how, []).append(row)
+            parts.setdefault(sequence.drawing, []).append(row)
         if len(parts) == 1:
-            return self._draw_alike(logits, sequences, uniform, sequences[0].how.sampling)
+            return self._draw_alike(logits, sequences, uniform, sequences[0].drawing.sampling)
         drawn = torch.empty(len(sequences), dtype=torch.long, device=self.device)
         finished: dict[int, Sample] = {}
         for how, rows in parts.items():
@@ -78,8 +78,8 @@ class NextToken:
         drawn, logp = draw(x, None if sampling.greedy else uniform)
         if self.record:
             self._record(x, sequences)
-        if sequences[0].how.likeliest is not None:
-            _note_likeliest(logits[0], drawn, sequences, sequences[0].how.likeliest)
+        if sequences[0].drawing.likeliest is not None:
+            _note_likeliest(logits[0], drawn, sequences, sequences[0].drawing.likeliest)
         finished: dict[int, Sample] = {}
         for i, (sequence, token, lp) in enumerate(zip(sequences, *_read(drawn, logp), strict=True)):
             if lp != lp:
@@ -121,16 +121,16 @@ class NextToken:
         text = None
         if token in self.ends:
             finish = "eos"
-        elif len(sequence.ids) >= sequence.how.sampling.min_new_tokens:
-            text = sequence.how.texts.stopped(sequence.prompt.ids, sequence.ids)
+        elif len(sequence.ids) >= sequence.drawing.sampling.min_new_tokens:
+            text = sequence.drawing.texts.stopped(sequence.prompt.ids, sequence.ids)
             finish = None if text is None else "stop"
-        if finish is None and len(sequence.ids) == sequence.how.sampling.max_new_tokens:
+        if finish is None and len(sequence.ids) == sequence.drawing.sampling.max_new_tokens:
             finish = "length"
         if finish is None:
             return None
         if text is None:
             ids = sequence.ids[: len(sequence.ids) - (finish == "eos")]
-            text = sequence.how.texts.response(sequence.prompt.ids, ids)
+            text = sequence.drawing.texts.response(sequence.prompt.ids, ids)
         return sequence.sample(finish, text, self.version)
 
 

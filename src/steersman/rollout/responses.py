@@ -39,7 +39,7 @@ class RunningResponse:
     index: int
     order: int
     uniform: np.ndarray | None
-    how: Drawing
+    drawing: Drawing
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     support: list[Tensor] | None = None

@@ -128,7 +128,7 @@ class PairDecoder:
         self.model, self.cache_name = model, cache_argument(type(model))
         self.start = decoder_start(model, tokenizer)
         # T5Gemma's decoder is told where each row stands, as a causal model is
-        self.told = "position_ids" in signature(model.get_decoder().forward).parameters
+        self.takes_positions = "position_ids" in signature(model.get_decoder().forward).parameters
         with quiet(model):
             try:
                 self.live = EncoderDecoderLiveCache(self._windows(), len(self.start))
@@ -167,7 +167,7 @@ class PairDecoder:
         """Logits [B, V] after feeding each live row one token; ids and positions [B, 1] count the prompt too."""
         live = self.live
         own = positions - live.length[: live.rows] + len(self.start)
-        told = {"decoder_position_ids": own} if self.told else {}
+        told = {"decoder_position_ids": own} if self.takes_positions else {}
         nothing = live.mask.new_zeros(1).expand(live.rows, 1, 1)  # the prompts' keys and values are cached
         with _positions(self.model.get_decoder(), own):
             out = self.model(

@@ -84,7 +84,7 @@ class Learner:
             count = denominator(part.mask, "token")
             part, advantage = _zeroed(part, self.algorithm.advantage(part))
             part, advantage = part.to(read.device), advantage.to(read.device)
-            value = seen(read[:, :-1], part.mask)
+            value = unmasked(read[:, :-1], part.mask)
             if value is not None and advantage.ret is not None:
                 told = critic_loss if micro.counts else Tally()
                 loss = self.value_loss(value, part, advantage.ret, steps, told, count)
@@ -164,7 +164,7 @@ class LanguageBatch:
             count, share = denominator(own.mask, "token"), denominator(own.mask, self.algorithm.average)
             part, T = own.to(device), own.mask.shape[1]
             losses: dict[str, Tensor] = {}
-            logp, entropy, value = (seen(x, part.mask) for x in self._forward(batch, actor))
+            logp, entropy, value = (unmasked(x, part.mask) for x in self._forward(batch, actor))
             if logp is not None:
                 per_step = self._policy_loss(logp, entropy, part, send(advantage.adv[index, :T], device))
                 weight = token_weight(part.mask, self.algorithm.average, learner.length_limit, per_step.dtype)
@@ -179,7 +179,7 @@ class LanguageBatch:
             critic = learner.critic
             if critic is not None and not critic.shares_trunk and self.critic_is_due:
                 _backward(losses, micro.weight, seen_losses)  # the actor's activations go before the critic's come
-                losses, value = {}, seen(critic.value(batch)[:, :-1], part.mask)
+                losses, value = {}, unmasked(critic.value(batch)[:, :-1], part.mask)
             if critic is not None and value is not None and advantage.ret is not None and part.value is not None:
                 loss = learner.value_loss(value, part, send(advantage.ret[index, :T], device), steps, tally, count)
                 losses["value"] = loss * learner.vf_coef if critic.shares_trunk else loss
@@ -206,7 +206,7 @@ class LanguageBatch:
         total = torch.zeros((), device=learner.policy.device)
         for micro in my_micro_batches(self.tokens.length, learner.micro_tokens, self.traj.group):
             batch, part = self.tokens.rows(micro.rows), self.traj.rows(micro.rows).to(total.device)
-            logp = seen(learner.policy.logp(batch, temperature=learner.temperature).logp, part.mask)
+            logp = unmasked(learner.policy.logp(batch, temperature=learner.temperature).logp, part.mask)
             assert logp is not None
             if micro.counts:
                 total = total + masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask)
@@ -224,7 +224,7 @@ class LanguageBatch:
             weight = token_weight(part.mask, average, learner.length_limit)
 
             def surrogate(batch=batch, part=part, part_adv=part_adv, weight=weight) -> Tensor:
-                logp, entropy, _ = (seen(x, part.mask) for x in self._forward(batch, True))
+                logp, entropy, _ = (unmasked(x, part.mask) for x in self._forward(batch, True))
                 assert logp is not None
                 return reduce(self._policy_loss(logp, entropy, part, part_adv), weight, policy_count)
 
@@ -269,7 +269,7 @@ class LanguageBatch:
         return policy.head().log_softmax(hidden[picked(counts, hidden.device)], self.learner.temperature)
 
 
-def seen(x: Tensor | None, mask: Tensor) -> Tensor | None:
+def unmasked(x: Tensor | None, mask: Tensor) -> Tensor | None:
     """`x` cut to the mask's width and 0 where it is False, so that nothing there reaches a gradient, not even NaN."""
     return None if x is None else torch.where(mask, x[:, : mask.shape[1]], 0.0)
 
@@ -290,9 +290,9 @@ def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advanta
         replace(
             traj,
             logp_old=logp_old,
-            logp_ref=seen(traj.logp_ref, mask),
+            logp_ref=unmasked(traj.logp_ref, mask),
             value=value,
-            logp_rollout=seen(traj.logp_rollout, mask),
+            logp_rollout=unmasked(traj.logp_rollout, mask),
         ),
-        Advantage(adv, seen(advantage.ret, mask)),
+        Advantage(adv, unmasked(advantage.ret, mask)),
     )

@@ -28,7 +28,7 @@ class Assignment(Generic[Model]):
     ) -> None:
         self.path, self.open, self.close = Path(path), open_model, close_model
         self.changing = asyncio.Lock()
-        self.serving, self.seen = self._read()
+        self.serving, self.modified = self._read()
         self.models = {one: open_model(one) for one in self._named(self.serving)}
 
     async def pick(self, user: str | None) -> Model:
@@ -40,7 +40,7 @@ class Assignment(Generic[Model]):
 
     async def _refresh(self) -> None:
         try:
-            if self.path.stat().st_mtime_ns == self.seen:
+            if self.path.stat().st_mtime_ns == self.modified:
                 return
             serving, seen = self._read()
             named = self._named(serving)
@@ -49,7 +49,7 @@ class Assignment(Generic[Model]):
             return
         old = [model for one, model in self.models.items() if one not in named]
         self.models = {one: self.models.get(one) or fresh[one] for one in named}
-        self.serving, self.seen = serving, seen
+        self.serving, self.modified = serving, seen
         for model in old:  # it finishes what it took in, while the others answer
             asyncio.get_running_loop().run_in_executor(None, self.close, model)
 

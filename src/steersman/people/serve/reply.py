@@ -41,8 +41,8 @@ class Reply:
         self.chat = ask.chat
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
         self.shown, self.listed = [""] * ask.n, [0] * ask.n
-        self.told: set[int] = set()
-        self.settled = [SettledText(s.how.texts, prompt.ids) for s in ticket.sequences]
+        self.finished: set[int] = set()
+        self.settled = [SettledText(s.drawing.texts, prompt.ids) for s in ticket.sequences]
 
     async def whole(self, request: Request, limit: float) -> Response:
         """All at once. A client that leaves, or `limit` seconds, end the decoding."""
@@ -72,7 +72,7 @@ class Reply:
             if self.chat:
                 for j in range(self.ask.n):
                     yield self._event(j, {"delta": {"role": "assistant", "content": ""}}, None)
-            while len(self.told) < self.ask.n:
+            while len(self.finished) < self.ask.n:
                 if self.ticket.failure is not None or time.monotonic() > end:
                     late = f"no answer within {limit:g} seconds"
                     yield f"data: {json.dumps(fault(str(self.ticket.failure or late), 'server_error'))}\n\n"
@@ -89,12 +89,12 @@ class Reply:
     def _news(self) -> list[str]:
         out = []
         for j, sequence in enumerate(self.ticket.sequences):
-            if j in self.told:
+            if j in self.finished:
                 continue
             sample = self.ticket.samples.get(j)
             if sample is not None:
                 text, ended = sample.text, finish(sample.finish)
-                self.told.add(j)
+                self.finished.add(j)
             else:
                 text, ended = self.settled[j].after(sequence.ids), None
             fresh = text[len(self.shown[j]) :]
