@@ -280,13 +280,22 @@ def _launch() -> Any:
 
 
 def _recipe_of_run(overrides: list[str]) -> Path | None:
-    """The recipe in the run folder that `--run.dir` names: with `--resume` and no recipe, the run goes on by it."""
+    """The recipe in the run folder that `--run.dir` names: with `--resume` and no recipe, the run goes on by it.
+
+    Raises SteersmanError where nothing else is given and no run is there.
+    """
     for i, word in enumerate(overrides):
         key, equals, value = word.partition("=")
         if key == "--run.dir":
             folder = value if equals else overrides[i + 1] if i + 1 < len(overrides) else ""
             recipe = Path(folder) / "config.yaml"
-            return recipe if folder and recipe.is_file() else None
+            if folder and recipe.is_file():
+                return recipe
+            if folder and len(overrides) == (1 if equals else 2):
+                from steersman.types import SteersmanError
+
+                raise SteersmanError(f"--run.dir {folder}: no run is there to go on with; it has no config.yaml")
+            return None
     return None
 
 

@@ -99,6 +99,13 @@ def test_a_verb_runs_with_recipe_and_overrides(steersman, tmp_path):
     assert steersman("toy", str(recipe), "--train.lr", "3e-4", "--resume") == (0, "ran 0.0003 True\n", "")
 
 
+@pytest.mark.parametrize("words", [["--run.dir", "no/such"], ["--run.dir=no/such"]])
+def test_a_run_that_is_not_there_can_not_go_on(steersman, words):
+    code, _, err = steersman("toy", "--resume", *words)
+    assert code == 2
+    assert "no/such: no run is there to go on with" in " ".join(err.split())
+
+
 def test_print_config_is_a_recipe(steersman, tmp_path):
     code, out, _ = steersman("toy", "--train.lr=1e-5", "--print-config")
     assert code == 0

@@ -101,8 +101,9 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
     process after an update; sampling uses it again for what is small, and adds to it what is large. It aligns blocks
     by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
-    forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision and
-    quantised models leave few: what they free (float32 intermediates, widened weights) serves what comes next.
+    forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision models leave
+    few: what they free (float32 intermediates) is larger than what comes next. Quantised ones leave about half of it
+    (docs/results/preflight.md), which is not announced.
     """
     roles = _roles(models)
     held = {
