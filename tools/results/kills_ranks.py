@@ -253,14 +253,15 @@ PAGE = """# Kills of runs on several devices
 
     {command}
 
-Shipped recipes made short (the story model in float64, a checkpoint after every step, torch {torch}, gloo) were begun on
-a layout drawn at random: 1 process, 2 replicas, 2 shards, or 2 copies of 2 shards. SIGKILL ended one rank, or what had
-started the ranks, at a moment drawn evenly over the processor time of an unbroken run; what was left went on with
-`--resume` on another layout, was killed again, up to three times in a row, and then ended. {count} kills in {runs} runs.
+Shipped recipes made short (the story model in float64, a checkpoint after every step, torch {torch}, gloo) were begun
+on a layout drawn at random: 1 process, 2 replicas, 2 shards, or 2 copies of 2 shards. SIGKILL ended one rank, or what
+had started the ranks, at a moment drawn evenly over the processor time of an unbroken run; what was left went on with
+`--resume` on another layout, was killed again, up to three times in a row, and then ended. {count} kills in {runs}
+runs.
 
-**{same} of {runs} left what the unbroken run of one process left**: the same steps, the same answers, every number and
-weight the same to {close:g}. No process outlived its run by more than {longest:.0f} s (the limit for ranks that wait is
-60 s, and for what is left of a rank after SIGTERM {grace:.0f} s).
+**{same} of {runs} left what the unbroken run of one process left**: the same steps, the same answers, every number
+and weight the same to {close:g}. No process outlived its run by more than {longest:.0f} s; ranks that wait give up
+after a minute, and what is left of a rank {grace:.0f} s after SIGTERM is killed.
 
 {table}
 
