@@ -233,6 +233,17 @@ def test_a_lower_limit_is_kept_after_a_resume(base, elsewhere, tmp_path):
             {"rollout.engine": "process", "run.devices": 2, "parallel.mode": "fsdp", "model.lora": {"r": 2}},
             "use parallel.mode: replicas",
         ),
+        (
+            "grpo",
+            {
+                "rollout.engine": "process",
+                "rollout.ahead": 1,
+                "run.devices": 2,
+                "parallel.mode": "fsdp",
+                "reward.parts": {"judge": {"model": "a folder"}},
+            },
+            "a reward model that lies in pieces needs all ranks",
+        ),
         ("grpo", {"rollout.engine": "vllm", "rollout.top_p": 0.9}, "only beside a top_k"),
         (
             "grpo",

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from steersman.run.folder import write_atomic
@@ -46,8 +47,8 @@ TOKENS = """## Learning against k, exactly
 
 A table of logits over four tokens climbs a random reward by REINFORCE with samples of version max(0, b - k): the
 share of the way from the start to the best answer that is gone, by enumeration, on average over 60 iterations of 32
-answers and 10 seeds ± standard deviation over the seeds (the JSON has the last iteration too). The bias behind it
-is in `steersman verify`.
+answers and 10 seeds. k = 0 stands ± standard deviation over the seeds, which draw another reward each; any other k as
+the difference from k = 0 of the same seed, ± its standard error. The bias behind it is in `steersman verify`.
 
 {tables}
 """
@@ -93,6 +94,12 @@ def spread(value: dict[str, Any], digits: int = 3) -> str:
     return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
 
 
+def apart(value: dict[str, Any], start: dict[str, Any]) -> str:
+    """The mean difference of two values over the same seeds, with its standard error."""
+    gaps = [a - b for a, b in zip(value["values"], start["values"], strict=True)]
+    return f"{mean(gaps):+.3f} ± {stdev(gaps) / len(gaps) ** 0.5:.3f}"
+
+
 def kills(found: dict[str, Any], engine: str) -> str:
     runs = found["runs"]
     deaths = [death for run in runs for death in run["kills"]]
@@ -122,7 +129,8 @@ def tokens(found: list[dict[str, Any]]) -> str:
         body = []
         for name in dict.fromkeys(row["correction"] for row in found):
             own = {row["lag"]: row for row in found if row["rate"] == rate and row["correction"] == name}
-            body.append([name, *(spread(own[lag]["mean"], 2) for lag in lags)])
+            start = own[0]["mean"]
+            body.append([name, spread(start, 2), *(apart(own[lag]["mean"], start) for lag in lags if lag)])
         parts.append(f"Rate {rate:g}:\n\n" + rows(["correction", *(f"k = {lag}" for lag in lags)], body))
     return TOKENS.format(tables="\n\n".join(parts))
 

@@ -256,6 +256,12 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"rollout.engine {rollout.engine}: on several devices it samples single answers; remove "
                 "`environment`, or use engine: inside"
             )
+        judged = any(part.model is not None for part in self.reward.parts.values())
+        if self.parallel.mode == "fsdp" and rollout.ahead and judged:
+            raise ValueError(
+                "rollout.ahead: rank 0 computes rewards ahead, and a reward model that lies in pieces needs all "
+                "ranks; use parallel.mode: replicas, or rollout.ahead: 0"
+            )
         if rollout.engine != "inside" and self.parallel.mode == "fsdp" and self.model.lora is not None:
             raise ValueError(
                 f"rollout.engine {rollout.engine}: adapters of a policy that lies in pieces are not sent "

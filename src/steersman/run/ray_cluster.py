@@ -14,7 +14,7 @@ HERE = "STEERSMAN_ON_RAY"
 """Set in the environment of ranks that were placed by Ray."""
 HANDED_ON = ("PYTHONPATH", "HF_", "STEERSMAN_", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 """Beginnings of the names of variables that ranks get from whoever starts the run."""
-PLACED_IN = 60.0
+PLACED_IN = 120.0
 """Seconds within which Ray must find a place."""
 
 

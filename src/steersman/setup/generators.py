@@ -101,6 +101,10 @@ class OfMainRank:
 
         self._sent = True
         with whole_weights(self._policy):
+            if ranks().sharded and not ranks().main:  # every rank runs each layer as often as rank 0 for its receipt
+                from steersman.rollout.remote.snapshot import canaries
+
+                canaries(self._policy, context_length(self._policy.model))
             return ranks().from_main(send, "the weights' receipt")
 
     def limits(self, sequences: int) -> Limits:

@@ -11,7 +11,7 @@ from typing import Any
 
 from steersman.rollout.remote.launch import Launched
 from steersman.rollout.remote.wire import Server, ServerGoneError
-from steersman.run.ray_cluster import PLACED_IN, connected
+from steersman.run.ray_cluster import connected
 from steersman.types import SteersmanError
 
 
@@ -77,11 +77,11 @@ class PlacedByRay:
         """The server once it answers. Raises SteersmanError where Ray has no place for it, ServerGoneError with the
         root of the trouble where it ends instead."""
         try:
-            self.pid = self._ask("begun", PLACED_IN)
+            self.pid = self._ask("begun", self.timeout)
         except self._ray.exceptions.GetTimeoutError as error:
             raise SteersmanError(
-                f"{self.name}: the Ray cluster has no place for it within {PLACED_IN:g} s: it needs "
-                f"{self._resources}, and {self._ray.available_resources()} is free"
+                f"{self.name}: the Ray cluster has no place for it within {self.timeout:g} s (rollout.timeout): "
+                f"it needs {self._resources}, and {self._ray.available_resources()} is free"
             ) from error
         url, why = self._ask("wait", self.timeout)
         if not url:
