@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-vllm test-transformers check sanitize scan docs bench clean
+.PHONY: quickstart test test-vllm test-transformers check sanitize scan audit docs bench clean
 
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
@@ -46,6 +46,12 @@ sanitize: $(READY)
 # Random requests against the servers that people and their programs reach.
 scan: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tools/scan.py
+
+# Known weaknesses of the pinned packages. The advisories are on the network; pip-audit has an environment of its own.
+audit:
+	test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip || { \
+		echo "make audit: what is listed above has a known weakness; where nothing is listed, the advisories on the network could not be reached, and nothing was checked"; exit 1; }
 
 # A link or a name that leads nowhere is an error. The site is in build/site.
 docs: $(READY)

@@ -117,7 +117,8 @@ def record(out: Path, seed: int) -> dict[str, Any]:
     refused = loop.wheel("careless", experiment=None, epochs=1, lr=1e-2, then=["kto"])["decisions"][0]
     (decision,) = told["decisions"]
     held = [row["prompt"] for row in rows(out / "wheel/round-01/answers-current.jsonl")]
-    models = {"turn-00": base, "turn-01": decision["path"], "careless": refused["path"]}
+    kto = str(out / "wheel/round-01/1-kto/model")
+    models = {"turn-00": base, "turn-01, after KTO": kto, "turn-01": decision["path"], "careless": refused["path"]}
     found = {
         "decision": decision, "refused": refused, "users": met(loop.url), **json.loads(judged.read_text()),
         "hidden": {name: hidden(path, base, held).plain() for name, path in models.items()},

@@ -164,7 +164,9 @@ def record(out: Path, seed: int) -> None:
     served = read_serving(out / "wheel/serving.json").current
     careless = run(recipe(out, "careless", 1, lr=1e-2, experiment=None), resume=True)
     held = [row["prompt"] for row in rows(out / "wheel/round-02/answers-current.jsonl")]
-    models = {d["candidate"]: d["path"] for d in decisions} | {"careless": careless["decisions"][0]["path"]}
+    models = {d["candidate"]: d["path"] for d in decisions}
+    models |= {f"turn-0{n}, after KTO": str(out / f"wheel/round-0{n}/1-kto/model") for n in (1, 2)}
+    models |= {"careless": careless["decisions"][0]["path"]}
     wins = {name: hidden(path, base, held).plain() for name, path in (models | {"turn-00": base}).items()}
     places = [out / "wheel/round-01", out / "wheel/round-02", out / "careless/round-01"]
     told = {
