@@ -116,7 +116,7 @@ def _questions(table: Path) -> list[dict[str, Any]]:
             {"prompt": f"{row['question'].strip()}\nSearch:", "story": row["story"], "question": row["question"],
              "section": [x.strip() for x in row["cor_section"].split(",")]}
             for row in csv.DictReader(file)
-            if row["cor_section"].strip()
+            if row["cor_section"].strip() and row["question"].strip()
         ]  # fmt: skip
 
 
