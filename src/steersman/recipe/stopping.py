@@ -11,7 +11,7 @@ class StopConfig(Section):
     """Ends a run early, and takes up the weights of its best look at held-out prompts."""
 
     judge: str = Field(
-        description="whose held-out mean decides: a part of the reward, best one of weight 0 that is not trained on; "
+        description="whose held-out mean decides: a part of the reward, one of weight 0 that is not trained on; "
         "in loops a name under `watch`"
     )
     patience: int = Field(default=2, ge=1, description="looks without a new best after which the run ends")
