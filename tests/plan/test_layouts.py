@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import LlamaModel
 from steersman.cli import main
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, Device, cluster
-from steersman.plan.layouts import Layout, Role, Work, layouts, weigh
+from steersman.plan.layouts import Layout, Role, Work, layouts, routes, weigh
 from steersman.plan.simulate import Lengths, decode, phases, simulate
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -171,3 +173,51 @@ def test_the_simulation_prints_who_waits(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "1 apart," in said
     assert "ahead" in said
+
+
+def test_models_away_between_phases_leave_the_largest_phase():
+    """Only the model that learns is there, with its optimizer; the bytes that move are counted by hand."""
+    there, roles = cluster("8xH100-80GB"), ppo_roles()
+    found = weigh(Layout("away", 8, away=True), roles, PPO, there)
+    together = weigh(Layout("sharded", 8), roles, PPO, there)
+    learner = B7 * (2 + 8)
+    assert found.memory["actor"] == learner / 8
+    assert "reference" not in found.memory
+    assert "critic" not in found.memory
+    assert found.peak < together.peak
+    moved = 2 * (learner + learner) + B7 * 2
+    assert found.seconds["move models"] == pytest.approx(moved / 8 / 50e9)
+    assert f"{moved / 1e9:.1f} GB / 8 devices" in routes(found, roles, PPO, there)[-1]
+
+
+def test_a_device_that_samples_must_hold_the_whole_actor():
+    there = cluster("8xH100-80GB")
+    big = [Role("actor", shape_of("70b"), 10)]
+    found = weigh(Layout("apart", 7, 1), big, PPO, there)
+    assert found.others["a device that samples, at least"] > 140e9
+    assert not found.fits
+
+
+def test_scorers_hold_what_does_not_learn():
+    there = cluster("8xH100-80GB")
+    found = weigh(Layout("scoring apart", 6, scorers=2), ppo_roles(), PPO, there)
+    assert "reference" not in found.memory
+    assert found.others["a device that scores"] == B7 * 2 / 2 + 1e9
+    rate = 989e12 * 0.4
+    assert found.seconds["score"] == pytest.approx(2 * B7 * 64 * 1024 * (1 / 6 + 1 / 2) / rate)  # critic, reference
+
+
+def test_devices_apart_wait_for_each_other_unless_sampling_is_ahead():
+    there, layout = cluster("8xH100-80GB"), Layout("apart", 6, 2)
+    waits, ahead = (weigh(layout, ppo_roles(), replace(PPO, ahead=k), there) for k in (0, 1))
+    assert waits.iteration == sum(waits.seconds.values())
+    rest = sum(s for name, s in ahead.seconds.items() if name != "generate")
+    assert ahead.iteration == max(ahead.seconds["generate"], rest)
+
+
+def test_what_can_not_be_run_yet_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    assert main(["plan", "recipes/scale/8-gpus.yaml", "--devices", "8xH100-80GB", "--size", "7b"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "planned only" in said
+    assert "put together on each device from 8 pieces" in said

@@ -19,7 +19,7 @@ attention scores, which no current kernel keeps); 2 P and 6 P a token, arXiv 200
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steersman.model import Shape
 from steersman.ops.logprob import TILE
@@ -29,6 +29,10 @@ COMPUTE = 0.4
 """Share of the data sheet's rate that large matrix products reach in a training step; 0.3 to 0.5 are published."""
 MEMORY = 0.6
 """Share of the data sheet's bandwidth that decoding reaches."""
+
+
+HOST = 50e9
+"""Bytes a second between a device and its node's memory, of the 64e9 of PCIe 5.0 x16 in one direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Work:
     compute: int = 4
     kept: float = 8
     minibatches: int = 1
+    ahead: int = 0
     scores: int = 0
     checkpointing: bool = False
     sampled: bool = True
@@ -82,23 +87,36 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`shards` devices hold one copy between them; `generators` devices are set apart for sampling (0: all sample).
-    `keys` are the settings that ask for it."""
+    """`shards` devices hold one copy between them; `generators` devices are set apart for sampling (0: all sample),
+    and `scorers` for the models that do not learn (0: all score). With `away` a model is on the devices only while
+    its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty where nothing need be
+    set; what steersman can not run yet is `planned` only."""
 
     name: str
     shards: int
     generators: int = 0
     keys: str = ""
+    scorers: int = 0
+    away: bool = False
+    planned: bool = False
+
+    @property
+    def apart(self) -> int:
+        """Devices that do not train."""
+        return self.generators + self.scorers
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a layout takes: bytes by role and by what else, and seconds by phase."""
+    """What a layout takes: bytes by role and by what else on a device that trains, on each device that is set apart
+    (`others`), and seconds by phase."""
 
     layout: Layout
     memory: dict[str, float]
     seconds: dict[str, float]
     room: float
+    others: dict[str, float] = field(default_factory=dict)
+    ahead: bool = False
 
     @property
     def peak(self) -> float:
@@ -106,19 +124,20 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.room
+        return max(self.peak, *self.others.values(), 0.0) <= self.room
 
     @property
     def iteration(self) -> float:
-        """Seconds of an iteration; devices that are set apart for sampling do so while the others train."""
-        if self.layout.generators:
+        """Seconds of an iteration; with `rollout.ahead` devices apart sample while the others train, else they wait
+        for each other."""
+        if self.layout.generators and self.ahead:
             rest = sum(s for name, s in self.seconds.items() if name != "generate")
             return max(self.seconds["generate"], rest)
         return sum(self.seconds.values())
 
 
 def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
-    """Every layout that the devices allow."""
+    """Every layout that the devices allow; those that are planned only come last."""
     n = there.count
     yield Layout("replicas", 1, keys="" if n == 1 else f"run.devices: {n}")
     if n > 1:
@@ -132,24 +151,45 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
     while work.sampled and apart < n:
         yield Layout(f"sharded, {apart} apart for sampling", n - apart, apart, "rollout.engine: vllm")
         apart *= 2
+    if work.sampled:
+        yield Layout("models in the node's memory between phases", n, away=True, planned=True)
+    for scorers in {n // 8, n // 4} - {0} if work.sampled else ():
+        yield Layout(f"sharded, {scorers} apart for scoring", n - scorers, scorers=scorers, planned=True)
 
 
 def weigh(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> Verdict:
     """Memory and time of a layout."""
     memory = _memory(layout, roles, work, there)
-    return Verdict(layout, memory, seconds(layout, roles, work, there), there.device.memory)
+    others = _others(layout, roles, work, there)
+    took = seconds(layout, roles, work, there)
+    return Verdict(layout, memory, took, there.device.memory, others, work.ahead > 0)
+
+
+def _others(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
+    """What each device holds that is set apart: a sampler the whole actor and at least one response, a scorer its
+    piece of the models that do not learn."""
+    found, actor = {}, roles[0].shape
+    if layout.generators:
+        least = actor.parameters * work.compute + actor.cache(work.prompt + work.new, work.compute)
+        found["a device that samples, at least"] = least + there.device.process
+    if layout.scorers:
+        frozen = sum(role.weights(work.weight) for role in roles if not role.trained)
+        found["a device that scores"] = frozen / layout.scorers + there.device.process
+    return found
 
 
 def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     held = {}
     for role in roles:
+        if layout.scorers and not role.trained:
+            continue
         held[role.name] = (role.weights(work.weight) + role.trained * work.kept) / layout.shards
     actor = roles[0].shape
     if layout.shards > 1:
         held["a layer put together, and the next"] = (2 * actor.largest_layer + actor.tables) * work.compute
     trained = max((role.shape for role in roles if role.trained), key=lambda s: s.parameters, default=actor)
     length = work.prompt + work.new
-    update = -(-work.samples // (work.minibatches * (there.count - layout.generators))) * length
+    update = -(-work.samples // (work.minibatches * (there.count - layout.apart))) * length
     micro = min(max(1, work.micro // length) * length, update)  # whole rows
     one = micro * trained.activations(work.compute, work.scores)
     activations = one * trained.layers
@@ -161,10 +201,17 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     )
     if gradients and update <= micro:
         gradients[-1] = max(gradients[-1] - activations, 0)
+    if layout.away:  # the largest phase alone: sampling with the actor, or one model that learns
+        learning = max(
+            (role for role in roles if role.trained),
+            key=lambda r: r.weights(work.weight) + r.trained * work.kept, default=roles[0],
+        )  # fmt: skip
+        held = {name: x for name, x in held.items() if name == learning.name or name.startswith("a layer")}
+        gradients = gradients[-1:]
     held["gradients"] = sum(gradients)
     sampling = 0.0
     if work.sampled and not layout.generators:
-        here = -(-work.samples // there.count)
+        here = -(-work.samples // (there.count - layout.scorers))
         whole = actor.parameters * work.compute if layout.shards > 1 else 0
         sampling = whole + actor.cache(work.prompt + work.new, work.compute) * here
     held["activations, or cache and whole weights while sampling"] = max(activations, sampling)
@@ -183,17 +230,20 @@ def backward(trained: Shape, roles: list[Role], micro: int, work: Work) -> float
 def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     """Seconds of each phase of an iteration, every response as long as `work` says."""
     device, actor = there.device, roles[0].shape
-    flops, training = device.flops * COMPUTE, there.count - layout.generators
+    flops, training = device.flops * COMPUTE, there.count - layout.apart
     found: dict[str, float] = {}
     if work.sampled:
-        samplers = layout.generators or there.count
+        samplers = layout.generators or training
         here = -(-work.samples // samplers)
         prefill = 2 * actor.parameters * here * work.prompt / flops
         read = actor.parameters * work.compute + here * actor.cache(work.prompt + work.new / 2, work.compute)
         step = max(read / (device.bandwidth * MEMORY), 2 * actor.parameters * here / flops)
         found["generate"] = prefill + work.new * step
-        scored = sum(role.shape.parameters for role in roles[1:])
+        scored = sum(role.shape.parameters for role in roles[1:] if not (layout.scorers and not role.trained))
         found["score"] = 2 * scored * work.tokens / training / flops
+        if layout.scorers:
+            frozen = sum(role.shape.parameters for role in roles if not role.trained)
+            found["score"] += 2 * frozen * work.tokens / layout.scorers / flops
     per = 8 if work.checkpointing else 6
     trained = sum(role.shape.parameters for role in roles if role.trained)
     found["train"] = work.epochs * per * trained * work.tokens / training / flops
@@ -208,4 +258,38 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     if layout.generators or (work.sampled and layout.shards > 1):
         through = there.count if layout.generators else layout.shards
         found["move weights"] = actor.parameters * work.compute / there.link(through)
+    if layout.away:
+        found["move models"] = moved_between_phases(roles, work) / layout.shards / HOST
     return found
+
+
+def moved_between_phases(roles: list[Role], work: Work) -> float:
+    """Bytes that an iteration moves between devices and nodes' memory: what learns goes away and comes back with its
+    optimizer, what does not learn only comes, since its copy in memory stays true."""
+    learning = sum(2 * (role.weights(work.weight) + role.trained * work.kept) for role in roles if role.trained)
+    return learning + sum(role.weights(work.weight) for role in roles if not role.trained)
+
+
+def routes(verdict: Verdict, roles: list[Role], work: Work, there: Cluster) -> list[str]:
+    """How weights travel between the phases, with the arithmetic: from where to where, bytes over what, seconds."""
+    layout, actor, found = verdict.layout, roles[0].shape, []
+    whole = actor.parameters * work.compute
+    if "move weights" in verdict.seconds:
+        through = there.count if layout.generators else layout.shards
+        way = (
+            f"from {layout.shards} pieces to each of {layout.generators} devices that sample"
+            if layout.generators else f"put together on each device from {layout.shards} pieces, before sampling"
+        )  # fmt: skip
+        found.append(
+            f"actor's weights {way}: {whole / 1e9:.2f} GB / {there.link(through) / 1e9:.0f} GB/s = "
+            f"{verdict.seconds['move weights']:.2f} s"
+        )
+        if roles[0].added:
+            found.append(f"with rollout.sync: adapter its adapters alone: {roles[0].added * 4 / 1e9:.3f} GB")
+    if layout.away:
+        moved = moved_between_phases(roles, work)
+        found.append(
+            f"models to the node's memory and back: {moved / 1e9:.1f} GB / {layout.shards} devices / "
+            f"{HOST / 1e9:.0f} GB/s = {verdict.seconds['move models']:.2f} s"
+        )
+    return found or ["no weights move between phases: every device that samples holds what it trains"]

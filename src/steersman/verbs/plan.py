@@ -12,7 +12,7 @@ from rich.table import Table
 
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, cluster
-from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
+from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, routes, weigh
 from steersman.plan.simulate import Lengths, Scaled, best_apart, simulate
 from steersman.recipe.on_policy import OnPolicyRecipe
 from steersman.run.config import Section, load_recipe
@@ -61,7 +61,7 @@ def run(recipe: PlanRecipe, *, resume: bool = False) -> dict[str, Any]:
     there = cluster(recipe.devices, recipe.nodes)
     roles, work = roles_of(asked, recipe.size), work_of(asked, recipe.prompt_tokens)
     found = [weigh(one, roles, work, there) for one in layouts(there, work)]
-    found.sort(key=lambda verdict: (not verdict.fits, verdict.iteration if verdict.fits else verdict.peak))
+    found.sort(key=lambda v: (not v.fits, v.layout.planned, v.iteration if v.fits else v.peak))
     show(found, roles, work, there)
     if recipe.simulate and work.sampled:
         lengths = Lengths(recipe.mean_tokens or max(work.new // 2, 1), work.new)
@@ -71,6 +71,7 @@ def run(recipe: PlanRecipe, *, resume: bool = False) -> dict[str, Any]:
             {
                 "name": v.layout.name,
                 "fits": v.fits,
+                "planned_only": v.layout.planned,
                 "peak_bytes": v.peak,
                 "iteration": v.iteration,
                 "memory": v.memory,
@@ -128,6 +129,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
             rollout.max_new_tokens,
             recipe.algorithm.epochs,
             minibatches=recipe.algorithm.minibatches,
+            ahead=rollout.ahead,
             **common,
         )
     pairs = 2 if isinstance(recipe, PreferenceRecipe | RewardModelRecipe) else 1
@@ -179,7 +181,7 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
         cells = (f"{v.seconds[name]:.1f}" if name in v.seconds else "-" for name in phases)
         table.add_row(
             v.layout.name, "yes" if v.fits else "no", f"{v.peak / 1e9:.1f} GB", *cells, f"{v.iteration:.1f}",
-            v.layout.keys,
+            "planned only" if v.layout.planned else v.layout.keys,
         )  # fmt: skip
     console.print(table)
     best = found[0]
@@ -194,9 +196,11 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
         )  # fmt: skip
     for name, size in best.memory.items():
         console.print(f"  {name:<58}{size / 1e9:8.2f} GB", highlight=False, markup=False)
+    for name, size in best.others.items():
+        console.print(f"  {name:<58}{size / 1e9:8.2f} GB (not in the sum)", highlight=False, markup=False)
     console.print(
         f"  {'in all, of ' + format(device.memory / 1e9, '.0f'):<58}{best.peak / 1e9:8.2f} GB\n"
         f"seconds: 2 P a token forward, {8 if work.checkpointing else 6} P trained, at {COMPUTE:.0%} of "
         f"{device.flops / 1e12:.0f} TFLOP/s; decoding at {MEMORY:.0%} of {device.bandwidth / 1e12:.2f} TB/s",
-        highlight=False, markup=False,
+        *(f"\n{line}" for line in routes(best, roles, work, there)), sep="", highlight=False, markup=False,
     )  # fmt: skip
