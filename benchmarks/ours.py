@@ -20,13 +20,13 @@ from common import SETTINGS, Turns, sizes
 from steersman.data import Batches, demonstrations, encode, encode_prompts, layout, preferences, prompts
 from steersman.objectives.preference import PairObjective
 from steersman.objectives.supervised import SFT
+from steersman.recipe.sections import ModelConfig, RunConfig
 from steersman.rollout import Engine, Sampling
 from steersman.run.device import resolve_device
-from steersman.train.models import policy_from, scalar_from
+from steersman.setup.models import policy_from, scalar_from
 from steersman.train.offline import Offline
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
-from steersman.train.sections import ModelConfig, RunConfig
 from steersman.types import Prompt
 from steersman.verbs.on_policy_recipes import RECIPES
 from steersman.verbs.preference import PreferenceRecipe

@@ -12,11 +12,11 @@ import torch
 from steersman.data import Encoded, EncodedList
 from steersman.model import load_policy, place
 from steersman.objectives.supervised import SFT
+from steersman.recipe.sections import ManyRunConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.pieces import mine
 from steersman.run.ranks import opened, ranks
 from steersman.train.offline import Offline, OfflineConfig
-from steersman.train.sections import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 
 ROWS, LENGTH, UPDATES = 8, 128, 2

@@ -27,27 +27,31 @@ MAY = {
     "update": MATHS | {"run", "loss", "algorithms"},
     "algorithms": MATHS | {"run", "advantage", "loss"},
     "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
-    "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "model"},
+    "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train", "recipe"},
     "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
     "statistics": MATHS | {"run", "data"},
     "plan": MATHS | {"run", "data", "model", "rollout", "update"},
     "environments": MATHS | {"run", "data", "model", "rollout", "judge"},  # who plays a user, who judges a talk
+    "recipe": MATHS
+    | {"run", "data", "model", "rollout", "reward", "environments", "loss", "update", "algorithms"},
+    "setup": MATHS | {"run", "data", "model", "rollout", "environments", "recipe"},
     "train": MATHS
     | {"environments", "run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms"}
-    | {"plan"},
-    "objectives": MATHS | {"run", "data", "model", "loss", "update", "train", "statistics"},
+    | {"plan", "recipe", "setup"},
+    "objectives": MATHS | {"run", "data", "model", "loss", "setup", "train", "statistics"},
     "verbs": MATHS
     | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
-    | {"plan", "train", "objectives", "statistics", "assets", "environments"},
+    | {"plan", "recipe", "setup", "train", "objectives", "statistics", "assets", "environments"},
     "flywheel": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
-    | {"metrics", "statistics"},
+    | {"metrics", "statistics", "recipe", "setup"},
     "distill": MATHS
     | {"run", "data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
-    | {"objectives"},
-    "grue": MATHS | {"run", "data", "model", "metrics", "reward", "train", "algorithms", "update", "verbs"},
+    | {"objectives", "recipe", "setup"},
+    "grue": MATHS
+    | {"run", "data", "model", "metrics", "reward", "recipe", "setup", "train", "algorithms", "update", "verbs"},
     "people": MATHS
-    | {"run", "data", "model", "rollout", "judge", "statistics", "train", "verbs", "flywheel", "assets"},
+    | {"run", "data", "model", "rollout", "judge", "statistics", "recipe", "setup", "verbs", "flywheel", "assets"},
 }  # fmt: skip
 """What each room may import of the others."""
 

@@ -189,7 +189,8 @@ class Trajectory:
     row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
     prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
     `score` is what a row earned without any KL penalty; `parts` are the rewards that it was added up from, each with
-    its weight. `marked` are steps that an advantage picked out for its method's loss.
+    its weight. `marked` are steps that an advantage picked out for its method's loss. `turn` numbers the turns of
+    episodes whose baselines are to be taken turn by turn (`advantage/by_turn.py`).
     """
 
     mask: Bool[Tensor, "B T"]
@@ -204,6 +205,7 @@ class Trajectory:
     score: Float[Tensor, " B"] | None = None
     parts: Float[Tensor, "B K 2"] | None = None
     marked: Bool[Tensor, "B T"] | None = None
+    turn: Int[Tensor, "B T"] | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]

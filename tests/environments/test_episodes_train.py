@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from train_kit import merge, recipe, rows, weights
 
+from steersman.advantage.by_turn import by_turn
 from steersman.train.experience import tokens_of
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
@@ -180,3 +182,26 @@ def test_a_judge_pays_each_turn(base, tmp_path):
         assert float(scores.per_token[b].sum()) == sum(told)
     rl.run(recipe("rloo", values, iterations=1))
     assert rows(tmp_path / "run")[-1]["ratio_gap"] < 1e-4
+
+
+def test_baselines_per_turn(base, tmp_path):
+    """Each turn is compared with the same turn of the prompt's other episodes."""
+    made, roles, train, samples = played(base, "rloo", environment__baseline_per="turn", algorithm__beta=0.0)
+    loop = OnPolicy(made, roles, train, _Batches())
+    _, traj, _ = loop.experience(samples, roles.reward.score(samples))
+    found = by_turn(made.algorithm.advantage, traj).adv
+    for b, s in enumerate(samples):
+        other = samples[b ^ 1]
+        for k, t in enumerate(s.turns):
+            earned, beside = (sum(u.reward for u in x.turns[k:]) for x in (s, other))
+            assert found[b, t.begin : t.end].tolist() == pytest.approx(
+                [earned - beside] * (t.end - t.begin), abs=1e-6
+            )
+    rl.run(made)
+    assert rows(tmp_path / "run")[-1]["ratio_gap"] < 1e-4
+
+
+@pytest.mark.parametrize(("name", "why"), [("gspo", "one ratio for a whole episode"), ("ppo", "compares no samples")])
+def test_baselines_per_turn_are_refused_where_there_are_none(base, name, why):
+    with pytest.raises(ValidationError, match=why):
+        recipe(name, base, environment__baseline_per="turn")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forked import Python, steersman
 from train_kit import merge, plain, recipe, rows, weights
 
 from steersman.verbs import rl
@@ -60,13 +58,10 @@ def count(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def started(verb: str, values: dict, out: Path, *flags: str) -> subprocess.Popen:
+def started(verb: str, values: dict, out: Path, *flags: str) -> Python:
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values))
-    return subprocess.Popen(
-        [sys.executable, "-m", "steersman.cli", verb, str(path), *flags], stdout=out.open("ab"),
-        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    return steersman(verb, str(path), *flags, out=out)
 
 
 def killed_between_turns(verb: str, values: dict, out: Path, iteration: int, luck: int) -> None:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
 from steersman.environments import sandbox
-from steersman.environments.sandbox import Limits, program_of, run_code, run_python, unit_tests
+from steersman.environments.jails import JAILS, Limits
+from steersman.environments.sandbox import program_of, run_code, run_python, unit_tests
 from steersman.types import SteersmanError
 
 needs = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
 
 
+@pytest.fixture(params=JAILS, ids=lambda jail: jail.name)
+def jail(request, monkeypatch):
+    """Each jail in turn, where it works."""
+    if (why := sandbox.broken(request.param)) is not None:
+        pytest.skip(f"{request.param.name} {why}")
+    monkeypatch.setattr(sandbox, "_jail", lambda: (request.param, None))
+
+
 @needs
-def test_a_program_runs_and_is_told_how_it_ended():
+def test_a_program_runs_and_is_told_how_it_ended(jail):
     assert run_code("import math\nprint(math.comb(10, 3))") == "120"
     assert "ZeroDivisionError" in run_code("1 / 0")
     assert "exit code 3" in run_code("raise SystemExit(3)")
@@ -30,6 +40,9 @@ def test_a_program_runs_and_is_told_how_it_ended():
         "open(FILE).read()",
         "import os\nassert os.listdir('/home') and os.listdir('/old')",
         "open('/usr/mine', 'w')",
+        "open('/mine', 'w')",
+        "open('/dev/mine', 'w')",
+        "open('/dev/shm/mine', 'w').write('a' * 2 ** 25)",
         "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)",
         "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)",
         "import os, signal\nos.kill(PID, signal.SIGTERM)",
@@ -43,7 +56,7 @@ def test_a_program_runs_and_is_told_how_it_ended():
         "files = [open('/tmp/f') for _ in [open('/tmp/f', 'w')] * 200]",
     ],
 )
-def test_an_escape_fails(attempt):
+def test_an_escape_fails(attempt, jail):
     import socket
 
     attempt = attempt.replace("FILE", repr(__file__))
@@ -55,13 +68,13 @@ def test_an_escape_fails(attempt):
 
 
 @needs
-def test_environment_variables_are_not_seen(monkeypatch):
+def test_environment_variables_are_not_seen(monkeypatch, jail):
     monkeypatch.setenv("MY_TOKEN", "secret-word")
     assert "secret-word" not in run_python("import os\nprint(dict(os.environ))").output
 
 
 @needs
-def test_time_and_output_are_limited():
+def test_time_and_output_are_limited(jail):
     start = time.monotonic()
     assert run_python("while True: pass", Limits(seconds=0.5)).late
     assert run_python("import time, os\nos.fork()\ntime.sleep(60)", Limits(seconds=0.5)).late
@@ -95,7 +108,17 @@ def test_the_last_fence_is_the_program():
     assert program_of("```\na\n``` or ```py\nb\n```") == "b\n"
 
 
-def test_without_namespaces_nothing_is_run(monkeypatch):
-    monkeypatch.setattr(sandbox, "why_not", lambda: "namespaces do not work here")
-    with pytest.raises(SteersmanError, match="not run without one"):
+def test_a_machine_that_can_do_neither_refuses(monkeypatch):
+    """No jail's tools are there; and then, none of them works."""
+    monkeypatch.setattr(sandbox, "_jail", sandbox._jail.__wrapped__)
+    monkeypatch.setattr(sandbox, "broken", sandbox.broken.__wrapped__)
+    for broken in (
+        {"needs": ("no-such-tool",)},
+        {"command": lambda *_: ["sh", "-c", "echo no namespaces; exit 1"]},
+    ):
+        monkeypatch.setattr(sandbox, "JAILS", [replace(jail, **broken) for jail in JAILS])
+        with pytest.raises(SteersmanError, match=r"(?s)bubblewrap .*; namespaces .* not run without one"):
+            run_python("print(1)")
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    with pytest.raises(SteersmanError, match="darwin"):
         run_python("print(1)")

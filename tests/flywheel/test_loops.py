@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import yaml
+from forked import steersman
 from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
@@ -117,11 +116,7 @@ def test_a_killed_process_goes_on_too(whole, tmp_path, mini_model):
     run, recipe, own = LOOPS["online-dpo"]
     settings = loop_settings(tmp_path, mini_model, "run", **own)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "steersman.cli", "online-dpo", str(tmp_path / "recipe.yaml")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    process = steersman("online-dpo", str(tmp_path / "recipe.yaml"))
     mark, end = tmp_path / "run" / "round-01" / "dpo" / "config.yaml", time.monotonic() + 120
     while not mark.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)

@@ -10,8 +10,8 @@ import transformers as hf
 from steersman.metrics.encoders import load
 from steersman.model import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.scratch import fresh_policy
-from steersman.train.models import policy_from
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.setup.models import policy_from
 from steersman.types import SteersmanError
 
 CODE = """
@@ -98,3 +98,10 @@ def test_a_family_that_does_not_fit_is_refused_by_its_config_alone(tmp_path, fam
     for read in (load_policy, load_scalar):
         with pytest.raises(SteersmanError, match=rf"models of type '{family}' are not supported: .*{why}"):
             read(tmp_path)
+
+
+def test_a_folder_with_a_tokenizer_alone_is_enough_for_fresh_weights(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    made = fresh_policy(str(tmp_path), {"model_type": "llama", **sizes}, seed=0)
+    assert made.model.config.vocab_size == len(made.tokenizer)

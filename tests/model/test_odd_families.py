@@ -11,8 +11,8 @@ import torch
 from letter_models import LETTERS, letters
 
 from steersman.model import LoraConfig, Policy, load_policy
-from steersman.train.models import policy_from
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.recipe.sections import ModelConfig, RunConfig
+from steersman.setup.models import policy_from
 from steersman.types import SteersmanError, Tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))

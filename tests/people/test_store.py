@@ -48,6 +48,14 @@ def test_judgements_can_not_be_changed_or_deleted(store):
             session.execute(sa.text(statement))
 
 
+def test_what_is_acknowledged_waits_for_the_disk(store):
+    """Also after a transaction on the same connection that did not."""
+    asks = {"sqlite": "PRAGMA synchronous", "postgresql": "SHOW synchronous_commit"}[store.engine.dialect.name]
+    for flushed in (True, False, True):
+        with store.begin(flushed=flushed) as session:
+            assert session.execute(sa.text(asks)).scalar() in ((2, "on") if flushed else (1, "off"))
+
+
 def test_a_request_that_comes_twice_is_stored_once(store):
     of, ada = queue(store, "compare", [pair(1), pair(2)]), rater(store, "Ada")
     once = key()

@@ -98,3 +98,15 @@ def test_every_builtin_is_a_reward_like_a_users_own(name):
     assert scores.total.shape == (4,)
     assert scores.total.isfinite().all()
     assert list(scores.parts) == [name]
+
+
+def test_diversity_is_what_others_do_not_say():
+    texts = ["a b c", "a b d", "x y", "", "a b c"]
+    found = BUILTINS["diversity"](EMPTY * 5, texts)
+    grams = [{("a", "b"), ("b", "c")}, {("a", "b"), ("b", "d")}, {("x", "y")}, set(), {("a", "b"), ("b", "c")}]
+    for i, own in enumerate(grams):
+        others = [g for j, g in enumerate(grams) if j != i]
+        shares = [len(own & g) / len(own) for g in others] if own else [1.0]
+        assert found[i] == pytest.approx(1 - sum(shares) / len(shares))
+    assert BUILTINS["diversity"](EMPTY * 3, ["the same"] * 3) == [0, 0, 0]
+    assert BUILTINS["diversity"](EMPTY, ["alone here"]) == [1.0]

@@ -5,9 +5,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steersman.recipe.sections import RunConfig
 from steersman.run.config import load_recipe
 from steersman.run.recipe_text import load_yaml
-from steersman.train.sections import RunConfig
 from steersman.types import SteersmanError
 
 FAULTS = {

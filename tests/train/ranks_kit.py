@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Python
 
 from steersman.run.checkpoint import Checkpointer
 from steersman.run.stored import StoredTensor
@@ -30,13 +29,12 @@ def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float =
         if world > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        words = [sys.executable, str(WORKER), str(file)]
-        running.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        running.append(Python(str(WORKER), str(file), env=env, out=file.with_suffix(f".rank-{rank}.txt")))
     try:
         said = [one.communicate(timeout=timeout)[0] for one in running]
     finally:
         for one in running:
-            one.kill()
+            one.close()
     for one, text in zip(running, said, strict=True):
         assert one.returncode == 0, text[-4000:]
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from steersman.algorithms import ALGORITHMS
 from steersman.cli import main
 from steersman.data import Batches
+from steersman.setup.reference import AdaptersOff
 from steersman.train.on_policy import OnPolicy
 from steersman.train.policy_update import Learner
-from steersman.train.reference import AdaptersOff
 from steersman.train.roles import build_roles
 from steersman.types import Prompt
 from steersman.update.kl_controller import DoublingKL

@@ -92,7 +92,7 @@ def runs_of(verb: str, tmp_path, mini, base) -> list[dict[str, Any]]:
     if verb in ("sft", "reward", "dpo", "kto"):
         plain = offline(tmp_path, mini, verb)
         more |= {"optimizer.warmup": 2, "optimizer.schedule": "cosine", "train.keep": "best"}
-        more |= {"anchor": str(mini)} if verb == "dpo" else {}
+        more |= {"dpo": {"anchor": str(mini)}, "reward": {"train.bottleneck": 2}}.get(verb, {})
     else:
         plain = merge(base, {"iterations": 1})
     return [merge(plain, {**extra, "run.dir": str(tmp_path / f"{verb}-{i}")}) for i, extra in enumerate(({}, more))]

@@ -19,8 +19,8 @@ from steersman.data.rows import Row
 from steersman.loss.feedback import auto_weights
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.setup.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig
-from steersman.train.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.tally import Tally
 from steersman.types import Prompt, SteersmanError, Tokens
 from steersman.verbs import feedback, preference
@@ -324,7 +324,7 @@ def test_pairs_with_adapters_measure_kl_and_resume_without_a_second_model(asked,
     table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": f" no {w}"} for w in WORDS * 2]
     write_jsonl(tmp_path / "feedback.jsonl", table)
     loaded = []
-    monkeypatch.setattr("steersman.train.reference.policy_from", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr("steersman.setup.reference.policy_from", lambda *a, **k: loaded.append(a))
     changes = {"model.lora": {"r": 2}, "loss": {"name": "tdpo2"}}
     summary = preference.run(preference.PreferenceRecipe.model_validate(merge(asked, changes)))
     assert loaded == []

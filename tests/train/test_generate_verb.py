@@ -11,7 +11,7 @@ from train_kit import prompts_file, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.cli import main
-from steersman.train.sections import LoraSection
+from steersman.recipe.sections import LoraSection
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from steersman.data import DataConfig, collate, demonstrations, encode, layout, 
 from steersman.loss.supervised import nll
 from steersman.model import Policy, SharedCritic, load_scalar
 from steersman.objectives.supervised import SFT
+from steersman.recipe.sections import RunConfig
 from steersman.train.offline import Offline
 from steersman.train.policy_update import LanguageBatch, Learner
-from steersman.train.sections import RunConfig
 from steersman.train.tally import Tally
 from steersman.types import Tokens, Trajectory
 from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig

@@ -13,7 +13,7 @@ from steersman.loss.offline import LOSSES
 from steersman.model import Policy
 from steersman.objectives.batch import right, rounding
 from steersman.objectives.preference import PairLossConfig, PairObjective
-from steersman.train.reference import divergence
+from steersman.setup.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
 from steersman.verbs.preference import drop_equal

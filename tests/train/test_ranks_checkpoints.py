@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 import threading
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Python
 from letter_models import write_jsonl
 from ranks_kit import launch, trained_weights
 from train_kit import merge, save_tiny
@@ -204,8 +203,8 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_stands(tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -9, done.stderr
+    done = Python("-c", code, str(tmp_path))
+    assert done.wait(timeout=120) == -9, done.communicate()
     found = Checkpointer(tmp_path).load()
     assert found is not None
     assert (found.step, found.state["w"].tolist()) == (1, [1.0] * 4)

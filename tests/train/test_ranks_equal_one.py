@@ -27,6 +27,8 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-two-epochs": ("ppo", {"algorithm.epochs": 2, "algorithm.minibatches": 2, "algorithm.stop_kl": 0.05}),
     "grpo-micro": ("grpo", {"run.micro_tokens": 16}),
     "grpo-process": ("grpo", {"rollout.engine": "process", "rollout.timeout": 200}),
+    "grpo-ahead": ("grpo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 1}),
+    "dapo-ahead": ("dapo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 2}),
     "grpo-checkpointing": ("grpo", {"model.gradient_checkpointing": True}),
     "dpo-tdpo": ("dpo", {"loss.name": "tdpo2"}),
     "sft-packed": ("sft", {"train.pack": 48}),
@@ -41,7 +43,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
 CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
 are near zero, AdamW makes rounding as large as the rest."""
-REPLICAS_ONLY = {"trpo", "grpo-process", "sft-adafactor", "sft-muon"}
+REPLICAS_ONLY = {"trpo", "grpo-process", "grpo-ahead", "dapo-ahead", "sft-adafactor", "sft-muon"}
 NAMES = [*ON_POLICY, *OFFLINE, *EXTRA]
 ANSWERS = ["generate", "evaluate"]
 """Verbs that train nothing: their files are compared."""

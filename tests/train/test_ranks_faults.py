@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import Python, steersman
 from letter_models import rows_of
 from ranks_kit import trained_weights
 from train_kit import merge, plain, save_tiny, settings
@@ -42,25 +41,17 @@ def base(tmp_path) -> dict[str, Any]:
     return merge(found, {"run.devices": 2, "run.save_every": 1, "parallel.timeout": 60})
 
 
-def begin(tmp_path: Path, values: dict[str, Any], verb: str = "grpo", *words: str) -> subprocess.Popen[str]:
+def begin(tmp_path: Path, values: dict[str, Any], verb: str = "grpo", *words: str) -> Python:
     """The command line in a process of its own, deaf to nothing."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "steersman.cli", verb, str(tmp_path / "recipe.yaml"), *words]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
-    )
+    return steersman(verb, str(tmp_path / "recipe.yaml"), *words, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def children(pid: int) -> list[int]:
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(run: Path, count: int, process: Python) -> None:
     until = time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > count:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import Python, steersman
 from letter_models import write_jsonl
 from train_kit import cut_after, merge, plain, recipe, rows, weights
 
@@ -235,21 +234,17 @@ def nlpo_settings(base, tmp_path, folder: str) -> dict:
     return merge(base, FULL | OWN["nlpo"] | own)
 
 
-def start(verb: str, settings: dict, tmp_path: Path, *flags: str) -> subprocess.Popen:
+def start(verb: str, settings: dict, tmp_path: Path, *flags: str) -> Python:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
-    return subprocess.Popen(
-        [sys.executable, "-m", "steersman.cli", verb, str(path), *flags],
-        stdout=(tmp_path / "out.txt").open("ab"), stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    return steersman(verb, str(path), *flags, out=tmp_path / "out.txt")
 
 
 def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_for(process: subprocess.Popen, path: Path, count: int) -> None:
+def wait_for(process: Python, path: Path, count: int) -> None:
     """Until the file has so many lines, or the process has ended."""
     end = time.monotonic() + 120
     while process.poll() is None and lines(path) < count:

@@ -18,9 +18,9 @@ from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, R
 from steersman.objectives.reward_gating import GatingReward, penalty
 from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
+from steersman.recipe.sections import RunConfig
 from steersman.statistics.estimates import pearson, spearman
 from steersman.train.offline import Offline
-from steersman.train.sections import RunConfig
 from steersman.train.tally import Tally
 from steersman.update.optimizer import OptimizerConfig
 

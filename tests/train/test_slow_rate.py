@@ -8,9 +8,9 @@ import pytest
 from letter_models import write_jsonl
 
 from steersman import cli
+from steersman.recipe.sections import ADAPTER_RATE, LoraSection, ModelConfig
 from steersman.run.config import load_recipe
-from steersman.train.models import slow_rate
-from steersman.train.sections import ADAPTER_RATE, LoraSection, ModelConfig
+from steersman.setup.models import slow_rate
 
 
 @pytest.mark.parametrize(("lora", "lr", "told"), [(True, 1e-5, True), (True, 2e-4, False), (False, 1e-5, False)])

@@ -10,7 +10,7 @@ import torch
 from letter_models import LETTERS, WORDS, letters, rows_of, write_jsonl
 from tiny_models import tiny_model
 
-from steersman.train.recipe import OnPolicyRecipe
+from steersman.recipe.on_policy import OnPolicyRecipe
 from steersman.verbs.on_policy_recipes import RECIPES
 
 REWARDS = """

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steersman.advantage.by_turn import by_turn
 from steersman.algorithms import ALGORITHMS
 from steersman.tabular.oracle import exact_gradient, groups
 from steersman.tabular.two_turns import TwoTurns
+from steersman.types import Trajectory
 from steersman.verify.two_turns import check_turns
 
 
@@ -63,3 +65,24 @@ def test_batches_add_up_to_one():
     game = TwoTurns()
     logits = game.logits(torch.zeros(game.next_state.shape, dtype=torch.float64))
     assert float(groups(game, logits, 2)[1].sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_baselines_per_turn_are_another_estimator_of_the_same_gradient():
+    """Leave-one-out per turn by hand: two episodes, one of which ends after its first turn."""
+    mask = torch.tensor([[True, False, True], [True, False, False], [True, True, False]])
+    reward = torch.tensor([[1.0, 0.0, 4.0], [2.0, 0.0, 0.0], [0.0, 6.0, 0.0]])
+    turn = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 0, 1]])
+    discount = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    traj = Trajectory(mask, reward, discount, reward * 0, group=torch.tensor([3, 3, 3]), turn=turn)
+    found = by_turn(ALGORITHMS["rloo"]().advantage, traj).adv
+    # first turns earn 5, 2 and 6; the second turn is the first episode's alone: beside it a sibling that earned 0
+    assert found.tolist() == [[1.0, 0.0, 4.0], [-3.5, 0.0, 0.0], [2.5, 2.5, 0.0]]
+    traj.turn = None
+    assert by_turn(ALGORITHMS["rloo"]().advantage, traj).adv[0].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_baseline_that_knows_its_own_turn_is_seen(monkeypatch):
+    from steersman.advantage import by_turn as module
+
+    monkeypatch.setattr(module, "_stand_ins", lambda *_: (torch.zeros(0, dtype=torch.long),) * 2)
+    assert check_turns(ALGORITHMS["rloo"]()).core > 1e-3  # turns without a sibling would teach nothing

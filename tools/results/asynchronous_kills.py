@@ -4,8 +4,9 @@
     python tools/results/asynchronous_kills.py --kills 10 --cases vllm --python ../env/vllm/bin/python \\
         --out runs/asynchronous-kills-vllm --docs docs/results
 
-A run is killed up to three times, at moments drawn evenly over the time of an unbroken run: its learner, one of the
-processes that sample for it, or both, by SIGKILL. A dead learner is resumed. When the run is done
+A run is killed up to five times, at moments drawn evenly over the time of an unbroken run: its learner, one of the
+processes that sample for it, or both, by SIGKILL. A dead learner is resumed. Learners and engines are forked from
+processes that have imported everything (`forked_engines.py`), vLLM is started as ever. When the run is done
 (`asynchronous_replay.py` has the rules): every prompt was used as often as its order says, no token is older than the
 limit, every recorded log-probability is that of the weights whose version it carries, and weights and optimisers are,
 bit for bit, what one process alone makes of the recorded samples by the schedule; where the sampler is ours, that
@@ -35,17 +36,22 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
+import torch._dynamo
+import transformers.models.auto.modeling_auto
+import transformers.models.auto.tokenization_auto
+import transformers.models.llama.modeling_llama  # noqa: F401  (imported before the forks)
 import yaml
 from asynchronous_replay import check, reward_file
+from forked_engines import Nursery, engines
 from kills import forked, options
 
 from steersman import cli
 from steersman.assets import openings, story_model
-from steersman.run import report  # noqa: F401  (imported before the forks)
+from steersman.train import session
 from steersman.verbs import rl  # noqa: F401
 
 INSIDE = "STEERSMAN_KILLS_INSIDE"
-MOST, PATIENCE = 3, 20.0
+MOST, PATIENCE = 5, 20.0
 """Kills of one run at most; seconds within which nothing of a finished run is left."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo, k = 1": ("grpo", {"ahead": 1, "engine": "process"}),
@@ -79,21 +85,28 @@ def recipe(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]
     return made if verb == "ppo" else {**made, "algorithm": {"beta": 0.05}}
 
 
-def learner(name: str, folder: Path, *flags: str) -> int:
-    return forked(lambda: cli.main([CASES[name][0], str(folder / "recipe.yaml"), *flags]), folder / "out.txt")
+def learner(name: str, folder: Path, nursery: Nursery, *flags: str) -> int:
+    """Forks a learner, without the report's charts, which would take longer than the run."""
+
+    def work() -> int:
+        session.write_report = lambda folder: folder / "report.html"
+        if CASES[name][1]["engine"] == "process":
+            nursery.adopt()
+        return cli.main([CASES[name][0], str(folder / "recipe.yaml"), *flags])
+
+    return forked(work, folder / "out.txt")
 
 
 def generators() -> list[int]:
     """Processes of servers: our engine, or any process of vLLM's."""
-    found = []
+    found = engines()
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
                 words = (path / "cmdline").read_bytes()
             except OSError:
                 continue
-            served = b"steersman.rollout.remote.serve" in words or b"vllm.entrypoints" in words or b"VLLM::" in words
-            if served and b"keeper.py" not in words:
+            if (b"vllm.entrypoints" in words or b"VLLM::" in words) and b"keeper.py" not in words:
                 found.append(int(path.name))
     return found
 
@@ -110,13 +123,15 @@ def ended(pid: int, seconds: float | None = None) -> int | None:
         time.sleep(0.01)
 
 
-def broken(name: str, folder: Path, seconds: float, rng: random.Random, kills: int) -> list[dict[str, Any]]:
+def broken(
+    name: str, folder: Path, nursery: Nursery, seconds: float, rng: random.Random, kills: int
+) -> list[dict[str, Any]]:
     """A run that is killed up to `kills` times and resumed until it is done; what was killed when.
 
     Raises SystemExit, with the end of what the run said, where it ends in another way than done or killed.
     """
     deaths: list[dict[str, Any]] = []
-    pid, code = learner(name, folder), None
+    pid, code = learner(name, folder, nursery), None
     for _ in range(kills):
         moment, victim = rng.random() * seconds, rng.choice(VICTIMS)
         code, servers = ended(pid, moment), generators()
@@ -132,7 +147,7 @@ def broken(name: str, folder: Path, seconds: float, rng: random.Random, kills: i
             _kill(pid)
             code = ended(pid)
             if code == -signal.SIGKILL:
-                pid, code = learner(name, folder, "--resume"), None
+                pid, code = learner(name, folder, nursery, "--resume"), None
     code = ended(pid) if code is None else code
     if code != 0:
         said = (folder / "out.txt").read_text(errors="replace")[-3000:]
@@ -150,13 +165,13 @@ def _rows(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def left_behind() -> list[str]:
-    """Processes beside this one and its shell, and files in shared memory, when their time is over."""
-    until = time.monotonic() + PATIENCE
+def left_behind(nursery: Nursery) -> list[str]:
+    """Processes beside this one, its shell and the nursery, and files in shared memory, when their time is over."""
+    until, ours = time.monotonic() + PATIENCE, (1, os.getpid(), nursery.pid)
     while True:
         found = [f"shared memory {path.name}" for path in Path("/dev/shm").iterdir()]
         for path in Path("/proc").iterdir():
-            if path.name.isdigit() and int(path.name) not in (1, os.getpid()):
+            if path.name.isdigit() and int(path.name) not in ours:
                 try:
                     found.append("process " + (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
                 except OSError:
@@ -166,7 +181,9 @@ def left_behind() -> list[str]:
         time.sleep(0.1)
 
 
-def one_run(name: str, number: int, rng: random.Random, kills: int, given: argparse.Namespace) -> dict[str, Any]:
+def one_run(
+    name: str, number: int, nursery: Nursery, rng: random.Random, kills: int, given: argparse.Namespace
+) -> dict[str, Any]:
     """One run from an empty folder, and what is wrong with it in the end."""
     folder = given.out / "runs" / f"{number:04d}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -176,10 +193,10 @@ def one_run(name: str, number: int, rng: random.Random, kills: int, given: argpa
     timing = given.out / "seconds.json"
     usual = json.loads(timing.read_text()) if timing.exists() else {}
     began = time.monotonic()
-    deaths = broken(name, folder, usual.get(name, 0.0), rng, kills if name in usual else 0)
+    deaths = broken(name, folder, nursery, usual.get(name, 0.0), rng, kills if name in usual else 0)
     if name not in usual:
         timing.write_text(json.dumps(usual | {name: time.monotonic() - began}))
-    left = left_behind()
+    left = left_behind(nursery)
 
     def judge() -> int:
         where = made["rollout"]
@@ -198,7 +215,7 @@ def one_run(name: str, number: int, rng: random.Random, kills: int, given: argpa
     return {"case": name, "run": number, "kills": deaths, "wrong": wrong, "gap": result["gap"]}
 
 
-def campaign(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def campaign(given: argparse.Namespace, nursery: Nursery) -> Iterator[dict[str, Any]]:
     """Runs the cases in turn, the first of each unbroken, until there were so many kills; older records first."""
     record = given.out / "record.jsonl"
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
@@ -206,9 +223,8 @@ def campaign(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     count, number = sum(len(row["kills"]) for row in done), len(done)
     while count < given.kills:
         rng = random.Random(f"{given.seed} {number}")
-        row = one_run(
-            given.cases[number % len(given.cases)], number, rng, min(rng.randint(1, MOST), given.kills - count), given
-        )
+        name, kills = given.cases[number % len(given.cases)], min(rng.randint(1, MOST), given.kills - count)
+        row = one_run(name, number, nursery, rng, kills, given)
         with record.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         yield row
@@ -233,11 +249,13 @@ def main() -> None:
     given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in campaign(given):
+    nursery = Nursery()
+    for row in campaign(given, nursery):
         rows.append(row)
         at = ", ".join(f"{death['victim']} at {death['seconds']:.1f} s" for death in row["kills"])
         total = sum(len(r["kills"]) for r in rows)
         print(f"{total:4d}  {row['case']:<26} {at or 'unbroken'}: {row['wrong'] or 'right'}", flush=True)
+    os.kill(nursery.pid, signal.SIGKILL)
     if given.docs:
         file = given.docs / "asynchronous-kills.json"
         kept = json.loads(file.read_text()) if file.exists() else {}

@@ -8,6 +8,8 @@ sees them, those that wait for an answer of the model apart. Clients and server 
 Kills: 40 clients judge without a pause; the server gets SIGKILL at random moments and is started again.
 After each, the store is compared with what clients were told: every judgement that was acknowledged (by its key) is
 there, and none is there twice.
+`--out` keeps both: kills that were made are counted, not made again, and `--minutes` ends a call between two of them.
+`--clients 0` takes the load as it was measured before.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+from load_page import SHOWN, page
 from pages import collecting, free_port, started
 from sqlalchemy import select
 
@@ -130,9 +133,8 @@ def fill(place: str) -> None:
     store.close()
 
 
-def compared(place: str, clients: list[Client]) -> dict[str, int]:
-    """What clients were told beside what the store holds."""
-    told = [key for client in clients for key in client.acknowledged]
+def compared(place: str, told: list[str]) -> dict[str, int]:
+    """The keys that were acknowledged beside what the store holds."""
     store = open_store(place)
     with store.read() as session:
         keys = set(session.scalars(select(JudgementRow.key)))
@@ -152,7 +154,9 @@ async def everybody(clients: list[Client], until: float) -> None:
 
 def load(out: Path, count: int, seconds: float) -> dict[str, Any]:
     """Many clients with pauses."""
-    place = str(out / "load.db")
+    place, busy = str(out / "load.db"), os.getloadavg()[0]
+    for old in out.glob("load.db*"):
+        old.unlink()
     fill(place)
     arguments = ["--store", place, "--model.path", str(story_model()), "--sampling.max_new_tokens", "48"]
     with collecting(*arguments) as (address, server):
@@ -166,13 +170,13 @@ def load(out: Path, count: int, seconds: float) -> dict[str, Any]:
             if kind != "answer of the model":
                 times["everything but answers"] += some
     shown = {
-        kind: {"requests": len(some), **{f"p{q}": round(1000 * np.percentile(some, q)) for q in (50, 95, 99)}}
+        kind: {"requests": len(some), **{f"p{q}": round(1000 * np.percentile(some, q)) for q in SHOWN}}
         for kind, some in times.items()
     }
     refused = sum((client.refused for client in clients), Counter())
     found = {"clients": count, "seconds": seconds, "milliseconds": shown, "refused": dict(refused)}
-    found["server_cpu_seconds"] = round(cpu, 1)
-    return found | compared(place, clients)
+    found |= {"server_cpu_seconds": round(cpu, 1), "cores": os.cpu_count(), "load_average_before": busy}
+    return found | compared(place, [key for client in clients for key in client.acknowledged])
 
 
 def cpu_seconds(pid: int) -> float:
@@ -181,33 +185,47 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def kills(out: Path, count: int, seed: int) -> dict[str, Any]:
-    """A server that is killed under load, again and again."""
-    place, port, rng = str(out / "kills.db"), free_port(), random.Random(seed)
-    fill(place)
-    clients = [Client(f"http://127.0.0.1:{port}", i, 0.0, chats=False) for i in range(KILLED_CLIENTS)]
-    at: list[int] = []
-
-    async def killing() -> None:
-        tasks = [asyncio.create_task(client.live(float("inf"))) for client in clients]
-        for number in range(count):
-            server = await asyncio.to_thread(started, port, "--store", place)
-            before = told()
-            while told() == before:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(rng.uniform(0, 2))
-            server.send_signal(signal.SIGKILL)
-            await asyncio.to_thread(server.wait)
-            at.append(told() - before)
-            print(f"kill {number + 1}: {at[-1]} judgements were acknowledged since the start", flush=True)
-        for task in tasks:
-            task.cancel()
+def kills(out: Path, wanted: int, seed: int, minutes: float) -> dict[str, Any]:
+    """A server that is killed under load, again and again: `wanted` times, those of earlier calls among them."""
+    place, port, record, kept = str(out / "kills.db"), free_port(), out / "kills.jsonl", out / "acknowledged.txt"
+    if not record.exists():
+        fill(place)
+        record.touch()
+        kept.touch()
+    at: list[int] = [json.loads(line)["acknowledged"] for line in record.read_text().splitlines()]
+    first, until = len(at), time.monotonic() + 60 * minutes
+    names = range(first * KILLED_CLIENTS, (first + 1) * KILLED_CLIENTS)  # new people, who have judged nothing yet
+    clients = [Client(f"http://127.0.0.1:{port}", i, 0.0, chats=False) for i in names]
 
     def told() -> int:
         return sum(len(client.acknowledged) for client in clients)
 
+    async def kill(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        server = await asyncio.to_thread(started, port, "--store", place)
+        before = told()
+        while told() == before:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(rng.uniform(0, 2))
+        server.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(server.wait)
+        at.append(told() - before)
+        kept.write_text(earlier + "".join(f"{key}\n" for client in clients for key in client.acknowledged))
+        with record.open("a") as file:
+            file.write(json.dumps({"kill": number + 1, "acknowledged": at[-1]}) + "\n")
+        print(f"kill {number + 1}: {at[-1]} judgements were acknowledged since the start", flush=True)
+
+    async def killing() -> None:
+        tasks = [asyncio.create_task(client.live(float("inf"))) for client in clients]
+        while len(at) < wanted and time.monotonic() < until:
+            await kill(len(at))
+        for task in tasks:
+            task.cancel()
+
+    earlier = kept.read_text()
     asyncio.run(killing())
-    return {"kills": count, "clients": KILLED_CLIENTS, "acknowledged_before_each": at} | compared(place, clients)
+    found = compared(place, kept.read_text().split())
+    return {"kills": len(at), "clients": KILLED_CLIENTS, "acknowledged_before_each": at} | found
 
 
 def main() -> None:
@@ -216,19 +234,26 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no kill is begun later")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--docs", type=Path, help="where load.json goes; without it nothing is written there")
+    parser.add_argument(
+        "--docs", type=Path, help="where load.md and load.json go; without it nothing is written there"
+    )
     args = parser.parse_args()
-    args.out.mkdir(parents=True)
-    found: dict[str, Any] = {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0]}
+    args.out.mkdir(parents=True, exist_ok=True)
+    measured = args.out / "load.json"
     if args.clients:
-        found["load"] = load(args.out, args.clients, args.seconds)
-        print(json.dumps(found["load"], indent=1), flush=True)
+        got = load(args.out, args.clients, args.seconds)
+        measured.write_text(json.dumps(got))
+        print(json.dumps(got, indent=1), flush=True)
+    found: dict[str, Any] = {"load": json.loads(measured.read_text())} if measured.exists() else {}
     if args.kills:
-        found["kills"] = kills(args.out, args.kills, args.seed)
+        found["kills"] = kills(args.out, args.kills, args.seed, args.minutes)
         print(json.dumps(found["kills"]), flush=True)
     if args.docs:
+        command = "python tools/results/load.py --clients 200 --seconds 120 --kills 50 --docs docs/results"
         (args.docs / "load.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.docs / "load.md").write_text(page(found, command))
 
 
 if __name__ == "__main__":

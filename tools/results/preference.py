@@ -22,13 +22,13 @@ import torch
 from recording import OPENINGS, finished, options, over_seeds, plain_axes, rows_of, verb
 
 from steersman.data import DataConfig, encode_prompts, layout, prompts
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.reward import RewardConfig, build_reward
 from steersman.reward.rules import BUILTINS
 from steersman.run.device import set_threads
 from steersman.run.folder import write_atomic
-from steersman.train.generators import open_generator
-from steersman.train.models import policy_from
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.setup.generators import open_generator
+from steersman.setup.models import policy_from
 from steersman.verbs import feedback, generate, preference, reward_model, sft
 
 METHODS: dict[str, dict[str, Any]] = {

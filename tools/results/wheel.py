@@ -27,10 +27,10 @@ from steersman.flywheel.players import Player
 from steersman.people.serving import Serving, read_serving
 from steersman.people.wheel import run
 from steersman.people.wheel_recipe import WheelRecipe
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.reward.gold import judge
 from steersman.run.device import resolve_device
 from steersman.statistics.estimates import Estimate, bootstrap, mean
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 
 NOISE = 0.15
 RATERS, CLICKERS, GOLD = 40, 4, 10

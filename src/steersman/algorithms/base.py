@@ -64,6 +64,8 @@ class Algorithm(Section):
     """Limits the actions by a mask over a vocabulary."""
     own_in_baseline: ClassVar[bool] = False
     """The baseline of a sample contains the sample, so the gradient is (G - 1) / G times what it would be without."""
+    whole_response: ClassVar[bool] = False
+    """The loss has one ratio for a whole response, so that all its steps need one advantage."""
     parts: ClassVar[bool] = False
     """Reads the rewards that a score is added up from, before any shaping of their sum."""
     unread: ClassVar[tuple[str, ...]] = ()

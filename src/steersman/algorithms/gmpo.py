@@ -16,6 +16,7 @@ class GMPO(GroupRelative):
 
     name = "gmpo"
     title = "GMPO"
+    whole_response = True
     paper = "arXiv 2507.20673"
 
     clip_low: float = Field(default=0.4, gt=0, description="a token's log ratio is clipped below minus this, nats")

@@ -14,6 +14,7 @@ class GSPO(GroupRelative):
 
     name = "gspo"
     title = "GSPO"
+    whole_response = True
     paper = "arXiv 2507.18071"
 
     clip_low: float = Field(default=3e-4, gt=0, lt=1, description="sequence ratio is clipped below 1 minus this")

@@ -12,10 +12,10 @@ from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
 from steersman.algorithms.load import load_algorithm
 from steersman.control.policies import NetworkConfig
+from steersman.recipe.sections import RunConfig
 from steersman.run.config import Section
 from steersman.run.recipe_text import load_yaml
 from steersman.tabular.learning import Method
-from steersman.train.sections import RunConfig
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 

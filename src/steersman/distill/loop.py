@@ -23,7 +23,7 @@ from steersman.rollout import Generator
 from steersman.run.micro import my_micro_batches
 from steersman.run.ranks import ranks
 from steersman.run.seed import stream
-from steersman.train.generators import sampled_by_all
+from steersman.setup.generators import sampled_by_all
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.session import kept_state
 from steersman.train.tally import Tally

@@ -10,11 +10,11 @@ from steersman.data import DataConfig
 from steersman.judge.config import AddressConfig
 from steersman.loss.reduce import Average
 from steersman.ops.divergence import Divergence
+from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 SOURCES = {

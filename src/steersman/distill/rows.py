@@ -23,7 +23,7 @@ from steersman.data.examples import Content
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.teacher import Answer
 from steersman.model import Policy
-from steersman.train.models import context_length
+from steersman.setup.models import context_length
 from steersman.types import Prompt, SteersmanError
 
 

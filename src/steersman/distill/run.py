@@ -19,10 +19,10 @@ from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_
 from steersman.reward import build_reward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
-from steersman.train.generators import open_generator
+from steersman.setup.generators import open_generator
+from steersman.setup.models import policy_from, save_model
+from steersman.setup.reference import Reference
 from steersman.train.looks import before_and_after, first_and_last
-from steersman.train.models import policy_from, save_model
-from steersman.train.reference import Reference
 from steersman.train.session import Session
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
 from steersman.ops.divergence import TeacherStates, TeacherTopK
-from steersman.train.models import policy_from
-from steersman.train.reference import Reference, reference_from, same_tokens
+from steersman.setup.models import policy_from
+from steersman.setup.reference import Reference, reference_from, same_tokens
 from steersman.types import SteersmanError, Tokens
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.agent_server import AgentServer, Asked
 from steersman.environments.classes import FaultError
-from steersman.environments.port import Answer, Episode, Reply
+from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
 from steersman.environments.text import reward_of, shown
 from steersman.run.untrusted import parse_json
 from steersman.types import SteersmanError
@@ -33,8 +33,9 @@ _OUTPUT = 1 << 20
 """Bytes of a program's output that are kept."""
 
 
-class AgentEnvironment:
+class AgentEnvironment(PayingEnvironment):
     """Runs `command` once per episode; `pays` says that its last line of output is `{"reward": NUMBER}`.
+    A request brings its own tools.
 
     The program reads the row from its standard input, as one JSON object: the row's columns, `prompt` (its turns) and
     `seed`. Raises SteersmanError for a program that is not there.
@@ -48,19 +49,8 @@ class AgentEnvironment:
         self._lock = threading.Lock()
 
     @property
-    def tools(self) -> list[dict[str, Any]]:
-        return []  # a request brings its own
-
-    @property
     def pays(self) -> bool:
         return self._pays
-
-    @property
-    def actions(self) -> Sequence[str]:
-        return ()
-
-    def findings(self) -> list[str]:
-        return []
 
     def describe(self) -> str:
         return f"the program {' '.join(self.command)}"

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from steersman.data.examples import Message
-from steersman.environments.port import Answer, Call, Episode, Reply
+from steersman.environments.port import Answer, Call, Episode, PayingEnvironment, Reply
 from steersman.environments.text import reward_of, shown
 from steersman.environments.tools import Tool, as_text, tools_of
 from steersman.environments.workers import resolved
@@ -39,7 +39,7 @@ class FaultError(Exception):
     """A call failed in a way that ends the episode."""
 
 
-class ToolEnvironment:
+class ToolEnvironment(PayingEnvironment):
     """Functions as tools; `kind`, where given, is a class whose public methods are tools too.
 
     Raises SteersmanError for functions that are no tools, naming them.
@@ -69,10 +69,6 @@ class ToolEnvironment:
     @property
     def pays(self) -> bool:
         return self.kind is not None and "get_reward" in vars_of(self.kind)
-
-    @property
-    def actions(self) -> Sequence[str]:
-        return ()
 
     def findings(self) -> list[str]:
         return [finding for tool in self.known.values() for finding in tool.findings]
@@ -149,19 +145,11 @@ class ToolEpisode:
             return f"error: {type(error).__name__}: {shown(str(error), 500)}"
 
 
-class TextEnvironment:
+class TextEnvironment(PayingEnvironment):
     """A class that answers every reply with text."""
 
     def __init__(self, kind: type, *, args: Mapping[str, Any] | None = None, longest: int = 4000, where: str) -> None:
         self.kind, self.args, self.longest, self.where = kind, dict(args or {}), longest, where
-
-    @property
-    def tools(self) -> list[dict[str, Any]]:
-        return []
-
-    @property
-    def pays(self) -> bool:
-        return True
 
     @property
     def actions(self) -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,9 +12,8 @@ from steersman.environments.port import Environment
 from steersman.run.config import Section
 from steersman.run.extras import explained
 
-if TYPE_CHECKING:
-    pass
-
+DiscountPer = Literal["token", "turn"]
+BaselinePer = Literal["episode", "turn"]
 _KINDS = ("tools", "path", "gym", "agent")
 
 
@@ -73,8 +72,13 @@ class EnvironmentConfig(Section):
     tell_tools: bool = Field(
         default=False, description="tell the tools in the prompt, where the chat template shows none"
     )
-    discount_per: Literal["token", "turn"] = Field(
+    discount_per: DiscountPer = Field(
         default="token", description="what algorithm.gamma counts by: every token, or once a turn"
+    )
+    baseline_per: BaselinePer = Field(
+        default="episode",
+        description="what methods that compare the samples of a prompt compare: whole episodes, or what they earn "
+        "from the same turn on",
     )
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from steersman.data.examples import Message
-from steersman.environments.port import Answer, Episode, Reply
+from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
 from steersman.environments.text import reward_of, shown
 from steersman.run.functions import load_function
 from steersman.types import SteersmanError
@@ -23,7 +23,7 @@ _HERE = re.compile(r"\x1b\[4[1-7]m(.)\x1b\[0m")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class GymEnvironment:
+class GymEnvironment(PayingEnvironment):
     """An environment of `gymnasium.make(name, **args)` with named actions.
 
     `actions` are the words for the actions 0, 1, ...; without them the numbers are. `rendering` is
@@ -51,19 +51,8 @@ class GymEnvironment:
         world.close()
 
     @property
-    def tools(self) -> list[dict[str, Any]]:
-        return []
-
-    @property
-    def pays(self) -> bool:
-        return True
-
-    @property
     def actions(self) -> Sequence[str]:
         return self._actions
-
-    def findings(self) -> list[str]:
-        return []
 
     def describe(self) -> str:
         return f"Gymnasium {self.name}, actions {', '.join(self._actions) or 'any text'}"

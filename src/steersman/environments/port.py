@@ -82,3 +82,22 @@ class Environment(Protocol):
         ...
 
     def describe(self) -> str: ...
+
+
+class PayingEnvironment:
+    """What most environments are: they pay, show no tools, list no actions and have nothing to mend."""
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return []
+
+    @property
+    def pays(self) -> bool:
+        return True
+
+    @property
+    def actions(self) -> Sequence[str]:
+        return ()
+
+    def findings(self) -> list[str]:
+        return []

@@ -1,19 +1,17 @@
 """Python programs of others, run in a process of their own that can reach nothing and take little.
 
-Namespaces of the kernel's own (`unshare`, as any user) give the program a root of its own, in which only the Python
-that runs it stands, read-only, beside an empty working folder in memory; no network; no process but its own; no
-capability. Limits hold its time, memory, processes, files and output. Where the machine gives no such namespaces,
-nothing is run: the sandbox refuses by name, before training.
+The kernel's namespaces give the program a root of its own, in which only the Python that runs it stands, read-only,
+beside an empty working folder in memory; no network; no process but its own; no capability. Limits hold its time,
+memory, processes, files and output. Bubblewrap sets that up where it is installed and works, else `unshare`
+(`jails.py`). Where the machine gives no such namespaces, nothing is run: the sandbox refuses by name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,43 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from steersman.environments.jails import JAILS, LIMITS, Jail, Limits
 from steersman.environments.text import shown
 from steersman.types import SteersmanError
-
-_COUNT = itertools.count()
-_NEEDED = ("unshare", "setpriv", "prlimit", "mount", "umount", "pivot_root", "sh")
-_SCRIPT = r"""
-set -e
-root=$1; shift
-mount --make-rprivate /
-mount -t tmpfs -o size=$1,nosuid,nodev none "$root"; shift
-cd "$root"
-umask 022
-mkdir -p proc tmp dev old
-chmod 1777 tmp
-while [ "$1" != -- ]; do
-  if [ -d "$1" ]; then mkdir -p ".$1"; mount --rbind "$1" ".$1"; mount -o remount,bind,ro,nosuid ".$1"; fi
-  shift
-done
-shift
-for name in null zero urandom; do : > dev/$name; mount --bind /dev/$name dev/$name; done
-mount -t proc -o nosuid,nodev,noexec none proc
-pivot_root . old
-umount -l /old
-cd /tmp
-exec setpriv "$@"
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a program may take: seconds of the clock, MiB of memory and of files, processes, characters of output."""
-
-    seconds: float = 5.0
-    memory: int = 512
-    files: int = 16
-    processes: int = 16
-    output: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +39,43 @@ class Outcome:
         return self.code == 0 and not self.late
 
 
-def run_python(program: str, limits: Limits = Limits(), *, given: str = "") -> Outcome:
+def run_python(program: str, limits: Limits = LIMITS, *, given: str = "") -> Outcome:
     """Runs a program with the standard library alone; `given` is its standard input.
 
     Raises SteersmanError where this machine has no sandbox.
     """
-    problem = why_not()
-    if problem is not None:
+    jail, problem = _jail()
+    if jail is None:
         raise SteersmanError(f"sandbox: {problem}; programs of others are not run without one")
-    return _run(program, limits, given)
+    return _run(jail, program, limits, given)
+
+
+def why_not() -> str | None:
+    """Why nothing can be sandboxed here; None where it can."""
+    return _jail()[1]
 
 
 @functools.cache
-def why_not() -> str | None:
-    """Why nothing can be sandboxed here; None where it can. A program is run in one to find out."""
+def _jail() -> tuple[Jail | None, str | None]:
+    """The first jail that works here, or why none does. A program is run in each to find out."""
     if sys.platform != "linux":
-        return f"needs Linux's namespaces, which {sys.platform} has not"
-    missing = [name for name in _NEEDED if shutil.which(name) is None]
-    if missing:
-        return f"needs {', '.join(missing)} (package util-linux), which are not installed"
-    found = _run("print(6 * 7)", Limits(), "")
-    return None if found.good and found.output == "42\n" else f"namespaces do not work here: {found.output[-300:]}"
+        return None, f"needs Linux's namespaces, which {sys.platform} has not"
+    why = []
+    for jail in JAILS:
+        problem = broken(jail)
+        if problem is None:
+            return jail, None
+        why.append(f"{jail.name} {problem}")
+    return None, "; ".join(why)
+
+
+@functools.cache
+def broken(jail: Jail) -> str | None:
+    """Why a jail does not work here; None where it does."""
+    if missing := jail.missing():
+        return f"needs {', '.join(missing)}, which are not installed"
+    found = _run(jail, "print(6 * 7)", Limits(), "")
+    return None if found.good and found.output == "42\n" else f"does not work here: {found.output[-300:]}"
 
 
 def run_code(code: str) -> str:
@@ -146,12 +126,13 @@ def _passes(program: str, tests: str, seconds: float) -> bool:
     return found.good and found.output.endswith("\n" + word[::-1])
 
 
-def _run(program: str, limits: Limits, given: str) -> Outcome:
+def _run(jail: Jail, program: str, limits: Limits, given: str) -> Outcome:
+    python = [str(Path(sys._base_executable).resolve()), "-I", "-S", "-B", "-c", _BOOT]  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as root:
         os.chmod(root, 0o755)
-        command = _command(root, limits)
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            jail.command(root, limits, python), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
             env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"},
         )  # fmt: skip
         try:
@@ -161,25 +142,6 @@ def _run(program: str, limits: Limits, given: str) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.wait()
-
-
-def _command(root: str, limits: Limits) -> list[str]:
-    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
-    shown_folders = ["/usr", "/lib", "/lib64", "/bin", str(Path(sys.base_prefix).resolve())]
-    folders = list(dict.fromkeys(f for f in shown_folders if not (f != "/usr" and f.startswith("/usr/"))))
-    mib = 2**20
-    as_user, as_other = ["--user", "--map-root-user"], []
-    if os.geteuid() == 0:  # limits on processes do not bind root, and one user's processes are counted together
-        other = str(60_000 + (os.getpid() * 64 + next(_COUNT)) % 5_000)
-        as_user, as_other = [], [f"--reuid={other}", f"--regid={other}", "--clear-groups"]
-    own = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
-    script = ["sh", "-c", _SCRIPT, "sandbox", root, f"{limits.files}m", *folders, "--"]
-    powerless = [*as_other, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
-    within = [
-        "prlimit", f"--as={limits.memory * mib}", f"--nproc={limits.processes}", f"--fsize={limits.files * mib}",
-        f"--cpu={int(limits.seconds) + 1}", "--nofile=64", "--core=0",
-    ]  # fmt: skip
-    return ["unshare", *as_user, *own, *script, *powerless, *within, str(python), "-I", "-S", "-B", "-c", _BOOT]
 
 
 _BOOT = (

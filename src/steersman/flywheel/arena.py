@@ -24,9 +24,9 @@ from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.objectives.preference import PairLossConfig
+from steersman.recipe.on_policy import CriticConfig
 from steersman.run.config import Section
 from steersman.train.offline import PackedOfflineConfig
-from steersman.train.recipe import CriticConfig
 from steersman.types import Stats
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import preference, reward_model, rl, sft
@@ -95,6 +95,7 @@ def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
         league = League(flywheel, recipe.opponents, recipe.draws)
         stats, samples = flywheel.look(0, path)
         ledger.finish_round(0, stats | league.rate(0), samples)
+        flywheel.ends(path, stats)
         for number in range(1, recipe.rounds + 1):
             counts: Stats = {}
             for place, stage in enumerate(recipe.stages):
@@ -106,7 +107,9 @@ def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
                 counts[f"data/{stage}"] = used
             stats, samples = flywheel.look(number, path)
             ledger.finish_round(number, stats | league.rate(number) | counts, samples)
-        return flywheel.finish(path, {"table": league.table(recipe.rounds)})
+            if flywheel.ends(path, stats):
+                break
+        return flywheel.finish({"table": league.table(len(flywheel.paths) - 1)})
     return ledger.summary({})
 
 

@@ -22,9 +22,9 @@ from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
+from steersman.recipe.sections import ModelConfig, RunConfig
 from steersman.run.config import Section
 from steersman.train.offline import PackedOfflineConfig
-from steersman.train.sections import ModelConfig, RunConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import feedback as thumbs

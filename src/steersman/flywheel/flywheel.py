@@ -11,12 +11,15 @@ from typing import Any
 from steersman.data import Batches, mixture, wraps
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
+from steersman.flywheel.refresh import refreshed
 from steersman.flywheel.sections import LoopRecipe
+from steersman.judge.config import JudgeConfig
 from steersman.judge.judge import SharedJudge
 from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n
-from steersman.train.sections import ModelConfig
+from steersman.recipe.sections import ModelConfig
+from steersman.train.stopping import Stopping
 from steersman.types import Stats, SteersmanError
 
 LOOK = 1 << 30
@@ -34,8 +37,8 @@ class Flywheel:
         ledger.shared = {"parallel": recipe.parallel.model_dump()}
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out, wrap=wraps(tokenizer, recipe.data))
-        stopping = lambda: bool(ledger.signal)  # noqa: E731
-        self.judge = SharedJudge(recipe.judge, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
+        self.ending, self.paths = Stopping(recipe.stop), list[str]()
+        self.judge = self.opened(recipe.judge)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
@@ -45,6 +48,11 @@ class Flywheel:
         self.batches = Batches(
             len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
         )
+
+    def opened(self, config: JudgeConfig) -> SharedJudge:
+        """A judge, with its cache in the run folder."""
+        stopping = lambda: bool(self.ledger.signal)  # noqa: E731
+        return SharedJudge(config, self.ledger.path / "judge.jsonl", stopping=stopping, device=self.ledger.device)
 
     def player(self, path: str, model: ModelConfig | None = None) -> Player:
         """The model at `path`, in the recipe's precision unless `model` says another."""
@@ -138,17 +146,33 @@ class Flywheel:
         shares = [o.share for o in outcomes if o is not None]
         return ({"win_rate/start": _mean(shares)} if shares else {}) | self.judge.stats()
 
+    def ends(self, path: str, stats: Stats) -> bool:
+        """Counts in the look at a round's model; whether the loop should end with it, as the section `stop` says.
+
+        Where it goes on and the recipe says `refresh`, the judge of the next round is trained.
+        """
+        self.paths.append(path)
+        number = len(self.paths) - 1
+        stop = self.recipe.stop
+        self.ending.add(0.0 if stop is None else stats[f"gold/{stop.judge}"], stats["kl"])
+        if (why := self.ending.reason) is not None:
+            self.ledger.log.note(f"ended after round {number} of {self.recipe.rounds}: {why}")
+        elif self.recipe.refresh is not None and 0 < number < self.recipe.rounds:
+            self.judge = self.opened(refreshed(self, number, path))
+        return why is not None
+
     def about_judge(self) -> dict[str, Any]:
         """The judge for provenance, without addresses or names of keys."""
         hidden = {"key_env", "url", "timeout", "retries", "max_wait", "concurrency"}
-        return self.recipe.judge.model_dump(
+        return self.judge.config.model_dump(
             mode="json", exclude={"endpoint": hidden, "cache": True}, exclude_defaults=True
         )
 
-    def finish(self, path: str, more: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Writes the summary: the model, and the held-out numbers before and after."""
+    def finish(self, more: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes the summary: the last round's model, or the best one's where the recipe has `stop`, and the held-out
+        numbers before and after."""
         rows = [r for r in self.ledger.metrics() if "reward/judge" in r]
-        first, last = rows[0], rows[-1]
+        path, first, last = self.paths[self.ending.best], rows[0], rows[self.ending.best]
         shown = [k for k in last if k not in ("step", "seconds") and not k.startswith(("judge/", "data/"))]
         compared = {
             f"{k}_{when}": r[k] for k in shown if k in first for when, r in (("before", first), ("after", last))

@@ -19,8 +19,8 @@ from steersman.data.examples import Content, is_empty
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
+from steersman.recipe.sections import RunConfig
 from steersman.run.config import Section
-from steersman.train.sections import RunConfig
 from steersman.types import SteersmanError
 
 PAIRS = (("chosen", "rejected"), ("first", "second"), ("response1", "response2"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.judge.judge import InterruptedJudgeError
+from steersman.recipe.sections import RunConfig
 from steersman.run.checkpoint import StopRequest
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import open_folder, write_atomic
@@ -25,7 +26,6 @@ from steersman.run.log import Log, NoLog, read_jsonl
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
-from steersman.train.sections import RunConfig
 from steersman.types import Stats
 
 Rows = list[dict[str, Any]]

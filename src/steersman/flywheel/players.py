@@ -14,12 +14,12 @@ from steersman.data.load import prompts
 from steersman.flywheel.sections import Unfinished
 from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.rollout import Generator
 from steersman.run.micro import over_rows
+from steersman.setup.generators import open_generator, sampled_by_all
+from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of
-from steersman.train.generators import open_generator, sampled_by_all
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Sample, SteersmanError
 
 Rows = list[dict[str, Any]]

@@ -36,7 +36,9 @@ def turn(
     shown = ("reward/judge", "kl", "win_rate/start")
     with Ledger(verb, recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
         flywheel = Flywheel(ledger, recipe)
-        ledger.finish_round(0, *flywheel.look(0, path))
+        stats, samples = flywheel.look(0, path)
+        ledger.finish_round(0, stats, samples)
+        flywheel.ends(path, stats)
         for number in range(1, recipe.rounds + 1):
             player = flywheel.player(path)
             sampled = flywheel.answers(f"{folder(number)}/samples", player, path, number - 1, recipe.rollout.samples)
@@ -44,7 +46,9 @@ def turn(
             path, told = learn(flywheel, recipe, number, path, sampled)
             stats, samples = flywheel.look(number, path)
             ledger.finish_round(number, stats | told, samples)
-        return flywheel.finish(path)
+            if flywheel.ends(path, stats):
+                break
+        return flywheel.finish()
     return ledger.summary({})
 
 

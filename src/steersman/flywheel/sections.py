@@ -8,12 +8,24 @@ from pydantic import Field, model_validator
 
 from steersman.data import DataConfig
 from steersman.judge import JudgeConfig
+from steersman.objectives.reward_config import RewardModelConfig
+from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.run.parallel import ParallelConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.update.optimizer import OptimizerConfig
 
 Unfinished = Literal["drop", "trim", "keep"]
+
+
+class RefreshConfig(Section):
+    """Trains the judge's reward model again after each round, on the model's newest answers."""
+
+    by: str = Field(description="who compares the answers: a name under `watch`, dearer and better than the judge")
+    first: list[str] = Field(default_factory=list, description="files of the pairs that the judge was trained on")
+    train: RewardModelConfig = RewardModelConfig(keep="last")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
 
 
 class LoopRecipe(Section):
@@ -32,6 +44,12 @@ class LoopRecipe(Section):
         default="drop", description="answers cut by the length limit: leave out, trim to their last sentence, or keep"
     )
     rounds: int = Field(default=3, ge=1, description="times around")
+    stop: StopConfig | None = Field(
+        default=None, description="end before that when a watched reward finds no better round, or KL is spent"
+    )
+    refresh: RefreshConfig | None = Field(
+        default=None, description="train the judge's reward model again after each round, on the newest answers"
+    )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
 
@@ -44,6 +62,18 @@ class LoopRecipe(Section):
         if self.run.devices > 1 and self.rollout.engine != "inside":
             raise ValueError(
                 "run.devices: sampling by other processes goes with one device so far; use rollout.engine: inside"
+            )
+        if self.refresh is not None:
+            if self.refresh.by not in self.watch:
+                raise ValueError(
+                    f"refresh.by is {self.refresh.by!r}, which nothing under `watch` is called; there are: "
+                    f"{', '.join(self.watch) or 'none'}"
+                )
+            self.judge.reward_model()
+        if self.stop is not None and self.stop.judge not in self.watch:
+            raise ValueError(
+                f"stop.judge is {self.stop.judge!r}, which nothing under `watch` is called; there are: "
+                f"{', '.join(self.watch) or 'none'}"
             )
         if self.rollout.held_out < 1:
             raise ValueError("rollout.held_out is 0: a loop needs held-out prompts to tell what a round gained")

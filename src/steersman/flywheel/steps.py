@@ -20,11 +20,11 @@ from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
 from steersman.flywheel.ledger import Ledger, Rows
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
+from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.run.seed import sub_seed
-from steersman.train.models import context_length
-from steersman.train.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
+from steersman.setup.models import context_length
 from steersman.types import Prompt, SteersmanError
 
 

@@ -13,10 +13,10 @@ from steersman.grue.recipe import GrueRecipe
 from steersman.grue.rows import TaskRows, task_rows
 from steersman.grue.task import TASKS, Task, load_task
 from steersman.metrics import metric
+from steersman.recipe.sections import RunConfig
 from steersman.reward import RewardConfig, build_reward
 from steersman.run.device import resolve_device
-from steersman.train.models import policy_from
-from steersman.train.sections import RunConfig
+from steersman.setup.models import policy_from
 from steersman.types import Prompt, Sample, SteersmanError
 
 TRIED = 4

@@ -21,14 +21,14 @@ from steersman.metrics import Metric, metric
 from steersman.metrics.core import Corpus, bootstrap
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
+from steersman.recipe.sections import RolloutConfig, RunConfig
 from steersman.reward import RewardConfig, WeightedSum, build_reward
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.run.micro import micro_batches
+from steersman.setup.generators import open_generator
+from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of
-from steersman.train.generators import open_generator
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import RolloutConfig, RunConfig
 from steersman.types import Sample, SteersmanError
 
 STREAM = 1 << 41

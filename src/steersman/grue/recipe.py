@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from steersman.grue.task import TASKS
+from steersman.recipe.sections import ModelConfig, micro_tokens
 from steersman.reward import RewardPart
 from steersman.run.config import Section
 from steersman.run.parallel import ParallelConfig
-from steersman.train.sections import ModelConfig, micro_tokens
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.on_policy_recipes import RECIPES
 from steersman.verbs.sft import SFTConfig

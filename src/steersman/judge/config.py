@@ -82,6 +82,13 @@ class JudgeConfig(Section):
         default=None, description="file of replies, shared between runs; null: judge.jsonl in the run folder"
     )
 
+    def reward_model(self) -> tuple[str, str]:
+        """The name and the path of the reward model that decides. Raises ValueError where it is not exactly one."""
+        found = [(name, part.model) for name, part in self.reward.items() if part.model is not None]
+        if len(found) != 1:
+            raise ValueError(f"judge.reward: {len(found)} reward models, and exactly one can be trained again")
+        return found[0]
+
     @model_validator(mode="after")
     def _fits(self) -> JudgeConfig:
         given = [name for name in ("endpoint", "local", "reward") if getattr(self, name)]

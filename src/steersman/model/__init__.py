@@ -1,6 +1,7 @@
 """Language models in their roles: policy, reference, critic, reward model."""
 
 from steersman.model.attributes import AttributeModel, GatedModel, Gating
+from steersman.model.bottleneck import BottleneckModel, latent_names
 from steersman.model.ensemble import EnsembleModel, head_names
 from steersman.model.load import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.lora import LoraConfig
@@ -16,6 +17,7 @@ from steersman.model.share import SharedBase
 __all__ = [
     "SIZES",
     "AttributeModel",
+    "BottleneckModel",
     "EnsembleModel",
     "GatedModel",
     "Gating",
@@ -31,6 +33,7 @@ __all__ = [
     "fresh_policy",
     "head_names",
     "in_their_pieces",
+    "latent_names",
     "load_policy",
     "load_reward",
     "load_scalar",

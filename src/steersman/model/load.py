@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from steersman.model.adapters import adapted_folder, is_adapters, put_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
+from steersman.model.bottleneck import BOTTLENECK, DECODER_FILE, BottleneckModel
 from steersman.model.ensemble import ENSEMBLE, EnsembleModel
 from steersman.model.lora import LoraConfig, load_lora
 from steersman.model.meaning import Meaning
@@ -199,10 +200,13 @@ def load_reward(
     how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
     model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes, how)
     model = model if quantise != "none" else model.to(_device(device))
-    kind = GatedModel if meaning.gating else EnsembleModel if meaning.kind == ENSEMBLE else AttributeModel
+    kinds = {ENSEMBLE: EnsembleModel, BOTTLENECK: BottleneckModel}
+    kind = GatedModel if meaning.gating else kinds.get(meaning.kind, AttributeModel)
     loaded = kind(model, tokenizer, wanted)
     if isinstance(loaded, GatedModel):
         loaded.gating.load_state_dict(load_file(Path(source) / GATING_FILE, device=str(loaded.device)))
+    if isinstance(loaded, BottleneckModel):
+        loaded.decoder.load_state_dict(load_file(Path(source) / DECODER_FILE, device=str(loaded.device)))
     loaded.notes, loaded.stored_dtype = notes, stored
     return loaded if trainable else loaded.requires_grad_(False)
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from steersman.model.adapters import write_adapters
 from steersman.model.attributes import GATING_FILE, AttributeModel, GatedModel
+from steersman.model.bottleneck import DECODER_FILE, BottleneckModel
 from steersman.model.lora import untied
 from steersman.model.merge import merged_entries
 from steersman.model.policy import Policy
@@ -99,6 +100,8 @@ def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
 def _finish(model: Policy | ScalarModel | AttributeModel, folder: Path, changed: dict[str, Any]) -> None:
     if isinstance(model, GatedModel):
         save_file(model.gating.state_dict(), folder / GATING_FILE)
+    if isinstance(model, BottleneckModel):
+        save_file(model.decoder.state_dict(), folder / DECODER_FILE)
     if changed:
         path = folder / "config.json"
         told = json.loads(path.read_text())

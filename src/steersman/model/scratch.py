@@ -28,7 +28,7 @@ def fresh_policy(
     starts with the pad token, or with the end token where the tokenizer has no pad. Raises SteersmanError for an
     unknown model type, field values that its class refuses, or a folder without a tokenizer.
     """
-    tokenizer = read_tokenizer(*find(tokenizer_path), trust=trust_remote_code)
+    tokenizer = read_tokenizer(*find(tokenizer_path, ("tokenizer_config.json",)), trust=trust_remote_code)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     merged = {"vocab_size": len(tokenizer), **special, **settings}
     model_type = merged.pop("model_type", None)

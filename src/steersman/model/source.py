@@ -30,15 +30,16 @@ UNCACHED = ("openai-gpt", "hrm_text")
 _log = logging.getLogger("steersman.model")
 
 
-def find(path: str | Path) -> tuple[str, bool]:
-    """The path as a string, and whether it is a local folder. What looks like a path must exist."""
+def find(path: str | Path, marks: Sequence[str] = ("config.json", "adapter_config.json")) -> tuple[str, bool]:
+    """The path as a string, and whether it is a local folder. What looks like a path must exist, and a folder hold
+    one of the files `marks`."""
     text = str(path)
     local = Path(text).expanduser()
     if local.is_dir():
-        if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
+        if not any((local / name).exists() for name in marks):
             inside = sorted(p.parent.name for p in local.glob("*/config.json"))
             hint = f"; did you mean its folder {_some(inside)}?" if inside else ""
-            raise SteersmanError(f"{text}: no model there (no config.json){hint}")
+            raise SteersmanError(f"{text}: no model there (no {marks[0]}){hint}")
         return str(local), True
     if local.exists():
         raise SteersmanError(f"{text}: is a file; give the model's folder")

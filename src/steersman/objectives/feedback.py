@@ -19,10 +19,10 @@ from steersman.model import Policy
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import in_order, my_micro_batches
+from steersman.run.progress import reported
+from steersman.setup.models import context_length
+from steersman.setup.reference import Reference, answer_logp
 from steersman.train.held_prompts import HeldPrompts
-from steersman.train.models import context_length
-from steersman.train.progress import reported
-from steersman.train.reference import Reference, answer_logp
 from steersman.train.tally import Tally
 from steersman.types import Stats
 

@@ -27,9 +27,9 @@ from steersman.model import Policy
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
+from steersman.run.progress import reported
+from steersman.setup.reference import Reference, answer_logp, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
-from steersman.train.progress import reported
-from steersman.train.reference import Reference, answer_logp, collision, divergence
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens
 

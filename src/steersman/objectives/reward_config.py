@@ -25,6 +25,14 @@ class RewardModelConfig(OfflineConfig):
         ge=1,
         description="pairs: heads on one trunk, each on draws of its own; their deviation says how little is known",
     )
+    bottleneck: int = Field(
+        default=0,
+        ge=0,
+        description="pairs: noisy latents through which answers are read (InfoRM); 0 reads them directly",
+    )
+    bottleneck_weight: float = Field(
+        default=0.02, ge=0, description="with bottleneck: price of a nat that an answer's latents tell"
+    )
     centre: float = Field(
         default=0.0,
         ge=0,

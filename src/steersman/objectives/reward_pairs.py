@@ -11,12 +11,12 @@ from torch import Tensor
 
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
-from steersman.model import EnsembleModel, ScalarModel
+from steersman.model import AttributeModel, ScalarModel
 from steersman.objectives.batch import right, scores_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
 from steersman.train.tally import Tally
-from steersman.types import Stats, SteersmanError
+from steersman.types import Stats, SteersmanError, Tokens
 
 
 class PairwiseReward:
@@ -24,7 +24,7 @@ class PairwiseReward:
 
     def __init__(
         self,
-        model: ScalarModel | EnsembleModel,
+        model: ScalarModel | AttributeModel,
         train: EncodedSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: RewardModelConfig,
@@ -39,17 +39,27 @@ class PairwiseReward:
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         tokens = collate_pairs([self.train.groups[i] for i in rows]).to(self.module.device)
-        chosen, rejected = self.module.score(tokens).chunk(2)
         examples = [self.train.examples[i] for i in rows]
-        margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
-        target = chosen.new_tensor([e.agreement for e in examples])
-        weight = chosen.new_tensor([e.weight for e in examples])
-        per_pair = pairwise(chosen, rejected, target=target, margin=chosen.new_tensor(margin))
-        per_pair = per_pair + self.config.centre * centring(chosen, rejected)
+        per_pair, lead = self.per_pair(tokens, examples)
+        target = lead.new_tensor([e.agreement for e in examples])
+        weight = lead.new_tensor([e.weight for e in examples])
         tally.add("loss", (weight * per_pair).sum(), float(weight.sum()))
-        tally.add("accuracy", right(chosen - rejected, target).sum(), int((target != 0.5).sum()))
-        tally.add("margin", (chosen - rejected).sum(), len(rows))
+        tally.add("accuracy", right(lead, target).sum(), int((target != 0.5).sum()))
+        tally.add("margin", lead.sum(), len(rows))
         return (weight * per_pair).sum() / denominator
+
+    def per_pair(self, tokens: Tokens, examples: Sequence[Preference]) -> tuple[Tensor, Tensor]:
+        """The loss of each pair and the lead of its chosen answer, `[B]`; `tokens` are all chosen answers, then all
+        rejected ones."""
+        chosen, rejected = self.module.score(tokens).chunk(2)
+        target, margin = self.labels(examples, chosen)
+        loss = pairwise(chosen, rejected, target=target, margin=margin)
+        return loss + self.config.centre * centring(chosen, rejected), chosen - rejected
+
+    def labels(self, examples: Sequence[Preference], like: Tensor) -> tuple[Tensor, Tensor]:
+        """How probable it is that the first answer wins, and by how much it must lead, `[B]`."""
+        margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
+        return like.new_tensor([e.agreement for e in examples]), like.new_tensor(margin)
 
     def evaluate(self) -> Stats:
         """Held-out loss and accuracy, and how well the trivial rule "the longer answer wins" does beside it."""

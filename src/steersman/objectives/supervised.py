@@ -14,7 +14,7 @@ from steersman.loss.supervised import nll
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.run.micro import my_micro_batches
-from steersman.train.progress import reported
+from steersman.run.progress import reported
 from steersman.train.tally import Tally
 from steersman.types import Stats
 

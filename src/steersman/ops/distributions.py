@@ -74,3 +74,13 @@ def min_p_mask(logits: Float[Tensor, "*lead V"], min_p: float) -> Bool[Tensor, "
     if min_p == 0:
         return torch.ones_like(logits, dtype=torch.bool)
     return logits >= logits.amax(-1, keepdim=True) + math.log(min_p)
+
+
+def nats_to_prior(mean: Float[Tensor, "*B L"], log_variance: Float[Tensor, "*B L"]) -> Float[Tensor, "*B"]:
+    """KL(N(mean, variance) || N(0, I)), summed over the latents, in nats.
+
+        1/2 sum_l (mu_l^2 + sigma_l^2 - 1 - log sigma_l^2)
+
+    Source: arXiv 1312.6114, appendix B.
+    """
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(-1)

@@ -26,11 +26,11 @@ from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
 from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
+from steersman.recipe.sections import RunConfig
 from steersman.run.config import Section
 from steersman.run.terminal import printable
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.statistics.ratings import Battle, ratings
-from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
 
 

@@ -12,8 +12,8 @@ from steersman.data.examples import Message
 from steersman.flywheel.players import Player
 from steersman.judge import EndpointConfig
 from steersman.judge.endpoint import Endpoint
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.run.config import Section
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 
 Turns = list[Message]
 

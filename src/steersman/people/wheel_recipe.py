@@ -14,8 +14,8 @@ from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
 from steersman.people.gates import Gate, standard_gates
 from steersman.people.lessons import Kind, MixConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.run.config import Section
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 
 Stage = Literal["sft", "kto", "dpo", "ppo"]
 LEARNS: dict[Stage, Kind] = {"sft": "sft", "kto": "kto", "dpo": "pairs", "ppo": "pairs"}

@@ -63,7 +63,10 @@ class RewardPart(Section):
         default="mean", description="what a reward model of steps pays: p/K at each step, p at each, or the least p"
     )
     pessimism: float = Field(
-        default=0.0, ge=0, description="a reward model of several heads: deviations taken off their mean"
+        default=0.0,
+        ge=0,
+        description="a reward model of several heads: deviations taken off their mean; one with a bottleneck: score "
+        "per nat that its latents tell",
     )
 
     @model_validator(mode="after")

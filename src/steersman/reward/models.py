@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steersman.model import AttributeModel, ScalarModel, step_ends
+from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
 from steersman.run.micro import over_rows
@@ -33,7 +34,8 @@ class ModelReward:
     is right at the token that ends it: `steps` says whether these are shared out (mean: p_k / K), added (sum), or
     the least of them counts alone, where it stands (min). A sum pays for more steps, right or not.
 
-    A model of several heads gives their mean less `pessimism` times their deviation.
+    A model of several heads gives their mean less `pessimism` times their deviation, one with a bottleneck its score
+    less `pessimism` times the nats that its latents tell.
 
     Raises SteersmanError when the vocabularies differ and `text_bridge` is False, or when the model's head was
     never trained (all zeros); when scoring, if a sample is longer than the model's context or a score is not
@@ -67,10 +69,11 @@ class ModelReward:
                 f"reward '{name}': {model.model.name_or_path} has no attribute {attribute!r}; it has: "
                 f"{', '.join(known) or 'none, it gives one number'}"
             )
-        if pessimism and model.meaning.kind != ENSEMBLE:
+        if pessimism and model.meaning.kind not in (ENSEMBLE, BOTTLENECK):
             raise SteersmanError(
                 f"reward '{name}': pessimism is {pessimism:g}, and {model.model.name_or_path} has no heads that "
-                "could disagree; train one with `steersman reward --train.heads 5`"
+                "could disagree; train one with `steersman reward --train.heads 5`, or one with latents that can be "
+                "unusual, by `--train.bottleneck 16`"
             )
         self.attribute, self.steps, self.pessimism = attribute, steps, pessimism
         if self.bridged and not text_bridge:
@@ -101,6 +104,8 @@ class ModelReward:
             return f" of steps ({self.steps})"
         if meaning.kind == ENSEMBLE:
             return f" of {len(meaning.attributes)} heads, their mean less {self.pessimism:g} deviations,"
+        if meaning.kind == BOTTLENECK:
+            return f" of {len(meaning.attributes) // 2} latents, its score less {self.pessimism:g} times their nats,"
         if len(meaning.attributes) > 1:
             return f" of {', '.join(meaning.attributes)}, {'gated' if meaning.gating else 'their mean'},"
         return ""

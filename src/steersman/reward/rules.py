@@ -7,6 +7,7 @@ data (rename them with `columns`); those with one are settings (`args`).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from steersman.metrics.answers import covered, math_equal, spaced
@@ -39,6 +40,20 @@ def distinct_n(prompts: Sequence[str], completions: Sequence[str], *, n: int = 2
 def repetition(prompts: Sequence[str], completions: Sequence[str], *, n: int = 3) -> list[float]:
     """Share of n-grams that came before in the same completion, in [0, 1); give it a negative weight."""
     return [text.repetition(completion, n) for completion in completions]
+
+
+def diversity(prompts: Sequence[str], completions: Sequence[str], *, n: int = 2) -> list[float]:
+    """1 less the share of a completion's distinct n-grams that stand in another completion scored with it, a mean
+    over the others; 1 where there is no other, 0 where it has no n-gram.
+
+    With a positive weight beside a reward it pays for answers unlike one another: a policy that says the same to
+    every prompt gets 0. It depends on what is scored together: the batch of an iteration, or a call of a judge.
+    """
+    grams = [set(text.ngrams(text.words(c), n)) for c in completions]
+    counts, others = Counter(gram for found in grams for gram in found), len(completions) - 1
+    if others < 1:
+        return [1.0 for _ in completions]
+    return [1 - sum(counts[g] - 1 for g in found) / (others * len(found)) if found else 0.0 for found in grams]
 
 
 def exact_match(
@@ -99,6 +114,7 @@ BUILTINS: dict[str, Callable[..., list[float]]] = {
     "length": length,
     "distinct_n": distinct_n,
     "repetition": repetition,
+    "diversity": diversity,
     "exact_match": exact_match,
     "contains": contains,
     "regex": regex,

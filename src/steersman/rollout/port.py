@@ -84,7 +84,7 @@ class Joinable(Protocol):
 class Generator(Protocol):
     """Turns prompts into samples, `n` per prompt, those of the first prompt first.
 
-    What may be sampled is all in `Sampling`, another model's limit included. `train/generators.py: open_generator`
+    What may be sampled is all in `Sampling`, another model's limit included. `setup/generators.py: open_generator`
     makes the one that a recipe asks for.
     """
 

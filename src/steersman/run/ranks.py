@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -94,13 +94,11 @@ class Ranks:
         made: list[Any] = [None]
         error: BaseException | None = None
         if self.main:
-            token = _by_itself.set(True)
             try:
-                made = [_Made(make(), None)]
+                with alone():
+                    made = [_Made(make(), None)]
             except Exception as raised:
                 error, made = raised, [_Made(None, _portable(raised))]
-            finally:
-                _by_itself.reset(token)
         with self.call(what):
             dist.broadcast_object_list(made, src=0, group=self.group)
         if error is not None:
@@ -280,14 +278,28 @@ def _numbered(error: Exception, rank: int) -> Exception:
     return error
 
 
-_here = _alone = Ranks(store=NoStore())
-_by_itself: ContextVar[bool] = ContextVar("by itself", default=False)
-"""Whether this thread of rank 0 makes what the others wait for (`Ranks.from_main`)."""
+_here = Ranks(store=NoStore())
+_of_thread = threading.local()
 
 
 def ranks() -> Ranks:
     """This process among those that train together; alone until `opened` says otherwise."""
-    return _alone if _by_itself.get() else _here
+    return getattr(_of_thread, "ranks", _here)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open this process is alone for the calling thread: what it does there is rank 0's own work, in which the
+    other ranks have no part."""
+    before = getattr(_of_thread, "ranks", None)
+    _of_thread.ranks = Ranks(store=NoStore())
+    try:
+        yield
+    finally:
+        if before is None:
+            del _of_thread.ranks
+        else:
+            _of_thread.ranks = before
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from steersman.types import Trajectory
 class TwoTurns(TokenMDP):
     """States of two tokens' length are the policy's, those of one the world's, with the logits `world` [S, V].
 
-    What the world pays for its answer is paid to the action before it. Only gamma = 1 is meant: the world's token
-    takes no time.
+    What the world pays for its answer is paid to the action before it, and its token takes no time: gamma counts once
+    a turn. With `by_turn` the turns are numbered, for baselines that compare turn with turn.
     """
 
-    def __init__(self, vocab: int = 3, beta: float = 0.5, *, seed: int = 0):
+    def __init__(self, vocab: int = 3, beta: float = 0.5, *, seed: int = 0, by_turn: bool = False):
+        self.by_turn = by_turn
         rng = torch.Generator().manual_seed(seed)
         base = TokenMDP.random(vocab, 3, beta, seed=seed, per_token=True)
         self.world = torch.randn(base.next_state.shape, generator=rng, dtype=torch.float64)
@@ -54,6 +55,8 @@ class TwoTurns(TokenMDP):
         traj.discount[ended, 0] = 0.0
         traj.mask = traj.mask.clone()
         traj.mask[:, 1] = False
+        if self.by_turn:
+            traj.turn = torch.tensor([0, 0, 1]).expand(traj.mask.shape)
         # what stands under the mask must be read by nobody
         for x in (traj.reward, traj.discount, traj.logp_old, traj.logp_ref, traj.value):
             if x is not None:

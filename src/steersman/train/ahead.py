@@ -12,23 +12,25 @@ resume.
 Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded
 while the next is sampled; a reward is never called twice at a time. Everything that was sampled ahead is in the
 checkpoint.
+
+Of several ranks the first does all of this, and the others get each batch when it is due.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from steersman.reward import Scores
-from steersman.rollout import Progress, Sampling
-from steersman.rollout.port import Limits
-from steersman.rollout.remote import RemoteGenerator, Snapshot
+from steersman.rollout.remote.schedule import Schedule
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
+from steersman.run.ranks import alone, ranks
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, SteersmanError
@@ -38,95 +40,6 @@ LEDGER = "rollouts.jsonl"
 """In the run folder: a row whenever a batch is begun, sampled, rewarded or used, with its prompts and versions."""
 
 
-class Schedule:
-    """What stands in the generator's place for the loop: it knows which weights which batch is sampled by.
-
-    `generate`, which the loop calls for held-out prompts, waits until all that was begun is sampled, and uses the
-    newest weights. `update_weights` publishes them; with `cut` it loads them at once.
-    """
-
-    def __init__(self, engine: RemoteGenerator, ahead: int, *, cut: bool) -> None:
-        self.engine, self.ahead, self.cut = engine, ahead, cut
-        self.stats: Stats = {}
-        self.published: dict[int, Snapshot] = {}
-        self.newest, self.loaded = 0, -1
-        self._changed, self._next, self._begun, self._closed = threading.Condition(), 0, 0, False
-        self._weights = threading.RLock()
-        self._pool = ThreadPoolExecutor(ahead + 1, thread_name_prefix="ahead")
-
-    def begin(self, batch: int, make: Callable[[], Batch]) -> Future[Batch]:
-        """Makes the batch in a thread; it is sampled after all that were begun before."""
-        self._begun = batch + 1
-        return self._pool.submit(make)
-
-    def restart_at(self, batch: int) -> None:
-        """Nothing is under way, and the next batch to be begun is this one."""
-        self._next = self._begun = batch
-
-    def sample(self, batch: int, work: Any) -> Any:
-        """Does the batch's sampling when it is its turn, by the weights that are its own."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next == batch or self._closed)
-        if self._closed:
-            raise SteersmanError("the run has ended, and its servers with it")
-        try:
-            self._use(self.newest if self.cut else max(0, batch - self.ahead))
-            return work()
-        finally:
-            with self._changed:
-                self._next = batch + 1
-                self._changed.notify_all()
-
-    def drain(self) -> None:
-        """Waits until all that was begun is sampled."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next >= self._begun or self._closed)
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, seed: int | Sequence[int] = 0,
-        record_support: bool = False, progress: Progress | None = None,
-    ) -> list[Sample]:  # fmt: skip
-        self.drain()
-        self._use(self.newest)
-        return self.engine.generate(
-            prompts, sampling, n=n, seed=seed, record_support=record_support, progress=progress
-        )
-
-    def joinable(self, sampling: Sampling, **room: Any) -> None:
-        """Batches are sampled whole, ahead of their use."""
-
-    def update_weights(self, version: int) -> Stats:
-        self.published[version] = self.engine.publish(version)
-        self.newest = version
-        if self.cut:
-            self._use(version)
-        return dict(self.stats)
-
-    def limits(self, sequences: int) -> Limits:
-        return self.engine.limits(sequences)
-
-    def close(self) -> None:
-        """Ends the servers; what is under way ends with an error that nobody waits for."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self.engine.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _use(self, version: int) -> None:
-        """Loads the version, or the oldest that is newer where a resumed run no longer has it."""
-        with self._weights:
-            if not self.published:
-                self.update_weights(0)
-            wanted = min((v for v in self.published if v >= version), default=self.newest)
-            if wanted == self.loaded:
-                return
-            self.stats = self.engine.load(self.published[wanted], cut=self.cut)
-            self.loaded = wanted
-            for old in [v for v in self.published if v < wanted]:
-                self.published.pop(old).drop()
-
-
 class Ahead(OnPolicy):
     """An on-policy run whose batches are sampled up to `rollout.ahead` iterations before they are learned from."""
 
@@ -134,8 +47,11 @@ class Ahead(OnPolicy):
         super().__init__(recipe, roles, prompts, batches)
         rollout = recipe.rollout
         engine: Any = roles.engine  # the recipe allows no other engine with `ahead`
-        self.schedule = Schedule(engine, rollout.ahead, cut=rollout.in_flight == "cut")
-        roles.engine = self.schedule
+        made = partial(Schedule, ahead=rollout.ahead, cut=rollout.in_flight == "cut")
+        if ranks().world == 1:
+            roles.engine = self.schedule = made(engine)
+        elif schedule := engine.replaced(made):
+            self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}
         self.begun = 0
@@ -143,13 +59,8 @@ class Ahead(OnPolicy):
         self._judging, self._writing = threading.Lock(), threading.Lock()
 
     def next_samples(self, clock: Clock) -> Batch:
-        """The batch of this iteration, when it is there; before that, all batches that may begin are begun."""
-        if not self.begun:
-            self._forget_what_follows()  # of a run that died before its first checkpoint
-        while self.begun <= self.done + self.recipe.rollout.ahead:
-            self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
-        samples, scores = self.under_way[self.done].result()
-        del self.under_way[self.done]
+        """The batch of this iteration, when it is there, on every rank."""
+        samples, scores = ranks().from_main(self._due, "a batch that was sampled ahead")
         clock.lap("rollout")
         lag = [self.done - v for s in samples for v in s.version or []]
         self._lag: Stats = {"ahead/lag": sum(lag) / len(lag), "ahead/lag_max": float(max(lag))}
@@ -158,8 +69,19 @@ class Ahead(OnPolicy):
                 f"batch {self.done} has tokens of {max(lag)} versions ago, and rollout.ahead is "
                 f"{self.recipe.rollout.ahead}: this is a fault of steersman's, please report it"
             )
-        self._note(self.done, "used", samples)
+        if ranks().main:
+            self._note(self.done, "used", samples)
         return samples, scores
+
+    def _due(self) -> Batch:
+        """Begins all batches that may begin, and waits for this iteration's."""
+        if not self.begun:
+            self._forget_what_follows()  # of a run that died before its first checkpoint
+        while self.begun <= self.done + self.recipe.rollout.ahead:
+            self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
+        batch = self.under_way[self.done].result()
+        del self.under_way[self.done]
+        return batch
 
     def adapt(self, stats: Stats) -> None:
         super().adapt(stats)
@@ -186,7 +108,8 @@ class Ahead(OnPolicy):
             self._note(number, "begun", asked)
             return self.sample(asked, None, number)
 
-        made = self.schedule.sample(number, batch) if self._now.redraws else batch()
+        with alone():
+            made = self.schedule.sample(number, batch) if self._now.redraws else batch()
         self._note(number, "rewarded", made[0])
         return made
 
@@ -213,15 +136,25 @@ class Ahead(OnPolicy):
     # -- what a resumed run needs -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Waits for the batches under way and keeps them whole."""
-        kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
-        ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
-        return {**super().state_dict(), "ahead": ahead, "begun": self.begun}
+        """Waits for the batches under way and keeps them whole. The order of prompts is that of rank 0, which alone
+        takes any."""
+
+        def of_main() -> dict[str, Any]:
+            kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
+            ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
+            order = {"batches": self.batches.state_dict(), "waiting": self.waiting}
+            return {"ahead": ahead, "begun": self.begun, **order}
+
+        mine = ranks().from_main(of_main, "what was sampled ahead")
+        return {**super().state_dict(), **mine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the batches that were sampled ahead; one that would be too old now, because `rollout.ahead` was
         lowered, has its prompts sampled again."""
         super().load_state_dict(state)
+        ranks().from_main(lambda: self._take_up(state), "what was sampled ahead")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.begun = state["begun"]
         self.schedule.restart_at(self.done)
         self._forget_what_follows()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steersman.algorithms.base import Algorithm
+from steersman.environments.config import BaselinePer, DiscountPer
 from steersman.ops.masked import last_step, whiten
+from steersman.recipe.on_policy import Cut
 from steersman.reward.shaping import kl_shaped
 from steersman.types import Sample, Stats, Tokens, Trajectory
-
-Cut = Literal["end", "bootstrap"]
-DiscountPer = Literal["token", "turn"]
 
 
 def tokens_of(samples: Sequence[Sample]) -> Tokens:
@@ -52,6 +50,7 @@ def trajectory(
     whiten_reward: bool = False,
     cut: Cut = "end",
     discount_per: DiscountPer = "token",
+    baseline_per: BaselinePer = "episode",
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
@@ -63,7 +62,8 @@ def trajectory(
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
     What an episode of several turns has earned by its turns is its own, cut or not: with "bootstrap" it is kept. With
-    `discount_per` "turn" gamma counts once a turn, after its last token.
+    `discount_per` "turn" gamma counts once a turn, after its last token. With
+    `baseline_per` "turn" turns are numbered, for baselines that compare turn with turn.
     All numbers have the precision and device of `score`.
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
@@ -97,7 +97,13 @@ def trajectory(
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = algorithm.gamma * (~terminated).to(discount.dtype)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
-    return Trajectory(mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score)
+    turn = None
+    if baseline_per == "turn":
+        ends = _turn_ends(samples, mask).long()
+        turn = ends.cumsum(1) - ends
+    return Trajectory(
+        mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score, turn=turn
+    )
 
 
 def _turn_ends(samples: Sequence[Sample], mask: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
 from steersman.plan.memory import Sampled
+from steersman.recipe.sections import RolloutConfig
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
+from steersman.run.progress import Stretch
+from steersman.setup.generators import open_generator, sampled_by_all
+from steersman.setup.models import context_length
+from steersman.setup.reference import Reference, divergence
 from steersman.train.experience import tokens_of
-from steersman.train.generators import open_generator, sampled_by_all
 from steersman.train.looks import STREAM, answer_row
-from steersman.train.models import context_length
-from steersman.train.progress import Stretch
-from steersman.train.reference import Reference, divergence
-from steersman.train.sections import RolloutConfig
 from steersman.train.session import Session
 from steersman.train.tally import Tally
 from steersman.types import Prompt, Sample, Stats

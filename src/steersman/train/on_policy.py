@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.advantage.by_turn import by_turn
 from steersman.advantage.group import no_signal
 from steersman.advantage.returns import values
 from steersman.loss.correction import effective_sample_size
@@ -57,7 +58,7 @@ class OnPolicy:
         value, critic_loss = self.roles.learner.value(rows.tokens(tokens), traj)
         traj.value = None if value is None else rows.join(value, tokens.mask.shape[1] + 1, after=1)
         clock.lap("score")
-        advantage = self.algorithm.advantage(traj)
+        advantage = by_turn(self.algorithm.advantage, traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
             rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.now(), order,
@@ -142,6 +143,7 @@ class OnPolicy:
             per_token=None if scores.per_token is None else scores.per_token.to(like),
             cut="end" if recipe.critic is None else recipe.critic.cut,
             discount_per="token" if recipe.environment is None else recipe.environment.discount_per,
+            baseline_per="episode" if recipe.environment is None else recipe.environment.baseline_per,
         )  # fmt: skip
         if self.algorithm.parts:
             traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()}).to(roles.device)

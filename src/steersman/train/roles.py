@@ -12,15 +12,15 @@ import torch
 from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
 from steersman.model import Policy, SharedBase, SharedCritic, in_their_pieces, place_head, whole_weights
+from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
-from steersman.train.generators import open_episodes, open_generator, sampled_by_all
-from steersman.train.models import lora_of, policy_from, scalar_from, shared_from
+from steersman.setup.generators import open_episodes, open_generator, sampled_by_all
+from steersman.setup.models import lora_of, policy_from, scalar_from, shared_from
+from steersman.setup.reference import Reference, reference_from, same_tokens
 from steersman.train.offline import load_trainable, put_back, trainable
 from steersman.train.policy_update import Critic, Learner
-from steersman.train.recipe import CriticConfig, OnPolicyRecipe
-from steersman.train.reference import Reference, reference_from, same_tokens
 from steersman.train.session import kept_state
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.update.optimizer import Optimizer

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from steersman.ops.text import text_stats
+from steersman.recipe.sections import RunConfig
 from steersman.run.card import write_card
 from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.device import resolve_device, set_threads
@@ -23,7 +24,6 @@ from steersman.run.pieces import my_piece
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.seed import seed_everything
-from steersman.train.sections import RunConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
 
@@ -62,7 +62,8 @@ class Session:
         self.device = resolve_device(self.config.device)
         self.resume, self.watch = resume, HealthWatch(health)
         self.last_metrics: Stats = {}
-        self.start, self.step, self.saved, self.stopped, self.begun = 0, 0, 0, False, False
+        self.start, self.step, self.saved = 0, 0, 0
+        self.stopped, self.begun, self.ended = False, False, False
         self._best: float | None = None
         self._is_best = False
         self._stack = ExitStack()
@@ -154,6 +155,8 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, after those that were done before; a checkpoint now and then, and at the end."""
         for step in range(self.start + 1, self.total + 1):
+            if self.ended:
+                return
             # A checkpoint is ranked by what was measured on its own weights, so a resumed run ranks alike.
             self.step, self.last_metrics, self._is_best = step, {}, False
             yield step
@@ -162,7 +165,7 @@ class Session:
             if any(failed for _, failed in ends):
                 self.checkpoints.wait()
             self.stopped = came is not None
-            due = step % self.config.save_every == 0 or step == self.total
+            due = step % self.config.save_every == 0 or step == self.total or self.ended
             if due or self.stopped or (self._is_best and self.config.keep_best > 0):
                 self.save(step)
             if self.stopped:
@@ -170,6 +173,11 @@ class Session:
                     f"stopped after step {step} of {self.total} by {came}; go on with --resume --run.dir {self.path}"
                 )
                 return
+
+    def end(self, why: str) -> None:
+        """Lets the step under way be the last one: the run is finished, though earlier than its recipe said."""
+        self.ended = True
+        self.log.note(f"ended after step {self.step} of {self.total}: {why}")
 
     def observe(self, step: int, stats: Stats, texts: Sequence[str] = ()) -> list[Finding]:
         """Logs the step's numbers and lets the watch see them; a finding of severity "stop" ends the run."""
@@ -192,7 +200,7 @@ class Session:
         """
         state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
         require_same(state["state"])
-        last = step == self.total or self.stopped
+        last = step == self.total or self.stopped or self.ended
         self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
         self.saved = step
 

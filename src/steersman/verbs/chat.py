@@ -15,6 +15,7 @@ from steersman.data import DataConfig, Layout, layout
 from steersman.data import end_ids as template_ends
 from steersman.model import Policy
 from steersman.model.probe import cache_argument
+from steersman.recipe.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RunConfig
 from steersman.rollout import Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.sampling import draw, restrict, uniforms
@@ -22,8 +23,7 @@ from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RunConfig
+from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 
 COMMANDS = """/reset          forget the conversation (the system prompt stays)

@@ -18,14 +18,14 @@ from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.reward.episodes import EpisodeReward
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.terminal import printable
+from steersman.setup.generators import open_episodes, open_generator
+from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of, trajectory
-from steersman.train.generators import open_episodes, open_generator
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Prompt, Sample, SteersmanError
 
 

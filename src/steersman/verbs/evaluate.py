@@ -16,6 +16,7 @@ from rich.table import Table
 from steersman.data import read_rows
 from steersman.data.encoding import check_encoding
 from steersman.metrics import Corpus, Metric, metric
+from steersman.recipe.sections import ManyRunConfig
 from steersman.reward.metrics import inputs
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
@@ -23,7 +24,6 @@ from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import ranks
 from steersman.run.recipe_text import load_yaml
 from steersman.run.terminal import printable
-from steersman.train.sections import ManyRunConfig
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
 

@@ -14,10 +14,10 @@ from steersman.data import Batches, EncodedSet, Feedback, describe, encode, feed
 from steersman.loss.offline import LOSSES
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
+from steersman.setup.models import context_length, policy_from
+from steersman.setup.reference import reference_from
 from steersman.train.held_prompts import held_prompts
-from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline
-from steersman.train.reference import reference_from
 from steersman.train.session import Session
 from steersman.types import Stats, SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe

@@ -13,15 +13,15 @@ from rich.console import Console
 
 from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
 from steersman.model import whole_weights
+from steersman.recipe.sections import KEPT_ONLY, TRAINED_ONLY, ManyRunConfig, ModelConfig, RolloutConfig
 from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.folder import write_atomic
 from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import ranks
 from steersman.run.terminal import printable
-from steersman.train.generators import open_generator, sampled_by_all
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ManyRunConfig, ModelConfig, RolloutConfig
+from steersman.setup.generators import open_generator, sampled_by_all
+from steersman.setup.models import context_length, policy_from
 from steersman.types import Sample
 
 

@@ -7,12 +7,12 @@ from typing import Generic, TypeVar
 from pydantic import Field, model_validator
 
 from steersman.data import DataConfig
+from steersman.recipe.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import PackedOfflineConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 L = TypeVar("L", bound=Section)

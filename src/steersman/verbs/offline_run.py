@@ -7,9 +7,9 @@ from typing import Any
 from steersman.model import Policy
 from steersman.plan.memory import Model, Sampled, announce
 from steersman.run.preflight import Preflight
-from steersman.train.models import save_model, slow_rate
+from steersman.setup.models import save_model, slow_rate
+from steersman.setup.reference import Reference
 from steersman.train.offline import Offline, restore_best
-from steersman.train.reference import Reference
 from steersman.train.session import Session
 
 

@@ -7,8 +7,8 @@ from pydantic import Field, create_model
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
 from steersman.algorithms.load import load_algorithm
-from steersman.train.recipe import OnPolicyRecipe
-from steersman.train.sections import RolloutConfig
+from steersman.recipe.on_policy import OnPolicyRecipe
+from steersman.recipe.sections import RolloutConfig
 
 GROUP = 8
 """Responses to a prompt where a method compares them and the recipe says no number."""

@@ -12,9 +12,9 @@ from rich.table import Table
 from steersman.model import Shape, shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
+from steersman.recipe.on_policy import OnPolicyRecipe
+from steersman.recipe.sections import ON_ACCELERATOR
 from steersman.run.config import Section, load_recipe
-from steersman.train.recipe import OnPolicyRecipe
-from steersman.train.sections import ON_ACCELERATOR
 from steersman.types import SteersmanError
 from steersman.verbs.feedback import RECIPES as FEEDBACK
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY

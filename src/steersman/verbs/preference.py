@@ -19,10 +19,10 @@ from steersman.data import (
 from steersman.loss.offline import LOSSES
 from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.run.preflight import Preflight
+from steersman.setup.models import context_length, policy_from
+from steersman.setup.reference import reference_from
 from steersman.train.held_prompts import held_prompts
-from steersman.train.models import context_length, policy_from
 from steersman.train.offline import Offline
-from steersman.train.reference import reference_from
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe

@@ -20,14 +20,14 @@ from rich.table import Table
 from steersman.assets import openings, story_model
 from steersman.data import Codec
 from steersman.ops.text import distinct_n, sentences
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.reward.gold import judge
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
-from steersman.train.generators import open_generator
-from steersman.train.models import policy_from
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.setup.generators import open_generator
+from steersman.setup.models import policy_from
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES

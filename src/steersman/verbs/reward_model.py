@@ -25,13 +25,23 @@ from steersman.data import (
     steps,
 )
 from steersman.data.shapes import NOUNS, Kind
-from steersman.model import AttributeModel, EnsembleModel, GatedModel, ScalarModel, head_names
+from steersman.model import (
+    AttributeModel,
+    BottleneckModel,
+    EnsembleModel,
+    GatedModel,
+    ScalarModel,
+    head_names,
+    latent_names,
+)
+from steersman.objectives.reward_bottleneck import BottleneckReward
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.objectives.reward_ensemble import EnsembleReward
 from steersman.objectives.reward_gating import GatingReward
 from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
+from steersman.recipe.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.run.calibration import calibration_png
 from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
@@ -39,10 +49,9 @@ from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.run.seed import stream
+from steersman.setup.models import context_length, reward_from, save_model, scalar_from
 from steersman.statistics.reward_report import Report
-from steersman.train.models import context_length, reward_from, save_model, scalar_from
 from steersman.train.offline import Offline
-from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -90,6 +99,10 @@ class RewardModelRecipe(TrainingRecipe):
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":
             raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
+        if self.train.heads > 1 and self.train.bottleneck:
+            raise ValueError("train.heads and train.bottleneck are two kinds of reward model; give one of them")
+        if self.train.bottleneck and self.model.lora is not None and not self.model.merge:
+            raise ValueError("train.bottleneck has a layer that no file of adapters holds; set model.merge: true")
         return self
 
 
@@ -112,17 +125,23 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
         return _train(session, recipe, kind)
 
 
-def _ensemble(session: Session, recipe: RewardModelRecipe, kind: Kind) -> EnsembleModel:
-    """Heads that begin apart, or those of a saved ensemble of as many."""
+def _of_pairs(session: Session, recipe: RewardModelRecipe, kind: Kind) -> EnsembleModel | BottleneckModel | None:
+    """What the section `train` asks for on pairs: outputs that begin apart, or those of a saved model of the same
+    kind and size; None where it asks for one score."""
+    train = recipe.train
+    if train.heads == 1 and not train.bottleneck:
+        return None
+    key = "heads" if train.heads > 1 else "bottleneck"
     if kind != "preference":
         raise SteersmanError(
-            f"train.heads is {recipe.train.heads}, but the data is of kind {kind}: give pairs, from which heads learn"
+            f"train.{key} is {getattr(train, key)}, but the data is of kind {kind}: give pairs, from which it learns"
         )
-    names = head_names(recipe.train.heads)
+    made_of = EnsembleModel if key == "heads" else BottleneckModel
+    names = head_names(train.heads) if key == "heads" else latent_names(train.bottleneck)
     model = reward_from(recipe.model, recipe.run, session.device, names)
-    if isinstance(model, EnsembleModel):
+    if isinstance(model, made_of):
         return model
-    made = EnsembleModel(model.model, model.tokenizer, names)
+    made = made_of(model.model, model.tokenizer, names)
     made.notes, made.stored_dtype, made.adapted = model.notes, model.stored_dtype, model.adapted
     made.max_tokens = model.max_tokens
     made.begin(stream(recipe.run.seed, "heads"))
@@ -144,8 +163,9 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     loaded: Loaded[Any] = LOADERS[kind](recipe.data)
     names = attributes(loaded.train) if kind == "rating" else []
     names = recipe.data.scores or names
-    if recipe.train.heads > 1:
-        model = _ensemble(session, recipe, kind)
+    model: Any = _of_pairs(session, recipe, kind)
+    if model is not None:
+        pass
     elif kind == "rating" and len(names) > 1:
         model = reward_from(recipe.model, recipe.run, session.device, names)
     else:
@@ -252,6 +272,8 @@ def _objective(
             return StepReward(*given)
         case _ if isinstance(model, EnsembleModel) and recipe.train.heads > 1:
             return EnsembleReward(*given, stream(recipe.run.seed, "draws of pairs"))
+        case _ if isinstance(model, BottleneckModel):
+            return BottleneckReward(*given)
         case _:
             return PairwiseReward(*given)
 

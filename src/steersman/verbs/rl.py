@@ -16,25 +16,27 @@ from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
 from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
+from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.run.user_code import user_code
+from steersman.setup.models import context_length, save_model, slow_rate
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
-from steersman.train.models import context_length, save_model, slow_rate
 from steersman.train.on_policy import OnPolicy
-from steersman.train.recipe import CriticConfig, OnPolicyRecipe
 from steersman.train.roles import Roles, build_roles
 from steersman.train.segments import SegmentRows
 from steersman.train.session import Session
+from steersman.train.stopping import Stopping
 from steersman.types import Prompt, Sample, Stats
 
 
 def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the policy in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
-        recipe.algorithm.name, recipe, resume=resume, metric="held_out/reward/total",
+        recipe.algorithm.name, recipe, resume=resume,
+        metric="held_out/reward/total" if recipe.stop is None else "held_out/judge",
         shown=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
     )  # fmt: skip
     with session, ExitStack() as stack:
@@ -49,9 +51,12 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         watch = HeldOut(roles, held_out, recipe)
         _preflight(session, recipe, roles, train, held_out, max(lengths))
         session.begin(state, recipe.iterations)
-        if session.start == 0:
+        if not session.metrics():
             session.observe(0, watch.look(session, 0))
+            if recipe.stop is not None:
+                session.save(0)  # the start may stay the best
         before, after = first_and_last(session)
+        early = EarlyEnd(recipe, session)
         for step in session.steps():
             seen = state.iteration()
             for note in seen.notes:
@@ -60,8 +65,10 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
                 after = watch.look(session, step)
                 seen.stats.update(after)
             session.observe(step, seen.stats, [s.text for s in seen.samples])
+            early.look(seen.stats)
         if session.stopped:
             return session.summary({})
+        after = early.take_best(state, after)
         save_model(roles.policy, recipe.model, session.path / "model")
         if before and after:
             session.log.note(f"held-out reward, with its 95% interval: {_interval(before)} -> {_interval(after)}")
@@ -72,6 +79,35 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
                 "findings": [f"{f.code} at step {f.step}" for f in session.watch.findings],
             }
         )
+
+
+class EarlyEnd:
+    """Ends the session as the section `stop` says, and takes up the weights of the best look then."""
+
+    def __init__(self, recipe: OnPolicyRecipe, session: Session) -> None:
+        self.session, self.stopping = session, Stopping(recipe.stop)
+        for row in session.metrics():
+            self.look(row)
+
+    def look(self, stats: Stats) -> None:
+        """Counts an iteration in if held-out prompts were looked at in it."""
+        if self.stopping.config is None or "held_out/reward/total" not in stats:
+            return
+        kl = stats.get("held_out/kl", 0.0)
+        self.stopping.add(stats[f"held_out/reward/{self.stopping.config.judge}"], kl)
+        if (why := self.stopping.reason) is not None:
+            self.session.end(why)
+
+    def take_best(self, state: Any, after: Stats) -> Stats:
+        """Loads the best look's weights, and returns what was measured there; `after` where nothing was asked for."""
+        best = self.session.checkpoints.best() if self.stopping.config is not None else None
+        found = None if best is None else self.session.checkpoints.load(best)
+        if found is None:
+            return after
+        state.load_state_dict(found.state["state"])
+        self.session.log.note(f"the saved model has the weights of step {found.step}, the best on held-out prompts")
+        row = next(r for r in self.session.metrics() if r["step"] == found.step and "held_out/judge" in r)
+        return {k: v for k, v in row.items() if k.startswith("held_out/")}
 
 
 class HeldOut:
@@ -99,6 +135,9 @@ class HeldOut:
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
             stats |= self._distance(samples)
+        stop = self.recipe.stop
+        if stop is not None and stats.get("held_out/kl", 0.0) <= (stop.max_kl or math.inf):
+            stats["held_out/judge"] = stats[f"held_out/reward/{stop.judge}"]
         rows = [
             {
                 **answer_row(s),

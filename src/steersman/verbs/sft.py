@@ -8,12 +8,12 @@ from pydantic import model_validator
 
 from steersman.data import LargeDataConfig, layout, training
 from steersman.objectives.supervised import SFT
+from steersman.recipe.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
-from steersman.train.models import context_length, policy_from
+from steersman.setup.models import context_length, policy_from
 from steersman.train.offline import Offline, PackedOfflineConfig
-from steersman.train.sections import ManyRunConfig, ModelConfig, TrainingRecipe
 from steersman.train.session import Session
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.offline_run import carry_out

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steersman.advantage.by_turn import by_turn
 from steersman.advantage.returns import episode_return
 from steersman.algorithms import Algorithm, Coefficients
 from steersman.loss.reduce import denominator, reduce, token_weight
@@ -142,7 +143,7 @@ def batch_loss(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Callable[
             traj.baseline = greedy[mdp.prompt[batch.rows]]
         elif algorithm.baseline == "moving":
             traj.baseline = torch.full_like(traj.reward[:, 0], 0.3)
-        return loss_given(algorithm, algorithm.advantage(traj).adv, batch.logp, traj, coef)
+        return loss_given(algorithm, by_turn(algorithm.advantage, traj).adv, batch.logp, traj, coef)
 
     return loss
 

@@ -16,6 +16,7 @@ from steersman.ops.kl import KLEstimator, kl_estimate, kl_loss
 from steersman.tabular.oracle import exact_gradient
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.verify.gradient import arbitrary_critic, example
+from steersman.verify.two_turns import cut_turns_bootstrap, discount_counts_turns
 
 
 @dataclass(slots=True)
@@ -132,5 +133,7 @@ IDENTITIES: tuple[tuple[str, str, Callable[[TokenMDP, Tensor], float]], ...] = (
     ("k1_to_go in a loss", "has the gradient of KL(pi || ref) over whole answers", k1_to_go_gradient),
     ("k2 in a loss", "has, in each state, the gradient of KL(pi || ref)", k2_gradient),
     ("k3 in a loss", "has, in each state, the gradient of KL(ref || pi)", k3_gradient),
+    ("discount per turn", "counts once a turn, over the world's answer", discount_counts_turns),
+    ("turns cut off", "with an exact critic behind them are worth what whole ones are", cut_turns_bootstrap),
     ("importance weights", "uncut, give the exact gradient from another policy's samples", importance_weights),
 )

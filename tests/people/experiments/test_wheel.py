@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from forked import start
+from forked import steersman
 from judging_kit import ab_rows, append, choices, settings
 from letter_models import rows_of
 
@@ -209,24 +210,21 @@ def test_sigkill_at_any_moment(tmp_path, mini_model):
         (folder / "recipe.yaml").write_text(yaml.safe_dump(settings(folder, mini_model, experiment=None)))
         words, out = ["wheel", str(folder / "recipe.yaml"), "--resume"], folder / "out.txt"
         if run_name == "whole":
-            start(["--help"], out).join()  # the server imports
+            steersman("--help", out=out).wait()  # the server imports
             started = time.monotonic()
-            process = start(words, out)
-            process.join()
-            assert process.exitcode == 0, out.read_text()
+            assert steersman(*words, out=out).wait() == 0, out.read_text()
             took = time.monotonic() - started
             continue
         kills = 0
         for i in range(60):
-            process = start(words, out)
-            process.join(took * (0.2 + 0.08 * i))
-            if process.exitcode is None:
+            process = steersman(*words, out=out)
+            try:
+                assert process.wait(took * (0.2 + 0.08 * i)) == 0, out.read_text()
+                break
+            except subprocess.TimeoutExpired:
                 process.kill()
-                process.join()
+                process.wait()
                 kills += 1
-                continue
-            assert process.exitcode == 0, out.read_text()
-            break
         assert kills >= 2
     for name in ("pairs", "kept", "readings", "answers-candidate", "evaluation", "gates", "decision"):
         left, right = ((tmp_path / run / "run/round-01" / f"{name}.jsonl").read_text() for run in ("whole", "killed"))

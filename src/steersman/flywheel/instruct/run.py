@@ -32,9 +32,9 @@ from steersman.judge.prompts import fill
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.model import load_tokenizer
+from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.run.config import Section
 from steersman.run.seed import sub_seed
-from steersman.train.sections import TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.types import Stats
 
 

@@ -15,14 +15,14 @@ from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, layout
 from steersman.people.store.conversations import Said
+from steersman.recipe.sections import ModelConfig, RolloutConfig, RunConfig
 from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.inputs import fingerprints
-from steersman.train.generators import open_generator
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import ModelConfig, RolloutConfig, RunConfig
+from steersman.setup.generators import open_generator
+from steersman.setup.models import context_length, policy_from
 from steersman.types import Prompt, SteersmanError
 
 Messages = list[dict[str, str]]

@@ -24,14 +24,15 @@ def home(visit: Visit) -> Response:
 
 
 def next_page(visit: Visit) -> Response:
-    with visit.store.begin() as session:
+    with visit.store.begin(
+        flushed=False
+    ) as session:  # who sees what is lost with the judgement after it, or not at all
         queue = session.get(Queue, int(visit.arg("queue")))
         if queue is None or queue.name == CHAT:
             return visit.refused("404", 404)
         got = next_item(session, queue.id, visit.rater.rater_id)
-        if got is not None:
-            return _item(visit, got, place_of(session, queue, visit.rater.rater_id))
-        return visit.page("nothing.html")
+        place = place_of(session, queue, visit.rater.rater_id)
+    return visit.page("nothing.html") if got is None else _item(visit, got, place)
 
 
 def item_page(visit: Visit) -> Response:

@@ -19,6 +19,7 @@ from steersman.people.store.imports import import_file
 from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
 from steersman.people.store.raters import add_person, forget, people
 from steersman.run.config import Section
+from steersman.run.device import set_threads
 from steersman.types import SteersmanError
 
 PASSWORD_ENV = "STEERSMAN_PASSWORD"
@@ -101,6 +102,7 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
                 f"steersman collect --store {recipe.store} --add_account NAME --role admin"
             )
     fill(store, recipe)
+    set_threads(max(1, min(set_threads(None), (os.cpu_count() or 1) - 1)))  # a core is left to the pages
     models = [m for m in (recipe.model, recipe.second) if m is not None]
     site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open, runs)
     app = make_app(site, host=recipe.host)

@@ -15,13 +15,13 @@ from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
 from steersman.people.serve.reply import Served
+from steersman.recipe.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
 from steersman.rollout import Engine
 from steersman.rollout.live import Live
 from steersman.run.config import Section
 from steersman.run.device import resolve_device, set_threads
-from steersman.train.generators import open_generator
-from steersman.train.models import context_length, policy_from
-from steersman.train.sections import KEPT_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig, RunConfig
+from steersman.setup.generators import open_generator
+from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 
 

@@ -36,14 +36,21 @@ class Store:
 
     def __init__(self, engine: Engine, url: str) -> None:
         self.engine, self.url = engine, url
-        self._reader = engine.execution_options(steersman_reads=True)
+        self._reader = engine.execution_options(steersman_begin="BEGIN")
+        self._drawer = engine.execution_options(steersman_flush=False)
         # SQLite lets one write at a time and has the others ask again and again; here they queue up
         self._turn = Lock() if engine.dialect.name == "sqlite" else nullcontext()
 
     @contextmanager
-    def begin(self) -> Iterator[Session]:
-        """A transaction that writes: on SQLite one at a time. It is on the disk when the block ends."""
-        with self._turn, Session(self.engine, expire_on_commit=False) as session, session.begin():
+    def begin(self, *, flushed: bool = True) -> Iterator[Session]:
+        """A transaction that writes: on SQLite one at a time. It is on the disk when the block ends.
+
+        Without `flushed` it is there with the next one that is: a killed process loses nothing, a power cut may.
+        """
+        engine = self.engine if flushed else self._drawer
+        with self._turn, Session(engine, expire_on_commit=False) as session, session.begin():
+            if not flushed and engine.dialect.name == "postgresql":
+                session.execute(sqlalchemy.text("SET LOCAL synchronous_commit = off"))
             yield session
 
     @contextmanager
@@ -145,12 +152,15 @@ def _migrate(engine: Engine, create: bool) -> None:
 def _sqlite_connect(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # transactions begin where `_sqlite_begin` says, not where the driver guesses
     cursor = connection.cursor()
-    # FULL: what was acknowledged outlives a power cut, too. What is deleted is overwritten: a forgotten name is gone.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+    # secure_delete: what is deleted is overwritten, so that a forgotten name is gone
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _sqlite_begin(connection: Any) -> None:
-    reads = connection.get_execution_options().get("steersman_reads", False)
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    # FULL: what was acknowledged outlives a power cut, too
+    flush = "FULL" if options.get("steersman_flush", True) else "NORMAL"
+    connection.exec_driver_sql(f"PRAGMA synchronous={flush}")
+    connection.exec_driver_sql(options.get("steersman_begin", "BEGIN IMMEDIATE"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,14 +13,16 @@ from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
 from steersman.model import Policy, whole_weights
+from steersman.recipe.sections import RolloutConfig
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.port import Limits
 from steersman.run.micro import share_out
 from steersman.run.ranks import ranks
-from steersman.train.models import context_length
-from steersman.train.sections import RolloutConfig
+from steersman.setup.models import context_length
 from steersman.types import Prompt, Sample, Stats, SteersmanError
+
+S = TypeVar("S", bound=Generator)
 
 
 def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
@@ -56,6 +58,13 @@ class OfMainRank:
         except SteersmanError as raised:
             error = raised
         ranks().agree(error, "the start of what samples")
+
+    def replaced(self, wrap: Callable[[Any], S]) -> S | None:
+        """On rank 0: `wrap` of its generator, which answers in its place from now on; elsewhere None."""
+        if self._engine is None:
+            return None
+        self._engine = wrapped = wrap(self._engine)
+        return wrapped
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, **how: Any) -> list[Sample]:
         here = ranks()

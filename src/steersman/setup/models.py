@@ -22,8 +22,8 @@ from steersman.model import (
     place,
     save,
 )
+from steersman.recipe.sections import ModelConfig, RunConfig
 from steersman.run.device import resolve_dtype
-from steersman.train.sections import ModelConfig, RunConfig
 from steersman.types import SteersmanError
 
 

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from steersman.data import Encoded, collate
 from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
+from steersman.recipe.sections import ModelConfig, RunConfig
 from steersman.run.micro import in_order, my_micro_batches
-from steersman.train.models import policy_from
-from steersman.train.progress import reported
-from steersman.train.sections import ModelConfig, RunConfig
+from steersman.run.progress import reported
+from steersman.setup.models import policy_from
 from steersman.types import SteersmanError, Tokens
 
 

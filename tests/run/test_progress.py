@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steersman.train import progress
+from steersman.run import progress
 
 
 @pytest.fixture

@@ -9,15 +9,16 @@ from pydantic import Field, model_validator
 from steersman.algorithms.base import Algorithm
 from steersman.data import DataConfig
 from steersman.environments.config import EnvironmentConfig
+from steersman.recipe.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
+from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health_limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
-from steersman.train.experience import Cut
-from steersman.train.sections import ManyRunConfig, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.update.optimizer import OptimizerConfig
 
 A = TypeVar("A", bound=Algorithm)
+Cut = Literal["end", "bootstrap"]
 
 
 class CriticConfig(Section):
@@ -63,6 +64,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         "(needs model.lora); none: every model has weights of its own",
     )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
+    stop: StopConfig | None = Field(
+        default=None, description="end before that when a held-out judge finds nothing better, or KL is spent"
+    )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
@@ -98,6 +102,18 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"{algorithm.title} gives each part of the reward a scale of its own; remove reward.normalise, "
                 "reward.whiten and reward.clip"
             )
+        if self.stop is not None:
+            if self.stop.judge not in self.reward.parts:
+                raise ValueError(
+                    f"stop.judge is {self.stop.judge!r}, which is no part of the reward; there are: "
+                    f"{', '.join(self.reward.parts)}. Add one with weight 0, so that it only looks"
+                )
+            if not rollout.held_out or not self.run.keep_best:
+                raise ValueError(
+                    "stop needs rollout.held_out, and run.keep_best for the best weights: both at least 1"
+                )
+            if self.stop.max_kl is not None and self.reference == "none":
+                raise ValueError("stop.max_kl is KL to the reference, and reference is none")
         if self.critic is not None and not algorithm.critic:
             raise ValueError(f"{algorithm.title} has no critic; remove the section `critic`")
         if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1" and algorithm.beta > 0:
@@ -169,6 +185,10 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(f"reward.parts.{paying[0]}.environment: the recipe has no section `environment`")
         if self.environment is not None and self.reward.overlong_buffer:
             raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
+        by_turn = self.environment is not None and self.environment.baseline_per == "turn"
+        if by_turn and (not algorithm.group or algorithm.whole_response):
+            why = "has one ratio for a whole episode" if algorithm.group else "compares no samples of one prompt"
+            raise ValueError(f"environment.baseline_per turn: {algorithm.title} {why}; use rloo or grpo, or episode")
         if rollout.ahead and algorithm.baseline == "greedy":
             raise ValueError(
                 f"rollout.ahead: {algorithm.title} answers each prompt greedily by the weights of the moment, which "
@@ -179,8 +199,6 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
                 "must be in the same process; use rollout.engine: inside"
             )
-        if self.run.devices > 1 and rollout.ahead:
-            raise ValueError("run.devices: sampling ahead goes with one device so far; use rollout.ahead: 0")
         if self.run.devices > 1 and rollout.engine != "inside" and (self.environment or self.parallel.mode == "fsdp"):
             raise ValueError(
                 f"rollout.engine {rollout.engine}: on several devices it samples single answers of a policy that "

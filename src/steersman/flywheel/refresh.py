@@ -1,0 +1,76 @@
+"""A judge that keeps up with the model: its reward model is trained again on what the model says now.
+
+    after each round:  y, y' ~ pi_t(. | x) for the prompts of a batch;  a watched reward says which is better;
+                       the judge's reward model learns from the pairs of all rounds so far, and from the first ones
+
+A reward model is right where its pairs were. The further the model goes from there the less its verdicts mean, and
+that is where new pairs are asked for. Source: arXiv 2204.05862, section 4.5 (reward models from the newest policies'
+answers); 1909.08593, section 2 (labels gathered while the policy learns).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from steersman.flywheel.ledger import Rows
+from steersman.flywheel.players import usable
+from steersman.judge.config import JudgeConfig
+from steersman.verbs import reward_model
+from steersman.verbs.reward_model import RewardModelRecipe
+
+if TYPE_CHECKING:
+    from steersman.flywheel.flywheel import Flywheel
+
+SEAT = 1 << 20
+"""The random stream of the answers that are compared: no player of the rounds draws from it."""
+
+
+def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
+    """The judge for the round after `number`, whose model is at `path`."""
+    recipe, ledger = flywheel.recipe, flywheel.ledger
+    assert recipe.refresh is not None
+    name = f"round-{number:02d}/refresh"
+    player = flywheel.player(path)
+    answers = flywheel.answers(f"{name}/answers", player, path, number, 2, SEAT)
+    player.release()
+    usable_rows = usable(answers, recipe.unfinished)[0]
+
+    def make() -> Rows:
+        return compared(flywheel, usable_rows, recipe.refresh.by)
+
+    pairs = ledger.table(f"{name}/pairs", make, judge=recipe.refresh.by, made_from=ledger.sources(f"{name}/answers"))
+    if not pairs:
+        ledger.log.note(f"{name}: {recipe.refresh.by} told no two answers apart; the judge stays", style="yellow")
+        return flywheel.judge.config
+    every = [ledger.path / f"round-{r:02d}/refresh/pairs.jsonl" for r in range(1, number + 1)]
+    files = [*recipe.refresh.first, *(str(file) for file in every if file.stat().st_size)]
+    part, model = flywheel.judge.config.reward_model()
+    values = {
+        "model": recipe.model.model_dump() | {"path": model, "merge": True},
+        "data": {"path": files, "append_eos": recipe.data.append_eos, "on_too_long": "drop"},
+        "train": recipe.refresh.train, "optimizer": recipe.refresh.optimizer,
+    }  # fmt: skip
+    trained = ledger.stage(f"{name}/train", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
+    reward = recipe.judge.reward | {part: recipe.judge.reward[part].model_copy(update={"model": trained})}
+    return recipe.judge.model_copy(update={"reward": reward})
+
+
+def compared(flywheel: Flywheel, answers: Rows, by: str) -> Rows:
+    """A pair of each prompt's two answers, where the watched reward tells them apart."""
+    assert flywheel.gold is not None
+    score = flywheel.gold(
+        [r["prompt"] for r in answers], [r["completion"] for r in answers], flywheel.columns(answers)
+    )[by]
+    first: dict[int, int] = {}
+    pairs: Rows = []
+    for i, row in enumerate(answers):
+        j = first.setdefault(row["index"], i)
+        if score[i] != score[j]:
+            better, worse = (i, j) if score[i] > score[j] else (j, i)
+            pairs.append(
+                {
+                    "prompt": row["prompt"], "chosen": answers[better]["completion"],
+                    "rejected": answers[worse]["completion"], "index": row["index"],
+                }
+            )  # fmt: skip
+    return pairs

@@ -1,0 +1,1 @@
+"""The recipe's keys: the sections that several verbs share, and the recipe of the on-policy verbs."""

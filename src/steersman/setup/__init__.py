@@ -1,0 +1,1 @@
+"""What a recipe's sections ask for: models, the reference, and what samples."""

@@ -1,0 +1,104 @@
+"""The page and the picture of the chat-model study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from recording import over_seeds, plain_axes
+from tasks import TASKS
+
+MEASURES = {
+    "sums": ("pass@1", "pass@4", "words", "distinct_2"),
+    "rules": ("pass@1", "pass@4", "words", "distinct_2"),
+    "polite": ("judge", "rouge_l", "words", "distinct_2"),
+}
+COSTS = ("processor_seconds", "peak_mib")
+COLOURS = {"steersman": "#1f5f8b", "trl": "#c2571a"}
+MARK = "<!-- from here: tools/results/chat/study.py page -->"
+
+
+def read(out: Path, task: str, side: str, method: str) -> list[dict[str, Any]]:
+    """The finished cells, by seed."""
+    return [json.loads(file.read_text()) for file in sorted((out / task / side).glob(f"{method}-*/cell.json"))]
+
+
+def number(values: Sequence[float], digits: int) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    got = over_seeds(list(values))
+    spread = f" ± {got['sd']:.{digits}f}" if len(values) > 1 else ""
+    return f"{got['mean']:.{digits}f}{spread}"
+
+
+def table(out: Path, task: str) -> list[str]:
+    """The start, then each method by each side: held-out scores and what the training cost."""
+    names = MEASURES[task]
+    start = json.loads((out / task / "start.json").read_text())
+    lines = [
+        f"| | seeds | {' | '.join(names)} | processor seconds | peak MiB |",
+        f"| --- |{' ---: |' * (len(names) + 3)}",
+        f"| before | | {' | '.join(f'{start[name]:.3f}' for name in names)} | | |",
+    ]
+    for method in TASKS[task]["methods"]:
+        for side in COLOURS:
+            cells = read(out, task, side, method)
+            if cells:
+                scores = [number([cell[name] for cell in cells], 3) for name in names]
+                costs = [number([cell[name] for cell in cells], 0) for name in COSTS]
+                lines.append(f"| {method}, {side} | {len(cells)} | {' | '.join([*scores, *costs])} |")
+    return lines
+
+
+def examples(out: Path, task: str) -> list[str]:
+    """What the model said to the same questions before and after, from the first seed."""
+    before = json.loads((out / task / "start.json").read_text())["examples"]
+    lines = []
+    for method in TASKS[task]["methods"]:
+        cells = read(out, task, "steersman", method)
+        if not cells:
+            continue
+        for (prompt, old), (_, new) in list(zip(before, cells[0]["examples"], strict=True))[:3]:
+            lines += [
+                f"    asked           {prompt!r}",
+                f"    before          {old!r}",
+                f"    after {method:9} {new!r}",
+                "",
+            ]
+    return lines
+
+
+def draw(out: Path, file: Path) -> None:
+    """Each method's curve on its own samples, by side: reward for GRPO, loss for the others."""
+    panels = [(task, method) for task in TASKS for method in TASKS[task]["methods"]]
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
+    for axis, (task, method) in zip(axes.flat, panels, strict=True):
+        for side, colour in COLOURS.items():
+            for n, cell in enumerate(read(out, task, side, method)):
+                axis.plot(cell["curve"], color=colour, lw=0.9, alpha=0.7, label=side if n == 0 else None)
+        plain_axes(axis, f"{task}: {method}, {'reward' if method == 'grpo' else 'loss'} on its own samples")
+        axis.set_xlabel("iteration" if method == "grpo" else "step", fontsize=8)
+        axis.legend(fontsize=7, frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def write_page(out: Path, docs: Path) -> None:
+    """Replaces what stands below the mark in `chat.md`, draws `chat.png` and keeps the cells in `chat.json`."""
+    tasks = [task for task in TASKS if (out / task / "start.json").exists()]
+    lines: list[str] = []
+    kept: dict[str, Any] = {}
+    for task in tasks:
+        lines += [f"### {task}", "", *table(out, task), "", *examples(out, task)]
+        kept[task] = {"start": json.loads((out / task / "start.json").read_text())} | {
+            f"{method}, {side}": read(out, task, side, method)
+            for method in TASKS[task]["methods"]
+            for side in COLOURS
+        }
+    page = docs / "chat.md"
+    head = page.read_text().split(MARK)[0]
+    page.write_text(head + MARK + "\n\n![curves](chat.png)\n\n" + "\n".join(lines).rstrip() + "\n")
+    (docs / "chat.json").write_text(json.dumps(kept, indent=1) + "\n")
+    draw(out, docs / "chat.png")
