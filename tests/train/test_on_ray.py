@@ -79,6 +79,32 @@ def processes(*words: str) -> list[int]:
 
 @pytest.mark.slow
 @needs_ray
+def test_a_rank_that_is_killed_is_started_again(cluster, tmp_path, capfd):
+    """One rank with the engine inside: Ray places a single one too, and it goes on from its last checkpoint."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    asked = merge(
+        settings(tmp_path, save_tiny(tmp_path / "model")),
+        {"iterations": 6, "run.save_every": 1, "run.threads": 1, "run.launcher": "ray"},
+    )
+    asked["reward"]["parts"]["score"]["function"] = f"{tmp_path / 'slow.py'}:count_a"
+    run, killed = tmp_path / "run", []
+
+    def kill() -> None:
+        while not (run / "metrics.jsonl").exists() or len(rows(run)) <= 2:
+            time.sleep(0.02)
+        killed.extend(processes("steersman.cli", "grpo", "steersman-ray-"))
+        os.kill(killed[-1], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    summary = VERBS["grpo"].start("grpo", recipe("grpo", asked))
+    assert len(killed) == 1
+    assert summary["steps"] == 6
+    assert "was ended by SIGKILL" in capfd.readouterr().err
+    assert [row["step"] for row in rows(run)] == list(range(7))
+
+
+@pytest.mark.slow
+@needs_ray
 def test_ranks_and_server_that_die_are_started_again(cluster, tmp_path, capfd):
     """Two ranks and a server that samples ahead: the server is killed, then a rank, and what is learned is what one
     process learns alone."""
