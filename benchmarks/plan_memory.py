@@ -246,7 +246,7 @@ def page(found: dict[str, Any]) -> str:
         "`steersman plan` adds up for one device, without the driver's share.", "",
         *table(recipes, 2**20, "MiB"), "",
         f"{near} of {len(ratios)} are within 15%. What is not counted: a reward model's last feed-forward",
-        f"part, which is",
+        "part, which is",
         "done for the last tokens alone, and gradients that go while others come.", "",
         "## Shapes of 1B to 70B", "",
         "One step of 4 sequences of 1,024 tokens in bfloat16, AdamW with moments of 2 bytes (the weights' own), on",
