@@ -125,20 +125,19 @@ def planned(recipe: Any, sampled: bool) -> dict[str, float]:
     from steersman.plan.layouts import Layout, weigh
     from steersman.verbs.plan import roles_of, work_of
 
-    # written out, attention keeps its scores twice: before and after rows without any key are set to 0
-    work = replace(work_of(recipe, PROMPT if sampled else LENGTH), scores=2 * LENGTH)
+    work = replace(work_of(recipe, PROMPT if sampled else LENGTH), scores=LENGTH)
     device = Device("pretend", 64e9, 1e12, 1e12, 1e12, process=0)
     found = weigh(Layout("replicas", 1), roles_of(recipe, ""), work, Cluster(device, 1))
     return {"planned": found.peak, **{f"of which {k}": v for k, v in found.memory.items()}}
 
 
 class Alive(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of the tensors that live, and the most that did at once."""
+    """Bytes of the tensors that live, and the most that did at once; those of a model's weights are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.known: set[int] = set()
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -165,10 +164,7 @@ def shape_row(name: str, checkpointing: bool, tokens: int = 4096, length: int = 
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from steersman.model.shape import shape_from
     from steersman.ops.logprob import TILE, linear_logp
-    from steersman.plan.devices import Cluster, Device
-    from steersman.plan.layouts import Layout, Role, Work, weigh
 
     config = LlamaConfig(**SHAPES[name], attn_implementation="sdpa")
     TILE["cpu"] = TILE["accelerator"]  # these tensors are a CPU's by name
@@ -181,7 +177,7 @@ def shape_row(name: str, checkpointing: bool, tokens: int = 4096, length: int = 
         held = sum(p.untyped_storage().nbytes() for p in {id(p): p for p in model.parameters()}.values())
         steps = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.zeros(tokens // length, length, dtype=torch.long)
-        with Alive() as alive:
+        with Alive(model) as alive:
             found = []
             for _ in range(2):  # moments are there from the second step on
                 alive.most = alive.now
@@ -196,17 +192,29 @@ def shape_row(name: str, checkpointing: bool, tokens: int = 4096, length: int = 
                 after = alive.now
                 steps.zero_grad()
                 kept -= alive.now
-    shape = shape_from(config, name)
+    return {
+        "used": held + found[-1][0], "used, weights": held, "used, gradients and moments": after,
+        "used, kept of the layers": kept,
+    }  # fmt: skip
+
+
+def planned_shape(name: str, checkpointing: bool, tokens: int = 4096, length: int = 1024) -> dict[str, float]:
+    """The same step as the plan counts it."""
+    from transformers import LlamaConfig
+
+    from steersman.model.shape import shape_from
+    from steersman.plan.devices import Cluster, Device
+    from steersman.plan.layouts import Layout, Role, Work, weigh
+
+    shape = shape_from(LlamaConfig(**SHAPES[name]), name)
     work = Work(tokens // length, length, 0, 1, tokens, 2, 2, kept=4, checkpointing=checkpointing, sampled=False)
     device = Device(name, 1e15, 1e12, 1e12, 1e12, process=0)
-    planned = weigh(Layout("one", 1), [Role("model", shape, shape.parameters)], work, Cluster(device, 1))
-    gradients_and_moments = after
-    layers = shape.layers * (tokens * shape.hidden * 2 if checkpointing else tokens * shape.activations(2))
+    found = weigh(Layout("one", 1), [Role("model", shape, shape.parameters)], work, Cluster(device, 1))
+    each = shape.hidden * 2 if checkpointing else shape.activations(2)
     return {
-        "used": held + found[-1][0], "planned": planned.peak,
-        "used, weights": held, "planned, weights": shape.parameters * 2,
-        "used, gradients and moments": gradients_and_moments, "planned, gradients and moments": shape.parameters * 6,
-        "used, kept of the layers": kept, "planned, kept of the layers": layers,
+        "planned": found.peak, "planned, weights": shape.parameters * 2,
+        "planned, gradients and moments": shape.parameters * 6,
+        "planned, kept of the layers": shape.layers * tokens * each,
     }  # fmt: skip
 
 
@@ -237,11 +245,17 @@ def page(found: dict[str, Any]) -> str:
         "beside what",
         "`steersman plan` adds up for one device, without the driver's share.", "",
         *table(recipes, 2**20, "MiB"), "",
-        f"{near} of {len(ratios)} are within 15%.", "",
+        f"{near} of {len(ratios)} are within 15%. What is not counted: a reward model's last feed-forward",
+        "part, which is",
+        "done for the last tokens alone, and gradients that go while others come.", "",
         "## Shapes of 1B to 70B", "",
         "One step of 4 sequences of 1,024 tokens in bfloat16, AdamW with moments of 2 bytes (the weights' own), on",
         "tensors without memory (PyTorch's FakeTensorMode): forward, the last layer's log-probabilities in tiles,",
-        "backward, update. The optimizer's float32 copy is left out on both sides.", "",
+        "backward, update. The optimizer's float32 copy is left out on both sides. Two things are in use",
+        "here and not",
+        "on a GPU: keys and values repeated for each query, since a traced attention is given a mask, and",
+        "factors of the",
+        "last layer's products in float32, which a CPU needs.", "",
         *table(shapes, 1e9, "GB"), "",
         "| shape | part | in use, GB | planned, GB | planned / in use |", "| --- | --- | --- | --- | --- |",
         *parts, "",
@@ -274,9 +288,11 @@ def main() -> None:
         for checkpointing in (False, True):
             key = f"{name}, checkpointing" if checkpointing else name
             found.setdefault("shapes", {})[key] = row = shape_row(name, checkpointing)
-            print(f"{key}: {row['planned'] / row['used']:.2f}", flush=True)
+            print(f"{key}: {row['used'] / 1e9:.1f} GB", flush=True)
             file.write_text(json.dumps(found, indent=1))
     plan_again(found.get("recipes", {}))
+    for key, row in found.get("shapes", {}).items():
+        row |= planned_shape(key.split(",")[0], "checkpointing" in key)
     file.write_text(json.dumps(found, indent=1))
     (RESULTS / "plan-memory.md").write_text(page(found))
 
