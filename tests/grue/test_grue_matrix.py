@@ -254,7 +254,7 @@ def test_one_seed_s_moves_are_seen_only_beyond_the_prompts_noise(done, tmp_path)
             found["natural"][name] = [level, level - half, level + half]
         path.write_text(json.dumps(found))
     moves = {m.metric: m for m in collect(recipe, tasks, every, {}).moves(tasks[0], "supervised+grpo")}
-    assert [moves[n].seen for n in ("distinct1", "distinct2", "empty")] == [True, False, True]
+    assert [moves[n].significant for n in ("distinct1", "distinct2", "empty")] == [True, False, True]
     # fewer distinct words go against the metric's direction, fewer empty answers do not
     assert [moves[n].harm for n in ("distinct1", "distinct2", "empty")] == [True, False, False]
 

@@ -179,6 +179,13 @@ def test_a_verb_typed_alone_says_the_least_that_runs(verb, steersman):
     code, out, err = steersman(*words[1:], "--print-config")
     named = any(
         word in out
-        for word in ("path: MODEL", "run: RUN", "file: FILE", "store: feedback.db", "recipe: recipes/ppo.yaml")
+        for word in (
+            "path: MODEL",
+            "run: RUN",
+            "file: FILE",
+            "store: feedback.db",
+            "recipe: recipes/ppo.yaml",
+            "path: FILE",
+        )
     )
     assert (code, named) == (0, True), err

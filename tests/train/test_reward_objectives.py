@@ -246,6 +246,6 @@ def test_gating_learns_which_attribute_a_prompt_asks_for(tmp_path, mini):
     assert report.numbers["accuracy"].value > 0.97
     best = max(report.numbers[f"accuracy/{name} alone"].value for name in "ae")
     assert report.numbers["accuracy"].value > best + 0.1
-    weights = objective.module.weights(objective.seen.prompt)
+    weights = objective.module.weights(objective.features.prompt)
     wants_a = torch.tensor([e.prompt.startswith("a") for e in encoded.examples])
     assert float(weights[wants_a, 0].mean().detach()) > 0.8 > 0.2 > float(weights[~wants_a, 0].mean().detach())

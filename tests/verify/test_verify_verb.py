@@ -97,7 +97,7 @@ def test_settings_come_from_the_command_line():
 
 def test_identities_hold():
     rows = identities()
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert failures([], [], rows) == []
 
 

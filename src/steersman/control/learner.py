@@ -20,7 +20,7 @@ from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
 from steersman.train.tally import Tally
-from steersman.types import Stats, Trajectory
+from steersman.types import Stats, Trajectory, send
 from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
 
@@ -41,6 +41,7 @@ class Transitions:
         return len(self.obs)
 
     def rows(self, index: Tensor) -> Transitions:
+        index = send(index, self.obs.device)
         return Transitions(
             self.obs[index],
             self.action[index],

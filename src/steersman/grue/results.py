@@ -29,9 +29,8 @@ class Move:
     """What a method did to one metric, against what it started from.
 
     `significant`: the change is more than noise. Over several seeds that is an interval without 0; of one seed, more
-    than
-    twice the half width of the wider bootstrap interval over the prompts, which knows nothing of what another seed
-    would give.
+    than twice the half width of the wider bootstrap interval over the prompts, which knows nothing of what another
+    seed would give.
     """
 
     metric: str

@@ -99,8 +99,11 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 def _parts(model: nn.Module) -> list[Any]:
     """The modules whose weights are gathered together; none where nothing is sharded."""
-    if not ranks().sharded:
-        return []
+    return _sharded(model) if ranks().sharded else []
+
+
+def _sharded(model: nn.Module) -> list[Any]:
+    """The same, whatever this rank does by itself (`ranks.alone`)."""
     from torch.distributed.fsdp import FSDPModule
 
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
@@ -112,9 +115,13 @@ def in_their_pieces(model: nn.Module) -> None:
         part.reshard()
 
 
+_together: WeakSet[nn.Module] = WeakSet()
+"""Models whose weights are held whole now."""
+
+
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict while `whole_weights` is open, where PyTorch's own would give the pieces."""
-    if not ranks().sharded:
+    if not _sharded(model):
         return model.state_dict()
     named = model.named_parameters(remove_duplicate=False)
     state = {name: part.detach().clone() for name, part in named}  # whoever looks at the storage itself would pin it
@@ -122,10 +129,6 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
         kept = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
         state |= {f"{prefix}.{name}".lstrip("."): module.get_buffer(name) for name in kept}
     return state
-
-
-_together: WeakSet[nn.Module] = WeakSet()
-"""Models whose weights are held whole now."""
 
 
 @contextmanager
