@@ -54,6 +54,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def first_words(answer: list[dict[str, str]], number: int) -> list[dict[str, str]]:
+    """The answer's first words alone."""
+    (said,) = answer
+    return [{**said, "content": " ".join(said["content"].split()[:number]) + "."}]
+
+
 def judged(folder: Path, seed: int, model: str, pairs: Path, **train: Any) -> str:
     """The path of a reward model of the pairs."""
     values = {
@@ -94,7 +100,7 @@ class Start:
             for e in preferences(DataConfig(**source)).train
         ]
         stubs = [
-            {**p, "chosen": p["rejected"], "rejected": " ".join(p["chosen"].split()[: 1 + i % 4]) + "."}
+            {**p, "chosen": p["rejected"], "rejected": first_words(p["chosen"], 1 + i % 4)}
             for i, p in enumerate(pairs)
         ]
         self.prompts = {**source, "on_too_long": "drop", "held_out": 64, "max_prompt_tokens": 160}
