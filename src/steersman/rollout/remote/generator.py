@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from steersman.model import Policy
 from steersman.rollout.port import Limits, Progress
 from steersman.rollout.remote.dialects import Call
+from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
     ADAPTER,
     Receipt,
@@ -61,7 +60,7 @@ class RemoteGenerator:
     """
 
     def __init__(
-        self, policy: Policy, stations: Sequence[Station], folder: tempfile.TemporaryDirectory[str], *,
+        self, policy: Policy, stations: Sequence[Station], folder: SharedFolder, *,
         ends: Sequence[int], context: int | None, max_batch: int, returns_support: bool, adapter: bool,
     ) -> None:  # fmt: skip
         self.policy, self.stations = policy, list(stations)
@@ -79,7 +78,7 @@ class RemoteGenerator:
     def publish(self, version: int) -> Snapshot:
         """The policy's weights (or its adapters, where servers have the base) as they are now, as `version`, with
         what proves their arrival."""
-        home = Path(self._folder.name)
+        home = self._folder.path
         if self.adapter:
             path = home / f"adapter-{version}" / ADAPTER
             shutil.rmtree(path.parent, ignore_errors=True)
@@ -301,7 +300,7 @@ class RemoteGenerator:
         """Ends the servers that steersman started, and removes what lay in shared memory."""
         for station in self.stations:
             station.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
 
 def _started(prompts: Sequence[Prompt], n: int) -> list[list[PendingResponse]]:

@@ -19,10 +19,10 @@ from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptw
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import Launched
 from steersman.rollout.remote.ray_servers import PlacedByRay
+from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
     known_ids,
     require_plain_adapters,
-    shared_folder,
     tolerance_of,
     write_model,
 )
@@ -158,8 +158,8 @@ def _open(
 ) -> RemoteGenerator:  # fmt: skip
     if wanted.adapter:
         require_plain_adapters(policy)
-    folder = shared_folder(wanted.folder)
-    home = Path(folder.name)
+    folder = SharedFolder(wanted.folder)
+    home = folder.path
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     shared: dict[str, Any] = {
         "owner": uuid4().hex[:8], "tolerance": tolerance_of(policy, wanted.tolerance),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,20 +78,6 @@ class Receipt:
     compared: int
     tensors: int
     seconds: float
-
-
-def shared_folder(inside: str | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process's own, in the given one or in shared memory (or else where temporary files are).
-
-    Raises SteersmanError where the given one is not there, or can not be written into.
-    """
-    base = Path(inside or "/dev/shm")
-    try:
-        return tempfile.TemporaryDirectory(
-            prefix="steersman-", dir=base if inside or base.is_dir() else None, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise SteersmanError(f"rollout.folder: {base}: no folder can be made there ({error.strerror})") from error
 
 
 def known_ids(policy: Policy) -> int:
