@@ -16,7 +16,7 @@ from steersman.environments.calls import form_of
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import TurnLayout
-from steersman.environments.play import Played
+from steersman.environments.play import EpisodeInPlay
 from steersman.environments.port import Answer, Call, Reply
 from steersman.environments.runner import Episodes
 from steersman.model import Policy
@@ -185,7 +185,7 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
     with pytest.raises(SteersmanError, match="shows no tool calls; set "):
         Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"]), 128)
     play = Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"], tell_tools=True), 4096)
-    game = Played(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
     play.opened(game, ASK, 4)
     assert '"name": "add"' in game.talk.prompt.text
     game.talk.said(Sample(game.talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
@@ -252,7 +252,7 @@ def test_a_dropped_thought_begins_a_segment(name, apart, worlds):
     engine = Engine(AutoModelForCausalLM.from_pretrained(FOLDER / name), tokenizer, eos_token_id=ends)
     config = EnvironmentConfig(path=f"{worlds}:Echo", history="segments")
     play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 1024)
-    game = Played(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
     play.opened(game, ASK, 4)
     thought = layout.codec.more("<think>\nzzz\n</think>\n\nyes")
     ids = [*thought, next(i for i in ends if play.layout.tail.startswith(tokenizer.convert_ids_to_tokens(i)))]

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from steersman.people.store import Store
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, shown
 from steersman.people.store.judgements import judge_item
 from steersman.people.store.raters import add_person
@@ -37,7 +37,7 @@ def queue(store: Store, task: str, items: list[NewItem], name: str = "", **setti
 
 
 def pair(number: int, **more: Any) -> NewItem:
-    answers = [Said(f"good {number}", ("base", "1")), Said(f"bad {number}", ("tuned", "2"))]
+    answers = [TurnText(f"good {number}", ("base", "1")), TurnText(f"bad {number}", ("tuned", "2"))]
     return NewItem(f"question {number}", answers, **more)
 
 

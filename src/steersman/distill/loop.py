@@ -21,7 +21,7 @@ from steersman.rollout import Generator
 from steersman.run.micro import my_micro_batches
 from steersman.run.ranks import ranks
 from steersman.run.seed import stream
-from steersman.setup.generators import sampled_by_all
+from steersman.setup.generators import sample_on_all_ranks
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.session import kept_state
 from steersman.train.tally import Tally
@@ -30,7 +30,7 @@ from steersman.update.optimizer import Optimizer, not_finite
 
 
 @dataclass(slots=True)
-class Own:
+class StudentAnswers:
     """Answers that the student gave, beside the samples that they are."""
 
     answers: list[Answer]
@@ -85,11 +85,13 @@ class Distill:
         draw = torch.rand((), generator=stream(self.recipe.run.seed, "own answers", self.done))
         return bool(draw < self.recipe.train.on_policy)
 
-    def own(self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None) -> Own:
+    def own(
+        self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None
+    ) -> StudentAnswers:
         """The student's answers to prompts, with what their rewards say of them. `taught` are the teacher's readings
         of prompts that are not those of the training data."""
         with whole_weights(self.objective.policy):
-            samples = sampled_by_all(self.engine, prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
+            samples = sample_on_all_ranks(self.engine, prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
         train = taught is None
         taught = [self.data.taught[p.index] for p in prompts] if taught is None else taught
         answers = [
@@ -100,7 +102,7 @@ class Distill:
         stats["finish/length"] = sum(not s.terminated for s in samples) / len(samples)
         if self.reward is not None:
             stats |= self._worth(answers, samples, self.reward, training=train)
-        return Own(answers, samples, stats)
+        return StudentAnswers(answers, samples, stats)
 
     def _worth(self, answers: list[Answer], samples: list[Sample], reward: WeightedSum, *, training: bool) -> Stats:
         """Sets each answer's advantage: its shaped score beside the others' to the same prompt, or beside all others'

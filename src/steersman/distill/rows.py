@@ -111,13 +111,13 @@ class Reader:
             )
 
     def _taught(self, example: Query | Demonstration) -> list[int]:
-        content = example.prompt if self.template is None else told_more(example, self.template)
+        content = example.prompt if self.template is None else teacher_text(example, self.template)
         if isinstance(example, Query):
             return self.teacher.prompt(content)[0]
         return self.teacher.answer(content, example.completion)[0]
 
 
-def told_more(example: Query | Demonstration, template: str) -> Content:
+def teacher_text(example: Query | Demonstration, template: str) -> Content:
     """The prompt that the template makes of the row's columns; {prompt} is the text asked, of a conversation its
     last user's turn, in whose place it stands then. Raises SteersmanError naming the row and a column it lacks."""
     prompt = example.prompt

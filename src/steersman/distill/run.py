@@ -15,7 +15,7 @@ from steersman.distill.rows import DistillSet, load, reader
 from steersman.distill.teacher import LocalTeacher, Teacher, check_tokens, local_model
 from steersman.distill.watch import Watch
 from steersman.model import Policy
-from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
+from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
 from steersman.reward import build_reward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
@@ -105,7 +105,7 @@ def _preflight(
     longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given)])
     answers = train.batch_size * rollout.samples
     tokens = largest_micro_batch([longest] * answers, recipe.run.micro_tokens, answers)
-    sampled = Sampled(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
+    sampled = SamplingLoad(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
     announce(pre, session.device, models, Load(tokens, longest), sampled)
     for i in range(0, len(state.data), max(1, len(state.data) // 3)):
         pre.sample([(state.data.prompts[i].text, False)])

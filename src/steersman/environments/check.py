@@ -11,7 +11,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Call, Environment, Reply
-from steersman.environments.text import shown
+from steersman.environments.text import clean_text
 from steersman.run.seed import sub_seed
 from steersman.types import Prompt, SteersmanError
 
@@ -28,7 +28,7 @@ class Findings:
 
 
 @dataclass(slots=True)
-class Course:
+class EpisodeTrace:
     """What one episode did: everything that the environment said, and what it paid."""
 
     said: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Course:
     fault: str = ""
 
 
-def tried(
+def try_episodes(
     environment: Environment, prompts: Sequence[Prompt], *, episodes: int, max_turns: int, low: float, high: float
 ) -> Findings:
     """Plays episodes at random, each twice with one seed. `low` and `high` are the range that a turn may pay."""
@@ -46,7 +46,7 @@ def tried(
     courses, unlike = [], 0
     for i in range(episodes):
         prompt = prompts[i % len(prompts)]
-        one, two = (course(environment, prompt, i, max_turns) for _ in range(2))
+        one, two = (play_episode(environment, prompt, i, max_turns) for _ in range(2))
         unlike += (one.said, one.rewards) != (two.said, two.rewards)
         courses.append(one)
     if unlike:
@@ -76,9 +76,9 @@ def tried(
     return found
 
 
-def quick(environment: Environment, prompt: Prompt) -> list[str]:
+def try_one_episode(environment: Environment, prompt: Prompt) -> list[str]:
     """What one short episode at random shows before a run: what failed, and whether its seed repeats."""
-    one, two = (course(environment, prompt, 0, 2) for _ in range(2))
+    one, two = (play_episode(environment, prompt, 0, 2) for _ in range(2))
     found = environment.findings()
     if one.fault:
         found.append(f"an episode failed: {one.fault}")
@@ -87,9 +87,9 @@ def quick(environment: Environment, prompt: Prompt) -> list[str]:
     return found
 
 
-def course(environment: Environment, prompt: Prompt, number: int, max_turns: int) -> Course:
+def play_episode(environment: Environment, prompt: Prompt, number: int, max_turns: int) -> EpisodeTrace:
     """One episode of a random player; the number names its streams."""
-    out, luck = Course(), random.Random(sub_seed(0, "player", number))
+    out, luck = EpisodeTrace(), random.Random(sub_seed(0, "player", number))
     player = player_of(environment)
     episode = environment.open()
     try:
@@ -108,7 +108,7 @@ def course(environment: Environment, prompt: Prompt, number: int, max_turns: int
     except FaultError as error:
         out.fault = str(error)
     except (SystemExit, Exception) as error:
-        out.fault = f"{type(error).__name__}: {shown(str(error), 200)}"
+        out.fault = f"{type(error).__name__}: {clean_text(str(error), 200)}"
     finally:
         episode.close()
     return out

@@ -24,7 +24,7 @@ from steersman.environments.calls import without_thoughts
 from steersman.judge.config import EndpointConfig, JudgeConfig
 from steersman.judge.endpoint import Endpoint
 from steersman.judge.judge import Judge
-from steersman.judge.personas import END, as_talk, play, spoken
+from steersman.judge.personas import END, as_talk, first_paragraph, play
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
 from steersman.run.config import Section
@@ -130,7 +130,7 @@ class ModelPartner:
         ids, text = self.layout.prompt(play(_person(row, "character"), _person(row, "goal"), turns))
         with self.lock:
             sample = self.engine.generate([Prompt(ids, text)], self.sampling, seed=(seed, len(turns)))[0]
-        return spoken(sample.text)
+        return first_paragraph(sample.text)
 
 
 class EndpointPartner:
@@ -143,7 +143,7 @@ class EndpointPartner:
         said: list[str] = []
         asked = play(_person(row, "character"), _person(row, "goal"), turns)
         self.endpoint.ask([asked], lambda _, reply: said.append(str(reply["text"])), lambda: True)
-        return spoken(said[0])
+        return first_paragraph(said[0])
 
 
 class Grades:

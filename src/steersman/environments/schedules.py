@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from steersman.environments.play import Play, Played
+from steersman.environments.play import EpisodeInPlay, Play
 from steersman.rollout.port import Generator, Joinable
 from steersman.types import Prompt
 
@@ -60,7 +60,7 @@ def joining(play: Play, batch: Joinable) -> None:
 def _speak(play: Play, generator: Generator) -> None:
     """One reply of every episode that waits for one, in the order of the prompts."""
     games, play.waiting = [play.waiting[order] for order in sorted(play.waiting)], {}
-    by_turn: dict[int, list[Played]] = {}
+    by_turn: dict[int, list[EpisodeInPlay]] = {}
     for game in games:
         by_turn.setdefault(game.turns, []).append(game)
     for turn, some in sorted(by_turn.items()):
@@ -70,6 +70,6 @@ def _speak(play: Play, generator: Generator) -> None:
             play.said(game, reply)
 
 
-def _asked(game: Played) -> Prompt:
+def _asked(game: EpisodeInPlay) -> Prompt:
     assert game.talk is not None
     return Prompt(game.talk.asked(), "", {}, game.key)

@@ -10,7 +10,7 @@ from typing import Any
 
 from steersman.data import Batches, mixture, wraps
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
-from steersman.flywheel.refresh import refreshed
+from steersman.flywheel.refresh import refresh_judge
 from steersman.flywheel.sections import LoopRecipe
 from steersman.judge.config import JudgeConfig
 from steersman.judge.judge import SharedJudge
@@ -92,8 +92,8 @@ class Flywheel:
         kept, left_out = usable(rows, self.recipe.unfinished)
         if not kept:
             raise SteersmanError(
-                f"none of {len(rows)} sampled answers can be used ({said(left_out)}); raise rollout.max_new_tokens, "
-                "or set unfinished to trim or keep"
+                f"none of {len(rows)} sampled answers can be used ({left_out_text(left_out)}); raise "
+                "rollout.max_new_tokens, or set unfinished to trim or keep"
             )
 
         def make() -> Rows:
@@ -158,7 +158,7 @@ class Flywheel:
         if (why := self.ending.reason) is not None:
             self.ledger.log.note(f"ended after round {number} of {self.recipe.rounds}: {why}")
         elif self.recipe.refresh is not None and 0 < number < self.recipe.rounds:
-            self.judge = self.opened(refreshed(self, number, path))
+            self.judge = self.opened(refresh_judge(self, number, path))
         return why is not None
 
     def about_judge(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def said(counts: dict[str, int]) -> str:
+def left_out_text(counts: dict[str, int]) -> str:
     """ "3 empty, 2 unfinished", or "none left out"."""
     return ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none left out"
 

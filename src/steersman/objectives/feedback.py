@@ -16,11 +16,11 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Feedback, collate
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
-from steersman.model.layout import picked
+from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import in_order, my_micro_batches
-from steersman.run.progress import reported
+from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, answer_logp
 from steersman.train.held_prompts import HeldPrompts
@@ -168,7 +168,7 @@ class FeedbackObjective:
         if self.held_out is None:
             return stats
         tally, found, cost = Tally(), [], torch.tensor(self.held_out.lengths)
-        for part in reported(my_micro_batches(cost, self.micro_tokens), "look at held-out answers"):
+        for part in with_progress(my_micro_batches(cost, self.micro_tokens), "look at held-out answers"):
             rows = part.rows.tolist()
             loss, told = self._run(self.held_out, rows)
             if part.counts:
@@ -213,7 +213,7 @@ def _add(tally: Tally, prefix: str, label: Tensor, told: dict[str, Tensor]) -> N
     tally.add(f"{prefix}accuracy", told["accuracy"].sum(), len(label))
     for kind, name in ((label, "liked"), (~label, "disliked")):
         if kind.any():
-            count, places = int(kind.sum()), picked(kind, told["logp"].device)
+            count, places = int(kind.sum()), masked_indices(kind, told["logp"].device)
             tally.add(f"{prefix}logp/{name}", told["logp"][places].sum(), count)
             tally.add(f"{prefix}drift/{name}", (told["logp"] - told["ref"])[places].sum(), count)
             tally.add(f"{prefix}reward/{name}", told["reward"][places].sum(), count)

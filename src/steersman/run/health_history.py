@@ -33,7 +33,7 @@ class Series:
 
 
 @dataclass
-class Partings:
+class Divergence:
     """Two numbers side by side: the last 2n pairs, and the n pairs in a row whose second was highest in the mean, of
     all that ended n pairs ago or earlier."""
 
@@ -62,14 +62,14 @@ class Partings:
 class History:
     """The numbers of every iteration, as far as the checks need them: each step costs the same, however late.
 
-    `kept` values of each number stay, and `window` pairs of rewards are compared (`Partings`).
+    `kept` values of each number stay, and `window` pairs of rewards are compared (`Divergence`).
     """
 
     def __init__(self, *, kept: int, window: int) -> None:
         self.kept, self.window = max(kept, FIRST), window
         self.latest: Row = {}
         self.series: dict[str, Series] = {}
-        self.partings: dict[str, Partings] = {}
+        self.partings: dict[str, Divergence] = {}
 
     def add(self, row: Row) -> None:
         """The numbers of one more iteration."""
@@ -77,7 +77,7 @@ class History:
         for key, value in row.items():
             self.series.setdefault(key, Series()).add(value, self.kept)
             if key.startswith("reward/") and key != "reward/total" and "reward/total" in row:
-                self.partings.setdefault(key, Partings()).add((row["reward/total"], value), self.window)
+                self.partings.setdefault(key, Divergence()).add((row["reward/total"], value), self.window)
 
     def of(self, key: str) -> Series:
         """All that is known of a number; an empty series where it was never seen."""
@@ -108,7 +108,7 @@ class History:
         self.latest = dict(state["latest"])
         self.series = {key: Series(**x) for key, x in state["series"].items()}
         self.partings = {
-            key: Partings(**{name: [tuple(pair) for pair in pairs] for name, pairs in x.items()})
+            key: Divergence(**{name: [tuple(pair) for pair in pairs] for name, pairs in x.items()})
             for key, x in state["partings"].items()
         }
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from steersman.rollout.remote import keeper
-from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.launch import ServerProcess
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs Linux's shared memory")
 
@@ -37,11 +37,11 @@ signal.signal(signal.SIGTERM, tidy)
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
-def started(tmp_path: Path, more: str) -> tuple[Launched, Path, int]:
+def started(tmp_path: Path, more: str) -> tuple[ServerProcess, Path, int]:
     """A process that holds shared memory and has a child in a session of its own; both, and the child's id."""
     name = f"steersman-test-{uuid4().hex[:8]}"
     script = SERVER.format(name=name, more=more)
-    one = Launched("server", lambda _: [sys.executable, "-c", script], tmp_path / "log", timeout=20.0)
+    one = ServerProcess("server", lambda _: [sys.executable, "-c", script], tmp_path / "log", timeout=20.0)
     one.start()
     while "child" not in one.said():
         assert one.alive(), one.said()

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from steersman.data import DataConfig, RowError
 from steersman.data.examples import Content, Demonstration, Example, Feedback, Preference, Ranking, Rating
 from steersman.data.load import load, recognised
-from steersman.people.store.conversations import Said, model_id
+from steersman.people.store.conversations import TurnText, model_id
 from steersman.people.store.database import Store, now
 from steersman.people.store.items import NewItem, add_item, make_queue
 from steersman.people.store.judgements import imported
@@ -189,7 +189,7 @@ def _webui_thumb(
     ]  # fmt: skip
     if len(beside) == 1 and said.get("sibling_model_ids") and turn.content.strip() != beside[0].content.strip():
         prompt = _before(turns, turn)
-        answers = [Said(t.content, _named(messages, turns, t)) for t in (turn, beside[0])]
+        answers = [TurnText(t.content, _named(messages, turns, t)) for t in (turn, beside[0])]
         item = _item(session, "open-webui", "compare", prompt, answers, {})
         choice = {"choice": 0 if rating == 1 else 1}
         _store(
@@ -250,7 +250,7 @@ def _label_studio(session: Session, task: dict[str, Any], stem: str, where: str,
             if kind is None:
                 done.left_out[f"a result of the type {result.get('type')}"] += 1
                 continue
-            item = _item(session, stem, kind, data[prompt_key], [Said(a) for a in answers], settings)
+            item = _item(session, stem, kind, data[prompt_key], [TurnText(a) for a in answers], settings)
             key = ("label-studio", stem, task["id"], annotation["id"], result.get("id", result["from_name"]))
             _store(
                 session, done, kind, key, rater, checked(kind, verdict, answers, settings), "label-studio", now(),
@@ -282,7 +282,7 @@ def _data_file(session: Session, path: Path, done: Imported) -> None:
             task, answers, verdict, settings = _example(one)
         except ValueError as error:
             raise RowError("no judgement", f"{one.row.where()}: {error}") from None
-        item = _item(session, path.stem, task, one.prompt, [Said(a) for a in answers], settings)
+        item = _item(session, path.stem, task, one.prompt, [TurnText(a) for a in answers], settings)
         key = ("file", item.id, one.row.number)
         said = checked(task, verdict, answers, settings)
         _store(session, done, task, key, rater, said, path.name, now(), item_id=item.id)
@@ -321,7 +321,9 @@ def _text(content: Content) -> str:
     return str(content[0]["content"])
 
 
-def _item(session: Session, name: str, task: str, prompt: Any, answers: list[Said], settings: dict[str, Any]) -> Item:
+def _item(
+    session: Session, name: str, task: str, prompt: Any, answers: list[TurnText], settings: dict[str, Any]
+) -> Item:
     """The item of an import's queue, which nobody is asked to judge (its overlap is 0)."""
     queue = make_queue(session, f"{name} ({task})"[:100], task, overlap=0, **settings)
     digest_id = _id(queue.name, repr(prompt), *(a.content for a in answers))

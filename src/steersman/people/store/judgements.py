@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from steersman.people.store.database import now
-from steersman.people.store.items import Shown
+from steersman.people.store.items import ShownItem
 from steersman.people.store.schema import Assignment, Item, JudgementRow, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
@@ -20,7 +20,7 @@ LONGEST_SECONDS = 24 * 3600.0
 
 
 def judge_item(
-    session: Session, shown: Shown, verdict: Any, *, key: str, seconds: float | None = None
+    session: Session, shown: ShownItem, verdict: Any, *, key: str, seconds: float | None = None
 ) -> JudgementRow:
     """Stores the verdict on an item that the rater was shown, and closes it.
 

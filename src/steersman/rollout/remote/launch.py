@@ -23,7 +23,7 @@ PORT_TRIES = 3
 _ROOT = re.compile(r"^.*\b(?:[A-Z]\w*(?:Error|Exception)|MemoryError|Killed)\b.*$", re.MULTILINE)
 
 
-class Launched:
+class ServerProcess:
     """A server's process: its command is made for a port by `command`, its output goes to a log file.
 
     It ends when `stop` is called, or when this process ends, however that happens: a keeper holds the other end of a

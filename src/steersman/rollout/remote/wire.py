@@ -36,7 +36,7 @@ class BadReplyError(SteersmanError):
 
 
 @dataclass(slots=True, frozen=True)
-class Asked:
+class SampleRequest:
     """One prompt to be answered `n` times.
 
     `key` is what names its random stream besides the call's seed: the prompt's index and which of its occurrences
@@ -178,7 +178,7 @@ class Server:
 
 
 def replies(
-    server: Server, found: Any, asked: Sequence[Asked], vocabulary: int, *, support: bool = False
+    server: Server, found: Any, asked: Sequence[SampleRequest], vocabulary: int, *, support: bool = False
 ) -> list[Reply]:
     """The choices of a reply in order: those of the first prompt first; with the tokens that were allowed, where
     `support` is asked for.
@@ -203,7 +203,7 @@ def replies(
     return [_reply(server, placed[i], owner, vocabulary, support) for i, owner in enumerate(owners)]
 
 
-def _reply(server: Server, choice: dict[str, Any], asked: Asked, vocabulary: int, support: bool) -> Reply:
+def _reply(server: Server, choice: dict[str, Any], asked: SampleRequest, vocabulary: int, support: bool) -> Reply:
     """One choice. Raises BadReplyError for ids that are none of the vocabulary, more tokens than were asked for, and
     log-probabilities that are missing, not finite or above 0."""
     ids, finish = choice.get("token_ids"), choice.get("finish_reason")
