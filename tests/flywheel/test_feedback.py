@@ -223,5 +223,5 @@ def test_rules_agree_with_the_labelled_sample(shared):
     root = Path(__file__).resolve().parents[2]
     found = reactions.labelled(shared, root / "recipes" / "data" / "reactions-labelled.jsonl")
     assert len(found) == 200
-    told = [category(e.reaction, e.asked) for e, _ in found]
+    told = [category(e.reaction, e.last_question) for e, _ in found]
     assert 0.6 < kappa(told, [kind for _, kind in found]) < 0.8

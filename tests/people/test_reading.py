@@ -10,7 +10,16 @@ from sqlalchemy import select
 
 from steersman.assets import story_model
 from steersman.cli import main
-from steersman.data import DataConfig, demonstrations, feedback, preferences, prompts, rankings, ratings, recognised
+from steersman.data import (
+    DataConfig,
+    demonstrations,
+    feedback,
+    preferences,
+    prompts,
+    rankings,
+    ratings,
+    recognise_kind,
+)
 from steersman.people.store import open_store
 from steersman.people.store.conversations import TurnText, add_turn, start
 from steersman.people.store.items import NewItem
@@ -118,7 +127,7 @@ def test_rankings_ratings_and_reviews(address, store):
     pairs = preferences(config(address)).train
     assert [(e.chosen, e.rejected) for e in pairs[:2]] == [("a", "c"), ("b", "c")]
     assert (pairs[2].chosen[0]["content"], pairs[2].rejected[0]["content"]) == ("better", "z")
-    assert recognised(config(address), ("ranking", "rating")) == "ranking"
+    assert recognise_kind(config(address), ("ranking", "rating")) == "ranking"
     assert [q.prompt for q in prompts(config(address)).train] == ["q", [{"role": "user", "content": "hi"}]]
 
 
@@ -169,7 +178,7 @@ def test_a_store_without_what_is_wanted_is_refused(address, store):
     with pytest.raises(SteersmanError, match=r"nothing that gives demonstration rows.*what it has: preference"):
         demonstrations(config(address))
     with pytest.raises(SteersmanError, match="no judgements that can be learned"):
-        recognised(config(address), ("rating",))
+        recognise_kind(config(address), ("rating",))
 
 
 def test_a_file_beside_a_store(address, store, tmp_path):

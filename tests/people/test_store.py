@@ -24,7 +24,15 @@ from steersman.people.store.conversations import (
     start,
 )
 from steersman.people.store.database import store_url
-from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, progress, shown
+from steersman.people.store.items import (
+    NewItem,
+    add_item,
+    make_queue,
+    next_item,
+    own_assignment,
+    progress,
+    shown_item,
+)
 from steersman.people.store.judgements import judge_item, judge_turn, last_item, live, thumbs, undo
 from steersman.people.store.raters import forget, log_in, log_out, visitor
 from steersman.people.store.schema import Assignment, Base, Item, JudgementRow, Login, Person, Queue
@@ -74,9 +82,9 @@ def test_a_request_that_comes_twice_is_stored_once(store):
         first = judge_item(session, got, {"choice": 0}, key=once, seconds=3.0).id
     with store.begin() as session:
         assignment = own_assignment(session, got.assignment.id, ada, lock=True)
-        assert judge_item(session, shown(session, assignment), {"choice": 1}, key=once).id == first
+        assert judge_item(session, shown_item(session, assignment), {"choice": 1}, key=once).id == first
         # A second tab, with a key of its own: the first verdict counts.
-        assert judge_item(session, shown(session, assignment), {"choice": 1}, key=key()).id == first
+        assert judge_item(session, shown_item(session, assignment), {"choice": 1}, key=key()).id == first
         assert session.scalars(select(JudgementRow.verdict)).all() == [{"choice": 0}]
     bob = rater(store, "Bob")
     with store.begin() as session, pytest.raises(SteersmanError, match="another judgement has this key"):

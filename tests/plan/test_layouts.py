@@ -178,7 +178,7 @@ def test_the_simulation_prints_who_waits(capsys):
 def test_models_away_between_phases_leave_the_largest_phase():
     """Only the model that learns is there, with its optimizer; the bytes that move are counted by hand."""
     there, roles = cluster("8xH100-80GB"), ppo_roles()
-    found = weigh(Layout("away", 8, away=True), roles, PPO, there)
+    found = weigh(Layout("away", 8, offloaded=True), roles, PPO, there)
     together = weigh(Layout("sharded", 8), roles, PPO, there)
     learner = B7 * (2 + 8)
     assert found.memory["actor"] == learner / 8

@@ -74,7 +74,7 @@ class OtherTokenizer(Teacher):
         """The teacher's distributions at the places that are compared, and these places among the packed response
         tokens of the answers; only tokens that count are."""
         responses = [self.codec.finish(a.text, eos=a.ended) or [0] for a in answers]
-        tokens = Tokens.from_ids([a.taught for a in answers], responses)
+        tokens = Tokens.from_ids([a.teacher_prompt for a in answers], responses)
         mine, theirs, before, before_theirs = [], [], 0, 0
         for answer, response in zip(answers, responses, strict=True):
             places = same_places(

@@ -24,15 +24,15 @@ from steersman.types import SteersmanError, Tokens
 class Answer:
     """One answer to learn from, in the student's tokens.
 
-    `taught` is the prompt as the teacher reads it, and `text` the answer's text where a teacher reads it in tokens of
-    its own. `mask[t]` says whether token t counts. `ended` is False where the length limit cut it, `row` its place in
-    the data, `advantage` what the reward found it worth beside others.
+    `teacher_prompt` is the prompt as the teacher reads it, and `text` the answer's text where a teacher reads it in
+    tokens of its own. `mask[t]` says whether token t counts. `ended` is False where the length limit cut it, `row`
+    its place in the data, `advantage` what the reward found it worth beside others.
     """
 
     prompt: list[int]
     response: list[int]
     mask: list[bool]
-    taught: list[int]
+    teacher_prompt: list[int]
     row: int
     text: str = ""
     ended: bool = True
@@ -59,7 +59,7 @@ class TokenDivergence:
 
     divergence: Float[Tensor, " N"]
     logp: Float[Tensor, " N"] | None = None
-    unlisted: Float[Tensor, " N"] | None = None
+    unlisted_mass: Float[Tensor, " N"] | None = None
 
 
 class Teacher:
@@ -128,7 +128,7 @@ class LocalTeacher(TokenTeacher):
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
-        tokens = Tokens.from_ids([a.taught for a in answers], [a.response for a in answers])
+        tokens = Tokens.from_ids([a.teacher_prompt for a in answers], [a.response for a in answers])
         hidden = self.model.hidden(tokens)
         if not logp:
             return Reading(TeacherStates(hidden, self.model.head()))

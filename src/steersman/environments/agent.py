@@ -94,7 +94,7 @@ class AgentEpisode:
         after = self.asked = self._next()
         if after is None:
             return Answer(reward=self._reward(), done=True)
-        held = [*before.messages, before.said()]
+        held = [*before.messages, before.as_message()]
         if after.tools == before.tools and len(after.messages) > len(held) and after.messages[: len(held)] == held:
             return Answer([self._cut(m) for m in after.messages[len(held) :]])
         return Answer(self._shown(after), anew=True)

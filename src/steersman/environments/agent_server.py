@@ -57,7 +57,7 @@ class ChatRequest:
             ]
         self.answered.set()
 
-    def said(self) -> Message:
+    def as_message(self) -> Message:
         """The policy's turn as the program was given it, in the form that `messages_of` makes of it."""
         turn: dict[str, Any] = {"role": "assistant", "content": self.content}
         return messages_of([turn | ({"tool_calls": self.calls} if self.calls else {})])[0]

@@ -31,7 +31,7 @@ class Findings:
 class EpisodeTrace:
     """What one episode did: everything that the environment said, and what it paid."""
 
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ended: bool = False
@@ -47,7 +47,7 @@ def try_episodes(
     for i in range(episodes):
         prompt = prompts[i % len(prompts)]
         one, two = (play_episode(environment, prompt, i, max_turns) for _ in range(2))
-        unlike += (one.said, one.rewards) != (two.said, two.rewards)
+        unlike += (one.messages, one.rewards) != (two.messages, two.rewards)
         courses.append(one)
     if unlike:
         found.notes.append(
@@ -71,7 +71,7 @@ def try_episodes(
         "episodes that ended": f"{ended} of {episodes}, within {max_turns} turns",
         "a random player earns": f"{sum(totals) / len(totals):.3g} on average, {max(totals):.3g} at best",
         "time per step": f"{sum(seconds) / max(len(seconds), 1):.2g} s, {max(seconds, default=0):.2g} at most",
-        "longest message": f"{max((len(s) for c in courses for s in c.said), default=0)} characters",
+        "longest message": f"{max((len(s) for c in courses for s in c.messages), default=0)} characters",
     }
     return found
 
@@ -82,7 +82,7 @@ def try_one_episode(environment: Environment, prompt: Prompt) -> list[str]:
     found = environment.findings()
     if one.fault:
         found.append(f"an episode failed: {one.fault}")
-    elif (one.said, one.rewards) != (two.said, two.rewards):
+    elif (one.messages, one.rewards) != (two.messages, two.rewards):
         found.append("the same seed gives another episode: a resumed run will not be the same bit for bit")
     return found
 
@@ -95,12 +95,12 @@ def play_episode(environment: Environment, prompt: Prompt, number: int, max_turn
     try:
         turns: list[Message] = [dict(m) for m in prompt.turns or []]  # type: ignore[misc]
         begun = episode.begin(turns, dict(prompt.row), sub_seed(0, "check", number))
-        out.said.append("".join(m["content"] for m in begun))
+        out.messages.append("".join(m["content"] for m in begun))
         while len(out.rewards) < max_turns and not out.ended:
             start = time.monotonic()
             answer: Answer = episode.step(player(luck))
             out.seconds.append(time.monotonic() - start)
-            out.said.append("".join(m["content"] for m in answer.messages))
+            out.messages.append("".join(m["content"] for m in answer.messages))
             out.rewards.append(answer.reward)
             out.ended = answer.done or answer.truncated
     except SteersmanError:

@@ -150,12 +150,12 @@ class Grades:
     """A judge's grades as shares of its scale, for one conversation at a time."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self.opened, self.lock = Judge(config), threading.Lock()
+        self.judge, self.lock = Judge(config), threading.Lock()
 
     def __call__(self, asked: str, talk: str) -> float:
-        low, high = self.opened.config.scale
+        low, high = self.judge.config.scale
         with self.lock:
-            grade = self.opened.grade([(asked, talk)])[0]
+            grade = self.judge.grade([(asked, talk)])[0]
         return 0.5 if grade is None else (grade - low) / (high - low)
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class EpisodeInPlay:
     """One episode while it is played. `key` names its random streams, whatever is played beside it.
 
-    `talk` is what the policy is shown now, and `messages` the same as messages, the first `begun` of which were shown
-    first, after `before` replies; `earlier` are conversations that were shown anew since.
+    `talk` is what the policy is shown now, and `messages` the same as messages, the first `shown_first` of which were
+    shown first, after `replies_before` replies; `earlier` are conversations that were shown anew since.
     """
 
     prompt: Prompt
@@ -43,8 +43,8 @@ class EpisodeInPlay:
     talk: Conversation | None = None
     earlier: list[Conversation] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    begun: int = 0
-    before: int = 0
+    shown_first: int = 0
+    replies_before: int = 0
     reply: Reply | None = None
     tries: int = 0
     waited: float = 0.0
@@ -119,7 +119,7 @@ class Play:
         elif game.talk is None:
             game.episode, messages = job.result
             try:
-                fits = self.of.opened(game, messages, self.sampling.max_new_tokens)
+                fits = self.of.lay_out_opening(game, messages, self.sampling.max_new_tokens)
             except (FaultError, TypeError, KeyError) as error:
                 return self._failed(game, error)
             assert game.talk is not None
@@ -132,7 +132,7 @@ class Play:
     def _answer(self, game: EpisodeInPlay, answer: Answer) -> None:
         talk = game.talk
         assert talk is not None
-        talk.paid(answer.reward, "".join(m["content"] for m in answer.messages))
+        talk.add_feedback(answer.reward, "".join(m["content"] for m in answer.messages))
         limit = self.of.config.episode_limit
         if answer.done or answer.truncated:
             self._end(game, "done" if answer.done else "the environment's limit", answer.done)
@@ -142,7 +142,7 @@ class Play:
             self._end(game, "time limit", False)
         else:
             try:
-                fits = self.of.answered(game, answer, self.sampling.max_new_tokens)
+                fits = self.of.lay_out_answer(game, answer, self.sampling.max_new_tokens)
             except FaultError as error:
                 return self._failed(game, error)
             if fits:
@@ -186,13 +186,13 @@ class Play:
 
     # -- the policy's side -------------------------------------------------------------------------------------
 
-    def said(self, game: EpisodeInPlay, sample: Sample) -> None:
+    def take_reply(self, game: EpisodeInPlay, sample: Sample) -> None:
         """Takes a reply over and gives it to the episode's environment."""
         talk, episode = game.talk, game.episode
         assert talk is not None
         assert episode is not None
         self.tokens += len(sample.ids)
-        talk.said(sample)
+        talk.add_reply(sample)
         reply = game.reply = read_reply(sample.text, self.of.form, cut=sample.finish == "length")
         self._submit(game, lambda: episode.step(reply))
 
@@ -212,15 +212,15 @@ class Play:
             sample = in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
         else:
             sample = talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
-        sample.asked, sample.talk = game.messages[: game.begun], _as_messages(game, sample.text)
+        sample.opening, sample.talk = game.messages[: game.shown_first], _as_messages(game, sample.text)
         return sample
 
 
 def _as_messages(game: EpisodeInPlay, last: str) -> list[Message]:
     """What was said in the conversation of now, up to the policy's last reply."""
-    talk = game.messages[game.begun :]
+    talk = game.messages[game.shown_first :]
     replies = [i for i, m in enumerate(talk) if m["role"] == "assistant"]
-    if len(replies) < game.turns - game.before:
+    if len(replies) < game.turns - game.replies_before:
         return [*talk, {"role": "assistant", "content": last}]
     return talk[: replies[-1] + 1] if replies else []
 

@@ -111,7 +111,7 @@ class Episodes:
                 games.append(EpisodeInPlay(prompt, j, place * n + j, seed, key))
         return games
 
-    def opened(self, game: EpisodeInPlay, messages: Sequence[Message], room: int) -> bool:
+    def lay_out_opening(self, game: EpisodeInPlay, messages: Sequence[Message], room: int) -> bool:
         """Lays out what the episode, or a conversation of it, begins with; False where no reply fits behind it."""
         first: list[Message] = [dict(m) for m in messages]  # type: ignore[misc]
         tools = self.environment.tools or first[0].get("tools", [])
@@ -120,10 +120,10 @@ class Episodes:
             first = with_tool_descriptions(first, tools)
         elif tools and self.layout.chat:
             first[0] = {**first[0], "tools": tools}
-        game.begun, game.before = len(first), game.turns
+        game.shown_first, game.replies_before = len(first), game.turns
         return self._shown_anew(game, first, room)
 
-    def answered(self, game: EpisodeInPlay, answer: Answer, room: int) -> bool:
+    def lay_out_answer(self, game: EpisodeInPlay, answer: Answer, room: int) -> bool:
         """Puts what the environment says behind the reply, or shows the conversation anew; False where another reply
         does not fit behind it."""
         talk, reply = game.talk, game.reply
@@ -133,7 +133,7 @@ class Episodes:
         try:
             if answer.anew:
                 game.earlier.append(talk)
-                return self.opened(game, answer.messages, room)
+                return self.lay_out_opening(game, answer.messages, room)
             before, game.messages = game.messages, [*game.messages, said, *messages]
             segments = self.config.history == "segments" and self.layout.chat
             if not self.layout.joined or (segments and self.layout.rewritten(before, reply.text, game.messages)):
@@ -144,7 +144,7 @@ class Episodes:
             raise FaultError(f"the chat template can't show the environment's turn: {error}") from error
         if len(talk.prompt.ids) + len(talk.ids) + len(new) + room > self.limit:
             return False
-        talk.heard(new)
+        talk.add_observation(new)
         return True
 
     def _shown_anew(self, game: EpisodeInPlay, messages: list[Message], room: int) -> bool:

@@ -53,7 +53,7 @@ def joining(play: Play, batch: Joinable) -> None:
             step += 1
             for number, sample in batch.advance().items():
                 game = speaking.pop(number)
-                play.said(game, sample)
+                play.take_reply(game, sample)
                 line.append((game, step + delay))
 
 
@@ -67,9 +67,9 @@ def _speak(play: Play, generator: Generator) -> None:
         asked, seed = [_asked(g) for g in some], (*play.words, turn)
         replies = generator.generate(asked, play.sampling, n=1, seed=seed, record_support=play.record_support)
         for game, reply in zip(some, replies, strict=True):
-            play.said(game, reply)
+            play.take_reply(game, reply)
 
 
 def _asked(game: EpisodeInPlay) -> Prompt:
     assert game.talk is not None
-    return Prompt(game.talk.asked(), "", {}, game.key)
+    return Prompt(game.talk.context(), "", {}, game.key)

@@ -38,7 +38,7 @@ class Flywheel:
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out, wrap=wraps(tokenizer, recipe.data))
         self.ending, self.paths = Stopping(recipe.stop), list[str]()
-        self.judge = self.opened(recipe.judge)
+        self.judge = self.open_judge(recipe.judge)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
@@ -49,7 +49,7 @@ class Flywheel:
             len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
         )
 
-    def opened(self, config: JudgeConfig) -> SharedJudge:
+    def open_judge(self, config: JudgeConfig) -> SharedJudge:
         """A judge, with its cache in the run folder."""
         stopping = lambda: bool(self.ledger.signal)  # noqa: E731
         return SharedJudge(config, self.ledger.path / "judge.jsonl", stopping=stopping, device=self.ledger.device)
@@ -87,7 +87,7 @@ class Flywheel:
             rollout=rollout.model_dump(exclude={"held_out", "max_batch"}),
         )  # fmt: skip
 
-    def graded(self, name: str, source: str, rows: Rows) -> Rows:
+    def grade_rows(self, name: str, source: str, rows: Rows) -> Rows:
         """Table: the usable rows of `source` with the judge's `grade`; ungraded ones are left out and counted."""
         kept, left_out = usable(rows, self.recipe.unfinished)
         if not kept:
@@ -158,7 +158,7 @@ class Flywheel:
         if (why := self.ending.reason) is not None:
             self.ledger.log.note(f"ended after round {number} of {self.recipe.rounds}: {why}")
         elif self.recipe.refresh is not None and 0 < number < self.recipe.rounds:
-            self.judge = self.opened(refresh_judge(self, number, path))
+            self.judge = self.open_judge(refresh_judge(self, number, path))
         return why is not None
 
     def about_judge(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows
         def make() -> Rows:
             return list(given_pairs(answers, flywheel.columns(answers), config.column))
     elif config.by == "grade":
-        graded = flywheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+        graded = flywheel.grade_rows(f"{name}/graded", f"{name}/samples", sampled)
         about = {"made_from": ledger.sources(f"{name}/graded")}
 
         def make() -> Rows:

@@ -114,7 +114,7 @@ def kappa(first: Sequence[object], second: Sequence[object]) -> float:
 
 
 def _holes(e: Exchange) -> dict[str, str]:
-    return {"asked": e.asked[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
+    return {"asked": e.last_question[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
 
 
 def _plain(text: str) -> str:

@@ -136,7 +136,7 @@ def math_equal(completion: str, answer: str) -> bool:
     if _TOO_LARGE.search(given) or _TOO_LARGE.search(wanted):
         return False
     verdict = _math_process().ask(given, wanted)
-    if verdict is None or verdict.found:
+    if verdict is None or verdict.has_answer:
         return verdict is not None and verdict.equal
     numbers = _NUMBER.findall(given)
     return bool(numbers) and target is not None and _as_number(numbers[-1]) == target

@@ -94,9 +94,9 @@ class Policy(nn.Module):
 
     def adapt(self, lora: LoraConfig) -> None:
         """Puts adapters on the model, whose own weights are frozen. Raises SteersmanError where they do not fit."""
-        self.wear(add_lora(self.model, lora))
+        self.register_adapters(add_lora(self.model, lora))
 
-    def wear(self, adapters: PeftModel) -> None:
+    def register_adapters(self, adapters: PeftModel) -> None:
         """Knows these adapters, which are on the model already, as its own."""
         # past nn.Module, which would count every weight twice
         object.__setattr__(self, "_adapters", adapters)

@@ -44,7 +44,7 @@ class Reader(Protocol):
         """Each row's states before its response and after its last token."""
         ...
 
-    def once_a_call(self) -> None:
+    def run_once_per_call(self) -> None:
         """From now on the trunk runs once in each call, whatever is in it: ranks that share weights must run it
         equally often."""
         ...
@@ -71,7 +71,7 @@ class CausalReader:
     def start(self) -> tuple[int, ...]:
         return ()
 
-    def once_a_call(self) -> None:
+    def run_once_per_call(self) -> None:
         self.single = True
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
@@ -163,7 +163,7 @@ class EncoderDecoderReader:
     decoder: nn.Module
     start: tuple[int, ...]
 
-    def once_a_call(self) -> None:
+    def run_once_per_call(self) -> None:
         return None
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:

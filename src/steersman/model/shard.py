@@ -40,7 +40,7 @@ def place(model: Any) -> None:
         fsdp.register_fsdp_forward_method(model, name)
     _sum_up(model)
     model.max_tokens = None
-    model.reader.once_a_call()
+    model.reader.run_once_per_call()
     with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
         getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
     as_local_shards(model)

@@ -46,7 +46,7 @@ class LeaderboardRecipe(Section):
 def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the table, and returns both ratings and what style is worth."""
     bad = BadRows(recipe.on_bad_row)
-    battles = list(styled(open_judgements(recipe.file, bad), recipe.cluster))
+    battles = list(style_battles(open_judgements(recipe.file, bad), recipe.cluster))
     if not battles:
         raise SteersmanError(
             f"{recipe.file}: no judgement between two models ({bad.sentence}); a row needs answers, models and choice"
@@ -72,7 +72,7 @@ def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     return summary
 
 
-def styled(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[StyledBattle]:
+def style_battles(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[StyledBattle]:
     """Every choice between two models with the difference of style; gold items are no battle."""
     groups: dict[str, int] = {}
     for one in rows:

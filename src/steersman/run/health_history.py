@@ -46,7 +46,7 @@ class Divergence:
         if len(self.last) == 2 * n and (not self.best or _second(self.last[:n]) > _second(self.best)):
             self.best = self.last[:n]
 
-    def parted(self, n: int, sigma: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    def diverged(self, n: int, sigma: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Whether the first rose and the second fell, both by `sigma` standard errors, since the second was highest.
 
         Means over n rows, Welch's standard error. Gives ((first then, first now), (second then, second now)).
@@ -92,7 +92,7 @@ class History:
         first = self.of(key).first[:3]
         return _mean(first) if first else None
 
-    def now(self, key: str, n: int) -> float | None:
+    def recent_mean(self, key: str, n: int) -> float | None:
         """The mean of the last n values of a key; None where the newest row has none."""
         last = self.last(key, n)
         return _mean(last) if last else None

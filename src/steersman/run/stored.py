@@ -87,7 +87,7 @@ class StoredTensor:
             raise SteersmanError(f"{self.reader.path}: {self.name} can not be read: {error}") from error
         return found
 
-    def whole(self) -> Tensor:
+    def full_tensor(self) -> Tensor:
         """All of the tensor, on the CPU, for who looks into a checkpoint."""
         found = self.reader.read_metadata().state_dict_metadata[self.name]
         return self.read(torch.empty(found.size, dtype=found.properties.dtype))

@@ -71,7 +71,7 @@ class MainRankGenerator:
             error = raised
         ranks().agree(error, "the start of what samples")
 
-    def replaced(self, wrap: Callable[[Any], S]) -> S | None:
+    def wrap_engine(self, wrap: Callable[[Any], S]) -> S | None:
         """On rank 0: `wrap` of its generator, which answers in its place from now on; elsewhere None."""
         if self._engine is None:
             return None

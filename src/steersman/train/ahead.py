@@ -53,7 +53,7 @@ class Ahead(OnPolicy):
             roles.engine = self.schedule = made(engine)
         else:
             self._of_ranks: MainRankGenerator = engine
-            if schedule := engine.replaced(made):
+            if schedule := engine.wrap_engine(made):
                 self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}

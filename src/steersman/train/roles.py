@@ -121,7 +121,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         micro_tokens=recipe.run.micro_tokens,
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
-        correction=rollout.correction.made(),
+        correction=rollout.correction.correction(),
     )
     sampling, limit, mask = rollout.sampling(), algorithm.sampling_mask(), None
     if limit is not None:

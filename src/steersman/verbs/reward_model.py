@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from steersman.data import (
     DataConfig,
     EncodedSet,
-    Loaded,
+    LoadedExamples,
     attributes,
     describe,
     encode,
@@ -21,7 +21,7 @@ from steersman.data import (
     preferences,
     rankings,
     ratings,
-    recognised,
+    recognise_kind,
     steps,
 )
 from steersman.data.shapes import NOUNS, Kind
@@ -139,7 +139,7 @@ def _kind(recipe: RewardModelRecipe) -> Kind:
         if recipe.kind not in ("auto", "preference"):
             raise SteersmanError(f"kind: {recipe.kind}, but the gating stage learns from preferences (or rankings)")
         return "preference"
-    return recognised(recipe.data, KINDS) if recipe.kind == "auto" else recipe.kind
+    return recognise_kind(recipe.data, KINDS) if recipe.kind == "auto" else recipe.kind
 
 
 def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         raise SteersmanError(
             f"train.debias learns from pairs, and the data is of kind {kind}; give pairs, or remove it"
         )
-    loaded: Loaded[Any] = LOADERS[kind](recipe.data)
+    loaded: LoadedExamples[Any] = LOADERS[kind](recipe.data)
     names = attributes(loaded.train) if kind == "rating" else []
     names = recipe.data.scores or names
     model: Any = of_pairs(recipe.model, recipe.train, recipe.run, session.device, kind)
@@ -209,7 +209,7 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
 
 def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
     """The held-out rows where the data section holds some out, all rows else."""
-    loaded: Loaded[Any] = LOADERS[kind](recipe.data)
+    loaded: LoadedExamples[Any] = LOADERS[kind](recipe.data)
     if loaded.held_out:
         loaded.train = loaded.held_out
     model: Any = reward_from(recipe.model, recipe.run, session.device, trainable=False)

@@ -169,8 +169,8 @@ def _episode(sample: Sample) -> dict[str, Any]:
     """An episode's turns as they were said, answered and paid; nothing for a single answer."""
     if sample.turns is None:
         return {}
-    turns = [{"said": t.said, "heard": t.heard, "reward": t.reward} for t in sample.turns]
-    talk = {"asked": sample.asked, "talk": sample.talk} if sample.talk else {}
+    turns = [{"said": t.reply, "heard": t.observation, "reward": t.reward} for t in sample.turns]
+    talk = {"asked": sample.opening, "talk": sample.talk} if sample.talk else {}
     return {"begin": sample.prompt.text, "turns": turns, "outcome": sample.outcome, **talk}
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from steersman.people.collect.app import Visit, go, own_path
 from steersman.people.collect.forms import seconds_of, verdict_of
 from steersman.people.store.conversations import TurnText, add_turn, path
-from steersman.people.store.items import CHAT, ShownItem, next_item, own_assignment, place_of, progress, shown
+from steersman.people.store.items import CHAT, ShownItem, next_item, own_assignment, place_of, progress, shown_item
 from steersman.people.store.judgements import judge_item, undo
 from steersman.people.store.schema import Assignment, Conversation, Model, Queue, Turn
 
@@ -40,7 +40,7 @@ def item_page(visit: Visit) -> Response:
         assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id)
         if assignment is None:
             return visit.refused("404", 404)
-        got = shown(session, assignment)
+        got = shown_item(session, assignment)
         place = place_of(session, got.queue, visit.rater.rater_id)
     if assignment.state != "open":  # the back button, after the verdict was saved
         return go(_after(got))
@@ -52,7 +52,7 @@ def judge(visit: Visit) -> Response:
         assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id, lock=True)
         if assignment is None:
             return visit.refused("404", 404)
-        got = shown(session, assignment)
+        got = shown_item(session, assignment)
         was_open = assignment.state == "open"
         row = judge_item(
             session, got, verdict_of(visit.form, got), key=str(visit.form.get("key")), seconds=seconds_of(visit.form)

@@ -132,7 +132,7 @@ def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | Non
         .limit(1)
     )
     if left_open is not None:
-        return shown(session, left_open)
+        return shown_item(session, left_open)
     # Whoever takes from a queue holds it: on SQLite by writing alone, on PostgreSQL by this lock.
     queue = session.get_one(Queue, queue_id, with_for_update=True)
     item = None
@@ -155,7 +155,7 @@ def assign(session: Session, item: Item, rater_id: int) -> ShownItem:
     return ShownItem(made, item, session.get_one(Queue, item.queue_id), answers)
 
 
-def shown(session: Session, assignment: Assignment) -> ShownItem:
+def shown_item(session: Session, assignment: Assignment) -> ShownItem:
     """An assignment with all that belongs to it."""
     item = session.get_one(Item, assignment.item_id)
     return ShownItem(assignment, item, session.get_one(Queue, item.queue_id), answers_of(session, item.id))
@@ -173,12 +173,13 @@ def answers_of(session: Session, item_id: str) -> list[Answer]:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a queue is: items, verdicts that are wanted and given, and what one rater has done and may still do."""
+    """How far a queue is: items, verdicts that are wanted and given, and what one rater has given (`own`) and may
+    still give."""
 
     items: int
     wanted: int
-    given: int
-    mine: int
+    verdicts: int
+    own: int
     open_to_me: bool
 
 

@@ -57,7 +57,7 @@ def judge_turn(
     return _insert(session, _row("thumb", rater_id, said, key=key, turn_id=turn.id, seconds=seconds))
 
 
-def imported(session: Session, row: JudgementRow) -> bool:
+def store_imported(session: Session, row: JudgementRow) -> bool:
     """Stores a judgement of another program; False where its key is there already."""
     if session.scalar(select(JudgementRow.id).where(JudgementRow.key == row.key)) is not None:
         return False

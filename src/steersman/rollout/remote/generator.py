@@ -90,7 +90,7 @@ class RemoteGenerator:
 
     def load(self, snapshot: Snapshot, *, cut: bool = False) -> Stats:
         """Puts the snapshot onto every server; what was there before is dropped. Returns the receipts' numbers."""
-        with self._traffic.stopped(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
+        with self._traffic.paused(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
             given = list(pool.map(lambda station: self._load(station, snapshot), self.stations))
         receipts = [receipt for receipt in given if receipt is not None]
         if not receipts:

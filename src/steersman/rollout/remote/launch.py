@@ -79,7 +79,7 @@ class ServerProcess:
                         f"(rollout.timeout). {self.trouble()}"
                     )
                 time.sleep(0.05)
-            if "ddress already in use" not in self.said() or attempt == PORT_TRIES - 1:
+            if "ddress already in use" not in self.output() or attempt == PORT_TRIES - 1:
                 break
             self.start()
         raise ServerGoneError(f"{self.name}: ended before it answered. {self.trouble()}")
@@ -104,7 +104,7 @@ class ServerProcess:
             self._keeper.communicate(KEEP)
         self._keeper = None
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What the process wrote since it was started last, its end at least."""
         try:
             with self.log.open("rb") as file:
@@ -115,7 +115,7 @@ class ServerProcess:
 
     def trouble(self) -> str:
         """The root of a failure: the first error that its output names, and where the rest stands."""
-        said = self.said()
+        said = self.output()
         found = _ROOT.search(said)
         lines = said.strip().splitlines()
         root = found[0].strip() if found else lines[-1].strip() if lines else "it wrote nothing"

@@ -109,7 +109,7 @@ class EngineRoutes:
         folder = body["lora_path"]
         with self._turn:
             if self.policy.adapters is None:
-                self.policy.wear(load_lora(self.policy.model, folder, trainable=False))
+                self.policy.register_adapters(load_lora(self.policy.model, folder, trainable=False))
                 self._begin(self.policy)
             assert self.policy.adapters is not None
             take_adapter_state(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
