@@ -19,7 +19,13 @@ from steersman.rollout.remote import ServerSettings, open_process, open_vllm
 from steersman.rollout.remote.dialects import Batchwise, Call
 from steersman.rollout.remote.launch import ServerProcess, free_port
 from steersman.rollout.remote.serve import EngineRoutes, Handler, routes
-from steersman.rollout.remote.wire import BadReplyError, SampleRequest, Server, ServerGoneError, replies
+from steersman.rollout.remote.wire import (
+    BadReplyError,
+    SampleRequest,
+    Server,
+    ServerGoneError,
+    replies,
+)
 from steersman.types import SteersmanError
 
 ASKED = [SampleRequest([3, 4], (0, 0), 2, 4, 0)]
@@ -66,7 +72,7 @@ def test_a_reply_that_can_not_be_right_is_refused(choices, said):
 
 
 class Stub:
-    """A server of fixed answers by route; a route that is not there is a 404."""
+    """A server of fixed answers by route, or the status that it fails with; a route that is not there is a 404."""
 
     def __init__(self, **answers) -> None:
         table = {"/" + name.replace("__", "/"): value for name, value in answers.items()}
@@ -76,8 +82,9 @@ class Stub:
                 self.rfile.read(int(self.headers.get("content-length") or 0))
                 value = table.get(self.path.split("?")[0])
                 value = value() if callable(value) else value
-                body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(404 if value is None else 200)
+                value = 404 if value is None else value
+                body = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(value if isinstance(value, int) else 200)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -117,6 +124,15 @@ def test_a_server_of_another_kind_is_named(kind, answers, said):
     with pytest.raises(SteersmanError, match=said):
         generator.generate(asked(), Sampling(4))
     generator.close()
+
+
+@pytest.mark.parametrize(("health", "is_gone"), [(503, True), ({}, False)])
+def test_a_server_whose_engine_is_gone_is_as_good_as_dead(health, is_gone):
+    """vLLM's front outlives the process with the model by some seconds, in which it answers 500."""
+    stub = Stub(inference__v1__generate=500, health=health)
+    with pytest.raises(SteersmanError, match="status 500 of /inference/v1/generate") as caught:
+        Server(stub.url, 5.0).post("/inference/v1/generate")
+    assert isinstance(caught.value, ServerGoneError) is is_gone
 
 
 class NoMemory:
