@@ -207,7 +207,9 @@ def planned_shape(name: str, checkpointing: bool, tokens: int = 4096, length: in
     from steersman.plan.layouts import Layout, Role, Work, weigh
 
     shape = shape_from(LlamaConfig(**SHAPES[name]), name)
-    work = Work(tokens // length, length, 0, 1, tokens, 2, 2, kept=4, checkpointing=checkpointing, sampled=False)
+    work = Work(
+        tokens // length, length, 0, 1, tokens, 2, 2, optimizer_bytes=4, checkpointing=checkpointing, sampled=False
+    )
     device = Device(name, 1e15, 1e12, 1e12, 1e12, process=0)
     found = weigh(Layout("one", 1), [Role("model", shape, shape.parameters)], work, Cluster(device, 1))
     each = shape.hidden * 2 if checkpointing else shape.activations(2)

@@ -75,14 +75,14 @@ def rows() -> list[Published]:
         found.append(Published(NEMO, name, shape, None, Cluster(h100, 8, nodes), work, seconds, lengths, ahead))
     for size, count, seconds in (("7b", 16, 471.11), ("13b", 32, 608.93), ("34b", 32, 1526.4), ("70b", 32, 4488.53)):
         shape = shape_from(hf.LlamaConfig(**LLAMA34), size) if size == "34b" else shape_of(size)
-        work = Work(1024, 1024, 1024, 1, 8192, 2, 2, kept=12, checkpointing=True)
+        work = Work(1024, 1024, 1024, 1, 8192, 2, 2, optimizer_bytes=12, checkpointing=True)
         found.append(
             Published(OPENRLHF, f"PPO, {size}, {count} GPUs, 1,024 prompts", shape, shape, a100(count), work, seconds)
         )
     critic = opt(1024, 24, 16)
     steps = 264_292 / 1024
     for name, shape, hours in (("OPT-13B", opt(5120, 40, 40), 9.0), ("OPT-30B", opt(7168, 48, 56), 18.0)):
-        work = Work(1024, 256, 256, 1, 8192, 2, 2, kept=12, checkpointing=True)
+        work = Work(1024, 256, 256, 1, 8192, 2, 2, optimizer_bytes=12, checkpointing=True)
         found.append(
             Published(DEEPSPEED, f"PPO, {name}, 8 GPUs, a step", shape, critic, a100(8), work, hours * 3600 / steps)
         )

@@ -15,7 +15,7 @@ from typing import Any
 from steersman.model import shape_of
 from steersman.plan.devices import KNOWN, Cluster
 from steersman.plan.layouts import Role, Work
-from steersman.plan.simulate import Lengths, Scaled, best_apart, simulate
+from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 COUNTS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -31,7 +31,7 @@ def measured() -> list[dict[str, Any]]:
     found = []
     for n in COUNTS:
         there = Cluster(KNOWN["H100-80GB"], 8, n // 8)
-        rows: list[Scaled | None] = [simulate(there, roles, WORK, LENGTHS)]
+        rows: list[SimulatedIteration | None] = [simulate(there, roles, WORK, LENGTHS)]
         rows += [best_apart(there, roles, WORK, LENGTHS, ahead) for ahead in (0, 1, 2, 4)]
         found += [asdict(row) for row in rows if row is not None]
         print(n, [f"{row.seconds:.1f}" for row in rows if row is not None], flush=True)

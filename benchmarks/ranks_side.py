@@ -13,8 +13,8 @@ from steersman.data import Encoded, EncodedList
 from steersman.model import load_policy, place
 from steersman.objectives.supervised import SFT
 from steersman.run.parallel import ParallelConfig
-from steersman.run.pieces import mine
-from steersman.run.ranks import opened, ranks
+from steersman.run.pieces import local_shard
+from steersman.run.ranks import join_ranks, ranks
 from steersman.run.run_config import ManyRunConfig
 from steersman.train.offline import Offline, OfflineConfig
 from steersman.update.optimizer import OptimizerConfig
@@ -26,12 +26,12 @@ def held(state: Offline) -> int:
     """Bytes of trained weights, their gradients and their moments on this rank, at an update's end."""
     tensors = [x for p in state.optimizer.parameters for x in (p, p.grad) if x is not None]
     tensors += [x for of_one in state.optimizer.adamw.state.values() for x in of_one.values()]
-    return sum(mine(x).numel() * x.element_size() for x in tensors)
+    return sum(local_shard(x).numel() * x.element_size() for x in tensors)
 
 
 def main(path: str, mode: str) -> None:
     torch.set_num_threads(1)
-    with opened(ParallelConfig.model_validate({"mode": mode})):
+    with join_ranks(ParallelConfig.model_validate({"mode": mode})):
         policy = load_policy(path, device="cpu")
         policy.max_tokens = 512
         place(policy)

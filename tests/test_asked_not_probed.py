@@ -26,7 +26,7 @@ ALLOWED = {
     # What a folder or a recipe holds is known when it is read.
     "verbs/reward_model.py": {"AttributeModel", "EnsembleModel"},
     "verbs/plan.py": {"FeedbackRecipe", "OnPolicyRecipe", "PreferenceRecipe", "RewardModelRecipe"},
-    "people/serve/app.py": {"Served"},
+    "people/serve/app.py": {"LoadedModel"},
 }  # fmt: skip
 """By file, the classes of ours that it may tell apart."""
 

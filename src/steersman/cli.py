@@ -38,17 +38,17 @@ class Verb:
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
-        from steersman.run.extras import explained
+        from steersman.run.extras import explain_missing
 
-        with explained("this verb"):
+        with explain_missing("this verb"):
             found = _load(self.recipe)
             return found if isinstance(found, type) else found(path, overrides)
 
     def start(self, name: str, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
         """Runs the verb, on as many processes as the recipe asks for, and gives its summary."""
-        from steersman.run.extras import explained
+        from steersman.run.extras import explain_missing
 
-        with explained(name):
+        with explain_missing(name):
             if not self.many:
                 return _load(self.run)(recipe, resume=resume)
             from steersman.run import launch
@@ -57,7 +57,7 @@ class Verb:
             if launch.must_start(recipe.run.devices, recipe.run.launcher):
                 start = _load("steersman.run.on_ray:start") if recipe.run.launcher == "ray" else launch.start
                 return start(name, recipe, recipe.run.devices, resume=resume)
-            with launch.joined(recipe.parallel):
+            with launch.as_rank(recipe.parallel):
                 return _load(self.run)(recipe, resume=resume)
 
 

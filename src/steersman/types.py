@@ -42,13 +42,13 @@ class Prompt:
 @dataclass(slots=True, frozen=True)
 class Turn:
     """One turn of an episode: the policy said `ids[begin:end]` of its Sample, for which the environment paid `reward`
-    and answered `heard`. `said` is what it said as text."""
+    and answered `observation`. `reply` is what it said as text."""
 
     begin: int
     end: int
     reward: float
-    said: str = ""
-    heard: str = ""
+    reply: str = ""
+    observation: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,7 +73,7 @@ class Sample:
     token was sampled from (None where nobody counts them). An episode of several turns lists them in `turns`; its
     `text` is the last thing that the policy said, and `outcome` says why it ended. An episode whose history was shown
     anew lists its `segments`: a model reads each by itself (None: `ids` were said behind the prompt, all in one).
-    `asked` and `talk` are an episode as messages, for records: what it began with, and all that was said since.
+    `opening` and `talk` are an episode as messages, for records: what it began with, and all that was said since.
     """
 
     prompt: Prompt
@@ -88,7 +88,7 @@ class Sample:
     turns: list[Turn] | None = None
     outcome: str = ""
     segments: list[Segment] | None = None
-    asked: Any = None
+    opening: Any = None
     talk: Any = None
 
     @property

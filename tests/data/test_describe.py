@@ -2,7 +2,7 @@ from steersman.data import DataConfig, Layout, Row, describe, encode
 from steersman.data.describe import spans
 from steersman.data.examples import Demonstration
 from steersman.data.formats import CONVENTIONAL
-from steersman.data.load import Loaded
+from steersman.data.load import LoadedExamples
 from steersman.data.rows import BadRows
 from steersman.data.shapes import recognise
 
@@ -13,7 +13,7 @@ def summary(tokenizer, examples, **given):
     config = DataConfig(path="unused", **given)
     laid = Layout(tokenizer, append_eos=config.append_eos)
     shape = recognise([Row({"prompt": "a", "completion": "b"}, "f", 1)], "demonstration", CONVENTIONAL)
-    return describe(Loaded(examples, [], shape, BadRows()), encode(examples, laid, config), laid)
+    return describe(LoadedExamples(examples, [], shape, BadRows()), encode(examples, laid, config), laid)
 
 
 def demo(prompt, completion):

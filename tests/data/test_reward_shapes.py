@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from steersman.data import DataConfig, preferences, rankings, ratings, recognised, steps
+from steersman.data import DataConfig, preferences, rankings, ratings, recognise_kind, steps
 from steersman.types import SteersmanError
 
 KINDS = ("preference", "ranking", "rating", "feedback", "steps")
@@ -19,7 +19,7 @@ def load(folder, fn, rows, **given):
 
 
 def kind(folder, row, **given):
-    return load(folder, lambda config: recognised(config, KINDS), [row], **given)
+    return load(folder, lambda config: recognise_kind(config, KINDS), [row], **given)
 
 
 STEPS = {"prompt": "2+2+2?", "steps": ["2+2=4", "4+2=7"], "labels": [True, 0.25]}

@@ -6,7 +6,7 @@ from letter_models import letters
 
 from steersman.assets import story_model
 from steersman.data import Codec
-from steersman.distill.alignment import read_before, same_places
+from steersman.distill.alignment import same_places, text_before_tokens
 from steersman.model import load_tokenizer
 
 TEXT = "the cat sat. look at you"
@@ -15,7 +15,7 @@ TEXT = "the cat sat. look at you"
 def test_words_and_letters_meet_where_words_begin():
     words, one_by_one = Codec(load_tokenizer(str(story_model()))), Codec(letters())
     mine, theirs = words.finish(TEXT), one_by_one.finish(TEXT)
-    first, second = read_before(words, mine), read_before(one_by_one, theirs)
+    first, second = text_before_tokens(words, mine), text_before_tokens(one_by_one, theirs)
     places = same_places(first, second)
     assert all(first[i] == second[j] for i, j in places)
     # every beginning of a word's piece is also a beginning of a letter, the end among them

@@ -109,8 +109,8 @@ def test_it_tells_what_the_model_itself_says_of_the_teachers_prompt(policy, form
     rows = []
     for answer in ANSWERS:
         with torch.no_grad():
-            logits = policy.model(torch.tensor([answer.taught + answer.response])).logits[0]
-        rows.append(torch.log_softmax(logits, -1)[len(answer.taught) - 1 : -1])
+            logits = policy.model(torch.tensor([answer.teacher_prompt + answer.response])).logits[0]
+        rows.append(torch.log_softmax(logits, -1)[len(answer.teacher_prompt) - 1 : -1])
     expected = torch.cat(rows)
     best = expected.topk(4)
     assert torch.equal(told.teacher.ids, best.indices)

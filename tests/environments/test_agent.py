@@ -85,7 +85,7 @@ def test_several_calls_become_the_trajectories_that_they_are(agent):
         assert "hello" in decode(talk.prompt)
         assert "look at" in decode(other.prompt)
         assert decode(s.ids[s.turns[0].end : s.turns[1].begin]).strip().startswith("go on")
-        paid = sum(c == "a" for t in s.turns for c in t.said.strip()) / 4
+        paid = sum(c == "a" for t in s.turns for c in t.reply.strip()) / 4
         assert sum(t.reward for t in s.turns) == pytest.approx(paid)
     tokens, parts = tokens_of(samples), SegmentRows(samples)
     read = parts.tokens(tokens)

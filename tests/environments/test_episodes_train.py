@@ -38,10 +38,10 @@ def test_sampled_ids_are_trained_ids_and_the_rest_was_tokenised_once(base):
         assert s.outcome == "done"
         for turn, after in zip(s.turns, [*s.turns[1:], None], strict=True):
             assert all(s.mask[turn.begin : turn.end])
-            assert decode(s.ids[turn.begin : turn.end], skip_special_tokens=True) == turn.said
+            assert decode(s.ids[turn.begin : turn.end], skip_special_tokens=True) == turn.reply
             if after is not None:
                 assert not any(s.mask[turn.end : after.begin])
-                assert decode(s.ids[turn.end : after.begin]) == turn.heard
+                assert decode(s.ids[turn.end : after.begin]) == turn.observation
     tokens = tokens_of(samples)
     logp = roles.policy.logp(tokens).logp
     recorded = torch.tensor([x for s in samples for x, m in zip(s.logp, s.mask, strict=True) if m])
@@ -88,7 +88,7 @@ def test_turn_rewards_stand_at_the_ends_of_turns(base):
     scores = roles.reward.score(samples)
     for b, s in enumerate(samples):
         ends = [t.end - 1 for t in s.turns]
-        assert scores.per_token[b, ends].tolist() == pytest.approx([t.said.count("a") / 4 for t in s.turns])
+        assert scores.per_token[b, ends].tolist() == pytest.approx([t.reply.count("a") / 4 for t in s.turns])
         assert float(scores.per_token[b].sum()) == pytest.approx(sum(t.reward for t in s.turns))
 
 
@@ -178,8 +178,8 @@ def test_a_judge_pays_each_turn(base, tmp_path):
         ends = [t.end - 1 for t in s.turns]
         told, shown = [], s.prompt.text
         for t in s.turns:
-            told.append(float("hm" in shown or t.said.count("a")))
-            shown += f"{t.said}\n{t.heard}\n"
+            told.append(float("hm" in shown or t.reply.count("a")))
+            shown += f"{t.reply}\n{t.observation}\n"
         assert scores.per_token[b, ends].tolist() == told
         assert float(scores.per_token[b].sum()) == sum(told)
     rl.run(recipe("rloo", values, iterations=1))

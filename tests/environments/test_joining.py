@@ -52,7 +52,7 @@ def episodes(values, n=6, **extra):
 
 
 def bits(samples):
-    return [(s.ids, s.logp, s.mask, s.outcome, [t.heard for t in s.turns]) for s in samples]
+    return [(s.ids, s.logp, s.mask, s.outcome, [t.observation for t in s.turns]) for s in samples]
 
 
 def test_how_long_environments_take_changes_no_bit(waits):

@@ -16,7 +16,7 @@ from steersman.environments.calls import form_of
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import TurnLayout
-from steersman.environments.play import Played
+from steersman.environments.play import EpisodeInPlay
 from steersman.environments.port import Answer, Call, Reply
 from steersman.environments.runner import Episodes
 from steersman.model import Policy
@@ -174,7 +174,7 @@ def test_ids_and_mask_hold_for_encoder_decoders(family, chat, worlds):
             asked = layout.codec.rendered(shown, first=True, own_template=True) if chat else layout.codec.begin(shown)
             assert part.prompt == asked + ([] if asked[-1:] == layout.codec.suffix else layout.codec.suffix)
             assert (part.begin, part.end) == (turn.begin, turn.end)
-            talk += [{"role": "assistant", "content": turn.said}, {"role": "user", "content": turn.heard}]
+            talk += [{"role": "assistant", "content": turn.reply}, {"role": "user", "content": turn.observation}]
 
 
 def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
@@ -185,12 +185,12 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
     with pytest.raises(SteersmanError, match="shows no tool calls; set "):
         Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"]), 128)
     play = Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"], tell_tools=True), 4096)
-    game = Played(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
     play.opened(game, ASK, 4)
     assert '"name": "add"' in game.talk.prompt.text
-    game.talk.said(Sample(game.talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
+    game.talk.add_reply(Sample(game.talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
     game.reply = Reply("b", "b", (Call("add", {"a": 1, "b": 2}),))
-    assert play.answered(game, Answer([{"role": "tool", "name": "add", "content": "3"}]), 4)
+    assert play.lay_out_answer(game, Answer([{"role": "tool", "name": "add", "content": "3"}]), 4)
     assert "user\n<unk>tool<unk>response<unk>" in tokenizer.decode(game.talk.ids)  # these letters have no <
 
 
@@ -238,7 +238,7 @@ def test_history_shown_anew_is_trained_as_it_was_shown(name, worlds):
             part = next(p for p in s.segments or [Segment(s.prompt.ids, 0, len(s.ids))] if p.end >= turn.end)
             shown = codec.rendered(render(talk, for_reply=True), first=True, own_template=layout.template.own)
             assert tokenizer.decode(part.prompt + s.ids[part.begin : turn.begin]) == tokenizer.decode(shown)
-            talk += [{"role": "assistant", "content": turn.said}, {"role": "user", "content": turn.heard}]
+            talk += [{"role": "assistant", "content": turn.reply}, {"role": "user", "content": turn.observation}]
 
 
 @pytest.mark.skipif(FOLDER is None, reason="needs the models that imitate families, made by shared/cases")
@@ -252,16 +252,16 @@ def test_a_dropped_thought_begins_a_segment(name, apart, worlds):
     engine = Engine(AutoModelForCausalLM.from_pretrained(FOLDER / name), tokenizer, eos_token_id=ends)
     config = EnvironmentConfig(path=f"{worlds}:Echo", history="segments")
     play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 1024)
-    game = Played(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
     play.opened(game, ASK, 4)
     thought = layout.codec.more("<think>\nzzz\n</think>\n\nyes")
     ids = [*thought, next(i for i in ends if play.layout.tail.startswith(tokenizer.convert_ids_to_tokens(i)))]
     text = tokenizer.decode(thought)
-    game.talk.said(Sample(game.talk.prompt, ids, [0.0] * len(ids), "eos", text))
+    game.talk.add_reply(Sample(game.talk.prompt, ids, [0.0] * len(ids), "eos", text))
     game.reply = Reply(text, "yes")
-    assert play.answered(game, Answer(USER), 4)
+    assert play.lay_out_answer(game, Answer(USER), 4)
     assert (len(game.earlier) == 1) == apart
-    assert ("zzz" in tokenizer.decode(game.talk.asked())) != apart
+    assert ("zzz" in tokenizer.decode(game.talk.context())) != apart
 
 
 def test_segments_split_and_join_and_leave_advantages_the_episodes_own():

@@ -13,7 +13,7 @@ from steersman.data import DataConfig
 from steersman.data.load import demonstrations, feedback
 from steersman.flywheel.feedback import FeedbackRecipe, run
 from steersman.flywheel.reactions import category, overlap
-from steersman.flywheel.reading import Reading, kappa, parsed
+from steersman.flywheel.reading import Reading, kappa, parse_reading
 from steersman.types import SteersmanError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "judge"))
@@ -154,7 +154,7 @@ def test_real_conversations_are_read(shared, tmp_path, folder, least):
     ],
 )
 def test_a_reading_counts_only_with_words_that_the_turn_has(reply, turn, wanted):
-    assert parsed(reply, turn) == wanted
+    assert parse_reading(reply, turn) == wanted
 
 
 def test_kappa_is_agreement_beyond_chance():
@@ -223,5 +223,5 @@ def test_rules_agree_with_the_labelled_sample(shared):
     root = Path(__file__).resolve().parents[2]
     found = reactions.labelled(shared, root / "recipes" / "data" / "reactions-labelled.jsonl")
     assert len(found) == 200
-    told = [category(e.reaction, e.asked) for e, _ in found]
+    told = [category(e.reaction, e.last_question) for e, _ in found]
     assert 0.6 < kappa(told, [kind for _, kind in found]) < 0.8

@@ -51,7 +51,7 @@ def test_rows_hold_shares_of_right_continuations_and_are_loaded(tmp_path, mini_m
 
 def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model, monkeypatch):
     whole = run(recipe(tmp_path, mini_model))
-    made, label = [], Maker.labelled
+    made, label = [], Maker.label_steps
 
     def dies(self, answer):
         if len(made) == 2:
@@ -61,7 +61,7 @@ def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model,
 
     again = recipe(tmp_path, mini_model, run={"dir": str(tmp_path / "cut"), "threads": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(Maker, "labelled", dies)
+        patch.setattr(Maker, "label_steps", dies)
         with pytest.raises(KeyboardInterrupt):
             run(again)
     cut = run(again, resume=True)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from steersman.grue import run as grue_run
 from steersman.grue.cells import cells
-from steersman.grue.check import checked
-from steersman.grue.compare import compared
+from steersman.grue.check import check_matrix
+from steersman.grue.compare import comparison_sentences
 from steersman.grue.leaderboard import add, read
 from steersman.grue.recipe import GrueRecipe
 from steersman.grue.results import collect
@@ -191,7 +191,7 @@ def test_more_seeds_give_intervals(done, tmp_path):
     values = {**values, "seeds": [0, 1, 2], "run": {**values["run"], "dir": str(tmp_path)}}
     shutil.copytree(folder / "cells", tmp_path / "cells")
     recipe = GrueRecipe.model_validate(values)
-    tasks, _, every = checked(recipe)
+    tasks, _, every = check_matrix(recipe)
     base = evaluation(folder, "supervised")
     rewards = {"supervised": [0.1, 0.2, 0.4], "supervised+grpo": [0.3, 0.41, 0.58]}
     for method, listed in rewards.items():
@@ -216,7 +216,7 @@ def test_a_difference_over_prompts_is_paired_by_prompt(done, tmp_path):
     folder, values, _ = done
     values = {**values, "seeds": [0, 1], "run": {**values["run"], "dir": str(tmp_path)}}
     recipe = GrueRecipe.model_validate(values)
-    tasks, _, every = checked(recipe)
+    tasks, _, every = check_matrix(recipe)
     rewards = {
         "supervised": [[0.1, 0.5, 0.9], [0.3, 0.5, 0.7]],
         "supervised+grpo": [[0.2, 0.7, 1.0], [0.6, 0.5, 0.9]],
@@ -234,8 +234,9 @@ def test_a_difference_over_prompts_is_paired_by_prompt(done, tmp_path):
     assert change is not None
     assert (change.value, change.count) == (pytest.approx(0.15), 3)
     assert change.half == pytest.approx(4.30265 * 0.05 / 3**0.5, rel=1e-4)
-    assert "supervised+grpo against supervised: +0.15 ± 0.21 (not told apart) [± 0.12, higher]" in compared(
-        results, tasks[0]
+    assert (
+        "supervised+grpo against supervised: +0.15 ± 0.21 (not told apart) [± 0.12, higher]"
+        in comparison_sentences(results, tasks[0])
     )
     assert results.over_prompts(tasks[0], "supervised", "zero-shot") is None
 
@@ -246,7 +247,7 @@ def test_one_seed_s_moves_are_seen_only_beyond_the_prompts_noise(done, tmp_path)
     values = {**values, "run": {**values["run"], "dir": str(tmp_path)}}
     shutil.copytree(folder / "cells", tmp_path / "cells")
     recipe = GrueRecipe.model_validate(values)
-    tasks, _, every = checked(recipe)
+    tasks, _, every = check_matrix(recipe)
     for method, level, width in (("supervised", 0.5, 1), ("supervised+grpo", 0.4, 0)):
         path = tmp_path / "cells" / "colours" / method / "seed-0" / "evaluation.json"
         found = json.loads(path.read_text())
@@ -298,14 +299,14 @@ def test_others_add_to_the_leaderboard(done, tmp_path):
 
 
 def test_supervised_training_is_looked_at_less_often(tmp_path):
-    every = checked(GrueRecipe.model_validate(settings(tmp_path, supervised={"eval_every": 7})))[2]
+    every = check_matrix(GrueRecipe.model_validate(settings(tmp_path, supervised={"eval_every": 7})))[2]
     looks = {cell.method: cell.recipe.run.eval_every for cell in every if cell.recipe is not None}
     assert looks == {"supervised": 7, "supervised+grpo": 1}
 
 
 def test_time_left_is_judged_by_the_same_method(done):
     recipe = GrueRecipe.model_validate({**done[1], "seeds": [0, 1]})
-    _, _, every = checked(recipe)
+    _, _, every = check_matrix(recipe)
     clock = grue_run.Clock(every)
     seconds = [evaluation(done[0], m)["cell_seconds"] for m in ("zero-shot", "supervised", "supervised+grpo")]
     assert clock.left() == pytest.approx(sum(seconds))

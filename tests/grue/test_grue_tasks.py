@@ -11,8 +11,8 @@ from grue_kit import TASK, settings, write_task
 from pydantic import ValidationError
 
 from steersman.assets import story_model
-from steersman.grue.check import checked
-from steersman.grue.evaluate import metrics_of, over
+from steersman.grue.check import check_matrix
+from steersman.grue.evaluate import corpus_value, metrics_of
 from steersman.grue.recipe import GrueRecipe
 from steersman.grue.rows import task_rows
 from steersman.grue.run import run
@@ -37,8 +37,8 @@ def test_each_task_reads_its_stand_in(name, shared):
     assert all(row["references"] and row["prompt"].strip() for row in every)
     assert not {r["prompt"] for r in rows.train} & {r["prompt"] for r in rows.held_out}
     for made, spec in metrics_of(task).values():
-        own = over(made, spec, [r["references"][0] for r in rows.held_out], rows.held_out)
-        other = over(made, spec, ["zzz"] * 20, rows.held_out)
+        own = corpus_value(made, spec, [r["references"][0] for r in rows.held_out], rows.held_out)
+        other = corpus_value(made, spec, ["zzz"] * 20, rows.held_out)
         if made.needs and made.better != "neither":  # a reference beats nonsense
             assert (own.value > other.value) == (made.better == "higher"), made.name
 
@@ -271,7 +271,7 @@ def test_all_problems_are_told_at_once(tmp_path):
     values = settings(tmp_path, tasks=["comongen", str(tmp_path / "none.py"), str(write_task(tmp_path))])
     values["data"]["held_out_split"] = "tset"
     with pytest.raises(SteersmanError) as caught:
-        checked(GrueRecipe.model_validate(values))
+        check_matrix(GrueRecipe.model_validate(values))
     told = str(caught.value)
     assert "3 problems" in told
     assert "did you mean commongen?" in told

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from steersman.flywheel.instruct.compose import FORMS, compose, keeps_the_rules, said, split_kinds
+from steersman.flywheel.instruct.compose import FORMS, compose, instruction_text, keeps_the_rules, split_kinds
 from steersman.flywheel.instruct.constraints import KINDS, Constraint, again, draw
 from steersman.flywheel.instruct.witness import witness
 from steersman.metrics.ifeval import CHECKS
@@ -80,7 +80,7 @@ def test_an_instruction_has_its_task_and_all_rules_in_every_form():
     rules = compose(list(KINDS), 3, random.Random(3))
     forms = set()
     for seed in range(30):
-        text = said("Tell of {rules} and {task}.", rules, random.Random(seed))
+        text = instruction_text("Tell of {rules} and {task}.", rules, random.Random(seed))
         assert "Tell of {rules} and {task}." in text
         assert all(r.text in text for r in rules)
         forms.add(text)

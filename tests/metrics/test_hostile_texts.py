@@ -124,7 +124,7 @@ def test_an_answer_that_takes_for_ever_ends_and_the_next_is_judged():
         process.limit = 20.0
         verdict = process.ask(r"so it is \boxed{\frac{1}{2}}", "0.5")
         assert verdict is not None
-        assert (verdict.found, verdict.equal) == (True, True)
+        assert (verdict.has_answer, verdict.equal) == (True, True)
     finally:
         process.close()
 

@@ -16,7 +16,7 @@ from steersman.data import Encoded, collate
 from steersman.model import Policy, load_policy
 from steersman.model.in_place import add_in_place
 from steersman.model.lora import LoraConfig, add_lora
-from steersman.plan.made import Made
+from steersman.plan.made import NewStorageBytes
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -107,7 +107,7 @@ def test_models_as_runs_load_them_in_4_bits_or_not(kind, rows, tmp_path):
     inputs = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     found, made = [], []
     for forward in (layer.forward, partial(type(layer).forward, layer)):
-        with Made() as seen:
+        with NewStorageBytes() as seen:
             out = forward(x)
         made.append(seen.total)
         found.append([out, *torch.autograd.grad(out.pow(2).sum(), inputs)])

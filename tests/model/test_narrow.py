@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from steersman.model import reader as reader_module
 from steersman.model.fast.fused import quicken
 from steersman.model.fast.narrow import last_feed_forward, narrowed
-from steersman.model.reader import Joined
+from steersman.model.reader import CausalReader
 from steersman.types import Tokens
 
 
@@ -46,15 +46,15 @@ def test_what_is_read_stays_as_it_is(family, reads, alike, monkeypatch):
         tokens.prompt[:], tokens.prompt_length[:] = tokens.prompt[0].clone(), 14
         monkeypatch.setattr(reader_module, "call_cost", lambda _device: 0)
 
-    def read(reader: Joined) -> torch.Tensor:
+    def read(reader: CausalReader) -> torch.Tensor:
         if reads == "ends":
             return torch.cat(reader.ends(tokens))
         return reader.hidden(tokens, extra=int(reads == "values"))
 
     pack = 64 if reads == "packed" else None
-    expected = read(Joined(trunk, pack, feed_forward=False))
+    expected = read(CausalReader(trunk, pack, feed_forward=False))
     wanted = gradients(trunk, expected)
-    reader = Joined(trunk, pack)
+    reader = CausalReader(trunk, pack)
     found = read(reader)
     assert reader.feed_forward is not False
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -64,7 +64,7 @@ def test_what_is_read_stays_as_it_is(family, reads, alike, monkeypatch):
 
 def test_only_what_is_read_is_worked_on():
     trunk = tiny_model("llama").base_model
-    reader, tokens = Joined(trunk), batch()
+    reader, tokens = CausalReader(trunk), batch()
     seen = count_rows(trunk.layers[-1].mlp)
     reader.ends(tokens)
     del seen[:-1]  # before are the questions whether it may
@@ -124,6 +124,6 @@ def test_checkpointing_runs_layers_again_and_is_left_alone():
     model = tiny_model("llama")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    reader = Joined(model.base_model)
+    reader = CausalReader(model.base_model)
     reader.hidden(batch()).sum().backward()
     assert reader.feed_forward is None

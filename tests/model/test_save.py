@@ -207,7 +207,7 @@ def test_written_file_by_file_no_more_than_a_file_and_a_layer_lie_in_memory(mode
         nonlocal alive
         alive -= size
 
-    monkeypatch.setattr(weight_files, "whole", gathered)
+    monkeypatch.setattr(weight_files, "full_tensor", gathered)
     folder = save(policy, None, tmp_path / "model", max_shard_size=f"{limit / 1000}KB")
     assert layer <= peak <= limit + layer + max(sizes.values()) < 0.7 * sum(sizes.values())
     files = sorted(folder.glob("model-*.safetensors"))

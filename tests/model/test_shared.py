@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from steersman.model.fast import shared
 from steersman.model.layout import join, response_slots
-from steersman.model.reader import Joined, states
+from steersman.model.reader import CausalReader, states
 from steersman.types import Tokens
 
 SHARES = {"gpt2": True, "llama": True, "qwen2": True, "qwen3": True, "gemma3": False}
@@ -51,7 +51,7 @@ def gradients(trunk: Any, out: torch.Tensor, weight: torch.Tensor) -> list[torch
 @pytest.mark.parametrize("cost", [0, 3, 1 << 20])
 def test_same_states_and_gradients(family, extra, cost, monkeypatch):
     trunk = tiny_model(family).base_model.double()
-    tokens, reader = batch(), Joined(trunk)
+    tokens, reader = batch(), CausalReader(trunk)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: cost)
     found, expected = reader.hidden(tokens, extra), plainly(trunk, tokens, extra)
     assert reader.shares is (SHARES[family] if cost < 20 else None)
@@ -66,7 +66,7 @@ def test_ends(family, monkeypatch):
     trunk = tiny_model(family).base_model.double()
     tokens = batch()
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 2)
-    before, after = Joined(trunk).ends(tokens)
+    before, after = CausalReader(trunk).ends(tokens)
     flat = plainly(trunk, tokens, 1)
     count = tokens.response_length + 1
     last = count.cumsum(0) - 1
@@ -80,7 +80,7 @@ def test_shared_prompts_are_read_once(monkeypatch):
     trunk.register_forward_hook(
         lambda _m, _args, kwargs, _out: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    reader, tokens = Joined(trunk, shares=True, feed_forward=False), batch()
+    reader, tokens = CausalReader(trunk, shares=True, feed_forward=False), batch()
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     reader.hidden(tokens)
     # three prompts padded to 13; responses without any padding, but for the empty one, which is read as one token
@@ -92,7 +92,7 @@ def test_checkpointing_turns_sharing_off(monkeypatch):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
-    reader, tokens = Joined(model.base_model), batch()
+    reader, tokens = CausalReader(model.base_model), batch()
     torch.testing.assert_close(reader.hidden(tokens), plainly(model.base_model, tokens, 0))
     assert reader.shares is None
     model.eval()

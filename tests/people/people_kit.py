@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import select
 
 from steersman.people.store import Store
-from steersman.people.store.conversations import Said
-from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, shown
+from steersman.people.store.conversations import TurnText
+from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, shown_item
 from steersman.people.store.judgements import judge_item
 from steersman.people.store.raters import add_person
 from steersman.people.store.schema import Queue
@@ -37,7 +37,7 @@ def queue(store: Store, task: str, items: list[NewItem], name: str = "", **setti
 
 
 def pair(number: int, **more: Any) -> NewItem:
-    answers = [Said(f"good {number}", ("base", "1")), Said(f"bad {number}", ("tuned", "2"))]
+    answers = [TurnText(f"good {number}", ("base", "1")), TurnText(f"bad {number}", ("tuned", "2"))]
     return NewItem(f"question {number}", answers, **more)
 
 
@@ -50,7 +50,7 @@ def judge(store: Store, queue_id: int, rater_id: int, verdict: Any, **more: Any)
         assignment = own_assignment(session, got.assignment.id, rater_id, lock=True)
         assert assignment is not None
         said = verdict(got) if callable(verdict) else verdict
-        judge_item(session, shown(session, assignment), said, key=more.pop("key", key()), **more)
+        judge_item(session, shown_item(session, assignment), said, key=more.pop("key", key()), **more)
         return got.item.id
 
 

@@ -12,15 +12,15 @@ import uvicorn
 from steersman.data import DataConfig, layout
 from steersman.model import load_policy
 from steersman.people.serve.app import Server
-from steersman.people.serve.reply import Served
+from steersman.people.serve.reply import LoadedModel
 from steersman.rollout import Engine
 from steersman.rollout.live import Live
 
 
-def served_from(path, name="") -> Served:
+def served_from(path, name="") -> LoadedModel:
     policy = load_policy(path, trainable=False, device="cpu")
     live = Live(Engine(policy.model, policy.tokenizer), rows=4, longest=100, new_tokens=100, queue=40)
-    return Served(live, layout(policy, DataConfig(path="serve")), name)
+    return LoadedModel(live, layout(policy, DataConfig(path="serve")), name)
 
 
 @contextmanager

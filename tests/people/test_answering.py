@@ -20,7 +20,7 @@ from steersman.model import load_policy
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.collect.app import Site, make_app
 from steersman.people.store import open_store
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.rollout import Engine, Sampling
 from steersman.types import Prompt, SteersmanError
 
@@ -119,7 +119,7 @@ def test_pages_come_while_many_wait_for_a_model(tmp_path):
         def answer(self, messages, user):
             begun.release()
             assert go_on.wait(60)
-            return Said("at last", ("slow", "1"))
+            return TurnText("at last", ("slow", "1"))
 
     store = open_store(tmp_path / "feedback.db")
     app = make_app(Site(store, answerers=[Slow()]))

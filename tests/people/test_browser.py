@@ -21,7 +21,7 @@ from axe_core_python.sync_playwright import Axe
 
 from steersman.people.collect.app import Site, make_app
 from steersman.people.store import open_store
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import live
 from steersman.people.store.schema import JudgementRow
@@ -32,7 +32,7 @@ HOSTILE = "<script>document.title='owned'</script> [x](javascript:document.title
 
 class Echo:
     def answer(self, messages, user):
-        return Said(f"You said: {messages[-1]['content']}", ("echo", "1"))
+        return TurnText(f"You said: {messages[-1]['content']}", ("echo", "1"))
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,12 @@ def test_the_back_button_does_not_judge_again(page, store):
 
 
 def test_rank_rate_mark_and_review_by_keyboard(page, store):
-    rank = queue(store, "rank", [NewItem("q", [Said("a"), Said("b")])])
-    rate = queue(store, "rate", [NewItem("q", [Said("a")])], attributes={"kind": ["not at all", "somewhat", "very"]})
-    mark = queue(store, "mark", [NewItem("q", [Said("😀 all wrong")])], labels=["error"])
-    review = queue(store, "review", [NewItem("q", [Said("a")])])
+    rank = queue(store, "rank", [NewItem("q", [TurnText("a"), TurnText("b")])])
+    rate = queue(
+        store, "rate", [NewItem("q", [TurnText("a")])], attributes={"kind": ["not at all", "somewhat", "very"]}
+    )
+    mark = queue(store, "mark", [NewItem("q", [TurnText("😀 all wrong")])], labels=["error"])
+    review = queue(store, "review", [NewItem("q", [TurnText("a")])])
     page.goto(f"/judge/{rank}")
     for text in page.locator(".answer .text").all_inner_texts():
         page.keyboard.press("1" if text.strip() == "a" else "2")
@@ -230,13 +232,13 @@ def test_from_a_number_to_its_rows_and_side_by_side(page):
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, width, scheme):
-    answers = [Said(HOSTILE), Said("`code` and a verylongword" + "x" * 300)]
+    answers = [TurnText(HOSTILE), TurnText("`code` and a verylongword" + "x" * 300)]
     ids = [
         queue(store, "compare", [NewItem("q", answers)]),
-        queue(store, "rank", [NewItem("q", [Said(a) for a in "abc"])]),
-        queue(store, "rate", [NewItem("q", [Said("a")])], attributes={"kind": ["no", "so", "yes"]}),
-        queue(store, "mark", [NewItem("q", [Said("a")])], labels=["error"]),
-        queue(store, "review", [NewItem("q", [Said("a")])]),
+        queue(store, "rank", [NewItem("q", [TurnText(a) for a in "abc"])]),
+        queue(store, "rate", [NewItem("q", [TurnText("a")])], attributes={"kind": ["no", "so", "yes"]}),
+        queue(store, "mark", [NewItem("q", [TurnText("a")])], labels=["error"]),
+        queue(store, "review", [NewItem("q", [TurnText("a")])]),
     ]
     context = chromium.new_context(
         base_url=address, viewport={"width": width, "height": 740}, color_scheme=scheme, has_touch=width < 500

@@ -21,7 +21,7 @@ from steersman.people.collect.app import Site, make_app
 from steersman.people.collect.markdown import plain, rendered
 from steersman.people.collect.verb import CollectRecipe, fill
 from steersman.people.store import open_store
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import live
 from steersman.people.store.schema import Answer, Assignment, JudgementRow, Person, Turn
@@ -38,7 +38,7 @@ class Scripted:
 
     def answer(self, messages, user):
         self.asked.append(messages)
-        return Said(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
+        return TurnText(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
 
 
 def browser(store, **more) -> TestClient:
@@ -104,7 +104,7 @@ def test_a_comparison_from_the_screen_to_the_store(store):
 def test_each_task(store, task, settings, answers, values, stored):
     if stored is None:
         answers, values = "abc", {}
-    of = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings)
+    of = queue(store, task, [NewItem("q", [TurnText(a) for a in answers])], **settings)
     client = browser(store)
     page = client.get(f"/judge/{of}")
     if stored is None:  # the best text is "a", wherever it stands
@@ -132,7 +132,7 @@ def test_undo_shows_the_item_again_and_the_first_verdict_no_longer_counts(store)
 
 @SQLITE
 def test_lines_of_an_answer_stay_lines(store):
-    of = queue(store, "compare", [NewItem("one\ntwo", [Said("red\nblue"), Said("1. a\n2. b")])])
+    of = queue(store, "compare", [NewItem("one\ntwo", [TurnText("red\nblue"), TurnText("1. a\n2. b")])])
     page = browser(store).get(f"/judge/{of}").text
     assert "one<br" in page
     assert "red<br" in page
@@ -151,7 +151,10 @@ def test_the_back_button_after_a_verdict_leads_on(store):
 
 @SQLITE
 def test_nothing_on_the_page_tells_which_model_answered(store):
-    answers = [Said("first", ("secret-base", "v1"), {"temperature": 0.123}), Said("second", ("secret-tuned", "v2"))]
+    answers = [
+        TurnText("first", ("secret-base", "v1"), {"temperature": 0.123}),
+        TurnText("second", ("secret-tuned", "v2")),
+    ]
     of = queue(store, "compare", [NewItem("q", answers)])
     client = browser(store)
     send(client, client.get("/"), "/name", name="Ada")
@@ -387,7 +390,7 @@ def test_admins_add_reset_and_close_accounts(store):
 @SQLITE
 def test_no_word_of_the_pages_is_a_method_of_python(store):
     ids = [
-        queue(store, "mark", [NewItem("q", [Said("a")])], labels=["error"]),
+        queue(store, "mark", [NewItem("q", [TurnText("a")])], labels=["error"]),
         queue(store, "compare", [pair(1), pair(2)], overlap=2),
     ]
     for name in ("ada", "bob"):

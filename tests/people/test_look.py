@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from steersman.people.collect.app import Site, make_app
 from steersman.people.collect.runs import find_runs
 from steersman.people.collect.verb import CollectRecipe, run
-from steersman.people.store.conversations import Said, add_turn, branch, start
+from steersman.people.store.conversations import TurnText, add_turn, branch, start
 from steersman.people.store.judgements import judge_turn
 from steersman.types import SteersmanError
 
@@ -101,12 +101,12 @@ def test_conversations_are_searched_with_their_branches_and_thumbs(client, store
     who = rater(store, "ada")
     with store.begin() as session:
         chat = start(session, who)
-        asked = add_turn(session, chat, "user", Said("where is 100% of the gold?"))
-        first = add_turn(session, chat, "assistant", Said("under the oak", ("base", "1")))
+        asked = add_turn(session, chat, "user", TurnText("where is 100% of the gold?"))
+        first = add_turn(session, chat, "assistant", TurnText("under the oak", ("base", "1")))
         judge_turn(session, first, who, {"up": False}, key=key())
-        branch(session, chat, first, "assistant", Said("nowhere", ("tuned", "2")))
+        branch(session, chat, first, "assistant", TurnText("nowhere", ("tuned", "2")))
         other = start(session, who)
-        add_turn(session, other, "user", Said("good morning"))
+        add_turn(session, other, "user", TurnText("good morning"))
         assert asked.parent_id is None
     page = client.get("/look/conversations?q=100%25+oak")
     found = [x for x in links(page) if "/conversation/" in x]

@@ -10,9 +10,18 @@ from sqlalchemy import select
 
 from steersman.assets import story_model
 from steersman.cli import main
-from steersman.data import DataConfig, demonstrations, feedback, preferences, prompts, rankings, ratings, recognised
+from steersman.data import (
+    DataConfig,
+    demonstrations,
+    feedback,
+    preferences,
+    prompts,
+    rankings,
+    ratings,
+    recognise_kind,
+)
 from steersman.people.store import open_store
-from steersman.people.store.conversations import Said, add_turn, start
+from steersman.people.store.conversations import TurnText, add_turn, start
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import judge_turn, undo
 from steersman.people.store.schema import Rater
@@ -100,13 +109,13 @@ def test_raters_who_miss_gold_items_are_left_out(address, store):
 
 def test_rankings_ratings_and_reviews(address, store):
     ada, bob = rater(store, "Ada"), rater(store, "Bob")
-    three = queue(store, "rank", [NewItem("q", [Said("a"), Said("b"), Said("c")])], overlap=2)
+    three = queue(store, "rank", [NewItem("q", [TurnText("a"), TurnText("b"), TurnText("c")])], overlap=2)
     judge(store, three, ada, {"ranks": [0, 1, 2]})
     judge(store, three, bob, {"ranks": [1, 0, 2]})
-    rate = queue(store, "rate", [NewItem("q", [Said("a")])], overlap=2, attributes={"kind": ["1", "2", "3", "4"]})
+    rate = queue(store, "rate", [NewItem("q", [TurnText("a")])], overlap=2, attributes={"kind": ["1", "2", "3", "4"]})
     judge(store, rate, ada, {"scores": {"kind": 4}})
     judge(store, rate, bob, {"scores": {"kind": 1}})
-    review = queue(store, "review", [NewItem([{"role": "user", "content": "hi"}], [Said(a)]) for a in "xyz"])
+    review = queue(store, "review", [NewItem([{"role": "user", "content": "hi"}], [TurnText(a)]) for a in "xyz"])
     for verdict in ({"accept": True}, {"accept": False}, {"accept": False, "correction": "better"}):
         judge(store, review, ada, verdict)
     (ranked,) = rankings(config(address, ties="keep")).train
@@ -118,7 +127,7 @@ def test_rankings_ratings_and_reviews(address, store):
     pairs = preferences(config(address)).train
     assert [(e.chosen, e.rejected) for e in pairs[:2]] == [("a", "c"), ("b", "c")]
     assert (pairs[2].chosen[0]["content"], pairs[2].rejected[0]["content"]) == ("better", "z")
-    assert recognised(config(address), ("ranking", "rating")) == "ranking"
+    assert recognise_kind(config(address), ("ranking", "rating")) == "ranking"
     assert [q.prompt for q in prompts(config(address)).train] == ["q", [{"role": "user", "content": "hi"}]]
 
 
@@ -126,10 +135,10 @@ def test_thumbs_in_chats(address, store):
     ada, bob = rater(store, "Ada"), rater(store, "Bob")
     with store.begin() as session:
         chat = start(session, ada, system="Be kind.")
-        add_turn(session, chat, "user", Said("hi"))
-        first = add_turn(session, chat, "assistant", Said("Hello", ("m", "7")))
-        add_turn(session, chat, "user", Said("and?"))
-        second = add_turn(session, chat, "assistant", Said("What?"))
+        add_turn(session, chat, "user", TurnText("hi"))
+        first = add_turn(session, chat, "assistant", TurnText("Hello", ("m", "7")))
+        add_turn(session, chat, "user", TurnText("and?"))
+        second = add_turn(session, chat, "assistant", TurnText("What?"))
         judge_turn(session, first, ada, {"up": False}, key=key())
         judge_turn(session, first, ada, {"up": True}, key=key())
         judge_turn(session, second, ada, {"up": False, "correction": "Yes?"}, key=key())
@@ -150,7 +159,7 @@ def test_both_bad_is_a_thumb_down_for_both_and_pairs_serve_where_no_thumb_is(add
     voted(store, [[0, "both_bad"]])
     got = feedback(config(address, ties="drop")).train
     assert [(e.completion, e.label) for e in got] == [("good 0", True), ("bad 0", False)]
-    review = queue(store, "review", [NewItem("q", [Said("fine")])])
+    review = queue(store, "review", [NewItem("q", [TurnText("fine")])])
     judge(store, review, rater(store, "Ada"), {"accept": True})
     got = feedback(config(address)).train
     assert [(e.completion, e.label) for e in got] == [("fine", True), ("good 1", False), ("bad 1", False)]
@@ -169,7 +178,7 @@ def test_a_store_without_what_is_wanted_is_refused(address, store):
     with pytest.raises(SteersmanError, match=r"nothing that gives demonstration rows.*what it has: preference"):
         demonstrations(config(address))
     with pytest.raises(SteersmanError, match="no judgements that can be learned"):
-        recognised(config(address), ("rating",))
+        recognise_kind(config(address), ("rating",))
 
 
 def test_a_file_beside_a_store(address, store, tmp_path):
@@ -182,7 +191,7 @@ def test_a_file_beside_a_store(address, store, tmp_path):
 @pytest.mark.parametrize("verb", ["dpo", "kto", "sft", "reward"])
 def test_an_exported_file_is_read_as_the_store_is(address, store, tmp_path, verb, capsys):
     voted(store, [[0, 1, "tie"], [0, 1, "tie"]])
-    review = queue(store, "review", [NewItem("q", [Said(a)]) for a in "xy"])
+    review = queue(store, "review", [NewItem("q", [TurnText(a)]) for a in "xy"])
     ada = rater(store, "Ada Lovelace")
     judge(store, review, ada, {"accept": True})
     judge(store, review, ada, {"accept": False})

@@ -30,7 +30,7 @@ from steersman.people.serve.app import Server  # noqa: E402
 from steersman.people.serve.assignment import Assignment  # noqa: E402
 from steersman.people.serve.backend import Backend, BackendSection  # noqa: E402
 from steersman.people.serve.growing_text import SettledText  # noqa: E402
-from steersman.people.serving import Served as ServedModel  # noqa: E402
+from steersman.people.serving import ServedModel as ServedModel  # noqa: E402
 from steersman.people.serving import Serving, read_serving  # noqa: E402
 
 

@@ -22,7 +22,7 @@ from steersman.people.collect.app import Site, make_app
 from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
-from steersman.people.serving import Served, Serving, read_serving
+from steersman.people.serving import ServedModel, Serving, read_serving
 from steersman.people.sources import open_judgements
 from steersman.people.store import open_store
 from steersman.people.store.schema import Person, Rater
@@ -59,7 +59,9 @@ def csrf(page: str) -> str:
 def test_a_thumb_goes_to_the_model_that_the_wheel_gave_its_rater(folders, tmp_path, capsys):
     address = f"sqlite:///{tmp_path / 'feedback.db'}"
     store, file, asked = open_store(address), tmp_path / "serving.json", []
-    arms = [Served(name, str(folder), share) for (name, folder), share in zip(folders.items(), (1, 0.5), strict=True)]
+    arms = [
+        ServedModel(name, str(folder), share) for (name, folder), share in zip(folders.items(), (1, 0.5), strict=True)
+    ]
     Serving(1, arms[0], arms[1], "salt").write(file)
 
     async def overheard(request):

@@ -13,9 +13,26 @@ from people_kit import judge, key, pair, queue, rater
 from sqlalchemy import func, select
 
 from steersman.people.store import open_store
-from steersman.people.store.conversations import Said, add_turn, all_turns, branch, messages, newest_leaf, path, start
+from steersman.people.store.conversations import (
+    TurnText,
+    add_turn,
+    all_turns,
+    branch,
+    messages,
+    newest_leaf,
+    path,
+    start,
+)
 from steersman.people.store.database import store_url
-from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, progress, shown
+from steersman.people.store.items import (
+    NewItem,
+    add_item,
+    make_queue,
+    next_item,
+    own_assignment,
+    progress,
+    shown_item,
+)
 from steersman.people.store.judgements import judge_item, judge_turn, last_item, live, thumbs, undo
 from steersman.people.store.raters import forget, log_in, log_out, visitor
 from steersman.people.store.schema import Assignment, Base, Item, JudgementRow, Login, Person, Queue
@@ -65,9 +82,9 @@ def test_a_request_that_comes_twice_is_stored_once(store):
         first = judge_item(session, got, {"choice": 0}, key=once, seconds=3.0).id
     with store.begin() as session:
         assignment = own_assignment(session, got.assignment.id, ada, lock=True)
-        assert judge_item(session, shown(session, assignment), {"choice": 1}, key=once).id == first
+        assert judge_item(session, shown_item(session, assignment), {"choice": 1}, key=once).id == first
         # A second tab, with a key of its own: the first verdict counts.
-        assert judge_item(session, shown(session, assignment), {"choice": 1}, key=key()).id == first
+        assert judge_item(session, shown_item(session, assignment), {"choice": 1}, key=key()).id == first
         assert session.scalars(select(JudgementRow.verdict)).all() == [{"choice": 0}]
     bob = rater(store, "Bob")
     with store.begin() as session, pytest.raises(SteersmanError, match="another judgement has this key"):
@@ -214,9 +231,9 @@ def test_an_item_is_stored_once_and_a_bad_one_is_refused(store):
         assert add_item(session, of, pair(1)) is not None
         assert add_item(session, of, pair(1)) is None
         with pytest.raises(SteersmanError, match="takes 2 answers, not 1"):
-            add_item(session, of, NewItem("q", [Said("a")]))
+            add_item(session, of, NewItem("q", [TurnText("a")]))
         with pytest.raises(SteersmanError, match="same text"):
-            add_item(session, of, NewItem("q", [Said("a"), Said("a")]))
+            add_item(session, of, NewItem("q", [TurnText("a"), TurnText("a")]))
         with pytest.raises(SteersmanError, match="choice must be"):
             add_item(session, of, pair(2, gold={"choice": 7}))
         with pytest.raises(SteersmanError, match="queue of compare"):
@@ -240,7 +257,7 @@ def test_an_item_is_stored_once_and_a_bad_one_is_refused(store):
     ],
 )  # fmt: skip
 def test_verdicts_of_each_task(store, task, settings, answers, verdict, stored):
-    of, ada = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings), rater(store, "Ada")
+    of, ada = queue(store, task, [NewItem("q", [TurnText(a) for a in answers])], **settings), rater(store, "Ada")
     judge(store, of, ada, verdict)
     with store.read() as session:
         assert session.scalars(select(JudgementRow.verdict)).one() == stored
@@ -264,7 +281,7 @@ def test_verdicts_of_each_task(store, task, settings, answers, verdict, stored):
     ],
 )
 def test_a_verdict_that_is_none_is_refused_and_the_item_stays_open(store, task, settings, answers, verdict):
-    of, ada = queue(store, task, [NewItem("q", [Said(a) for a in answers])], **settings), rater(store, "Ada")
+    of, ada = queue(store, task, [NewItem("q", [TurnText(a) for a in answers])], **settings), rater(store, "Ada")
     with pytest.raises(SteersmanError, match=task if task != "review" else "accept|correction"):
         judge(store, of, ada, verdict)
     with store.read() as session:
@@ -275,11 +292,11 @@ def test_a_conversation_is_a_tree_and_its_thumbs_are_the_newest(store):
     ada = rater(store, "Ada")
     with store.begin() as session:
         chat = start(session, ada, system="Be kind.")
-        asked = add_turn(session, chat, "user", Said("你好 \0there"))
-        told = add_turn(session, chat, "assistant", Said("Hello", ("m", "1"), {"temperature": 0.7}, "eos", 0.2))
-        other = branch(session, chat, told, "assistant", Said("Hi", ("m", "1")))
+        asked = add_turn(session, chat, "user", TurnText("你好 \0there"))
+        told = add_turn(session, chat, "assistant", TurnText("Hello", ("m", "1"), {"temperature": 0.7}, "eos", 0.2))
+        other = branch(session, chat, told, "assistant", TurnText("Hi", ("m", "1")))
         assert [m["content"] for m in messages(path(session, chat))] == ["Be kind.", "你好 there", "Hi"]
-        edited = branch(session, chat, asked, "user", Said("Good day"))
+        edited = branch(session, chat, asked, "user", TurnText("Good day"))
         assert [m["content"] for m in messages(path(session, chat))] == ["Be kind.", "Good day"]
         assert newest_leaf(all_turns(session, chat.id), asked.id) == other.id
         assert edited.parent_id == asked.parent_id

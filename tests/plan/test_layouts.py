@@ -17,7 +17,7 @@ from steersman.plan.layouts import Layout, Role, Work, layouts, routes, weigh
 from steersman.plan.simulate import Lengths, decode, phases, simulate
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
-from steersman.verbs.plan import kept
+from steersman.verbs.plan import optimizer_bytes
 
 B7 = 2 * 32_000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096) + 4096
 """Parameters of the 7B shape: two tables, 32 layers of attention, feed-forward and two norms, and the last norm."""
@@ -98,9 +98,9 @@ def test_the_verb_prints_layouts_that_name_their_settings(capsys):
 
 def test_the_optimizer_keeps_what_its_kind_says():
     half, whole = OptimizerConfig(), OptimizerConfig(kind="lion")
-    assert kept(half, 2) == 12  # two moments and the copy, in float32
-    assert kept(half, 4) == 8
-    assert kept(whole, 4) == 4
+    assert optimizer_bytes(half, 2) == 12  # two moments and the copy, in float32
+    assert optimizer_bytes(half, 4) == 8
+    assert optimizer_bytes(whole, 4) == 4
 
 
 def test_quantised_and_shared_bases_count_once():
@@ -178,7 +178,7 @@ def test_the_simulation_prints_who_waits(capsys):
 def test_models_away_between_phases_leave_the_largest_phase():
     """Only the model that learns is there, with its optimizer; the bytes that move are counted by hand."""
     there, roles = cluster("8xH100-80GB"), ppo_roles()
-    found = weigh(Layout("away", 8, away=True), roles, PPO, there)
+    found = weigh(Layout("away", 8, offloaded=True), roles, PPO, there)
     together = weigh(Layout("sharded", 8), roles, PPO, there)
     learner = B7 * (2 + 8)
     assert found.memory["actor"] == learner / 8

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from steersman.run.checkpoint import Checkpointer, StopRequest, rng_state, set_rng_state
 from steersman.run.ranks import NoStore, Ranks
-from steersman.run.stored import write_pieces
+from steersman.run.stored import write_shards
 from steersman.types import SteersmanError
 
 
@@ -237,4 +237,4 @@ def test_a_full_disk_of_one_rank_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(distributed, "save", save)
     with pytest.raises(SteersmanError, match=r"rank 1: .*the disk is full"):
-        write_pieces({"weight": torch.zeros(2)}, tmp_path, Ranks(store=NoStore()))
+        write_shards({"weight": torch.zeros(2)}, tmp_path, Ranks(store=NoStore()))

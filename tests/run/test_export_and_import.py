@@ -14,7 +14,7 @@ from steersman import cli
 from steersman.model import load_policy, load_reward
 from steersman.run.config import load_recipe
 from steersman.types import Tokens
-from steersman.verbs.import_recipe import VERBS, translated
+from steersman.verbs.import_recipe import VERBS, translate_settings
 
 TOKENS = Tokens.from_ids([[5, 6, 7]], [[9, 10]])
 
@@ -144,7 +144,7 @@ def test_a_file_of_trl_and_a_command_of_openrlhf(tmp_path, capsys):
 
 def test_every_setting_is_mapped_or_named():
     settings = {"learning_rate": 1e-5, "made_up": 3, "optim": "sgd", "loss_type": "nothing", "load_in_4bit": False}
-    keys, left = translated(settings, "dpo")
+    keys, left = translate_settings(settings, "dpo")
     assert keys == {"optimizer.lr": 1e-5}
     assert set(left) == {"made_up", "optim", "loss_type"}
 

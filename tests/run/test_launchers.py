@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from steersman.run import ranks
 from steersman.run.launch import from_slurm
-from steersman.run.ranks import MissingRankError, Ranks, pieces_named
+from steersman.run.ranks import MissingRankError, Ranks, name_missing_rank
 from steersman.types import SteersmanError
 
 TASK = {
@@ -64,7 +64,7 @@ def three(monkeypatch) -> list[Ranks]:
 
 def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
     three[1].missing()  # it waited in vain too
-    with pytest.raises(MissingRankError) as caught, pieces_named(three[0]):
+    with pytest.raises(MissingRankError) as caught, name_missing_rank(three[0]):
         raise RuntimeError("[pair.cc:547] gloo: Timed out waiting 5000ms for recv operation to complete")
     text = str(caught.value)
     assert "rank 1 was last in call 2 (call 2);" in text
@@ -72,6 +72,6 @@ def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
 
 
 def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
-    with pytest.raises(RuntimeError, match="shapes") as caught, pieces_named(three[0]):
+    with pytest.raises(RuntimeError, match="shapes") as caught, name_missing_rank(three[0]):
         raise RuntimeError("shapes can not be multiplied")
     assert not isinstance(caught.value, MissingRankError)

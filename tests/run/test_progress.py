@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 
 def test_a_long_stretch_tells_the_time_left(clock, capsys):
-    for _ in progress.reported(range(10), "look"):
+    for _ in progress.with_progress(range(10), "look"):
         clock[0] += 3.0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "look: 2 of 10, about 24 s left"
@@ -25,6 +25,6 @@ def test_a_long_stretch_tells_the_time_left(clock, capsys):
 
 
 def test_a_short_stretch_is_silent(clock, capsys):
-    for _ in progress.reported(range(10), "look"):
+    for _ in progress.with_progress(range(10), "look"):
         clock[0] += 0.4
     assert capsys.readouterr().out == ""

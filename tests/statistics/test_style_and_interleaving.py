@@ -11,10 +11,10 @@ from scipy.optimize import minimize
 
 from steersman.statistics.interleaving import credit, team_draft
 from steersman.statistics.ratings import SCALE, Battle, ratings
-from steersman.statistics.style import Styled, controlled_ratings, style
+from steersman.statistics.style import StyledBattle, controlled_ratings, style
 
 
-def world(count: int, length_effect: float, seed: int = 0) -> list[Styled]:
+def world(count: int, length_effect: float, seed: int = 0) -> list[StyledBattle]:
     """c is better than b by 1 nat; a is as good as b and writes at length, which is worth `length_effect` nats."""
     rng = np.random.default_rng(seed)
     theta, long = {"a": 0.0, "b": 0.0, "c": 1.0}, {"a": 0.8, "b": 0.0, "c": 0.1}
@@ -23,13 +23,13 @@ def world(count: int, length_effect: float, seed: int = 0) -> list[Styled]:
         x, y = rng.choice(["a", "b", "c"], 2, replace=False)
         d = long[x] - long[y] + rng.normal(0, 0.4)
         p = 1 / (1 + math.exp(-(theta[x] - theta[y] + length_effect * d)))
-        out.append(Styled(str(x), str(y), float(rng.random() < p), (d,), i % 200))
+        out.append(StyledBattle(str(x), str(y), float(rng.random() < p), (d,), i % 200))
     return out
 
 
 def test_the_fit_is_the_maximum_of_the_likelihood():
     battles = world(60, 1.0)
-    battles[3] = Styled("a", "b", 0.5, (0.3,), 3)
+    battles[3] = StyledBattle("a", "b", 0.5, (0.3,), 3)
     told = controlled_ratings(battles, anchor="b", features=("length",), draws=0)
     x = np.array([b.style[0] for b in battles])
     spread = x.std()

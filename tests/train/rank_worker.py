@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from steersman.cli import VERBS, _load
-from steersman.run.launch import joined
+from steersman.run.launch import as_rank
 from steersman.train import session
 
 if __name__ == "__main__":
@@ -22,6 +22,6 @@ if __name__ == "__main__":
     session.write_report = lambda folder: folder / "report.html"
     cases = json.loads(Path(sys.argv[1]).read_text())
     recipes = [(VERBS[c["verb"]], VERBS[c["verb"]].recipe_class(None, []).model_validate(c["recipe"])) for c in cases]
-    with joined(recipes[0][1].parallel):
+    with as_rank(recipes[0][1].parallel):
         for (verb, recipe), case in zip(recipes, cases, strict=True):
             _load(verb.run)(recipe, resume=case.get("resume", False))

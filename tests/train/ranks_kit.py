@@ -46,7 +46,7 @@ def trained_weights(run: Path) -> dict[str, torch.Tensor]:
     state = found.state["state"]
     roles = state.get("roles", {"model": state.get("model")})
     return {
-        f"{role}.{name}": x.whole() if isinstance(x, StoredTensor) else x
+        f"{role}.{name}": x.full_tensor() if isinstance(x, StoredTensor) else x
         for role in ("model", "policy", "critic")
         for name, x in roles.get(role, {}).items()
     }

@@ -17,7 +17,7 @@ from forked import steersman
 from train_kit import cut_after, merge, plain, recipe, rows, settings, weights
 
 from steersman.data import Batches
-from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.launch import ServerProcess
 from steersman.train import session
 from steersman.train.ahead import Ahead
 from steersman.train.roles import build_roles
@@ -39,7 +39,7 @@ def elsewhere(mini, tmp_path_factory):
     words = [sys.executable, "-m", "steersman.rollout.remote.serve", "--model", str(mini), "--threads", "1",
              "--max-batch", "64", "--dtype", "float32", "--device", "cpu", "--port"]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    launched = Launched("engine process", lambda port: [*words, str(port)], log, timeout=400)
+    launched = ServerProcess("engine process", lambda port: [*words, str(port)], log, timeout=400)
     launched.start()
     yield {**ELSEWHERE, "rollout.url": [launched.wait().url]}
     launched.stop()

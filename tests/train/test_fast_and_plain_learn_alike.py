@@ -20,7 +20,7 @@ from train_kit import plain, recipe, save_tiny, weights
 from steersman import native
 from steersman.model import policy as policy_module
 from steersman.model import reader as reader_module
-from steersman.model.reader import Joined
+from steersman.model.reader import CausalReader
 from steersman.native import sequences, step
 from steersman.rollout import Engine
 from steersman.rollout.fast import packed
@@ -134,17 +134,17 @@ def without_fast_paths(patch: pytest.MonkeyPatch) -> Counter[str]:
     calls: Counter[str] = Counter()
     patch.setenv("STEERSMAN_NATIVE", "0")
 
-    def states(self: Joined, tokens: Tokens) -> Iterator[tuple[Tensor, int, int]]:
+    def states(self: CausalReader, tokens: Tokens) -> Iterator[tuple[Tensor, int, int]]:
         calls["hidden"] += 1
         for b in range(len(tokens)):
             first, length = int(tokens.prompt_length[b]), int(tokens.response_length[b])
             ids = torch.cat([tokens.prompt[b, :first], tokens.response[b, :length]])[None]
             yield self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0], first - 1, length
 
-    def hidden(self: Joined, tokens: Tokens, extra: int = 0) -> Tensor:
+    def hidden(self: CausalReader, tokens: Tokens, extra: int = 0) -> Tensor:
         return torch.cat([x[first : first + length + extra] for x, first, length in states(self, tokens)])
 
-    def ends(self: Joined, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def ends(self: CausalReader, tokens: Tokens) -> tuple[Tensor, Tensor]:
         rows = [(x[first], x[first + length]) for x, first, length in states(self, tokens)]
         return torch.stack([before for before, _ in rows]), torch.stack([after for _, after in rows])
 
@@ -182,8 +182,8 @@ def without_fast_paths(patch: pytest.MonkeyPatch) -> Counter[str]:
         return Values(self.critic.value(tokens))
 
     patch.setattr(Learner, "value", value)
-    patch.setattr(Joined, "hidden", hidden)
-    patch.setattr(Joined, "ends", ends)
+    patch.setattr(CausalReader, "hidden", hidden)
+    patch.setattr(CausalReader, "ends", ends)
     patch.setattr(policy_module, "linear_logp", linear_logp)
     patch.setattr(Engine, "generate", generate)
     return calls

@@ -96,7 +96,7 @@ def test_bco_shift_follows_both_labels():
         tally = Tally()
         for i in batch:  # micro-batches of one
             made.loss([i], 1.0, tally)
-        made.settle(tally.means())
+        made.update_threshold(tally.means())
         for label in (True, False):
             of = [float(reward[i]) for i in batch if made.train.examples[i].label == label]
             if of:
@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, asked, tmp_
     assert summary["finished"]
     again = RECIPES[name].model_validate(merge(asked, {"run.dir": str(tmp_path / "cut")}))
     with monkeypatch.context() as patch:
-        whole = FeedbackObjective.settle
+        whole = FeedbackObjective.update_threshold
 
         def stop(self, stats):
             whole(self, stats)
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, asked, tmp_
                 raise KeyboardInterrupt
 
         calls: list[int] = []
-        patch.setattr(FeedbackObjective, "settle", stop)
+        patch.setattr(FeedbackObjective, "update_threshold", stop)
         with pytest.raises(KeyboardInterrupt):
             feedback.run(again)
     assert max(row["step"] for row in rows(tmp_path / "cut")) == 3  # the checkpoint is of step 2

@@ -19,7 +19,7 @@ from steersman.plan import memory
 from steersman.plan.memory import (
     Load,
     Model,
-    Sampled,
+    SamplingLoad,
     announce,
     foresee,
     forward,
@@ -160,7 +160,7 @@ def test_the_live_cache_has_the_bytes_that_are_foreseen():
     engine.generate(prompts, Sampling(max_new_tokens=8))
     live_layers = engine.decoder.live.live_layers
     real = bytes_of(*(x for layer in live_layers for x in (layer.keys, layer.values) if x is not None))
-    sampled = Sampled(policy, 4, 9, 8, engine.limits(4))
+    sampled = SamplingLoad(policy, 4, 9, 8, engine.limits(4))
     read = kv_cache_bytes(policy.model.config, 1, 4 * 9, torch.float32)
     assert rollout(sampled)["cache"] == real + read
     assert sum(rollout(sampled, kept=1 << 20).values()) == 1 << 20  # what is small fits into the room that is there
@@ -172,8 +172,10 @@ def test_adapters_that_are_added_in_while_sampling_are_counted():
     bytes_ = sum(layer.self_attn.q_proj.base_layer.weight.nbytes for layer in policy.model.model.layers)
     limits = Engine(policy.model).limits(4)
     for steps, expected in ((64, bytes_), (8, 0)):
-        assert rollout(Sampled(policy, 4, 9, steps, limits))["adapters added in"] == expected
-    shares = rollout(Sampled(policy, 4, 9, 64, limits), kept=1 << 20)  # small blocks fit into the room that is there
+        assert rollout(SamplingLoad(policy, 4, 9, steps, limits))["adapters added in"] == expected
+    shares = rollout(
+        SamplingLoad(policy, 4, 9, 64, limits), kept=1 << 20
+    )  # small blocks fit into the room that is there
     assert sum(shares.values()) - shares["packed weights"] == 1 << 20
 
 

@@ -31,7 +31,7 @@ from steersman.data import Batches
 from steersman.loss.correction import CAPS
 from steersman.model import load_policy
 from steersman.reward import Scores
-from steersman.rollout.remote import Wanted, open_vllm
+from steersman.rollout.remote import ServerSettings, open_vllm
 from steersman.run.folder import write_atomic
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import build_roles
@@ -95,7 +95,7 @@ def engines(given: Any) -> None:
 def vllm_server(python: str, model: str) -> Iterator[str]:
     """The address of a vLLM server of the model's shape, which lives as long as the block."""
     policy = load_policy(model, device="cpu", dtype="float32")
-    wanted = Wanted(ends=(policy.tokenizer.eos_token_id,), max_batch=32, timeout=1800.0, python=python)
+    wanted = ServerSettings(ends=(policy.tokenizer.eos_token_id,), max_batch=32, timeout=1800.0, python=python)
     generator = open_vllm(policy, wanted)
     try:
         yield generator.stations[0].server.url

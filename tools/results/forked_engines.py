@@ -131,7 +131,7 @@ class Nursery:
 
 
 class Keeper:
-    """A keeper at the other end of two pipes, with what of `subprocess.Popen` `Launched` asks for."""
+    """A keeper at the other end of two pipes, with what of `subprocess.Popen` `ServerProcess` asks for."""
 
     def __init__(self, stdin: int, stdout: int) -> None:
         self.stdin, self.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")

@@ -35,7 +35,7 @@ from sqlalchemy import select
 
 from steersman.assets import openings, story_model
 from steersman.people.store import open_store
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem, add_item, make_queue
 from steersman.people.store.judgements import live
 from steersman.people.store.schema import JudgementRow
@@ -129,7 +129,8 @@ def fill(place: str) -> None:
         queue = make_queue(session, "pairs", "compare", overlap=10**6)
         for i in range(ITEMS):
             text = [
-                Said(f"{word} story {i}. " + "Once upon a time there was a cat. " * 8) for word in ("One", "Other")
+                TurnText(f"{word} story {i}. " + "Once upon a time there was a cat. " * 8)
+                for word in ("One", "Other")
             ]
             add_item(session, queue, NewItem(f"Tell story {i}.", text))
     store.close()

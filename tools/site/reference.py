@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 import steersman
 from steersman.cli import VERBS, Verb
 from steersman.run.config import Section, section_of
-from steersman.run.help import shown
+from steersman.run.help import default_text
 from steersman.run.recipe_text import type_text
 
 PACKAGE = Path(steersman.__file__).parent
@@ -117,7 +117,7 @@ def _section(model: type[Section], default: Any, prefix: str, unread: frozenset[
         if inner is None:
             cells = [
                 f"`{prefix}{name}`",
-                "required" if value is ... else f"`{shown(value)}`",
+                "required" if value is ... else f"`{default_text(value)}`",
                 _cell(info.description or ""),
                 _cell(type_text(info.annotation, info.metadata)),
             ]

@@ -8,7 +8,7 @@ from steersman.data.encode import Encoded, EncodedList, EncodedRows, EncodedSet,
 from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
 from steersman.data.large import LargeDataConfig, training
 from steersman.data.load import (
-    Loaded,
+    LoadedExamples,
     attributes,
     demonstrations,
     feedback,
@@ -16,7 +16,7 @@ from steersman.data.load import (
     prompts,
     rankings,
     ratings,
-    recognised,
+    recognise_kind,
     section_rows,
     steps,
 )
@@ -40,7 +40,7 @@ __all__ = [
     "Feedback",
     "LargeDataConfig",
     "Layout",
-    "Loaded",
+    "LoadedExamples",
     "Mixture",
     "Preference",
     "Query",
@@ -69,7 +69,7 @@ __all__ = [
     "rankings",
     "ratings",
     "read_rows",
-    "recognised",
+    "recognise_kind",
     "section_rows",
     "steps",
     "training",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from steersman.data.encode import Encoded, EncodedSet
-from steersman.data.load import Loaded
+from steersman.data.load import LoadedExamples
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Layout
 
@@ -32,7 +32,7 @@ class Summary:
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
 
 
-def describe(loaded: Loaded, encoded: EncodedSet, laid: Layout, samples: int = 3) -> Summary:
+def describe(loaded: LoadedExamples, encoded: EncodedSet, laid: Layout, samples: int = 3) -> Summary:
     """The summary of a set that is ready to be trained on."""
     sequences = _all(encoded)
     lengths = np.array([len(e) for e in sequences])
@@ -77,7 +77,7 @@ def _pieces(laid: Layout, ids: list[int], counts: list[bool]) -> list[tuple[str,
     return pieces
 
 
-def _lines(summary: Summary, loaded: Loaded, encoded: EncodedSet, laid: Layout) -> list[str]:
+def _lines(summary: Summary, loaded: LoadedExamples, encoded: EncodedSet, laid: Layout) -> list[str]:
     lengths = summary.lengths
     lines = [
         f"{summary.rows} examples, {summary.held_out} held out; {loaded.shape.sentence}",

@@ -145,7 +145,7 @@ def assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def aligned(prompt: Content, *answers: Content) -> tuple[Content, list[Content]]:
+def same_form(prompt: Content, *answers: Content) -> tuple[Content, list[Content]]:
     """Prompt and answers as one type: all text, or, where any of them is a conversation, all turns."""
     if all(isinstance(c, str) for c in (prompt, *answers)):
         return prompt, list(answers)
@@ -164,7 +164,7 @@ def preference(
     votes: tuple[float, ...] = (),
 ) -> Preference:
     """A checked pair: nothing empty, the answers not equal."""
-    prompt, (chosen, rejected) = aligned(prompt, chosen, rejected)
+    prompt, (chosen, rejected) = same_form(prompt, chosen, rejected)
     if is_empty(prompt):
         raise row.fault("empty prompt", "the prompt is empty", "prompt")
     for column, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -175,9 +175,11 @@ def preference(
     return Preference(prompt, chosen, rejected, row, margin, agreement, weight, votes)
 
 
-def answered(row: Row, prompt: Content, completion: Content, column: str = "completion") -> tuple[Content, Content]:
+def checked_answer(
+    row: Row, prompt: Content, completion: Content, column: str = "completion"
+) -> tuple[Content, Content]:
     """A checked prompt and completion, as one type, neither empty."""
-    prompt, (completion,) = aligned(prompt, completion)
+    prompt, (completion,) = same_form(prompt, completion)
     if is_empty(prompt):
         raise row.fault("empty prompt", "the prompt is empty", "prompt")
     if is_empty(completion):
@@ -187,7 +189,7 @@ def answered(row: Row, prompt: Content, completion: Content, column: str = "comp
 
 def ranking(row: Row, prompt: Content, completions: list[Content], ranks: list[float]) -> Ranking:
     """A checked ranking: two items at least, as many ranks, all finite, nothing empty."""
-    prompt, completions = aligned(prompt, *completions)
+    prompt, completions = same_form(prompt, *completions)
     if is_empty(prompt):
         raise row.fault("empty prompt", "the prompt is empty", "prompt")
     if len(completions) != len(ranks):

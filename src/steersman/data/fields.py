@@ -8,7 +8,7 @@ from typing import Any
 
 from steersman.data.examples import Content, Message
 from steersman.data.rows import Row, nearest
-from steersman.data.tools import carried
+from steersman.data.tools import template_fields
 from steersman.run.untrusted import UntrustedError, parse_json
 
 ROLES = {
@@ -121,7 +121,7 @@ def turn(row: Row, column: str, item: Any, default_role: str | None, index: int 
     body = item.get("content", item.get("value", item.get("text")))
     if isinstance(body, list):
         body = _parts(row, column, at, body)
-    more = carried(row, column, at, item)
+    more = template_fields(row, column, at, item)
     called = bool(more.get("tool_calls") or more.get("function_call"))
     if body is None and called:
         body = ""

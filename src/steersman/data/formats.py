@@ -20,8 +20,8 @@ from steersman.data.examples import (
     Ranking,
     Rating,
     Steps,
-    answered,
     assistant,
+    checked_answer,
     is_empty,
     preference,
     ranking,
@@ -38,7 +38,7 @@ def _text_row(row: Row) -> Demonstration:
 
 
 def _completion_row(row: Row) -> Demonstration:
-    prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
+    prompt, completion = checked_answer(row, f.content(row, "prompt"), f.content(row, "completion"))
     return Demonstration(prompt, completion, row)
 
 
@@ -118,7 +118,7 @@ def _sharegpt_pair_row(row: Row) -> Preference:
 
 
 def _label_row(row: Row) -> Feedback:
-    prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
+    prompt, completion = checked_answer(row, f.content(row, "prompt"), f.content(row, "completion"))
     return Feedback(prompt, completion, f.label(row, "label"), row, _weight(row))
 
 
@@ -145,7 +145,7 @@ def _ranking_row(row: Row) -> Ranking:
 
 def _rating_row(row: Row) -> Rating:
     if "prompt" in row.data:
-        prompt, completion = answered(row, f.content(row, "prompt"), f.content(row, "completion"))
+        prompt, completion = checked_answer(row, f.content(row, "prompt"), f.content(row, "completion"))
     else:
         prompt, completion = "", _text_row(row).completion
     got = row.data.get("scores")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
 from steersman.data.encode import Encoded, EncodedRows, EncodedSet, encode
-from steersman.data.load import Loaded, demonstrations, held_outside
+from steersman.data.load import LoadedExamples, demonstrations, held_out_rows
 from steersman.data.mixing import Mixture, mixture
 from steersman.data.rows import BadRows
 from steersman.data.stored import Stored, make_room, store
@@ -78,7 +78,7 @@ def training(config: LargeDataConfig, laid: Layout, context: int | None, *, batc
 
 
 def _stored(config: LargeDataConfig, laid: Layout, context: int | None) -> Training:
-    held = held_outside(config, "demonstration")
+    held = held_out_rows(config, "demonstration")
     sets = [store(config, path, laid, context) for path in _paths(config)]
     ranks().from_main(lambda: make_room(sets, config.cache_gb), "room in the cache")
     found = Stored(sets, config, [e.prompt for e in held])
@@ -87,12 +87,12 @@ def _stored(config: LargeDataConfig, laid: Layout, context: int | None) -> Train
 
 
 def _streamed(config: LargeDataConfig, laid: Layout, context: int | None, batch_size: int, seed: int) -> Training:
-    held, bad = held_outside(config, "demonstration"), BadRows(config.on_bad_row)
+    held, bad = held_out_rows(config, "demonstration"), BadRows(config.on_bad_row)
     shapes, passes = open_streams(config, _paths(config), bad, held)
     order = Streamed(passes, laid, config, context, batch_size, seed)
     window: EncodedSet[Any] = order.window
     shape = replace(shapes[0], sentence="; ".join(dict.fromkeys(s.sentence for s in shapes)))
-    summary = describe(Loaded(window.examples, held, shape, bad), window, laid)
+    summary = describe(LoadedExamples(window.examples, held, shape, bad), window, laid)
     summary.lines = [
         f"a stream, shuffled in buffers of {len(window.groups):,} rows; of the first buffer:",
         *summary.lines,

@@ -24,7 +24,7 @@ from steersman.data.examples import (
     Steps,
     has_ties,
 )
-from steersman.data.ranked import ranked
+from steersman.data.ranked import rank_ratings
 from steersman.data.read import local_files, read_rows
 from steersman.data.rows import BadRows, Row, RowError, nearest
 from steersman.data.shapes import Kind, Shape, examples, kind_of, recognise
@@ -38,7 +38,7 @@ PROBED = 64
 
 
 @dataclass(slots=True)
-class Loaded(Generic[E]):
+class LoadedExamples(Generic[E]):
     """Examples in the order of the files, the held-out ones apart; `shape.sentence` says what they were."""
 
     train: list[E]
@@ -47,19 +47,19 @@ class Loaded(Generic[E]):
     left_out: BadRows
 
 
-def demonstrations(config: DataConfig) -> Loaded[Demonstration]:
+def demonstrations(config: DataConfig) -> LoadedExamples[Demonstration]:
     """What the model should say, for supervised fine-tuning."""
-    return cast(Loaded[Demonstration], load(config, "demonstration"))
+    return cast(LoadedExamples[Demonstration], load(config, "demonstration"))
 
 
-def preferences(config: DataConfig) -> Loaded[Preference]:
+def preferences(config: DataConfig) -> LoadedExamples[Preference]:
     """Pairs of a better and a worse answer, for reward models and direct preference optimisation."""
-    return cast(Loaded[Preference], load(config, "preference"))
+    return cast(LoadedExamples[Preference], load(config, "preference"))
 
 
-def feedback(config: DataConfig) -> Loaded[Feedback]:
+def feedback(config: DataConfig) -> LoadedExamples[Feedback]:
     """Thumbs up and down. Raises SteersmanError where all are the same: nothing can be learned from that."""
-    loaded = cast(Loaded[Feedback], load(config, "feedback"))
+    loaded = cast(LoadedExamples[Feedback], load(config, "feedback"))
     ups = sum(e.label for e in loaded.train)
     if ups in (0, len(loaded.train)):
         name = "true" if ups else "false"
@@ -69,17 +69,17 @@ def feedback(config: DataConfig) -> Loaded[Feedback]:
     return loaded
 
 
-def rankings(config: DataConfig) -> Loaded[Ranking]:
+def rankings(config: DataConfig) -> LoadedExamples[Ranking]:
     """K ranked answers per prompt."""
-    return cast(Loaded[Ranking], load(config, "ranking"))
+    return cast(LoadedExamples[Ranking], load(config, "ranking"))
 
 
-def ratings(config: DataConfig) -> Loaded[Rating]:
+def ratings(config: DataConfig) -> LoadedExamples[Rating]:
     """Answers with a number per attribute; a row need not rate all of them.
 
     Raises SteersmanError for an attribute that no training row rates.
     """
-    loaded = cast(Loaded[Rating], load(config, "rating"))
+    loaded = cast(LoadedExamples[Rating], load(config, "rating"))
     rated = attributes(loaded.train)
     for name in [*config.scores, *attributes(loaded.held_out)]:
         if name not in rated:
@@ -95,12 +95,12 @@ def attributes(rated: Iterable[Rating]) -> list[str]:
     return list(dict.fromkeys(name for e in rated for name in e.scores))
 
 
-def steps(config: DataConfig) -> Loaded[Steps]:
+def steps(config: DataConfig) -> LoadedExamples[Steps]:
     """Answers in steps, each step with a label."""
-    return cast(Loaded[Steps], load(config, "steps"))
+    return cast(LoadedExamples[Steps], load(config, "steps"))
 
 
-def recognised(config: DataConfig, among: Sequence[Kind]) -> Kind:
+def recognise_kind(config: DataConfig, among: Sequence[Kind]) -> Kind:
     """Which of some kinds the rows are by themselves; the typed functions above then load them.
 
     Raises SteersmanError naming the columns where they are none of them.
@@ -148,12 +148,12 @@ def _read(config: DataConfig, bad: BadRows, path: str) -> Iterator[Row]:
     )
 
 
-def prompts(config: DataConfig) -> Loaded[Query]:
+def prompts(config: DataConfig) -> LoadedExamples[Query]:
     """Prompts for the policy to answer, with their rows' columns for rewards."""
-    return cast(Loaded[Query], load(config, "query"))
+    return cast(LoadedExamples[Query], load(config, "query"))
 
 
-def load(config: DataConfig, want: Kind) -> Loaded[Any]:
+def load(config: DataConfig, want: Kind) -> LoadedExamples[Any]:
     """Read, recognise, check and split; the typed functions above are this with a kind.
 
     Raises SteersmanError for what `read_rows` refuses, for rows of no known or no fitting shape, and at the
@@ -180,10 +180,10 @@ def load(config: DataConfig, want: Kind) -> Loaded[Any]:
     if config.held_out:
         found, more = split(found, config.held_out)
         held = held + more
-    return Loaded(found, held, shape, left_out)
+    return LoadedExamples(found, held, shape, left_out)
 
 
-def held_outside(config: DataConfig, want: Kind) -> list[Any]:
+def held_out_rows(config: DataConfig, want: Kind) -> list[Any]:
     """The examples of `held_out_files` that are no part of `path`. Raises SteersmanError for a file that is."""
     inside = [p for p in config.held_out_files if any(_same(file, p) for file in files_of(config.path))]
     if inside:
@@ -234,7 +234,7 @@ def each_example(
     """What the rows of a path are, and their examples one by one. Raises SteersmanError as `load` does."""
     prepared = _prepared(iter(section_rows(config, bad, path, want)), config, bad)
     if config.rank_by:
-        prepared = iter(ranked(prepared, config.rank_by, bad))
+        prepared = iter(rank_ratings(prepared, config.rank_by, bad))
     first = list(islice(prepared, PROBED))
     if not first:
         raise SteersmanError(f"{_name(config)}: no usable row ({bad.sentence}){_first(bad)}")

@@ -9,7 +9,7 @@ from steersman.data import fields as f
 from steersman.data.rows import BadRows, Row, RowError
 
 
-def ranked(rows: Iterable[Row], by: Sequence[str], bad: BadRows) -> list[Row]:
+def rank_ratings(rows: Iterable[Row], by: Sequence[str], bad: BadRows) -> list[Row]:
     """One row (prompt, responses, scores) for every prompt that has two answers at least; higher scores are better.
 
     Rows need `prompt` and `completion` (see data.columns) and the columns `by`, whose sum ranks. An answer that

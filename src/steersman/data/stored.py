@@ -21,7 +21,7 @@ from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
 from steersman.data.encode import Encoded, EncodedSet, put, require_known
 from steersman.data.examples import Content, Demonstration
-from steersman.data.load import Loaded, each_example, files_of
+from steersman.data.load import LoadedExamples, each_example, files_of
 from steersman.data.rows import BadRows
 from steersman.data.split import hash_of, held_keys, key_of, prompt_key
 from steersman.data.tokenize import Layout
@@ -110,7 +110,7 @@ def _write(folder: Path, config: DataConfig, path: Any, laid: Layout, context: i
     np.save(folder / "keys.npy", np.concatenate(keys))
     for name in COUNTED:
         setattr(first, name, 0)
-    summary = describe(Loaded(first.examples, [], shape, bad), first, laid)
+    summary = describe(LoadedExamples(first.examples, [], shape, bad), first, laid)
     about = {"sentence": shape.sentence, "lines": summary.lines[2:], "samples": summary.samples, "counts": counts}
     about |= {"end_share": summary.end_share, "loss_share": summary.loss_share}
     (folder / "set.json").write_text(json.dumps(about), encoding="utf-8")

@@ -21,7 +21,7 @@ REFERENCES = ("name", "tool_call_id")
 """Fields of a turn that name something; templates need not show them."""
 
 
-def carried(row: Row, column: str, at: str, item: dict[str, Any]) -> dict[str, Any]:
+def template_fields(row: Row, column: str, at: str, item: dict[str, Any]) -> dict[str, Any]:
     """The fields of a turn `at` that the template is to have beside role and content.
 
     Raises RowError for one of another type than it has everywhere, and for a weight other than 1.

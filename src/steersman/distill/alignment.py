@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from steersman.data import Codec
-from steersman.distill.teacher import Answer, Compared, Teacher
+from steersman.distill.teacher import Answer, Teacher, TokenDivergence
 from steersman.model import Policy
 from steersman.ops.divergence import Divergence, TeacherStates, sorted_distance
 from steersman.ops.logprob import Head
 from steersman.types import Tokens, send
 
 
-def read_before(codec: Codec, ids: Sequence[int]) -> list[str]:
+def text_before_tokens(codec: Codec, ids: Sequence[int]) -> list[str]:
     """The text that stands before each token of a response."""
     return [codec.decode(list(ids[:t])) for t in range(len(ids))]
 
@@ -62,22 +62,24 @@ class OtherTokenizer(Teacher):
         mix: float = 0.5,
         temperature: float = 1.0,
         logp: bool = False,
-    ) -> Compared:
+    ) -> TokenDivergence:
         """The sorted distance, whatever the kind; 0 at tokens where the two do not stand at the same place."""
         taught, places = self.read(answers)
         places = send(places, hidden.device)
         apart = sorted_distance(hidden[places], head, taught, temperature=temperature)
-        return Compared(apart.new_zeros(len(hidden)).index_add(0, places, apart))
+        return TokenDivergence(apart.new_zeros(len(hidden)).index_add(0, places, apart))
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer]) -> tuple[TeacherStates, Tensor]:
         """The teacher's distributions at the places that are compared, and these places among the packed response
         tokens of the answers; only tokens that count are."""
         responses = [self.codec.finish(a.text, eos=a.ended) or [0] for a in answers]
-        tokens = Tokens.from_ids([a.taught for a in answers], responses)
+        tokens = Tokens.from_ids([a.teacher_prompt for a in answers], responses)
         mine, theirs, before, before_theirs = [], [], 0, 0
         for answer, response in zip(answers, responses, strict=True):
-            places = same_places(read_before(self.student, answer.response), read_before(self.codec, response))
+            places = same_places(
+                text_before_tokens(self.student, answer.response), text_before_tokens(self.codec, response)
+            )
             kept = [(i, j) for i, j in places if answer.mask[i]]
             mine += [before + i for i, _ in kept]
             theirs += [before_theirs + j for _, j in kept]

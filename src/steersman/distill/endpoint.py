@@ -146,4 +146,4 @@ class EndpointTeacher(TokenTeacher):
 
 
 def _key(answer: Answer) -> Asked:
-    return tuple(answer.taught), tuple(answer.response)
+    return tuple(answer.teacher_prompt), tuple(answer.response)

@@ -21,7 +21,7 @@ from steersman.rollout import Generator
 from steersman.run.micro import my_micro_batches
 from steersman.run.ranks import ranks
 from steersman.run.seed import stream
-from steersman.setup.generators import sampled_by_all
+from steersman.setup.generators import sample_on_all_ranks
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.session import kept_state
 from steersman.train.tally import Tally
@@ -30,7 +30,7 @@ from steersman.update.optimizer import Optimizer, not_finite
 
 
 @dataclass(slots=True)
-class Own:
+class StudentAnswers:
     """Answers that the student gave, beside the samples that they are."""
 
     answers: list[Answer]
@@ -52,7 +52,7 @@ class Distill:
         self.recipe, self.objective, self.data, self.engine, self.reward = recipe, objective, data, engine, reward
         self.shaping = None if recipe.reward is None else ScoreShaping(recipe.reward)
         train = recipe.train
-        lengths = [len(e) for e in data.given] or [len(p.ids) for p in data.prompts]
+        lengths = [len(e) for e in data.given_answers] or [len(p.ids) for p in data.prompts]
         self.batches = Batches(
             len(data), train.batch_size, recipe.run.seed, lengths, shuffle=recipe.data.shuffle,
             mix=mixture(recipe.data, data.parts),
@@ -66,9 +66,9 @@ class Distill:
     def step(self) -> tuple[Stats, list[Sample]]:
         """One update, on the student's own answers or on given ones."""
         started, rows = time.monotonic(), next(self.order)
-        if self.own_turn():
+        if self.is_on_policy():
             seed = (self.recipe.run.seed, self.done)
-            own = self.own([self.data.prompts[i] for i in rows], self.recipe.rollout.samples, seed)
+            own = self.student_answers([self.data.prompts[i] for i in rows], self.recipe.rollout.samples, seed)
             answers, samples, stats = own.answers, own.samples, own.stats
             stats["time/rollout"] = time.monotonic() - started
         else:
@@ -80,18 +80,20 @@ class Distill:
             self.objective.teacher.forget(answers)
         return stats | {"time/step": time.monotonic() - started, "on_policy": float(bool(samples))}, samples
 
-    def own_turn(self) -> bool:
+    def is_on_policy(self) -> bool:
         """Whether this update is on the student's own answers: a coin with a stream of its own for each step."""
         draw = torch.rand((), generator=stream(self.recipe.run.seed, "own answers", self.done))
         return bool(draw < self.recipe.train.on_policy)
 
-    def own(self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None) -> Own:
-        """The student's answers to prompts, with what their rewards say of them. `taught` are the teacher's readings
-        of prompts that are not those of the training data."""
+    def student_answers(
+        self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None
+    ) -> StudentAnswers:
+        """The student's answers to prompts, with what their rewards say of them. `taught` are the prompts as the
+        teacher reads them, for prompts that are not those of the training data."""
         with whole_weights(self.objective.policy):
-            samples = sampled_by_all(self.engine, prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
+            samples = sample_on_all_ranks(self.engine, prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
         train = taught is None
-        taught = [self.data.taught[p.index] for p in prompts] if taught is None else taught
+        taught = [self.data.teacher_prompts[p.index] for p in prompts] if taught is None else taught
         answers = [
             Answer(s.prompt.ids, s.ids, [True] * len(s.ids), taught[i // n], s.prompt.index, s.text, s.terminated)
             for i, s in enumerate(samples)
@@ -100,7 +102,7 @@ class Distill:
         stats["finish/length"] = sum(not s.terminated for s in samples) / len(samples)
         if self.reward is not None:
             stats |= self._worth(answers, samples, self.reward, training=train)
-        return Own(answers, samples, stats)
+        return StudentAnswers(answers, samples, stats)
 
     def _worth(self, answers: list[Answer], samples: list[Sample], reward: WeightedSum, *, training: bool) -> Stats:
         """Sets each answer's advantage: its shaped score beside the others' to the same prompt, or beside all others'
@@ -123,7 +125,7 @@ class Distill:
         objective, tally = self.objective, Tally()
         objective.teacher.prepare(answers)
         denominator = objective.denominator(answers)
-        cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
+        cost = torch.tensor([max(len(a.prompt), len(a.teacher_prompt)) + len(a.response) for a in answers])
         losses, total = [], torch.zeros((), dtype=torch.float64)
         for part in my_micro_batches(cost, self.recipe.run.micro_tokens):
             some, counted = [answers[i] for i in part.rows.tolist()], tally if part.counts else Tally()

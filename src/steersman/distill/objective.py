@@ -60,7 +60,7 @@ class Distillation:
         return loss
 
     @torch.no_grad()
-    def apart(self, answers: Sequence[Answer], kind: Divergence) -> Tensor:
+    def answer_divergence(self, answers: Sequence[Answer], kind: Divergence) -> Tensor:
         """A divergence summed over each answer's tokens that count (nats), of a teacher with the same tokens."""
         tokens = _tokens(answers)
         hidden = self.policy.hidden(tokens)
@@ -76,8 +76,8 @@ class Distillation:
         compared = self.teacher.compare(
             answers, hidden, self.policy.head(), kind, mix=config.mix, temperature=config.temperature, logp=whole
         )
-        if compared.unlisted is not None:
-            tally.add("teacher/unlisted", compared.unlisted.sum(), len(compared.unlisted))
+        if compared.unlisted_mass is not None:
+            tally.add("teacher/unlisted", compared.unlisted_mass.sum(), len(compared.unlisted_mass))
         weight = self._advantage(answers, mask) if self.rewarded else None
         if whole:
             assert compared.logp is not None

@@ -11,7 +11,7 @@ from steersman.data import (
     Demonstration,
     Encoded,
     Layout,
-    Loaded,
+    LoadedExamples,
     Query,
     demonstrations,
     encode,
@@ -32,8 +32,8 @@ class DistillSet:
     """Rows by place: `prompts` to answer, the same prompts as the teacher reads them, and given answers if any."""
 
     prompts: list[Prompt] = field(default_factory=list)
-    taught: list[list[int]] = field(default_factory=list)
-    given: list[Encoded] = field(default_factory=list)
+    teacher_prompts: list[list[int]] = field(default_factory=list)
+    given_answers: list[Encoded] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -47,9 +47,9 @@ class DistillSet:
         """The data's own answers to some rows; `text` decodes ids where a teacher reads text."""
         found = []
         for i in rows:
-            e = self.given[i]
+            e = self.given_answers[i]
             told = "" if text is None else text(e.response)
-            found.append(Answer(e.prompt, e.response, e.mask, self.taught[i], i, told))
+            found.append(Answer(e.prompt, e.response, e.mask, self.teacher_prompts[i], i, told))
         return found
 
 
@@ -79,7 +79,7 @@ class Reader:
             kept = [queries[p.index] for p in out.prompts]
         else:
             given = encode([e for e in examples if isinstance(e, Demonstration)], self.student, data, self.context)
-            kept, out.given = given.examples, given.first
+            kept, out.given_answers = given.examples, given.first
             out.prompts = [
                 Prompt(e.prompt, self.student.codec.decode(e.prompt, after=False), example.row.data, i)
                 for i, (e, example) in enumerate(zip(given.first, given.examples, strict=True))
@@ -87,9 +87,9 @@ class Reader:
         out.prompts = [Prompt(p.ids, p.text, p.row, i) for i, p in enumerate(out.prompts)]
         out.parts = [e.row.part for e in kept]
         own = self.template is None and self.teacher is self.student
-        out.taught = [p.ids if own else self._taught(e) for p, e in zip(out.prompts, kept, strict=True)]
+        out.teacher_prompts = [p.ids if own else self._taught(e) for p, e in zip(out.prompts, kept, strict=True)]
         for i, example in enumerate(kept):
-            self._check(example, out.taught[i], out.given[i] if out.given else None)
+            self._check(example, out.teacher_prompts[i], out.given_answers[i] if out.given_answers else None)
         return out
 
     def _check(self, example: Query | Demonstration, taught: list[int], given: Encoded | None) -> None:
@@ -111,13 +111,13 @@ class Reader:
             )
 
     def _taught(self, example: Query | Demonstration) -> list[int]:
-        content = example.prompt if self.template is None else told_more(example, self.template)
+        content = example.prompt if self.template is None else teacher_text(example, self.template)
         if isinstance(example, Query):
             return self.teacher.prompt(content)[0]
         return self.teacher.answer(content, example.completion)[0]
 
 
-def told_more(example: Query | Demonstration, template: str) -> Content:
+def teacher_text(example: Query | Demonstration, template: str) -> Content:
     """The prompt that the template makes of the row's columns; {prompt} is the text asked, of a conversation its
     last user's turn, in whose place it stands then. Raises SteersmanError naming the row and a column it lacks."""
     prompt = example.prompt
@@ -148,7 +148,7 @@ def check_template(template: str | None) -> None:
             raise SteersmanError(f"teacher.prompt: {{{name}}} is no column name")
 
 
-def load(recipe: DistillRecipe) -> Loaded[Any]:
+def load(recipe: DistillRecipe) -> LoadedExamples[Any]:
     """Prompts where every update is on the student's own answers, else prompts with given answers."""
     return prompts(recipe.data) if recipe.train.on_policy == 1 else demonstrations(recipe.data)
 

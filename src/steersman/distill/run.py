@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from steersman.data import Loaded
+from steersman.data import LoadedExamples
 from steersman.distill.alignment import OtherTokenizer
 from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.loop import Distill
@@ -15,7 +15,7 @@ from steersman.distill.rows import DistillSet, load, reader
 from steersman.distill.teacher import LocalTeacher, Teacher, check_tokens, local_model
 from steersman.distill.watch import Watch
 from steersman.model import Policy
-from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
+from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
 from steersman.reward import build_reward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
@@ -80,11 +80,11 @@ def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, ro
 
 def _last(train: DistillSet, count: int) -> DistillSet:
     """The last few prompts of the training data, looked at where none are held out; their answers are not."""
-    return DistillSet(train.prompts[-count:], train.taught[-count:]) if count else DistillSet()
+    return DistillSet(train.prompts[-count:], train.teacher_prompts[-count:]) if count else DistillSet()
 
 
 def _preflight(
-    session: Session, state: Distill, loaded: Loaded[Any], held: DistillSet, model: Reference | None
+    session: Session, state: Distill, loaded: LoadedExamples[Any], held: DistillSet, model: Reference | None
 ) -> None:
     recipe, student = state.recipe, state.objective.policy
     train, rollout, loss = recipe.train, recipe.rollout, recipe.loss
@@ -101,11 +101,11 @@ def _preflight(
     separate = None if model is None else model.separate
     if separate is not None and separate is not student:
         models.append(Model("teacher", separate.model, recipe.teacher.path or ""))
-    prompt = max(state.data.longest, max(map(len, state.data.taught)))
-    longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given)])
+    prompt = max(state.data.longest, max(map(len, state.data.teacher_prompts)))
+    longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given_answers)])
     answers = train.batch_size * rollout.samples
     tokens = largest_micro_batch([longest] * answers, recipe.run.micro_tokens, answers)
-    sampled = Sampled(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
+    sampled = SamplingLoad(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
     announce(pre, session.device, models, Load(tokens, longest), sampled)
     for i in range(0, len(state.data), max(1, len(state.data) // 3)):
         pre.sample([(state.data.prompts[i].text, False)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
-from steersman.model.layout import picked, response_slots
+from steersman.model.layout import masked_indices, response_slots
 from steersman.ops.divergence import Divergence, TeacherStates, TeacherTopK, linear_divergence
 from steersman.ops.logprob import Head
 from steersman.setup.models import policy_from
@@ -24,15 +24,15 @@ from steersman.types import SteersmanError, Tokens
 class Answer:
     """One answer to learn from, in the student's tokens.
 
-    `taught` is the prompt as the teacher reads it, and `text` the answer's text where a teacher reads it in tokens of
-    its own. `mask[t]` says whether token t counts. `ended` is False where the length limit cut it, `row` its place in
-    the data, `advantage` what the reward found it worth beside others.
+    `teacher_prompt` is the prompt as the teacher reads it, and `text` the answer's text where a teacher reads it in
+    tokens of its own. `mask[t]` says whether token t counts. `ended` is False where the length limit cut it, `row`
+    its place in the data, `advantage` what the reward found it worth beside others.
     """
 
     prompt: list[int]
     response: list[int]
     mask: list[bool]
-    taught: list[int]
+    teacher_prompt: list[int]
     row: int
     text: str = ""
     ended: bool = True
@@ -52,14 +52,14 @@ class Reading:
 
 
 @dataclass(slots=True)
-class Compared:
+class TokenDivergence:
     """How far student and teacher are apart at the N response tokens of some answers, packed row by row: `divergence`
     in nats, the teacher's `logp` of those tokens where it was asked for, and the mass that it did not list where it
     lists tokens."""
 
     divergence: Float[Tensor, " N"]
     logp: Float[Tensor, " N"] | None = None
-    unlisted: Float[Tensor, " N"] | None = None
+    unlisted_mass: Float[Tensor, " N"] | None = None
 
 
 class Teacher:
@@ -88,7 +88,7 @@ class Teacher:
         mix: float = 0.5,
         temperature: float = 1.0,
         logp: bool = False,
-    ) -> Compared:
+    ) -> TokenDivergence:
         """How far the student, given by its states and output layer, is from it."""
         raise NotImplementedError
 
@@ -114,10 +114,10 @@ class TokenTeacher(Teacher):
         mix: float = 0.5,
         temperature: float = 1.0,
         logp: bool = False,
-    ) -> Compared:
+    ) -> TokenDivergence:
         reading = self.read(answers, logp=logp, temperature=temperature)
         apart = linear_divergence(hidden, head, reading.teacher, kind, mix=mix, temperature=temperature)
-        return Compared(apart, reading.logp, reading.teacher.rest)
+        return TokenDivergence(apart, reading.logp, reading.teacher.rest)
 
 
 class LocalTeacher(TokenTeacher):
@@ -128,12 +128,12 @@ class LocalTeacher(TokenTeacher):
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
-        tokens = Tokens.from_ids([a.taught for a in answers], [a.response for a in answers])
+        tokens = Tokens.from_ids([a.teacher_prompt for a in answers], [a.response for a in answers])
         hidden = self.model.hidden(tokens)
         if not logp:
             return Reading(TeacherStates(hidden, self.model.head()))
         told = self.model.logp_from(tokens, hidden, temperature=temperature).logp
-        places = picked(response_slots(tokens), told.device)
+        places = masked_indices(response_slots(tokens), told.device)
         return Reading(TeacherStates(hidden, self.model.head()), told.flatten()[places])
 
     def describe(self) -> str:

@@ -26,8 +26,8 @@ class Watch:
     def __init__(self, run: Distill, held: DistillSet) -> None:
         self.run, self.held = run, held
         count = run.recipe.rollout.held_out
-        self.prompts, self.taught = held.prompts[:count], held.taught[:count]
-        given: list[Encoded] = held.given
+        self.prompts, self.teacher_prompts = held.prompts[:count], held.teacher_prompts[:count]
+        given: list[Encoded] = held.given_answers
         self.given = SFT(run.objective.policy, EncodedList(), given, run.recipe.run.micro_tokens) if given else None
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class Watch:
         stats = {} if self.given is None else self.given.evaluate()
         if not self.prompts:
             return stats
-        own = self.run.own(self.prompts, 1, (self.run.recipe.run.seed, STREAM), self.taught)
+        own = self.run.student_answers(self.prompts, 1, (self.run.recipe.run.seed, STREAM), self.teacher_prompts)
         stats |= {f"held_out/{name.replace('length/mean', 'length')}": x for name, x in own.stats.items()}
         stats |= self._distance(own.answers)
         session.log.samples(step, [answer_row(s) for s in own.samples])
@@ -44,7 +44,7 @@ class Watch:
 
     def _distance(self, answers: list[Answer]) -> Stats:
         objective, teacher = self.run.objective, self.run.objective.teacher
-        cost = torch.tensor([max(len(a.prompt), len(a.taught)) + len(a.response) for a in answers])
+        cost = torch.tensor([max(len(a.prompt), len(a.teacher_prompt)) + len(a.response) for a in answers])
         parts = my_micro_batches(cost, self.run.recipe.run.micro_tokens)
         if not teacher.reads_ids:
             tally = Tally()
@@ -55,7 +55,7 @@ class Watch:
         teacher.prepare(answers)
         found = []
         for part in parts:
-            apart = objective.apart([answers[i] for i in part.rows.tolist()], "reverse_kl")
+            apart = objective.answer_divergence([answers[i] for i in part.rows.tolist()], "reverse_kl")
             found += [(part.rows, apart)] if part.counts else []
         teacher.forget(answers)
         kl = in_order(found).double()

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from steersman.data.examples import Message
-from steersman.environments.agent_server import AgentServer, Asked
+from steersman.environments.agent_server import AgentServer, ChatRequest
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
-from steersman.environments.text import reward_of, shown
+from steersman.environments.text import clean_text, reward_of
 from steersman.run.untrusted import parse_json
 from steersman.types import SteersmanError
 
@@ -67,9 +67,9 @@ class AgentEpisode:
 
     def __init__(self, environment: AgentEnvironment, server: AgentServer) -> None:
         self.environment, self.server, self.key = environment, server, secrets.token_hex(16)
-        self.line: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self.line: queue.SimpleQueue[ChatRequest | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[bytes] | None = None
-        self.asked: Asked | None = None
+        self.asked: ChatRequest | None = None
         self.output, self.errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 (until `close`)
 
     def begin(self, messages: list[Message], row: dict[str, Any], seed: int) -> list[Message]:
@@ -94,7 +94,7 @@ class AgentEpisode:
         after = self.asked = self._next()
         if after is None:
             return Answer(reward=self._reward(), done=True)
-        held = [*before.messages, before.said()]
+        held = [*before.messages, before.as_message()]
         if after.tools == before.tools and len(after.messages) > len(held) and after.messages[: len(held)] == held:
             return Answer([self._cut(m) for m in after.messages[len(held) :]])
         return Answer(self._shown(after), anew=True)
@@ -124,7 +124,7 @@ class AgentEpisode:
         self.process.wait()
         self.line.put(None)
 
-    def _next(self) -> Asked | None:
+    def _next(self) -> ChatRequest | None:
         """The program's next request; None where it has ended well."""
         limit, start = self.environment.time_limit, time.monotonic()
         try:
@@ -140,17 +140,17 @@ class AgentEpisode:
             raise FaultError(f"the program ended with exit code {code}{self._errors()}")
         return None
 
-    def _shown(self, asked: Asked) -> list[Message]:
+    def _shown(self, asked: ChatRequest) -> list[Message]:
         messages = [self._cut(m) for m in asked.messages]
         return [{**messages[0], "tools": asked.tools}, *messages[1:]] if asked.tools else messages
 
     def _cut(self, message: Message) -> Message:
-        return {**message, "content": shown(message["content"], self.environment.longest)}
+        return {**message, "content": clean_text(message["content"], self.environment.longest)}
 
     def _errors(self) -> str:
         self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 2000))
         text = self.errors.read().decode("utf-8", "replace").strip()
-        return f": {shown(text[-300:], 300)}" if text else ""
+        return f": {clean_text(text[-300:], 300)}" if text else ""
 
     def _reward(self) -> float:
         if not self.environment.pays:

@@ -17,7 +17,7 @@ from typing import Any
 
 from steersman.data.examples import Message
 from steersman.environments.port import Reply
-from steersman.environments.text import shown
+from steersman.environments.text import clean_text
 from steersman.run.untrusted import parse_json
 
 _LARGEST = 4 << 20
@@ -33,7 +33,7 @@ class RequestError(ValueError):
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
+class ChatRequest:
     """One request: what is said to the model, and, once there, the body of its answer."""
 
     messages: list[Message]
@@ -57,7 +57,7 @@ class Asked:
             ]
         self.answered.set()
 
-    def said(self) -> Message:
+    def as_message(self) -> Message:
         """The policy's turn as the program was given it, in the form that `messages_of` makes of it."""
         turn: dict[str, Any] = {"role": "assistant", "content": self.content}
         return messages_of([turn | ({"tool_calls": self.calls} if self.calls else {})])[0]
@@ -80,7 +80,7 @@ class AgentServer:
     """Listens on a free port of this machine alone; `lines` are the waiting requests of each key."""
 
     def __init__(self) -> None:
-        self.lines: dict[str, queue.SimpleQueue[Asked | None]] = {}
+        self.lines: dict[str, queue.SimpleQueue[ChatRequest | None]] = {}
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, name="agents' endpoint", daemon=True).start()
@@ -99,7 +99,7 @@ def _handler(server: AgentServer) -> type[BaseHTTPRequestHandler]:
             if self.path.rstrip("/") == "/v1/models":
                 models = [{"id": "policy", "object": "model", "created": 0, "owned_by": "steersman"}]
                 return self._send(200, {"object": "list", "data": models})
-            self._fault(404, f"there is no GET {shown(self.path, 80)}")
+            self._fault(404, f"there is no GET {clean_text(self.path, 80)}")
 
         def do_POST(self) -> None:
             raw = self._read()
@@ -107,13 +107,15 @@ def _handler(server: AgentServer) -> type[BaseHTTPRequestHandler]:
                 return
             line = server.lines.get(self.headers.get("Authorization", "").removeprefix("Bearer ").strip())
             if self.path.rstrip("/") != "/v1/chat/completions":
-                return self._fault(404, f"there is no POST {shown(self.path, 80)}; there is /v1/chat/completions")
+                return self._fault(
+                    404, f"there is no POST {clean_text(self.path, 80)}; there is /v1/chat/completions"
+                )
             if line is None:
                 return self._fault(401, "the key is that of no episode under way; it is in OPENAI_API_KEY")
             try:
                 asked = request_of(raw.decode())
             except ValueError as error:
-                return self._fault(400, shown(str(error), 500))
+                return self._fault(400, clean_text(str(error), 500))
             line.put(asked)
             asked.answered.wait()
             if asked.reply is None:
@@ -165,7 +167,7 @@ def _handler(server: AgentServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def request_of(text: str) -> Asked:
+def request_of(text: str) -> ChatRequest:
     """A request's body. Raises ValueError for what is no such request, and for what is not done here."""
     body = parse_json(text, "request")
     if not isinstance(body, dict):
@@ -176,8 +178,8 @@ def request_of(text: str) -> Asked:
     tools = body.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(t, dict) and "function" in t for t in tools):
         raise RequestError('tools: a list of {"type": "function", "function": {...}}')
-    model = shown(str(body.get("model", "policy")), 80)
-    return Asked(messages_of(body.get("messages")), tools, model, body.get("stream") is True)
+    model = clean_text(str(body.get("model", "policy")), 80)
+    return ChatRequest(messages_of(body.get("messages")), tools, model, body.get("stream") is True)
 
 
 def messages_of(value: Any) -> list[Message]:

@@ -11,7 +11,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Call, Environment, Reply
-from steersman.environments.text import shown
+from steersman.environments.text import clean_text
 from steersman.run.seed import sub_seed
 from steersman.types import Prompt, SteersmanError
 
@@ -28,17 +28,17 @@ class Findings:
 
 
 @dataclass(slots=True)
-class Course:
+class EpisodeTrace:
     """What one episode did: everything that the environment said, and what it paid."""
 
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ended: bool = False
     fault: str = ""
 
 
-def tried(
+def try_episodes(
     environment: Environment, prompts: Sequence[Prompt], *, episodes: int, max_turns: int, low: float, high: float
 ) -> Findings:
     """Plays episodes at random, each twice with one seed. `low` and `high` are the range that a turn may pay."""
@@ -46,8 +46,8 @@ def tried(
     courses, unlike = [], 0
     for i in range(episodes):
         prompt = prompts[i % len(prompts)]
-        one, two = (course(environment, prompt, i, max_turns) for _ in range(2))
-        unlike += (one.said, one.rewards) != (two.said, two.rewards)
+        one, two = (play_episode(environment, prompt, i, max_turns) for _ in range(2))
+        unlike += (one.messages, one.rewards) != (two.messages, two.rewards)
         courses.append(one)
     if unlike:
         found.notes.append(
@@ -71,36 +71,36 @@ def tried(
         "episodes that ended": f"{ended} of {episodes}, within {max_turns} turns",
         "a random player earns": f"{sum(totals) / len(totals):.3g} on average, {max(totals):.3g} at best",
         "time per step": f"{sum(seconds) / max(len(seconds), 1):.2g} s, {max(seconds, default=0):.2g} at most",
-        "longest message": f"{max((len(s) for c in courses for s in c.said), default=0)} characters",
+        "longest message": f"{max((len(s) for c in courses for s in c.messages), default=0)} characters",
     }
     return found
 
 
-def quick(environment: Environment, prompt: Prompt) -> list[str]:
+def try_one_episode(environment: Environment, prompt: Prompt) -> list[str]:
     """What one short episode at random shows before a run: what failed, and whether its seed repeats."""
-    one, two = (course(environment, prompt, 0, 2) for _ in range(2))
+    one, two = (play_episode(environment, prompt, 0, 2) for _ in range(2))
     found = environment.findings()
     if one.fault:
         found.append(f"an episode failed: {one.fault}")
-    elif (one.said, one.rewards) != (two.said, two.rewards):
+    elif (one.messages, one.rewards) != (two.messages, two.rewards):
         found.append("the same seed gives another episode: a resumed run will not be the same bit for bit")
     return found
 
 
-def course(environment: Environment, prompt: Prompt, number: int, max_turns: int) -> Course:
+def play_episode(environment: Environment, prompt: Prompt, number: int, max_turns: int) -> EpisodeTrace:
     """One episode of a random player; the number names its streams."""
-    out, luck = Course(), random.Random(sub_seed(0, "player", number))
+    out, luck = EpisodeTrace(), random.Random(sub_seed(0, "player", number))
     player = player_of(environment)
     episode = environment.open()
     try:
         turns: list[Message] = [dict(m) for m in prompt.turns or []]  # type: ignore[misc]
         begun = episode.begin(turns, dict(prompt.row), sub_seed(0, "check", number))
-        out.said.append("".join(m["content"] for m in begun))
+        out.messages.append("".join(m["content"] for m in begun))
         while len(out.rewards) < max_turns and not out.ended:
             start = time.monotonic()
             answer: Answer = episode.step(player(luck))
             out.seconds.append(time.monotonic() - start)
-            out.said.append("".join(m["content"] for m in answer.messages))
+            out.messages.append("".join(m["content"] for m in answer.messages))
             out.rewards.append(answer.reward)
             out.ended = answer.done or answer.truncated
     except SteersmanError:
@@ -108,7 +108,7 @@ def course(environment: Environment, prompt: Prompt, number: int, max_turns: int
     except FaultError as error:
         out.fault = str(error)
     except (SystemExit, Exception) as error:
-        out.fault = f"{type(error).__name__}: {shown(str(error), 200)}"
+        out.fault = f"{type(error).__name__}: {clean_text(str(error), 200)}"
     finally:
         episode.close()
     return out

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 from steersman.data.examples import Message
 from steersman.environments.port import Answer, Call, Episode, PayingEnvironment, Reply
-from steersman.environments.text import reward_of, shown
+from steersman.environments.text import clean_text, reward_of
 from steersman.environments.tools import Tool, as_text, tools_of
-from steersman.environments.workers import resolved
+from steersman.environments.workers import await_result
 from steersman.run.functions import load_function
 from steersman.types import SteersmanError
 
@@ -91,12 +91,12 @@ class ToolEpisode:
         if self.own is None or "reset" not in vars_of(type(self.own)):
             return messages
         reset = self.own.reset
-        told = resolved(reset(**_accepted(reset, {**row, "seed": seed, "prompt": messages})))
+        told = await_result(reset(**_accepted(reset, {**row, "seed": seed, "prompt": messages})))
         if told is None:
             return messages
         if not isinstance(told, str):
             raise FaultError(f"reset gave {type(told).__name__}; it gives the text to add to the prompt, or None")
-        return _added(messages, shown(told, self.environment.longest))
+        return _added(messages, clean_text(told, self.environment.longest))
 
     def step(self, reply: Reply) -> Answer:
         if not reply.calls:
@@ -113,7 +113,7 @@ class ToolEpisode:
         if not self.environment.pays:
             return 0.0
         try:
-            return reward_of(resolved(self.own.get_reward()), "get_reward")
+            return reward_of(await_result(self.own.get_reward()), "get_reward")
         except ValueError as error:
             raise FaultError(str(error)) from error
 
@@ -126,11 +126,12 @@ class ToolEpisode:
             return f"error: {call.problem}"
         tool = self.environment.known.get(call.name)
         if tool is None:
-            return f"error: there is no tool {shown(call.name, 40)!r}; there are: {', '.join(self.environment.known)}"
+            known = ", ".join(self.environment.known)
+            return f"error: there is no tool {clean_text(call.name, 40)!r}; there are: {known}"
         try:
             arguments = tool.check(call)
         except ValueError as error:
-            return f"error: {shown(str(error), 500)}"
+            return f"error: {clean_text(str(error), 500)}"
         return self._run(tool, arguments)
 
     def _run(self, tool: Tool, arguments: dict[str, Any]) -> str:
@@ -138,11 +139,13 @@ class ToolEpisode:
         if self.own is not None and function is vars_of(type(self.own)).get(tool.name):
             function = functools.partial(function, self.own)
         try:
-            return shown(as_text(resolved(function(**arguments))), self.environment.longest)
+            return clean_text(as_text(await_result(function(**arguments))), self.environment.longest)
         except (SystemExit, Exception) as error:
             if self.environment.on_error == "end":
-                raise FaultError(f"{tool.name} raised {type(error).__name__}: {shown(str(error), 200)}") from error
-            return f"error: {type(error).__name__}: {shown(str(error), 500)}"
+                raise FaultError(
+                    f"{tool.name} raised {type(error).__name__}: {clean_text(str(error), 200)}"
+                ) from error
+            return f"error: {type(error).__name__}: {clean_text(str(error), 500)}"
 
 
 class TextEnvironment(PayingEnvironment):
@@ -172,15 +175,15 @@ class TextEpisode:
     def begin(self, messages: list[Message], row: dict[str, Any], seed: int) -> list[Message]:
         begin = self.own.begin
         extra = {"seed": seed} if "seed" in inspect.signature(begin).parameters else {}
-        told = resolved(begin({**row, "prompt": messages}, **extra))
+        told = await_result(begin({**row, "prompt": messages}, **extra))
         if told is None:
             return messages
         if isinstance(told, str):
-            return _added(messages, shown(told, self.environment.longest))
+            return _added(messages, clean_text(told, self.environment.longest))
         return [_message(turn, self.environment.longest) for turn in told]
 
     def step(self, reply: Reply) -> Answer:
-        turn = resolved(self.own.step(reply.text))
+        turn = await_result(self.own.step(reply.text))
         if isinstance(turn, tuple):
             if len(turn) != 3:
                 raise FaultError(f"step gave {len(turn)} values; it gives text, reward and done")
@@ -208,7 +211,7 @@ class TextEpisode:
         if text is None or text == "":
             return []
         if isinstance(text, str):
-            return [{"role": "user", "content": shown(text, self.environment.longest)}]
+            return [{"role": "user", "content": clean_text(text, self.environment.longest)}]
         if isinstance(text, list):
             return [_message(turn, self.environment.longest) for turn in text]
         raise FaultError(f"step said {type(text).__name__}; it says text, or a list of messages")
@@ -281,8 +284,10 @@ def _message(turn: Any, longest: int) -> Message:
     ):
         raise FaultError("a message is a dict with the texts `role` and `content`")
     if turn["role"] not in ("system", "user", "assistant", "tool"):
-        raise FaultError(f"there is no role {shown(turn['role'], 40)!r}; there are system, user, assistant and tool")
-    return {"role": turn["role"], "content": shown(turn["content"], longest)}
+        raise FaultError(
+            f"there is no role {clean_text(turn['role'], 40)!r}; there are system, user, assistant and tool"
+        )
+    return {"role": turn["role"], "content": clean_text(turn["content"], longest)}
 
 
 def _accepted(function: Callable[..., Any], columns: dict[str, Any]) -> dict[str, Any]:

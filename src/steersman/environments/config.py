@@ -12,7 +12,7 @@ from steersman.environments.port import Environment
 from steersman.environments.processes import ProcessEnvironment
 from steersman.environments.records import RecordedEnvironment
 from steersman.run.config import Section
-from steersman.run.extras import explained
+from steersman.run.extras import explain_missing
 
 DiscountPer = Literal["token", "turn"]
 BaselinePer = Literal["episode", "turn"]
@@ -136,7 +136,7 @@ def _inner(config: EnvironmentConfig) -> Environment:
     if config.tools:
         return ToolEnvironment(config.tools, on_error=config.on_error, longest=config.max_characters)
     if config.gym is not None:
-        with explained("environment.gym"):
+        with explain_missing("environment.gym"):
             from steersman.environments.gym import GymEnvironment
         return GymEnvironment(
             config.gym, args=config.args, actions=config.actions, rendering=config.rendering,

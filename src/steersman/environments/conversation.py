@@ -146,11 +146,11 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     text: str = ""
 
-    def asked(self) -> list[int]:
+    def context(self) -> list[int]:
         """Everything so far: what the next reply is sampled behind."""
         return [*self.prompt.ids, *self.ids]
 
-    def said(self, sample: Sample) -> None:
+    def add_reply(self, sample: Sample) -> None:
         """Takes over a sampled reply, id by id."""
         begin = len(self.ids)
         if sample.support is not None or self.support is not None:
@@ -162,17 +162,17 @@ class Conversation:
         self.turns.append(Turn(begin, len(self.ids), 0.0, sample.text))
         self.text = sample.text
 
-    def paid(self, reward: float, heard: str) -> None:
+    def add_feedback(self, reward: float, heard: str) -> None:
         """What the last turn earned, and what was answered."""
         last = self.turns[-1]
-        self.turns[-1] = Turn(last.begin, last.end, last.reward + reward, last.said, last.heard + heard)
+        self.turns[-1] = Turn(last.begin, last.end, last.reward + reward, last.reply, last.observation + heard)
 
     def between(self, reply: Message, new: Sequence[Message]) -> list[int]:
         """The ids that would come behind the last reply."""
         ended = bool(self.ids) and self.ids[-1] in self.layout.ends
         return self.layout.between(self.first, reply, new, ended=ended)[0]
 
-    def heard(self, ids: Sequence[int]) -> None:
+    def add_observation(self, ids: Sequence[int]) -> None:
         """Puts ids of the environment's behind what was said: they do not count."""
         if self.support is not None:
             self.support = self.support + self._only(ids)
@@ -190,7 +190,7 @@ class Conversation:
             list(self.turns), outcome,
         )  # fmt: skip
 
-    def said_so_far(self) -> Sample | None:
+    def partial_sample(self) -> Sample | None:
         """What was said in this conversation; None where nothing was."""
         return self.sample(0, terminated=True, outcome="") if self.turns else None
 
@@ -204,7 +204,7 @@ class Conversation:
 def in_segments(talks: Sequence[Conversation], index: int, *, terminated: bool, outcome: str) -> Sample:
     """One episode whose history was shown anew now and then, as one sample: what was said, one behind the other, and
     of each part the prompt that it was said behind. The sample's own prompt is the first."""
-    parts = [part for talk in talks if (part := talk.said_so_far()) is not None]
+    parts = [part for talk in talks if (part := talk.partial_sample()) is not None]
     whole = Sample(parts[0].prompt, [], [], "eos" if terminated else "length", parts[-1].text, index)
     whole.mask, whole.version, whole.turns, whole.segments, whole.outcome = [], [], [], [], outcome
     if any(part.support is not None for part in parts):
@@ -212,7 +212,7 @@ def in_segments(talks: Sequence[Conversation], index: int, *, terminated: bool, 
     for part in parts:
         at = len(whole.ids)
         whole.segments.append(Segment(part.prompt.ids, at, at + len(part.ids)))
-        whole.turns += [Turn(t.begin + at, t.end + at, t.reward, t.said, t.heard) for t in part.turns or []]
+        whole.turns += [Turn(t.begin + at, t.end + at, t.reward, t.reply, t.observation) for t in part.turns or []]
         whole.ids += part.ids
         whole.logp += part.logp
         whole.mask += part.mask or []

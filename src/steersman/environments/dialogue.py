@@ -24,7 +24,7 @@ from steersman.environments.calls import without_thoughts
 from steersman.judge.config import EndpointConfig, JudgeConfig
 from steersman.judge.endpoint import Endpoint
 from steersman.judge.judge import Judge
-from steersman.judge.personas import END, as_talk, play, spoken
+from steersman.judge.personas import END, as_talk, first_paragraph, play
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
 from steersman.run.config import Section
@@ -130,7 +130,7 @@ class ModelPartner:
         ids, text = self.layout.prompt(play(_person(row, "character"), _person(row, "goal"), turns))
         with self.lock:
             sample = self.engine.generate([Prompt(ids, text)], self.sampling, seed=(seed, len(turns)))[0]
-        return spoken(sample.text)
+        return first_paragraph(sample.text)
 
 
 class EndpointPartner:
@@ -143,19 +143,19 @@ class EndpointPartner:
         said: list[str] = []
         asked = play(_person(row, "character"), _person(row, "goal"), turns)
         self.endpoint.ask([asked], lambda _, reply: said.append(str(reply["text"])), lambda: True)
-        return spoken(said[0])
+        return first_paragraph(said[0])
 
 
 class Grades:
     """A judge's grades as shares of its scale, for one conversation at a time."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self.opened, self.lock = Judge(config), threading.Lock()
+        self.judge, self.lock = Judge(config), threading.Lock()
 
     def __call__(self, asked: str, talk: str) -> float:
-        low, high = self.opened.config.scale
+        low, high = self.judge.config.scale
         with self.lock:
-            grade = self.opened.grade([(asked, talk)])[0]
+            grade = self.judge.grade([(asked, talk)])[0]
         return 0.5 if grade is None else (grade - low) / (high - low)
 
 

@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from steersman.data.examples import Message
 from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
-from steersman.environments.text import reward_of, shown
+from steersman.environments.text import clean_text, reward_of
 from steersman.run.functions import load_function
 from steersman.types import SteersmanError
 
@@ -118,4 +118,4 @@ class GymEpisode:
             text = _COLOUR.sub("", _HERE.sub(r"[\1]", str(self.world.render())))
         else:
             text = f"observation: {observation}\n"
-        return shown(str(text), environment.longest)
+        return clean_text(str(text), environment.longest)

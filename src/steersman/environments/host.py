@@ -19,7 +19,7 @@ from typing import Any
 from steersman.environments.classes import FaultError
 from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment, Episode
-from steersman.environments.text import shown
+from steersman.environments.text import clean_text
 from steersman.types import SteersmanError
 
 
@@ -71,7 +71,7 @@ def _serve(environment: Environment, line: Connection) -> None:
         except FaultError as error:
             _tell(line, {"fault": str(error)})
         except BaseException as error:
-            _tell(line, {"fault": f"{type(error).__name__}: {shown(str(error), 300)}"})
+            _tell(line, {"fault": f"{type(error).__name__}: {clean_text(str(error), 300)}"})
 
 
 def _tell(line: Connection, value: Any) -> None:

@@ -16,7 +16,7 @@ from steersman.environments.calls import read_reply
 from steersman.environments.classes import FaultError
 from steersman.environments.conversation import Conversation, in_segments
 from steersman.environments.port import Answer, Episode, Reply
-from steersman.environments.text import shown
+from steersman.environments.text import clean_text
 from steersman.environments.workers import Job, TooLateError, Workers
 from steersman.rollout.port import Progress
 from steersman.rollout.sampling import Sampling
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Played:
+class EpisodeInPlay:
     """One episode while it is played. `key` names its random streams, whatever is played beside it.
 
-    `talk` is what the policy is shown now, and `messages` the same as messages, the first `begun` of which were shown
-    first, after `before` replies; `earlier` are conversations that were shown anew since.
+    `talk` is what the policy is shown now, and `messages` the same as messages, the first `shown_first` of which were
+    shown first, after `replies_before` replies; `earlier` are conversations that were shown anew since.
     """
 
     prompt: Prompt
@@ -43,8 +43,8 @@ class Played:
     talk: Conversation | None = None
     earlier: list[Conversation] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    begun: int = 0
-    before: int = 0
+    shown_first: int = 0
+    replies_before: int = 0
     reply: Reply | None = None
     tries: int = 0
     waited: float = 0.0
@@ -63,13 +63,13 @@ class Play:
     """One call of `Episodes.generate`. `waiting` holds the episodes that wait for a reply, by their order."""
 
     of: Episodes
-    games: list[Played]
+    games: list[EpisodeInPlay]
     sampling: Sampling
     words: tuple[int, ...]
     record_support: bool
     workers: Workers
     progress: Progress | None
-    waiting: dict[int, Played] = field(default_factory=dict)
+    waiting: dict[int, EpisodeInPlay] = field(default_factory=dict)
     over: int = 0
     tokens: int = 0
 
@@ -88,14 +88,14 @@ class Play:
             if self.waiting and not everything:
                 return
 
-    def waits_to_speak(self, game: Played) -> bool:
+    def waits_to_speak(self, game: EpisodeInPlay) -> bool:
         """Waits until the episode's environment has answered; False where that ended the episode."""
         while not game.outcome and game.order not in self.waiting:
             for job in self.workers.take(wait=True):
                 self._settle(job)
         return self.waiting.pop(game.order, None) is not None
 
-    def _begin(self, game: Played) -> None:
+    def _begin(self, game: EpisodeInPlay) -> None:
         def begin() -> Any:
             episode = self.of.environment.open()
             turns: list[Any] = [dict(m) for m in game.prompt.turns or []]
@@ -104,7 +104,7 @@ class Play:
         game.tries += 1
         self._submit(game, begin)
 
-    def _submit(self, game: Played, call: Any) -> None:
+    def _submit(self, game: EpisodeInPlay, call: Any) -> None:
         game.asked_at = time.monotonic()
         in_threads = self.of.config.run_in == "threads"  # a process has its own clock and is ended
         self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None)
@@ -119,7 +119,7 @@ class Play:
         elif game.talk is None:
             game.episode, messages = job.result
             try:
-                fits = self.of.opened(game, messages, self.sampling.max_new_tokens)
+                fits = self.of.lay_out_opening(game, messages, self.sampling.max_new_tokens)
             except (FaultError, TypeError, KeyError) as error:
                 return self._failed(game, error)
             assert game.talk is not None
@@ -129,10 +129,10 @@ class Play:
         else:
             self._answer(game, job.result)
 
-    def _answer(self, game: Played, answer: Answer) -> None:
+    def _answer(self, game: EpisodeInPlay, answer: Answer) -> None:
         talk = game.talk
         assert talk is not None
-        talk.paid(answer.reward, "".join(m["content"] for m in answer.messages))
+        talk.add_feedback(answer.reward, "".join(m["content"] for m in answer.messages))
         limit = self.of.config.episode_limit
         if answer.done or answer.truncated:
             self._end(game, "done" if answer.done else "the environment's limit", answer.done)
@@ -142,7 +142,7 @@ class Play:
             self._end(game, "time limit", False)
         else:
             try:
-                fits = self.of.answered(game, answer, self.sampling.max_new_tokens)
+                fits = self.of.lay_out_answer(game, answer, self.sampling.max_new_tokens)
             except FaultError as error:
                 return self._failed(game, error)
             if fits:
@@ -150,7 +150,7 @@ class Play:
             else:
                 self._end(game, "token limit", False)
 
-    def _failed(self, game: Played, error: BaseException) -> None:
+    def _failed(self, game: EpisodeInPlay, error: BaseException) -> None:
         """An environment that hung, raised or gave nonsense: as `on_fault` says."""
         config = self.of.config
         if isinstance(error, SteersmanError):
@@ -159,7 +159,7 @@ class Play:
         what = (
             f"took longer than {config.time_limit:g} s"
             if late
-            else f"{type(error).__name__}: {shown(str(error), 300)}"
+            else f"{type(error).__name__}: {clean_text(str(error), 300)}"
         )
         if game.talk is None and game.tries <= config.retries:
             game.episode = None
@@ -177,22 +177,22 @@ class Play:
             game.episode = None  # its thread still holds it
         self._end(game, f"fault at {what}", config.on_fault == "end")
 
-    def _end(self, game: Played, outcome: str, terminated: bool) -> None:
+    def _end(self, game: EpisodeInPlay, outcome: str, terminated: bool) -> None:
         game.outcome, game.terminated = outcome, terminated
         self.over += 1
-        closed(game)
+        close_episode(game)
         if self.progress is not None:
             self.progress(self.over, len(self.games), self.tokens)
 
     # -- the policy's side -------------------------------------------------------------------------------------
 
-    def said(self, game: Played, sample: Sample) -> None:
+    def take_reply(self, game: EpisodeInPlay, sample: Sample) -> None:
         """Takes a reply over and gives it to the episode's environment."""
         talk, episode = game.talk, game.episode
         assert talk is not None
         assert episode is not None
         self.tokens += len(sample.ids)
-        talk.said(sample)
+        talk.add_reply(sample)
         reply = game.reply = read_reply(sample.text, self.of.form, cut=sample.finish == "length")
         self._submit(game, lambda: episode.step(reply))
 
@@ -200,7 +200,7 @@ class Play:
         """Every episode as it ended."""
         return [self._sample(game) for game in self.games]
 
-    def _sample(self, game: Played) -> Sample:
+    def _sample(self, game: EpisodeInPlay) -> Sample:
         talk = game.talk
         if talk is None or not game.turns:  # nothing was said: one token that does not count stands for it
             ids = game.prompt.ids if talk is None else talk.prompt.ids
@@ -212,15 +212,15 @@ class Play:
             sample = in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
         else:
             sample = talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
-        sample.asked, sample.talk = game.messages[: game.begun], _as_messages(game, sample.text)
+        sample.opening, sample.talk = game.messages[: game.shown_first], _as_messages(game, sample.text)
         return sample
 
 
-def _as_messages(game: Played, last: str) -> list[Message]:
+def _as_messages(game: EpisodeInPlay, last: str) -> list[Message]:
     """What was said in the conversation of now, up to the policy's last reply."""
-    talk = game.messages[game.begun :]
+    talk = game.messages[game.shown_first :]
     replies = [i for i, m in enumerate(talk) if m["role"] == "assistant"]
-    if len(replies) < game.turns - game.before:
+    if len(replies) < game.turns - game.replies_before:
         return [*talk, {"role": "assistant", "content": last}]
     return talk[: replies[-1] + 1] if replies else []
 
@@ -232,7 +232,7 @@ def _no_room(talk: Conversation, sampling: Sampling, limit: int) -> str:
     )
 
 
-def closed(game: Played) -> None:
+def close_episode(game: EpisodeInPlay) -> None:
     """Closes the episode's environment; what that raises is of no use to anybody any more."""
     episode, game.episode = game.episode, None
     if episode is not None:

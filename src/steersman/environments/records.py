@@ -38,7 +38,7 @@ class RecordedEnvironment(EnvironmentAround):
         return f"{self.inner.describe()}, {'from' if self.replay else 'recorded in'} {self.path}"
 
     def open(self) -> Episode:
-        return Replayed(self) if self.replay else Recorded(self, self.inner.open())
+        return ReplayedEpisode(self) if self.replay else RecordedEpisode(self, self.inner.open())
 
     def write(self, key: str, told: Any) -> None:
         """Adds a line, at once and whole."""
@@ -47,7 +47,7 @@ class RecordedEnvironment(EnvironmentAround):
             file.write(line)
 
 
-class Recorded:
+class RecordedEpisode:
     """An episode that is written down as it is played."""
 
     def __init__(self, environment: RecordedEnvironment, inner: Episode) -> None:
@@ -69,7 +69,7 @@ class Recorded:
         self.inner.close()
 
 
-class Replayed:
+class ReplayedEpisode:
     """An episode as it stands in the record."""
 
     def __init__(self, environment: RecordedEnvironment) -> None:

@@ -11,7 +11,7 @@ from steersman.environments.calls import form_of
 from steersman.environments.classes import FaultError
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import Conversation, TurnLayout
-from steersman.environments.play import Play, Played, closed
+from steersman.environments.play import EpisodeInPlay, Play, close_episode
 from steersman.environments.port import Answer, Environment, Reply
 from steersman.environments.schedules import as_answers_come, joining, turn_by_turn
 from steersman.environments.telling import as_users, with_tool_descriptions
@@ -69,7 +69,7 @@ class Episodes:
         finally:
             workers.close()
             for game in games:
-                closed(game)
+                close_episode(game)
 
     def update_weights(self, version: int) -> Stats:
         return self.generator.update_weights(version)
@@ -100,7 +100,7 @@ class Episodes:
 
     # -- how it begins ---------------------------------------------------------------------------------------
 
-    def _games(self, prompts: Sequence[Prompt], n: int, words: tuple[int, ...]) -> list[Played]:
+    def _games(self, prompts: Sequence[Prompt], n: int, words: tuple[int, ...]) -> list[EpisodeInPlay]:
         met: dict[int, int] = {}
         games = []
         for place, prompt in enumerate(prompts):
@@ -108,10 +108,10 @@ class Episodes:
             seed = sub_seed(0, "environment", *words, prompt.index, again)
             for j in range(n):
                 key = sub_seed(0, "episode", prompt.index, again, j)
-                games.append(Played(prompt, j, place * n + j, seed, key))
+                games.append(EpisodeInPlay(prompt, j, place * n + j, seed, key))
         return games
 
-    def opened(self, game: Played, messages: Sequence[Message], room: int) -> bool:
+    def lay_out_opening(self, game: EpisodeInPlay, messages: Sequence[Message], room: int) -> bool:
         """Lays out what the episode, or a conversation of it, begins with; False where no reply fits behind it."""
         first: list[Message] = [dict(m) for m in messages]  # type: ignore[misc]
         tools = self.environment.tools or first[0].get("tools", [])
@@ -120,10 +120,10 @@ class Episodes:
             first = with_tool_descriptions(first, tools)
         elif tools and self.layout.chat:
             first[0] = {**first[0], "tools": tools}
-        game.begun, game.before = len(first), game.turns
+        game.shown_first, game.replies_before = len(first), game.turns
         return self._shown_anew(game, first, room)
 
-    def answered(self, game: Played, answer: Answer, room: int) -> bool:
+    def lay_out_answer(self, game: EpisodeInPlay, answer: Answer, room: int) -> bool:
         """Puts what the environment says behind the reply, or shows the conversation anew; False where another reply
         does not fit behind it."""
         talk, reply = game.talk, game.reply
@@ -133,7 +133,7 @@ class Episodes:
         try:
             if answer.anew:
                 game.earlier.append(talk)
-                return self.opened(game, answer.messages, room)
+                return self.lay_out_opening(game, answer.messages, room)
             before, game.messages = game.messages, [*game.messages, said, *messages]
             segments = self.config.history == "segments" and self.layout.chat
             if not self.layout.joined or (segments and self.layout.rewritten(before, reply.text, game.messages)):
@@ -144,10 +144,10 @@ class Episodes:
             raise FaultError(f"the chat template can't show the environment's turn: {error}") from error
         if len(talk.prompt.ids) + len(talk.ids) + len(new) + room > self.limit:
             return False
-        talk.heard(new)
+        talk.add_observation(new)
         return True
 
-    def _shown_anew(self, game: Played, messages: list[Message], room: int) -> bool:
+    def _shown_anew(self, game: EpisodeInPlay, messages: list[Message], room: int) -> bool:
         """Begins a conversation with everything that is to be seen of the earlier ones."""
         ids, text = self.layout.first(messages)
         prompt = Prompt(ids, text, game.prompt.row, game.prompt.index, game.prompt.turns)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steersman.environments.jails import JAILS, LIMITS, Jail, Limits
-from steersman.environments.text import shown
+from steersman.environments.text import clean_text
 from steersman.types import SteersmanError
 
 
@@ -187,4 +187,4 @@ def _watched(process: subprocess.Popen[bytes], program: str, limits: Limits, giv
             code = process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             late = True
-    return Outcome(code, shown(said.decode("utf-8", "replace"), limits.output), late)
+    return Outcome(code, clean_text(said.decode("utf-8", "replace"), limits.output), late)

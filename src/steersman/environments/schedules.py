@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from steersman.environments.play import Play, Played
+from steersman.environments.play import EpisodeInPlay, Play
 from steersman.rollout.port import Generator, Joinable
 from steersman.types import Prompt
 
@@ -53,23 +53,23 @@ def joining(play: Play, batch: Joinable) -> None:
             step += 1
             for number, sample in batch.advance().items():
                 game = speaking.pop(number)
-                play.said(game, sample)
+                play.take_reply(game, sample)
                 line.append((game, step + delay))
 
 
 def _speak(play: Play, generator: Generator) -> None:
     """One reply of every episode that waits for one, in the order of the prompts."""
     games, play.waiting = [play.waiting[order] for order in sorted(play.waiting)], {}
-    by_turn: dict[int, list[Played]] = {}
+    by_turn: dict[int, list[EpisodeInPlay]] = {}
     for game in games:
         by_turn.setdefault(game.turns, []).append(game)
     for turn, some in sorted(by_turn.items()):
         asked, seed = [_asked(g) for g in some], (*play.words, turn)
         replies = generator.generate(asked, play.sampling, n=1, seed=seed, record_support=play.record_support)
         for game, reply in zip(some, replies, strict=True):
-            play.said(game, reply)
+            play.take_reply(game, reply)
 
 
-def _asked(game: Played) -> Prompt:
+def _asked(game: EpisodeInPlay) -> Prompt:
     assert game.talk is not None
-    return Prompt(game.talk.asked(), "", {}, game.key)
+    return Prompt(game.talk.context(), "", {}, game.key)

@@ -10,7 +10,7 @@ from steersman.run.terminal import printable
 from steersman.run.untrusted import LONE_SURROGATE
 
 
-def shown(text: str, limit: int) -> str:
+def clean_text(text: str, limit: int) -> str:
     r"""The text as a conversation may hold it: at most `limit` characters, control characters written out as `\x1b`,
     half surrogate pairs as U+FFFD."""
     cut = len(text) - limit

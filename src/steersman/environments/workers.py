@@ -169,7 +169,7 @@ def _loop() -> asyncio.AbstractEventLoop:
         return _shared[0]
 
 
-def resolved(result: Any) -> Any:
+def await_result(result: Any) -> Any:
     """A result, awaited on the shared loop where it is to be; for code that calls a user's function itself."""
     if inspect.isawaitable(result):
         return asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result()

@@ -101,7 +101,7 @@ def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
             for place, stage in enumerate(recipe.stages):
                 name = f"round-{number:02d}/{place + 1}-{stage}"
                 batch = (number - 1) * len(recipe.stages) + place
-                battles = fight(flywheel, recipe, name, path, batch)
+                battles = hold_battles(flywheel, recipe, name, path, batch)
                 counts |= {f"lost/{stage}": sum(b["share"] == 0 for b in battles) / max(len(battles), 1)}
                 path, used = _STAGES[stage](flywheel, recipe, name, path, battles)
                 counts[f"data/{stage}"] = used
@@ -113,7 +113,7 @@ def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
     return ledger.summary({})
 
 
-def fight(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -> Rows:
+def hold_battles(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, batch: int) -> Rows:
     """Table: one battle per prompt and opponent, `share` 1 where the model won, 0 where it lost.
 
     Prompts that the model, or an opponent, gave no usable answer to make no battle.
@@ -159,7 +159,7 @@ def lessons(battles: Rows) -> Rows:
     return list(best.values())
 
 
-def decided(battles: Rows) -> Rows:
+def decided_pairs(battles: Rows) -> Rows:
     """Pairs from every battle that was won or lost."""
     return [
         {
@@ -219,7 +219,7 @@ def _ppo(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles:
 
 def _decided(flywheel: Flywheel, recipe: ArenaRecipe, name: str, battles: Rows) -> tuple[Rows, dict[str, Any]]:
     ledger = flywheel.ledger
-    rows = ledger.table(f"{name}/pairs", lambda: decided(battles), made_from=ledger.sources(f"{name}/battles"))
+    rows = ledger.table(f"{name}/pairs", lambda: decided_pairs(battles), made_from=ledger.sources(f"{name}/battles"))
     if not rows:
         ledger.log.note(f"{name}: no battle was decided, so there is nothing to learn", style="yellow")
     return rows, stage_data(recipe, str(ledger.path / f"{name}/pairs.jsonl"))

@@ -48,7 +48,7 @@ def run(recipe: BestOfNRecipe, *, resume: bool = False) -> dict[str, Any]:
 def _learn(flywheel: Flywheel, recipe: BestOfNRecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
     """One round's model: the kept answers are demonstrations."""
     ledger, name = flywheel.ledger, folder(number)
-    graded = flywheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+    graded = flywheel.grade_rows(f"{name}/graded", f"{name}/samples", sampled)
     kept = ledger.table(
         f"{name}/kept", lambda: keep(graded, recipe.keep),
         made_from=ledger.sources(f"{name}/graded"), keep=recipe.keep.model_dump(),

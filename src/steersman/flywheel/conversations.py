@@ -22,7 +22,7 @@ class Exchange:
     row: Row
 
     @property
-    def asked(self) -> str:
+    def last_question(self) -> str:
         """The user's last turn before the answer; empty where there is none."""
         return next((m["content"] for m in reversed(self.prompt) if m["role"] == "user"), "")
 

@@ -171,13 +171,13 @@ def _reactions(ledger: Ledger, recipe: FeedbackRecipe, writer: Writer | None) ->
         readings = [r or Reading("unread") for r in read(found, writer)]
         told, spans = [(r.kind, _label(r.kind, recipe)) for r in readings], [r.span for r in readings]
     elif recipe.judge is None:
-        told = [(c, _label(c, recipe)) for c in (category(e.reaction, e.asked) for e in found)]
+        told = [(c, _label(c, recipe)) for c in (category(e.reaction, e.last_question) for e in found)]
     else:
         told = _judged(ledger, recipe.judge, found)
     return [
         {
             "prompt": e.prompt, "completion": e.answer, "label": label, "category": name, "reaction": e.reaction,
-            **({"span": span, "rules": category(e.reaction, e.asked)} if writer is not None else {}),
+            **({"span": span, "rules": category(e.reaction, e.last_question)} if writer is not None else {}),
             "file": e.row.file, "row": e.row.number,
         }
         for e, (name, label), span in zip(found, told, spans, strict=True)
@@ -226,7 +226,7 @@ def _exchanges(recipe: FeedbackRecipe, left_out: BadRows) -> Iterator[Exchange]:
                 if key in seen:
                     continue
                 seen.add(key)
-                if not e.asked.strip() or not e.answer.strip():
+                if not e.last_question.strip() or not e.answer.strip():
                     _without_prompt(recipe, e, left_out)
                     continue
                 yield e
@@ -237,7 +237,7 @@ def _exchanges(recipe: FeedbackRecipe, left_out: BadRows) -> Iterator[Exchange]:
 
 
 def _without_prompt(recipe: FeedbackRecipe, e: Exchange, left_out: BadRows) -> None:
-    what = "an empty answer" if e.asked.strip() else "an answer that no user's turn precedes"
+    what = "an empty answer" if e.last_question.strip() else "an answer that no user's turn precedes"
     error = e.row.fault("feedback without prompt", f"the feedback {e.reaction[:60]!r} is on {what}", "prompt")
     if recipe.no_prompt == "stop":
         raise RowError(error.reason, f"{error} (no_prompt: count leaves such feedback out and counts it)")

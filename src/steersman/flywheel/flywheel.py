@@ -10,7 +10,7 @@ from typing import Any
 
 from steersman.data import Batches, mixture, wraps
 from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
-from steersman.flywheel.refresh import refreshed
+from steersman.flywheel.refresh import refresh_judge
 from steersman.flywheel.sections import LoopRecipe
 from steersman.judge.config import JudgeConfig
 from steersman.judge.judge import SharedJudge
@@ -38,7 +38,7 @@ class Flywheel:
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.train, self.held = load_queries(recipe.data, recipe.rollout.held_out, wrap=wraps(tokenizer, recipe.data))
         self.ending, self.paths = Stopping(recipe.stop), list[str]()
-        self.judge = self.opened(recipe.judge)
+        self.judge = self.open_judge(recipe.judge)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
@@ -49,7 +49,7 @@ class Flywheel:
             len(self.train), size, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
         )
 
-    def opened(self, config: JudgeConfig) -> SharedJudge:
+    def open_judge(self, config: JudgeConfig) -> SharedJudge:
         """A judge, with its cache in the run folder."""
         stopping = lambda: bool(self.ledger.signal)  # noqa: E731
         return SharedJudge(config, self.ledger.path / "judge.jsonl", stopping=stopping, device=self.ledger.device)
@@ -87,13 +87,13 @@ class Flywheel:
             rollout=rollout.model_dump(exclude={"held_out", "max_batch"}),
         )  # fmt: skip
 
-    def graded(self, name: str, source: str, rows: Rows) -> Rows:
+    def grade_rows(self, name: str, source: str, rows: Rows) -> Rows:
         """Table: the usable rows of `source` with the judge's `grade`; ungraded ones are left out and counted."""
         kept, left_out = usable(rows, self.recipe.unfinished)
         if not kept:
             raise SteersmanError(
-                f"none of {len(rows)} sampled answers can be used ({said(left_out)}); raise rollout.max_new_tokens, "
-                "or set unfinished to trim or keep"
+                f"none of {len(rows)} sampled answers can be used ({left_out_text(left_out)}); raise "
+                "rollout.max_new_tokens, or set unfinished to trim or keep"
             )
 
         def make() -> Rows:
@@ -158,7 +158,7 @@ class Flywheel:
         if (why := self.ending.reason) is not None:
             self.ledger.log.note(f"ended after round {number} of {self.recipe.rounds}: {why}")
         elif self.recipe.refresh is not None and 0 < number < self.recipe.rounds:
-            self.judge = self.opened(refreshed(self, number, path))
+            self.judge = self.open_judge(refresh_judge(self, number, path))
         return why is not None
 
     def about_judge(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def said(counts: dict[str, int]) -> str:
+def left_out_text(counts: dict[str, int]) -> str:
     """ "3 empty, 2 unfinished", or "none left out"."""
     return ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none left out"
 

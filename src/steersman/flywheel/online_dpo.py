@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.flywheel.flywheel import Flywheel, said, stage_data, stage_model
+from steersman.flywheel.flywheel import Flywheel, left_out_text, stage_data, stage_model
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.objectives.preference import PairLossConfig
@@ -110,7 +110,7 @@ def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows
         def make() -> Rows:
             return list(given_pairs(answers, flywheel.columns(answers), config.column))
     elif config.by == "grade":
-        graded = flywheel.graded(f"{name}/graded", f"{name}/samples", sampled)
+        graded = flywheel.grade_rows(f"{name}/graded", f"{name}/samples", sampled)
         about = {"made_from": ledger.sources(f"{name}/graded")}
 
         def make() -> Rows:
@@ -124,14 +124,14 @@ def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows
         }
 
         def make() -> Rows:
-            return list(pairs_of(*compared(flywheel, answers, config)))
+            return list(pairs_of(*grades_by_comparison(flywheel, answers, config)))
 
     pairs = ledger.table(f"{name}/pairs", make, **about, pairs=config.model_dump())
     if not pairs:
         _, left_out = usable(sampled, recipe.unfinished)
         raise SteersmanError(
-            f"{name}: no pair from {len(sampled)} answers (left out: {said(left_out)}): the judge finds the rest "
-            "equal, or no prompt has two; sample more or warmer, lower pairs.min_lead, or set unfinished to trim"
+            f"{name}: no pair from {len(sampled)} answers (left out: {left_out_text(left_out)}): the judge finds the "
+            "rest equal, or no prompt has two; sample more or warmer, lower pairs.min_lead, or set unfinished to trim"
         )
     return pairs
 
@@ -156,7 +156,7 @@ def given_pairs(answers: Rows, columns: list[dict[str, Any]], column: str) -> It
             }  # fmt: skip
 
 
-def compared(flywheel: Flywheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
+def grades_by_comparison(flywheel: Flywheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
     """Grades from comparisons, the share that an answer won of those with its siblings; or, for all pairs, each
     decided comparison as a pair of rows with grades 1 and 0."""
     duels = [(a, b) for a, b in combinations(answers, 2) if a["index"] == b["index"]]

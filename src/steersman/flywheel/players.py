@@ -18,7 +18,7 @@ from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout import Generator
 from steersman.run.micro import over_rows
 from steersman.run.run_config import RunConfig
-from steersman.setup.generators import open_generator, sampled_by_all
+from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of
 from steersman.types import Sample, SteersmanError
@@ -62,7 +62,7 @@ class Player:
         for prompt, place in zip(asked, found, strict=True):
             prompt.index = place  # the random stream is the query's, whatever batch it stands in
         with whole_weights(self.policy):
-            samples = sampled_by_all(self.engine(rollout), asked, rollout.sampling(), n=n, seed=list(seed))
+            samples = sample_on_all_ranks(self.engine(rollout), asked, rollout.sampling(), n=n, seed=list(seed))
         rows = [
             {
                 "prompt": queries[s.prompt.index].prompt, "completion": s.text, "index": s.prompt.index,

@@ -72,7 +72,9 @@ class Reading:
 def read(found: Sequence[Exchange], writer: Writer) -> list[Reading | None]:
     """What each user's turn says; None where the reply names no kind, or words that the turn does not have."""
     replies = writer.write([fill(ASK, _holes(e)) for e in found])
-    return [None if reply is None else parsed(reply, e.reaction) for reply, e in zip(replies, found, strict=True)]
+    return [
+        None if reply is None else parse_reading(reply, e.reaction) for reply, e in zip(replies, found, strict=True)
+    ]
 
 
 def revise(found: Sequence[Exchange], writer: Writer) -> list[str | None]:
@@ -84,7 +86,7 @@ def revise(found: Sequence[Exchange], writer: Writer) -> list[str | None]:
     ]
 
 
-def parsed(reply: str, turn: str) -> Reading | None:
+def parse_reading(reply: str, turn: str) -> Reading | None:
     """The reading that a reply gives; the first line of each name counts."""
     told: dict[str, str] = {}
     for line in reply.splitlines():
@@ -112,7 +114,7 @@ def kappa(first: Sequence[object], second: Sequence[object]) -> float:
 
 
 def _holes(e: Exchange) -> dict[str, str]:
-    return {"asked": e.asked[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
+    return {"asked": e.last_question[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
 
 
 def _plain(text: str) -> str:

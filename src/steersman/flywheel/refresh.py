@@ -25,7 +25,7 @@ SEAT = 1 << 20
 """The random stream of the answers that are compared: no player of the rounds draws from it."""
 
 
-def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
+def refresh_judge(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     """The judge for the round after `number`, whose model is at `path`."""
     recipe, ledger, refresh = flywheel.recipe, flywheel.ledger, flywheel.recipe.refresh
     assert refresh is not None
@@ -36,7 +36,7 @@ def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     usable_rows = usable(answers, recipe.unfinished)[0]
 
     def make() -> Rows:
-        return compared(flywheel, usable_rows, refresh.by)
+        return watched_pairs(flywheel, usable_rows, refresh.by)
 
     pairs = ledger.table(f"{name}/pairs", make, judge=refresh.by, made_from=ledger.sources(f"{name}/answers"))
     if not pairs:
@@ -55,7 +55,7 @@ def refreshed(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     return recipe.judge.model_copy(update={"reward": reward})
 
 
-def compared(flywheel: Flywheel, answers: Rows, by: str) -> Rows:
+def watched_pairs(flywheel: Flywheel, answers: Rows, by: str) -> Rows:
     """A pair of each prompt's two answers, where the watched reward tells them apart."""
     assert flywheel.gold is not None
     score = flywheel.gold(

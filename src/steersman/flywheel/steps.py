@@ -68,7 +68,7 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         maker = Maker(recipe, player, queries, scorer)
         answers = ledger.table("answers", maker.answers, model=ledger.model(recipe.model.path))
         kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
-        rows = ledger.parts("steps", len(kept), lambda i: [maker.labelled(kept[i])], made_from=recipe.data.path)
+        rows = ledger.parts("steps", len(kept), lambda i: [maker.label_steps(kept[i])], made_from=recipe.data.path)
         if not rows:
             raise SteersmanError(
                 f"none of {len(answers)} answers has 1 to {recipe.most_steps} steps; is data.step_separator "
@@ -101,7 +101,7 @@ class Maker:
             {"index": s.prompt.index, "text": s.text, "steps": self._cut(s.text)} for s in samples if s.terminated
         ]
 
-    def labelled(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def label_steps(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The answer's row: its steps, and the share of continuations from each that end well."""
         query, steps = self.queries[answer["index"]], answer["steps"]
         ids = next(p for p in self._prompts() if p.index == answer["index"]).ids

@@ -133,7 +133,7 @@ def on_policy(recipe: GrueRecipe, task: Task, verb: str, start: str, folder: Pat
             "held_out_files": [str(data / "held-out.jsonl")],
             "on_too_long": "truncate",
         },
-        "reward": {"parts": reward_parts(recipe, task) | watched(recipe, task), "normalise": rl.normalise},
+        "reward": {"parts": reward_parts(recipe, task) | watched_metrics(recipe, task), "normalise": rl.normalise},
         "rollout": {
             **generation(recipe, task), "prompts": rl.prompts, "samples": rl.samples, "held_out": rl.looks,
         },
@@ -156,7 +156,7 @@ def reward_parts(recipe: GrueRecipe, task: Task) -> dict[str, dict[str, Any]]:
     return {name: _scoring(part) for name, part in task.rewards.items()}
 
 
-def watched(recipe: GrueRecipe, task: Task) -> dict[str, dict[str, Any]]:
+def watched_metrics(recipe: GrueRecipe, task: Task) -> dict[str, dict[str, Any]]:
     """The task's other metrics as parts of weight 0: they draw learning curves and teach nothing."""
     if not recipe.rl.watch:
         return {}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steersman.grue.cells import Cell, cells, check_stamp, reward_parts
-from steersman.grue.evaluate import metrics_of, needed, over
+from steersman.grue.evaluate import corpus_value, metric_inputs, metrics_of
 from steersman.grue.recipe import GrueRecipe
 from steersman.grue.rows import TaskRows, task_rows
 from steersman.grue.task import TASKS, Task, load_task
@@ -23,7 +23,7 @@ TRIED = 4
 """Held-out rows on which every metric and reward is tried."""
 
 
-def checked(recipe: GrueRecipe) -> tuple[list[Task], dict[str, TaskRows], list[Cell]]:
+def check_matrix(recipe: GrueRecipe) -> tuple[list[Task], dict[str, TaskRows], list[Cell]]:
     """Tasks, their rows and the cells; raises one SteersmanError with everything that will not work."""
     problems: list[str] = []
     tasks: list[Task] = []
@@ -73,10 +73,10 @@ def _try_metrics(task: Task, rows: TaskRows) -> None:
     """Every metric can be made, and every row of both sides has what it needs."""
     for name, (made, spec) in metrics_of(task).items():
         try:
-            needed(made, spec, rows.held_out)
+            metric_inputs(made, spec, rows.held_out)
             if made.needs:
                 some = rows.held_out[:TRIED]
-                over(made, spec, [(r["references"] or [r["prompt"]])[0] for r in some], some)
+                corpus_value(made, spec, [(r["references"] or [r["prompt"]])[0] for r in some], some)
         except SteersmanError as error:
             raise SteersmanError(f"task {task.name}, metric {name}: {error}") from error
 
@@ -96,7 +96,7 @@ def _try_rewards(recipe: GrueRecipe, tasks: Sequence[Task], rows: dict[str, Task
             for part in parts.parts.values():
                 if part.metric is not None and demands:
                     made = metric(part.metric, part.args)
-                    needed(made, {"columns": part.columns}, [*table.train, *table.held_out])
+                    metric_inputs(made, {"columns": part.columns}, [*table.train, *table.held_out])
             build_reward(parts, policy.tokenizer, device).score([_reference(r) for r in table.held_out[:TRIED]])
         except SteersmanError as error:
             raise SteersmanError(f"task {task.name}, reward: {error}") from error

@@ -14,7 +14,7 @@ OVERVIEW = (
 ARROWS = {"higher": "↑", "lower": "↓", "not told apart": "~", "one seed": ""}
 
 
-def compared(results: Results, task: Task) -> list[str]:
+def comparison_sentences(results: Results, task: Task) -> list[str]:
     """One sentence per comparison of rewards."""
     words = {
         "higher": "higher",
@@ -26,7 +26,7 @@ def compared(results: Results, task: Task) -> list[str]:
     for a, b, change in results.comparisons(task):
         prompts = results.over_prompts(task, a, b)
         second = "" if prompts is None or prompts.half is None else f" [± {prompts.half:.2g}, {words[prompts.sign]}]"
-        out.append(f"{a} against {b}: {shown(change, signed=True)} ({words[change.sign]}){second}")
+        out.append(f"{a} against {b}: {mean_text(change, signed=True)} ({words[change.sign]}){second}")
     return out
 
 
@@ -53,12 +53,12 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
     return out
 
 
-def counted(results: Results) -> int:
+def comparisons_with_intervals(results: Results) -> int:
     found = [c for task in results.tasks for c in results.comparisons(task)]
     return sum(change.half is not None for _, _, change in found)
 
 
-def shown(value: Mean | None, *, signed: bool = False) -> str:
+def mean_text(value: Mean | None, *, signed: bool = False) -> str:
     """Three figures, with half the interval's width where there is one."""
     if value is None:
         return "–"
@@ -67,4 +67,4 @@ def shown(value: Mean | None, *, signed: bool = False) -> str:
 
 
 def change_text(change: Mean | None) -> str:
-    return "–" if change is None else f"{shown(change, signed=True)} {ARROWS[change.sign]}".strip()
+    return "–" if change is None else f"{mean_text(change, signed=True)} {ARROWS[change.sign]}".strip()

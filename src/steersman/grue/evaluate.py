@@ -39,7 +39,7 @@ STREAM = 1 << 41
 def judge(cell: Cell, recipe: GrueRecipe) -> dict[str, Any]:
     """Samples one answer to each held-out prompt and writes held_out.jsonl and evaluation.json into the cell.
 
-    `preference` are the task's metrics, `natural` what the text is like; each is [value, low, high] with the
+    `preference` are the task's metrics, `text_statistics` what the text is like; each is [value, low, high] with the
     bootstrap interval over prompts, or null with a reason in `missing`. `reward` is what was optimised, weighted
     and summed, and its parts.
     """
@@ -51,10 +51,10 @@ def judge(cell: Cell, recipe: GrueRecipe) -> dict[str, Any]:
     found = {
         "reward": {"total": _mean(scores.total)} | {k: _mean(v) for k, v in scores.parts.items()},
         "preference": {
-            name: _value(name, lambda m=m, spec=spec: over(m, spec, texts, rows), missing)
+            name: _value(name, lambda m=m, spec=spec: corpus_value(m, spec, texts, rows), missing)
             for name, (m, spec) in metrics_of(cell.task).items()
         },
-        "natural": natural(cell, recipe, samples, texts, missing),
+        "natural": text_statistics(cell, recipe, samples, texts, missing),
     }
     lines = [
         {"prompt": row["prompt"], "references": row["references"], "text": text, "finish": s.finish,
@@ -97,12 +97,12 @@ def metrics_of(task: Task) -> dict[str, tuple[Metric, Mapping[str, Any]]]:
     return {name: (metric(spec["metric"], spec.get("args", {})), spec) for name, spec in task.metrics.items()}
 
 
-def over(made: Metric, spec: Mapping[str, Any], texts: Sequence[str], rows: Sequence[Row]) -> Corpus:
+def corpus_value(made: Metric, spec: Mapping[str, Any], texts: Sequence[str], rows: Sequence[Row]) -> Corpus:
     """The metric over a set of texts, with what it needs from their rows."""
-    return made.corpus(list(texts), **needed(made, spec, rows))
+    return made.corpus(list(texts), **metric_inputs(made, spec, rows))
 
 
-def needed(made: Metric, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def metric_inputs(made: Metric, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """What a metric needs beside the texts: columns of the rows; sources are the prompts.
 
     Raises SteersmanError for a row without it.
@@ -120,7 +120,7 @@ def needed(made: Metric, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[s
     return out
 
 
-def natural(
+def text_statistics(
     cell: Cell, recipe: GrueRecipe, samples: Sequence[Sample], texts: Sequence[str], missing: dict[str, str]
 ) -> dict[str, Any]:
     """What the texts are like, whatever their task: perplexity under the start model, variety, length.

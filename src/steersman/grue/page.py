@@ -12,7 +12,15 @@ from markupsafe import Markup
 
 from steersman.grue import leaderboard
 from steersman.grue.cells import cell_folder, reward_parts
-from steersman.grue.compare import OVERVIEW, change_text, compared, comparisons, counted, overview, shown
+from steersman.grue.compare import (
+    OVERVIEW,
+    change_text,
+    comparison_sentences,
+    comparisons,
+    comparisons_with_intervals,
+    mean_text,
+    overview,
+)
 from steersman.grue.evaluate import metrics_of, read_answers
 from steersman.grue.picture import draw
 from steersman.grue.recipe import SUPERVISED, ZERO
@@ -94,10 +102,14 @@ def table_page(results: Results, others: Sequence[dict[str, Any]]) -> str:
         out += [
             "Reward, paired by seed, and in brackets the same models over the held-out prompts:",
             "",
-            *(f"- {line}" for line in compared(results, task)),
+            *(f"- {line}" for line in comparison_sentences(results, task)),
             "",
         ]
-    out += [f"{n} comparisons at 95%: about one in twenty is a false alarm." for n in [counted(results)] if n] + [""]
+    out += [
+        f"{n} comparisons at 95%: about one in twenty is a false alarm."
+        for n in [comparisons_with_intervals(results)]
+        if n
+    ] + [""]
     if others:
         out += ["## Entries of others", "", *markdown(*other_entries(others)), ""]
     return "\n".join(out)
@@ -112,7 +124,7 @@ def table(results: Results, task: Task) -> tuple[list[str], list[list[str]]]:
     for method in results.methods(task):
         values = [results.mean(task, method, group, name) for group, name in columns]
         seeds = str(len(results.by_seed(task, method, "reward", "total")))
-        rows.append([method, seeds, *(shown(v) for v in values)])
+        rows.append([method, seeds, *(mean_text(v) for v in values)])
     return header, rows
 
 
@@ -195,7 +207,7 @@ def html_page(results: Results, others: Sequence[dict[str, Any]]) -> str:
     for task in results.tasks:
         if results.methods(task):
             sections.append({
-                "task": task, "table": table(results, task), "compared": compared(results, task),
+                "task": task, "table": table(results, task), "compared": comparison_sentences(results, task),
                 "missing": missing_values(results, task), "goodhart": goodhart(results, task),
                 "charts": charts(results, task), "sheets": sheets(results, task),
             })  # fmt: skip
@@ -245,7 +257,7 @@ def _move(move: Move | None) -> str:
 def _sentence(method: str, reward: Mean | None, moves: dict[str, Move]) -> str:
     harmed = [name for name, move in moves.items() if move.harm]
     start = started_from(method)
-    rise = "no reward measured" if reward is None else f"reward {shown(reward, signed=True)} against {start}"
+    rise = "no reward measured" if reward is None else f"reward {mean_text(reward, signed=True)} against {start}"
     alone = reward is not None and reward.half is None
     told = f"worse: {', '.join(harmed)}" if harmed else "nothing else was seen to go against its direction"
     return f"{method}: {rise}; {told}{' (one seed)' if alone else ''}"

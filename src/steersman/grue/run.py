@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from steersman.grue.cells import Cell, cell_folder, data_folder, start_model
-from steersman.grue.check import checked, room
+from steersman.grue.check import check_matrix, room
 from steersman.grue.evaluate import judge
 from steersman.grue.page import write_pages
 from steersman.grue.recipe import SUPERVISED, GrueRecipe
@@ -40,7 +40,7 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
         raise SteersmanError(
             "grue starts the ranks of each cell itself, as many as run.devices says; start it without a launcher"
         )
-    tasks, rows, every = checked(recipe)
+    tasks, rows, every = check_matrix(recipe)
     with RunFolder(Path(recipe.run.dir), recipe, resume=resume) as folder:
         for task in tasks:
             write_rows(data_folder(recipe, task), task, rows[task.name])

@@ -49,7 +49,7 @@ class Caller(ABC, Generic[Q, R]):
 
     who: str
     path: str
-    wanted: str
+    expected_form: str
 
     def __init__(self, config: AddressConfig) -> None:
         self.config = config
@@ -111,7 +111,7 @@ class Caller(ABC, Generic[Q, R]):
                     reply = self.read(raw, question)
                     if reply is not None:
                         return reply
-                    trouble = f"a reply that is no {self.wanted}: {self._quoted(raw, 120)}"
+                    trouble = f"a reply that is no {self.expected_form}: {self._quoted(raw, 120)}"
                 elif response.status_code in AGAIN:
                     trouble = f"status {response.status_code}"
                     pause = min(_retry_after(response) or pause, self.config.max_wait)

@@ -43,7 +43,7 @@ class LabelRecipe(Section):
 
 
 @dataclass(slots=True)
-class Asked:
+class LabelItem:
     """A row to be judged; `pair` says that its two answers are compared, else all are graded."""
 
     prompt: Content
@@ -77,7 +77,7 @@ def run(recipe: LabelRecipe, *, resume: bool = False) -> dict[str, Any]:
     return ledger.summary({})
 
 
-def _asked(config: DataConfig, left_out: BadRows) -> Iterator[Asked]:
+def _asked(config: DataConfig, left_out: BadRows) -> Iterator[LabelItem]:
     for count, row in enumerate(section_rows(config, left_out)):
         if config.limit is not None and count >= config.limit:
             return
@@ -89,7 +89,7 @@ def _asked(config: DataConfig, left_out: BadRows) -> Iterator[Asked]:
             left_out.add(error)
 
 
-def _one(row: Row) -> Asked:
+def _one(row: Row) -> LabelItem:
     prompt = f.instruction(row) if "instruction" in row.data else f.content(row, "prompt")
     if is_empty(prompt):
         raise row.fault("empty prompt", "the prompt is empty", "prompt")
@@ -108,10 +108,10 @@ def _one(row: Row) -> Asked:
         raise row.fault("equal answers", f"the answer equals that in {columns[1]!r}", columns[0])
     if columns == ("responses",) and len(answers) < 2:
         raise row.fault("single-item ranking", "a ranking needs two responses at least", "responses")
-    return Asked(prompt, answers, pair, row)
+    return LabelItem(prompt, answers, pair, row)
 
 
-def _labelled(recipe: LabelRecipe, judge: Judge, asked: list[Asked]) -> Rows:
+def _labelled(recipe: LabelRecipe, judge: Judge, asked: list[LabelItem]) -> Rows:
     pairs = [a for a in asked if a.pair]
     compared = judge.compare([(a.prompt, *a.answers) for a in pairs], [a.row.data for a in pairs])  # type: ignore
     singles = [(a, answer) for a in asked if not a.pair for answer in a.answers]

@@ -30,7 +30,7 @@ def play(character: str, goal: str, turns: Sequence[Message]) -> str:
     return PLAY.format(character=character, goal=goal, so_far=so_far, end=END)
 
 
-def spoken(text: str) -> str:
+def first_paragraph(text: str) -> str:
     """The first paragraph of what the model wrote for the person, without the name of the role in front."""
     first = text.strip().split("\n\n")[0].strip()
     return first.partition(":")[2].strip() if first.lower().startswith(("you:", "user:", "me:")) else first

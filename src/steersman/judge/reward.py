@@ -66,8 +66,8 @@ def grade_turns(
         so_far = sample.prompt.text
         for turn in sample.turns:
             asked.append(so_far)
-            so_far += f"{turn.said}\n{turn.heard}\n"
-    grades = iter(grade(asked, [t.said for s in samples for t in s.turns or []], judge=judge))
+            so_far += f"{turn.reply}\n{turn.observation}\n"
+    grades = iter(grade(asked, [t.reply for s in samples for t in s.turns or []], judge=judge))
     out = [[0.0] * len(s.ids) for s in samples]
     for row, sample in zip(out, samples, strict=True):
         for turn in sample.turns or []:

@@ -102,7 +102,7 @@ def less_offset(lead: Tensor, pair: PairLogp) -> Tensor:
     return lead if pair.offset is None else lead - pair.offset
 
 
-def explained(chosen: Tensor, rejected: Tensor) -> Explain:
+def implicit_rewards(chosen: Tensor, rejected: Tensor) -> Explain:
     """The implicit rewards of both answers and their margin, without gradient."""
     chosen, rejected = chosen.detach(), rejected.detach()
     return {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}

@@ -18,7 +18,7 @@ from steersman.loss.pairs import (
     PairLogp,
     chosen_nll,
     divergences,
-    explained,
+    implicit_rewards,
     less_offset,
     log_ratios,
     pair_logp,
@@ -67,7 +67,7 @@ def dpo(pair: PairLogp, *, beta: float = 0.1, label_smoothing: float = 0.0) -> t
     ratio_w, ratio_l = log_ratios(pair)
     m = less_offset(beta * (ratio_w - ratio_l), pair)
     loss = -(1 - label_smoothing) * logsigmoid(m) - label_smoothing * logsigmoid(-m)
-    return loss, explained(beta * ratio_w, beta * ratio_l)
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def robust_dpo(pair: PairLogp, *, beta: float = 0.1, flip: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
@@ -83,7 +83,7 @@ def robust_dpo(pair: PairLogp, *, beta: float = 0.1, flip: float = 0.1) -> tuple
     ratio_w, ratio_l = log_ratios(pair)
     m = beta * (ratio_w - ratio_l)
     loss = (-(1 - flip) * logsigmoid(m) + flip * logsigmoid(-m)) / (1 - 2 * flip)
-    return loss, explained(beta * ratio_w, beta * ratio_l)
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def ipo(pair: PairLogp, *, beta: float = 0.1, length_normalised: bool = False) -> tuple[Float[Tensor, " B"], Explain]:
@@ -103,7 +103,7 @@ def ipo(pair: PairLogp, *, beta: float = 0.1, length_normalised: bool = False) -
         ratio_w = ratio_w / pair.chosen_length.clamp(min=1)
         ratio_l = ratio_l / pair.rejected_length.clamp(min=1)
     loss = (ratio_w - ratio_l - 1 / (2 * beta)) ** 2
-    return loss, explained(beta * ratio_w, beta * ratio_l)
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def rso(pair: PairLogp, *, beta: float = 0.1, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
@@ -117,7 +117,7 @@ def rso(pair: PairLogp, *, beta: float = 0.1, margin: float = 1.0) -> tuple[Floa
     """
     ratio_w, ratio_l = log_ratios(pair)
     lead = less_offset(beta * (ratio_w - ratio_l), pair)
-    return relu(margin - lead), explained(beta * ratio_w, beta * ratio_l)
+    return relu(margin - lead), implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def dpop(pair: PairLogp, *, beta: float = 0.3, penalty: float = 50.0) -> tuple[Float[Tensor, " B"], Explain]:
@@ -131,7 +131,7 @@ def dpop(pair: PairLogp, *, beta: float = 0.3, penalty: float = 50.0) -> tuple[F
     """
     ratio_w, ratio_l = log_ratios(pair)
     loss = -logsigmoid(beta * (ratio_w - ratio_l - penalty * relu(-ratio_w)))
-    return loss, explained(beta * ratio_w, beta * ratio_l)
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def dpo_shift(pair: PairLogp, *, beta: float = 0.1, shift: float = 0.95) -> tuple[Float[Tensor, " B"], Explain]:
@@ -144,7 +144,7 @@ def dpo_shift(pair: PairLogp, *, beta: float = 0.1, shift: float = 0.95) -> tupl
     Source: arXiv 2502.07599, eq. 2.
     """
     ratio_w, ratio_l = log_ratios(pair)
-    return -logsigmoid(beta * (ratio_w - shift * ratio_l)), explained(beta * ratio_w, shift * beta * ratio_l)
+    return -logsigmoid(beta * (ratio_w - shift * ratio_l)), implicit_rewards(beta * ratio_w, shift * beta * ratio_l)
 
 
 def wpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
@@ -162,7 +162,7 @@ def wpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Expl
         raise TypeError("this loss needs how much the answers are like the policy's own: own")
     ratio_w, ratio_l = log_ratios(pair)
     weight = pair.own.clamp(max=0).exp()
-    return -weight * logsigmoid(beta * (ratio_w - ratio_l)), explained(beta * ratio_w, beta * ratio_l)
+    return -weight * logsigmoid(beta * (ratio_w - ratio_l)), implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def cal_dpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
@@ -176,7 +176,7 @@ def cal_dpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], 
     """
     ratio_w, ratio_l = log_ratios(pair)
     calibrated = (ratio_w - 0.5 / beta).square() + (ratio_l + 0.5 / beta).square()
-    return calibrated - logsigmoid(ratio_w - ratio_l), explained(beta * ratio_w, beta * ratio_l)
+    return calibrated - logsigmoid(ratio_w - ratio_l), implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def sppo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
@@ -192,7 +192,7 @@ def sppo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Exp
     """
     ratio_w, ratio_l = log_ratios(pair)
     loss = (ratio_w - 0.5 / beta).square() + (ratio_l + 0.5 / beta).square()
-    return loss, explained(beta * ratio_w, beta * ratio_l)
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def tdpo1(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
@@ -206,7 +206,7 @@ def tdpo1(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Ex
     """
     (ratio_w, ratio_l), (kl_w, kl_l) = log_ratios(pair), divergences(pair)
     reward_w, reward_l = beta * (ratio_w + kl_w), beta * (ratio_l + kl_l)
-    return -logsigmoid(reward_w - reward_l), explained(reward_w, reward_l)
+    return -logsigmoid(reward_w - reward_l), implicit_rewards(reward_w, reward_l)
 
 
 def tdpo2(pair: PairLogp, *, beta: float = 0.1, alpha: float = 0.5) -> tuple[Float[Tensor, " B"], Explain]:
@@ -221,4 +221,4 @@ def tdpo2(pair: PairLogp, *, beta: float = 0.1, alpha: float = 0.5) -> tuple[Flo
     (ratio_w, ratio_l), (kl_w, kl_l) = log_ratios(pair), divergences(pair)
     reward_w = beta * (ratio_w + alpha * kl_w.detach())
     reward_l = beta * (ratio_l + alpha * kl_l)
-    return -logsigmoid(reward_w - reward_l), explained(reward_w, reward_l)
+    return -logsigmoid(reward_w - reward_l), implicit_rewards(reward_w, reward_l)

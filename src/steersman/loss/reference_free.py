@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from steersman.loss.pairs import Explain, PairLogp, chosen_nll, explained, less_offset
+from steersman.loss.pairs import Explain, PairLogp, chosen_nll, implicit_rewards, less_offset
 
 
 def hinge(pair: PairLogp, *, beta: float = 1.0, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
@@ -23,7 +23,7 @@ def hinge(pair: PairLogp, *, beta: float = 1.0, margin: float = 1.0) -> tuple[Fl
     Source: arXiv 2305.10425, section 2.2.
     """
     reward_w, reward_l = beta * pair.chosen, beta * pair.rejected
-    return relu(margin - less_offset(reward_w - reward_l, pair)), explained(reward_w, reward_l)
+    return relu(margin - less_offset(reward_w - reward_l, pair)), implicit_rewards(reward_w, reward_l)
 
 
 def simpo(pair: PairLogp, *, beta: float = 2.0, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
@@ -37,7 +37,7 @@ def simpo(pair: PairLogp, *, beta: float = 2.0, margin: float = 1.0) -> tuple[Fl
     """
     reward_w = beta * pair.chosen / pair.chosen_length.clamp(min=1)
     reward_l = beta * pair.rejected / pair.rejected_length.clamp(min=1)
-    return -logsigmoid(less_offset(reward_w - reward_l, pair) - margin), explained(reward_w, reward_l)
+    return -logsigmoid(less_offset(reward_w - reward_l, pair) - margin), implicit_rewards(reward_w, reward_l)
 
 
 def alphapo(
@@ -58,7 +58,7 @@ def alphapo(
         return beta * mean if alpha == 0 else -beta * torch.expm1((-alpha * mean).clamp(max=60)) / alpha
 
     reward_w, reward_l = reward(pair.chosen, pair.chosen_length), reward(pair.rejected, pair.rejected_length)
-    return -logsigmoid(less_offset(reward_w - reward_l, pair) - margin), explained(reward_w, reward_l)
+    return -logsigmoid(less_offset(reward_w - reward_l, pair) - margin), implicit_rewards(reward_w, reward_l)
 
 
 def log_odds(logp: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -83,7 +83,7 @@ def orpo(pair: PairLogp, *, weight: float = 0.1) -> tuple[Float[Tensor, " B"], E
     mean_w = pair.chosen / pair.chosen_length.clamp(min=1)
     mean_l = pair.rejected / pair.rejected_length.clamp(min=1)
     loss = -mean_w - weight * logsigmoid(log_odds(mean_w) - log_odds(mean_l))
-    return loss, explained(weight * mean_w, weight * mean_l)
+    return loss, implicit_rewards(weight * mean_w, weight * mean_l)
 
 
 def cpo(
@@ -102,4 +102,4 @@ def cpo(
     """
     reward_w, reward_l = beta * pair.chosen, beta * pair.rejected
     loss = -logsigmoid(reward_w - reward_l) + nll_weight * chosen_nll(pair, length_normalised_nll)
-    return loss, explained(reward_w, reward_l)
+    return loss, implicit_rewards(reward_w, reward_l)

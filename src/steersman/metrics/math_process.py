@@ -1,6 +1,6 @@
 """math-verify in a process of its own, so that no answer can take more time or memory than it is given.
 
-Run as a program this file is that process: a line of JSON `{"given", "wanted"}` in, `{"found", "equal"}` out. It
+Run as a program this file is that process: a line of JSON `{"given", "wanted"}` in, `{"has_answer", "equal"}` out. It
 imports nothing of this package, so that it starts fast.
 """
 
@@ -25,9 +25,9 @@ MEMORY = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`found`: the given text holds an answer; `equal`: it is the wanted one."""
+    """`has_answer`: the given text holds an answer; `equal`: it is the wanted one."""
 
-    found: bool
+    has_answer: bool
     equal: bool
 
 
@@ -112,7 +112,7 @@ def _serve() -> None:
             found, equal = judged(**json.loads(line))
         except (Exception, RecursionError):
             found, equal = False, False
-        print(json.dumps({"found": found, "equal": equal}), flush=True)
+        print(json.dumps({"has_answer": found, "equal": equal}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
 from steersman.model.shape import SIZES, Shape, shape_of
-from steersman.model.shard import in_their_pieces, place, place_head, whole_state, whole_weights
+from steersman.model.shard import as_local_shards, place, place_head, whole_state, whole_weights
 from steersman.model.share import SharedBase
 
 __all__ = [
@@ -33,9 +33,9 @@ __all__ = [
     "Shape",
     "SharedBase",
     "SharedCritic",
+    "as_local_shards",
     "fresh_policy",
     "head_names",
-    "in_their_pieces",
     "latent_names",
     "load_policy",
     "load_reward",

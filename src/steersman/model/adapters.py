@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from steersman.model.in_place import add_in_place
 from steersman.model.meaning import Meaning
-from steersman.run.pieces import whole
+from steersman.run.pieces import full_tensor
 from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
@@ -85,7 +85,7 @@ def put_adapters(scalar: Any, source: str) -> None:
 def write_adapters(scalar: Any, folder: Path) -> None:
     """Writes adapters, head and meaning into the folder; peft loads them on a sequence classifier. All ranks call it,
     and rank 0 writes."""
-    state = {ROOT + name: whole(p.detach()).contiguous() for name, p in _named(scalar)}
+    state = {ROOT + name: full_tensor(p.detach()).contiguous() for name, p in _named(scalar)}
     ranks().from_main(lambda: _write_files(scalar, folder, state), "the adapters")
 
 

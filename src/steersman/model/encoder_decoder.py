@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman.model.probe import Form, after, close, model_name, probe_ids, quiet, require_causal, spied
-from steersman.model.reader import Pair, decode, encode
+from steersman.model.probe import Form, after, close, model_name, probe_ids, quiet, require_causal, watch_output_layer
+from steersman.model.reader import EncoderDecoderReader, decode, encode
 from steersman.types import SteersmanError
 
 
@@ -56,7 +56,7 @@ def probe_pair(model: Any) -> Form:
     name, ids, decoder = model_name(model), probe_ids(model), model.get_decoder()
     source = ids.flip(1)
     with quiet(model):
-        seen, wide, logits = spied(
+        seen, wide, logits = watch_output_layer(
             model, lambda: model(input_ids=source, decoder_input_ids=ids, use_cache=False).logits
         )
         found = read(model, source, ids)
@@ -88,9 +88,9 @@ def read(model: Any, source: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def pair_reader(model: Any, tokenizer: Any) -> Pair:
+def pair_reader(model: Any, tokenizer: Any) -> EncoderDecoderReader:
     """The reader of an encoder-decoder model."""
-    return Pair(model.get_encoder(), model.get_decoder(), decoder_start(model, tokenizer))
+    return EncoderDecoderReader(model.get_encoder(), model.get_decoder(), decoder_start(model, tokenizer))
 
 
 def decoder_context(model: Any, start: tuple[int, ...]) -> int | None:

@@ -85,14 +85,14 @@ def response_slots(tokens: Tokens, extra: int = 0) -> Bool[Tensor, "B T+extra"]:
     return column < (tokens.response_length + extra)[:, None]
 
 
-def picked(mask: Bool[Tensor, "*s"], device: torch.device) -> Int[Tensor, " n"]:
+def masked_indices(mask: Bool[Tensor, "*s"], device: torch.device) -> Int[Tensor, " n"]:
     """Flat indices of what a mask on the CPU marks, on the device."""
     return send(mask.flatten().nonzero()[:, 0], device)
 
 
 def spread(packed: Tensor, slots: Bool[Tensor, "B W"]) -> Tensor:
     """Packed numbers back into `[B, W]`, 0 elsewhere."""
-    places = picked(slots, packed.device)
+    places = masked_indices(slots, packed.device)
     return packed.new_zeros(slots.numel()).index_copy(0, places, packed).view(slots.shape)
 
 

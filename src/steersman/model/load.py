@@ -105,7 +105,7 @@ def load_policy(
     policy = Policy(model, tokenizer, pack=pack)
     policy.notes, policy.stored_dtype = [*notes, *router_notes(base, config)], stored
     if saved_adapters:
-        policy.wear(load_lora(model, source, trainable=trainable))
+        policy.register_adapters(load_lora(model, source, trainable=trainable))
         notes.append(f"adapters from {source} on {base}")
     elif lora is not None:
         policy.adapt(lora)

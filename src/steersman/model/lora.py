@@ -171,7 +171,7 @@ def _require_plain_output(model: Any) -> None:
         raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
 
 
-def untied(model: Any, weight: Callable[[str], Tensor]) -> bool:
+def tables_differ(model: Any, weight: Callable[[str], Tensor]) -> bool:
     """Whether embedding and output layer differ in a merged state, whose tensors `weight` gives by name: an adapter
     on the embedding alone changes just that one, whether the model began with both as one weight or not."""
     from peft.tuners.lora import LoraLayer

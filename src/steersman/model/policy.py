@@ -17,9 +17,9 @@ from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora
 from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
-from steersman.model.reader import Joined, Reader
+from steersman.model.reader import CausalReader, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
-from steersman.run.pieces import whole
+from steersman.run.pieces import full_tensor
 from steersman.run.ranks import ranks
 from steersman.types import SteersmanError, Tokens, send
 
@@ -71,7 +71,7 @@ class Policy(nn.Module):
                 self.reader, self.form = pair_reader(model, tokenizer), probe_pair(model)
             else:
                 self.form = probe_causal(model)
-                self.reader = Joined(self.form.trunk, pack)
+                self.reader = CausalReader(self.form.trunk, pack)
         if pack is not None and (is_pair(model) or not packs_exactly(self.form.trunk, probe_ids(model))):
             raise SteersmanError(
                 f"{type(model).__name__} does not keep packed sequences apart with attention "
@@ -94,9 +94,9 @@ class Policy(nn.Module):
 
     def adapt(self, lora: LoraConfig) -> None:
         """Puts adapters on the model, whose own weights are frozen. Raises SteersmanError where they do not fit."""
-        self.wear(add_lora(self.model, lora))
+        self.register_adapters(add_lora(self.model, lora))
 
-    def wear(self, adapters: PeftModel) -> None:
+    def register_adapters(self, adapters: PeftModel) -> None:
         """Knows these adapters, which are on the model already, as its own."""
         # past nn.Module, which would count every weight twice
         object.__setattr__(self, "_adapters", adapters)
@@ -112,7 +112,9 @@ class Policy(nn.Module):
         adapters = self.adapters
         if adapters is None:
             raise SteersmanError("this policy has no adapters to write")
-        state = {n: whole(x) for n, x in adapters.state_dict().items() if ".lora_" in n or ".modules_to_save." in n}
+        state = {
+            n: full_tensor(x) for n, x in adapters.state_dict().items() if ".lora_" in n or ".modules_to_save." in n
+        }
         ranks().from_main(lambda: adapters.save_pretrained(str(folder), state_dict=state), "the adapters")
 
     def files_beside(self) -> dict[str, dict[str, Tensor]]:

@@ -64,7 +64,7 @@ def probe_causal(model: Any) -> Form:
     """
     name, ids = model_name(model), probe_ids(model)
     with quiet(model):
-        seen, wide, logits = spied(model, lambda: model(input_ids=ids, use_cache=False).logits)
+        seen, wide, logits = watch_output_layer(model, lambda: model(input_ids=ids, use_cache=False).logits)
         trunk = _trunk(model, ids, seen)
         trunk.get_input_embeddings()  # what reads batches asks for it
         require_causal(lambda some: trunk(input_ids=some, use_cache=False).last_hidden_state, ids, name)
@@ -72,7 +72,7 @@ def probe_causal(model: Any) -> Form:
     return Form(trunk, scale, softcap)
 
 
-def spied(model: Any, forward: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
+def watch_output_layer(model: Any, forward: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
     """What the output layer read in a forward pass, the wide numbers put in place of its result, and the logits."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):

@@ -41,7 +41,7 @@ def quantisation(kind: Quantise, dtype: torch.dtype, keep: list[str] | None = No
     )  # fmt: skip
 
 
-def settle(model: Any) -> None:
+def finish_quantisation(model: Any) -> None:
     """Lets a model that was just quantised be a model like any other, in which only some layers are special.
 
     The library's marks on it refuse a move, a copy or a save. On a CPU, bitsandbytes would lay weights out anew for

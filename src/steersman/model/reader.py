@@ -23,7 +23,7 @@ from steersman.model.fast.shared import (
     shared_prompts,
     why_not_shared,
 )
-from steersman.model.layout import Layout, join, pack, picked, require_prompts, response_slots
+from steersman.model.layout import Layout, join, masked_indices, pack, require_prompts, response_slots
 from steersman.model.probe import device_of
 from steersman.types import Tokens, send
 
@@ -44,14 +44,14 @@ class Reader(Protocol):
         """Each row's states before its response and after its last token."""
         ...
 
-    def once_a_call(self) -> None:
+    def run_once_per_call(self) -> None:
         """From now on the trunk runs once in each call, whatever is in it: ranks that share weights must run it
         equally often."""
         ...
 
 
 @dataclass(slots=True)
-class Joined:
+class CausalReader:
     """A causal trunk over prompt and response joined; `pack` lays several rows into one of so many tokens.
 
     Without packing, rows of like length go through the trunk together, and a prompt that several rows share is
@@ -71,7 +71,7 @@ class Joined:
     def start(self) -> tuple[int, ...]:
         return ()
 
-    def once_a_call(self) -> None:
+    def run_once_per_call(self) -> None:
         self.single = True
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
@@ -153,7 +153,7 @@ class Joined:
 
 
 @dataclass(slots=True)
-class Pair:
+class EncoderDecoderReader:
     """An encoder over prompts and a decoder over responses; `start` is what the decoder reads before a response.
 
     A prompt that stands in several rows is encoded once.
@@ -163,12 +163,12 @@ class Pair:
     decoder: nn.Module
     start: tuple[int, ...]
 
-    def once_a_call(self) -> None:
+    def run_once_per_call(self) -> None:
         return None
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         found = self._states(tokens, extra)
-        return found.flatten(0, 1)[picked(response_slots(tokens, extra), found.device)]
+        return found.flatten(0, 1)[masked_indices(response_slots(tokens, extra), found.device)]
 
     def ends(self, tokens: Tokens) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
         found = self._states(tokens, extra=1)

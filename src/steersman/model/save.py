@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from steersman.model.attributes import AttributeModel
-from steersman.model.lora import untied
+from steersman.model.lora import tables_differ
 from steersman.model.merge import merged_entries
 from steersman.model.policy import Policy
 from steersman.model.quantise import is_quantised
@@ -20,7 +20,7 @@ from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
 from steersman.model.weight_files import Entry, bytes_of, plain_entries, write_weights
 from steersman.run.folder import begin_dir, replace_dir, saving
-from steersman.run.pieces import whole
+from steersman.run.pieces import full_tensor
 from steersman.run.ranks import ranks
 
 
@@ -83,7 +83,7 @@ def _write(
 
 def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
     made = {name: make for name, _, make in entries}
-    return untied(inner, lambda name: whole(made[name]()))
+    return tables_differ(inner, lambda name: full_tensor(made[name]()))
 
 
 def _finish(model: Policy | ScalarModel | AttributeModel, folder: Path, changed: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from steersman.model.adapters import write_adapters
 from steersman.model.encoder_decoder import is_pair, pair_reader, read
 from steersman.model.fast.fused import quicken
-from steersman.model.layout import in_groups, picked, response_slots, spread
+from steersman.model.layout import in_groups, masked_indices, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora_to_trunk
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Logp, Policy
 from steersman.model.probe import close, model_name, probe_ids, quiet, require_causal
-from steersman.model.reader import Joined, Reader
+from steersman.model.reader import CausalReader, Reader
 from steersman.ops.style import FEATURES, style_counts
 from steersman.types import SteersmanError, Tokens
 
@@ -49,7 +49,7 @@ class Headed(nn.Module):
         self.notes: list[str] = []
         self.stored_dtype: torch.dtype | None = None
         self.adapted = False
-        self.reader: Reader = pair_reader(self.trunk, tokenizer) if is_pair(model) else Joined(self.trunk)
+        self.reader: Reader = pair_reader(self.trunk, tokenizer) if is_pair(model) else CausalReader(self.trunk)
         self.means(Meaning.of(model.config))
         self._probe()
 
@@ -229,7 +229,7 @@ class SharedCritic(nn.Module):
             hidden = self.policy.hidden(part, extra=1)
             value = self._value(part, hidden)
             acts = (torch.arange(value.shape[1]) < part.response_length[:, None])[response_slots(part, extra=1)]
-            acting = hidden[picked(acts, hidden.device)]
+            acting = hidden[masked_indices(acts, hidden.device)]
             out = self.policy.logp_from(part, acting, temperature=temperature, entropy=entropy)
             return (value, out.logp) if out.entropy is None else (value, out.logp, out.entropy)
 

@@ -40,10 +40,10 @@ def place(model: Any) -> None:
         fsdp.register_fsdp_forward_method(model, name)
     _sum_up(model)
     model.max_tokens = None
-    model.reader.once_a_call()
+    model.reader.run_once_per_call()
     with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
         getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
-    in_their_pieces(model)
+    as_local_shards(model)
 
 
 def place_head(head: nn.Linear) -> None:
@@ -109,7 +109,7 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
-def in_their_pieces(model: nn.Module) -> None:
+def as_local_shards(model: nn.Module) -> None:
     """Gives back what a run without gradients left gathered, so that the model's parameters are the pieces again."""
     for part in _parts(model):
         part.reshard()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from steersman.model.quantise import Quantise, quantisation, settle
+from steersman.model.quantise import Quantise, finish_quantisation, quantisation
 from steersman.model.quiet import silence
 from steersman.run import device
 from steersman.types import SteersmanError
@@ -220,7 +220,7 @@ def read_weights(
                 **more,
             )
             if quantise != "none":
-                settle(model)
+                finish_quantisation(model)
             return model, info
     except Exception as error:  # each weight format has errors of its own
         raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error

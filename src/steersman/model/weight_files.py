@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from steersman.run.pieces import whole
+from steersman.run.pieces import full_tensor
 from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
@@ -40,7 +40,7 @@ def write_weights(model: Any, entries: Iterable[Entry], folder: Path, max_shard_
     for group in _by_layer(_untied(model, list(entries))):
         layer: dict[str, Tensor] = {}
         for name, _, make in group:
-            weight = whole(make())
+            weight = full_tensor(make())
             if here.main:
                 layer[name] = weight.detach().cpu()
         here.from_main(lambda layer=layer: files.add(revert_weight_conversion(model, layer)), "a layer's weights")

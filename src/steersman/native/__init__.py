@@ -63,9 +63,12 @@ def _sources() -> dict[str, bytes]:
 def _same_layout(lib: ctypes.CDLL) -> bool:
     """Whether the structures that are handed over are as large on the other side."""
     from steersman.native.sequences import Sequences, Strided  # they import this module
-    from steersman.native.step import Layer, Model, Now
+    from steersman.native.step import Layer, Model, StepArguments
 
-    for function, ours in ((lib.step_sizes, (Layer, Model, Now)), (lib.sequences_sizes, (Strided, Sequences))):
+    for function, ours in (
+        (lib.step_sizes, (Layer, Model, StepArguments)),
+        (lib.sequences_sizes, (Strided, Sequences)),
+    ):
         theirs = (ctypes.c_int64 * len(ours))()
         function(theirs)
         if list(theirs) != [ctypes.sizeof(kind) for kind in ours]:

@@ -40,7 +40,7 @@ class Model(ctypes.Structure):
     ]
 
 
-class Now(ctypes.Structure):
+class StepArguments(ctypes.Structure):
     """One step: what goes in, where it goes in the cache, scratch and logits."""
 
     _fields_ = [
@@ -56,6 +56,6 @@ class Now(ctypes.Structure):
     ]  # fmt: skip
 
 
-def decode_step(model: Model, now: Now) -> None:
+def decode_step(model: Model, now: StepArguments) -> None:
     """Feeds each row one token: writes its keys and values into the cache and its logits to `now.logits`."""
     loaded().decode_step(ctypes.byref(model), ctypes.byref(now), torch.get_num_threads())

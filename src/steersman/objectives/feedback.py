@@ -16,11 +16,11 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Feedback, collate
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
-from steersman.model.layout import picked
+from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import in_order, my_micro_batches
-from steersman.run.progress import reported
+from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, answer_logp
 from steersman.train.held_prompts import HeldPrompts
@@ -59,7 +59,7 @@ class KTOConfig(Section):
         auto, up, down = auto_weights(ups, downs), self.desirable_weight, self.undesirable_weight
         return auto[0] if up == "auto" else up, auto[1] if down == "auto" else down
 
-    def compared(
+    def answer_losses(
         self, logp: Tensor, ref: Tensor, label: Tensor, threshold: Tensor, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, implicit rewards, and their leads over the reference point, all `[B]`."""
@@ -69,7 +69,7 @@ class KTOConfig(Section):
         )  # fmt: skip
         return loss, explain["reward"], explain["reward"] - self.beta * threshold
 
-    def shifted(self, means: dict[bool, float], stats: Stats) -> float | None:
+    def next_shift(self, means: dict[bool, float], stats: Stats) -> float | None:
         """None: its threshold is each batch's own reference point."""
         return None
 
@@ -92,14 +92,14 @@ class BCOConfig(Section):
         """Both labels count once."""
         return 1.0, 1.0
 
-    def compared(
+    def answer_losses(
         self, logp: Tensor, ref: Tensor, label: Tensor, threshold: Tensor, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, implicit rewards, and their leads over the shift, all `[B]`."""
         loss, explain = bco(logp, ref, label, threshold, beta=self.beta)
         return loss, explain["reward"], explain["reward"] - threshold
 
-    def shifted(self, means: dict[bool, float], stats: Stats) -> float | None:
+    def next_shift(self, means: dict[bool, float], stats: Stats) -> float | None:
         """The shift for the next batch: half-way between the labels' moving mean rewards, this batch's included."""
         for label, mean in ((True, "reward/liked"), (False, "reward/disliked")):
             if mean in stats:
@@ -111,7 +111,7 @@ class FeedbackObjective:
     """The objective: the mean loss of single answers, each weighed by its label's lambda and its row's weight.
 
     `threshold` (nats for KTO's reference point, reward units for BCO's shift) is what an answer's implicit reward
-    is compared with; `look` sets it before an update, `settle` learns from the update's own batch.
+    is compared with; `look` sets it before an update, `update_threshold` learns from the update's own batch.
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class FeedbackObjective:
                 own, ref = (answer_logp(m, pairs, self.micro_tokens) for m in (self.module, self.reference))
                 self.threshold = float(kto_reference_point(own, ref))
 
-    def settle(self, stats: Stats) -> None:
+    def update_threshold(self, stats: Stats) -> None:
         """What a method's threshold learns from a batch: BCO's shift for the next one."""
-        shift = self.config.shifted(self.means, stats)
+        shift = self.config.next_shift(self.means, stats)
         self.threshold = self.threshold if shift is None else shift
 
     def denominator(self, rows: Sequence[int]) -> float:
@@ -168,7 +168,7 @@ class FeedbackObjective:
         if self.held_out is None:
             return stats
         tally, found, cost = Tally(), [], torch.tensor(self.held_out.lengths)
-        for part in reported(my_micro_batches(cost, self.micro_tokens), "look at held-out answers"):
+        for part in with_progress(my_micro_batches(cost, self.micro_tokens), "look at held-out answers"):
             rows = part.rows.tolist()
             loss, told = self._run(self.held_out, rows)
             if part.counts:
@@ -194,7 +194,7 @@ class FeedbackObjective:
         logp = torch.where(mask, per_token, torch.zeros_like(per_token)).sum(-1)
         ref = send(self.known[id(data)][list(rows)], logp.device)
         label, threshold = send(self._labels(data, rows), logp.device), torch.full_like(logp[0], self.threshold)
-        loss, reward, lead = self.config.compared(logp, ref, label, threshold, self.weights)
+        loss, reward, lead = self.config.answer_losses(logp, ref, label, threshold, self.weights)
         if self.config.nll:
             loss = loss - self.config.nll * torch.where(label, logp / mask.sum(-1).clamp(min=1), 0.0)
         told = {
@@ -213,7 +213,7 @@ def _add(tally: Tally, prefix: str, label: Tensor, told: dict[str, Tensor]) -> N
     tally.add(f"{prefix}accuracy", told["accuracy"].sum(), len(label))
     for kind, name in ((label, "liked"), (~label, "disliked")):
         if kind.any():
-            count, places = int(kind.sum()), picked(kind, told["logp"].device)
+            count, places = int(kind.sum()), masked_indices(kind, told["logp"].device)
             tally.add(f"{prefix}logp/{name}", told["logp"][places].sum(), count)
             tally.add(f"{prefix}drift/{name}", (told["logp"] - told["ref"])[places].sum(), count)
             tally.add(f"{prefix}reward/{name}", told["reward"][places].sum(), count)

@@ -28,7 +28,7 @@ from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
-from steersman.run.progress import reported
+from steersman.run.progress import with_progress
 from steersman.setup.reference import Reference, answer_logp, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
@@ -137,7 +137,7 @@ class PairObjective:
         if self.held_out is None:
             return told
         tally, cost = Tally(), torch.tensor([2 * length for length in self.held_out.lengths])
-        for part in reported(my_micro_batches(cost, self.micro_tokens), "look at held-out pairs"):
+        for part in with_progress(my_micro_batches(cost, self.micro_tokens), "look at held-out pairs"):
             pair, loss, explain = self._run(self.held_out, part.rows.tolist())
             for name, value in {"loss": loss, **_told(pair, explain)}.items() if part.counts else ():
                 tally.add(f"held_out/{name}", value.sum(), len(part.rows))

@@ -14,7 +14,7 @@ from steersman.loss.supervised import nll
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.run.micro import my_micro_batches
-from steersman.run.progress import reported
+from steersman.run.progress import with_progress
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
 
@@ -47,7 +47,7 @@ class SFT:
         if not self.held_out:
             return {}
         tally, lengths = Tally(), torch.tensor([len(e) for e in self.held_out])
-        for part in reported(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
+        for part in with_progress(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
             tokens = collate([self.held_out[i] for i in part.rows.tolist()])
             loss = nll(self.module.logp(tokens).logp).cpu()
             last = (tokens.response_length - 1).clamp(min=0)

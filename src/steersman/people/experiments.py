@@ -68,10 +68,10 @@ class Experiment(Section):
 
     def arm(self, user: str) -> str:
         """The model that a user sees: the same at every visit, and to be told only by who knows the salt."""
-        return self.treatment if assigned(user, self.salt, self.share) else self.control
+        return self.treatment if is_assigned(user, self.salt, self.share) else self.control
 
 
-def assigned(user: str, salt: str, share: float) -> bool:
+def is_assigned(user: str, salt: str, share: float) -> bool:
     """Whether a user is among the `share` that a salted hash draws."""
     digest = hashlib.sha256(f"{salt}\0{user}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -40,7 +40,7 @@ def standard_gates() -> dict[str, Gate]:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class GateResult:
     """One gate's outcome and why."""
 
     metric: str
@@ -48,20 +48,20 @@ class Passed:
     reason: str
 
 
-def check(gates: Mapping[str, Gate], metrics: Mapping[str, Estimate]) -> list[Passed]:
+def check(gates: Mapping[str, Gate], metrics: Mapping[str, Estimate]) -> list[GateResult]:
     """Every gate's outcome. A metric that was not measured, or is no number, does not pass."""
     return [_one(name, gate, metrics.get(name)) for name, gate in gates.items()]
 
 
-def _one(name: str, gate: Gate, found: Estimate | None) -> Passed:
+def _one(name: str, gate: Gate, found: Estimate | None) -> GateResult:
     if found is None or not math.isfinite(found.value):
-        return Passed(name, False, "it could not be measured")
+        return GateResult(name, False, "it could not be measured")
     low, high = (found.low, found.high) if gate.sure else (found.value, found.value)
     said = f"{found}"
     if gate.at_least is not None and not low >= gate.at_least:
         what = "its lower bound is" if gate.sure else "it is"
-        return Passed(name, False, f"{said}: {what} below {gate.at_least:g}")
+        return GateResult(name, False, f"{said}: {what} below {gate.at_least:g}")
     if gate.at_most is not None and not high <= gate.at_most:
         what = "its upper bound is" if gate.sure else "it is"
-        return Passed(name, False, f"{said}: {what} above {gate.at_most:g}")
-    return Passed(name, True, said)
+        return GateResult(name, False, f"{said}: {what} above {gate.at_most:g}")
+    return GateResult(name, True, said)

@@ -20,7 +20,7 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.terminal import printable
 from steersman.statistics.ratings import Battle, Rating, ratings
-from steersman.statistics.style import FEATURES, Controlled, Styled, controlled_ratings, style
+from steersman.statistics.style import FEATURES, ControlledRatings, StyledBattle, controlled_ratings, style
 from steersman.types import SteersmanError
 
 
@@ -46,7 +46,7 @@ class LeaderboardRecipe(Section):
 def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the table, and returns both ratings and what style is worth."""
     bad = BadRows(recipe.on_bad_row)
-    battles = list(styled(open_judgements(recipe.file, bad), recipe.cluster))
+    battles = list(style_battles(open_judgements(recipe.file, bad), recipe.cluster))
     if not battles:
         raise SteersmanError(
             f"{recipe.file}: no judgement between two models ({bad.sentence}); a row needs answers, models and choice"
@@ -57,7 +57,7 @@ def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
         raise SteersmanError(f"anchor: {anchor!r} was never judged; there are {', '.join(sorted(set(fought)))}")
     features = [name for name in FEATURES if name in recipe.features]
     wanted = [FEATURES.index(name) for name in features]
-    chosen = [Styled(b.first, b.second, b.share, tuple(b.style[i] for i in wanted), b.group) for b in battles]
+    chosen = [StyledBattle(b.first, b.second, b.share, tuple(b.style[i] for i in wanted), b.group) for b in battles]
     settings: dict[str, Any] = {"anchor": anchor, "draws": recipe.draws, "seed": recipe.seed}
     plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], **settings)
     fair = controlled_ratings(chosen, features=features, **settings)
@@ -72,7 +72,7 @@ def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     return summary
 
 
-def styled(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[Styled]:
+def style_battles(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[StyledBattle]:
     """Every choice between two models with the difference of style; gold items are no battle."""
     groups: dict[str, int] = {}
     for one in rows:
@@ -80,10 +80,10 @@ def styled(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[Styled]
             continue
         name = one.user if cluster == "user" else str(one.prompt)
         group = groups.setdefault(name, len(groups))
-        yield Styled(*one.models, one.share, style(*one.answers), group)  # type: ignore
+        yield StyledBattle(*one.models, one.share, style(*one.answers), group)  # type: ignore
 
 
-def _show(plain: list[Rating], fair: Controlled, anchor: str, cluster: str, bad: BadRows) -> None:
+def _show(plain: list[Rating], fair: ControlledRatings, anchor: str, cluster: str, bad: BadRows) -> None:
     console, controlled = Console(highlight=False), {r.player: r for r in fair.ratings}
     table = Table("model", "rating", "95% interval", "style held equal", "95% interval", "battles")
     for one in plain:

@@ -100,7 +100,7 @@ def _pair(one: Judgement, chosen: str, rejected: str, agreement: float, ids: lis
     return told | {"judgements": ids}
 
 
-def mixed(new: Rows, earlier: Rows, anchor: Rows, config: MixConfig, seed: int) -> Rows:
+def mix_rows(new: Rows, earlier: Rows, anchor: Rows, config: MixConfig, seed: int) -> Rows:
     """All new rows with as many of the others as the shares say, drawn by a hash; each row says its `source`."""
     if config.anchor and not anchor:
         raise SteersmanError("mix.anchor is above 0, but mix.anchors names no file with rows for what is trained")
@@ -112,7 +112,7 @@ def mixed(new: Rows, earlier: Rows, anchor: Rows, config: MixConfig, seed: int) 
     return sorted(out, key=lambda row: _draw(row, seed))
 
 
-def held(one: Judgement, share: float) -> bool:
+def is_held_out(one: Judgement, share: float) -> bool:
     """Whether a judgement is never learned from: by its prompt alone, so that a prompt stays on its side for ever."""
     digest = hashlib.sha256(json.dumps(one.prompt, ensure_ascii=False).encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

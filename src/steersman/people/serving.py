@@ -12,12 +12,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from steersman.people.experiments import assigned
+from steersman.people.experiments import is_assigned
 from steersman.run.folder import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A model by the name under which judgements speak of it; `share` of users get it."""
 
     name: str
@@ -30,13 +30,13 @@ class Serving:
     """The model that stands, and the candidate that is tried, if there is one."""
 
     turn: int
-    current: Served
-    candidate: Served | None = None
+    current: ServedModel
+    candidate: ServedModel | None = None
     salt: str = ""
 
-    def arm(self, user: str) -> Served:
+    def arm(self, user: str) -> ServedModel:
         """The model that answers this user, the same at every visit."""
-        if self.candidate is not None and assigned(user, self.salt, self.candidate.share):
+        if self.candidate is not None and is_assigned(user, self.salt, self.candidate.share):
             return self.candidate
         return self.current
 
@@ -47,5 +47,5 @@ class Serving:
 def read_serving(path: Path) -> Serving:
     """What `Serving.write` wrote."""
     told = json.loads(Path(path).read_text(encoding="utf-8"))
-    candidate = None if told["candidate"] is None else Served(**told["candidate"])
-    return Serving(told["turn"], Served(**told["current"]), candidate, told["salt"])
+    candidate = None if told["candidate"] is None else ServedModel(**told["candidate"])
+    return Serving(told["turn"], ServedModel(**told["current"]), candidate, told["salt"])

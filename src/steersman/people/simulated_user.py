@@ -20,7 +20,7 @@ from rich.table import Table
 
 from steersman.data.examples import Message, user
 from steersman.judge import Judge, JudgeConfig, open_judge
-from steersman.judge.personas import END, play, spoken
+from steersman.judge.personas import END, first_paragraph, play
 from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
@@ -102,7 +102,7 @@ def converse(
         said = [persona.opening] * len(going)
         if turn or not persona.opening:
             asked = [user(play(persona.character, persona.goal, talks[i])) for i in going]
-            said = [spoken(text) for text in speaker.reply(asked, (seed, turn, 0))]
+            said = [first_paragraph(text) for text in speaker.reply(asked, (seed, turn, 0))]
         going = [i for i, text in zip(going, said, strict=True) if text and END not in text]
         texts = [text for text in said if text and END not in text]
         for i, text in zip(going, texts, strict=True):

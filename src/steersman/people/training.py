@@ -8,7 +8,7 @@ from typing import Any
 
 from steersman.data import read_rows
 from steersman.people.judgements import Judgement
-from steersman.people.lessons import Kind, lessons, mixed
+from steersman.people.lessons import Kind, lessons, mix_rows
 from steersman.people.wheel_recipe import LEARNS, Stage, WheelRecipe
 from steersman.run.ledger import Ledger, Rows
 from steersman.verbs import feedback as thumbs
@@ -42,7 +42,7 @@ class Training:
         if not fresh:
             return []
         anchor = [row.data for row in read_rows(mix.anchors[kind])] if mix.anchor else []
-        return mixed(fresh, lessons(earlier, kind), anchor, mix, self.recipe.run.seed)
+        return mix_rows(fresh, lessons(earlier, kind), anchor, mix, self.recipe.run.seed)
 
     def run(self, path: str, tables: dict[Kind, Rows]) -> str:
         """Trains stage after stage, leaving out those without rows; gives the candidate's folder."""

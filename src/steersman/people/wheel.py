@@ -25,10 +25,10 @@ from steersman.people.experiments import Experiment, report
 from steersman.people.filters import sift
 from steersman.people.gates import check
 from steersman.people.judgements import Judgement, Judgements, judgement, plain
-from steersman.people.lessons import held
+from steersman.people.lessons import is_held_out
 from steersman.people.measuring import Measuring
 from steersman.people.outcomes import outcomes_of
-from steersman.people.serving import Served, Serving
+from steersman.people.serving import ServedModel, Serving
 from steersman.people.sources import open_judgements
 from steersman.people.training import Training
 from steersman.people.wheel_page import write_page
@@ -69,7 +69,7 @@ class Wheel:
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.chats = bool(tokenizer.chat_template)
         self.data = recipe.limits.data(recipe.judgements.folder, chats=self.chats)
-        self.current = Served("turn-00", recipe.model.path)
+        self.current = ServedModel("turn-00", recipe.model.path)
 
     def turn(self) -> str:
         """Turns as often as it can, and says what it waits for, or that it is done."""
@@ -90,7 +90,7 @@ class Wheel:
             self.serve(number, None)
         return "done"
 
-    def serve(self, number: int, candidate: Served | None) -> None:
+    def serve(self, number: int, candidate: ServedModel | None) -> None:
         """Writes down which models answer people now."""
         Serving(number, self.current, candidate, self.salt(number)).write(self.ledger.path / "serving.json")
 
@@ -157,8 +157,8 @@ class Turn:
             return self.decide("promoted", "it passed every gate, and the recipe asks for no test", metrics)
         return self.test(self.recipe.experiment, metrics)
 
-    def _served(self, path: str) -> Served:
-        return Served(f"turn-{self.number:02d}", path, self.share)
+    def _served(self, path: str) -> ServedModel:
+        return ServedModel(f"turn-{self.number:02d}", path, self.share)
 
     def collect(self) -> list[Judgement]:
         """Table: the judgements that no earlier turn has taken, once there are enough of them."""
@@ -190,14 +190,14 @@ class Turn:
         share = self.recipe.judgements.held_out
         all_kept = self.wheel.judged(self.number, "kept")
         return (
-            [one for one in all_kept if one.id in mine and not held(one, share)],
-            [one for one in all_kept if held(one, share)],
+            [one for one in all_kept if one.id in mine and not is_held_out(one, share)],
+            [one for one in all_kept if is_held_out(one, share)],
         )
 
     def train(self, learn: list[Judgement]) -> str | None:
         """The candidate's folder; None where nothing of this turn teaches anything."""
         share = self.recipe.judgements.held_out
-        earlier = [one for one in self.wheel.judged(self.number - 1, "kept") if not held(one, share)]
+        earlier = [one for one in self.wheel.judged(self.number - 1, "kept") if not is_held_out(one, share)]
         training = Training(self.ledger, self.recipe, self.name, chats=self.wheel.chats)
         tables = training.tables(learn, earlier)
         return training.run(self.wheel.current.path, tables) if any(tables.values()) else None

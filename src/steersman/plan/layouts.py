@@ -63,8 +63,8 @@ class Role:
 class Work:
     """An iteration: `samples` answers of `new` tokens to prompts of `prompt` tokens (offline: none is sampled), gone
     through `epochs` times, `minibatches` updates each, in micro-batches of `micro` tokens. Weights and gradients have
-    `weight` bytes, activations and the cache `compute`; the optimizer keeps `kept` bytes of each parameter. `scores`
-    is the length of a sequence where attention is written out and keeps its scores, else 0."""
+    `weight` bytes, activations and the cache `compute`; the optimizer keeps `optimizer_bytes` of each parameter.
+    `scores` is the length of a sequence where attention is written out and keeps its scores, else 0."""
 
     samples: int
     prompt: int
@@ -73,7 +73,7 @@ class Work:
     micro: int
     weight: int = 4
     compute: int = 4
-    kept: float = 8
+    optimizer_bytes: float = 8
     minibatches: int = 1
     ahead: int = 0
     scores: int = 0
@@ -88,16 +88,16 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """`shards` devices hold one copy between them; `generators` devices are set apart for sampling (0: all sample),
-    and `scorers` for the models that do not learn (0: all score). With `away` a model is on the devices only while
-    its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty where nothing need be
-    set; what steersman can not run yet is `planned` only."""
+    and `scorers` for the models that do not learn (0: all score). With `offloaded` a model is on the devices only
+    while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty where nothing
+    need be set; what steersman can not run yet is `planned` only."""
 
     name: str
     shards: int
     generators: int = 0
     keys: str = ""
     scorers: int = 0
-    away: bool = False
+    offloaded: bool = False
     planned: bool = False
 
     @property
@@ -152,7 +152,7 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
         yield Layout(f"sharded, {apart} apart for sampling", n - apart, apart, "rollout.engine: vllm")
         apart *= 2
     if work.sampled:
-        yield Layout("models in the node's memory between phases", n, away=True, planned=True)
+        yield Layout("models in the node's memory between phases", n, offloaded=True, planned=True)
     for scorers in {n // 8, n // 4} - {0} if work.sampled else ():
         yield Layout(f"sharded, {scorers} apart for scoring", n - scorers, scorers=scorers, planned=True)
 
@@ -183,7 +183,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     for role in roles:
         if layout.scorers and not role.trained:
             continue
-        held[role.name] = (role.weights(work.weight) + role.trained * work.kept) / layout.shards
+        held[role.name] = (role.weights(work.weight) + role.trained * work.optimizer_bytes) / layout.shards
     actor = roles[0].shape
     if layout.shards > 1:
         held["a layer put together, and the next"] = (2 * actor.largest_layer + actor.tables) * work.compute
@@ -201,10 +201,10 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     )
     if gradients and update <= micro:
         gradients[-1] = max(gradients[-1] - activations, 0)
-    if layout.away:  # the largest phase alone: sampling with the actor, or one model that learns
+    if layout.offloaded:  # the largest phase alone: sampling with the actor, or one model that learns
         learning = max(
             (role for role in roles if role.trained),
-            key=lambda r: r.weights(work.weight) + r.trained * work.kept, default=roles[0],
+            key=lambda r: r.weights(work.weight) + r.trained * work.optimizer_bytes, default=roles[0],
         )  # fmt: skip
         held = {name: x for name, x in held.items() if name == learning.name or name.startswith("a layer")}
         gradients = gradients[-1:]
@@ -258,7 +258,7 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     if layout.generators or (work.sampled and layout.shards > 1):
         through = there.count if layout.generators else layout.shards
         found["move weights"] = actor.parameters * work.compute / there.link(through)
-    if layout.away:
+    if layout.offloaded:
         found["move models"] = moved_between_phases(roles, work) / layout.shards / HOST
     return found
 
@@ -266,7 +266,9 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
 def moved_between_phases(roles: list[Role], work: Work) -> float:
     """Bytes that an iteration moves between devices and nodes' memory: what learns goes away and comes back with its
     optimizer, what does not learn only comes, since its copy in memory stays true."""
-    learning = sum(2 * (role.weights(work.weight) + role.trained * work.kept) for role in roles if role.trained)
+    learning = sum(
+        2 * (role.weights(work.weight) + role.trained * work.optimizer_bytes) for role in roles if role.trained
+    )
     return learning + sum(role.weights(work.weight) for role in roles if not role.trained)
 
 
@@ -286,7 +288,7 @@ def routes(verdict: Verdict, roles: list[Role], work: Work, there: Cluster) -> l
         )
         if roles[0].added:
             found.append(f"with rollout.sync: adapter its adapters alone: {roles[0].added * 4 / 1e9:.3f} GB")
-    if layout.away:
+    if layout.offloaded:
         moved = moved_between_phases(roles, work)
         found.append(
             f"models to the node's memory and back: {moved / 1e9:.1f} GB / {layout.shards} devices / "

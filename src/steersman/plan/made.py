@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 PLAIN = (Tensor, nn.Parameter)
 
 
-class Made(TorchDispatchMode):
+class NewStorageBytes(TorchDispatchMode):
     """While open, adds up the bytes of every new storage in `total`; a view has its tensor's, and counts once.
 
     Pieces of sharded tensors are left out.

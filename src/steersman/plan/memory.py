@@ -20,12 +20,12 @@ from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.quantise import is_quantised
 from steersman.ops.logprob import TILE
-from steersman.plan.made import Made
+from steersman.plan.made import NewStorageBytes
 from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
-from steersman.run.pieces import mine
+from steersman.run.pieces import local_shard
 from steersman.run.preflight import Phase, Preflight, Role, size
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
@@ -64,7 +64,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SamplingLoad:
     """What is sampled in one call of the engine: `sequences` of prompts up to `longest` and so many new tokens."""
 
     policy: Policy
@@ -75,7 +75,7 @@ class Sampled:
 
 
 def announce(
-    pre: Preflight, device: torch.device, models: Sequence[Model], load: Load, sampled: Sampled | None = None
+    pre: Preflight, device: torch.device, models: Sequence[Model], load: Load, sampled: SamplingLoad | None = None
 ) -> None:
     """Tells the models with what they hold, and every phase with its memory; refuses what the device can not hold."""
     roles = _roles(models)
@@ -95,7 +95,9 @@ def announce(
         pre.fact("memory", f"about {size(peak)} at the peak, but only {size(there.free)} are free now")
 
 
-def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: Sampled | None = None) -> list[Phase]:
+def foresee(
+    device: torch.device, models: Sequence[Model], load: Load, sampled: SamplingLoad | None = None
+) -> list[Phase]:
     """The phases of a run, each with the bytes that it holds; what is held all the time is part of each.
 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
@@ -129,7 +131,7 @@ def foresee(device: torch.device, models: Sequence[Model], load: Load, sampled: 
     return found
 
 
-def rollout(sampled: Sampled, kept: int = 0) -> dict[str, int]:
+def rollout(sampled: SamplingLoad, kept: int = 0) -> dict[str, int]:
     """Bytes of weights laid out anew, and of keys, values and logits, or of the `kept` room that these fit in."""
     model, limits = sampled.policy.model, sampled.limits
     dtype, config = next(model.parameters()).dtype, model.config
@@ -209,7 +211,7 @@ def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
 
     half = tokens // 2
     sequence = collate([Encoded([1] * half, [1] * half, [True] * half)])
-    made = Made()
+    made = NewStorageBytes()
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), made:
         model.trained.reader.hidden(sequence)
         return sum(x.untyped_storage().nbytes() for x in seen.values()), made.total
@@ -257,7 +259,7 @@ def _role(model: Model, seen: set[int]) -> Role:
 
 def _bytes(x: Tensor) -> int:
     """What this rank holds of a tensor."""
-    return mine(x).numel() * x.element_size()
+    return local_shard(x).numel() * x.element_size()
 
 
 def _float32(model: nn.Module) -> bool:

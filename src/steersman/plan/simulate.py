@@ -45,7 +45,7 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class SimulatedIteration:
     """Seconds of an iteration, and the shares of them in which a device of its kind waits for others."""
 
     devices: int
@@ -59,7 +59,7 @@ class Scaled:
 def simulate(
     there: Cluster, roles: list[Role], work: Work, lengths: Lengths, *, apart: int = 0, ahead: int = 0,
     iterations: int = 12, seed: int = 0,
-) -> Scaled:  # fmt: skip
+) -> SimulatedIteration:  # fmt: skip
     """`iterations` of the loop, the first third left out; `apart` of the devices sample, the others train (0: all do
     both, and `ahead` is 0)."""
     n, rng = there.count, np.random.default_rng(seed)
@@ -83,7 +83,9 @@ def simulate(
     count = iterations - iterations // 3
     each, sampling = (last[0] - first[0]) / count, (last[1] - first[1]) / count
     trains = each - train if apart else each - train - sampling
-    return Scaled(n, apart, ahead, each, max(1 - (sampling if apart else sampling + train) / each, 0), trains / each)
+    return SimulatedIteration(
+        n, apart, ahead, each, max(1 - (sampling if apart else sampling + train) / each, 0), trains / each
+    )
 
 
 def decode(share: np.ndarray, there: Cluster, role: Role, work: Work) -> float:
@@ -123,7 +125,7 @@ def phases(there: Cluster, roles: list[Role], work: Work, lengths: Lengths, apar
 
 def best_apart(
     there: Cluster, roles: list[Role], work: Work, lengths: Lengths, ahead: int, *, iterations: int = 6
-) -> Scaled | None:
+) -> SimulatedIteration | None:
     """The fastest of the ways to set one to seven eighths of the devices apart; None where there are too few."""
     tried = {round(there.count * part / 8) for part in range(1, 8)} - {0, there.count}
     found = [

@@ -176,7 +176,7 @@ class CorrectionConfig(Section):
             )
         return self
 
-    def made(self) -> Correction:
+    def correction(self) -> Correction:
         return Correction(self.kind, self.cap, self.low)
 
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from steersman.metrics.answers import covered, math_equal, spaced
+from steersman.metrics.answers import concept_coverage, math_equal, normalise_spaces
 from steersman.metrics.sentiment import compound
 from steersman.ops import text
 from steersman.reward.gold import gold
@@ -63,7 +63,7 @@ def exact_match(
 
     def same(given: str, wanted: object) -> bool:
         if ignore_case:
-            return spaced(given) == spaced(str(wanted))
+            return normalise_spaces(given) == normalise_spaces(str(wanted))
         return given.split() == str(wanted).split()
 
     return [float(same(c, a)) for c, a in zip(completions, answer, strict=True)]
@@ -105,7 +105,7 @@ def word_coverage(
 ) -> list[float]:
     """Share of the row's concepts, in [0, 1], that stand in the completion, compared by Porter stem."""
     pairs = enumerate(zip(completions, concepts, strict=True))
-    return [covered(c, w, f"'word_coverage', row {row}") for row, (c, w) in pairs]
+    return [concept_coverage(c, w, f"'word_coverage', row {row}") for row, (c, w) in pairs]
 
 
 BUILTINS: dict[str, Callable[..., list[float]]] = {

@@ -126,7 +126,7 @@ def _zeros(slots: int, columns: int, like: Tensor) -> Tensor:
     return torch.from_numpy(pages).view(like.dtype).view(shape)
 
 
-class LaidPrompt(NamedTuple):
+class PromptOrigin(NamedTuple):
     """Which prompt a row began with: the admission that laid it down, its row there, and its length in tokens."""
 
     admission: int
@@ -144,7 +144,7 @@ class LiveCache(Cache):
         self.mask: Tensor | None = None
         self.rows = self.column = self.first = self.admitted = 0
         self.starts: list[int] = []
-        self.prompts: list[LaidPrompt] = []
+        self.prompts: list[PromptOrigin] = []
         self._reading: np.ndarray | None = None
 
     def clear(self, column: int) -> None:
@@ -185,7 +185,7 @@ class LiveCache(Cache):
         self.mask[rows, :start] = -torch.inf
         self.mask[rows, start:] = 0
         self.starts += [start] * count
-        self.prompts += [LaidPrompt(self.admitted, row, length) for row in source.tolist()]
+        self.prompts += [PromptOrigin(self.admitted, row, length) for row in source.tolist()]
         self.admitted += 1
         self._resize(self.rows + count)
 
@@ -233,7 +233,7 @@ class LiveCache(Cache):
         follow one another, so that whoever reads one copy for all of them finds it at hand.
         """
         if self._reading is None:
-            leaders: dict[LaidPrompt, int] = {}
+            leaders: dict[PromptOrigin, int] = {}
             leader = [leaders.setdefault(prompt, row) for row, prompt in enumerate(self.prompts)]
             until = [start + prompt.length for start, prompt in zip(self.starts, self.prompts, strict=True)]
             order = sorted(range(self.rows), key=leader.__getitem__)

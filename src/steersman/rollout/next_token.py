@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steersman.ops.distributions import top_p_mask
-from steersman.rollout.responses import ActionMask, Drawing, Likeliest, RunningResponse
+from steersman.rollout.responses import ActionMask, Drawing, RunningResponse, TokenLogp
 from steersman.rollout.sampling import Sampling, draw, restrict
 from steersman.types import Finish, Sample, SteersmanError, send
 
@@ -149,4 +149,4 @@ def _note_likeliest(logits: Tensor, drawn: Tensor, sequences: list[RunningRespon
     for row, (sequence, values, ids) in enumerate(
         zip(sequences, top.values.tolist(), top.indices.tolist(), strict=True)
     ):
-        sequence.likeliest.append(Likeliest(own[row], list(zip(ids, values, strict=True))))
+        sequence.likeliest.append(TokenLogp(own[row], list(zip(ids, values, strict=True))))

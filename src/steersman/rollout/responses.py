@@ -24,7 +24,7 @@ class Drawing:
 
 
 @dataclass(slots=True, frozen=True)
-class Likeliest:
+class TokenLogp:
     """A drawn token's log-probability (nats; temperature 1, nothing cut off) and the likeliest tokens with theirs."""
 
     logp: float
@@ -43,7 +43,7 @@ class RunningResponse:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     support: list[Tensor] | None = None
-    likeliest: list[Likeliest] = field(default_factory=list)
+    likeliest: list[TokenLogp] = field(default_factory=list)
 
     def sample(self, finish: Finish, text: str, version: int) -> Sample:
         """The response as it is now, drawn from weights of this version."""

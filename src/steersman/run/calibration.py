@@ -1,4 +1,4 @@
-"""A picture of what was said beside what was seen."""
+"""A reliability diagram: predicted probabilities beside what was observed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ from pathlib import Path
 
 
 def calibration_png(
-    path: Path, said: Sequence[float], seen: Sequence[float], count: Sequence[int], *, low: float, error: float
+    path: Path,
+    predicted: Sequence[float],
+    observed: Sequence[float],
+    count: Sequence[int],
+    *,
+    low: float,
+    error: float,
 ) -> Path:
-    """Probability said against share seen, one dot for each bin, its area the number of examples in it."""
+    """Observed share over predicted probability, one dot for each bin, its area the number of examples in it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([low, 1], [low, 1], color="#9aa0a8", lw=1, ls="--", label="said = seen")
-    axes.plot(said, seen, color="#2b5f8f", lw=1.4, zorder=2)
+    axes.plot([low, 1], [low, 1], color="#9aa0a8", lw=1, ls="--", label="calibrated")
+    axes.plot(predicted, observed, color="#2b5f8f", lw=1.4, zorder=2)
     most = max(count, default=1)
-    axes.scatter(said, seen, s=[20 + 180 * n / most for n in count], color="#2b5f8f", alpha=0.75, zorder=3)
-    for x, y, n in zip(said, seen, count, strict=True):
+    axes.scatter(predicted, observed, s=[20 + 180 * n / most for n in count], color="#2b5f8f", alpha=0.75, zorder=3)
+    for x, y, n in zip(predicted, observed, count, strict=True):
         axes.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=7)
     axes.set_xlim(low - 0.02, 1.02)
-    axes.set_ylim(min([low, *seen]) - 0.05, 1.05)
-    axes.set_xlabel("probability that the model says")
-    axes.set_ylabel("share seen")
+    axes.set_ylim(min([low, *observed]) - 0.05, 1.05)
+    axes.set_xlabel("predicted probability")
+    axes.set_ylabel("observed share")
     axes.set_title(f"expected calibration error {error:.3f}", fontsize=10)
     axes.grid(color="#e4e1da", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)

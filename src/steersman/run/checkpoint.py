@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from steersman.run.folder import begin_dir, recover, replace_dir, saving
-from steersman.run.pieces import copied
+from steersman.run.pieces import copy_to_cpu
 from steersman.run.ranks import Ranks, ranks
-from steersman.run.stored import described, with_stored, without_pieces, write_pieces
+from steersman.run.stored import mark_shards, replace_marks, size_and_digest, write_shards
 from steersman.types import Stats, SteersmanError
 
 
@@ -85,7 +85,7 @@ class Checkpointer:
             self._write(path, step, state, kept, ranks())
             return path
         self._beside = self._beside or ranks().beside()
-        copy, beside = copied(state), self._beside
+        copy, beside = copy_to_cpu(state), self._beside
         self._writing = in_background(lambda: self._write(path, step, copy, kept, beside))
         return path
 
@@ -138,7 +138,7 @@ class Checkpointer:
         manifest = _manifest(path)
         try:
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-            state = with_stored(state, path)
+            state = replace_marks(state, path)
         except Exception as error:
             raise SteersmanError(
                 f"checkpoint {path}: this version of torch ({torch.__version__}) can not read it: {error}"
@@ -158,9 +158,9 @@ class Checkpointer:
         tmp = here.from_main(lambda: begin_dir(path), "a checkpoint's folder")
         try:
             pieces: dict[str, Tensor] = {}
-            rest = without_pieces(state, pieces)
+            rest = mark_shards(state, pieces)
             with saving(path):
-                files = write_pieces(pieces, tmp, here)
+                files = write_shards(pieces, tmp, here)
             here.from_main(lambda: self._finish(path, tmp, step, rest, metrics, files), "a checkpoint")
         finally:
             if here.main:
@@ -170,7 +170,11 @@ class Checkpointer:
         with saving(path):
             with (tmp / "state.pt").open("wb") as file:
                 torch.save(rest, file)
-            manifest = {"step": step, "metrics": metrics, "files": {"state.pt": described(tmp / "state.pt"), **files}}
+            manifest = {
+                "step": step,
+                "metrics": metrics,
+                "files": {"state.pt": size_and_digest(tmp / "state.pt"), **files},
+            }
             (tmp / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
             replace_dir(tmp, path)
         self._drop_old()
@@ -211,7 +215,7 @@ def damage_of(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size} of {told['bytes']} bytes"
-        if described(file)["sha256"] != told["sha256"]:
+        if size_and_digest(file)["sha256"] != told["sha256"]:
             return f"{name} does not match its SHA-256"
     return None
 

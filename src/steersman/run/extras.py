@@ -32,7 +32,7 @@ def require(what: str, *modules: str) -> None:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explain_missing(what: str) -> Iterator[None]:
     """Turns the import error of a module in EXTRAS into a SteersmanError that names the extra."""
     try:
         yield

@@ -49,7 +49,7 @@ def kl_runaway(history: History, c: HealthConfig) -> str | None:
 
 
 def entropy_collapse(history: History, c: HealthConfig) -> str | None:
-    start, now = history.start("entropy"), history.now("entropy", 3)
+    start, now = history.start("entropy"), history.recent_mean("entropy", 3)
     if start is None or now is None or now >= max(c.entropy_floor, c.entropy_fraction * start):
         return None
     return (
@@ -107,7 +107,7 @@ def reward_hacking(history: History, c: HealthConfig) -> str | None:
     for key, pairs in sorted(history.partings.items()):
         if key.removeprefix("reward/") in c.reward_ignore:
             continue
-        found = pairs.parted(c.reward_window, c.reward_sigma)
+        found = pairs.diverged(c.reward_window, c.reward_sigma)
         if found is not None:
             (total0, total1), (other0, other1) = found
             return (

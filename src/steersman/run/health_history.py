@@ -33,7 +33,7 @@ class Series:
 
 
 @dataclass
-class Partings:
+class Divergence:
     """Two numbers side by side: the last 2n pairs, and the n pairs in a row whose second was highest in the mean, of
     all that ended n pairs ago or earlier."""
 
@@ -46,7 +46,7 @@ class Partings:
         if len(self.last) == 2 * n and (not self.best or _second(self.last[:n]) > _second(self.best)):
             self.best = self.last[:n]
 
-    def parted(self, n: int, sigma: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    def diverged(self, n: int, sigma: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Whether the first rose and the second fell, both by `sigma` standard errors, since the second was highest.
 
         Means over n rows, Welch's standard error. Gives ((first then, first now), (second then, second now)).
@@ -62,14 +62,14 @@ class Partings:
 class History:
     """The numbers of every iteration, as far as the checks need them: each step costs the same, however late.
 
-    `kept` values of each number stay, and `window` pairs of rewards are compared (`Partings`).
+    `kept` values of each number stay, and `window` pairs of rewards are compared (`Divergence`).
     """
 
     def __init__(self, *, kept: int, window: int) -> None:
         self.kept, self.window = max(kept, FIRST), window
         self.latest: Row = {}
         self.series: dict[str, Series] = {}
-        self.partings: dict[str, Partings] = {}
+        self.partings: dict[str, Divergence] = {}
 
     def add(self, row: Row) -> None:
         """The numbers of one more iteration."""
@@ -77,7 +77,7 @@ class History:
         for key, value in row.items():
             self.series.setdefault(key, Series()).add(value, self.kept)
             if key.startswith("reward/") and key != "reward/total" and "reward/total" in row:
-                self.partings.setdefault(key, Partings()).add((row["reward/total"], value), self.window)
+                self.partings.setdefault(key, Divergence()).add((row["reward/total"], value), self.window)
 
     def of(self, key: str) -> Series:
         """All that is known of a number; an empty series where it was never seen."""
@@ -92,7 +92,7 @@ class History:
         first = self.of(key).first[:3]
         return _mean(first) if first else None
 
-    def now(self, key: str, n: int) -> float | None:
+    def recent_mean(self, key: str, n: int) -> float | None:
         """The mean of the last n values of a key; None where the newest row has none."""
         last = self.last(key, n)
         return _mean(last) if last else None
@@ -108,7 +108,7 @@ class History:
         self.latest = dict(state["latest"])
         self.series = {key: Series(**x) for key, x in state["series"].items()}
         self.partings = {
-            key: Partings(**{name: [tuple(pair) for pair in pairs] for name, pairs in x.items()})
+            key: Divergence(**{name: [tuple(pair) for pair in pairs] for name, pairs in x.items()})
             for key, x in state["partings"].items()
         }
 

@@ -8,8 +8,8 @@ from steersman.run.health_limits import HealthConfig
 
 def repetition(history: History, c: HealthConfig) -> str | None:
     """Silent on what was measured before the first step: a model's own habit is nothing that training did."""
-    start, now = history.start("text/distinct2"), history.now("text/distinct2", 2)
-    rep_start, rep = history.start("text/repeated"), history.now("text/repeated", 2)
+    start, now = history.start("text/distinct2"), history.recent_mean("text/distinct2", 2)
+    rep_start, rep = history.start("text/repeated"), history.recent_mean("text/repeated", 2)
     if start is None or now is None or rep_start is None or rep is None or history.latest.get("step") == 0:
         return None
     seen = (
@@ -28,7 +28,7 @@ def repetition(history: History, c: HealthConfig) -> str | None:
 
 def answers_alike(history: History, c: HealthConfig) -> str | None:
     """Answers that grow alike, each of them varied within itself; the plainer findings go before it."""
-    start, now = history.start("text/distinct2_all"), history.now("text/distinct2_all", 2)
+    start, now = history.start("text/distinct2_all"), history.recent_mean("text/distinct2_all", 2)
     if start is None or now is None or now >= c.diversity_fraction * start:
         return None
     if _repeats_more(history, c) or same_answer(history, c) is not None or same_phrase(history, c) is not None:
@@ -40,7 +40,7 @@ def answers_alike(history: History, c: HealthConfig) -> str | None:
 
 
 def same_phrase(history: History, c: HealthConfig) -> str | None:
-    start, now = history.start("text/phrase"), history.now("text/phrase", 2)
+    start, now = history.start("text/phrase"), history.recent_mean("text/phrase", 2)
     if start is None or now is None or now <= start + c.phrase_rise:
         return None
     if _repeats_more(history, c) or same_answer(history, c) is not None:
@@ -52,7 +52,7 @@ def same_phrase(history: History, c: HealthConfig) -> str | None:
 
 
 def same_answer(history: History, c: HealthConfig) -> str | None:
-    start, now = history.start("text/unique"), history.now("text/unique", 2)
+    start, now = history.start("text/unique"), history.recent_mean("text/unique", 2)
     if start is None or now is None or now >= c.unique_fraction * start:
         return None
     return (
@@ -62,7 +62,7 @@ def same_answer(history: History, c: HealthConfig) -> str | None:
 
 
 def empty_answers(history: History, c: HealthConfig) -> str | None:
-    now = history.now("text/empty", 2)
+    now = history.recent_mean("text/empty", 2)
     if now is None or now < 0.9:
         return None
     return f"{now:.0%} of the responses are empty: the policy ends at once. Set a minimum length, or mend the reward."
@@ -70,8 +70,8 @@ def empty_answers(history: History, c: HealthConfig) -> str | None:
 
 def _repeats_more(history: History, c: HealthConfig) -> bool:
     """Whether responses repeat themselves more than they did at the start."""
-    start, now = history.start("text/distinct2"), history.now("text/distinct2", 2)
-    rep_start, rep = history.start("text/repeated"), history.now("text/repeated", 2)
+    start, now = history.start("text/distinct2"), history.recent_mean("text/distinct2", 2)
+    rep_start, rep = history.start("text/repeated"), history.recent_mean("text/repeated", 2)
     if start is None or now is None or rep_start is None or rep is None:
         return False
     return now < c.distinct2_fraction * start or rep > rep_start + c.repeated_rise

@@ -33,7 +33,7 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str, un
             continue
         if f"{prefix}{name}" in unread:
             continue
-        typed = "required" if value is ... else shown(value)
+        typed = "required" if value is ... else default_text(value)
         meaning = Text(info.description or "")
         meaning.append(f"  ({type_text(info.annotation, info.metadata)})", style="dim")
         table.add_row(f"--{prefix}{name}", Text(typed), meaning)
@@ -45,7 +45,7 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str, un
         _help_rows(table, inner, value, f"{prefix}{name}.", unread)
 
 
-def shown(value: Any) -> str:
+def default_text(value: Any) -> str:
     """A default as one types it."""
     if value is None:
         return "null"

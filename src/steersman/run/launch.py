@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 
 from steersman.run.config import Section, dump_recipe
 from steersman.run.parallel import ParallelConfig
-from steersman.run.ranks import MissingRankError, opened
+from steersman.run.ranks import MissingRankError, join_ranks
 from steersman.types import SteersmanError
 
 FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
@@ -172,9 +172,9 @@ def _error(folder: Path, codes: dict[int, int]) -> Exception:
 
 
 @contextmanager
-def joined(parallel: ParallelConfig) -> Iterator[None]:
+def as_rank(parallel: ParallelConfig) -> Iterator[None]:
     """What a verb that may have ranks runs in: they find each other, and rank 0 alone writes to the terminal."""
-    with opened(parallel) as here:
+    with join_ranks(parallel) as here:
         if here.main:
             yield
             return

@@ -11,7 +11,7 @@ from steersman.run.ranks import ranks
 from steersman.run.stored import StoredTensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all pieces of it put together; then every rank must ask."""
     if not ranks().sharded:
         return tensor
@@ -20,7 +20,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def mine(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The piece that this rank holds; all of a tensor that is not in pieces."""
     if not ranks().sharded:
         return tensor
@@ -29,7 +29,7 @@ def mine(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def my_piece(tensor: Tensor) -> tuple[Tensor, str]:
+def named_shard(tensor: Tensor) -> tuple[Tensor, str]:
     """The piece that this rank holds, and which it is, such as " piece 1"; all of a tensor that is not in pieces, and
     ""."""
     if not ranks().sharded:
@@ -42,7 +42,7 @@ def my_piece(tensor: Tensor) -> tuple[Tensor, str]:
     return tensor.to_local(), "".join(f" piece {place}" for place, kind in at if kind.is_shard())
 
 
-def in_pieces(tensor: Tensor | StoredTensor, like: Any) -> Tensor:
+def shard_like(tensor: Tensor | StoredTensor, like: Any) -> Tensor:
     """A whole tensor, or one that a checkpoint holds, laid out as `like` is."""
     if isinstance(tensor, StoredTensor):
         return tensor.read(like)
@@ -55,20 +55,20 @@ def in_pieces(tensor: Tensor | StoredTensor, like: Any) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def moments_in_pieces(state: dict[str, Any], order: Sequence[Any]) -> dict[str, Any]:
+def shard_moments(state: dict[str, Any], order: Sequence[Any]) -> dict[str, Any]:
     """An optimiser's saved `state_dict` laid out as the parameters are, which stand in `order`."""
 
     def laid(x: Any, like: Any) -> Any:
-        return in_pieces(x, like) if isinstance(x, StoredTensor) or (isinstance(x, Tensor) and x.ndim) else x
+        return shard_like(x, like) if isinstance(x, StoredTensor) or (isinstance(x, Tensor) and x.ndim) else x
 
     moments = {i: {name: laid(x, order[i]) for name, x in of_one.items()} for i, of_one in state["state"].items()}
     return state | {"state": moments}
 
 
-def copied(state: Any) -> Any:
+def copy_to_cpu(state: Any) -> Any:
     """The nested state with every tensor copied to the CPU, those in pieces piece by piece."""
     if isinstance(state, dict):
-        return {key: copied(inner) for key, inner in state.items()}
+        return {key: copy_to_cpu(inner) for key, inner in state.items()}
     if isinstance(state, list | tuple):
-        return [copied(inner) for inner in state]
+        return [copy_to_cpu(inner) for inner in state]
     return state.detach().cpu().clone() if isinstance(state, Tensor) else state

@@ -11,7 +11,7 @@ EVERY = 5.0
 """Seconds between two lines; what takes less is not worth one."""
 
 
-class Stretch:
+class ProgressLine:
     """Prints how far a stretch of work is and how long it will still take, every `EVERY` seconds."""
 
     def __init__(self, what: str) -> None:
@@ -27,9 +27,9 @@ class Stretch:
             print(f"{self.what}: {done} of {total}, about {left:.0f} s left", flush=True)
 
 
-def reported(parts: Sequence[T], what: str) -> Iterator[T]:
-    """The parts one by one, with a `Stretch` over them."""
-    stretch = Stretch(what)
+def with_progress(parts: Sequence[T], what: str) -> Iterator[T]:
+    """The parts one by one, with a `ProgressLine` over them."""
+    stretch = ProgressLine(what)
     for i, part in enumerate(parts):
         yield part
         stretch(i + 1, len(parts))

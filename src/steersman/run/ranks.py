@@ -284,7 +284,7 @@ _by_itself: ContextVar[bool] = ContextVar("by itself", default=False)
 
 
 def ranks() -> Ranks:
-    """This process among those that train together; alone until `opened` says otherwise."""
+    """This process among those that train together; alone until `join_ranks` says otherwise."""
     return _alone if _by_itself.get() else _here
 
 
@@ -300,7 +300,7 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def pieces_named(here: Ranks) -> Iterator[None]:
+def name_missing_rank(here: Ranks) -> Iterator[None]:
     """Names the missing rank where the weights or gradients of a layer in pieces, which torch gathers and adds up by
     itself, did not come in time. Other errors pass."""
     try:
@@ -314,7 +314,7 @@ def pieces_named(here: Ranks) -> Iterator[None]:
 
 
 @contextmanager
-def opened(parallel: ParallelConfig) -> Iterator[Ranks]:
+def join_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
     """Joins the ranks that torch's launcher started, for as long as the block lasts; alone where none did.
 
     Collectives over CPU tensors go through gloo, those over CUDA tensors through NCCL. Raises SteersmanError where

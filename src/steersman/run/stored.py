@@ -22,12 +22,12 @@ from steersman.types import SteersmanError
 FOLDER, _MARK = "pieces", "stored in pieces as"
 
 
-def without_pieces(state: Any, pieces: dict[str, Tensor], name: str = "") -> Any:
+def mark_shards(state: Any, pieces: dict[str, Tensor], name: str = "") -> Any:
     """The nested state with a mark in the place of every tensor that lies in pieces; `pieces` gets these by name."""
     if isinstance(state, dict):
-        return {key: without_pieces(inner, pieces, f"{name}.{key}") for key, inner in state.items()}
+        return {key: mark_shards(inner, pieces, f"{name}.{key}") for key, inner in state.items()}
     if isinstance(state, list | tuple):
-        return [without_pieces(inner, pieces, f"{name}.{place}") for place, inner in enumerate(state)]
+        return [mark_shards(inner, pieces, f"{name}.{place}") for place, inner in enumerate(state)]
     if not ranks().sharded:
         return state
     from torch.distributed.tensor import DTensor
@@ -39,7 +39,7 @@ def without_pieces(state: Any, pieces: dict[str, Tensor], name: str = "") -> Any
     return {_MARK: name}
 
 
-def write_pieces(pieces: dict[str, Tensor], folder: Path, here: Ranks) -> dict[str, dict[str, Any]]:
+def write_shards(pieces: dict[str, Tensor], folder: Path, here: Ranks) -> dict[str, dict[str, Any]]:
     """Writes this rank's share into `folder`/pieces; gives size and SHA-256 of every rank's files by name.
 
     All ranks of `here` call it, and all raise the first error of any of them, with its rank.
@@ -58,7 +58,7 @@ def write_pieces(pieces: dict[str, Tensor], folder: Path, here: Ranks) -> dict[s
         rank, (first, _) = next(iter(error.failures.items()))
         with saving(folder, f"rank {rank}: "):
             raise first from error
-    mine = {f"{FOLDER}/{file.name}": described(file) for file in place.glob(f"shard-{here.rank + 1:05d}-*")}
+    mine = {f"{FOLDER}/{file.name}": size_and_digest(file) for file in place.glob(f"shard-{here.rank + 1:05d}-*")}
     return {
         name: file for of_rank in here.gather(mine, "the files of a checkpoint") for name, file in of_rank.items()
     }
@@ -87,14 +87,14 @@ class StoredTensor:
             raise SteersmanError(f"{self.reader.path}: {self.name} can not be read: {error}") from error
         return found
 
-    def whole(self) -> Tensor:
+    def full_tensor(self) -> Tensor:
         """All of the tensor, on the CPU, for who looks into a checkpoint."""
         found = self.reader.read_metadata().state_dict_metadata[self.name]
         return self.read(torch.empty(found.size, dtype=found.properties.dtype))
 
 
-def with_stored(state: Any, folder: Path) -> Any:
-    """What `without_pieces` gave, with a StoredTensor in the place of every mark."""
+def replace_marks(state: Any, folder: Path) -> Any:
+    """What `mark_shards` gave, with a StoredTensor in the place of every mark."""
     reader: list[Any] = []
 
     def walk(part: Any) -> Any:
@@ -111,7 +111,7 @@ def with_stored(state: Any, folder: Path) -> Any:
     return walk(state)
 
 
-def described(file: Path) -> dict[str, Any]:
+def size_and_digest(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     with file.open("rb") as opened:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}

@@ -30,17 +30,21 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     and the chat template's end of turn."""
     if rollout.engine == "inside":
         return open_engine(rollout, policy)
-    from steersman.rollout.remote import Wanted, open_process, open_vllm  # here: most runs have no other process
+    from steersman.rollout.remote import (  # here: most runs have no other process
+        ServerSettings,
+        open_process,
+        open_vllm,
+    )
 
     ends = ends_of(rollout, policy)
-    wanted = Wanted(
+    wanted = ServerSettings(
         ends=end_ids(policy.model, policy.tokenizer, ends or None), max_batch=rollout.max_batch,
         servers=rollout.servers, urls=tuple(rollout.url), timeout=rollout.timeout, tolerance=rollout.tolerance,
         python=rollout.python, arguments=tuple(rollout.arguments), top_k=rollout.top_k,
         adapter=rollout.sync == "adapter", folder=rollout.folder,
     )  # fmt: skip
     opener = open_process if rollout.engine == "process" else open_vllm
-    return opener(policy, wanted) if ranks().world == 1 else OfMainRank(lambda: opener(policy, wanted), policy)
+    return opener(policy, wanted) if ranks().world == 1 else MainRankGenerator(lambda: opener(policy, wanted), policy)
 
 
 def open_engine(rollout: RolloutConfig, policy: Policy) -> Engine:
@@ -50,7 +54,7 @@ def open_engine(rollout: RolloutConfig, policy: Policy) -> Engine:
         return Engine(policy.model, policy.tokenizer, max_batch=rollout.max_batch, eos_token_id=ends or None)
 
 
-class OfMainRank:
+class MainRankGenerator:
     """A generator that rank 0 alone has: it samples for the prompts of all ranks, and each gets its own samples.
 
     Every rank must call it as often as the others. Raises rank 0's errors on every rank. The policy's weights may lie
@@ -67,7 +71,7 @@ class OfMainRank:
             error = raised
         ranks().agree(error, "the start of what samples")
 
-    def replaced(self, wrap: Callable[[Any], S]) -> S | None:
+    def wrap_engine(self, wrap: Callable[[Any], S]) -> S | None:
         """On rank 0: `wrap` of its generator, which answers in its place from now on; elsewhere None."""
         if self._engine is None:
             return None
@@ -136,7 +140,7 @@ def open_episodes(
     return Episodes(generator, environment, laid, ends, config, context_length(policy.model))
 
 
-def sampled_by_all(
+def sample_on_all_ranks(
     generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, **how: Any
 ) -> list[Sample]:
     """The generator's samples, each made on one rank and known to all, those of the first prompt first.

@@ -14,7 +14,7 @@ from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
 from steersman.recipe.sections import ModelConfig
 from steersman.run.micro import in_order, my_micro_batches
-from steersman.run.progress import reported
+from steersman.run.progress import with_progress
 from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from
 from steersman.types import SteersmanError, Tokens
@@ -81,7 +81,7 @@ def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) ->
     """log pi of whole answers, over the tokens that count (nats), on the CPU."""
     found = []
     parts = my_micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
-    for part in reported(parts, "log-probabilities of the data"):
+    for part in with_progress(parts, "log-probabilities of the data"):
         tokens = collate([rows[i] for i in part.rows.tolist()])
         logp = model.logp(tokens).logp.cpu()
         sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1)

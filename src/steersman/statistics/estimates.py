@@ -109,25 +109,25 @@ def auc(score: Array, label: Array) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Said and seen probability in bins of equal width, and the expected calibration error."""
+    """Predicted probability and observed share in bins of equal width, and the expected calibration error."""
 
-    said: list[float]
-    seen: list[float]
+    predicted: list[float]
+    observed: list[float]
     count: list[int]
     ece: float
 
 
-def calibration(said: Array, outcome: Array, *, low: float = 0.0, bins: int = 10) -> Calibration:
-    """Bins of [low, 1]; ECE = sum_b (n_b / N) |seen_b - said_b|. Empty bins are left out.
+def calibration(predicted: Array, outcome: Array, *, low: float = 0.0, bins: int = 10) -> Calibration:
+    """Bins of [low, 1]; ECE = sum_b (n_b / N) |observed_b - predicted_b|. Empty bins are left out.
 
     Source: arXiv 1706.04599, eq. 3.
     """
-    place = np.clip(((said - low) / (1 - low) * bins).astype(int), 0, bins - 1)
+    place = np.clip(((predicted - low) / (1 - low) * bins).astype(int), 0, bins - 1)
     rows = [place == b for b in range(bins) if (place == b).any()]
-    mean_said, mean_seen = [mean(said[r]) for r in rows], [mean(outcome[r]) for r in rows]
+    mean_predicted, mean_observed = [mean(predicted[r]) for r in rows], [mean(outcome[r]) for r in rows]
     count = [int(r.sum()) for r in rows]
-    gaps = [n * abs(a - b) for n, a, b in zip(count, mean_said, mean_seen, strict=True)]
-    return Calibration(mean_said, mean_seen, count, sum(gaps) / max(sum(count), 1))
+    gaps = [n * abs(a - b) for n, a, b in zip(count, mean_predicted, mean_observed, strict=True)]
+    return Calibration(mean_predicted, mean_observed, count, sum(gaps) / max(sum(count), 1))
 
 
 def sigmoid(x: Array) -> Array:

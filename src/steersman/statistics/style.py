@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Styled:
+class StyledBattle:
     """A battle with the difference of style between its answers; `group` is resampled as one (a user, a prompt)."""
 
     first: str
@@ -37,7 +37,7 @@ def style(first: str, second: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Controlled:
+class ControlledRatings:
     """Ratings as if all answers had the same style, and what each feature is worth, in Elo points per standard
     deviation of its difference."""
 
@@ -46,9 +46,9 @@ class Controlled:
 
 
 def controlled_ratings(
-    battles: Sequence[Styled], *, anchor: str, features: Sequence[str] = FEATURES, at: float = 1000.0,
+    battles: Sequence[StyledBattle], *, anchor: str, features: Sequence[str] = FEATURES, at: float = 1000.0,
     prior: float = 0.5, draws: int = 200, seed: int = 0,
-) -> Controlled:  # fmt: skip
+) -> ControlledRatings:  # fmt: skip
     """P(i beats j) = 1 / (1 + exp(-(theta_i - theta_j + beta . (x_i - x_j)))), fitted by maximum likelihood.
 
     Best first, `anchor` fixed at `at` points. A tie is half a battle won; `prior` as in `ratings`, and beta has a
@@ -85,7 +85,7 @@ def controlled_ratings(
         name: Estimate(float(point[i]), float(low[i]), float(high[i]), len(battles))
         for i, name in enumerate(features, len(players))
     }
-    return Controlled(sorted(told, key=lambda r: -r.rating), effects)
+    return ControlledRatings(sorted(told, key=lambda r: -r.rating), effects)
 
 
 def _logistic(design: Array, share: Array, players: int, prior: float, steps: int = 60) -> Array:

@@ -31,7 +31,7 @@ from steersman.rollout.remote.schedule import Schedule
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
 from steersman.run.ranks import alone, ranks
-from steersman.setup.generators import OfMainRank
+from steersman.setup.generators import MainRankGenerator
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles
 from steersman.types import Prompt, Sample, Stats, SteersmanError
@@ -52,8 +52,8 @@ class Ahead(OnPolicy):
         if ranks().world == 1:
             roles.engine = self.schedule = made(engine)
         else:
-            self._of_ranks: OfMainRank = engine
-            if schedule := engine.replaced(made):
+            self._of_ranks: MainRankGenerator = engine
+            if schedule := engine.wrap_engine(made):
                 self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}

@@ -12,12 +12,12 @@ from steersman.data import EncodedSet
 from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
-from steersman.plan.memory import Sampled
+from steersman.plan.memory import SamplingLoad
 from steersman.recipe.sections import RolloutConfig
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
-from steersman.run.progress import Stretch
-from steersman.setup.generators import open_generator, sampled_by_all
+from steersman.run.progress import ProgressLine
+from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, divergence
 from steersman.train.experience import tokens_of
@@ -65,10 +65,12 @@ class HeldPrompts:
         )
         self.engine, self.sampling = open_generator(rollout, policy), rollout.sampling()
 
-    def sampled(self) -> Sampled:
+    def sampled(self) -> SamplingLoad:
         """What a look samples, for the forecast of memory."""
         longest, new_tokens = max(len(p.ids) for p in self.prompts), self.sampling.max_new_tokens
-        return Sampled(self.policy, len(self.prompts), longest, new_tokens, self.engine.limits(len(self.prompts)))
+        return SamplingLoad(
+            self.policy, len(self.prompts), longest, new_tokens, self.engine.limits(len(self.prompts))
+        )
 
     @torch.no_grad()
     def look(self) -> Stats:
@@ -76,9 +78,9 @@ class HeldPrompts:
         if not self.prompts:
             return {}
         with whole_weights(self.policy):
-            samples = sampled_by_all(
+            samples = sample_on_all_ranks(
                 self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, STREAM),
-                progress=Stretch("answers to held prompts"),
+                progress=ProgressLine("answers to held prompts"),
             )  # fmt: skip
         self._write(samples)
         stats: Stats = {"held_out/length": sum(len(s.ids) for s in samples) / len(samples)}

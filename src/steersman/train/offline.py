@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.data import Batches, Mixture, Streamed
-from steersman.model import in_their_pieces
+from steersman.model import as_local_shards
 from steersman.plan.memory import Load, largest_micro_batch
 from steersman.run.config import Section
 from steersman.run.micro import my_micro_batches
-from steersman.run.pieces import in_pieces
+from steersman.run.pieces import shard_like
 from steersman.run.ranks import ranks
 from steersman.train.session import Session, kept_state
 from steersman.train.tally import Tally
@@ -141,7 +141,7 @@ class Offline:
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that training changes, by name; tied ones once."""
-    in_their_pieces(module)
+    as_local_shards(module)
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -154,7 +154,7 @@ def load_trainable(module: nn.Module, saved: dict[str, Tensor]) -> None:
 def put_back(parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     """Gives the parameters the values that were saved under their names."""
     for name, p in parameters.items():
-        p.copy_(in_pieces(saved[name], p))
+        p.copy_(shard_like(saved[name], p))
 
 
 def restore_best(session: Session, state: Offline) -> bool:

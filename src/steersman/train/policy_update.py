@@ -18,7 +18,7 @@ from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
 from steersman.model.fast.plain import plain_layers
-from steersman.model.layout import picked
+from steersman.model.layout import masked_indices
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_sum
 from steersman.run.micro import my_micro_batches, over_rows
@@ -266,7 +266,7 @@ class LanguageBatch:
         policy, columns = self.learner.policy, torch.arange(batch.mask.shape[1])
         counts = batch.mask[columns < batch.response_length[:, None]]
         hidden = policy.hidden(batch)
-        return policy.head().log_softmax(hidden[picked(counts, hidden.device)], self.learner.temperature)
+        return policy.head().log_softmax(hidden[masked_indices(counts, hidden.device)], self.learner.temperature)
 
 
 def unmasked(x: Tensor | None, mask: Tensor) -> Tensor | None:

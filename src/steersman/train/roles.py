@@ -11,12 +11,12 @@ import torch
 
 from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
-from steersman.model import Policy, SharedBase, SharedCritic, in_their_pieces, place_head, whole_weights
+from steersman.model import Policy, SharedBase, SharedCritic, as_local_shards, place_head, whole_weights
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
-from steersman.setup.generators import open_episodes, open_generator, sampled_by_all
+from steersman.setup.generators import open_episodes, open_generator, sample_on_all_ranks
 from steersman.setup.models import lora_of, policy_from, scalar_from, shared_from
 from steersman.setup.reference import Reference, reference_from, same_tokens
 from steersman.train.offline import load_trainable, put_back, trainable
@@ -53,7 +53,7 @@ class Roles:
         """Samples from the actor as it is now, under the algorithm's mask where it has one."""
         sampling = self.sampling.as_greedy() if greedy else self.sampling
         with whole_weights(self.policy), nullcontext() if self.mask is None else whole_weights(self.mask):
-            return sampled_by_all(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
+            return sample_on_all_ranks(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
 
     def refresh(self, iteration: int) -> None:
         """Copies the actor into the masking policy when it is due."""
@@ -65,7 +65,7 @@ class Roles:
         """The masking policy's weights that the actor trains, by name."""
         assert self.mask is not None
         trained = trainable(self.policy)
-        in_their_pieces(self.mask)
+        as_local_shards(self.mask)
         return {name: p for name, p in self.mask.named_parameters() if name in trained}
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         micro_tokens=recipe.run.micro_tokens,
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
-        correction=rollout.correction.made(),
+        correction=rollout.correction.correction(),
     )
     sampling, limit, mask = rollout.sampling(), algorithm.sampling_mask(), None
     if limit is not None:

@@ -18,7 +18,7 @@ from steersman.run.folder import open_folder, write_atomic
 from steersman.run.health import Finding, HealthWatch
 from steersman.run.health_limits import HealthConfig
 from steersman.run.log import Log, NoLog, read_jsonl
-from steersman.run.pieces import my_piece
+from steersman.run.pieces import named_shard
 from steersman.run.ranks import ranks
 from steersman.run.report import write_report
 from steersman.run.run_config import RunConfig, device_of
@@ -261,7 +261,7 @@ def digests(state: Any, name: str = "") -> dict[str, str]:
     if isinstance(state, dict):
         return {k: v for key, inner in state.items() for k, v in digests(inner, f"{name}.{key}".strip(".")).items()}
     if isinstance(state, torch.Tensor):
-        state, place = my_piece(state)
+        state, place = named_shard(state)
         name += place
         raw = state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     else:

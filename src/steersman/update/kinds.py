@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steersman.run.pieces import moments_in_pieces
+from steersman.run.pieces import shard_moments
 from steersman.types import SteersmanError
 
 Kind = Literal["adamw", "adamw-8bit", "adamw-8bit-paged", "adafactor", "lion", "lion-8bit", "muon"]
@@ -159,7 +159,7 @@ def steps_of(groups: Sequence[Group], config: Any) -> Any:
 def restore(steps: Any, saved: dict[str, Any]) -> None:
     """Puts back what the `state_dict` of `steps_of`'s answer was, each moment laid out as its weight is."""
     if "state" in saved:
-        saved = moments_in_pieces(saved, [p for group in steps.param_groups for p in group["params"]])
+        saved = shard_moments(saved, [p for group in steps.param_groups for p in group["params"]])
     steps.load_state_dict(saved)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.run.config import Section
-from steersman.run.pieces import whole
+from steersman.run.pieces import full_tensor
 from steersman.run.ranks import ranks
 from steersman.types import Stats, SteersmanError
 from steersman.update.kinds import Kind, Rounding, restore, steps_of
@@ -99,7 +99,7 @@ class Optimizer:
         Raises `NotFiniteError` before anything is changed when the gradient is NaN or infinite.
         """
         ranks().sum_gradients(self.parameters)
-        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         if not math.isfinite(norm):
             self.zero_grad()
             raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Coefficients
 from steersman.data import DataConfig, encode_prompts, layout, prompts
-from steersman.environments.check import Findings, tried
+from steersman.environments.check import Findings, try_episodes
 from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
 from steersman.loss.reduce import denominator, reduce, token_weight
@@ -51,7 +51,7 @@ def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints one page of findings. Raises SteersmanError, after printing, where something must be mended."""
     environment = open_environment(recipe.environment)
     rows = _rows(recipe)
-    found = tried(
+    found = try_episodes(
         environment, rows, episodes=recipe.episodes, max_turns=recipe.environment.max_turns,
         low=recipe.reward_low, high=recipe.reward_high,
     )  # fmt: skip

@@ -65,7 +65,7 @@ class FeedbackRun(Offline):
     def step(self, rows: Sequence[int]) -> Stats:
         self.objective.look(rows)
         stats = {"threshold": self.objective.threshold} | super().step(rows)
-        self.objective.settle(stats)
+        self.objective.update_threshold(stats)
         return stats
 
     def state_dict(self) -> dict[str, Any]:

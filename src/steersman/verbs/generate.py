@@ -20,7 +20,7 @@ from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import ranks
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
 from steersman.run.terminal import printable
-from steersman.setup.generators import open_generator, sampled_by_all
+from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Sample
 
@@ -94,7 +94,7 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
     with closing(open_generator(rollout, policy)) as engine, whole_weights(policy):
-        samples = sampled_by_all(engine, asked, sampling, n=rollout.samples, seed=recipe.run.seed)
+        samples = sample_on_all_ranks(engine, asked, sampling, n=rollout.samples, seed=recipe.run.seed)
     for prompt in asked:
         prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}
     return samples

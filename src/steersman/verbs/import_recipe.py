@@ -64,10 +64,10 @@ def run(recipe: ImportRecipe, *, resume: bool = False) -> dict[str, Any]:
     Raises SteersmanError where the file can not be read as settings, or the verb is unknown.
     """
     settings = read_settings(Path(recipe.file))
-    verb = guessed(settings) if recipe.verb == "auto" else recipe.verb
+    verb = guess_verb(settings) if recipe.verb == "auto" else recipe.verb
     if verb not in VERBS:
         raise SteersmanError(f"verb: {verb!r} is not one of {', '.join(VERBS)}")
-    keys, left = translated(settings, verb)
+    keys, left = translate_settings(settings, verb)
     lines = [f"# steersman {verb}, from {Path(recipe.file).name}"]
     lines += [f"# {name if name.isidentifier() else repr(name)}: {reason}" for name, reason in left.items()]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(_nested(keys), sort_keys=False, allow_unicode=True)
@@ -99,7 +99,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise SteersmanError(f"{path}: can not be read as settings: {error}") from error
 
 
-def guessed(settings: dict[str, Any]) -> str:
+def guess_verb(settings: dict[str, Any]) -> str:
     """The verb that the settings are of: LLaMA-Factory's stage, the command's name, or keys that only one has."""
     if settings.get("stage") in STAGES:
         return STAGES[str(settings["stage"])]
@@ -113,7 +113,7 @@ def guessed(settings: dict[str, Any]) -> str:
     raise SteersmanError("verb: nothing in the file tells what it trains; say it with --verb sft, dpo, grpo, ...")
 
 
-def translated(settings: dict[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, str]]:
+def translate_settings(settings: dict[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Our keys with their values; and the names that were left out, each with the reason."""
     known = {key for key, _ in walk_keys(VERBS[verb])} - VERBS[verb].unread_keys()
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steersman.model import Policy
-from steersman.plan.memory import Model, Sampled, announce
+from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
 from steersman.setup.models import save_model, slow_rate
 from steersman.setup.reference import Reference
@@ -21,7 +21,7 @@ def carry_out(
     policy: Policy,
     longest: int,
     reference: Reference | None = None,
-    sampled: Sampled | None = None,
+    sampled: SamplingLoad | None = None,
 ) -> dict[str, Any]:
     """Shows what will be trained, trains it, and leaves the model in `<run folder>/model`; returns the summary.
 
@@ -36,13 +36,13 @@ def carry_out(
     announce(pre, session.device, models, state.load(longest), sampled)
     pre.check()
     pre.show()
-    if not trained(session, state, recipe.train.keep):
+    if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
     save_model(policy, recipe.model, session.path / "model")
     return session.summary({"model": str(session.path / "model"), **state.objective.evaluate()})
 
 
-def trained(session: Session, state: Offline, keep: str) -> bool:
+def train_and_restore(session: Session, state: Offline, keep: str) -> bool:
     """Trains, and takes up the best checkpoint again where `keep` says so; False where a signal ended the run."""
     state.run(session)
     if session.stopped:

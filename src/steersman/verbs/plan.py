@@ -13,7 +13,7 @@ from rich.table import Table
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, routes, weigh
-from steersman.plan.simulate import Lengths, Scaled, best_apart, simulate
+from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
 from steersman.recipe.on_policy import OnPolicyRecipe
 from steersman.run.config import Section, load_recipe
 from steersman.run.run_config import ON_ACCELERATOR
@@ -116,7 +116,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,
-        "kept": kept(recipe.optimizer, weight if recipe.model.lora is None else 4),
+        "kept": optimizer_bytes(recipe.optimizer, weight if recipe.model.lora is None else 4),
         "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
@@ -136,14 +136,14 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     return Work(recipe.train.batch_size * pairs, prompt_tokens, 0, 1, sampled=False, **common)
 
 
-def kept(optimizer: OptimizerConfig, weight: int) -> float:
+def optimizer_bytes(optimizer: OptimizerConfig, weight: int) -> float:
     """Bytes that the optimizer keeps of each parameter, as for a matrix of 4,096 x 4,096."""
     dtype = torch.bfloat16 if weight == 2 else torch.float32
     like = torch.empty(4096, 4096, dtype=dtype, device="meta")
     return state_bytes([like], optimizer) / like.numel()
 
 
-def growth(there: Cluster, roles: list[Role], work: Work, lengths: Lengths) -> list[list[Scaled]]:
+def growth(there: Cluster, roles: list[Role], work: Work, lengths: Lengths) -> list[list[SimulatedIteration]]:
     """For 1, 2, 4, ... devices: together, and the best split for sampling 0, 1 and 2 updates ahead."""
     counts = [2**i for i in range(there.count.bit_length()) if 2**i <= there.count]
     found = []
@@ -154,7 +154,7 @@ def growth(there: Cluster, roles: list[Role], work: Work, lengths: Lengths) -> l
     return found
 
 
-def show_growth(found: list[list[Scaled]], work: Work) -> None:
+def show_growth(found: list[list[SimulatedIteration]], work: Work) -> None:
     """Seconds of an iteration and answers a second and device, by devices and layout; who waits how long."""
     table = Table("devices", "layout", "iteration s", "answers/s a device", "samplers wait", "trainers wait")
     for rows in found:
@@ -190,7 +190,7 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
         gradient = 4 if role.added else work.weight
         console.print(
             f"  {role.name}: ({role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G "
-            f"trained x {work.kept:.3g} bytes that the optimizer keeps, and {gradient} of gradient) / "
+            f"trained x {work.optimizer_bytes:.3g} bytes that the optimizer keeps, and {gradient} of gradient) / "
             f"{best.layout.shards} devices",
             highlight=False, markup=False,
         )  # fmt: skip

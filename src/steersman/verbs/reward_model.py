@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from steersman.data import (
     DataConfig,
     EncodedSet,
-    Loaded,
+    LoadedExamples,
     attributes,
     describe,
     encode,
@@ -21,7 +21,7 @@ from steersman.data import (
     preferences,
     rankings,
     ratings,
-    recognised,
+    recognise_kind,
     steps,
 )
 from steersman.data.shapes import NOUNS, Kind
@@ -56,7 +56,7 @@ from steersman.train.offline import Offline
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
-from steersman.verbs.offline_run import trained
+from steersman.verbs.offline_run import train_and_restore
 from steersman.verbs.preflight import describe_run
 from steersman.verbs.reward_of_pairs import of_pairs
 
@@ -139,7 +139,7 @@ def _kind(recipe: RewardModelRecipe) -> Kind:
         if recipe.kind not in ("auto", "preference"):
             raise SteersmanError(f"kind: {recipe.kind}, but the gating stage learns from preferences (or rankings)")
         return "preference"
-    return recognised(recipe.data, KINDS) if recipe.kind == "auto" else recipe.kind
+    return recognise_kind(recipe.data, KINDS) if recipe.kind == "auto" else recipe.kind
 
 
 def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         raise SteersmanError(
             f"train.debias learns from pairs, and the data is of kind {kind}; give pairs, or remove it"
         )
-    loaded: Loaded[Any] = LOADERS[kind](recipe.data)
+    loaded: LoadedExamples[Any] = LOADERS[kind](recipe.data)
     names = attributes(loaded.train) if kind == "rating" else []
     names = recipe.data.scores or names
     model: Any = of_pairs(recipe.model, recipe.train, recipe.run, session.device, kind)
@@ -169,7 +169,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
     pre.fact("recognised", f"{NOUNS[kind]}: {LEARNS[kind].format(loss=loss, names=', '.join(names))}")
     _show(pre, session, model, recipe, state.load(max(train.lengths)))
-    if not trained(session, state, recipe.train.keep):
+    if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
     worth = cast(PairwiseReward, objective).debias() if recipe.train.debias else {}
     for name, each in worth.items():
@@ -197,7 +197,7 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
     penalties = zip(objective.names, objective.module.penalty.tolist(), strict=True)
     pre.fact("verbosity", f"{recipe.gating.verbosity}: " + ", ".join(f"{n} {p:+.3f}" for n, p in penalties))
     _show(pre, session, model, recipe, state.load(max(train.lengths)))
-    if not trained(session, state, recipe.train.keep):
+    if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
     sizes = {key: getattr(recipe.gating, key) for key in ("hidden", "layers", "verbosity")}
     model.means(replace(model.meaning, gating=sizes))
@@ -209,7 +209,7 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
 
 def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str, Any]:
     """The held-out rows where the data section holds some out, all rows else."""
-    loaded: Loaded[Any] = LOADERS[kind](recipe.data)
+    loaded: LoadedExamples[Any] = LOADERS[kind](recipe.data)
     if loaded.held_out:
         loaded.train = loaded.held_out
     model: Any = reward_from(recipe.model, recipe.run, session.device, trainable=False)
@@ -308,7 +308,7 @@ def _finish(
         file = session.path / "calibration.png"
         if installed("matplotlib"):
             session.write(
-                lambda: calibration_png(file, curve.said, curve.seen, curve.count, low=low, error=curve.ece)
+                lambda: calibration_png(file, curve.predicted, curve.observed, curve.count, low=low, error=curve.ece)
             )
         else:
             session.log.note(

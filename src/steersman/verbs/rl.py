@@ -11,11 +11,11 @@ import torch
 from steersman import native
 from steersman.data import Batches, Mixture, encode_prompts, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
-from steersman.environments.check import quick
+from steersman.environments.check import try_one_episode
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
-from steersman.plan.memory import Load, Model, Sampled, announce, largest_micro_batch
+from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
@@ -169,8 +169,8 @@ def _episode(sample: Sample) -> dict[str, Any]:
     """An episode's turns as they were said, answered and paid; nothing for a single answer."""
     if sample.turns is None:
         return {}
-    turns = [{"said": t.said, "heard": t.heard, "reward": t.reward} for t in sample.turns]
-    talk = {"asked": sample.asked, "talk": sample.talk} if sample.talk else {}
+    turns = [{"said": t.reply, "heard": t.observation, "reward": t.reward} for t in sample.turns]
+    talk = {"asked": sample.opening, "talk": sample.talk} if sample.talk else {}
     return {"begin": sample.prompt.text, "turns": turns, "outcome": sample.outcome, **talk}
 
 
@@ -206,7 +206,7 @@ def _preflight(
         length = smallest(recipe.environment.max_tokens, context_length(roles.policy.model)) or length
         pre.fact("environment", roles.environment.describe())
         with user_code("environment: one episode before the run", 10 * recipe.environment.time_limit):
-            for finding in quick(roles.environment, train[0]):
+            for finding in try_one_episode(roles.environment, train[0]):
                 pre.fact("environment, note", finding)
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
@@ -260,8 +260,8 @@ def _load(recipe: OnPolicyRecipe, length: int) -> Load:
     return Load(tokens, length)
 
 
-def _sampled(recipe: OnPolicyRecipe, roles: Roles, length: int) -> Sampled:
+def _sampled(recipe: OnPolicyRecipe, roles: Roles, length: int) -> SamplingLoad:
     rollout = recipe.rollout
     longest = max(length - rollout.max_new_tokens, 1)
     sequences = rollout.prompts * rollout.samples
-    return Sampled(roles.policy, sequences, longest, rollout.max_new_tokens, roles.engine.limits(sequences))
+    return SamplingLoad(roles.policy, sequences, longest, rollout.max_new_tokens, roles.engine.limits(sequences))

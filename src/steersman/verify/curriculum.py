@@ -17,7 +17,7 @@ CHANCES = (0.6, 0.3, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class CurriculumDeviation:
     """Relative deviations from the exact gradient of J, in which all prompts count alike."""
 
     corrected: float
@@ -31,7 +31,7 @@ def example() -> tuple[TokenMDP, Tensor]:
     return mdp, torch.randn(mdp.next_state.shape, generator=generator, dtype=torch.float64)
 
 
-def check_curriculum(algorithm: Algorithm) -> Drawn:
+def check_curriculum(algorithm: Algorithm) -> CurriculumDeviation:
     """A method without its named biases on prompts drawn by `CHANCES`, with the weight 1 / (N q) and without it."""
     mdp, policy = example()
     algorithm = unbiased(algorithm).model_copy(update={"beta": mdp.beta})
@@ -54,4 +54,6 @@ def check_curriculum(algorithm: Algorithm) -> Drawn:
             kl=algorithm.kl_in == "reward", value=arbitrary_critic(mdp), stacked=False,
         )  # fmt: skip
 
-    return Drawn(relative_deviation(expectation(True), exact), relative_deviation(expectation(False), exact))
+    return CurriculumDeviation(
+        relative_deviation(expectation(True), exact), relative_deviation(expectation(False), exact)
+    )

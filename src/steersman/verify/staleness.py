@@ -34,7 +34,7 @@ CORRECTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stale:
+class StalenessRow:
     """One correction at one lag and rate: lengths of the bias and of the standard deviation, over that of the exact
     gradient; `sample_size` is the effective one as a share."""
 
@@ -52,7 +52,7 @@ def example() -> TokenMDP:
     return TokenMDP.random(3, 3, 0.0, seed=2)
 
 
-def stale_table() -> list[Stale]:
+def stale_table() -> list[StalenessRow]:
     """Every correction at every lag and rate, by whole answers of one version and by mixed ones."""
     mdp, rows = example(), []
     for rate in RATES:
@@ -62,7 +62,7 @@ def stale_table() -> list[Stale]:
                 behaviour = mixture(mdp, versions[-1 - lag], versions[-1]) if mixed else versions[-1 - lag]
                 for name, correction in CORRECTIONS.items():
                     found = measure(mdp, versions[-1], behaviour, correction)
-                    rows.append(Stale(name, lag, rate, mixed, *found))
+                    rows.append(StalenessRow(name, lag, rate, mixed, *found))
     return rows
 
 
@@ -96,7 +96,7 @@ def measure(mdp: TokenMDP, policy: Tensor, behaviour: Tensor, correction: Correc
     return float((mean - exact).norm() / exact.norm()), float(spread / exact.norm()), float(share)
 
 
-def claims(rows: list[Stale]) -> Iterator[tuple[str, bool]]:
+def claims(rows: list[StalenessRow]) -> Iterator[tuple[str, bool]]:
     """What is said of the corrections, and whether it holds at every lag and rate."""
     at = {(r.correction, r.lag, r.rate, r.mixed): r for r in rows}
     keys = sorted({(r.lag, r.rate, r.mixed) for r in rows if r.lag})

@@ -14,7 +14,7 @@ from steersman.tabular.preference_check import FixedPoint
 from steersman.verify.identities import Identity
 from steersman.verify.judge import EXACT, REACHED, Method
 from steersman.verify.ranks import OnRanks
-from steersman.verify.staleness import LAGS, RATES, Stale
+from steersman.verify.staleness import LAGS, RATES, StalenessRow
 
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -91,7 +91,7 @@ def identity_table(rows: list[Identity]) -> RenderableType:
     return table
 
 
-def staleness_table(rows: list[Stale]) -> RenderableType:
+def staleness_table(rows: list[StalenessRow]) -> RenderableType:
     """One row per correction: bias / standard deviation by lag and rate, whole answers and mixed ones."""
     title = "Samples of an older policy: bias / deviation of one answer's gradient, in lengths of the exact one"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False)

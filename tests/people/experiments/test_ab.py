@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steersman.cli import main
-from steersman.people.experiments import Experiment, Guard, assigned, report
+from steersman.people.experiments import Experiment, Guard, is_assigned, report
 from steersman.people.judgements import JudgementFiles, plain
 from steersman.people.outcomes import Outcome, read_outcomes
 from steersman.statistics.sequential import user_scores
@@ -30,7 +30,7 @@ def arms(rates: tuple[float, float], users: int, metric: str, seed: int = 0, sca
     rng = np.random.default_rng(seed)
     out = []
     for u in range(users):
-        treated = assigned(f"u{u}", "s", 0.5)
+        treated = is_assigned(f"u{u}", "s", 0.5)
         out.append(Outcome(f"u{u}", float(u), metric, scale * float(rng.random() < rates[treated]), treated))
     return out
 
@@ -42,8 +42,8 @@ def write(path, rows) -> str:
 
 def test_assignment_is_stable_balanced_and_of_its_own_salt():
     users = [f"user-{i}" for i in range(20_000)]
-    first, second = (np.array([assigned(u, s, 0.3) for u in users]) for s in ("a", "b"))
-    assert [assigned(u, "a", 0.3) for u in users[:100]] == list(first[:100])
+    first, second = (np.array([is_assigned(u, s, 0.3) for u in users]) for s in ("a", "b"))
+    assert [is_assigned(u, "a", 0.3) for u in users[:100]] == list(first[:100])
     for drawn in (first, second):
         assert abs(drawn.mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 20_000)
     assert abs((first & second).mean() - 0.09) < 0.01  # one experiment does not tell of another
@@ -117,7 +117,7 @@ def test_a_lower_metric_that_is_good():
 def test_what_is_wrong_with_the_users_is_said():
     lost = [r for r in arms((0.5, 0.5), 1000, "thumb") if not r.treated or int(r.user[1:]) % 2]
     assert any("in the treatment where" in w for w in report(Experiment(metric="thumb"), lost).warnings)
-    both = [*arms((0.5, 0.5), 50, "thumb"), Outcome("u1", 99.0, "thumb", 1.0, not assigned("u1", "s", 0.5))]
+    both = [*arms((0.5, 0.5), 50, "thumb"), Outcome("u1", 99.0, "thumb", 1.0, not is_assigned("u1", "s", 0.5))]
     told = report(Experiment(metric="thumb"), both)
     assert any("both arms" in w for w in told.warnings)
     assert told.primary.look.n == 49
@@ -162,7 +162,7 @@ def test_csv_through_the_verb(tmp_path, capsys):
         table.writerow(["user", "winner", "arm", "latency"])
         for i in range(300):
             table.writerow([f"u{i}", "new" if rng.random() < 0.7 else "old", "", ""])
-            table.writerow([f"u{i}", "", NAMES[assigned(f"u{i}", "", 0.5)], f"{rng.random():.2f}"])
+            table.writerow([f"u{i}", "", NAMES[is_assigned(f"u{i}", "", 0.5)], f"{rng.random():.2f}"])
     words = ["ab", str(path), "--experiment.control", "old", "--experiment.treatment", "new"]
     for _ in range(2):
         assert main([*words, "--out", str(tmp_path / "told.json"), "--log", str(tmp_path / "looks.jsonl")]) == 0

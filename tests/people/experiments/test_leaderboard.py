@@ -8,7 +8,7 @@ import random
 
 from steersman.cli import main
 from steersman.people.judgements import JudgementFiles
-from steersman.people.leaderboard import LeaderboardRecipe, run, styled
+from steersman.people.leaderboard import LeaderboardRecipe, run, style_battles
 
 
 def rows(count: int) -> list[dict]:
@@ -45,7 +45,7 @@ def test_length_alone_is_no_lead_where_it_is_held_equal(tmp_path, capsys):
     assert told["effects"]["length"]["low"] > 0
     assert told["effects"]["bold"]["value"] == 0
     assert "style held equal" in " ".join(capsys.readouterr().out.split())
-    by_prompt = {b.group for b in styled(JudgementFiles(path), "prompt")}
+    by_prompt = {b.group for b in style_battles(JudgementFiles(path), "prompt")}
     assert len(by_prompt) == 40
     only = run(LeaderboardRecipe(file=str(path), features=["bold"], draws=20))
     assert list(only["effects"]) == ["bold"]

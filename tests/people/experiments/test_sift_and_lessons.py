@@ -16,7 +16,7 @@ from steersman.people.evaluation import guard_metrics, human_metrics
 from steersman.people.filters import FilterConfig, sift
 from steersman.people.gates import Gate, check
 from steersman.people.judgements import Judgement
-from steersman.people.lessons import MixConfig, held, lessons, mixed
+from steersman.people.lessons import MixConfig, is_held_out, lessons, mix_rows
 from steersman.statistics.estimates import Estimate
 
 
@@ -79,19 +79,19 @@ def test_lessons_are_what_the_verbs_read(tmp_path):
 
 def test_tables_are_mixed_at_the_shares():
     new, earlier, anchor = ([{"prompt": f"{s}{i}"} for i in range(100)] for s in "nea")
-    rows = mixed(new[:60], earlier, anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 0)
+    rows = mix_rows(new[:60], earlier, anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 0)
     sources = [row["source"] for row in rows]
     assert (sources.count("new"), sources.count("earlier"), sources.count("anchor")) == (60, 30, 10)
-    assert rows == mixed(new[:60], earlier[::-1], anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 0)
-    assert mixed(new[:60], earlier, anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 1) != rows
-    assert len(mixed(new[:60], earlier[:4], [], MixConfig(), 0)) == 64  # what is missing is not copied
+    assert rows == mix_rows(new[:60], earlier[::-1], anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 0)
+    assert mix_rows(new[:60], earlier, anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 1) != rows
+    assert len(mix_rows(new[:60], earlier[:4], [], MixConfig(), 0)) == 64  # what is missing is not copied
 
 
 def test_a_prompt_stays_on_its_side():
     rows = [pair(i, prompt=f"prompt {i}") for i in range(2000)]
-    out = [held(one, 0.2) for one in rows]
+    out = [is_held_out(one, 0.2) for one in rows]
     assert abs(sum(out) / 2000 - 0.2) < 0.04
-    assert [held(replace(one, user="z", answers=("b", "c")), 0.2) for one in rows] == out
+    assert [is_held_out(replace(one, user="z", answers=("b", "c")), 0.2) for one in rows] == out
 
 
 @pytest.mark.parametrize(

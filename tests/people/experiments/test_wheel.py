@@ -16,7 +16,7 @@ from letter_models import rows_of
 
 from steersman.data import Row
 from steersman.people.judgements import judgement
-from steersman.people.lessons import held
+from steersman.people.lessons import is_held_out
 from steersman.people.serving import read_serving
 from steersman.people.wheel import run
 from steersman.people.wheel_recipe import WheelRecipe
@@ -43,8 +43,8 @@ def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model):
     assert 0.1 < sum(serving.arm(f"user {i}") == serving.candidate for i in range(500)) / 500 < 0.3
     folder = tmp_path / "run/round-01"
     kept = {row["id"]: judgement(Row(row, "kept", 1)) for row in rows_of(folder / "kept.jsonl")}
-    assert all(held(kept[row["id"]], 0.3) for row in rows_of(folder / "readings.jsonl"))
-    assert not any(held(kept[i], 0.3) for row in rows_of(folder / "pairs.jsonl") for i in row["judgements"])
+    assert all(is_held_out(kept[row["id"]], 0.3) for row in rows_of(folder / "readings.jsonl"))
+    assert not any(is_held_out(kept[i], 0.3) for row in rows_of(folder / "pairs.jsonl") for i in row["judgements"])
     gates = rows_of(folder / "gates.jsonl")
     assert [g["passed"] for g in gates] == [True, True]
     append(inbox, "day3", ab_rows(10, 0.8, "turn-00", "turn-01"))
@@ -70,7 +70,7 @@ def test_a_bad_model_is_refused_by_the_gates(tmp_path, mini_model):
     """Prompts to learn from are judged the wrong way round: the candidate learns the opposite of those held out."""
     rows = choices(120, seed=3)
     flip = {"first": "second", "second": "first"}
-    bad = [r if held(judgement(Row(r, "f", 1)), 0.3) else {**r, "choice": flip[r["choice"]]} for r in rows]
+    bad = [r if is_held_out(judgement(Row(r, "f", 1)), 0.3) else {**r, "choice": flip[r["choice"]]} for r in rows]
     append(tmp_path / "inbox", "day", bad)
     told = turn(settings(tmp_path, mini_model), resume=False)
     assert told["state"] == "done"

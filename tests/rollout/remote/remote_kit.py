@@ -7,7 +7,7 @@ from letter_models import LETTERS, letters
 from tiny_models import tiny_model
 
 from steersman.model import Policy
-from steersman.rollout.remote import RemoteGenerator, Wanted, open_process
+from steersman.rollout.remote import RemoteGenerator, ServerSettings, open_process
 from steersman.types import Prompt
 
 ENDS = (2,)
@@ -18,7 +18,7 @@ def make_policy(seed: int = 0, family: str = "llama", vocab: int = len(LETTERS))
 
 
 def opened(policy: Policy, **extra) -> RemoteGenerator:
-    return open_process(policy, Wanted(**{"ends": ENDS, "max_batch": 8, "timeout": 60.0, **extra}))
+    return open_process(policy, ServerSettings(**{"ends": ENDS, "max_batch": 8, "timeout": 60.0, **extra}))
 
 
 def asked(count: int = 5, length: int = 6) -> list[Prompt]:

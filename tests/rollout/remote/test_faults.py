@@ -15,14 +15,20 @@ import torch
 from remote_kit import asked, make_policy
 
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.remote import Wanted, open_process, open_vllm
+from steersman.rollout.remote import ServerSettings, open_process, open_vllm
 from steersman.rollout.remote.dialects import Batchwise, Call
-from steersman.rollout.remote.launch import Launched, free_port
-from steersman.rollout.remote.serve import Desk, Handler, routes
-from steersman.rollout.remote.wire import Asked, BadReplyError, Server, ServerGoneError, replies
+from steersman.rollout.remote.launch import ServerProcess, free_port
+from steersman.rollout.remote.serve import EngineRoutes, Handler, routes
+from steersman.rollout.remote.wire import (
+    BadReplyError,
+    SampleRequest,
+    Server,
+    ServerGoneError,
+    replies,
+)
 from steersman.types import SteersmanError
 
-ASKED = [Asked([3, 4], (0, 0), 2, 4, 0)]
+ASKED = [SampleRequest([3, 4], (0, 0), 2, 4, 0)]
 
 
 def choice(index: int, ids=(5, 6), logp=(-1.0, -2.0), finish: str = "length") -> dict:
@@ -66,7 +72,7 @@ def test_a_reply_that_can_not_be_right_is_refused(choices, said):
 
 
 class Stub:
-    """A server of fixed answers by route; a route that is not there is a 404."""
+    """A server of fixed answers by route, or the status that it fails with; a route that is not there is a 404."""
 
     def __init__(self, **answers) -> None:
         table = {"/" + name.replace("__", "/"): value for name, value in answers.items()}
@@ -76,8 +82,9 @@ class Stub:
                 self.rfile.read(int(self.headers.get("content-length") or 0))
                 value = table.get(self.path.split("?")[0])
                 value = value() if callable(value) else value
-                body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(404 if value is None else 200)
+                value = 404 if value is None else value
+                body = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(value if isinstance(value, int) else 200)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -93,7 +100,9 @@ class Stub:
 
 
 def opened(kind, stub: Stub, **extra):
-    return kind(make_policy(), Wanted(**{"ends": (2,), "max_batch": 4, "urls": (stub.url,), "timeout": 0.5, **extra}))
+    return kind(
+        make_policy(), ServerSettings(**{"ends": (2,), "max_batch": 4, "urls": (stub.url,), "timeout": 0.5, **extra})
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,15 @@ def test_a_server_of_another_kind_is_named(kind, answers, said):
     generator.close()
 
 
+@pytest.mark.parametrize(("health", "is_gone"), [(503, True), ({}, False)])
+def test_a_server_whose_engine_is_gone_is_as_good_as_dead(health, is_gone):
+    """vLLM's front outlives the process with the model by some seconds, in which it answers 500."""
+    stub = Stub(inference__v1__generate=500, health=health)
+    with pytest.raises(SteersmanError, match="status 500 of /inference/v1/generate") as caught:
+        Server(stub.url, 5.0).post("/inference/v1/generate")
+    assert isinstance(caught.value, ServerGoneError) is is_gone
+
+
 class NoMemory:
     """An engine whose allocation fails, as torch reports it."""
 
@@ -132,7 +150,7 @@ class NoMemory:
 )
 def test_a_server_out_of_memory_says_so_and_goes_on(error):
     """Our server's own routes over HTTP; the next call is answered again."""
-    desk = Desk(make_policy, 4)
+    desk = EngineRoutes(make_policy, 4)
     engine, desk.engine = desk.engine, NoMemory(error)  # type: ignore[assignment]
     table = routes(desk)
     http = ThreadingHTTPServer(("127.0.0.1", 0), type("Routes", (Handler,), {"table": table}))
@@ -150,7 +168,9 @@ def test_a_server_out_of_memory_says_so_and_goes_on(error):
 
 
 def test_a_server_that_is_not_there_is_named():
-    generator = open_process(make_policy(), Wanted((2,), 4, urls=(f"http://127.0.0.1:{free_port()}",), timeout=1.0))
+    generator = open_process(
+        make_policy(), ServerSettings((2,), 4, urls=(f"http://127.0.0.1:{free_port()}",), timeout=1.0)
+    )
     with pytest.raises(SteersmanError, match="can not be reached"):
         generator.generate(asked(), Sampling(4))
     generator.close()
@@ -160,7 +180,7 @@ def test_two_runs_on_one_server_are_told_apart(running):
     policy, owner = running
     owner.update_weights(1)
     url = owner.stations[0].server.url
-    one, two = (open_process(policy, Wanted((2,), 8, urls=(url,), timeout=60.0)) for _ in range(2))
+    one, two = (open_process(policy, ServerSettings((2,), 8, urls=(url,), timeout=60.0)) for _ in range(2))
     one.update_weights(1)
     two.update_weights(1)
     for act in (lambda: one.generate(asked(), Sampling(4)), lambda: one.update_weights(2)):
@@ -175,7 +195,7 @@ class Elsewhere:
     """Our server's own routes in a thread; `dead`, it ends every connection without a word."""
 
     def __init__(self) -> None:
-        self.desk, self.dead = Desk(make_policy, 8), False
+        self.desk, self.dead = EngineRoutes(make_policy, 8), False
         outer = self
 
         class Routes(Handler):
@@ -199,7 +219,7 @@ def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(runni
     owner.update_weights(1)
     other, sampling = Elsewhere(), Sampling(20)
     urls = (owner.stations[0].server.url, other.url)
-    generator = open_process(policy, Wanted((2,), 8, urls=urls, timeout=60.0, folder=str(tmp_path)))
+    generator = open_process(policy, ServerSettings((2,), 8, urls=urls, timeout=60.0, folder=str(tmp_path)))
     wanted = Engine(policy.model, policy.tokenizer, eos_token_id=[2]).generate(asked(), sampling, n=2, seed=5)
 
     def right() -> bool:
@@ -215,10 +235,10 @@ def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(runni
         assert generator.stations[1].gone
     assert capsys.readouterr().err.count("The other servers take its prompts") == 1
     assert generator.update_weights(2)["sync/servers"] == 1
-    other.dead, other.desk = False, Desk(make_policy, 8)
+    other.dead, other.desk = False, EngineRoutes(make_policy, 8)
     assert generator.update_weights(3)["sync/servers"] == 2
     assert right()
-    other.desk = Desk(lambda: make_policy(seed=9), 8)
+    other.desk = EngineRoutes(lambda: make_policy(seed=9), 8)
     assert right()
     assert generator.stations[1].gone
     assert "started anew" in capsys.readouterr().err
@@ -230,11 +250,13 @@ def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(runni
 
 def test_a_folder_for_weights_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SteersmanError, match=r"rollout\.folder: .*/none: no folder can be made there"):
-        open_process(make_policy(), Wanted((2,), 4, urls=("http://127.0.0.1:1",), folder=str(tmp_path / "none")))
+        open_process(
+            make_policy(), ServerSettings((2,), 4, urls=("http://127.0.0.1:1",), folder=str(tmp_path / "none"))
+        )
 
 
-def launched(tmp_path, script: str, timeout: float = 20.0) -> Launched:
-    return Launched(
+def launched(tmp_path, script: str, timeout: float = 20.0) -> ServerProcess:
+    return ServerProcess(
         "toy server", lambda port: [sys.executable, "-c", script, str(port)], tmp_path / "log", timeout=timeout
     )
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from steersman.rollout.remote import keeper
-from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.launch import ServerProcess
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs Linux's shared memory")
 
@@ -37,18 +37,18 @@ signal.signal(signal.SIGTERM, tidy)
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
-def started(tmp_path: Path, more: str) -> tuple[Launched, Path, int]:
+def started(tmp_path: Path, more: str) -> tuple[ServerProcess, Path, int]:
     """A process that holds shared memory and has a child in a session of its own; both, and the child's id."""
     name = f"steersman-test-{uuid4().hex[:8]}"
     script = SERVER.format(name=name, more=more)
-    one = Launched("server", lambda _: [sys.executable, "-c", script], tmp_path / "log", timeout=20.0)
+    one = ServerProcess("server", lambda _: [sys.executable, "-c", script], tmp_path / "log", timeout=20.0)
     one.start()
-    while "child" not in one.said():
-        assert one.alive(), one.said()
+    while "child" not in one.output():
+        assert one.alive(), one.output()
         time.sleep(0.02)
     file = Path("/dev/shm") / name
     assert file.exists()
-    return one, file, int(one.said().split("child")[1].split()[0])
+    return one, file, int(one.output().split("child")[1].split()[0])
 
 
 def gone(pid: int) -> bool:
@@ -69,7 +69,7 @@ def soon(condition, seconds: float = 20.0) -> bool:
 def test_a_server_is_asked_to_end_before_it_is_killed(tmp_path):
     one, file, child = started(tmp_path, POLITE)
     one.stop()
-    assert "tidied up" in one.said()
+    assert "tidied up" in one.output()
     assert not one.alive()
     assert gone(child)  # in another session, so no signal to the group would reach it
     assert not file.exists()
@@ -113,6 +113,6 @@ def test_a_keeper_that_is_killed_takes_the_server_along(tmp_path):
     assert one._keeper is not None
     os.kill(one._keeper.pid, signal.SIGKILL)
     assert soon(lambda: not one.alive())
-    assert "tidied up" in one.said()
+    assert "tidied up" in one.output()
     one.stop()
     file.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from remote_kit import ENDS, asked, make_policy, move, opened
 
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.remote import ReceiptError, Wanted, open_process, snapshot
+from steersman.rollout.remote import ReceiptError, ServerSettings, open_process, snapshot
 from steersman.types import Prompt, SteersmanError
 
 SAMPLING = Sampling(20)
@@ -226,7 +226,7 @@ def test_an_adapter_travels_alone_under_a_name_of_its_version(adapted, monkeypat
         generator.update_weights(3)
     monkeypatch.undo()
     url = generator.stations[0].server.url
-    other = open_process(make_policy(), Wanted(ENDS, 8, urls=(url,), timeout=60.0))
+    other = open_process(make_policy(), ServerSettings(ENDS, 8, urls=(url,), timeout=60.0))
     assert other.update_weights(1)["sync/gap"] < 1e-4  # a run of whole weights on a server that had adapters
     other.close()
 

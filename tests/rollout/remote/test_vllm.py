@@ -17,7 +17,7 @@ from remote_kit import asked, move
 
 from steersman.model import Policy
 from steersman.rollout import Sampling
-from steersman.rollout.remote import ReceiptError, Wanted, open_vllm, snapshot
+from steersman.rollout.remote import ReceiptError, ServerSettings, open_vllm, snapshot
 from steersman.types import SteersmanError, Tokens
 
 PYTHON = Path(
@@ -50,7 +50,7 @@ def served(tmp_path_factory):
 
     torch.set_num_threads(1)
     policy: Policy = load_policy(save_llama(tmp_path_factory.mktemp("llama")), device="cpu", dtype="float32")
-    generator = open_vllm(policy, Wanted(ends=(2,), max_batch=16, timeout=600.0, python=str(PYTHON), top_k=5))
+    generator = open_vllm(policy, ServerSettings(ends=(2,), max_batch=16, timeout=600.0, python=str(PYTHON), top_k=5))
     yield policy, generator
     generator.close()
 
@@ -152,7 +152,7 @@ def test_adapters_travel_alone(tmp_path):
     from steersman.model import LoraConfig, load_policy
 
     policy = load_policy(save_llama(tmp_path), lora=LoraConfig(r=4), device="cpu", dtype="float32")
-    wanted = Wanted((2,), 16, timeout=600.0, python=str(PYTHON), adapter=True)
+    wanted = ServerSettings((2,), 16, timeout=600.0, python=str(PYTHON), adapter=True)
     generator = open_vllm(policy, wanted)
     torch.manual_seed(0)
     try:

@@ -37,7 +37,7 @@ def compose(kinds: Sequence[str], count: int, rng: random.Random) -> list[Constr
     )
 
 
-def said(task: str, rules: Sequence[Constraint], rng: random.Random) -> str:
+def instruction_text(task: str, rules: Sequence[Constraint], rng: random.Random) -> str:
     """Task and rules as one instruction, in one of several forms."""
     texts = [r.text for r in rules]
     listed = "\n".join(f"- {t}" for t in texts)

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, Query, Row, wraps
 from steersman.data.examples import user
-from steersman.flywheel.instruct.compose import REWRITE, compose, keeps_the_rules, said, split_kinds
+from steersman.flywheel.instruct.compose import REWRITE, compose, instruction_text, keeps_the_rules, split_kinds
 from steersman.flywheel.instruct.constraints import KINDS, again
 from steersman.flywheel.instruct.correct import Draft, correct
 from steersman.flywheel.players import Player, load_queries
@@ -142,7 +142,9 @@ def _instructions(
         rng = random.Random(sub_seed(recipe.run.seed, "rules", what, i))
         most = min(rules.most, len(kinds))
         made = compose(kinds, rng.randint(min(rules.least, most), most), rng)
-        out.append({"index": i, "task": task, "prompt": said(task, made, rng), "rules": [c.row() for c in made]})
+        out.append(
+            {"index": i, "task": task, "prompt": instruction_text(task, made, rng), "rules": [c.row() for c in made]}
+        )
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steersman.model.fast.narrow import narrowed
-from steersman.model.layout import join, picked, require_prompts
+from steersman.model.layout import join, masked_indices, require_prompts
 from steersman.model.probe import cache_argument, close, device_of, quiet
 from steersman.types import Tokens, send
 
@@ -103,7 +103,7 @@ def read_shared(
         ids = some.response.masked_fill(~there, 0)
         seen = torch.cat([real[prompt, :P], real.new_ones(len(rows), T)], 1)
         read = step == some.response_length[:, None] - 1 if ends else there
-        with narrowed(part, picked(read, device), ids.numel()):
+        with narrowed(part, masked_indices(read, device), ids.numel()):
             states = trunk(
                 input_ids=send(ids, device), use_cache=True, attention_mask=send(seen.long(), device),
                 position_ids=send(some.prompt_length[:, None] + step, device), **{cache_name: cache},

@@ -14,7 +14,7 @@ import httpx2
 from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, layout
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
 from steersman.run.config import Section
@@ -65,7 +65,7 @@ class AnsweringSampling(Section):
 class Answerer(Protocol):
     """What gives the next turn of a user's conversation; asked by several threads at once."""
 
-    def answer(self, messages: Messages, user: str) -> Said: ...
+    def answer(self, messages: Messages, user: str) -> TurnText: ...
 
 
 def open_answerer(model: AnsweringModel, sampling: AnsweringSampling) -> Answerer:
@@ -91,7 +91,7 @@ class LocalModel:
         self.model = (model.name or path.rstrip("/").rsplit("/", 1)[-1], version)
         self.settings = sampling.model_dump()
 
-    def answer(self, messages: Messages, user: str) -> Said:
+    def answer(self, messages: Messages, user: str) -> TurnText:
         """The next turn. Raises SteersmanError where the conversation does not fit the model's context."""
         seed, begun = secrets.randbits(31), time.monotonic()
         turns: list[Any] = [dict(m) for m in messages]
@@ -110,7 +110,7 @@ class LocalModel:
             raise ticket.failure
         sample = ticket.samples[0]
         settings = self.settings | {"seed": seed}
-        return Said(sample.text.strip(), self.model, settings, sample.finish, time.monotonic() - begun)
+        return TurnText(sample.text.strip(), self.model, settings, sample.finish, time.monotonic() - begun)
 
 
 class RemoteModel:
@@ -126,7 +126,7 @@ class RemoteModel:
         key = os.environ.get(model.key_env, "").strip()
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def answer(self, messages: Messages, user: str) -> Said:
+    def answer(self, messages: Messages, user: str) -> TurnText:
         """The next turn. Raises SteersmanError, without the key, where no answer comes."""
         body: dict[str, Any] = {
             "model": self.name, "messages": messages, "max_tokens": self.settings["max_new_tokens"],
@@ -142,4 +142,4 @@ class RemoteModel:
             raise SteersmanError(f"the model's address answers with status {error.response.status_code}") from None
         except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SteersmanError(f"the model's address gives no chat completion ({type(error).__name__})") from None
-        return Said(text.strip(), (name, ""), self.settings, finish[:20], time.monotonic() - begun)
+        return TurnText(text.strip(), (name, ""), self.settings, finish[:20], time.monotonic() - begun)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from steersman.people.collect.app import Visit, go
 from steersman.people.collect.forms import REASONS, seconds_of, thumb_of
 from steersman.people.store.conversations import (
-    Said,
+    TurnText,
     add_turn,
     branch,
     messages,
@@ -65,7 +65,7 @@ def say(visit: Visit) -> Response:
         turns = path(session, chat)
         # The same message again, whose answer did not come: it is not asked twice.
         if not (turns and turns[-1].role == "user" and turns[-1].content == text):
-            add_turn(session, chat, "user", Said(text))
+            add_turn(session, chat, "user", TurnText(text))
     return _answered(visit, chat.id)
 
 
@@ -90,7 +90,7 @@ def edit(visit: Visit) -> Response:
         chat, turn = _own(session, visit), session.get(Turn, visit.arg("turn"))
         if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "user":
             return visit.refused("404", 404)
-        branch(session, chat, turn, "user", Said(text))
+        branch(session, chat, turn, "user", TurnText(text))
     return _answered(visit, chat.id)
 
 

@@ -6,14 +6,14 @@ import json
 import math
 from typing import Any
 
-from steersman.people.store.items import Shown
+from steersman.people.store.items import ShownItem
 from steersman.people.store.verdicts import Verdict
 from steersman.types import SteersmanError
 
 REASONS = ("r_wrong", "r_unclear", "r_unsafe", "r_style", "r_helpful")
 
 
-def verdict_of(form: Any, shown: Shown) -> Verdict:
+def verdict_of(form: Any, shown: ShownItem) -> Verdict:
     """The verdict on an item. Raises SteersmanError where the form holds none."""
     if form.get("skip"):
         return {"skip": str(form.get("reason", ""))}
@@ -35,33 +35,33 @@ def seconds_of(form: Any) -> float | None:
     return got if math.isfinite(got) else None
 
 
-def _compare(form: Any, shown: Shown) -> Verdict:
+def _compare(form: Any, shown: ShownItem) -> Verdict:
     said = form.get("choice")
     if said in ("A", "B"):
         return {"choice": shown.assignment.sides["AB".index(said)]}
     return {"choice": said}
 
 
-def _rank(form: Any, shown: Shown) -> Verdict:
+def _rank(form: Any, shown: ShownItem) -> Verdict:
     ranks: list[int] = [0] * len(shown.answers)
     for side, number in enumerate(shown.assignment.sides):
         ranks[number] = _whole(form.get(f"rank-{side}"))
     return {"ranks": ranks}
 
 
-def _rate(form: Any, shown: Shown) -> Verdict:
+def _rate(form: Any, shown: ShownItem) -> Verdict:
     names = list(shown.queue.settings["attributes"])
     return {"scores": {name: _whole(form.get(f"score-{i}")) for i, name in enumerate(names)}}
 
 
-def _mark(form: Any, shown: Shown) -> Verdict:
+def _mark(form: Any, shown: ShownItem) -> Verdict:
     try:
         return {"spans": json.loads(str(form.get("spans") or "[]"))}
     except (ValueError, RecursionError):
         raise SteersmanError("mark: the spans are no JSON list") from None
 
 
-def _review(form: Any, shown: Shown) -> Verdict:
+def _review(form: Any, shown: ShownItem) -> Verdict:
     return {"accept": form.get("accept") == "1", "correction": str(form.get("correction", ""))}
 
 

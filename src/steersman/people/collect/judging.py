@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from steersman.people.collect.app import Visit, go, own_path
 from steersman.people.collect.forms import seconds_of, verdict_of
-from steersman.people.store.conversations import Said, add_turn, path
-from steersman.people.store.items import CHAT, Shown, next_item, own_assignment, place_of, progress, shown
+from steersman.people.store.conversations import TurnText, add_turn, path
+from steersman.people.store.items import CHAT, ShownItem, next_item, own_assignment, place_of, progress, shown_item
 from steersman.people.store.judgements import judge_item, undo
 from steersman.people.store.schema import Assignment, Conversation, Model, Queue, Turn
 
@@ -40,7 +40,7 @@ def item_page(visit: Visit) -> Response:
         assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id)
         if assignment is None:
             return visit.refused("404", 404)
-        got = shown(session, assignment)
+        got = shown_item(session, assignment)
         place = place_of(session, got.queue, visit.rater.rater_id)
     if assignment.state != "open":  # the back button, after the verdict was saved
         return go(_after(got))
@@ -52,7 +52,7 @@ def judge(visit: Visit) -> Response:
         assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id, lock=True)
         if assignment is None:
             return visit.refused("404", 404)
-        got = shown(session, assignment)
+        got = shown_item(session, assignment)
         was_open = assignment.state == "open"
         row = judge_item(
             session, got, verdict_of(visit.form, got), key=str(visit.form.get("key")), seconds=seconds_of(visit.form)
@@ -80,21 +80,21 @@ def take_back(visit: Visit) -> Response:
     return go(f"{own_path(visit.field('path'))}?note=undo_nothing")
 
 
-def _go_on(session: Session, got: Shown, choice: Any) -> None:
+def _go_on(session: Session, got: ShownItem, choice: Any) -> None:
     """The chat goes on with the better answer, or, where none is, with the one that stood first on the screen."""
     answer = got.answers[choice if choice in (0, 1) else got.assignment.sides[0]]
     chat = session.get_one(Conversation, str(got.item.conversation_id))
     model = session.get_one(Model, answer.model_id) if answer.model_id else None
-    said = Said(answer.content, (model.name, model.version) if model else None, answer.sampling)
+    said = TurnText(answer.content, (model.name, model.version) if model else None, answer.sampling)
     last = path(session, chat)[-1]  # an answer already where an earlier verdict was undone
     add_turn(session, chat, "assistant", said, last.parent_id if last.role == "assistant" else last.id)
 
 
-def _after(got: Shown) -> str:
+def _after(got: ShownItem) -> str:
     return f"/chat/{got.item.conversation_id}" if got.item.conversation_id else f"/judge/{got.queue.id}"
 
 
-def _item(visit: Visit, got: Shown, place: tuple[int, int] | None) -> Response:
+def _item(visit: Visit, got: ShownItem, place: tuple[int, int] | None) -> Response:
     """The page of an item: it holds nothing that tells which model answered, nor any id but the assignment's."""
     prompt = got.item.prompt
     turns = [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else prompt

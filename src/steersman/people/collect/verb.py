@@ -14,7 +14,7 @@ from steersman.data import read_rows
 from steersman.data.rows import Row
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.store import Store, open_store
-from steersman.people.store.conversations import Said
+from steersman.people.store.conversations import TurnText
 from steersman.people.store.imports import import_file
 from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
 from steersman.people.store.raters import add_person, forget, people
@@ -143,7 +143,7 @@ def _item(row: Row) -> NewItem:
         raise row.fault("wrong type", "a prompt of turns is a list of {role, content}", "prompt")
     named = data.get("models")
     models = named if isinstance(named, list) else []
-    said = [Said(a, (str(models[i]), "") if i < len(models) else None) for i, a in enumerate(answers)]
+    said = [TurnText(a, (str(models[i]), "") if i < len(models) else None) for i, a in enumerate(answers)]
     return NewItem(prompt, said, data.get("gold"), f"{Path(row.file).name}, {row.unit} {row.number}")
 
 

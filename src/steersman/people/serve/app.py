@@ -21,7 +21,7 @@ from steersman.people.rates import Rates
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend
 from steersman.people.serve.openapi import document
-from steersman.people.serve.reply import Reply, Served
+from steersman.people.serve.reply import LoadedModel, Reply
 from steersman.people.serve.wire import Ask, ChatAsk, TextAsk, fault
 from steersman.rollout.live import QueueFullError
 from steersman.run.untrusted import UntrustedError, parse_json
@@ -46,16 +46,16 @@ class Server:
 
     def __init__(
         self,
-        models: dict[str, Served],
+        models: dict[str, LoadedModel],
         *,
-        load: Callable[[str], Served],
+        load: Callable[[str], LoadedModel],
         keys: tuple[str, ...] = (),
         admin_keys: tuple[str, ...] = (),
         time_limit: float = 600.0,
         hosts: Sequence[str] = ("*",),
         rate: int | None = None,
         alias: str = "",
-        assignment: Assignment[Served] | Assignment[str] | None = None,
+        assignment: Assignment[LoadedModel] | Assignment[str] | None = None,
         backend: Backend | None = None,
     ) -> None:
         self.models, self.load, self.hosts = models, load, list(hosts)
@@ -200,7 +200,7 @@ class Server:
             served = await self._model(ask)
             if served is None:
                 return self._refuse(404, f"there is no model {ask.model!r}; GET /v1/models lists them", param="model")
-            reply = submitted(served, ask)
+            reply = submit(served, ask)
         except ClientDisconnect:
             return Response(status_code=499)
         except BodyTooLargeError as error:
@@ -217,12 +217,12 @@ class Server:
             return self._refuse(400, str(error))
         if ask.stream:
             return StreamingResponse(reply.stream(self.time_limit), media_type="text/event-stream")
-        return await reply.whole(request, self.time_limit)
+        return await reply.complete(request, self.time_limit)
 
-    async def _model(self, ask: Ask) -> Served | None:
+    async def _model(self, ask: Ask) -> LoadedModel | None:
         if self.assignment is not None and ask.model == self.alias:
             picked = await self.assignment.pick(ask.user)
-            assert isinstance(picked, Served)  # without a server behind the models run here
+            assert isinstance(picked, LoadedModel)  # without a server behind the models run here
             return picked
         return self.models.get(ask.model)
 
@@ -239,9 +239,9 @@ class BodyTooLargeError(Exception):
     """A request is larger than LARGEST_BODY."""
 
 
-def submitted(served: Served, ask: Ask) -> Reply:
+def submit(served: LoadedModel, ask: Ask) -> Reply:
     """A request on its way through a model's engine. Raises SteersmanError for what can not be asked of it."""
-    moved, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), laid_out(served, ask)
+    moved, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), request_prompt(served, ask)
     sampling = ask.sampling(served.live.room(len(prompt.ids)))
     ticket = served.live.submit(
         prompt, sampling, lambda: loop.call_soon_threadsafe(moved.set), n=ask.n, seed=ask.own_seed(),
@@ -250,9 +250,9 @@ def submitted(served: Served, ask: Ask) -> Reply:
     return Reply(ask, served, prompt, ticket, moved)
 
 
-def laid_out(served: Served, ask: Ask) -> Prompt:
+def request_prompt(served: LoadedModel, ask: Ask) -> Prompt:
     """The request as the model reads it."""
-    ids, text = ask.laid_out(served.layout)
+    ids, text = ask.encode(served.layout)
     return Prompt(ids, text)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from steersman.people.serving import Served as ServedModel
+from steersman.people.serving import ServedModel as ServedModel
 from steersman.people.serving import Serving, read_serving
 from steersman.types import SteersmanError
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from steersman.rollout.responses import Likeliest
+from steersman.rollout.responses import TokenLogp
 
 LOWEST = -9999.0
 """Stands for a probability of 0, which JSON can not hold as a logarithm."""
 
 
-def chat_logprobs(ids: list[int], told: list[Likeliest], piece: Callable[[int], str]) -> dict[str, Any]:
+def chat_logprobs(ids: list[int], told: list[TokenLogp], piece: Callable[[int], str]) -> dict[str, Any]:
     """As /v1/chat/completions lists them."""
 
     def entry(token: int, logp: float) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def chat_logprobs(ids: list[int], told: list[Likeliest], piece: Callable[[int], 
 
 
 def text_logprobs(
-    ids: list[int], told: list[Likeliest], piece: Callable[[int], str], offset: int
+    ids: list[int], told: list[TokenLogp], piece: Callable[[int], str], offset: int
 ) -> dict[str, list[Any]]:
     """As /v1/completions lists them; `offset` is where the first token's text begins."""
     tokens = [piece(token) for token in ids]

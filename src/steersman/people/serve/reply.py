@@ -25,7 +25,7 @@ LOOK = 0.25
 
 
 @dataclass(slots=True)
-class Served:
+class LoadedModel:
     """A model that answers: its engine, how conversations are laid out for it, and the name that answers bear."""
 
     live: Live
@@ -36,7 +36,7 @@ class Served:
 class Reply:
     """One request's answer while it grows."""
 
-    def __init__(self, ask: Ask, served: Served, prompt: Prompt, ticket: Ticket, moved: asyncio.Event) -> None:
+    def __init__(self, ask: Ask, served: LoadedModel, prompt: Prompt, ticket: Ticket, moved: asyncio.Event) -> None:
         self.ask, self.served, self.prompt, self.ticket, self.moved = ask, served, prompt, ticket, moved
         self.chat = ask.chat
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
@@ -44,7 +44,7 @@ class Reply:
         self.finished: set[int] = set()
         self.settled = [SettledText(s.drawing.texts, prompt.ids) for s in ticket.sequences]
 
-    async def whole(self, request: Request, limit: float) -> Response:
+    async def complete(self, request: Request, limit: float) -> Response:
         """All at once. A client that leaves, or `limit` seconds, end the decoding."""
         end = time.monotonic() + limit
         try:

@@ -14,7 +14,7 @@ from steersman.model import Policy
 from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
-from steersman.people.serve.reply import Served
+from steersman.people.serve.reply import LoadedModel
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
 from steersman.run.config import Section
@@ -84,9 +84,9 @@ def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
     if alias in {**first, **recipe.models}:
         raise SteersmanError(f"alias: {alias!r} is the name of another model; give --alias")
 
-    def load(path: str, name: str = "") -> Served:
+    def load(path: str, name: str = "") -> LoadedModel:
         live, policy = live_of(recipe, path)
-        return Served(live, layout(policy, DataConfig(path="serve")), name)
+        return LoadedModel(live, layout(policy, DataConfig(path="serve")), name)
 
     models = {name: load(path, name) for name, path in (first | recipe.models).items()}
     hosts = ("127.0.0.1", "localhost", "[::1]", recipe.serve.host) if loopback(recipe.serve.host) else ("*",)
@@ -101,12 +101,12 @@ def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
     return {"requests": server.requests}
 
 
-def _assignment(recipe: ServeRecipe, load: Callable[[str, str], Served]) -> Assignment[Any] | None:
+def _assignment(recipe: ServeRecipe, load: Callable[[str, str], LoadedModel]) -> Assignment[Any] | None:
     if recipe.serving is None:
         return None
     if recipe.backend.url is not None:  # there the models go by their names
         return Assignment[str](recipe.serving, lambda one: one.name, lambda name: None)
-    return Assignment[Served](recipe.serving, lambda one: load(one.path, one.name), lambda old: old.live.close())
+    return Assignment[LoadedModel](recipe.serving, lambda one: load(one.path, one.name), lambda old: old.live.close())
 
 
 def live_of(recipe: ServeRecipe, path: str) -> tuple[Live, Policy]:

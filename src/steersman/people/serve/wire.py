@@ -56,7 +56,7 @@ class Ask(BaseModel):
         """How many likeliest tokens are listed with each token; None: no log-probabilities are asked for."""
         raise NotImplementedError
 
-    def laid_out(self, layout: Layout) -> tuple[list[int], str]:
+    def encode(self, layout: Layout) -> tuple[list[int], str]:
         """The request as the model reads it: ids, and their text."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class ChatAsk(Ask):
     def answer_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def laid_out(self, layout: Layout) -> tuple[list[int], str]:
+    def encode(self, layout: Layout) -> tuple[list[int], str]:
         return layout.prompt([{"role": m.role, "content": m.content} for m in self.messages])
 
 
@@ -103,7 +103,7 @@ class TextAsk(Ask):
     def likeliest(self) -> int | None:
         return self.logprobs
 
-    def laid_out(self, layout: Layout) -> tuple[list[int], str]:
+    def encode(self, layout: Layout) -> tuple[list[int], str]:
         return layout.codec.begin(self.prompt), self.prompt
 
 

@@ -14,7 +14,7 @@ from steersman.people.store.verdicts import storable
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TurnText:
     """A text and how it came about: by which model, with which settings; all None for what a person wrote."""
 
     content: str
@@ -30,11 +30,11 @@ def start(session: Session, rater_id: int, *, source: str = "collect", system: s
     session.add(made)
     session.flush()
     if system:
-        add_turn(session, made, "system", Said(system))
+        add_turn(session, made, "system", TurnText(system))
     return made
 
 
-def add_turn(session: Session, of: Conversation, role: str, said: Said, parent_id: str | None = None) -> Turn:
+def add_turn(session: Session, of: Conversation, role: str, said: TurnText, parent_id: str | None = None) -> Turn:
     """A turn behind `parent_id` (or the shown path's last one), which becomes the last one that is shown."""
     turn = Turn(
         id=new_id(), conversation_id=of.id, parent_id=parent_id or of.leaf_id, role=role,
@@ -49,7 +49,7 @@ def add_turn(session: Session, of: Conversation, role: str, said: Said, parent_i
     return turn
 
 
-def branch(session: Session, of: Conversation, turn: Turn, role: str, said: Said) -> Turn:
+def branch(session: Session, of: Conversation, turn: Turn, role: str, said: TurnText) -> Turn:
     """A sibling of `turn`: another answer, or an edited turn, from which the conversation goes on."""
     made = add_turn(session, of, role, said, turn.parent_id)
     made.parent_id = turn.parent_id  # also where the turn is the first one

@@ -16,11 +16,11 @@ from sqlalchemy.orm import Session
 
 from steersman.data import DataConfig, RowError
 from steersman.data.examples import Content, Demonstration, Example, Feedback, Preference, Ranking, Rating
-from steersman.data.load import load, recognised
-from steersman.people.store.conversations import Said, model_id
+from steersman.data.load import load, recognise_kind
+from steersman.people.store.conversations import TurnText, model_id
 from steersman.people.store.database import Store, now
 from steersman.people.store.items import NewItem, add_item, make_queue
-from steersman.people.store.judgements import imported
+from steersman.people.store.judgements import store_imported
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Conversation, Item, JudgementRow, Turn
 from steersman.people.store.verdicts import checked, storable
@@ -34,20 +34,20 @@ STARS = 5
 
 
 @dataclass(slots=True)
-class Imported:
+class ImportCounts:
     """What an import did: rows stored by task, and rows left out by reason."""
 
     stored: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def import_file(store: Store, path: str | Path) -> Imported:
+def import_file(store: Store, path: str | Path) -> ImportCounts:
     """Takes over the judgements of a file; all or, where it raises, nothing.
 
     Raises SteersmanError, with file and record, for a file that is none of the kinds that are known.
     """
     path = Path(path)
-    done = Imported()
+    done = ImportCounts()
     records = _json_records(path)
     with store.begin() as session:
         if records and _is_webui(records[0]):
@@ -102,7 +102,7 @@ def _history(record: dict[str, Any]) -> dict[str, Any] | None:
     return messages if isinstance(messages, dict) else None
 
 
-def _webui(session: Session, record: dict[str, Any], done: Imported) -> None:
+def _webui(session: Session, record: dict[str, Any], done: ImportCounts) -> None:
     messages = _history(record)
     if messages is None:
         done.left_out["no conversation in the record"] += 1
@@ -170,7 +170,7 @@ def _webui_thumb(
     message_id: str,
     said: dict[str, Any],
     rater: int,
-    done: Imported,
+    done: ImportCounts,
     when: float,
 ) -> None:
     """A thumb; where the same question was answered by another model beside it, a comparison, too."""
@@ -189,7 +189,7 @@ def _webui_thumb(
     ]  # fmt: skip
     if len(beside) == 1 and said.get("sibling_model_ids") and turn.content.strip() != beside[0].content.strip():
         prompt = _before(turns, turn)
-        answers = [Said(t.content, _named(messages, turns, t)) for t in (turn, beside[0])]
+        answers = [TurnText(t.content, _named(messages, turns, t)) for t in (turn, beside[0])]
         item = _item(session, "open-webui", "compare", prompt, answers, {})
         choice = {"choice": 0 if rating == 1 else 1}
         _store(
@@ -226,7 +226,7 @@ def _when(record: dict[str, Any]) -> float:
 # Label Studio: "JSON"
 
 
-def _label_studio(session: Session, task: dict[str, Any], stem: str, where: str, done: Imported) -> None:
+def _label_studio(session: Session, task: dict[str, Any], stem: str, where: str, done: ImportCounts) -> None:
     data = task["data"]
     prompt_key = next((k for k in PROMPTS if data.get(k)), None)
     texts = {k: v for k, v in data.items() if isinstance(v, str) and v.strip() and k != prompt_key}
@@ -250,7 +250,7 @@ def _label_studio(session: Session, task: dict[str, Any], stem: str, where: str,
             if kind is None:
                 done.left_out[f"a result of the type {result.get('type')}"] += 1
                 continue
-            item = _item(session, stem, kind, data[prompt_key], [Said(a) for a in answers], settings)
+            item = _item(session, stem, kind, data[prompt_key], [TurnText(a) for a in answers], settings)
             key = ("label-studio", stem, task["id"], annotation["id"], result.get("id", result["from_name"]))
             _store(
                 session, done, kind, key, rater, checked(kind, verdict, answers, settings), "label-studio", now(),
@@ -272,9 +272,9 @@ def _label_studio_verdict(result: dict[str, Any], answers: list[str]) -> tuple[A
 # Any file of the data room
 
 
-def _data_file(session: Session, path: Path, done: Imported) -> None:
+def _data_file(session: Session, path: Path, done: ImportCounts) -> None:
     config = DataConfig(path=str(path), ties="keep")
-    kind = recognised(config, ("preference", "ranking", "rating", "feedback", "demonstration"))
+    kind = recognise_kind(config, ("preference", "ranking", "rating", "feedback", "demonstration"))
     examples: list[Example] = load(config, kind).train
     rater = imported_rater(session, "file", path.name)
     for one in examples:
@@ -282,7 +282,7 @@ def _data_file(session: Session, path: Path, done: Imported) -> None:
             task, answers, verdict, settings = _example(one)
         except ValueError as error:
             raise RowError("no judgement", f"{one.row.where()}: {error}") from None
-        item = _item(session, path.stem, task, one.prompt, [Said(a) for a in answers], settings)
+        item = _item(session, path.stem, task, one.prompt, [TurnText(a) for a in answers], settings)
         key = ("file", item.id, one.row.number)
         said = checked(task, verdict, answers, settings)
         _store(session, done, task, key, rater, said, path.name, now(), item_id=item.id)
@@ -321,7 +321,9 @@ def _text(content: Content) -> str:
     return str(content[0]["content"])
 
 
-def _item(session: Session, name: str, task: str, prompt: Any, answers: list[Said], settings: dict[str, Any]) -> Item:
+def _item(
+    session: Session, name: str, task: str, prompt: Any, answers: list[TurnText], settings: dict[str, Any]
+) -> Item:
     """The item of an import's queue, which nobody is asked to judge (its overlap is 0)."""
     queue = make_queue(session, f"{name} ({task})"[:100], task, overlap=0, **settings)
     digest_id = _id(queue.name, repr(prompt), *(a.content for a in answers))
@@ -336,7 +338,7 @@ def _item(session: Session, name: str, task: str, prompt: Any, answers: list[Sai
 
 def _store(
     session: Session,
-    done: Imported,
+    done: ImportCounts,
     task: str,
     key: tuple[Any, ...],
     rater: int,
@@ -349,7 +351,7 @@ def _store(
         key=_id(*key), rater_id=rater, task=task, verdict=verdict, created=when, source=source,
         sides=None, **({"seconds": None} | more),
     )  # fmt: skip
-    if imported(session, row):
+    if store_imported(session, row):
         done.stored[task] += 1
     else:
         done.left_out["there already"] += 1

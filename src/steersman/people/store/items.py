@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from steersman.people.store.conversations import Said, model_id
+from steersman.people.store.conversations import TurnText, model_id
 from steersman.people.store.database import new_id, now
 from steersman.people.store.schema import Answer, Assignment, Item, Queue
 from steersman.people.store.verdicts import TASKS, checked, storable
@@ -31,13 +31,13 @@ class NewItem:
     """An item before it is stored; `prompt` is text or a list of messages."""
 
     prompt: Any
-    answers: list[Said]
+    answers: list[TurnText]
     gold: dict[str, Any] | None = None
     source: str = ""
 
 
 @dataclass(slots=True)
-class Shown:
+class ShownItem:
     """An item as one rater sees it; `answers` in the order of the item, `sides` in that of the screen."""
 
     assignment: Assignment
@@ -121,7 +121,7 @@ def add_item(
     return item
 
 
-def next_item(session: Session, queue_id: int, rater_id: int) -> Shown | None:
+def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | None:
     """What the rater judges next: what they left open, a gold item when it is due, or else the first item of the
     queue that they have not seen and that too few others have; None where the queue has nothing left for them."""
     left_open = session.scalar(
@@ -132,7 +132,7 @@ def next_item(session: Session, queue_id: int, rater_id: int) -> Shown | None:
         .limit(1)
     )
     if left_open is not None:
-        return shown(session, left_open)
+        return shown_item(session, left_open)
     # Whoever takes from a queue holds it: on SQLite by writing alone, on PostgreSQL by this lock.
     queue = session.get_one(Queue, queue_id, with_for_update=True)
     item = None
@@ -144,7 +144,7 @@ def next_item(session: Session, queue_id: int, rater_id: int) -> Shown | None:
     return None if item is None else assign(session, item, rater_id)
 
 
-def assign(session: Session, item: Item, rater_id: int) -> Shown:
+def assign(session: Session, item: Item, rater_id: int) -> ShownItem:
     """Shows an item to a rater, its answers in a random order that is written down."""
     answers = answers_of(session, item.id)
     sides = [a.number for a in answers]
@@ -152,13 +152,13 @@ def assign(session: Session, item: Item, rater_id: int) -> Shown:
     made = Assignment(id=new_id(), item_id=item.id, rater_id=rater_id, sides=sides, state="open", created=now())
     session.add(made)
     session.flush()
-    return Shown(made, item, session.get_one(Queue, item.queue_id), answers)
+    return ShownItem(made, item, session.get_one(Queue, item.queue_id), answers)
 
 
-def shown(session: Session, assignment: Assignment) -> Shown:
+def shown_item(session: Session, assignment: Assignment) -> ShownItem:
     """An assignment with all that belongs to it."""
     item = session.get_one(Item, assignment.item_id)
-    return Shown(assignment, item, session.get_one(Queue, item.queue_id), answers_of(session, item.id))
+    return ShownItem(assignment, item, session.get_one(Queue, item.queue_id), answers_of(session, item.id))
 
 
 def own_assignment(session: Session, assignment_id: str, rater_id: int, *, lock: bool = False) -> Assignment | None:
@@ -173,12 +173,13 @@ def answers_of(session: Session, item_id: str) -> list[Answer]:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a queue is: items, verdicts that are wanted and given, and what one rater has done and may still do."""
+    """How far a queue is: items, verdicts that are wanted and given, and what one rater has given (`own`) and may
+    still give."""
 
     items: int
     wanted: int
-    given: int
-    mine: int
+    verdicts: int
+    own: int
     open_to_me: bool
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from steersman.people.store.database import now
-from steersman.people.store.items import Shown
+from steersman.people.store.items import ShownItem
 from steersman.people.store.schema import Assignment, Item, JudgementRow, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
@@ -20,7 +20,7 @@ LONGEST_SECONDS = 24 * 3600.0
 
 
 def judge_item(
-    session: Session, shown: Shown, verdict: Any, *, key: str, seconds: float | None = None
+    session: Session, shown: ShownItem, verdict: Any, *, key: str, seconds: float | None = None
 ) -> JudgementRow:
     """Stores the verdict on an item that the rater was shown, and closes it.
 
@@ -57,7 +57,7 @@ def judge_turn(
     return _insert(session, _row("thumb", rater_id, said, key=key, turn_id=turn.id, seconds=seconds))
 
 
-def imported(session: Session, row: JudgementRow) -> bool:
+def store_imported(session: Session, row: JudgementRow) -> bool:
     """Stores a judgement of another program; False where its key is there already."""
     if session.scalar(select(JudgementRow.id).where(JudgementRow.key == row.key)) is not None:
         return False

@@ -91,7 +91,7 @@ class CompiledStep:
         ids, positions = ids.contiguous(), positions.contiguous()
         logits = torch.empty(len(ids), self.model.vocabulary)
         order, start, leader, until = (row.ctypes.data for row in live.reading())
-        now = step.Now(
+        now = step.StepArguments(
             ids=_at(ids), positions=_at(positions), order=order, start=start, leader=leader, until=until,
             logits=_at(logits), rows=len(ids), column=live.live_layers[0].column,
             **{name: _at(x) for name, x in self.scratch.items()},

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from steersman.rollout.remote.wire import Asked, Reply, Server, ServerGoneError, replies
+from steersman.rollout.remote.wire import Reply, SampleRequest, Server, ServerGoneError, replies
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
@@ -38,7 +38,7 @@ class Call:
 class Dialect(Protocol):
     """How one kind of server is asked. `complete` gives what was answered, None where the server was gone before."""
 
-    def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]: ...
+    def complete(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply] | None]: ...
 
     def check(self, server: Server, vocabulary: int) -> None:
         """Raises SteersmanError where the server is of another kind, too old, or has another model."""
@@ -49,7 +49,7 @@ class Batchwise:
     """Our engine in another process: all prompts in one request, so that they are decoded together as they would be
     in this one, by the same random streams: the samples are the same bits."""
 
-    def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]:
+    def complete(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply] | None]:
         out: list[list[Reply] | None] = [None] * len(asked)
         alike: dict[tuple[int, int, int], list[int]] = {}
         for place, one in enumerate(asked):  # answers that go on after a cut have different lengths before them
@@ -63,7 +63,7 @@ class Batchwise:
                 out[place] = found
         return out
 
-    def _together(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply]]:
+    def _together(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         body = {
             "batch": [{"token_ids": one.ids, "key": one.key, "n": one.n} for one in asked],
             "seed": call.seed if len(asked[0].key) == 2 else (*call.seed, asked[0].key[-1], asked[0].max_new_tokens),
@@ -90,8 +90,8 @@ class Promptwise:
     def __init__(self, model: str) -> None:
         self.model = model
 
-    def complete(self, server: Server, asked: Sequence[Asked], call: Call) -> list[list[Reply] | None]:
-        def one(ask: Asked) -> list[Reply] | None:
+    def complete(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply] | None]:
+        def one(ask: SampleRequest) -> list[Reply] | None:
             params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key)}
             body = {"model": call.adapter or self.model, "token_ids": ask.ids, "sampling_params": params}
             try:
@@ -122,7 +122,7 @@ class Promptwise:
         server.weights()
 
 
-def _params(call: Call, asked: Sequence[Asked]) -> dict[str, Any]:
+def _params(call: Call, asked: Sequence[SampleRequest]) -> dict[str, Any]:
     """The call in vLLM's words. Ends are told by id: what the server takes for an end of its own does not count."""
     sampling = call.sampling
     return {

@@ -30,7 +30,7 @@ from steersman.rollout.remote.snapshot import (
 )
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.traffic import Traffic, share_out
-from steersman.rollout.remote.wire import Asked, Reply, ServerGoneError
+from steersman.rollout.remote.wire import Reply, SampleRequest, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.rollout.text import Texts
 from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
@@ -90,7 +90,7 @@ class RemoteGenerator:
 
     def load(self, snapshot: Snapshot, *, cut: bool = False) -> Stats:
         """Puts the snapshot onto every server; what was there before is dropped. Returns the receipts' numbers."""
-        with self._traffic.stopped(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
+        with self._traffic.paused(self._pause if cut else None), ThreadPoolExecutor(len(self.stations)) as pool:
             given = list(pool.map(lambda station: self._load(station, snapshot), self.stations))
         receipts = [receipt for receipt in given if receipt is not None]
         if not receipts:
@@ -208,12 +208,12 @@ class RemoteGenerator:
             print(f"steersman: {error}. The other servers take its prompts", file=sys.stderr, flush=True)
         station.gone, self._gone = True, error
 
-    def _asked(self, first: PendingResponse, sampling: Sampling, n: int) -> Asked:
+    def _asked(self, first: PendingResponse, sampling: Sampling, n: int) -> SampleRequest:
         have = len(first.ids)
         key = (first.prompt.index, first.occurrence)
         if first.cuts:
             key = (*key, first.index, len(first.cuts))
-        return Asked(
+        return SampleRequest(
             [*first.prompt.ids, *first.ids], key, n, sampling.max_new_tokens - have,
             max(sampling.min_new_tokens - have, 0),
         )  # fmt: skip

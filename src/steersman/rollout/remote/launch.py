@@ -23,7 +23,7 @@ PORT_TRIES = 3
 _ROOT = re.compile(r"^.*\b(?:[A-Z]\w*(?:Error|Exception)|MemoryError|Killed)\b.*$", re.MULTILINE)
 
 
-class Launched:
+class ServerProcess:
     """A server's process: its command is made for a port by `command`, its output goes to a log file.
 
     It ends when `stop` is called, or when this process ends, however that happens: a keeper holds the other end of a
@@ -79,7 +79,7 @@ class Launched:
                         f"(rollout.timeout). {self.trouble()}"
                     )
                 time.sleep(0.05)
-            if "ddress already in use" not in self.said() or attempt == PORT_TRIES - 1:
+            if "ddress already in use" not in self.output() or attempt == PORT_TRIES - 1:
                 break
             self.start()
         raise ServerGoneError(f"{self.name}: ended before it answered. {self.trouble()}")
@@ -104,7 +104,7 @@ class Launched:
             self._keeper.communicate(KEEP)
         self._keeper = None
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What the process wrote since it was started last, its end at least."""
         try:
             with self.log.open("rb") as file:
@@ -115,7 +115,7 @@ class Launched:
 
     def trouble(self) -> str:
         """The root of a failure: the first error that its output names, and where the rest stands."""
-        said = self.said()
+        said = self.output()
         found = _ROOT.search(said)
         lines = said.strip().splitlines()
         root = found[0].strip() if found else lines[-1].strip() if lines else "it wrote nothing"

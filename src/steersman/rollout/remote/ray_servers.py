@@ -9,19 +9,19 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.wire import Server, ServerGoneError
 from steersman.run.ray_cluster import connected
 from steersman.types import SteersmanError
 
 
 class Host:
-    """In a Ray worker: a server's process as `Launched` keeps it, whose keeper ends it with the worker."""
+    """In a Ray worker: a server's process as `ServerProcess` keeps it, whose keeper ends it with the worker."""
 
     def __init__(self, name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str],
                  timeout: float) -> None:  # fmt: skip
         home = Path(mkdtemp(prefix="steersman-server-"))
-        self.launched = Launched(
+        self.launched = ServerProcess(
             name, command, home / "server.log", timeout=timeout, environment=environment, folders=[home]
         )
         self.launched.start()
@@ -50,8 +50,8 @@ class Host:
 
 
 class PlacedByRay:
-    """A server's process like `Launched`, on a machine that Ray chooses anew whenever it is started, or on this one
-    where `anywhere` is False."""
+    """A server's process like `ServerProcess`, on a machine that Ray chooses anew whenever it is started, or on this
+    one where `anywhere` is False."""
 
     def __init__(
         self, name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str], *, timeout: float,

@@ -31,7 +31,7 @@ from steersman.rollout.sampling import Sampling
 from steersman.types import Prompt, Sample, SteersmanError
 
 
-class Desk:
+class EngineRoutes:
     """The engine with what its routes share: one call at a time, a pause that cuts it, and the weights' name."""
 
     def __init__(self, make: Callable[[], Policy], max_batch: int) -> None:
@@ -109,7 +109,7 @@ class Desk:
         folder = body["lora_path"]
         with self._turn:
             if self.policy.adapters is None:
-                self.policy.wear(load_lora(self.policy.model, folder, trainable=False))
+                self.policy.register_adapters(load_lora(self.policy.model, folder, trainable=False))
                 self._begin(self.policy)
             assert self.policy.adapters is not None
             take_adapter_state(self.policy.adapters, load_file(f"{folder}/{ADAPTER}"))
@@ -140,7 +140,7 @@ class Desk:
         return {}
 
 
-def routes(desk: Desk) -> dict[str, Any]:
+def routes(desk: EngineRoutes) -> dict[str, Any]:
     return {
         "/health": desk.nothing,
         "/version": lambda _: {"steersman": True},
@@ -217,7 +217,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     server = ThreadingHTTPServer((given.host, given.port), Handler)  # first, so that a port in use is told at once
-    Handler.table = routes(Desk(lambda: fresh(given.model, given.dtype, given.device), given.max_batch))
+    Handler.table = routes(EngineRoutes(lambda: fresh(given.model, given.dtype, given.device), given.max_batch))
     server.serve_forever()
 
 

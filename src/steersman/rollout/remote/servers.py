@@ -17,7 +17,7 @@ import torch
 from steersman.model import Policy
 from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
 from steersman.rollout.remote.generator import RemoteGenerator
-from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
@@ -43,7 +43,7 @@ _VERSION = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ServerSettings:
     """What a recipe asks of generators elsewhere.
 
     `urls` are of servers that run already, or else so many `servers` are started; `python` has vLLM (None: this one);
@@ -66,7 +66,7 @@ class Wanted:
     folder: str | None = None
 
 
-def open_process(policy: Policy, wanted: Wanted) -> RemoteGenerator:
+def open_process(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
     """Our engine in processes of its own, started here or running at the given addresses."""
     _causal(policy)
 
@@ -81,7 +81,7 @@ def open_process(policy: Policy, wanted: Wanted) -> RemoteGenerator:
     return _open(policy, wanted, Batchwise(), "engine process", command, {}, returns_support=True)
 
 
-def open_vllm(policy: Policy, wanted: Wanted) -> RemoteGenerator:
+def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
     """vLLM servers, started here or running at the given addresses.
 
     Raises SteersmanError where vLLM is missing or older than what was tried, before anything is started.
@@ -153,7 +153,7 @@ def require_vllm(python: str) -> None:
 
 
 def _open(
-    policy: Policy, wanted: Wanted, dialect: Dialect, what: str,
+    policy: Policy, wanted: ServerSettings, dialect: Dialect, what: str,
     command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *, returns_support: bool,
 ) -> RemoteGenerator:  # fmt: skip
     if wanted.adapter:
@@ -170,7 +170,7 @@ def _open(
         model = home / "model"
         write_model(policy, model, base=wanted.adapter)
         for number in range(1, wanted.servers + 1):
-            launched: Launched | PlacedByRay
+            launched: ServerProcess | PlacedByRay
             if ray_cluster.here():
                 launched = PlacedByRay(
                     f"{what} {number}", command(model), environment, timeout=wanted.timeout,
@@ -178,7 +178,7 @@ def _open(
                     on_gpu=policy.device.type == "cuda",
                 )  # fmt: skip
             else:
-                launched = Launched(
+                launched = ServerProcess(
                     f"{what} {number}", command(model), home / f"server-{number}.log", timeout=wanted.timeout,
                     environment=environment, folders=[home] if number == 1 else [],
                 )  # fmt: skip
@@ -190,7 +190,7 @@ def _open(
     )  # fmt: skip
 
 
-def _host(wanted: Wanted) -> str:
+def _host(wanted: ServerSettings) -> str:
     """The address that a server of ours listens on: this machine's own, or any where Ray may put it elsewhere."""
     return "0.0.0.0" if ray_cluster.here() and wanted.folder is not None else "127.0.0.1"
 

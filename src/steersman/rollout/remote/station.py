@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from steersman.rollout.remote.dialects import Call, Dialect
-from steersman.rollout.remote.launch import Launched
+from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.snapshot import Receipt, ReceiptError, Snapshot, first_difference
-from steersman.rollout.remote.wire import Asked, Reply, Server, ServerGoneError
+from steersman.rollout.remote.wire import Reply, SampleRequest, Server, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
@@ -27,7 +27,7 @@ class Station:
     did not answer when it was last asked."""
 
     def __init__(
-        self, server: Server | None, launched: Launched | PlacedByRay | None, dialect: Dialect, *, owner: str,
+        self, server: Server | None, launched: ServerProcess | PlacedByRay | None, dialect: Dialect, *, owner: str,
         tolerance: float, vocabulary: int,
     ) -> None:  # fmt: skip
         self._server, self.launched, self.dialect = server, launched, dialect
@@ -51,7 +51,7 @@ class Station:
         assert self._server is not None
         return self._server
 
-    def _started(self, launched: Launched | PlacedByRay) -> Server:
+    def _started(self, launched: ServerProcess | PlacedByRay) -> Server:
         try:
             return launched.wait()
         except ServerGoneError:
@@ -61,7 +61,7 @@ class Station:
             launched.start()
             return launched.wait()
 
-    def complete(self, asked: Sequence[Asked], call: Call) -> list[list[Reply]]:
+    def complete(self, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
         done: dict[int, list[Reply]] = {}
         for _ in range(RESTARTS + 1):
@@ -142,7 +142,7 @@ class Station:
 
     def _gap(self, snapshot: Snapshot) -> float:
         """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries."""
-        asked = [Asked(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(snapshot.canaries)]
+        asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(snapshot.canaries)]
         call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter)
         found = self.dialect.complete(self.server, asked, call)
         if any(answers is None for answers in found):

@@ -29,7 +29,7 @@ class Traffic:
                 self._changed.notify_all()
 
     @contextmanager
-    def stopped(self, cut: Callable[[], None] | None) -> Iterator[None]:
+    def paused(self, cut: Callable[[], None] | None) -> Iterator[None]:
         """While open nothing is under way. What was is waited for, or `cut`, again and again until it is out: a
         request may reach the server after the first cut."""
         with self._changed:

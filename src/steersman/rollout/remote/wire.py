@@ -36,7 +36,7 @@ class BadReplyError(SteersmanError):
 
 
 @dataclass(slots=True, frozen=True)
-class Asked:
+class SampleRequest:
     """One prompt to be answered `n` times.
 
     `key` is what names its random stream besides the call's seed: the prompt's index and which of its occurrences
@@ -67,7 +67,8 @@ class Reply:
 class Server:
     """One server by its address. Every call has a time limit, and says in its error which server did not answer.
 
-    Raises ServerGoneError where it can not be reached or does not answer in time, SteersmanError where it refuses.
+    Raises ServerGoneError where it can not be reached, does not answer in time, or fails and is not healthy any more,
+    SteersmanError where it refuses.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -87,7 +88,7 @@ class Server:
         return self._ask("POST", path, body, timeout, text)
 
     def healthy(self) -> bool:
-        """Whether it answers at all, within two seconds."""
+        """Whether it says within two seconds that it can work."""
         try:
             return self._client.get(f"{self.url}/health", timeout=2.0).status_code == 200
         except httpx2.HTTPError:
@@ -161,7 +162,10 @@ class Server:
                 )
             )
         if response.status_code != 200:
-            raise SteersmanError(self.message(f"status {response.status_code} of {path}: {_cut(response.text)}"))
+            told = self.message(f"status {response.status_code} of {path}: {_cut(response.text)}")
+            # vLLM's front answers for a while after the process behind it, which has the model, was killed
+            gone = response.status_code >= 500 and not self.healthy()
+            raise ServerGoneError(told) if gone else SteersmanError(told)
         if len(response.content) > LARGEST_REPLY:
             raise BadReplyError(self.message(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
         return None if text else self._read(path, response.content)
@@ -178,7 +182,7 @@ class Server:
 
 
 def replies(
-    server: Server, found: Any, asked: Sequence[Asked], vocabulary: int, *, support: bool = False
+    server: Server, found: Any, asked: Sequence[SampleRequest], vocabulary: int, *, support: bool = False
 ) -> list[Reply]:
     """The choices of a reply in order: those of the first prompt first; with the tokens that were allowed, where
     `support` is asked for.
@@ -203,7 +207,7 @@ def replies(
     return [_reply(server, placed[i], owner, vocabulary, support) for i, owner in enumerate(owners)]
 
 
-def _reply(server: Server, choice: dict[str, Any], asked: Asked, vocabulary: int, support: bool) -> Reply:
+def _reply(server: Server, choice: dict[str, Any], asked: SampleRequest, vocabulary: int, support: bool) -> Reply:
     """One choice. Raises BadReplyError for ids that are none of the vocabulary, more tokens than were asked for, and
     log-probabilities that are missing, not finite or above 0."""
     ids, finish = choice.get("token_ids"), choice.get("finish_reason")
