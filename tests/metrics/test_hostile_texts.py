@@ -102,6 +102,7 @@ def test_json_of_any_depth_and_length_is_judged():
     ("completion", "answer", "right"),
     [
         ("#### 1e10000000", "#### 1", False), ("1e10000000", "1", False), ("#### 7", "1e10000000", False),
+        ("#### 1e１0000000", "#### 1", False), ("#### 1e٠9٩999999", "1", False),
         ("1e1_0000", "1", False), ("#### " + "9" * 5000, "9", False), ("9" * 5000, "#### 9", False),
         ("In file1999 there are 5", "5", True), ("#### 1e3", "1000", True), ("#### -2.5e-3", "-0.0025", True),
         ("x" * 30_000 + " so the answer is $\\frac{1}{2}$", "0.5", True), ("(" * 5000 + "1" + ")" * 5000, "2", False),

@@ -63,7 +63,7 @@ def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Talks until the input ends; returns how many answers were given."""
     policy = policy_from(recipe.model, recipe.run, device_of(recipe.run), trainable=False)
     chat = Chat(policy, recipe)
-    print(f"{recipe.model.path}, laid out by {chat.layout.template.sentence}. /help lists the commands.")
+    print(printable(f"{recipe.model.path}, laid out by {chat.layout.template.sentence}. /help lists the commands."))
     with suppress(ImportError):
         import readline  # noqa: F401  # its import gives input() a history and editing
     while True:
@@ -78,9 +78,9 @@ def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
         if line.strip() in ("/quit", "/exit"):
             return {"answers": chat.answers}
         try:
-            print(chat.command(line)) if line.startswith("/") else chat.say(line)
+            print(printable(chat.command(line))) if line.startswith("/") else chat.say(line)
         except SteersmanError as error:
-            print(f"({error})")
+            print(printable(f"({error})"))
 
 
 class Chat:
