@@ -34,11 +34,11 @@ ATOMS = [" ", "[", "[[", "[[ ", "]", "*", "answer", ":", "A", "9", "\n", "\ud800
     )
 )
 def test_every_reply_is_read_soon(reply):
-    start = time.perf_counter()
+    start = time.process_time()
     assert verdict(reply) in (None, 0.0, 0.5, 1.0)
     found = grade(reply, 1, 10)
     assert found is None or 1 <= found <= 10
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(
