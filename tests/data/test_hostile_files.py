@@ -193,11 +193,11 @@ FILES = st.binary(max_size=200) | st.lists(PIECES | st.binary(max_size=3), max_s
 def test_any_bytes_are_rows_or_a_named_error(tmp_path, content, suffix, policy, encoding):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         for row in read_rows(path, BadRows(policy), encoding=encoding):
             json.dumps(row.data, default=str).encode()
         demonstrations(DataConfig(path=str(path), on_bad_row=policy, encoding=encoding))
     except SteersmanError:
         pass
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3

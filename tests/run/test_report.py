@@ -121,6 +121,13 @@ def test_summary_and_findings():
         ("metrics.jsonl", ""),
         ("metrics.jsonl", '{"step": 1, "a": "nan"}\n{"step": 2, "b": 0.0}\n[1]\n'),
         ("samples.jsonl", '{"step": 1, "completion": "x", "prompt": null, "reward": 0.5}\n{"step": 2}\n'),
+        (
+            "metrics.jsonl",
+            '{"step": "x", "a": 1.0}\n{"step": 1, "a": ' + "7" * 400 + '}\n{"step": 1' + "0" * 400 + "}\n",
+        ),
+        ("samples.jsonl", '{"step": "x", "completion": "a"}\n{"step": 2, "completion": "b"}\n'),
+        ("config.yaml", "model: &a {path: *a}"),
+        ("summary.json", "[" * 100_000),
         ("summary.json", "{cut"),
         ("summary.json", "[]"),
     ],

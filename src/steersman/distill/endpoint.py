@@ -54,7 +54,7 @@ class TopLogprobs(Caller[AnswerKey, TopK]):
             if len(rows) != len(response):
                 return None
             told = [self._best(row, token) for row, token in zip(rows, response, strict=True)]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
         return [ids for ids, _, _ in told], [logp for _, logp, _ in told], [own for _, _, own in told]
 
@@ -117,10 +117,10 @@ class EndpointTeacher(TokenTeacher):
         new = list(dict.fromkeys(key for a in answers if (key := _key(a)) not in self.known))
 
         def keep(index: int, told: TopK) -> None:
-            highest = max((i for ids in told[0] for i in ids), default=0)
-            if not 0 <= highest < self.vocabulary:
+            outside = next((i for ids in told[0] for i in ids if not 0 <= i < self.vocabulary), None)
+            if outside is not None:
                 raise SteersmanError(
-                    f"teacher {without_password(self.caller.url)}: it lists token id {highest}, and the student has "
+                    f"teacher {without_password(self.caller.url)}: it lists token id {outside}, and the student has "
                     f"{self.vocabulary}; the two are of different families"
                 )
             found[new[index]] = told

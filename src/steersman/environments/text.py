@@ -23,7 +23,7 @@ def clean_text(text: str, limit: int) -> str:
 def reward_of(value: Any, where: str) -> float:
     """A reward as a float. Raises ValueError for None, NaN, infinity and what is no number."""
     if not isinstance(value, Real):
-        raise ValueError(f"{where} gave the reward {shown(repr(value), 80)}; it must be a finite number")
+        raise ValueError(f"{where} gave the reward {clean_text(repr(value), 80)}; it must be a finite number")
     try:
         number = float(value)
     except OverflowError:  # an integer of hundreds of digits, more than Python writes out

@@ -23,6 +23,7 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.run.terminal import printable
+from steersman.run.untrusted import LONE_SURROGATE
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 
@@ -68,9 +69,12 @@ def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
         import readline  # noqa: F401  # its import gives input() a history and editing
     while True:
         try:
-            line = input("> ")
+            line = LONE_SURROGATE.sub("\ufffd", input("> "))  # what bytes become that are no text of the terminal's
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
+            continue
+        except UnicodeDecodeError as error:
+            print(f"(the terminal sent bytes that are not {error.encoding}; say it again)")
             continue
         except EOFError:
             print()
