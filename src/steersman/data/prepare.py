@@ -1,4 +1,4 @@
-"""What the data section asks for beyond a format: renamed columns, templates of prompts, ties, ranges, opening words."""
+"""What the data section asks for beyond a format: renamed columns, templates of prompts, ties, ranges, openings."""
 
 from __future__ import annotations
 
