@@ -166,7 +166,7 @@ VERBS = {
                         file_key="file"),
     "simulate-users": Verb("steersman.people.simulated_user:run", "steersman.people.simulated_user:SimulateRecipe",
                            "personas talk with candidates; a judge that is checked against people compares"),
-    "wheel": Verb("steersman.people.wheel:run", "steersman.people.wheel_recipe:WheelRecipe",
+    "wheel": Verb("steersman.people.wheel.run:run", "steersman.people.wheel.recipe:WheelRecipe",
                   "judgements train a candidate, gates and an A/B test decide whether it stays",
                   example="--model.path MODEL --judgements.folder FOLDER"),
     "collect": Verb("steersman.people.collect.verb:run", "steersman.people.collect.verb:CollectRecipe",
@@ -308,7 +308,7 @@ def _report(args: list[str]) -> int:
     if len(args) != 1 or args[0] in ("--help", "-h"):
         print(REPORT_HELP)
         return 0 if args and args[0] in ("--help", "-h") else 2
-    from steersman.run.report import write_report
+    from steersman.run.report.page import write_report
 
     print(write_report(Path(args[0])))
     return 0

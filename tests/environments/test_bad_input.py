@@ -70,9 +70,9 @@ def test_a_beginning_that_fails_leaves_an_episode_that_counts_for_nothing(bad, t
 
 def test_a_megabyte_is_cut_and_control_characters_are_written_out(bad):
     for s in episodes(bad, "megabyte", environment__max_characters=20):
-        assert s.turns[1].heard == "b" * 20 + "... (999980 characters left out)"
+        assert s.turns[1].observation == "b" * 20 + "... (999980 characters left out)"
     for s in episodes(bad, "control"):
-        assert s.turns[1].heard == "\\x1b[2J\ufffd"
+        assert s.turns[1].observation == "\\x1b[2J\ufffd"
 
 
 def test_an_environment_without_end_is_truncated(bad):

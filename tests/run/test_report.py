@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from steersman.run.charts import Line, line_chart, running_mean
-from steersman.run.report import charts, findings, sample_pairs, summary_rows, write_report
+from steersman.run.report.charts import Line, line_chart, running_mean
+from steersman.run.report.page import charts, findings, sample_pairs, summary_rows, write_report
 from steersman.types import SteersmanError
 
 EVIL = '<script>alert("x")</script> & $\\frac{'

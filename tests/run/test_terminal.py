@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from steersman import cli
-from steersman.run.health import Finding
+from steersman.run.health.watch import Finding
 from steersman.run.log import Log
 from steersman.run.preflight import Preflight
 from steersman.run.terminal import printable

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from steersman.run.charts import SERIES, Line, line_chart
 from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
 from steersman.run.recipe_text import load_yaml
+from steersman.run.report.charts import SERIES, Line, line_chart
 from steersman.types import SteersmanError
 
 # First part of a metric's name -> (title, what to look for). The order here is the order on the page.
@@ -90,7 +90,7 @@ def write_report(folder: Path) -> Path:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("steersman.run"), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("steersman.run.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     config = folder / "config.yaml"
