@@ -33,7 +33,7 @@ class TopLogprobs(Caller[AnswerKey, TopK]):
     be told for certain.
     """
 
-    who, path, wanted = "teacher", "/completions", "completion with the log-probabilities of its prompt"
+    who, path, expected_form = "teacher", "/completions", "completion with the log-probabilities of its prompt"
 
     def __init__(self, config: TeacherEndpoint) -> None:
         super().__init__(config)

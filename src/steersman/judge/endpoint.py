@@ -176,7 +176,7 @@ class Caller(ABC, Generic[Q, R]):
 class Endpoint(Caller[Content, Reply]):
     """A judge behind /chat/completions: a text (a user's turn) or a conversation in, a reply and what it cost out."""
 
-    who, path, wanted = "judge", "/chat/completions", "chat completion"
+    who, path, expected_form = "judge", "/chat/completions", "chat completion"
 
     def __init__(self, config: EndpointConfig) -> None:
         super().__init__(config)
