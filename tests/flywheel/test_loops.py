@@ -318,4 +318,4 @@ def test_engines_elsewhere_end_with_the_run(broken, tmp_path, mini_model, monkey
     assert opened
     for generator in opened:
         assert not generator.stations[0].launched.alive()
-        assert not generator._folder.name or not os.path.exists(generator._folder.name)
+        assert not generator._folder.path.exists()
