@@ -40,7 +40,7 @@ class Together:
         INSIDE.append(1)
         if len(INSIDE) >= 8:
             MET.set()
-        if not MET.wait(20):
+        if not MET.wait(60):
             raise RuntimeError("this call was alone")
         return "hm.", 1.0, True
 
@@ -48,7 +48,7 @@ class Together:
 class TogetherLater(Together):
     async def step(self, text):
         INSIDE.append(1)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(INSIDE) < 8:
                 await asyncio.sleep(0.01)
         return "hm.", 1.0, True
@@ -58,7 +58,7 @@ class TogetherLater(Together):
 @pytest.fixture
 def slow(base, tmp_path):
     (tmp_path / "slow.py").write_text(WORLDS)
-    return merge(base, {"environment": {"path": f"{tmp_path / 'slow.py'}:Slow", "max_turns": 5}})
+    return merge(base, {"environment": {"path": f"{tmp_path / 'slow.py'}:Slow", "max_turns": 5, "time_limit": 120}})
 
 
 def generate(values, n=8, **extra):
