@@ -21,7 +21,7 @@ ALLOWED = {
     "run/untrusted.py": {"Fault"},
     # The kinds of example are a closed union, which files decide and pyright checks.
     **{f"data/{name}.py": {"Demonstration", "Feedback", "Preference", "Query", "Ranking", "Rating", "Steps"}
-       for name in ("examples", "load", "split", "tools")},
+       for name in ("examples", "prepare", "split", "tools")},
     "distill/rows.py": {"Demonstration", "Query"},
     # What a folder or a recipe holds is known when it is read.
     "verbs/reward_model.py": {"AttributeModel", "EnsembleModel"},

@@ -166,7 +166,7 @@ VERBS = {
                         file_key="file"),
     "simulate-users": Verb("steersman.people.simulated_user:run", "steersman.people.simulated_user:SimulateRecipe",
                            "personas talk with candidates; a judge that is checked against people compares"),
-    "wheel": Verb("steersman.people.wheel:run", "steersman.people.wheel_recipe:WheelRecipe",
+    "wheel": Verb("steersman.people.wheel.run:run", "steersman.people.wheel.recipe:WheelRecipe",
                   "judgements train a candidate, gates and an A/B test decide whether it stays",
                   example="--model.path MODEL --judgements.folder FOLDER"),
     "collect": Verb("steersman.people.collect.verb:run", "steersman.people.collect.verb:CollectRecipe",
@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             _red(str(error))
             return 2
         _say_where("the run failed")
+        sys.excepthook = _terminal().say_traceback
         raise
 
 
@@ -279,6 +280,10 @@ def _launch() -> Any:
     return importlib.import_module("steersman.run.launch")
 
 
+def _terminal() -> Any:
+    return importlib.import_module("steersman.run.terminal")
+
+
 def _recipe_of_run(overrides: list[str]) -> Path | None:
     """The recipe in the run folder that `--run.dir` names: with `--resume` and no recipe, the run goes on by it.
 
@@ -303,7 +308,7 @@ def _report(args: list[str]) -> int:
     if len(args) != 1 or args[0] in ("--help", "-h"):
         print(REPORT_HELP)
         return 0 if args and args[0] in ("--help", "-h") else 2
-    from steersman.run.report import write_report
+    from steersman.run.report.page import write_report
 
     print(write_report(Path(args[0])))
     return 0
@@ -319,7 +324,8 @@ def _load(place: str) -> Any:
 
 def _usage() -> str:
     rows = [(name, verb.help) for name, verb in VERBS.items()] + [("report", REPORT_HELP)]
-    verbs = "\n".join(f"  {name:<20}{text}" for name, text in rows)
+    width = max(len(name) for name, _ in rows) + 2
+    verbs = "\n".join(f"  {name:<{width}}{text}" for name, text in rows)
     return f"""steersman: reinforcement learning and preference alignment of language models
 
 usage: steersman <verb> [recipe.yaml] [--section.key value ...]
@@ -348,9 +354,7 @@ def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
 
 def _red(text: str) -> None:
     start, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    from steersman.run.terminal import printable
-
-    print(f"{start}{printable(text)}{end}", file=sys.stderr)
+    print(f"{start}{_terminal().printable(text)}{end}", file=sys.stderr)
 
 
 def _say_where(what: str) -> None:

@@ -11,7 +11,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from steersman.advantage.gae import gae
 from steersman.advantage.returns import return_to_go
-from steersman.control.envs import Experience, Normaliser, Worlds, collect, collect_episodes, maker
+from steersman.control.envs import Normaliser, Worlds, maker
+from steersman.control.experience import Experience, collect, collect_episodes
 from steersman.types import SteersmanError, Trajectory
 
 

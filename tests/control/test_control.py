@@ -173,7 +173,8 @@ def test_double_dqn_target_by_hand():
 
 def test_replay_keeps_the_newest_and_marks_ends():
     from steersman.control.dqn import Replay
-    from steersman.control.envs import Worlds, collect
+    from steersman.control.envs import Worlds
+    from steersman.control.experience import collect
 
     worlds = Worlds(maker("CartPole-v1", {"max_episode_steps": 12}), 2, 0, "test")
     replay = Replay(50, 4)

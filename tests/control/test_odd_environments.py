@@ -12,7 +12,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from steersman.control.envs import Worlds, collect
+from steersman.control.envs import Worlds
+from steersman.control.experience import collect
 from steersman.types import SteersmanError
 
 

@@ -71,6 +71,17 @@ def test_one_object_over_several_lines(tmp_path):
     assert [(row.number, row.data["prompt"]) for row in rows] == [(1, "a"), (5, "c")]
 
 
+def test_many_objects_over_several_lines_are_read_soon(tmp_path):
+    """In time linear in the file: 40,000 of them took a minute of work while each looked at the rest of the file."""
+    path = tmp_path / "rows.json"
+    path.write_text('{\n  "text": "once upon a time there was a file of many objects"\n}\n' * 40_000)
+    start = time.process_time()
+    found = list(read_rows(path))
+    assert time.process_time() - start < 10
+    assert len(found) == 40_000
+    assert found[-1].number == 3 * 39_999 + 1
+
+
 def test_messages_as_text(tmp_path):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = tmp_path / "a.jsonl"
@@ -182,11 +193,11 @@ FILES = st.binary(max_size=200) | st.lists(PIECES | st.binary(max_size=3), max_s
 def test_any_bytes_are_rows_or_a_named_error(tmp_path, content, suffix, policy, encoding):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         for row in read_rows(path, BadRows(policy), encoding=encoding):
             json.dumps(row.data, default=str).encode()
         demonstrations(DataConfig(path=str(path), on_bad_row=policy, encoding=encoding))
     except SteersmanError:
         pass
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3

@@ -138,6 +138,9 @@ def test_distilling_from_all_tokens_of_a_server_is_distilling_from_the_model(set
         (lambda body: [], "prompt_logprobs", "no completion with the log"),
         (lambda body: _uniform(body, value=0.5), "prompt_logprobs", "no completion with the log"),
         (lambda body: _uniform(body, value="-1"), "prompt_logprobs", "no completion with the log"),
+        (lambda body: _uniform(body, value=10**400), "prompt_logprobs", "no completion with the log"),
+        (lambda body: _uniform(body, value=-(10**400)), "prompt_logprobs", "no completion with the log"),
+        (lambda body: _shifted(_uniform(body), -38), "prompt_logprobs", "lists token id -"),
         (lambda body: _uniform(body, count=2), "prompt_logprobs", "lists 2 tokens and teacher.endpoint.top_k is 4"),
         (lambda body: _uniform(body, count=40), "prompt_logprobs", "different families"),
         (lambda body: _words(body), "echo", "names tokens by their text"),
@@ -154,6 +157,13 @@ def _uniform(body, count=35, value=-3.0):
     rows = [{str(token): -9.0, **each} for token in body["prompt"][1:]] if count > 2 else [{"8": -1.0, "9": -2.0}] * 4
     told = [None, *({i: {"logprob": p} for i, p in row.items()} for row in rows)]
     return {"choices": [{"prompt_logprobs": told}]}
+
+
+def _shifted(reply, by):
+    """The reply with tokens of other ids beside its own."""
+    for row in filter(None, reply["choices"][0]["prompt_logprobs"]):
+        row |= {str(int(i) + by): {"logprob": -0.5} for i in list(row)[-4:]}
+    return reply
 
 
 def _words(body):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 import torch
 from train_kit import merge, recipe
@@ -11,6 +14,7 @@ from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.gym import GymEnvironment
 from steersman.environments.port import Call, Reply
+from steersman.environments.text import reward_of
 from steersman.environments.tools import tool_of
 from steersman.train.roles import build_roles
 from steersman.types import SteersmanError
@@ -66,9 +70,9 @@ def test_a_beginning_that_fails_leaves_an_episode_that_counts_for_nothing(bad, t
 
 def test_a_megabyte_is_cut_and_control_characters_are_written_out(bad):
     for s in episodes(bad, "megabyte", environment__max_characters=20):
-        assert s.turns[1].heard == "b" * 20 + "... (999980 characters left out)"
+        assert s.turns[1].observation == "b" * 20 + "... (999980 characters left out)"
     for s in episodes(bad, "control"):
-        assert s.turns[1].heard == "\\x1b[2J\ufffd"
+        assert s.turns[1].observation == "\\x1b[2J\ufffd"
 
 
 def test_an_environment_without_end_is_truncated(bad):
@@ -160,6 +164,11 @@ def test_functions_that_are_no_tools_are_refused_and_doubtful_ones_named():
 TWO = [("f", {}, ""), ("g", {}, "")]
 
 
+def as_text(arguments):
+    """A call whose arguments are JSON as text inside JSON, as some templates write them."""
+    return f"<tool_call>{json.dumps({'name': 'f', 'arguments': arguments})}</tool_call>"
+
+
 @pytest.mark.parametrize(
     ("form", "text", "calls"),
     [
@@ -171,6 +180,11 @@ TWO = [("f", {}, ""), ("g", {}, "")]
         ("tagged", "<tool_call>[1]</tool_call>", [("", {}, "an object with")]),
         ("tagged", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', [("f", {}, "must be an object")]),
         ("tagged", "<tool_call>" + "[" * 5000, [("", {}, "nested too deeply")]),
+        ("tagged", as_text('{"x": "\\ud800"}'), [("f", {}, "field 'x': a lone surrogate")]),
+        ("tagged", as_text('{"x": ' + "9" * 400 + "}"), [("f", {}, "more than 300 digits")]),
+        ("tagged", as_text('{"x": ' + "[" * 500 + "]" * 500 + "}"), [("f", {}, "nested too deeply")]),
+        ("tagged", as_text('{"x": 1, "x": 2}'), [("f", {}, "stands twice")]),
+        ("tagged", as_text("{oops"), [("f", {}, "holds no JSON object")]),
         ("tagged", '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call>', TWO),
         ("bare", '{"name": "f", "parameters": {"x": "1"}}', [("f", {"x": "1"}, "")]),
         ("bare", "hello", []),
@@ -184,6 +198,28 @@ def test_calls_are_read_in_each_form(form, text, calls):
     for call, (_, _, problem) in zip(found, calls, strict=True):
         assert problem in call.problem
         assert bool(problem) == bool(call.problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [("<function=" * 10_000, ()), ("<function=f>" + "<parameter=" * 9000, (Call("f", {}),))],
+)
+def test_marks_without_an_end_are_passed_over_soon(text, calls):
+    """10,000 marks took 10 seconds of work and more while each was followed to the end of the text."""
+    start = time.process_time()
+    assert read_reply(text, "functions").calls == calls
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 10**5000, float("nan"), "much", [1.0] * 10_000],
+    ids=["400 digits", "5000 digits", "nan", "text", "list"],
+)
+def test_a_reward_that_is_no_number_is_named_shortly(value):
+    with pytest.raises(ValueError, match=r"step gave the reward .*; it must be a finite number") as said:
+        reward_of(value, "step")
+    assert len(str(said.value)) < 200
 
 
 def test_sections_and_spaces_that_do_not_fit_are_refused(worlds):

@@ -89,7 +89,7 @@ def test_what_was_heard_in_a_loss_is_seen(worlds, mini, tmp_path, capsys, monkey
         self.mask += [True] * len(ids)
         self.version += [0] * len(ids)
 
-    monkeypatch.setattr(Conversation, "heard", leaking)
+    monkeypatch.setattr(Conversation, "add_observation", leaking)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "we"}])
     code, said = checked(capsys, f"{worlds}:Echo", "--model.path", mini, "--data.path", rows)
     assert code == 2

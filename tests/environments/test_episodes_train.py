@@ -52,7 +52,7 @@ def test_samples_of_one_prompt_meet_one_world_and_the_same_seed_repeats(base):
     _, roles, train, samples = played(base)
     again = roles.generate(train[:4], seed=(0, 0), n=2)
     assert [s.ids for s in again] == [s.ids for s in samples]
-    assert [s.turns[0].heard for s in samples[::2]] == [s.turns[0].heard for s in samples[1::2]]
+    assert [s.turns[0].observation for s in samples[::2]] == [s.turns[0].observation for s in samples[1::2]]
     alone = roles.generate(train[1:2], seed=(0, 0), n=2)
     assert [s.ids for s in alone] == [s.ids for s in samples[2:4]]
 

@@ -186,7 +186,7 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
         Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"]), 128)
     play = Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"], tell_tools=True), 4096)
     game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
-    play.opened(game, ASK, 4)
+    play.lay_out_opening(game, ASK, 4)
     assert '"name": "add"' in game.talk.prompt.text
     game.talk.add_reply(Sample(game.talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
     game.reply = Reply("b", "b", (Call("add", {"a": 1, "b": 2}),))
@@ -253,7 +253,7 @@ def test_a_dropped_thought_begins_a_segment(name, apart, worlds):
     config = EnvironmentConfig(path=f"{worlds}:Echo", history="segments")
     play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 1024)
     game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
-    play.opened(game, ASK, 4)
+    play.lay_out_opening(game, ASK, 4)
     thought = layout.codec.more("<think>\nzzz\n</think>\n\nyes")
     ids = [*thought, next(i for i in ends if play.layout.tail.startswith(tokenizer.convert_ids_to_tokens(i)))]
     text = tokenizer.decode(thought)

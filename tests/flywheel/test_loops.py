@@ -18,7 +18,7 @@ from wheel_kit import left, loop_settings
 
 from steersman.flywheel import arena, best_of_n, online_dpo, players
 from steersman.run import ledger
-from steersman.run.report import write_report
+from steersman.run.report.page import write_report
 from steersman.train import offline
 from steersman.types import SteersmanError
 
@@ -318,4 +318,4 @@ def test_engines_elsewhere_end_with_the_run(broken, tmp_path, mini_model, monkey
     assert opened
     for generator in opened:
         assert not generator.stations[0].launched.alive()
-        assert not generator._folder.name or not os.path.exists(generator._folder.name)
+        assert not generator._folder.path.exists()

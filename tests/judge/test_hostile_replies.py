@@ -34,11 +34,11 @@ ATOMS = [" ", "[", "[[", "[[ ", "]", "*", "answer", ":", "A", "9", "\n", "\ud800
     )
 )
 def test_every_reply_is_read_soon(reply):
-    start = time.perf_counter()
+    start = time.process_time()
     assert verdict(reply) in (None, 0.0, 0.5, 1.0)
     found = grade(reply, 1, 10)
     assert found is None or 1 <= found <= 10
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,11 @@ def test_a_count_that_can_not_be_does_not_move_the_budget(tmp_path, told):
     assert again.spent == judge.spent
 
 
-def test_counts_of_an_older_file_that_can_not_be_are_passed_over(tmp_path):
-    rows = [{"key": str(i), "reply": {"text": "[[A]]", "tokens": t}} for i, t in enumerate([5, -(10**9), "x", None])]
+def test_what_can_not_be_in_an_older_file_is_passed_over(tmp_path):
+    counts = [5, -(10**9), 10**12, "x", None, True]
+    rows = [{"key": str(i), "reply": {"text": "[[A]]", "tokens": t}} for i, t in enumerate(counts)]
+    replies = [{}, {"text": None}, {"logp": "A"}, {"logp": {}}, {"logp": {"A": "x"}}, {"text": "", "logp": None}]
+    rows += [{"key": f"reply {i}", "reply": r} for i, r in enumerate(replies)]
     (tmp_path / "judge.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "[" * 100_000 + "\n")
     assert judge_at("http://127.0.0.1:9/v1", tmp_path).spent == {"calls": 1, "tokens": 5}
 

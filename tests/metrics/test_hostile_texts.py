@@ -21,7 +21,7 @@ from steersman.types import SteersmanError
 HEAVY = {"bertscore", "classifier", "perplexity", "meteor1.5", "spice"}
 PLAIN = sorted(set(METRICS) - HEAVY - {"ifeval", "math_answer"})
 SOON = 3.0
-"""Seconds, of a machine that does other things too; what is refused or mended here took minutes, or for ever."""
+"""Seconds of work, in which other processes do not count; what is mended here took minutes, or for ever."""
 
 EVERY_KWARG = {
     "keywords": ["(a+)+$", "["], "keyword": "(a+)+$", "forbidden_words": ["(a+)+$", "C++"], "relation": "at least",
@@ -40,21 +40,21 @@ def test_a_metric_answers_soon(name, text):
     made = metric(name, {"segment": 1} if name == "msttr" else {})
     extra = {"concepts": [["a"]] * 2, "table": [[["a", "b c"]]] * 2}
     score = made.score if made.per_sample else made.corpus
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         score([text, "a b c"], [["a b c d"], ["1"]], **{k: v for k, v in extra.items() if k in made.needs})
     except SteersmanError as error:
         assert "row 0" in str(error)  # noqa: PT017
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
 @settings(max_examples=12, deadline=None)
 @given(text=hostile_texts(20_000))
 def test_an_instruction_is_checked_soon(name, text):
-    start = time.perf_counter()
+    start = time.process_time()
     metric("ifeval").score([text], instruction_id_list=[[name]], kwargs=[[EVERY_KWARG]])
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
@@ -76,9 +76,9 @@ def test_keywords_are_text_and_no_pattern():
     assert not follows("keywords:existence", "I write C daily.", keywords=["C."])
     assert not follows("keywords:forbidden_words", "I write C++ daily.", forbidden_words=["C++"])
     assert follows("keywords:forbidden_words", "concatenate", forbidden_words=["cat"])
-    start = time.perf_counter()
+    start = time.process_time()
     assert not follows("keywords:existence", "a" * 40 + "!", keywords=["(a+)+$"])
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 @settings(max_examples=300)
@@ -102,6 +102,7 @@ def test_json_of_any_depth_and_length_is_judged():
     ("completion", "answer", "right"),
     [
         ("#### 1e10000000", "#### 1", False), ("1e10000000", "1", False), ("#### 7", "1e10000000", False),
+        ("#### 1e１0000000", "#### 1", False), ("#### 1e٠9٩999999", "1", False),
         ("1e1_0000", "1", False), ("#### " + "9" * 5000, "9", False), ("9" * 5000, "#### 9", False),
         ("In file1999 there are 5", "5", True), ("#### 1e3", "1000", True), ("#### -2.5e-3", "-0.0025", True),
         ("x" * 30_000 + " so the answer is $\\frac{1}{2}$", "0.5", True), ("(" * 5000 + "1" + ")" * 5000, "2", False),
@@ -148,7 +149,7 @@ def test_half_a_surrogate_pair_is_named(name):
 @given(text=hostile_texts(2000))
 def test_a_builtin_reward_answers_soon(name, text):
     extra = {"exact_match": {"answer": ["1"]}, "contains": {"strings": ["a"]}, "word_coverage": {"concepts": ["a"]}}
-    start = time.perf_counter()
+    start = time.process_time()
     (score,) = BUILTINS[name](["p"], [text], **extra.get(name, {}))
     assert math.isfinite(score)
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON

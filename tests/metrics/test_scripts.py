@@ -72,11 +72,11 @@ def test_words_of_many_scripts():
 
 
 def test_words_are_found_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("a" * 10**5 + "\u0301" * 10**5, "a'" * 10**5, "\u0301" * 10**5, "ก\u0e31" * 10**5):
         assert words(text) is not None
         assert pieces(text) is not None
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
 
 
 @pytest.mark.parametrize("name", ["distinct", "unique", "entropy", "repetition", "length"])

@@ -1,12 +1,15 @@
 """Folders that others made: their code is not run, and families that do not fit are refused before anything loads."""
 
+import ast
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 
+import steersman
 from steersman.metrics.encoders import load
 from steersman.model import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.scratch import fresh_policy
@@ -55,6 +58,19 @@ def test_code_from_a_folder_is_not_run(foreign, name):
     with pytest.raises(SteersmanError, match=r"Python code of its own.*model.trust_remote_code: true"):
         LOADERS[name](folder)
     assert not marker.exists()
+
+
+def test_every_load_says_whether_code_may_run():
+    """What the library is not told it asks on standard input."""
+    source, silent = Path(steersman.__file__).parent, []
+    for path in source.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                loads = call.func.attr in ("from_pretrained", "from_config")
+                adapters = ast.unparse(call.func).startswith("peft.")  # they hold no code
+                told = any(keyword.arg == "trust_remote_code" for keyword in call.keywords)
+                silent += [f"{path.relative_to(source)}:{call.lineno}"] if loads and not adapters and not told else []
+    assert silent == []
 
 
 def test_nor_by_a_metric(foreign):

@@ -102,6 +102,8 @@ def test_a_model_behind_an_address(monkeypatch):
         (401, b"secret-key is wrong", "status 401"),
         (200, b"[]", "no chat completion"),
         (200, b"{", "no chat completion"),
+        (200, b"[" * 100_000, "no chat completion"),
+        (200, b'{"choices": [{"message": {"content": [1]}}]}', "no chat completion"),
     ],
 )
 def test_what_goes_wrong_at_an_address_is_told_without_the_key(monkeypatch, status, body, told):
@@ -109,6 +111,22 @@ def test_what_goes_wrong_at_an_address_is_told_without_the_key(monkeypatch, stat
     with address(status, body, []) as url, pytest.raises(SteersmanError, match=told) as caught:
         open_answerer(AnsweringModel(url=url, name="far"), AnsweringSampling()).answer(asked("hello"), "r-1")
     assert "secret-key" not in str(caught.value)
+
+
+def test_an_answer_is_kept_without_the_key_and_half_pairs(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    body = b'{"model": "secret-key", "choices": [{"message": {"content": "my secret-key \\ud83d"}}]}'
+    with address(200, body, []) as url:
+        said = open_answerer(AnsweringModel(url=url, name="far"), AnsweringSampling()).answer(asked("hello"), "r-1")
+    assert (said.content, said.model[0]) == ("my [key] \ufffd", "[key]")
+
+
+@pytest.mark.parametrize(("name", "value"), [("LARGEST_REPLY", 100), ("LONGEST_WAIT", -1.0)])
+def test_a_reply_beyond_all_bounds_is_no_answer(monkeypatch, name, value):
+    monkeypatch.setattr(f"steersman.people.collect.answering.{name}", value)
+    body = json.dumps({"choices": [{"message": {"content": "a" * 200}}]}).encode()
+    with address(200, body, []) as url, pytest.raises(SteersmanError, match="no chat completion"):
+        open_answerer(AnsweringModel(url=url, name="far"), AnsweringSampling()).answer(asked("hello"), "r-1")
 
 
 def test_pages_come_while_many_wait_for_a_model(tmp_path):

@@ -6,8 +6,8 @@ from people_kit import judge, pair, queue, rater
 
 from steersman.cli import main
 from steersman.people.filters import FilterConfig, sift
-from steersman.people.lessons import lessons
 from steersman.people.sources import open_judgements
+from steersman.people.wheel.lessons import lessons
 
 
 def test_comparisons_and_gold_items(store, address):

@@ -13,7 +13,8 @@ from transformers import LlamaModel
 from steersman.cli import main
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, Device, cluster
-from steersman.plan.layouts import Layout, Role, Work, layouts, routes, weigh
+from steersman.plan.layouts import Layout, Role, Work, layouts, weigh
+from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, decode, phases, simulate
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig

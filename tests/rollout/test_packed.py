@@ -31,7 +31,7 @@ def test_the_same_samples_with_the_same_log_probabilities(family, monkeypatch):
     plain = Engine(model, max_batch=16).generate(given(20), Sampling(40), seed=3)
     assert [s.ids for s in found] == [s.ids for s in plain]
     for a, b in zip(found, plain, strict=True):
-        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=5e-6, rtol=2e-5)
 
 
 def test_layers_give_what_they_gave_and_are_put_back_even_after_an_error(monkeypatch):

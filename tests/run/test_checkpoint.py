@@ -18,8 +18,10 @@ import torch
 from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from steersman.run.checkpoint import Checkpointer, StopRequest, rng_state, set_rng_state
+from steersman.run.checkpoint import Checkpointer
 from steersman.run.ranks import NoStore, Ranks
+from steersman.run.seed import rng_state, set_rng_state
+from steersman.run.stop_request import StopRequest
 from steersman.run.stored import write_shards
 from steersman.types import SteersmanError
 
@@ -176,7 +178,8 @@ def test_the_last_and_the_best_are_kept(tmp_path, mode, best):
 LOOP = """
     import sys, time
     from pathlib import Path
-    from steersman.run.checkpoint import Checkpointer, StopRequest
+    from steersman.run.checkpoint import Checkpointer
+    from steersman.run.stop_request import StopRequest
     keeper = Checkpointer(Path(sys.argv[1]))
     with StopRequest() as stop:
         for step in range(1, 1000):

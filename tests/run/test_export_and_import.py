@@ -149,10 +149,20 @@ def test_every_setting_is_mapped_or_named():
     assert set(left) == {"made_up", "optim", "loss_type"}
 
 
+REPEATED = "a0: &a0 [x]\nbeta: 1\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+"""Nine lines that stand for 400 million values."""
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("- 1\n- 2", "holds no settings"), ("a: [", "can not be read"), ("lr: 1", "nothing in the file")],
-)
+    [
+        ("- 1\n- 2", "holds no settings"), ("a: [", "can not be read"), ("lr: 1", "nothing in the file"),
+        ("beta: &a [*a]", "it contains itself"), ("beta: " + "7" * 5000, "the largest there is"),
+        (REPEATED, "is one alias repeated"),
+    ],
+)  # fmt: skip
 def test_files_that_are_no_settings_are_refused(text, said, tmp_path, capsys):
     file = tmp_path / "x.json"
     file.write_text(text)

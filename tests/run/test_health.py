@@ -9,10 +9,10 @@ import random
 import pytest
 
 from steersman.ops.text import distinct_share, ngrams, pieces, repeated_share, text_stats
-from steersman.run.health import HealthWatch
-from steersman.run.health_checks import CHECKS
-from steersman.run.health_history import History
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.checks import CHECKS
+from steersman.run.health.history import History
+from steersman.run.health.limits import HealthConfig
+from steersman.run.health.watch import HealthWatch
 
 OPENINGS = [
     "Once upon a time there was a little girl named Lily. She loved to play in the garden with her dog.",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
 import torch.distributed as dist
 
-from steersman.run import ranks
+from steersman.run import on_ray, ranks
 from steersman.run.launch import from_slurm
 from steersman.run.ranks import MissingRankError, Ranks, name_missing_rank
 from steersman.types import SteersmanError
@@ -75,3 +79,17 @@ def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
     with pytest.raises(RuntimeError, match="shapes") as caught, name_missing_rank(three[0]):
         raise RuntimeError("shapes can not be multiplied")
     assert not isinstance(caught.value, MissingRankError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_ranks_on_ray_are_told_of_every_signal_that_ends_a_step(number):
+    """A terminal that is closed sends SIGHUP: the starter must not end by it and leave its ranks behind."""
+    before, got = signal.signal(number, signal.SIG_DFL), []
+    try:
+        # a rank is asked as Ray's handle of an actor is
+        with on_ray._signals_to([SimpleNamespace(signal=SimpleNamespace(remote=got.append))]):
+            assert signal.getsignal(number) is not signal.SIG_DFL
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+    assert got == [signal.SIGTERM]

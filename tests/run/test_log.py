@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from steersman.run.health import Finding
+from steersman.run.health.watch import Finding
 from steersman.run.log import Log, read_jsonl
 from steersman.types import SteersmanError
 

@@ -40,6 +40,12 @@ CASES = [
     ("sft", "save_steps", "run.save_every"),
     ("sft", "logging_steps", "run.eval_every"),
     ("sft", "seed", "run.seed"),
+    ("sft", "gradient_clipping", "optimizer.max_grad_norm"),
+    ("dpo", "label_smoothing", "loss.settings.label_smoothing"),
+    ("dpo", "rpo_alpha", "loss.nll"),
+    ("ppo", "cliprange_value", "critic.value_clip"),
+    ("ppo", "whiten_rewards", "reward.whiten"),
+    ("grpo", "num_epochs", "iterations"),
 ]
 
 

@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from steersman.run.charts import Line, line_chart, running_mean
-from steersman.run.report import charts, findings, sample_pairs, summary_rows, write_report
+from steersman.run.report.charts import Line, line_chart, running_mean
+from steersman.run.report.page import charts, findings, sample_pairs, summary_rows, write_report
 from steersman.types import SteersmanError
 
 EVIL = '<script>alert("x")</script> & $\\frac{'
@@ -121,6 +121,13 @@ def test_summary_and_findings():
         ("metrics.jsonl", ""),
         ("metrics.jsonl", '{"step": 1, "a": "nan"}\n{"step": 2, "b": 0.0}\n[1]\n'),
         ("samples.jsonl", '{"step": 1, "completion": "x", "prompt": null, "reward": 0.5}\n{"step": 2}\n'),
+        (
+            "metrics.jsonl",
+            '{"step": "x", "a": 1.0}\n{"step": 1, "a": ' + "7" * 400 + '}\n{"step": 1' + "0" * 400 + "}\n",
+        ),
+        ("samples.jsonl", '{"step": "x", "completion": "a"}\n{"step": 2, "completion": "b"}\n'),
+        ("config.yaml", "model: &a {path: *a}"),
+        ("summary.json", "[" * 100_000),
         ("summary.json", "{cut"),
         ("summary.json", "[]"),
     ],

@@ -1,8 +1,11 @@
 """What others wrote does not command the terminal."""
 
+import ast
 import io
 import re
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from steersman import cli
-from steersman.run.health import Finding
+from steersman.run.health.watch import Finding
 from steersman.run.log import Log
 from steersman.run.preflight import Preflight
 from steersman.run.terminal import printable
@@ -63,3 +66,35 @@ def test_an_error_shows_it_written_out(capsys):
     told = capsys.readouterr().err
     assert not obeyed(told)
     assert r"\x1b[2J" in told
+
+
+def test_a_crash_and_a_line_on_standard_error_show_it_written_out(capsys, monkeypatch):
+    """What Python's own traceback printer would let through; `sys.excepthook` is set where the run has crashed."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(cli, "_dispatch", crash)
+    with pytest.raises(RuntimeError) as crashed:
+        cli.main([])
+    sys.excepthook(crashed.type, crashed.value, crashed.tb)
+    told = capsys.readouterr().err
+    assert "in crash\n" in told
+    assert r"RuntimeError: a\x1b[2Jb" in told
+    assert not obeyed(told)
+
+
+def crash(args):
+    raise RuntimeError(ATTACK)
+
+
+def test_nothing_is_printed_past_it():
+    """Every line on standard error goes through `say`."""
+    source, own = Path(cli.__file__).parent, {"cli.py", "run/terminal.py", "native/build.py"}
+    past = [
+        f"{path.relative_to(source)}:{call.lineno}"
+        for path in source.rglob("*.py")
+        if str(path.relative_to(source)) not in own
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) == "print"
+        and any(keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in call.keywords)
+    ]
+    assert past == []

@@ -35,11 +35,11 @@ FAULTS = {
 @pytest.mark.parametrize("name", list(FAULTS))
 def test_a_fault_has_a_name_and_a_place(name):
     text, reason, field = FAULTS[name]
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UntrustedError, match=r"^reply 3") as caught:
         parse_json(text, "reply 3")
     assert (caught.value.fault.reason, caught.value.fault.field) == (reason, field)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_what_is_within_the_limits_passes():

@@ -140,7 +140,7 @@ def test_one_exact_gradient_takes_milliseconds():
     mdp = TokenMDP.random(vocab=4, horizon=3, beta=0.5)
     logits = torch.zeros(mdp.next_state.shape, dtype=torch.float64)
     exact_gradient(mdp, logits)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(20):
         exact_gradient(mdp, logits)
-    assert (time.perf_counter() - start) / 20 < 0.05
+    assert (time.process_time() - start) / 20 < 0.05

@@ -10,7 +10,7 @@ import yaml
 from letter_models import save_mini, write_jsonl
 
 from steersman import cli
-from steersman.run.card import write_card
+from steersman.run.report.card import write_card
 
 
 @pytest.fixture

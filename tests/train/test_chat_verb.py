@@ -14,6 +14,8 @@ import torch
 from letter_models import letters, rows_of, save_chat_mini
 from transformers import AutoModelForCausalLM
 
+from steersman.cli import main
+
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}a {{ m.content }}</s>{% else %}{{ m.role[0] }} "
     "{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
@@ -131,6 +133,21 @@ def greedy_after(model, first: str) -> str:
             break
         out.append(token)
     return tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(model, monkeypatch, capsys):
+    """Python gives them as an error or as half surrogate pairs, as the terminal is set up."""
+    typed = iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "hm \udcff", EOFError()])
+
+    def read(prompt):
+        line = next(typed)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", str(model), "--sampling.max_new_tokens", "4", "--run.threads", "1"]) == 0
+    assert "bytes that are not utf-8" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):

@@ -41,10 +41,11 @@ def base(tmp_path) -> dict[str, Any]:
     return merge(found, {"run.devices": 2, "run.save_every": 1, "parallel.timeout": 60})
 
 
-def begin(tmp_path: Path, values: dict[str, Any], verb: str = "grpo", *words: str) -> Python:
-    """The command line in a process of its own, deaf to nothing."""
+def begin(tmp_path: Path, values: dict[str, Any], *words: str, forks: bool = True) -> Python:
+    """The command line in a process of its own, deaf to nothing; without `forks` its ranks are new Pythons."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return steersman(verb, str(tmp_path / "recipe.yaml"), *words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return steersman("grpo", str(tmp_path / "recipe.yaml"), *words, env=env, forks=forks)
 
 
 def children(pid: int) -> list[int]:
@@ -70,7 +71,7 @@ def gone(pids: list[int], seconds: float = 90) -> bool:
 
 
 def test_an_error_of_the_users_is_told_once(base, tmp_path):
-    process = begin(tmp_path, merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:broken"}))
+    process = begin(tmp_path, merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:broken"}), forks=False)
     out, error = process.communicate(timeout=400)
     assert process.returncode == 2
     assert error.count("no such thing") == 1, error
@@ -129,7 +130,7 @@ def test_a_signal_is_agreed_and_the_run_goes_on_with_another_number_of_ranks(bas
     assert error.count("finishing this step") == 1
     saved = max((tmp_path / "run" / "checkpoints").glob("step-*")).name
     assert saved != "step-00000006"
-    process = begin(tmp_path, merge(values, {"run.devices": 1}), "grpo", "--resume")
+    process = begin(tmp_path, merge(values, {"run.devices": 1}), "--resume")
     assert process.wait(timeout=400) == 0, process.communicate()
     whole = begin(tmp_path, merge(values, {"run.devices": 1, "run.dir": str(tmp_path / "whole")}))
     assert whole.wait(timeout=400) == 0
@@ -152,12 +153,12 @@ def test_killed_at_any_moment_nothing_is_lost(base, tmp_path):
     values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:counted", "iterations": 12})
     layouts = [{"run.devices": 2}, {"run.devices": 2, "parallel.mode": "fsdp"}, {"run.devices": 1}]
     for turn, layout in enumerate(layouts):
-        process = begin(tmp_path, merge(values, layout), "grpo", *(["--resume"] if turn else []))
+        process = begin(tmp_path, merge(values, layout), *(["--resume"] if turn else []))
         wait_for_steps(tmp_path / "run", 3 * (turn + 1), process)
         for pid in (*children(process.pid), process.pid):
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=60)
-    process = begin(tmp_path, merge(values, {"run.devices": 2}), "grpo", "--resume")
+    process = begin(tmp_path, merge(values, {"run.devices": 2}), "--resume")
     _, error = process.communicate(timeout=400)
     assert process.returncode == 0, error
     found = rows_of(tmp_path / "run" / "metrics.jsonl")

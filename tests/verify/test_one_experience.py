@@ -10,7 +10,8 @@ from gymnasium.wrappers import TimeLimit
 from steersman.advantage.gae import gae, vtrace
 from steersman.advantage.returns import n_step_return, return_to_go
 from steersman.algorithms import ALGORITHMS
-from steersman.control.envs import Worlds, collect_episodes
+from steersman.control.envs import Worlds
+from steersman.control.experience import collect_episodes
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.train.experience import tokens_of, trajectory
 from steersman.types import Prompt, Sample, Trajectory

@@ -33,9 +33,9 @@ import torch._inductor
 import transformers
 import yaml
 
+import steersman.run.report.page  # noqa: F401  (imported before the forks)
 from steersman import cli
 from steersman.assets import story_model
-from steersman.run import report  # noqa: F401  (imported before the forks)
 from steersman.verbs import feedback, preference, reward_model, rl, sft  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]

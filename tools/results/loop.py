@@ -26,8 +26,8 @@ from steersman.people.collect.verb import CollectRecipe, QueueConfig, fill
 from steersman.people.serving import Serving, read_serving
 from steersman.people.sources import open_judgements
 from steersman.people.store import open_store
-from steersman.people.wheel import run
-from steersman.people.wheel_recipe import WheelRecipe
+from steersman.people.wheel.recipe import WheelRecipe
+from steersman.people.wheel.run import run
 
 RATERS, CLICKERS, GOLD = 12, 2, 14
 PAIRS = 4

@@ -25,8 +25,8 @@ from steersman.assets import openings, story_model
 from steersman.data import DataConfig, Query, Row
 from steersman.flywheel.players import Player
 from steersman.people.serving import Serving, read_serving
-from steersman.people.wheel import run
-from steersman.people.wheel_recipe import WheelRecipe
+from steersman.people.wheel.recipe import WheelRecipe
+from steersman.people.wheel.run import run
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.gold import judge
 from steersman.run.device import resolve_device

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steersman.control.envs import Act, Experience, Worlds, collect
+from steersman.control.envs import Worlds
+from steersman.control.experience import Act, Experience, collect
 from steersman.control.loop import episode_stats
 from steersman.control.policies import ActionValue
 from steersman.control.recipe import ControlRecipe, DQNSettings

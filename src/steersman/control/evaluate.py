@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steersman.control.envs import Worlds, collect_episodes
+from steersman.control.envs import Worlds
+from steersman.control.experience import collect_episodes
 from steersman.control.recipe import ControlRecipe
 from steersman.run.seed import stream
 from steersman.types import Stats, SteersmanError

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from steersman.advantage.returns import values
 from steersman.algorithms import Algorithm
-from steersman.control.envs import Experience, Normaliser, Worlds, collect, collect_episodes
+from steersman.control.envs import Normaliser, Worlds
+from steersman.control.experience import Experience, collect, collect_episodes
 from steersman.control.learner import Learner
 from steersman.control.policies import Value, policy_for
 from steersman.control.recipe import ControlRecipe

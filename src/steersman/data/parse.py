@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
@@ -19,6 +20,7 @@ from steersman.types import SteersmanError
 
 HEAD = 2**16
 """Bytes of a file of lines by which its encoding is judged."""
+_INK = re.compile(r"\S")
 STORY_END = "<|endoftext|>"
 TOOL_FIELDS = ("tool_calls", "tools", "arguments", "function_call")
 """Fields inside which a null that the container invented would be shown to the model."""
@@ -109,10 +111,11 @@ def _concatenated(text: str, file: str, bad: BadRows) -> Iterator[Row]:
         return
     decoder, at, line = json.JSONDecoder(parse_int=lambda _: 0), 0, 1
     while True:
-        begin = len(text) - len(text[at:].lstrip()) if at else len(text) - len(text.lstrip())
-        line, at = line + text.count("\n", at, begin), begin
-        if at >= len(text):
+        found = _INK.search(text, at)
+        if found is None:
             return
+        begin = found.start()
+        line, at = line + text.count("\n", at, begin), begin
         row = Row({}, file, line, "line")
         try:
             end = decoder.raw_decode(text, at)[1]

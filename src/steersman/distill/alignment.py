@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from steersman.data import Codec
-from steersman.distill.teacher import Answer, Teacher, TokenDivergence
+from steersman.distill.teacher import Answer, Measure, Teacher, TokenDivergence
 from steersman.model import Policy
-from steersman.ops.divergence import Divergence, TeacherStates, sorted_distance
+from steersman.ops.divergence import TeacherStates, sorted_distance
 from steersman.ops.logprob import Head
 from steersman.types import Tokens, send
 
@@ -52,22 +52,12 @@ class OtherTokenizer(Teacher):
     def text(self, ids: list[int]) -> str:
         return self.student.decode(ids)
 
-    def compare(
-        self,
-        answers: Sequence[Answer],
-        hidden: Tensor,
-        head: Head,
-        kind: Divergence,
-        *,
-        mix: float = 0.5,
-        temperature: float = 1.0,
-        logp: bool = False,
-    ) -> TokenDivergence:
+    def compare(self, answers: Sequence[Answer], hidden: Tensor, head: Head, measure: Measure) -> TokenDivergence:
         """The sorted distance, whatever the kind; 0 at tokens where the two do not stand at the same place."""
         taught, places = self.read(answers)
         places = send(places, hidden.device)
-        apart = sorted_distance(hidden[places], head, taught, temperature=temperature)
-        return TokenDivergence(apart.new_zeros(len(hidden)).index_add(0, places, apart))
+        divergence = sorted_distance(hidden[places], head, taught, temperature=measure.temperature)
+        return TokenDivergence(divergence.new_zeros(len(hidden)).index_add(0, places, divergence))
 
     @torch.no_grad()
     def read(self, answers: Sequence[Answer]) -> tuple[TeacherStates, Tensor]:

@@ -16,7 +16,7 @@ from steersman.ops.divergence import TeacherTopK
 from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
-Asked: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
+AnswerKey: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
 """Ids of a prompt and of a response."""
 TopK: TypeAlias = "tuple[list[list[int]], list[list[float]], list[float]]"
 """Per response token: the ids that were listed, likeliest first, their log-probabilities, and the token's own."""
@@ -24,7 +24,7 @@ LEAST = -1e4
 """The least log-probability that is taken over; JSON has none for minus infinity."""
 
 
-class TopLogprobs(Caller[Asked, TopK]):
+class TopLogprobs(Caller[AnswerKey, TopK]):
     """Asks for the log-probabilities of a text that is given as token ids, and makes one token that nobody reads.
 
     `prompt_logprobs` is vLLM's: `choices[0].prompt_logprobs[i]` maps ids (as text) to {logprob, rank,
@@ -33,19 +33,19 @@ class TopLogprobs(Caller[Asked, TopK]):
     be told for certain.
     """
 
-    who, path, wanted = "teacher", "/completions", "completion with the log-probabilities of its prompt"
+    who, path, expected_form = "teacher", "/completions", "completion with the log-probabilities of its prompt"
 
     def __init__(self, config: TeacherEndpoint) -> None:
         super().__init__(config)
         self.top_k, self.echo = config.top_k, config.form == "echo"
 
-    def body(self, question: Asked) -> dict[str, Any]:
+    def body(self, question: AnswerKey) -> dict[str, Any]:
         body: dict[str, Any] = {"prompt": [*question[0], *question[1]], "max_tokens": 1, "temperature": 0}
         if self.echo:
             return {**body, "echo": True, "logprobs": self.top_k, "return_tokens_as_token_ids": True}
         return {**body, "prompt_logprobs": self.top_k}
 
-    def read(self, raw: bytes, question: Asked) -> TopK | None:
+    def read(self, raw: bytes, question: AnswerKey) -> TopK | None:
         try:
             choice = json.loads(raw)["choices"][0]
             rows = _echoed(choice["logprobs"]) if self.echo else _prompted(choice["prompt_logprobs"])
@@ -54,7 +54,7 @@ class TopLogprobs(Caller[Asked, TopK]):
             if len(rows) != len(response):
                 return None
             told = [self._best(row, token) for row, token in zip(rows, response, strict=True)]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
         return [ids for ids, _, _ in told], [logp for _, logp, _ in told], [own for _, _, own in told]
 
@@ -105,22 +105,22 @@ class EndpointTeacher(TokenTeacher):
     def __init__(self, config: TeacherEndpoint, vocabulary: int, device: torch.device) -> None:
         self.caller = TopLogprobs(config)
         self.vocabulary, self.device = vocabulary, device
-        self.known: dict[Asked, TopK] = {}
+        self.known: dict[AnswerKey, TopK] = {}
 
     def prepare(self, answers: Sequence[Answer]) -> None:
         """Asks about all answers that are new, several at a time; of several ranks, rank 0 does, for all. Raises
         SteersmanError where that fails for good, or where the server tells of ids that the student has not."""
         self.known |= ranks().from_main(lambda: self._asked(answers), "what the teacher says")
 
-    def _asked(self, answers: Sequence[Answer]) -> dict[Asked, TopK]:
-        found: dict[Asked, TopK] = {}
+    def _asked(self, answers: Sequence[Answer]) -> dict[AnswerKey, TopK]:
+        found: dict[AnswerKey, TopK] = {}
         new = list(dict.fromkeys(key for a in answers if (key := _key(a)) not in self.known))
 
         def keep(index: int, told: TopK) -> None:
-            highest = max((i for ids in told[0] for i in ids), default=0)
-            if not 0 <= highest < self.vocabulary:
+            outside = next((i for ids in told[0] for i in ids if not 0 <= i < self.vocabulary), None)
+            if outside is not None:
                 raise SteersmanError(
-                    f"teacher {without_password(self.caller.url)}: it lists token id {highest}, and the student has "
+                    f"teacher {without_password(self.caller.url)}: it lists token id {outside}, and the student has "
                     f"{self.vocabulary}; the two are of different families"
                 )
             found[new[index]] = told
@@ -145,5 +145,5 @@ class EndpointTeacher(TokenTeacher):
         return f"{config.model} at {without_password(config.url)}, its {self.caller.top_k} likeliest tokens"
 
 
-def _key(answer: Answer) -> Asked:
+def _key(answer: Answer) -> AnswerKey:
     return tuple(answer.teacher_prompt), tuple(answer.response)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steersman.data import Encoded, collate
 from steersman.distill.recipe import DistillLoss
-from steersman.distill.teacher import Answer, Teacher
+from steersman.distill.teacher import Answer, Measure, Teacher
 from steersman.loss.distillation import distillation, still_to_come
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
@@ -64,7 +64,7 @@ class Distillation:
         """A divergence summed over each answer's tokens that count (nats), of a teacher with the same tokens."""
         tokens = _tokens(answers)
         hidden = self.policy.hidden(tokens)
-        compared = self.teacher.compare(answers, hidden, self.policy.head(), kind)
+        compared = self.teacher.compare(answers, hidden, self.policy.head(), Measure(kind))
         return masked_sum(_laid(compared.divergence, tokens).cpu(), tokens.mask, -1)
 
     def _compared(
@@ -73,9 +73,8 @@ class Distillation:
         """The divergence at every token `[B, T]`, and w_t where there is one."""
         config, whole = self.config, self.config.name == "minillm"
         kind: Divergence = "reverse_kl" if config.name in ("minillm", "uld") else config.name
-        compared = self.teacher.compare(
-            answers, hidden, self.policy.head(), kind, mix=config.mix, temperature=config.temperature, logp=whole
-        )
+        measure = Measure(kind, config.mix, config.temperature, logp=whole)
+        compared = self.teacher.compare(answers, hidden, self.policy.head(), measure)
         if compared.unlisted_mass is not None:
             tally.add("teacher/unlisted", compared.unlisted_mass.sum(), len(compared.unlisted_mass))
         weight = self._advantage(answers, mask) if self.rewarded else None

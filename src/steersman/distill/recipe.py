@@ -13,7 +13,7 @@ from steersman.ops.divergence import Divergence
 from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig

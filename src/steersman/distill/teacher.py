@@ -62,6 +62,17 @@ class TokenDivergence:
     unlisted_mass: Float[Tensor, " N"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What student and teacher are compared by: the divergence, the share `mix` of the teacher in what a mixed one
+    compares both with, the softmax temperature, and whether the teacher's `logp` of the answers' tokens is wanted."""
+
+    kind: Divergence
+    mix: float = 0.5
+    temperature: float = 1.0
+    logp: bool = False
+
+
 class Teacher:
     """What tells its distributions at every token of an answer."""
 
@@ -79,17 +90,9 @@ class Teacher:
         return ""
 
     def compare(
-        self,
-        answers: Sequence[Answer],
-        hidden: Float[Tensor, "N H"],
-        head: Head,
-        kind: Divergence,
-        *,
-        mix: float = 0.5,
-        temperature: float = 1.0,
-        logp: bool = False,
+        self, answers: Sequence[Answer], hidden: Float[Tensor, "N H"], head: Head, measure: Measure
     ) -> TokenDivergence:
-        """How far the student, given by its states and output layer, is from it."""
+        """How far the student, given by its states `hidden` and its output layer, is from it."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -105,19 +108,13 @@ class TokenTeacher(Teacher):
         raise NotImplementedError
 
     def compare(
-        self,
-        answers: Sequence[Answer],
-        hidden: Float[Tensor, "N H"],
-        head: Head,
-        kind: Divergence,
-        *,
-        mix: float = 0.5,
-        temperature: float = 1.0,
-        logp: bool = False,
+        self, answers: Sequence[Answer], hidden: Float[Tensor, "N H"], head: Head, measure: Measure
     ) -> TokenDivergence:
-        reading = self.read(answers, logp=logp, temperature=temperature)
-        apart = linear_divergence(hidden, head, reading.teacher, kind, mix=mix, temperature=temperature)
-        return TokenDivergence(apart, reading.logp, reading.teacher.rest)
+        reading = self.read(answers, logp=measure.logp, temperature=measure.temperature)
+        divergence = linear_divergence(
+            hidden, head, reading.teacher, measure.kind, mix=measure.mix, temperature=measure.temperature
+        )
+        return TokenDivergence(divergence, reading.logp, reading.teacher.rest)
 
 
 class LocalTeacher(TokenTeacher):

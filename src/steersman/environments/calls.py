@@ -12,7 +12,6 @@ What a reply thinks (`<think>...</think>`) calls nothing. Replies are text of ot
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +24,9 @@ from steersman.types import SteersmanError
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_FUNCTION = re.compile(r"<function=([^>]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>]*)>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
+# A name holds no "<": after a mark without its end the search goes on at the next one, not at the end of the text.
+_FUNCTION = re.compile(r"<function=([^<>]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^<>]*)>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
 _LISTED = "[TOOL_CALLS]"
 _LONGEST = 100_000
 """Characters of one reply that are looked at."""
@@ -129,9 +129,9 @@ def _from_value(value: Any) -> Call:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
+            arguments = parse_json(arguments, "arguments")
+        except ValueError as error:
+            return Call(value["name"], problem=f'"arguments" is text that holds no JSON object: {error}')
     if not isinstance(arguments, dict):
         return Call(value["name"], problem='"arguments" must be an object')
     return Call(value["name"], arguments)

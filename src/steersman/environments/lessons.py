@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from steersman.run.terminal import say
 from steersman.run.untrusted import parse_json
 from steersman.types import SteersmanError
 
@@ -78,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     try:
         rows = episodes(args.run)
     except SteersmanError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return 2
     made = pairs(rows) if args.above is None else labels(rows, args.above)
     args.target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))

@@ -172,7 +172,7 @@ class Play:
             ) from error
         if game.talk is not None and game.turns:
             spoken = game.talk if game.talk.turns else game.earlier[-1]
-            spoken.paid(config.fault_reward if config.on_fault == "end" else 0.0, "")
+            spoken.add_feedback(config.fault_reward if config.on_fault == "end" else 0.0, "")
         if late:
             game.episode = None  # its thread still holds it
         self._end(game, f"fault at {what}", config.on_fault == "end")

@@ -22,8 +22,12 @@ def clean_text(text: str, limit: int) -> str:
 
 def reward_of(value: Any, where: str) -> float:
     """A reward as a float. Raises ValueError for None, NaN, infinity and what is no number."""
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, Real) or not math.isfinite(float(value)) or abs(float(value)) > 1e16:
-        raise ValueError(f"{where} gave the reward {value!r}; it must be a finite number")
-    return float(value)
+    if not isinstance(value, Real):
+        raise ValueError(f"{where} gave the reward {clean_text(repr(value), 80)}; it must be a finite number")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits, more than Python writes out
+        number = math.inf
+    if not abs(number) <= 1e16:
+        raise ValueError(f"{where} gave the reward {number:g}; it must be a finite number within 1e16")
+    return number

@@ -27,8 +27,8 @@ from steersman.grue.recipe import SUPERVISED, ZERO
 from steersman.grue.results import Move, Results, started_from
 from steersman.grue.statistics import Mean
 from steersman.grue.task import Task
-from steersman.run.charts import SERIES, line_chart
 from steersman.run.folder import write_atomic
+from steersman.run.report.charts import SERIES, line_chart
 
 READING = (
     "Changes against what a method started from (the start model, or the supervised one), paired by seed. `↑` and "

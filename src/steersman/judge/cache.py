@@ -13,7 +13,9 @@ from steersman.run.folder import saving
 from steersman.run.log import read_jsonl
 
 Reply = dict[str, Any]
-"""What a judge answered, as JSON: {"text", "tokens"} of one that writes, {"logp"} or {"score"} of the others."""
+"""What a judge answered, as JSON: {"text", "tokens"} of one that writes, {"logp", "tokens"} of one that weighs."""
+MOST_TOKENS = 10_000_000
+"""Tokens that one request and its reply can cost; who says more is not believed."""
 
 
 class ReplyCache:
@@ -28,7 +30,7 @@ class ReplyCache:
         if path is None:
             return
         for row in read_jsonl(path):
-            if isinstance(row.get("key"), str) and isinstance(row.get("reply"), dict) and _counts(row["reply"]):
+            if isinstance(row.get("key"), str) and isinstance(row.get("reply"), dict) and _usable(row["reply"]):
                 self.replies.setdefault(row["key"], row["reply"])
 
     def __contains__(self, key: str) -> bool:
@@ -60,10 +62,13 @@ class ReplyCache:
                 os.fsync(file.fileno())
 
 
-def _counts(reply: Reply) -> bool:
-    """Whether what the reply cost is a number that the budget can hold; older files may say anything."""
-    tokens = reply.get("tokens", 0)
-    return isinstance(tokens, int) and tokens >= 0
+def _usable(reply: Reply) -> bool:
+    """Whether the reply says something, at a cost that the budget can hold. Files may hold anything; what is passed
+    over is asked anew, where it would end every resumed run."""
+    tokens, logp = reply.get("tokens", 0), reply.get("logp")
+    weighs = isinstance(logp, dict) and len(logp) > 0 and all(type(x) is float for x in logp.values())
+    says = weighs if "logp" in reply else isinstance(reply.get("text"), str)
+    return says and type(tokens) is int and 0 <= tokens <= MOST_TOKENS
 
 
 def key_of(*parts: Any) -> str:

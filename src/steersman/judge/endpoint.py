@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import httpx2
 
 from steersman.data.examples import Content, user
-from steersman.judge.cache import Reply
+from steersman.judge.cache import MOST_TOKENS, Reply
 from steersman.judge.config import AddressConfig, EndpointConfig
 from steersman.run.untrusted import LONE_SURROGATE
 from steersman.types import SteersmanError
@@ -30,8 +30,6 @@ AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 FIRST_PAUSE = 0.5
 LARGEST_REPLY = 8 << 20
 """Bytes of one reply, unpacked; what is longer is no reply."""
-MOST_TOKENS = 10_000_000
-"""Tokens that one request and its reply can cost; who says more is not believed."""
 SHORTEST_SECRET = 6
 """Characters of a key that is looked for in what comes back; shorter ones are words such as "none" or "EMPTY"."""
 
@@ -178,7 +176,7 @@ class Caller(ABC, Generic[Q, R]):
 class Endpoint(Caller[Content, Reply]):
     """A judge behind /chat/completions: a text (a user's turn) or a conversation in, a reply and what it cost out."""
 
-    who, path, wanted = "judge", "/chat/completions", "chat completion"
+    who, path, expected_form = "judge", "/chat/completions", "chat completion"
 
     def __init__(self, config: EndpointConfig) -> None:
         super().__init__(config)

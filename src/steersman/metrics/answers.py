@@ -22,8 +22,9 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 LONGEST = 20_000
 """Characters at the end of a completion in which a final answer is looked for."""
-# A power of ten with four digits or more, in any of Python's spellings, or more digits than Python reads.
-_TOO_LARGE = re.compile(r"[\d.][eE][+-]?[0_]*[1-9][\d_]{3,}|\d{4000}")
+# A power of ten written with four digits or more (of any script: Python reads them all), or more digits than Python
+# reads.
+_TOO_LARGE = re.compile(r"[\d.][eE][+-]?[\d_]{4,}|\d{4000}")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 

@@ -93,7 +93,7 @@ def shape_from(config: Any, name: str) -> Shape:
     """The shape of a model of this config."""
     with torch.device("meta"):
         auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
-        model: Any = auto.from_config(config)
+        model: Any = auto.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
     names = set(model._no_split_modules or ())
     layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]

@@ -99,7 +99,7 @@ def _skeleton(model: Any, outputs: int) -> Any:
     config = copy.deepcopy(model.config)
     config.num_labels = outputs
     with torch.device("meta"):
-        found = hf.AutoModelForSequenceClassification.from_config(config)
+        found = hf.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     found.name_or_path = model.name_or_path
     return found
 

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from steersman.data import EncodedSet, Preference
+from steersman.data import Preference
 from steersman.loss.reward import centring, noisy_pairwise
 from steersman.model import BottleneckModel
 from steersman.objectives.batch import over_answers
-from steersman.objectives.reward_config import RewardModelConfig
 from steersman.objectives.reward_pairs import PairwiseReward
 from steersman.ops.distributions import nats_to_prior
 from steersman.types import Stats, Tokens
 
 
-class BottleneckReward(PairwiseReward):
+class BottleneckReward(PairwiseReward[BottleneckModel]):
     """The objective: per pair,
 
         E[-log sigma(w . (z_w - z_l))] + weight * (KL(q(z_w) || N(0, I)) + KL(q(z_l) || N(0, I))) / 2
@@ -25,19 +24,8 @@ class BottleneckReward(PairwiseReward):
     answer: how much the model reads out of it.
     """
 
-    def __init__(
-        self,
-        model: BottleneckModel,
-        train: EncodedSet[Preference],
-        held_out: EncodedSet[Preference] | None,
-        config: RewardModelConfig,
-        micro_tokens: int,
-    ) -> None:
-        super().__init__(model, train, held_out, config, micro_tokens)
-        self.bottleneck = model
-
     def per_pair(self, tokens: Tokens, examples: Sequence[Preference]) -> tuple[Tensor, Tensor]:
-        model, config = self.bottleneck, self.config
+        model, config = self.module, self.config
         mean, log_variance = model.latents(tokens)
         chosen, rejected = model.decoded(mean).chunk(2)
         spread = (log_variance.exp() * model.decoder.weight**2).sum(-1).chunk(2)
@@ -51,5 +39,5 @@ class BottleneckReward(PairwiseReward):
         seen, held = super().evaluate(), self.held_out
         if held is None:
             return seen
-        nats = over_answers(held.groups, self.micro, lambda tokens: nats_to_prior(*self.bottleneck.latents(tokens)))
+        nats = over_answers(held.groups, self.micro, lambda tokens: nats_to_prior(*self.module.latents(tokens)))
         return seen | {"held_out/nats": float(nats.mean())}

@@ -17,7 +17,7 @@ from steersman.train.tally import Tally
 from steersman.types import Stats, send
 
 
-class EnsembleReward(PairwiseReward):
+class EnsembleReward(PairwiseReward[EnsembleModel]):
     """The objective: the mean over heads of the Bradley-Terry loss, each pair counted for a head as often as a draw
     with replacement would have it: a Poisson number of mean 1, drawn once per pair and head.
 
@@ -35,7 +35,6 @@ class EnsembleReward(PairwiseReward):
         generator: torch.Generator,
     ) -> None:
         super().__init__(model, train, held_out, config, micro_tokens)
-        self.ensemble = model
         self.drawn = torch.poisson(torch.ones(len(train.groups), config.heads), generator=generator)
 
     def _weights(self, rows: Sequence[int]) -> Tensor:
@@ -47,7 +46,7 @@ class EnsembleReward(PairwiseReward):
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         tokens = collate_pairs([self.train.groups[i] for i in rows])
-        chosen, rejected = self.ensemble.outputs(tokens).chunk(2)
+        chosen, rejected = self.module.outputs(tokens).chunk(2)
         examples, heads = [self.train.examples[i] for i in rows], chosen.shape[1]
         margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
         agreement, weights = [e.agreement for e in examples], self._weights(rows)
@@ -66,5 +65,5 @@ class EnsembleReward(PairwiseReward):
         told, held = super().evaluate(), self.held_out
         if held is None:
             return told
-        heads = over_answers(held.groups, self.micro, self.ensemble.outputs).view(len(held.groups), 2, -1)
+        heads = over_answers(held.groups, self.micro, self.module.outputs).view(len(held.groups), 2, -1)
         return told | {"held_out/disagreement": float((heads[:, 0] - heads[:, 1]).std(-1, correction=0).mean())}

@@ -12,31 +12,20 @@ from steersman.data import EncodedSet, Preference
 from steersman.loss.reward import pairwise
 from steersman.model import GeneralPreferenceModel
 from steersman.objectives.batch import over_answers, right
-from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
+from steersman.objectives.reward_config import EvaluationConfig
 from steersman.objectives.reward_pairs import PairwiseReward, longer_lead, share
 from steersman.statistics.reward_report import Report, keys, pair_report, subsets
 from steersman.types import Stats, Tokens
 
 
-class GeneralPreferenceReward(PairwiseReward):
+class GeneralPreferenceReward(PairwiseReward[GeneralPreferenceModel]):
     """The objective: -log sigma(s(y_w, y_l)) with s the model's skew-symmetric lead.
 
     Source: arXiv 2410.02197. `train.centre` has no meaning here: there is no level to hold.
     """
 
-    def __init__(
-        self,
-        model: GeneralPreferenceModel,
-        train: EncodedSet[Preference],
-        held_out: EncodedSet[Preference] | None,
-        config: RewardModelConfig,
-        micro_tokens: int,
-    ) -> None:
-        super().__init__(model, train, held_out, config, micro_tokens)
-        self.general = model
-
     def per_pair(self, tokens: Tokens, examples: Sequence[Preference]) -> tuple[Tensor, Tensor]:
-        lead = self.general.leads(*self.general.outputs(tokens).chunk(2))
+        lead = self.module.leads(*self.module.outputs(tokens).chunk(2))
         target, margin = self.labels(examples, lead)
         return pairwise(lead, torch.zeros_like(lead), target=target, margin=margin), lead
 
@@ -71,5 +60,5 @@ class GeneralPreferenceReward(PairwiseReward):
         )
 
     def _leads(self, data: EncodedSet[Preference]) -> Tensor:
-        embedded = over_answers(data.groups, self.micro, self.general.outputs)
-        return self.general.leads(*embedded.view(len(data.groups), 2, -1).unbind(1))
+        embedded = over_answers(data.groups, self.micro, self.module.outputs)
+        return self.module.leads(*embedded.view(len(data.groups), 2, -1).unbind(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from steersman.statistics.reward_report import Report, keys, pair_report, rankin
 from steersman.train.tally import Tally
 from steersman.types import Stats, SteersmanError, Tokens, send
 
+M = TypeVar("M", bound=ScalarModel | AttributeModel)
 
-class PairwiseReward:
+
+class PairwiseReward(Generic[M]):
     """The objective: mean Bradley-Terry loss per pair, both answers in one forward."""
 
     def __init__(
         self,
-        model: ScalarModel | AttributeModel,
+        model: M,
         train: EncodedSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: RewardModelConfig,

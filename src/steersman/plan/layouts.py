@@ -39,7 +39,8 @@ HOST = 50e9
 class Role:
     """A model of the run: `trained` parameters of it learn. `own` is False where it has another's base. `added` are
     its adapters' parameters, in float32. `matrices` are the bytes of each parameter of the layers where these are
-    quantised, and not as `Work` says."""
+    quantised, and not as `Work` says. `away` is one that waits in the node's memory until it is read, where every
+    device holds whole models."""
 
     name: str
     shape: Shape
@@ -47,6 +48,7 @@ class Role:
     own: bool = True
     added: int = 0
     matrices: float | None = None
+    away: bool = False
 
     def weights(self, number: int) -> float:
         """Bytes of its weights, those of another's base left out."""
@@ -181,7 +183,7 @@ def _others(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
 def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     held = {}
     for role in roles:
-        if layout.scorers and not role.trained:
+        if (layout.scorers and not role.trained) or (role.away and layout.shards == 1):
             continue
         held[role.name] = (role.weights(work.weight) + role.trained * work.optimizer_bytes) / layout.shards
     actor = roles[0].shape
@@ -214,9 +216,15 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         here = -(-work.samples // (there.count - layout.scorers))
         whole = actor.parameters * work.compute if layout.shards > 1 else 0
         sampling = whole + actor.cache(work.prompt + work.new, work.compute) * here
-    held["activations, or cache and whole weights while sampling"] = max(activations, sampling)
+    come = waiting(layout, roles, work)
+    held["activations, or cache and whole weights while sampling"] = max(activations, sampling, *come)
     held["process"] = there.device.process
     return held
+
+
+def waiting(layout: Layout, roles: list[Role], work: Work) -> list[float]:
+    """Bytes of each model that comes to a device for its phase only, while nothing is sampled or updated."""
+    return [role.weights(work.weight) for role in roles if role.away and layout.shards == 1]
 
 
 def backward(trained: Shape, roles: list[Role], micro: int, work: Work) -> float:
@@ -260,6 +268,8 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         found["move weights"] = actor.parameters * work.compute / there.link(through)
     if layout.offloaded:
         found["move models"] = moved_between_phases(roles, work) / layout.shards / HOST
+    elif come := waiting(layout, roles, work):
+        found["move models"] = sum(come) / HOST
     return found
 
 
@@ -270,28 +280,3 @@ def moved_between_phases(roles: list[Role], work: Work) -> float:
         2 * (role.weights(work.weight) + role.trained * work.optimizer_bytes) for role in roles if role.trained
     )
     return learning + sum(role.weights(work.weight) for role in roles if not role.trained)
-
-
-def routes(verdict: Verdict, roles: list[Role], work: Work, there: Cluster) -> list[str]:
-    """How weights travel between the phases, with the arithmetic: from where to where, bytes over what, seconds."""
-    layout, actor, found = verdict.layout, roles[0].shape, []
-    whole = actor.parameters * work.compute
-    if "move weights" in verdict.seconds:
-        through = there.count if layout.generators else layout.shards
-        way = (
-            f"from {layout.shards} pieces to each of {layout.generators} devices that sample"
-            if layout.generators else f"put together on each device from {layout.shards} pieces, before sampling"
-        )  # fmt: skip
-        found.append(
-            f"actor's weights {way}: {whole / 1e9:.2f} GB / {there.link(through) / 1e9:.0f} GB/s = "
-            f"{verdict.seconds['move weights']:.2f} s"
-        )
-        if roles[0].added:
-            found.append(f"with rollout.sync: adapter its adapters alone: {roles[0].added * 4 / 1e9:.3f} GB")
-    if layout.offloaded:
-        moved = moved_between_phases(roles, work)
-        found.append(
-            f"models to the node's memory and back: {moved / 1e9:.1f} GB / {layout.shards} devices / "
-            f"{HOST / 1e9:.0f} GB/s = {verdict.seconds['move models']:.2f} s"
-        )
-    return found or ["no weights move between phases: every device that samples holds what it trains"]

@@ -14,7 +14,7 @@ from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
@@ -65,6 +65,11 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         description="base: actor, critic and reward models saved as adapters are adapters on one frozen base "
         "(needs model.lora); none: every model has weights of its own",
     )
+    offload: bool = Field(
+        default=False,
+        description="reference and reward models wait in the CPU's memory and are on the device only while they are "
+        "read; an iteration takes the time to copy each of them once",
+    )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
     curriculum: CurriculumConfig | None = Field(
         default=None, description="draw prompts by how often they are solved; null: all alike, each once an epoch"
@@ -99,6 +104,7 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         self._critic_fits()
         self._rollout_fits()
         self._devices_fit()
+        self._offload_fits()
         return self
 
     def _method_fits(self) -> None:
@@ -158,6 +164,31 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 f"parallel.mode fsdp: {algorithm.title} needs second derivatives, which sharded layers do not give; "
                 "use mode: replicas"
             )
+
+    def _offload_fits(self) -> None:
+        """What can not wait in the CPU's memory."""
+        if not self.offload:
+            return
+        if self.parallel.mode == "fsdp":
+            raise ValueError(
+                "offload moves whole models; in parallel.mode fsdp give parallel.offload: true, which keeps the "
+                "pieces of every model in the CPU's memory, or use mode: replicas"
+            )
+        if self.share == "base":
+            raise ValueError(
+                "offload: with share: base no frozen model has weights of its own; remove one of the two"
+            )
+        if self.model.quantise != "none":
+            raise ValueError("offload: quantised weights stay on the device; remove model.quantise, or offload")
+        if self.rollout.ahead:
+            raise ValueError(
+                "offload: with rollout.ahead rewards are computed while the policy trains, so their models are never "
+                "idle; use rollout.ahead: 0, or remove offload"
+            )
+        judged = any(part.model is not None for part in self.reward.parts.values())
+        separate = self.reference != "none" and (self.reference != "start" or self.model.lora is None)
+        if not judged and not separate:
+            raise ValueError("offload: there is no reference of its own and no reward model to move; remove it")
 
     def _prompts_fit(self) -> None:
         """What drawing prompts by difficulty refuses, and an early stop."""

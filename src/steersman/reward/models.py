@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from steersman.model import GENERAL, AttributeModel, ScalarModel, step_ends
+from steersman.model import GENERAL, AttributeModel, ScalarModel, at_hand, step_ends
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
@@ -155,7 +155,8 @@ class ModelReward:
 
     def _over(self, tokens: Tokens, run: Callable[[Tokens], Tensor], width: int | None = None) -> Tensor:
         """`run` on the batch, whose rows are shared out over the ranks."""
-        return over_rows(tokens, self.model.max_tokens or 8192, run, width)
+        with at_hand(self.model):
+            return over_rows(tokens, self.model.max_tokens or 8192, run, width)
 
     def _by_steps(self, samples: Sequence[Sample], tokens: Tokens) -> Scores:
         """Probabilities at the ends of steps; where the two tokenizers end them, in the order of the text."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, random states, and stopping at the end of a step."""
+"""Checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
-import signal
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,66 +248,3 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=run, daemon=True, name="checkpoint").start()
     return future
-
-
-def rng_state() -> dict[str, Any]:
-    """The global random states of Python, NumPy and torch (CPU, and each CUDA device in use)."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` gave; CUDA states only as far as there are devices."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, device)
-
-
-class StopRequest:
-    """While open, the first SIGTERM, SIGHUP or Ctrl-C only sets `signal_name`: the loop ends its step and saves.
-
-    A second Ctrl-C raises KeyboardInterrupt at once. A process that was started to ignore SIGHUP (`nohup`) goes on
-    ignoring it. Outside the main thread Python takes no signals, and this
-    does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
-
-    def __enter__(self) -> StopRequest:
-        try:
-            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            for number in (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))):
-                self._before[number] = signal.signal(number, self._handle)
-        except ValueError:
-            self._before = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal_name is None:
-            self.signal_name = signal.Signals(number).name
-            # The print machinery may be in the middle of a line; a bare write is safe in a handler.
-            text = f"\n{self.signal_name}: finishing this step and saving; Ctrl-C (again) aborts at once\n"
-            if ranks().main:
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

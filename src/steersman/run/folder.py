@@ -2,7 +2,7 @@
 
     config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, health.jsonl   (run/log.py)
     inputs.json    digests of data and models   (run/inputs.py)
-    checkpoints/   (run/checkpoint.py)          summary.json, report.html                    (run/report.py)
+    checkpoints/   (run/checkpoint.py)          summary.json, report.html                    (run/report/page.py)
 
 A file or folder that is being written has a name that starts with `.tmp-` until it is whole; then it is renamed.
 """

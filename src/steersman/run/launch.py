@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 from steersman.run.config import Section, dump_recipe
 from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import MissingRankError, join_ranks
+from steersman.run.terminal import say
 from steersman.types import SteersmanError
 
 FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
@@ -124,6 +125,12 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
+def passed_on() -> list[signal.Signals]:
+    """The signals that a starter passes on to its ranks: those that this process was not started to ignore."""
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextmanager
 def _signals_to(pids: list[int]) -> Iterator[None]:
     """The first signal goes to every rank, which ends its step and saves; a second Ctrl-C ends them at once."""
@@ -140,8 +147,7 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    wanted = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in wanted}
+    before = {number: signal.signal(number, forward) for number in passed_on()}
     try:
         yield
     except KeyboardInterrupt:
@@ -166,7 +172,7 @@ def _error(folder: Path, codes: dict[int, int]) -> Exception:
         return SteersmanError(f"rank {rank} ended with exit code {code} and without a word, so all were ended")
     first = next((word for word in left if word["own"]), left[0])
     if first["crash"]:
-        print(first["text"], file=sys.stderr)
+        say(first["text"])
         return RuntimeError(f"rank {first['rank']} failed; its traceback stands above")
     return SteersmanError(first["text"])
 

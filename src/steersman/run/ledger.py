@@ -17,13 +17,13 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from steersman.run.checkpoint import StopRequest
 from steersman.run.folder import open_folder, write_atomic
 from steersman.run.log import Log, NoLog, read_jsonl
 from steersman.run.ranks import ranks
-from steersman.run.report import write_report
+from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
 from steersman.run.seed import seed_everything
+from steersman.run.stop_request import StopRequest
 from steersman.types import Stats
 
 Rows = list[dict[str, Any]]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from steersman.run.folder import saving, write_atomic
-from steersman.run.health import Finding
+from steersman.run.health.watch import Finding
 from steersman.run.sinks import open_sink
 from steersman.run.terminal import printable
 from steersman.types import Stats

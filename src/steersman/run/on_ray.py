@@ -24,6 +24,7 @@ from typing import Any
 from steersman.run import launch
 from steersman.run.config import Section, dump_recipe
 from steersman.run.ray_cluster import HERE, PLACED_IN, connected
+from steersman.run.terminal import say
 from steersman.types import SteersmanError
 
 RESTARTS = 3
@@ -93,7 +94,7 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
                 left = [json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("error-*.json")]
             if any(word["own"] for word in left) or attempt == RESTARTS:
                 raise error
-            print(f"steersman: {error}. Started again, {attempt + 1} of at most {RESTARTS} times", file=sys.stderr)
+            say(f"steersman: {error}. Started again, {attempt + 1} of at most {RESTARTS} times")
             resume = True
     raise AssertionError("unreachable")
 
@@ -177,7 +178,7 @@ def _signals_to(ranks: Sequence[Any]) -> Iterator[None]:
         for one in ranks:
             one.signal.remote(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in launch.passed_on()}
     try:
         yield
     finally:

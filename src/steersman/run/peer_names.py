@@ -13,11 +13,14 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "lr_scheduler_type": (("optimizer.schedule",), "constant, linear or cosine"),
     "warmup_ratio": (("optimizer.warmup",), "a share of the updates"),
     "warmup_steps": (("optimizer.warmup",), "see its help for shares and counts"),
+    "warmup_num_steps": (("optimizer.warmup",), "see its help for shares and counts"),
     "weight_decay": (("optimizer.weight_decay",), ""),
     "adam_beta1": (("optimizer.beta1",), ""),
     "adam_beta2": (("optimizer.beta2",), ""),
     "adam_epsilon": (("optimizer.eps",), ""),
     "max_grad_norm": (("optimizer.max_grad_norm",), ""),
+    "gradient_clipping": (("optimizer.max_grad_norm",), ""),
+    "num_epochs": (("train.epochs", "iterations", "rounds"), "passes: of on-policy verbs through the loop"),
     "num_train_epochs": (
         ("train.epochs", "iterations", "rounds"),
         "passes: of on-policy verbs through the loop",
@@ -49,22 +52,30 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "pref_beta": (("loss.beta", "loss.settings.beta"), ""),
     "loss_type": (("loss.name", "train.loss"), ""),
     "pref_loss": (("loss.name",), ""),
+    "label_smoothing": (("loss.settings.label_smoothing",), ""),
+    "rpo_alpha": (("loss.nll",), "weight of the chosen answer's likelihood"),
+    "pref_ftx": (("loss.nll",), "weight of the chosen answer's likelihood"),
     "epsilon": (("algorithm.clip_low",), "and algorithm.clip_high"),
     "epsilon_high": (("algorithm.clip_high",), ""),
     "cliprange": (("algorithm.clip_low",), "and algorithm.clip_high"),
+    "cliprange_value": (("critic.value_clip",), ""),
     "vf_coef": (("critic.vf_coef",), ""),
+    "whiten_rewards": (("reward.whiten",), ""),
     "num_ppo_epochs": (("algorithm.epochs",), ""),
     "num_iterations": (("algorithm.epochs",), "passes over the samples of one iteration"),
     "num_mini_batches": (("algorithm.minibatches",), ""),
     "output_dir": (("run.dir",), ""),
     "model_name_or_path": (("model.path",), ""),
     "model": (("model.path",), ""),
+    "model_name": (("model.path",), ""),
+    "sft_model_path": (("model.path",), ""),
     "adapter_name_or_path": (("model.path",), "a folder of adapters loads on the model that it names"),
     "ref_model": (("reference",), ""),
     "reward_model_path": (("reward.parts",), "such as '{score: {model: PATH}}'"),
     "reward_funcs": (("reward.parts",), "such as '{score: {function: my_rewards.py:score}}'"),
     "dataset_name": (("data.path",), ""),
     "dataset": (("data.path",), ""),
+    "train_file": (("data.path",), ""),
     "dataset_config": (("data.subset",), ""),
     "dataset_train_split": (("data.hub_split",), ""),
     "max_samples": (("data.limit",), ""),
@@ -121,7 +132,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Their name: the keys that may stand for it here, the first that a verb has, and what to know about it."""
 
-FREE = {"loss.settings.beta": "loss.settings"}
+FREE = {"loss.settings.beta": "loss.settings", "loss.settings.label_smoothing": "loss.settings"}
 """Keys inside a mapping that no recipe class lists: the mapping that they are in."""
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+import traceback
+from types import TracebackType
 
 # C0 but tab and line feed, DEL, C1, the marks that turn the direction of writing, line and paragraph separators,
 # and halves of surrogate pairs, which no terminal's encoding takes.
@@ -16,3 +19,13 @@ def printable(text: str) -> str:
     around it. Line ends and tabs stay; CR LF is a line end.
     """
     return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def say(text: str) -> None:
+    """A line on standard error, `printable`: what any text that was not written here goes through."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In the place of `sys.excepthook`: the traceback, `printable`, because errors quote what they failed on."""
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))

@@ -15,6 +15,7 @@ from steersman.advantage.group import no_signal
 from steersman.advantage.returns import values
 from steersman.loss.correction import effective_sample_size
 from steersman.loss.value import explained_variance
+from steersman.model import at_hand
 from steersman.ops.masked import masked_mean, masked_sum
 from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
@@ -143,7 +144,8 @@ class OnPolicy:
         logp_old = rows.join(self._logp(roles.policy, read), T) if recipe.rollout.recompute_logp else None
         logp_ref = None
         if roles.reference is not None:
-            logp_ref = rows.join(self._logp(roles.reference, read.untruncated()), T)
+            with at_hand(roles.reference.separate):
+                logp_ref = rows.join(self._logp(roles.reference, read.untruncated()), T)
         traj = trajectory(
             samples, tokens, score.to(like), self.algorithm, self.coefficients.beta.coef,
             logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,

@@ -11,7 +11,7 @@ import torch
 
 from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
-from steersman.model import Policy, SharedBase, SharedCritic, as_local_shards, place_head, whole_weights
+from steersman.model import Policy, SharedBase, SharedCritic, as_local_shards, keep_away, place_head, whole_weights
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
@@ -54,6 +54,13 @@ class Roles:
         sampling = self.sampling.as_greedy() if greedy else self.sampling
         with whole_weights(self.policy), nullcontext() if self.mask is None else whole_weights(self.mask):
             return sample_on_all_ranks(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
+
+    def frozen(self) -> list[torch.nn.Module]:
+        """Models of weights of their own that do not learn and are read in one phase only: reference and reward
+        models."""
+        reference = None if self.reference is None else self.reference.separate
+        judges = [part.model for _, part in self.reward.parts.values()]
+        return [model for model in (reference, *judges) if model is not None]
 
     def refresh(self, iteration: int) -> None:
         """Copies the actor into the masking policy when it is due."""
@@ -141,6 +148,9 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         mask, environment,
     )  # fmt: skip
     roles.refresh(0)
+    if recipe.offload:
+        for model in roles.frozen():
+            keep_away(model)
     return roles
 
 

@@ -12,17 +12,18 @@ from typing import Any, Protocol
 import torch
 
 from steersman.ops.text import text_stats
-from steersman.run.card import write_card
-from steersman.run.checkpoint import Checkpoint, Checkpointer, StopRequest, rng_state, set_rng_state
+from steersman.run.checkpoint import Checkpoint, Checkpointer
 from steersman.run.folder import open_folder, write_atomic
-from steersman.run.health import Finding, HealthWatch
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.limits import HealthConfig
+from steersman.run.health.watch import Finding, HealthWatch
 from steersman.run.log import Log, NoLog, read_jsonl
 from steersman.run.pieces import named_shard
 from steersman.run.ranks import ranks
-from steersman.run.report import write_report
+from steersman.run.report.card import write_card
+from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
-from steersman.run.seed import seed_everything
+from steersman.run.seed import rng_state, seed_everything, set_rng_state
+from steersman.run.stop_request import StopRequest
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
 

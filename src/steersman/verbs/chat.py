@@ -23,6 +23,7 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.run.terminal import printable
+from steersman.run.untrusted import LONE_SURROGATE
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 
@@ -63,14 +64,17 @@ def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Talks until the input ends; returns how many answers were given."""
     policy = policy_from(recipe.model, recipe.run, device_of(recipe.run), trainable=False)
     chat = Chat(policy, recipe)
-    print(f"{recipe.model.path}, laid out by {chat.layout.template.sentence}. /help lists the commands.")
+    print(printable(f"{recipe.model.path}, laid out by {chat.layout.template.sentence}. /help lists the commands."))
     with suppress(ImportError):
         import readline  # noqa: F401  # its import gives input() a history and editing
     while True:
         try:
-            line = input("> ")
+            line = LONE_SURROGATE.sub("\ufffd", input("> "))  # what bytes become that are no text of the terminal's
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
+            continue
+        except UnicodeDecodeError as error:
+            print(f"(the terminal sent bytes that are not {error.encoding}; say it again)")
             continue
         except EOFError:
             print()
@@ -78,9 +82,9 @@ def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
         if line.strip() in ("/quit", "/exit"):
             return {"answers": chat.answers}
         try:
-            print(chat.command(line)) if line.startswith("/") else chat.say(line)
+            print(printable(chat.command(line))) if line.startswith("/") else chat.say(line)
         except SteersmanError as error:
-            print(f"({error})")
+            print(printable(f"({error})"))
 
 
 class Chat:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import ranks
 from steersman.run.recipe_text import load_yaml
 from steersman.run.run_config import ManyRunConfig
-from steersman.run.terminal import printable
+from steersman.run.terminal import printable, say
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
 
@@ -136,7 +135,7 @@ def _keep(recipe: EvaluateRecipe, samples: list[Sample]) -> str | None:
     beside = None if recipe.out is None else str(Path(recipe.out).with_suffix(".completions.jsonl"))
     kept = recipe.generate.out or beside
     if kept is None:
-        print("the answers are not kept; --generate.out FILE.jsonl keeps them", file=sys.stderr)
+        say("the answers are not kept; --generate.out FILE.jsonl keeps them")
     else:
         write_samples(samples, Path(kept))
     return kept

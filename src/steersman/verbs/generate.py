@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from steersman.run.folder import write_atomic
 from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import ranks
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
-from steersman.run.terminal import printable
+from steersman.run.terminal import printable, say
 from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Sample
@@ -83,8 +82,7 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     config = recipe.data or DataConfig(path="--prompts", wrap_in_chat=recipe.wrap_in_chat)
     if config.wrap_in_chat is None and wraps(policy.tokenizer, config):
         off = "data.wrap_in_chat" if recipe.data else "wrap_in_chat"
-        print(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)",
-              file=sys.stderr)  # fmt: skip
+        say(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)")
     rows = (
         prompts(config).train
         if recipe.data

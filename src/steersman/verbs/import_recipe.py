@@ -18,6 +18,7 @@ from steersman.loss.offline import LOSSES
 from steersman.run.config import Section, walk_keys
 from steersman.run.folder import write_atomic
 from steersman.run.peer_names import FREE, PEERS
+from steersman.run.recipe_text import load_yaml
 from steersman.types import SteersmanError
 from steersman.verbs.feedback import RECIPES as FEEDBACK
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
@@ -90,7 +91,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise SteersmanError(f"{path}: larger than a megabyte, so it is no file of settings")
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml", ".json"):
-            found = yaml.safe_load(text)
+            found = load_yaml(text)
             if not isinstance(found, dict):
                 raise SteersmanError(f"{path}: holds no settings (name: value)")
             return {str(key).replace("-", "_"): value for key, value in found.items()}
@@ -125,7 +126,7 @@ def translate_settings(settings: dict[str, Any], verb: str) -> tuple[dict[str, A
             continue
         if name in SWITCHES:
             ours, meant = SWITCHES[name]
-            if value is True or str(value).lower() == "true":
+            if str(value).lower() in ("true", "yes", "on"):
                 keys.setdefault(ours, meant)
             continue
         candidates, note = PEERS.get(name, ((), ""))
@@ -197,7 +198,7 @@ def _command(words: list[str]) -> dict[str, Any]:
         name, equals, value = word[2:].partition("=")
         after = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else None
         raw = value if equals else after
-        found[name.rsplit(".", 1)[-1].replace("-", "_")] = True if raw is None else yaml.safe_load(raw)
+        found[name.rsplit(".", 1)[-1].replace("-", "_")] = True if raw is None else load_yaml(raw)
     return found
 
 

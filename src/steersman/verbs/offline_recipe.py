@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from steersman.data import DataConfig
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.config import Section
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.train.held_prompts import SamplesConfig

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, cluster
-from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, routes, weigh
+from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
+from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
 from steersman.recipe.on_policy import OnPolicyRecipe
 from steersman.run.config import Section, load_recipe
@@ -101,9 +102,9 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     if recipe.algorithm.critic and (recipe.critic is None or recipe.critic.init != "shared"):
         found.append(Role("critic", shape.scalar(), **head, own=recipe.share != "base"))
     if recipe.reference != "none":
-        found.append(Role("reference", shape, own=lora is None))
+        found.append(Role("reference", shape, own=lora is None, away=recipe.offload and lora is None))
     found += [
-        Role(f"reward {name}", shape_of(size or part.model).scalar())
+        Role(f"reward {name}", shape_of(size or part.model).scalar(), away=recipe.offload)
         for name, part in recipe.reward.parts.items()
         if part.model is not None
     ]

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from steersman.run.card import write_card
 from steersman.run.config import Section
 from steersman.run.preflight import size
+from steersman.run.report.card import write_card
 from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 

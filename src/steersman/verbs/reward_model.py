@@ -42,12 +42,12 @@ from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
-from steersman.run.calibration import calibration_png
 from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
+from steersman.run.report.calibration import calibration_png
 from steersman.run.run_config import ManyRunConfig
 from steersman.run.seed import stream
 from steersman.setup.models import context_length, reward_from, save_model, scalar_from

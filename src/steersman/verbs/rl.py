@@ -12,7 +12,7 @@ from steersman import native
 from steersman.data import Batches, Mixture, encode_prompts, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
-from steersman.model import Policy
+from steersman.model import Policy, at_hand
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
 from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
@@ -135,7 +135,8 @@ class HeldOut:
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
         stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
         if roles.reference is not None:
-            stats |= self._distance(roles.reference, samples)
+            with at_hand(roles.reference.separate):
+                stats |= self._distance(roles.reference, samples)
         stop = self.recipe.stop
         if stop is not None and stats.get("held_out/kl", 0.0) <= (stop.max_kl or math.inf):
             stats["held_out/judge"] = stats[f"held_out/reward/{stop.judge}"]
@@ -243,10 +244,11 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     reference = None if roles.reference is None else roles.reference.separate
     if reference is not None:
-        found.append(Model("reference", reference.model, reference.model.name_or_path))
+        found.append(Model("reference", reference.model, reference.model.name_or_path, away=recipe.offload))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
-            found.append(Model(f"reward {name}", part.model.model, part.model.model.name_or_path))
+            judge = part.model.model
+            found.append(Model(f"reward {name}", judge, judge.name_or_path, away=recipe.offload))
     if roles.mask is not None:
         found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found

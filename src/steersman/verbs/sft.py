@@ -9,7 +9,7 @@ from pydantic import model_validator
 from steersman.data import LargeDataConfig, layout, training
 from steersman.objectives.supervised import SFT
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.limits import HealthConfig
 from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.run.run_config import ManyRunConfig

@@ -12,11 +12,11 @@ from letter_models import write_jsonl
 from steersman.data import DataConfig
 from steersman.data.load import demonstrations, feedback, preferences
 from steersman.people.agreement import kappa
-from steersman.people.evaluation import guard_metrics, human_metrics
 from steersman.people.filters import FilterConfig, sift
-from steersman.people.gates import Gate, check
 from steersman.people.judgements import Judgement
-from steersman.people.lessons import MixConfig, is_held_out, lessons, mix_rows
+from steersman.people.wheel.evaluation import guard_metrics, human_metrics
+from steersman.people.wheel.gates import Gate, check
+from steersman.people.wheel.lessons import MixConfig, is_held_out, lessons, mix_rows
 from steersman.statistics.estimates import Estimate
 
 

@@ -16,10 +16,10 @@ from letter_models import rows_of
 
 from steersman.data import Row
 from steersman.people.judgements import judgement
-from steersman.people.lessons import is_held_out
 from steersman.people.serving import read_serving
-from steersman.people.wheel import run
-from steersman.people.wheel_recipe import WheelRecipe
+from steersman.people.wheel.lessons import is_held_out
+from steersman.people.wheel.recipe import WheelRecipe
+from steersman.people.wheel.run import run
 from steersman.run.ledger import Ledger, StoppedError
 from steersman.types import SteersmanError
 

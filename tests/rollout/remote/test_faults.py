@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -165,6 +166,41 @@ def test_a_server_out_of_memory_says_so_and_goes_on(error):
     assert len(answers) == 2
     server.close()
     http.shutdown()
+
+
+def dripping(head: bytes, piece: bytes) -> str:
+    """The address of a server that sends the head of a reply, and then a piece every 50 ms for as long as it can."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with listener, listener.accept()[0] as one, contextlib.suppress(OSError):
+            one.recv(65536)
+            one.sendall(head)
+            while True:
+                one.sendall(piece)
+                time.sleep(0.05)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+OPEN_END = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
+
+
+def test_a_server_that_drips_does_not_hold_the_run():
+    """Each byte comes in time; the reply never does."""
+    server = Server(dripping(OPEN_END, b" "), 0.5)
+    with pytest.raises(ServerGoneError, match=r"took /version and gave no answer within 0.5 seconds"):
+        server.get("/version")
+    server.close()
+
+
+def test_a_reply_without_end_is_cut(monkeypatch):
+    monkeypatch.setattr("steersman.rollout.remote.wire.LARGEST_REPLY", 1 << 20)
+    server = Server(dripping(OPEN_END, b"[" * 65536), 30.0)
+    with pytest.raises(BadReplyError, match="more than 1 MiB"):
+        server.get("/version")
+    server.close()
 
 
 def test_a_server_that_is_not_there_is_named():

@@ -10,15 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ENGINES
 from letter_models import LETTERS, letters
 from remote_kit import ENDS, asked, make_policy, move, opened
 
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.rollout.remote import ReceiptError, ServerSettings, open_process, snapshot
+from steersman.rollout.remote import ReceiptError, ServerSettings, launch, open_process, snapshot
 from steersman.types import Prompt, SteersmanError
 
 SAMPLING = Sampling(20)
+
+
+@pytest.fixture(autouse=True)
+def forked_engines(monkeypatch):
+    """An engine that a test starts imports nothing first; `running` is a new Python, as a user's is."""
+    monkeypatch.setattr(launch, "subprocess", ENGINES)
 
 
 def inside(policy: Policy, max_batch: int = 8) -> Engine:
@@ -388,7 +395,7 @@ def test_what_is_cut_goes_on_under_the_new_weights():
 @pytest.mark.slow
 def test_nothing_stays_behind():
     generator = opened(make_policy())
-    folder, pid = Path(generator._folder.name), generator.stations[0].launched.pid
+    folder, pid = generator._folder.path, generator.stations[0].launched.pid
     assert folder.is_dir()
     generator.close()
     assert not folder.exists()
@@ -408,5 +415,5 @@ def test_shared_memory_that_is_full_is_told_and_the_server_keeps_its_weights(run
     monkeypatch.setattr(snapshot, "save_file", full)
     with pytest.raises(SteersmanError, match="the disk is full"):
         generator.update_weights(21)
-    assert not list(Path(generator._folder.name).glob("weights-21*"))
+    assert not list(generator._folder.path.glob("weights-21*"))
     assert same(before, generator.generate(asked(), SAMPLING, seed=1))

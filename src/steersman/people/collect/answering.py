@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
@@ -14,6 +15,7 @@ import httpx2
 from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, layout
+from steersman.judge.endpoint import SHORTEST_SECRET
 from steersman.people.store.conversations import TurnText
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
@@ -21,6 +23,7 @@ from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.inputs import fingerprints
 from steersman.run.run_config import RunConfig
+from steersman.run.untrusted import LONE_SURROGATE
 from steersman.setup.generators import open_engine
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Prompt, SteersmanError
@@ -34,6 +37,8 @@ LONGEST_CHAT = 4096
 """Most tokens of a conversation that a model is asked to go on with."""
 LONGEST_WAIT = 300.0
 """Seconds after which nobody waits for an answer any more."""
+LARGEST_REPLY = 8 << 20
+"""Bytes of a reply of an address; what is longer is no answer."""
 
 
 class AnsweringModel(Section):
@@ -123,23 +128,41 @@ class RemoteModel:
     def __init__(self, model: AnsweringModel, sampling: AnsweringSampling) -> None:
         self.url = str(model.url).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.name, self.settings = model.name, sampling.model_dump()
-        key = os.environ.get(model.key_env, "").strip()
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = os.environ.get(model.key_env, "").strip()
+        # Unpacking would make a small reply a large one.
+        self.headers = {"accept-encoding": "identity"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
 
     def answer(self, messages: Messages, user: str) -> TurnText:
-        """The next turn. Raises SteersmanError, without the key, where no answer comes."""
+        """The next turn, as a store can keep it. Raises SteersmanError where no answer comes; the key is in
+        neither."""
         body: dict[str, Any] = {
             "model": self.name, "messages": messages, "max_tokens": self.settings["max_new_tokens"],
             "temperature": self.settings["temperature"], "top_p": self.settings["top_p"], "user": user,
         }  # fmt: skip
         begun = time.monotonic()
         try:
-            reply = httpx2.post(self.url, json=body, headers=self.headers, timeout=120.0)
-            told = reply.raise_for_status().json()
-            choice, name = told["choices"][0], str(told.get("model") or self.name)
-            text, finish = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
+            told = json.loads(self._exchanged(body, begun + LONGEST_WAIT))
+            choice, name = told["choices"][0], self._kept(str(told.get("model") or self.name))
+            text = self._kept(choice["message"]["content"] or "")
+            finish = self._kept(str(choice.get("finish_reason")))
         except httpx2.HTTPStatusError as error:
             raise SteersmanError(f"the model's address answers with status {error.response.status_code}") from None
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise SteersmanError(f"the model's address gives no chat completion ({type(error).__name__})") from None
         return TurnText(text.strip(), (name, ""), self.settings, finish[:20], time.monotonic() - begun)
+
+    def _exchanged(self, body: dict[str, Any], until: float) -> bytes:
+        """The body of the reply. Raises httpx2.HTTPError, also for one that goes on after `until` or is too long."""
+        raw = bytearray()
+        with httpx2.stream("POST", self.url, json=body, headers=self.headers, timeout=120.0) as reply:
+            reply.raise_for_status()
+            for piece in reply.iter_bytes():
+                raw += piece
+                if len(raw) > LARGEST_REPLY or time.monotonic() > until:
+                    raise httpx2.ReadTimeout("the reply goes on and on")
+        return bytes(raw)
+
+    def _kept(self, text: str) -> str:
+        """The text without a key that it echoes, and with U+FFFD for half surrogate pairs, which no store takes."""
+        text = LONE_SURROGATE.sub("\ufffd", text)
+        return text.replace(self.key, "[key]") if len(self.key) >= SHORTEST_SECRET else text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from steersman.rollout.remote.traffic import Traffic, share_out
 from steersman.rollout.remote.wire import Reply, SampleRequest, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.rollout.text import Texts
+from steersman.run.terminal import say
 from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
 
 
@@ -205,7 +205,7 @@ class RemoteGenerator:
         if station.launched is not None or len(self.stations) == 1:
             raise error
         if not station.gone:
-            print(f"steersman: {error}. The other servers take its prompts", file=sys.stderr, flush=True)
+            say(f"steersman: {error}. The other servers take its prompts")
         station.gone, self._gone = True, error
 
     def _asked(self, first: PendingResponse, sampling: Sampling, n: int) -> SampleRequest:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +27,7 @@ from steersman.model.lora import adapter_state, load_lora, take_adapter_state
 from steersman.rollout.engine import Engine
 from steersman.rollout.remote.snapshot import ADAPTER, digest
 from steersman.rollout.sampling import Sampling
+from steersman.run.terminal import say
 from steersman.types import Prompt, Sample, SteersmanError
 
 
@@ -182,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
         except SteersmanError as error:
             self._send(400, {"error": str(error)})
         except (MemoryError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            say(f"{type(error).__name__}: {error}")
             self._send(500, {"error": f"{type(error).__name__}: {error}"})
 
     def _send(self, status: int, value: Any) -> None:
@@ -201,10 +201,12 @@ def fresh(folder: str, dtype: str, device: str) -> Policy:
     """The model of the folder, with any weights where it holds none."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     if (file := Path(folder) / "model.safetensors").exists():
         model.load_state_dict(load_file(file), strict=False)
-    return Policy(model.eval().to(device), AutoTokenizer.from_pretrained(folder)).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return Policy(model.eval().to(device), tokenizer).requires_grad_(False)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ The routes are vLLM's own: /inference/v1/generate (token ids in, token ids out),
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,16 +145,16 @@ class Server:
     def _ask(self, method: str, path: str, body: Any, timeout: float | None, text: bool = False) -> Any:
         limit = self.timeout if timeout is None else timeout
         try:
-            response = self._client.request(method, self.url + path, json=body, timeout=limit)
+            status, raw = self._exchanged(method, path, body, limit)
         except httpx2.TimeoutException as error:
             raise ServerGoneError(
                 self.message(f"it took {path} and gave no answer within {limit:g} seconds (rollout.timeout)")
             ) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise SteersmanError(self.message(f"no address that can be asked ({error}); see rollout.url")) from error
-        except httpx2.TransportError as error:
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise ServerGoneError(self.message(f"it can not be reached ({type(error).__name__}: {error})")) from error
-        if response.status_code == 404:
+        if status == 404:
             raise SteersmanError(
                 self.message(
                     f"it has no route {path.split('?')[0]}. vLLM 0.32 or newer has it, started with the environment "
@@ -161,14 +162,29 @@ class Server:
                     "--enable-lora); docs/how-to/vllm.md has the whole command"
                 )
             )
-        if response.status_code != 200:
-            told = self.message(f"status {response.status_code} of {path}: {_cut(response.text)}")
+        if status != 200:
+            told = self.message(f"status {status} of {path}: {_cut(raw.decode(errors='replace'))}")
             # vLLM's front answers for a while after the process behind it, which has the model, was killed
-            gone = response.status_code >= 500 and not self.healthy()
+            gone = status >= 500 and not self.healthy()
             raise ServerGoneError(told) if gone else SteersmanError(told)
-        if len(response.content) > LARGEST_REPLY:
+        if len(raw) > LARGEST_REPLY:
             raise BadReplyError(self.message(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
-        return None if text else self._read(path, response.content)
+        return None if text else self._read(path, raw)
+
+    def _exchanged(self, method: str, path: str, body: Any, limit: float) -> tuple[int, bytes]:
+        """Status and body, which is cut right behind LARGEST_REPLY bytes.
+
+        The limit is one of the whole exchange too: a server that sends a byte now and then does not extend it.
+        """
+        until, raw = time.monotonic() + limit, bytearray()
+        with self._client.stream(method, self.url + path, json=body, timeout=limit) as response:
+            for piece in response.iter_bytes():
+                raw += piece
+                if len(raw) > LARGEST_REPLY:
+                    break
+                if time.monotonic() > until:
+                    raise httpx2.ReadTimeout("the reply goes on and on")
+        return response.status_code, bytes(raw)
 
     def _read(self, path: str, raw: bytes) -> Any:
         if not raw.strip():

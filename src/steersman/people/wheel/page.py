@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from steersman.flywheel.players import text_of
-from steersman.people.wheel_recipe import LEARNS, WheelRecipe
+from steersman.people.wheel.recipe import LEARNS, WheelRecipe
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
-from steersman.run.report import charts
+from steersman.run.report.page import charts
 
 Rows = list[dict[str, Any]]
 SHOWN = 8
@@ -50,7 +50,7 @@ def write_page(folder: Path, recipe: WheelRecipe, summary: dict[str, Any]) -> Pa
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("steersman.people"), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("steersman.people.wheel"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     turns = [_turn(folder, n, recipe) for n in range(1, recipe.turns + 1) if (folder / f"round-{n:02d}").is_dir()]

@@ -8,8 +8,8 @@ from typing import Any
 
 from steersman.data import read_rows
 from steersman.people.judgements import Judgement
-from steersman.people.lessons import Kind, lessons, mix_rows
-from steersman.people.wheel_recipe import LEARNS, Stage, WheelRecipe
+from steersman.people.wheel.lessons import Kind, lessons, mix_rows
+from steersman.people.wheel.recipe import LEARNS, Stage, WheelRecipe
 from steersman.run.ledger import Ledger, Rows
 from steersman.verbs import feedback as thumbs
 from steersman.verbs import preference, reward_model, rl, sft

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from steersman.run.health_history import History
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.history import History
+from steersman.run.health.limits import HealthConfig
 
 
 def repetition(history: History, c: HealthConfig) -> str | None:

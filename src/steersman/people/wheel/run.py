@@ -23,16 +23,16 @@ from steersman.flywheel.players import text_of
 from steersman.model import load_tokenizer
 from steersman.people.experiments import Experiment, report
 from steersman.people.filters import sift
-from steersman.people.gates import check
 from steersman.people.judgements import Judgement, Judgements, judgement, plain
-from steersman.people.lessons import is_held_out
-from steersman.people.measuring import Measuring
 from steersman.people.outcomes import outcomes_of
 from steersman.people.serving import ServedModel, Serving
 from steersman.people.sources import open_judgements
-from steersman.people.training import Training
-from steersman.people.wheel_page import write_page
-from steersman.people.wheel_recipe import WheelRecipe
+from steersman.people.wheel.gates import check
+from steersman.people.wheel.lessons import is_held_out
+from steersman.people.wheel.measuring import Measuring
+from steersman.people.wheel.page import write_page
+from steersman.people.wheel.recipe import WheelRecipe
+from steersman.people.wheel.training import Training
 from steersman.run.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate
 from steersman.types import Stats

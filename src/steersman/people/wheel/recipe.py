@@ -12,8 +12,8 @@ from steersman.flywheel.feedback import KTOStage
 from steersman.judge import JudgeConfig
 from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
-from steersman.people.gates import Gate, standard_gates
-from steersman.people.lessons import Kind, MixConfig
+from steersman.people.wheel.gates import Gate, standard_gates
+from steersman.people.wheel.lessons import Kind, MixConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.run.config import Section
 from steersman.run.run_config import RunConfig

@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from steersman.run.charts import SERIES, Line, line_chart
 from steersman.run.extras import installed
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
+from steersman.run.recipe_text import load_yaml
+from steersman.run.report.charts import SERIES, Line, line_chart
 from steersman.types import SteersmanError
 
 # First part of a metric's name -> (title, what to look for). The order here is the order on the page.
@@ -84,12 +85,12 @@ def write_report(folder: Path) -> Path:
         (folder / name).exists() for name in ("metrics.jsonl", "summary.json", "samples.jsonl", "config.yaml")
     ):
         raise SteersmanError(f"run folder {folder}: it holds no run (no metrics, samples, summary or config)")
-    metrics, summary = read_jsonl(folder / "metrics.jsonl"), _summary(folder / "summary.json")
+    metrics, summary = _rows(folder / "metrics.jsonl"), _summary(folder / "summary.json")
     compared, single = summary_rows({k: v for k, v in summary.items() if k != "verb"})
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("steersman.run"), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("steersman.run.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     config = folder / "config.yaml"
@@ -102,10 +103,10 @@ def write_report(folder: Path) -> Path:
         setup=setup(config),
         compared=compared,
         single=single,
-        findings=findings(read_jsonl(folder / "health.jsonl")),
+        findings=findings(_rows(folder / "health.jsonl")),
         charts=charts(metrics),
         drawn=installed("matplotlib"),
-        pairs=sample_pairs(read_jsonl(folder / "samples.jsonl")),
+        pairs=sample_pairs(_rows(folder / "samples.jsonl")),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         show=_show,
     )
@@ -116,8 +117,8 @@ def write_report(folder: Path) -> Path:
 def setup(config: Path) -> list[tuple[str, str]]:
     """What was trained, on what and with which versions, as (name, text), from the run's config.yaml."""
     try:
-        told = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        told = load_yaml(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         told = None
     if not isinstance(told, dict):
         return []
@@ -222,6 +223,11 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(by_code.values(), key=lambda e: rank.get(e["severity"], 3))
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose step is a number that can be drawn; a run of somebody else's may hold others."""
+    return [row for row in read_jsonl(path) if type(row.get("step", 0)) is int and abs(row.get("step", 0)) < 2**53]
+
+
 def _rewards(row: Mapping[str, Any]) -> dict[str, float]:
     reward = row.get("reward", {})
     if not isinstance(reward, Mapping):
@@ -235,7 +241,7 @@ def _summary(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -256,7 +262,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

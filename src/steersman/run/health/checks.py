@@ -1,6 +1,6 @@
 """What the health watch looks for, and the limits from which it speaks.
 
-Each check is a pure function of the history (`health_history.History`) and the limits; it gives a
+Each check is a pure function of the history (`history.History`) and the limits; it gives a
 sentence with the numbers that it saw and what to do, or None. What it reads, where it is there:
 `reward/total`, `reward/<name>`, `kl` (nats per response), `entropy` (nats per token), `ratio_gap`
 (max |logp_train - logp_rollout|), `explained_variance`, `finish/length`, `finish/eos` (shares),
@@ -17,9 +17,9 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from steersman.run.health_history import History, Series, mean_or_nan
-from steersman.run.health_limits import HealthConfig
-from steersman.run.health_text import answers_alike, empty_answers, repetition, same_answer, same_phrase
+from steersman.run.health.history import History, Series, mean_or_nan
+from steersman.run.health.limits import HealthConfig
+from steersman.run.health.text import answers_alike, empty_answers, repetition, same_answer, same_phrase
 
 Severity = Literal["note", "warning", "stop"]
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steersman.ops.text import text_stats
-from steersman.run.health_checks import CHECKS, READ, Severity
-from steersman.run.health_history import History
-from steersman.run.health_limits import HealthConfig
+from steersman.run.health.checks import CHECKS, READ, Severity
+from steersman.run.health.history import History
+from steersman.run.health.limits import HealthConfig
 from steersman.types import Stats
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from steersman.run.folder import write_atomic
 from steersman.run.log import read_jsonl
+from steersman.run.recipe_text import load_yaml
 from steersman.run.terminal import printable
 
 TOLD = ("held_out/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
@@ -24,7 +25,7 @@ def write_card(run: Path) -> Path:
 
     The licence is the one that the base model's own card names; where none is named the card says so.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
     summary = _json(run / "summary.json")
     base = str(config.get("model", {}).get("path", ""))
     licence = _licence(Path(base))
@@ -81,8 +82,8 @@ def _licence(base: Path) -> str | None:
     """The licence in the front of the base's own card."""
     try:
         text = (base / "README.md").read_text(encoding="utf-8")[:100_000]
-        told = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
-    except (OSError, ValueError, IndexError, yaml.YAMLError, RecursionError):
+        told = load_yaml(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
         return None
     licence = told.get("license") if isinstance(told, dict) else None
     return printable(licence)[:60] if isinstance(licence, str) else None
@@ -96,5 +97,5 @@ def _plain(text: Any) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}

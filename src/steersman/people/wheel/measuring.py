@@ -11,10 +11,10 @@ import numpy as np
 from steersman.data import DataConfig, Query
 from steersman.flywheel.players import Player
 from steersman.judge import open_judge
-from steersman.people import evaluation
 from steersman.people.agreement import Agreement, agreement
 from steersman.people.judgements import Judgement
-from steersman.people.wheel_recipe import WheelRecipe
+from steersman.people.wheel import evaluation
+from steersman.people.wheel.recipe import WheelRecipe
 from steersman.run.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.types import SteersmanError

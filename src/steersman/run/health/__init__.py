@@ -1,0 +1,1 @@
+"""The health watch: a run's numbers, checked at every step."""

@@ -1,0 +1,1 @@
+"""What a run leaves to read: report.html, the model card, and their charts."""
