@@ -222,7 +222,7 @@ def test_progress(store):
     judge(store, of, ada, {"choice": 0})
     with store.read() as session:
         got = progress(session, session.get_one(Queue, of), ada)
-    assert (got.items, got.wanted, got.given, got.mine, got.open_to_me) == (3, 6, 1, 1, True)
+    assert (got.items, got.wanted, got.verdicts, got.own, got.open_to_me) == (3, 6, 1, 1, True)
 
 
 def test_an_item_is_stored_once_and_a_bad_one_is_refused(store):

@@ -84,7 +84,7 @@ def test_each_head_learns_of_its_own_draws_and_parts_add_up(asked):
     whole = made.loss(rows, denominator, Tally())
     parts = sum(made.loss([i], denominator, Tally()) for i in rows)
     torch.testing.assert_close(whole, parts)
-    model, total, weights = made.ensemble, 0.0, 0.0
+    model, total, weights = made.module, 0.0, 0.0
     for i in rows:
         pair = made.train.groups[i]
         tokens = Tokens.from_ids([e.prompt for e in pair], [e.response for e in pair])

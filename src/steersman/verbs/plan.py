@@ -117,7 +117,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,
-        "kept": optimizer_bytes(recipe.optimizer, weight if recipe.model.lora is None else 4),
+        "optimizer_bytes": optimizer_bytes(recipe.optimizer, weight if recipe.model.lora is None else 4),
         "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
