@@ -39,7 +39,7 @@ def is_rank(devices: int) -> bool:
 
 def on_this_rank(names: Sequence[str]) -> dict[str, Any]:
     """What a rank does: its share of every gradient; gives all of them, added up."""
-    with _launch().joined(ParallelConfig()):
+    with _launch().as_rank(ParallelConfig()):
         return {name: [x.tolist() for x in expected(ALGORITHMS[name]())] for name in names}
 
 
