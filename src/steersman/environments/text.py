@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from steersman.run.terminal import printable
-from steersman.run.untrusted import LONE_SURROGATE
+from steersman.run.untrusted import without_half_pairs
 
 
 def clean_text(text: str, limit: int) -> str:
@@ -16,7 +16,7 @@ def clean_text(text: str, limit: int) -> str:
     cut = len(text) - limit
     if cut > 0:
         text = text[:limit]
-    text = printable(LONE_SURROGATE.sub("\ufffd", text))
+    text = printable(without_half_pairs(text))
     return f"{text}... ({cut} characters left out)" if cut > 0 else text
 
 

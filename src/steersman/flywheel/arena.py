@@ -24,6 +24,7 @@ from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.objectives.preference import PairLossConfig
 from steersman.recipe.on_policy import CriticConfig
+from steersman.recipe.sections import RolloutConfig
 from steersman.run.config import Section
 from steersman.run.ledger import Ledger, Rows
 from steersman.train.offline import PackedOfflineConfig
@@ -62,6 +63,17 @@ class PPOStage(Section):
     algorithm: PPO = PPO()
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
+
+    def toward(self, reward_model: str, rollout: RolloutConfig, known_prompts: int) -> dict[str, Any]:
+        """What PPO's recipe has beside model and data: a reward model's folder or hub name as the reward, and as many
+        prompts an iteration as are known, or fewer."""
+        return {
+            "reward": {"parts": {"reward_model": {"model": reward_model}}, "normalise": True},
+            "rollout": rollout.model_dump()
+            | {"prompts": min(self.prompts, known_prompts), "samples": self.samples, "held_out": 0},
+            "algorithm": self.algorithm, "optimizer": self.optimizer, "critic": self.critic,
+            "iterations": self.iterations,
+        }  # fmt: skip
 
 
 class ArenaRecipe(LoopRecipe):
@@ -201,19 +213,16 @@ def _ppo(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles:
     rows, data = _decided(flywheel, recipe, name, battles)
     if not rows:
         return path, 0
-    ledger, config, rollout = flywheel.ledger, recipe.ppo, recipe.rollout
+    ledger, config = flywheel.ledger, recipe.ppo
     values = {"model": stage_model(recipe, path), "data": data}
     values |= {"train": config.reward_train, "optimizer": config.reward_optimizer}
     reward = ledger.stage(f"{name}/reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
     asked = ledger.table(f"{name}/prompts", lambda: [{"prompt": flywheel.train[i].prompt} for i in _places(battles)])
     values = {
-        "model": stage_model(recipe, path), "data": stage_data(recipe, str(ledger.path / f"{name}/prompts.jsonl")),
-        "reward": {"parts": {"reward_model": {"model": reward}}, "normalise": True},
-        "rollout": rollout.model_dump()
-        | {"prompts": min(config.prompts, len(asked)), "samples": config.samples, "held_out": 0},
-        "algorithm": config.algorithm, "optimizer": config.optimizer, "critic": config.critic,
-        "iterations": config.iterations,
-    }  # fmt: skip
+        "model": stage_model(recipe, path),
+        "data": stage_data(recipe, str(ledger.path / f"{name}/prompts.jsonl")),
+        **config.toward(reward, recipe.rollout, len(asked)),
+    }
     return ledger.stage(f"{name}/train", rl.run, RECIPES["ppo"].model_validate, values)["model"], len(rows)
 
 

@@ -19,7 +19,8 @@ import httpx2
 from steersman.data.examples import Content, user
 from steersman.judge.cache import MOST_TOKENS, Reply
 from steersman.judge.config import AddressConfig, EndpointConfig
-from steersman.run.untrusted import LONE_SURROGATE
+from steersman.run.reply import without_key
+from steersman.run.untrusted import without_half_pairs
 from steersman.types import SteersmanError
 
 Q = TypeVar("Q")
@@ -30,8 +31,6 @@ AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 FIRST_PAUSE = 0.5
 LARGEST_REPLY = 8 << 20
 """Bytes of one reply, unpacked; what is longer is no reply."""
-SHORTEST_SECRET = 6
-"""Characters of a key that is looked for in what comes back; shorter ones are words such as "none" or "EMPTY"."""
 
 
 class Caller(ABC, Generic[Q, R]):
@@ -160,9 +159,7 @@ class Caller(ABC, Generic[Q, R]):
         return repr(self._without_key(raw.decode(errors="replace"))[:limit])
 
     def _without_key(self, text: str) -> str:
-        """The text, in which a server that echoes the request's headers leaves no key."""
-        key = self._key()
-        return text.replace(key, "[key]") if len(key) >= SHORTEST_SECRET else text
+        return without_key(text, self._key())
 
     def _refused(self, status: int, raw: bytes) -> str:
         hint = ""
@@ -185,7 +182,7 @@ class Endpoint(Caller[Content, Reply]):
     def body(self, question: Content) -> dict[str, Any]:
         turns = user(question) if isinstance(question, str) else question
         return {
-            "messages": [{"role": m["role"], "content": _characters(m["content"])} for m in turns],
+            "messages": [{"role": m["role"], "content": without_half_pairs(m["content"])} for m in turns],
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
@@ -199,7 +196,7 @@ class Endpoint(Caller[Content, Reply]):
             return None
         if not isinstance(said, str | None):
             return None
-        said = self._without_key(_characters(said or ""))
+        said = self._without_key(without_half_pairs(said or ""))
         asked = question if isinstance(question, str) else " ".join(m["content"] for m in question)
         return {"text": said, "tokens": _tokens(body.get("usage"), asked, said)}
 
@@ -224,11 +221,6 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
                 if task is not None and not done.done():
                     loop.call_soon_threadsafe(task.cancel)
             raise
-
-
-def _characters(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which no file and no request takes."""
-    return LONE_SURROGATE.sub("\ufffd", text)
 
 
 def without_password(url: str) -> str:

@@ -53,6 +53,11 @@ class Parsed:
     suspect: bool
 
 
+def without_half_pairs(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair."""
+    return LONE_SURROGATE.sub("\ufffd", text)
+
+
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text; `where` (a file and line, a reply) begins the message of every fault.
 
@@ -108,7 +113,7 @@ def first_fault(value: Any) -> Fault | None:
                 f"a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is no character; "
                 "mend the text, or put U+FFFD in its place"
             )
-            return Fault("lone surrogate", problem, LONE_SURROGATE.sub("\ufffd", place))
+            return Fault("lone surrogate", problem, without_half_pairs(place))
     return None
 
 

@@ -23,7 +23,7 @@ from steersman.run.config import Section
 from steersman.run.folder import write_atomic
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.run.terminal import printable
-from steersman.run.untrusted import LONE_SURROGATE
+from steersman.run.untrusted import without_half_pairs
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 
@@ -69,7 +69,7 @@ def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
         import readline  # noqa: F401  # its import gives input() a history and editing
     while True:
         try:
-            line = LONE_SURROGATE.sub("\ufffd", input("> "))  # what bytes become that are no text of the terminal's
+            line = without_half_pairs(input("> "))  # what bytes become that are no text of the terminal's
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
             continue

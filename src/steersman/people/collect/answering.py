@@ -15,15 +15,15 @@ import httpx2
 from pydantic import Field, model_validator
 
 from steersman.data import DataConfig, layout
-from steersman.judge.endpoint import SHORTEST_SECRET
 from steersman.people.store.conversations import TurnText
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
 from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.run.inputs import fingerprints
+from steersman.run.reply import read_body, without_key
 from steersman.run.run_config import RunConfig
-from steersman.run.untrusted import LONE_SURROGATE
+from steersman.run.untrusted import without_half_pairs
 from steersman.setup.generators import open_engine
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Prompt, SteersmanError
@@ -141,7 +141,7 @@ class RemoteModel:
         }  # fmt: skip
         begun = time.monotonic()
         try:
-            told = json.loads(self._exchanged(body, begun + LONGEST_WAIT))
+            told = json.loads(self._exchange(body, begun + LONGEST_WAIT))
             choice, name = told["choices"][0], self._kept(str(told.get("model") or self.name))
             text = self._kept(choice["message"]["content"] or "")
             finish = self._kept(str(choice.get("finish_reason")))
@@ -151,18 +151,14 @@ class RemoteModel:
             raise SteersmanError(f"the model's address gives no chat completion ({type(error).__name__})") from None
         return TurnText(text.strip(), (name, ""), self.settings, finish[:20], time.monotonic() - begun)
 
-    def _exchanged(self, body: dict[str, Any], until: float) -> bytes:
-        """The body of the reply. Raises httpx2.HTTPError, also for one that goes on after `until` or is too long."""
-        raw = bytearray()
+    def _exchange(self, body: dict[str, Any], until: float) -> bytes:
+        """The body of the reply. Raises httpx2.HTTPError, and ValueError for one that is too long."""
         with httpx2.stream("POST", self.url, json=body, headers=self.headers, timeout=120.0) as reply:
-            reply.raise_for_status()
-            for piece in reply.iter_bytes():
-                raw += piece
-                if len(raw) > LARGEST_REPLY or time.monotonic() > until:
-                    raise httpx2.ReadTimeout("the reply goes on and on")
-        return bytes(raw)
+            raw = read_body(reply.raise_for_status(), LARGEST_REPLY, until)
+        if len(raw) > LARGEST_REPLY:
+            raise ValueError("the reply is too long")
+        return raw
 
     def _kept(self, text: str) -> str:
         """The text without a key that it echoes, and with U+FFFD for half surrogate pairs, which no store takes."""
-        text = LONE_SURROGATE.sub("\ufffd", text)
-        return text.replace(self.key, "[key]") if len(self.key) >= SHORTEST_SECRET else text
+        return without_key(without_half_pairs(text), self.key)

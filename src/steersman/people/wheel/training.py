@@ -82,17 +82,11 @@ class Training:
 
     def _ppo(self, name: str, path: str) -> str:
         """A reward model from the pairs, and PPO toward it on their prompts."""
-        ledger, config, rollout = self.ledger, self.recipe.ppo, self.recipe.rollout
+        ledger, config = self.ledger, self.recipe.ppo
         values = self._values(path, "pairs") | {"train": config.reward_train, "optimizer": config.reward_optimizer}
         reward = ledger.stage(f"{name}-reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
         pairs = ledger.table(f"{self.name}/pairs", list)
         prompts = {str(row["prompt"]): row["prompt"] for row in pairs}
         asked = ledger.table(f"{self.name}/prompts", lambda: [{"prompt": p} for p in prompts.values()])
-        values = self._values(path, "prompts") | {
-            "reward": {"parts": {"reward_model": {"model": reward}}, "normalise": True},
-            "rollout": rollout.model_dump()
-            | {"prompts": min(config.prompts, len(asked)), "samples": config.samples, "held_out": 0},
-            "algorithm": config.algorithm, "optimizer": config.optimizer, "critic": config.critic,
-            "iterations": config.iterations,
-        }  # fmt: skip
+        values = self._values(path, "prompts") | config.toward(reward, self.recipe.rollout, len(asked))
         return ledger.stage(name, rl.run, RECIPES["ppo"].model_validate, values)["model"]

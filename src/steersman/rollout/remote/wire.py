@@ -17,6 +17,7 @@ import httpx2
 import torch
 from torch import Tensor
 
+from steersman.run.reply import read_body
 from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 
@@ -145,7 +146,7 @@ class Server:
     def _ask(self, method: str, path: str, body: Any, timeout: float | None, text: bool = False) -> Any:
         limit = self.timeout if timeout is None else timeout
         try:
-            status, raw = self._exchanged(method, path, body, limit)
+            status, raw = self._exchange(method, path, body, limit)
         except httpx2.TimeoutException as error:
             raise ServerGoneError(
                 self.message(f"it took {path} and gave no answer within {limit:g} seconds (rollout.timeout)")
@@ -171,20 +172,11 @@ class Server:
             raise BadReplyError(self.message(f"a reply to {path} of more than {LARGEST_REPLY >> 20} MiB"))
         return None if text else self._read(path, raw)
 
-    def _exchanged(self, method: str, path: str, body: Any, limit: float) -> tuple[int, bytes]:
-        """Status and body, which is cut right behind LARGEST_REPLY bytes.
-
-        The limit is one of the whole exchange too: a server that sends a byte now and then does not extend it.
-        """
-        until, raw = time.monotonic() + limit, bytearray()
+    def _exchange(self, method: str, path: str, body: Any, limit: float) -> tuple[int, bytes]:
+        """Status and body, which is cut right behind LARGEST_REPLY bytes; the limit is one of the whole exchange."""
+        until = time.monotonic() + limit
         with self._client.stream(method, self.url + path, json=body, timeout=limit) as response:
-            for piece in response.iter_bytes():
-                raw += piece
-                if len(raw) > LARGEST_REPLY:
-                    break
-                if time.monotonic() > until:
-                    raise httpx2.ReadTimeout("the reply goes on and on")
-        return response.status_code, bytes(raw)
+            return response.status_code, read_body(response, LARGEST_REPLY, until)
 
     def _read(self, path: str, raw: bytes) -> Any:
         if not raw.strip():
