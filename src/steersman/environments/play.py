@@ -6,6 +6,7 @@ Who speaks when is decided in `schedules.py`.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from steersman.environments.text import clean_text
 from steersman.environments.workers import Job, TooLateError, Workers
 from steersman.rollout.port import Progress
 from steersman.rollout.sampling import Sampling
+from steersman.run.user_code import user_code
 from steersman.types import Prompt, Sample, SteersmanError
 
 if TYPE_CHECKING:
@@ -107,7 +109,8 @@ class Play:
     def _submit(self, game: EpisodeInPlay, call: Any) -> None:
         game.asked_at = time.monotonic()
         in_threads = self.of.config.run_in == "threads"  # a process has its own clock and is ended
-        self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None)
+        who = f"environment, row {game.prompt.index}, {f'turn {game.turns}' if game.turns else 'its beginning'}"
+        self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None, who)
 
     def _settle(self, job: Job) -> None:
         game = self.games[job.key]
@@ -236,7 +239,5 @@ def close_episode(game: EpisodeInPlay) -> None:
     """Closes the episode's environment; what that raises is of no use to anybody any more."""
     episode, game.episode = game.episode, None
     if episode is not None:
-        try:
+        with suppress(Exception), user_code("environment, closing an episode"):
             episode.close()
-        except Exception:
-            return

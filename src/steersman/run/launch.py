@@ -28,6 +28,7 @@ from steersman.run.config import Section, dump_recipe
 from steersman.run.parallel import ParallelConfig
 from steersman.run.ranks import MissingRankError, join_ranks
 from steersman.run.terminal import say
+from steersman.run.user_code import leave_now
 from steersman.types import SteersmanError
 
 FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
@@ -213,6 +214,6 @@ def end_with_starter(every: float = 1.0, grace: float = 60.0) -> None:
             time.sleep(every)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace)
-        os._exit(1)
+        leave_now(1)
 
     threading.Thread(target=watch, daemon=True, name="starter watch").start()
