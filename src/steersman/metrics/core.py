@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from steersman.ops.text import unspaced, words
+from steersman.ops.text import uncut, unspaced, words
 from steersman.run.untrusted import LONE_SURROGATE
 from steersman.run.user_code import user_code
 from steersman.types import SteersmanError
@@ -284,11 +284,14 @@ def jackknife(whole: MetricInput, value: Callable[[MetricInput], float], name: s
     return Corpus(point, point - half, point + half, n)
 
 
-def check_script(name: str, references: Sequence[Sequence[str]], mend: str) -> None:
-    """Raises SteersmanError for a reference in a script without spaces, which a tokeniser at spaces can't cut."""
+def check_script(
+    name: str, references: Sequence[Sequence[str]], mend: str, cut: Callable[[str], Sequence[str]] = str.split
+) -> None:
+    """Raises SteersmanError for a reference in a script without spaces that `cut`, the metric's tokeniser, leaves
+    whole."""
     for row, listed in enumerate(references):
         for reference in listed:
-            if unspaced(reference):
+            if unspaced(reference) and uncut(reference, cut(reference)):
                 raise SteersmanError(
                     f"metric '{name}', row {row}: the reference is in a script without spaces, which the tokeniser "
                     f"would take for one word: {reference[:30]!r}; {mend}"
