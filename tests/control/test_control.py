@@ -391,3 +391,4 @@ def test_help_lists_the_methods(capsys, monkeypatch):
     told = " ".join(capsys.readouterr().out.split())
     assert all(name in told for name in RECIPES)
     assert "my_method.py:Class" in told
+    assert "one of ppo" not in told
