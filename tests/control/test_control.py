@@ -13,13 +13,14 @@ from PIL import Image
 
 from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.cli import main
+from steersman.config.dump import dump_recipe
+from steersman.config.load import load_recipe
 from steersman.control.envs import maker
 from steersman.control.evaluate import evaluate
 from steersman.control.learner import Learner, flatten
 from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refusal
 from steersman.control.run import build
 from steersman.loss.reduce import token_weight
-from steersman.run.config import dump_recipe, load_recipe
 from steersman.run.seed import seed_everything
 from steersman.types import SteersmanError
 

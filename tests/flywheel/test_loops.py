@@ -17,7 +17,7 @@ from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
 from steersman.flywheel import arena, best_of_n, online_dpo, players
-from steersman.run import ledger
+from steersman.run.files import ledger
 from steersman.run.report.page import write_report
 from steersman.train import offline
 from steersman.types import SteersmanError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from steersman.run.files.log import Log, read_jsonl
 from steersman.run.health.watch import Finding
-from steersman.run.log import Log, read_jsonl
 from steersman.types import SteersmanError
 
 

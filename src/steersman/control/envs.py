@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.control.checked import Checked
-from steersman.run.functions import load_function
+from steersman.guards.functions import load_function
 from steersman.run.seed import sub_seed
 from steersman.types import SteersmanError
 

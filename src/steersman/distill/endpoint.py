@@ -11,9 +11,9 @@ import torch
 
 from steersman.distill.recipe import TeacherEndpoint
 from steersman.distill.teacher import Answer, Reading, TokenTeacher
+from steersman.distributed.ranks import ranks
 from steersman.judge.endpoint import Caller, without_password
 from steersman.ops.divergence import TeacherTopK
-from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 AnswerKey: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"

@@ -8,8 +8,8 @@ from steersman.data import Encoded, EncodedList
 from steersman.distill.loop import Distill
 from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.objectives.supervised import SFT
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.train.looks import STREAM, answer_row, standard_error
 from steersman.train.session import Session
 from steersman.train.tally import Tally

@@ -26,7 +26,7 @@ from steersman.environments.agent_server import AgentServer, ChatRequest
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
 from steersman.environments.text import clean_text, reward_of
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 _OUTPUT = 1 << 20

@@ -18,7 +18,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.port import Reply
 from steersman.environments.text import clean_text
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 
 _LARGEST = 4 << 20
 """Bytes of one request."""

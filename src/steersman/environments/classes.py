@@ -26,7 +26,7 @@ from steersman.environments.port import Answer, Call, Episode, PayingEnvironment
 from steersman.environments.text import clean_text, reward_of
 from steersman.environments.tools import Tool, as_text, tools_of
 from steersman.environments.workers import await_result
-from steersman.run.functions import load_function
+from steersman.guards.functions import load_function
 from steersman.types import SteersmanError
 
 OnError = Literal["tell", "end"]

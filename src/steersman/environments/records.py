@@ -18,7 +18,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Environment, EnvironmentAround, Episode, Reply
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.sections import LoopRecipe
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.types import Stats
 
 

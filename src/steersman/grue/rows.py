@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import write_atomic
 from steersman.data import read_rows
 from steersman.grue.recipe import DataSource, GrueRecipe
 from steersman.grue.task import Hub, Row, Task, first_words
-from steersman.run.folder import write_atomic
 from steersman.types import SteersmanError
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.model.in_place import add_in_place
 from steersman.model.meaning import Meaning
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 CONFIG, WEIGHTS, MEANING = "adapter_config.json", "adapter_model.safetensors", "meaning.json"

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from steersman.atomic import begin_dir, replace_dir, saving
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.model.attributes import AttributeModel
 from steersman.model.lora import tables_differ
 from steersman.model.merge import merged_entries
@@ -19,9 +22,6 @@ from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
 from steersman.model.weight_files import Entry, bytes_of, plain_entries, write_weights
-from steersman.run.folder import begin_dir, replace_dir, saving
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.data import Encoded, EncodedSet, Feedback, collate
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
 from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
-from steersman.run.config import Section
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, answer_logp

@@ -16,18 +16,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.data import (
     EncodedSet,
     Preference,
     collate_pairs,
 )
+from steersman.distributed.micro import my_micro_batches
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
-from steersman.run.config import Section
-from steersman.run.micro import my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.setup.reference import Reference, answer_logp, collision, divergence
 from steersman.train.held_prompts import HeldPrompts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
+from steersman.distributed.pieces import local_shard
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.quantise import is_quantised
@@ -25,7 +26,6 @@ from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
-from steersman.run.pieces import local_shard
 from steersman.run.preflight import Phase, Preflight, Role, size
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig

@@ -7,15 +7,15 @@ from typing import Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from steersman.algorithms.base import Algorithm
+from steersman.config.sections import Section
 from steersman.data import DataConfig
+from steersman.distributed.parallel import ParallelConfig
 from steersman.environments.config import EnvironmentConfig
 from steersman.recipe.curriculum import CurriculumConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
-from steersman.run.config import Section
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 

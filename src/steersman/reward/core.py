@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steersman.distributed.ranks import ranks
+from steersman.guards.functions import describe_function, load_function
+from steersman.guards.user_code import user_code
 from steersman.model import Headed
-from steersman.run.functions import describe_function, load_function
-from steersman.run.ranks import ranks
-from steersman.run.user_code import user_code
 from steersman.types import Sample, SteersmanError
 
 RewardFunction = Callable[..., Any]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from steersman.distributed.micro import over_rows
 from steersman.model import GENERAL, AttributeModel, ScalarModel, at_hand, step_ends
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
-from steersman.run.micro import over_rows
 from steersman.types import Sample, SteersmanError, Tokens
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from steersman.data import Encoded, collate
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
 from steersman.recipe.sections import ModelConfig
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from

@@ -26,11 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import write_atomic
+from steersman.distributed.ranks import alone, ranks
 from steersman.reward import Scores
 from steersman.rollout.remote.schedule import Schedule
-from steersman.run.folder import write_atomic
-from steersman.run.log import read_jsonl
-from steersman.run.ranks import alone, ranks
+from steersman.run.files.log import read_jsonl
 from steersman.setup.generators import MainRankGenerator
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles

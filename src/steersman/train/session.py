@@ -11,14 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
+from steersman.atomic import write_atomic
+from steersman.distributed.pieces import named_shard
+from steersman.distributed.ranks import ranks
 from steersman.ops.text import text_stats
-from steersman.run.checkpoint import Checkpoint, Checkpointer
-from steersman.run.folder import open_folder, write_atomic
+from steersman.run.files.checkpoint import Checkpoint, Checkpointer
+from steersman.run.files.folder import open_folder
+from steersman.run.files.log import Log, NoLog, read_jsonl
 from steersman.run.health.limits import HealthConfig
 from steersman.run.health.watch import Finding, HealthWatch
-from steersman.run.log import Log, NoLog, read_jsonl
-from steersman.run.pieces import named_shard
-from steersman.run.ranks import ranks
 from steersman.run.report.card import write_card
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of

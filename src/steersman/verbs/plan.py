@@ -10,13 +10,14 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from steersman.config.load import load_recipe
+from steersman.config.sections import Section
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
 from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
 from steersman.recipe.on_policy import OnPolicyRecipe
-from steersman.run.config import Section, load_recipe
 from steersman.run.run_config import ON_ACCELERATOR
 from steersman.types import SteersmanError
 from steersman.update.kinds import state_bytes

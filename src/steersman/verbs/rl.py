@@ -12,6 +12,7 @@ from steersman import native
 from steersman.data import Batches, Mixture, encode_prompts, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
+from steersman.guards.user_code import user_code
 from steersman.model import Policy, at_hand
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
@@ -19,7 +20,6 @@ from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_m
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
-from steersman.run.user_code import user_code
 from steersman.setup.models import context_length, save_model, slow_rate
 from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import model_validator
 
 from steersman.data import LargeDataConfig, layout, training
+from steersman.distributed.parallel import ParallelConfig
 from steersman.objectives.supervised import SFT
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.run.run_config import ManyRunConfig
 from steersman.setup.models import context_length, policy_from

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from steersman.guards.untrusted import UntrustedError, parse_json
 from steersman.people.rates import Rates
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend
@@ -24,7 +25,6 @@ from steersman.people.serve.openapi import document
 from steersman.people.serve.reply import LoadedModel, Reply
 from steersman.people.serve.wire import Ask, ChatAsk, TextAsk, fault
 from steersman.rollout.live import QueueFullError
-from steersman.run.untrusted import UntrustedError, parse_json
 from steersman.types import Prompt, SteersmanError
 
 LARGEST_BODY = 4 << 20

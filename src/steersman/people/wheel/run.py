@@ -33,7 +33,7 @@ from steersman.people.wheel.measuring import Measuring
 from steersman.people.wheel.page import write_page
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.people.wheel.training import Training
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate
 from steersman.types import Stats
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from steersman.distributed.ray_cluster import connected
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.wire import Server, ServerGoneError
-from steersman.run.ray_cluster import connected
 from steersman.types import SteersmanError
 
 
