@@ -179,7 +179,8 @@ def forward(model: Model, load: Load) -> tuple[int, int]:
 def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
     """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
 
-    A row of c tokens stands first among at most micro_tokens / c rows that are no longer (`run.micro`), or alone.
+    A row of c tokens stands first among at most micro_tokens / c rows that are no longer, or alone
+    (`distributed/micro.py`).
     """
     together = sum(sorted(costs, reverse=True)[:batch])
     return min(together, max(min(batch, max(1, micro_tokens // c)) * c for c in set(costs)))

@@ -123,7 +123,7 @@ class Checkpointer:
 
     def load(self, path: Path | None = None) -> Checkpoint | None:
         """The checkpoint at `path`, or the newest whole one; tensors come to the CPU, and those that were saved in
-        pieces stay on the disk until they are read (`run.stored`). Rank 0 looks for damage, for all.
+        pieces stay on the disk until they are read (`distributed/stored.py`). Rank 0 looks for damage, for all.
 
         Raises SteersmanError where the one asked for by name is damaged.
         """
