@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from steersman import native
-from steersman.data import Batches, Mixture, encode_prompts, layout, mixture, prompts, wraps
+from steersman.data import Batches, Mixture, encode_prompts, episode_rows, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
 from steersman.guards.user_code import user_code
@@ -184,7 +184,7 @@ def _interval(look: Stats) -> str:
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None]:
     """Training and held prompts, and how sets of them are mixed; without held-out rows the last few training prompts
     are looked at too."""
-    loaded = prompts(recipe.data)
+    loaded = prompts(recipe.data) if recipe.environment is None else episode_rows(recipe.data)
     laid = layout(policy, recipe.data)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
     train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
