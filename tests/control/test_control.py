@@ -189,7 +189,7 @@ def test_replay_keeps_the_newest_and_marks_ends():
     assert int(ends.sum()) > 2
     # within an episode the next observation of one transition is the observation of the following
     order = (replay.next + torch.arange(50)) % 50
-    obs, after, ends = replay.obs[order], replay.after[order], ends[order]
+    obs, after, ends = replay.obs[order], replay.next_obs[order], ends[order]
     linked = (after[:-1] == obs[1:]).all(-1)
     assert bool((linked | ends[:-1])[: int(seen.length[:-1].sum()) - 1].float().mean() > 0.9)
 

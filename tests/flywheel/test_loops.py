@@ -317,5 +317,5 @@ def test_engines_elsewhere_end_with_the_run(broken, tmp_path, mini_model, monkey
         turn("best-of-n", tmp_path, mini_model, **extra)
     assert opened
     for generator in opened:
-        assert not generator.stations[0].launched.alive()
+        assert not generator.stations[0].process.alive()
         assert not generator._folder.path.exists()

@@ -29,7 +29,7 @@ def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves `policy.pt`, `curve.png` and the report in the run folder; returns its summary."""
     session = Session(
         "control", recipe, resume=resume, metric="held_out/return",
-        shown=("reward/return", "length/episode", "held_out/return"),
+        headline=("reward/return", "length/episode", "held_out/return"),
     )  # fmt: skip
     make = maker(recipe.env, recipe.env_options)
     with session:

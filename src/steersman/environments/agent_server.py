@@ -39,7 +39,7 @@ class ChatRequest:
     messages: list[Message]
     tools: list[Any]
     model: str
-    streamed: bool
+    stream: bool
     calls: list[dict[str, Any]] = field(default_factory=list)
     content: str = ""
     reply: Reply | None = None
@@ -120,7 +120,7 @@ def _handler(server: AgentServer) -> type[BaseHTTPRequestHandler]:
             asked.answered.wait()
             if asked.reply is None:
                 return self._fault(410, "the episode is over")
-            if asked.streamed:
+            if asked.stream:
                 return self._stream(asked.body())
             self._send(200, asked.body())
 

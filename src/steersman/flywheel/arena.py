@@ -100,9 +100,9 @@ class ArenaRecipe(LoopRecipe):
 
 def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Turns the wheel; leaves each round's battles, data and model, and the ratings; returns the summary."""
-    shown = ("rating/model", "reward/judge", "kl")
+    headline = ("rating/model", "reward/judge", "kl")
     path = recipe.model.path
-    with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
+    with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, headline=headline) as ledger:
         flywheel = Flywheel(ledger, recipe)
         league = League(flywheel, recipe.opponents, recipe.draws)
         stats, samples = flywheel.look(0, path)

@@ -150,8 +150,8 @@ def _original(task: Task, hub: Hub, split: str, folder: str | None) -> Iterable[
 
 
 def _how(task: Task, hub: Hub) -> str:
-    if hub.instead is not None:
-        return f" {hub.instead}, then data.folder: sets. Or read stand-ins: data.source: files"
+    if hub.how_to_get is not None:
+        return f" {hub.how_to_get}, then data.folder: sets. Or read stand-ins: data.source: files"
     arguments = ", ".join(repr(a) for a in (hub.name, hub.subset) if a)
     return (
         f' Where there is network: python -c "import datasets; datasets.load_dataset({arguments})'

@@ -69,7 +69,7 @@ def put_adapters(scalar: Any, source: str) -> None:
         config.task_type, config.modules_to_save, config.inference_mode = "FEATURE_EXTRACTION", None, False
         peft.inject_adapter_in_model(config, scalar.trunk)
         add_in_place(scalar.trunk)
-        scalar.adapted = True
+        scalar.has_adapters = True
         saved = {name.removeprefix(ROOT): x for name, x in load_file(folder / WEIGHTS).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteersmanError(f"{folder}: its adapters can not be read: {error}") from error

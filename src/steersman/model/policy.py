@@ -102,7 +102,7 @@ class Policy(nn.Module):
         object.__setattr__(self, "_adapters", adapters)
 
     @property
-    def adapted(self) -> bool:
+    def has_adapters(self) -> bool:
         """Whether it has adapters."""
         return self.adapters is not None
 

@@ -50,7 +50,7 @@ def save(
     partial = here.from_main(lambda: begin_dir(folder), "the model's folder")
     try:
         with silence(), saving(folder):
-            if model.adapted and not merged:
+            if model.has_adapters and not merged:
                 model.write_adapters(partial)
             else:
                 _write(model, partial, dtype, limit)
@@ -68,7 +68,7 @@ def _write(
     """A plain model: transformers writes all but the weights, and these come file by file."""
     inner: Any = model.model
     ranks().from_main(lambda: inner.save_pretrained(folder, state_dict={}), "the model's config")
-    if model.adapted or any(is_quantised(module) for module in inner.modules()):
+    if model.has_adapters or any(is_quantised(module) for module in inner.modules()):
         entries = list(merged_entries(inner, dtype))
     else:
         entries = list(plain_entries(inner, dtype))
@@ -76,7 +76,7 @@ def _write(
     changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         changed["dtype"] = str(dtype).split(".")[1]
-    if model.speaks and model.adapted and _untied(inner, entries):
+    if model.speaks and model.has_adapters and _untied(inner, entries):
         changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
     ranks().from_main(lambda: _finish(model, folder, changed), "the model's config")
 

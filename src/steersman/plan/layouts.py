@@ -37,23 +37,23 @@ HOST = 50e9
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A model of the run: `trained` parameters of it learn. `own` is False where it has another's base. `added` are
-    its adapters' parameters, in float32. `matrices` are the bytes of each parameter of the layers where these are
-    quantised, and not as `Work` says. `away` is one that waits in the node's memory until it is read, where every
-    device holds whole models."""
+    """A model of the run: `trained` parameters of it learn. `owns_base` is False where it has another's base.
+    `adapter_parameters` are those of its adapters, in float32. `matrices` are the bytes of each parameter of the
+    layers where these are quantised, and not as `Work` says. One that is `offloaded` waits in the node's memory until
+    it is read, where every device holds whole models."""
 
     name: str
     shape: Shape
     trained: int = 0
-    own: bool = True
-    added: int = 0
+    owns_base: bool = True
+    adapter_parameters: int = 0
     matrices: float | None = None
-    away: bool = False
+    offloaded: bool = False
 
     def weights(self, number: int) -> float:
         """Bytes of its weights, those of another's base left out."""
-        shape, adapters = self.shape, self.added * 4.0
-        if not self.own:
+        shape, adapters = self.shape, self.adapter_parameters * 4.0
+        if not self.owns_base:
             return adapters
         if self.matrices is None:
             return shape.parameters * number + adapters
@@ -183,7 +183,7 @@ def _others(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
 def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     held = {}
     for role in roles:
-        if (layout.scorers and not role.trained) or (role.away and layout.shards == 1):
+        if (layout.scorers and not role.trained) or (role.offloaded and layout.shards == 1):
             continue
         held[role.name] = (role.weights(work.weight) + role.trained * work.optimizer_bytes) / layout.shards
     actor = roles[0].shape
@@ -199,7 +199,9 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         activations = micro * trained.hidden * trained.layers * work.compute + one
     activations += backward(trained, roles, micro, work)
     gradients = sorted(
-        role.trained * (4 if role.added else work.weight) / layout.shards for role in roles if role.trained
+        role.trained * (4 if role.adapter_parameters else work.weight) / layout.shards
+        for role in roles
+        if role.trained
     )
     if gradients and update <= micro:
         gradients[-1] = max(gradients[-1] - activations, 0)
@@ -224,7 +226,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
 
 def waiting(layout: Layout, roles: list[Role], work: Work) -> list[float]:
     """Bytes of each model that comes to a device for its phase only, while nothing is sampled or updated."""
-    return [role.weights(work.weight) for role in roles if role.away and layout.shards == 1]
+    return [role.weights(work.weight) for role in roles if role.offloaded and layout.shards == 1]
 
 
 def backward(trained: Shape, roles: list[Role], micro: int, work: Work) -> float:

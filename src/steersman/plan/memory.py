@@ -46,14 +46,14 @@ SAMPLING = 3
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model of the run. `trained` is the policy or scalar model around the module, and `optimizer` what trains it,
-    where it is trained. One that is `away` waits in the CPU's memory until it is read."""
+    where it is trained. One that is `offloaded` waits in the CPU's memory until it is read."""
 
     name: str
     module: nn.Module
     source: str
     trained: Any = None
     optimizer: OptimizerConfig | None = None
-    away: bool = False
+    offloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,9 @@ def foresee(
     (docs/results/preflight.md), which is not announced.
     """
     roles = _roles(models)
-    away = [role.weights for role, model in zip(roles, models, strict=True) if model.away and device.type != "cpu"]
+    away = [
+        role.weights for role, model in zip(roles, models, strict=True) if model.offloaded and device.type != "cpu"
+    ]
     held = {
         "process": _process(device, sum(role.weights for role in roles)),
         "weights": sum(role.weights for role in roles) - sum(away),
@@ -129,7 +131,7 @@ def foresee(
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
         found.append(Phase("forward", {**held, "activations": passing}))
     if away:
-        passing = max(WIDE * _widest(model.module) * load.tokens for model in models if model.away)
+        passing = max(WIDE * _widest(model.module) * load.tokens for model in models if model.offloaded)
         found.append(Phase("score", {**held, "one model that was away": max(away), "activations": passing}))
     if sampled is not None:
         found.append(Phase("rollout", {**held, **rollout(sampled, kept + gaps if device.type == "cpu" else 0)}))

@@ -65,7 +65,7 @@ class OnPolicy:
         advantage = by_turn(self.algorithm.advantage, traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
-            rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.now(), order,
+            rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.current(), order,
             only_critic=self.warming_up, critic_loss=critic_loss,
         )  # fmt: skip
         clock.lap("update")

@@ -189,7 +189,7 @@ def _critic(
             if part.model is not None
             and len(part.model.meaning.attributes) < 2  # one number, as a critic has
             and part.reads_ids
-            and (base is None or part.model.adapted)
+            and (base is None or part.model.has_adapters)
         )
         init = next((path for path in judges if path is not None), "policy")
     if base is not None:

@@ -121,7 +121,7 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
     metric, mode = METRIC.get(kind, ("held_out/loss", "min"))
     session = Session(
         "reward", recipe, resume=resume, metric=metric, mode=mode,
-        shown=("loss", "accuracy", metric), health=recipe.health,
+        headline=("loss", "accuracy", metric), health=recipe.health,
     )  # fmt: skip
     with session:
         if recipe.stage == "evaluate":

@@ -38,7 +38,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
     session = Session(
         recipe.algorithm.name, recipe, resume=resume,
         metric="held_out/reward/total" if recipe.stop is None else "held_out/judge",
-        shown=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
+        headline=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
     )  # fmt: skip
     with session, ExitStack() as stack:
         roles = build_roles(recipe, session.device)
@@ -244,11 +244,11 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     reference = None if roles.reference is None else roles.reference.separate
     if reference is not None:
-        found.append(Model("reference", reference.model, reference.model.name_or_path, away=recipe.offload))
+        found.append(Model("reference", reference.model, reference.model.name_or_path, offloaded=recipe.offload))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             judge = part.model.model
-            found.append(Model(f"reward {name}", judge, judge.name_or_path, away=recipe.offload))
+            found.append(Model(f"reward {name}", judge, judge.name_or_path, offloaded=recipe.offload))
     if roles.mask is not None:
         found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found

@@ -47,7 +47,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
         "sft", recipe, resume=resume, metric="held_out/loss", mode="min",
-        shown=("loss", "held_out/loss", "throughput"), health=recipe.health,
+        headline=("loss", "held_out/loss", "throughput"), health=recipe.health,
     )  # fmt: skip
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)

@@ -185,8 +185,8 @@ def _mended(recipe: InstructRecipe, asked: Rows, answers: Rows, writer: Writer |
     return [
         {
             "index": row["index"], "sample": row["sample"], "original": d.original, "answer": d.answer,
-            "broken_before": was, "broken_after": [c.name for c in d.broken], "mended": d.mended, "rewrites": d.tried,
-            "finish": row["finish"],
+            "broken_before": was, "broken_after": [c.name for c in d.broken], "mended": d.mended,
+            "rewrites": d.rewrites, "finish": row["finish"],
         }
         for row, d, was in zip(answers, drafts, before, strict=True)
     ]  # fmt: skip

@@ -241,13 +241,13 @@ class BodyTooLargeError(Exception):
 
 def submit(served: LoadedModel, ask: Ask) -> Reply:
     """A request on its way through a model's engine. Raises SteersmanError for what can not be asked of it."""
-    moved, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), request_prompt(served, ask)
+    wake, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), request_prompt(served, ask)
     sampling = ask.sampling(served.live.room(len(prompt.ids)))
     ticket = served.live.submit(
-        prompt, sampling, lambda: loop.call_soon_threadsafe(moved.set), n=ask.n, seed=ask.own_seed(),
+        prompt, sampling, lambda: loop.call_soon_threadsafe(wake.set), n=ask.n, seed=ask.own_seed(),
         likeliest=ask.likeliest,
     )  # fmt: skip
-    return Reply(ask, served, prompt, ticket, moved)
+    return Reply(ask, served, prompt, ticket, wake)
 
 
 def request_prompt(served: LoadedModel, ask: Ask) -> Prompt:

@@ -25,7 +25,7 @@ class TurnPage:
 
     number: int
     collected: Rows
-    kept: int
+    usable: int
     left_out: list[tuple[str, int]]
     mix: list[tuple[str, int, int, int]]
     stages: list[str]

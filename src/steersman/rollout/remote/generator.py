@@ -202,7 +202,7 @@ class RemoteGenerator:
     def _without(self, station: Station, error: ServerGoneError) -> None:
         """Goes on without a server of an address, until new weights find it there again; raises the error of one that
         steersman started, which was started again as often as it may be."""
-        if station.launched is not None or len(self.stations) == 1:
+        if station.process is not None or len(self.stations) == 1:
             raise error
         if not station.gone:
             say(f"steersman: {error}. The other servers take its prompts")

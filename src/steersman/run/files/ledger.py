@@ -40,8 +40,8 @@ class Ledger:
     `rounds` counts the rounds to come; round 0 is the look at the model before any.
     """
 
-    def __init__(self, verb: str, recipe: Any, *, resume: bool, rounds: int, shown: Sequence[str] = ()) -> None:
-        self.verb, self.recipe, self.resume, self.rounds, self.shown = verb, recipe, resume, rounds, shown
+    def __init__(self, verb: str, recipe: Any, *, resume: bool, rounds: int, headline: Sequence[str] = ()) -> None:
+        self.verb, self.recipe, self.resume, self.rounds, self.headline = verb, recipe, resume, rounds, headline
         self.config: RunConfig = recipe.run
         seed_everything(self.config.seed, deterministic=self.config.deterministic)
         self.device = device_of(self.config)
@@ -60,7 +60,7 @@ class Ledger:
         self.log: Log | NoLog = NoLog()
         if ranks().main:
             self.log = Log(
-                self.path, title=self.verb, total=self.rounds, resumed_step=self.done, shown=self.shown,
+                self.path, title=self.verb, total=self.rounds, resumed_step=self.done, headline=self.headline,
                 sinks=self.config.sinks,
             )  # fmt: skip
         self.log = self._stack.enter_context(self.log)

@@ -26,7 +26,7 @@ class Log:
 
     `total` is the number of steps of the whole run. `resumed_step` is the step of the checkpoint that the run
     continues from (-1: from the start): rows of later steps are dropped, so that no curve is doubled.
-    `shown` are the metrics on the progress line, in order, where they exist. On a terminal the line moves;
+    `headline` are the metrics on the progress line, in order, where they exist. On a terminal the line moves;
     elsewhere one plain line comes every `every` seconds. `sinks` are names of `run/files/sinks.py`.
 
     Raises SteersmanError for a sink that is unknown or not installed, and where the disk is full.
@@ -39,12 +39,12 @@ class Log:
         title: str,
         total: int,
         resumed_step: int = -1,
-        shown: Sequence[str] = ("reward/total", "kl", "loss"),
+        headline: Sequence[str] = ("reward/total", "kl", "loss"),
         every: float = 5.0,
         sinks: Sequence[str] = (),
         console: Console | None = None,
     ) -> None:
-        self.folder, self.title, self.total, self.shown, self.every = Path(folder), title, total, shown, every
+        self.folder, self.title, self.total, self.headline, self.every = Path(folder), title, total, headline, every
         self.console = console or Console()
         for name in FILES:
             _truncate(self.folder / name, resumed_step)
@@ -116,7 +116,7 @@ class Log:
 
     def _show(self, step: int, stats: Stats) -> None:
         now = time.monotonic()
-        detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in self.shown if k in stats)
+        detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in self.headline if k in stats)
         done = step - self._first_step
         left = (now - self._start) / done * max(self.total - step, 0) if done > 0 else math.nan
         detail += f"  {_duration(left)} left" if step < self.total and math.isfinite(left) else ""
