@@ -203,6 +203,7 @@ pretend_device.start()
 there = torch.arange(4.0, device="pretend")
 for wrong in (
     lambda: there + torch.ones(4),
+    lambda: there + torch.ones(4, device="pretend:1"),
     lambda: there[torch.tensor([1])],
     lambda: torch.ones(4)[there.long()],
     lambda: torch.rand(2, device="pretend", generator=torch.Generator()),

@@ -153,6 +153,10 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
     while work.sampled and apart < n:
         yield Layout(f"sharded, {apart} apart for sampling", n - apart, apart, "rollout.engine: vllm")
         apart *= 2
+    if work.sampled and n > 1:
+        half = n // 2
+        keys = f"frozen_apart: true, run.devices: {half}"
+        yield Layout(f"replicas, {half} apart for scoring", 1, keys=keys, scorers=half)
     if work.sampled:
         yield Layout("models in the node's memory between phases", n, offloaded=True, planned=True)
     for scorers in {n // 8, n // 4} - {0} if work.sampled else ():
@@ -168,15 +172,16 @@ def weigh(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> Verd
 
 
 def _others(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
-    """What each device holds that is set apart: a sampler the whole actor and at least one response, a scorer its
-    piece of the models that do not learn."""
+    """What each device holds that is set apart: a sampler the whole actor and at least one response, a scorer the
+    models that do not learn, or its piece of them where models lie in pieces."""
     found, actor = {}, roles[0].shape
     if layout.generators:
         least = actor.parameters * work.compute + actor.cache(work.prompt + work.new, work.compute)
         found["a device that samples, at least"] = least + there.device.process
     if layout.scorers:
         frozen = sum(role.weights(work.weight) for role in roles if not role.trained)
-        found["a device that scores"] = frozen / layout.scorers + there.device.process
+        pieces = layout.scorers if layout.shards > 1 else 1
+        found["a device that scores"] = frozen / pieces + there.device.process
     return found
 
 
@@ -263,8 +268,8 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         inside = 3 * trained * work.compute * micro / there.link(layout.shards)
         between = 2 * moved / layout.shards / device.network if training > layout.shards else 0.0
         found["exchange"] = inside + between
-    elif there.count > 1:
-        found["exchange"] = work.epochs * 2 * moved / there.link(there.count)
+    elif training > 1:
+        found["exchange"] = work.epochs * 2 * moved / there.link(training)
     if layout.generators or (work.sampled and layout.shards > 1):
         through = there.count if layout.generators else layout.shards
         found["move weights"] = actor.parameters * work.compute / there.link(through)

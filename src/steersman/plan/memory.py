@@ -46,7 +46,8 @@ SAMPLING = 3
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model of the run. `trained` is the policy or scalar model around the module, and `optimizer` what trains it,
-    where it is trained. One that is `offloaded` waits in the CPU's memory until it is read."""
+    where it is trained. One that is `offloaded` waits in the CPU's memory until it is read, one `apart` is read on
+    another device."""
 
     name: str
     module: nn.Module
@@ -54,6 +55,7 @@ class Model:
     trained: Any = None
     optimizer: OptimizerConfig | None = None
     offloaded: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,12 @@ def foresee(
     (docs/results/preflight.md), which is not announced.
     """
     roles = _roles(models)
-    away = [
-        role.weights for role, model in zip(roles, models, strict=True) if model.offloaded and device.type != "cpu"
-    ]
+    offloads = device.type != "cpu"
+    away = [role.weights for role, model in zip(roles, models, strict=True) if offloads and model.offloaded]
+    apart = [role.weights for role, model in zip(roles, models, strict=True) if model.apart]
     held = {
         "process": _process(device, sum(role.weights for role in roles)),
-        "weights": sum(role.weights for role in roles) - sum(away),
+        "weights": sum(role.weights for role in roles) - sum(away) - sum(apart),
         "optimizer": sum(role.optimizer for role in roles),
     }
     learners = [model for model in models if model.trained is not None]

@@ -211,6 +211,8 @@ def _preflight(
                 pre.fact("environment, note", finding)
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
+    if recipe.frozen_apart:
+        pre.fact("frozen models", f"on {next(roles.frozen()[0].parameters()).device}")
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
     if wraps(roles.policy.tokenizer, recipe.data):
         pre.fact("plain-text prompts", "become a user's turn in the chat template (data.wrap_in_chat)")
@@ -243,12 +245,13 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     reference = None if roles.reference is None else roles.reference.separate
+    place = {"offloaded": recipe.offload, "apart": recipe.frozen_apart}
     if reference is not None:
-        found.append(Model("reference", reference.model, reference.model.name_or_path, offloaded=recipe.offload))
+        found.append(Model("reference", reference.model, reference.model.name_or_path, **place))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             judge = part.model.model
-            found.append(Model(f"reward {name}", judge, judge.name_or_path, offloaded=recipe.offload))
+            found.append(Model(f"reward {name}", judge, judge.name_or_path, **place))
     if roles.mask is not None:
         found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found

@@ -1,7 +1,7 @@
 """Runs PPO on `pretend` once for each recipe of a file, and writes down where the reference and the reward model lay
 whenever the actor sampled, the reward model or the reference was read, and the weights were updated.
 
-`python offload_worker.py RECIPES.json FOUND.json`
+`python frozen_worker.py RECIPES.json FOUND.json`
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def watched(kind: type, method: str, phase: str) -> None:
         if phase == "rollout":
             known[:] = [self]
         if known and (phase != "reference" or self is known[0].reference):
-            there = [next(model.parameters()).device.type for model in known[0].frozen()]
+            there = [str(next(model.parameters()).device) for model in known[0].frozen()]
             places.setdefault(phase, set()).add(" ".join(there))
         return plain(self, *given, **named)
 
