@@ -12,8 +12,9 @@ from letter_models import save_mini, write_jsonl
 from train_kit import merge
 
 from steersman.cli import VERBS, main
+from steersman.config.load import load_recipe
+from steersman.config.sections import Section
 from steersman.control.recipe import RECIPES
-from steersman.run.config import Section, load_recipe
 
 WORDS = ["yes it is.", "no", "a cat", "ok", "look", "so", "hm", "what?"]
 SOMETIMES = {
@@ -36,7 +37,7 @@ CONTROL = {
     "dqn": [*_SHORT, "--rollout.steps", "32", "--settings.learning_starts", "32", "--settings.updates", "2"],
     "q-learning": ["--env", "FrozenLake-v1", "--settings.episodes", "20"],
 }
-READERS = ("pydantic", "steersman.run.config", "steersman.run.inputs", "steersman.run.help")
+READERS = ("pydantic", "steersman.config.load", "steersman.run.files.inputs", "steersman.config.help")
 """Modules that look at every key whatever it means."""
 
 

@@ -12,8 +12,8 @@ from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Call, Environment, Reply
 from steersman.environments.text import clean_text
+from steersman.guards.user_code import user_code
 from steersman.run.seed import sub_seed
-from steersman.run.user_code import user_code
 from steersman.types import Prompt, SteersmanError
 
 Player = Callable[[random.Random], Reply]

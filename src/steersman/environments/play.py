@@ -19,9 +19,9 @@ from steersman.environments.conversation import Conversation, in_segments
 from steersman.environments.port import Answer, Episode, Reply
 from steersman.environments.text import clean_text
 from steersman.environments.workers import Job, TooLateError, Workers
+from steersman.guards.user_code import user_code
 from steersman.rollout.port import Progress
 from steersman.rollout.sampling import Sampling
-from steersman.run.user_code import user_code
 from steersman.types import Prompt, Sample, SteersmanError
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from steersman.environments.port import Answer, Environment, Reply
 from steersman.environments.schedules import as_answers_come, joining, turn_by_turn
 from steersman.environments.telling import as_users, with_tool_descriptions
 from steersman.environments.workers import Workers
+from steersman.guards.user_code import streams_kept
 from steersman.rollout.port import Generator, Limits, Progress
 from steersman.rollout.sampling import Sampling
 from steersman.run.seed import sub_seed
-from steersman.run.user_code import streams_kept
 from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 _NO_LIMIT = 1 << 40
@@ -133,7 +133,7 @@ class Episodes:
         assert reply is not None
         said, messages = self._as_shown(reply, answer.messages)
         try:
-            if answer.anew:
+            if answer.new_conversation:
                 game.earlier.append(talk)
                 return self.lay_out_opening(game, answer.messages, room)
             before, game.messages = game.messages, [*game.messages, said, *messages]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from steersman.run.user_code import no_sudden_end
+from steersman.guards.user_code import no_sudden_end
 from steersman.types import SteersmanError
 
 _ABANDONED = 512
