@@ -14,7 +14,7 @@ from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.reward import RewardConfig
 from steersman.run.config import Section
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
+from steersman.run.parallel import WithoutZeroConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 
@@ -127,7 +127,7 @@ class DistillRecipe(TrainingRecipe):
     reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
     health: HealthConfig = HealthConfig()
 
     @classmethod

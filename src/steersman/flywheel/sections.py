@@ -13,7 +13,7 @@ from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
-from steersman.run.parallel import ParallelConfig
+from steersman.run.parallel import WithoutZeroConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 
@@ -52,7 +52,7 @@ class LoopRecipe(Section):
         default=None, description="train the judge's reward model again after each round, on the newest answers"
     )
     run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
 
     @model_validator(mode="after")
     def _can_begin(self) -> LoopRecipe:

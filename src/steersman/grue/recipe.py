@@ -11,7 +11,7 @@ from steersman.grue.task import TASKS
 from steersman.recipe.sections import ModelConfig
 from steersman.reward import RewardPart
 from steersman.run.config import Section
-from steersman.run.parallel import ParallelConfig
+from steersman.run.parallel import WithoutZeroConfig
 from steersman.run.run_config import micro_tokens
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.on_policy_recipes import RECIPES
@@ -138,7 +138,7 @@ class GrueRecipe(Section):
     per_task: dict[str, TaskSettings] = Field(default_factory=dict, description="task: what it has otherwise")
     evaluation: Evaluation = Evaluation()
     run: MatrixRun = MatrixRun()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
 
     @property
     def model_name(self) -> str:

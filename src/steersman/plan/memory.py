@@ -27,6 +27,7 @@ from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.pieces import local_shard
 from steersman.run.preflight import Phase, Preflight, Role, size
+from steersman.run.ranks import ranks
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
 
@@ -248,14 +249,15 @@ def _roles(models: Sequence[Model]) -> list[Role]:
 
 
 def _role(model: Model, seen: set[int]) -> Role:
-    """Gradients have their parameters' precision; the optimizer says what it keeps."""
+    """What this rank holds. Gradients have their parameters' precision; the optimizer says what it keeps."""
     parameters = list(model.module.parameters())
     trained = [p for p in parameters if p.requires_grad] if model.trained is not None else []
     own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
     seen |= {id(x) for x in own}
     weights = sum(map(_bytes, own))
-    gradients = sum(map(_bytes, trained))
-    kept = 0 if model.optimizer is None else state_bytes(trained, model.optimizer)
+    here = ranks()
+    gradients = sum(map(_bytes, trained)) // here.pieces(2)
+    kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer) // here.pieces(1)
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
         weights, gradients, kept,

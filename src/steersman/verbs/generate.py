@@ -15,7 +15,7 @@ from steersman.model import whole_weights
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.config import Section
 from steersman.run.folder import write_atomic
-from steersman.run.parallel import ParallelConfig
+from steersman.run.parallel import WithoutZeroConfig
 from steersman.run.ranks import ranks
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
 from steersman.run.terminal import printable, say
@@ -39,7 +39,7 @@ class GenerateRecipe(Section):
     greedy: bool = Field(default=False, description="the likeliest token each time")
     out: str | None = Field(default=None, description="JSONL file to write; null prints the responses")
     run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
