@@ -34,7 +34,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2 copies x 2 shards": (4, {"parallel.mode": "fsdp", "parallel.replicas": 2}),
 }
 ZERO: dict[str, tuple[int, dict[str, Any]]] = {
-    "2 replicas": (2, {}),
     "2 ranks, ZeRO 1": (2, {"parallel.mode": "zero1"}),
     "2 ranks, ZeRO 2": (2, {"parallel.mode": "zero2"}),
 }

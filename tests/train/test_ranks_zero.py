@@ -25,7 +25,7 @@ from steersman.run.extras import installed
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not installed("deepspeed"), reason="needs DeepSpeed, which is not installed"),
+    pytest.mark.skipif(not installed("deepspeed"), reason="needs DeepSpeed"),
 ]
 CLOSE = 1e-6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -2,7 +2,8 @@
 
 All is arithmetic on the model's shape and the devices' data sheets, and is shown, so that a reader can check it:
 
-    held        weights / shards + trained x what the optimizer keeps / shards (zero1, zero2: / devices)
+    held        weights / shards + trained x what the optimizer keeps / shards (zero1, zero2: this and a
+                copy of the weights / devices)
     gradients   trained x bytes / shards (zero2: / devices); where an update is one micro-batch, those of the model
                 that is in its pass grow while its activations go, and only what is more than these counts
     activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
@@ -92,8 +93,8 @@ class Layout:
     """`shards` devices hold one copy between them; where weights are whole, `zero` devices hold one copy of the
     moments (ZeRO's `stage` 1), or of moments and gradients (2). `generators` devices are set apart for sampling (0:
     all sample), and `scorers` for the models that do not learn (0: all score). With `offloaded` a model is on the
-    devices only while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty where
-    nothing need be set; what steersman can not run yet is `planned` only."""
+    devices only while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty
+    where nothing need be set; what steersman can not run yet is `planned` only."""
 
     name: str
     shards: int
@@ -203,7 +204,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     for role in roles:
         if (layout.scorers and not role.trained) or (role.away and layout.shards == 1):
             continue
-        kept = role.trained * work.optimizer_bytes / layout.moments
+        kept = role.trained * (work.optimizer_bytes + 4 * (layout.stage > 0)) / layout.moments
         held[role.name] = role.weights(work.weight) / layout.shards + kept
     actor = roles[0].shape
     if layout.shards > 1:

@@ -257,7 +257,9 @@ def _role(model: Model, seen: set[int]) -> Role:
     weights = sum(map(_bytes, own))
     here = ranks()
     gradients = sum(map(_bytes, trained)) // here.pieces(2)
-    kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer) // here.pieces(1)
+    kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer)
+    if here.pieces(1) > 1:  # DeepSpeed updates a copy of the weights
+        kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
         weights, gradients, kept,

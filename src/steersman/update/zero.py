@@ -99,7 +99,7 @@ class Zero:
             if not steps:
                 self.adamw.state.pop(flat, None)
                 continue
-            kept = {"step": torch.as_tensor(steps[0], dtype=torch.float32).clone()}
+            kept = {"step": torch.as_tensor(steps[0], dtype=torch.float32).to(flat.device, copy=True)}
             for name in MOMENTS:
                 kept[name] = torch.zeros_like(flat, requires_grad=False)
                 for parameter, start in laid:
