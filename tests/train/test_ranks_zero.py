@@ -1,7 +1,9 @@
 """Two ranks under DeepSpeed's ZeRO learn what one process learns, in float32, as DeepSpeed updates nothing else.
 
 AdamW divides by the root of a mean square, so where a gradient is near zero rounding decides the step; the recipes
-here have an epsilon above that.
+here have an epsilon above that. Run it with an environment that has DeepSpeed beside steersman's packages:
+
+    DS_BUILD_OPS=0 pip install --no-deps deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 """
 
 from __future__ import annotations
