@@ -23,7 +23,7 @@ from test_ranks_equal_one import offline_rows
 from test_ranks_faults import begin, children, gone, wait_for_steps
 from train_kit import merge, save_tiny, settings
 
-from steersman.run.extras import installed
+from steersman.extras import installed
 
 pytestmark = [
     pytest.mark.slow,

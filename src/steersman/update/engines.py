@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.update.kinds import restore
 from steersman.update.zero import Zero
 

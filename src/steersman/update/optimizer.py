@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steersman.run.config import Section
-from steersman.run.ranks import ranks
+from steersman.config.sections import Section
+from steersman.distributed.ranks import ranks
 from steersman.types import Stats, SteersmanError
 from steersman.update.engines import engine_of
 from steersman.update.kinds import Kind, Rounding, steps_of

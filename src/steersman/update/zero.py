@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from steersman.run.pieces import shard_like
-from steersman.run.ranks import ranks
+from steersman.distributed.pieces import shard_like
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
 BUCKET = 50_000_000
