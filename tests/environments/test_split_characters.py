@@ -56,7 +56,7 @@ for _ in range(3):
 
 def byte_level():
     """GPT-2's way: a letter of its own for every byte, and each token is one."""
-    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     letters = [
         chr(b) if b in plain else chr(256 + [x for x in range(256) if x not in plain].index(b)) for b in range(256)
     ]
@@ -135,7 +135,7 @@ PLAIN = {"data.wrap_in_chat": False}
     ids=["plain", "plain, silent", "chat", "segments"],
 )
 def test_ids_stay_and_text_is_what_they_spell(listening, style, changes, says):
-    _, tokenizer, spelt = style
+    spelt = style[2]
     made = recipe("rloo", merge(listening, {"environment.args": {"says": says}, **changes}))
     roles = build_roles(made, torch.device("cpu"))
     train, _, _ = _prompts(made, roles.policy)

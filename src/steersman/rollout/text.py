@@ -1,8 +1,8 @@
 """Response text, and stop strings found while it grows.
 
-A token may be a part of a character: a response that a limit cuts, or a model that says such tokens in no order, leaves
-bytes that make none. Text shows each piece of them as one U+FFFD, and keeps every whole character beside them. Bytes of
-one response are never completed by those of another, so a text follows from the response's own ids.
+A token may be a part of a character. A response that a limit cuts, or that says such tokens in no order, leaves bytes
+that make none: text shows each piece of them as one U+FFFD and keeps every whole character beside them. Bytes of one
+response are never completed by those of another, so a text follows from the response's own ids.
 """
 
 from __future__ import annotations
