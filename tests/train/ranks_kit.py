@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from forked import Python
 
-from steersman.run.checkpoint import Checkpointer
-from steersman.run.stored import StoredTensor
+from steersman.distributed.stored import StoredTensor
+from steersman.run.files.checkpoint import Checkpointer
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 

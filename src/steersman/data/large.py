@@ -16,7 +16,7 @@ from steersman.data.rows import BadRows
 from steersman.data.stored import Stored, make_room, store
 from steersman.data.streamed import Streamed, open_streams
 from steersman.data.tokenize import Layout
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 
 
 class LargeDataConfig(DataConfig):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from steersman.atomic import save_dir
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
 from steersman.data.encode import Encoded, EncodedSet, put, require_known
@@ -25,8 +26,7 @@ from steersman.data.load import LoadedExamples, each_example, files_of
 from steersman.data.rows import BadRows
 from steersman.data.split import hash_of, held_keys, key_of, prompt_key
 from steersman.data.tokenize import Layout
-from steersman.run.folder import save_dir
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
 CHUNK = 1024

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.data import Encoded, EncodedSet, Feedback, collate
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
 from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
-from steersman.run.config import Section
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, answer_logp
@@ -128,7 +128,7 @@ class FeedbackObjective:
         self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
         self.cost = train.lengths
         self.context = context_length(policy.model)
-        self.known = {
+        self.reference_logp = {
             id(data): answer_logp(reference, data.first, micro_tokens) for data in filter(None, (train, held_out))
         }
         self.threshold = 0.0
@@ -192,7 +192,7 @@ class FeedbackObjective:
         per_token = self.module.logp_from(tokens, self.module.hidden(tokens)).logp
         mask = send(tokens.mask, per_token.device)
         logp = torch.where(mask, per_token, torch.zeros_like(per_token)).sum(-1)
-        ref = send(self.known[id(data)][list(rows)], logp.device)
+        ref = send(self.reference_logp[id(data)][list(rows)], logp.device)
         label, threshold = send(self._labels(data, rows), logp.device), torch.full_like(logp[0], self.threshold)
         loss, reward, lead = self.config.answer_losses(logp, ref, label, threshold, self.weights)
         if self.config.nll:

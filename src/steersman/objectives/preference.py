@@ -16,18 +16,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.data import (
     EncodedSet,
     Preference,
     collate_pairs,
 )
+from steersman.distributed.micro import my_micro_batches
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
-from steersman.run.config import Section
-from steersman.run.micro import my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.setup.reference import Reference, answer_logp, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
@@ -108,7 +108,7 @@ class PairObjective:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
         self.cost = [2 * length for length in train.lengths]
-        self.known: dict[int, Tensor] = {}
+        self.reference_logp: dict[int, Tensor] = {}
         if self.entry.needs_reference and not self.entry.needs_full_kl:
             assert reference is not None
             for data in filter(None, (train, held_out)):
@@ -116,7 +116,7 @@ class PairObjective:
                 known = answer_logp(reference, answers, micro_tokens)
                 if anchor is not None:
                     known = (1 - anchor[1]) * known + anchor[1] * answer_logp(anchor[0], answers, micro_tokens)
-                self.known[id(data)] = known.view(-1, 2)
+                self.reference_logp[id(data)] = known.view(-1, 2)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -151,15 +151,15 @@ class PairObjective:
         ref = kl = None
         if self.entry.needs_full_kl:
             ref, kl = self._divergence(tokens, hidden)
-        own = self._own(tokens, hidden, logp) if self.entry.needs_own else None
+        own = self._own(tokens, hidden, logp) if self.entry.needs_log_weight else None
         pair = pair_logp(
             logp[:n], mask[:n], logp[n:], mask[n:],
-            chosen_own=None if own is None else own[:n], rejected_own=None if own is None else own[n:],
+            chosen_log_weight=None if own is None else own[:n], rejected_log_weight=None if own is None else own[n:],
             ref_chosen=None if ref is None else ref[:n], ref_rejected=None if ref is None else ref[n:],
             chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:],
         )  # fmt: skip
-        if id(data) in self.known:
-            sums = send(self.known[id(data)][list(rows)], logp.device)
+        if id(data) in self.reference_logp:
+            sums = send(self.reference_logp[id(data)][list(rows)], logp.device)
             pair = pair._replace(ref_chosen=sums[:, 0], ref_rejected=sums[:, 1])
         examples = [data.examples[i] for i in rows]
         if self.config.margin_weight:

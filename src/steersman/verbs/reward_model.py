@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
+from steersman.atomic import write_atomic
 from steersman.data import (
     DataConfig,
     EncodedSet,
@@ -25,6 +26,8 @@ from steersman.data import (
     steps,
 )
 from steersman.data.shapes import NOUNS, Kind
+from steersman.distributed.parallel import ParallelConfig
+from steersman.extras import installed
 from steersman.model import (
     AttributeModel,
     GatedModel,
@@ -42,10 +45,7 @@ from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
-from steersman.run.extras import installed
-from steersman.run.folder import write_atomic
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.run.report.calibration import calibration_png
 from steersman.run.run_config import ManyRunConfig
@@ -121,7 +121,7 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
     metric, mode = METRIC.get(kind, ("held_out/loss", "min"))
     session = Session(
         "reward", recipe, resume=resume, metric=metric, mode=mode,
-        shown=("loss", "accuracy", metric), health=recipe.health,
+        headline=("loss", "accuracy", metric), health=recipe.health,
     )  # fmt: skip
     with session:
         if recipe.stage == "evaluate":
