@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar, cast
@@ -143,6 +143,16 @@ def _read(config: DataConfig, bad: BadRows, path: str) -> Iterator[Row]:
         subset=config.subset,
         hub_split=config.hub_split,
     )
+
+
+LOADERS: dict[Kind, Callable[[DataConfig], LoadedExamples[Any]]] = {
+    "demonstration": demonstrations,
+    "preference": preferences,
+    "feedback": feedback,
+    "ranking": rankings,
+    "rating": ratings,
+    "steps": steps,
+}
 
 
 def prompts(config: DataConfig) -> LoadedExamples[Query]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from steersman.data.examples import Content, Demonstration, Example, Rating
+from steersman.data.examples import Demonstration, Example, Rating
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)
@@ -20,12 +20,7 @@ def prompt_key(example: Example) -> str:
     prompt = example.prompt
     if isinstance(example, Demonstration | Rating) and not prompt:
         prompt = example.completion
-    return hash_of(prompt)
-
-
-def hash_of(content: Content) -> str:
-    """A stable hash (hex) of a text or conversation."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def key_of(hashed: str) -> int:
