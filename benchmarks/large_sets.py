@@ -1,11 +1,11 @@
 """A million rows through `data.cache` and `data.stream`, for `sft` and for `dpo`: seconds and memory; to a page.
 
-    python benchmarks/large_sets.py --model MODEL [--rows 1000000] [--verbs sft dpo] [--work FOLDER]
-        [--measured FILE] [--out docs/results/large-sets.md]
+    python benchmarks/large_sets.py --model MODEL [--rows 1000000] [--verbs sft dpo]
+        [--ways stream memory cache] [--work FOLDER] [--measured FILE] [--out docs/results/large-sets.md]
 
 Rows are generated: a question with an answer, or with two, of made sentences, 60 to 200 tokens, in one file of JSON
 lines. Each way runs in a process of its own, which says its peak of memory when it is done. What was measured is
-added to FILE, and the page is of all that is there, so that the verbs can be measured one at a time.
+added to FILE, and the page is of all that is there, so that verbs and ways can be measured one at a time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ WORDS = [
     "window",
 ]
 BATCH, BATCHES = 32, 200
+WAYS = ["stream", "memory", "cache"]
 KINDS: dict[str, Any] = {"sft": "demonstration", "dpo": "preference"}
 
 
@@ -108,20 +109,21 @@ def page(found: list[dict[str, Any]], model: str) -> str:
             f"| {x['verb']} | {x['rows']:,} ({x['size']:,.0f}) | {x['way']} | {x['first']:,.0f} ({x['own']:,.1f}) | "
             f"{x['peak']:,.0f} ({x['before']:,.0f}) | {1000 * x['batch']:.1f} |"
         )
-    kept = {x["verb"]: x["kept"] for x in found if "kept" in x}
+    kept = {x["verb"]: f"{1000 * x['kept'] / x['rows']:.2f} kB a row (`{x['verb']}`)" for x in found if "kept" in x}
     lines += [
         "",
-        "On disk the tokens take " + " and ".join(f"{size:,.0f} MB (`{verb}`)" for verb, size in kept.items()) + ".",
+        f"On disk the tokens take {' and '.join(kept.values())}.",
         "What the stream waits for is its first buffer of 10,000 rows; all the steps that were timed came out of it,",
-        "so reading and tokenising the rest are not in its `ms a step`. The rows in memory are a tenth: their memory",
-        "grows with them, that of the others does not. In memory `dpo` also reads all answers with its reference",
-        "before the first step, which is no part of the seconds here; the others do so step by step.",
+        "so reading and tokenising the rest are not in its `ms a step`. What the cache waits for the first time, and",
+        "the memory of rows in memory, grow with the rows; the memory of the others does not. In memory `dpo` also",
+        "reads all answers with its reference before the first step, which is no part of the seconds here; the",
+        "others do so step by step.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def measured(verb: str, rows: int, model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """All ways of a verb, each in a process of its own."""
+def measured(verb: str, ways: list[str], rows: int, model: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The ways asked for, each in a process of its own; the cache twice."""
     whole, part, cache = folder / "rows.jsonl", folder / "part.jsonl", folder / "cache"
     write_rows(whole, verb, rows)
     with whole.open() as lines:
@@ -130,10 +132,11 @@ def measured(verb: str, rows: int, model: str, folder: Path) -> Iterator[dict[st
         ("`data.stream`", "stream", whole, rows), ("in memory", "memory", part, rows // 10),
         ("`data.cache`, the first time", "cache", whole, rows), ("`data.cache`, again", "cache", whole, rows),
     ):  # fmt: skip
-        told = {"verb": verb, "way": name, "rows": count, "size": path.stat().st_size / 1e6}
-        told |= apart("--model", model, "--side", verb, way, str(path), str(cache))
-        kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-        yield told | ({"kept": kept / 1e6} if kept else {})
+        if way in ways:
+            told = {"verb": verb, "way": name, "rows": count, "size": path.stat().st_size / 1e6}
+            told |= apart("--model", model, "--side", verb, way, str(path), str(cache))
+            kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+            yield told | ({"kept": kept / 1e6} if kept else {})
 
 
 def main() -> None:
@@ -141,6 +144,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--verbs", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--measured", type=Path, default=Path("large_sets.jsonl"))
     parser.add_argument("--out", type=Path)
@@ -152,7 +156,7 @@ def main() -> None:
         return
     for verb in given.verbs:
         with tempfile.TemporaryDirectory(dir=given.work) as folder:
-            for told in measured(verb, given.rows, given.model, Path(folder)):
+            for told in measured(verb, given.ways, given.rows, given.model, Path(folder)):
                 with given.measured.open("a") as file:
                     file.write(json.dumps(told) + "\n")
     found = [json.loads(line) for line in given.measured.read_text().splitlines()]

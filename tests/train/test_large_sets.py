@@ -157,15 +157,18 @@ def test_a_stream_of_pairs_or_thumbs_goes_on_from_its_middle(verb, tmp_path, min
     goes_on(asked, tmp_path, from_step=16, verb=verb)
 
 
-def test_changed_pairs_are_refused_by_a_resumed_run_whatever_else_the_cache_has(tmp_path, mini):
+def test_a_run_on_stored_pairs_goes_on_whatever_else_the_cache_has_and_refuses_changed_ones(tmp_path, mini):
     (tmp_path / "cache").mkdir()
     asked = merge(judged(tmp_path, mini, "dpo", cache=str(tmp_path / "cache")), {"run.dir": str(tmp_path / "run")})
     carry_out("dpo", asked)
     carry_out("reward", judged(tmp_path, mini, "reward", cache=str(tmp_path / "cache")) | {
         "run": {"threads": 1, "dir": str(tmp_path / "other")}
     })  # fmt: skip
+    before = weights(tmp_path / "run" / "model")
     cut_short(tmp_path / "run", 6)
     carry_out("dpo", asked, resume=True)
+    after = weights(tmp_path / "run" / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
     cut_short(tmp_path / "run", 6)
     file = tmp_path / "dpo.jsonl"
     file.write_text(file.read_text().replace("ask", "say", 1))
