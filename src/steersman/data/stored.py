@@ -187,7 +187,7 @@ class Stored:
     """The training rows of one or several stored sets by place, read from disk when asked for; a `TrainingSet`.
 
     A row is held out by its prompt's hash, as `split` does, or because an example of `held` has its prompt. In memory
-    are 20 bytes a row: its length, its place and its prompt's key. Examples come without their texts.
+    are 22 bytes a row: its length, its place, its set and its prompt's key. Examples come without their texts.
     """
 
     def __init__(self, folders: Sequence[Path], kind: Kind, config: DataConfig, held: Sequence[Example]) -> None:
@@ -205,7 +205,7 @@ class Stored:
             side = "training" if not len(self.places) else "held-out"
             raise SteersmanError(f"data.held_out: {config.held_out:g} of {len(self.keys)} rows leaves no {side} row")
         self.lengths = np.concatenate(lengths)[self.places]
-        self.parts = np.repeat(np.arange(len(sizes)), sizes)[self.places]
+        self.parts = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)[self.places]
         self.groups = ByPlace(len(self.places), lambda i: self._group(int(self.places[i])))
         self.examples = ByPlace(len(self.places), lambda i: self._example(int(self.places[i])))
         apart = [int(place) for place in np.flatnonzero(chosen)]
