@@ -24,8 +24,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from steersman.assets import openings, story_model
-from steersman.run.folder import write_atomic
-from steersman.run.log import read_jsonl
+from steersman.atomic import write_atomic
+from steersman.run.files.log import read_jsonl
 from steersman.verbs import rl
 from steersman.verbs.on_policy_recipes import RECIPES
 

@@ -115,9 +115,9 @@ def page(found: list[dict[str, Any]], model: str) -> str:
         f"On disk the tokens take {' and '.join(kept.values())}.",
         "What the stream waits for is its first buffer of 10,000 rows; all the steps that were timed came out of it,",
         "so reading and tokenising the rest are not in its `ms a step`. What the cache waits for the first time, and",
-        "the memory of rows in memory, grow with the rows. Pages of the cache's file that were read count in its peak,",
-        "though the system takes them back when it needs memory. In memory `dpo` also reads all answers with its",
-        "reference before the first step, which is no part of the seconds here; the others do so step by step.",
+        "the memory of rows in memory, grow with the rows. Pages of the cache's file that were read count in its",
+        "peak, though the system takes them back when it needs memory. In memory `dpo` also reads all answers with",
+        "its reference before the first step, which is no part of the seconds here; the others do so step by step.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from steersman.run.checkpoint import Checkpointer
-from steersman.run.stored import StoredTensor
+from steersman.distributed.stored import StoredTensor
+from steersman.run.files.checkpoint import Checkpointer
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -10,11 +10,11 @@ import time
 import torch
 
 from steersman.data import Encoded, EncodedSet
+from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.pieces import local_shard
+from steersman.distributed.ranks import join_ranks, ranks
 from steersman.model import load_policy, place
 from steersman.objectives.supervised import SFT
-from steersman.run.parallel import ParallelConfig
-from steersman.run.pieces import local_shard
-from steersman.run.ranks import join_ranks, ranks
 from steersman.run.run_config import ManyRunConfig
 from steersman.train.offline import Offline, OfflineConfig
 from steersman.update.optimizer import OptimizerConfig

@@ -75,7 +75,7 @@ def watched(model: Any) -> Iterator[set[str]]:
         return lambda *args, **named: (seen.add(name), inner(*args, **named))[1]
 
     def step(self: Any, *args: Any) -> Any:
-        if self.proven:
+        if self.verified:
             seen.add("compiled steps")
         return one_step(self, *args)
 

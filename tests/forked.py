@@ -26,7 +26,7 @@ from typing import Any
 
 PRELOADED = [
     "steersman.cli", "steersman.verbs.sft", "steersman.verbs.preference", "steersman.verbs.reward_model",
-    "steersman.verbs.rl", "steersman.flywheel.online_dpo", "steersman.distill.run", "steersman.run.launch",
+    "steersman.verbs.rl", "steersman.flywheel.online_dpo", "steersman.distill.run", "steersman.distributed.launch",
     "steersman.rollout.remote", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 

@@ -16,9 +16,9 @@ ALLOWED = {
     "metrics/named.py": {"Metric", "Scorer"},
     "metrics/workers.py": {"Scorer"},
     # A nested value whose leaves are of any type is walked.
-    **{f"run/{name}.py": {"Section"} for name in ("config_problems", "config_sections", "config_text", "help")},
-    "run/pieces.py": {"StoredTensor"},
-    "run/untrusted.py": {"Fault"},
+    **{f"config/{name}.py": {"Section"} for name in ("problems", "sections", "dump", "help")},
+    "distributed/pieces.py": {"StoredTensor"},
+    "guards/untrusted.py": {"Fault"},
     # The kinds of example are a closed union, which files decide and pyright checks.
     **{f"data/{name}.py": {"Demonstration", "Feedback", "Preference", "Query", "Ranking", "Rating", "Steps"}
        for name in ("examples", "prepare", "split", "tools")},

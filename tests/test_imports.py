@@ -10,50 +10,56 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "steersman"
 
 MATHS = {"ops", "types"}
+GROUND = MATHS | {"atomic", "extras", "guards", "config", "distributed", "run"}
 MAY = {
     "types": set(),
     "assets": set(),
     "ops": {"types"},
     "native": {"types"},
-    "run": MATHS,
-    "data": MATHS | {"run"},
-    "model": MATHS | {"run", "native"},
-    "rollout": MATHS | {"run", "model", "native"},
-    "metrics": MATHS | {"run"},
-    "reward": MATHS | {"run", "model", "metrics"},
-    "tabular": MATHS | {"run", "loss"},  # preference losses are followed to their fixed points there
-    "loss": MATHS | {"run"},
-    "advantage": MATHS | {"run"},
-    "update": MATHS | {"run", "loss", "algorithms"},
-    "algorithms": MATHS | {"run", "advantage", "loss"},
-    "verify": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update"},
-    "control": MATHS | {"run", "advantage", "loss", "algorithms", "tabular", "update", "train"},
-    "judge": MATHS | {"run", "data", "model", "rollout", "reward"},
-    "statistics": MATHS | {"run", "data"},
-    "plan": MATHS | {"run", "data", "model", "rollout", "update"},
-    "environments": MATHS | {"run", "data", "model", "rollout", "judge"},  # who plays a user, who judges a talk
-    "recipe": MATHS
-    | {"run", "data", "model", "rollout", "reward", "environments", "loss", "update", "algorithms"},
-    "setup": MATHS | {"run", "data", "model", "rollout", "environments", "recipe"},
-    "train": MATHS
-    | {"environments", "run", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms"}
+    "atomic": {"types"},
+    "extras": {"types"},
+    "guards": {"types"},
+    "config": {"types", "guards"},
+    "distributed": {"types", "atomic", "extras", "guards", "config"},
+    "run": GROUND - {"run"},
+    "data": GROUND,
+    "model": GROUND | {"native"},
+    "rollout": GROUND | {"model", "native"},
+    "metrics": GROUND,
+    "reward": GROUND | {"model", "metrics"},
+    "loss": MATHS,
+    "advantage": MATHS,
+    "algorithms": MATHS | {"guards", "config", "advantage", "loss"},
+    "update": MATHS | {"config", "distributed", "loss", "algorithms"},
+    "tabular": MATHS | {"distributed", "loss"},  # preference losses are followed to their fixed points there
+    "verify": GROUND | {"advantage", "loss", "algorithms", "tabular", "update"},
+    "control": GROUND | {"advantage", "loss", "algorithms", "tabular", "update", "train"},
+    "judge": GROUND | {"data", "model", "rollout", "reward"},
+    "statistics": GROUND | {"data"},
+    "plan": GROUND | {"data", "model", "rollout", "update"},
+    "environments": GROUND | {"data", "model", "rollout", "judge"},  # who plays a user, who judges a talk
+    "recipe": GROUND
+    | {"data", "model", "rollout", "reward", "environments", "loss", "update", "algorithms"},
+    "setup": GROUND | {"data", "model", "rollout", "environments", "recipe"},
+    "train": GROUND
+    | {"environments", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms"}
     | {"plan", "recipe", "setup"},
-    "objectives": MATHS | {"run", "data", "model", "loss", "setup", "train", "statistics"},
-    "verbs": MATHS
-    | {"run", "native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
+    "objectives": GROUND | {"data", "model", "loss", "setup", "train", "statistics"},
+    "verbs": GROUND
+    | {"native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
     | {"plan", "recipe", "setup", "train", "objectives", "statistics", "assets", "environments"},
-    "flywheel": MATHS
-    | {"run", "data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
+    "flywheel": GROUND
+    | {"data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
     | {"metrics", "statistics", "recipe", "setup"},
-    "distill": MATHS
-    | {"run", "data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
+    "distill": GROUND
+    | {"data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
     | {"objectives", "recipe", "setup"},
-    "grue": MATHS
-    | {"run", "data", "model", "metrics", "reward", "recipe", "setup", "train", "algorithms", "update", "verbs"},
-    "people": MATHS
-    | {"run", "data", "model", "rollout", "judge", "statistics", "recipe", "setup", "verbs", "flywheel", "assets"},
+    "grue": GROUND
+    | {"data", "model", "metrics", "reward", "recipe", "setup", "train", "algorithms", "update", "verbs"},
+    "people": GROUND
+    | {"data", "model", "rollout", "judge", "statistics", "recipe", "setup", "verbs", "flywheel", "assets"},
 }  # fmt: skip
-"""What each room may import of the others."""
+"""What each room may import of the others; `GROUND` is what every run stands on."""
 
 PUBLIC = {"cli", "api", "__init__"}
 """What stands above all rooms and may import any; no room may import these."""
@@ -64,8 +70,8 @@ HOMES = {
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py", "environments"},
     "matplotlib": {"run", "control", "grue"},
-    "rich": {"run", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
-    "httpx2": {"judge", "rollout", "people"},
+    "rich": {"run", "config", "verbs", "control", "verify", "flywheel", "grue", "people", "cli.py"},
+    "httpx2": {"guards", "judge", "rollout", "people"},
     **{
         name: {"people"} for name in ("sqlalchemy", "alembic", "starlette", "uvicorn", "argon2", "nh3", "markdown_it")
     },

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from steersman.cli import VERBS, Verb
-from steersman.run.config import Section
-from steersman.run.config import load_recipe as read_recipe
+from steersman.config.load import load_recipe as read_recipe
+from steersman.config.sections import Section
 from steersman.types import SteersmanError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steersman.run.config import Section
+    from steersman.config.sections import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Verb:
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
-        from steersman.run.extras import explain_missing
+        from steersman.extras import explain_missing
 
         with explain_missing("this verb"):
             found = _load(self.recipe)
@@ -46,16 +46,16 @@ class Verb:
 
     def start(self, name: str, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
         """Runs the verb, on as many processes as the recipe asks for, and gives its summary."""
-        from steersman.run.extras import explain_missing
+        from steersman.extras import explain_missing
 
         with explain_missing(name):
             if not self.many:
                 return _load(self.run)(recipe, resume=resume)
-            from steersman.run import launch
+            from steersman.distributed import launch
 
             os.environ.update(launch.from_slurm(os.environ))
             if launch.must_start(recipe.run.devices, recipe.run.launcher):
-                start = _load("steersman.run.on_ray:start") if recipe.run.launcher == "ray" else launch.start
+                start = _load("steersman.distributed.on_ray:start") if recipe.run.launcher == "ray" else launch.start
                 return start(name, recipe, recipe.run.devices, resume=resume)
             with launch.as_rank(recipe.parallel):
                 return _load(self.run)(recipe, resume=resume)
@@ -257,7 +257,8 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     if given & {"--help", "-h"}:
         _verb_help(name, verb, recipe_class)
         return 0
-    from steersman.run.config import dump_recipe, load_recipe
+    from steersman.config.dump import dump_recipe
+    from steersman.config.load import load_recipe
 
     recipe = load_recipe(recipe_class, path, overrides)
     if "--print-config" in given:
@@ -272,16 +273,16 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
 
 
 def _is_rank() -> bool:
-    """Whether another process of steersman started this one as a rank of its run (run/launch.py)."""
+    """Whether another process of steersman started this one as a rank of its run (distributed/launch.py)."""
     return "STEERSMAN_RANKS_FOLDER" in os.environ
 
 
 def _launch() -> Any:
-    return importlib.import_module("steersman.run.launch")
+    return importlib.import_module("steersman.distributed.launch")
 
 
 def _terminal() -> Any:
-    return importlib.import_module("steersman.run.terminal")
+    return importlib.import_module("steersman.guards.terminal")
 
 
 def _recipe_of_run(overrides: list[str]) -> Path | None:
@@ -344,7 +345,7 @@ Settings on the command line win over the recipe: steersman ppo recipes/ppo.yaml
 def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
     from rich.console import Console
 
-    from steersman.run.help import help_table
+    from steersman.config.help import help_table
 
     console = Console()
     console.print(f"steersman {name} [recipe.yaml] [--section.key value ...]", style="bold", markup=False)
@@ -359,7 +360,7 @@ def _red(text: str) -> None:
 
 def _say_where(what: str) -> None:
     """Points to the files of a run that ended badly."""
-    folder = sys.modules.get("steersman.run.folder")
+    folder = sys.modules.get("steersman.run.files.folder")
     where = f"; its files are in {folder.held[-1]}" if folder is not None and folder.held else ""
     _red(f"{what}{where}")
 

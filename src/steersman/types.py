@@ -199,8 +199,8 @@ class Trajectory:
     row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
     prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
     `score` is what a row earned without any KL penalty; `parts` are the rewards that it was added up from, each with
-    its weight. `marked` are steps that an advantage picked out for its method's loss. `turn` numbers the turns of
-    episodes whose baselines are to be taken turn by turn (`advantage/by_turn.py`). `weight` is what
+    its weight. `penalty_mask` are steps on which a method's loss adds its penalty (KL-Cov). `turn` numbers the
+    turns of episodes whose baselines are to be taken turn by turn (`advantage/by_turn.py`). `weight` is what
     a row's loss counts, where its prompt was not drawn like all others.
     """
 
@@ -215,7 +215,7 @@ class Trajectory:
     logp_rollout: Float[Tensor, "B T"] | None = None
     score: Float[Tensor, " B"] | None = None
     parts: Float[Tensor, "B K 2"] | None = None
-    marked: Bool[Tensor, "B T"] | None = None
+    penalty_mask: Bool[Tensor, "B T"] | None = None
     turn: Int[Tensor, "B T"] | None = None
     weight: Float[Tensor, " B"] | None = None
 

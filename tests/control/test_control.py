@@ -13,13 +13,14 @@ from PIL import Image
 
 from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.cli import main
+from steersman.config.dump import dump_recipe
+from steersman.config.load import load_recipe
 from steersman.control.envs import maker
 from steersman.control.evaluate import evaluate
 from steersman.control.learner import Learner, flatten
 from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refusal
 from steersman.control.run import build
 from steersman.loss.reduce import token_weight
-from steersman.run.config import dump_recipe, load_recipe
 from steersman.run.seed import seed_everything
 from steersman.types import SteersmanError
 
@@ -188,7 +189,7 @@ def test_replay_keeps_the_newest_and_marks_ends():
     assert int(ends.sum()) > 2
     # within an episode the next observation of one transition is the observation of the following
     order = (replay.next + torch.arange(50)) % 50
-    obs, after, ends = replay.obs[order], replay.after[order], ends[order]
+    obs, after, ends = replay.obs[order], replay.next_obs[order], ends[order]
     linked = (after[:-1] == obs[1:]).all(-1)
     assert bool((linked | ends[:-1])[: int(seen.length[:-1].sum()) - 1].float().mean() > 0.9)
 

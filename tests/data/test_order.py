@@ -17,7 +17,9 @@ from steersman.data import (
     collate_groups,
     collate_pairs,
     demonstrations,
+    episode_rows,
     pack,
+    prompts,
 )
 from steersman.data.split import split
 from steersman.types import SteersmanError
@@ -194,3 +196,23 @@ def test_held_out_files(tmp_path):
     assert load(str(tmp_path / "apart.jsonl")) == (["1", "3", "3", "4"], ["2", "5"], {"prompt is held out": 1})
     with pytest.raises(SteersmanError, match="no such file"):
         load("nowhere.jsonl")
+
+
+def test_rows_of_an_environment_are_held_out_row_by_row(tmp_path):
+    """Where every episode has the same system prompt, what differs are the other columns."""
+    rows = [{"prompt": "Customer: ", "wish": f"table for {n}"} for n in (1, 2, 3, 3)]
+    for name, table in (("train", rows), ("held", rows[2:3])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    path = str(tmp_path / "train.jsonl")
+
+    def wishes(**more):
+        loaded = episode_rows(DataConfig(path=path, **more))
+        return [[e.columns["wish"][-1] for e in side] for side in (loaded.train, loaded.held_out)]
+
+    assert wishes(held_out_files=[str(tmp_path / "held.jsonl")]) == [["1", "2"], ["3"]]
+    train, held = wishes(held_out=1)
+    assert sorted(train + held) == ["1", "2", "3", "3"]
+    assert held
+    assert not set(train) & set(held)
+    with pytest.raises(SteersmanError, match="no training example"):  # one prompt is one question to a single answer
+        prompts(DataConfig(path=path, held_out=1))

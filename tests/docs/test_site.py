@@ -11,7 +11,7 @@ import pytest
 
 import steersman
 from steersman.cli import VERBS
-from steersman.run.config import section_of, walk_keys
+from steersman.config.sections import section_of, walk_keys
 
 ROOT = Path(__file__).parents[2]
 

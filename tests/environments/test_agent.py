@@ -163,7 +163,7 @@ ask(talk, tools=tools)
     begun = episode.begin([], {}, 0)
     assert begun[0]["tools"][0]["function"]["name"] == "add"
     answer = episode.step(Reply("", "", (Call("add", {"a": 2}),)))
-    assert not answer.anew
+    assert not answer.new_conversation
     assert [(m["role"], m["content"]) for m in answer.messages] == [("tool", "5")]
     assert episode.step(Reply("five", "five")).done
     episode.close()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 def _no_reports(monkeypatch):
     """Drawing charts takes most of a mini run's time; the report has tests of its own."""
     monkeypatch.setattr("steersman.train.session.write_report", lambda folder: None)
-    monkeypatch.setattr("steersman.run.ledger.write_report", lambda folder: None)
+    monkeypatch.setattr("steersman.run.files.ledger.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
 from steersman.flywheel import arena, best_of_n, online_dpo, players
-from steersman.run import ledger
+from steersman.run.files import ledger
 from steersman.run.report.page import write_report
 from steersman.train import offline
 from steersman.types import SteersmanError
@@ -317,5 +317,5 @@ def test_engines_elsewhere_end_with_the_run(broken, tmp_path, mini_model, monkey
         turn("best-of-n", tmp_path, mini_model, **extra)
     assert opened
     for generator in opened:
-        assert not generator.stations[0].launched.alive()
+        assert not generator.stations[0].process.alive()
         assert not generator._folder.path.exists()

@@ -14,6 +14,7 @@ import yaml
 from grue_kit import settings
 from safetensors.torch import load_file
 
+from steersman.config.load import load_recipe
 from steersman.grue import run as grue_run
 from steersman.grue.cells import cells
 from steersman.grue.check import check_matrix
@@ -23,7 +24,6 @@ from steersman.grue.recipe import GrueRecipe
 from steersman.grue.results import collect
 from steersman.grue.run import run
 from steersman.grue.statistics import difference, mean
-from steersman.run.config import load_recipe
 from steersman.train import session
 from steersman.types import SteersmanError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from letter_models import save_mini
 
-from steersman.run import ledger
+from steersman.run.files import ledger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "judge"))
 

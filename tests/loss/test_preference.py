@@ -166,7 +166,7 @@ def batch(seed: int = 0):
 
 def pair_of(named, chosen_mask, rejected_mask):
     rest = {k: v for k, v in named.items() if k not in ("chosen", "rejected")}
-    own = {f"{side}_own": named[side] + named[f"{side}_kl"] for side in ("chosen", "rejected")}
+    own = {f"{side}_log_weight": named[side] + named[f"{side}_kl"] for side in ("chosen", "rejected")}
     return preference.pair_logp(named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest, **own)
 
 
@@ -233,7 +233,7 @@ def test_extreme_logps_stay_finite(name):
     ]
     kl = torch.tensor([4000.0, 0.0, 0.0, 1.0])
     length = torch.tensor([100.0, 1.0, 0.0, 7.0])
-    pair = preference.PairLogp(tensors[0], tensors[1], length, length, tensors[2], tensors[3], kl, kl, own=-kl)
+    pair = preference.PairLogp(tensors[0], tensors[1], length, length, tensors[2], tensors[3], kl, kl, log_weight=-kl)
     loss, _ = function(pair, **options)
     grads = torch.autograd.grad(loss.sum(), tensors[:2])
     assert loss.isfinite().all()
@@ -405,11 +405,11 @@ def test_table_says_what_each_loss_needs(name):
             spec.function(no_kl)
     else:
         assert torch.equal(spec.function(no_kl)[0], spec.function(pair)[0])
-    if spec.needs_own:
+    if spec.needs_log_weight:
         with pytest.raises(TypeError, match="policy's own"):
-            spec.function(pair._replace(own=None))
+            spec.function(pair._replace(log_weight=None))
     else:
-        assert torch.equal(spec.function(pair._replace(own=None))[0], spec.function(pair)[0])
+        assert torch.equal(spec.function(pair._replace(log_weight=None))[0], spec.function(pair)[0])
     bare = pair._replace(ref_chosen=None, ref_rejected=None)
     if spec.needs_reference:
         with pytest.raises(TypeError, match="reference"):

@@ -218,7 +218,7 @@ def test_kto_shares_the_mass_among_the_liked():
     """Where likes win by c(y), mu c beta s (1 - s) is proportional to pi, s = sigma(beta rho); z is 0 in the end."""
     liked = torch.sigmoid(MDP.total_reward)
     desirable = torch.cat([torch.ones(len(MDP)), torch.zeros(len(MDP))]).bool()
-    prob = torch.cat([WORLD.shown * liked, WORLD.shown * (1 - liked)])
+    prob = torch.cat([WORLD.shown_prob * liked, WORLD.shown_prob * (1 - liked)])
     ref, zero = MDP.sequence_logp_ref.sum(-1).repeat(2), torch.zeros((), dtype=torch.float64)
 
     def loss(answers):
@@ -231,7 +231,7 @@ def test_kto_shares_the_mass_among_the_liked():
         optimiser.step()
     logits = descend(lambda x: loss(MDP.sequence_logp(x).sum(-1)), MDP.factor(theta.detach()))
     pi, s = MDP.sequence_prob(logits), torch.sigmoid(BETA * WORLD.log_ratio(logits))
-    ratio = WORLD.shown * (2 * liked - 1) * s * (1 - s) / pi
+    ratio = WORLD.shown_prob * (2 * liked - 1) * s * (1 - s) / pi
     for prompt in range(2):
         kept = (MDP.prompt == prompt) & (liked > 0.5)
         assert kept.sum() > 3

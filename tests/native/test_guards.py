@@ -92,7 +92,7 @@ def test_a_head_larger_than_the_embedding_goes_module_by_module():
 def test_weights_replaced_during_a_call_are_kept_for_it():
     model = tiny_model("llama")
     whole = compiled_step_of(model, 2)
-    held = {p.data_ptr() for p in whole.kept[2]}
+    held = {p.data_ptr() for p in whole.keep_alive[2]}
     before = model.model.embed_tokens.weight.data_ptr()
     model.model.embed_tokens.weight.data = torch.zeros_like(model.model.embed_tokens.weight)
     assert before in held

@@ -110,9 +110,9 @@ def test_quantised_and_shared_bases_count_once():
     added = shape.adapters(16)
     h, i, k = 4096, 14_336, 1024
     assert added == 32 * 16 * (2 * (h + h) + 2 * (h + k) + 3 * (h + i))
-    role = Role("actor", shape, trained=added, added=added, matrices=0.516)
+    role = Role("actor", shape, trained=added, adapter_parameters=added, matrices=0.516)
     assert role.weights(2) == inside * 0.516 + (shape.parameters - inside) * 2 + added * 4
-    assert Role("critic", shape, trained=added, added=added, own=False).weights(2) == added * 4
+    assert Role("critic", shape, trained=added, adapter_parameters=added, owns_base=False).weights(2) == added * 4
 
 
 def test_activations_are_what_a_layer_keeps():

@@ -22,8 +22,8 @@ def test_preflight_counts_what_waits_in_its_own_phase_only(tmp_path):
     actor, small = load_policy(str(save_mini(tmp_path / "model"))), tiny_model("llama")
     models = [
         Model("actor", actor.model, "", actor, OptimizerConfig()),
-        Model("reference", copy := tiny_model("llama"), "", away=True),
-        Model("reward", small, "", away=True),
+        Model("reference", copy := tiny_model("llama"), "", offloaded=True),
+        Model("reward", small, "", offloaded=True),
     ]
     phases = {phase.name: phase.shares for phase in foresee(torch.device("cuda"), models, Load(64, 16))}
     assert phases["update"]["weights"] == bytes_of(actor.model)
@@ -38,9 +38,9 @@ def test_preflight_counts_what_waits_in_its_own_phase_only(tmp_path):
 def test_plan_counts_what_waits_when_it_is_read_and_its_way():
     size, there = shape_of("7b"), cluster("1xH100-80GB")
     work = Work(samples=4, prompt=64, new=64, epochs=1, micro=512, weight=2, compute=2)
-    actor, one = Role("actor", size, trained=10**6, added=10**6), Layout("replicas", 1)
+    actor, one = Role("actor", size, trained=10**6, adapter_parameters=10**6), Layout("replicas", 1)
     stays = [actor, Role("reference", size), Role("reward", size)]
-    waits = [actor, Role("reference", size, away=True), Role("reward", size, away=True)]
+    waits = [actor, Role("reference", size, offloaded=True), Role("reward", size, offloaded=True)]
     before, after = weigh(one, stays, work, there), weigh(one, waits, work, there)
     assert "reference" not in after.memory
     whole = 2.0 * size.parameters

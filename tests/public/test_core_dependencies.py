@@ -13,8 +13,8 @@ import pytest
 from letter_models import LETTERS, WORDS, letters, write_jsonl
 from tiny_models import tiny_model
 
+from steersman import extras
 from steersman.metrics.named import METRICS, metric
-from steersman.run import extras
 from steersman.types import SteersmanError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,8 +2,10 @@ import pytest
 import torch
 from reward_samples import make_samples
 
+from steersman.config.dump import dump_recipe
+from steersman.config.load import load_recipe
+from steersman.config.sections import Section
 from steersman.reward import RewardConfig, ScoreShaping, build_reward
-from steersman.run.config import Section, dump_recipe, load_recipe
 from steersman.types import SteersmanError
 
 

@@ -34,7 +34,7 @@ def steps(monkeypatch):
 
     def call(self, *args):
         seen.made += 1
-        seen.trusted += self.proven
+        seen.trusted += self.verified
         return inner(self, *args)
 
     monkeypatch.setattr(room.CompiledStep, "__call__", call)

@@ -51,7 +51,7 @@ def test_samples_and_log_probabilities_are_those_of_the_adapters(live_model, mon
 def test_the_compiled_step_of_the_whole_model_is_used(monkeypatch):
     trusted, inner = [], compiled_step.CompiledStep.__call__
     monkeypatch.setattr(
-        compiled_step.CompiledStep, "__call__", lambda self, *a: trusted.append(self.proven) or inner(self, *a)
+        compiled_step.CompiledStep, "__call__", lambda self, *a: trusted.append(self.verified) or inner(self, *a)
     )
     model = tiny_model("llama")
     with_adapters(model)

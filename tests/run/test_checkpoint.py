@@ -18,11 +18,11 @@ import torch
 from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from steersman.run.checkpoint import Checkpointer
-from steersman.run.ranks import NoStore, Ranks
+from steersman.distributed.ranks import NoStore, Ranks
+from steersman.distributed.stored import write_shards
+from steersman.run.files.checkpoint import Checkpointer
 from steersman.run.seed import rng_state, set_rng_state
 from steersman.run.stop_request import StopRequest
-from steersman.run.stored import write_shards
 from steersman.types import SteersmanError
 
 
@@ -178,7 +178,7 @@ def test_the_last_and_the_best_are_kept(tmp_path, mode, best):
 LOOP = """
     import sys, time
     from pathlib import Path
-    from steersman.run.checkpoint import Checkpointer
+    from steersman.run.files.checkpoint import Checkpointer
     from steersman.run.stop_request import StopRequest
     keeper = Checkpointer(Path(sys.argv[1]))
     with StopRequest() as stop:

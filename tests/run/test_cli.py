@@ -15,8 +15,8 @@ from pydantic import Field
 
 from steersman import cli
 from steersman.cli import VERBS, main
-from steersman.run.config import Section
-from steersman.run.folder import RunFolder
+from steersman.config.sections import Section
+from steersman.run.files.folder import RunFolder
 from steersman.types import SteersmanError
 
 

@@ -11,8 +11,8 @@ from letter_models import save_mini, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from steersman import cli
+from steersman.config.load import load_recipe
 from steersman.model import load_policy, load_reward
-from steersman.run.config import load_recipe
 from steersman.types import Tokens
 from steersman.verbs.import_recipe import VERBS, translate_settings
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from steersman.run.config import Section, load_recipe
-from steersman.run.folder import RunFolder, held, replace_dir, save_dir, write_atomic
+from steersman.atomic import replace_dir, save_dir, write_atomic
+from steersman.config.load import load_recipe
+from steersman.config.sections import Section
+from steersman.run.files.folder import RunFolder, held
 from steersman.types import SteersmanError
 
 
@@ -33,8 +35,8 @@ def python(code: str, *args: str, **options) -> subprocess.Popen:
 HOLDER = """
     import sys
     from pathlib import Path
-    from steersman.run.config import Section
-    from steersman.run.folder import RunFolder
+    from steersman.config.sections import Section
+    from steersman.run.files.folder import RunFolder
     from steersman.types import SteersmanError
     try:
         folder = RunFolder(Path(sys.argv[1]), Section(), resume="resume" in sys.argv)
@@ -96,8 +98,8 @@ FILL = """
     from pathlib import Path
     import torch
     from safetensors.torch import save_file
-    from steersman.run.checkpoint import Checkpointer
-    from steersman.run.folder import save_dir, write_atomic
+    from steersman.run.files.checkpoint import Checkpointer
+    from steersman.atomic import save_dir, write_atomic
     from steersman.types import SteersmanError
 
     root = Path(sys.argv[1])

@@ -330,7 +330,7 @@ def test_a_step_costs_the_same_however_late_it_is():
 
 def test_the_best_stretch_of_a_reward_is_found_as_if_all_rows_had_been_kept():
     config, n = HealthConfig(), 8
-    history = History(kept=config.critic_window, window=n)
+    history = History(length=config.critic_window, window=n)
     rows = [numbers(step) for step in range(1, 401)]
     for i, row in enumerate(rows, start=1):
         history.add(row)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from steersman.run.config import Section
-from steersman.run.inputs import BLOCK, WHOLE, fingerprints
+from steersman.config.sections import Section
+from steersman.run.files.inputs import BLOCK, WHOLE, fingerprints
 
 
 class Asked(Section):

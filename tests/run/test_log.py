@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from steersman.run.files.log import Log, read_jsonl
 from steersman.run.health.watch import Finding
-from steersman.run.log import Log, read_jsonl
 from steersman.types import SteersmanError
 
 
@@ -62,7 +62,7 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     out = io.StringIO()
-    with log(tmp_path, every=1e9, shown=("reward/total", "kl"), console=Console(file=out, width=200)) as run:
+    with log(tmp_path, every=1e9, headline=("reward/total", "kl"), console=Console(file=out, width=200)) as run:
         for step in range(1, 11):
             run.step(step, {"kl": step / 3, "reward/total": 0.25, "other": 1.0})
         run.finding(Finding(10, "kl_runaway", "warning", "too far [bold]"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from steersman.run.log import Log
-from steersman.run.sinks import SINKS, open_sink
+from steersman.run.files.log import Log
+from steersman.run.files.sinks import SINKS, open_sink
 from steersman.types import SteersmanError
 
 OWN = """

@@ -1,7 +1,7 @@
-// A device that is not the CPU, on a machine without one: `pretend`, in PyTorch's place for outside devices
-// (PrivateUse1). Its memory is the CPU's and its arithmetic is the CPU's kernels, but a tensor on it is a stranger to
-// a tensor on the CPU, as a CUDA tensor is: what mixes them is refused, and whatever makes the host wait for the device
-// is reported to a listener, which counts it.
+// Two devices that are not the CPU, on a machine without one: `pretend:0` and `pretend:1`, in PyTorch's place for
+// outside devices (PrivateUse1). Their memory is the CPU's and their arithmetic is the CPU's kernels, but a tensor on
+// one is a stranger to a tensor on the CPU or on the other, as a CUDA tensor is: what mixes them is refused, and
+// whatever makes the host wait for a device is reported to a listener, which counts it.
 
 #include <atomic>
 #include <set>
@@ -27,6 +27,8 @@
 namespace {
 
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
+constexpr c10::DeviceIndex DEVICES = 2;
+thread_local c10::DeviceIndex current = 0;
 using Listener = void (*)(const char*);
 Listener listener = nullptr;
 thread_local int inside = 0;  // within a kernel of the device, what it copies for itself is nobody's wait
@@ -54,7 +56,7 @@ struct Memory final : c10::Allocator {
     auto* block = new Block{c10::GetCPUAllocator()->allocate(bytes), static_cast<int64_t>(bytes)};
     const int64_t now = held += block->bytes;
     if (now > peak) peak = now;
-    return {block->data.get(), block, &release, c10::Device(KIND, 0)};
+    return {block->data.get(), block, &release, c10::Device(KIND, current)};
   }
   static void release(void* context) {
     auto* block = static_cast<Block*>(context);
@@ -66,10 +68,28 @@ struct Memory final : c10::Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(KIND, &memory)
 
+c10::DeviceIndex change(c10::DeviceIndex to) {
+  const auto before = current;
+  if (to >= 0) current = to;
+  return before;
+}
+
+// While it lives another device is the current one; a number below 0 changes nothing.
+struct At {
+  c10::DeviceIndex before;
+  explicit At(c10::DeviceIndex to) : before(change(to)) {}
+  ~At() { current = before; }
+};
+
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<KIND> {
-  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
-  c10::Device getDevice() const override { return c10::Device(KIND, 0); }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Device exchangeDevice(c10::Device to) const override { return c10::Device(KIND, change(to.index())); }
+  c10::Device getDevice() const override { return c10::Device(KIND, current); }
+  void setDevice(c10::Device to) const override { change(to.index()); }
+  void uncheckedSetDevice(c10::Device to) const noexcept override { change(to.index()); }
+  c10::DeviceIndex deviceCount() const noexcept override { return DEVICES; }
+  c10::Stream getStream(c10::Device d) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, c10::Device(KIND, d.has_index() ? d.index() : current));
+  }
   c10::Stream getNewStream(c10::Device d, int) const override { return getStream(d); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(getDevice()); }
 };
@@ -104,17 +124,18 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  void setCurrentDevice(c10::DeviceIndex) const override {}
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  c10::DeviceIndex deviceCount() const override { return DEVICES; }
+  void setCurrentDevice(c10::DeviceIndex to) const override { change(to); }
+  c10::DeviceIndex getCurrentDevice() const override { return current; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex to) const override { return change(to); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex to) const override { return change(to); }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return common(); }
   at::Generator getNewGenerator(c10::DeviceIndex) const override {
     return at::make_generator<Random>(at::detail::createCPUGenerator(c10::default_rng_seed_val));
   }
-  at::Device getDeviceFromPtr(void*) const override { return c10::Device(KIND, 0); }
+  at::Device getDeviceFromPtr(void*) const override { return c10::Device(KIND, current); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
+    At there(storage.device().index());
     auto made = memory.allocate(bytes);
     std::memcpy(made.get(), storage.data(), std::min(bytes, storage.nbytes()));
     storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(made));
@@ -127,12 +148,14 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 constexpr c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  At there(device.has_value() ? device->index() : -1);
   return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  At there(device.has_value() ? device->index() : -1);
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(dtype));
 }
 
@@ -169,11 +192,17 @@ const std::set<std::string> COUNTED_FIRST = {
 // Operations that move their small arguments themselves, or that are meant to take tensors of two devices.
 const std::set<std::string> MAY_MIX = {"aten::_copy_from", "aten::_copy_from_and_resize", "aten::_foreach_copy_"};
 
-void refuse_strangers(const c10::OperatorHandle& op, const std::string& name, const at::Tensor& x, bool& mask) {
+void refuse_strangers(const c10::OperatorHandle& op, const std::string& name, const at::Tensor& x, bool& mask,
+                      c10::DeviceIndex& device) {
   if (!x.defined()) return;
   mask = mask || x.scalar_type() == at::kBool;
   TORCH_CHECK(!x.is_cpu() || x.dim() == 0 || MAY_MIX.count(name), "Expected all tensors to be on the same device, but ",
               op.schema().operator_name(), " was given tensors on pretend and on cpu of shape ", x.sizes());
+  if (x.is_cpu()) return;
+  if (device < 0) device = x.device().index();
+  TORCH_CHECK(x.device().index() == device || MAY_MIX.count(name),
+              "Expected all tensors to be on the same device, but ", op.schema().operator_name(),
+              " was given tensors on pretend:", int(device), " and on ", x.device(), " of shape ", x.sizes());
 }
 
 void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -181,16 +210,17 @@ void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto first = stack->size() - arguments.size();
   bool masks = false;
+  c10::DeviceIndex device = -1;
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto& value = (*stack)[first + i];
     bool mask = false;
     if (value.isTensor()) {
-      refuse_strangers(op, name, value.toTensor(), mask);
+      refuse_strangers(op, name, value.toTensor(), mask, device);
     } else if (value.isTensorList()) {
-      for (const at::Tensor& x : value.toTensorList()) refuse_strangers(op, name, x, mask);
+      for (const at::Tensor& x : value.toTensorList()) refuse_strangers(op, name, x, mask, device);
     } else if (value.isOptionalTensorList()) {
       for (const std::optional<at::Tensor>& x : value.toOptionalTensorList())
-        if (x.has_value()) refuse_strangers(op, name, *x, mask);
+        if (x.has_value()) refuse_strangers(op, name, *x, mask, device);
       masks = masks || mask;  // an index by a mask
     } else if (value.isGenerator()) {
       auto given = value.toGenerator();
@@ -204,6 +234,7 @@ void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (COUNTED_FIRST.count(name)) waits(name.substr(6));
   if (masks && name.find("index_put") != std::string::npos) waits("an index by a mask");
   Inside guard;
+  At there(device);
   at::native::cpu_fallback(op, stack);
 }
 
@@ -241,6 +272,8 @@ TORCH_LIBRARY(pretend, m) {
 
 }  // namespace
 
+extern "C" int64_t pretend_current() { return current; }
+extern "C" void pretend_set_current(int64_t to) { change(static_cast<c10::DeviceIndex>(to)); }
 extern "C" void pretend_listen(Listener given) { listener = given; }
 extern "C" int64_t pretend_peak() { return peak; }
 extern "C" void pretend_reset_peak() { peak = held.load(); }

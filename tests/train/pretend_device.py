@@ -1,8 +1,8 @@
-"""`pretend`: a device that is not the CPU, on a machine without one, and a count of what makes the host wait for it
-and of the bytes in use on it.
+"""`pretend`: two devices that are not the CPU, on a machine without one, and a count of what makes the host wait for
+them and of the bytes in use on them.
 
 `start()` builds `pretend_device.cpp` (kept between runs, about 10 seconds the first time) and gives PyTorch the
-device for the rest of the process, so it is called in a process of its own.
+devices for the rest of the process, so it is called in a process of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def start() -> None:
     loaded = ctypes.CDLL(str(library))
     loaded.pretend_start()
     torch.utils.rename_privateuse1_backend("pretend")
-    torch._register_device_module("pretend", _module())
+    torch._register_device_module("pretend", _module(loaded))
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
     _keep.append(kind(lambda what: [one.note(what) for one in _listening] and None))
@@ -112,15 +112,15 @@ def waits() -> Iterator[Waits]:
         _listening.remove(found)
 
 
-def _module() -> types.ModuleType:
+def _module(loaded: ctypes.CDLL) -> types.ModuleType:
     """What PyTorch and its users ask of `torch.pretend`, as of `torch.cuda`."""
     module: Any = types.ModuleType("torch.pretend")
     ops = torch.ops.pretend
     properties = types.SimpleNamespace(name="pretend", total_memory=64 << 30, multi_processor_count=1)
     module.is_available = lambda: True
-    module.device_count = lambda: 1
-    module.current_device = lambda: 0
-    module.set_device = lambda device: None
+    module.device_count = lambda: 2
+    module.current_device = lambda: loaded.pretend_current()
+    module.set_device = lambda device: loaded.pretend_set_current(getattr(device, "index", device))
     module.synchronize = lambda device=None: None
     module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False

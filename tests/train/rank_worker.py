@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from steersman.cli import VERBS, _load
-from steersman.run.launch import as_rank
+from steersman.distributed.launch import as_rank
 from steersman.train import session
 
 if __name__ == "__main__":

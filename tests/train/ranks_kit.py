@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from forked import Python
 
+from steersman.distributed.stored import StoredTensor
 from steersman.model import load_scalar, save
-from steersman.run.checkpoint import Checkpointer
-from steersman.run.stored import StoredTensor
+from steersman.run.files.checkpoint import Checkpointer
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 

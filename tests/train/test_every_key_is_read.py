@@ -12,7 +12,7 @@ from letter_models import save_mini, write_jsonl
 from train_kit import merge
 
 from steersman.cli import VERBS, main
-from steersman.run.config import Section
+from steersman.config.sections import Section
 
 WORDS = ["yes it is.", "no", "a cat", "ok", "look", "so", "hm", "what?"]
 SOMETIMES = {
@@ -25,7 +25,7 @@ SOMETIMES = {
 }  # fmt: skip
 """Read where something of the data, or another key, asks for it; these runs are too plain. So is all of `health`, and
 of `parallel`, which several processes read."""
-READERS = ("pydantic", "steersman.run.config", "steersman.run.inputs", "steersman.run.help")
+READERS = ("pydantic", "steersman.config.load", "steersman.run.files.inputs", "steersman.config.help")
 """Modules that look at every key whatever it means."""
 
 

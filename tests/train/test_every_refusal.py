@@ -9,8 +9,8 @@ import torch
 from train_kit import recipe, rewards_file
 
 from steersman.algorithms import ALGORITHMS
+from steersman.config.load import load_recipe
 from steersman.data import Batches
-from steersman.run.config import load_recipe
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
 from steersman.types import Prompt, SteersmanError

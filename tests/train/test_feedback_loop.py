@@ -89,7 +89,7 @@ def test_kto_equals_the_paper_on_plain_forward_passes():
 
 def test_bco_shift_follows_both_labels():
     made = objective(BCOConfig(beta=0.05, shift_decay=0.75))
-    reward = 0.05 * (answer_logp(made.module, made.train.first, 10_000) - made.known[id(made.train)])
+    reward = 0.05 * (answer_logp(made.module, made.train.first, 10_000) - made.reference_logp[id(made.train)])
     assert made.threshold == 0.0
     means = {True: 0.0, False: 0.0}
     for batch in ([0, 1, 2], [3], [0, 4], [1, 2, 3]):  # one batch has one label only, which leaves the other mean

@@ -12,11 +12,11 @@ from train_kit import recipe, rows, weights
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients
+from steersman.config.load import load_recipe
 from steersman.data import Batches
 from steersman.loss.correction import CAPS, Correction
 from steersman.model import Policy
 from steersman.rollout import Engine, Sampling
-from steersman.run.config import load_recipe
 from steersman.train.experience import behaviour_logp, tokens_of, trajectory
 from steersman.train.on_policy import OnPolicy
 from steersman.train.policy_update import Learner

@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 
 from steersman import native
 from steersman.data import Encoded, collate
+from steersman.distributed.micro import micro_batches
 from steersman.model import Policy, load_policy
 from steersman.model.lora import LoraConfig, add_lora
 from steersman.native.products import rearrange
@@ -29,7 +30,6 @@ from steersman.plan.memory import (
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
 from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import Room
-from steersman.run.micro import micro_batches
 from steersman.run.preflight import Phase, Preflight
 from steersman.types import Prompt, SteersmanError
 from steersman.update.optimizer import Optimizer, OptimizerConfig

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steersman.config.dump import dump_recipe
+from steersman.config.load import load_recipe
 from steersman.grue.recipe import GrueRecipe
-from steersman.run.config import dump_recipe, load_recipe
 from steersman.verbs.sft import SFTRecipe
 
 SFT = ["--model.path", "m", "--data.path", "d"]

@@ -145,7 +145,7 @@ def test_ranks_and_server_that_die_are_started_again(cluster, tmp_path, capfd):
 @pytest.mark.slow
 @needs_ray
 def test_more_ranks_than_the_cluster_has_room_for_are_refused(cluster, tmp_path, monkeypatch):
-    from steersman.run import on_ray
+    from steersman.distributed import on_ray
 
     monkeypatch.setattr(on_ray, "PLACED_IN", 1.0)
     base = settings(tmp_path, save_tiny(tmp_path / "model"))
@@ -156,7 +156,7 @@ def test_more_ranks_than_the_cluster_has_room_for_are_refused(cluster, tmp_path,
 
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
-    from steersman.run import extras
+    from steersman import extras
 
     monkeypatch.setattr(extras, "installed", lambda module: module != "ray")
     base = settings(tmp_path, save_tiny(tmp_path / "model"))

@@ -169,7 +169,7 @@ def test_an_iteration_of_grpo_waits_once_a_token_and_eight_times(found):
     assert seen.pop(("rollout/next_token.py", "_read")) <= 8, text  # one a token of the longest answer
     assert seen.pop(("rollout/decoder.py", "prefill")) == 1, text
     assert seen.pop(MODEL) == 2, text  # the reference, and the policy in training
-    own = {("run/micro.py", "over_rows"): 1, ("train/policy_update.py", "gradients"): 1}
+    own = {("distributed/micro.py", "over_rows"): 1, ("train/policy_update.py", "gradients"): 1}
     assert seen == {**STEP, **own}, text
 
 
@@ -180,7 +180,7 @@ def test_an_iteration_of_ppo_waits_four_times_an_update_and_once_a_run_of_a_trun
     assert seen.pop(("rollout/decoder.py", "prefill")) == 1, text
     assert seen.pop(MODEL) == 2 + 2 * updates, text
     assert seen == {
-        ("run/micro.py", "over_rows"): 2,  # the reference, the values
+        ("distributed/micro.py", "over_rows"): 2,  # the reference, the values
         ("train/policy_update.py", "gradients"): updates,
         ("update/optimizer.py", "not_finite"): updates,
         ("update/optimizer.py", "step"): 2 * updates,  # actor and critic
@@ -203,6 +203,7 @@ pretend_device.start()
 there = torch.arange(4.0, device="pretend")
 for wrong in (
     lambda: there + torch.ones(4),
+    lambda: there + torch.ones(4, device="pretend:1"),
     lambda: there[torch.tensor([1])],
     lambda: torch.ones(4)[there.long()],
     lambda: torch.rand(2, device="pretend", generator=torch.Generator()),

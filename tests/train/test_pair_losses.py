@@ -173,10 +173,12 @@ def test_a_lead_that_is_rounding_is_half_right():
     raters = torch.tensor([0.9, 0.2, 0.2, 0.5, 0.9])
     assert right(torch.tensor([1.0, 1.0, -1.0, 3.0, 0.0]), raters).tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
     made = objective(PairLossConfig(name="dpo"))
-    made.known = {
+    made.reference_logp = {
         key: made._run(data, [0, 1, 2])[0] for key, data in ((id(d), d) for d in (made.train, made.held_out))
     }
-    made.known = {key: torch.stack([p.chosen, p.rejected], 1).detach() for key, p in made.known.items()}
+    made.reference_logp = {
+        key: torch.stack([p.chosen, p.rejected], 1).detach() for key, p in made.reference_logp.items()
+    }
     assert made.evaluate()["held_out/accuracy"] == 0.5
 
 
@@ -188,5 +190,5 @@ def test_an_anchor_makes_the_reference_a_geometric_mixture():
         plain.module, plain.reference, plain.train, plain.held_out, config, 10_000, None, (anchor, 0.3)
     )
     alone = PairObjective(plain.module, anchor, plain.train, plain.held_out, config, 10_000)
-    mixed = [x.known[id(plain.train)] for x in (plain, alone, both)]
+    mixed = [x.reference_logp[id(plain.train)] for x in (plain, alone, both)]
     torch.testing.assert_close(mixed[2], 0.7 * mixed[0] + 0.3 * mixed[1])

@@ -16,9 +16,9 @@ from ranks_kit import launch, trained_weights
 from train_kit import merge, save_tiny
 from transformers import AutoModelForCausalLM
 
-from steersman.run import checkpoint
-from steersman.run.checkpoint import Checkpointer
-from steersman.run.stored import StoredTensor
+from steersman.distributed.stored import StoredTensor
+from steersman.run.files import checkpoint
+from steersman.run.files.checkpoint import Checkpointer
 from steersman.types import SteersmanError
 
 WORDS = ["yes it is.", "no", "a cat, a dog", "ok", "look there", "e", "so she said", "hm", "what?"]
@@ -188,7 +188,7 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_stands(tmp_path):
         import os, signal, sys, time
         from pathlib import Path
         import torch
-        from steersman.run import checkpoint
+        from steersman.run.files import checkpoint
         keeper = checkpoint.Checkpointer(Path(sys.argv[1]))
         keeper.save(1, {"w": torch.ones(4)})
         plain = torch.save

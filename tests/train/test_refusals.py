@@ -13,7 +13,7 @@ from letter_models import letters, save_mini, write_jsonl
 from train_kit import merge, prompts_file, recipe, rewards_file, rows, weights
 
 from steersman import cli
-from steersman.run.config import load_recipe
+from steersman.config.load import load_recipe
 from steersman.types import SteersmanError
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_while_saving_loses_nothing(base, tmp_path):
 
 
 def test_two_runs_at_once_can_not_share_a_folder(base, tmp_path):
-    from steersman.run.folder import RunFolder
+    from steersman.run.files.folder import RunFolder
 
     asked = recipe("ppo", base)
     with RunFolder(tmp_path / "run", asked), pytest.raises(SteersmanError, match=f"process {os.getpid()}"):

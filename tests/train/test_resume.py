@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_shape_is_named(base, tmp_path):
 
 def test_a_step_asks_for_no_row_of_the_log(base, tmp_path, monkeypatch):
     """Whether a step was the best is known without reading metrics.jsonl again: the work per step stays the same."""
-    from steersman.run import log
+    from steersman.run.files import log
     from steersman.train import session
 
     read = []

@@ -90,12 +90,12 @@ def test_each_head_learns_of_its_own_draws_and_parts_add_up(asked):
         tokens = Tokens.from_ids([e.prompt for e in pair], [e.response for e in pair])
         score = model.outputs(tokens)
         for k in range(3):
-            weight = made.train.examples[i].weight * made.drawn[i, k]
+            weight = made.train.examples[i].weight * made.bootstrap_counts[i, k]
             target = score.new_tensor([made.train.examples[i].agreement])
             total = total + weight * pairwise(score[:1, k], score[1:, k], target=target, margin=score.new_zeros(1))[0]
             weights += float(weight)
     torch.testing.assert_close(whole, total / weights)
-    assert len({tuple(column) for column in made.drawn.T.tolist()}) == 3
+    assert len({tuple(column) for column in made.bootstrap_counts.T.tolist()}) == 3
 
 
 def test_a_pessimistic_reward_is_a_recipe_key(asked, tmp_path):

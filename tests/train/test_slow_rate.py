@@ -8,8 +8,8 @@ import pytest
 from letter_models import write_jsonl
 
 from steersman import cli
+from steersman.config.load import load_recipe
 from steersman.recipe.sections import ADAPTER_RATE, LoraSection, ModelConfig
-from steersman.run.config import load_recipe
 from steersman.setup.models import slow_rate
 
 

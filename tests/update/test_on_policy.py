@@ -87,17 +87,17 @@ def test_the_step_of_a_method_that_steers_it_is_measured_after_the_updates():
 
 def test_coefficients_move_by_what_was_measured_while_the_actor_learned():
     one = KLCoefficients(ALGORITHMS["ppo-kl"](beta=0.1, kl_target=1.0, kl_horizon=100, target_old=0.01), 50)
-    assert one.now() == Coefficients(0.1, 1.0)
+    assert one.current() == Coefficients(0.1, 1.0)
     one.adapt({"kl": 9.0, "kl/old": 1.0}, actor=False)
-    assert one.now() == Coefficients(0.1, 1.0)
+    assert one.current() == Coefficients(0.1, 1.0)
     one.adapt({"kl": 9.0, "kl/old": 1.0})
-    assert one.now() == Coefficients(pytest.approx(0.1 * 1.1), 2.0)
+    assert one.current() == Coefficients(pytest.approx(0.1 * 1.1), 2.0)
     again = KLCoefficients(ALGORITHMS["ppo-kl"](beta=0.1, kl_target=1.0), 50)
     again.load_state_dict(one.state_dict())
-    assert again.now() == one.now()
+    assert again.current() == one.current()
     still = KLCoefficients(ALGORITHMS["ppo"](beta=0.1), 50)
     still.adapt({"kl": 9.0, "kl/old": 1.0})
-    assert still.now() == Coefficients(0.1, 0.0)
+    assert still.current() == Coefficients(0.1, 0.0)
 
 
 @pytest.mark.parametrize("name", ["ppo", "a2c", "ppo-kl", "grpo"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from steersman.algorithms import ALGORITHMS
-from steersman.run import micro
-from steersman.run.ranks import Ranks
+from steersman.distributed import micro
+from steersman.distributed.ranks import Ranks
 from steersman.tabular import oracle
 from steersman.verify.gradient import expected
 from steersman.verify.ranks import EQUAL, OnRanks, on_ranks

@@ -12,9 +12,9 @@ from steersman.advantage.gae import Advantage
 from steersman.advantage.returns import return_to_go
 from steersman.algorithms import ALGORITHMS, Algorithm, Coefficients
 from steersman.cli import main
+from steersman.config.load import load_recipe
 from steersman.loss.correction import Correction
 from steersman.loss.policy import reinforce
-from steersman.run.config import load_recipe
 from steersman.types import SteersmanError, Trajectory
 from steersman.verify.identities import identities
 from steersman.verify.judge import Method, failures

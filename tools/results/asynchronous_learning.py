@@ -27,12 +27,12 @@ import torch
 from recording import finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 
 from steersman.assets import openings, story_model
+from steersman.atomic import write_atomic
 from steersman.data import Batches
 from steersman.loss.correction import CAPS
 from steersman.model import load_policy
 from steersman.reward import Scores
 from steersman.rollout.remote import ServerSettings, open_vllm
-from steersman.run.folder import write_atomic
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import build_roles
 from steersman.types import Sample

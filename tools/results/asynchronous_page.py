@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from steersman.run.folder import write_atomic
+from steersman.atomic import write_atomic
 
 HEAD = """# Asynchronous runs: nothing lost, and what old samples cost
 

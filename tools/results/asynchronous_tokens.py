@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from recording import over_seeds
 
+from steersman.atomic import write_atomic
 from steersman.loss.correction import Correction
 from steersman.loss.policy import reinforce
-from steersman.run.folder import write_atomic
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.verify.staleness import CORRECTIONS
 

@@ -29,7 +29,7 @@ from steersman.metrics.core import MetricInput
 from steersman.statistics.estimates import bootstrap, mean
 from steersman.verbs import generate, sft
 
-HELD_OUT = ["startend:quotation", "detectable_content:postscript", "change_case:english_lowercase"]
+HELD_OUT = ["startend:quotation", "detectable_content:postscript", "change_case:capital_word_frequency"]
 SETS = {"one, direct": (1, False), "one, corrected": (1, True), "several, direct": (3, False),
         "several, corrected": (3, True)}  # fmt: skip
 """Rules of an instruction, and whether mended answers are among its rows."""

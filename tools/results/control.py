@@ -16,10 +16,10 @@ from typing import Any
 
 from recording import finished, options, over_seeds, plain_axes, plt, rows_of, run_cells, verb
 
+from steersman.config.load import load_recipe
 from steersman.control import run as control
 from steersman.control.curve import learning_curves
 from steersman.control.recipe import recipe_class
-from steersman.run.config import load_recipe
 
 RECIPES = {
     "LunarLander-v3": Path("recipes/control-lunarlander-ppo.yaml"),

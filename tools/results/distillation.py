@@ -182,7 +182,9 @@ def own_answers(student: Policy, teacher: Policy, prompts: list[list[int]]) -> t
     samples = Engine(student.model, student.tokenizer).generate(asked, Sampling(max_new_tokens=NEW), seed=1)
     answers = [Answer(s.prompt.ids, s.ids, [True] * len(s.ids), s.prompt.ids, i) for i, s in enumerate(samples)]
     compared = Distillation(student, LocalTeacher(teacher, "teacher"), DistillLoss(), limit=NEW)
-    return torch.cat([compared.apart(answers[i : i + 16], "reverse_kl") for i in range(0, len(answers), 16)])
+    return torch.cat(
+        [compared.answer_divergence(answers[i : i + 16], "reverse_kl") for i in range(0, len(answers), 16)]
+    )
 
 
 def table(out: Path) -> str:

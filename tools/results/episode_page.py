@@ -12,7 +12,7 @@ from typing import Any
 
 from recording import finished, over_seeds, plain_axes, plt, rows_of
 
-from steersman.run.terminal import printable
+from steersman.guards.terminal import printable
 from steersman.tabular.gym import from_gymnasium
 from steersman.tabular.mdp import value_iteration
 

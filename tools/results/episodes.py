@@ -20,9 +20,9 @@ from episode_page import write_page
 from episode_starts import STARTS
 from recording import options, run_cells, verb
 
+from steersman.config.load import load_recipe
 from steersman.control import run as control
 from steersman.control.recipe import recipe_class
-from steersman.run.config import load_recipe
 from steersman.verbs import rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
 

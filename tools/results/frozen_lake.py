@@ -41,6 +41,7 @@ def start(folder: Path = START, seed: int = 0) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
     luck = random.Random(seed)
     walks = ["".join(luck.choice(CELLS) + luck.choice("LDRU") for _ in range(20)) for _ in range(400)]
+    WALKS.parent.mkdir(parents=True, exist_ok=True)
     WALKS.write_text("".join(json.dumps({"prompt": "q", "completion": walk}) + "\n" for walk in walks))
     print(folder, WALKS)
 

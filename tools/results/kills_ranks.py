@@ -37,7 +37,7 @@ import torch.distributed.tensor
 from safetensors.torch import load_file
 
 from steersman import cli
-from steersman.run import launch
+from steersman.distributed import launch
 from steersman.train import session
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -74,7 +74,7 @@ def rank(case: str, layout: str, flags: list[str], environment: dict[str, str], 
 
 
 def starter(case: str, layout: str, flags: list[str], folder: Path, pids: Path) -> int:
-    """Forks what starts the ranks and ends all where one fails, as `steersman.run.launch` does; gives its id."""
+    """Forks what starts the ranks and ends all where one fails, as `distributed/launch.py` does; gives its id."""
     pid = os.fork()
     if pid:
         return pid

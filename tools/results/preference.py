@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from recording import OPENINGS, finished, options, over_seeds, plain_axes, rows_of, verb
 
+from steersman.atomic import write_atomic
 from steersman.data import DataConfig, encode_prompts, layout, prompts
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward import RewardConfig, build_reward
 from steersman.reward.rules import BUILTINS
 from steersman.run.device import set_threads
-from steersman.run.folder import write_atomic
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from

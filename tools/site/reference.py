@@ -14,12 +14,12 @@ from mkdocs.structure.files import File, Files
 
 import steersman
 from steersman.cli import VERBS, Verb
-from steersman.run.config import Section, section_of
-from steersman.run.help import default_text
-from steersman.run.recipe_text import type_text
+from steersman.config.help import default_text
+from steersman.config.recipe_text import type_text
+from steersman.config.sections import Section, section_of
 
 PACKAGE = Path(steersman.__file__).parent
-ABOVE_ROOMS = ["api", "types"]
+ABOVE_ROOMS = ["api", "types", "atomic", "extras"]
 """Modules that stand on no room's page."""
 
 

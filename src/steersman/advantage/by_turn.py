@@ -24,13 +24,15 @@ from steersman.types import Trajectory
 def by_turn(advantage: Callable[[Trajectory], Advantage], traj: Trajectory) -> Advantage:
     """The method's `advantage`, taken turn by turn where `traj.turn` numbers the turns, else over whole episodes.
 
-    Steps that the method marks are marked in `traj`. A deviation that it divides by is that of returns, KL included.
+    The method's `penalty_mask` is put into `traj`. A deviation that it divides by is that of returns, KL included.
     """
     if traj.turn is None:
         return advantage(traj)
     episode, rows = _rows(traj)
     found = advantage(rows)
-    traj.marked = None if rows.marked is None else _joined(traj, episode, rows.marked & rows.mask) > 0
+    traj.penalty_mask = (
+        None if rows.penalty_mask is None else _joined(traj, episode, rows.penalty_mask & rows.mask) > 0
+    )
     return Advantage(_joined(traj, episode, found.adv))
 
 

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from steersman.advantage.gae import Advantage
+from steersman.config.sections import Section
 from steersman.loss.reduce import Average
 from steersman.ops.kl import KLEstimator
-from steersman.run.config import Section
 from steersman.types import Trajectory
 
 

@@ -32,14 +32,14 @@ class KLCov(GroupRelative):
     def advantage(self, traj: Trajectory) -> Advantage:
         adv = super().advantage(traj).adv
         found = covariance(traj.logp_old, adv, traj.mask)
-        traj.marked = largest(found, traj.mask, self.cov_share, -torch.inf, torch.inf)
+        traj.penalty_mask = largest(found, traj.mask, self.cov_share, -torch.inf, torch.inf)
         return Advantage(adv)
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         loss = surrogate(logp, traj.logp_old, adv)
         penalty = (
             torch.zeros_like(loss)
-            if traj.marked is None
-            else torch.where(traj.marked, (logp - traj.logp_old).abs(), 0.0)
+            if traj.penalty_mask is None
+            else torch.where(traj.penalty_mask, (logp - traj.logp_old).abs(), 0.0)
         )
         return loss + self.cov_coef * penalty

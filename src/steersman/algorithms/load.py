@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steersman.algorithms.base import Algorithm
-from steersman.run.functions import load_function
+from steersman.guards.functions import load_function
 from steersman.types import SteersmanError
 
 

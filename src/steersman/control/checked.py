@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from steersman.run.user_code import user_code
+from steersman.guards.user_code import user_code
 from steersman.types import SteersmanError
 
 LARGEST = 1e16

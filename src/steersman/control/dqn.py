@@ -30,7 +30,7 @@ class Replay:
 
     def __init__(self, size: int, obs_size: int) -> None:
         self.size, self.next, self.count = size, 0, 0
-        self.obs, self.after = torch.zeros(size, obs_size), torch.zeros(size, obs_size)
+        self.obs, self.next_obs = torch.zeros(size, obs_size), torch.zeros(size, obs_size)
         self.action = torch.zeros(size, dtype=torch.int64)
         self.reward, self.discount = torch.zeros(size), torch.zeros(size)
 
@@ -39,7 +39,7 @@ class Replay:
         mask = seen.mask
         steps = int(mask.sum())
         place = (self.next + torch.arange(steps)) % self.size
-        self.obs[place], self.after[place] = seen.obs[:, :-1][mask], seen.obs[:, 1:][mask]
+        self.obs[place], self.next_obs[place] = seen.obs[:, :-1][mask], seen.obs[:, 1:][mask]
         self.action[place], self.reward[place] = seen.action[mask], seen.reward[mask] * reward_scale
         self.discount[place] = seen.discount(gamma)[mask]
         self.next, self.count = (self.next + steps) % self.size, min(self.count + steps, self.size)
@@ -47,7 +47,7 @@ class Replay:
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(s, a, r, discount, s') of `batch` transitions drawn evenly, with replacement."""
         i = torch.randint(self.count, (batch,), generator=generator)
-        return self.obs[i], self.action[i], self.reward[i], self.discount[i], self.after[i]
+        return self.obs[i], self.action[i], self.reward[i], self.discount[i], self.next_obs[i]
 
     def state_dict(self) -> dict[str, Any]:
         held = slice(0, self.count)

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.control.checked import Checked
-from steersman.run.functions import load_function
+from steersman.guards.functions import load_function
 from steersman.run.seed import sub_seed
 from steersman.types import SteersmanError
 
@@ -84,7 +84,7 @@ class Worlds:
         self.time_limit = (spec.max_episode_steps if spec is not None else None) or 1000
         self.episode = [-1] * count
         self.history: list[list[np.ndarray]] = [[] for _ in range(count)]
-        self.earned = np.zeros(count)
+        self.returns = np.zeros(count)
         self.obs = self.begin(np.ones(count, dtype=bool))
 
     def begin(self, which: np.ndarray) -> Tensor:
@@ -93,7 +93,7 @@ class Worlds:
             return self.obs
         for i in np.flatnonzero(which):
             self.episode[i] += 1
-            self.history[i], self.earned[i] = [], 0.0
+            self.history[i], self.returns[i] = [], 0.0
         raw, _ = self.vector.reset(
             seed=[self._seed(i) for i in range(self.count)], options={"reset_mask": which.copy()}
         )
@@ -106,7 +106,7 @@ class Worlds:
         raw, reward, terminated, truncated, _ = self.vector.step(given)
         for i, history in enumerate(self.history):
             history.append(given[i])
-        self.earned += reward
+        self.returns += reward
         self.obs = self._flat(raw)
         return self.obs, reward, terminated, truncated & ~terminated
 
@@ -125,7 +125,7 @@ class Worlds:
             for action in actions.numpy():
                 raw, reward, *_ = env.step(action)
                 self.history[i].append(action)
-                self.earned[i] += float(reward)
+                self.returns[i] += float(reward)
                 obs[i] = self._flat(np.asarray(raw)[None])[0]
         self.obs = obs
 

@@ -97,7 +97,7 @@ class _Tape:
         ended = terminated | truncated
         self.frames.append((obs, action.cpu(), after, reward, terminated, ended, self.live.copy()))
         for i in np.flatnonzero(ended & self.live):
-            self.returns.append(float(worlds.earned[i]))
+            self.returns.append(float(worlds.returns[i]))
             self.lengths.append(len(worlds.history[i]))
         if ended.any():
             worlds.begin(ended)

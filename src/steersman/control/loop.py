@@ -39,7 +39,7 @@ class ControlLoop:
         obs, action, traj = self.experience(seen)
         advantage = self.algorithm.advantage(traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
-        stats = self.learner.update(obs, action, traj, advantage, self.coefficients.now(), order)
+        stats = self.learner.update(obs, action, traj, advantage, self.coefficients.current(), order)
         return stats | self.observe(seen, traj, advantage.ret, stats)
 
     def collect(self, generator: torch.Generator) -> Experience:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from steersman.run.config import Section
+from steersman.config.sections import Section
 
 
 class NetworkConfig(Section):

@@ -11,9 +11,9 @@ from pydantic import Field, create_model, model_validator
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
 from steersman.algorithms.load import load_algorithm
+from steersman.config.recipe_text import load_yaml
+from steersman.config.sections import Section
 from steersman.control.policies import NetworkConfig
-from steersman.run.config import Section
-from steersman.run.recipe_text import load_yaml
 from steersman.run.run_config import RunConfig
 from steersman.tabular.learning import Method
 from steersman.types import SteersmanError

@@ -11,6 +11,7 @@ import gymnasium as gym
 import torch
 from gymnasium import spaces
 
+from steersman.atomic import write_atomic
 from steersman.control.curve import learning_curves
 from steersman.control.dqn import DQN
 from steersman.control.envs import Worlds, maker
@@ -19,7 +20,6 @@ from steersman.control.loop import ControlLoop
 from steersman.control.recipe import TABULAR, ControlRecipe
 from steersman.control.tabular import Tabular
 from steersman.run.device import device_text
-from steersman.run.folder import write_atomic
 from steersman.run.preflight import Preflight
 from steersman.train.session import Session
 from steersman.types import Stats, SteersmanError
@@ -29,7 +29,7 @@ def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves `policy.pt`, `curve.png` and the report in the run folder; returns its summary."""
     session = Session(
         "control", recipe, resume=resume, metric="held_out/return",
-        shown=("reward/return", "length/episode", "held_out/return"),
+        headline=("reward/return", "length/episode", "held_out/return"),
     )  # fmt: skip
     make = maker(recipe.env, recipe.env_options)
     with session:

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from steersman.config.sections import Section
 from steersman.data.encoding import check_encoding
-from steersman.run.config import Section
 
 
 class CountingConfig(Section):

@@ -9,7 +9,7 @@ from typing import Any
 from steersman.data.examples import Content, Message
 from steersman.data.rows import Row, nearest
 from steersman.data.tools import template_fields
-from steersman.run.untrusted import UntrustedError, parse_json
+from steersman.guards.untrusted import UntrustedError, parse_json
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",

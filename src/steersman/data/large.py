@@ -18,7 +18,7 @@ from steersman.data.shapes import Kind
 from steersman.data.stored import Stored, make_room, store
 from steersman.data.streamed import Order, Streamed, open_streams
 from steersman.data.tokenize import Layout
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)

@@ -26,7 +26,7 @@ from steersman.data.read import local_files, read_rows
 from steersman.data.rows import BadRows, Row, RowError, nearest
 from steersman.data.shapes import Kind, Shape, examples, kind_of, recognise
 from steersman.data.sources import FORMATS
-from steersman.data.split import split, without
+from steersman.data.split import prompt_key, row_key, split, without
 from steersman.data.stores import is_store, open_rows
 from steersman.types import SteersmanError
 
@@ -160,8 +160,13 @@ def prompts(config: DataConfig) -> LoadedExamples[Query]:
     return cast(LoadedExamples[Query], load(config, "query"))
 
 
-def load(config: DataConfig, want: Kind) -> LoadedExamples[Any]:
-    """Read, recognise, check and split; the typed functions above are this with a kind.
+def episode_rows(config: DataConfig) -> LoadedExamples[Query]:
+    """Rows for an environment to begin episodes with; held out by all columns, since many may share one prompt."""
+    return cast(LoadedExamples[Query], load(config, "query", row_key))
+
+
+def load(config: DataConfig, want: Kind, key: Callable[[Any], str] = prompt_key) -> LoadedExamples[Any]:
+    """Read, recognise, check and split by `key`; the typed functions above are this with a kind.
 
     Raises SteersmanError for what `read_rows` refuses, for rows of no known or no fitting shape, and at the
     first bad row unless `on_bad_row` is skip.
@@ -177,7 +182,7 @@ def load(config: DataConfig, want: Kind) -> LoadedExamples[Any]:
         found = [e for e in found if not any(_same(e.row.file, p) for p in inside)]
         if outside:
             held += _examples(config, outside, want, left_out)[1]
-        found, shared = without(found, held)
+        found, shared = without(found, held, key)
         for e in shared:
             left_out.note("prompt is held out", e.row.where())
     if config.limit is not None:
@@ -185,7 +190,7 @@ def load(config: DataConfig, want: Kind) -> LoadedExamples[Any]:
     if not found:
         raise SteersmanError(f"{_name(config)}: no usable row ({left_out.sentence}){_first(left_out)}")
     if config.held_out:
-        found, more = split(found, config.held_out)
+        found, more = split(found, config.held_out, key)
         held = held + more
     return LoadedExamples(found, held, shape, left_out)
 

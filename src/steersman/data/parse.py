@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from steersman.data.encoding import decode, is_wide, not_utf8
 from steersman.data.rows import BadRows, Row
-from steersman.run.untrusted import Parsed, UntrustedError, first_fault, parse_json, parse_suspect
+from steersman.guards.untrusted import Parsed, UntrustedError, first_fault, parse_json, parse_suspect
 from steersman.types import SteersmanError
 
 HEAD = 2**16

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from steersman.data.examples import Demonstration, Example, Rating
+from steersman.data.examples import Content, Demonstration, Example, Query, Rating
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)
@@ -20,7 +20,18 @@ def prompt_key(example: Example) -> str:
     prompt = example.prompt
     if isinstance(example, Demonstration | Rating) and not prompt:
         prompt = example.completion
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hash_of(prompt)
+
+
+def row_key(example: Query) -> str:
+    """A stable hash (hex) of the prompt and all other columns: an environment may begin otherwise for each row."""
+    columns = json.dumps(example.columns, sort_keys=True, ensure_ascii=False, default=str)
+    return hash_of(f"{hash_of(example.prompt)} {columns}")
+
+
+def hash_of(content: Content) -> str:
+    """A stable hash (hex) of a text or conversation."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def key_of(hashed: str) -> int:
@@ -35,8 +46,10 @@ def held_keys(keys: np.ndarray, held_out: float | int) -> np.ndarray:
     return np.isin(keys, np.sort(keys)[: int(held_out)])
 
 
-def split(examples: Sequence[E], held_out: float | int) -> tuple[list[E], list[E]]:
-    """(train, held out), both in the given order; a prompt's examples stay together.
+def split(
+    examples: Sequence[E], held_out: float | int, key: Callable[[E], str] = prompt_key
+) -> tuple[list[E], list[E]]:
+    """(train, held out), both in the given order; examples of one key (of one prompt) stay together.
 
     A prompt is held out by its hash alone, so the split does not depend on the order of the file or on a seed,
     and a row added later moves no other row. `held_out` below 1 is a share of prompts (in expectation); an
@@ -47,7 +60,7 @@ def split(examples: Sequence[E], held_out: float | int) -> tuple[list[E], list[E
     """
     if held_out == 0:
         return list(examples), []
-    keys = [prompt_key(e) for e in examples]
+    keys = [key(e) for e in examples]
     if held_out < 1:
         chosen = {k for k in keys if key_of(k) / 16**13 < held_out}
     else:
@@ -63,9 +76,11 @@ def split(examples: Sequence[E], held_out: float | int) -> tuple[list[E], list[E
     return train, held
 
 
-def without(examples: Sequence[E], held: Sequence[E]) -> tuple[list[E], list[E]]:
-    """The examples whose prompt is not among the held-out ones, and those whose prompt is."""
-    held_keys = {prompt_key(e) for e in held}
-    shared = [prompt_key(e) in held_keys for e in examples]
+def without(
+    examples: Sequence[E], held: Sequence[E], key: Callable[[E], str] = prompt_key
+) -> tuple[list[E], list[E]]:
+    """The examples whose key (prompt) is not among the held-out ones, and those whose key is."""
+    held_keys = {key(e) for e in held}
+    shared = [key(e) in held_keys for e in examples]
     apart = [e for e, s in zip(examples, shared, strict=True) if not s]
     return apart, [e for e, s in zip(examples, shared, strict=True) if s]

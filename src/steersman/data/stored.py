@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from steersman.atomic import save_dir
 from steersman.data import labels
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
@@ -28,8 +29,7 @@ from steersman.data.rows import BadRows, Row
 from steersman.data.shapes import Kind
 from steersman.data.split import held_keys, key_of, prompt_key
 from steersman.data.tokenize import Layout
-from steersman.run.folder import save_dir
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
 T = TypeVar("T")

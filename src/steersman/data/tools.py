@@ -12,7 +12,7 @@ from typing import Any
 
 from steersman.data.examples import Example, Message, Query
 from steersman.data.rows import Row
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

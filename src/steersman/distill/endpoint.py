@@ -11,9 +11,9 @@ import torch
 
 from steersman.distill.recipe import TeacherEndpoint
 from steersman.distill.teacher import Answer, Reading, TokenTeacher
+from steersman.distributed.ranks import ranks
 from steersman.judge.endpoint import Caller, without_password
 from steersman.ops.divergence import TeacherTopK
-from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 AnswerKey: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
@@ -105,16 +105,16 @@ class EndpointTeacher(TokenTeacher):
     def __init__(self, config: TeacherEndpoint, vocabulary: int, device: torch.device) -> None:
         self.caller = TopLogprobs(config)
         self.vocabulary, self.device = vocabulary, device
-        self.known: dict[AnswerKey, TopK] = {}
+        self.top_k: dict[AnswerKey, TopK] = {}
 
     def prepare(self, answers: Sequence[Answer]) -> None:
         """Asks about all answers that are new, several at a time; of several ranks, rank 0 does, for all. Raises
         SteersmanError where that fails for good, or where the server tells of ids that the student has not."""
-        self.known |= ranks().from_main(lambda: self._asked(answers), "what the teacher says")
+        self.top_k |= ranks().from_main(lambda: self._asked(answers), "what the teacher says")
 
     def _asked(self, answers: Sequence[Answer]) -> dict[AnswerKey, TopK]:
         found: dict[AnswerKey, TopK] = {}
-        new = list(dict.fromkeys(key for a in answers if (key := _key(a)) not in self.known))
+        new = list(dict.fromkeys(key for a in answers if (key := _key(a)) not in self.top_k))
 
         def keep(index: int, told: TopK) -> None:
             outside = next((i for ids in told[0] for i in ids if not 0 <= i < self.vocabulary), None)
@@ -129,7 +129,7 @@ class EndpointTeacher(TokenTeacher):
         return found
 
     def read(self, answers: Sequence[Answer], *, logp: bool, temperature: float) -> Reading:
-        told = [self.known[_key(a)] for a in answers]
+        told = [self.top_k[_key(a)] for a in answers]
         ids = torch.tensor([row for ids, _, _ in told for row in ids], device=self.device)
         listed = torch.tensor([row for _, top, _ in told for row in top], device=self.device)
         own = torch.tensor([x for _, _, own in told for x in own], device=self.device)
@@ -138,7 +138,7 @@ class EndpointTeacher(TokenTeacher):
     def forget(self, answers: Sequence[Answer]) -> None:
         """Drops what was told of answers that will not come again."""
         for answer in answers:
-            self.known.pop(_key(answer), None)
+            self.top_k.pop(_key(answer), None)
 
     def describe(self) -> str:
         config = self.caller.config

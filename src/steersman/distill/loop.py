@@ -15,11 +15,11 @@ from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
+from steersman.distributed.micro import my_micro_batches
+from steersman.distributed.ranks import ranks
 from steersman.model import whole_weights
 from steersman.reward import ScoreShaping, WeightedSum
 from steersman.rollout import Generator
-from steersman.run.micro import my_micro_batches
-from steersman.run.ranks import ranks
 from steersman.run.seed import stream
 from steersman.setup.generators import sample_on_all_ranks
 from steersman.train.offline import load_trainable, trainable

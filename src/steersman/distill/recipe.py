@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig
+from steersman.distributed.parallel import ParallelConfig
 from steersman.judge.config import AddressConfig
 from steersman.loss.reduce import Average
 from steersman.ops.divergence import Divergence
 from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.reward import RewardConfig
-from steersman.run.config import Section
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 

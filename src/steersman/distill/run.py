@@ -31,7 +31,7 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
     watched = "held_out/uld" if recipe.loss.name == "uld" else "held_out/teacher_kl"
     session = Session(
         "distill", recipe, resume=resume, metric=watched, mode="min",
-        shown=("divergence", watched, "held_out/loss", "reward/total", "length/mean"), health=recipe.health,
+        headline=("divergence", watched, "held_out/loss", "reward/total", "length/mean"), health=recipe.health,
     )  # fmt: skip
     with session, ExitStack() as stack:
         student = policy_from(recipe.model, recipe.run, session.device)

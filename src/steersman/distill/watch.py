@@ -8,8 +8,8 @@ from steersman.data import EncodedSet
 from steersman.distill.loop import Distill
 from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.objectives.supervised import SFT
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.train.looks import STREAM, answer_row, standard_error
 from steersman.train.session import Session
 from steersman.train.tally import Tally
@@ -28,12 +28,14 @@ class Watch:
         count = run.recipe.rollout.held_out
         self.prompts, self.teacher_prompts = held.prompts[:count], held.teacher_prompts[:count]
         given: EncodedSet = EncodedSet([[e] for e in held.given_answers])
-        self.given = SFT(run.objective.policy, given, given, run.recipe.run.micro_tokens) if given.groups else None
+        self.given_loss = (
+            SFT(run.objective.policy, given, given, run.recipe.run.micro_tokens) if given.groups else None
+        )
 
     @torch.no_grad()
     def look(self, session: Session, step: int) -> Stats:
         """Samples and measures, and writes the answers to samples.jsonl."""
-        stats = {} if self.given is None else self.given.evaluate()
+        stats = {} if self.given_loss is None else self.given_loss.evaluate()
         if not self.prompts:
             return stats
         own = self.run.student_answers(self.prompts, 1, (self.run.recipe.run.seed, STREAM), self.teacher_prompts)

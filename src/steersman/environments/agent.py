@@ -26,7 +26,7 @@ from steersman.environments.agent_server import AgentServer, ChatRequest
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
 from steersman.environments.text import clean_text, reward_of
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 _OUTPUT = 1 << 20
@@ -69,7 +69,7 @@ class AgentEpisode:
         self.environment, self.server, self.key = environment, server, secrets.token_hex(16)
         self.line: queue.SimpleQueue[ChatRequest | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[bytes] | None = None
-        self.asked: ChatRequest | None = None
+        self.request: ChatRequest | None = None
         self.output, self.errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 (until `close`)
 
     def begin(self, messages: list[Message], row: dict[str, Any], seed: int) -> list[Message]:
@@ -82,27 +82,27 @@ class AgentEpisode:
             },
         )  # fmt: skip
         threading.Thread(target=self._feed, args=(given,), name="agent's row", daemon=True).start()
-        self.asked = self._next()
-        if self.asked is None:
+        self.request = self._next()
+        if self.request is None:
             raise FaultError(f"the program ended without a request{self._errors()}")
-        return self._shown(self.asked)
+        return self._shown(self.request)
 
     def step(self, reply: Reply) -> Answer:
-        before = self.asked
+        before = self.request
         assert before is not None
         before.answer(reply)
-        after = self.asked = self._next()
+        after = self.request = self._next()
         if after is None:
             return Answer(reward=self._reward(), done=True)
         held = [*before.messages, before.as_message()]
         if after.tools == before.tools and len(after.messages) > len(held) and after.messages[: len(held)] == held:
             return Answer([self._cut(m) for m in after.messages[len(held) :]])
-        return Answer(self._shown(after), anew=True)
+        return Answer(self._shown(after), new_conversation=True)
 
     def close(self) -> None:
         self.server.lines.pop(self.key, None)
-        if self.asked is not None:
-            self.asked.answer(None)
+        if self.request is not None:
+            self.request.answer(None)
         while not self.line.empty():
             if (waiting := self.line.get()) is not None:
                 waiting.answer(None)

@@ -18,7 +18,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.port import Reply
 from steersman.environments.text import clean_text
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 
 _LARGEST = 4 << 20
 """Bytes of one request."""
@@ -39,7 +39,7 @@ class ChatRequest:
     messages: list[Message]
     tools: list[Any]
     model: str
-    streamed: bool
+    stream: bool
     calls: list[dict[str, Any]] = field(default_factory=list)
     content: str = ""
     reply: Reply | None = None
@@ -120,7 +120,7 @@ def _handler(server: AgentServer) -> type[BaseHTTPRequestHandler]:
             asked.answered.wait()
             if asked.reply is None:
                 return self._fault(410, "the episode is over")
-            if asked.streamed:
+            if asked.stream:
                 return self._stream(asked.body())
             self._send(200, asked.body())
 

@@ -19,7 +19,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.data.template import ChatTemplate, unfenced
 from steersman.environments.port import Call, Reply
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)

@@ -26,7 +26,7 @@ from steersman.environments.port import Answer, Call, Episode, PayingEnvironment
 from steersman.environments.text import clean_text, reward_of
 from steersman.environments.tools import Tool, as_text, tools_of
 from steersman.environments.workers import await_result
-from steersman.run.functions import load_function
+from steersman.guards.functions import load_function
 from steersman.types import SteersmanError
 
 OnError = Literal["tell", "end"]
@@ -58,23 +58,23 @@ class ToolEnvironment(PayingEnvironment):
         self.kind, self.args, self.on_error, self.longest = kind, dict(args or {}), on_error, longest
         self.functions = [(spec, load_function(spec)) for spec in functions]
         self.where = where or ", ".join(functions)
-        self.known = tools_of([*self.functions, *methods_of(kind, self.where)])
-        if not self.known:
+        self.tools_by_name = tools_of([*self.functions, *methods_of(kind, self.where)])
+        if not self.tools_by_name:
             raise SteersmanError(f"environment {self.where}: it has no tool: no public method beside reset")
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        return [tool.schema for tool in self.known.values()]
+        return [tool.schema for tool in self.tools_by_name.values()]
 
     @property
     def pays(self) -> bool:
         return self.kind is not None and "get_reward" in vars_of(self.kind)
 
     def findings(self) -> list[str]:
-        return [finding for tool in self.known.values() for finding in tool.findings]
+        return [finding for tool in self.tools_by_name.values() for finding in tool.findings]
 
     def describe(self) -> str:
-        return f"{self.where}: tools {', '.join(self.known)}"
+        return f"{self.where}: tools {', '.join(self.tools_by_name)}"
 
     def open(self) -> Episode:
         own = None if self.kind is None else self.kind(**self.args)
@@ -85,12 +85,12 @@ class ToolEpisode:
     """Makes the calls of each reply and shows their results, until a reply makes none."""
 
     def __init__(self, environment: ToolEnvironment, own: Any) -> None:
-        self.environment, self.own = environment, own
+        self.environment, self.instance = environment, own
 
     def begin(self, messages: list[Message], row: dict[str, Any], seed: int) -> list[Message]:
-        if self.own is None or "reset" not in vars_of(type(self.own)):
+        if self.instance is None or "reset" not in vars_of(type(self.instance)):
             return messages
-        reset = self.own.reset
+        reset = self.instance.reset
         told = await_result(reset(**_accepted(reset, {**row, "seed": seed, "prompt": messages})))
         if told is None:
             return messages
@@ -102,18 +102,18 @@ class ToolEpisode:
         if not reply.calls:
             return Answer(reward=self._reward(), done=True)
         messages = [self._result(call) for call in reply.calls]
-        done = bool(getattr(self.own, "done", False))
+        done = bool(getattr(self.instance, "done", False))
         return Answer(messages, self._reward() if done else 0.0, done)
 
     def close(self) -> None:
-        if self.own is not None and "close" in vars_of(type(self.own)):
-            self.own.close()
+        if self.instance is not None and "close" in vars_of(type(self.instance)):
+            self.instance.close()
 
     def _reward(self) -> float:
         if not self.environment.pays:
             return 0.0
         try:
-            return reward_of(await_result(self.own.get_reward()), "get_reward")
+            return reward_of(await_result(self.instance.get_reward()), "get_reward")
         except ValueError as error:
             raise FaultError(str(error)) from error
 
@@ -124,9 +124,9 @@ class ToolEpisode:
         """What the model is shown of a call: its result, or why there is none."""
         if call.problem:
             return f"error: {call.problem}"
-        tool = self.environment.known.get(call.name)
+        tool = self.environment.tools_by_name.get(call.name)
         if tool is None:
-            known = ", ".join(self.environment.known)
+            known = ", ".join(self.environment.tools_by_name)
             return f"error: there is no tool {clean_text(call.name, 40)!r}; there are: {known}"
         try:
             arguments = tool.check(call)
@@ -136,8 +136,8 @@ class ToolEpisode:
 
     def _run(self, tool: Tool, arguments: dict[str, Any]) -> str:
         function = tool.function
-        if self.own is not None and function is vars_of(type(self.own)).get(tool.name):
-            function = functools.partial(function, self.own)
+        if self.instance is not None and function is vars_of(type(self.instance)).get(tool.name):
+            function = functools.partial(function, self.instance)
         try:
             return clean_text(as_text(await_result(function(**arguments))), self.environment.longest)
         except (SystemExit, Exception) as error:
@@ -170,10 +170,10 @@ class TextEnvironment(PayingEnvironment):
 
 class TextEpisode:
     def __init__(self, environment: TextEnvironment, own: Any) -> None:
-        self.environment, self.own = environment, own
+        self.environment, self.instance = environment, own
 
     def begin(self, messages: list[Message], row: dict[str, Any], seed: int) -> list[Message]:
-        begin = self.own.begin
+        begin = self.instance.begin
         extra = {"seed": seed} if "seed" in inspect.signature(begin).parameters else {}
         told = await_result(begin({**row, "prompt": messages}, **extra))
         if told is None:
@@ -183,7 +183,7 @@ class TextEpisode:
         return [_message(turn, self.environment.longest) for turn in told]
 
     def step(self, reply: Reply) -> Answer:
-        turn = await_result(self.own.step(reply.text))
+        turn = await_result(self.instance.step(reply.text))
         if isinstance(turn, tuple):
             if len(turn) != 3:
                 raise FaultError(f"step gave {len(turn)} values; it gives text, reward and done")
@@ -205,7 +205,7 @@ class TextEpisode:
 
     def close(self) -> None:
         if "close" in vars_of(self.environment.kind):
-            self.own.close()
+            self.instance.close()
 
     def _messages(self, text: Any) -> list[Message]:
         if text is None or text == "":

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.environments.agent import AgentEnvironment
 from steersman.environments.classes import ToolEnvironment, from_class
 from steersman.environments.port import Environment
 from steersman.environments.processes import ProcessEnvironment
 from steersman.environments.records import RecordedEnvironment
-from steersman.run.config import Section
-from steersman.run.extras import explain_missing
+from steersman.extras import explain_missing
 
 DiscountPer = Literal["token", "turn"]
 BaselinePer = Literal["episode", "turn"]

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, ValidationError, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import Layout, end_ids
 from steersman.data.examples import Message
 from steersman.environments.calls import without_thoughts
@@ -27,7 +28,6 @@ from steersman.judge.judge import Judge
 from steersman.judge.personas import END, as_talk, first_paragraph, play
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.run.config import Section
 from steersman.run.device import resolve_device
 from steersman.types import Prompt, SteersmanError
 

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from steersman.data.examples import Message
 from steersman.environments.port import Answer, Episode, PayingEnvironment, Reply
 from steersman.environments.text import clean_text, reward_of
-from steersman.run.functions import load_function
+from steersman.guards.functions import load_function
 from steersman.types import SteersmanError
 
 _HERE = re.compile(r"\x1b\[4[1-7]m(.)\x1b\[0m")

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steersman.run.terminal import say
-from steersman.run.untrusted import parse_json
+from steersman.guards.terminal import say
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 Row = dict[str, Any]

@@ -35,15 +35,15 @@ class Reply:
 class Answer:
     """What an environment does with a reply: what it says, what it pays, and whether the episode is over.
 
-    `truncated` says that it would have gone on: a limit ended it. `anew` says that the messages are a conversation of
-    their own, and do not go on from what was said before.
+    `truncated` says that it would have gone on: a limit ended it. `new_conversation` says that the messages do not go
+    on from what was said before, and begin another one.
     """
 
     messages: Sequence[Message] = ()
     reward: float = 0.0
     done: bool = False
     truncated: bool = False
-    anew: bool = False
+    new_conversation: bool = False
 
 
 class Episode(Protocol):

@@ -23,7 +23,7 @@ from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Environment, EnvironmentAround, Episode, Reply
 from steersman.environments.workers import TooLateError
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 _LOADING = 300.0

@@ -18,7 +18,7 @@ from typing import Any
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Environment, EnvironmentAround, Episode, Reply
-from steersman.run.untrusted import parse_json
+from steersman.guards.untrusted import parse_json
 from steersman.types import SteersmanError
 
 
@@ -32,7 +32,7 @@ class RecordedEnvironment(EnvironmentAround):
         super().__init__(inner)
         self.path, self.replay = Path(path), replay
         self.lock = threading.Lock()
-        self.told = _read(self.path) if replay else {}
+        self.records = _read(self.path) if replay else {}
 
     def describe(self) -> str:
         return f"{self.inner.describe()}, {'from' if self.replay else 'recorded in'} {self.path}"
@@ -87,9 +87,9 @@ class ReplayedEpisode:
         """Nothing is open."""
 
     def _told(self) -> Any:
-        if self.key not in self.environment.told:
+        if self.key not in self.environment.records:
             raise FaultError(f"{self.environment.path} holds no such episode: the replies differ from those recorded")
-        return self.environment.told[self.key]
+        return self.environment.records[self.key]
 
 
 def _key(before: str, said: str) -> str:

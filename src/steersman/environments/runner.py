@@ -131,7 +131,7 @@ class Episodes:
         assert reply is not None
         said, messages = self._as_shown(reply, answer.messages)
         try:
-            if answer.anew:
+            if answer.new_conversation:
                 game.earlier.append(talk)
                 return self.lay_out_opening(game, answer.messages, room)
             before, game.messages = game.messages, [*game.messages, said, *messages]

@@ -6,8 +6,8 @@ import math
 from numbers import Real
 from typing import Any
 
-from steersman.run.terminal import printable
-from steersman.run.untrusted import without_half_pairs
+from steersman.guards.terminal import printable
+from steersman.guards.untrusted import without_half_pairs
 
 
 def clean_text(text: str, limit: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steersman.algorithms.ppo import PPO
+from steersman.config.sections import Section
 from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
 from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
@@ -26,8 +27,7 @@ from steersman.objectives.preference import PairLossConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
 from steersman.recipe.sections import RolloutConfig
-from steersman.run.config import Section
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats
 from steersman.update.optimizer import OptimizerConfig
@@ -101,9 +101,9 @@ class ArenaRecipe(LoopRecipe):
 
 def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Turns the wheel; leaves each round's battles, data and model, and the ratings; returns the summary."""
-    shown = ("rating/model", "reward/judge", "kl")
+    headline = ("rating/model", "reward/judge", "kl")
     path = recipe.model.path
-    with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
+    with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, headline=headline) as ledger:
         flywheel = Flywheel(ledger, recipe)
         league = League(flywheel, recipe.opponents, recipe.draws)
         stats, samples = flywheel.look(0, path)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steersman.config.sections import Section
 from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
-from steersman.run.config import Section
-from steersman.run.ledger import Rows
+from steersman.run.files.ledger import Rows
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import sft

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
@@ -22,8 +23,7 @@ from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
 from steersman.recipe.sections import ModelConfig
-from steersman.run.config import Section
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError

@@ -18,7 +18,7 @@ from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n
 from steersman.recipe.sections import ModelConfig
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.train.stopping import Stopping
 from steersman.types import Stats, SteersmanError
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data import DataConfig, Preference, preferences
 from steersman.judge import prompts
 from steersman.judge.config import RUBRIC
 from steersman.judge.scored import as_text
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
 from steersman.types import SteersmanError
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from steersman.flywheel.flywheel import LOOK, Flywheel
-from steersman.run.ledger import Rows
+from steersman.run.files.ledger import Rows
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Stats
 

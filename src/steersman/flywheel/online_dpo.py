@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.flywheel.flywheel import Flywheel, left_out_text, stage_data, stage_model
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.objectives.preference import PairLossConfig
-from steersman.run.config import Section
-from steersman.run.ledger import Rows
+from steersman.run.files.ledger import Rows
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig

@@ -11,12 +11,12 @@ import torch
 from steersman.data import DataConfig, Query, encode_prompts, layout
 from steersman.data.examples import Content, user
 from steersman.data.load import prompts
+from steersman.distributed.micro import over_rows
 from steersman.flywheel.sections import Unfinished
 from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout import Generator
-from steersman.run.micro import over_rows
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from

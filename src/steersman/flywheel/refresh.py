@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from steersman.flywheel.players import usable
 from steersman.judge.config import JudgeConfig
-from steersman.run.ledger import Rows
+from steersman.run.files.ledger import Rows
 from steersman.verbs import reward_model
 from steersman.verbs.reward_model import RewardModelRecipe
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.sections import LoopRecipe
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.types import Stats
 
 
@@ -33,8 +33,8 @@ def turn(
     """Runs the rounds: the model answers, `learn` (flywheel, recipe, round, model, answers) gives the next model and
     what is to be logged of it, and held-out prompts are looked at. Returns the summary of the run folder."""
     path = recipe.model.path
-    shown = ("reward/judge", "kl", "win_rate/start")
-    with Ledger(verb, recipe, resume=resume, rounds=recipe.rounds, shown=shown) as ledger:
+    headline = ("reward/judge", "kl", "win_rate/start")
+    with Ledger(verb, recipe, resume=resume, rounds=recipe.rounds, headline=headline) as ledger:
         flywheel = Flywheel(ledger, recipe)
         stats, samples = flywheel.look(0, path)
         ledger.finish_round(0, stats, samples)

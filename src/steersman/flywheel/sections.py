@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig
+from steersman.distributed.parallel import ParallelConfig
 from steersman.judge import JudgeConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardPart
-from steersman.run.config import Section
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 

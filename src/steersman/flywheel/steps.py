@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
-from steersman.run.config import Section
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
 from steersman.run.seed import sub_seed
 from steersman.setup.models import context_length

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from steersman.algorithms import ALGORITHMS
+from steersman.config.sections import Section
 from steersman.grue.recipe import SUPERVISED, ZERO, Generation, GrueRecipe
 from steersman.grue.task import Task
-from steersman.run.config import Section
 from steersman.types import SteersmanError
 from steersman.verbs.on_policy_recipes import RECIPES
 from steersman.verbs.sft import SFTRecipe

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from steersman.atomic import write_atomic
 from steersman.data import DataConfig, encode_prompts, layout, prompts
+from steersman.distributed.micro import micro_batches
 from steersman.grue.cells import Cell, data_folder, generation, reward_parts, start_model
 from steersman.grue.recipe import ZERO, GrueRecipe
 from steersman.grue.task import Row, Task
@@ -24,8 +26,6 @@ from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import RolloutConfig
 from steersman.reward import RewardConfig, WeightedSum, build_reward
 from steersman.run.device import resolve_device, set_threads
-from steersman.run.folder import write_atomic
-from steersman.run.micro import micro_batches
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_generator
 from steersman.setup.models import context_length, policy_from

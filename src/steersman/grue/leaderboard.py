@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import write_atomic
 from steersman.grue.evaluate import metrics_of
 from steersman.grue.results import NATURAL, Group, Results
-from steersman.run.folder import write_atomic
 from steersman.types import SteersmanError
 
 KEY = ("by", "task", "data", "held_out", "model", "method")

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from steersman.atomic import write_atomic
 from steersman.grue import leaderboard
 from steersman.grue.cells import cell_folder, reward_parts
 from steersman.grue.compare import (
@@ -27,7 +28,6 @@ from steersman.grue.recipe import SUPERVISED, ZERO
 from steersman.grue.results import Move, Results, started_from
 from steersman.grue.statistics import Mean
 from steersman.grue.task import Task
-from steersman.run.folder import write_atomic
 from steersman.run.report.charts import SERIES, line_chart
 
 READING = (

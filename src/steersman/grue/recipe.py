@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from steersman.config.sections import Section
+from steersman.distributed.parallel import ParallelConfig
 from steersman.grue.task import TASKS
 from steersman.recipe.sections import ModelConfig
 from steersman.reward import RewardPart
-from steersman.run.config import Section
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import micro_tokens
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.on_policy_recipes import RECIPES

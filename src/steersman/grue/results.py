@@ -13,7 +13,7 @@ from steersman.grue.evaluate import metrics_of, read_answers
 from steersman.grue.recipe import SUPERVISED, ZERO, GrueRecipe
 from steersman.grue.statistics import Mean, difference, mean
 from steersman.grue.task import Task
-from steersman.run.log import read_jsonl
+from steersman.run.files.log import read_jsonl
 from steersman.run.report.charts import Line
 
 Group = Literal["reward", "preference", "natural"]

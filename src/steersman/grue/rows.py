@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import write_atomic
 from steersman.data import read_rows
 from steersman.grue.recipe import DataSource, GrueRecipe
 from steersman.grue.task import Hub, Row, Task, first_words
-from steersman.run.folder import write_atomic
 from steersman.types import SteersmanError
 
 
@@ -150,8 +150,8 @@ def _original(task: Task, hub: Hub, split: str, folder: str | None) -> Iterable[
 
 
 def _how(task: Task, hub: Hub) -> str:
-    if hub.instead is not None:
-        return f" {hub.instead}, then data.folder: sets. Or read stand-ins: data.source: files"
+    if hub.how_to_get is not None:
+        return f" {hub.how_to_get}, then data.folder: sets. Or read stand-ins: data.source: files"
     arguments = ", ".join(repr(a) for a in (hub.name, hub.subset) if a)
     return (
         f' Where there is network: python -c "import datasets; datasets.load_dataset({arguments})'

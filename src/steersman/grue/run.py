@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from steersman.atomic import write_atomic
 from steersman.grue.cells import Cell, cell_folder, data_folder, start_model
 from steersman.grue.check import check_matrix, room
 from steersman.grue.evaluate import judge
@@ -22,8 +23,8 @@ from steersman.grue.page import write_pages
 from steersman.grue.recipe import SUPERVISED, GrueRecipe
 from steersman.grue.results import collect
 from steersman.grue.rows import write_rows
-from steersman.run.folder import RunFolder, write_atomic
-from steersman.run.terminal import printable
+from steersman.guards.terminal import printable
+from steersman.run.files.folder import RunFolder
 from steersman.types import SteersmanError
 
 console = Console()
@@ -108,7 +109,7 @@ def _train(cell: Cell, recipe: GrueRecipe) -> dict[str, Any]:
     assert cell.verb is not None
     assert cell.recipe is not None
     if recipe.run.devices > 1:
-        launch: Any = importlib.import_module("steersman.run.launch")  # torch's launcher takes a while to load
+        launch: Any = importlib.import_module("steersman.distributed.launch")  # torch's launcher loads slowly
         with _output(cell, recipe), _descriptors(sys.stdout):
             return launch.start(cell.verb, cell.recipe, recipe.run.devices, resume=True)
     name = {"sft": "steersman.verbs.sft"}.get(cell.verb, "steersman.verbs.rl")

@@ -32,15 +32,15 @@ TASKS = {
 class Hub:
     """The original data set: its name and configuration on the hub, our splits as its splits, and how a row reads.
 
-    `rows` makes the task's rows, none, one or several, of one row of the set. `instead` says how to come by the set
-    where `datasets` does not load it by its name.
+    `rows` makes the task's rows, none, one or several, of one row of the set. `how_to_get` says where the set is to
+    be had if `datasets` does not load it by its name.
     """
 
     name: str
     splits: Mapping[str, str]
     rows: Callable[[Row], Iterable[Row]]
     subset: str | None = None
-    instead: str | None = None
+    how_to_get: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

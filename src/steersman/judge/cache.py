@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from steersman.run.folder import saving
-from steersman.run.log import read_jsonl
+from steersman.atomic import saving
+from steersman.run.files.log import read_jsonl
 
 Reply = dict[str, Any]
 """What a judge answered, as JSON: {"text", "tokens"} of one that writes, {"logp", "tokens"} of one that weighs."""

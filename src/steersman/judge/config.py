@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.reward import RewardPart
-from steersman.run.config import Section
 
 RUBRIC = "Judge how helpful, correct and well written the answer is. Do not favour length."
 """What a judge looks at where a recipe does not say."""

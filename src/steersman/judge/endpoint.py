@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 import httpx2
 
 from steersman.data.examples import Content, user
+from steersman.guards.reply import without_key
+from steersman.guards.untrusted import without_half_pairs
 from steersman.judge.cache import MOST_TOKENS, Reply
 from steersman.judge.config import AddressConfig, EndpointConfig
-from steersman.run.reply import without_key
-from steersman.run.untrusted import without_half_pairs
 from steersman.types import SteersmanError
 
 Q = TypeVar("Q")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.data.examples import Content
+from steersman.distributed.ranks import ranks
 from steersman.judge import prompts
 from steersman.judge.cache import Reply, ReplyCache, key_of
 from steersman.judge.config import JudgeConfig
@@ -16,8 +17,7 @@ from steersman.judge.endpoint import Endpoint, without_password
 from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.prompts import Question
 from steersman.judge.scored import Scorer, as_text
-from steersman.run.ledger import StoppedError
-from steersman.run.ranks import ranks
+from steersman.run.files.ledger import StoppedError
 from steersman.types import Stats, SteersmanError
 
 

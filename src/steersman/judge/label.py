@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steersman.config.sections import Section
 from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
 from steersman.data.examples import Content, is_empty
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
-from steersman.run.config import Section
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
 from steersman.types import SteersmanError
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.judge.cache import Reply, ReplyCache, key_of
 from steersman.judge.config import EndpointConfig, LocalConfig
 from steersman.judge.endpoint import Endpoint, without_password
 from steersman.judge.judge import InterruptedJudgeError
 from steersman.judge.local import Local
-from steersman.run.config import Section
 
 
 class WriterConfig(Section):

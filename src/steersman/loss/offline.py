@@ -35,8 +35,8 @@ class Objective(NamedTuple):
     """One offline loss. `data` says what its rows are: pairs, or single answers with a thumb up or down.
 
     `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
-    `takes_offset` says whether the margins of the data can be asked for, `needs_own` whether it weighs answers by how
-    much they are like the policy's own.
+    `takes_offset` says whether the margins of the data can be asked for, `needs_log_weight` whether it weighs
+    answers by how much they are like the policy's own.
     """
 
     function: Callable[..., Any]
@@ -48,7 +48,7 @@ class Objective(NamedTuple):
     has_closed_form_optimum: bool
     fixed_point: str
     takes_offset: bool = False
-    needs_own: bool = False
+    needs_log_weight: bool = False
 
 
 LOSSES: dict[str, Objective] = {
@@ -107,7 +107,7 @@ LOSSES: dict[str, Objective] = {
     "wpo": Objective(
         wpo, "pair", "arXiv 2406.11827", True, False, False, True,
         "pi proportional to pi_ref exp(r / beta): weights that a pair's two orders share move no optimum",
-        needs_own=True,
+        needs_log_weight=True,
     ),
     "cal_dpo": Objective(
         cal_dpo, "pair", "arXiv 2412.14516", True, False, False, False,

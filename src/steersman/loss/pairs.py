@@ -20,8 +20,8 @@ class PairLogp(NamedTuple):
     `chosen` and `rejected` are log-probabilities of whole answers (nats), `ref_*` the reference's, `*_length`
     the number of tokens that counted, `*_kl` the sequential divergence sum_t KL(pi_ref(. | s_t) || pi(. | s_t))
     over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
-    losses with `takes_offset` read it). `own` is how much both answers are like the policy's own: over the two, the
-    sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient.
+    losses with `takes_offset` read it). `log_weight` is how much both answers are like the policy's own: over
+    the two, the sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient.
     What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks is a TypeError.
     """
 
@@ -34,13 +34,13 @@ class PairLogp(NamedTuple):
     chosen_kl: Float[Tensor, " B"] | None = None
     rejected_kl: Float[Tensor, " B"] | None = None
     offset: Float[Tensor, " B"] | None = None
-    own: Float[Tensor, " B"] | None = None
+    log_weight: Float[Tensor, " B"] | None = None
 
     def swapped(self) -> PairLogp:
         """The same answers under the opposite label."""
         return PairLogp(
             self.rejected, self.chosen, self.rejected_length, self.chosen_length, self.ref_rejected, self.ref_chosen,
-            self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset, self.own,
+            self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset, self.log_weight,
         )  # fmt: skip
 
 
@@ -54,8 +54,8 @@ def pair_logp(
     ref_rejected: Float[Tensor, "B S"] | None = None,
     chosen_kl: Float[Tensor, "B T"] | None = None,
     rejected_kl: Float[Tensor, "B S"] | None = None,
-    chosen_own: Float[Tensor, "B T"] | None = None,
-    rejected_own: Float[Tensor, "B S"] | None = None,
+    chosen_log_weight: Float[Tensor, "B T"] | None = None,
+    rejected_log_weight: Float[Tensor, "B S"] | None = None,
 ) -> PairLogp:
     """Sum per-token log-probabilities (and divergences) over the tokens that count: the one place for masks."""
 
@@ -63,13 +63,16 @@ def pair_logp(
         return None if x is None else masked_sum(x, mask, -1)
 
     chosen_length, rejected_length = chosen_mask.sum(-1).to(chosen.dtype), rejected_mask.sum(-1).to(chosen.dtype)
-    own = None
-    if chosen_own is not None and rejected_own is not None:
-        sides = ((chosen_own, chosen_mask, chosen_length), (rejected_own, rejected_mask, rejected_length))
-        own = sum(
+    log_weight = None
+    if chosen_log_weight is not None and rejected_log_weight is not None:
+        sides = (
+            (chosen_log_weight, chosen_mask, chosen_length),
+            (rejected_log_weight, rejected_mask, rejected_length),
+        )
+        log_weight = sum(
             (masked_sum(x, mask, -1) / length.clamp(min=1) for x, mask, length in sides), start=chosen.new_zeros(())
         )
-        own = own.detach()
+        log_weight = log_weight.detach()
     return PairLogp(
         masked_sum(chosen, chosen_mask, -1),
         masked_sum(rejected, rejected_mask, -1),
@@ -79,7 +82,7 @@ def pair_logp(
         total(ref_rejected, rejected_mask),
         total(chosen_kl, chosen_mask),
         total(rejected_kl, rejected_mask),
-        own=own,
+        log_weight=log_weight,
     )
 
 

@@ -158,10 +158,10 @@ def wpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Expl
 
     Source: arXiv 2406.11827, eq. 3 and 5 (sampled alignment).
     """
-    if pair.own is None:
-        raise TypeError("this loss needs how much the answers are like the policy's own: own")
+    if pair.log_weight is None:
+        raise TypeError("this loss needs how much the answers are like the policy's own: log_weight")
     ratio_w, ratio_l = log_ratios(pair)
-    weight = pair.own.clamp(max=0).exp()
+    weight = pair.log_weight.clamp(max=0).exp()
     return -weight * logsigmoid(beta * (ratio_w - ratio_l)), implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 

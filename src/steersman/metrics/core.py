@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from steersman.guards.untrusted import LONE_SURROGATE
+from steersman.guards.user_code import user_code
 from steersman.ops.text import unspaced, words
-from steersman.run.untrusted import LONE_SURROGATE
-from steersman.run.user_code import user_code
 from steersman.types import SteersmanError
 
 Cut = Literal["words", "space"]
@@ -119,7 +119,7 @@ class Scorer(ABC):
     scores_empty: bool = True
     empty_reference: bool = False
     libraries: tuple[str, ...] = ()
-    """Modules of `run/extras.py` without which it has no scores; `metric` asks for them."""
+    """Modules of `extras.py` without which it has no scores; `metric` asks for them."""
 
     @property
     @abstractmethod

@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from steersman.extras import require
+from steersman.guards.functions import load_function
 from steersman.metrics.answers import ConceptCoverage, ExactMatch, MathAnswer, TokenF1
 from steersman.metrics.bertscore import BERTScore
 from steersman.metrics.cider import CIDEr
@@ -23,8 +25,6 @@ from steersman.metrics.parent import PARENT
 from steersman.metrics.rouge import Rouge
 from steersman.metrics.sacre import TER, ChrF, SacreBLEU
 from steersman.metrics.sentiment import VaderSentiment
-from steersman.run.extras import require
-from steersman.run.functions import load_function
 from steersman.types import SteersmanError
 
 METRICS: dict[str, Callable[..., Metric]] = {

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.model.in_place import add_in_place
 from steersman.model.meaning import Meaning
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
 from steersman.types import SteersmanError
 
 CONFIG, WEIGHTS, MEANING = "adapter_config.json", "adapter_model.safetensors", "meaning.json"
@@ -69,7 +69,7 @@ def put_adapters(scalar: Any, source: str) -> None:
         config.task_type, config.modules_to_save, config.inference_mode = "FEATURE_EXTRACTION", None, False
         peft.inject_adapter_in_model(config, scalar.trunk)
         add_in_place(scalar.trunk)
-        scalar.adapted = True
+        scalar.has_adapters = True
         saved = {name.removeprefix(ROOT): x for name, x in load_file(folder / WEIGHTS).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteersmanError(f"{folder}: its adapters can not be read: {error}") from error

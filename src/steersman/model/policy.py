@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
@@ -19,8 +21,6 @@ from steersman.model.lora import LoraConfig, add_lora
 from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import CausalReader, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
 from steersman.types import SteersmanError, Tokens, send
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Policy(nn.Module):
         object.__setattr__(self, "_adapters", adapters)
 
     @property
-    def adapted(self) -> bool:
+    def has_adapters(self) -> bool:
         """Whether it has adapters."""
         return self.adapters is not None
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
 ROWS, LENGTH = 2, 6

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from steersman.atomic import begin_dir, replace_dir, saving
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.model.attributes import AttributeModel
 from steersman.model.lora import tables_differ
 from steersman.model.merge import merged_entries
@@ -19,9 +22,6 @@ from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
 from steersman.model.weight_files import Entry, bytes_of, plain_entries, write_weights
-from steersman.run.folder import begin_dir, replace_dir, saving
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def save(
     partial = here.from_main(lambda: begin_dir(folder), "the model's folder")
     try:
         with silence(), saving(folder):
-            if model.adapted and not merged:
+            if model.has_adapters and not merged:
                 model.write_adapters(partial)
             else:
                 _write(model, partial, dtype, limit)
@@ -68,7 +68,7 @@ def _write(
     """A plain model: transformers writes all but the weights, and these come file by file."""
     inner: Any = model.model
     ranks().from_main(lambda: inner.save_pretrained(folder, state_dict={}), "the model's config")
-    if model.adapted or any(is_quantised(module) for module in inner.modules()):
+    if model.has_adapters or any(is_quantised(module) for module in inner.modules()):
         entries = list(merged_entries(inner, dtype))
     else:
         entries = list(plain_entries(inner, dtype))
@@ -76,7 +76,7 @@ def _write(
     changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         changed["dtype"] = str(dtype).split(".")[1]
-    if model.speaks and model.adapted and _untied(inner, entries):
+    if model.speaks and model.has_adapters and _untied(inner, entries):
         changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
     ranks().from_main(lambda: _finish(model, folder, changed), "the model's config")
 

@@ -48,7 +48,7 @@ class Headed(nn.Module):
         self.trunk_name = model.base_model_prefix
         self.notes: list[str] = []
         self.stored_dtype: torch.dtype | None = None
-        self.adapted = False
+        self.has_adapters = False
         self.reader: Reader = pair_reader(self.trunk, tokenizer) if is_pair(model) else CausalReader(self.trunk)
         self.means(Meaning.of(model.config))
         self._probe()
@@ -104,7 +104,7 @@ class Headed(nn.Module):
         targets match no layer.
         """
         add_lora_to_trunk(self.trunk, lora)
-        self.adapted = True
+        self.has_adapters = True
 
     def write_adapters(self, folder: Path) -> None:
         """Writes adapters, head and meaning, which peft loads on a sequence classifier. All ranks call it, and rank 0

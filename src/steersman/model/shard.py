@@ -17,7 +17,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError, Tokens
 
 

@@ -57,7 +57,7 @@ class SharedBase:
         """A scalar model with a head of zeros; its adapters are still to come."""
         return self._on_base(Meaning())
 
-    def adapted(self, folder: str, *, trainable: bool) -> ScalarModel:
+    def scalar_model(self, folder: str, *, trainable: bool) -> ScalarModel:
         """The scalar model whose adapters and head lie in the folder.
 
         Raises SteersmanError unless they were trained on this base and give one number.
@@ -75,7 +75,7 @@ class SharedBase:
         """A frozen reward model: on this base if the path holds adapters on it, else whole."""
         source, local = find(path)
         if local and is_adapters(source) and same_place(adapted_folder(source).base, self.path):
-            return self.adapted(source, trainable=False)
+            return self.scalar_model(source, trainable=False)
         return load_reward(path, device=device, trainable=False)
 
     def _on_base(self, meaning: Meaning) -> ScalarModel:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
 Entry = tuple[str, Tensor, Callable[[], Tensor]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steersman.data import Encoded, collate
-from steersman.run.micro import in_order, my_micro_batches
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.types import Tokens
 
 

@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.data import Encoded, EncodedSet, Feedback, TrainingSet, collate
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
 from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
-from steersman.run.config import Section
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, answer_logp, answer_logp_now
@@ -134,7 +134,7 @@ class FeedbackObjective:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
         self.context = context_length(policy.model)
-        self.known = {
+        self.reference_logp = {
             id(data): answer_logp(reference, [group[0] for group in data.groups], micro_tokens)
             for data in (train, held_out)
             if data is not None and data.in_memory
@@ -203,7 +203,7 @@ class FeedbackObjective:
     def _run(self, data: TrainingSet[Feedback], rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = collate([data.groups[i][0] for i in rows])
         if data.in_memory:
-            ref = self.known[id(data)][list(rows)]
+            ref = self.reference_logp[id(data)][list(rows)]
         else:
             ref = answer_logp_now([(self.reference, 1.0)], tokens)
         per_token = self.module.logp_from(tokens, self.module.hidden(tokens)).logp

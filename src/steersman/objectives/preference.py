@@ -17,19 +17,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.data import (
     EncodedSet,
     Preference,
     TrainingSet,
     collate_pairs,
 )
+from steersman.distributed.micro import my_micro_batches
 from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
-from steersman.run.config import Section
-from steersman.run.micro import my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.setup.reference import Reference, answer_logp, answer_logp_now, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
@@ -69,7 +69,7 @@ class PairLossConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _known(self) -> PairLossConfig:
+    def _of_reference(self) -> PairLossConfig:
         known = [
             p.name
             for p in inspect.signature(LOSSES[self.name].function).parameters.values()
@@ -114,8 +114,8 @@ class PairObjective:
             assert reference is not None
             share = 0.0 if anchor is None else anchor[1]
             self.references = [(reference, 1 - share), *([] if anchor is None else [anchor])]
-        self.known = {
-            id(data): self._known(data)
+        self.reference_logp = {
+            id(data): self._of_reference(data)
             for data in (train, held_out)
             if self.references and data is not None and data.in_memory
         }
@@ -125,7 +125,7 @@ class PairObjective:
         """Tokens of each pair; of a stream, of those in its buffer."""
         return 2 * self.train.lengths
 
-    def _known(self, data: TrainingSet[Preference]) -> Tensor:
+    def _of_reference(self, data: TrainingSet[Preference]) -> Tensor:
         """The reference's log-probabilities of both answers of all pairs, `[N, 2]`."""
         answers = [e for group in data.groups for e in group]
         found = [share * answer_logp(model, answers, self.micro_tokens) for model, share in self.references]
@@ -165,10 +165,10 @@ class PairObjective:
         ref = kl = None
         if self.entry.needs_full_kl:
             ref, kl = self._divergence(tokens, hidden)
-        own = self._own(tokens, hidden, logp) if self.entry.needs_own else None
+        own = self._own(tokens, hidden, logp) if self.entry.needs_log_weight else None
         pair = pair_logp(
             logp[:n], mask[:n], logp[n:], mask[n:],
-            chosen_own=None if own is None else own[:n], rejected_own=None if own is None else own[n:],
+            chosen_log_weight=None if own is None else own[:n], rejected_log_weight=None if own is None else own[n:],
             ref_chosen=None if ref is None else ref[:n], ref_rejected=None if ref is None else ref[n:],
             chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:],
         )  # fmt: skip
@@ -190,7 +190,7 @@ class PairObjective:
         if not self.references:
             return None
         if data.in_memory:
-            return self.known[id(data)][list(rows)]
+            return self.reference_logp[id(data)][list(rows)]
         return answer_logp_now(self.references, tokens).view(2, -1).T
 
     def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from steersman.run.config import Section
+from steersman.config.sections import Section
 from steersman.train.offline import OfflineConfig
 
 LossName = Literal["auto", "pairs", "plackett_luce", "squared", "huber"]

@@ -35,11 +35,11 @@ class EnsembleReward(PairwiseReward[EnsembleModel]):
         generator: torch.Generator,
     ) -> None:
         super().__init__(model, train, held_out, config, micro_tokens)
-        self.drawn = torch.poisson(torch.ones(len(train.groups), config.heads), generator=generator)
+        self.bootstrap_counts = torch.poisson(torch.ones(len(train.groups), config.heads), generator=generator)
 
     def _weights(self, rows: Sequence[int]) -> Tensor:
         weight = torch.tensor([self.train.examples[i].weight for i in rows])
-        return weight[:, None] * self.drawn[list(rows)]
+        return weight[:, None] * self.bootstrap_counts[list(rows)]
 
     def denominator(self, rows: Sequence[int]) -> float:
         return max(float(self._weights(rows).mean(1).sum()), 1e-12)

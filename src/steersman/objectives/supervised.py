@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from steersman.data import Demonstration, EncodedSet, TrainingSet, collate
+from steersman.distributed.micro import my_micro_batches
 from steersman.loss.reduce import reduce, token_weight
 from steersman.loss.supervised import nll
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
-from steersman.run.micro import my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.train.tally import Tally
 from steersman.types import Stats, send

@@ -55,13 +55,13 @@ class Head:
 class Support:
     """Which ids were allowed at each of N positions, as a flat list of ids with offsets.
 
-    Token n lists `ids[offset[n] : offset[n + 1]]`. Where `listed[n]` is True these are the only ids allowed
+    Token n lists `ids[offset[n] : offset[n + 1]]`. Where `lists_allowed[n]` is True these are the only ids allowed
     (a nucleus); otherwise they are the only ones forbidden (an EOS ban; none listed: the whole vocabulary).
     """
 
     ids: Int[Tensor, " K"]
     token: Int[Tensor, " K"]
-    listed: Bool[Tensor, " N"]
+    lists_allowed: Bool[Tensor, " N"]
     offset: list[int]
 
     @classmethod
@@ -88,7 +88,7 @@ class Support:
         span = slice(self.offset[a], self.offset[b])
         row, column = self.token[span] - a, self.ids[span] - v
         inside = (column >= 0) & (column < w - v)
-        row, column, listed = (send(x, device) for x in (row[inside], column[inside], self.listed[a:b]))
+        row, column, listed = (send(x, device) for x in (row[inside], column[inside], self.lists_allowed[a:b]))
         mask = (~listed)[:, None].repeat(1, w - v)
         mask[row, column] = listed[row]
         return mask
@@ -118,8 +118,8 @@ def linear_logp(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}; for greedy choice take the argmax")
-    if support is not None and len(support.listed) != len(hidden):
-        raise ValueError(f"support covers {len(support.listed)} tokens and there are {len(hidden)}")
+    if support is not None and len(support.lists_allowed) != len(hidden):
+        raise ValueError(f"support covers {len(support.lists_allowed)} tokens and there are {len(hidden)}")
     form = (temperature, softcap, logit_scale, support, chunk, entropy)
     return _LinearLogp.apply(hidden, weight, bias, target, form)  # type: ignore[return-value]
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data import BadRows
+from steersman.guards.terminal import printable
 from steersman.people.experiments import Experiment, Report, Verdict, report
 from steersman.people.outcomes import WIN, Outcome, outcomes_of, read_outcomes
 from steersman.people.sources import open_judgements
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
-from steersman.run.terminal import printable
 from steersman.statistics.sample_size import Plan, plan, plan_arms
 from steersman.types import SteersmanError
 

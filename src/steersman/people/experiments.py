@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.people.outcomes import WIN, Outcome
-from steersman.run.config import Section
 from steersman.statistics.sequential import Look, Running, arm_difference, user_scores
 
 LOOKS = 200

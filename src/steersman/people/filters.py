@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
+from steersman.config.sections import Section
 from steersman.people.judgements import Judgement
-from steersman.run.config import Section
 
 
 class FilterConfig(Section):

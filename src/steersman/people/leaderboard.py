@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data import BadRows
+from steersman.guards.terminal import printable
 from steersman.people.judgements import Judgement
 from steersman.people.sources import open_judgements
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
-from steersman.run.terminal import printable
 from steersman.statistics.ratings import Battle, Rating, ratings
 from steersman.statistics.style import FEATURES, ControlledRatings, StyledBattle, controlled_ratings, style
 from steersman.types import SteersmanError

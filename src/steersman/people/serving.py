@@ -12,8 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from steersman.atomic import write_atomic
 from steersman.people.experiments import is_assigned
-from steersman.run.folder import write_atomic
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from steersman.config.sections import Section
 from steersman.data.examples import Message, user
+from steersman.guards.terminal import printable
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.personas import END, first_paragraph, play
 from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
 from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
-from steersman.run.config import Section
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
-from steersman.run.terminal import printable
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Stats, SteersmanError

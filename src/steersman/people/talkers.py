@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig, Query, Row
 from steersman.data.examples import Message
 from steersman.flywheel.players import Player
 from steersman.judge import EndpointConfig
 from steersman.judge.endpoint import Endpoint
 from steersman.recipe.sections import ModelConfig, RolloutConfig
-from steersman.run.config import Section
 from steersman.run.run_config import RunConfig
 
 Turns = list[Message]

@@ -37,23 +37,23 @@ HOST = 50e9
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A model of the run: `trained` parameters of it learn. `own` is False where it has another's base. `added` are
-    its adapters' parameters, in float32. `matrices` are the bytes of each parameter of the layers where these are
-    quantised, and not as `Work` says. `away` is one that waits in the node's memory until it is read, where every
-    device holds whole models."""
+    """A model of the run: `trained` parameters of it learn. `owns_base` is False where it has another's base.
+    `adapter_parameters` are those of its adapters, in float32. `matrices` are the bytes of each parameter of the
+    layers where these are quantised, and not as `Work` says. One that is `offloaded` waits in the node's memory until
+    it is read, where every device holds whole models."""
 
     name: str
     shape: Shape
     trained: int = 0
-    own: bool = True
-    added: int = 0
+    owns_base: bool = True
+    adapter_parameters: int = 0
     matrices: float | None = None
-    away: bool = False
+    offloaded: bool = False
 
     def weights(self, number: int) -> float:
         """Bytes of its weights, those of another's base left out."""
-        shape, adapters = self.shape, self.added * 4.0
-        if not self.own:
+        shape, adapters = self.shape, self.adapter_parameters * 4.0
+        if not self.owns_base:
             return adapters
         if self.matrices is None:
             return shape.parameters * number + adapters
@@ -153,6 +153,10 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
     while work.sampled and apart < n:
         yield Layout(f"sharded, {apart} apart for sampling", n - apart, apart, "rollout.engine: vllm")
         apart *= 2
+    if work.sampled and n > 1:
+        half = n // 2
+        keys = f"frozen_apart: true, run.devices: {half}"
+        yield Layout(f"replicas, {half} apart for scoring", 1, keys=keys, scorers=half)
     if work.sampled:
         yield Layout("models in the node's memory between phases", n, offloaded=True, planned=True)
     for scorers in {n // 8, n // 4} - {0} if work.sampled else ():
@@ -168,22 +172,23 @@ def weigh(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> Verd
 
 
 def _others(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
-    """What each device holds that is set apart: a sampler the whole actor and at least one response, a scorer its
-    piece of the models that do not learn."""
+    """What each device holds that is set apart: a sampler the whole actor and at least one response, a scorer the
+    models that do not learn, or its piece of them where models lie in pieces."""
     found, actor = {}, roles[0].shape
     if layout.generators:
         least = actor.parameters * work.compute + actor.cache(work.prompt + work.new, work.compute)
         found["a device that samples, at least"] = least + there.device.process
     if layout.scorers:
         frozen = sum(role.weights(work.weight) for role in roles if not role.trained)
-        found["a device that scores"] = frozen / layout.scorers + there.device.process
+        pieces = layout.scorers if layout.shards > 1 else 1
+        found["a device that scores"] = frozen / pieces + there.device.process
     return found
 
 
 def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     held = {}
     for role in roles:
-        if (layout.scorers and not role.trained) or (role.away and layout.shards == 1):
+        if (layout.scorers and not role.trained) or (role.offloaded and layout.shards == 1):
             continue
         held[role.name] = (role.weights(work.weight) + role.trained * work.optimizer_bytes) / layout.shards
     actor = roles[0].shape
@@ -199,7 +204,9 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         activations = micro * trained.hidden * trained.layers * work.compute + one
     activations += backward(trained, roles, micro, work)
     gradients = sorted(
-        role.trained * (4 if role.added else work.weight) / layout.shards for role in roles if role.trained
+        role.trained * (4 if role.adapter_parameters else work.weight) / layout.shards
+        for role in roles
+        if role.trained
     )
     if gradients and update <= micro:
         gradients[-1] = max(gradients[-1] - activations, 0)
@@ -224,7 +231,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
 
 def waiting(layout: Layout, roles: list[Role], work: Work) -> list[float]:
     """Bytes of each model that comes to a device for its phase only, while nothing is sampled or updated."""
-    return [role.weights(work.weight) for role in roles if role.away and layout.shards == 1]
+    return [role.weights(work.weight) for role in roles if role.offloaded and layout.shards == 1]
 
 
 def backward(trained: Shape, roles: list[Role], micro: int, work: Work) -> float:
@@ -261,8 +268,8 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         inside = 3 * trained * work.compute * micro / there.link(layout.shards)
         between = 2 * moved / layout.shards / device.network if training > layout.shards else 0.0
         found["exchange"] = inside + between
-    elif there.count > 1:
-        found["exchange"] = work.epochs * 2 * moved / there.link(there.count)
+    elif training > 1:
+        found["exchange"] = work.epochs * 2 * moved / there.link(training)
     if layout.generators or (work.sampled and layout.shards > 1):
         through = there.count if layout.generators else layout.shards
         found["move weights"] = actor.parameters * work.compute / there.link(through)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
+from steersman.distributed.pieces import local_shard
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.quantise import is_quantised
@@ -26,7 +27,6 @@ from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
-from steersman.run.pieces import local_shard
 from steersman.run.preflight import Phase, Preflight, Role, size
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
@@ -47,14 +47,16 @@ SAMPLING = 3
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model of the run. `trained` is the policy or scalar model around the module, and `optimizer` what trains it,
-    where it is trained. One that is `away` waits in the CPU's memory until it is read."""
+    where it is trained. One that is `offloaded` waits in the CPU's memory until it is read, one `apart` is read on
+    another device."""
 
     name: str
     module: nn.Module
     source: str
     trained: Any = None
     optimizer: OptimizerConfig | None = None
-    away: bool = False
+    offloaded: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,12 @@ def foresee(
     (docs/results/preflight.md), which is not announced.
     """
     roles = _roles(models)
-    away = [role.weights for role, model in zip(roles, models, strict=True) if model.away and device.type != "cpu"]
+    offloads = device.type != "cpu"
+    away = [role.weights for role, model in zip(roles, models, strict=True) if offloads and model.offloaded]
+    apart = [role.weights for role, model in zip(roles, models, strict=True) if model.apart]
     held = {
         "process": _process(device, sum(role.weights for role in roles)),
-        "weights": sum(role.weights for role in roles) - sum(away),
+        "weights": sum(role.weights for role in roles) - sum(away) - sum(apart),
         "optimizer": sum(role.optimizer for role in roles),
     }
     learners = [model for model in models if model.trained is not None]
@@ -130,7 +134,7 @@ def foresee(
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
         found.append(Phase("forward", {**held, "activations": passing}))
     if away:
-        passing = max(WIDE * _widest(model.module) * load.tokens for model in models if model.away)
+        passing = max(WIDE * _widest(model.module) * load.tokens for model in models if model.offloaded)
         found.append(Phase("score", {**held, "one model that was away": max(away), "activations": passing}))
     if sampled is not None:
         found.append(Phase("rollout", {**held, **rollout(sampled, kept + gaps if device.type == "cpu" else 0)}))
@@ -180,7 +184,8 @@ def forward(model: Model, load: Load) -> tuple[int, int]:
 def largest_micro_batch(costs: Sequence[int] | np.ndarray, micro_tokens: int, batch: int) -> int:
     """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
 
-    A row of c tokens stands first among at most micro_tokens / c rows that are no longer (`run.micro`), or alone.
+    A row of c tokens stands first among at most micro_tokens / c rows that are no longer, or alone
+    (`distributed/micro.py`).
     """
     ordered = np.sort(np.asarray(costs))
     largest = max(min(batch, max(1, micro_tokens // c)) * c for c in np.unique(ordered).tolist())

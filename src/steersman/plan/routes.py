@@ -20,8 +20,10 @@ def routes(verdict: Verdict, roles: list[Role], work: Work, there: Cluster) -> l
             f"actor's weights {way}: {whole / 1e9:.2f} GB / {there.link(through) / 1e9:.0f} GB/s = "
             f"{verdict.seconds['move weights']:.2f} s"
         )
-        if roles[0].added:
-            found.append(f"with rollout.sync: adapter its adapters alone: {roles[0].added * 4 / 1e9:.3f} GB")
+        if roles[0].adapter_parameters:
+            found.append(
+                f"with rollout.sync: adapter its adapters alone: {roles[0].adapter_parameters * 4 / 1e9:.3f} GB"
+            )
     if come := waiting(layout, roles, work):
         found.append(
             f"reference and reward models from the node's memory: {sum(come) / 1e9:.1f} GB / {HOST / 1e9:.0f} GB/s "

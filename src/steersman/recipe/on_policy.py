@@ -7,15 +7,15 @@ from typing import Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from steersman.algorithms.base import Algorithm
+from steersman.config.sections import Section
 from steersman.data import DataConfig
+from steersman.distributed.parallel import ParallelConfig
 from steersman.environments.config import EnvironmentConfig
 from steersman.recipe.curriculum import CurriculumConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
-from steersman.run.config import Section
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 
@@ -70,6 +70,11 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         description="reference and reward models wait in the CPU's memory and are on the device only while they are "
         "read; an iteration takes the time to copy each of them once",
     )
+    frozen_apart: bool = Field(
+        default=False,
+        description="reference and reward models lie on devices of their own: with run.devices N on a machine, rank "
+        "i trains on device i and has them on device N + i",
+    )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
     curriculum: CurriculumConfig | None = Field(
         default=None, description="draw prompts by how often they are solved; null: all alike, each once an epoch"
@@ -104,7 +109,7 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         self._critic_fits()
         self._rollout_fits()
         self._devices_fit()
-        self._offload_fits()
+        self._frozen_fit()
         return self
 
     def _method_fits(self) -> None:
@@ -165,30 +170,36 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "use mode: replicas"
             )
 
-    def _offload_fits(self) -> None:
-        """What can not wait in the CPU's memory."""
-        if not self.offload:
+    def _frozen_fit(self) -> None:
+        """Which frozen models can not wait in the CPU's memory, or lie on devices of their own."""
+        if not self.offload and not self.frozen_apart:
             return
+        key = "offload" if self.offload else "frozen_apart"
+        if self.offload and self.frozen_apart:
+            raise ValueError("offload and frozen_apart are two places for the same models; remove one of the two")
         if self.parallel.mode == "fsdp":
             raise ValueError(
-                "offload moves whole models; in parallel.mode fsdp give parallel.offload: true, which keeps the "
+                f"{key} moves whole models; in parallel.mode fsdp give parallel.offload: true, which keeps the "
                 "pieces of every model in the CPU's memory, or use mode: replicas"
             )
         if self.share == "base":
-            raise ValueError(
-                "offload: with share: base no frozen model has weights of its own; remove one of the two"
-            )
+            raise ValueError(f"{key}: with share: base no frozen model has weights of its own; remove one of the two")
+        judged = any(part.model is not None for part in self.reward.parts.values())
+        separate = self.reference != "none" and (self.reference != "start" or self.model.lora is None)
+        if not judged and not separate:
+            raise ValueError(f"{key}: there is no reference of its own and no reward model to move; remove it")
+        if self.offload:
+            self._offload_fits()
+
+    def _offload_fits(self) -> None:
+        """What can not wait in the CPU's memory."""
         if self.model.quantise != "none":
             raise ValueError("offload: quantised weights stay on the device; remove model.quantise, or offload")
         if self.rollout.ahead:
             raise ValueError(
                 "offload: with rollout.ahead rewards are computed while the policy trains, so their models are never "
-                "idle; use rollout.ahead: 0, or remove offload"
+                "idle; use rollout.ahead: 0, or frozen_apart, or remove offload"
             )
-        judged = any(part.model is not None for part in self.reward.parts.values())
-        separate = self.reference != "none" and (self.reference != "start" or self.model.lora is None)
-        if not judged and not separate:
-            raise ValueError("offload: there is no reference of its own and no reward model to move; remove it")
 
     def _prompts_fit(self) -> None:
         """What drawing prompts by difficulty refuses, and an early stop."""

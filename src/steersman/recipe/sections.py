@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from steersman.config.sections import Section
 from steersman.loss.correction import CAPS, Correction, Kind
 from steersman.model.quantise import Quantise
-from steersman.run.config import Section
 
 if TYPE_CHECKING:
+    from steersman.distributed.parallel import ParallelConfig
     from steersman.rollout import Sampling
-    from steersman.run.parallel import ParallelConfig
     from steersman.update.optimizer import OptimizerConfig
 
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from steersman.config.sections import Section
 from steersman.metrics import METRICS, metric
 from steersman.metrics.workers import Parallel
 from steersman.model import SharedBase, load_reward, place
@@ -18,7 +19,6 @@ from steersman.reward.episodes import EpisodeReward
 from steersman.reward.metrics import MetricReward
 from steersman.reward.models import ModelReward
 from steersman.reward.rules import BUILTINS
-from steersman.run.config import Section
 from steersman.types import Stats, SteersmanError
 
 if TYPE_CHECKING:

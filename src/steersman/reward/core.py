@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steersman.distributed.ranks import ranks
+from steersman.guards.functions import describe_function, load_function
+from steersman.guards.user_code import user_code
 from steersman.model import Headed
-from steersman.run.functions import describe_function, load_function
-from steersman.run.ranks import ranks
-from steersman.run.user_code import user_code
 from steersman.types import Sample, SteersmanError
 
 RewardFunction = Callable[..., Any]
@@ -143,10 +143,10 @@ class CallableReward:
         self.by_name = "completions" in [p.name for p in named] or not named
         if not self.by_name:
             named = named[2:]
-        self.named = {p.name: p.default is p.empty for p in named}
+        self.parameters = {p.name: p.default is p.empty for p in named}
         for key in [*self.args, *self.columns]:
-            if key not in self.named and not self.takes_all:
-                known = ", ".join(n for n in self.named if n not in ("prompts", "completions")) or "none"
+            if key not in self.parameters and not self.takes_all:
+                known = ", ".join(n for n in self.parameters if n not in ("prompts", "completions")) or "none"
                 raise SteersmanError(
                     f"reward '{self.name}': '{key}' is not a parameter of the function; it has: {known}"
                 )
@@ -178,23 +178,23 @@ class CallableReward:
         texts = {"prompts": [s.prompt.text for s in samples], "completions": [s.text for s in samples]}
         if not self.by_name:
             return self.function(*texts.values(), **keywords)
-        wanted = {k: v for k, v in texts.items() if k in self.named or self.takes_all}
+        wanted = {k: v for k, v in texts.items() if k in self.parameters or self.takes_all}
         return self.function(**wanted, **keywords)
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The keyword lists of this batch: data columns, renamed, and the samples where asked for."""
         reserved = {"prompts", "completions", "samples"}
         have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
-        wanted = {parameter: self.columns.get(parameter, parameter) for parameter in self.named}
+        wanted = {parameter: self.columns.get(parameter, parameter) for parameter in self.parameters}
         if self.takes_all:
             wanted = {c: c for c in have} | wanted | self.columns
-        out: dict[str, Any] = {"samples": list(samples)} if "samples" in self.named else {}
+        out: dict[str, Any] = {"samples": list(samples)} if "samples" in self.parameters else {}
         for parameter, column in wanted.items():
             if parameter in reserved or parameter in self.args:
                 continue
             if column in have:
                 out[parameter] = [s.prompt.row.get(column) for s in samples]
-            elif self.named.get(parameter) or parameter in self.columns:
+            elif self.parameters.get(parameter) or parameter in self.columns:
                 raise SteersmanError(
                     f"reward '{self.name}': the function needs the column '{column}', which the data does "
                     f"not have; it has: {', '.join(have) or 'none'}. Point to another one with "

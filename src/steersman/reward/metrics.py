@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from steersman.distributed.ranks import ranks
 from steersman.metrics import Metric
 from steersman.reward.core import Scores
-from steersman.run.ranks import ranks
 from steersman.types import Sample, SteersmanError
 
 _log = logging.getLogger("steersman.reward")

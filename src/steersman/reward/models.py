@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from steersman.distributed.micro import over_rows
 from steersman.model import GENERAL, AttributeModel, ScalarModel, at_hand, step_ends
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
-from steersman.run.micro import over_rows
 from steersman.types import Sample, SteersmanError, Tokens
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ModelReward:
         self.tokenizer, self.policy_tokenizer, self.name = model.tokenizer, policy_tokenizer, name
         self.context: int | None = getattr(model.model.config, "max_position_embeddings", None)
         self.reach = max if model.decoder_start else sum  # an encoder-decoder has a context for each side
-        self.bridged = self.tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        self.other_tokenizer = self.tokenizer.get_vocab() != policy_tokenizer.get_vocab()
         if not model.output.weight.any():
             raise SteersmanError(
                 f"reward '{name}': the head of {model.model.name_or_path} is all zeros, so every score would be 0: "
@@ -79,21 +79,21 @@ class ModelReward:
                 "unusual, by `--train.bottleneck 16`"
             )
         self.attribute, self.steps, self.pessimism = attribute, steps, pessimism
-        if self.bridged and not text_bridge:
+        if self.other_tokenizer and not text_bridge:
             raise SteersmanError(
                 f"reward '{name}': the reward model's vocabulary ({len(self.tokenizer)} tokens) is not the "
                 f"policy's ({len(policy_tokenizer)} tokens). Train the reward model from the same base model, or "
                 f"allow decoding and encoding again with `text_bridge: true`"
             )
-        if self.bridged:
+        if self.other_tokenizer:
             _log.warning("reward '%s': %s", name, self.describe())
 
     @property
     def reads_ids(self) -> bool:
-        return not self.bridged
+        return not self.other_tokenizer
 
     def describe(self) -> str:
-        if self.bridged:
+        if self.other_tokenizer:
             how = "with another tokenizer than the policy's: reads decoded text (text bridge)"
         else:
             how = "with the policy's tokenizer: reads the sampled tokens"
@@ -117,7 +117,7 @@ class ModelReward:
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Scores:
-        pairs = [self._bridge(s) if self.bridged else (s.prompt.ids, s.ids) for s in samples]
+        pairs = [self._bridge(s) if self.other_tokenizer else (s.prompt.ids, s.ids) for s in samples]
         lengths = [
             self.reach((len(prompt), len(response) + len(self.model.decoder_start))) for prompt, response in pairs
         ]

@@ -73,8 +73,8 @@ class PromptCache(Cache):
     """The keys and values of one prefill."""
 
     def __init__(self, layers: int) -> None:
-        self.read = [PromptLayer() for _ in range(layers)]
-        super().__init__(layers=list(self.read))
+        self.prompt_layers = [PromptLayer() for _ in range(layers)]
+        super().__init__(layers=list(self.prompt_layers))
 
 
 class LiveLayer(CacheLayerMixin):
@@ -154,7 +154,7 @@ class LiveCache(Cache):
 
     def reserve(self, slots: int, columns: int, like: PromptCache) -> None:
         """Make room for `slots` rows and `columns` columns; what is there already is used again."""
-        first = like.read[0].keys
+        first = like.prompt_layers[0].keys
         assert isinstance(first, Tensor)
         old = self.mask
         if old is not None and old.dtype == first.dtype and old.device == first.device:
@@ -162,7 +162,7 @@ class LiveCache(Cache):
                 return
             slots, columns = max(slots, old.shape[0]), max(columns, old.shape[1])
         self.release()
-        for own, layer in zip(self.live_layers, like.read, strict=True):
+        for own, layer in zip(self.live_layers, like.prompt_layers, strict=True):
             own.allocate(slots, columns, layer.keys, layer.values)  # type: ignore[arg-type]
         self.mask = first.new_zeros(slots, columns)
 
@@ -179,7 +179,7 @@ class LiveCache(Cache):
         assert self.mask is not None
         start, count, there = self.column - length, len(source), send(source, self.mask.device)
         rows = slice(self.rows, self.rows + count)
-        for own, layer in zip(self.live_layers, prompts.read, strict=True):
+        for own, layer in zip(self.live_layers, prompts.prompt_layers, strict=True):
             for buffer, fresh in ((own.keys, layer.keys), (own.values, layer.values)):
                 buffer[rows, :, start : self.column] = fresh[there, :, :length]  # type: ignore[index]
         self.mask[rows, :start] = -torch.inf

@@ -68,7 +68,7 @@ class Decoder:
         logits = None if compiled is None else compiled(ids, positions, self.live)
         if compiled is None or logits is None:
             return self._modules(ids, positions, mask)
-        if not compiled.proven:
+        if not compiled.verified:
             expected = self._modules(ids, positions, mask)
             self.compiled = compiled if compiled.agrees(logits, expected) else None
             return expected

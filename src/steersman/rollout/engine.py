@@ -45,7 +45,7 @@ class Engine:
             raise SteersmanError("rollout.max_batch and rollout.prefill_tokens must be at least 1")
         self.end_ids = end_ids(model, tokenizer, eos_token_id)
         self.decoder = decoder_for(model, tokenizer)
-        self.known = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+        self.vocabulary = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
         self._mask_decoder: Stepper | None = None
         self.version = 0
         self._busy = Lock()
@@ -110,7 +110,7 @@ class Engine:
             limits,
             self.end_ids,
             self.decoder.texts(self.tokenizer, sampling.stop),
-            known=self.known,
+            known=self.vocabulary,
             record_support=record_support,
             action_mask=None if sampling.limit is None else self.action_mask(sampling.limit),
             version=self.version,

@@ -76,7 +76,7 @@ def joinable(
         mask: ActionMask | None = None if sampling.limit is None else engine.action_mask(sampling.limit)
         texts = engine.decoder.texts(engine.tokenizer, sampling.stop)
         batch = RunningBatch(
-            engine.decoder, sampling, limits, engine.end_ids, texts, known=engine.known,
+            engine.decoder, sampling, limits, engine.end_ids, texts, known=engine.vocabulary,
             record_support=record_support, action_mask=mask, version=engine.version, progress=None,
         )  # fmt: skip
         batch.longest, batch.total = longest, max(sequences, rows + 1)

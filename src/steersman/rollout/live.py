@@ -148,7 +148,7 @@ class Live:
         engine, decoder = self.engine, self.engine.decoder
         every = Sampling(self.new_tokens)
         batch = RunningBatch(
-            decoder, every, self.limits, engine.end_ids, None, known=engine.known, record_support=False,
+            decoder, every, self.limits, engine.end_ids, None, known=engine.vocabulary, record_support=False,
             action_mask=None, version=engine.version, progress=None,
         )  # fmt: skip
         batch.longest, batch.total = self.longest, self.limits.rows + 1

@@ -30,10 +30,10 @@ KNOWN = "T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, PLBart, Marian, Pegasus an
 
 
 class PairCache:
-    """What one prefill made: `own` of the decoder's start, `cross` of the prompts."""
+    """What one prefill made: `self_attention` of the decoder's start, `cross_attention` of the prompts."""
 
     def __init__(self, layers: int) -> None:
-        self.own, self.cross = PromptCache(layers), PromptCache(layers)
+        self.self_attention, self.cross_attention = PromptCache(layers), PromptCache(layers)
 
 
 class EncoderDecoderLiveCache:
@@ -41,9 +41,9 @@ class EncoderDecoderLiveCache:
 
     def __init__(self, windows: list[int | None], start: int) -> None:
         layers = len(windows)
-        self.own, self.start = LiveCache(windows), start
-        self.cross = [PromptLayer() for _ in range(layers)]
-        self.past = EncoderDecoderCache(self.own, Cache(layers=list(self.cross)))
+        self.self_attention, self.start = LiveCache(windows), start
+        self.cross_attention = [PromptLayer() for _ in range(layers)]
+        self.past = EncoderDecoderCache(self.self_attention, Cache(layers=list(self.cross_attention)))
         self.past.is_updated = dict.fromkeys(range(layers), True)
         self.buffers: list[tuple[Tensor, Tensor]] = []
         self.longest = 0
@@ -51,17 +51,17 @@ class EncoderDecoderLiveCache:
 
     @property
     def rows(self) -> int:
-        return self.own.rows
+        return self.self_attention.rows
 
     def clear(self, column: int) -> None:
         """No live rows; `column` is the longest prompt that will come."""
         self.longest, self.lengths = column, []
-        self.own.clear(self.start)
+        self.self_attention.clear(self.start)
 
     def reserve(self, slots: int, columns: int, like: PairCache) -> None:
         """Room for `slots` rows; `columns` counts the longest prompt, which has its own buffer here."""
-        self.own.reserve(slots, columns - self.longest + self.start, like.own)
-        keys = like.cross.read[0].keys
+        self.self_attention.reserve(slots, columns - self.longest + self.start, like.self_attention)
+        keys = like.cross_attention.prompt_layers[0].keys
         assert isinstance(keys, Tensor)
         if self.buffers:
             old = self.buffers[0][0]
@@ -71,35 +71,35 @@ class EncoderDecoderLiveCache:
                 slots, self.longest = max(slots, old.shape[0]), max(self.longest, old.shape[2])
         self.buffers = [
             (_room(slots, self.longest, layer.keys), _room(slots, self.longest, layer.values))
-            for layer in like.cross.read
+            for layer in like.cross_attention.prompt_layers
         ]
         self.mask = keys.new_zeros(slots, self.longest)
         self.length = torch.zeros(slots, 1, dtype=torch.long, device=keys.device)
 
     def release(self) -> None:
         """Give the buffers back."""
-        self.own.release()
+        self.self_attention.release()
         self.buffers, self.lengths = [], []
-        for layer in self.cross:
+        for layer in self.cross_attention:
             layer.keys = layer.values = None
 
     def admit(self, prompts: PairCache, source: Tensor, length: int) -> None:
         """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`."""
         at, count = self.rows, len(source)
         rows, there = slice(at, at + count), send(source, self.mask.device)
-        for buffers, layer in zip(self.buffers, prompts.cross.read, strict=True):
+        for buffers, layer in zip(self.buffers, prompts.cross_attention.prompt_layers, strict=True):
             for buffer, fresh in zip(buffers, (layer.keys, layer.values), strict=True):
                 buffer[rows, :, :length] = fresh[there, :, :length]  # type: ignore[index]
         self.mask[rows] = -torch.inf
         self.mask[rows, :length] = 0
         self.length[rows] = length
         self.lengths += [length] * count
-        self.own.admit(prompts.own, source, self.start)
+        self.self_attention.admit(prompts.self_attention, source, self.start)
         self._show()
 
     def keep(self, rows: int, moves: list[tuple[int, int]]) -> None:
         """Shrink to `rows` rows after copying row `source` over row `target` for each (target, source)."""
-        self.own.keep(rows, moves)
+        self.self_attention.keep(rows, moves)
         for target, source in moves:
             length = self.lengths[target] = self.lengths[source]
             for buffers in self.buffers:
@@ -112,7 +112,7 @@ class EncoderDecoderLiveCache:
     def _show(self) -> None:
         """What attention may read: live rows, up to the longest live prompt."""
         self.width = max(self.lengths, default=0)
-        for layer, (keys, values) in zip(self.cross, self.buffers, strict=True):
+        for layer, (keys, values) in zip(self.cross_attention, self.buffers, strict=True):
             layer.keys, layer.values = keys[: self.rows, :, : self.width], values[: self.rows, :, : self.width]
         mask = self.mask[: self.rows, None, None, : self.width]
         self.cross_mask = mask if mask.is_cpu else mask.clone()  # CUDA's attention wants it aligned
@@ -150,7 +150,7 @@ class PairDecoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""
-        cache = PairCache(len(self.live.cross))
+        cache = PairCache(len(self.live.cross_attention))
         width, device = max(map(len, prompts)), self.model.device
         padded = send(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts]), device)
         length = send(torch.tensor([len(ids) for ids in prompts]), device)
@@ -159,7 +159,7 @@ class PairDecoder:
             attention_mask=(torch.arange(width, device=device) < length[:, None]).long(),
             decoder_input_ids=send(torch.tensor(self.start), device).expand(len(prompts), -1),
             use_cache=True,
-            **{self.cache_name: EncoderDecoderCache(cache.own, cache.cross)},
+            **{self.cache_name: EncoderDecoderCache(cache.self_attention, cache.cross_attention)},
         )
         return cache, out.logits[:, -1]
 
@@ -174,7 +174,7 @@ class PairDecoder:
                 encoder_outputs=BaseModelOutput(last_hidden_state=nothing),  # type: ignore[arg-type]
                 attention_mask=live.cross_mask,
                 decoder_input_ids=ids,
-                decoder_attention_mask=live.own.step(len(self.start)),
+                decoder_attention_mask=live.self_attention.step(len(self.start)),
                 use_cache=True,
                 **{self.cache_name: live.past},
                 **told,

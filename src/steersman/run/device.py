@@ -45,6 +45,25 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def device_apart(device: torch.device) -> torch.device:
+    """The device of this rank's frozen models, apart from those that train: with N ranks on the machine, that of the
+    number of `device` plus N.
+
+    Raises SteersmanError where the machine has too few.
+    """
+    if device.type == "cpu":
+        raise SteersmanError("frozen_apart: the CPU is one device; use offload: false and frozen_apart: false there")
+    module = torch.get_device_module(device)
+    ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), module.device_count()
+    own = module.current_device() if device.index is None else device.index
+    if own + ranks >= there:
+        raise SteersmanError(
+            f"frozen_apart: {ranks} ranks on this machine need {2 * ranks} devices, from {own - own % ranks} on, and "
+            f"there are {there}; halve run.devices, or use offload: true"
+        )
+    return torch.device(device.type, own + ranks)
+
+
 def resolve_dtype(name: Literal["auto", "float32", "bfloat16", "float16"] | str, device: torch.device) -> torch.dtype:
     """The dtype by name; "auto" is bfloat16 where the CUDA device computes in it, else float32.
 

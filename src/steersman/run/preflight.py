@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from steersman.run.terminal import printable
+from steersman.guards.terminal import printable
 from steersman.types import SteersmanError
 
 Segment = tuple[str, bool]

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from steersman.run.config import Section
+from steersman.config.sections import Section
 from steersman.run.device import resolve_device, set_threads
 
 ON_ACCELERATOR = 16_384

@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 
 
 class StopRequest:

@@ -9,6 +9,8 @@ import torch
 
 from steersman.data import DataConfig, layout
 from steersman.data import end_ids as template_ends
+from steersman.distributed.micro import share_out
+from steersman.distributed.ranks import ranks
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
@@ -17,8 +19,6 @@ from steersman.recipe.sections import RolloutConfig
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.port import Limits
-from steersman.run.micro import share_out
-from steersman.run.ranks import ranks
 from steersman.setup.models import context_length
 from steersman.types import Prompt, Sample, Stats, SteersmanError
 

@@ -86,7 +86,7 @@ def scalar_from(config: ModelConfig, run: RunConfig, device: torch.device, path:
 def shared_from(config: ModelConfig, run: RunConfig, base: SharedBase, folder: str | None = None) -> ScalarModel:
     """A critic on the shared base: from adapters in the folder, or with new ones and a head of zeros."""
     if folder is not None:
-        model = base.adapted(folder, trainable=True)
+        model = base.scalar_model(folder, trainable=True)
     else:
         model = base.fresh()
         _adapt(model, config)
@@ -156,7 +156,7 @@ def lora_of(config: ModelConfig) -> LoraConfig | None:
 def _adapt(model: ScalarModel | AttributeModel, config: ModelConfig) -> None:
     lora = lora_of(config)
     _require_trainable(config)
-    if lora is not None and not model.adapted:
+    if lora is not None and not model.has_adapters:
         model.adapt(lora)
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from steersman.data import Encoded, collate
+from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import ModelConfig
-from steersman.run.micro import in_order, my_micro_batches
 from steersman.run.progress import with_progress
 from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from
@@ -55,15 +55,19 @@ class AdaptersOff:
 Reference = Policy | AdaptersOff
 
 
-def reference_from(path: str, config: ModelConfig, run: RunConfig, policy: Policy) -> Reference:
-    """`path` is "start", the policy before training, or a folder.
+def reference_from(
+    path: str, config: ModelConfig, run: RunConfig, policy: Policy, *, device: torch.device | None = None
+) -> Reference:
+    """`path` is "start", the policy before training, or a folder; weights of its own go to the policy's device by
+    default.
 
     Raises SteersmanError where a folder's model reads other token ids than the policy.
     """
     if path == "start" and config.lora is not None:
         return AdaptersOff(policy)
     folder = config.path if path == "start" else path
-    reference = policy_from(config.model_copy(update={"path": folder}), run, policy.device, trainable=False)
+    there = policy.device if device is None else device
+    reference = policy_from(config.model_copy(update={"path": folder}), run, there, trainable=False)
     same_tokens("reference", folder, reference, policy)
     return reference
 

@@ -18,7 +18,7 @@ def check_kto(mdp: TokenMDP, desirable_weight: float = 1.0, undesirable_weight: 
     liked = torch.sigmoid(mdp.total_reward)
     mismatched = _mismatched(world)
     desirable = torch.cat([torch.ones(len(mdp)), torch.zeros(len(mdp))]).bool()
-    prob = torch.cat([world.shown * liked, world.shown * (1 - liked)])
+    prob = torch.cat([world.shown_prob * liked, world.shown_prob * (1 - liked)])
 
     def loss(logits: Tensor, reference_point: Tensor) -> Tensor:
         logp, ref = mdp.sequence_logp(logits).sum(-1).repeat(2), mdp.sequence_logp_ref.sum(-1).repeat(2)
@@ -44,7 +44,7 @@ def check_bco(mdp: TokenMDP) -> FixedPoint:
     advantage = mdp.total_reward - mdp.closed_form()[1][mdp.prompt]
 
     def halfway(score: Tensor, liked: Tensor) -> Tensor:
-        good, bad = world.shown * liked, world.shown * (1 - liked)
+        good, bad = world.shown_prob * liked, world.shown_prob * (1 - liked)
         return (good * score).sum() / good.sum() / 2 + (bad * score).sum() / bad.sum() / 2
 
     low, high = advantage.min(), advantage.max()
@@ -54,7 +54,7 @@ def check_bco(mdp: TokenMDP) -> FixedPoint:
         low, high = (a, high) if above else (low, a)
     liked = torch.sigmoid(advantage - (low + high) / 2)
     desirable = torch.cat([torch.ones(len(mdp)), torch.zeros(len(mdp))]).bool()
-    prob = torch.cat([world.shown * liked, world.shown * (1 - liked)])
+    prob = torch.cat([world.shown_prob * liked, world.shown_prob * (1 - liked)])
 
     def loss(logits: Tensor, shift: Tensor) -> Tensor:
         logp, ref = mdp.sequence_logp(logits).sum(-1).repeat(2), mdp.sequence_logp_ref.sum(-1).repeat(2)
@@ -74,5 +74,5 @@ def _mismatched(world: Population) -> Float[Tensor, " N"]:
     mdp = world.mdp
     words = mdp.sequences + mdp.mask  # told apart from padding
     _, same = torch.unique(words, dim=0, return_inverse=True)
-    answer = torch.zeros(int(same.max()) + 1, dtype=torch.float64).index_add(0, same, world.shown)
+    answer = torch.zeros(int(same.max()) + 1, dtype=torch.float64).index_add(0, same, world.shown_prob)
     return mdp.prompt_prob[mdp.prompt] * answer[same]

@@ -68,7 +68,7 @@ def normalised(world: Population, logp: Callable[[Tensor], Tensor]) -> Float[Ten
     high = -low
     for _ in range(80):
         c = (low + high) / 2
-        mass = torch.where(world.own, logp(c[world.mdp.prompt]), -torch.inf).logsumexp(-1)
+        mass = torch.where(world.of_prompt, logp(c[world.mdp.prompt]), -torch.inf).logsumexp(-1)
         low, high = torch.where(mass < 0, c, low), torch.where(mass < 0, high, c)
     return logp(low[world.mdp.prompt])
 
@@ -77,7 +77,7 @@ def off_vertex(world: Population, logits: Tensor, score: Tensor, base: Tensor, m
     """A sum of hinges in differences is minimal at a vertex, and the vertices are whole multiples of the margin."""
     mdp = world.mdp
     reward = mdp.beta * score
-    rows = torch.where(world.own, mdp.sequence_prob(logits), -1).argmax(-1)
+    rows = torch.where(world.of_prompt, mdp.sequence_prob(logits), -1).argmax(-1)
     zero = reward[rows][mdp.prompt]
     vertex = zero + margin * torch.round((reward - zero) / margin)
     return world.distance(logits, base + vertex / mdp.beta)

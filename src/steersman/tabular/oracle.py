@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steersman.run.micro import my_micro_batches
-from steersman.run.ranks import ranks
+from steersman.distributed.micro import my_micro_batches
+from steersman.distributed.ranks import ranks
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import SteersmanError, Trajectory
 

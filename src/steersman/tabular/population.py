@@ -18,8 +18,8 @@ class Population:
     """All pairs that could be shown, with their probability.
 
     `chosen`, `rejected` [M] number the sequences, `prob` [M] is how often the first is shown beside the second
-    and preferred (adds up to 1), after a label was flipped with probability `flip`. `shown` [N] is how often an
-    answer is shown on its own, `own` [K, N] which answers belong to a prompt.
+    and preferred (adds up to 1), after a label was flipped with probability `flip`. `shown_prob` [N] is how often an
+    answer is shown on its own, `of_prompt` [K, N] which answers belong to a prompt.
     """
 
     def __init__(self, mdp: TokenMDP, flip: float = 0.0):
@@ -28,8 +28,8 @@ class Population:
         self.prefer = (1 - flip) * pairs.prefer + flip * (1 - pairs.prefer)
         self.weight = pairs.weight
         self.prob = 2 * pairs.weight * self.prefer  # both orders are listed: either may be the chosen one
-        self.shown = mdp.sequence_prob(mdp.logp_ref)
-        self.own = mdp.prompt == torch.arange(len(mdp.prompts))[:, None]
+        self.shown_prob = mdp.sequence_prob(mdp.logp_ref)
+        self.of_prompt = mdp.prompt == torch.arange(len(mdp.prompts))[:, None]
 
     def pair(self, logits: Float[Tensor, "S V"]) -> PairLogp:
         """Every pair as the losses read it, divergences included."""
@@ -39,7 +39,7 @@ class Population:
         return pair_logp(
             logp[w], mdp.mask[w], logp[l], mdp.mask[l],
             ref_chosen=ref[w], ref_rejected=ref[l], chosen_kl=kl[w], rejected_kl=kl[l],
-            chosen_own=own[w], rejected_own=own[l],
+            chosen_log_weight=own[w], rejected_log_weight=own[l],
         )  # fmt: skip
 
     def answer_pair(self, logp: Float[Tensor, " N"]) -> PairLogp:
@@ -61,7 +61,7 @@ class Population:
 
     def normal(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """log pi(y|x) of the policy with pi(y|x) proportional to exp(weight) over the answers to x."""
-        total = torch.where(self.own, weight, -torch.inf).logsumexp(-1)
+        total = torch.where(self.of_prompt, weight, -torch.inf).logsumexp(-1)
         return weight - total[self.mdp.prompt]
 
     def expected(self, loss: PairLoss) -> Callable[[Tensor], Tensor]:
@@ -74,13 +74,13 @@ class Population:
 
     def win_rate(self, prefer: Float[Tensor, " M"]) -> Float[Tensor, " N"]:
         """How often each answer is the chosen one among the pairs that show it first."""
-        count = self.shown.new_zeros(len(self.mdp))
+        count = self.shown_prob.new_zeros(len(self.mdp))
         wins = count.index_add(0, self.chosen, self.weight * prefer)
         return wins / count.index_add(0, self.chosen, self.weight)
 
     def marginal(self, side: Tensor) -> Float[Tensor, " N"]:
         """How often each answer stands on this side (`chosen` or `rejected`) of a labelled pair."""
-        return self.shown.new_zeros(len(self.mdp)).index_add(0, side, self.prob)
+        return self.shown_prob.new_zeros(len(self.mdp)).index_add(0, side, self.prob)
 
     def distance(self, logits: Float[Tensor, "S V"], logp: Float[Tensor, " N"]) -> float:
         """E_x of the total variation between the policy and the answer log-probabilities (any scale)."""

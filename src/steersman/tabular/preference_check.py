@@ -72,8 +72,8 @@ def dpop_threshold(mdp: TokenMDP) -> float:
     """
     world = Population(mdp)
     c, d = world.marginal(world.chosen), world.marginal(world.rejected)
-    kappa = torch.where(world.own, (c - d) / world.shown, -torch.inf).amax(-1)[mdp.prompt]
-    return float(((kappa * world.shown + d - c) / c).max())
+    kappa = torch.where(world.of_prompt, (c - d) / world.shown_prob, -torch.inf).amax(-1)[mdp.prompt]
+    return float(((kappa * world.shown_prob + d - c) / c).max())
 
 
 def check_dpop(mdp: TokenMDP) -> FixedPoint:
@@ -133,10 +133,10 @@ def check_wpo(mdp: TokenMDP) -> FixedPoint:
     world = Population(mdp)
 
     def loss(logits: Tensor, own: Tensor) -> Tensor:
-        return (world.prob * wpo(world.pair(logits)._replace(own=own), beta=mdp.beta)[0]).sum()
+        return (world.prob * wpo(world.pair(logits)._replace(log_weight=own), beta=mdp.beta)[0]).sum()
 
     def own(logits: Tensor) -> Tensor:
-        found = world.pair(logits).own
+        found = world.pair(logits).log_weight
         assert found is not None
         return found.detach()
 

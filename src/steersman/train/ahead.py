@@ -26,11 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import write_atomic
+from steersman.distributed.ranks import alone, ranks
 from steersman.reward import Scores
 from steersman.rollout.remote.schedule import Schedule
-from steersman.run.folder import write_atomic
-from steersman.run.log import read_jsonl
-from steersman.run.ranks import alone, ranks
+from steersman.run.files.log import read_jsonl
 from steersman.setup.generators import MainRankGenerator
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles
@@ -57,7 +57,7 @@ class Ahead(OnPolicy):
                 self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}
-        self.begun = 0
+        self.next_batch = 0
         self._now = threading.local()
         self._judging, self._writing = threading.Lock(), threading.Lock()
 
@@ -80,10 +80,10 @@ class Ahead(OnPolicy):
 
     def _due(self) -> Batch:
         """Begins all batches that may begin, and waits for this iteration's."""
-        if not self.begun:
+        if not self.next_batch:
             self._forget_what_follows()  # of a run that died before its first checkpoint
-        while self.begun <= self.done + self.recipe.rollout.ahead:
-            self._begin(self.begun, None if self.algorithm.resampling() else self.next_prompts())
+        while self.next_batch <= self.done + self.recipe.rollout.ahead:
+            self._begin(self.next_batch, None if self.algorithm.resampling() else self.next_prompts())
         batch = self.under_way[self.done].result()
         del self.under_way[self.done]
         return batch
@@ -97,7 +97,7 @@ class Ahead(OnPolicy):
             )  # how far the policy has moved: no fault, so not watched
 
     def _begin(self, number: int, prompts: list[Prompt] | None) -> None:
-        self.begun = number + 1
+        self.next_batch = number + 1
         self.under_way[number] = self.schedule.begin(number, lambda: self._make(number, prompts))
 
     def _make(self, number: int, prompts: list[Prompt] | None) -> Batch:
@@ -149,7 +149,7 @@ class Ahead(OnPolicy):
             kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
             ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
             order = {"batches": self.batches.state_dict(), "waiting": self.waiting}
-            return {"ahead": ahead, "begun": self.begun, **order}
+            return {"ahead": ahead, "begun": self.next_batch, **order}
 
         mine = ranks().from_main(of_main, "what was sampled ahead")
         return {**super().state_dict(), **mine}
@@ -161,7 +161,7 @@ class Ahead(OnPolicy):
         ranks().from_main(lambda: self._take_up(state), "what was sampled ahead")
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        self.begun = state["begun"]
+        self.next_batch = state["begun"]
         self.schedule.restart_at(self.done)
         self._forget_what_follows()
         again, home = [], {prompt.index: prompt for prompt in self.prompts}
@@ -174,10 +174,10 @@ class Ahead(OnPolicy):
             self.under_way[number] = Future()
             self.under_way[number].set_result((samples, scores))
             self._note(number, "rewarded", samples)
-        self.schedule.restart_at(again[0][0] if again else self.begun)
+        self.schedule.restart_at(again[0][0] if again else self.next_batch)
         for number, prompts in again:
             self._begin(number, prompts)
-        self.begun = state["begun"]
+        self.next_batch = state["begun"]
 
     def _forget_what_follows(self) -> None:
         """Of the ledger stays what the checkpoint's iterations have used; what came after is done again."""

@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from steersman.config.sections import Section
 from steersman.data import Batches, Streamed, Training
+from steersman.distributed.micro import my_micro_batches
+from steersman.distributed.pieces import shard_like
+from steersman.distributed.ranks import ranks
 from steersman.model import as_local_shards
 from steersman.plan.memory import Load, largest_micro_batch
-from steersman.run.config import Section
-from steersman.run.micro import my_micro_batches
-from steersman.run.pieces import shard_like
-from steersman.run.ranks import ranks
 from steersman.train.session import Session, kept_state
 from steersman.train.tally import Tally
 from steersman.types import Stats

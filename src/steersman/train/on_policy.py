@@ -13,13 +13,13 @@ from torch import Tensor
 from steersman.advantage.by_turn import by_turn
 from steersman.advantage.group import no_signal
 from steersman.advantage.returns import values
+from steersman.distributed.micro import over_rows
 from steersman.loss.correction import effective_sample_size
 from steersman.loss.value import explained_variance
 from steersman.model import at_hand
 from steersman.ops.masked import masked_mean, masked_sum
 from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
-from steersman.run.micro import over_rows
 from steersman.run.seed import stream
 from steersman.train.curriculum import Curriculum
 from steersman.train.experience import episode_stats, tokens_of, trajectory
@@ -65,7 +65,7 @@ class OnPolicy:
         advantage = by_turn(self.algorithm.advantage, traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
-            rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.now(), order,
+            rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.current(), order,
             only_critic=self.warming_up, critic_loss=critic_loss,
         )  # fmt: skip
         clock.lap("update")

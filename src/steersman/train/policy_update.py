@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Algorithm, Coefficients
+from steersman.distributed.micro import my_micro_batches, over_rows
+from steersman.distributed.ranks import ranks
 from steersman.loss.correction import Correction
 from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
@@ -21,8 +23,6 @@ from steersman.model.fast.plain import plain_layers
 from steersman.model.layout import masked_indices
 from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_sum
-from steersman.run.micro import my_micro_batches, over_rows
-from steersman.run.ranks import ranks
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory, send
 from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both

@@ -16,6 +16,7 @@ from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.reward import ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
+from steersman.run.device import device_apart
 from steersman.setup.generators import open_episodes, open_generator, sample_on_all_ranks
 from steersman.setup.models import lora_of, policy_from, scalar_from, shared_from
 from steersman.setup.reference import Reference, reference_from, same_tokens
@@ -109,8 +110,9 @@ def _own(critic: Critic) -> dict[str, torch.Tensor]:
 def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     """Loads and wires all models that the recipe's algorithm needs."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
+    frozen = device_apart(device) if recipe.frozen_apart else device
     policy, base = _policy(recipe, device)
-    reward = build_reward(recipe.reward, policy.tokenizer, device, base)
+    reward = build_reward(recipe.reward, policy.tokenizer, frozen, base)
     critic = _critic(recipe, policy, base, reward, device) if algorithm.critic else None
     config = recipe.critic or CriticConfig()
     per_iteration = algorithm.epochs * algorithm.minibatches
@@ -144,7 +146,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
             )
         engine = open_episodes(recipe.environment, environment, recipe.data, rollout, policy, engine)
     roles = Roles(
-        learner, _reference(recipe, policy), reward, ScoreShaping(recipe.reward), engine, sampling, device,
+        learner, _reference(recipe, policy, frozen), reward, ScoreShaping(recipe.reward), engine, sampling, device,
         mask, environment,
     )  # fmt: skip
     roles.refresh(0)
@@ -165,13 +167,14 @@ def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, Share
     return policy, base
 
 
-def _reference(recipe: OnPolicyRecipe, policy: Policy) -> Reference | None:
-    """The frozen policy that KL is measured to: the start, by default; with LoRA the actor without adapters."""
+def _reference(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> Reference | None:
+    """The frozen policy that KL is measured to, on its device: the start, by default; with LoRA the actor without
+    adapters."""
     if recipe.reference == "none":
         if recipe.algorithm.beta > 0:
             raise SteersmanError("reference is none, but algorithm.beta is above 0: KL needs a reference")
         return None
-    return reference_from(recipe.reference, recipe.model, recipe.run, policy)
+    return reference_from(recipe.reference, recipe.model, recipe.run, policy, device=device)
 
 
 def _critic(
@@ -189,7 +192,7 @@ def _critic(
             if part.model is not None
             and len(part.model.meaning.attributes) < 2  # one number, as a critic has
             and part.reads_ids
-            and (base is None or part.model.adapted)
+            and (base is None or part.model.has_adapters)
         )
         init = next((path for path in judges if path is not None), "policy")
     if base is not None:

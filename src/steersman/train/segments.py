@@ -65,7 +65,7 @@ class SegmentRows:
         if not self.apart:
             return traj, advantage
         owner = torch.tensor([b for b, _ in self.parts], device=traj.mask.device)
-        by_step = {"mask", "reward", "discount", "logp_old", "logp_ref", "logp_rollout", "marked", "turn"}
+        by_step = {"mask", "reward", "discount", "logp_old", "logp_ref", "logp_rollout", "penalty_mask", "turn"}
         parts = {}
         for field in fields(traj):
             x = getattr(traj, field.name)

@@ -11,14 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
+from steersman.atomic import write_atomic
+from steersman.distributed.pieces import named_shard
+from steersman.distributed.ranks import ranks
 from steersman.ops.text import text_stats
-from steersman.run.checkpoint import Checkpoint, Checkpointer
-from steersman.run.folder import open_folder, write_atomic
+from steersman.run.files.checkpoint import Checkpoint, Checkpointer
+from steersman.run.files.folder import open_folder
+from steersman.run.files.log import Log, NoLog, read_jsonl
 from steersman.run.health.limits import HealthConfig
 from steersman.run.health.watch import Finding, HealthWatch
-from steersman.run.log import Log, NoLog, read_jsonl
-from steersman.run.pieces import named_shard
-from steersman.run.ranks import ranks
 from steersman.run.report.card import write_card
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
@@ -52,16 +53,17 @@ class Session:
         resume: bool,
         metric: str,
         mode: str = "max",
-        shown: Sequence[str] = (),
+        headline: Sequence[str] = (),
         health: HealthConfig | None = None,
     ) -> None:
-        self.verb, self.recipe, self.metric, self.mode, self.shown = verb, recipe, metric, mode, shown
+        self.verb, self.recipe, self.metric, self.mode = verb, recipe, metric, mode
+        self.headline = headline
         self.config: RunConfig = recipe.run
         seed_everything(self.config.seed, deterministic=self.config.deterministic)
         self.device = device_of(self.config)
         self.resume, self.watch = resume, HealthWatch(health)
         self.last_metrics: Stats = {}
-        self.start, self.step, self.saved = 0, 0, 0
+        self.start, self.step, self.saved_step = 0, 0, 0
         self.stopped, self.begun, self.ended = False, False, False
         self._best: float | None = None
         self._is_best = False
@@ -126,7 +128,7 @@ class Session:
                     title=self.verb,
                     total=self.total,
                     resumed_step=resumed_step,
-                    shown=self.shown,
+                    headline=self.headline,
                     sinks=self.config.sinks,
                 )
             )
@@ -149,7 +151,7 @@ class Session:
                 f"checkpoint {found.path}: it does not fit this run ({type(error).__name__}: {error}). Since the run "
                 f"began, this changed: {changed}. Resume with what it began with, or choose another --run.dir"
             ) from error
-        self.start = self.step = self.saved = found.step
+        self.start = self.step = self.saved_step = found.step
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, after those that were done before; a checkpoint now and then, and at the end."""
@@ -201,7 +203,7 @@ class Session:
         require_same(state["state"])
         last = step == self.total or self.stopped or self.ended
         self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
-        self.saved = step
+        self.saved_step = step
 
     def _rank(self, value: float) -> None:
         """Keeps the held-out value for the step's checkpoint, and whether it is better than all before it."""
@@ -221,7 +223,7 @@ class Session:
         summary = {
             "verb": self.verb,
             "finished": not self.stopped,
-            "steps": self.saved,
+            "steps": self.saved_step,
             "seconds": rows[-1].get("seconds", 0.0) if rows else 0.0,
             "run": str(self.path),
             **numbers,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steersman.run.ranks import ranks
+from steersman.distributed.ranks import ranks
 from steersman.types import Stats
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steersman.run.pieces import shard_moments
+from steersman.distributed.pieces import shard_moments
 from steersman.types import SteersmanError
 
 Kind = Literal["adamw", "adamw-8bit", "adamw-8bit-paged", "adafactor", "lion", "lion-8bit", "muon"]

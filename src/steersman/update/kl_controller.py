@@ -73,7 +73,7 @@ class KLCoefficients:
         )
         self.beta_old = FixedKL(0.0) if asked is None else DoublingKL(*asked)
 
-    def now(self) -> Coefficients:
+    def current(self) -> Coefficients:
         return Coefficients(self.beta.coef, self.beta_old.coef)
 
     def adapt(self, stats: Stats, *, actor: bool = True) -> None:

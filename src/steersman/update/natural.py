@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from steersman.distributed.ranks import ranks
 from steersman.ops.conjugate_gradient import conjugate_gradient
-from steersman.run.ranks import ranks
 from steersman.types import Stats
 
 Scalar = Callable[[], Tensor]

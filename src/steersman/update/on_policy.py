@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steersman.algorithms.base import Algorithm, Coefficients
+from steersman.distributed.micro import split_evenly
 from steersman.loss.correction import Correction
 from steersman.ops.kl import kl_loss
-from steersman.run.micro import split_evenly
 from steersman.types import Stats, Trajectory
 from steersman.update.natural import Scalar, trust_region_step
 from steersman.update.optimizer import Optimizer

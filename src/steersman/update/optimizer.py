@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steersman.run.config import Section
-from steersman.run.pieces import full_tensor
-from steersman.run.ranks import ranks
+from steersman.config.sections import Section
+from steersman.distributed.pieces import full_tensor
+from steersman.distributed.ranks import ranks
 from steersman.types import Stats, SteersmanError
 from steersman.update.kinds import Kind, Rounding, restore, steps_of
 

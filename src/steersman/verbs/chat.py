@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data import DataConfig, Layout, layout
 from steersman.data import end_ids as template_ends
+from steersman.guards.terminal import printable
+from steersman.guards.untrusted import without_half_pairs
 from steersman.model import Policy
 from steersman.model.probe import cache_argument
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig
 from steersman.rollout import Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.sampling import draw, restrict, uniforms
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
-from steersman.run.terminal import printable
-from steersman.run.untrusted import without_half_pairs
 from steersman.setup.models import context_length, policy_from
 from steersman.types import SteersmanError
 

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Coefficients
+from steersman.config.sections import Section
 from steersman.data import DataConfig, encode_prompts, layout, prompts
 from steersman.environments.check import Findings, try_episodes
 from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
+from steersman.guards.terminal import printable
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.episodes import EpisodeReward
-from steersman.run.config import Section
 from steersman.run.run_config import RunConfig, device_of
-from steersman.run.terminal import printable
 from steersman.setup.generators import open_episodes, open_generator
 from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of, trajectory

@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from steersman.atomic import write_atomic
+from steersman.config.recipe_text import load_yaml
+from steersman.config.sections import Section
 from steersman.data import read_rows
 from steersman.data.encoding import check_encoding
+from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.ranks import ranks
+from steersman.guards.terminal import printable, say
 from steersman.metrics import Corpus, Metric, metric
 from steersman.reward.metrics import inputs
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
-from steersman.run.parallel import ParallelConfig
-from steersman.run.ranks import ranks
-from steersman.run.recipe_text import load_yaml
 from steersman.run.run_config import ManyRunConfig
-from steersman.run.terminal import printable, say
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
 

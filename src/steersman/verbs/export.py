@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from steersman.config.sections import Section
 from steersman.model import load_policy, load_reward, save
 from steersman.model.adapters import is_adapters
-from steersman.run.config import Section
 from steersman.types import SteersmanError
 
 

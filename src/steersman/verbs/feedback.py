@@ -77,7 +77,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
     name = recipe.loss.name
     session = Session(
         name, recipe, resume=resume, metric="held_out/auc",
-        shown=("loss", "accuracy", "held_out/auc", "drift/liked"), health=recipe.health,
+        headline=("loss", "accuracy", "held_out/auc", "drift/liked"), health=recipe.health,
     )  # fmt: skip
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)

@@ -10,15 +10,15 @@ from typing import Any
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
+from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.ranks import ranks
+from steersman.guards.terminal import printable, say
 from steersman.model import whole_weights
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
-from steersman.run.parallel import ParallelConfig
-from steersman.run.ranks import ranks
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
-from steersman.run.terminal import printable, say
 from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Sample

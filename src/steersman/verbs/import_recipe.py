@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from steersman.atomic import write_atomic
+from steersman.config.peer_names import FREE, PEERS
+from steersman.config.recipe_text import load_yaml
+from steersman.config.sections import Section, walk_keys
 from steersman.loss.offline import LOSSES
-from steersman.run.config import Section, walk_keys
-from steersman.run.folder import write_atomic
-from steersman.run.peer_names import FREE, PEERS
-from steersman.run.recipe_text import load_yaml
 from steersman.types import SteersmanError
 from steersman.verbs.feedback import RECIPES as FEEDBACK
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY

@@ -6,11 +6,11 @@ from typing import Generic, TypeVar
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import LargeDataConfig
+from steersman.distributed.parallel import ParallelConfig
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
-from steersman.run.config import Section
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import PackedOfflineConfig

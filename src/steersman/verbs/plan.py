@@ -10,13 +10,14 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from steersman.config.load import load_recipe
+from steersman.config.sections import Section
 from steersman.model import shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
 from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
 from steersman.recipe.on_policy import OnPolicyRecipe
-from steersman.run.config import Section, load_recipe
 from steersman.run.run_config import ON_ACCELERATOR
 from steersman.types import SteersmanError
 from steersman.update.kinds import state_bytes
@@ -88,7 +89,11 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     shape = shape_of(size or recipe.model.path)
     lora = recipe.model.lora
     added = 0 if lora is None else shape.adapters(lora.r)
-    learner = {"trained": added or shape.parameters, "added": added, "matrices": MATRICES[recipe.model.quantise]}
+    learner = {
+        "trained": added or shape.parameters,
+        "adapter_parameters": added,
+        "matrices": MATRICES[recipe.model.quantise],
+    }
     head = {**learner, "trained": added or shape.scalar().parameters}
     if isinstance(recipe, RewardModelRecipe):
         return [Role("model", shape.scalar(), **head)]
@@ -100,11 +105,11 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
         return [*own, Role("reference", shape)] if frozen else own
     found = [Role("actor", shape, **learner)]
     if recipe.algorithm.critic and (recipe.critic is None or recipe.critic.init != "shared"):
-        found.append(Role("critic", shape.scalar(), **head, own=recipe.share != "base"))
+        found.append(Role("critic", shape.scalar(), **head, owns_base=recipe.share != "base"))
     if recipe.reference != "none":
-        found.append(Role("reference", shape, own=lora is None, away=recipe.offload and lora is None))
+        found.append(Role("reference", shape, owns_base=lora is None, offloaded=recipe.offload and lora is None))
     found += [
-        Role(f"reward {name}", shape_of(size or part.model).scalar(), away=recipe.offload)
+        Role(f"reward {name}", shape_of(size or part.model).scalar(), offloaded=recipe.offload)
         for name, part in recipe.reward.parts.items()
         if part.model is not None
     ]
@@ -188,7 +193,7 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
     best = found[0]
     console.print(f'\nmemory of "{best.layout.name}", a device', highlight=False)
     for role in roles:
-        gradient = 4 if role.added else work.weight
+        gradient = 4 if role.adapter_parameters else work.weight
         console.print(
             f"  {role.name}: ({role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G "
             f"trained x {work.optimizer_bytes:.3g} bytes that the optimizer keeps, and {gradient} of gradient) / "

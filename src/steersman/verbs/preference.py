@@ -45,7 +45,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
         recipe.loss.name, recipe, resume=resume, metric="held_out/accuracy",
-        shown=("loss", "accuracy", "margin", "held_out/accuracy", "held_out/margin", "drift/chosen"),
+        headline=("loss", "accuracy", "margin", "held_out/accuracy", "held_out/margin", "drift/chosen"),
         health=recipe.health,
     )  # fmt: skip
     with session:

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
-from steersman.run.config import Section
+from steersman.config.sections import Section
+from steersman.guards.terminal import printable
 from steersman.run.preflight import size
 from steersman.run.report.card import write_card
-from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".py")

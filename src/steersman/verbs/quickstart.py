@@ -18,15 +18,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from steersman.assets import openings, story_model
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data import Codec
+from steersman.guards.terminal import printable
 from steersman.ops.text import distinct_n, sentences
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.gold import judge
-from steersman.run.config import Section
 from steersman.run.device import resolve_device
-from steersman.run.folder import write_atomic
 from steersman.run.run_config import RunConfig
-from steersman.run.terminal import printable
 from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from
 from steersman.types import Prompt, Sample, SteersmanError

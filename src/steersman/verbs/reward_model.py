@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any, cast
 
+from steersman.atomic import write_atomic
 from steersman.data import (
     LOADERS,
     EncodedSet,
@@ -23,6 +24,7 @@ from steersman.data import (
     training,
 )
 from steersman.data.shapes import NOUNS, Kind
+from steersman.extras import installed
 from steersman.model import (
     AttributeModel,
     GatedModel,
@@ -38,8 +40,6 @@ from steersman.objectives.reward_general import GeneralPreferenceReward
 from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
-from steersman.run.extras import installed
-from steersman.run.folder import write_atomic
 from steersman.run.preflight import Preflight
 from steersman.run.report.calibration import calibration_png
 from steersman.run.seed import stream
@@ -74,7 +74,7 @@ def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
     metric, mode = METRIC.get(kind, ("held_out/loss", "min"))
     session = Session(
         "reward", recipe, resume=resume, metric=metric, mode=mode,
-        shown=("loss", "accuracy", metric), health=recipe.health,
+        headline=("loss", "accuracy", metric), health=recipe.health,
     )  # fmt: skip
     with session:
         if recipe.stage == "evaluate":

@@ -48,7 +48,7 @@ def of_pairs(
     if model.meaning.kind == meaning:
         return model
     made = made_of(model.model, model.tokenizer, names)
-    made.notes, made.stored_dtype, made.adapted = model.notes, model.stored_dtype, model.adapted
+    made.notes, made.stored_dtype, made.has_adapters = model.notes, model.stored_dtype, model.has_adapters
     made.max_tokens = model.max_tokens
     made.begin(stream(run.seed, "heads"))
     return made

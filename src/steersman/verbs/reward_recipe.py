@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from steersman.data import LargeDataConfig
+from steersman.distributed.parallel import ParallelConfig
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from steersman import native
-from steersman.data import Batches, Mixture, encode_prompts, layout, mixture, prompts, wraps
+from steersman.data import Batches, Mixture, encode_prompts, episode_rows, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
+from steersman.guards.user_code import user_code
 from steersman.model import Policy, at_hand
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
@@ -19,7 +20,6 @@ from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_m
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
-from steersman.run.user_code import user_code
 from steersman.setup.models import context_length, save_model, slow_rate
 from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
@@ -38,7 +38,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
     session = Session(
         recipe.algorithm.name, recipe, resume=resume,
         metric="held_out/reward/total" if recipe.stop is None else "held_out/judge",
-        shown=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
+        headline=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
     )  # fmt: skip
     with session, ExitStack() as stack:
         roles = build_roles(recipe, session.device)
@@ -184,7 +184,7 @@ def _interval(look: Stats) -> str:
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None]:
     """Training and held prompts, and how sets of them are mixed; without held-out rows the last few training prompts
     are looked at too."""
-    loaded = prompts(recipe.data)
+    loaded = prompts(recipe.data) if recipe.environment is None else episode_rows(recipe.data)
     laid = layout(policy, recipe.data)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
     train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
@@ -211,6 +211,8 @@ def _preflight(
                 pre.fact("environment, note", finding)
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
+    if recipe.frozen_apart:
+        pre.fact("frozen models", f"on {next(roles.frozen()[0].parameters()).device}")
     pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
     if wraps(roles.policy.tokenizer, recipe.data):
         pre.fact("plain-text prompts", "become a user's turn in the chat template (data.wrap_in_chat)")
@@ -243,12 +245,13 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     reference = None if roles.reference is None else roles.reference.separate
+    place = {"offloaded": recipe.offload, "apart": recipe.frozen_apart}
     if reference is not None:
-        found.append(Model("reference", reference.model, reference.model.name_or_path, away=recipe.offload))
+        found.append(Model("reference", reference.model, reference.model.name_or_path, **place))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             judge = part.model.model
-            found.append(Model(f"reward {name}", judge, judge.name_or_path, away=recipe.offload))
+            found.append(Model(f"reward {name}", judge, judge.name_or_path, **place))
     if roles.mask is not None:
         found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found

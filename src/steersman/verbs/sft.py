@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import model_validator
 
 from steersman.data import LargeDataConfig, Order, layout, training
+from steersman.distributed.parallel import ParallelConfig
 from steersman.objectives.supervised import SFT
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
-from steersman.run.parallel import ParallelConfig
 from steersman.run.preflight import Preflight
 from steersman.run.run_config import ManyRunConfig
 from steersman.setup.models import context_length, policy_from
@@ -46,7 +46,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
         "sft", recipe, resume=resume, metric="held_out/loss", mode="min",
-        shown=("loss", "held_out/loss", "throughput"), health=recipe.health,
+        headline=("loss", "held_out/loss", "throughput"), health=recipe.health,
     )  # fmt: skip
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)

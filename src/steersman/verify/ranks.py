@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from steersman.algorithms import ALGORITHMS
-from steersman.run.config import Section
-from steersman.run.parallel import ParallelConfig
+from steersman.config.sections import Section
+from steersman.distributed.parallel import ParallelConfig
 from steersman.tabular.oracle import relative_deviation
 from steersman.verify.gradient import expected
 
@@ -58,4 +58,4 @@ def on_ranks(recipe: Section, names: Sequence[str]) -> list[OnRanks]:
 
 def _launch() -> Any:
     """Loaded where it is used: torch's launcher takes a while."""
-    return importlib.import_module("steersman.run.launch")
+    return importlib.import_module("steersman.distributed.launch")

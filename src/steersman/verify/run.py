@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from steersman.algorithms import ALGORITHMS
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.tabular import preference_check
 from steersman.types import SteersmanError
 from steersman.verify import distillation, gradient, self_play, training, two_turns

@@ -101,7 +101,7 @@ class Run:
             old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group
         )
         self._baseline(traj, old, rows)
-        batch = TableBatch(self, rows, traj, algorithm.advantage(traj), old, self.coefficients.now())
+        batch = TableBatch(self, rows, traj, algorithm.advantage(traj), old, self.coefficients.current())
         self.coefficients.adapt(learn(algorithm, batch, self.generator))
         mask = algorithm.sampling_mask()
         if mask is not None and (iteration + 1) % mask.every == 0:

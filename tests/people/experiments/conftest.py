@@ -9,7 +9,7 @@ from letter_models import save_mini
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch):
     monkeypatch.setattr("steersman.train.session.write_report", lambda folder: None)
-    monkeypatch.setattr("steersman.run.ledger.write_report", lambda folder: None)
+    monkeypatch.setattr("steersman.run.files.ledger.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from steersman.people.serving import read_serving
 from steersman.people.wheel.lessons import is_held_out
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.people.wheel.run import run
-from steersman.run.ledger import Ledger, StoppedError
+from steersman.run.files.ledger import Ledger, StoppedError
 from steersman.types import SteersmanError
 
 

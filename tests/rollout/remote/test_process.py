@@ -221,7 +221,7 @@ def test_an_adapter_travels_alone_under_a_name_of_its_version(adapted, monkeypat
         there = generator.generate(asked(), SAMPLING, n=2, seed=2)
         assert same(there, inside(policy).generate(asked(), SAMPLING, n=2, seed=2))
         assert all(s.version == [version] * len(s.ids) for s in there)
-    os.kill(generator.stations[0].launched.pid, signal.SIGKILL)  # the next one has the base, and gets them too
+    os.kill(generator.stations[0].process.pid, signal.SIGKILL)  # the next one has the base, and gets them too
     assert same(there, generator.generate(asked(), SAMPLING, n=2, seed=2))
     real = snapshot.save_file
     lost = next(name for name in policy.adapters.state_dict() if "lora_B" in name).replace(".default", "")
@@ -281,7 +281,7 @@ def kill_when(generator, ready) -> threading.Thread:
     def run():
         while not ready():
             time.sleep(0.002)
-        os.kill(generator.stations[0].launched.pid, signal.SIGKILL)
+        os.kill(generator.stations[0].process.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -313,14 +313,14 @@ def test_a_server_killed_before_and_in_a_sync_gets_the_weights():
     generator = opened(policy)
     try:
         generator.update_weights(0)
-        os.kill(generator.stations[0].launched.pid, signal.SIGKILL)
+        os.kill(generator.stations[0].process.pid, signal.SIGKILL)
         move(policy)
         assert generator.update_weights(1)["sync/gap"] < 1e-4
         server = generator.stations[0].server
         real = server.digests
 
         def dies(path):
-            os.kill(generator.stations[0].launched.pid, signal.SIGKILL)
+            os.kill(generator.stations[0].process.pid, signal.SIGKILL)
             time.sleep(0.05)
             return real(path)
 
@@ -337,7 +337,7 @@ def test_a_server_killed_while_it_starts_is_started_once_more():
     policy = make_policy()
     generator = opened(policy)
     try:
-        launched = generator.stations[0].launched
+        launched = generator.stations[0].process
         os.kill(launched.pid, signal.SIGKILL)
         there = generator.generate(asked(), SAMPLING, seed=2)
         assert same(there, inside(policy).generate(asked(), SAMPLING, seed=2))
@@ -395,7 +395,7 @@ def test_what_is_cut_goes_on_under_the_new_weights():
 @pytest.mark.slow
 def test_nothing_stays_behind():
     generator = opened(make_policy())
-    folder, pid = generator._folder.path, generator.stations[0].launched.pid
+    folder, pid = generator._folder.path, generator.stations[0].process.pid
     assert folder.is_dir()
     generator.close()
     assert not folder.exists()

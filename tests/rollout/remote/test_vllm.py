@@ -139,7 +139,7 @@ def test_a_server_that_is_killed_comes_back_with_its_weights(served):
     policy, generator = served
     generator.update_weights(30)
     before = generator.generate(asked(), Sampling(16), seed=3, record_support=True)
-    os.killpg(generator.stations[0].launched.pid, signal.SIGKILL)
+    os.killpg(generator.stations[0].process.pid, signal.SIGKILL)
     time.sleep(0.5)
     after = generator.generate(asked(), Sampling(16), seed=3, record_support=True)
     assert generator.stations[0].restarts == 1

@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from recording import finished
 from tasks import LOSSES, TASKS, last_number, write_rows
 
+from steersman.atomic import write_atomic
 from steersman.metrics import metric
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward import RewardConfig, build_reward
 from steersman.reward.rules import BUILTINS
 from steersman.run.device import set_threads
-from steersman.run.folder import write_atomic
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from

@@ -24,14 +24,14 @@ Write = Callable[[Sequence[str]], list[str | None]]
 
 @dataclass(slots=True)
 class Draft:
-    """An answer on its way: `answer` as it stands, `original` as it was; `tried` counts the model's rewrites, and
+    """An answer on its way: `answer` as it stands, `original` as it was; `rewrites` counts the model's rewrites, and
     `mended` names the rules that they put right."""
 
     instruction: str
     rules: list[Constraint]
     original: str
     answer: str = ""
-    tried: int = 0
+    rewrites: int = 0
     mended: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def correct(drafts: Sequence[Draft], write: Write, tries: int) -> None:
         # the same request again would be answered as before, so the number of the try is part of it
         texts = [d.request(rule) + (f"\n(Try {failures[id(d)] + 1}.)" * bool(failures[id(d)])) for d, rule in asked]
         for (draft, rule), reply in zip(asked, write(texts), strict=True):
-            draft.tried += 1
+            draft.rewrites += 1
             if reply is None or not draft.take(rule, reply.strip()):
                 failures[id(draft)] += 1
                 turn[id(draft)] += 1

@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig, Query, Row, wraps
 from steersman.data.examples import user
 from steersman.flywheel.instruct.compose import REWRITE, compose, instruction_text, keeps_the_rules, split_kinds
@@ -32,8 +33,7 @@ from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.model import load_tokenizer
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
-from steersman.run.config import Section
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
 from steersman.run.seed import sub_seed
 from steersman.types import Stats
@@ -185,8 +185,8 @@ def _mended(recipe: InstructRecipe, asked: Rows, answers: Rows, writer: Writer |
     return [
         {
             "index": row["index"], "sample": row["sample"], "original": d.original, "answer": d.answer,
-            "broken_before": was, "broken_after": [c.name for c in d.broken], "mended": d.mended, "rewrites": d.tried,
-            "finish": row["finish"],
+            "broken_before": was, "broken_after": [c.name for c in d.broken], "mended": d.mended,
+            "rewrites": d.rewrites, "finish": row["finish"],
         }
         for row, d, was in zip(answers, drafts, before, strict=True)
     ]  # fmt: skip

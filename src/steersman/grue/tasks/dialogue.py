@@ -53,7 +53,7 @@ TASK = Task(
         "li2017dailydialog/daily_dialog",
         {"train": "train", "validation": "validation", "test": "test"},
         conversation,
-        instead="the set on the hub is a loading script, which datasets 4 no longer runs; put its authors' files "
+        how_to_get="the set on the hub is a loading script, which datasets 4 no longer runs; put its authors' files "
         "dialogues_train.txt and dialogues_validation.txt there as sets/dialogue/train.txt and validation.txt",
     ),
     files=stand_in,

@@ -53,7 +53,7 @@ TASK = Task(
         "google-research-datasets/totto",
         {"train": "train", "validation": "validation"},
         page,
-        instead="the set on the hub is a loading script, which datasets 4 no longer runs; put its authors' files "
+        how_to_get="the set on the hub is a loading script, which datasets 4 no longer runs; put its authors' files "
         "totto_train_data.jsonl and totto_dev_data.jsonl in sets/table-to-text/ as train.jsonl and validation.jsonl",
     ),
     files=stand_in,

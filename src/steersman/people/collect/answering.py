@@ -14,16 +14,16 @@ from typing import Any, Protocol
 import httpx2
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig, layout
+from steersman.guards.reply import read_body, without_key
+from steersman.guards.untrusted import without_half_pairs
 from steersman.people.store.conversations import TurnText
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
-from steersman.run.config import Section
 from steersman.run.device import resolve_device
-from steersman.run.inputs import fingerprints
-from steersman.run.reply import read_body, without_key
+from steersman.run.files.inputs import fingerprints
 from steersman.run.run_config import RunConfig
-from steersman.run.untrusted import without_half_pairs
 from steersman.setup.generators import open_engine
 from steersman.setup.models import context_length, policy_from
 from steersman.types import Prompt, SteersmanError

@@ -93,7 +93,7 @@ class Visit:
         note = self.request.query_params.get("note", "")
         return note if note in NOTES else ""
 
-    def refused(self, message: str, status: int = 400) -> Response:
+    def error_page(self, message: str, status: int = 400) -> Response:
         return self.page("error.html", status, message=visible(message))
 
 
@@ -168,12 +168,12 @@ def _endpoint(
         if request.method == "POST":
             stranger = Visit(site, request, None, lang)
             if not security.fits(request):
-                return stranger.refused("the form is too large", 413)
+                return stranger.error_page("the form is too large", 413)
             if not security.is_same_site(request):
-                return stranger.refused(FOREIGN_FORM, 403)
+                return stranger.error_page(FOREIGN_FORM, 403)
             client = request.client.host if request.client else ""
             if request.url.path == "/login" and not site.rates.allows("login", client):
-                return stranger.refused(LANGUAGES[lang]["busy"], 429)
+                return stranger.error_page(LANGUAGES[lang]["busy"], 429)
             form = await request.form(max_files=0, max_fields=200)
         visit = Visit(site, request, None, lang, form)
         return await run_sync(_answer, visit, handler, public, admin, limiter=limiter)
@@ -190,16 +190,16 @@ def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Respon
     if visit.who is None and not public:
         return go("/" if visit.site.open else "/login")
     if admin and visit.rater.role != "admin":
-        return visit.refused("404", 404)
+        return visit.error_page("404", 404)
     if visit.form is not None and visit.who is not None:
         if not security.has_token(visit.form, visit.who.csrf):
-            return visit.refused(FOREIGN_FORM, 403)
+            return visit.error_page(FOREIGN_FORM, 403)
         if not visit.site.rates.allows("post", visit.who.csrf):
-            return visit.refused(LANGUAGES[visit.lang]["busy"], 429)
+            return visit.error_page(LANGUAGES[visit.lang]["busy"], 429)
     try:
         response = handler(visit)
     except SteersmanError as error:
-        response = visit.refused(str(error))
+        response = visit.error_page(str(error))
     if fresh is not None:
         security.set_login(response, visit.request, fresh)
     return response

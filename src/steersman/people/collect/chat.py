@@ -45,7 +45,7 @@ def show(visit: Visit) -> Response:
     with visit.store.read() as session:
         chat = _own(session, visit)
         if chat is None:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         turns = path(session, chat)
         compare = _open_comparison(session, visit, chat)
         said = thumbs(session, visit.rater.rater_id, [t.id for t in turns])
@@ -61,7 +61,7 @@ def say(visit: Visit) -> Response:
     with visit.store.begin() as session:
         chat = _own(session, visit)
         if chat is None:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         turns = path(session, chat)
         # The same message again, whose answer did not come: it is not asked twice.
         if not (turns and turns[-1].role == "user" and turns[-1].content == text):
@@ -74,12 +74,12 @@ def answer(visit: Visit) -> Response:
     with visit.store.begin() as session:
         chat = _own(session, visit)
         if chat is None:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         turns = path(session, chat)
         if turns and turns[-1].role == "assistant":
             chat.leaf_id = turns[-1].parent_id
         elif not turns or turns[-1].role != "user":
-            return visit.refused("there is nothing to answer")
+            return visit.error_page("there is nothing to answer")
     return _answered(visit, chat.id)
 
 
@@ -89,7 +89,7 @@ def edit(visit: Visit) -> Response:
     with visit.store.begin() as session:
         chat, turn = _own(session, visit), session.get(Turn, visit.arg("turn"))
         if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "user":
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         branch(session, chat, turn, "user", TurnText(text))
     return _answered(visit, chat.id)
 
@@ -98,7 +98,7 @@ def thumb(visit: Visit) -> Response:
     with visit.store.begin() as session:
         chat, turn = _own(session, visit), session.get(Turn, visit.arg("turn"))
         if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "assistant":
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         key, seconds = str(visit.form.get("key")), seconds_of(visit.form)
         judge_turn(session, turn, visit.rater.rater_id, thumb_of(visit.form), key=key, seconds=seconds)
     return go(f"/chat/{chat.id}#last")
@@ -107,7 +107,7 @@ def thumb(visit: Visit) -> Response:
 def _answered(visit: Visit, chat_id: str) -> Response:
     """Asks every model at once and shows nothing until all have answered: not even time tells them apart."""
     if not visit.site.answerers:
-        return visit.refused("no model answers here")
+        return visit.error_page("no model answers here")
     with visit.store.read() as session:
         chat = session.get_one(Conversation, chat_id)
         asked, leaf = messages(path(session, chat)), chat.leaf_id

@@ -29,7 +29,7 @@ def next_page(visit: Visit) -> Response:
     ) as session:  # who sees what is lost with the judgement after it, or not at all
         queue = session.get(Queue, int(visit.arg("queue")))
         if queue is None or queue.name == CHAT:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         got = next_item(session, queue.id, visit.rater.rater_id)
         place = place_of(session, queue, visit.rater.rater_id)
     return visit.page("nothing.html") if got is None else _item(visit, got, place)
@@ -39,7 +39,7 @@ def item_page(visit: Visit) -> Response:
     with visit.store.read() as session:
         assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id)
         if assignment is None:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         got = shown_item(session, assignment)
         place = place_of(session, got.queue, visit.rater.rater_id)
     if assignment.state != "open":  # the back button, after the verdict was saved
@@ -51,7 +51,7 @@ def judge(visit: Visit) -> Response:
     with visit.store.begin() as session:
         assignment = own_assignment(session, visit.arg("assignment"), visit.rater.rater_id, lock=True)
         if assignment is None:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         got = shown_item(session, assignment)
         was_open = assignment.state == "open"
         row = judge_item(

@@ -64,7 +64,7 @@ def conversation(visit: Visit) -> Response:
     with visit.store.read() as session:
         chat = session.get(Conversation, visit.arg("chat"))
         if chat is None:
-            return visit.refused("404", 404)
+            return visit.error_page("404", 404)
         turns, models = all_turns(session, chat.id), model_names(session)
         shown = {turn.id for turn in path_to(turns, chat.leaf_id)}
         said: dict[str, list[str]] = defaultdict(list)

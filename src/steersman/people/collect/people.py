@@ -36,7 +36,7 @@ def logout(visit: Visit) -> Response:
 def name(visit: Visit) -> Response:
     """Judges under another name: where only this machine reaches the pages."""
     if not visit.site.open:
-        return visit.refused("404", 404)
+        return visit.error_page("404", 404)
     _, token = enter(visit.store, str(visit.form.get("name", "")))
     response = go("/")
     security.set_login(response, visit.request, token)

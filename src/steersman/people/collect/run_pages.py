@@ -29,7 +29,7 @@ def run(visit: Visit) -> Response:
     """One run: numbers by step, each with a link to what it was counted from."""
     one = _run(visit, visit.arg("run"))
     if one is None:
-        return visit.refused("404", 404)
+        return visit.error_page("404", 404)
     sampled = set(one.sampled_steps()) if SAMPLES in one.tables else set[int]()
     metrics = one.metrics()
     shown = [row for row in metrics if len(row) > 2 or row.get("step") in sampled][-SHOWN_STEPS:]
@@ -48,7 +48,7 @@ def rows(visit: Visit) -> Response:
     one = _run(visit, visit.arg("run"))
     table, words, order = asked.get("table", SAMPLES), asked.get("q", "").strip()[:300], asked.get("order", "")
     if one is None or table not in one.tables:
-        return visit.refused("404", 404)
+        return visit.error_page("404", 404)
     step, first = asked.get("step", ""), max(_whole(asked.get("from", "")), 0)
     found = (row for row in one.rows(table) if matches(row, words) and (not step or str(row.get("step")) == step))
     if order:

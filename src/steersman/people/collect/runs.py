@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from steersman.data import BadRows, read_rows
-from steersman.run.log import read_jsonl
-from steersman.run.untrusted import UntrustedError, parse_json
+from steersman.guards.untrusted import UntrustedError, parse_json
+from steersman.run.files.log import read_jsonl
 from steersman.types import SteersmanError
 
 Row = dict[str, Any]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steersman.config.sections import Section
 from steersman.data import read_rows
 from steersman.data.rows import Row
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
@@ -18,7 +19,6 @@ from steersman.people.store.conversations import TurnText
 from steersman.people.store.imports import import_file
 from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
 from steersman.people.store.raters import add_person, forget, people
-from steersman.run.config import Section
 from steersman.run.device import set_threads
 from steersman.types import SteersmanError
 

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from steersman.guards.untrusted import UntrustedError, parse_json
 from steersman.people.rates import Rates
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend
@@ -24,7 +25,6 @@ from steersman.people.serve.openapi import document
 from steersman.people.serve.reply import LoadedModel, Reply
 from steersman.people.serve.wire import Ask, ChatAsk, TextAsk, fault
 from steersman.rollout.live import QueueFullError
-from steersman.run.untrusted import UntrustedError, parse_json
 from steersman.types import Prompt, SteersmanError
 
 LARGEST_BODY = 4 << 20
@@ -241,13 +241,13 @@ class BodyTooLargeError(Exception):
 
 def submit(served: LoadedModel, ask: Ask) -> Reply:
     """A request on its way through a model's engine. Raises SteersmanError for what can not be asked of it."""
-    moved, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), request_prompt(served, ask)
+    wake, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), request_prompt(served, ask)
     sampling = ask.sampling(served.live.room(len(prompt.ids)))
     ticket = served.live.submit(
-        prompt, sampling, lambda: loop.call_soon_threadsafe(moved.set), n=ask.n, seed=ask.own_seed(),
+        prompt, sampling, lambda: loop.call_soon_threadsafe(wake.set), n=ask.n, seed=ask.own_seed(),
         likeliest=ask.likeliest,
     )  # fmt: skip
-    return Reply(ask, served, prompt, ticket, moved)
+    return Reply(ask, served, prompt, ticket, wake)
 
 
 def request_prompt(served: LoadedModel, ask: Ask) -> Prompt:

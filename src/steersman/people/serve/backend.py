@@ -11,8 +11,8 @@ import httpx2
 from pydantic import Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from steersman.config.sections import Section
 from steersman.people.serve.wire import fault
-from steersman.run.config import Section
 
 PASSED_ON = ("application/json", "text/event-stream")
 """Kinds of replies that go on as they are."""

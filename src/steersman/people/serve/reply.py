@@ -36,13 +36,13 @@ class LoadedModel:
 class Reply:
     """One request's answer while it grows."""
 
-    def __init__(self, ask: Ask, served: LoadedModel, prompt: Prompt, ticket: Ticket, moved: asyncio.Event) -> None:
-        self.ask, self.served, self.prompt, self.ticket, self.moved = ask, served, prompt, ticket, moved
+    def __init__(self, ask: Ask, model: LoadedModel, prompt: Prompt, ticket: Ticket, wake: asyncio.Event) -> None:
+        self.ask, self.model, self.prompt, self.ticket, self.wake = ask, model, prompt, ticket, wake
         self.chat = ask.chat
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
-        self.shown, self.listed = [""] * ask.n, [0] * ask.n
+        self.sent_texts, self.sent_logprobs = [""] * ask.n, [0] * ask.n
         self.finished: set[int] = set()
-        self.settled = [SettledText(s.drawing.texts, prompt.ids) for s in ticket.sequences]
+        self.settled_texts = [SettledText(s.drawing.texts, prompt.ids) for s in ticket.sequences]
 
     async def complete(self, request: Request, limit: float) -> Response:
         """All at once. A client that leaves, or `limit` seconds, end the decoding."""
@@ -96,45 +96,45 @@ class Reply:
                 text, ended = sample.text, finish(sample.finish)
                 self.finished.add(j)
             else:
-                text, ended = self.settled[j].after(sequence.ids), None
-            fresh = text[len(self.shown[j]) :]
+                text, ended = self.settled_texts[j].after(sequence.ids), None
+            fresh = text[len(self.sent_texts[j]) :]
             if fresh or ended:
                 said = {"delta": {"content": fresh} if fresh else {}} if self.chat else {"text": fresh}
-                out.append(self._event(j, said, ended, self._logprobs(j, self.shown[j])))
-                self.shown[j] = text if len(text) > len(self.shown[j]) else self.shown[j]
+                out.append(self._event(j, said, ended, self._logprobs(j, self.sent_texts[j])))
+                self.sent_texts[j] = text if len(text) > len(self.sent_texts[j]) else self.sent_texts[j]
         return out
 
     def _logprobs(self, j: int, text: str) -> dict[str, Any] | None:
         """Of the tokens that make `text` and were not listed before; None where nobody asked for them."""
         if self.ask.likeliest is None:
             return None
-        sequence, first = self.ticket.sequences[j], self.listed[j]
+        sequence, first = self.ticket.sequences[j], self.sent_logprobs[j]
         last = min(len(sequence.ids), len(sequence.likeliest))
-        if last and sequence.ids[last - 1] in self.served.live.engine.end_ids:
+        if last and sequence.ids[last - 1] in self.model.live.engine.end_ids:
             last -= 1
-        self.listed[j] = max(last, first)
+        self.sent_logprobs[j] = max(last, first)
         ids, told = sequence.ids[first:last], sequence.likeliest[first:last]
         if self.chat:
             return chat_logprobs(ids, told, self._piece)
         return text_logprobs(ids, told, self._piece, len(text) if self.ask.stream else 0)
 
     def _piece(self, token: int) -> str:
-        return self.served.live.engine.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return self.model.live.engine.tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
     async def _wait(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self.moved.wait(), seconds)
+            await asyncio.wait_for(self.wake.wait(), seconds)
         except TimeoutError:
             return
-        self.moved.clear()
+        self.wake.clear()
 
     def _leave(self) -> None:
         if not self.ticket.done:
-            self.served.live.cancel(self.ticket)
+            self.model.live.cancel(self.ticket)
 
     def _head(self, suffix: str) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name or self.ask.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name or self.ask.model}
 
     def _event(self, j: int, said: dict[str, Any], ended: str | None, logprobs: dict[str, Any] | None = None) -> str:
         choice = {"index": j, **said, "logprobs": logprobs, "finish_reason": ended}

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig, layout
 from steersman.model import Policy
 from steersman.people.serve.app import Server
@@ -17,7 +18,6 @@ from steersman.people.serve.backend import Backend, BackendSection
 from steersman.people.serve.reply import LoadedModel
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
-from steersman.run.config import Section
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.setup.generators import open_engine
 from steersman.setup.models import context_length, policy_from

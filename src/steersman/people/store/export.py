@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
+from steersman.atomic import write_atomic
+from steersman.config.sections import Section
 from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
 from steersman.people.store.reading import StoredRows
-from steersman.run.config import Section
-from steersman.run.folder import write_atomic
 
 KINDS: dict[str, Kind] = {"sft": "demonstration", "dpo": "preference", "kto": "feedback"}
 SHAPES: dict[str, Kind] = {

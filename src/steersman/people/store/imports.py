@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from steersman.data import DataConfig, RowError
 from steersman.data.examples import Content, Demonstration, Example, Feedback, Preference, Ranking, Rating
 from steersman.data.load import load, recognise_kind
+from steersman.guards.untrusted import UntrustedError, parse_json
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import Store, now
 from steersman.people.store.imported import STARS, ImportCounts, import_item, import_judgement
@@ -17,7 +18,6 @@ from steersman.people.store.label_studio import import_task
 from steersman.people.store.open_webui import import_record, is_open_webui
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.verdicts import checked
-from steersman.run.untrusted import UntrustedError, parse_json
 from steersman.types import SteersmanError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
-from steersman.run.config import Section
+from steersman.config.sections import Section
 from steersman.statistics.estimates import Estimate
 
 

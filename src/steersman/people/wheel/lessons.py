@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steersman.config.sections import Section
 from steersman.people.filters import item_key, shares
 from steersman.people.judgements import Judgement
-from steersman.run.config import Section
 from steersman.types import SteersmanError
 
 Rows = list[dict[str, Any]]

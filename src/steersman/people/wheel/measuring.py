@@ -15,7 +15,7 @@ from steersman.people.agreement import Agreement, agreement
 from steersman.people.judgements import Judgement
 from steersman.people.wheel import evaluation
 from steersman.people.wheel.recipe import WheelRecipe
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.types import SteersmanError
 

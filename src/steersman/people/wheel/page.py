@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import write_atomic
 from steersman.flywheel.players import text_of
 from steersman.people.wheel.recipe import LEARNS, WheelRecipe
-from steersman.run.folder import write_atomic
-from steersman.run.log import read_jsonl
+from steersman.run.files.log import read_jsonl
 from steersman.run.report.page import charts
 
 Rows = list[dict[str, Any]]
@@ -25,7 +25,7 @@ class TurnPage:
 
     number: int
     collected: Rows
-    kept: int
+    usable: int
     left_out: list[tuple[str, int]]
     mix: list[tuple[str, int, int, int]]
     stages: list[str]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from steersman.config.sections import Section
 from steersman.data import DataConfig
 from steersman.flywheel.arena import DPOStage, PPOStage, SFTStage
 from steersman.flywheel.feedback import KTOStage
@@ -15,7 +16,6 @@ from steersman.people.filters import FilterConfig
 from steersman.people.wheel.gates import Gate, standard_gates
 from steersman.people.wheel.lessons import Kind, MixConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig
-from steersman.run.config import Section
 from steersman.run.run_config import RunConfig
 
 Stage = Literal["sft", "kto", "dpo", "ppo"]

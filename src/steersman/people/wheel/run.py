@@ -33,7 +33,7 @@ from steersman.people.wheel.measuring import Measuring
 from steersman.people.wheel.page import write_page
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.people.wheel.training import Training
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate
 from steersman.types import Stats
 
@@ -48,12 +48,14 @@ def run(recipe: WheelRecipe, *, resume: bool = False, source: Judgements | None 
     `source` gives the judgements in the place of the recipe's folder. The summary's `state` is `done`, or says what
     the wheel waits for: run the verb again with --resume when it is there, or let it `poll`.
     """
-    with Ledger("wheel", recipe, resume=resume, rounds=recipe.turns, shown=("human/accuracy", "win_rate")) as ledger:
+    with Ledger(
+        "wheel", recipe, resume=resume, rounds=recipe.turns, headline=("human/accuracy", "win_rate")
+    ) as ledger:
         wheel = Wheel(ledger, recipe, source)
         if ledger.done < 0:
             ledger.finish_round(0, {}, [])
         state = wheel.turn()
-        summary = ledger.summary({"state": state, **wheel.decided()})
+        summary = ledger.summary({"state": state, **wheel.decisions()})
         write_page(ledger.path, recipe, summary)
         return summary
     return ledger.summary({"state": "stopped"})
@@ -81,7 +83,7 @@ class Wheel:
                     break
                 except WaitingError as waiting:
                     self.serve(number, one.candidate if one.testing else None)
-                    write_page(self.ledger.path, self.recipe, {"state": str(waiting), **self.decided()})
+                    write_page(self.ledger.path, self.recipe, {"state": str(waiting), **self.decisions()})
                     if self.recipe.poll is None:
                         return str(waiting)
                 self._pause(self.recipe.poll)
@@ -98,7 +100,7 @@ class Wheel:
         own = self.recipe.experiment.salt if self.recipe.experiment else ""
         return f"{own}/{self.recipe.run.seed}/{number}"
 
-    def decided(self) -> dict[str, Any]:
+    def decisions(self) -> dict[str, Any]:
         """The decisions so far, and the model that serves."""
         decisions = [self.rows(n, "decision") for n in range(1, self.recipe.turns + 1)]
         made = [rows[0] for rows in decisions if rows]
@@ -109,7 +111,7 @@ class Wheel:
         there = (self.ledger.path / f"round-{number:02d}/{name}.jsonl").exists()
         return self.ledger.table(f"round-{number:02d}/{name}", list) if there else []
 
-    def judged(self, number: int, name: str) -> list[Judgement]:
+    def judgements(self, number: int, name: str) -> list[Judgement]:
         """The judgements of a table of every turn up to `number`."""
         return [
             judgement(Row(row, f"round-{n:02d}/{name}.jsonl", i))
@@ -164,13 +166,13 @@ class Turn:
         """Table: the judgements that no earlier turn has taken, once there are enough of them."""
         name = f"{self.name}/collected"
         if not self.wheel.rows(self.number, "collected"):
-            old = {one.id for one in self.wheel.judged(self.number - 1, "collected")}
+            old = {one.id for one in self.wheel.judgements(self.number - 1, "collected")}
             new = [one for one in self.wheel.source if one.id not in old]
             count, wanted = sum(one.expected is None for one in new), self.recipe.judgements.at_least
             if count < wanted:
                 raise WaitingError(f"turn {self.number} begins with {wanted} new judgements, and {count} are in")
             self.ledger.table(name, lambda: [plain(one) for one in new], left_out=dict(self.wheel.bad.counts))
-        return self.wheel.judged(self.number, "collected")
+        return self.wheel.judgements(self.number, "collected")
 
     def sift(self, rows: list[Judgement]) -> tuple[list[Judgement], list[Judgement]]:
         """Tables: what this turn keeps and leaves out; given are the judgements to learn from and those held out.
@@ -188,7 +190,7 @@ class Turn:
         fresh = [plain(one) for one in kept if one.id in mine]
         self.ledger.table(f"{self.name}/kept", lambda: fresh, made_from=made_from)
         share = self.recipe.judgements.held_out
-        all_kept = self.wheel.judged(self.number, "kept")
+        all_kept = self.wheel.judgements(self.number, "kept")
         return (
             [one for one in all_kept if one.id in mine and not is_held_out(one, share)],
             [one for one in all_kept if is_held_out(one, share)],
@@ -197,7 +199,7 @@ class Turn:
     def train(self, learn: list[Judgement]) -> str | None:
         """The candidate's folder; None where nothing of this turn teaches anything."""
         share = self.recipe.judgements.held_out
-        earlier = [one for one in self.wheel.judged(self.number - 1, "kept") if not is_held_out(one, share)]
+        earlier = [one for one in self.wheel.judgements(self.number - 1, "kept") if not is_held_out(one, share)]
         training = Training(self.ledger, self.recipe, self.name, chats=self.wheel.chats)
         tables = training.tables(learn, earlier)
         return training.run(self.wheel.current.path, tables) if any(tables.values()) else None
@@ -209,7 +211,7 @@ class Turn:
         about = {"models": [self.ledger.model(s.path) for s in (self.wheel.current, self.candidate)]}
         begun = self.ledger.table(f"{self.name}/test", lambda: [experiment.model_dump(mode="json")], **about)
         self.testing = True
-        before = {one.id for one in self.wheel.judged(self.number, "collected")}
+        before = {one.id for one in self.wheel.judgements(self.number, "collected")}
         rows = [one for one in self.wheel.source if one.id not in before]
         told = report(Experiment(**begun[0]), outcomes_of(rows, **names))
         if told.decision == "wait" and not self.wheel.rows(self.number, "decision"):

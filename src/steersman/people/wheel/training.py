@@ -10,7 +10,7 @@ from steersman.data import read_rows
 from steersman.people.judgements import Judgement
 from steersman.people.wheel.lessons import Kind, lessons, mix_rows
 from steersman.people.wheel.recipe import LEARNS, Stage, WheelRecipe
-from steersman.run.ledger import Ledger, Rows
+from steersman.run.files.ledger import Ledger, Rows
 from steersman.verbs import feedback as thumbs
 from steersman.verbs import preference, reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES

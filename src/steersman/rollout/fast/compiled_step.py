@@ -33,8 +33,8 @@ class CompiledStep:
         attention, feed_forward = layers[0].self_attn, layers[0].mlp
         matrices = [linear.weight for layer in layers for linear in linears_of(layer)]
         # what the pointers below point to: the numbers themselves, whatever becomes of the parameters meanwhile
-        self.kept: list[Any] = [model, rearrange([*matrices, model.lm_head.weight]), _storages(model)]
-        panels = iter(self.kept[1])
+        self.keep_alive: list[Any] = [model, rearrange([*matrices, model.lm_head.weight]), _storages(model)]
+        panels = iter(self.keep_alive[1])
         self.layers = (step.Layer * len(layers))()
         for to, layer in zip(self.layers, layers, strict=True):
             of = layer.self_attn
@@ -59,7 +59,7 @@ class CompiledStep:
         self.scratch = {name: torch.empty(rows, size) for name, size in sizes.items()}
         self.tables: tuple[Tensor, Tensor] | None = None
         self.buffers: list[Tensor | None] = []
-        self.proven = False
+        self.verified = False
 
     def _reads(self, live: LiveCache) -> bool:
         """Whether the live cache's buffers are as the weights say: the modules may have written another shape."""
@@ -101,8 +101,8 @@ class CompiledStep:
 
     def agrees(self, logits: Tensor, expected: Tensor) -> bool:
         """Whether a step gave what the model's modules gave; from then on it is taken at its word."""
-        self.proven = bool((logits - expected).abs().max() <= CLOSE * expected.abs().max())
-        return self.proven
+        self.verified = bool((logits - expected).abs().max() <= CLOSE * expected.abs().max())
+        return self.verified
 
     def _see(self, columns: int) -> None:
         """The angles of every position the live cache has room for."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.guards.terminal import say
 from steersman.model import Policy
 from steersman.rollout.port import Limits, Progress
 from steersman.rollout.remote.dialects import Call
@@ -32,7 +33,6 @@ from steersman.rollout.remote.traffic import Traffic, share_out
 from steersman.rollout.remote.wire import Reply, SampleRequest, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.rollout.text import Texts
-from steersman.run.terminal import say
 from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
 
 
@@ -202,7 +202,7 @@ class RemoteGenerator:
     def _without(self, station: Station, error: ServerGoneError) -> None:
         """Goes on without a server of an address, until new weights find it there again; raises the error of one that
         steersman started, which was started again as often as it may be."""
-        if station.launched is not None or len(self.stations) == 1:
+        if station.process is not None or len(self.stations) == 1:
             raise error
         if not station.gone:
             say(f"steersman: {error}. The other servers take its prompts")

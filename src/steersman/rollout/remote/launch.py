@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from steersman.guards.terminal import printable
 from steersman.rollout.remote.keeper import KEEP
 from steersman.rollout.remote.wire import Server, ServerGoneError
-from steersman.run.terminal import printable
 from steersman.types import SteersmanError
 
 KEEPER = Path(__file__).with_name("keeper.py")

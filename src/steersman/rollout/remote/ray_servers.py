@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from steersman.distributed.ray_cluster import connected
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.wire import Server, ServerGoneError
-from steersman.run.ray_cluster import connected
 from steersman.types import SteersmanError
 
 
@@ -21,18 +21,18 @@ class Host:
     def __init__(self, name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str],
                  timeout: float) -> None:  # fmt: skip
         home = Path(mkdtemp(prefix="steersman-server-"))
-        self.launched = ServerProcess(
+        self.process = ServerProcess(
             name, command, home / "server.log", timeout=timeout, environment=environment, folders=[home]
         )
-        self.launched.start()
+        self.process.start()
 
-    def begun(self) -> int:
-        return self.launched.pid
+    def pid(self) -> int:
+        return self.process.pid
 
     def wait(self) -> tuple[str, str]:
         """The server's address, or why there is none."""
         try:
-            return self.launched.wait().url, ""
+            return self.process.wait().url, ""
         except SteersmanError as error:
             return "", str(error)
 
@@ -43,10 +43,10 @@ class Host:
         return ray.util.get_node_ip_address()
 
     def trouble(self) -> str:
-        return self.launched.trouble()
+        return self.process.trouble()
 
     def stop(self) -> None:
-        self.launched.stop()
+        self.process.stop()
 
 
 class PlacedByRay:
@@ -77,7 +77,7 @@ class PlacedByRay:
         """The server once it answers. Raises SteersmanError where Ray has no place for it, ServerGoneError with the
         root of the trouble where it ends instead."""
         try:
-            self.pid = self._ask("begun", self.timeout)
+            self.pid = self._ask("pid", self.timeout)
         except self._ray.exceptions.GetTimeoutError as error:
             raise SteersmanError(
                 f"{self.name}: the Ray cluster has no place for it within {self.timeout:g} s (rollout.timeout): "

@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import load_file
 
+from steersman.guards.terminal import say
 from steersman.model import Policy
 from steersman.model.lora import adapter_state, load_lora, take_adapter_state
 from steersman.rollout.engine import Engine
 from steersman.rollout.remote.snapshot import ADAPTER, digest
 from steersman.rollout.sampling import Sampling
-from steersman.run.terminal import say
 from steersman.types import Prompt, Sample, SteersmanError
 
 

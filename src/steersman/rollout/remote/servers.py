@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import torch
 
+from steersman.distributed import ray_cluster
 from steersman.model import Policy
 from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
 from steersman.rollout.remote.generator import RemoteGenerator
@@ -28,7 +29,6 @@ from steersman.rollout.remote.snapshot import (
 )
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.wire import Server
-from steersman.run import ray_cluster
 from steersman.types import SteersmanError
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steersman.atomic import saving
 from steersman.model import Policy, whole_state
 from steersman.model.lora import adapter_state
 from steersman.model.merge import merged_state
-from steersman.run.folder import saving
 from steersman.types import SteersmanError
 
 CANARY_LENGTHS = (160, 40)

@@ -22,15 +22,15 @@ CANARY_SAMPLES = 8
 
 
 class Station:
-    """A server, `launched` or of an address. `owner` names the run in the name of the weights, so that another run's
-    are told apart; `tolerance` is the largest gap of a receipt, in nats. `gone` says that the server of an address
-    did not answer when it was last asked."""
+    """A server: of a `process` that was started here, or of an address. `owner` names the run in the name of the
+    weights, so that another run's are told apart; `tolerance` is the largest gap of a receipt, in nats. `gone` says
+    that the server of an address did not answer when it was last asked."""
 
     def __init__(
-        self, server: Server | None, launched: ServerProcess | PlacedByRay | None, dialect: Dialect, *, owner: str,
+        self, server: Server | None, process: ServerProcess | PlacedByRay | None, dialect: Dialect, *, owner: str,
         tolerance: float, vocabulary: int,
     ) -> None:  # fmt: skip
-        self._server, self.launched, self.dialect = server, launched, dialect
+        self._server, self.process, self.dialect = server, process, dialect
         self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
         self.snapshot: Snapshot | None = None
         self.restarts, self.gone = 0, False
@@ -43,7 +43,7 @@ class Station:
         """The server; its first use waits until it answers and looks at what it is. One that ends while it starts is
         started once more: it may have been killed."""
         if not self._ready:
-            server = self._server if self.launched is None else self._started(self.launched)
+            server = self._server if self.process is None else self._started(self.process)
             assert server is not None
             self._server = server
             self.dialect.check(server, self.vocabulary)
@@ -51,7 +51,7 @@ class Station:
         assert self._server is not None
         return self._server
 
-    def _started(self, launched: ServerProcess | PlacedByRay) -> Server:
+    def _started(self, process: ServerProcess | PlacedByRay) -> Server:
         try:
             return launched.wait()
         except ServerGoneError:
@@ -95,8 +95,8 @@ class Station:
 
     def close(self) -> None:
         self._closed = True
-        if self.launched is not None:
-            self.launched.stop()
+        if self.process is not None:
+            self.process.stop()
         elif self._server is not None:
             self._server.close()
 
@@ -161,7 +161,7 @@ class Station:
 
         Raises SteersmanError where another run has put its own onto the server.
         """
-        if self.snapshot is None or self.launched is not None:
+        if self.snapshot is None or self.process is not None:
             return True
         found = self.server.models() if self.snapshot.adapter else [self.server.weights()]
         if self._weights_name(self.snapshot) in found:
@@ -189,7 +189,7 @@ class Station:
                         raise
 
     def _restart(self) -> None:
-        if self.launched is None or self._closed:
+        if self.process is None or self._closed:
             raise ServerGoneError(
                 self.server.message("it is gone, and steersman did not start it: start it, then --resume")
             )
@@ -197,10 +197,10 @@ class Station:
         self._ready, self._adapter = False, ""
         if self.restarts > RESTARTS * 4:
             raise SteersmanError(f"{self._name()} died {self.restarts} times in this run. {self._trouble()}")
-        self.launched.start()
+        self.process.start()
 
     def _name(self) -> str:
-        return self.launched.name if self.launched is not None else self.server.message("it")
+        return self.process.name if self.process is not None else self.server.message("it")
 
     def _trouble(self) -> str:
-        return self.launched.trouble() if self.launched is not None else ""
+        return self.process.trouble() if self.process is not None else ""

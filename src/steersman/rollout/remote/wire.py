@@ -17,8 +17,8 @@ import httpx2
 import torch
 from torch import Tensor
 
-from steersman.run.reply import read_body
-from steersman.run.terminal import printable
+from steersman.guards.reply import read_body
+from steersman.guards.terminal import printable
 from steersman.types import SteersmanError
 
 LARGEST_REPLY = 1 << 30

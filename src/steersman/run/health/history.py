@@ -22,12 +22,12 @@ class Series:
     low: float = math.inf
     high: float = -math.inf
 
-    def add(self, value: float, kept: int) -> None:
-        """`kept` is how many of the last values stay."""
+    def add(self, value: float, length: int) -> None:
+        """`length` is how many of the last values stay."""
         if len(self.first) < FIRST:
             self.first.append(value)
         self.last.append(value)
-        del self.last[:-kept]
+        del self.last[:-length]
         self.count += 1
         self.low, self.high = min(self.low, value), max(self.high, value)
 
@@ -62,11 +62,11 @@ class Divergence:
 class History:
     """The numbers of every iteration, as far as the checks need them: each step costs the same, however late.
 
-    `kept` values of each number stay, and `window` pairs of rewards are compared (`Divergence`).
+    The last `length` values of each number stay, and `window` pairs of rewards are compared (`Divergence`).
     """
 
-    def __init__(self, *, kept: int, window: int) -> None:
-        self.kept, self.window = max(kept, FIRST), window
+    def __init__(self, *, length: int, window: int) -> None:
+        self.length, self.window = max(length, FIRST), window
         self.latest: Row = {}
         self.series: dict[str, Series] = {}
         self.partings: dict[str, Divergence] = {}
@@ -75,7 +75,7 @@ class History:
         """The numbers of one more iteration."""
         self.latest = row
         for key, value in row.items():
-            self.series.setdefault(key, Series()).add(value, self.kept)
+            self.series.setdefault(key, Series()).add(value, self.length)
             if key.startswith("reward/") and key != "reward/total" and "reward/total" in row:
                 self.partings.setdefault(key, Divergence()).add((row["reward/total"], value), self.window)
 

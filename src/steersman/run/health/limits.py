@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from steersman.run.config import Section
+from steersman.config.sections import Section
 
 
 class HealthConfig(Section):

@@ -33,7 +33,7 @@ class HealthWatch:
 
     def __init__(self, config: HealthConfig | None = None) -> None:
         self.config = config or HealthConfig()
-        self.history = History(kept=self.config.critic_window, window=self.config.reward_window)
+        self.history = History(length=self.config.critic_window, window=self.config.reward_window)
         self.findings: list[Finding] = []
         self._said: dict[str, int] = {}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from steersman.run.folder import write_atomic
-from steersman.run.log import read_jsonl
-from steersman.run.recipe_text import load_yaml
-from steersman.run.terminal import printable
+from steersman.atomic import write_atomic
+from steersman.config.recipe_text import load_yaml
+from steersman.guards.terminal import printable
+from steersman.run.files.log import read_jsonl
 
 TOLD = ("held_out/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
 """First parts of the names of numbers that the card's table has."""

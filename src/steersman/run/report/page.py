@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from steersman.run.extras import installed
-from steersman.run.folder import write_atomic
-from steersman.run.log import read_jsonl
-from steersman.run.recipe_text import load_yaml
+from steersman.atomic import write_atomic
+from steersman.config.recipe_text import load_yaml
+from steersman.extras import installed
+from steersman.run.files.log import read_jsonl
 from steersman.run.report.charts import SERIES, Line, line_chart
 from steersman.types import SteersmanError
 

@@ -1,0 +1,149 @@
+"""Files and folders that are whole or not there, whenever the process dies.
+
+A file or folder that is being written has a name that starts with `.tmp-` until it is whole; then it is renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from steersman.types import SteersmanError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TMP, _OLD = ".tmp-", ".old-"
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes the file beside its place, flushes it to the disk and renames it: whole or as it was before.
+
+    Raises SteersmanError where the disk is full or the place can not be written.
+    """
+    # Half a surrogate pair becomes its escape, which JSON reads back.
+    raw = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    tmp = path.with_name(f"{_TMP}{path.name}")
+    with saving(path):
+        try:
+            with tmp.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(tmp, path)
+            _fsync(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def save_dir(final: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a temporary folder beside `final`, then puts it in its place whole.
+
+    Where `write` fails nothing of it is left and an earlier `final` stays as it was.
+    Raises SteersmanError where the disk is full.
+    """
+    tmp = begin_dir(final)
+    with saving(final):
+        try:
+            write(tmp)
+            replace_dir(tmp, final)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def begin_dir(final: Path) -> Path:
+    """An empty temporary folder beside `final`, for `replace_dir` to put in its place.
+
+    Raises SteersmanError where the disk is full.
+    """
+    tmp = final.with_name(f"{_TMP}{final.name}")
+    with saving(final):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    return tmp
+
+
+def replace_dir(tmp: Path, final: Path) -> None:
+    """Flushes every file of `tmp` to the disk and renames it to `final`, which it replaces.
+
+    There is no rename that swaps folders, so an earlier `final` steps aside first; `recover` puts it back where
+    a kill came between the two renames.
+    """
+    for file in tmp.rglob("*"):
+        if file.is_file():
+            _fsync(file)
+    for folder in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
+        _fsync(folder)
+    old = final.with_name(f"{_OLD}{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(tmp, final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Clears what a killed process left half-written in `folder`, and puts back what had stepped aside."""
+    for old in folder.glob(f"{_OLD}*"):
+        final = old.with_name(old.name.removeprefix(_OLD))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, final)
+    for tmp in folder.glob(f"{_TMP}*"):
+        if tmp.is_dir():
+            shutil.rmtree(tmp, ignore_errors=True)
+        else:
+            tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def saving(what: Path, who: str = "") -> Iterator[None]:
+    """Turns a full disk, however the library below reports it, and any other failure of the system's to write into
+    a SteersmanError that names `what`, behind `who` such as `rank 1: `."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except Exception as error:
+        if _is_full(error):
+            free = shutil.disk_usage(what.parent).free / 2**20 if what.parent.exists() else 0.0
+            raise SteersmanError(
+                f"{who}{what}: the disk is full (or a size limit was reached) while saving; {free:.0f} MiB are free "
+                "there. What was saved before is untouched: make room and run again with --resume"
+            ) from error
+        if isinstance(error, OSError):
+            raise SteersmanError(f"{who}{what}: it can not be written ({error.strerror or error})") from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether the error or what caused it is a full disk; torch and safetensors keep only the words."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        words = (
+            "No space left on device",
+            "File too large",
+            "Disk quota exceeded",
+            "file write failed",
+            "iostream error",
+        )
+        if any(w in str(error) for w in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

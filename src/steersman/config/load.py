@@ -1,0 +1,73 @@
+"""Recipes: YAML files of small typed sections, with overrides from the command line.
+
+A stage's settings are a `Section`; a recipe is a `Section` of sections. `load_recipe` reads the file, lays
+the overrides over it and reports everything that is wrong at once, each by its dotted key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from steersman.config.overrides import apply_overrides
+from steersman.config.problems import drop_unknown, idle_keys, place_of, value_problem
+from steersman.config.recipe_text import RecipeFault, load_yaml
+from steersman.config.sections import Section, defaults_of, merged
+from steersman.types import SteersmanError
+
+R = TypeVar("R", bound=Section)
+
+
+def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] | None = None) -> R:
+    """The recipe at `path` (None: defaults only) with `--section.key value` overrides laid over it.
+
+    Values of overrides are YAML: `3e-4`, `true`, `null`, `[a, b]`. A section that is given in part keeps the
+    recipe class's own defaults for the rest.
+
+    Raises SteersmanError naming the recipe, and for each problem its dotted key, what was given and what is
+    allowed; for an unknown key the nearest known one, or the section that it belongs under.
+    """
+    data = _read_yaml(path) if path is not None else {}
+    problems, from_command = apply_overrides(model, data, overrides or [])
+    problems += drop_unknown(model, model, data, "", from_command)
+    settings = merged(merged(defaults_of(model), model.dependent_defaults(data), model), data, model)
+    recipe = None
+    try:
+        recipe = model.model_validate(settings)
+    except ValidationError as error:
+        problems += [value_problem(model, dict(e), from_command) for e in error.errors()]
+    if recipe is not None:
+        problems += [
+            f"{place_of(key, from_command)}: this verb does not read it; remove it" for key in idle_keys(recipe)
+        ]
+    if problems or recipe is None:
+        source = f"recipe {path}" if path is not None else "settings"
+        if len(problems) == 1:
+            raise SteersmanError(f"{source}: {problems[0]}")
+        listed = "".join(f"\n  - {p}" for p in problems)
+        raise SteersmanError(f"{source}: {len(problems)} problems{listed}")
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise SteersmanError(f"recipe {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteersmanError(f"recipe {path}: it can not be read: {error}") from None
+    try:
+        data = load_yaml(text)
+    except RecipeFault as fault:
+        line = 0 if fault.problem_mark is None else fault.problem_mark.line + 1
+        raise SteersmanError(f"recipe {path}, line {line}: {fault.problem}") from None
+    except yaml.YAMLError as error:
+        raise SteersmanError(f"recipe {path}: not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SteersmanError(f"recipe {path}: expected `section:` blocks at the top level, got {type(data).__name__}")
+    return data

@@ -1,0 +1,154 @@
+"""The run folder: one run per folder, one process per folder.
+
+    config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, health.jsonl   (log.py beside this)
+    inputs.json    digests of data and models   (inputs.py)
+    checkpoints/   (checkpoint.py)              summary.json, report.html                    (run/report/page.py)
+
+Every file is whole or not there (`steersman/atomic.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from steersman.atomic import recover, write_atomic
+from steersman.config.dump import dump_recipe
+from steersman.config.recipe_text import load_yaml
+from steersman.config.sections import Section
+from steersman.distributed.ranks import ranks
+from steersman.run.files.inputs import check_inputs, fingerprints
+from steersman.types import SteersmanError
+
+held: list[Path] = []
+"""Folders that this process has held, newest last: the command line says where a failed run has its files."""
+
+
+class RunFolder:
+    """A folder that this process alone may write to until `close` (or the end of a `with` block).
+
+    `resumed` is True where `resume` was asked for and the folder holds a run already; `changes` then lists
+    the settings that differ from that run's, such as "train.lr: 0.001 -> 0.0003".
+
+    Raises SteersmanError where the folder can not be made, holds a run and `resume` is False, is held by another
+    process (which is named by its pid), or where data or models have another content than when the run began.
+    """
+
+    def __init__(self, path: Path, recipe: Section, *, resume: bool = False) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Append mode: opening must not wipe the pid that the holder wrote.
+            self._lock = (self.path / ".lock").open("a+", encoding="ascii")
+        except OSError as error:
+            raise SteersmanError(
+                f"run folder {self.path}: it can not be made ({error.strerror}); choose another --run.dir"
+            ) from None
+        self._take_lock()
+        try:
+            holds_run = any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+            if holds_run and not resume:
+                raise SteersmanError(
+                    f"run folder {self.path}: it holds another run already; continue that one with --resume, "
+                    "or choose another --run.dir"
+                )
+            self.resumed = holds_run
+            self.changes: list[str] = []
+            recover(self.path)
+            inputs = fingerprints(recipe, self.path)
+            if self.resumed:
+                check_inputs(self.path / "inputs.json", inputs)
+            self._write_config(recipe)
+            write_atomic(self.path / "inputs.json", json.dumps(inputs, indent=1))
+        except BaseException:
+            self._lock.close()
+            raise
+        held.append(self.path)
+
+    def close(self) -> None:
+        """Lets go of the folder; a second call does nothing."""
+        self._lock.close()
+
+    def forget(self) -> None:
+        """Takes back what says that a run is here: what was refused before it began is none, and the mended recipe
+        may use the folder."""
+        for name in ("config.yaml", "inputs.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise SteersmanError(
+                f"run folder {self.path}: process {holder} is writing to it; wait for it, stop it "
+                f"(kill {holder}), or choose another --run.dir"
+            ) from None
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _write_config(self, recipe: Section) -> None:
+        file, text = self.path / "config.yaml", dump_recipe(recipe)
+        if file.exists():
+            before = file.read_text(encoding="utf-8")
+            self.changes = _differences(before, text)
+            if self.changes:
+                taken = len(list(self.path.glob("config.before-resume-*.yaml")))
+                write_atomic(self.path / f"config.before-resume-{taken + 1}.yaml", before)
+        write_atomic(file, text)
+
+
+class GuestFolder:
+    """The run folder as ranks other than 0 see it: what rank 0 found there, and nothing to write."""
+
+    def __init__(self, path: Path, resumed: bool, changes: list[str]) -> None:
+        self.path, self.resumed, self.changes = path, resumed, changes
+
+    def forget(self) -> None:
+        return None
+
+    def __enter__(self) -> GuestFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def open_folder(path: Path, recipe: Section, *, resume: bool = False) -> RunFolder | GuestFolder:
+    """The run folder, which rank 0 holds; every rank raises what `RunFolder` raises there."""
+    opened: list[RunFolder] = []
+
+    def take() -> tuple[bool, list[str]]:
+        opened.append(RunFolder(path, recipe, resume=resume))
+        return opened[0].resumed, opened[0].changes
+
+    resumed, changes = ranks().from_main(take, "the run folder")
+    return opened[0] if opened else GuestFolder(Path(path), resumed, changes)
+
+
+def _differences(before: str, after: str) -> list[str]:
+    old, new = _flat(load_yaml(before)), _flat(load_yaml(after))
+    keys = [k for k in [*new, *(k for k in old if k not in new)] if old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix.rstrip("."): data}
+    return {k: v for name, inner in data.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}

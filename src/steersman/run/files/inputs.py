@@ -1,0 +1,108 @@
+"""What a run was given to read, by content: a resumed run must go on from the same data and the same models."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from steersman.config.sections import Section
+from steersman.types import SteersmanError
+
+WHOLE = 64 * 2**20
+"""Bytes up to which a file is read whole."""
+BLOCKS, BLOCK = 64, 2**20
+"""Of a larger file this many blocks of this many bytes are read, evenly spread, the first and the last among them."""
+
+
+def fingerprints(recipe: Section, run_folder: Path) -> dict[str, dict[str, str]]:
+    """The SHA-256 of each file or folder that a setting of the recipe names: {dotted key: {path: digest}}.
+
+    A folder with a config.json is a model: the files directly in it count. Of any other folder all files count. What
+    lies in the run folder is the run's own and is left out, and so are a `folder` of many sets (GRUE's), whose rows
+    are compared one by one, and a `cache`, to which other runs add. A file above 64 MiB counts by its size and 64
+    blocks of 1 MiB, so that a start reads at most that much of each: a change in between is not seen.
+    """
+    found: dict[str, dict[str, str]] = {}
+    own = run_folder.resolve()
+    for key, text in _texts(recipe.model_dump(), ""):
+        for path in _paths(text):
+            if own not in (path.resolve(), *path.resolve().parents):
+                found.setdefault(key, {})[str(path)] = _digest(path, own)
+    return found
+
+
+def check_inputs(file: Path, now: dict[str, dict[str, str]]) -> None:
+    """Raises SteersmanError, with key and path, for what has another content than when the run began.
+
+    `file` is the `inputs.json` of then. A setting that now names another path is a change of the recipe, which the
+    run folder reports; it is no concern of this check.
+    """
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [
+            f"{key}: {path}"
+            for key, paths in now.items()
+            for path, digest in paths.items()
+            if before.get(key, {}).get(path, digest) != digest
+        ]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise SteersmanError(f"{file}: it can not be read ({error}); remove it to resume without its check") from None
+    if changed:
+        raise SteersmanError(
+            f"run folder {file.parent}: what the run reads has changed since it began ({'; '.join(changed)}), so a "
+            "resumed run would not be the same run. Put the old content back, or begin a new run in another --run.dir"
+        )
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, key)
+    elif isinstance(value, str) and key != "run.dir" and not key.endswith(("folder", "cache")):
+        yield key, value
+
+
+def _paths(text: str) -> list[Path]:
+    """The existing files or folders that a setting's text names; most settings name none."""
+    if not text or len(text) > 4096 or "\0" in text or "\n" in text:
+        return []
+    try:
+        found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else [Path(text)]
+        return [p for p in found if (p.is_file() or p.is_dir()) and p.resolve() != Path.cwd()]
+    except OSError:
+        return []
+
+
+def _digest(path: Path, own: Path) -> str:
+    if path.is_file():
+        return _file_digest(path)
+    # A model's card says when and where it was trained; it is no part of what is read.
+    model = (path / "config.json").is_file()
+    inside = (p for p in path.iterdir() if p.name != "README.md") if model else path.rglob("*")
+    digest = hashlib.sha256()
+    for file in sorted(p for p in inside if p.is_file() and not p.name.startswith(".")):
+        if own in file.resolve().parents:
+            continue
+        digest.update(f"{file.relative_to(path)}\0{_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(BLOCKS):
+            file.seek(i * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+        return digest.hexdigest()

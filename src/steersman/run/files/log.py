@@ -1,0 +1,196 @@
+"""What a run tells while it goes: metrics.jsonl, samples.jsonl, health.jsonl, the console, and optional sinks."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from steersman.atomic import saving, write_atomic
+from steersman.guards.terminal import printable
+from steersman.run.files.sinks import open_sink
+from steersman.run.health.watch import Finding
+from steersman.types import Stats
+
+FILES = ("metrics.jsonl", "samples.jsonl", "health.jsonl")
+
+
+class Log:
+    """Appends to the run folder's files, row by row, and shows progress with the time left.
+
+    `total` is the number of steps of the whole run. `resumed_step` is the step of the checkpoint that the run
+    continues from (-1: from the start): rows of later steps are dropped, so that no curve is doubled.
+    `headline` are the metrics on the progress line, in order, where they exist. On a terminal the line moves;
+    elsewhere one plain line comes every `every` seconds. `sinks` are names of `run/files/sinks.py`.
+
+    Raises SteersmanError for a sink that is unknown or not installed, and where the disk is full.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        title: str,
+        total: int,
+        resumed_step: int = -1,
+        headline: Sequence[str] = ("reward/total", "kl", "loss"),
+        every: float = 5.0,
+        sinks: Sequence[str] = (),
+        console: Console | None = None,
+    ) -> None:
+        self.folder, self.title, self.total, self.headline, self.every = Path(folder), title, total, headline, every
+        self.console = console or Console()
+        for name in FILES:
+            _truncate(self.folder / name, resumed_step)
+        self._sampled = {row.get("step") for row in read_jsonl(self.folder / "samples.jsonl")}
+        rows = read_jsonl(self.folder / "metrics.jsonl")
+        self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
+        self._start = self._last_line = time.monotonic()
+        self._first_step = max(resumed_step, 0)
+        self._files = {
+            name: (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") for name in FILES
+        }
+        self._sinks = [open_sink(name, self.folder, max(resumed_step, 0)) for name in sinks]
+        self._bar = _progress(self.console) if self.console.is_terminal else None
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=self._first_step, detail="")
+
+    def step(self, step: int, stats: Stats) -> None:
+        """One row of metrics.jsonl: `{"step", "seconds", ...stats}`; numbers that are not finite become text."""
+        seconds = self._seconds_before + time.monotonic() - self._start
+        self._append("metrics.jsonl", {"step": step, "seconds": round(seconds, 3), **stats})
+        for sink in self._sinks:
+            sink.log(step, stats)
+        self._show(step, stats)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of samples.jsonl: `{"step", "index", "prompt", "completion", "reward": {name: number}, ...}`.
+
+        `index` tells which held prompt a row answers, so that the report can lay its answers side by side. The
+        rows of a step are written once: a resumed run that looks again at the same weights adds nothing.
+        """
+        if step in self._sampled:
+            return
+        self._sampled.add(step)
+        for row in rows:
+            self._append("samples.jsonl", {"step": step, **row})
+
+    def finding(self, finding: Finding) -> None:
+        """A row of health.jsonl, and a line on the console."""
+        self._append(
+            "health.jsonl",
+            {"step": finding.step, "code": finding.code, "severity": finding.severity, "text": finding.text},
+        )
+        style = {"note": "cyan", "warning": "yellow", "stop": "bold red"}[finding.severity]
+        self.note(f"{finding.severity} at step {finding.step}: {finding.text}", style=style)
+
+    def note(self, text: str, style: str | None = None) -> None:
+        """A line on the console, above the progress line."""
+        self.console.print(printable(text), style=style, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        for sink in self._sinks:
+            sink.close()
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with saving(self.folder / name):
+            self._files[name].write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+            self._files[name].flush()
+
+    def _show(self, step: int, stats: Stats) -> None:
+        now = time.monotonic()
+        detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in self.headline if k in stats)
+        done = step - self._first_step
+        left = (now - self._start) / done * max(self.total - step, 0) if done > 0 else math.nan
+        detail += f"  {_duration(left)} left" if step < self.total and math.isfinite(left) else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, detail=detail)
+        elif done <= 1 or step >= self.total or now - self._last_line >= self.every:
+            self._last_line = now
+            self.note(f"{self.title} {step}/{self.total}  {detail.strip()}")
+
+
+class NoLog:
+    """The log of a rank that keeps none."""
+
+    def step(self, step: int, stats: Stats) -> None:
+        return None
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        return None
+
+    def finding(self, finding: Finding) -> None:
+        return None
+
+    def note(self, text: str, style: str | None = None) -> None:
+        return None
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file of the run folder; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _truncate(path: Path, last: int) -> None:
+    if path.exists():
+        kept = [row for row in read_jsonl(path) if row.get("step", 0) <= last]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it: JSON has no NaN and no infinity, so those become "nan", "inf", "-inf"."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20))
+    return Progress(*columns, MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), console=console)
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"

@@ -1,0 +1,143 @@
+"""Where else a run's numbers go: trackers by name, or a class of one's own by its path.
+
+A sink is a class: `Sink(folder, resumed_step)` opens it, `log(step, stats)` takes a step's numbers, `close()` ends
+it. One run folder is one run over there too, however often it is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from steersman.guards.functions import load_function
+from steersman.guards.user_code import user_code
+from steersman.types import Stats, SteersmanError
+
+
+class Sink(Protocol):
+    """Takes a run's numbers somewhere. `stats` are plain numbers by name."""
+
+    def log(self, step: int, stats: Stats) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tensorboard:
+    """Event files in the run folder; what a resumed run does again is purged."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def log(self, step: int, stats: Stats) -> None:
+        for key, value in stats.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases, project steersman."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        wandb = importlib.import_module("wandb")
+        self.run = wandb.init(
+            project="steersman", name=folder.name, id=identity(folder), resume="allow", dir=str(folder)
+        )
+
+    def log(self, step: int, stats: Stats) -> None:
+        self.run.log(dict(stats), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """Trackio, a local tracker with wandb's interface, project steersman."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.trackio = importlib.import_module("trackio")
+        self.trackio.init(project="steersman", name=f"{folder.name}-{identity(folder)}", resume="allow")
+
+    def log(self, step: int, stats: Stats) -> None:
+        self.trackio.log(dict(stats), step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+class MLflow:
+    """MLflow, experiment steersman, where MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.mlflow = importlib.import_module("mlflow")
+        self.mlflow.set_experiment("steersman")
+        name = f"{folder.name}-{identity(folder)}"
+        found = self.mlflow.search_runs(filter_string=f"attributes.run_name = '{name}'", output_format="list")
+        known = {"run_id": found[0].info.run_id} if found else {"run_name": name}
+        self.run = self.mlflow.start_run(**known)
+
+    def log(self, step: int, stats: Stats) -> None:
+        self.mlflow.log_metrics(dict(stats), step=step, run_id=self.run.info.run_id)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+class SwanLab:
+    """SwanLab, project steersman."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.swanlab = importlib.import_module("swanlab")
+        self.swanlab.init(
+            project="steersman", experiment_name=folder.name, id=identity(folder) * 2, resume="allow",
+            logdir=str(folder / "swanlab"),
+        )  # fmt: skip
+
+    def log(self, step: int, stats: Stats) -> None:
+        self.swanlab.log(dict(stats), step=step)
+
+    def close(self) -> None:
+        self.swanlab.finish()
+
+
+SINKS: dict[str, Callable[[Path, int], Sink]] = {
+    "tensorboard": Tensorboard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow, "swanlab": SwanLab,
+}  # fmt: skip
+
+
+def open_sink(name: str, folder: Path, resumed_step: int) -> Sink:
+    """The tracker of that name, or the class at `my_sinks.py:Class`; steps after `resumed_step` come again.
+
+    Raises SteersmanError for a name that is unknown, a package that is missing, and a sink that does not open.
+    """
+    if ":" in name:
+        made: Any = load_function(name)
+        with user_code(f"sink '{name}': opening it"):
+            sink = made(folder, resumed_step)
+        missing = [part for part in ("log", "close") if not callable(getattr(sink, part, None))]
+        if missing:
+            raise SteersmanError(
+                f"sink '{name}' has no method {' and no '.join(missing)} (see run/files/sinks.py: Sink)"
+            )
+        return sink
+    if name not in SINKS:
+        raise SteersmanError(f"there is no sink {name!r}; known are {', '.join(SINKS)}, or my_sinks.py:Class")
+    if importlib.util.find_spec(name) is None:
+        raise SteersmanError(f"the sink {name!r} is not installed: pip install 'steersman[{name}]'")
+    try:
+        return SINKS[name](folder, resumed_step)
+    except Exception as error:
+        raise SteersmanError(f"the sink {name!r} did not open: {type(error).__name__}: {error}") from error
+
+
+def identity(folder: Path) -> str:
+    """Twelve letters that stand for a run folder."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]

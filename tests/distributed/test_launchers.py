@@ -1,0 +1,95 @@
+"""What a launcher of another kind says of the ranks, in torch's words; and which rank is missing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from steersman.distributed import on_ray, ranks
+from steersman.distributed.launch import from_slurm
+from steersman.distributed.ranks import MissingRankError, Ranks, name_missing_rank
+from steersman.types import SteersmanError
+
+TASK = {
+    "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[003-004,007]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[003-004,007]", "gpu003"),
+        ("gpu003,gpu004", "gpu003"),
+        ("login1,gpu[1-2]", "login1"),
+        ("rack[2-3]node[10,12].x", "rack2node10.x"),
+        ("alone", "alone"),
+    ],
+)
+def test_a_task_of_srun_knows_its_rank_and_the_first_node(nodes, first):
+    found = from_slurm(TASK | {"SLURM_STEP_NODELIST": nodes})
+    assert found.pop("MASTER_ADDR") == first
+    assert found == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "MASTER_PORT": str(20_000 + 4711 * 7 % 20_000),
+    }
+
+
+def test_other_processes_are_left_as_they_are():
+    assert from_slurm({}) == {}
+    assert from_slurm(TASK | {"SLURM_STEP_NUM_TASKS": "1"}) == {}  # one task that starts its own ranks
+    assert from_slurm({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}  # the batch script itself
+    assert from_slurm(TASK | {"WORLD_SIZE": "2"}) == {}  # torchrun inside a step
+
+
+def test_a_missing_variable_is_named():
+    with pytest.raises(SteersmanError, match="SLURM_LOCALID"):
+        from_slurm({k: v for k, v in TASK.items() if k != "SLURM_LOCALID"})
+
+
+@pytest.fixture
+def three(monkeypatch) -> list[Ranks]:
+    """Three ranks over one store: rank 0 and rank 1 are in the same call, rank 2 has not come to it."""
+    monkeypatch.setattr(ranks, "PATIENCE", 0.05)
+    store = dist.HashStore()
+    found = [Ranks(rank, 3, store=store) for rank in range(3)]
+    for rank, calls in ((0, 2), (1, 2), (2, 1)):
+        for number in range(calls):
+            with found[rank].call(f"call {number + 1}"):
+                pass
+    return found
+
+
+def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
+    three[1].missing()  # it waited in vain too
+    with pytest.raises(MissingRankError) as caught, name_missing_rank(three[0]):
+        raise RuntimeError("[pair.cc:547] gloo: Timed out waiting 5000ms for recv operation to complete")
+    text = str(caught.value)
+    assert "rank 1 was last in call 2 (call 2);" in text
+    assert "rank 2 was last in call 1 (call 1), behind, and is not waiting" in text
+
+
+def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
+    with pytest.raises(RuntimeError, match="shapes") as caught, name_missing_rank(three[0]):
+        raise RuntimeError("shapes can not be multiplied")
+    assert not isinstance(caught.value, MissingRankError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_ranks_on_ray_are_told_of_every_signal_that_ends_a_step(number):
+    """A terminal that is closed sends SIGHUP: the starter must not end by it and leave its ranks behind."""
+    before, got = signal.signal(number, signal.SIG_DFL), []
+    try:
+        # a rank is asked as Ray's handle of an actor is
+        with on_ray._signals_to([SimpleNamespace(signal=SimpleNamespace(remote=got.append))]):
+            assert signal.getsignal(number) is not signal.SIG_DFL
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+    assert got == [signal.SIGTERM]

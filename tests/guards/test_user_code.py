@@ -1,0 +1,95 @@
+"""What code of the user's does to the process: exits, hangs, closed streams."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from steersman.guards.functions import load_function
+from steersman.guards.user_code import user_code
+from steersman.types import SteersmanError
+
+LEAVE = os._exit
+
+
+def stubborn_exit():
+    try:
+        os._exit(0)
+    except Exception:
+        return
+
+
+def stubborn_hang():
+    while True:
+        with suppress(Exception):
+            time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda: sys.exit(0), r"sys\.exit\(0\)"),
+        (lambda: sys.exit("bye"), r"sys\.exit\(bye\)"),
+        (sys.exit, r"sys\.exit\(\)"),
+        (lambda: os._exit(0), r"os\._exit\(0\)"),
+        (stubborn_exit, r"os\._exit\(0\)"),
+    ],
+)
+def test_an_exit_is_an_error_with_a_name(act, told):
+    with (
+        pytest.raises(SteersmanError, match=rf"^the thing: it asked the process to end, by {told}"),
+        user_code("the thing"),
+    ):
+        act()
+    assert os._exit is LEAVE
+
+
+def test_a_forked_child_leaves_as_ever():
+    with user_code("the thing"):
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("hang", [lambda: time.sleep(1000), stubborn_hang])
+def test_a_hang_ends_at_the_limit(hang):
+    before, start = signal.getsignal(signal.SIGUSR2), time.perf_counter()
+    told = pytest.raises(SteersmanError, match=r"the thing: it took longer than its limit of 0\.2 seconds")
+    with told, user_code("the thing", 0.2):
+        hang()
+    assert time.perf_counter() - start < 1.0
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_what_is_done_in_time_and_other_errors_pass():
+    with user_code("the thing", 30.0):
+        pass
+    with pytest.raises(ZeroDivisionError), user_code("the thing", 30.0):
+        _ = 1 / 0
+
+
+def test_closed_streams_are_put_back():
+    program = """
+import os, sys
+from steersman.guards.user_code import user_code
+for harm in (lambda: os.close(1), lambda: sys.stdout.close(), lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 1),
+             lambda: setattr(sys, "stdout", None), lambda: os.close(2)):
+    with user_code("x"):
+        harm()
+    print("alive", flush=True)
+    print("well", file=sys.stderr, flush=True)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["alive"] * 5
+    assert found.stderr.split() == ["well"] * 5
+
+
+def test_a_module_that_exits_while_it_is_imported_is_named(tmp_path):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(SteersmanError, match=r"importing .*leaves\.py: it asked the process to end, by sys\.exit"):
+        load_function(f"{tmp_path / 'leaves.py'}:f")

@@ -1,0 +1,125 @@
+"""Reference and reward model wait in the CPU's memory and are on the device in their own phase only (`offload`), or
+lie on a second device (`frozen_apart`); what is learned stays the same, bit for bit. The devices are the stand-ins of
+`pretend_device.py`, where a tensor of the CPU or of another device among others is an error, as on CUDA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pretend_device
+import pytest
+import torch
+from forked import Python
+from ranks_kit import trained_weights
+from test_ranks_equal_one import recipe_of
+from train_kit import merge, save_tiny
+
+from steersman.run.device import device_apart
+from steersman.types import SteersmanError
+from steersman.verbs.on_policy_recipes import RECIPES
+
+WORKER = Path(__file__).with_name("frozen_worker.py")
+
+
+def values_of(folder: Path, model: Path, run: str) -> dict[str, Any]:
+    values = recipe_of("ppo-reward-model", folder, model, run, 1, {})["recipe"]
+    del values["run"]["devices"]
+    return values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen")
+    save_tiny(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(folder) -> list[dict[str, list[str]]]:
+    """Where the models lay in a run that keeps them on its device, in one that takes them to the CPU, and in one that
+    has them on another device."""
+    recipes = [
+        merge(values_of(folder, folder / "model", run), {"run.device": "pretend", **more})
+        for run, more in (("stays", {}), ("waits", {"offload": True}), ("apart", {"frozen_apart": True}))
+    ]
+    (folder / "recipes.json").write_text(json.dumps(recipes))
+    running = Python(str(WORKER), str(folder / "recipes.json"), str(folder / "found.json"))
+    said = running.communicate(timeout=300)
+    assert running.returncode == 0, said[1][-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+needs_device = pytest.mark.skipif(not pretend_device.available(), reason="needs Linux and a C++ compiler")
+
+
+@needs_device
+def test_frozen_models_are_on_the_device_in_their_phase_only(places):
+    stays, waits, apart = places
+    assert stays == {phase: ["pretend:0 pretend:0"] for phase in waits}
+    assert apart == {phase: ["pretend:1 pretend:1"] for phase in waits}
+    # reference, then reward model
+    assert waits == {
+        "rollout": ["cpu cpu"], "reward": ["cpu pretend:0"], "reference": ["pretend:0 cpu"], "update": ["cpu cpu"],
+    }  # fmt: skip
+
+
+@needs_device
+def test_what_is_learned_is_the_same_bit_for_bit(places, folder):
+    name = "ppo-reward-model"
+    stays, *others = (trained_weights(folder / run / name) for run in ("stays", "waits", "apart"))
+    for other in others:
+        assert stays.keys() == other.keys()
+        assert all(torch.equal(stays[key], other[key]) for key in stays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallel": {"mode": "fsdp"}}, "give parallel.offload: true"),
+        ({"share": "base", "model.lora": {"r": 2}}, "no frozen model has weights of its own"),
+        ({"model.quantise": "nf4", "model.lora": {"r": 2}}, "remove model.quantise"),
+        ({"rollout.engine": "process", "rollout.ahead": 1}, "rollout.ahead: 0"),
+        ({"model.lora": {"r": 2}, "reward.parts": {"a": {"builtin": "vader_sentiment"}}}, "no reward model to move"),
+    ],
+)
+def test_what_can_not_wait_is_refused_by_name(changes, words, folder):
+    values = merge(values_of(folder, folder / "model", "refused"), {"offload": True})
+    with pytest.raises(ValueError, match=words):
+        RECIPES["ppo"].model_validate(merge(values, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"offload": True}, "remove one of the two"),
+        ({"parallel": {"mode": "fsdp"}}, "frozen_apart moves whole models"),
+        ({"share": "base", "model.lora": {"r": 2}}, "no frozen model has weights of its own"),
+        ({"model.lora": {"r": 2}, "reward.parts": {"a": {"builtin": "vader_sentiment"}}}, "no reward model to move"),
+    ],
+)
+def test_what_can_not_lie_apart_is_refused_by_name(changes, words, folder):
+    values = merge(values_of(folder, folder / "model", "refused"), {"frozen_apart": True})
+    with pytest.raises(ValueError, match=words):
+        RECIPES["ppo"].model_validate(merge(values, changes))
+
+
+def test_a_machine_with_one_device_says_so():
+    with pytest.raises(SteersmanError, match="the CPU is one device"):
+        device_apart(torch.device("cpu"))
+
+
+@needs_device
+def test_too_few_devices_for_the_ranks_are_counted(folder):
+    script = """
+import os, pretend_device, torch
+from steersman.run.device import device_apart
+pretend_device.start()
+assert device_apart(torch.device("pretend")) == torch.device("pretend:1")
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+device_apart(torch.device("pretend:1"))
+"""
+    running = Python("-c", script)
+    _, said = running.communicate(timeout=120)
+    assert "2 ranks on this machine need 4 devices, from 0 on, and there are 2" in said
