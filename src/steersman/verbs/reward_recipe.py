@@ -47,6 +47,10 @@ class RewardModelRecipe(TrainingRecipe):
         several += ["train.heads"] * (self.train.heads > 1)
         if len(several) > 1:
             raise ValueError(f"{' and '.join(several)} are different kinds of reward model; give one of them")
+        if self.train.heads > 1 and self.parallel.stage:
+            raise ValueError(
+                f"train.heads: parallel.mode {self.parallel.mode} is not for ensembles; use replicas or fsdp"
+            )
         if self.train.debias and (several or self.stage != "train"):
             raise ValueError("train.debias is for a reward model of one number, at the end of stage train")
         if self.data.large:
