@@ -39,7 +39,8 @@ class CriticConfig(Section):
     cut: Cut = Field(
         default="end",
         description="a response cut by the length limit: `end`, judged as it stands; `bootstrap`, its score is "
-        "withheld and the critic's value stands for what would have followed",
+        "withheld and the critic's value stands for what would have followed. An episode of several turns keeps what "
+        "it earned, and the value is that of what its next turn would have seen",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
 

@@ -231,7 +231,7 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
     longest = max(data.lengths)
     _show(pre, session, model, recipe, Load(max(recipe.run.micro_tokens, longest), longest))
     session.begin(_Nothing(), 0)
-    session.saved = 0
+    session.saved_step = 0
     session.observe(0, objective.evaluate())
     return _finish(session, recipe, objective, {"model": recipe.model.path, "kind": kind})
 
