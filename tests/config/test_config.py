@@ -148,6 +148,19 @@ def test_files_that_are_no_recipe(recipe, text, said):
     assert said in refusal(recipe(text))
 
 
+def test_a_data_file_in_the_place_of_a_recipe_is_told_its_flag():
+    class Data(Section):
+        path: str = Field(description="rows")
+
+    class Reads(Section):
+        data: Data
+
+    with pytest.raises(SteersmanError, match=r"recipe a/b\.jsonl: .*; give it by --data\.path a/b\.jsonl$"):
+        load_recipe(Reads, Path("a/b.jsonl"))
+    with pytest.raises(SteersmanError, match=r"recipe b\.CSV: .* a recipe is a YAML file$"):
+        load_recipe(Data, Path("b.CSV"))
+
+
 def test_missing_file_missing_key_missing_value(tmp_path):
     assert "there is no such file" in refusal(tmp_path / "none.yaml")
     with pytest.raises(SteersmanError, match=r"model: missing \(path or hub name\).*--model VALUE"):

@@ -290,6 +290,9 @@ def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
         (["--algorithm", "ppo", "--settings.lam", "1.5"], "settings.lam"),
         (["--algorithm", "ppo", "--settings.gamma", "-0.1"], "settings.gamma"),
         (["--algorithm", "ppo", "--settings.double", "true"], "settings.double"),
+        (["--algorithm", "ppo", "--settings.kl_in", "loss"], "settings.kl_in: this verb does not read it"),
+        (["--algorithm", "trpo", "--optimizer.lr", "1"], "optimizer.lr: this verb does not read it"),
+        (["--algorithm", "sarsa", "--network.hidden", "[4]"], "network.hidden: this verb does not read it"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(words, said):
@@ -392,3 +395,4 @@ def test_help_lists_the_methods(capsys, monkeypatch):
     told = " ".join(capsys.readouterr().out.split())
     assert all(name in told for name in RECIPES)
     assert "my_method.py:Class" in told
+    assert "one of ppo" not in told

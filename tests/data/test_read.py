@@ -127,8 +127,11 @@ BAD = {
 def test_a_bad_row_stops_or_is_skipped_and_counted(tmp_path, name):
     body, reason, message = BAD[name]
     (tmp_path / name).write_bytes(body)
-    with pytest.raises(SteersmanError, match=rf"{message}.*on_bad_row: skip"):
+    with pytest.raises(SteersmanError, match=message) as caught:
         list(read_rows(tmp_path / name))
+    assert "on_bad_row" not in str(caught.value)  # nobody said that a recipe has such a key
+    with pytest.raises(SteersmanError, match=rf"{message}.*\(a\.key: skip"):
+        list(read_rows(tmp_path / name, BadRows(key="a.key")))
     bad = BadRows("skip")
     assert len(list(read_rows(tmp_path / name, bad))) == 2
     assert bad.counts == {reason: 1}

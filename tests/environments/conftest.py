@@ -16,7 +16,7 @@ from train_kit import merge, settings
 from steersman.train import session
 
 WORLDS = '''
-import asyncio, os, random, time
+import asyncio, os, random, sys, time
 
 
 class Shop:
@@ -77,6 +77,12 @@ class Misbehaves:
             time.sleep(60)
         if self.what == "exit":
             raise SystemExit(3)
+        if self.what == "leave":
+            os._exit(3)
+        if self.what == "close":
+            os.close(1)
+            sys.stdout.close()
+            return "a", 0.0, True
         return {
             "nan": ("a", float("nan"), True), "none": ("a", None, True), "two": ("a", 1.0), "number": 5,
             "megabyte": ("b" * 1_000_000, 0.0, False), "control": ("\\x1b[2J\\ud800", 0.0, False),

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from forked import steersman
 from train_kit import merge, recipe
 
 from steersman.environments.calls import read_reply
@@ -16,6 +17,7 @@ from steersman.environments.gym import GymEnvironment
 from steersman.environments.port import Call, Reply
 from steersman.environments.text import reward_of
 from steersman.environments.tools import tool_of
+from steersman.environments.workers import await_result
 from steersman.train.roles import build_roles
 from steersman.types import SteersmanError
 from steersman.verbs import rl
@@ -56,6 +58,32 @@ def test_a_fault_may_truncate_or_stop_the_run(bad):
         assert [t.reward for t in s.turns] == [0.5, 0.0]
     with pytest.raises(SteersmanError, match="turn 2: RuntimeError: broken"):
         episodes(bad, "raise", environment__on_fault="stop")
+
+
+def test_an_environment_in_a_thread_that_ends_the_process_is_named(bad):
+    with pytest.raises(SteersmanError, match=r"row 0, turn 2: it asked the process to end, by os\._exit\(3\)"):
+        episodes(bad, "leave")
+
+
+def test_an_exit_asked_for_in_a_coroutine_leaves_the_event_loop_of_all_alive():
+    async def leaves():
+        raise SystemExit(3)
+
+    async def works():
+        return 5
+
+    with pytest.raises(SystemExit):
+        await_result(leaves(), 5.0)
+    assert await_result(works(), 5.0) == 5
+
+
+def test_an_environment_in_a_thread_that_closes_stdout_leaves_it_open(bad, tmp_path):
+    recipe_file = tmp_path / "closes.yaml"
+    recipe_file.write_text(json.dumps(merge(bad, {"environment.args": {"what": "close"}})))
+    run = steersman("rloo", str(recipe_file))
+    out, error = run.communicate(120)
+    assert run.returncode == 0, error
+    assert "held-out reward" in out
 
 
 def test_a_beginning_that_fails_leaves_an_episode_that_counts_for_nothing(bad, tmp_path):

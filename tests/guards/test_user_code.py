@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import pytest
 
 from steersman.guards.functions import load_function
-from steersman.guards.user_code import user_code
+from steersman.guards.user_code import no_sudden_end, user_code
 from steersman.types import SteersmanError
 
 LEAVE = os._exit
@@ -45,6 +46,30 @@ def test_an_exit_is_an_error_with_a_name(act, told):
         user_code("the thing"),
     ):
         act()
+    assert os._exit is LEAVE
+
+
+def test_blocks_in_several_threads_share_the_guard_and_the_last_one_lifts_it():
+    """They begin a, b and end a, b: if each put back what it found, b would lose its guard and then leave a's."""
+    begun, over, found = threading.Event(), threading.Event(), []
+
+    def second():
+        try:
+            with no_sudden_end("b"):
+                begun.set()
+                over.wait(5)
+                os._exit(3)
+        except SteersmanError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=second)
+    with no_sudden_end("a"):
+        thread.start()
+        assert begun.wait(5)
+    assert os._exit is not LEAVE
+    over.set()
+    thread.join()
+    assert "b: it asked the process to end, by os._exit(3)" in found[0]
     assert os._exit is LEAVE
 
 

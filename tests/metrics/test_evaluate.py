@@ -53,7 +53,9 @@ def test_a_file_in_another_encoding_is_named_and_read(tmp_path, capsys):
     path.write_bytes((json.dumps(row, ensure_ascii=False) + "\n").encode("gb18030"))
     words = ["evaluate", str(path), "--metrics", "[chrf]", "--as-json"]
     assert main(words) == 2
-    assert "set encoding: gb18030 if that is right" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "set encoding: gb18030 if that is right" in told
+    assert "on_bad_row" not in told  # which evaluate has not
     assert main([*words, "--encoding", "gb18030"]) == 0
     found = json.loads(capsys.readouterr().out)["metrics"]["chrf"]["value"]
     assert found == pytest.approx(metric("chrf", {}).corpus([row["completion"]], [row["reference"]]).value)

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from steersman.data import DataConfig, demonstrations, feedback, preferences, rankings, ratings
+from steersman.people.store.imported import ImportCounts
 from steersman.people.store.imports import import_file
+from steersman.people.store.open_webui import import_record
 from steersman.types import SteersmanError
 
 MESSAGES = {
@@ -80,6 +82,41 @@ def test_open_webui_feedback_and_that_twice_is_once(address, store, tmp_path):
     assert again.left_out == {"there already": 2}
     # The chat that the feedback was about adds its own thumbs to the same conversation.
     assert import_file(store, write(tmp_path, "chats.json", [CHAT])).stored == {"thumb": 2}
+
+
+class Looked(dict):
+    """A message that counts how often it is looked at."""
+
+    looks = 0
+
+    def get(self, key, default=None):
+        Looked.looks += 1
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        Looked.looks += 1
+        return super().__getitem__(key)
+
+
+def looks_of(store, count: int) -> int:
+    """How often the messages of a chat of so many turns are looked at: two models answer each, one gets a thumb."""
+    messages: dict[str, Looked] = {}
+    for i in range(count):
+        above = f"a{i - 1}" if i else None
+        messages[f"u{i}"] = Looked(id=f"u{i}", parentId=above, role="user", content=f"q {i}")
+        messages[f"a{i}"] = Looked(id=f"a{i}", parentId=f"u{i}", role="assistant", content=f"x {i}", model="m",
+                                   annotation={"rating": 1})  # fmt: skip
+        messages[f"b{i}"] = Looked(id=f"b{i}", parentId=f"u{i}", role="assistant", content=f"y {i}", model="n")
+    record = {"id": f"c{count}", "user_id": "u", "chat": {"history": {"messages": messages}}}
+    done, Looked.looks = ImportCounts(), 0
+    with store.begin() as session:
+        import_record(session, record, done)
+    assert done.stored == {"thumb": count}
+    return Looked.looks
+
+
+def test_a_long_chat_takes_work_in_proportion(store):
+    assert looks_of(store, 80) < 5 * looks_of(store, 20)
 
 
 def test_label_studio(address, store, tmp_path):

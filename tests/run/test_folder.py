@@ -67,6 +67,33 @@ def test_a_folder_with_a_run_is_refused_unless_resuming(tmp_path):
         assert folder.changes == []
 
 
+class Part(Section):
+    first: int = Field(default=1, description="first")
+    second: int = Field(default=2, description="a newer key")
+
+
+class Newer(Recipe):
+    offload: bool = Field(default=False, description="a newer key")
+    inner: Part = Part(second=3)
+    parts: dict[str, Part] = Field(default={}, description="sections by name")
+
+
+def test_a_key_that_is_newer_than_the_run_changed_nothing_where_it_has_its_default(tmp_path):
+    (tmp_path / "config.yaml").write_text("rate: 0.1\nname: a\ninner: {first: 1}\nparts: {x: {first: 5}}\n")
+    newer = Newer(parts={"x": Part(first=5)})
+    with RunFolder(tmp_path, newer, resume=True) as folder:
+        assert folder.changes == []
+    (tmp_path / "config.yaml").write_text("rate: 0.1\nname: a\nparts: {x: {first: 5}}\n")
+    with RunFolder(tmp_path, newer.model_copy(update={"offload": True}), resume=True) as folder:
+        assert folder.changes == ["offload: False -> True"]
+
+
+def test_a_key_that_is_gone_since_the_run_is_told(tmp_path):
+    (tmp_path / "config.yaml").write_text("rate: 0.1\nname: a\nold: 4\n")
+    with RunFolder(tmp_path, Recipe(), resume=True) as folder:
+        assert folder.changes == ["old: 4 -> not there"]
+
+
 def test_resume_where_nothing_was_yet_starts_fresh(tmp_path):
     with RunFolder(tmp_path / "new", Recipe(), resume=True) as folder:
         assert not folder.resumed

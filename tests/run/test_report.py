@@ -171,6 +171,22 @@ def test_the_setup_stands_at_the_top(tmp_path):
         assert text in top
 
 
+def test_the_legend_says_which_lines_lie_on_others():
+    rows = [
+        {"step": i, "reward/total": i / 2, "reward/a": i / 2, "reward/b": 1.0, "reward/c": i / 2} for i in range(3)
+    ]
+    (chart,) = charts(rows)
+    assert chart.legend == [("total", "1"), ("a", "1, lies on total"), ("b", "1"), ("c", "1, lies on total")]
+
+
+def test_a_long_name_of_an_axis_is_cut_into_lines():
+    words = "Standard error of the held-out reward"
+    svg = line_chart("x", [Line("a", [0.0, 1.0], [0.0, 1.0])], label=words)
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>|<tspan[^>]*>([^<]*)</tspan>", svg)
+    assert words not in svg
+    assert {"Standard error of the", "held-out reward"} <= {a or b for a, b in shown}
+
+
 def test_axes_are_named_and_lines_that_coincide_are_told_apart():
     same = [Line(name, [0, 1, 2], [1, 2, 3]) for name in "ab"]
     svg = line_chart("reward", same, label="Reward")

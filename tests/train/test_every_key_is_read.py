@@ -12,7 +12,9 @@ from letter_models import save_mini, write_jsonl
 from train_kit import merge
 
 from steersman.cli import VERBS, main
+from steersman.config.load import load_recipe
 from steersman.config.sections import Section
+from steersman.control.recipe import RECIPES
 
 WORDS = ["yes it is.", "no", "a cat", "ok", "look", "so", "hm", "what?"]
 SOMETIMES = {
@@ -25,6 +27,16 @@ SOMETIMES = {
 }  # fmt: skip
 """Read where something of the data, or another key, asks for it; these runs are too plain. So is all of `health`, and
 of `parallel`, which several processes read."""
+_SHORT = [
+    "--rollout.copies", "2", "--evaluation.episodes", "1", "--evaluation.during", "1", "--run.eval_every", "1",
+]  # fmt: skip
+CONTROL = {
+    "ppo": [*_SHORT, "--rollout.steps", "16", "--settings.epochs", "1"],
+    "trpo": [*_SHORT, "--rollout.steps", "16"],
+    "reinforce": [*_SHORT, "--rollout.episodes", "2"],
+    "dqn": [*_SHORT, "--rollout.steps", "32", "--settings.learning_starts", "32", "--settings.updates", "2"],
+    "q-learning": ["--env", "FrozenLake-v1", "--settings.episodes", "20"],
+}
 READERS = ("pydantic", "steersman.config.load", "steersman.run.files.inputs", "steersman.config.help")
 """Modules that look at every key whatever it means."""
 
@@ -38,9 +50,8 @@ def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, tuple[int,
             yield prefix + name, (id(section), name)
 
 
-def read_by(verb: str, values: dict[str, Any], monkeypatch) -> tuple[set[str], set[str]]:
+def read_by(verb: str, recipe: Section, monkeypatch) -> tuple[set[str], set[str]]:
     """All keys of the recipe, and those that the run looked at."""
-    recipe = VERBS[verb].recipe_class(None, []).model_validate(values)
     seen: set[tuple[int, str]] = set()
 
     def watched(self, name):
@@ -106,7 +117,8 @@ def runs_of(verb: str, tmp_path, mini, base) -> list[dict[str, Any]]:
 def test_what_a_verb_accepts_it_reads(verb, tmp_path, mini, base, monkeypatch):
     keys, read = set(), set()
     for values in runs_of(verb, tmp_path, mini, base):
-        all_keys, looked_at = read_by(verb, values, monkeypatch)
+        recipe = VERBS[verb].recipe_class(None, []).model_validate(values)
+        all_keys, looked_at = read_by(verb, recipe, monkeypatch)
         keys |= all_keys
         read |= looked_at
     assert len(keys) > 20
@@ -114,6 +126,17 @@ def test_what_a_verb_accepts_it_reads(verb, tmp_path, mini, base, monkeypatch):
     passed = ("health.", "parallel.", *(f"{section}." for section in declared))
     unread = {key for key in keys - read - declared - SOMETIMES if not key.startswith(passed)}
     assert not unread, f"{verb} accepts these and does not look at them: {sorted(unread)}"
+
+
+@pytest.mark.parametrize("name", ["ppo", "trpo", "reinforce", "dqn", "q-learning"])
+def test_what_a_method_of_control_accepts_it_reads(name, tmp_path, monkeypatch):
+    words = ["--iterations", "2", "--run.dir", str(tmp_path / "run"), *CONTROL[name]]
+    recipe = load_recipe(RECIPES[name], None, words)
+    keys, read = read_by("control", recipe, monkeypatch)
+    # what is read for continuous actions, for half precision, and where it is no section
+    sometimes = {"network.log_std", "optimizer.rounding", "critic.optimizer.rounding", "critic"}
+    unread = keys - read - recipe.unread_keys() - sometimes
+    assert not unread, f"{name} accepts these and does not look at them: {sorted(unread)}"
 
 
 @pytest.mark.parametrize(

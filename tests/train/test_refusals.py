@@ -50,7 +50,17 @@ def refused(verb: str, base: dict, tmp_path, words: list[str], **changes) -> str
         ("remax", {"reward__whiten": True}, ["reward.whiten", "ReMax"]),
         ("ppo", {"reward__parts": {}}, ["reward.parts"]),
         ("ppo", {"reward__parts": {"x": {"builtin": "vader_sentimant"}}}, ["vader_sentiment"]),
-        ("ppo", {"rollout__prompts": 40, "algorithm__minibatches": 1}, ["12 rows", "40"]),
+        (
+            "ppo",
+            {"rollout__prompts": 40, "algorithm__minibatches": 1},
+            ["have 12", "40 prompts", "--rollout.prompts 12"],
+        ),
+        ("ppo", {"rollout__prompts": 40, "algorithm__minibatches": 5}, ["--rollout.prompts 10,"]),
+        (
+            "grpo",
+            {"rollout__prompts": 32, "algorithm__minibatches": 64},
+            ["--rollout.prompts 12 --algorithm.minibatches 1"],
+        ),
         ("ppo", {"rollout__min_new_tokens": 9}, ["min_new_tokens"]),
         ("ppo", {"rollout__max_new_tokens": 60}, ["prompts.jsonl", "the prompt has 7 tokens, at most 4 fit"]),
         ("ppo", {"data__path": "nothing.jsonl"}, ["nothing.jsonl"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from rich.table import Table
 from rich.text import Text
@@ -35,7 +35,8 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str, un
             continue
         typed = "required" if value is ... else default_text(value)
         meaning = Text(info.description or "")
-        meaning.append(f"  ({type_text(info.annotation, info.metadata)})", style="dim")
+        if not _is_one_word(info.annotation):  # which stands for a choice that was made before, and is described
+            meaning.append(f"  ({type_text(info.annotation, info.metadata)})", style="dim")
         table.add_row(f"--{prefix}{name}", Text(typed), meaning)
     for name, info, inner, value in sections:
         meaning = info.description or (inner.__doc__ or "").strip().split("\n")[0]
@@ -43,6 +44,10 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str, un
         table.add_row("")
         table.add_row(Text(f"{prefix}{name}", style="bold"), "", Text(meaning + off, style="italic"))
         _help_rows(table, inner, value, f"{prefix}{name}.", unread)
+
+
+def _is_one_word(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
 
 
 def default_text(value: Any) -> str:

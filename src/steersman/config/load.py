@@ -20,6 +20,8 @@ from steersman.types import SteersmanError
 
 R = TypeVar("R", bound=Section)
 
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+
 
 def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] | None = None) -> R:
     """The recipe at `path` (None: defaults only) with `--section.key value` overrides laid over it.
@@ -28,8 +30,13 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
     recipe class's own defaults for the rest.
 
     Raises SteersmanError naming the recipe, and for each problem its dotted key, what was given and what is
-    allowed; for an unknown key the nearest known one, or the section that it belongs under.
+    allowed; for an unknown key the nearest known one, or the section that it belongs under; for a file of data the
+    flag that takes it.
     """
+    if path is not None and path.suffix.lower() in _DATA:
+        known = "data.path" in (key for key, _ in walk_keys(model))
+        mend = f"give it by --data.path {path}" if known else "a recipe is a YAML file"
+        raise SteersmanError(f"recipe {path}: that is the name of a data file, not of a recipe; {mend}")
     data = _read_yaml(path) if path is not None else {}
     problems, from_command = apply_overrides(model, data, overrides or [])
     problems += drop_unknown(model, model, data, "", from_command)

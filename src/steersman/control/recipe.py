@@ -102,6 +102,26 @@ class ControlRecipe(Section):
     )
     run: RunConfig = RunConfig()
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        settings = cls.model_fields["settings"].annotation
+        sections: dict[str, type[Section]] = {}
+        keys = {"run.micro_tokens"}
+        if settings is TabularSettings:
+            sections = {
+                "rollout": RolloutConfig, "network": NetworkConfig, "optimizer": OptimizerConfig,
+                "evaluation": EvaluationConfig,
+            }  # fmt: skip
+            keys |= {"run.eval_every"}
+        elif isinstance(settings, type) and issubclass(settings, Algorithm):
+            # there is no reference that a KL could be measured to
+            idle = (*settings.unread, "kl_in", "kl_estimator", "kl_horizon")
+            keys |= {f"settings.{key}" for key in idle} | (set() if settings.critic else {"rollout.steps"})
+            sections = {"optimizer": OptimizerConfig} if settings.update == "trust_region" else {}
+        return frozenset(
+            keys | {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
+        )
+
     @model_validator(mode="after")
     def _fits(self) -> ControlRecipe:
         learned = self.settings

@@ -47,7 +47,7 @@ class Batches:
         self.shuffle, self.drop_last, self.mix = shuffle, drop_last, mix
         self.epoch = self.position = 0
         if len(self) == 0:
-            raise SteersmanError(f"{size} rows do not fill one batch of {batch_size}; make the batch smaller")
+            raise SteersmanError(f"{size} rows do not fill one batch of {batch_size}, and drop_last leaves it out")
 
     def __len__(self) -> int:
         """Batches per epoch."""

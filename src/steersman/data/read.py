@@ -41,7 +41,7 @@ def read_rows(
     Raises SteersmanError for a path that does not exist, an empty or unreadable file, and, unless `bad` says
     to skip, at the first row that is broken or no object.
     """
-    bad = bad or BadRows()
+    bad = bad or BadRows(key=None)
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise SteersmanError("data.path is an empty list: name a file, a folder, a glob or a hub data set")

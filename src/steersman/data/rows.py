@@ -24,17 +24,20 @@ class BadRows:
     """What to do with a bad row: stop at once, or skip it and keep count by reason.
 
     `counts` says how many rows were skipped for each reason, `first` holds the first message of each. `nulls` counts
-    values inside tool calls that only the container's one schema for all rows made null; they are dropped.
+    values inside tool calls that only the container's one schema for all rows made null; they are dropped. `key` is
+    the recipe's key for the policy; None where it has none.
     """
 
     policy: Literal["stop", "skip"] = "stop"
+    key: str | None = "data.on_bad_row"
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     nulls: int = 0
 
     def add(self, bad: RowError) -> None:
         if self.policy == "stop":
-            raise RowError(bad.reason, f"{bad} (data.on_bad_row: skip leaves such rows out and counts them)") from bad
+            choice = f" ({self.key}: skip leaves such rows out and counts them)" if self.key else ""
+            raise RowError(bad.reason, f"{bad}{choice}") from bad
         self.note(bad.reason, str(bad))
 
     def note(self, reason: str, message: str) -> None:

@@ -29,6 +29,7 @@ from steersman.config.sections import Section
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.ranks import MissingRankError, join_ranks
 from steersman.guards.terminal import say
+from steersman.guards.user_code import leave_now
 from steersman.types import SteersmanError
 
 FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
@@ -214,6 +215,6 @@ def end_with_starter(every: float = 1.0, grace: float = 60.0) -> None:
             time.sleep(every)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace)
-        os._exit(1)
+        leave_now(1)
 
     threading.Thread(target=watch, daemon=True, name="starter watch").start()

@@ -12,6 +12,7 @@ from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Call, Environment, Reply
 from steersman.environments.text import clean_text
+from steersman.guards.user_code import user_code
 from steersman.run.seed import sub_seed
 from steersman.types import Prompt, SteersmanError
 
@@ -39,14 +40,20 @@ class EpisodeTrace:
 
 
 def try_episodes(
-    environment: Environment, prompts: Sequence[Prompt], *, episodes: int, max_turns: int, low: float, high: float
-) -> Findings:
-    """Plays episodes at random, each twice with one seed. `low` and `high` are the range that a turn may pay."""
+    environment: Environment, prompts: Sequence[Prompt], *, episodes: int, max_turns: int, time_limit: float,
+    low: float, high: float,
+) -> Findings:  # fmt: skip
+    """Plays episodes at random, each twice with one seed. `low` and `high` are the range that a turn may pay.
+
+    Raises SteersmanError for an environment that asks the process to end, or whose calls take more than `time_limit`
+    seconds each.
+    """
     found = Findings(notes=environment.findings())
     courses, unlike = [], 0
     for i in range(episodes):
         prompt = prompts[i % len(prompts)]
-        one, two = (play_episode(environment, prompt, i, max_turns) for _ in range(2))
+        with user_code(f"environment, the random player's episode {i + 1}", time_limit * (max_turns + 1)):
+            one, two = (play_episode(environment, prompt, i, max_turns) for _ in range(2))
         unlike += (one.messages, one.rewards) != (two.messages, two.rewards)
         courses.append(one)
     if unlike:

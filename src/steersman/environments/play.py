@@ -6,6 +6,7 @@ Who speaks when is decided in `schedules.py`.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from steersman.environments.conversation import Conversation, in_segments
 from steersman.environments.port import Answer, Episode, Reply
 from steersman.environments.text import clean_text
 from steersman.environments.workers import Job, TooLateError, Workers
+from steersman.guards.user_code import user_code
 from steersman.rollout.port import Progress
 from steersman.rollout.sampling import Sampling
 from steersman.types import Prompt, Sample, SteersmanError
@@ -112,7 +114,8 @@ class Play:
     def _submit(self, game: EpisodeInPlay, call: Any) -> None:
         game.asked_at = time.monotonic()
         in_threads = self.of.config.run_in == "threads"  # a process has its own clock and is ended
-        self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None)
+        who = f"environment, row {game.prompt.index}, {f'turn {game.turns}' if game.turns else 'its beginning'}"
+        self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None, who)
 
     def _settle(self, job: Job) -> None:
         game = self.games[job.key]
@@ -257,7 +260,5 @@ def close_episode(game: EpisodeInPlay) -> None:
     """Closes the episode's environment; what that raises is of no use to anybody any more."""
     episode, game.episode = game.episode, None
     if episode is not None:
-        try:
+        with suppress(Exception), user_code("environment, closing an episode"):
             episode.close()
-        except Exception:
-            return

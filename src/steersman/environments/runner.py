@@ -16,6 +16,7 @@ from steersman.environments.port import Answer, Environment, Reply
 from steersman.environments.schedules import as_answers_come, joining, turn_by_turn
 from steersman.environments.telling import as_users, with_tool_descriptions
 from steersman.environments.workers import Workers
+from steersman.guards.user_code import streams_kept
 from steersman.rollout.port import Generator, Limits, Progress
 from steersman.rollout.sampling import Sampling
 from steersman.run.seed import sub_seed
@@ -63,8 +64,9 @@ class Episodes:
         workers = Workers(min(self.config.workers, len(games) or 1))
         play = Play(self, games, sampling, words, record_support, workers, progress)
         try:
-            play.begin()
-            self._schedule(play)
+            with streams_kept():  # an environment in a thread may close what is everybody's
+                play.begin()
+                self._schedule(play)
             return play.samples()
         finally:
             workers.close()

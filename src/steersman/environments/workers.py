@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from steersman.guards.user_code import no_sudden_end
 from steersman.types import SteersmanError
 
 _ABANDONED = 512
@@ -28,11 +29,12 @@ class TooLateError(Exception):
 
 @dataclass(slots=True)
 class Job:
-    """One call: `key` is whose, `result` or `error` what came of it."""
+    """One call: `key` is whose, `who` names it in messages, `result` or `error` is what came of it."""
 
     key: int
     call: Callable[[], Any]
     limit: float | None
+    who: str
     started: float | None = None
     result: Any = None
     error: BaseException | None = None
@@ -61,10 +63,10 @@ class Workers:
         self.abandoned = 0
         self.pending = 0
 
-    def submit(self, key: int, call: Callable[[], Any], limit: float | None) -> None:
+    def submit(self, key: int, call: Callable[[], Any], limit: float | None, who: str) -> None:
         """Puts a call in line; its limit counts from when it starts."""
         self.pending += 1
-        self._line.put(Job(key, call, limit))
+        self._line.put(Job(key, call, limit, who))
         with self._lock:
             if self._idle < self._line.qsize() and self._threads < self.count:
                 self._start()
@@ -115,9 +117,8 @@ class Workers:
 
     def _run(self, job: Job) -> bool:
         try:
-            result = job.call()
-            if inspect.isawaitable(result):
-                result = asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result(job.limit)
+            with no_sudden_end(job.who):
+                result = await_result(job.call(), job.limit)
         except TimeoutError as error:
             kept = job.finish(error=TooLateError(str(error)))
         except BaseException as error:
@@ -151,8 +152,12 @@ class Workers:
                 )
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+async def _awaited(result: Any) -> tuple[Any, SystemExit | None]:
+    """The result, or the exit that it asks for: raised in the loop, that would end the loop for all."""
+    try:
+        return await result, None
+    except SystemExit as error:
+        return None, error
 
 
 _shared: list[asyncio.AbstractEventLoop] = []
@@ -169,8 +174,11 @@ def _loop() -> asyncio.AbstractEventLoop:
         return _shared[0]
 
 
-def await_result(result: Any) -> Any:
-    """A result, awaited on the shared loop where it is to be; for code that calls a user's function itself."""
-    if inspect.isawaitable(result):
-        return asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result()
-    return result
+def await_result(result: Any, limit: float | None = None) -> Any:
+    """A result, awaited on the shared loop where it is to be, `limit` seconds at most (then TimeoutError)."""
+    if not inspect.isawaitable(result):
+        return result
+    value, left = asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result(limit)
+    if left is not None:
+        raise left
+    return value

@@ -131,7 +131,8 @@ def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows
         _, left_out = usable(sampled, recipe.unfinished)
         raise SteersmanError(
             f"{name}: no pair from {len(sampled)} answers (left out: {left_out_text(left_out)}): the judge finds the "
-            "rest equal, or no prompt has two; sample more or warmer, lower pairs.min_lead, or set unfinished to trim"
+            "rest equal, or no prompt has two; sample more or warmer, lower pairs.min_lead"
+            + ("" if recipe.unfinished == "trim" else ", or set unfinished to trim")
         )
     return pairs
 

@@ -22,6 +22,10 @@ class _TooLateError(BaseException):
     """The time is over; no `except Exception` of the user's may swallow it."""
 
 
+leave_now = os._exit
+"""Ends the process at once, whatever stands in the place of `os._exit`: for the project's own use."""
+
+
 @contextmanager
 def user_code(who: str, limit: float | None = None) -> Iterator[None]:
     """Runs a block that calls code of the user's, named `who` in messages.
@@ -30,31 +34,60 @@ def user_code(who: str, limit: float | None = None) -> Iterator[None]:
     word and as if it had been done; so is a block that takes longer than `limit` seconds. Standard output and
     error that it closes or points elsewhere are put back. Other exceptions pass.
 
-    `os._exit` is replaced while the block runs, for this process alone (a child that it forks leaves as ever); the
-    limit holds in the main thread and where Python code runs, not inside one call of a compiled library.
+    The limit holds in the main thread and where Python code runs, not inside one call of a compiled library. For a
+    block in another thread see `no_sudden_end`.
     """
-    process, leave = os.getpid(), os._exit
-
-    def instead(status: int) -> NoReturn:
-        if os.getpid() != process:
-            leave(status)
-        raise _ExitAskedError(f"os._exit({status})")
-
-    with _streams_kept():
-        os._exit = instead
+    with streams_kept():
         try:
-            with _time_limit(limit):
+            with no_sudden_end(who), _time_limit(limit):
                 yield
         except SystemExit as error:
             raise _left(who, f"sys.exit({'' if error.code is None else error.code})") from error
-        except _ExitAskedError as error:
-            raise _left(who, str(error)) from error
         except GeneratorExit as error:
             raise _left(who, "GeneratorExit") from error
         except _TooLateError as error:
             raise SteersmanError(f"{who}: it took longer than its limit of {limit:g} seconds") from error
-        finally:
-            os._exit = leave
+
+
+@contextmanager
+def no_sudden_end(who: str) -> Iterator[None]:
+    """Runs a block, in any thread, in which `os._exit` is a SteersmanError that names `who`.
+
+    `os._exit` is replaced while any such block runs, for all threads of this process alone (a child that it forks
+    leaves as ever).
+    """
+    _replacement.begin()
+    try:
+        yield
+    except _ExitAskedError as error:
+        raise _left(who, str(error)) from error
+    finally:
+        _replacement.end()
+
+
+class _Replacement:
+    """Stands in the place of `os._exit` from the first block that begins to the last one that ends."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.process = threading.Lock(), 0, os.getpid()
+
+    def begin(self) -> None:
+        with self.lock:
+            self.blocks, self.process, os._exit = self.blocks + 1, os.getpid(), self
+
+    def end(self) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if not self.blocks:
+                os._exit = leave_now
+
+    def __call__(self, status: int) -> NoReturn:
+        if os.getpid() != self.process:
+            leave_now(status)
+        raise _ExitAskedError(f"os._exit({status})")
+
+
+_replacement = _Replacement()
 
 
 def _left(who: str, how: str) -> SteersmanError:
@@ -96,7 +129,7 @@ def _time_limit(limit: float | None) -> Iterator[None]:
 
 
 @contextmanager
-def _streams_kept() -> Iterator[None]:
+def streams_kept() -> Iterator[None]:
     """Puts back standard output and error, the descriptors and Python's files, where the block took them away."""
     files: dict[str, Any] = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     kept = {number: os.dup(number) for number in (1, 2) if _identity(number) is not None}

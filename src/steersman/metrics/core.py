@@ -16,7 +16,7 @@ import torch
 
 from steersman.guards.untrusted import LONE_SURROGATE
 from steersman.guards.user_code import user_code
-from steersman.ops.text import unspaced, words
+from steersman.ops.text import uncut, unspaced, words
 from steersman.types import SteersmanError
 
 Cut = Literal["words", "space"]
@@ -284,11 +284,14 @@ def jackknife(whole: MetricInput, value: Callable[[MetricInput], float], name: s
     return Corpus(point, point - half, point + half, n)
 
 
-def check_script(name: str, references: Sequence[Sequence[str]], mend: str) -> None:
-    """Raises SteersmanError for a reference in a script without spaces, which a tokeniser at spaces can't cut."""
+def check_script(
+    name: str, references: Sequence[Sequence[str]], mend: str, cut: Callable[[str], Sequence[str]] = str.split
+) -> None:
+    """Raises SteersmanError for a reference in a script without spaces that `cut`, the metric's tokeniser, leaves
+    whole."""
     for row, listed in enumerate(references):
         for reference in listed:
-            if unspaced(reference):
+            if unspaced(reference) and uncut(reference, cut(reference)):
                 raise SteersmanError(
                     f"metric '{name}', row {row}: the reference is in a script without spaces, which the tokeniser "
                     f"would take for one word: {reference[:30]!r}; {mend}"

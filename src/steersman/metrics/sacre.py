@@ -57,6 +57,9 @@ class _Sacre(Scorer):
     def _check(self, batch: MetricInput) -> None:
         """Refuses what the tokeniser can't read."""
 
+    def _cut(self, text: str) -> list[str]:
+        return self._scorer._preprocess_segment(text).split()
+
 
 @dataclass
 class SacreBLEU(_Sacre):
@@ -96,8 +99,9 @@ class SacreBLEU(_Sacre):
         return self._made(False)
 
     def _check(self, batch: MetricInput) -> None:
-        if self.tokenize in ("13a", "intl", "none"):
-            check_script(self.name, batch.references, "set `tokenize: char` (`zh` for Chinese), or use chrf")
+        if self.tokenize in ("13a", "intl", "none", "zh"):
+            mend = "set `tokenize: char` (`zh` for Chinese), or use chrf"
+            check_script(self.name, batch.references, mend, self._cut)
 
 
 @dataclass
@@ -162,5 +166,5 @@ class TER(_Sacre):
         )
 
     def _check(self, batch: MetricInput) -> None:
-        if not self.asian:
-            check_script(self.name, batch.references, "set `asian: true` and `normalized: true`, or use chrf")
+        mend = "set `asian: true` and `normalized: true` (Chinese and Japanese), or use chrf"
+        check_script(self.name, batch.references, mend, self._cut)

@@ -55,6 +55,14 @@ def unspaced(text: str) -> bool:
     return 2 * len(re.findall(f"[{_UNSPACED}]", text)) > len(letters)
 
 
+def uncut(text: str, tokens: Sequence[str]) -> bool:
+    """Whether `tokens` leave most of what `text` writes without spaces, sign to sign, in one piece."""
+    plain = "".join(" " if unicodedata.category(c)[0] in "PSZ" else c for c in text)
+    runs = [run for run in plain.split() if len(re.findall(_CHARACTER, run)) > 1]
+    whole = sum(any(run in token for token in tokens) for run in runs)
+    return 2 * whole > len(runs)
+
+
 def sentences(text: str) -> list[str]:
     """`text` cut after `.`, `!`, `?` (with closing quotes) and at line ends; empty pieces are left out."""
     return [piece for piece in _SENTENCE_END.split(text) if piece and not piece.isspace()]

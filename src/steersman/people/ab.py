@@ -51,7 +51,7 @@ class ABRecipe(Section):
 
 def run(recipe: ABRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the report of the experiment as its outcomes stand, and returns it."""
-    bad, experiment = BadRows(recipe.on_bad_row), recipe.experiment
+    bad, experiment = BadRows(recipe.on_bad_row, "on_bad_row"), recipe.experiment
     names = (experiment.control, experiment.treatment)
     if "://" in recipe.file:
         rows = list(outcomes_of(open_judgements(recipe.file), *names))

@@ -70,7 +70,7 @@ class JudgementFiles:
     """
 
     def __init__(self, path: str | Path, bad: BadRows | None = None) -> None:
-        self.path, self.bad = path, bad or BadRows()
+        self.path, self.bad = path, bad or BadRows(key=None)
 
     def __iter__(self) -> Iterator[Judgement]:
         found: dict[str, Judgement] = {}

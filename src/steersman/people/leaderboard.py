@@ -45,7 +45,7 @@ class LeaderboardRecipe(Section):
 
 def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the table, and returns both ratings and what style is worth."""
-    bad = BadRows(recipe.on_bad_row)
+    bad = BadRows(recipe.on_bad_row, "on_bad_row")
     battles = list(style_battles(open_judgements(recipe.file, bad), recipe.cluster))
     if not battles:
         raise SteersmanError(

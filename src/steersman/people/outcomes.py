@@ -37,7 +37,7 @@ def outcome_rows(rows: Iterable[Row], control: str, treatment: str, bad: BadRows
 
     Raises RowError (file, row, field) at what is none of these, or skips and counts it if `bad` says so.
     """
-    bad = bad or BadRows()
+    bad = bad or BadRows(key=None)
     for row in rows:
         row.data = {k: v for k, v in row.data.items() if v not in (None, "")}  # cells of CSV are empty, not missing
         try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
 from steersman.distributed.pieces import local_shard
+from steersman.distributed.ranks import ranks
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.quantise import is_quantised
@@ -253,14 +254,17 @@ def _roles(models: Sequence[Model]) -> list[Role]:
 
 
 def _role(model: Model, seen: set[int]) -> Role:
-    """Gradients have their parameters' precision; the optimizer says what it keeps."""
+    """What this rank holds. Gradients have their parameters' precision; the optimizer says what it keeps."""
     parameters = list(model.module.parameters())
     trained = [p for p in parameters if p.requires_grad] if model.trained is not None else []
     own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
     seen |= {id(x) for x in own}
     weights = sum(map(_bytes, own))
-    gradients = sum(map(_bytes, trained))
-    kept = 0 if model.optimizer is None else state_bytes(trained, model.optimizer)
+    here = ranks()
+    gradients = sum(map(_bytes, trained)) // here.pieces(2)
+    kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer)
+    if here.pieces(1) > 1:  # DeepSpeed updates a copy of the weights
+        kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
         weights, gradients, kept,

@@ -157,6 +157,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "share: base keeps one whole base on each device; use parallel.mode: replicas, or share: none, where "
                 "every model lies in pieces"
             )
+        if self.parallel.stage and (self.share == "base" or algorithm.update == "trust_region"):
+            what = "share: base" if self.share == "base" else algorithm.title
+            raise ValueError(f"parallel.mode {self.parallel.mode} is not for {what}; use mode: replicas")
         if self.share == "base" and self.model.lora is None:
             raise ValueError(
                 "share: base needs adapters to tell the models apart; give model.lora, for instance '{}'"

@@ -111,8 +111,9 @@ class Session:
         for damage in self.checkpoints.damaged:
             self.log.note(damage, style="yellow")
         if self.folder.resumed:
+            done = ", the last one: the run was done" if self.start >= total else ""
             self.log.note(
-                f"resumed after step {self.start}" if found else "no checkpoint to resume from: from the start"
+                f"resumed after step {self.start}{done}" if found else "no checkpoint to resume from: from the start"
             )
         for change in self.folder.changes:
             self.log.note(f"the recipe changed since the run began: {change}", style="yellow")

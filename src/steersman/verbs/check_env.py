@@ -53,7 +53,7 @@ def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:
     rows = _rows(recipe)
     found = try_episodes(
         environment, rows, episodes=recipe.episodes, max_turns=recipe.environment.max_turns,
-        low=recipe.reward_low, high=recipe.reward_high,
+        time_limit=recipe.environment.time_limit, low=recipe.reward_low, high=recipe.reward_high,
     )  # fmt: skip
     if recipe.model is not None:
         with ExitStack() as stack:

@@ -105,6 +105,10 @@ class RewardModelRecipe(TrainingRecipe):
         several += ["train.heads"] * (self.train.heads > 1)
         if len(several) > 1:
             raise ValueError(f"{' and '.join(several)} are different kinds of reward model; give one of them")
+        if self.train.heads > 1 and self.parallel.stage:
+            raise ValueError(
+                f"train.heads: parallel.mode {self.parallel.mode} is not for ensembles; use replicas or fsdp"
+            )
         if self.train.debias and (several or self.stage != "train"):
             raise ValueError("train.debias is for a reward model of one number, at the end of stage train")
         if self.train.bottleneck and self.model.lora is not None and not self.model.merge:
@@ -227,7 +231,7 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
     longest = max(data.lengths)
     _show(pre, session, model, recipe, Load(max(recipe.run.micro_tokens, longest), longest))
     session.begin(_Nothing(), 0)
-    session.saved = 0
+    session.saved_step = 0
     session.observe(0, objective.evaluate())
     return _finish(session, recipe, objective, {"model": recipe.model.path, "kind": kind})
 

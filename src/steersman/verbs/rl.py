@@ -30,7 +30,7 @@ from steersman.train.roles import Roles, build_roles
 from steersman.train.segments import SegmentRows
 from steersman.train.session import Session
 from steersman.train.stopping import Stopping
-from steersman.types import Prompt, Sample, Stats
+from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 
 def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         roles = build_roles(recipe, session.device)
         stack.callback(roles.engine.close)
         train, held_out, mix = _prompts(recipe, roles.policy)
+        _require_one_batch(recipe, len(train))
         lengths = [len(p.ids) for p in train]
         batches = Batches(
             len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
@@ -194,6 +195,19 @@ def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list
         held_out = train[-recipe.rollout.held_out :] if recipe.rollout.held_out else []
     mix = mixture(recipe.data, [loaded.train[p.index].row.part for p in train])
     return train, held_out[: recipe.rollout.held_out], mix
+
+
+def _require_one_batch(recipe: OnPolicyRecipe, size: int) -> None:
+    """Raises SteersmanError where there are too few prompts for one iteration, with flags that would do."""
+    rollout, minibatches = recipe.rollout, recipe.algorithm.minibatches
+    if rollout.prompts <= size:
+        return
+    whole = [n for n in range(size, 0, -1) if n * rollout.samples % minibatches == 0]
+    flags = f"--rollout.prompts {whole[0]}" if whole else f"--rollout.prompts {size} --algorithm.minibatches 1"
+    raise SteersmanError(
+        f"rollout.prompts: an iteration takes {rollout.prompts} prompts, and the data have {size} to train on; "
+        f"type {flags}, or give more data"
+    )
 
 
 def _preflight(

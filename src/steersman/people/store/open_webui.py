@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -12,6 +13,15 @@ from steersman.people.store.imported import ImportCounts, import_item, import_ju
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Conversation, Turn
 from steersman.people.store.verdicts import checked, storable
+
+
+@dataclass(slots=True)
+class _Chat:
+    """A chat's messages by id, the ids of those that answer each of them (None: that begin), and what is stored."""
+
+    messages: dict[str, Any]
+    answering: dict[str | None, list[str]]
+    turns: dict[str, Turn]
 
 
 def is_open_webui(record: dict[str, Any]) -> bool:
@@ -35,18 +45,19 @@ def import_record(session: Session, record: dict[str, Any], done: ImportCounts) 
     is_feedback = "snapshot" in record
     chat_id = str((record.get("meta") or {}).get("chat_id") or record["id"]) if is_feedback else str(record["id"])
     rater = imported_rater(session, "open-webui", str(record.get("user_id") or "unknown"))
-    turns = _turns(session, chat_id, rater, messages)
+    chat = _stored(session, chat_id, rater, messages)
     if is_feedback:
         message_id, said = str(record["meta"]["message_id"]), record["data"]
-        _thumb(session, turns, messages, message_id, said, rater, done, _when(record))
+        _thumb(session, chat, message_id, said, rater, done, _when(record))
         return
     for message_id, message in messages.items():
         if isinstance(message.get("annotation"), dict):
             when = float(message.get("timestamp") or now())
-            _thumb(session, turns, messages, message_id, message["annotation"], rater, done, when)
+            _thumb(session, chat, message_id, message["annotation"], rater, done, when)
 
 
-def _turns(session: Session, chat_id: str, rater: int, messages: dict[str, Any]) -> dict[str, Turn]:
+def _stored(session: Session, chat_id: str, rater: int, messages: dict[str, Any]) -> _Chat:
+    """Stores a chat's messages, level by level; what hangs on a message that is not there, or on itself, is not."""
     of = session.get(Conversation, source_id("webui", chat_id))
     if of is None:
         of = Conversation(
@@ -54,28 +65,29 @@ def _turns(session: Session, chat_id: str, rater: int, messages: dict[str, Any])
         )
         session.add(of)
         session.flush()
+    answering: dict[str | None, list[str]] = {}
+    for message_id, message in messages.items():
+        answering.setdefault(message.get("parentId"), []).append(message_id)
+    place = {message_id: i for i, message_id in enumerate(messages)}
     turns: dict[str, Turn] = {}
-    waiting = dict(messages)
-    while waiting:
-        ready = [i for i, m in waiting.items() if m.get("parentId") is None or m["parentId"] in turns]
-        if not ready:
-            break  # what hangs on a message that is not there, or on itself
-        for message_id in ready:
-            turns[message_id] = _turn(session, of, message_id, waiting.pop(message_id), turns)
-    return turns
+    level = answering.get(None, [])
+    while level:
+        for message_id in level:
+            turns[message_id] = _turn(session, of, message_id, messages[message_id], turns)
+        level = sorted((i for above in level for i in answering.get(above, ())), key=place.__getitem__)
+    return _Chat(messages, answering, turns)
 
 
 def _turn(session: Session, of: Conversation, message_id: str, m: dict[str, Any], turns: dict[str, Turn]) -> Turn:
     found = session.get(Turn, source_id("webui", of.id, message_id))
     if found is None:
         parent = turns[m["parentId"]].id if m.get("parentId") is not None else None
-        model = (str(m["model"]), "") if m.get("model") else None
         role = str(m["role"])
         if role not in ("user", "assistant", "system"):
             raise ValueError(f"a message has the role {role[:20]!r}")
         found = Turn(
             id=source_id("webui", of.id, message_id), conversation_id=of.id, parent_id=parent, role=role,
-            content=storable(str(m.get("content") or "")), model_id=model_id(session, model), sampling=None,
+            content=storable(str(m.get("content") or "")), model_id=model_id(session, _model(m)), sampling=None,
             finish=None, seconds=None, created=float(m.get("timestamp") or now()),
         )  # fmt: skip
         session.add(found)
@@ -86,10 +98,14 @@ def _turn(session: Session, of: Conversation, message_id: str, m: dict[str, Any]
     return found
 
 
+def _model(message: dict[str, Any]) -> tuple[str, str] | None:
+    """Name and version, which is not known, of the model that wrote a message; None for a person."""
+    return (str(message["model"]), "") if message.get("model") else None
+
+
 def _thumb(
     session: Session,
-    turns: dict[str, Turn],
-    messages: dict[str, Any],
+    chat: _Chat,
     message_id: str,
     said: dict[str, Any],
     rater: int,
@@ -98,6 +114,7 @@ def _thumb(
 ) -> None:
     """A thumb; where the same question was answered by another model beside it, a comparison, too."""
     rating = said.get("rating")
+    turns, messages = chat.turns, chat.messages
     if rating not in (1, -1) or message_id not in turns:
         done.left_out["no thumb" if rating not in (1, -1) else "the message is not in the conversation"] += 1
         return
@@ -107,33 +124,28 @@ def _thumb(
     import_judgement(
         session, done, "thumb", ("webui", turn.id, rater), rater, verdict, "open-webui", when, turn_id=turn.id
     )
+    if not said.get("sibling_model_ids"):
+        return
     beside = [
-        turns[i] for i, m in messages.items()
-        if i in turns and i != message_id and m.get("parentId") == messages[message_id].get("parentId")
-        and m.get("role") == "assistant" and m.get("model") != messages[message_id].get("model")
+        i for i in chat.answering[messages[message_id].get("parentId")]
+        if i != message_id and messages[i].get("role") == "assistant"
+        and messages[i].get("model") != messages[message_id].get("model")
     ]  # fmt: skip
-    if len(beside) == 1 and said.get("sibling_model_ids") and turn.content.strip() != beside[0].content.strip():
-        prompt = _before(turns, turn)
-        answers = [TurnText(t.content, _named(messages, turns, t)) for t in (turn, beside[0])]
-        item = import_item(session, "open-webui", "compare", prompt, answers, {})
+    if len(beside) == 1 and turn.content.strip() != turns[beside[0]].content.strip():
+        answers = [TurnText(turns[i].content, _model(messages[i])) for i in (message_id, beside[0])]
+        item = import_item(session, "open-webui", "compare", _before(chat, message_id), answers, {})
         key, choice = ("webui pair", turn.id, rater), {"choice": 0 if rating == 1 else 1}
         import_judgement(
             session, done, "compare", key, rater, choice, "open-webui", when, item_id=item.id
         )  # fmt: skip
 
 
-def _before(turns: dict[str, Turn], turn: Turn) -> list[dict[str, str]]:
-    by_id = {t.id: t for t in turns.values()}
-    out, at = [], turn.parent_id
+def _before(chat: _Chat, message_id: str) -> list[dict[str, str]]:
+    out, at = [], chat.messages[message_id].get("parentId")
     while at is not None:
-        out.append({"role": by_id[at].role, "content": by_id[at].content})
-        at = by_id[at].parent_id
+        out.append({"role": chat.turns[at].role, "content": chat.turns[at].content})
+        at = chat.messages[at].get("parentId")
     return out[::-1]
-
-
-def _named(messages: dict[str, Any], turns: dict[str, Turn], turn: Turn) -> tuple[str, str] | None:
-    name = next((m.get("model") for i, m in messages.items() if turns.get(i) is turn), None)
-    return (str(name), "") if name else None
 
 
 def _when(record: dict[str, Any]) -> float:

@@ -66,7 +66,7 @@ class Wheel:
 
     def __init__(self, ledger: Ledger, recipe: WheelRecipe, source: Judgements | None) -> None:
         self.ledger, self.recipe = ledger, recipe
-        self.bad = BadRows(recipe.judgements.on_bad_row)
+        self.bad = BadRows(recipe.judgements.on_bad_row, "judgements.on_bad_row")
         self.source = source or open_judgements(recipe.judgements.folder, self.bad)
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         self.chats = bool(tokenizer.chat_template)

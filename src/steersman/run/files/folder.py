@@ -17,6 +17,7 @@ from typing import Any
 
 from steersman.atomic import recover, write_atomic
 from steersman.config.dump import dump_recipe
+from steersman.config.load import load_recipe
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
 from steersman.distributed.ranks import ranks
@@ -107,7 +108,7 @@ class RunFolder:
         file, text = self.path / "config.yaml", dump_recipe(recipe)
         if file.exists():
             before = file.read_text(encoding="utf-8")
-            self.changes = _differences(before, text)
+            self.changes = _differences(_resolved(type(recipe), file), text)
             if self.changes:
                 taken = len(list(self.path.glob("config.before-resume-*.yaml")))
                 write_atomic(self.path / f"config.before-resume-{taken + 1}.yaml", before)
@@ -142,10 +143,19 @@ def open_folder(path: Path, recipe: Section, *, resume: bool = False) -> RunFold
     return opened[0] if opened else GuestFolder(Path(path), resumed, changes)
 
 
+def _resolved(model: type[Section], file: Path) -> str:
+    """The recipe of the earlier run with the defaults of keys that there are since then; as it stands where it is no
+    recipe of today's."""
+    try:
+        return dump_recipe(load_recipe(model, file))
+    except SteersmanError:
+        return file.read_text(encoding="utf-8")
+
+
 def _differences(before: str, after: str) -> list[str]:
     old, new = _flat(load_yaml(before)), _flat(load_yaml(after))
     keys = [k for k in [*new, *(k for k in old if k not in new)] if old.get(k) != new.get(k)]
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys]
+    return [f"{k}: {old.get(k, 'not there')} -> {new.get(k, 'not there')}" for k in keys]
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -64,6 +64,9 @@ class Ledger:
                 sinks=self.config.sinks,
             )  # fmt: skip
         self.log = self._stack.enter_context(self.log)
+        if self.folder.resumed and self.done >= 0:
+            done = ", the last one: the run was done" if self.done >= self.rounds else ""
+            self.log.note(f"resumed after round {self.done}{done}")
         for change in self.folder.changes:
             self.log.note(f"the recipe changed since the run began: {change}", style="yellow")
         return self

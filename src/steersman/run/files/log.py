@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from steersman.atomic import saving, write_atomic
 from steersman.guards.terminal import printable
-from steersman.run.files.sinks import open_sink
+from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
 from steersman.types import Stats
 
@@ -56,7 +56,7 @@ class Log:
         self._files = {
             name: (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") for name in FILES
         }
-        self._sinks = [open_sink(name, self.folder, max(resumed_step, 0)) for name in sinks]
+        self._sinks = Sinks(sinks, self.folder, max(resumed_step, 0), lambda text: self.note(text, style="yellow"))
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
             self._bar.start()
@@ -66,8 +66,7 @@ class Log:
         """One row of metrics.jsonl: `{"step", "seconds", ...stats}`; numbers that are not finite become text."""
         seconds = self._seconds_before + time.monotonic() - self._start
         self._append("metrics.jsonl", {"step": step, "seconds": round(seconds, 3), **stats})
-        for sink in self._sinks:
-            sink.log(step, stats)
+        self._sinks.log(step, stats)
         self._show(step, stats)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -98,8 +97,7 @@ class Log:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        for sink in self._sinks:
-            sink.close()
+        self._sinks.close()
         for file in self._files.values():
             file.close()
 

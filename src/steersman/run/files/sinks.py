@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +111,54 @@ class SwanLab:
 SINKS: dict[str, Callable[[Path, int], Sink]] = {
     "tensorboard": Tensorboard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow, "swanlab": SwanLab,
 }  # fmt: skip
+
+
+_LONGEST = 60.0
+"""Seconds that a sink may take for the numbers of one step."""
+
+
+class Sinks:
+    """The sinks of a run. What was trained is worth more than a tracker: one that fails is dropped, and told by
+    `tell` when it does and at the end.
+
+    Raises SteersmanError where a sink does not open: before the run begins that is cheap to mend.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, resumed_step: int, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.open = {name: open_sink(name, folder, resumed_step) for name in names}
+        self.dropped: dict[str, str] = {}
+
+    def log(self, step: int, stats: Stats) -> None:
+        """Hands a step's numbers to every sink that still works."""
+        for name, sink in list(self.open.items()):
+            try:
+                with user_code(f"sink '{name}'", _LONGEST):
+                    sink.log(step, stats)
+            except Exception as error:
+                self.dropped[name] = f"the sink '{name}' failed at step {step} and gets no more: {_said(error)}"
+                self.tell(f"{self.dropped[name]}. metrics.jsonl has every number; the run goes on")
+                self._close(name)
+
+    def close(self) -> None:
+        """Closes those that still work, and tells again which do not."""
+        for why in self.dropped.values():
+            self.tell(why)
+        for name in list(self.open):
+            if (why := self._close(name)) is not None:
+                self.tell(f"the sink '{name}' failed as it was closed: {why}")
+
+    def _close(self, name: str) -> str | None:
+        try:
+            with user_code(f"sink '{name}'", _LONGEST):
+                self.open.pop(name).close()
+        except Exception as error:
+            return _said(error)
+        return None
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
 
 
 def open_sink(name: str, folder: Path, resumed_step: int) -> Sink:

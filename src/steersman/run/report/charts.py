@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: s
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("step")
-        axes.set_ylabel(label or title)
+        axes.set_ylabel(textwrap.fill(label or title, 26))  # what a chart's height has room for
         axes.margins(x=0.01)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

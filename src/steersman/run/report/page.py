@@ -57,7 +57,7 @@ class Chart:
     note: str
     svg: Markup
     legend: list[tuple[str, str]]
-    """Name and last value of each line, in the order of the colours."""
+    """Name and last value of each line, in the order of the colours; of a line that lies on another, which."""
     left_out: int = 0
 
 
@@ -160,8 +160,14 @@ def _chart(group: str, found: Mapping[str, Line]) -> Chart:
     shown = ordered[:SERIES]
     svg = line_chart(group, shown, log=group in LOG_SCALE, label=title)
     label = f'<svg role="img" aria-label="{html.escape(title)}: {html.escape(", ".join(x.name for x in shown))}"'
-    legend = [(line.name, _show(line.values[-1])) for line in shown]
+    legend = [(line.name, _last(line, shown[:i])) for i, line in enumerate(shown)]
     return Chart(title, note, Markup(svg.replace("<svg", label, 1)), legend, len(ordered) - len(shown))
+
+
+def _last(line: Line, before: Sequence[Line]) -> str:
+    """The last value, and the first of the lines `before` that this one can't be seen beside."""
+    same = next((x.name for x in before if (x.steps, x.values) == (line.steps, line.values)), None)
+    return _show(line.values[-1]) + ("" if same is None else f", lies on {same}")
 
 
 def _group(key: str) -> str:
@@ -283,7 +289,7 @@ def _show(value: Any) -> str:
         )
         return text.replace("-", "−")
     if isinstance(value, (list, tuple)):
-        return ", ".join(_show(v) for v in value)
+        return ", ".join(_show(v) for v in value) or "none"
     return str(value)
 
 
