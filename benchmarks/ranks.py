@@ -1,6 +1,7 @@
 """The same recipe on one process and on several: are the weights the same, what does a rank hold, how long is a step?
 
     python benchmarks/ranks.py equality [VERB ...] # verbs x layouts, the story model in float64
+    python benchmarks/ranks.py zero [VERB ...]     # the same under DeepSpeed, which updates float32
     python benchmarks/ranks.py memory MODEL        # what a rank holds of weights, gradients and moments, and its peak
     python benchmarks/ranks.py scale [RECIPE ...]  # the recipes of recipes/scale, one under torchrun as two nodes
     python benchmarks/ranks.py cost                # what every rank holds of the whole batch, against batch and world
@@ -31,6 +32,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "4 replicas": (4, {}),
     "2 shards": (2, {"parallel.mode": "fsdp"}),
     "2 copies x 2 shards": (4, {"parallel.mode": "fsdp", "parallel.replicas": 2}),
+}
+ZERO: dict[str, tuple[int, dict[str, Any]]] = {
+    "2 ranks, ZeRO 1": (2, {"parallel.mode": "zero1"}),
+    "2 ranks, ZeRO 2": (2, {"parallel.mode": "zero2"}),
 }
 RANKS = {"1-gpu": "1", "8-gpus": "2 shards", "4-nodes": "2 nodes of 2 shards, a copy on each"}
 SHORT = {"rollout.prompts": 8, "rollout.max_new_tokens": 16, "iterations": 4, "algorithm.minibatches": 2}
@@ -65,18 +70,18 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
         raise SystemExit(f"{folder} has no checkpoint")
     roles = found.state["state"].get("roles", {"model": found.state["state"].get("model")})
     return {
-        f"{role}.{name}": x.whole() if isinstance(x, StoredTensor) else x
+        f"{role}.{name}": x.full_tensor() if isinstance(x, StoredTensor) else x
         for role in ("model", "policy", "critic")
         for name, x in roles.get(role, {}).items()
     }
 
 
-def equality() -> None:
-    """The largest difference of a weight after training, in parts of how far the farthest weight moved."""
-    print("| verb | " + " | ".join(LAYOUTS) + " |\n|---|" + "---|" * len(LAYOUTS))
+def equality(layouts: dict[str, tuple[int, dict[str, Any]]] = LAYOUTS, dtype: str = "float64", **more: Any) -> None:
+    """The largest difference of a weight between one process and several, after training."""
+    print("| verb | " + " | ".join(layouts) + " |\n|---|" + "---|" * len(layouts))
     with tempfile.TemporaryDirectory() as folder:
         for verb, own in ((verb, own) for verb, own in VERBS.items() if not sys.argv[2:] or verb in sys.argv[2:]):
-            base = {**own, "model.dtype": "float64", "run.save_every": 1000, "run.threads": 1}
+            base = {**own, "model.dtype": dtype, "run.save_every": 1000, "run.threads": 1, **more}
             recipe = ROOT / "recipes" / f"{'ppo' if verb == 'trpo' else verb}.yaml"
             if verb == "trpo":
                 recipe, base = trpo_recipe(Path(folder)), {**base}
@@ -84,7 +89,7 @@ def equality() -> None:
             alone = Path(folder, f"{verb}-alone")
             run(verb, {**base, "run.dir": str(alone)}, str(recipe))
             cells = []
-            for name, (world, layout) in LAYOUTS.items():
+            for name, (world, layout) in layouts.items():
                 if verb == "trpo" and "parallel.mode" in layout:
                     cells.append("refused")
                     continue
@@ -175,5 +180,5 @@ def cost() -> None:
 if __name__ == "__main__":
     {
         "equality": lambda: equality(), "memory": lambda: memory(sys.argv[2]), "scale": lambda: scale(),
-        "cost": lambda: cost(),
+        "cost": lambda: cost(), "zero": lambda: equality(ZERO, "float32", **{"optimizer.eps": 1e-4}),
     }[sys.argv[1]]()  # fmt: skip

@@ -67,6 +67,7 @@ PUBLIC = {"cli", "api", "__init__"}
 HOMES = {
     "transformers": {"model", "data", "reward", "rollout", "metrics"},
     "peft": {"model"},
+    "deepspeed": {"update/zero.py"},
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py", "environments"},
     "matplotlib": {"run", "control", "grue"},

@@ -6,6 +6,7 @@ import csv
 import functools
 import re
 import sqlite3
+import string
 import threading
 
 WORD = re.compile(r"[a-z']{2,}")
@@ -14,9 +15,10 @@ WORD = re.compile(r"[a-z']{2,}")
 class Library:
     """Which section of which story answers a question? Two searches; each is answered by the best section's opening.
 
-    `sections` are tables with the columns story, section and text. A row has `story` and `section`, the numbers of
-    those that hold the answer. The return is 1 / rank of the best of them in the better of the two searches, and 0
-    where it is not among the first ten. A search of more than `words` words is cut.
+    The words of the question are listed under letters, and a search names letters: a small model does not copy words
+    that are new to it. `sections` are tables with the columns story, section and text. A row has `question`, and
+    `story` and `section`, the numbers of those that hold the answer. The return is 1 / rank of the best of them in
+    the better of the two searches, 0 where it is not among the first ten. At most `words` words of a search count.
     """
 
     def __init__(self, sections: list[str], words: int = 3) -> None:
@@ -24,16 +26,23 @@ class Library:
 
     def begin(self, row):
         self.wanted = {f"{row['story']} {section}" for section in row["section"]}
+        self.listed = listed(row["question"])
         self.left, self.earned = 2, 0.0
-        return None
+        return "\nWords:" + "".join(f" {letter} {word}" for letter, word in self.listed.items()) + "\nSearch:"
 
     def step(self, text):
-        found = self.shelf.search(WORD.findall(text.lower())[: self.words])
+        named = [self.listed[name] for name in text.split() if name in self.listed]
+        found = self.shelf.search(list(dict.fromkeys(named))[: self.words])
         score = next((1 / rank for rank, (key, _) in enumerate(found, 1) if key in self.wanted), 0.0)
         gain, self.left = max(score - self.earned, 0.0), self.left - 1
         self.earned += gain
         opening = " ".join(found[0][1].split()[:10]) if found else "nothing"
         return f" -> {opening}\nSearch:", gain, self.left == 0 or self.earned == 1.0
+
+
+def listed(question: str) -> dict[str, str]:
+    """The question's words under letters, each word once."""
+    return dict(zip(string.ascii_lowercase, dict.fromkeys(WORD.findall(question.lower())), strict=False))
 
 
 class Shelf:

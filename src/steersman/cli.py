@@ -53,6 +53,7 @@ class Verb:
                 return _load(self.run)(recipe, resume=resume)
             from steersman.distributed import launch
 
+            recipe.parallel.require_engine()
             os.environ.update(launch.from_slurm(os.environ))
             if launch.must_start(recipe.run.devices, recipe.run.launcher):
                 start = _load("steersman.distributed.on_ray:start") if recipe.run.launcher == "ray" else launch.start

@@ -74,6 +74,8 @@ class Sample:
     `text` is the last thing that the policy said, and `outcome` says why it ended. An episode whose history was shown
     anew lists its `segments`: a model reads each by itself (None: `ids` were said behind the prompt, all in one).
     `opening` and `talk` are an episode as messages, for records: what it began with, and all that was said since.
+    `onward` are all the ids that the next turn of an episode would have been said behind, had a limit not ended it
+    (None: it ended, its environment gave no answer, or they leave no room in the context).
     """
 
     prompt: Prompt
@@ -90,6 +92,7 @@ class Sample:
     segments: list[Segment] | None = None
     opening: Any = None
     talk: Any = None
+    onward: list[int] | None = None
 
     @property
     def terminated(self) -> bool:

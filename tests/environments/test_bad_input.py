@@ -96,6 +96,20 @@ def test_a_beginning_that_fails_leaves_an_episode_that_counts_for_nothing(bad, t
     rl.run(made)  # nothing can be learned, and nothing breaks
 
 
+def test_a_reset_that_raises_leaves_an_episode_that_counts_for_nothing(bad, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "class Broken:\n"
+        "    def __init__(self, what):\n        self.what = what\n"
+        "    def reset(self, **row):\n        raise RuntimeError(self.what)\n"
+        "    def look(self) -> str:\n        return 'Looks.'\n"
+    )
+    values = merge(bad, {"environment.path": f"{tmp_path / 'broken.py'}:Broken"})
+    values["reward"] = {"parts": {"length": {"builtin": "length"}}}
+    for s in episodes(values, "no board", environment__retries=1):
+        assert "its beginning: RuntimeError: no board" in s.outcome
+        assert not any(s.mask)
+
+
 def test_a_megabyte_is_cut_and_control_characters_are_written_out(bad):
     for s in episodes(bad, "megabyte", environment__max_characters=20):
         assert s.turns[1].observation == "b" * 20 + "... (999980 characters left out)"

@@ -140,19 +140,67 @@ def test_it_learns(base, tmp_path):
     assert sum(seen[-3:]) / 3 > 3 * (sum(seen[:3]) / 3 + 0.1)
 
 
-def test_a_class_with_tools_trains(base, tmp_path, worlds):
-    made = recipe("grpo", base, environment__path=f"{worlds}:Shop")
+COUNTER = """
+class CountingEnv:
+    def reset(self, **kwargs) -> str | None:
+        self.count = 0
+        return " count up"
+
+    def increment(self, step: int) -> int:
+        \"\"\"
+        Adds to the counter.
+
+        Args:
+            step: How much to add.
+
+        Returns:
+            The counter's new value.
+        \"\"\"
+        self.count += step
+        return self.count
+
+    def get_reward(self) -> float:
+        return float(self.count)
+"""
+"""A class as TRL's documentation has it, in other words."""
+
+
+def calling(folder, name, **arguments):
+    """A model to which a call is one token more, as likely as any letter."""
+    call = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+    tokenizer = letters()
+    tokenizer.add_tokens([call])
+    tiny_model("llama", vocab=len(tokenizer), scale=0.3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_class_as_trl_takes_it_learns_to_call(base, tmp_path):
+    (tmp_path / "counting.py").write_text(COUNTER)
+    changes = {
+        "model.path": calling(tmp_path / "model", "increment", step=1), "rollout.max_new_tokens": 2,
+        "environment": {"path": f"{tmp_path / 'counting.py'}:CountingEnv", "max_turns": 3},
+    }  # fmt: skip
+    made = recipe(
+        "rloo", merge(base, changes), iterations=8, rollout__prompts=8, rollout__samples=4, optimizer__lr=4e-2,
+        algorithm__beta=0.0, run__eval_every=8,
+    )  # fmt: skip
     rl.run(made)
-    assert rows(tmp_path / "run")[-1]["episode/done"] == 1  # letters call nothing, which ends it
+    seen = [row for row in rows(tmp_path / "run") if "episode/turns" in row]
+    assert seen[-1]["reward/total"] > seen[0]["reward/total"] + 0.5
+    assert seen[-1]["episode/turns"] > seen[0]["episode/turns"]
+    assert max(row["ratio_gap"] for row in seen) < 1e-4
 
 
 def test_functions_as_tools_train(base, tmp_path, worlds):
-    made = recipe(
-        "grpo",
-        merge(base, {"environment": {"tools": [f"{worlds}:add"]}, "reward.parts": {"l": {"builtin": "length"}}}),
-    )
-    rl.run(made)
-    assert rows(tmp_path / "run")[-1]["episode/turns"] == 1
+    changes = {
+        "model.path": calling(tmp_path / "model", "add", a=1, b=2), "rollout.max_new_tokens": 8,
+        "environment": {"tools": [f"{worlds}:add"], "max_turns": 3}, "reward.parts": {"l": {"builtin": "length"}},
+    }  # fmt: skip
+    rl.run(recipe("grpo", merge(base, changes)))
+    seen = rows(tmp_path / "run")[-1]
+    assert seen["episode/turns"] > 1
+    assert seen["ratio_gap"] < 1e-4
 
 
 def test_gymnasium_trains(base, tmp_path):

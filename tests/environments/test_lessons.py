@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_templates import FOLDER
+from imitations import CHATML, save_chat
 from train_kit import merge, recipe, rows
 
 from steersman.data import Layout
@@ -13,21 +13,24 @@ from steersman.environments.lessons import episodes, labels, main, pairs
 from steersman.types import SteersmanError
 from steersman.verbs import feedback, preference, rl
 
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="needs the models that imitate families, made by shared/cases")
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return str(save_chat(tmp_path_factory.mktemp("chat"), CHATML))
 
 
 @pytest.fixture
-def run(base, tmp_path):
+def run(base, tmp_path, chat):
     """A run of a chat model in class Echo with two looks at its held-out prompts."""
     values = merge(
-        base, {"model.path": str(FOLDER / "llama"), "optimizer.lr": 3e-2, "environment.max_tokens": 200,
-               "run.eval_every": 1, "rollout.max_new_tokens": 8, "algorithm.beta": 0.0},
+        base, {"model.path": chat, "optimizer.lr": 2e-2, "environment.max_tokens": 120,
+               "run.eval_every": 1, "rollout.max_new_tokens": 6, "algorithm.beta": 0.0},
     )  # fmt: skip
     rl.run(recipe("rloo", values))
     return tmp_path / "run"
 
 
-def test_pairs_and_labels_train_with_masks_on_what_the_environment_said(run, tmp_path, capsys):
+def test_pairs_and_labels_train_with_masks_on_what_the_environment_said(run, chat, tmp_path, capsys):
     from transformers import AutoTokenizer
 
     found = episodes(run)
@@ -37,13 +40,14 @@ def test_pairs_and_labels_train_with_masks_on_what_the_environment_said(run, tmp
         heard = [m["content"] for m in row["talk"] if m["role"] == "user"]
         assert said == [t["said"] for t in row["turns"]]
         assert heard == [t["heard"] for t in row["turns"]][:2]
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(chat)
     row = found[0]
     _, ids, mask = Layout(tokenizer).answer(row["asked"], row["talk"])
     counted = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m], skip_special_tokens=True)
     assert not any(t["heard"] in counted for t in row["turns"])
     for i, row in enumerate(found):  # whatever this model says, half of it is called good
         row["reward"] = {"play": float(i % 2)}
+        row["talk"] = [{**m, "content": m["content"].strip() or "hm"} for m in row["talk"]]
     made = pairs(found)
     assert [row["margin"] for row in made] == [1.0] * 3
     assert pairs([{**row, "talk": found[0]["talk"]} for row in found]) == []
@@ -51,16 +55,16 @@ def test_pairs_and_labels_train_with_masks_on_what_the_environment_said(run, tmp
     for verb, kind, lines in verbs:
         path = tmp_path / f"{verb.__name__.rpartition('.')[2]}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        verb.run(_offline(kind, path, tmp_path))
+        verb.run(_offline(kind, chat, path, tmp_path))
         assert rows(tmp_path / path.stem)
     assert main([str(run), str(tmp_path / "labels.jsonl"), "--above", "0.5"]) == 0
     assert "episodes" in capsys.readouterr().out
 
 
-def _offline(kind, path, tmp_path):
+def _offline(kind, chat, path, tmp_path):
     return kind.model_validate(
         {
-            "model": {"path": str(FOLDER / "llama")}, "data": {"path": str(path)},
+            "model": {"path": chat}, "data": {"path": str(path)},
             "train": {"epochs": 1, "batch_size": 2}, "run": {"dir": str(tmp_path / path.stem), "threads": 1},
         }
     )  # fmt: skip

@@ -60,10 +60,11 @@ def test_the_library_pays_by_rank_and_the_better_search_counts(tmp_path):
     lines = [f'tale,{i},"{text}"' for i, text in enumerate(texts, 1)]
     (tmp_path / "sections.csv").write_text("\n".join(["story,section,text", *lines]) + "\n")
     play = world("library").Library([str(tmp_path / "sections.csv")])
-    play.begin({"story": "tale", "section": ["1"]})
-    told, first, over = play.step("fox")
+    row = {"story": "tale", "section": ["1"], "question": "Is the fox golden, or text the fox?"}
+    assert play.begin(row) == "\nWords: a is b the c fox d golden e or f text\nSearch:"
+    told, first, over = play.step(" c c")
     assert (told, first, over) == (" -> A fox and a hen and a fox.\nSearch:", 0.5, False)
-    assert play.step("golden! fox") == (" -> The golden fox slept.\nSearch:", 0.5, True)  # 1 in all
-    play.begin({"story": "tale", "section": ["3"]})
-    assert play.step('" OR text:* --')[1:] == (0.0, False)  # words alone reach the index
+    assert play.step("d! c d") == (" -> The golden fox slept.\nSearch:", 0.5, True)  # 1 in all
+    play.begin({**row, "section": ["3"]})
+    assert play.step('" e f:* --')[1:] == (0.0, False)  # words alone reach the index
     assert play.step("")[1:] == (0.0, True)

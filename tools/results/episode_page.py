@@ -116,7 +116,8 @@ def _searches(folder: Path) -> dict[str, float]:
         for row in rows:
             world = Library(sections, words=100)
             world.begin(row)
-            earned.append(world.step(" ".join(way(WORD.findall(row["question"].lower()))))[1])
+            letters = {word: letter for letter, word in world.listed.items()}
+            earned.append(world.step(" ".join(letters[word] for word in way([*letters])))[1])
         out[name] = round(mean(earned), 4)
     return out
 

@@ -23,6 +23,7 @@ from steersman.assets import story_model
 
 sys.path.insert(0, "recipes/environments")
 from guess_word import GUESSES, WORDS, marks
+from library import Library, listed
 
 CALL = ('<tool_call>{"name": "multiply", "arguments": {"a": ', ', "b": ', "}}</tool_call>")
 CHAT = (
@@ -97,23 +98,22 @@ def library(out: Path, data: Path) -> dict[str, Any]:
         rng.shuffle(some)
         if name != "train":
             shutil.copy(source / f"sections_{name}.csv", out)
-    shown = []
+    shown, shelf = [], Library([str(out / "sections_test.csv")])
     for row in rows["train"]:
-        words = [w for w in row["question"].lower().strip(" ?").split() if w.isalpha()]
-        rng.shuffle(words)
-        if words:
-            shown.append({"prompt": row["prompt"], "completion": " " + " ".join(words[:3])})
+        asked, letters = row["prompt"] + shelf.begin(row), list(listed(row["question"]))
+        named = rng.sample(letters, min(3, len(letters)))
+        shown.append({"prompt": asked, "completion": "".join(f" {letter}" for letter in named)})
     _write(out / "demonstrations.jsonl", shown)
     _write(out / "rows.jsonl", rows["test"])
     _write(out / "held_out.jsonl", rows["val"][:200])
-    return _sft(str(story_model()), out / "demonstrations.jsonl", epochs=2, batch=32, rate=2e-3, scratch=False)
+    return _sft(str(story_model()), out / "demonstrations.jsonl", epochs=1, batch=32, rate=2e-3, scratch=False)
 
 
 def _questions(table: Path) -> list[dict[str, Any]]:
     """The questions of a table that say in which sections their answer stands."""
     with table.open(newline="", encoding="utf-8") as file:
         return [
-            {"prompt": f"{row['question'].strip()}\nSearch:", "story": row["story"], "question": row["question"],
+            {"prompt": row["question"].strip(), "story": row["story"], "question": row["question"],
              "section": [x.strip() for x in row["cor_section"].split(",")]}
             for row in csv.DictReader(file)
             if row["cor_section"].strip() and row["question"].strip()

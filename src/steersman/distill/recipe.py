@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
 from steersman.data import DataConfig
-from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge.config import AddressConfig
 from steersman.loss.reduce import Average
 from steersman.ops.divergence import Divergence
@@ -127,7 +127,7 @@ class DistillRecipe(TrainingRecipe):
     reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
     health: HealthConfig = HealthConfig()
 
     @classmethod

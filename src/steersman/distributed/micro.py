@@ -45,8 +45,8 @@ def split_evenly(rows: Int[Tensor, " B"], parts: int) -> list[Int[Tensor, " b"]]
 class Part:
     """A micro-batch of this rank: row numbers, and whether they count.
 
-    Where weights are sharded every rank runs its layers as often as the others; a rank that has less to do goes
-    through the shortest row once more, and what comes of it counts 0 times (`weight`).
+    Where every rank must make as many passes as the others (`Ranks.in_step`), a rank that has less to do goes through
+    the shortest row once more, and what comes of it counts 0 times (`weight`).
     """
 
     rows: Int[Tensor, " b"]
@@ -69,7 +69,7 @@ def my_micro_batches(
         inner = micro_batches(length[rows], max_tokens, None if group is None else group[rows]) if len(rows) else []
         plans.append([rows[part] for part in inner])
     mine = [Part(rows) for rows in plans[here.rank]]
-    if here.sharded:
+    if here.in_step:
         idle = Part(length.argmin().reshape(1), counts=False)
         mine += [idle] * (max(map(len, plans)) - len(mine))
     return mine

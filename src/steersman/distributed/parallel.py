@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
+from steersman.distributed.deepspeed_file import read_deepspeed
+from steersman.extras import require
 
 
 class ParallelConfig(Section):
     """How the devices of `run.devices` share one run."""
 
-    mode: Literal["replicas", "fsdp"] = Field(
+    mode: Literal["replicas", "fsdp", "zero1", "zero2", "zero3"] = Field(
         default="replicas",
         description="replicas: every device holds the whole models and gradients are added up; fsdp: weights, "
-        "gradients and optimizer state lie in pieces over the devices (PyTorch's FSDP2)",
+        "gradients and optimizer state lie in pieces over the devices (PyTorch's FSDP2); zero1: whole models, and "
+        "optimizer state in pieces (DeepSpeed); zero2: gradients in pieces too; zero3 is not there: use fsdp",
+    )
+    deepspeed: str | None = Field(
+        default=None,
+        description="with zero1 and zero2: a JSON file of DeepSpeed's own settings; what the recipe says already is "
+        "refused in it",
     )
     replicas: int = Field(
         default=1,
@@ -39,14 +48,52 @@ class ParallelConfig(Section):
     tensor: int = Field(default=1, ge=1, description="devices that share each layer's matrices; only 1 so far")
     context: int = Field(default=1, ge=1, description="devices that share each sequence; only 1 so far")
 
+    @property
+    def stage(self) -> int:
+        """The stage of DeepSpeed's ZeRO, 0 where another engine lays the weights."""
+        return int(self.mode[-1]) if self.mode.startswith("zero") else 0
+
+    def deepspeed_settings(self, max_grad_norm: float) -> dict[str, Any]:
+        """What `deepspeed` names, as DeepSpeed takes it; empty where no file is named.
+
+        Raises ValueError for what the recipe says in another way, a clip other than `max_grad_norm` among it.
+        """
+        return {} if self.deepspeed is None else read_deepspeed(Path(self.deepspeed), self.stage, max_grad_norm)
+
+    def require_engine(self) -> None:
+        """Raises SteersmanError where what lays the weights is not installed, with the extra to install."""
+        if self.stage:
+            require(f"parallel.mode {self.mode}", "deepspeed")
+
     @model_validator(mode="after")
     def _fits(self) -> ParallelConfig:
         for name, value in (("tensor", self.tensor), ("context", self.context)):
             if value > 1:
                 raise ValueError(f"{name} is {value}: {name} parallelism is not there yet; use mode: fsdp")
-        if self.mode == "replicas":
-            plain = type(self).model_construct()
-            for name in ("replicas", "reduce_dtype", "compute_dtype", "reshard", "offload"):
-                if self.__dict__[name] != plain.__dict__[name]:
-                    raise ValueError(f"{name} goes with mode: fsdp, and mode is replicas")
+        if self.mode == "zero3":
+            raise ValueError(
+                "mode zero3: DeepSpeed puts a layer's weights together where its forward is called, and the losses "
+                "here read the last layer's weight outside any; use fsdp, which lays the same in pieces, or zero2"
+            )
+        plain = type(self).model_construct()
+        for name in (
+            () if self.mode == "fsdp" else ("replicas", "reduce_dtype", "compute_dtype", "reshard", "offload")
+        ):
+            if self.__dict__[name] != plain.__dict__[name]:
+                raise ValueError(f"{name} goes with mode: fsdp, and mode is {self.mode}")
+        if self.deepspeed is not None and not self.stage:
+            raise ValueError(f"deepspeed goes with mode: zero1 and zero2, and mode is {self.mode}")
+        return self
+
+
+class WithoutZeroConfig(ParallelConfig):
+    """The same for verbs that DeepSpeed does not serve."""
+
+    @model_validator(mode="after")
+    def _has_no_stage(self) -> WithoutZeroConfig:
+        if self.stage:
+            raise ValueError(
+                f"mode {self.mode} serves sft, reward, dpo, kto, bco and on-policy methods, not this verb; use fsdp "
+                "or replicas"
+            )
         return self

@@ -50,6 +50,16 @@ class Ranks:
         return self.world > 1 and self.parallel.mode == "fsdp"
 
     @property
+    def in_step(self) -> bool:
+        """Whether every rank must make as many backward passes as the others, since each adds up gradients."""
+        return self.sharded or self.pieces(2) > 1
+
+    def pieces(self, stage: int) -> int:
+        """In how many pieces over the ranks lies what ZeRO cuts from this stage on (1: the optimizer's moments, 2:
+        gradients), while weights are whole."""
+        return self.world if self.parallel.stage >= stage else 1
+
+    @property
     def main(self) -> bool:
         """Whether this is rank 0, which alone owns the run folder, the log and the report."""
         return self.rank == 0
@@ -135,22 +145,28 @@ class Ranks:
         """
         if self.world == 1 or self.sharded:
             return
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-        with self.call("the sum of gradients"):
-            dist.all_reduce(has)
         waiting: list[Tensor] = []
         numbers = 0
-        for parameter, count in zip(parameters, has.tolist(), strict=True):
-            if not count:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            waiting.append(parameter.grad)
-            numbers += parameter.numel()
+        for gradient in self.same_gradients(parameters):
+            waiting.append(gradient)
+            numbers += gradient.numel()
             if numbers >= bucket:
                 self._sum_bucket(waiting)
                 waiting, numbers = [], 0
         self._sum_bucket(waiting)
+
+    def same_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+        """The gradients of the parameters for which any rank has one; where this rank has none it gets zeros."""
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        with self.call("the sum of gradients"):
+            dist.all_reduce(has)
+        found = []
+        for parameter, count in zip(parameters, has.tolist(), strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                found.append(parameter.grad)
+        return found
 
     def _sum_bucket(self, gradients: list[Tensor]) -> None:
         for dtype in dict.fromkeys(g.dtype for g in gradients):  # in the same order on every rank

@@ -196,7 +196,7 @@ class TextEpisode:
                 raise FaultError(
                     f"step gave {type(turn).__name__}; it gives (text, reward, done) or an object with these three"
                 ) from error
-            truncated = bool(vars_of(type(turn)).get("truncated", False) and turn.truncated)
+            truncated = bool(getattr(turn, "truncated", False))
         try:
             reward = reward_of(reward, "step")
         except ValueError as error:

@@ -13,7 +13,7 @@ the template has it (`history: segments`): a conversation ends where the templat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,11 @@ class Conversation:
     def context(self) -> list[int]:
         """Everything so far: what the next reply is sampled behind."""
         return [*self.prompt.ids, *self.ids]
+
+    def copy(self) -> Conversation:
+        """The same, to be gone on with apart from this one."""
+        kept = {"ids": [*self.ids], "logp": [*self.logp], "mask": [*self.mask], "version": [*self.version]}
+        return replace(self, turns=[*self.turns], **kept)
 
     def add_reply(self, sample: Sample) -> None:
         """Takes over a sampled reply, id by id."""

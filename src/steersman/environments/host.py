@@ -13,12 +13,13 @@ import select
 import signal
 import socket
 import sys
+from dataclasses import fields
 from multiprocessing.connection import Connection
 from typing import Any
 
 from steersman.environments.classes import FaultError
 from steersman.environments.config import EnvironmentConfig, open_environment
-from steersman.environments.port import Environment, Episode
+from steersman.environments.port import Answer, Environment, Episode
 from steersman.environments.text import clean_text
 from steersman.types import SteersmanError
 
@@ -62,7 +63,7 @@ def _serve(environment: Environment, line: Connection) -> None:
             elif what == "step":
                 assert episode is not None
                 answer = episode.step(*words)
-                told = {name: getattr(answer, name) for name in ("messages", "reward", "done", "truncated", "anew")}
+                told = {field.name: getattr(answer, field.name) for field in fields(Answer)}
             else:
                 told, episode = None if episode is None else episode.close(), None
             _tell(line, {"told": told})

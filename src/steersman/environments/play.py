@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,11 @@ class EpisodeInPlay:
     asked_at: float = 0.0
     outcome: str = ""
     terminated: bool = True
+    onward: list[int] | None = None
+
+    def copy(self) -> EpisodeInPlay:
+        """The same moment of the episode, to be laid out further apart from it."""
+        return replace(self, talk=None if self.talk is None else self.talk.copy(), earlier=[*self.earlier])
 
     @property
     def turns(self) -> int:
@@ -136,22 +141,37 @@ class Play:
         talk = game.talk
         assert talk is not None
         talk.add_feedback(answer.reward, "".join(m["content"] for m in answer.messages))
-        limit = self.of.config.episode_limit
-        if answer.done or answer.truncated:
-            self._end(game, "done" if answer.done else "the environment's limit", answer.done)
-        elif game.turns >= self.of.config.max_turns:
-            self._end(game, "turn limit", False)
-        elif limit is not None and game.waited > limit:
-            self._end(game, "time limit", False)
-        else:
+        if answer.done:
+            return self._end(game, "done", True)
+        limit, before = self._limit(game, answer), game.copy()
+        if not limit:
             try:
-                fits = self.of.lay_out_answer(game, answer, self.sampling.max_new_tokens)
+                if self.of.lay_out_answer(game, answer, self.sampling.max_new_tokens):
+                    self.waiting[game.order] = game
+                    return
             except FaultError as error:
                 return self._failed(game, error)
-            if fits:
-                self.waiting[game.order] = game
-            else:
-                self._end(game, "token limit", False)
+        game.onward = self._onward(before, answer)
+        self._end(game, limit or "token limit", False)
+
+    def _limit(self, game: EpisodeInPlay, answer: Answer) -> str:
+        """What truncates the episode behind this answer; "" where it goes on as long as there is room."""
+        config = self.of.config
+        if answer.truncated:
+            return "the environment's limit"
+        if game.turns >= config.max_turns:
+            return "turn limit"
+        return "time limit" if config.episode_limit is not None and game.waited > config.episode_limit else ""
+
+    def _onward(self, game: EpisodeInPlay, answer: Answer) -> list[int] | None:
+        """The ids that the next turn would be said behind; None where they leave no room for a token."""
+        try:
+            if not self.of.lay_out_answer(game, answer, 1):
+                return None
+        except FaultError:  # what no template shows, nobody would have seen
+            return None
+        assert game.talk is not None
+        return game.talk.context()
 
     def _failed(self, game: EpisodeInPlay, error: BaseException) -> None:
         """An environment that hung, raised or gave nonsense: as `on_fault` says."""
@@ -215,6 +235,7 @@ class Play:
             sample = in_segments(talks, game.index, terminated=game.terminated, outcome=game.outcome)
         else:
             sample = talk.sample(game.index, terminated=game.terminated, outcome=game.outcome)
+        sample.onward = game.onward
         sample.opening, sample.talk = game.messages[: game.shown_first], _as_messages(game, sample.text)
         return sample
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
 from steersman.data import DataConfig
-from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge import JudgeConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.sections import ModelConfig, RolloutConfig
@@ -52,7 +52,7 @@ class LoopRecipe(Section):
         default=None, description="train the judge's reward model again after each round, on the newest answers"
     )
     run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
 
     @model_validator(mode="after")
     def _can_begin(self) -> LoopRecipe:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from steersman.config.sections import Section
-from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.grue.task import TASKS
 from steersman.recipe.sections import ModelConfig
 from steersman.reward import RewardPart
@@ -138,7 +138,7 @@ class GrueRecipe(Section):
     per_task: dict[str, TaskSettings] = Field(default_factory=dict, description="task: what it has otherwise")
     evaluation: Evaluation = Evaluation()
     run: MatrixRun = MatrixRun()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
 
     @property
     def model_name(self) -> str:

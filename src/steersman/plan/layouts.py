@@ -2,9 +2,10 @@
 
 All is arithmetic on the model's shape and the devices' data sheets, and is shown, so that a reader can check it:
 
-    held        (weights + trained x what the optimizer keeps) / shards
-    gradients   trained x bytes / shards; where an update is one micro-batch, those of the model that is in its pass
-                grow while its activations go, and only what is more than these counts
+    held        weights / shards + trained x what the optimizer keeps / shards (zero1, zero2: this and a
+                copy of the weights / devices)
+    gradients   trained x bytes / shards (zero2: / devices); where an update is one micro-batch, those of the model
+                that is in its pass grow while its activations go, and only what is more than these counts
     activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
                 with checkpointing tokens x layers x n h, and one layer's of the former again
     backward    tokens x 4 n i, a layer's gradients; the output layer's gradient in float32, and two tiles of logits
@@ -89,10 +90,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`shards` devices hold one copy between them; `generators` devices are set apart for sampling (0: all sample),
-    and `scorers` for the models that do not learn (0: all score). With `offloaded` a model is on the devices only
-    while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty where nothing
-    need be set; what steersman can not run yet is `planned` only."""
+    """`shards` devices hold one copy between them; where weights are whole, `zero` devices hold one copy of the
+    moments (ZeRO's `stage` 1), or of moments and gradients (2). `generators` devices are set apart for sampling (0:
+    all sample), and `scorers` for the models that do not learn (0: all score). With `offloaded` a model is on the
+    devices only while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty
+    where nothing need be set; what steersman can not run yet is `planned` only."""
 
     name: str
     shards: int
@@ -101,6 +103,18 @@ class Layout:
     scorers: int = 0
     offloaded: bool = False
     planned: bool = False
+    stage: int = 0
+    zero: int = 1
+
+    @property
+    def moments(self) -> int:
+        """Devices that hold one copy of the optimizer's moments between them."""
+        return self.zero if self.stage else self.shards
+
+    @property
+    def gradients(self) -> int:
+        """Devices that hold one copy of the gradients between them."""
+        return self.zero if self.stage > 1 else self.shards
 
     @property
     def apart(self) -> int:
@@ -143,6 +157,11 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
     n = there.count
     yield Layout("replicas", 1, keys="" if n == 1 else f"run.devices: {n}")
     if n > 1:
+        if work.weight == 4 and work.optimizer_bytes == 8:  # float32 weights and AdamW
+            yield Layout("moments in pieces", 1, keys=f"run.devices: {n}, parallel.mode: zero1", stage=1, zero=n)
+            yield Layout(
+                "moments and gradients in pieces", 1, keys=f"run.devices: {n}, parallel.mode: zero2", stage=2, zero=n
+            )
         yield Layout("sharded", n, keys=f"run.devices: {n}, parallel.mode: fsdp")
         if there.nodes > 1:
             yield Layout(
@@ -190,7 +209,8 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     for role in roles:
         if (layout.scorers and not role.trained) or (role.offloaded and layout.shards == 1):
             continue
-        held[role.name] = (role.weights(work.weight) + role.trained * work.optimizer_bytes) / layout.shards
+        kept = role.trained * (work.optimizer_bytes + 4 * (layout.stage > 0)) / layout.moments
+        held[role.name] = role.weights(work.weight) / layout.shards + kept
     actor = roles[0].shape
     if layout.shards > 1:
         held["a layer put together, and the next"] = (2 * actor.largest_layer + actor.tables) * work.compute
@@ -204,7 +224,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         activations = micro * trained.hidden * trained.layers * work.compute + one
     activations += backward(trained, roles, micro, work)
     gradients = sorted(
-        role.trained * (4 if role.adapter_parameters else work.weight) / layout.shards
+        role.trained * (4 if role.adapter_parameters else work.weight) / layout.gradients
         for role in roles
         if role.trained
     )

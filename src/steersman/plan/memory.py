@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
 from steersman.distributed.pieces import local_shard
+from steersman.distributed.ranks import ranks
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.quantise import is_quantised
@@ -180,14 +182,15 @@ def forward(model: Model, load: Load) -> tuple[int, int]:
     return kept + whole // module.config.get_text_config().num_hidden_layers, freed_once
 
 
-def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
+def largest_micro_batch(costs: Sequence[int] | np.ndarray, micro_tokens: int, batch: int) -> int:
     """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
 
     A row of c tokens stands first among at most micro_tokens / c rows that are no longer, or alone
     (`distributed/micro.py`).
     """
-    together = sum(sorted(costs, reverse=True)[:batch])
-    return min(together, max(min(batch, max(1, micro_tokens // c)) * c for c in set(costs)))
+    ordered = np.sort(np.asarray(costs))
+    largest = max(min(batch, max(1, micro_tokens // c)) * c for c in np.unique(ordered).tolist())
+    return min(int(ordered[-batch:].sum()), largest)
 
 
 def _measured(model: Model, load: Load) -> tuple[int, int]:
@@ -253,14 +256,17 @@ def _roles(models: Sequence[Model]) -> list[Role]:
 
 
 def _role(model: Model, seen: set[int]) -> Role:
-    """Gradients have their parameters' precision; the optimizer says what it keeps."""
+    """What this rank holds. Gradients have their parameters' precision; the optimizer says what it keeps."""
     parameters = list(model.module.parameters())
     trained = [p for p in parameters if p.requires_grad] if model.trained is not None else []
     own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
     seen |= {id(x) for x in own}
     weights = sum(map(_bytes, own))
-    gradients = sum(map(_bytes, trained))
-    kept = 0 if model.optimizer is None else state_bytes(trained, model.optimizer)
+    here = ranks()
+    gradients = sum(map(_bytes, trained)) // here.pieces(2)
+    kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer)
+    if here.pieces(1) > 1:  # DeepSpeed updates a copy of the weights
+        kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)
     return Role(
         model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
         weights, gradients, kept,

@@ -39,7 +39,8 @@ class CriticConfig(Section):
     cut: Cut = Field(
         default="end",
         description="a response cut by the length limit: `end`, judged as it stands; `bootstrap`, its score is "
-        "withheld and the critic's value stands for what would have followed",
+        "withheld and the critic's value stands for what would have followed. An episode of several turns keeps what "
+        "it earned, and the value is that of what its next turn would have seen",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -156,6 +157,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "share: base keeps one whole base on each device; use parallel.mode: replicas, or share: none, where "
                 "every model lies in pieces"
             )
+        if self.parallel.stage and (self.share == "base" or algorithm.update == "trust_region"):
+            what = "share: base" if self.share == "base" else algorithm.title
+            raise ValueError(f"parallel.mode {self.parallel.mode} is not for {what}; use mode: replicas")
         if self.share == "base" and self.model.lora is None:
             raise ValueError(
                 "share: base needs adapters to tell the models apart; give model.lora, for instance '{}'"

@@ -129,6 +129,8 @@ class TrainingRecipe(Section):
         devices, copies = self.run.devices, self.parallel.replicas
         if devices > 1 and devices % copies:
             raise ValueError(f"parallel.replicas is {copies}, which does not divide run.devices {devices}")
+        if self.parallel.stage:
+            self._fits_deepspeed()
         if self.parallel.mode != "fsdp":
             return self
         if self.model.quantise != "none":
@@ -149,6 +151,24 @@ class TrainingRecipe(Section):
                     "bfloat16, which computes in half of it, or mode: replicas"
                 )
         return self
+
+    def _fits_deepspeed(self) -> None:
+        """What ZeRO 1 and 2 refuse, in the recipe and in DeepSpeed's own file."""
+        mode = self.parallel.mode
+        if self.model.quantise != "none":
+            raise ValueError(f"model.quantise {self.model.quantise}: mode {mode} is not tried with it; use replicas")
+        if self.model.dtype not in ("auto", "float32") and self.model.lora is None:
+            raise ValueError(
+                f"model.dtype {self.model.dtype}: parallel.mode {mode} trains float32 weights; use float32, or "
+                "parallel.mode: fsdp with compute_dtype: bfloat16, which computes in half of it"
+            )
+        for key, optimizer in self.optimizers.items():
+            if optimizer.kind != "adamw":
+                raise ValueError(
+                    f"{key}.kind {optimizer.kind}: parallel.mode {mode} cuts all weights into equal pieces, which "
+                    "plain adamw alone can update; use adamw, or mode: replicas"
+                )
+            self.parallel.deepspeed_settings(optimizer.max_grad_norm)
 
 
 class CorrectionConfig(Section):

@@ -61,7 +61,8 @@ def trajectory(
     too counts it twice, and the critic, which learns from its own value there, runs away: see docs/log.md.)
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
-    What an episode of several turns has earned by its turns is its own, cut or not: with "bootstrap" it is kept. With
+    What an episode of several turns has earned by its turns is its own, cut or not: with "bootstrap" it is kept, and
+    the value is that of what its next turn would have seen (`SegmentRows.values`). With
     `discount_per` "turn" gamma counts once a turn, after its last token. With
     `baseline_per` "turn" turns are numbered, for baselines that compare turn with turn.
     All numbers have the precision and device of `score`.

@@ -59,19 +59,17 @@ class Learner:
     vf_coef: float = 0.5
     correction: Correction = field(default_factory=Correction)
 
-    def value(self, tokens: Tokens, traj: Trajectory) -> Values:
+    def value(self, tokens: Tokens, traj: Trajectory, *, at_once: bool = True) -> Values:
         """What the critic says of the samples' states.
 
-        Where one update uses all samples once, the critic that is trained is the one that these values come from:
-        its loss is taken in the same pass, and `update`, which is given `critic_loss`, then only has to step.
+        Where one update uses all samples once, and `at_once` says that advantages need no more than these values, the
+        critic that is trained is the one that they come from: its loss is taken in the same pass, and `update`, which
+        is given `critic_loss`, then only has to step.
         """
         if self.critic is None:
             return Values(None)
-        apart = len(tokens) != len(traj)  # episodes in segments: their advantages are known only once they are joined
-        if self.critic.shares_trunk or self.algorithm.epochs * self.algorithm.minibatches > 1 or apart:
-            with torch.no_grad():
-                width, group = tokens.response.shape[1] + 1, None if apart else traj.group
-                return Values(over_rows(tokens, self.micro_tokens, self.critic.value, width, group))
+        if self.critic.shares_trunk or self.algorithm.epochs * self.algorithm.minibatches > 1 or not at_once:
+            return Values(self.read_values(tokens, traj.group if len(tokens) == len(traj) else None))
         critic_loss, steps = Tally(), denominator(traj.mask, "token")
         values = traj.reward.new_zeros(len(tokens), traj.mask.shape[1] + 1)
         losses = []
@@ -92,6 +90,12 @@ class Learner:
                 losses.append({"value": loss.detach()})
         ranks().agree(not_finite(losses))
         return Values(ranks().sum(values, "values"), critic_loss)
+
+    @torch.no_grad()
+    def read_values(self, tokens: Tokens, group: Tensor | None = None) -> Tensor:
+        """The critic's values `[B, T+1]` of any rows."""
+        assert self.critic is not None
+        return over_rows(tokens, self.micro_tokens, self.critic.value, tokens.response.shape[1] + 1, group)
 
     def update(
         self,
@@ -286,13 +290,6 @@ def _zeroed(traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advanta
     mask = traj.mask
     value = None if traj.value is None else pad(torch.where(mask, traj.value[:, :-1], 0.0), (0, 1))
     logp_old, adv = torch.where(mask, traj.logp_old, 0.0), torch.where(mask, advantage.adv, 0.0)
-    return (
-        replace(
-            traj,
-            logp_old=logp_old,
-            logp_ref=unmasked(traj.logp_ref, mask),
-            value=value,
-            logp_rollout=unmasked(traj.logp_rollout, mask),
-        ),
-        Advantage(adv, unmasked(advantage.ret, mask)),
-    )
+    ref, rollout = unmasked(traj.logp_ref, mask), unmasked(traj.logp_rollout, mask)
+    zeroed = replace(traj, logp_old=logp_old, logp_ref=ref, value=value, logp_rollout=rollout)
+    return zeroed, Advantage(adv, unmasked(advantage.ret, mask))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from steersman.advantage.gae import Advantage
+from steersman.ops.masked import last_step
+from steersman.train.policy_update import Learner, Values
 from steersman.types import Sample, Segment, Tokens, Trajectory
 
 
@@ -28,6 +30,7 @@ class SegmentRows:
         self.parts: list[tuple[int, Segment]] = []
         for b, s in enumerate(samples):
             self.parts += [(b, part) for part in s.segments or [Segment(s.prompt.ids, 0, len(s.ids))]]
+        self.onward = [s.onward for s in samples]
 
     def tokens(self, whole: Tokens) -> Tokens:
         """What a model reads of episodes that `tokens_of` made one row each."""
@@ -59,6 +62,25 @@ class SegmentRows:
         for row, (b, part) in enumerate(self.parts):
             out[row, : part.end - part.begin + after] = x[b, part.begin : part.end + after]
         return out
+
+    def values(self, learner: Learner, tokens: Tokens, traj: Trajectory) -> Values:
+        """The critic's values `[episodes, T + 1]`.
+
+        Behind an episode that bootstraps stands V of what its next turn would have been said behind, `Sample.onward`:
+        there turns begin, and of such states a critic learns. Right behind a reply nobody ever speaks.
+        """
+        last = last_step(traj.mask)
+        goes_on = traj.discount.gather(1, last.clamp(min=0)[:, None])[:, 0] != 0
+        onward = {b: ids for b, ids in enumerate(self.onward) if ids is not None and goes_on[b]}
+        value, loss = learner.value(self.tokens(tokens), traj, at_once=not (self.apart or onward))
+        if value is None:
+            return Values(None)
+        value = self.join(value, tokens.mask.shape[1] + 1, after=1)
+        if onward:
+            read = Tokens.from_ids([*onward.values()], [ids[-1:] for ids in onward.values()])  # one token stands in
+            rows = torch.tensor([*onward], device=value.device)
+            value[rows, last[rows] + 1] = learner.read_values(read)[:, 0].to(value)
+        return Values(value, loss)
 
     def experience(self, traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advantage]:
         """The same steps in the rows that a model reads."""

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.config.sections import Section
-from steersman.distributed.pieces import full_tensor
 from steersman.distributed.ranks import ranks
 from steersman.types import Stats, SteersmanError
-from steersman.update.kinds import Kind, Rounding, restore, steps_of
+from steersman.update.engines import engine_of
+from steersman.update.kinds import Kind, Rounding, steps_of
 
 
 class OptimizerConfig(Section):
@@ -74,6 +74,7 @@ class Optimizer:
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = steps_of(groups, config)  # or another kind
+        self.engine = engine_of(self.parameters, self.adamw, config.max_grad_norm)
 
     def rate(self) -> float:
         """Learning rate of the next update: never above `lr`.
@@ -98,27 +99,24 @@ class Optimizer:
 
         Raises `NotFiniteError` before anything is changed when the gradient is NaN or infinite.
         """
-        ranks().sum_gradients(self.parameters)
-        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
-        if not math.isfinite(norm):
-            self.zero_grad()
-            raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")
         lr = self.rate()
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        norm = self.engine.step()
         self.zero_grad()
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")
         self.updates += 1
         return {"lr": lr, "grad_norm": norm}
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        self.engine.zero_grad()
 
     def state_dict(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "updates": self.updates}
+        return {"adamw": self.engine.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        restore(self.adamw, state["adamw"])
+        self.engine.load_state_dict(state["adamw"])
         self.updates = state["updates"]
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from steersman.atomic import write_atomic
 from steersman.config.sections import Section
 from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
-from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
 from steersman.model import whole_weights
@@ -39,7 +39,7 @@ class GenerateRecipe(Section):
     greedy: bool = Field(default=False, description="the likeliest token each time")
     out: str | None = Field(default=None, description="JSONL file to write; null prints the responses")
     run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:

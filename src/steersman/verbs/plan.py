@@ -195,9 +195,9 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
     for role in roles:
         gradient = 4 if role.adapter_parameters else work.weight
         console.print(
-            f"  {role.name}: ({role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G "
-            f"trained x {work.optimizer_bytes:.3g} bytes that the optimizer keeps, and {gradient} of gradient) / "
-            f"{best.layout.shards} devices",
+            f"  {role.name}: {role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G "
+            f"trained x ({work.optimizer_bytes:.3g} bytes that the optimizer keeps + {gradient} of gradient); on "
+            f"{best.layout.shards}, {best.layout.moments} and {best.layout.gradients} devices",
             highlight=False, markup=False,
         )  # fmt: skip
     for name, size in best.memory.items():
