@@ -131,7 +131,7 @@ def test_a_killed_process_goes_on_too(whole, tmp_path, mini_model):
     assert [k for k in got if got[k] != expected[k] and not k.endswith("provenance.json")] == []
 
 
-def test_a_signal_stops_between_steps_and_says_so(tmp_path, mini_model, monkeypatch):
+def test_a_signal_stops_between_steps_and_says_so(tmp_path, mini_model, monkeypatch, capsys):
     real = offline.Offline.step
 
     def step(self, rows):
@@ -142,7 +142,12 @@ def test_a_signal_stops_between_steps_and_says_so(tmp_path, mini_model, monkeypa
         patch.setattr(offline.Offline, "step", step)
         summary = turn("best-of-n", tmp_path, mini_model)
     assert summary["finished"] is False
-    assert turn("best-of-n", tmp_path, mini_model, resume=True)["finished"] is True
+    for done in (False, True):
+        capsys.readouterr()
+        assert turn("best-of-n", tmp_path, mini_model, resume=True)["finished"] is True
+        told = capsys.readouterr().out
+        assert ("resumed after round 0\n" in told) == (not done)
+        assert ("resumed after round 2, the last one: the run was done\n" in told) == done
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, mini_model):

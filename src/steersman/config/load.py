@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from steersman.config.overrides import apply_overrides
 from steersman.config.problems import drop_unknown, idle_keys, place_of, value_problem
 from steersman.config.recipe_text import RecipeFault, load_yaml
-from steersman.config.sections import Section, defaults_of, merged
+from steersman.config.sections import Section, defaults_of, merged, walk_keys
 from steersman.types import SteersmanError
 
 R = TypeVar("R", bound=Section)
