@@ -1,21 +1,25 @@
-"""A million conversations through `data.cache` and `data.stream`: seconds and memory; written to a page.
+"""A million rows through `data.cache` and `data.stream`, for `sft` and for `dpo`: seconds and memory; to a page.
 
-    python benchmarks/large_sets.py --model MODEL [--rows 1000000] [--work FOLDER] [--out docs/results/large-sets.md]
+    python benchmarks/large_sets.py --model MODEL [--rows 1000000] [--verbs sft dpo]
+        [--ways stream memory cache] [--work FOLDER] [--measured FILE] [--out docs/results/large-sets.md]
 
-Rows are generated: a question and an answer of made sentences, 60 to 200 tokens, in one file of JSON lines. Each way
-runs in a process of its own, which says its peak of memory when it is done.
+Rows are generated: a question with an answer, or with two, of made sentences, 60 to 200 tokens, in one file of JSON
+lines. Each way runs in a process of its own, which says its peak of memory when it is done. What was measured is
+added to FILE, and the page is of all that is there, so that verbs and ways can be measured one at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,17 +39,25 @@ WORDS = [
     "window",
 ]
 BATCH, BATCHES = 32, 200
+WAYS = ["stream", "memory", "cache"]
+KINDS: dict[str, Any] = {"sft": "demonstration", "dpo": "preference"}
 
 
-def write_rows(path: Path, count: int) -> None:
+def write_rows(path: Path, verb: str, count: int) -> None:
     """The set, the same every time."""
     draw = random.Random(0)
+
+    def said() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(20, 120)))
+
     with path.open("w") as file:
         for i in range(count):
             asked = f"{i}: " + " ".join(draw.choices(WORDS, k=draw.randint(5, 20)))
-            said = " ".join(draw.choices(WORDS, k=draw.randint(20, 120)))
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said()}]
+            row = {"messages": turns}
+            if verb == "dpo":
+                row = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [{**turns[1], "content": said()}]}
+            file.write(json.dumps(row) + "\n")
 
 
 def peak() -> float:
@@ -53,25 +65,25 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def side(way: str, model: str, path: str, cache: str) -> dict[str, Any]:
-    """One way in this process: until rows are ready, and the collated batches after that."""
-    from steersman.data import Batches, LargeDataConfig, collate, layout, training
+def side(verb: str, way: str, model: str, path: str, cache: str) -> dict[str, Any]:
+    """One way in this process: until the first batch is collated, and the batches after that."""
+    from steersman.data import Batches, LargeDataConfig, Order, collate, layout, training
     from steersman.model import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     more: dict[str, Any] = {"cache": {"cache": cache}, "stream": {"stream": True}, "memory": {}}[way]
     config = LargeDataConfig.model_validate({"path": path, **more})
-    before, started = peak(), time.monotonic()
-    data = training(config, layout(tokenizer, config), 2048, batch_size=BATCH, seed=0)
-    ready = time.monotonic() - started
-    order = data.stream or Batches(len(data.train), BATCH, 0, data.train.lengths)
-    started = time.monotonic()
-    for batch in islice(order.forever(), BATCHES):
-        collate([data.train[i] for i in batch])
-    return {
-        "way": way, "rows": len(data.train), "ready": ready, "batch": (time.monotonic() - started) / BATCHES,
-        "before": before, "peak": peak(),
-    }  # fmt: skip
+    before, started, own = peak(), time.monotonic(), time.process_time()
+    data = training(config, KINDS[verb], layout(tokenizer, config), context=2048, order=Order(BATCH, 0))
+    order = data.stream or Batches(len(data.train.lengths), BATCH, 0, data.train.lengths)
+    batches = (collate([e for i in batch for e in data.train.groups[i]]) for batch in order.forever())
+    next(batches)
+    told = {"first": time.monotonic() - started, "own": time.process_time() - own, "before": before}
+    own = time.process_time()
+    for _ in islice(batches, BATCHES):
+        pass
+    told["batch"] = (time.process_time() - own) / BATCHES
+    return told | {"peak": peak(), "load": os.getloadavg()[2]}
 
 
 def apart(*words: str) -> dict[str, Any]:
@@ -79,55 +91,76 @@ def apart(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def page(found: list[tuple[str, dict[str, Any]]], count: int, size: float, kept: float, model: str) -> str:
+def page(found: list[dict[str, Any]], model: str) -> str:
+    loads = [x["load"] for x in found]
     lines = [
         "# Sets larger than memory", "",
-        f"Written by `python benchmarks/large_sets.py`: {count:,} generated conversations ({size:,.0f} MB of JSON",
-        f"lines) with the tokenizer and chat template of {model}, on one core of a shared machine. Memory is the",
-        "peak of the process, and in brackets what of it was there before the data. Batches are of 32 rows, read and",
-        "collated, the first 200.", "",
-        "| way | seconds until ready | memory, MiB | ms a batch |", "| --- | ---: | ---: | ---: |",
+        "Written by `python benchmarks/large_sets.py`: generated rows in one file of JSON lines, with the tokenizer",
+        f"and chat template of {model}: conversations for `sft`, pairs of answers for `dpo`. Each way has a process",
+        f"of its own on one core. Others worked on this machine of {os.cpu_count()} cores meanwhile, at load",
+        f"averages of {min(loads):.1f} to {max(loads):.1f}: of the seconds, those in brackets are the process's own.",
+        "Memory is the peak of the process, and in brackets what of it was there before the data. A step is read and",
+        f"collated, {BATCH} rows of it, without its model; its own time is the mean of the next {BATCHES}.", "",
+        "| verb | rows (MB) | way | seconds to the first step | memory, MiB | ms a step |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
-    for name, x in found:
+    for x in found:
         lines.append(
-            f"| {name} | {x['ready']:,.1f} | {x['peak']:,.0f} ({x['before']:,.0f}) | {1000 * x['batch']:.1f} |"
+            f"| {x['verb']} | {x['rows']:,} ({x['size']:,.0f}) | {x['way']} | {x['first']:,.0f} ({x['own']:,.1f}) | "
+            f"{x['peak']:,.0f} ({x['before']:,.0f}) | {1000 * x['batch']:.1f} |"
         )
+    kept = {x["verb"]: f"{1000 * x['kept'] / x['rows']:.2f} kB a row (`{x['verb']}`)" for x in found if "kept" in x}
     lines += [
         "",
-        f"The tokens lie on disk in {kept:,.0f} MB. A batch of the stream has its share of reading and tokenising",
-        "in it; the first buffer of 10,000 rows is what it waits for. The row in memory is of a tenth of the rows:",
-        "its memory grows with them, that of the others does not.",
-    ]  # fmt: skip
+        f"On disk the tokens take {' and '.join(kept.values())}.",
+        "What the stream waits for is its first buffer of 10,000 rows; all the steps that were timed came out of it,",
+        "so reading and tokenising the rest are not in its `ms a step`. What the cache waits for the first time, and",
+        "the memory of rows in memory, grow with the rows. Pages of the cache's file that were read count in its",
+        "peak, though the system takes them back when it needs memory. In memory `dpo` also reads all answers with",
+        "its reference before the first step, which is no part of the seconds here; the others do so step by step.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def measured(verb: str, ways: list[str], rows: int, model: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The ways asked for, each in a process of its own; the cache twice."""
+    whole, part, cache = folder / "rows.jsonl", folder / "part.jsonl", folder / "cache"
+    write_rows(whole, verb, rows)
+    with whole.open() as lines:
+        part.write_text("".join(islice(lines, rows // 10)))
+    for name, way, path, count in (
+        ("`data.stream`", "stream", whole, rows), ("in memory", "memory", part, rows // 10),
+        ("`data.cache`, the first time", "cache", whole, rows), ("`data.cache`, again", "cache", whole, rows),
+    ):  # fmt: skip
+        if way in ways:
+            told = {"verb": verb, "way": name, "rows": count, "size": path.stat().st_size / 1e6}
+            told |= apart("--model", model, "--side", verb, way, str(path), str(cache))
+            kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+            yield told | ({"kept": kept / 1e6} if kept else {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--verbs", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--measured", type=Path, default=Path("large_sets.jsonl"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--side", nargs=3, metavar=("WAY", "PATH", "CACHE"))
+    parser.add_argument("--side", nargs=4, metavar=("VERB", "WAY", "PATH", "CACHE"))
     given = parser.parse_args()
     if given.side:
-        way, path, cache = given.side
-        print(json.dumps(side(way, given.model, path, cache)))
+        verb, way, path, cache = given.side
+        print(json.dumps(side(verb, way, given.model, path, cache)))
         return
-    with tempfile.TemporaryDirectory(dir=given.work) as folder:
-        whole, part, cache = Path(folder) / "rows.jsonl", Path(folder) / "part.jsonl", Path(folder) / "cache"
-        write_rows(whole, given.rows)
-        with whole.open() as rows:
-            part.write_text("".join(islice(rows, given.rows // 10)))
-        words = ("--model", given.model, "--side")
-        found = []
-        for name, way, path in (
-            ("`data.cache`, the first time", "cache", whole), ("`data.cache`, again", "cache", whole),
-            ("`data.stream`", "stream", whole), (f"in memory, {given.rows // 10:,} rows", "memory", part),
-        ):  # fmt: skip
-            found.append((name, apart(*words, way, str(path), str(cache))))
-            print(name, found[-1][1], flush=True)
-        kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e6
-        text = page(found, given.rows, whole.stat().st_size / 1e6, kept, Path(given.model).name)
+    for verb in given.verbs:
+        with tempfile.TemporaryDirectory(dir=given.work) as folder:
+            for told in measured(verb, given.ways, given.rows, given.model, Path(folder)):
+                with given.measured.open("a") as file:
+                    file.write(json.dumps(told) + "\n")
+    found = [json.loads(line) for line in given.measured.read_text().splitlines()]
+    text = page(found, Path(given.model).name)
     if given.out:
         given.out.write_text(text)
     print(text)

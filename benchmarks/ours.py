@@ -109,7 +109,7 @@ def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int
     train = encode(loaded.train, laid, recipe.data)
     objective: Any
     if name == "sft":
-        objective = SFT(model, train.first, [], recipe.run.micro_tokens)
+        objective = SFT(model, train, None, recipe.run.micro_tokens)
     elif name == "reward":
         objective = PairwiseReward(model, train, None, recipe.train, recipe.run.micro_tokens)
     else:

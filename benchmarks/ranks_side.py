@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from steersman.data import Encoded, EncodedList
+from steersman.data import Encoded, EncodedSet
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.pieces import local_shard
 from steersman.distributed.ranks import join_ranks, ranks
@@ -37,9 +37,9 @@ def main(path: str, mode: str) -> None:
         place(policy)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(10, 1000, (ROWS * UPDATES, LENGTH), generator=draw).tolist()
-        rows = EncodedList(Encoded(row[:8], row[8:], [True] * (LENGTH - 8)) for row in ids)
+        rows = EncodedSet([[Encoded(row[:8], row[8:], [True] * (LENGTH - 8))] for row in ids])
         state = Offline(
-            SFT(policy, rows, EncodedList(), 512), OfflineConfig(batch_size=ROWS), OptimizerConfig(),
+            SFT(policy, rows, None, 512), OfflineConfig(batch_size=ROWS), OptimizerConfig(),
             ManyRunConfig(micro_tokens=512),
         )  # fmt: skip
         most, clear = 0, state.optimizer.zero_grad

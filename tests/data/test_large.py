@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 from letter_models import WORDS, save_mini, write_jsonl
 
-from steersman.data import LargeDataConfig, demonstrations, encode, layout, training
+from steersman.data import LOADERS, Batches, LargeDataConfig, Order, encode, layout, training
+from steersman.data.labels import schema
 from steersman.data.stored import CHUNK
 from steersman.model import load_tokenizer
+from steersman.statistics.reward_report import keys
 from steersman.types import SteersmanError
 
 
@@ -27,22 +30,22 @@ def rows(tmp_path):
     return write_jsonl(tmp_path / "rows.jsonl", data)
 
 
-def ready(config, tokenizer, context=70, batch_size=4):
-    return training(config, layout(tokenizer, config), context, batch_size=batch_size, seed=5)
+def ready(config, tokenizer, kind="demonstration", context=70):
+    return training(config, kind, layout(tokenizer, config), context=context, order=Order(4, 5))
 
 
 def made(rows, **words):
     return LargeDataConfig.model_validate({"path": str(rows), **words})
 
 
-def streamed(config, tokenizer):
-    stream = ready(config, tokenizer).stream
+def streamed(config, tokenizer, kind="demonstration"):
+    stream = ready(config, tokenizer, kind).stream
     assert stream is not None
     return stream
 
 
-def plain(rows):
-    return [(e.prompt, e.response, e.mask) for e in rows]
+def plain(data):
+    return [[(e.prompt, e.response, e.mask) for e in group] for group in data.groups]
 
 
 @pytest.mark.parametrize("held_out", [0, 0.25, 30])
@@ -50,11 +53,89 @@ def test_rows_on_disk_are_the_rows_in_memory(rows, tokenizer, tmp_path, held_out
     kept = made(rows, cache=str(tmp_path / "cache"), held_out=held_out)
     memory = kept.model_copy(update={"cache": None})
     one, two = ready(memory, tokenizer), ready(kept, tokenizer)
-    assert plain(one.train) == plain(two.train[i] for i in range(len(two.train)))
-    assert plain(one.held_out) == plain(two.held_out)
+    assert plain(one.train) == plain(two.train)
+    assert (one.held_out is None) == (two.held_out is None) == (not held_out)
+    assert one.held_out is None or plain(one.held_out) == plain(two.held_out)
     assert list(one.train.lengths) == list(two.train.lengths)
     assert one.summary.lengths == two.summary.lengths
-    assert [(s.rows, s.held_out) for s in (one.summary, two.summary)] == [(len(one.train), len(one.held_out))] * 2
+    assert [s.rows for s in (one.summary, two.summary)] == [len(one.train.groups)] * 2
+    assert one.summary.held_out == two.summary.held_out
+
+
+ASKED = [f"ask{'?' * (i % 9)}" for i in range(40)]
+TABLES = {
+    "preference": [
+        {"prompt": ask, "chosen": WORDS[i % 12], "rejected": f"no {i}", "margin": i}
+        for i, ask in enumerate(ASKED)
+    ],
+    "feedback": [
+        {"prompt": ask, "completion": f"{WORDS[i % 12]} {i}", "label": i % 3 > 0, "weight": 1 + i / 8}
+        for i, ask in enumerate(ASKED)
+    ],
+    "ranking": [
+        {"prompt": ask, "responses": [f"{w} {i}" for w in WORDS[: 2 + i % 3]], "scores": [3, 5, 4, 1][: 2 + i % 3]}
+        for i, ask in enumerate(ASKED)
+    ],
+    "rating": [
+        {"prompt": ask, "completion": f"a {i}", "scores": {"kind": i / 4, **({"true": 2.0} if i % 2 else {})}}
+        for i, ask in enumerate(ASKED)
+    ],
+    "steps": [
+        {"prompt": ask, "steps": ["a", f"b {i}"], "labels": [1, i / 40]} for i, ask in enumerate(ASKED)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_kind_of_example_is_on_disk_what_it_is_in_memory(kind, tokenizer, tmp_path):
+    kept = made(write_jsonl(tmp_path / "rows.jsonl", TABLES[kind]), cache=str(tmp_path / "cache"), held_out=0.25)
+    one, two = (ready(c, tokenizer, kind) for c in (kept.model_copy(update={"cache": None}), kept))
+    for a, b in ((one.train, two.train), (one.held_out, two.held_out)):
+        assert a is not None
+        assert b is not None
+        assert plain(a) == plain(b)
+        for name in schema(kind):
+            assert [getattr(e, name) for e in a.examples] == [getattr(e, name) for e in b.examples]
+        same = [np.equal.outer(x, x) for x in (keys(a.examples), keys(b.examples))]
+        assert (same[0] == same[1]).all()
+    for name in {"margin", "weight", "label"} & set(schema(kind)):
+        assert one.train.values(name).tolist() == two.train.values(name).tolist()
+    assert one.train.lengths.tolist() == two.train.lengths.tolist()
+
+
+def test_one_file_read_as_two_kinds_makes_two_sets(tokenizer, tmp_path):
+    config = made(write_jsonl(tmp_path / "rows.jsonl", TABLES["preference"]), cache=str(tmp_path / "cache"))
+    sizes = [len(ready(config, tokenizer, kind).train.groups) for kind in ("demonstration", "preference", "feedback")]
+    assert sizes == [40, 40, 80]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_rows_of_other_content_are_other_data(rows, tokenizer, tmp_path):
+    config = made(rows, cache=str(tmp_path / "cache"))
+    order = lambda: Batches(1114, 4, content=ready(config, tokenizer).content)  # noqa: E731
+    state = order().state_dict()
+    order().load_state_dict(state)
+    rows.write_text(rows.read_text().replace("ask", "say", 1))
+    with pytest.raises(SteersmanError, match="content"):
+        order().load_state_dict(state)
+
+
+def test_thumbs_that_all_say_the_same_are_refused_wherever_they_are(tokenizer, tmp_path):
+    ups = [{"prompt": "a", "completion": f"b {i}", "label": True} for i in range(9)]
+    file = write_jsonl(tmp_path / "rows.jsonl", ups)
+    for more, where in (({"cache": str(tmp_path / "cache")}, "that fit"), ({"stream": True, "buffer": 8}, "buffer")):
+        with pytest.raises(SteersmanError, match=f"{where}.*thumbs up and down are both needed"):
+            ready(made(file, **more), tokenizer, "feedback")
+
+
+def test_pairs_of_equal_answers_are_left_out_and_counted(tokenizer, tmp_path):
+    table = [{"prompt": "ask", "chosen": "e" * 30 + "yes", "rejected": "e" * 30 + "no"}, *TABLES["preference"]]
+    file = write_jsonl(tmp_path / "rows.jsonl", table)
+    cut = {"max_length": 20, "on_too_long": "truncate", "on_bad_row": "skip"}
+    for more in ({}, {"cache": str(tmp_path / "cache")}, {"stream": True, "buffer": 40}):
+        got = ready(made(file, **cut, **more), tokenizer, "preference")
+        assert len(got.train.groups) == 40
+        assert "1 pairs left out: their answers are the same tokens" in "\n".join(got.summary.lines)
 
 
 def test_a_set_is_made_anew_where_content_or_settings_changed_and_not_else(rows, tokenizer, tmp_path):
@@ -88,7 +169,7 @@ def test_the_sets_of_a_mixture_are_all_kept_while_they_are_read(rows, tokenizer,
     got = ready(config, tokenizer)
     assert got.mix is not None
     assert got.mix.counts == (577, 577)
-    assert {len(got.train[int(own[0])].prompt) for own in got.mix.members} == {3, 1}
+    assert {len(got.train.groups[int(own[0])][0].prompt) for own in got.mix.members} == {3, 1}
 
 
 def test_a_bad_row_leaves_nothing_in_the_cache(rows, tokenizer, tmp_path):
@@ -101,10 +182,10 @@ def test_a_bad_row_leaves_nothing_in_the_cache(rows, tokenizer, tmp_path):
 def test_a_stream_gives_every_row_once_a_pass_and_shuffles_in_its_buffer(rows, tokenizer):
     config = made(rows, stream=True, buffer=100)
     stream = streamed(config, tokenizer)
-    memory = encode(demonstrations(config).train, layout(tokenizer, config), config, 70)
+    memory = encode(LOADERS["demonstration"](config).train, layout(tokenizer, config), config, 70)
     size, order = len(memory.groups), stream.forever()
     batches = islice(order, size // 4)
-    seen = [(e.prompt, e.response) for batch in batches for e in (stream[i] for i in batch)]
+    seen = [(e.prompt, e.response) for batch in batches for e in (stream.groups[i][0] for i in batch)]
     expected = [(g[0].prompt, g[0].response) for g in memory.groups[: size - size % 4]]
     assert seen != expected
     for begin in range(0, len(expected) - 100, 100):
@@ -117,7 +198,7 @@ def test_a_stream_gives_every_row_once_a_pass_and_shuffles_in_its_buffer(rows, t
 def test_a_resumed_stream_gives_the_batches_that_were_left(rows, tokenizer):
     config = made(rows, stream=True, buffer=64)
     make = lambda: streamed(config, tokenizer)  # noqa: E731
-    texts = lambda stream, batches: [[stream[i].response for i in batch] for batch in batches]  # noqa: E731
+    texts = lambda stream, batches: [[stream.groups[i][0].response for i in batch] for batch in batches]  # noqa: E731
     whole, broken = make(), make()
     left = whole.forever()
     texts(whole, islice(left, 300))
@@ -138,9 +219,9 @@ def test_held_out_files_are_passed_over(rows, tokenizer, tmp_path):
     held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "ask", "completion": "no"}])
     for more in ({"stream": True, "buffer": 100}, {"cache": str(tmp_path / "cache")}):
         got = ready(made(rows, held_out_files=[str(held)], **more), tokenizer)
-        assert len(got.held_out) == 1
-        prompt = got.held_out[0].prompt
-        assert all(got.train[i].prompt != prompt for i in range(len(got.train)))
+        assert got.held_out is not None
+        [[held_row]] = got.held_out.groups
+        assert all(group[0].prompt != held_row.prompt for group in got.train.groups)
 
 
 def test_what_can_not_be_is_refused(rows, tokenizer, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from letter_models import rows_of, save_mini
-from ranks_kit import launch
+from ranks_kit import judge_on, launch
 from safetensors.torch import load_file
 from wheel_kit import loop_settings
 
@@ -16,8 +16,10 @@ from steersman.flywheel.best_of_n import BestOfNRecipe
 
 TRAIN = {"batch_size": 4, "epochs": 1}
 CASES: dict[str, dict[str, Any]] = {
-    "best-of-n": {"train": TRAIN},
-    "online-dpo": {"train": TRAIN},
+    "best-of-n": {
+        "train": TRAIN, "rounds": 2, "refresh": {"by": "words", "train": {"batch_size": 4, "keep": "last"}},
+    },
+    "online-dpo": {"train": TRAIN, "rounds": 2, "stop": {"judge": "words", "patience": 1}},
     "arena": {
         "sft": {"train": TRAIN}, "dpo": {"train": TRAIN},
         "ppo": {"reward_train": {"batch_size": 4, "keep": "last"}, "iterations": 1, "prompts": 2},
@@ -26,9 +28,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def case(verb: str, folder: Path, model: Path, run: str, world: int, parallel: dict[str, Any]) -> dict[str, Any]:
-    recipe = loop_settings(folder, model, f"{run}/{verb}", rounds=1, parallel=parallel, **CASES[verb])
+    recipe = loop_settings(folder, model, f"{run}/{verb}", parallel=parallel, **{"rounds": 1, **CASES[verb]})
     recipe["model"]["dtype"] = "float64"
     recipe["run"]["devices"] = world
+    if verb == "best-of-n":
+        recipe["judge"] = {"reward": {"learned": {"model": str(judge_on(model, folder / "judge"))}}}
     if verb == "arena":
         recipe["opponents"] = {"other": str(save_mini(folder / "other", 1))}
     return {"verb": verb, "recipe": recipe}
@@ -72,6 +76,7 @@ def test_two_ranks_leave_what_one_process_leaves(tmp_path):
                 for key, value in load_file(alone / name).items():
                     assert (load_file(two / name)[key] - value).abs().max() < 1e-6, f"{run}/{verb}/{name}: {key}"
         assert json.loads((two / "summary.json").read_text())["finished"]
+    assert (tmp_path / "replicas/best-of-n/round-01/refresh/train/model/model.safetensors").exists()
 
 
 def test_sampling_by_other_processes_is_refused_by_name(tmp_path):

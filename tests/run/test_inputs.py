@@ -11,13 +11,14 @@ from steersman.run.files.inputs import BLOCK, WHOLE, fingerprints
 class Asked(Section):
     path: str
     folder: str = ""
+    cache: str = ""
 
 
 def test_the_runs_own_folder_within_the_data_does_not_count(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
-    asked = Asked(path=str(tmp_path), folder=str(tmp_path))
+    asked = Asked(path=str(tmp_path), folder=str(tmp_path), cache=str(tmp_path))
     before = fingerprints(asked, run)
     (run / "metrics.jsonl").write_text("{}")
     assert fingerprints(asked, run) == before

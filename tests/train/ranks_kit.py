@@ -12,6 +12,7 @@ import torch
 from forked import Python
 
 from steersman.distributed.stored import StoredTensor
+from steersman.model import load_scalar, save
 from steersman.run.files.checkpoint import Checkpointer
 
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -37,6 +38,15 @@ def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float =
             one.close()
     for one, text in zip(running, said, strict=True):
         assert one.returncode == 0, text[-4000:]
+
+
+def judge_on(model: Path, folder: Path) -> Path:
+    """A reward model on the trunk of a policy, saved once."""
+    if not folder.exists():
+        scalar = load_scalar(str(model))
+        torch.nn.init.normal_(scalar.output.weight, generator=torch.Generator().manual_seed(5))
+        save(scalar, None, folder)
+    return folder
 
 
 def trained_weights(run: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.data import DataConfig, collate, demonstrations, encode, layout, preferences
 from steersman.loss.supervised import nll
 from steersman.model import Policy, SharedCritic, load_scalar
+from steersman.objectives.reward_config import RewardModelConfig
+from steersman.objectives.reward_pairs import PairwiseReward
 from steersman.objectives.supervised import SFT
 from steersman.run.run_config import RunConfig
 from steersman.train.offline import Offline
@@ -22,7 +24,6 @@ from steersman.train.policy_update import LanguageBatch, Learner
 from steersman.train.tally import Tally
 from steersman.types import Tokens, Trajectory
 from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
-from steersman.verbs.reward_model import PairwiseReward, RewardModelConfig
 from steersman.verbs.sft import SFTConfig
 
 T = 9
@@ -233,7 +234,7 @@ def sft_state(tmp_path, micro: int, pack: int | None = None) -> Offline:
     policy = Policy(tiny_model("llama", vocab=len(LETTERS), scale=2.0), letters(), pack=pack)
     encoded = encode(demonstrations(data).train, layout(policy.tokenizer, data), data, 128)
     run = RunConfig(micro_tokens=micro)
-    return Offline(SFT(policy, encoded.first, [], micro), SFTConfig(), OptimizerConfig(), run)
+    return Offline(SFT(policy, encoded, None, micro), SFTConfig(), OptimizerConfig(), run)
 
 
 def offline_gradients(state: Offline) -> dict[str, torch.Tensor]:
@@ -256,7 +257,7 @@ def test_micro_batches_and_packing_change_no_gradient_of_sft(tmp_path):
 
 def test_the_sft_gradient_is_that_of_the_mean_over_tokens_that_count(tmp_path):
     state = sft_state(tmp_path, 50)
-    got, examples = offline_gradients(state), state.objective.train
+    got, examples = offline_gradients(state), state.objective.train.first
     policy = sft_state(tmp_path, 50).objective.module
     total = torch.zeros(())
     for e in examples:

@@ -10,7 +10,8 @@ import torch
 from letter_models import WORDS, rows_of, write_jsonl
 from train_kit import merge, prompts_file, recipe, weights
 
-from steersman.verbs import preference, rl, sft
+from steersman.types import SteersmanError
+from steersman.verbs import feedback, preference, reward_model, rl, sft
 
 
 def settings(tmp_path: Path, mini: Path, **more) -> dict:
@@ -27,22 +28,43 @@ def settings(tmp_path: Path, mini: Path, **more) -> dict:
     )  # fmt: skip
 
 
-def goes_on(asked: dict, tmp_path: Path, from_step: int) -> None:
-    """Takes away all that a run did after a step, resumes it, and compares weights and log."""
-    run = tmp_path / "run"
-    asked = merge(asked, {"run.dir": str(run)})
-    sft.run(sft.SFTRecipe.model_validate(asked))
-    before, log = weights(run / "model"), rows_of(run / "metrics.jsonl")
+VERBS = {
+    "sft": (sft.run, sft.SFTRecipe),
+    "dpo": (preference.run, preference.PreferenceRecipe),
+    "kto": (feedback.run, feedback.RECIPES["kto"]),
+    "reward": (reward_model.run, reward_model.RewardModelRecipe),
+}
+
+
+def carry_out(verb: str, asked: dict, **how) -> None:
+    start, recipe = VERBS[verb]
+    start(recipe.model_validate(asked), **how)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in rows_of(run / "metrics.jsonl") if "loss" in row]
+
+
+def cut_short(run: Path, from_step: int) -> None:
+    """Takes away all that a run did after a step."""
     shutil.rmtree(run / "model")
     late = [p for p in (run / "checkpoints").glob("step-*") if int(p.name[5:]) > from_step]
     assert late
     for path in late:
         shutil.rmtree(path)
-    sft.run(sft.SFTRecipe.model_validate(asked), resume=True)
+
+
+def goes_on(asked: dict, tmp_path: Path, from_step: int, verb: str = "sft") -> None:
+    """Takes away all that a run did after a step, resumes it, and compares weights and log."""
+    run = tmp_path / "run"
+    asked = merge(asked, {"run.dir": str(run)})
+    carry_out(verb, asked)
+    before, log = weights(run / "model"), losses(run)
+    cut_short(run, from_step)
+    carry_out(verb, asked, resume=True)
     after = weights(run / "model")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (log, rows_of(run / "metrics.jsonl"))]
-    assert losses[0] == losses[1]
+    assert losses(run) == log
 
 
 def test_a_mixture_goes_on_from_a_checkpoint_in_its_middle(tmp_path, mini):
@@ -89,6 +111,84 @@ def test_a_stream_goes_on_from_a_checkpoint_in_its_middle(tmp_path, mini):
 def test_a_stream_of_a_mixture_goes_on_too(tmp_path, mini):
     more = {"data.mix": [3, 1], "data.stream": True, "data.buffer": 8, "train.max_steps": 16}
     goes_on(settings(tmp_path, mini, **more), tmp_path, from_step=10)
+
+
+def judged(tmp_path: Path, mini: Path, verb: str, **data) -> dict:
+    """A run of a verb on pairs, or on thumbs, without held prompts."""
+    pairs = [
+        {"prompt": f"ask{'?' * (i % 9)}", "chosen": f"{WORDS[i % 12]} a", "rejected": "no e" + " a" * (i % 5)}
+        for i in range(50)
+    ]
+    thumbs = [
+        {"prompt": p["prompt"], "completion": p["chosen"] if i % 2 else p["rejected"], "label": i % 2 > 0}
+        for i, p in enumerate(pairs)
+    ]
+    file = write_jsonl(tmp_path / f"{verb}.jsonl", thumbs if verb == "kto" else pairs)
+    asked = settings(tmp_path, mini, data={"path": str(file), **data}, train={"batch_size": 4, "max_steps": 24})
+    return asked if verb == "reward" else merge(asked, {"samples.prompts": 0})
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "reward"])
+def test_pairs_and_thumbs_on_disk_train_as_those_in_memory(verb, tmp_path, mini):
+    """The same batches; the reference is read batch by batch there, so its numbers are the same to rounding."""
+    logged = {}
+    for name, cache in (("memory", None), ("disk", str(tmp_path / "cache"))):
+        asked = judged(tmp_path, mini, verb, held_out=0.2, cache=cache)
+        carry_out(verb, merge(asked, {"run.dir": str(tmp_path / name)}))
+        logged[name] = rows_of(tmp_path / name / "metrics.jsonl")[-1]
+        if verb == "reward":
+            told = [(tmp_path / name / "evaluation.json").read_text() for name in logged]
+            assert len(set(told)) == 1
+    first, second = (losses(tmp_path / name) for name in logged)
+    assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+    held = [name for name in logged["memory"] if name.startswith("held_out/")]
+    assert held
+    for name in held:
+        assert logged["memory"][name] == pytest.approx(logged["disk"][name], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "reward"])
+def test_a_stream_of_pairs_or_thumbs_goes_on_from_its_middle(verb, tmp_path, mini):
+    asked = judged(tmp_path, mini, verb, stream=True, buffer=12)
+    if verb == "kto":
+        with pytest.raises(ValueError, match="how many thumbs are up is not known before"):
+            VERBS[verb][1].model_validate(asked)
+        asked = merge(asked, {"loss.desirable_weight": 1.0, "loss.undesirable_weight": 1.0})
+    goes_on(asked, tmp_path, from_step=16, verb=verb)
+
+
+def test_a_run_on_stored_pairs_goes_on_whatever_else_the_cache_has_and_refuses_changed_ones(tmp_path, mini):
+    (tmp_path / "cache").mkdir()
+    asked = merge(judged(tmp_path, mini, "dpo", cache=str(tmp_path / "cache")), {"run.dir": str(tmp_path / "run")})
+    carry_out("dpo", asked)
+    carry_out("reward", judged(tmp_path, mini, "reward", cache=str(tmp_path / "cache")) | {
+        "run": {"threads": 1, "dir": str(tmp_path / "other")}
+    })  # fmt: skip
+    before = weights(tmp_path / "run" / "model")
+    cut_short(tmp_path / "run", 6)
+    carry_out("dpo", asked, resume=True)
+    after = weights(tmp_path / "run" / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    cut_short(tmp_path / "run", 6)
+    file = tmp_path / "dpo.jsonl"
+    file.write_text(file.read_text().replace("ask", "say", 1))
+    with pytest.raises(SteersmanError, match=r"has changed since it began.*dpo\.jsonl"):
+        carry_out("dpo", asked, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"data.stream": True}, "say train.max_steps"),
+        ({"data.stream": True, "train.max_steps": 3, "train.heads": 3}, "use data.cache"),
+        ({"data.cache": "c", "stage": "evaluate"}, "is for stage train"),
+        ({"data.cache": "c", "data.held_out": 2, "evaluation.subset": "file"}, "keeps no columns"),
+    ],
+)
+def test_what_goes_through_all_rows_is_refused_for_rows_that_are_not_at_hand(more, message):
+    plain = {"model": {"path": "m"}, "data": {"path": "d"}}
+    with pytest.raises(ValueError, match=message):
+        VERBS["reward"][1].model_validate(merge(plain, more))
 
 
 def test_pairs_in_packed_rows_learn_what_they_learn_apart(tmp_path, mini):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from letter_models import letters
 from pydantic import ValidationError
 from tiny_models import tiny_model
 
-from steersman.data import BadRows, Encoded, EncodedSet, Preference, RowError
+from steersman.data import DataConfig, Encoded, EncodedSet, Preference, RowError, encode, layout
 from steersman.data.rows import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
@@ -16,7 +17,6 @@ from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.setup.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
-from steersman.verbs.preference import drop_equal
 
 PAIRS = [name for name, entry in LOSSES.items() if entry.data == "pair"]
 
@@ -152,21 +152,19 @@ def test_soft_labels_and_margins_of_the_data_count():
 
 
 def test_pairs_that_the_length_limit_made_equal_are_named_or_left_out():
-    def cut() -> EncodedSet[Preference]:
-        data = encoded()
-        data.groups[1] = [Encoded(e.prompt, e.response[:1], [True]) for e in data.groups[1]]
-        data.groups[1][1].response = data.groups[1][0].response
-        return data
+    pairs = [("no a", "no b"), ("no way at all, a", "no way at all, b"), ("yes", "no")]
+    cut = [Preference("ask", w, r, Row({}, "f", n)) for n, (w, r) in enumerate(pairs)]
 
-    with pytest.raises(RowError, match=r"f, row 1.*same tokens.*on_bad_row"):
-        drop_equal(cut(), BadRows())
-    left_out = BadRows("skip")
-    assert [e.row.number for e in drop_equal(cut(), left_out).examples] == [0, 2]
-    assert left_out.counts == {"answers equal when cut": 1}
-    alone = cut()
-    alone.groups, alone.examples = alone.groups[1:2], alone.examples[1:2]
-    with pytest.raises(SteersmanError, match="no pair is left"):
-        drop_equal(alone, BadRows("skip"))
+    def config(**more: str) -> DataConfig:
+        return DataConfig.model_validate({"path": "f", "max_length": 12, "on_too_long": "truncate", **more})
+
+    laid = layout(letters(), config())
+    with pytest.raises(RowError, match=r"f, row 1.*same tokens, cut to data.max_length.*on_bad_row"):
+        encode(cut, laid, config())
+    left = encode(cut, laid, config(on_bad_row="skip"))
+    assert ([e.row.number for e in left.examples], left.equal) == ([0, 2], 1)
+    with pytest.raises(SteersmanError, match="no pair is left: in 1 the answers are the same tokens"):
+        encode(cut[1:2], laid, config(on_bad_row="skip"))
 
 
 def test_a_lead_that_is_rounding_is_half_right():

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 from letter_models import rows_of, write_jsonl
-from ranks_kit import launch, trained_weights
-from train_kit import merge, prompts_file, save_tiny, settings
-
-from steersman.model import load_scalar, save
+from ranks_kit import judge_on, launch, trained_weights
+from train_kit import merge, prompts_file, save_tiny, settings, weights
 
 pytestmark = pytest.mark.slow
 ON_POLICY = ("ppo", "trpo", "nlpo", "a2c", "reinforce", "rloo", "remax", "grpo", "dapo", "gspo", "ppo-kl")
@@ -29,6 +27,8 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo-process": ("grpo", {"rollout.engine": "process", "rollout.timeout": 200}),
     "grpo-ahead": ("grpo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 1}),
     "dapo-ahead": ("dapo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 2}),
+    "grpo-curriculum": ("grpo", {"curriculum": {"right_from": 0.25}, "iterations": 4}),
+    "rloo-stop": ("rloo", {"stop": {"judge": "score"}, "iterations": 12, "optimizer.lr": 0.03, "run.eval_every": 1}),
     "grpo-checkpointing": ("grpo", {"model.gradient_checkpointing": True}),
     "dpo-tdpo": ("dpo", {"loss.name": "tdpo2"}),
     "sft-packed": ("sft", {"train.pack": 48}),
@@ -105,15 +105,6 @@ def answers(verb: str, folder: Path, model: Path, run: str, world: int, parallel
     return {"generate": asked, "metrics": {"distinct": {}, "length": {}}, "out": str(folder / run / "table.json")}
 
 
-def judge_on(model: Path, folder: Path) -> Path:
-    """A reward model on the trunk of a policy, saved once."""
-    if not folder.exists():
-        scalar = load_scalar(str(model))
-        torch.nn.init.normal_(scalar.output.weight, generator=torch.Generator().manual_seed(5))
-        save(scalar, None, folder)
-    return folder
-
-
 def pair_on(folder: Path, family: str) -> Path:
     """A tiny encoder-decoder, saved once."""
     return folder / family if (folder / family).exists() else save_tiny(folder / family, family)
@@ -185,6 +176,15 @@ def assert_same(got: Path, wanted: Path, name: str) -> None:
 def test_training_moves_the_weights(alone, model):
     start, end = trained_weights(alone / "grpo"), trained_weights(alone / "ppo")
     assert any(not torch.equal(start[key], end[key]) for key in start)
+
+
+@pytest.mark.parametrize("run", ["replicas", "sharded"])
+def test_ranks_end_early_where_one_process_does_and_save_its_best_weights(run, alone, request):
+    found, wanted = (request.getfixturevalue(name) / "rloo-stop" for name in (run, "alone"))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, wanted)]
+    assert summaries[0]["steps"] == summaries[1]["steps"] < 12
+    for key, value in weights(wanted / "model").items():
+        torch.testing.assert_close(weights(found / "model")[key], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

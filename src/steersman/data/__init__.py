@@ -4,10 +4,11 @@ from steersman.data.batches import Batches
 from steersman.data.collate import collate, collate_groups, collate_pairs, pack
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import Encoded, EncodedList, EncodedRows, EncodedSet, encode, encode_prompts, layout, wraps
+from steersman.data.encode import Encoded, EncodedSet, TrainingSet, encode, encode_prompts, layout, wraps
 from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
-from steersman.data.large import LargeDataConfig, training
+from steersman.data.large import LargeDataConfig, Training, training
 from steersman.data.load import (
+    LOADERS,
     LoadedExamples,
     attributes,
     demonstrations,
@@ -24,25 +25,25 @@ from steersman.data.load import (
 from steersman.data.mixing import Mixture, mixture
 from steersman.data.read import read_rows
 from steersman.data.rows import BadRows, Row, RowError
-from steersman.data.streamed import Streamed
+from steersman.data.streamed import Order, Streamed
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Codec, Layout
 
 __all__ = [
+    "LOADERS",
     "BadRows",
     "Batches",
     "Codec",
     "DataConfig",
     "Demonstration",
     "Encoded",
-    "EncodedList",
-    "EncodedRows",
     "EncodedSet",
     "Feedback",
     "LargeDataConfig",
     "Layout",
     "LoadedExamples",
     "Mixture",
+    "Order",
     "Preference",
     "Query",
     "Ranking",
@@ -52,6 +53,8 @@ __all__ = [
     "Steps",
     "Streamed",
     "Summary",
+    "Training",
+    "TrainingSet",
     "attributes",
     "collate",
     "collate_groups",

@@ -21,7 +21,8 @@ class Batches:
     batch (less padding): the shuffled rows are sorted by length within windows of 32 batches, and the batches
     are shuffled again. The last batch may be smaller, unless `drop_last`.
 
-    `state_dict` after a batch names the next one, so a resumed run sees exactly the batches that were left.
+    `state_dict` after a batch names the next one, so a resumed run sees exactly the batches that were left. `content`
+    names what the rows are, where that is known: rows of other content are other data.
 
     Raises SteersmanError for an empty set, a batch size below 1, a `drop_last` that drops everything, and a
     state that belongs to other data.
@@ -32,11 +33,12 @@ class Batches:
         size: int,
         batch_size: int,
         seed: int = 0,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
         *,
         shuffle: bool = True,
         drop_last: bool = False,
         mix: Mixture | None = None,
+        content: Sequence[str] = (),
     ) -> None:
         if size < 1 or batch_size < 1:
             raise SteersmanError(f"can not make batches of {batch_size} from {size} rows")
@@ -44,7 +46,7 @@ class Batches:
             raise ValueError(f"{len(lengths)} lengths for {size} rows")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.lengths = None if lengths is None else np.asarray(lengths)
-        self.shuffle, self.drop_last, self.mix = shuffle, drop_last, mix
+        self.shuffle, self.drop_last, self.mix, self.content = shuffle, drop_last, mix, list(content)
         self.epoch = self.position = 0
         if len(self) == 0:
             raise SteersmanError(f"{size} rows do not fill one batch of {batch_size}, and drop_last leaves it out")
@@ -96,13 +98,13 @@ class Batches:
         return {
             "epoch": self.epoch, "position": self.position, "seed": self.seed, "size": self.size,
             "batch_size": self.batch_size, "mix": [] if self.mix is None else list(self.mix.counts),
+            "content": self.content,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        now, before = self.state_dict(), {"mix": [], **state}
-        changed = [
-            f"{k} {before[k]} -> {now[k]}" for k in ("seed", "size", "batch_size", "mix") if before[k] != now[k]
-        ]
+        now, before = self.state_dict(), {"mix": [], "content": [], **state}
+        same = ("seed", "size", "batch_size", "mix", "content")
+        changed = [f"{k} {before[k]} -> {now[k]}" for k in same if before[k] != now[k]]
         if changed:
             raise SteersmanError(
                 f"can not resume the data order: {', '.join(changed)}; resume with the data and recipe of the run"

@@ -19,11 +19,12 @@ class Summary:
 
     `lengths` maps p50, p95 and max to tokens. `end_share` is the share of answers whose end token counts in
     the loss (1 is right: where it is less, the model does not learn to stop there), `loss_share` the share of
-    all tokens that count.
+    all tokens that count. `dropped` rows were too long.
     """
 
     rows: int
     held_out: int
+    dropped: int
     lengths: dict[str, int]
     truncated_share: float
     end_share: float
@@ -41,6 +42,7 @@ def describe(loaded: LoadedExamples, encoded: EncodedSet, laid: Layout, samples:
     summary = Summary(
         rows=len(encoded.examples),
         held_out=len(loaded.held_out),
+        dropped=encoded.dropped,
         lengths={
             "p50": int(np.percentile(lengths, 50)),
             "p95": int(np.percentile(lengths, 95)),
@@ -105,6 +107,8 @@ def _lines(summary: Summary, loaded: LoadedExamples, encoded: EncodedSet, laid: 
         )
     if encoded.dropped or encoded.cut:
         lines.append(f"too long: {encoded.dropped} left out, {encoded.cut} cut ({summary.truncated_share:.1%})")
+    if encoded.equal:
+        lines.append(f"{encoded.equal} pairs left out: their answers are the same tokens")
     if summary.end_share < 1:
         lines.append(f"only {summary.end_share:.1%} of the answers have their end token in the loss")
     if encoded.special:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+import numpy as np
+
 from steersman.data.config import DataConfig
 from steersman.data.encoder_decoder import PairLayout
-from steersman.data.examples import Example, Query, answers, user
+from steersman.data.examples import Example, Query, answers, compares_two, user
+from steersman.data.rows import BadRows
 from steersman.data.tokenize import Layout, Room, smallest
 from steersman.types import Prompt, SteersmanError
 
 E = TypeVar("E", bound=Example)
+E_co = TypeVar("E_co", bound=Example, covariant=True)
 Policy = Literal["error", "drop", "truncate"]
 
 
@@ -29,23 +33,30 @@ class Encoded:
         return len(self.prompt) + len(self.response)
 
 
-class EncodedRows(Protocol):
-    """Tokenised rows by place, wherever they are, with the tokens of each."""
-
-    def __getitem__(self, place: int, /) -> Encoded: ...
-
-    def __len__(self) -> int: ...
+class TrainingSet(Protocol[E_co]):
+    """Examples with their token ids by place, wherever they are: in memory, on disk, or the window of a stream."""
 
     @property
-    def lengths(self) -> Sequence[int]: ...
+    def groups(self) -> Sequence[list[Encoded]]:
+        """The answers of each example, all with the same prompt ids."""
+        ...
 
+    @property
+    def examples(self) -> Sequence[E_co]: ...
 
-class EncodedList(list[Encoded]):
-    """Tokenised rows in memory; `lengths` are the tokens of each."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example's longest answer with its prompt."""
+        ...
 
-    def __init__(self, rows: Iterable[Encoded] = ()) -> None:
-        super().__init__(rows)
-        self.lengths: Sequence[int] = [len(e) for e in self]
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is small enough to be gone through before the first step."""
+        ...
+
+    def values(self, name: str) -> np.ndarray:
+        """A field of all examples, such as `label` or `weight`, as numbers; NaN where there is none."""
+        ...
 
 
 @dataclass(slots=True)
@@ -53,22 +64,34 @@ class EncodedSet(Generic[E]):
     """`groups[i]` holds the answers of `examples[i]`, all with the same prompt ids: one for a demonstration,
     chosen and rejected for a pair, K for a ranking.
 
-    `dropped` and `cut` count what was too long, `special` the examples whose text spells a special token,
-    `open_prompts` the plain-text prompts that end in white space (the boundary then splits a token that the
-    model knows whole).
+    `dropped` and `cut` count what was too long, `equal` the pairs whose answers are the same tokens, `special` the
+    examples whose text spells a special token, `open_prompts` the plain-text prompts that end in white space (the
+    boundary then splits a token that the model knows whole).
     """
 
     groups: list[list[Encoded]] = field(default_factory=list)
     examples: list[E] = field(default_factory=list)
     dropped: int = 0
     cut: int = 0
+    equal: int = 0
     special: int = 0
     open_prompts: int = 0
+    _lengths: np.ndarray = field(default_factory=lambda: np.empty(0, int), init=False, repr=False, compare=False)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of each group's longest answer with its prompt."""
-        return [max(map(len, group)) for group in self.groups]
+        if len(self._lengths) != len(self.groups):
+            self._lengths = np.array([max(map(len, group)) for group in self.groups])
+        return self._lengths
+
+    @property
+    def in_memory(self) -> bool:
+        return True
+
+    def values(self, name: str) -> np.ndarray:
+        """A field of all examples as numbers; NaN where there is none."""
+        return np.array([getattr(e, name) for e in self.examples], dtype=float)
 
     @property
     def parts(self) -> list[int]:
@@ -76,9 +99,9 @@ class EncodedSet(Generic[E]):
         return [e.row.part for e in self.examples]
 
     @property
-    def first(self) -> EncodedList:
+    def first(self) -> list[Encoded]:
         """The first answer of each group: all there is of demonstrations."""
-        return EncodedList(group[0] for group in self.groups)
+        return [group[0] for group in self.groups]
 
 
 def wraps(tokenizer: Any, config: DataConfig) -> bool:
@@ -104,8 +127,9 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
     """Token ids and masks of examples, at most `max_length` tokens each (the model's `context` if that is less; an
     encoder-decoder has one for the prompt and one for the answer).
 
-    Raises SteersmanError at the first example that is too long where `on_too_long` is error, at a conversation
-    that the template can not lay out, where nothing is left, and for texts that the tokenizer can not read.
+    Raises SteersmanError at the first example that is too long where `on_too_long` is error, at a pair whose answers
+    are the same tokens where `on_bad_row` is stop, at a conversation that the template can not lay out, where nothing
+    is left, and for texts that the tokenizer can not read.
     """
     out: EncodedSet[E] = EncodedSet()
     room = laid.room(config.max_prompt_tokens, config.max_length, context)
@@ -113,17 +137,30 @@ def encode(examples: Sequence[E], laid: Layout, config: DataConfig, context: int
         put(out, example, laid, config, room)
     require_known(out, laid)
     if not out.groups:
-        raise SteersmanError(f"no example fits: all {out.dropped} are longer than {_limits(room)}")
+        raise nothing_left(out, room)
     return out
 
 
+def nothing_left(out: EncodedSet[Any], room: Room) -> SteersmanError:
+    """The error of a set of which no example is left."""
+    too_long = f"{out.dropped} are longer than {_limits(room)}"
+    if out.equal:
+        return SteersmanError(f"no pair is left: in {out.equal} the answers are the same tokens, {too_long}")
+    return SteersmanError(f"no example fits: all {too_long}")
+
+
 def put(out: EncodedSet[E], example: E, laid: Layout, config: DataConfig, room: Room) -> bool:
-    """Puts an example into the set, or counts it as too long; whether it is there. Raises SteersmanError as `encode`
-    does."""
+    """Puts an example into the set, or counts it as too long or as a pair of equal answers; whether it is there.
+    Raises SteersmanError as `encode` does."""
     group = _group(example, laid)
     fitting, was_cut = _fit(example, group, laid, config, room)
     if fitting is None:
         out.dropped += 1
+        return False
+    if compares_two(example) and fitting[0].response == fitting[1].response:
+        cut = "both answers are the same tokens" + (", cut to data.max_length" if was_cut else "")
+        BadRows(config.on_bad_row).add(example.row.fault("equal answers", cut))
+        out.equal += 1
         return False
     out.groups.append(fitting)
     out.examples.append(example)

@@ -221,6 +221,11 @@ def answers(example: Example) -> list[Content]:
             return []
 
 
+def compares_two(example: Example) -> bool:
+    """True for a pair, which says nothing where its answers are the same."""
+    return isinstance(example, Preference)
+
+
 def has_ties(example: Example) -> bool:
     """True for a ranking with repeated ranks and for a pair on which the raters are split evenly."""
     if isinstance(example, Ranking):

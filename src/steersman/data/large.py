@@ -1,22 +1,27 @@
-"""Demonstrations for sets that need not fit in memory: kept tokenised on disk, or read as a stream."""
+"""What offline methods train on: rows in memory; or, of sets that need not fit there, on disk or in a stream."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import Field, model_validator
 
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import Encoded, EncodedRows, EncodedSet, encode
-from steersman.data.load import LoadedExamples, demonstrations, held_out_rows
+from steersman.data.encode import EncodedSet, TrainingSet, encode
+from steersman.data.examples import Example
+from steersman.data.load import LOADERS, LoadedExamples, held_out_rows
 from steersman.data.mixing import Mixture, mixture
 from steersman.data.rows import BadRows
+from steersman.data.shapes import Kind
 from steersman.data.stored import Stored, make_room, store
-from steersman.data.streamed import Streamed, open_streams
+from steersman.data.streamed import Order, Streamed, open_streams
 from steersman.data.tokenize import Layout
 from steersman.distributed.ranks import ranks
+from steersman.types import SteersmanError
+
+E = TypeVar("E", bound=Example)
 
 
 class LargeDataConfig(DataConfig):
@@ -36,7 +41,7 @@ class LargeDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> LargeDataConfig:
-        if not self.stream and self.cache is None:
+        if not self.large:
             return self
         key = "stream" if self.stream else "cache"
         if self.stream and self.cache is not None:
@@ -51,58 +56,100 @@ class LargeDataConfig(DataConfig):
             raise ValueError("a stream is shuffled in its buffer; remove shuffle: false, or give buffer: 1")
         return self
 
+    @property
+    def large(self) -> bool:
+        """Whether the rows are not kept in memory."""
+        return self.stream or self.cache is not None
+
+    def require_end(self, max_steps: int | None) -> None:
+        """Raises ValueError for a stream without `train.max_steps`."""
+        if self.stream and max_steps is None:
+            raise ValueError("data.stream: how many rows there are is not known before; say train.max_steps")
+
 
 @dataclass(slots=True)
-class Training:
-    """What SFT trains on. `stream` gives its own batches, None where all rows are known; `mix` says how
-    known rows are drawn."""
+class Training(Generic[E]):
+    """What an offline method trains on. `stream` gives its own batches, None where all rows are known; `mix` says how
+    known rows are drawn, and `content` which stored sets they are."""
 
-    train: EncodedRows
-    held_out: list[Encoded]
+    train: TrainingSet[E]
+    held_out: EncodedSet[E] | None
     summary: Summary
     mix: Mixture | None = None
     stream: Streamed | None = None
+    content: tuple[str, ...] = ()
 
 
-def training(config: LargeDataConfig, laid: Layout, context: int | None, *, batch_size: int, seed: int) -> Training:
-    """The section's rows, in memory, on disk or as a stream. Raises SteersmanError as `demonstrations` and `encode`
-    do."""
+def training(
+    config: LargeDataConfig,
+    kind: Kind,
+    laid: Layout,
+    *,
+    context: int | None,
+    order: Order,
+    loaded: LoadedExamples[Any] | None = None,
+) -> Training[Any]:
+    """The section's rows as examples of a kind, in memory, on disk or as a stream; `loaded` where they were read
+    before.
+
+    Raises SteersmanError as the loader of the kind and `encode` do, and for thumbs that all say the same.
+    """
     if config.stream:
-        return _streamed(config, laid, context, batch_size, seed)
-    if config.cache is not None:
-        return _stored(config, laid, context)
-    loaded = demonstrations(config)
-    train = encode(loaded.train, laid, config, context)
-    held = encode(loaded.held_out, laid, config, context).first if loaded.held_out else []
-    return Training(train.first, held, describe(loaded, train, laid), mixture(config, train.parts))
+        found = _streamed(config, kind, laid, context, order)
+    elif config.cache is not None:
+        found = _stored(config, kind, laid, context)
+    else:
+        loaded = LOADERS[kind](config) if loaded is None else loaded
+        train = encode(loaded.train, laid, config, context)
+        held = _encoded(loaded.held_out, laid, config, context)
+        found = Training(train, held, describe(loaded, train, laid), mixture(config, train.parts))
+    if kind == "feedback":
+        _require_both(found)
+    return found
 
 
-def _stored(config: LargeDataConfig, laid: Layout, context: int | None) -> Training:
-    held = held_out_rows(config, "demonstration")
-    sets = [store(config, path, laid, context) for path in _paths(config)]
+def _stored(config: LargeDataConfig, kind: Kind, laid: Layout, context: int | None) -> Training[Any]:
+    outside = held_out_rows(config, kind)
+    sets = [store(config, kind, path, laid, context) for path in _paths(config)]
     ranks().from_main(lambda: make_room(sets, config.cache_gb), "room in the cache")
-    found = Stored(sets, config, [e.prompt for e in held])
-    kept = [*found.held_out, *_encoded(held, laid, config, context)]
-    return Training(found, kept, found.summary(len(kept)), mixture(config, found.parts))
+    found, held = Stored(sets, kind, config, outside), _encoded(outside, laid, config, context)
+    if held is not None:
+        held.groups[:0], held.examples[:0] = found.held_out.groups, found.held_out.examples
+    elif found.held_out.groups:
+        held = found.held_out
+    summary = found.summary(0 if held is None else len(held.groups))
+    return Training(found, held, summary, mixture(config, found.parts), content=tuple(folder.name for folder in sets))
 
 
-def _streamed(config: LargeDataConfig, laid: Layout, context: int | None, batch_size: int, seed: int) -> Training:
-    held, bad = held_out_rows(config, "demonstration"), BadRows(config.on_bad_row)
-    shapes, passes = open_streams(config, _paths(config), bad, held)
-    order = Streamed(passes, laid, config, context, batch_size, seed)
-    window: EncodedSet[Any] = order.window
+def _streamed(config: LargeDataConfig, kind: Kind, laid: Layout, context: int | None, order: Order) -> Training[Any]:
+    held, bad = held_out_rows(config, kind), BadRows(config.on_bad_row)
+    shapes, passes = open_streams(config, kind, _paths(config), bad, held)
+    stream = Streamed(passes, laid, config, context, order)
+    window: EncodedSet[Any] = stream.window
     shape = replace(shapes[0], sentence="; ".join(dict.fromkeys(s.sentence for s in shapes)))
     summary = describe(LoadedExamples(window.examples, held, shape, bad), window, laid)
     summary.lines = [
         f"a stream, shuffled in buffers of {len(window.groups):,} rows; of the first buffer:",
         *summary.lines,
     ]
-    return Training(order, _encoded(held, laid, config, context), summary, stream=order)
+    return Training(stream, _encoded(held, laid, config, context), summary, stream=stream)
 
 
 def _paths(config: DataConfig) -> list[Any]:
     return list(config.path) if config.mix else [config.path]
 
 
-def _encoded(examples: list[Any], laid: Layout, config: DataConfig, context: int | None) -> list[Encoded]:
-    return encode(examples, laid, config, context).first if examples else []
+def _encoded(examples: list[Any], laid: Layout, config: DataConfig, context: int | None) -> EncodedSet[Any] | None:
+    return encode(examples, laid, config, context) if examples else None
+
+
+def _require_both(found: Training[Any]) -> None:
+    """Raises SteersmanError where all thumbs are of one kind; what was too long may have been all of the other."""
+    labels = found.train.values("label")
+    if labels.min() == labels.max():
+        where = "in the first buffer (data.buffer)" if found.stream is not None else "that fit"
+        raise SteersmanError(
+            f"all {len(labels)} answers {where} have thumbs {'up' if labels[0] else 'down'}, and "
+            f"{found.summary.dropped} were too long; thumbs up and down are both needed (data.max_length, "
+            "data.on_too_long)"
+        )

@@ -145,6 +145,16 @@ def _read(config: DataConfig, bad: BadRows, path: str) -> Iterator[Row]:
     )
 
 
+LOADERS: dict[Kind, Callable[[DataConfig], LoadedExamples[Any]]] = {
+    "demonstration": demonstrations,
+    "preference": preferences,
+    "feedback": feedback,
+    "ranking": rankings,
+    "rating": ratings,
+    "steps": steps,
+}
+
+
 def prompts(config: DataConfig) -> LoadedExamples[Query]:
     """Prompts for the policy to answer, with their rows' columns for rewards."""
     return cast(LoadedExamples[Query], load(config, "query"))

@@ -1,7 +1,8 @@
 """Tokenised rows on disk: written once in bounded memory, named by what they are made of, and read memory-mapped.
 
-A set is a folder: `rows.arrow` (prompt, response, mask), `lengths.npy` (tokens of each row), `keys.npy` (52 bits of
-each prompt's hash, by which rows are held out) and `set.json` (what was counted and said).
+A set is a folder: `rows.arrow` (prompt, answers, their masks, and what the kind of example says beside its texts),
+`lengths.npy` (tokens of each row), `keys.npy` (52 bits of each prompt's hash, by which rows are held out) and
+`set.json` (what was counted and said).
 """
 
 from __future__ import annotations
@@ -10,54 +11,57 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from steersman.atomic import save_dir
+from steersman.data import labels
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import Encoded, EncodedSet, put, require_known
-from steersman.data.examples import Content, Demonstration
+from steersman.data.encode import Encoded, EncodedSet, nothing_left, put, require_known
+from steersman.data.examples import Example
 from steersman.data.load import LoadedExamples, each_example, files_of
-from steersman.data.rows import BadRows
-from steersman.data.split import hash_of, held_keys, key_of, prompt_key
+from steersman.data.rows import BadRows, Row
+from steersman.data.shapes import Kind
+from steersman.data.split import held_keys, key_of, prompt_key
 from steersman.data.tokenize import Layout
 from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
 
+T = TypeVar("T")
 CHUNK = 1024
 """Rows that are tokenised and written together."""
-LAYOUT = 1
+LAYOUT = 2
 """Counts up where the same rows and settings come out otherwise than before."""
 NAME = 32
 """Letters of a set's name."""
-COUNTED = ("dropped", "cut", "special", "open_prompts")
+COUNTED = ("dropped", "cut", "equal", "special", "open_prompts")
 SPLITS = {"path", "mix", "held_out", "held_out_files", "shuffle", "cache", "cache_gb", "stream", "buffer"}
 """Keys of the section that do not change what a path's rows become."""
 
 
-def store(config: Any, path: Any, laid: Layout, context: int | None) -> Path:
+def store(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None) -> Path:
     """The folder with a path's rows as tokens, made now where it is not there yet.
 
-    Its name is the SHA-256 of the files' content, the section's settings, the tokenizer with its chat template, and
-    the limits of length. Raises SteersmanError as `demonstrations` and `encode` do.
+    Its name is the SHA-256 of the files' content, what their rows are read as, the section's settings, the tokenizer
+    with its chat template, and the limits of length. Raises SteersmanError as `load` and `encode` do.
     """
-    folder = Path(config.cache).expanduser() / _name(config, path, laid, context)
+    folder = Path(config.cache).expanduser() / _name(config, kind, path, laid, context)
 
     def make() -> None:
         if not (folder / "set.json").is_file():
-            save_dir(folder, lambda tmp: _write(tmp, config, path, laid, context))
+            save_dir(folder, lambda tmp: _write(tmp, config, kind, path, laid, context))
         (folder / "set.json").touch()
 
     ranks().from_main(make, "tokenised rows")
     return folder
 
 
-def _name(config: Any, path: Any, laid: Layout, context: int | None) -> str:
+def _name(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None) -> str:
     files = files_of(path)
     if not files:
         raise SteersmanError(f"data.cache: {path} is no local file or folder; only those are kept by their content")
@@ -73,6 +77,7 @@ def _name(config: Any, path: Any, laid: Layout, context: int | None) -> str:
         )
     about = {
         "layout": LAYOUT,
+        "examples": kind,
         "section": config.model_dump(mode="json", exclude=SPLITS),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": laid.template.source,
@@ -84,28 +89,28 @@ def _name(config: Any, path: Any, laid: Layout, context: int | None) -> str:
     return digest.hexdigest()[:NAME]
 
 
-def _write(folder: Path, config: DataConfig, path: Any, laid: Layout, context: int | None) -> None:
+def _write(folder: Path, config: DataConfig, kind: Kind, path: Any, laid: Layout, context: int | None) -> None:
     import pyarrow as pa
 
-    ints, flags = pa.list_(pa.int32()), pa.list_(pa.bool_())
-    schema = pa.schema([("prompt", ints), ("response", ints), ("mask", flags)])
-    bad = BadRows(config.on_bad_row)
-    shape, found = each_example(config, path, "demonstration", bad)
-    first: EncodedSet[Demonstration] | None = None
+    schema, bad = _schema(kind), BadRows(config.on_bad_row)
+    shape, found = each_example(config, path, kind, bad)
+    first: EncodedSet[Any] | None = None
     lengths: list[np.ndarray] = []
     keys: list[np.ndarray] = []
     counts: Counter[str] = Counter()
+    chunk: EncodedSet[Any] = EncodedSet()
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for chunk in _chunks(islice(found, config.limit), laid, config, context):
-            columns = [[getattr(e, name) for e in chunk.first] for name in schema.names]
-            arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-            lengths.append(np.array(chunk.lengths, dtype=np.int32))
+            writer.write_batch(_record(chunk, schema))
+            lengths.append(chunk.lengths.astype(np.int32))
             keys.append(np.array([key_of(prompt_key(e)) for e in chunk.examples], dtype=np.int64))
             counts.update({name: getattr(chunk, name) for name in COUNTED})
             first = first or chunk
     if first is None or not first.groups:
-        raise SteersmanError(f"{path}: no row is left to train on ({bad.sentence}; {counts['dropped']} too long)")
+        raise SteersmanError(
+            f"{path}: no row is left to train on ({bad.sentence}); "
+            f"{nothing_left(chunk, laid.room(config.max_prompt_tokens, config.max_length, context))}"
+        )
     np.save(folder / "lengths.npy", np.concatenate(lengths))
     np.save(folder / "keys.npy", np.concatenate(keys))
     for name in COUNTED:
@@ -116,17 +121,37 @@ def _write(folder: Path, config: DataConfig, path: Any, laid: Layout, context: i
     (folder / "set.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def _chunks(
-    found: Iterable[Any], laid: Layout, config: DataConfig, context: int | None
-) -> Iterator[EncodedSet[Demonstration]]:
+def _schema(kind: Kind) -> Any:
+    import pyarrow as pa
+
+    ints, flags = pa.list_(pa.int32()), pa.list_(pa.bool_())
+    tokens = {"prompt": ints, "answers": pa.list_(ints), "masks": pa.list_(flags)}
+    return pa.schema({**tokens, **labels.schema(kind)})
+
+
+def _record(chunk: EncodedSet[Any], schema: Any) -> Any:
+    """The rows of a chunk as one Arrow batch."""
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {
+        "prompt": [group[0].prompt for group in chunk.groups],
+        "answers": [[e.response for e in group] for group in chunk.groups],
+        "masks": [[e.mask for e in group] for group in chunk.groups],
+    }
+    columns |= {name: labels.column(chunk.examples, name) for name in schema.names[3:]}
+    arrays = [pa.array(columns[name], kind) for name, kind in zip(schema.names, schema.types, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _chunks(found: Iterable[Any], laid: Layout, config: DataConfig, context: int | None) -> Iterator[EncodedSet[Any]]:
     """Sets of `CHUNK` rows; the last one, which may be empty, has what is left, and what came to nothing after it."""
     room = laid.room(config.max_prompt_tokens, config.max_length, context)
-    out = EncodedSet[Demonstration]()
+    out = EncodedSet[Any]()
     for example in found:
         if len(out.groups) == CHUNK:
             require_known(out, laid)
             yield out
-            out = EncodedSet[Demonstration]()
+            out = EncodedSet[Any]()
         put(out, example, laid, config, room)
     require_known(out, laid)
     yield out
@@ -143,42 +168,77 @@ def make_room(used: Sequence[Path], gigabytes: float) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class Stored:
-    """The training rows of one or several stored sets by place, read from disk when asked for.
+class ByPlace(Sequence[T]):
+    """What is read anew whenever it is asked for, by place."""
 
-    A row is held out by its prompt's hash, as `split` does, or because `held` has its prompt. In memory are a number
-    of 4 bytes for each row's length and one of 8 for its place.
+    def __init__(self, size: int, read: Callable[[int], T]) -> None:
+        self.size, self.read = size, read
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < self.size:
+            raise IndexError(f"place {place} of {self.size} rows")
+        return self.read(int(place))
+
+
+class Stored:
+    """The training rows of one or several stored sets by place, read from disk when asked for; a `TrainingSet`.
+
+    A row is held out by its prompt's hash, as `split` does, or because an example of `held` has its prompt. In memory
+    are 22 bytes a row: its length, its place, its set and its prompt's key. Examples come without their texts.
     """
 
-    def __init__(self, folders: Sequence[Path], config: DataConfig, held: Sequence[Content]) -> None:
+    def __init__(self, folders: Sequence[Path], kind: Kind, config: DataConfig, held: Sequence[Example]) -> None:
         self.folders, self.tables = list(folders), [_mapped(folder) for folder in folders]
+        self.kind: Kind = kind
         self.about = [json.loads((folder / "set.json").read_text(encoding="utf-8")) for folder in folders]
         lengths = [np.load(folder / "lengths.npy") for folder in folders]
-        keys = np.concatenate([np.load(folder / "keys.npy") for folder in folders])
+        self.keys = np.concatenate([np.load(folder / "keys.npy", mmap_mode="r") for folder in folders])
         sizes = [len(x) for x in lengths]
         self.begins = np.concatenate([[0], np.cumsum(sizes)])
-        out = np.isin(keys, np.array([key_of(hash_of(prompt)) for prompt in held], dtype=np.int64))
-        chosen = held_keys(keys, config.held_out) & ~out
+        out = np.isin(self.keys, np.array([key_of(prompt_key(e)) for e in held], dtype=np.int64))
+        chosen = held_keys(self.keys, config.held_out) & ~out
         self.places = np.flatnonzero(~chosen & ~out)
         if not len(self.places) or (config.held_out and not chosen.any()):
             side = "training" if not len(self.places) else "held-out"
-            raise SteersmanError(f"data.held_out: {config.held_out:g} of {len(keys)} rows leaves no {side} row")
-        self.lengths: Any = np.concatenate(lengths)[self.places]
-        self.parts = np.repeat(np.arange(len(sizes)), sizes)[self.places]
-        self.held_out = [self._row(int(place)) for place in np.flatnonzero(chosen)]
+            raise SteersmanError(f"data.held_out: {config.held_out:g} of {len(self.keys)} rows leaves no {side} row")
+        self.lengths = np.concatenate(lengths)[self.places]
+        self.parts = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)[self.places]
+        self.groups = ByPlace(len(self.places), lambda i: self._group(int(self.places[i])))
+        self.examples = ByPlace(len(self.places), lambda i: self._example(int(self.places[i])))
+        apart = [int(place) for place in np.flatnonzero(chosen)]
+        self.held_out = EncodedSet([self._group(i) for i in apart], [self._example(i) for i in apart])
 
-    def __len__(self) -> int:
-        return len(self.places)
+    @property
+    def in_memory(self) -> bool:
+        return False
 
-    def __getitem__(self, place: int) -> Encoded:
-        return self._row(int(self.places[place]))
+    def values(self, name: str) -> np.ndarray:
+        """A field of all examples as numbers; NaN where there is none."""
+        found = [np.asarray(table.column(name).to_numpy(), dtype=float) for table in self.tables]
+        return np.concatenate(found)[self.places]
 
-    def _row(self, place: int) -> Encoded:
+    def _at(self, place: int) -> tuple[int, int, int]:
+        """Which set a row is in, which chunk of it, and where there."""
         k = int(np.searchsorted(self.begins, place, side="right")) - 1
-        chunk, at = divmod(place - int(self.begins[k]), CHUNK)
-        prompt, response, mask = (self.tables[k].column(i).chunk(chunk)[at].values for i in range(3))
-        flags = mask.to_numpy(zero_copy_only=False).tolist()
-        return Encoded(prompt.to_numpy().tolist(), response.to_numpy().tolist(), flags)
+        return k, *divmod(place - int(self.begins[k]), CHUNK)
+
+    def _group(self, place: int) -> list[Encoded]:
+        k, chunk, at = self._at(place)
+        prompt, answers, masks = (self.tables[k].column(i).chunk(chunk)[at].values for i in range(3))
+        ids = prompt.to_numpy().tolist()
+        return [
+            Encoded(ids, answer.values.to_numpy().tolist(), mask.values.to_numpy(zero_copy_only=False).tolist())
+            for answer, mask in zip(answers, masks, strict=True)
+        ]
+
+    def _example(self, place: int) -> Example:
+        k, chunk, at = self._at(place)
+        told = {name: self.tables[k].column(name).chunk(chunk)[at].as_py() for name in labels.schema(self.kind)}
+        row = Row({}, str(self.folders[k] / "rows.arrow"), place - int(self.begins[k]) + 1, part=k)
+        return labels.example(self.kind, str(self.keys[place]), row, told)
 
     def summary(self, held: int) -> Summary:
         """What is told of the sets before a run: lengths of all rows, and the rest of the first ones of each."""
@@ -189,7 +249,8 @@ class Stored:
             counts.update(about["counts"])
         size = sum(file.stat().st_size for folder in self.folders for file in folder.iterdir())
         lines = [
-            f"{len(self):,} examples, {held:,} held out; " + "; ".join(about["sentence"] for about in self.about),
+            f"{len(self.places):,} examples, {held:,} held out; "
+            + "; ".join(about["sentence"] for about in self.about),
             f"{lengths['p50']} tokens in the middle, {lengths['p95']} at the 95th percentile, "
             f"{lengths['max']} at most",
             f"read from {', '.join(map(str, self.folders))} ({size / 1e6:,.0f} MB on disk)",
@@ -197,11 +258,14 @@ class Stored:
         ]
         if counts["dropped"] or counts["cut"]:
             lines.append(f"too long: {counts['dropped']:,} left out, {counts['cut']:,} cut")
+        if counts["equal"]:
+            lines.append(f"{counts['equal']:,} pairs left out: their answers are the same tokens")
         if counts["special"]:
             lines.append(f"{counts['special']:,} examples spell a special token (data.allow_special_tokens)")
         first = self.about[0]
         return Summary(
-            len(self), held, lengths, counts["cut"] / len(self), first["end_share"], first["loss_share"], lines,
+            len(self.places), held, counts["dropped"], lengths, counts["cut"] / len(self.places), first["end_share"],
+            first["loss_share"], lines,
             [[(text, bool(counted)) for text, counted in sample] for sample in first["samples"]],
         )  # fmt: skip
 

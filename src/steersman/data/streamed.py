@@ -13,7 +13,7 @@ from steersman.data.batches import Batches
 from steersman.data.encode import Encoded, EncodedSet, put, require_known
 from steersman.data.load import each_example
 from steersman.data.rows import BadRows
-from steersman.data.shapes import Shape
+from steersman.data.shapes import Kind, Shape
 from steersman.data.split import prompt_key
 from steersman.data.tokenize import Layout
 from steersman.types import SteersmanError
@@ -23,7 +23,7 @@ Pass = Callable[[], Iterator[Any]]
 
 
 def open_streams(
-    config: Any, paths: Sequence[Any], bad: BadRows, held: Sequence[Any]
+    config: Any, kind: Kind, paths: Sequence[Any], bad: BadRows, held: Sequence[Any]
 ) -> tuple[list[Shape], list[Pass]]:
     """What the rows of each path are, and how a pass over them begins; prompts that are held out are passed over.
 
@@ -33,13 +33,22 @@ def open_streams(
 
     def begins(path: Any) -> Pass:
         def begin(count: BadRows | None = None) -> Iterator[Any]:
-            _, found = each_example(config, path, "demonstration", count or BadRows(config.on_bad_row))
+            _, found = each_example(config, path, kind, count or BadRows(config.on_bad_row))
             return islice((e for e in found if prompt_key(e) not in held_keys), config.limit)
 
         return begin
 
-    shapes = [each_example(config, path, "demonstration", bad)[0] for path in paths]
+    shapes = [each_example(config, path, kind, bad)[0] for path in paths]
     return shapes, [begins(path) for path in paths]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a stream is cut into batches; `by_length` puts rows of like length together."""
+
+    batch_size: int
+    seed: int
+    by_length: bool = True
 
 
 @dataclass(slots=True)
@@ -52,11 +61,13 @@ class Position:
 
 
 class Streamed:
-    """Batches without end out of sets of rows that are read while training, by their places in the current window.
+    """Batches without end out of sets of rows that are read while training, by their places in the current window,
+    which is the `TrainingSet`.
 
     A window is as many rows as the buffer holds, in whole batches. Of several sets the one that is furthest behind
     its share gives the next row, and a set that is at its end begins again. Within a window rows are shuffled, and
-    batched by like length, as `Batches` does. The order depends on (seed, window) and the files alone.
+    with `by_length` batched by like length, as `Batches` does. The order depends on (seed, window) and the files
+    alone.
 
     `state_dict` after a batch names the position of the window in the files, and the next batch. A resumed run reads
     the files of the current pass again up to there, without tokenising them.
@@ -64,39 +75,51 @@ class Streamed:
     Raises SteersmanError for a set without a row that fits, and for a state of another seed, batch size or buffer.
     """
 
-    def __init__(
-        self, passes: Sequence[Pass], laid: Layout, config: Any, context: int | None, batch_size: int, seed: int
-    ) -> None:
-        self.passes, self.laid, self.config, self.batch_size, self.seed = passes, laid, config, batch_size, seed
+    def __init__(self, passes: Sequence[Pass], laid: Layout, config: Any, context: int | None, order: Order) -> None:
+        self.passes, self.laid, self.config, self.order = passes, laid, config, order
         self.room = laid.room(config.max_prompt_tokens, config.max_length, context)
-        self.size = max(config.buffer // batch_size, 1) * batch_size
+        self.size = max(config.buffer // order.batch_size, 1) * order.batch_size
         self.shares = np.array(config.mix or [1.0]) / sum(config.mix or [1.0])
         self.positions = [Position() for _ in passes]
         self.begun, self.number, self.next = self._now(), 0, 0
         self.open: list[Iterator[Any] | None] = [None for _ in passes]
         self.window: EncodedSet[Any] = EncodedSet()
-        self.lengths: list[int] = []
         self._fill()
 
-    def __len__(self) -> int:
-        return len(self.window.groups)
+    @property
+    def groups(self) -> list[list[Encoded]]:
+        return self.window.groups
 
-    def __getitem__(self, place: int) -> Encoded:
-        return self.window.groups[place][0]
+    @property
+    def examples(self) -> list[Any]:
+        return self.window.examples
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.window.lengths
+
+    @property
+    def in_memory(self) -> bool:
+        return False
+
+    def values(self, name: str) -> np.ndarray:
+        """A field of the window's examples as numbers; NaN where there is none."""
+        return self.window.values(name)
 
     def forever(self) -> Iterator[list[int]]:
         """Batches of places in the window, which changes between two of them."""
         while True:
-            order = self._order()
+            order = self._batches()
             while self.next < len(order):
                 self.next += 1
                 yield order[self.next - 1]
             self.begun, self.number, self.next = self._now(), self.number + 1, 0
             self._fill()
 
-    def _order(self) -> list[list[int]]:
-        batches = Batches(len(self), self.batch_size, self.seed, self.lengths, shuffle=self.size > self.batch_size)
-        return batches.order(self.number)
+    def _batches(self) -> list[list[int]]:
+        rows, size = len(self.window.groups), self.order.batch_size
+        lengths = self.lengths if self.order.by_length else None
+        return Batches(rows, size, self.order.seed, lengths, shuffle=self.size > size).order(self.number)
 
     def _fill(self) -> None:
         self.window = EncodedSet()
@@ -104,7 +127,6 @@ class Streamed:
             given = np.array([p.rows for p in self.positions])
             self._row_of(int(np.argmax(self.shares * (given.sum() + 1) - given)))
         require_known(self.window, self.laid)
-        self.lengths = self.window.lengths
 
     def _row_of(self, k: int) -> None:
         """Puts the next row of a set that fits into the window."""
@@ -130,8 +152,8 @@ class Streamed:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "sets": self.begun, "window": self.number, "next": self.next, "seed": self.seed,
-            "batch_size": self.batch_size, "size": self.size, "shares": self.shares.tolist(),
+            "sets": self.begun, "window": self.number, "next": self.next, "seed": self.order.seed,
+            "batch_size": self.order.batch_size, "size": self.size, "shares": self.shares.tolist(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

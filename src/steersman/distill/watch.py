@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steersman.data import Encoded, EncodedList
+from steersman.data import EncodedSet
 from steersman.distill.loop import Distill
 from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
@@ -27,9 +27,9 @@ class Watch:
         self.run, self.held = run, held
         count = run.recipe.rollout.held_out
         self.prompts, self.teacher_prompts = held.prompts[:count], held.teacher_prompts[:count]
-        given: list[Encoded] = held.given_answers
+        given: EncodedSet = EncodedSet([[e] for e in held.given_answers])
         self.given_loss = (
-            SFT(run.objective.policy, EncodedList(), given, run.recipe.run.micro_tokens) if given else None
+            SFT(run.objective.policy, given, given, run.recipe.run.micro_tokens) if given.groups else None
         )
 
     @torch.no_grad()

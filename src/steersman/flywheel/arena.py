@@ -24,6 +24,7 @@ from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe
 from steersman.objectives.preference import PairLossConfig
+from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
 from steersman.recipe.sections import RolloutConfig
 from steersman.run.files.ledger import Ledger, Rows
@@ -33,7 +34,7 @@ from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import preference, reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
 from steersman.verbs.preference import PreferenceRecipe
-from steersman.verbs.reward_model import RewardModelConfig, RewardModelRecipe
+from steersman.verbs.reward_model import RewardModelRecipe
 from steersman.verbs.sft import SFTConfig, SFTRecipe
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from steersman.config.sections import Section
-from steersman.data import Encoded, EncodedSet, Feedback, collate
+from steersman.data import Encoded, EncodedSet, Feedback, TrainingSet, collate
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
@@ -22,7 +23,7 @@ from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
-from steersman.setup.reference import Reference, answer_logp
+from steersman.setup.reference import Reference, answer_logp, answer_logp_now
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
@@ -54,6 +55,11 @@ class KTOConfig(Section):
                 raise ValueError(f"{name} is {value}; it must be above 0, or auto")
         return self
 
+    @property
+    def counts_labels(self) -> bool:
+        """Whether its weights follow from how many answers there are of each label."""
+        return "auto" in (self.desirable_weight, self.undesirable_weight)
+
     def label_weights(self, ups: int, downs: int) -> tuple[float, float]:
         """lambda_D and lambda_U of so many answers of each label."""
         auto, up, down = auto_weights(ups, downs), self.desirable_weight, self.undesirable_weight
@@ -78,6 +84,7 @@ class BCOConfig(Section):
     """Binary classifier optimisation's own numbers."""
 
     mismatches: ClassVar[bool] = False
+    counts_labels: ClassVar[bool] = False
 
     name: Literal["bco"] = Field(default="bco", description="the loss, fixed by the verb")
     beta: float = Field(default=0.1, gt=0, description="scale of the implicit reward; the KL penalty's strength")
@@ -118,7 +125,7 @@ class FeedbackObjective:
         self,
         policy: Policy,
         reference: Reference,
-        train: EncodedSet[Feedback],
+        train: TrainingSet[Feedback],
         held_out: EncodedSet[Feedback] | None,
         config: KTOConfig | BCOConfig,
         micro_tokens: int,
@@ -126,15 +133,21 @@ class FeedbackObjective:
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
-        self.cost = train.lengths
         self.context = context_length(policy.model)
         self.reference_logp = {
-            id(data): answer_logp(reference, data.first, micro_tokens) for data in filter(None, (train, held_out))
+            id(data): answer_logp(reference, [group[0] for group in data.groups], micro_tokens)
+            for data in (train, held_out)
+            if data is not None and data.in_memory
         }
         self.threshold = 0.0
         self.means = {True: 0.0, False: 0.0}  # of the implicit reward by label: 0 while the policy is the reference
-        ups = sum(e.label for e in train.examples)
+        ups = int(train.values("label").sum())
         self.weights = config.label_weights(ups, len(train.examples) - ups)
+
+    @property
+    def cost(self) -> np.ndarray:
+        """Tokens of each answer with its prompt; of a stream, of those in its buffer."""
+        return self.train.lengths
 
     def look(self, rows: Sequence[int]) -> None:
         """What the whole batch says before its update: KTO's reference point."""
@@ -187,12 +200,16 @@ class FeedbackObjective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.threshold, self.means = state["threshold"], dict(state["means"])
 
-    def _run(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run(self, data: TrainingSet[Feedback], rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = collate([data.groups[i][0] for i in rows])
+        if data.in_memory:
+            ref = self.reference_logp[id(data)][list(rows)]
+        else:
+            ref = answer_logp_now([(self.reference, 1.0)], tokens)
         per_token = self.module.logp_from(tokens, self.module.hidden(tokens)).logp
         mask = send(tokens.mask, per_token.device)
         logp = torch.where(mask, per_token, torch.zeros_like(per_token)).sum(-1)
-        ref = send(self.reference_logp[id(data)][list(rows)], logp.device)
+        ref = send(ref, logp.device)
         label, threshold = send(self._labels(data, rows), logp.device), torch.full_like(logp[0], self.threshold)
         loss, reward, lead = self.config.answer_losses(logp, ref, label, threshold, self.weights)
         if self.config.nll:
@@ -204,7 +221,7 @@ class FeedbackObjective:
         }
         return loss, told | {"reward": reward}
 
-    def _labels(self, data: EncodedSet[Feedback], rows: Sequence[int]) -> Tensor:
+    def _labels(self, data: TrainingSet[Feedback], rows: Sequence[int]) -> Tensor:
         return torch.tensor([data.examples[i].label for i in rows])
 
 
@@ -219,7 +236,7 @@ def _add(tally: Tally, prefix: str, label: Tensor, told: dict[str, Tensor]) -> N
             tally.add(f"{prefix}reward/{name}", told["reward"][places].sum(), count)
 
 
-def mismatched(data: EncodedSet[Feedback], rows: Sequence[int], context: int | None) -> list[Encoded]:
+def mismatched(data: TrainingSet[Feedback], rows: Sequence[int], context: int | None) -> list[Encoded]:
     """Each row's prompt with the answer of the next row of the batch that answers another prompt.
 
     A row whose prompt is the only one in the batch gives none; an answer that does not fit the context is cut.

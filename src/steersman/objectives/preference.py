@@ -1,8 +1,8 @@
 """Preference losses over pairs of answers, as an objective.
 
-The reference's log-probabilities of the given answers are computed once, before the first step, and kept in memory
-(a resumed run computes them again: one forward over the data); only the token-level methods, which need whole
-distributions, run the reference in every step.
+The reference's log-probabilities of answers that are in memory are computed once, before the first step, and kept
+there (a resumed run computes them again: one forward over the data). Of a set that is read while training they are
+computed batch by batch, as the token-level methods do everywhere, which need whole distributions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -20,6 +21,7 @@ from steersman.config.sections import Section
 from steersman.data import (
     EncodedSet,
     Preference,
+    TrainingSet,
     collate_pairs,
 )
 from steersman.distributed.micro import my_micro_batches
@@ -29,7 +31,7 @@ from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
 from steersman.run.progress import with_progress
-from steersman.setup.reference import Reference, answer_logp, collision, divergence
+from steersman.setup.reference import Reference, answer_logp, answer_logp_now, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, send
@@ -67,7 +69,7 @@ class PairLossConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _known(self) -> PairLossConfig:
+    def _of_reference(self) -> PairLossConfig:
         known = [
             p.name
             for p in inspect.signature(LOSSES[self.name].function).parameters.values()
@@ -98,7 +100,7 @@ class PairObjective:
         self,
         policy: Policy,
         reference: Reference | None,
-        train: EncodedSet[Preference],
+        train: TrainingSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: PairLossConfig,
         micro_tokens: int,
@@ -107,16 +109,27 @@ class PairObjective:
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
-        self.cost = [2 * length for length in train.lengths]
-        self.reference_logp: dict[int, Tensor] = {}
+        self.references: list[tuple[Reference, float]] = []
         if self.entry.needs_reference and not self.entry.needs_full_kl:
             assert reference is not None
-            for data in filter(None, (train, held_out)):
-                answers = [e for group in data.groups for e in group]
-                known = answer_logp(reference, answers, micro_tokens)
-                if anchor is not None:
-                    known = (1 - anchor[1]) * known + anchor[1] * answer_logp(anchor[0], answers, micro_tokens)
-                self.reference_logp[id(data)] = known.view(-1, 2)
+            share = 0.0 if anchor is None else anchor[1]
+            self.references = [(reference, 1 - share), *([] if anchor is None else [anchor])]
+        self.reference_logp = {
+            id(data): self._of_reference(data)
+            for data in (train, held_out)
+            if self.references and data is not None and data.in_memory
+        }
+
+    @property
+    def cost(self) -> np.ndarray:
+        """Tokens of each pair; of a stream, of those in its buffer."""
+        return 2 * self.train.lengths
+
+    def _of_reference(self, data: TrainingSet[Preference]) -> Tensor:
+        """The reference's log-probabilities of both answers of all pairs, `[N, 2]`."""
+        answers = [e for group in data.groups for e in group]
+        found = [share * answer_logp(model, answers, self.micro_tokens) for model, share in self.references]
+        return torch.stack(found).sum(0).view(-1, 2)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -136,16 +149,17 @@ class PairObjective:
         told = {} if self.watch is None else self.watch.look()
         if self.held_out is None:
             return told
-        tally, cost = Tally(), torch.tensor([2 * length for length in self.held_out.lengths])
+        tally, cost = Tally(), torch.tensor(2 * self.held_out.lengths)
         for part in with_progress(my_micro_batches(cost, self.micro_tokens), "look at held-out pairs"):
             pair, loss, explain = self._run(self.held_out, part.rows.tolist())
             for name, value in {"loss": loss, **_told(pair, explain)}.items() if part.counts else ():
                 tally.add(f"held_out/{name}", value.sum(), len(part.rows))
         return told | tally.means()
 
-    def _run(self, data: EncodedSet[Preference], rows: Sequence[int]) -> tuple[PairLogp, Tensor, Explain]:
+    def _run(self, data: TrainingSet[Preference], rows: Sequence[int]) -> tuple[PairLogp, Tensor, Explain]:
         tokens = collate_pairs([data.groups[i] for i in rows])
         mask, n = send(tokens.mask, self.module.device), len(rows)
+        sums = self._reference(data, rows, tokens)
         hidden = self.module.hidden(tokens)
         logp = self.module.logp_from(tokens, hidden).logp
         ref = kl = None
@@ -158,8 +172,8 @@ class PairObjective:
             ref_chosen=None if ref is None else ref[:n], ref_rejected=None if ref is None else ref[n:],
             chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:],
         )  # fmt: skip
-        if id(data) in self.reference_logp:
-            sums = send(self.reference_logp[id(data)][list(rows)], logp.device)
+        if sums is not None:
+            sums = send(sums, logp.device)
             pair = pair._replace(ref_chosen=sums[:, 0], ref_rejected=sums[:, 1])
         examples = [data.examples[i] for i in rows]
         if self.config.margin_weight:
@@ -169,6 +183,15 @@ class PairObjective:
             [e.agreement if self.config.soft_labels else 1.0 for e in examples], dtype=logp.dtype
         )
         return pair, *soft_labelled(self._one_way, pair, agreement)
+
+    def _reference(self, data: TrainingSet[Preference], rows: Sequence[int], tokens: Tokens) -> Tensor | None:
+        """The reference's log-probabilities of both answers, `[B, 2]`; None for a loss that takes none of whole
+        answers."""
+        if not self.references:
+            return None
+        if data.in_memory:
+            return self.reference_logp[id(data)][list(rows)]
+        return answer_logp_now(self.references, tokens).view(2, -1).T
 
     def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:
         loss, explain = self.entry.function(pair, **self.config.settings)

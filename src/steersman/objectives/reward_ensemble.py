@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steersman.data import EncodedSet, Preference, collate_pairs
+from steersman.data import EncodedSet, Preference, TrainingSet, collate_pairs
 from steersman.loss.reward import centring, pairwise
 from steersman.model import EnsembleModel
 from steersman.objectives.batch import over_answers, right
@@ -28,7 +28,7 @@ class EnsembleReward(PairwiseReward[EnsembleModel]):
     def __init__(
         self,
         model: EnsembleModel,
-        train: EncodedSet[Preference],
+        train: TrainingSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: RewardModelConfig,
         micro_tokens: int,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.data import Encoded, EncodedSet, Preference, Ranking, collate_groups, collate_pairs
+from steersman.data import Encoded, EncodedSet, Preference, Ranking, TrainingSet, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
 from steersman.model import AttributeModel, ScalarModel
 from steersman.objectives.batch import over_answers, right, scores_of
@@ -30,14 +30,18 @@ class PairwiseReward(Generic[M]):
     def __init__(
         self,
         model: M,
-        train: EncodedSet[Preference],
+        train: TrainingSet[Preference],
         held_out: EncodedSet[Preference] | None,
         config: RewardModelConfig,
         micro_tokens: int,
     ) -> None:
         require_loss(config, "preference", ("auto", "pairs"))
         self.module, self.train, self.held_out, self.config, self.micro = model, train, held_out, config, micro_tokens
-        self.cost = [2 * length for length in train.lengths]
+
+    @property
+    def cost(self) -> np.ndarray:
+        """Tokens of each pair; of a stream, of those in its buffer."""
+        return 2 * self.train.lengths
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -121,7 +125,7 @@ class PairwiseReward(Generic[M]):
             draws=config.draws,
         )
 
-    def _scores(self, data: EncodedSet[Preference]) -> Tensor:
+    def _scores(self, data: TrainingSet[Preference]) -> Tensor:
         return scores_of(self.module, data.groups, self.micro).view(-1, 2)
 
 
@@ -135,7 +139,7 @@ class RankingReward:
     def __init__(
         self,
         model: ScalarModel,
-        train: EncodedSet[Ranking],
+        train: TrainingSet[Ranking],
         held_out: EncodedSet[Ranking] | None,
         config: RewardModelConfig,
         micro_tokens: int,
@@ -143,7 +147,7 @@ class RankingReward:
         require_loss(config, "ranking", ("auto", "pairs", "plackett_luce"))
         self.module, self.train, self.held_out, self.config, self.micro = model, train, held_out, config, micro_tokens
         self.listwise = config.loss == "plackett_luce"
-        self.cost = [len(group) * max(map(len, group)) for group in train.groups]
+        self.cost = np.array([len(group) * max(map(len, group)) for group in train.groups])
 
     def denominator(self, rows: Sequence[int]) -> float:
         return float(len(rows))

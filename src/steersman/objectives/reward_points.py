@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from steersman.data import EncodedSet, Feedback, Rating, Steps, collate
+from steersman.data import EncodedSet, Feedback, Rating, Steps, TrainingSet, collate
 from steersman.loss.reward import huber, multi_objective, process
 from steersman.model import AttributeModel, Meaning, ScalarModel, step_ends
 from steersman.objectives.batch import over_answers, scores_of
@@ -21,7 +21,7 @@ from steersman.objectives.reward_pairs import require_loss
 from steersman.statistics.estimates import Array, auc, rmse, spearman
 from steersman.statistics.reward_report import Report, binary_report, keys, rating_report, subsets
 from steersman.train.tally import Tally
-from steersman.types import Stats, send
+from steersman.types import Stats, SteersmanError, send
 
 
 class RatingReward:
@@ -34,7 +34,7 @@ class RatingReward:
     def __init__(
         self,
         model: ScalarModel | AttributeModel,
-        train: EncodedSet[Rating],
+        train: TrainingSet[Rating],
         held_out: EncodedSet[Rating] | None,
         config: RewardModelConfig,
         micro_tokens: int,
@@ -52,7 +52,7 @@ class RatingReward:
         return float(len(rows))
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train.first[i] for i in rows])
+        tokens = collate([self.train.groups[i][0] for i in rows])
         error = self._errors(self.module.outputs(tokens), self.truth[list(rows)])
         tally.add("loss", error.sum(), len(rows))
         return error.sum() / denominator
@@ -103,14 +103,17 @@ class RatingReward:
         return (outputs * self.module.scale.cpu() + self.module.shift.cpu()).double().numpy()
 
 
-def ratings_of(data: EncodedSet[Rating], names: Sequence[str]) -> Tensor:
+def ratings_of(data: TrainingSet[Rating], names: Sequence[str]) -> Tensor:
     """Ratings `[N, A]`, NaN where there is none."""
     return torch.tensor([[e.scores.get(name, math.nan) for name in names] for e in data.examples])
 
 
 def units(meaning: Meaning, names: Sequence[str], truth: Tensor) -> Meaning:
-    """Mean and deviation of each attribute; a constant one keeps the deviation 1."""
+    """Mean and deviation of each attribute; a constant one keeps the deviation 1. Raises SteersmanError for one that
+    no row rates."""
     there = [column[column.isfinite()].double() for column in truth.T]
+    if unrated := [name for name, x in zip(names, there, strict=True) if not len(x)]:
+        raise SteersmanError(f"no training row rates {', '.join(unrated)}; mend data.scores or the files")
     deviation = [float(x.std(correction=0)) for x in there]
     return replace(
         meaning, kind="rating", attributes=tuple(names), shift=tuple(float(x.mean()) for x in there),
@@ -127,23 +130,27 @@ class FeedbackReward:
     def __init__(
         self,
         model: ScalarModel,
-        train: EncodedSet[Feedback],
+        train: TrainingSet[Feedback],
         held_out: EncodedSet[Feedback] | None,
         config: RewardModelConfig,
         micro_tokens: int,
     ) -> None:
         require_loss(config, "feedback", ("auto",))
         self.module, self.train, self.held_out, self.config, self.micro = model, train, held_out, config, micro_tokens
-        self.cost = train.lengths
-        self.base = float(np.mean([e.label for e in train.examples]))
+        self.base = float(train.values("label").mean())
         if not model.meaning.scale:
             model.means(Meaning(kind="feedback", shift=(log_odds(self.base),), scale=(1.0,)))
+
+    @property
+    def cost(self) -> np.ndarray:
+        """Tokens of each answer with its prompt; of a stream, of those in its buffer."""
+        return self.train.lengths
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train.first[i] for i in rows])
+        tokens = collate([self.train.groups[i][0] for i in rows])
         score = self.module.score(tokens)
         examples = [self.train.examples[i] for i in rows]
         numbers = torch.tensor([[float(e.label) for e in examples], [e.weight for e in examples]], dtype=score.dtype)
@@ -185,7 +192,7 @@ class StepReward:
     def __init__(
         self,
         model: ScalarModel,
-        train: EncodedSet[Steps],
+        train: TrainingSet[Steps],
         held_out: EncodedSet[Steps] | None,
         config: RewardModelConfig,
         micro_tokens: int,
@@ -204,7 +211,7 @@ class StepReward:
         return float(sum(len(self.train.examples[i].labels) for i in rows))
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train.first[i] for i in rows])
+        tokens = collate([self.train.groups[i][0] for i in rows])
         logit = self.module.value(tokens)[:, 1:]  # column t: the state after response token t
         label, ends = torch.zeros(logit.shape, dtype=logit.dtype), torch.zeros(logit.shape, dtype=torch.bool)
         for row, i in enumerate(rows):
@@ -256,10 +263,10 @@ class StepReward:
         return logit, label, torch.repeat_interleave(torch.arange(len(counts)), counts)
 
 
-def places(data: EncodedSet[Steps], tokenizer: Any) -> list[list[int]]:
+def places(data: TrainingSet[Steps], tokenizer: Any) -> list[list[int]]:
     """The response tokens that end each step, for every answer."""
     out = []
-    for encoded, example in zip(data.first, data.examples, strict=True):
+    for (encoded,), example in zip(data.groups, data.examples, strict=True):
         counts = max((t + 1 for t, m in enumerate(encoded.mask) if m), default=0)
         ends = step_ends(tokenizer, encoded.response[:counts], example.separator)
         if len(ends) != len(example.labels):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.data import Encoded, EncodedRows, collate
+from steersman.data import Demonstration, EncodedSet, TrainingSet, collate
 from steersman.distributed.micro import my_micro_batches
 from steersman.loss.reduce import reduce, token_weight
 from steersman.loss.supervised import nll
@@ -22,19 +23,25 @@ from steersman.types import Stats, send
 class SFT:
     """The objective: mean negative log-likelihood per token that counts, in nats."""
 
-    def __init__(self, policy: Policy, train: EncodedRows, held_out: Sequence[Encoded], micro_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        train: TrainingSet[Demonstration],
+        held_out: EncodedSet[Demonstration] | None,
+        micro_tokens: int,
+    ) -> None:
         self.module, self.train, self.held_out, self.micro_tokens = policy, train, held_out, micro_tokens
 
     @property
-    def cost(self) -> Sequence[int]:
+    def cost(self) -> np.ndarray:
         """Tokens of each row; of a stream, of those in its buffer."""
         return self.train.lengths
 
     def denominator(self, rows: Sequence[int]) -> float:
-        return max(sum(sum(self.train[i].mask) for i in rows), 1)
+        return max(sum(sum(self.train.groups[i][0].mask) for i in rows), 1)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
-        tokens = collate([self.train[i] for i in rows])
+        tokens = collate([self.train.groups[i][0] for i in rows])
         per_token = nll(self.module.logp(tokens).logp)
         mask = send(tokens.mask, per_token.device)
         loss = reduce(per_token, token_weight(mask, "token", dtype=per_token.dtype), denominator)
@@ -44,11 +51,11 @@ class SFT:
     @torch.no_grad()
     def evaluate(self) -> Stats:
         """Held-out loss in nats per token, its exponential, and the loss of the end tokens alone."""
-        if not self.held_out:
+        if self.held_out is None:
             return {}
-        tally, lengths = Tally(), torch.tensor([len(e) for e in self.held_out])
+        tally, held, lengths = Tally(), self.held_out.groups, torch.tensor(self.held_out.lengths)
         for part in with_progress(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
-            tokens = collate([self.held_out[i] for i in part.rows.tolist()])
+            tokens = collate([held[i][0] for i in part.rows.tolist()])
             loss = nll(self.module.logp(tokens).logp).cpu()
             last = (tokens.response_length - 1).clamp(min=0)
             if part.counts:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -181,14 +182,15 @@ def forward(model: Model, load: Load) -> tuple[int, int]:
     return kept + whole // module.config.get_text_config().num_hidden_layers, freed_once
 
 
-def largest_micro_batch(costs: Sequence[int], micro_tokens: int, batch: int) -> int:
+def largest_micro_batch(costs: Sequence[int] | np.ndarray, micro_tokens: int, batch: int) -> int:
     """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
 
     A row of c tokens stands first among at most micro_tokens / c rows that are no longer, or alone
     (`distributed/micro.py`).
     """
-    together = sum(sorted(costs, reverse=True)[:batch])
-    return min(together, max(min(batch, max(1, micro_tokens // c)) * c for c in set(costs)))
+    ordered = np.sort(np.asarray(costs))
+    largest = max(min(batch, max(1, micro_tokens // c)) * c for c in np.unique(ordered).tolist())
+    return min(int(ordered[-batch:].sum()), largest)
 
 
 def _measured(model: Model, load: Load) -> tuple[int, int]:

@@ -13,11 +13,12 @@ from steersman.data import Encoded, collate
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.model import Logp, Policy, ScalarModel
 from steersman.ops.logprob import Head
+from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import ModelConfig
 from steersman.run.progress import with_progress
 from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from
-from steersman.types import SteersmanError, Tokens
+from steersman.types import SteersmanError, Tokens, send
 
 
 class AdaptersOff:
@@ -92,6 +93,13 @@ def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) ->
         if part.counts:
             found.append((part.rows, sums))
     return in_order(found)
+
+
+@torch.no_grad()
+def answer_logp_now(models: Sequence[tuple[Reference, float]], tokens: Tokens) -> Float[Tensor, " B"]:
+    """The weighted sum of several models' log pi of a batch's answers, over the tokens that count (nats)."""
+    found = [share * model.logp(tokens).logp for model, share in models]
+    return masked_sum(torch.stack(found).sum(0), send(tokens.mask, found[0].device), dim=-1)
 
 
 def divergence(hidden_p: Tensor, head_p: Head, hidden: Tensor, head: Head, rows: int = 256) -> Float[Tensor, " N"]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from steersman.config.sections import Section
-from steersman.data import EncodedSet
+from steersman.data import TrainingSet
 from steersman.distributed.micro import my_micro_batches
 from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
@@ -104,7 +104,7 @@ class HeldPrompts:
 
 
 def held_prompts(
-    policy: Policy, reference: Reference, data: EncodedSet[Any], config: SamplesConfig, session: Session
+    policy: Policy, reference: Reference, data: TrainingSet[Any], config: SamplesConfig, session: Session
 ) -> HeldPrompts | None:
     """The watch over the first different prompts of the data; None where no answer fits.
 
@@ -112,8 +112,13 @@ def held_prompts(
     """
     count, context = config.count(True), context_length(policy.model)
     room = None if context is None else context - config.max_new_tokens
-    ids = dict.fromkeys(tuple(group[0].prompt) for group in data.groups)
-    fitting = [list(one) for one in ids if room is None or len(one) <= room][:count]
+    fitting: list[list[int]] = []
+    for group in data.groups:
+        if len(fitting) == count:
+            break
+        one = group[0].prompt
+        if one not in fitting and (room is None or len(one) <= room):
+            fitting.append(one)
     if not fitting:
         return None
     prompts = [Prompt(one, policy.tokenizer.decode(one), index=i) for i, one in enumerate(fitting)]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.config.sections import Section
-from steersman.data import Batches, Mixture, Streamed
+from steersman.data import Batches, Streamed, Training
 from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.pieces import shard_like
 from steersman.distributed.ranks import ranks
@@ -58,7 +59,7 @@ class Objective(Protocol):
     def module(self) -> nn.Module: ...
 
     @property
-    def cost(self) -> Sequence[int]: ...
+    def cost(self) -> Sequence[int] | np.ndarray: ...
 
     def denominator(self, rows: Sequence[int]) -> float: ...
 
@@ -70,6 +71,9 @@ class Objective(Protocol):
 class Offline:
     """One offline run: the objective's trainable weights, its optimiser and the order of its data."""
 
+    by_length: ClassVar[bool] = True
+    """Whether rows of like length share a batch."""
+
     def __init__(
         self,
         objective: Objective,
@@ -78,18 +82,19 @@ class Offline:
         run: Any,
         *,
         shuffle: bool = True,
-        mix: Mixture | None = None,
-        stream: Streamed | None = None,
+        data: Training[Any] | None = None,
     ) -> None:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
         self.batch_size = config.batch_size
         self.batches: Batches | Streamed
-        if stream is not None:
+        if data is not None and data.stream is not None:
             assert config.max_steps is not None
-            self.batches, self.total = stream, config.max_steps
+            self.batches, self.total = data.stream, config.max_steps
         else:
+            mix, content = (None, ()) if data is None else (data.mix, data.content)
+            lengths = objective.cost if self.by_length else None
             self.batches = Batches(
-                len(objective.cost), config.batch_size, run.seed, objective.cost, shuffle=shuffle, mix=mix
+                len(objective.cost), config.batch_size, run.seed, lengths, shuffle=shuffle, mix=mix, content=content
             )
             steps = max(1, round(config.epochs * len(self.batches)))
             self.total = min(steps, config.max_steps or steps)
@@ -114,7 +119,7 @@ class Offline:
     def step(self, rows: Sequence[int]) -> Stats:
         """One optimizer update on the given examples."""
         started, tally = time.monotonic(), Tally()
-        cost = torch.tensor([self.objective.cost[i] for i in rows])
+        cost = torch.tensor(np.asarray(self.objective.cost)[list(rows)])
         denominator, index = self.objective.denominator(rows), torch.tensor(rows)
         losses = []
         for part in my_micro_batches(cost, self.micro_tokens):

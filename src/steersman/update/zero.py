@@ -10,6 +10,7 @@ Source: arXiv 1910.02054, section 5; DeepSpeed 0.19.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -137,8 +138,7 @@ def _started(parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: floa
     """DeepSpeed's engine over the bare parameters; its groups have this run's time limit, not half an hour."""
     os.environ.setdefault("DS_ACCELERATOR", parameters[0].device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
+    deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if parameters[0].device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled now

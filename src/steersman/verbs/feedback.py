@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import model_validator
 
-from steersman.data import Batches, EncodedSet, Feedback, describe, encode, feedback, layout, mixture
+from steersman.data import Order, layout, training
 from steersman.loss.offline import LOSSES
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
@@ -19,7 +19,7 @@ from steersman.setup.reference import reference_from
 from steersman.train.held_prompts import held_prompts
 from steersman.train.offline import Offline
 from steersman.train.session import Session
-from steersman.types import Stats, SteersmanError
+from steersman.types import Stats
 from steersman.verbs.offline_recipe import OfflineRecipe
 from steersman.verbs.offline_run import carry_out
 from steersman.verbs.preflight import describe_run
@@ -37,6 +37,11 @@ class FeedbackRecipe(OfflineRecipe[L], Generic[L]):
                 "train.batch_size is 1, but KTO estimates its reference point from the answers to the other prompts "
                 "of a batch; give at least 2, better 16 or more"
             )
+        if self.data.stream and self.loss.counts_labels:
+            raise ValueError(
+                "data.stream: how many thumbs are up is not known before; give loss.desirable_weight and "
+                "loss.undesirable_weight as numbers (1 where both labels are about as many)"
+            )
         return self
 
 
@@ -51,16 +56,7 @@ class FeedbackRun(Offline):
     """
 
     objective: FeedbackObjective
-
-    def __init__(self, objective: FeedbackObjective, recipe: FeedbackRecipe[Any]) -> None:
-        super().__init__(objective, recipe.train, recipe.optimizer, recipe.run)
-        self.batches = Batches(
-            len(objective.cost),
-            recipe.train.batch_size,
-            recipe.run.seed,
-            shuffle=recipe.data.shuffle,
-            mix=mixture(recipe.data, objective.train.parts),
-        )
+    by_length = False
 
     def step(self, rows: Sequence[int]) -> Stats:
         self.objective.look(rows)
@@ -86,34 +82,22 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
-        loaded = feedback(recipe.data)
-        context = context_length(policy.model)
-        train = encode(loaded.train, laid, recipe.data, context)
-        _check_labels(train)
-        held_out = encode(loaded.held_out, laid, recipe.data, context) if loaded.held_out else None
+        order = Order(recipe.train.batch_size, recipe.run.seed, by_length=FeedbackRun.by_length)
+        data = training(recipe.data, "feedback", laid, context=context_length(policy.model), order=order)
         reference, watch = reference_from(recipe.reference, recipe.model, recipe.run, policy), None
         if recipe.samples.count(True):
-            watch = held_prompts(policy, reference, held_out or train, recipe.samples, session)
+            watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = FeedbackObjective(
-            policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch
+            policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, watch
         )  # fmt: skip
-        state = FeedbackRun(objective, recipe)
+        state = FeedbackRun(
+            objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data
+        )
         pre = Preflight(f"steersman {name} ({LOSSES[name].source})")
-        describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
-        ups = sum(e.label for e in train.examples)
+        describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
+        labels, where = data.train.values("label"), " in the first buffer" if recipe.data.stream else ""
         weights = "weights {:.3g} and {:.3g}".format(*objective.weights)
-        pre.fact("labels", f"{ups:,} thumbs up, {len(train.examples) - ups:,} down; {weights}")
+        pre.fact("labels", f"{labels.sum():,.0f} thumbs up, {(1 - labels).sum():,.0f} down{where}; {weights}")
         pre.fact("leads to", LOSSES[name].fixed_point)
         sampled = None if watch is None else watch.sampled()
-        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference, sampled)
-
-
-def _check_labels(data: EncodedSet[Feedback]) -> None:
-    """Once more after encoding: what was too long may have been all of one kind."""
-    ups = sum(e.label for e in data.examples)
-    if ups in (0, len(data.examples)):
-        kind = "up" if ups else "down"
-        raise SteersmanError(
-            f"all {len(data.examples)} answers that fit have thumbs {kind}, and {data.dropped} were too long; thumbs "
-            "up and down are both needed (data.max_length, data.on_too_long)"
-        )
+        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), reference, sampled)

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.data import DataConfig
+from steersman.data import LargeDataConfig
 from steersman.distributed.parallel import ParallelConfig
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
@@ -23,7 +23,7 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     """Offline optimisation of a policy; `loss` is the method's own section."""
 
     model: ModelConfig
-    data: DataConfig
+    data: LargeDataConfig
     loss: L = Field(default_factory=dict, description="the method's own settings")  # type: ignore
     train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
@@ -34,7 +34,8 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
-    def _trained_before(self) -> OfflineRecipe[L]:
+    def _can_begin(self) -> OfflineRecipe[L]:
         if self.model.scratch is not None:
             raise ValueError("model.scratch: a model with fresh weights prefers nothing yet; train it with sft first")
+        self.data.require_end(self.train.max_steps)
         return self

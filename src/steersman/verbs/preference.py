@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from steersman.data import (
-    BadRows,
-    EncodedSet,
-    Preference,
-    describe,
-    encode,
-    layout,
-    mixture,
-    preferences,
-)
+from steersman.data import Order, Preference, TrainingSet, layout, training
 from steersman.loss.offline import LOSSES
 from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.run.preflight import Preflight
@@ -49,21 +41,6 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
         return self
 
 
-def drop_equal(data: EncodedSet[Preference], left_out: BadRows) -> EncodedSet[Preference]:
-    """Without the pairs whose answers are the same tokens, as they can be once they were cut to length.
-
-    Raises SteersmanError naming the row where `on_bad_row` is stop, and where nothing is left.
-    """
-    keep = [i for i, (chosen, rejected) in enumerate(data.groups) if chosen.response != rejected.response]
-    for i in sorted(set(range(len(data.groups))) - set(keep)):
-        row = data.examples[i].row
-        left_out.add(row.fault("answers equal when cut", "both answers are the same tokens, cut to data.max_length"))
-    if not keep:
-        raise SteersmanError("no pair is left: in all of them the answers are the same tokens; see data.max_length")
-    data.groups, data.examples = [data.groups[i] for i in keep], [data.examples[i] for i in keep]
-    return data
-
-
 def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
     session = Session(
@@ -75,37 +52,35 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         entry = LOSSES[recipe.loss.name]
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
-        loaded = preferences(recipe.data)
-        context = context_length(policy.model)
-        train = drop_equal(encode(loaded.train, laid, recipe.data, context), loaded.left_out)
-        held_out = None
-        if loaded.held_out:
-            held_out = drop_equal(encode(loaded.held_out, laid, recipe.data, context), loaded.left_out)
-        _check_margins(recipe.loss, train)
+        order = Order(recipe.train.batch_size, recipe.run.seed)
+        data = training(recipe.data, "preference", laid, context=context_length(policy.model), order=order)
+        _check_margins(recipe.loss, data.train)
         watched = recipe.samples.count(entry.needs_reference) > 0
         reference = watch = None
         if entry.needs_reference or watched:
             reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
         if reference is not None and watched:
-            watch = held_prompts(policy, reference, held_out or train, recipe.samples, session)
+            watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
         anchor = None
         if recipe.anchor is not None:
             second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
             anchor = (second, recipe.anchor_share)
         objective = PairObjective(
-            policy, reference, train, held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
+            policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
         )
-        mix = mixture(recipe.data, train.parts)
-        state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
+        state = Offline(
+            objective, recipe.train, recipe.optimizer, recipe.run,
+            shuffle=recipe.data.shuffle, data=data,
+        )  # fmt: skip
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
-        describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
+        describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         pre.fact("leads to", entry.fixed_point)
         sampled = None if watch is None else watch.sampled()
-        return carry_out(pre, session, state, recipe, policy, max(train.lengths), reference, sampled)
+        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), reference, sampled)
 
 
-def _check_margins(config: PairLossConfig, data: EncodedSet[Preference]) -> None:
-    if config.margin_weight and not any(e.margin for e in data.examples):
+def _check_margins(config: PairLossConfig, data: TrainingSet[Preference]) -> None:
+    if config.margin_weight and not np.nan_to_num(data.values("margin")).any():
         raise SteersmanError(
             f"loss.margin_weight is {config.margin_weight:g}, but no pair has a margin; give the data a column "
             "`margin` (data.columns can name yours) or leave loss.margin_weight out"

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, Literal, cast
-
-from pydantic import Field, model_validator
+from typing import Any, cast
 
 from steersman.atomic import write_atomic
 from steersman.data import (
-    DataConfig,
+    LOADERS,
     EncodedSet,
     LoadedExamples,
+    Order,
+    Training,
+    TrainingSet,
     attributes,
     describe,
     encode,
-    feedback,
     layout,
     mixture,
     preferences,
-    rankings,
-    ratings,
     recognise_kind,
-    steps,
+    training,
 )
 from steersman.data.shapes import NOUNS, Kind
-from steersman.distributed.parallel import ParallelConfig
 from steersman.extras import installed
 from steersman.model import (
     AttributeModel,
@@ -37,31 +34,26 @@ from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.model.general import GENERAL
 from steersman.objectives.reward_bottleneck import BottleneckReward
-from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.objectives.reward_ensemble import EnsembleReward
 from steersman.objectives.reward_gating import GatingReward
 from steersman.objectives.reward_general import GeneralPreferenceReward
 from steersman.objectives.reward_pairs import PairwiseReward, RankingReward
 from steersman.objectives.reward_points import FeedbackReward, RatingReward, StepReward
 from steersman.plan.memory import Load, Model, announce
-from steersman.recipe.sections import ModelConfig, TrainingRecipe
-from steersman.run.health.limits import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.run.report.calibration import calibration_png
-from steersman.run.run_config import ManyRunConfig
 from steersman.run.seed import stream
 from steersman.setup.models import context_length, reward_from, save_model, scalar_from
 from steersman.statistics.reward_report import Report
 from steersman.train.offline import Offline
 from steersman.train.session import Session
 from steersman.types import SteersmanError
-from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs.offline_run import train_and_restore
 from steersman.verbs.preflight import describe_run
 from steersman.verbs.reward_of_pairs import of_pairs
+from steersman.verbs.reward_recipe import RewardModelRecipe
 
 KINDS: tuple[Kind, ...] = ("preference", "ranking", "rating", "feedback", "steps")
-LOADERS = {"preference": preferences, "ranking": rankings, "rating": ratings, "feedback": feedback, "steps": steps}
 LEARNS = {
     "preference": "Bradley-Terry on pairs; a pair on which raters differ has their share as its label",
     "ranking": "all answers of a prompt in one forward; {loss}",
@@ -71,49 +63,6 @@ LEARNS = {
 }
 METRIC = {"preference": ("held_out/accuracy", "max"), "ranking": ("held_out/accuracy", "max")}
 """What ranks checkpoints; for other kinds the held-out loss does."""
-
-
-class RewardModelRecipe(TrainingRecipe):
-    """A reward model of one number, of several attributes, or of steps, from a base, SFT or reward model."""
-
-    model: ModelConfig
-    data: DataConfig
-    kind: Literal["auto", "preference", "ranking", "rating", "feedback", "steps"] = Field(
-        default="auto", description="what the data is used as; auto goes by its shape, and says so"
-    )
-    stage: Literal["train", "gating", "evaluate"] = Field(
-        default="train",
-        description="train; or mix a trained model's attributes by preferences (gating); or only evaluate a model",
-    )
-    train: RewardModelConfig = RewardModelConfig()
-    gating: GatingConfig = GatingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
-    run: ManyRunConfig = ManyRunConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    health: HealthConfig = HealthConfig()
-
-    @classmethod
-    def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"model.scratch"})
-
-    @model_validator(mode="after")
-    def _fits(self) -> RewardModelRecipe:
-        if self.model.lora is not None and self.stage != "train":
-            raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
-        several = [f"train.{key}" for key in ("bottleneck", "planes") if getattr(self.train, key)]
-        several += ["train.heads"] * (self.train.heads > 1)
-        if len(several) > 1:
-            raise ValueError(f"{' and '.join(several)} are different kinds of reward model; give one of them")
-        if self.train.heads > 1 and self.parallel.stage:
-            raise ValueError(
-                f"train.heads: parallel.mode {self.parallel.mode} is not for ensembles; use replicas or fsdp"
-            )
-        if self.train.debias and (several or self.stage != "train"):
-            raise ValueError("train.debias is for a reward model of one number, at the end of stage train")
-        if self.train.bottleneck and self.model.lora is not None and not self.model.merge:
-            raise ValueError("train.bottleneck has a layer that no file of adapters holds; set model.merge: true")
-        return self
 
 
 def run(recipe: RewardModelRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -151,9 +100,8 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         raise SteersmanError(
             f"train.debias learns from pairs, and the data is of kind {kind}; give pairs, or remove it"
         )
-    loaded: LoadedExamples[Any] = LOADERS[kind](recipe.data)
-    names = attributes(loaded.train) if kind == "rating" else []
-    names = recipe.data.scores or names
+    loaded = _read(recipe, kind)
+    names = recipe.data.scores or (attributes(loaded.train) if loaded is not None and kind == "rating" else [])
     model: Any = of_pairs(recipe.model, recipe.train, recipe.run, session.device, kind)
     if model is not None:
         pass
@@ -163,16 +111,20 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         model = scalar_from(recipe.model, recipe.run, session.device)
         model.means(replace(model.meaning, kind=kind, attributes=tuple(names) if kind == "rating" else ()))
     laid = layout(model, recipe.data)
-    train = _encode(loaded.train, laid, recipe, model)
-    held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
-    objective = _objective(kind, model, train, held_out, recipe, names)
-    mix = mixture(recipe.data, train.parts)
-    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
+    order = Order(recipe.train.batch_size, recipe.run.seed)
+    data = training(
+        recipe.data, kind, laid, context=context_length(model.model), order=order, loaded=loaded
+    )  # fmt: skip
+    objective = _objective(kind, model, data.train, data.held_out, recipe, names)
+    state = Offline(
+        objective, recipe.train, recipe.optimizer, recipe.run,
+        shuffle=recipe.data.shuffle, data=data,
+    )  # fmt: skip
     pre = Preflight("steersman reward")
-    describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
+    describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
     pre.fact("recognised", f"{NOUNS[kind]}: {LEARNS[kind].format(loss=loss, names=', '.join(names))}")
-    _show(pre, session, model, recipe, state.load(max(train.lengths)))
+    _show(pre, session, model, recipe, state.load(int(data.train.lengths.max())))
     if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
     worth = cast(PairwiseReward, objective).debias() if recipe.train.debias else {}
@@ -180,6 +132,18 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         session.log.note(f"debiased: one more of {name} was worth {each:+.4f}")
     save_model(model, recipe.model, session.path / "model")
     return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": kind, **_told(worth)})
+
+
+def _read(recipe: RewardModelRecipe, kind: Kind) -> LoadedExamples[Any] | None:
+    """The rows, read before the model is; None where they are not kept in memory. Raises SteersmanError for a kind
+    that can not be read so."""
+    if not recipe.data.large:
+        return LOADERS[kind](recipe.data)
+    if recipe.data.stream and kind not in ("preference", "feedback"):
+        raise SteersmanError(f"data.stream: {NOUNS[kind]} are gone through before the first step; use data.cache")
+    if kind == "rating" and not recipe.data.scores:
+        raise SteersmanError("data.cache: name the columns of the ratings in data.scores")
+    return None
 
 
 def _told(worth: dict[str, float]) -> dict[str, float]:
@@ -193,14 +157,14 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
     train = _encode(loaded.train, laid, recipe, model)
     held_out = _encode(loaded.held_out, laid, recipe, model) if loaded.held_out else None
     objective = GatingReward(model, train, held_out, recipe.train, recipe.gating, recipe.run.micro_tokens)
-    mix = mixture(recipe.data, train.parts)
-    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=mix)
+    data = Training(train, held_out, describe(loaded, train, laid), mixture(recipe.data, train.parts))
+    state = Offline(objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data)
     pre = Preflight("steersman reward, stage gating (arXiv 2406.12845)")
-    describe_run(pre, session, recipe.train.batch_size, state.total, describe(loaded, train, laid))
+    describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
     pre.fact("recognised", f"preferences, to mix {', '.join(objective.names)} by the prompt; trunk and heads stay")
     penalties = zip(objective.names, objective.module.penalty.tolist(), strict=True)
     pre.fact("verbosity", f"{recipe.gating.verbosity}: " + ", ".join(f"{n} {p:+.3f}" for n, p in penalties))
-    _show(pre, session, model, recipe, state.load(max(train.lengths)))
+    _show(pre, session, model, recipe, state.load(int(train.lengths.max())))
     if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
     sizes = {key: getattr(recipe.gating, key) for key in ("hidden", "layers", "verbosity")}
@@ -228,7 +192,7 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
     pre = Preflight("steersman reward, stage evaluate")
     describe_run(pre, session, len(data.groups), 0, describe(loaded, data, laid))
     pre.fact("recognised", NOUNS[kind])
-    longest = max(data.lengths)
+    longest = int(data.lengths.max())
     _show(pre, session, model, recipe, Load(max(recipe.run.micro_tokens, longest), longest))
     session.begin(_Nothing(), 0)
     session.saved_step = 0
@@ -253,7 +217,7 @@ def _encode(examples: Any, laid: Any, recipe: RewardModelRecipe, model: ScalarMo
 def _objective(
     kind: Kind,
     model: Any,
-    train: EncodedSet,
+    train: TrainingSet,
     held_out: EncodedSet | None,
     recipe: RewardModelRecipe,
     names: list[str],

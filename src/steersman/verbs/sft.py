@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from steersman.data import LargeDataConfig, layout, training
+from steersman.data import LargeDataConfig, Order, layout, training
 from steersman.distributed.parallel import ParallelConfig
 from steersman.objectives.supervised import SFT
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
@@ -38,8 +38,7 @@ class SFTRecipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _ends(self) -> SFTRecipe:
-        if self.data.stream and self.train.max_steps is None:
-            raise ValueError("data.stream: how many rows there are is not known before; say train.max_steps")
+        self.data.require_end(self.train.max_steps)
         return self
 
 
@@ -52,13 +51,12 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
-        data = training(
-            recipe.data, laid, context_length(policy.model), batch_size=recipe.train.batch_size, seed=recipe.run.seed
-        )
+        order = Order(recipe.train.batch_size, recipe.run.seed)
+        data = training(recipe.data, "demonstration", laid, context=context_length(policy.model), order=order)
         state = Offline(
             SFT(policy, data.train, data.held_out, recipe.run.micro_tokens),
-            recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, mix=data.mix, stream=data.stream,
+            recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data,
         )  # fmt: skip
         pre = Preflight("steersman sft")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
-        return carry_out(pre, session, state, recipe, policy, int(max(data.train.lengths)))
+        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()))
