@@ -82,8 +82,8 @@ def test_overlap_gives_the_same_episodes(slow):
 
 def test_a_hung_call_is_given_up_and_its_thread_replaced():
     workers, stop = Workers(1), threading.Event()
-    workers.submit(0, stop.wait, 0.1)
-    workers.submit(1, lambda: 7, 0.1)
+    workers.submit(0, stop.wait, 0.1, "the first call")
+    workers.submit(1, lambda: 7, 0.1, "the second call")
     done = {job.key: job for job in [*workers.take(True), *workers.take(True)]}
     assert isinstance(done[0].error, TooLateError)
     assert done[1].result == 7
