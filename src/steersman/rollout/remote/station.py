@@ -53,13 +53,13 @@ class Station:
 
     def _started(self, process: ServerProcess | PlacedByRay) -> Server:
         try:
-            return launched.wait()
+            return process.wait()
         except ServerGoneError:
             if self._closed:
                 raise
             self.restarts += 1
-            launched.start()
-            return launched.wait()
+            process.start()
+            return process.wait()
 
     def complete(self, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
