@@ -13,6 +13,7 @@ from steersman.model.quantise import Quantise
 if TYPE_CHECKING:
     from steersman.distributed.parallel import ParallelConfig
     from steersman.rollout import Sampling
+    from steersman.run.run_config import ManyRunConfig
     from steersman.update.optimizer import OptimizerConfig
 
 
