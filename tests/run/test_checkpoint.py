@@ -175,6 +175,14 @@ def test_the_last_and_the_best_are_kept(tmp_path, mode, best):
     assert keeper.best().name == f"step-{best:08d}"
 
 
+def test_of_equally_good_checkpoints_the_earlier_is_the_best(tmp_path):
+    """As an early end chooses among its looks; a later look that is no better is no reason to take later weights."""
+    keeper = Checkpointer(tmp_path, metric="gold", mode="max")
+    first = keeper.save(1, state(1.0), {"gold": 0.5})
+    keeper.save(2, state(2.0), {"gold": 0.5})
+    assert keeper.best() == first
+
+
 LOOP = """
     import sys, time
     from pathlib import Path

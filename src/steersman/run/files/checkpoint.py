@@ -178,10 +178,10 @@ class Checkpointer:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
 
     def _ranked(self) -> list[Path]:
-        """Checkpoints that carry the metric, best first; of equals the newer first."""
+        """Checkpoints that carry the metric, best first; of equals the earlier first, as in `train/stopping.py`."""
         sign = -1 if self.mode == "max" else 1
         scored = []
-        for age, path in enumerate(reversed(self._paths())):
+        for age, path in enumerate(self._paths()):
             value = _manifest(path).get("metrics", {}).get(self.metric)
             if value is not None:
                 scored.append((sign * value, age, path))
