@@ -127,7 +127,7 @@ class DistillRecipe(TrainingRecipe):
     reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     run: ManyRunConfig = ManyRunConfig()
-    parallel: WithoutZeroConfig = WithoutZeroConfig()
+    parallel: WithoutZeroConfig = WithoutZeroConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     health: HealthConfig = HealthConfig()
 
     @classmethod
