@@ -69,7 +69,8 @@ def test_extras_hold_what_the_code_says_and_the_core_does_not():
     for module, extra in extras.EXTRAS.items():
         assert module in packages(optional[extra]), module
         assert module not in packages(PROJECT["dependencies"]), module
-    for extra in set(extras.EXTRAS.values()) - {"ray"}:  # who has a cluster has Ray
+    # who has a cluster has Ray; DeepSpeed is imported by transformers in every process where it is installed
+    for extra in set(extras.EXTRAS.values()) - {"ray", "deepspeed"}:
         named = [r for r in optional["dev"] if r.startswith("steersman[")]
         inner = [r for n in named for r in optional[n.removeprefix("steersman[").removesuffix("]")]]
         assert f"steersman[{extra}]" in [*named, *inner], f"`make` does not install {extra}"

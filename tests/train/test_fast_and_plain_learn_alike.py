@@ -177,7 +177,7 @@ def without_fast_paths(patch: pytest.MonkeyPatch) -> Counter[str]:
         return samples
 
     @torch.no_grad()
-    def value(self: Learner, tokens: Tokens, *rest: Any) -> Values:
+    def value(self: Learner, tokens: Tokens, *rest: Any, **named: Any) -> Values:
         assert self.critic is not None
         return Values(self.critic.value(tokens))
 

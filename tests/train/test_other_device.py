@@ -52,7 +52,7 @@ MODEL = ("model/reader.py", "states")
 """Once in each run of a trunk: transformers asks whether positions stand for packed sequences."""
 STEP = {
     ("update/optimizer.py", "not_finite"): 1,
-    ("update/optimizer.py", "step"): 1,
+    ("update/engines.py", "step"): 1,
     ("train/tally.py", "numbers"): 1,
 }
 
@@ -183,7 +183,7 @@ def test_an_iteration_of_ppo_waits_four_times_an_update_and_once_a_run_of_a_trun
         ("distributed/micro.py", "over_rows"): 2,  # the reference, the values
         ("train/policy_update.py", "gradients"): updates,
         ("update/optimizer.py", "not_finite"): updates,
-        ("update/optimizer.py", "step"): 2 * updates,  # actor and critic
+        ("update/engines.py", "step"): 2 * updates,  # actor and critic
         ("train/tally.py", "numbers"): 1,
     }, text
 

@@ -24,6 +24,9 @@ from steersman.train.tally import Tally
 from steersman.types import Stats
 from steersman.update.optimizer import NotFiniteError, Optimizer
 
+KEPT = ("obs", "next_obs", "action", "reward", "discount")
+"""What a replay buffer holds of each transition."""
+
 
 class Replay:
     """The last `size` transitions, overwritten in the order they came."""
@@ -51,12 +54,11 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         held = slice(0, self.count)
-        names = ("obs", "after", "action", "reward", "discount")
-        return {name: getattr(self, name)[held].clone() for name in names} | {"next": self.next, "count": self.count}
+        return {name: getattr(self, name)[held].clone() for name in KEPT} | {"next": self.next, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.next, self.count = state["next"], state["count"]
-        for name in ("obs", "after", "action", "reward", "discount"):
+        for name in KEPT:
             getattr(self, name)[: self.count] = state[name]
 
 

@@ -20,8 +20,9 @@ SOMETIMES = {"mix.anchors", "health"}
 def unread(verb: str, values: dict, monkeypatch, sometimes: set[str] = frozenset()) -> set[str]:  # type: ignore
     from steersman.cli import VERBS
 
-    keys, read = read_by(verb, values, monkeypatch)
-    declared = VERBS[verb].recipe_class(None, []).unread_keys()
+    kind = VERBS[verb].recipe_class(None, [])
+    keys, read = read_by(verb, kind.model_validate(values), monkeypatch)
+    declared = kind.unread_keys()
     passed = (*ASKED_FOR, *(f"{section}." for section in declared))
     return {k for k in keys - read - declared - ELSEWHERE - SOMETIMES - set(sometimes) if not k.startswith(passed)}
 
