@@ -6,9 +6,9 @@ The reward sleeps, as a judge or a sandbox would let the machine idle: as long a
 run without sleep measures first, or `--reward` seconds. Every run samples in another process. The runs of one seed
 take turns, so that whatever else the machine does meets all. It prints seconds, their ratio to k = 0, and the
 held-out reward at the end; the same numbers go to docs/results/asynchronous-speed.json, from which
-tools/results/asynchronous_page.py writes the page. It ends with status 1 where k = 1 is not 1.6 times as fast as k
-= 0 on average over the seeds, or the reward of k = 1 or 2 is more than two standard errors of the difference below
-that of k = 0.
+tools/results/asynchronous_page.py writes the page. It ends with status 1 where neither k = 1 nor k = 2 is 1.6 times
+as fast as k = 0 on average over the seeds, or the reward of k = 1 or 2 is more than two standard errors of the
+difference below that of k = 0.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def main() -> None:
 def broken_claims(found: list[dict[str, Any]]) -> Iterator[str]:
     """What the docstring says of the runs and does not hold."""
     by = {k: [one for one in found if one["ahead"] == k] for k in (0, 1, 2)}
-    faster = mean(one["faster"] for one in by[1])
-    if faster < 1.6:
-        yield f"k = 1 is {faster:.2f} times as fast as k = 0, and 1.6 is claimed"
+    faster = {k: mean(one["faster"] for one in by[k]) for k in (1, 2)}
+    if max(faster.values()) < 1.6:
+        yield f"k = 1 is {faster[1]:.2f} and k = 2 {faster[2]:.2f} times as fast as k = 0, and 1.6 is claimed"
     for k in (1, 2):
         apart = [b["reward"] - a["reward"] for a, b in zip(by[0], by[k], strict=True)]
         error = stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("inf")
