@@ -94,3 +94,9 @@ def test_what_was_heard_in_a_loss_is_seen(worlds, mini, tmp_path, capsys, monkey
     code, said = checked(capsys, f"{worlds}:Echo", "--model.path", mini, "--data.path", rows)
     assert code == 2
     assert "tokens count where" in said
+
+
+def test_rows_of_one_prompt_are_held_out_row_by_row_as_in_training(worlds, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "we", "wish": n} for n in range(4)])
+    code, said = checked(capsys, f"{worlds}:Echo", "--data.path", rows, "--data.held_out", 1)
+    assert code == 0, said

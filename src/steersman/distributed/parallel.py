@@ -11,6 +11,9 @@ from steersman.config.sections import Section
 from steersman.distributed.deepspeed_file import read_deepspeed
 from steersman.extras import require
 
+WITH_FSDP = ("replicas", "reduce_dtype", "compute_dtype", "reshard", "offload")
+"""Keys that say something in mode fsdp alone."""
+
 
 class ParallelConfig(Section):
     """How the devices of `run.devices` share one run."""
@@ -75,11 +78,8 @@ class ParallelConfig(Section):
                 "mode zero3: DeepSpeed puts a layer's weights together where its forward is called, and the losses "
                 "here read the last layer's weight outside any; use fsdp, which lays the same in pieces, or zero2"
             )
-        plain = type(self).model_construct()
-        for name in (
-            () if self.mode == "fsdp" else ("replicas", "reduce_dtype", "compute_dtype", "reshard", "offload")
-        ):
-            if self.__dict__[name] != plain.__dict__[name]:
+        for name in WITH_FSDP if self.mode != "fsdp" else ():
+            if self.__dict__[name] != type(self).model_fields[name].default:
                 raise ValueError(f"{name} goes with mode: fsdp, and mode is {self.mode}")
         if self.deepspeed is not None and not self.stage:
             raise ValueError(f"deepspeed goes with mode: zero1 and zero2, and mode is {self.mode}")

@@ -47,7 +47,8 @@ class Zero:
             )
         self.parameters, self.stage = parameters, here.parallel.stage
         self.groups: list[dict[str, Any]] = adamw.state_dict()["param_groups"]
-        self.order = [p for group in adamw.param_groups for p in group["params"]]
+        order = (p for group in adamw.param_groups for p in group["params"])
+        self.places = {parameter: place for place, parameter in enumerate(order)}
         self.adamw = adamw
         self.engine = _started(parameters, adamw, max_grad_norm)
         self._in_backward = False
@@ -89,14 +90,14 @@ class Zero:
                 whole = self._whole(kept[name], f"the moments of group {group}")
                 for parameter, start in laid:
                     one = whole[start : start + parameter.numel()].view(parameter.shape).clone()
-                    found.setdefault(self._place(parameter), {"step": kept["step"].cpu().clone()})[name] = one
+                    found.setdefault(self.places[parameter], {"step": kept["step"].cpu().clone()})[name] = one
         rates = {"lr": self.adamw.param_groups[0]["lr"]}
         return {"state": dict(sorted(found.items())), "param_groups": [group | rates for group in self.groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["state"]
         for flat, laid in self._flat():
-            steps = [saved[self._place(p)]["step"] for p, _ in laid if self._place(p) in saved]
+            steps = [saved[self.places[p]]["step"] for p, _ in laid if self.places[p] in saved]
             if not steps:
                 self.adamw.state.pop(flat, None)
                 continue
@@ -104,13 +105,10 @@ class Zero:
             for name in MOMENTS:
                 kept[name] = torch.zeros_like(flat, requires_grad=False)
                 for parameter, start in laid:
-                    if self._place(parameter) in saved:
-                        whole = shard_like(saved[self._place(parameter)][name], parameter)
+                    if (place := self.places[parameter]) in saved:
+                        whole = shard_like(saved[place][name], parameter)
                         _put(kept[name], whole.detach().flatten(), start - ranks().rank * flat.numel())
             self.adamw.state[flat] = kept
-
-    def _place(self, parameter: nn.Parameter) -> int:
-        return next(place for place, one in enumerate(self.order) if one is parameter)
 
     def _flat(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int]]]]:
         """Of each group this rank's piece of the weights, which are laid one after the other and cut into as many
@@ -137,7 +135,6 @@ def _put(piece: Tensor, whole: Tensor, start: int) -> None:
 def _started(parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: float) -> Any:
     """DeepSpeed's engine over the bare parameters; its groups have this run's time limit, not half an hour."""
     os.environ.setdefault("DS_ACCELERATOR", parameters[0].device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if parameters[0].device.type == "cpu":

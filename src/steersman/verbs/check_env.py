@@ -13,7 +13,7 @@ from torch import Tensor
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Coefficients
 from steersman.config.sections import Section
-from steersman.data import DataConfig, encode_prompts, layout, prompts
+from steersman.data import DataConfig, encode_prompts, episode_rows, layout
 from steersman.environments.check import Findings, try_episodes
 from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
@@ -67,7 +67,7 @@ def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:
 def _rows(recipe: CheckEnvRecipe) -> list[Prompt]:
     if recipe.data is None:
         return [Prompt([0], "", {}, 0, [])]
-    queries = prompts(recipe.data).train[: recipe.episodes]
+    queries = episode_rows(recipe.data).train[: recipe.episodes]
     turns = [[{"role": "user", "content": q.prompt}] if isinstance(q.prompt, str) else q.prompt for q in queries]
     return [Prompt([0], "", q.columns, i, t) for i, (q, t) in enumerate(zip(queries, turns, strict=True))]
 
@@ -80,7 +80,7 @@ def _with_model(
     data = recipe.data or DataConfig(path="")
     policy = policy_from(recipe.model, recipe.run, device_of(recipe.run))
     if recipe.data is not None:
-        queries = prompts(data).train[: recipe.episodes]
+        queries = episode_rows(data).train[: recipe.episodes]
         context = context_length(policy.model)
         rows, _, _ = encode_prompts(queries, layout(policy, data), data, context, recipe.rollout.max_new_tokens)
     rows = [Prompt(r.ids, r.text, r.row, i, r.turns or [{"role": "user", "content": ""}]) for i, r in enumerate(rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,14 +260,13 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     reference = None if roles.reference is None else roles.reference.separate
-    offloaded, apart = recipe.offload, recipe.frozen_apart
+    frozen = partial(Model, offloaded=recipe.offload, apart=recipe.frozen_apart)
     if reference is not None:
-        name = reference.model.name_or_path
-        found.append(Model("reference", reference.model, name, offloaded=offloaded, apart=apart))
+        found.append(frozen("reference", reference.model, reference.model.name_or_path))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             judge = part.model.model
-            found.append(Model(f"reward {name}", judge, judge.name_or_path, offloaded=offloaded, apart=apart))
+            found.append(frozen(f"reward {name}", judge, judge.name_or_path))
     if roles.mask is not None:
         found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found
