@@ -11,6 +11,7 @@ import atexit
 import functools
 import inspect
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import shutil
@@ -127,6 +128,8 @@ def _run(
     words: tuple[str, ...], env: dict[str, str], folder: str, streams: dict[int, str | Connection], forks: bool
 ) -> None:
     """Becomes `python WORDS` with these streams: files that are appended to, or pipes."""
+    # Its own children come of the server that it comes of: one that it started itself would import all again.
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)

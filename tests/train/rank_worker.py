@@ -12,14 +12,17 @@ import sys
 from pathlib import Path
 
 import torch
+from forked import ENGINES
 
 from steersman.cli import VERBS, _load
 from steersman.distributed.launch import as_rank
+from steersman.rollout.remote import launch
 from steersman.train import session
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     session.write_report = lambda folder: folder / "report.html"
+    launch.subprocess = ENGINES
     cases = json.loads(Path(sys.argv[1]).read_text())
     recipes = [(VERBS[c["verb"]], VERBS[c["verb"]].recipe_class(None, []).model_validate(c["recipe"])) for c in cases]
     with as_rank(recipes[0][1].parallel):
