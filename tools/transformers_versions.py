@@ -4,8 +4,10 @@
 
 Each version is installed into a folder of its own, FOLDER/transformers-VERSION, with whatever it needs in another
 version than the one that runs this; all else, torch among it, is this environment's. A folder that stands is used
-again. For each version the fast paths that models of each family take are printed, and the tests run; --short runs
-the few that say most. Exit code 1: a test failed; 75: the version could not be had, which is said.
+again. For each version the tests run, and the fast paths that models of each family take are printed. --short runs
+only those of which paths each family takes, and whether what stands in for the library's layers computes what they
+do; with the version of this environment it runs nothing, since `make test` does. Exit code 1: a test failed, or
+another version was imported; 75: the version could not be had, which is said.
 """
 
 from __future__ import annotations
@@ -22,20 +24,32 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["tests/model/test_per_instance.py", "tests/model/test_fused.py", "tests/rollout/test_fast_paths.py"]
+SHORT = [
+    "tests/rollout/test_fast_paths.py",
+    "tests/model/test_fused.py::test_states_and_gradients_are_those_of_the_librarys_layers",
+    "tests/model/test_per_instance.py::test_another_model_of_the_family_is_plain_transformers_bit_for_bit",
+]
 TESTS = ["tests/model", "tests/rollout", "--ignore=tests/rollout/remote", "tests/native/test_guards.py",
          "tests/train/test_first_ratio.py"]  # fmt: skip
 NOT_AVAILABLE = 75
-PATHS = """
+ONE_PROCESS = """
 import sys
-sys.path.insert(0, "tests")
-from fast_paths import PATHS, paths_taken, small
-from transformers.utils import logging
-logging.set_verbosity_error()
-for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"):
-    taken = paths_taken(small(family))
-    print(f"  {family}: {', '.join(p for p in PATHS if p in taken)}")
+import pytest
+import transformers
+version, told, *words = sys.argv[1:]
+if transformers.__version__ != version:
+    sys.exit(f"transformers {version} was asked for and {transformers.__version__} is imported")
+code = pytest.main(words)
+if told == "told":
+    from fast_paths import PATHS, paths_taken, small
+    transformers.utils.logging.set_verbosity_error()
+    print(f"transformers {version}; fast paths on:")
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"):
+        taken = paths_taken(small(family))
+        print(f"  {family}: {', '.join(p for p in PATHS if p in taken)}", flush=True)
+sys.exit(code)
 """
+"""One start of Python for all that is asked of a version: importing torch and transformers takes seconds."""
 
 
 class NotAvailableError(Exception):
@@ -102,22 +116,20 @@ def satisfied(need: Requirement) -> bool:
         return False
 
 
-def run(which: str, folder: Path, tests: list[str], seconds: int) -> int:
-    version = version_of(which, folder)
+def run(which: str, folder: Path, *, short: bool, seconds: int) -> int:
+    version, own = version_of(which, folder), metadata.version("transformers")
+    if short and version == own:
+        print(f"transformers {version} ({which}): this environment's own, with which all tests run")
+        return 0
     places = [str(ROOT / "src")]
-    if version != metadata.version("transformers"):
+    if version != own:
         places.insert(0, str(environment(version, folder)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
-    ask = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
-    got = subprocess.run(ask, env=env, text=True, capture_output=True, check=True).stdout.strip()
-    if got != version:
-        raise NotAvailableError(f"transformers {version} was asked for and {got} is imported")
-    print(f"transformers {version} ({which}); fast paths on:", flush=True)
-    told = subprocess.run([sys.executable, "-c", PATHS], env=env, cwd=ROOT, text=True, capture_output=True)
-    print(told.stdout if told.returncode == 0 else told.stderr, flush=True)
+    print(f"transformers {version} ({which})", flush=True)
     # slow: the test that starts this script
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not vllm", *tests]
-    return subprocess.run(command, env=env, cwd=ROOT, timeout=seconds).returncode or told.returncode
+    words = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not vllm", *(SHORT if short else TESTS)]
+    command = [sys.executable, "-c", ONE_PROCESS, version, "quiet" if short else "told", *words]
+    return subprocess.run(command, env=env, cwd=ROOT, timeout=seconds).returncode
 
 
 def main() -> int:
@@ -131,7 +143,7 @@ def main() -> int:
     failed = 0
     for which in args.which:
         try:
-            failed |= run(which, args.folder, SHORT if args.short else TESTS, args.seconds) != 0
+            failed |= run(which, args.folder, short=args.short, seconds=args.seconds) != 0
         except (NotAvailableError, subprocess.TimeoutExpired) as error:
             print(f"the {which} transformers of the range: {error}", file=sys.stderr)
             return NOT_AVAILABLE

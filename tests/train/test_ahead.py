@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import steersman
+from forked import ENGINES, steersman
 from train_kit import cut_after, merge, plain, recipe, rows, settings, weights
 
 from steersman.data import Batches
-from steersman.rollout.remote.launch import ServerProcess
+from steersman.rollout.remote import launch
 from steersman.train import session
 from steersman.train.ahead import Ahead
 from steersman.train.roles import build_roles
@@ -39,7 +39,7 @@ def elsewhere(mini, tmp_path_factory):
     words = [sys.executable, "-m", "steersman.rollout.remote.serve", "--model", str(mini), "--threads", "1",
              "--max-batch", "64", "--dtype", "float32", "--device", "cpu", "--port"]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    launched = ServerProcess("engine process", lambda port: [*words, str(port)], log, timeout=400)
+    launched = launch.ServerProcess("engine process", lambda port: [*words, str(port)], log, timeout=400)
     launched.start()
     yield {**ELSEWHERE, "rollout.url": [launched.wait().url]}
     launched.stop()
@@ -170,10 +170,11 @@ def servers_of(learner: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_adapters_alone_train_the_same(base, elsewhere, tmp_path):
+def test_adapters_alone_train_the_same(base, elsewhere, tmp_path, monkeypatch):
     """rollout.sync adapter: whole weights or the adapter alone, what is learned is the same to rounding."""
     asked = merge(base, {**ELSEWHERE, "model.lora": {"r": 2}, "rollout.ahead": 1, "optimizer.lr": 0.02})
     rl.run(recipe("grpo", merge(asked, elsewhere)))
+    monkeypatch.setattr(launch, "subprocess", ENGINES)
     rl.run(recipe("grpo", merge(asked, {"rollout.sync": "adapter", "run.dir": str(tmp_path / "there")})))
     a, b = weights(tmp_path / "run" / "model"), weights(tmp_path / "there" / "model")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
