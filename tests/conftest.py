@@ -19,6 +19,13 @@ from tiny_models import FAMILIES, tiny_model
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a process that takes one of them last would be waited for by the others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data sets that lies beside a development checkout; skips where it does not."""
