@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked while testing, in the rooms of pure mathematics.
@@ -20,10 +23,27 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 
+UNCHECKED = ("verify",)
+"""Where small functions are called a hundred thousand times, and the checks of shapes would take most of the time."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    place = request.path.relative_to(Path(__file__).parent)
+    shape_checks.update("jaxtyping_disable", any(place.is_relative_to(often) for often in UNCHECKED))
+    yield
+    shape_checks.update("jaxtyping_disable", False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a process that takes one of them last would be waited for by the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector looks no more at the half million objects of imports and tests, all of which stay."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
