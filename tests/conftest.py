@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from tiny_models import FAMILIES, tiny_model
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-
 UNCHECKED = ("verify",)
 """Where small functions are called a hundred thousand times, and the checks of shapes would take most of the time."""
 
@@ -39,11 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a process that takes one of them last would be waited for by the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def pytest_collection_finish() -> None:
-    """The garbage collector looks no more at the half million objects of imports and tests, all of which stay."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
