@@ -61,8 +61,9 @@ def case(folder: Path, model: Path, run: str, name: str, layout: str, **extra: A
             "train": {"batch_size": 5, "epochs": 9, "max_steps": 6},
             "run": {},
         }
-    file = folder / "deepspeed.json"
-    file.write_text(json.dumps(SMALL))
+    file = folder / f"deepspeed-{layout}.json"
+    buckets = {"stage": "auto", "reduce_bucket_size": 700}
+    file.write_text(json.dumps(SMALL | ({"zero_optimization": buckets} if layout == "zero3" else {})))
     base["model"] |= {"dtype": "float32"}
     base["optimizer"] = {"lr": 3e-3, "eps": 1e-3, "max_grad_norm": 0.3, "weight_decay": 0.1}
     many = {"parallel": {"mode": layout, "deepspeed": str(file), "timeout": 60}} if layout != "alone" else {}
@@ -105,6 +106,13 @@ def zero2(folder, model, alone) -> Path:
     return folder / "zero2"
 
 
+@pytest.fixture(scope="module")
+def zero3(folder, model, alone) -> Path:
+    cases = [case(folder, model, "zero3", name, "zero3") for name in CASES]
+    launch(folder / "zero3.json", cases, 2)
+    return folder / "zero3"
+
+
 def assert_same(got: Path, wanted: Path) -> None:
     found, expected = trained_weights(got), trained_weights(wanted)
     assert found.keys() == expected.keys()
@@ -114,13 +122,13 @@ def assert_same(got: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_two_ranks_learn_what_one_process_learns(name, stage, alone, request):
     assert_same(request.getfixturevalue(stage) / name, alone / name)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_they_clip_by_the_same_norms(name, stage, alone, request):
     found, wanted = (rows_of(run / name / "metrics.jsonl") for run in (request.getfixturevalue(stage), alone))
     norms = [(key, x) for row in wanted for key, x in row.items() if key.startswith("grad_norm")]

@@ -16,6 +16,15 @@ IN_ZERO = {
     "overlap_comm", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients",
     "use_multi_rank_bucket_allreduce",
 }  # fmt: skip
+NOT_IN = {
+    1: {"overlap_comm": "stages 2 and 3"},
+    2: {},
+    3: dict.fromkeys(
+        ("allgather_bucket_size", "allgather_partitions", "ignore_unused_parameters", "round_robin_gradients",
+         "use_multi_rank_bucket_allreduce"), "stages 1 and 2",
+    ),
+}  # fmt: skip
+"""Of each stage: what it does not read of the above, and which do."""
 SAID = {
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule and optimizer.warmup",
@@ -54,8 +63,9 @@ def read_deepspeed(path: Path, stage: int, max_grad_norm: float) -> dict[str, An
         raise _refused(path, "zero_optimization.stage", f"is {zero['stage']}, and parallel.mode is zero{stage}")
     for key in zero.keys() - IN_ZERO:
         raise _refused(path, f"zero_optimization.{key}", "is not for steersman")
-    if stage == 1 and zero.get("overlap_comm"):
-        raise _refused(path, "zero_optimization.overlap_comm", "goes with stage 2, and parallel.mode is zero1")
+    for key, stages in NOT_IN[stage].items():
+        if zero.get(key):
+            raise _refused(path, f"zero_optimization.{key}", f"goes with {stages}, and parallel.mode is zero{stage}")
     return asked | {"zero_optimization": zero}
 
 

@@ -22,11 +22,11 @@ class ParallelConfig(Section):
         default="replicas",
         description="replicas: every device holds the whole models and gradients are added up; fsdp: weights, "
         "gradients and optimizer state lie in pieces over the devices (PyTorch's FSDP2); zero1: whole models, and "
-        "optimizer state in pieces (DeepSpeed); zero2: gradients in pieces too; zero3 is not there: use fsdp",
+        "optimizer state in pieces (DeepSpeed); zero2: gradients in pieces too; zero3: weights too",
     )
     deepspeed: str | None = Field(
         default=None,
-        description="with zero1 and zero2: a JSON file of DeepSpeed's own settings; what the recipe says already is "
+        description="with zero1 to zero3: a JSON file of DeepSpeed's own settings; what the recipe says already is "
         "refused in it",
     )
     replicas: int = Field(
@@ -56,6 +56,11 @@ class ParallelConfig(Section):
         """The stage of DeepSpeed's ZeRO, 0 where another engine lays the weights."""
         return int(self.mode[-1]) if self.mode.startswith("zero") else 0
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether weights lie in pieces over the devices."""
+        return self.mode in ("fsdp", "zero3")
+
     def deepspeed_settings(self, max_grad_norm: float) -> dict[str, Any]:
         """What `deepspeed` names, as DeepSpeed takes it; empty where no file is named.
 
@@ -73,16 +78,11 @@ class ParallelConfig(Section):
         for name, value in (("tensor", self.tensor), ("context", self.context)):
             if value > 1:
                 raise ValueError(f"{name} is {value}: {name} parallelism is not there yet; use mode: fsdp")
-        if self.mode == "zero3":
-            raise ValueError(
-                "mode zero3: DeepSpeed puts a layer's weights together where its forward is called, and the losses "
-                "here read the last layer's weight outside any; use fsdp, which lays the same in pieces, or zero2"
-            )
         for name in WITH_FSDP if self.mode != "fsdp" else ():
             if self.__dict__[name] != type(self).model_fields[name].default:
                 raise ValueError(f"{name} goes with mode: fsdp, and mode is {self.mode}")
         if self.deepspeed is not None and not self.stage:
-            raise ValueError(f"deepspeed goes with mode: zero1 and zero2, and mode is {self.mode}")
+            raise ValueError(f"deepspeed goes with mode: zero1, zero2 and zero3, and mode is {self.mode}")
         return self
 
 

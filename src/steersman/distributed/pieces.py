@@ -1,12 +1,14 @@
-"""Tensors that lie in pieces over the ranks, put together and laid out again."""
+"""Tensors that lie in pieces over the ranks, put together and laid out again, whichever engine has cut them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from steersman.distributed import zero_pieces
 from steersman.distributed.ranks import ranks
 from steersman.distributed.stored import StoredTensor
 
@@ -15,15 +17,24 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all pieces of it put together; then every rank must ask."""
     if not ranks().sharded:
         return tensor
+    if _cut_by_deepspeed(tensor):
+        return zero_pieces.whole(tensor)
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_shard(tensor: Tensor) -> Tensor:
-    """The piece that this rank holds; all of a tensor that is not in pieces."""
+def whole_shape(tensor: Any) -> torch.Size:
+    """The shape that all of the tensor has."""
+    return tensor.ds_shape if _cut_by_deepspeed(tensor) else tensor.shape
+
+
+def local_shard(tensor: Any) -> Tensor:
+    """The piece that this rank holds, DeepSpeed's flat and padded; all of a tensor that is not in pieces."""
     if not ranks().sharded:
         return tensor
+    if _cut_by_deepspeed(tensor):
+        return tensor.ds_tensor
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -53,6 +64,26 @@ def shard_like(tensor: Tensor | StoredTensor, like: Any) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def kept_tensor(tensor: Tensor) -> Tensor:
+    """What a checkpoint keeps of a parameter: FSDP2's piece, and else all of it, DeepSpeed's put together in the CPU's
+    memory; then every rank must ask."""
+    return full_tensor(tensor).cpu() if _cut_by_deepspeed(tensor) else tensor.detach()
+
+
+@torch.no_grad()
+def put_into(parameter: Any, saved: Tensor | StoredTensor) -> None:
+    """Gives a parameter the numbers of another, or of what a checkpoint holds, whichever way each is laid; all ranks
+    call it."""
+    if not _cut_by_deepspeed(parameter):
+        parameter.copy_(shard_like(saved, parameter))
+        return
+    zero_pieces.write(parameter, saved.full_tensor() if isinstance(saved, StoredTensor) else full_tensor(saved))
+
+
+def _cut_by_deepspeed(tensor: Tensor) -> bool:
+    return ranks().sharded and ranks().parallel.stage == 3 and zero_pieces.is_cut(tensor)
 
 
 def shard_moments(state: dict[str, Any], order: Sequence[Any]) -> dict[str, Any]:

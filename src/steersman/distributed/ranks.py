@@ -45,9 +45,9 @@ class Ranks:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights lie in pieces over the ranks (FSDP2), so that every rank must run every layer as often as
-        the others, and gradients are added up by the layers themselves."""
-        return self.world > 1 and self.parallel.mode == "fsdp"
+        """Whether weights lie in pieces over the ranks, so that every rank must run every layer as often as the
+        others, and gradients are added up in the backward pass."""
+        return self.world > 1 and self.parallel.in_pieces
 
     @property
     def in_step(self) -> bool:
@@ -57,7 +57,7 @@ class Ranks:
     def pieces(self, stage: int) -> int:
         """In how many pieces over the ranks lies what ZeRO cuts from this stage on (1: the optimizer's moments, 2:
         gradients), while weights are whole."""
-        return self.world if self.parallel.stage >= stage else 1
+        return self.world if stage <= self.parallel.stage < 3 else 1
 
     @property
     def main(self) -> bool:

@@ -21,6 +21,7 @@ from steersman.model.policy import Policy
 from steersman.model.quantise import is_quantised
 from steersman.model.quiet import silence
 from steersman.model.scalar import ScalarModel
+from steersman.model.shard import weights_for_saving
 from steersman.model.weight_files import Entry, bytes_of, plain_entries, write_weights
 
 
@@ -40,7 +41,8 @@ def save(
     loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters are written, and a
     scalar model's head beside them.
     `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. Files of weights
-    are at most `max_shard_size` large, such as 5GB or 500MB, and no rank holds more than one of them and one layer.
+    are at most `max_shard_size` large, such as 5GB or 500MB, and no rank holds more than one of them and one layer
+    (DeepSpeed's pieces are put together on every rank).
     A folder that is there already is replaced once the new one is complete.
 
     Of several ranks all call it and rank 0 writes. Raises SteersmanError when writing fails; what stood there
@@ -49,7 +51,7 @@ def save(
     folder, limit, here = Path(folder), bytes_of(max_shard_size), ranks()
     partial = here.from_main(lambda: begin_dir(folder), "the model's folder")
     try:
-        with silence(), saving(folder):
+        with silence(), saving(folder), weights_for_saving(model):
             if model.has_adapters and not merged:
                 model.write_adapters(partial)
             else:

@@ -205,7 +205,7 @@ class SharedCritic(nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
-        size = policy.head().weight.shape[1]
+        size = policy.model.get_output_embeddings().in_features  # the weight itself may lie in pieces
         dtype = torch.promote_types(policy.head().weight.dtype, torch.float32)
         self.value_head = nn.Linear(size, 1, bias=False, device=policy.device, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)

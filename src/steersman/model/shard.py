@@ -1,34 +1,48 @@
-"""Weights in pieces over the ranks: PyTorch's FSDP2 under policies and scalar models.
+"""Weights in pieces over the ranks: PyTorch's FSDP2, or DeepSpeed's ZeRO 3, under policies and scalar models.
 
 The wrapped class itself is the root, since the loops call `logp`, `hidden`, `value` and `score` and not `forward`.
 A sharded model makes one run of its trunk in each call, whatever the lengths and shared prompts of its rows, because
 every rank must come to each layer equally often.
 
-Source: `fully_shard`, PyTorch 2.6 and newer.
+Source: `fully_shard`, PyTorch 2.6 and newer; for DeepSpeed see `zero_layers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from steersman.distributed.ranks import ranks
+from steersman.model.zero_layers import LayerByLayer
 from steersman.types import SteersmanError, Tokens
 
 
 def place(model: Any) -> None:
-    """Lays a policy's or scalar model's weights in pieces over the ranks, in place, where `parallel.mode` is fsdp.
+    """Lays a policy's or scalar model's weights in pieces over the ranks, in place, where `parallel.mode` is fsdp or
+    zero3.
 
     Gradients are summed, not averaged: losses carry the whole batch's denominator already. Raises SteersmanError
     where the ranks do not divide into `parallel.replicas`, or the model does not say which blocks are its layers.
     """
     if not ranks().sharded:
         return
+    if ranks().parallel.stage:
+        _cut[model] = LayerByLayer(model, layers(model.model), model.runs)
+    else:
+        _shard(model)
+    model.max_tokens = None
+    model.reader.run_once_per_call()
+    with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
+        getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
+    as_local_shards(model)
+
+
+def _shard(model: Any) -> None:
     from torch.distributed import fsdp
 
     settings = _settings(model.device)
@@ -39,16 +53,14 @@ def place(model: Any) -> None:
     for name in model.runs:
         fsdp.register_fsdp_forward_method(model, name)
     _sum_up(model)
-    model.max_tokens = None
-    model.reader.run_once_per_call()
-    with torch.no_grad():  # hooks are laid at the first run, which an engine must not be
-        getattr(model, model.runs[0])(Tokens.from_ids([[0]], [[0]]))
-    as_local_shards(model)
 
 
 def place_head(head: nn.Linear) -> None:
     """The same for a layer that reads the states of a model which lies in pieces, in the layer's own precision."""
     if not ranks().sharded:
+        return
+    if ranks().parallel.stage:
+        _cut[head] = LayerByLayer(head, [head])
         return
     from torch.distributed import fsdp
 
@@ -91,7 +103,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
             inside |= {id(part) for part in module.modules()}
     if not found:
         raise SteersmanError(
-            f"parallel.mode fsdp: {type(model).__name__} does not say which of its blocks are layers; use mode: "
+            f"parallel.mode {ranks().parallel.mode}: {type(model).__name__} does not say which of its blocks are layers; use mode: "
             "replicas"
         )
     return found
@@ -113,6 +125,17 @@ def as_local_shards(model: nn.Module) -> None:
     """Gives back what a run without gradients left gathered, so that the model's parameters are the pieces again."""
     for part in _parts(model):
         part.reshard()
+    for part in _cut_parts(model):
+        part.release()
+
+
+_cut: WeakKeyDictionary[nn.Module, LayerByLayer] = WeakKeyDictionary()
+"""Models that DeepSpeed has cut."""
+
+
+def _cut_parts(model: nn.Module) -> list[LayerByLayer]:
+    """The model and what is inside it, where DeepSpeed has cut it."""
+    return [_cut[part] for part in model.modules() if part in _cut] if ranks().sharded else []
 
 
 _together: WeakSet[nn.Module] = WeakSet()
@@ -138,14 +161,17 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     `model` is what `place` was given. A model that is not sharded has them anyway. An inner block on the same model
     changes nothing: the outermost one gives the weights back.
     """
-    parts = [] if model in _together else _parts(model)
-    if not parts:
+    inside = model in _together
+    parts, cut = ([], []) if inside else (_parts(model), _cut_parts(model))
+    if not parts and not cut:
         yield
         return
     _together.add(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+    for part in cut:
+        part.keep()
     try:
         yield
     finally:
@@ -153,3 +179,11 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(ranks().parallel.reshard and part is not model, recurse=False)
             part.reshard()
+        for part in cut:
+            part.release()
+
+
+def weights_for_saving(model: nn.Module) -> AbstractContextManager[None]:
+    """While open the model's weights can be read one by one to be written: FSDP2 gathers each when it is asked for,
+    DeepSpeed's are all put together."""
+    return whole_weights(model) if _cut_parts(model) else nullcontext()

@@ -152,7 +152,7 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "model.lora.dropout makes every training pass another policy than the one that sampled, so no ratio "
                 "would be 1 at the start; leave it at 0 for on-policy methods"
             )
-        if self.share == "base" and self.parallel.mode == "fsdp":
+        if self.share == "base" and self.parallel.in_pieces:
             raise ValueError(
                 "share: base keeps one whole base on each device; use parallel.mode: replicas, or share: none, where "
                 "every model lies in pieces"
@@ -168,9 +168,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(
                 "model.scratch: a model with fresh weights has nothing to say yet; train it with sft first"
             )
-        if self.parallel.mode == "fsdp" and algorithm.update == "trust_region":
+        if self.parallel.in_pieces and algorithm.update == "trust_region":
             raise ValueError(
-                f"parallel.mode fsdp: {algorithm.title} needs second derivatives, which sharded layers do not give; "
+                f"parallel.mode {self.parallel.mode}: {algorithm.title} needs second derivatives, which sharded layers do not give; "
                 "use mode: replicas"
             )
 
@@ -181,10 +181,10 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         key = "offload" if self.offload else "frozen_apart"
         if self.offload and self.frozen_apart:
             raise ValueError("offload and frozen_apart are two places for the same models; remove one of the two")
-        if self.parallel.mode == "fsdp":
+        if self.parallel.in_pieces:
             raise ValueError(
-                f"{key} moves whole models; in parallel.mode fsdp give parallel.offload: true, which keeps the "
-                "pieces of every model in the CPU's memory, or use mode: replicas"
+                f"{key} moves whole models; in parallel.mode {self.parallel.mode} they lie in pieces. Use mode: fsdp "
+                "with parallel.offload: true, which keeps the pieces of every model in the CPU's memory, or replicas"
             )
         if self.share == "base":
             raise ValueError(f"{key}: with share: base no frozen model has weights of its own; remove one of the two")
@@ -303,12 +303,12 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "`environment`, or use engine: inside"
             )
         judged = any(part.model is not None for part in self.reward.parts.values())
-        if self.parallel.mode == "fsdp" and rollout.ahead and judged:
+        if self.parallel.in_pieces and rollout.ahead and judged:
             raise ValueError(
                 "rollout.ahead: rank 0 computes rewards ahead, and a reward model that lies in pieces needs all "
                 "ranks; use parallel.mode: replicas, or rollout.ahead: 0"
             )
-        if rollout.engine != "inside" and self.parallel.mode == "fsdp" and self.model.lora is not None:
+        if rollout.engine != "inside" and self.parallel.in_pieces and self.model.lora is not None:
             raise ValueError(
                 f"rollout.engine {rollout.engine}: adapters of a policy that lies in pieces are not sent "
                 "to other processes; use parallel.mode: replicas"

@@ -154,7 +154,7 @@ class TrainingRecipe(Section):
         return self
 
     def _fits_deepspeed(self) -> None:
-        """What ZeRO 1 and 2 refuse, in the recipe and in DeepSpeed's own file."""
+        """What ZeRO refuses, in the recipe and in DeepSpeed's own file."""
         mode = self.parallel.mode
         if self.model.quantise != "none":
             raise ValueError(f"model.quantise {self.model.quantise}: mode {mode} is not tried with it; use replicas")

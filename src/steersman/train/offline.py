@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steersman.config.sections import Section
 from steersman.data import Batches, Streamed, Training
 from steersman.distributed.micro import my_micro_batches
-from steersman.distributed.pieces import shard_like
+from steersman.distributed.pieces import put_into
 from steersman.distributed.ranks import ranks
 from steersman.model import as_local_shards
 from steersman.plan.memory import Load, largest_micro_batch
@@ -155,11 +155,10 @@ def load_trainable(module: nn.Module, saved: dict[str, Tensor]) -> None:
     put_back(trainable(module), saved)
 
 
-@torch.no_grad()
 def put_back(parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     """Gives the parameters the values that were saved under their names."""
     for name, p in parameters.items():
-        p.copy_(shard_like(saved[name], p))
+        put_into(p, saved[name])
 
 
 def restore_best(session: Session, state: Offline) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from steersman.atomic import write_atomic
-from steersman.distributed.pieces import named_shard
+from steersman.distributed.pieces import kept_tensor, named_shard
 from steersman.distributed.ranks import ranks
 from steersman.ops.text import text_stats
 from steersman.run.files.checkpoint import Checkpoint, Checkpointer
@@ -274,5 +274,5 @@ def digests(state: Any, name: str = "") -> dict[str, str]:
 
 
 def kept_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors as a checkpoint keeps them, without their gradients; those in pieces stay in pieces."""
-    return {name: tensor.detach() for name, tensor in state.items()}
+    """Tensors as a checkpoint keeps them, without their gradients; those in FSDP2's pieces stay in pieces."""
+    return {name: kept_tensor(tensor) for name, tensor in state.items()}

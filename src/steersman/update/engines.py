@@ -11,7 +11,7 @@ from torch import nn
 from steersman.distributed.pieces import full_tensor
 from steersman.distributed.ranks import ranks
 from steersman.update.kinds import restore
-from steersman.update.zero import Zero
+from steersman.update.zero import ZeroCutWeights, ZeroWholeWeights
 
 
 class Engine(Protocol):
@@ -41,7 +41,8 @@ def engine_of(parameters: Sequence[nn.Parameter], optimizer: Any, max_grad_norm:
     Raises SteersmanError where DeepSpeed does not serve them.
     """
     if ranks().world > 1 and ranks().parallel.stage:
-        return Zero(parameters, optimizer, max_grad_norm)
+        kind = ZeroCutWeights if ranks().sharded else ZeroWholeWeights
+        return kind(parameters, optimizer, max_grad_norm)
     return Plain(parameters, optimizer, max_grad_norm)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steersman.config.sections import Section
+from steersman.distributed.pieces import whole_shape
 from steersman.distributed.ranks import ranks
 from steersman.types import Stats, SteersmanError
 from steersman.update.engines import engine_of
@@ -64,14 +65,14 @@ class Optimizer:
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
         if ranks().sharded and (config.kind != "adamw" or (half and config.rounding != "nearest")):
             raise SteersmanError(
-                "optimizer: parallel.mode fsdp updates its pieces with plain adamw; use kind: adamw with weights in "
+                f"optimizer: parallel.mode {ranks().parallel.mode} updates its pieces with plain adamw; use kind: adamw with weights in "
                 "float32 (parallel.compute_dtype: bfloat16 computes in half of it), or parallel.mode: replicas"
             )
         self.config, self.total, self.updates = config, max(total, 1), 0
         self.warmup = warmup_updates(config.warmup, self.total)
         groups = [
-            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if len(whole_shape(p)) >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
         ]
         self.adamw = steps_of(groups, config)  # or another kind
         self.engine = engine_of(self.parameters, self.adamw, config.max_grad_norm)

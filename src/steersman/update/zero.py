@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: whole weights on every rank, the optimizer's moments in pieces over the ranks,
-and in stage 2 the gradients too.
+"""DeepSpeed's ZeRO: the optimizer's moments in pieces over the ranks, from stage 2 on the gradients too, and in stage 3
+the weights, which `model.zero_layers` puts together where they are read.
 
-The loops call `backward` on losses of their own making, so DeepSpeed gets the bare parameters and no `forward`: in
-stage 2 a backward pass that reaches one of them is closed by DeepSpeed's reduction. Losses carry the whole batch's
+The loops call `backward` on losses of their own making, so DeepSpeed gets the bare parameters and no `forward`: from
+stage 2 on a backward pass that reaches one of them is closed by DeepSpeed's reduction. Losses carry the whole batch's
 denominator, so gradients are added up, not averaged.
 
 Source: arXiv 1910.02054, section 5; DeepSpeed 0.19.
@@ -10,10 +10,8 @@ Source: arXiv 1910.02054, section 5; DeepSpeed 0.19.
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from steersman.distributed.pieces import shard_like
+from steersman.distributed.pieces import whole_shape
 from steersman.distributed.ranks import ranks
+from steersman.distributed.stored import StoredTensor
+from steersman.distributed.zero_pieces import deepspeed_on, piece_of
 from steersman.types import SteersmanError
 
 BUCKET = 50_000_000
@@ -30,8 +30,33 @@ BUCKET = 50_000_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(slots=True, frozen=True)
+class Laid:
+    """A parameter in a group that is laid flat: where it begins, in the whole group that is cut into equal pieces
+    (stages 1 and 2), or in every rank's piece, which then has `size` numbers of it (stage 3)."""
+
+    parameter: nn.Parameter
+    start: int
+    size: int | None = None
+
+    def out_of(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The parameter's numbers, flat, out of all ranks' pieces of its group."""
+        numbers = whole_shape(self.parameter).numel()
+        if self.size is None:
+            return torch.cat(list(pieces))[self.start : self.start + numbers]
+        return torch.cat([piece[self.start : self.start + self.size] for piece in pieces])[:numbers]
+
+    def put_into(self, piece: Tensor, whole: Tensor) -> None:
+        """Copies into this rank's piece what of the parameter's `whole` falls into it."""
+        if self.size is None:
+            _put(piece, whole.flatten(), self.start - ranks().rank * len(piece))
+        else:
+            piece[self.start : self.start + self.size] = piece_of(whole, self.size)
+
+
 class Zero:
-    """DeepSpeed around the AdamW `adamw`, which has the parameters `parameters`.
+    """DeepSpeed around the AdamW `adamw`, which has the parameters `parameters`; a subclass for each way of laying what
+    it updates.
 
     Raises SteersmanError for weights that are trained in another precision than float32.
     """
@@ -52,7 +77,7 @@ class Zero:
         self.adamw = adamw
         self.engine = _started(parameters, adamw, max_grad_norm)
         self._in_backward = False
-        if self.stage == 2:
+        if self.stage > 1:
             for parameter in parameters:
                 parameter.register_hook(self._reached)
 
@@ -69,17 +94,21 @@ class Zero:
 
     def step(self) -> float:
         self.engine.optimizer.refresh_fp32_params()  # weights that were put back in place are its own, too
-        if self.stage == 1:
-            ranks().same_gradients(self.parameters)
+        self._before_step()
         with ranks().call("an update by DeepSpeed"):
             self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def zero_grad(self) -> None:
-        zero = self.engine.optimizer
-        zero.zero_grad(set_to_none=True)
-        for place in range(len(zero.bit16_groups)):
-            zero.averaged_gradients[place] = zero.all_grad_tensors[place] = None
+        raise NotImplementedError
+
+    def _before_step(self) -> None:
+        """Makes of the gradients what DeepSpeed's step takes."""
+        raise NotImplementedError
+
+    def _flat(self) -> Iterator[tuple[Tensor, list[Laid]]]:
+        """Of each group this rank's flat piece of the weights, and how the parameters lie in it."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As the plain AdamW's, every moment whole, on the CPU."""
@@ -87,42 +116,89 @@ class Zero:
         for group, (flat, laid) in enumerate(self._flat()):
             kept = self.adamw.state.get(flat, {})
             for name in (name for name in MOMENTS if name in kept):
-                whole = self._whole(kept[name], f"the moments of group {group}")
-                for parameter, start in laid:
-                    one = whole[start : start + parameter.numel()].view(parameter.shape).clone()
-                    found.setdefault(self.places[parameter], {"step": kept["step"].cpu().clone()})[name] = one
+                pieces = self._pieces(kept[name], f"the moments of group {group}")
+                for one in laid:
+                    moment = one.out_of(pieces).view(whole_shape(one.parameter)).clone()
+                    found.setdefault(self.places[one.parameter], {"step": kept["step"].cpu().clone()})[name] = moment
         rates = {"lr": self.adamw.param_groups[0]["lr"]}
         return {"state": dict(sorted(found.items())), "param_groups": [group | rates for group in self.groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["state"]
         for flat, laid in self._flat():
-            steps = [saved[self.places[p]]["step"] for p, _ in laid if self.places[p] in saved]
+            steps = [saved[place]["step"] for one in laid if (place := self.places[one.parameter]) in saved]
             if not steps:
                 self.adamw.state.pop(flat, None)
                 continue
             kept = {"step": torch.as_tensor(steps[0], dtype=torch.float32).to(flat.device, copy=True)}
             for name in MOMENTS:
                 kept[name] = torch.zeros_like(flat, requires_grad=False)
-                for parameter, start in laid:
-                    if (place := self.places[parameter]) in saved:
-                        whole = shard_like(saved[place][name], parameter)
-                        _put(kept[name], whole.detach().flatten(), start - ranks().rank * flat.numel())
+                for one in laid:
+                    if (place := self.places[one.parameter]) in saved:
+                        one.put_into(kept[name], _whole(saved[place][name]).to(flat.device))
             self.adamw.state[flat] = kept
 
-    def _flat(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int]]]]:
-        """Of each group this rank's piece of the weights, which are laid one after the other and cut into as many
-        equal pieces as there are ranks, and where in the whole each parameter begins."""
-        zero = self.engine.optimizer
-        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
-            laid = zip(zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True)
-            yield flat, list(laid)
-
-    def _whole(self, piece: Tensor, what: str) -> Tensor:
+    def _pieces(self, piece: Tensor, what: str) -> list[Tensor]:
+        """Every rank's piece, on the CPU."""
         pieces = [torch.empty_like(piece) for _ in range(ranks().world)]
         with ranks().call(what):
             dist.all_gather(pieces, piece)
-        return torch.cat([part.cpu() for part in pieces])
+        return [part.cpu() for part in pieces]
+
+
+class ZeroWholeWeights(Zero):
+    """Stages 1 and 2: the weights are whole. A group's are laid one after the other and cut into as many equal pieces
+    as there are ranks."""
+
+    def zero_grad(self) -> None:
+        zero = self.engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        for place in range(len(zero.bit16_groups)):
+            zero.averaged_gradients[place] = zero.all_grad_tensors[place] = None
+
+    def _before_step(self) -> None:
+        if self.stage == 1:
+            ranks().same_gradients(self.parameters)
+
+    def _flat(self) -> Iterator[tuple[Tensor, list[Laid]]]:
+        zero = self.engine.optimizer
+        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+            laid = zip(zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True)
+            yield flat, [Laid(parameter, start) for parameter, start in laid]
+
+
+class ZeroCutWeights(Zero):
+    """Stage 3: every parameter is cut by itself, and a rank has a group's pieces one after the other.
+
+    Departure: DeepSpeed averages the ranks' gradients there, and takes the first micro-batch's in the place of what it
+    had; here they are added up.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: float) -> None:
+        super().__init__(parameters, adamw, max_grad_norm)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        zero = self.engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        zero.grad_partitions_flat_buffer.zero_()
+        zero.micro_step_id = 1  # adds to what is there
+
+    def _before_step(self) -> None:
+        self.engine.optimizer.grad_partitions_flat_buffer.mul_(ranks().world)
+
+    def _flat(self) -> Iterator[tuple[Tensor, list[Laid]]]:
+        zero = self.engine.optimizer
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            laid, start = [], 0
+            for parameter in group:
+                laid.append(Laid(parameter, start, parameter.partition_numel()))
+                start += parameter.partition_numel()
+            yield flat, laid
+
+
+def _whole(moment: Tensor | StoredTensor) -> Tensor:
+    return moment.full_tensor() if isinstance(moment, StoredTensor) else moment
 
 
 def _put(piece: Tensor, whole: Tensor, start: int) -> None:
@@ -134,21 +210,19 @@ def _put(piece: Tensor, whole: Tensor, start: int) -> None:
 
 def _started(parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: float) -> Any:
     """DeepSpeed's engine over the bare parameters; its groups have this run's time limit, not half an hour."""
-    os.environ.setdefault("DS_ACCELERATOR", parameters[0].device.type)
-    deepspeed: Any = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if parameters[0].device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled now
+    deepspeed = deepspeed_on(parameters[0].device)
     here = ranks()
     asked = here.parallel.deepspeed_settings(max_grad_norm)
     zero = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, **asked.pop("zero_optimization", {})}
+    if here.parallel.stage == 3:  # `zero_layers` says what is whole when, and `ZeroCutWeights` what is added up
+        zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     settings = {
         "steps_per_print": 1 << 40,
         **asked,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "sum" if here.parallel.stage < 3 else "mean",
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero | {"stage": here.parallel.stage},
     }

@@ -1,0 +1,84 @@
+"""A model that DeepSpeed's ZeRO 3 has cut, put together layer by layer while it is read.
+
+DeepSpeed's own engine puts the weights of a module together where its `forward` is called from the model's. The loops
+here call `logp` and `hidden` instead, and read the output layer's weight outside any module, so these hooks do it: a
+layer is whole while it runs, forward or backward, and what lies in no layer (embedding, last norm, output layer) from
+the call of a method that reads it until a backward pass is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steersman.distributed.zero_pieces import cut, put_together, take_apart
+
+Weights = list[nn.Parameter]
+
+
+class LayerByLayer:
+    """The hooks on one model, whose weights it cuts over the ranks; `runs` are the methods that read them."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], runs: Sequence[str] = ()) -> None:
+        cut(model)
+        own = [list(layer.parameters()) for layer in layers]
+        inside = {id(p) for weights in own for p in weights}
+        self.all = list(model.parameters())
+        self.rest = [p for p in self.all if id(p) not in inside]
+        self.kept = False
+        """Whether all weights are to stay whole for now."""
+        self._backward: Weights | None = None
+        """The layer that a backward pass is in; None outside of one."""
+        for layer, weights in zip(layers, own, strict=True):
+            layer.register_forward_pre_hook(partial(self._begins, weights))
+            layer.register_forward_hook(partial(self._ends, weights))
+        for name in runs:
+            setattr(model, name, self._around(getattr(model, name)))
+
+    def keep(self) -> None:
+        """Puts all weights together, until `release`."""
+        put_together(self.all)
+        self.kept = True
+
+    def release(self) -> None:
+        """Takes all weights apart that are together."""
+        self.kept = False
+        take_apart(self.all)
+
+    def _around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def reading(*args: Any, **kwargs: Any) -> Any:
+            put_together(self.rest)
+            return run(*args, **kwargs)
+
+        return reading
+
+    def _begins(self, weights: Weights, _layer: nn.Module, _inputs: Any) -> None:
+        put_together(weights)
+
+    def _ends(self, weights: Weights, _layer: nn.Module, _inputs: Any, output: Any) -> None:
+        """The layer has run; one that a backward pass runs again, for its activations, is needed a moment longer."""
+        if self._backward is not None:
+            return
+        for x in output if isinstance(output, tuple) else (output,):
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(partial(self._comes_to, weights))
+        if not self.kept:
+            take_apart(weights)
+
+    def _comes_to(self, weights: Weights, _gradient: Tensor) -> None:
+        """A backward pass has come to a layer, and is through with the one before."""
+        if self._backward is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._over)
+        elif self._backward is not weights:
+            take_apart(self._backward)
+        self._backward = weights
+        put_together(weights)
+
+    def _over(self) -> None:
+        self._backward = None
+        take_apart(self.all)
