@@ -18,7 +18,9 @@ from steersman.run.files.checkpoint import Checkpointer
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float = 400) -> None:
+def launch(
+    file: Path, cases: list[dict[str, Any]], world: int, timeout: float = 400, worker: Path = WORKER
+) -> None:
     """Runs the cases on `world` ranks (1: alone); fails with what the first bad rank said."""
     file.write_text(json.dumps(cases))
     with socket.socket() as found:
@@ -30,7 +32,7 @@ def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float =
         if world > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        running.append(Python(str(WORKER), str(file), env=env, out=file.with_suffix(f".rank-{rank}.txt")))
+        running.append(Python(str(worker), str(file), env=env, out=file.with_suffix(f".rank-{rank}.txt")))
     try:
         said = [one.communicate(timeout=timeout)[0] for one in running]
     finally:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from letter_models import rows_of, write_jsonl
 from ranks_kit import launch, trained_weights
+from safetensors.torch import load_file
 from test_ranks_equal_one import offline_rows
 from test_ranks_faults import begin, children, gone, wait_for_steps
 from train_kit import merge, save_tiny, settings
@@ -31,7 +32,7 @@ pytestmark = [
 CLOSE = 1e-6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
-    "sft-micro": ("sft", {"run.micro_tokens": 24}),
+    "sft-micro": ("sft", {"run.micro_tokens": 24, "model.gradient_checkpointing": True}),
     "reward": ("reward", {}),
     "dpo": ("dpo", {}),
     "dpo-lora": ("dpo", {"model.lora": {"r": 2}, "optimizer.weight_decay": 0.0}),
@@ -66,7 +67,8 @@ def case(folder: Path, model: Path, run: str, name: str, layout: str, **extra: A
     file.write_text(json.dumps(SMALL | ({"zero_optimization": buckets} if layout == "zero3" else {})))
     base["model"] |= {"dtype": "float32"}
     base["optimizer"] = {"lr": 3e-3, "eps": 1e-3, "max_grad_norm": 0.3, "weight_decay": 0.1}
-    many = {"parallel": {"mode": layout, "deepspeed": str(file), "timeout": 60}} if layout != "alone" else {}
+    own_file = {} if layout == "fsdp" else {"deepspeed": str(file)}
+    many = {"parallel": {"mode": layout, "timeout": 60} | own_file} if layout != "alone" else {}
     base["run"] = {"dir": str(folder / run / name), "threads": 1, "eval_every": 2, "save_every": 2,
                    "devices": 2 if many else 1}  # fmt: skip
     return {"verb": verb, "recipe": merge(merge(base | many, own), extra)}
@@ -85,7 +87,7 @@ def model(folder) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder, model) -> Path:
     cases = [case(folder, model, "alone", name, "alone") for name in CASES]
-    cases.append(case(folder, model, "first", "dpo", "alone", **{"train.max_steps": 4}))
+    cases += [case(folder, model, "first", name, "alone", **{"train.max_steps": 4}) for name in ("dpo", "kto")]
     launch(folder / "alone.json", cases, 1)
     return folder / "alone"
 
@@ -108,7 +110,11 @@ def zero2(folder, model, alone) -> Path:
 
 @pytest.fixture(scope="module")
 def zero3(folder, model, alone) -> Path:
+    begun = case(folder, model, "first", "sft-micro", "fsdp", **{"train.max_steps": 4})
+    launch(folder / "fsdp.json", [begun], 2)
     cases = [case(folder, model, "zero3", name, "zero3") for name in CASES]
+    cases.append(case(folder, model, "first", "reward", "zero3", **{"train.max_steps": 4}))
+    cases += [case(folder, model, "first", name, "zero3") | {"resume": True} for name in ("kto", "sft-micro")]
     launch(folder / "zero3.json", cases, 2)
     return folder / "zero3"
 
@@ -138,29 +144,61 @@ def test_they_clip_by_the_same_norms(name, stage, alone, request):
     assert got == pytest.approx([x for _, x in norms], rel=1e-4)
 
 
-def test_what_zero_began_one_process_finishes(zero1, folder, model, alone):
-    launch(folder / "on.json", [case(folder, model, "first", "sft", "alone") | {"resume": True}], 1)
-    assert_same(folder / "first" / "sft", alone / "sft")
+def test_what_zero_began_one_process_finishes(zero1, zero3, folder, model, alone):
+    names = ("sft", "reward")  # under ZeRO 1, and 3
+    launch(folder / "on.json", [case(folder, model, "first", name, "alone") | {"resume": True} for name in names], 1)
+    for name in names:
+        assert_same(folder / "first" / name, alone / name)
 
 
 def test_what_one_process_began_zero_finishes(zero2, folder, alone):
     assert_same(folder / "first" / "dpo", alone / "dpo")
 
 
-def test_the_saved_model_is_whole(zero2, model):
+@pytest.mark.parametrize("name", ["kto", "sft-micro"])  # begun by one process, and under fsdp
+def test_what_others_began_zero_3_finishes(name, zero3, folder, alone):
+    assert_same(folder / "first" / name, alone / name)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_the_saved_model_is_whole(stage, request):
     from transformers import AutoModelForCausalLM
 
-    saved = AutoModelForCausalLM.from_pretrained(zero2 / "sft" / "model").state_dict()
-    trained = trained_weights(zero2 / "sft")
+    run = request.getfixturevalue(stage) / "sft"
+    saved = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    trained = trained_weights(run)
     for name, value in saved.items():
         assert torch.equal(value, trained.get(f"model.model.{name}", value)), name
     assert any(f"model.model.{name}" in trained for name in saved)
 
 
+def test_adapters_are_added_into_whole_weights(zero3, alone):
+    found, wanted = (load_file(run / "dpo-lora" / "model" / "model.safetensors") for run in (zero3, alone))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=CLOSE)
+
+
+def test_a_rank_holds_its_pieces_and_the_layer_that_runs(model, tmp_path):
+    file, ways = tmp_path / "cases.json", [(False, False), (True, False), (True, True)]
+    cases = [{"model": str(model), "checkpointing": again, "lora": lora} for again, lora in ways]
+    launch(file, cases, 2, worker=Path(__file__).with_name("zero_worker.py"))
+    for told in json.loads(Path(f"{file}.0").read_text()) + json.loads(Path(f"{file}.1").read_text()):
+        assert told["whole"] == told["numbers"] == told["sampling"] == told["still"]
+        assert told["held"] == told["after"] == told["again"] == 0
+        assert told["numbers"] <= 2 * told["pieces"] <= told["numbers"] + told["most"]  # padded by less than 2 each
+        assert told["gap"] < 1e-6
+        assert told["forward"] == [[0, [0]], [1, [1]]]
+        assert told["between"] == []
+        assert told["backward"] == [[1, [1]], [0, [0]]]
+        assert told["one"] == [True, 0]
+        assert told["linear"]  # DeepSpeed's own is not put into torch
+
+
 def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path, model):
     base = settings(tmp_path, model)
     own = {"model.dtype": "float32", "run.devices": 2, "iterations": 4000}
-    process = begin(tmp_path, merge(base, own | {"parallel.mode": "zero2", "parallel.timeout": 20}))
+    process = begin(tmp_path, merge(base, own | {"parallel.mode": "zero3", "parallel.timeout": 20}))
     wait_for_steps(Path(base["run"]["dir"]), 2, process)
     ranks = children(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)

@@ -50,6 +50,11 @@ class Ranks:
         return self.world > 1 and self.parallel.in_pieces
 
     @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed updates the weights."""
+        return self.world > 1 and self.parallel.stage > 0
+
+    @property
     def in_step(self) -> bool:
         """Whether every rank must make as many backward passes as the others, since each adds up gradients."""
         return self.sharded or self.pieces(2) > 1

@@ -32,11 +32,10 @@ def deepspeed_on(device: torch.device) -> Any:
 
 def cut(module: nn.Module) -> None:
     """Cuts a module's parameters over the ranks, in place; all get rank 0's numbers. Those that are cut stay so."""
-    first = next(module.parameters())
-    deepspeed = deepspeed_on(first.device)
+    deepspeed = deepspeed_on(next(module.parameters()).device)
     with ranks().call("the start of weights in pieces"):
-        # without its own linear layers, which would be put into torch for the whole process
-        deepspeed.zero.Init(module=module, mem_efficient_linear=False, dtype=first.dtype)
+        # without its own linear layers, which would be put into torch for the whole process; its dtype changes nothing
+        deepspeed.zero.Init(module=module, mem_efficient_linear=False, dtype=torch.float32)
 
 
 def is_cut(tensor: Tensor) -> bool:

@@ -2,9 +2,9 @@
 
 All is arithmetic on the model's shape and the devices' data sheets, and is shown, so that a reader can check it:
 
-    held        weights / shards + trained x what the optimizer keeps / shards (zero1, zero2: this and a
+    held        weights / shards + trained x what the optimizer keeps / shards (zero1 to zero3: this and a
                 copy of the weights / devices)
-    gradients   trained x bytes / shards (zero2: / devices); where an update is one micro-batch, those of the model
+    gradients   trained x bytes / shards (zero2, zero3: / devices); where an update is one micro-batch, those of the model
                 that is in its pass grow while its activations go, and only what is more than these counts
     activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
                 with checkpointing tokens x layers x n h, and one layer's of the former again
@@ -90,8 +90,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`shards` devices hold one copy between them; where weights are whole, `zero` devices hold one copy of the
-    moments (ZeRO's `stage` 1), or of moments and gradients (2). `generators` devices are set apart for sampling (0:
+    """`shards` devices hold one copy between them; under DeepSpeed `zero` devices hold one copy of the moments (ZeRO's
+    `stage` 1), or of moments and gradients (2), and in stage 3 `shards` is as many. `generators` devices are set apart for sampling (0:
     all sample), and `scorers` for the models that do not learn (0: all score). With `offloaded` a model is on the
     devices only while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty
     where nothing need be set; what steersman can not run yet is `planned` only."""
@@ -163,6 +163,9 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
                 "moments and gradients in pieces", 1, keys=f"run.devices: {n}, parallel.mode: zero2", stage=2, zero=n
             )
         yield Layout("sharded", n, keys=f"run.devices: {n}, parallel.mode: fsdp")
+        if work.weight == 4 and work.optimizer_bytes == 8:
+            keys = f"run.devices: {n}, parallel.mode: zero3"
+            yield Layout("sharded by DeepSpeed", n, keys=keys, stage=3, zero=n)
         if there.nodes > 1:
             yield Layout(
                 "sharded in each node", there.per_node,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.data import Encoded, collate
-from steersman.distributed.pieces import local_shard
+from steersman.distributed.pieces import local_shard, whole_shape
 from steersman.distributed.ranks import ranks
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
@@ -138,7 +138,9 @@ def foresee(
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models if model.offloaded)
         found.append(Phase("score", {**held, "one model that was away": max(away), "activations": passing}))
     if sampled is not None:
-        found.append(Phase("rollout", {**held, **rollout(sampled, kept + gaps if device.type == "cpu" else 0)}))
+        with whole_weights(sampled.policy):  # as it samples
+            shares = rollout(sampled, kept + gaps if device.type == "cpu" else 0)
+        found.append(Phase("rollout", {**held, **shares}))
     return found
 
 
@@ -265,10 +267,10 @@ def _role(model: Model, seen: set[int]) -> Role:
     here = ranks()
     gradients = sum(map(_bytes, trained)) // here.pieces(2)
     kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer)
-    if here.pieces(1) > 1:  # DeepSpeed updates a copy of the weights
+    if here.deepspeed:  # which updates a copy of the weights
         kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)
     return Role(
-        model.name, model.source, sum(p.numel() for p in parameters), sum(p.numel() for p in trained),
+        model.name, model.source, *(sum(whole_shape(p).numel() for p in some) for some in (parameters, trained)),
         weights, gradients, kept,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def engine_of(parameters: Sequence[nn.Parameter], optimizer: Any, max_grad_norm:
 
     Raises SteersmanError where DeepSpeed does not serve them.
     """
-    if ranks().world > 1 and ranks().parallel.stage:
+    if ranks().deepspeed:
         kind = ZeroCutWeights if ranks().sharded else ZeroWholeWeights
         return kind(parameters, optimizer, max_grad_norm)
     return Plain(parameters, optimizer, max_grad_norm)
