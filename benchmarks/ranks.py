@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 ZERO: dict[str, tuple[int, dict[str, Any]]] = {
     "2 ranks, ZeRO 1": (2, {"parallel.mode": "zero1"}),
     "2 ranks, ZeRO 2": (2, {"parallel.mode": "zero2"}),
+    "2 ranks, ZeRO 3": (2, {"parallel.mode": "zero3"}),
 }
 RANKS = {"1-gpu": "1", "8-gpus": "2 shards", "4-nodes": "2 nodes of 2 shards, a copy on each"}
 SHORT = {"rollout.prompts": 8, "rollout.max_new_tokens": 16, "iterations": 4, "algorithm.minibatches": 2}

@@ -49,7 +49,7 @@ def test_what_the_recipe_says_may_be_said_again_and_auto_asks_for_nothing(tmp_pa
         ({"bf16": {"enabled": True}}, ["bf16", "model.dtype"]),
         ({"zero_optimization": {"stage": 3}}, ["stage is 3", "zero1"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["zero_optimization.offload_optimizer"]),
-        ({"zero_optimization": {"overlap_comm": True}}, ["overlap_comm", "stage 2"]),
+        ({"zero_optimization": {"overlap_comm": True}}, ["overlap_comm", "stages 2 and 3"]),
         ({"zero_optimization": 2}, ["zero_optimization is no mapping"]),
         ({"zero_optimisation": {}}, ["zero_optimisation is not for steersman"]),
         ([1], ["no mapping"]),
@@ -69,7 +69,13 @@ ON_POLICY = {"reward": {"parts": {"score": {"builtin": "vader_sentiment"}}}}
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        (SFTRecipe, {"parallel": {"mode": "zero3"}}, ["zero3", "fsdp"]),
+        (SFTRecipe, {"parallel": {"mode": "zero3", "reshard": False}}, ["reshard goes with mode: fsdp"]),
+        (RECIPES["trpo"], {**ON_POLICY, "parallel": {"mode": "zero3"}}, ["zero3", "TRPO"]),
+        (
+            RECIPES["ppo"],
+            {**ON_POLICY, "parallel": {"mode": "zero3"}, "offload": True},
+            ["offload moves whole models", "zero3"],
+        ),
         (SFTRecipe, {"parallel": {"mode": "zero1", "offload": True}}, ["offload goes with mode: fsdp"]),
         (SFTRecipe, {"parallel": {"mode": "fsdp", "deepspeed": "x.json"}}, ["deepspeed goes with mode: zero1"]),
         (SFTRecipe, {"parallel": {"mode": "zero1", "deepspeed": "gone.json"}}, ["gone.json", "can not be read"]),
@@ -93,6 +99,15 @@ def test_what_deepspeed_does_not_serve_is_refused(kind, changes, words, tmp_path
     with pytest.raises(SteersmanError) as caught:
         load_recipe(kind, path, [])
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_each_stage_refuses_what_it_does_not_read(tmp_path):
+    path = written(tmp_path, {"zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 9}})
+    assert read_deepspeed(path, 3, 1.0)["zero_optimization"]["overlap_comm"]
+    for stage, key in ((1, "overlap_comm"), (3, "round_robin_gradients"), (3, "allgather_bucket_size")):
+        path = written(tmp_path, {"zero_optimization": {key: 1}})
+        with pytest.raises(ValueError, match=rf"{key} goes with stages .*parallel.mode is zero{stage}"):
+            read_deepspeed(path, stage, 1.0)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):

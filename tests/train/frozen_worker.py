@@ -1,5 +1,6 @@
-"""Runs PPO on `pretend` once for each recipe of a file, and writes down where the reference and the reward model lay
-whenever the actor sampled, the reward model or the reference was read, and the weights were updated.
+"""Runs a verb on `pretend` for each recipe of a file, and writes down where the reference and the reward model lay
+whenever the actor sampled, the reward model or the reference was read, and the weights were updated; of DPO and KTO
+where the reference lay at an update, when its answers were read (reference), and at a look (distance).
 
 `python frozen_worker.py RECIPES.json FOUND.json`
 """
@@ -18,11 +19,18 @@ from steersman.model import Policy, ScalarModel
 from steersman.train import session
 from steersman.train.policy_update import Learner
 from steersman.train.roles import Roles
-from steersman.verbs import rl
+from steersman.update.optimizer import Optimizer
+from steersman.verbs import feedback, preference, rl
 from steersman.verbs.on_policy_recipes import RECIPES
 
+VERBS: dict[str, tuple[Any, Any]] = {
+    "ppo": (rl.run, RECIPES["ppo"]),
+    "dpo": (preference.run, preference.PreferenceRecipe),
+    "kto": (feedback.run, feedback.RECIPES["kto"]),
+}
 places: dict[str, set[str]] = {}
 known: list[Roles] = []
+reference: list[Policy] = []
 
 
 def watched(kind: type, method: str, phase: str) -> None:
@@ -40,6 +48,20 @@ def watched(kind: type, method: str, phase: str) -> None:
     setattr(kind, method, one)
 
 
+def watched_offline(kind: type, method: str, phase: str) -> None:
+    """Every call of the method that is no on-policy run's notes where the reference is, the one frozen policy."""
+    plain = getattr(kind, method)
+
+    def one(self: Any, *given: Any, **named: Any) -> Any:
+        if isinstance(self, Policy) and not any(p.requires_grad for p in self.parameters()):
+            reference[:] = [self]
+        if not known and reference and (phase == "update" or self is reference[0]):
+            places.setdefault(phase, set()).add(str(next(reference[0].parameters()).device))
+        return plain(self, *given, **named)
+
+    setattr(kind, method, one)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pretend_device.start()
@@ -48,10 +70,15 @@ if __name__ == "__main__":
     watched(ScalarModel, "bound", "reward")
     watched(Policy, "logp", "reference")
     watched(Learner, "update", "update")
+    watched_offline(Policy, "logp", "reference")
+    watched_offline(Policy, "hidden", "distance")
+    watched_offline(Optimizer, "step", "update")
     found: list[dict[str, list[str]]] = []
-    for values in json.loads(Path(sys.argv[1]).read_text()):
+    for verb, values in json.loads(Path(sys.argv[1]).read_text()):
         places.clear()
         known.clear()
-        rl.run(RECIPES["ppo"].model_validate(values))
+        reference.clear()
+        run, recipe = VERBS[verb]
+        run(recipe.model_validate(values))
         found.append({phase: sorted(seen) for phase, seen in places.items()})
     Path(sys.argv[2]).write_text(json.dumps(found))

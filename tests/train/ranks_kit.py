@@ -18,9 +18,7 @@ from steersman.run.files.checkpoint import Checkpointer
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-def launch(
-    file: Path, cases: list[dict[str, Any]], world: int, timeout: float = 400, worker: Path = WORKER
-) -> None:
+def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float = 400, worker: Path = WORKER) -> None:
     """Runs the cases on `world` ranks (1: alone); fails with what the first bad rank said."""
     file.write_text(json.dumps(cases))
     with socket.socket() as found:

@@ -1,7 +1,7 @@
 """What one rank looks at while policies lie in DeepSpeed's pieces, one after the other.
 
-`python zero_worker.py CASES.json` takes cases of `{"model": FOLDER, "checkpointing": BOOL, "lora": BOOL}` and leaves what
-it saw in CASES.json.RANK.
+`python zero_worker.py CASES.json` takes cases of `{"model": FOLDER, "checkpointing": BOOL, "lora": BOOL}` and leaves
+what it saw in CASES.json.RANK.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def shard_like(tensor: Tensor | StoredTensor, like: Any) -> Tensor:
 
 
 def kept_tensor(tensor: Tensor) -> Tensor:
-    """What a checkpoint keeps of a parameter: FSDP2's piece, and else all of it, DeepSpeed's put together in the CPU's
-    memory; then every rank must ask."""
+    """What a checkpoint keeps of a parameter: FSDP2's piece, else all of it. DeepSpeed's is put together in the CPU's
+    memory, so every rank must ask."""
     return full_tensor(tensor).cpu() if _cut_by_deepspeed(tensor) else tensor.detach()
 
 

@@ -34,7 +34,8 @@ def cut(module: nn.Module) -> None:
     """Cuts a module's parameters over the ranks, in place; all get rank 0's numbers. Those that are cut stay so."""
     deepspeed = deepspeed_on(next(module.parameters()).device)
     with ranks().call("the start of weights in pieces"):
-        # without its own linear layers, which would be put into torch for the whole process; its dtype changes nothing
+        # Without its own linear layers, which would be put into torch for the whole process. Its dtype changes
+        # nothing in a module that is there already.
         deepspeed.zero.Init(module=module, mem_efficient_linear=False, dtype=torch.float32)
 
 

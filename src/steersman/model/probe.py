@@ -37,9 +37,9 @@ class Form:
 def device_of(model: nn.Module) -> torch.device:
     """Where a model computes: where its weights are, or, where they wait in the CPU's memory for their turn, this
     rank's accelerator."""
-    if ranks().sharded and ranks().parallel.offload and torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return next(model.parameters()).device
+    there = next(model.parameters()).device
+    waits = there.type == "cpu" and ranks().sharded and ranks().parallel.offload
+    return (torch.accelerator.current_accelerator(check_available=True) if waits else None) or there
 
 
 @contextmanager

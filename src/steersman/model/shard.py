@@ -103,8 +103,8 @@ def layers(model: nn.Module) -> list[nn.Module]:
             inside |= {id(part) for part in module.modules()}
     if not found:
         raise SteersmanError(
-            f"parallel.mode {ranks().parallel.mode}: {type(model).__name__} does not say which of its blocks are layers; use mode: "
-            "replicas"
+            f"parallel.mode {ranks().parallel.mode}: {type(model).__name__} does not say which of its blocks are "
+            "layers; use mode: replicas"
         )
     return found
 

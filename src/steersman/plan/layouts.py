@@ -4,8 +4,8 @@ All is arithmetic on the model's shape and the devices' data sheets, and is show
 
     held        weights / shards + trained x what the optimizer keeps / shards (zero1 to zero3: this and a
                 copy of the weights / devices)
-    gradients   trained x bytes / shards (zero2, zero3: / devices); where an update is one micro-batch, those of the model
-                that is in its pass grow while its activations go, and only what is more than these counts
+    gradients   trained x bytes / shards (zero2, zero3: / devices); where an update is one micro-batch, those of the
+                model that is in its pass grow while its activations go, and only what is more than these counts
     activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
                 with checkpointing tokens x layers x n h, and one layer's of the former again
     backward    tokens x 4 n i, a layer's gradients; the output layer's gradient in float32, and two tiles of logits
@@ -90,11 +90,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`shards` devices hold one copy between them; under DeepSpeed `zero` devices hold one copy of the moments (ZeRO's
-    `stage` 1), or of moments and gradients (2), and in stage 3 `shards` is as many. `generators` devices are set apart for sampling (0:
-    all sample), and `scorers` for the models that do not learn (0: all score). With `offloaded` a model is on the
-    devices only while its phase lasts, else in the nodes' memory. `keys` are the settings that ask for it, empty
-    where nothing need be set; what steersman can not run yet is `planned` only."""
+    """`shards` devices hold one copy between them; under DeepSpeed `zero` devices hold one copy of the moments
+    (`stage` 1), of moments and gradients (2), or of these and the weights (3, where `shards` is as many).
+    `generators` devices are set apart for sampling (0: all sample), and `scorers` for the models that do not learn (0:
+    all score). With `offloaded` a model is on the devices only while its phase lasts, else in the nodes' memory.
+    `keys` are the settings that ask for it, empty where nothing need be set; what steersman can not run yet is
+    `planned` only."""
 
     name: str
     shards: int
@@ -179,6 +180,9 @@ def layouts(there: Cluster, work: Work) -> Iterator[Layout]:
         half = n // 2
         keys = f"frozen_apart: true, run.devices: {half}"
         yield Layout(f"replicas, {half} apart for scoring", 1, keys=keys, scorers=half)
+        if half > 1:
+            pieces = f"sharded, {half} apart for scoring"
+            yield Layout(pieces, n - half, keys=f"{keys}, parallel.mode: fsdp", scorers=half)
     if work.sampled:
         yield Layout("models in the node's memory between phases", n, offloaded=True, planned=True)
     for scorers in {n // 8, n // 4} - {0} if work.sampled else ():
@@ -195,14 +199,14 @@ def weigh(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> Verd
 
 def _others(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> dict[str, float]:
     """What each device holds that is set apart: a sampler the whole actor and at least one response, a scorer the
-    models that do not learn, or its piece of them where models lie in pieces."""
+    models that do not learn, or, in a layout that is planned only, its piece of them."""
     found, actor = {}, roles[0].shape
     if layout.generators:
         least = actor.parameters * work.compute + actor.cache(work.prompt + work.new, work.compute)
         found["a device that samples, at least"] = least + there.device.process
     if layout.scorers:
         frozen = sum(role.weights(work.weight) for role in roles if not role.trained)
-        pieces = layout.scorers if layout.shards > 1 else 1
+        pieces = layout.scorers if layout.planned else 1
         found["a device that scores"] = frozen / pieces + there.device.process
     return found
 
@@ -298,7 +302,7 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         found["move weights"] = actor.parameters * work.compute / there.link(through)
     if layout.offloaded:
         found["move models"] = moved_between_phases(roles, work) / layout.shards / HOST
-    elif come := waiting(layout, roles, work):
+    elif work.sampled and (come := waiting(layout, roles, work)):  # offline updates do without the reference
         found["move models"] = sum(come) / HOST
     return found
 

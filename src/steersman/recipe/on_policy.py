@@ -73,8 +73,8 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     )
     frozen_apart: bool = Field(
         default=False,
-        description="reference and reward models lie on devices of their own: with run.devices N on a machine, rank "
-        "i trains on device i and has them on device N + i",
+        description="reference and reward models lie whole on devices of their own: with run.devices N on a machine, "
+        "rank i trains on device i and has them on device N + i",
     )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
     curriculum: CurriculumConfig | None = Field(
@@ -170,8 +170,8 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             )
         if self.parallel.in_pieces and algorithm.update == "trust_region":
             raise ValueError(
-                f"parallel.mode {self.parallel.mode}: {algorithm.title} needs second derivatives, which sharded layers do not give; "
-                "use mode: replicas"
+                f"parallel.mode {self.parallel.mode}: {algorithm.title} needs second derivatives, which layers in "
+                "pieces do not give; use mode: replicas"
             )
 
     def _frozen_fit(self) -> None:
@@ -181,25 +181,15 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         key = "offload" if self.offload else "frozen_apart"
         if self.offload and self.frozen_apart:
             raise ValueError("offload and frozen_apart are two places for the same models; remove one of the two")
-        if self.parallel.in_pieces:
-            raise ValueError(
-                f"{key} moves whole models; in parallel.mode {self.parallel.mode} they lie in pieces. Use mode: fsdp "
-                "with parallel.offload: true, which keeps the pieces of every model in the CPU's memory, or replicas"
-            )
+        if self.offload:
+            self._require_movable()
         if self.share == "base":
             raise ValueError(f"{key}: with share: base no frozen model has weights of its own; remove one of the two")
         judged = any(part.model is not None for part in self.reward.parts.values())
         separate = self.reference != "none" and (self.reference != "start" or self.model.lora is None)
         if not judged and not separate:
             raise ValueError(f"{key}: there is no reference of its own and no reward model to move; remove it")
-        if self.offload:
-            self._offload_fits()
-
-    def _offload_fits(self) -> None:
-        """What can not wait in the CPU's memory."""
-        if self.model.quantise != "none":
-            raise ValueError("offload: quantised weights stay on the device; remove model.quantise, or offload")
-        if self.rollout.ahead:
+        if self.offload and self.rollout.ahead:
             raise ValueError(
                 "offload: with rollout.ahead rewards are computed while the policy trains, so their models are never "
                 "idle; use rollout.ahead: 0, or frozen_apart, or remove offload"

@@ -153,6 +153,18 @@ class TrainingRecipe(Section):
                 )
         return self
 
+    def _require_movable(self) -> None:
+        """Raises ValueError where frozen models can not wait in the CPU's memory, as `offload` asks: in pieces, or
+        quantised."""
+        if self.parallel.in_pieces:
+            raise ValueError(
+                f"offload moves whole models; in parallel.mode {self.parallel.mode} they lie in pieces. Use mode: "
+                "fsdp with parallel.offload: true, which keeps the pieces of every model in the CPU's memory, or "
+                "replicas"
+            )
+        if self.model.quantise != "none":
+            raise ValueError("offload: quantised weights stay on the device; remove model.quantise, or offload")
+
     def _fits_deepspeed(self) -> None:
         """What ZeRO refuses, in the recipe and in DeepSpeed's own file."""
         mode = self.parallel.mode

@@ -115,9 +115,12 @@ def build_reward(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str = "cpu",
     base: SharedBase | None = None,
+    *,
+    apart: bool = False,
 ) -> WeightedSum:
     """The reward that the section describes; `tokenizer` is the policy's. Reward models that are adapters on `base`
-    stand on it, others have weights of their own.
+    stand on it, others have weights of their own: whole ones where the device is `apart` from those that train, else
+    laid as all models are.
 
     Raises SteersmanError when there is no part, or a part's model or function does not load or fit.
     """
@@ -126,7 +129,10 @@ def build_reward(
             "reward.parts: no reward given; for instance `parts: {mood: {builtin: vader_sentiment}}`"
         )
     return WeightedSum(
-        {name: (part.weight, _build_part(name, part, tokenizer, device, base)) for name, part in config.parts.items()}
+        {
+            name: (part.weight, _build_part(name, part, tokenizer, device, base, apart))
+            for name, part in config.parts.items()
+        }
     )
 
 
@@ -136,6 +142,7 @@ def _build_part(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str,
     base: SharedBase | None,
+    apart: bool,
 ) -> Reward:
     if part.builtin is not None:
         return CallableReward(BUILTINS[part.builtin], name, part.args, part.columns, part.time_limit)
@@ -159,7 +166,8 @@ def _build_part(
         steps=part.steps,
         pessimism=part.pessimism,
     )
-    place(model)
+    if not apart:
+        place(model)
     return reward
 
 

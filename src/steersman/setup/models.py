@@ -36,9 +36,10 @@ def policy_from(
     trainable: bool = True,
     pack: int | None = None,
     adapt: bool = True,
+    whole: bool = False,
 ) -> Policy:
     """The section's causal model; frozen and without adapters where it is not `trainable`, and still without them
-    where the caller is to `adapt` it.
+    where the caller is to `adapt` it. A `whole` one is not laid in pieces, whatever `parallel.mode` says.
 
     Raises SteersmanError where a quantised model would have to be trained itself.
     """
@@ -62,7 +63,7 @@ def policy_from(
             lora=lora if adapt else None, trainable=trainable, pack=pack,
             trust_remote_code=config.trust_remote_code, quantise=config.quantise,
         )  # fmt: skip
-    _prepare(policy, config, run, trainable)
+    _prepare(policy, config, run, trainable, whole)
     return policy
 
 
@@ -171,7 +172,7 @@ def _dtype(config: ModelConfig, device: torch.device) -> str:
     return str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
 
 
-def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: bool) -> None:
+def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: bool, whole: bool = False) -> None:
     module: Any = model
     module.max_tokens = run.micro_tokens
     if config.gradient_checkpointing and trainable:
@@ -182,4 +183,5 @@ def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: b
             )
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
         module.model.train()
-    place(module)
+    if not whole:
+        place(module)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steersman.data import Encoded, collate
 from steersman.distributed.micro import in_order, my_micro_batches
-from steersman.model import Logp, Policy, ScalarModel
+from steersman.model import Logp, Policy, ScalarModel, at_hand
 from steersman.ops.logprob import Head
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import ModelConfig
@@ -56,18 +56,18 @@ Reference = Policy | AdaptersOff
 
 
 def reference_from(
-    path: str, config: ModelConfig, run: RunConfig, policy: Policy, *, device: torch.device | None = None
+    path: str, config: ModelConfig, run: RunConfig, policy: Policy, *, apart: torch.device | None = None
 ) -> Reference:
-    """`path` is "start", the policy before training, or a folder; weights of its own go to the policy's device by
-    default.
+    """`path` is "start", the policy before training, or a folder. Weights of its own go to the policy's device, laid as
+    the policy's are, or whole to a device `apart`.
 
     Raises SteersmanError where a folder's model reads other token ids than the policy.
     """
     if path == "start" and config.lora is not None:
         return AdaptersOff(policy)
     folder = config.path if path == "start" else path
-    there = policy.device if device is None else device
-    reference = policy_from(config.model_copy(update={"path": folder}), run, there, trainable=False)
+    there, alike = policy.device if apart is None else apart, config.model_copy(update={"path": folder})
+    reference = policy_from(alike, run, there, trainable=False, whole=apart is not None)
     same_tokens("reference", folder, reference, policy)
     return reference
 
@@ -83,15 +83,17 @@ def same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy
 
 @torch.no_grad()
 def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) -> Float[Tensor, " N"]:
-    """log pi of whole answers, over the tokens that count (nats), on the CPU."""
+    """log pi of whole answers, over the tokens that count (nats), on the CPU. A model that waits elsewhere comes for
+    as long as that takes."""
     found = []
     parts = my_micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
-    for part in with_progress(parts, "log-probabilities of the data"):
-        tokens = collate([rows[i] for i in part.rows.tolist()])
-        logp = model.logp(tokens).logp.cpu()
-        sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1)
-        if part.counts:
-            found.append((part.rows, sums))
+    with at_hand(model.separate):
+        for part in with_progress(parts, "log-probabilities of the data"):
+            tokens = collate([rows[i] for i in part.rows.tolist()])
+            logp = model.logp(tokens).logp.cpu()
+            sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1)
+            if part.counts:
+                found.append((part.rows, sums))
     return in_order(found)
 
 

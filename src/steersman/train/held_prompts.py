@@ -11,7 +11,7 @@ from pydantic import Field
 from steersman.config.sections import Section
 from steersman.data import TrainingSet
 from steersman.distributed.micro import my_micro_batches
-from steersman.model import Policy, whole_weights
+from steersman.model import Policy, at_hand, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
 from steersman.plan.memory import SamplingLoad
@@ -84,7 +84,8 @@ class HeldPrompts:
             )  # fmt: skip
         self._write(samples)
         stats: Stats = {"held_out/length": sum(len(s.ids) for s in samples) / len(samples)}
-        return stats | text_stats([s.text for s in samples]) | self._distance(samples)
+        with at_hand(self.reference.separate):
+            return stats | text_stats([s.text for s in samples]) | self._distance(samples)
 
     def _distance(self, samples: list[Sample]) -> Stats:
         tally, lengths = Tally(), torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])

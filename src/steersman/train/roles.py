@@ -110,9 +110,9 @@ def _own(critic: Critic) -> dict[str, torch.Tensor]:
 def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     """Loads and wires all models that the recipe's algorithm needs."""
     algorithm, rollout = recipe.algorithm, recipe.rollout
-    frozen = device_apart(device) if recipe.frozen_apart else device
+    apart = device_apart(device) if recipe.frozen_apart else None
     policy, base = _policy(recipe, device)
-    reward = build_reward(recipe.reward, policy.tokenizer, frozen, base)
+    reward = build_reward(recipe.reward, policy.tokenizer, apart or device, base, apart=apart is not None)
     critic = _critic(recipe, policy, base, reward, device) if algorithm.critic else None
     config = recipe.critic or CriticConfig()
     per_iteration = algorithm.epochs * algorithm.minibatches
@@ -146,7 +146,7 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
             )
         engine = open_episodes(recipe.environment, environment, recipe.data, rollout, policy, engine)
     roles = Roles(
-        learner, _reference(recipe, policy, frozen), reward, ScoreShaping(recipe.reward), engine, sampling, device,
+        learner, _reference(recipe, policy, apart), reward, ScoreShaping(recipe.reward), engine, sampling, device,
         mask, environment,
     )  # fmt: skip
     roles.refresh(0)
@@ -167,14 +167,14 @@ def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, Share
     return policy, base
 
 
-def _reference(recipe: OnPolicyRecipe, policy: Policy, device: torch.device) -> Reference | None:
-    """The frozen policy that KL is measured to, on its device: the start, by default; with LoRA the actor without
-    adapters."""
+def _reference(recipe: OnPolicyRecipe, policy: Policy, apart: torch.device | None) -> Reference | None:
+    """The frozen policy that KL is measured to, on a device `apart` where one is given: the start, by default; with
+    LoRA the actor without adapters."""
     if recipe.reference == "none":
         if recipe.algorithm.beta > 0:
             raise SteersmanError("reference is none, but algorithm.beta is above 0: KL needs a reference")
         return None
-    return reference_from(recipe.reference, recipe.model, recipe.run, policy, device=device)
+    return reference_from(recipe.reference, recipe.model, recipe.run, policy, apart=apart)
 
 
 def _critic(

@@ -65,8 +65,9 @@ class Optimizer:
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
         if ranks().sharded and (config.kind != "adamw" or (half and config.rounding != "nearest")):
             raise SteersmanError(
-                f"optimizer: parallel.mode {ranks().parallel.mode} updates its pieces with plain adamw; use kind: adamw with weights in "
-                "float32 (parallel.compute_dtype: bfloat16 computes in half of it), or parallel.mode: replicas"
+                f"optimizer: parallel.mode {ranks().parallel.mode} updates its pieces with plain adamw; use kind: "
+                "adamw with weights in float32 (in mode fsdp, compute_dtype: bfloat16 computes in half of it), or "
+                "parallel.mode: replicas"
             )
         self.config, self.total, self.updates = config, max(total, 1), 0
         self.warmup = warmup_updates(config.warmup, self.total)

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO: the optimizer's moments in pieces over the ranks, from stage 2 on the gradients too, and in stage 3
-the weights, which `model.zero_layers` puts together where they are read.
+"""DeepSpeed's ZeRO: the optimizer's moments in pieces over the ranks, from stage 2 on the gradients too, and in stage
+3 the weights, which `model.zero_layers` puts together where they are read.
 
 The loops call `backward` on losses of their own making, so DeepSpeed gets the bare parameters and no `forward`: from
 stage 2 on a backward pass that reaches one of them is closed by DeepSpeed's reduction. Losses carry the whole batch's
@@ -55,8 +55,8 @@ class Laid:
 
 
 class Zero:
-    """DeepSpeed around the AdamW `adamw`, which has the parameters `parameters`; a subclass for each way of laying what
-    it updates.
+    """DeepSpeed around the AdamW `adamw`, which has the parameters `parameters`; a subclass for each way in which it
+    lays what it updates.
 
     Raises SteersmanError for weights that are trained in another precision than float32.
     """
@@ -170,8 +170,8 @@ class ZeroWholeWeights(Zero):
 class ZeroCutWeights(Zero):
     """Stage 3: every parameter is cut by itself, and a rank has a group's pieces one after the other.
 
-    Departure: DeepSpeed averages the ranks' gradients there, and takes the first micro-batch's in the place of what it
-    had; here they are added up.
+    Departure: DeepSpeed averages the ranks' gradients there, and the first micro-batch's take the place of what it
+    had; here all are added up.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: float) -> None:

@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from steersman.data import Order, layout, training
 from steersman.loss.offline import LOSSES
+from steersman.model import keep_away
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
 from steersman.setup.models import context_length, policy_from
@@ -21,7 +22,7 @@ from steersman.train.offline import Offline
 from steersman.train.session import Session
 from steersman.types import Stats
 from steersman.verbs.offline_recipe import OfflineRecipe
-from steersman.verbs.offline_run import carry_out
+from steersman.verbs.offline_run import carry_out, frozen_models
 from steersman.verbs.preflight import describe_run
 
 L = TypeVar("L", KTOConfig, BCOConfig)
@@ -85,6 +86,10 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         order = Order(recipe.train.batch_size, recipe.run.seed, by_length=FeedbackRun.by_length)
         data = training(recipe.data, "feedback", laid, context=context_length(policy.model), order=order)
         reference, watch = reference_from(recipe.reference, recipe.model, recipe.run, policy), None
+        frozen = frozen_models(reference=reference)
+        if recipe.offload:
+            for model in frozen.values():
+                keep_away(model)
         if recipe.samples.count(True):
             watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = FeedbackObjective(
@@ -100,4 +105,4 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         pre.fact("labels", f"{labels.sum():,.0f} thumbs up, {(1 - labels).sum():,.0f} down{where}; {weights}")
         pre.fact("leads to", LOSSES[name].fixed_point)
         sampled = None if watch is None else watch.sampled()
-        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), reference, sampled)
+        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)

@@ -28,6 +28,11 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
     reference: str = Field(default="start", description="start (the policy before training) or a folder")
+    offload: bool = Field(
+        default=False,
+        description="the reference waits in the CPU's memory and is on the device only while it is read: once before "
+        "the first update and at every look at held-out data (kto: once an update too)",
+    )
     samples: SamplesConfig = SamplesConfig()
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -38,4 +43,28 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
         if self.model.scratch is not None:
             raise ValueError("model.scratch: a model with fresh weights prefers nothing yet; train it with sft first")
         self.data.require_end(self.train.max_steps)
+        return self
+
+    @property
+    def separate_reference(self) -> bool:
+        """Whether a reference with weights of its own is read."""
+        return self.reference != "start" or self.model.lora is None
+
+    @property
+    def reads_reference_in_updates(self) -> bool:
+        """Whether every micro-batch reads the reference, so that it is never idle."""
+        return self.data.stream
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> OfflineRecipe[L]:
+        if not self.offload:
+            return self
+        self._require_movable()
+        if not self.separate_reference:
+            raise ValueError("offload: there is no reference of its own to move; remove it")
+        if self.reads_reference_in_updates:
+            raise ValueError(
+                "offload: the reference is read in every micro-batch (data.stream, or a loss of whole "
+                "distributions), so it is never idle; remove offload"
+            )
         return self

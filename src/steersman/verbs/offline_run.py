@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from steersman.model import Policy
@@ -20,17 +22,17 @@ def carry_out(
     recipe: Any,
     policy: Policy,
     longest: int,
-    reference: Reference | None = None,
+    frozen: Mapping[str, Policy] = MappingProxyType({}),
     sampled: SamplingLoad | None = None,
 ) -> dict[str, Any]:
     """Shows what will be trained, trains it, and leaves the model in `<run folder>/model`; returns the summary.
 
-    `longest` is the longest sequence (tokens), `sampled` what is sampled now and then. Raises SteersmanError where
-    the models will not fit.
+    `longest` is the longest sequence (tokens), `frozen` are the policies of `frozen_models`, `sampled` what is
+    sampled now and then. Raises SteersmanError where the models will not fit.
     """
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
-    if reference is not None and reference.separate is not None:
-        models.append(Model("reference", reference.separate.model, reference.separate.model.name_or_path))
+    for name, other in frozen.items():
+        models.append(Model(name, other.model, other.model.name_or_path, offloaded=recipe.offload))
     if note := slow_rate(recipe.model, recipe.optimizer.lr):
         pre.fact("optimizer.lr", note)
     announce(pre, session.device, models, state.load(longest), sampled)
@@ -40,6 +42,12 @@ def carry_out(
         return session.summary({})
     save_model(policy, recipe.model, session.path / "model")
     return session.summary({"model": str(session.path / "model"), **state.objective.evaluate()})
+
+
+def frozen_models(**references: Reference | None) -> dict[str, Policy]:
+    """Of the references those with weights of their own, by their role's name."""
+    there = {name: reference.separate for name, reference in references.items() if reference is not None}
+    return {name: model for name, model in there.items() if model is not None}
 
 
 def train_and_restore(session: Session, state: Offline, keep: str) -> bool:

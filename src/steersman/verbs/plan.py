@@ -102,7 +102,7 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
         frozen = (
             isinstance(recipe, PreferenceRecipe | FeedbackRecipe) and recipe.reference is not None and lora is None
         )
-        return [*own, Role("reference", shape)] if frozen else own
+        return [*own, Role("reference", shape, offloaded=recipe.offload)] if frozen else own
     found = [Role("actor", shape, **learner)]
     if recipe.algorithm.critic and (recipe.critic is None or recipe.critic.init != "shared"):
         found.append(Role("critic", shape.scalar(), **head, owns_base=recipe.share != "base"))

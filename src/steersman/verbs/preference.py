@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from steersman.data import Order, Preference, TrainingSet, layout, training
 from steersman.loss.offline import LOSSES
+from steersman.model import keep_away
 from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.run.preflight import Preflight
 from steersman.setup.models import context_length, policy_from
@@ -18,7 +19,7 @@ from steersman.train.offline import Offline
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe
-from steersman.verbs.offline_run import carry_out
+from steersman.verbs.offline_run import carry_out, frozen_models
 from steersman.verbs.preflight import describe_run
 
 
@@ -29,6 +30,16 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
         default=None, description="folder of a second reference; the reference is then a geometric mixture of both"
     )
     anchor_share: float = Field(default=0.1, ge=0, le=1, description="the anchor's share of that mixture")
+
+    @property
+    def separate_reference(self) -> bool:
+        entry = LOSSES[self.loss.name]
+        read = entry.needs_reference or self.samples.count(entry.needs_reference) > 0
+        return (read and super().separate_reference) or self.anchor is not None
+
+    @property
+    def reads_reference_in_updates(self) -> bool:
+        return super().reads_reference_in_updates or LOSSES[self.loss.name].needs_full_kl
 
     @model_validator(mode="after")
     def _mixes(self) -> PreferenceRecipe:
@@ -56,15 +67,18 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         data = training(recipe.data, "preference", laid, context=context_length(policy.model), order=order)
         _check_margins(recipe.loss, data.train)
         watched = recipe.samples.count(entry.needs_reference) > 0
-        reference = watch = None
+        reference = watch = anchor = None
         if entry.needs_reference or watched:
             reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
-        if reference is not None and watched:
-            watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
-        anchor = None
         if recipe.anchor is not None:
             second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
             anchor = (second, recipe.anchor_share)
+        frozen = frozen_models(reference=reference, anchor=None if anchor is None else anchor[0])
+        if recipe.offload:
+            for model in frozen.values():
+                keep_away(model)
+        if reference is not None and watched:
+            watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = PairObjective(
             policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
         )
@@ -76,7 +90,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         pre.fact("leads to", entry.fixed_point)
         sampled = None if watch is None else watch.sampled()
-        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), reference, sampled)
+        return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)
 
 
 def _check_margins(config: PairLossConfig, data: TrainingSet[Preference]) -> None:
