@@ -19,7 +19,7 @@ import torch
 from letter_models import rows_of, write_jsonl
 from ranks_kit import launch, trained_weights
 from safetensors.torch import load_file
-from test_ranks_equal_one import offline_rows
+from test_ranks_equal_one import offline_rows, pair_on
 from test_ranks_faults import begin, children, gone, wait_for_steps
 from train_kit import merge, save_tiny, settings
 
@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kto": ("kto", {}),
     "ppo": ("ppo", {"algorithm.epochs": 2, "algorithm.minibatches": 2, "algorithm.stop_kl": 0.02}),
     "ppo-shared-critic": ("ppo", {"critic.init": "shared"}),
+    "ppo-t5": ("ppo", {"model.path": "t5"}),  # whose first layer makes what all layers read
     "grpo": ("grpo", {"run.micro_tokens": 16}),
 }
 SMALL = {
@@ -51,6 +52,8 @@ SMALL = {
 
 def case(folder: Path, model: Path, run: str, name: str, layout: str, **extra: Any) -> dict[str, Any]:
     verb, own = CASES[name]
+    if "model.path" in own:
+        own = {"model.path": str(pair_on(folder, own["model.path"]))}
     if verb in ("ppo", "grpo"):
         base = settings(folder, model) | {"critic": {"optimizer": {"eps": 1e-3, "max_grad_norm": 0.3}}}
         if verb == "grpo":

@@ -92,8 +92,8 @@ class Work:
 class Layout:
     """`shards` devices hold one copy between them; under DeepSpeed `zero` devices hold one copy of the moments
     (`stage` 1), of moments and gradients (2), or of these and the weights (3, where `shards` is as many).
-    `generators` devices are set apart for sampling (0: all sample), and `scorers` for the models that do not learn (0:
-    all score). With `offloaded` a model is on the devices only while its phase lasts, else in the nodes' memory.
+    `generators` devices are set apart for sampling (0: all sample), and `scorers` for the models that do not learn
+    (0: all score). With `offloaded` a model is on the devices only while its phase lasts, else in the nodes' memory.
     `keys` are the settings that ask for it, empty where nothing need be set; what steersman can not run yet is
     `planned` only."""
 

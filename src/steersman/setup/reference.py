@@ -58,8 +58,8 @@ Reference = Policy | AdaptersOff
 def reference_from(
     path: str, config: ModelConfig, run: RunConfig, policy: Policy, *, apart: torch.device | None = None
 ) -> Reference:
-    """`path` is "start", the policy before training, or a folder. Weights of its own go to the policy's device, laid as
-    the policy's are, or whole to a device `apart`.
+    """`path` is "start", the policy before training, or a folder. Weights of its own go to the policy's device, laid
+    as the policy's are, or whole to a device `apart`.
 
     Raises SteersmanError where a folder's model reads other token ids than the policy.
     """
