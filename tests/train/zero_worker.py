@@ -25,9 +25,9 @@ OWN = functional.linear
 
 
 def whole_now(policy) -> list[int]:
-    """The layers whose weights are all there."""
-    found = layers(policy.model)
-    return [i for i, layer in enumerate(found) if all(p.shape == whole_shape(p) for p in layer.parameters())]
+    """The layers whose attention's weights are all there; what comes after it a backward pass is through with."""
+    found = [list(layer.self_attn.parameters()) for layer in layers(policy.model)]
+    return [i for i, weights in enumerate(found) if all(p.shape == whole_shape(p) for p in weights)]
 
 
 def look(case: dict) -> dict:

@@ -72,6 +72,11 @@ def kept_tensor(tensor: Tensor) -> Tensor:
     return full_tensor(tensor).cpu() if _cut_by_deepspeed(tensor) else tensor.detach()
 
 
+def read_whole(saved: Tensor | StoredTensor) -> Tensor:
+    """All of a tensor, or of one that a checkpoint holds; every rank must ask."""
+    return saved.full_tensor() if isinstance(saved, StoredTensor) else full_tensor(saved)
+
+
 @torch.no_grad()
 def put_into(parameter: Any, saved: Tensor | StoredTensor) -> None:
     """Gives a parameter the numbers of another, or of what a checkpoint holds, whichever way each is laid; all ranks
@@ -79,7 +84,7 @@ def put_into(parameter: Any, saved: Tensor | StoredTensor) -> None:
     if not _cut_by_deepspeed(parameter):
         parameter.copy_(shard_like(saved, parameter))
         return
-    zero_pieces.write(parameter, saved.full_tensor() if isinstance(saved, StoredTensor) else full_tensor(saved))
+    zero_pieces.write(parameter, read_whole(saved))
 
 
 def _cut_by_deepspeed(tensor: Tensor) -> bool:

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from steersman.distributed.pieces import whole_shape
+from steersman.distributed.pieces import read_whole, whole_shape
 from steersman.distributed.ranks import ranks
-from steersman.distributed.stored import StoredTensor
 from steersman.distributed.zero_pieces import deepspeed_on, piece_of
 from steersman.types import SteersmanError
 
@@ -135,7 +134,7 @@ class Zero:
                 kept[name] = torch.zeros_like(flat, requires_grad=False)
                 for one in laid:
                     if (place := self.places[one.parameter]) in saved:
-                        one.put_into(kept[name], _whole(saved[place][name]).to(flat.device))
+                        one.put_into(kept[name], read_whole(saved[place][name]).to(flat.device))
             self.adamw.state[flat] = kept
 
     def _pieces(self, piece: Tensor, what: str) -> list[Tensor]:
@@ -195,10 +194,6 @@ class ZeroCutWeights(Zero):
                 laid.append(Laid(parameter, start, parameter.partition_numel()))
                 start += parameter.partition_numel()
             yield flat, laid
-
-
-def _whole(moment: Tensor | StoredTensor) -> Tensor:
-    return moment.full_tensor() if isinstance(moment, StoredTensor) else moment
 
 
 def _put(piece: Tensor, whole: Tensor, start: int) -> None:
