@@ -222,7 +222,9 @@ def test_a_device_that_samples_must_hold_the_whole_actor():
 
 def test_scorers_hold_what_does_not_learn():
     there = cluster("8xH100-80GB")
-    found = weigh(Layout("scoring apart", 6, scorers=2), ppo_roles(), PPO, there)
+    whole = weigh(Layout("scoring apart", 6, scorers=2), ppo_roles(), PPO, there)
+    assert whole.others["a device that scores"] == B7 * 2 + 1e9  # all of the reference
+    found = weigh(Layout("scoring apart", 6, scorers=2, planned=True), ppo_roles(), PPO, there)
     assert "reference" not in found.memory
     assert found.others["a device that scores"] == B7 * 2 / 2 + 1e9
     rate = 989e12 * 0.4
