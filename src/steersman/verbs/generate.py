@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from steersman.atomic import write_atomic
+from steersman.atomic import check_place, write_atomic
 from steersman.config.sections import Section
 from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other_kinds, layout, prompts, wraps
 from steersman.distributed.parallel import WithoutZeroConfig
@@ -66,11 +66,13 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
     A row keeps the other columns of its prompt's data row, so that metrics can read them.
     """
+    out = None if recipe.out is None else Path(recipe.out)
+    if out is not None:
+        ranks().from_main(lambda: check_place(out), "the file of responses")
     samples = sampled(recipe)
-    if recipe.out is None:
+    if out is None:
         _show(samples)
     else:
-        out = Path(recipe.out)
         ranks().from_main(lambda: write_samples(samples, out), "the responses")
     return {"samples": len(samples), "out": recipe.out}
 
