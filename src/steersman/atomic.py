@@ -40,7 +40,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def check_place(file: Path) -> None:
-    """Raises SteersmanError where `write_atomic` could not write the file: asked before work whose result goes there."""
+    """Raises SteersmanError where `write_atomic` could not write the file; for asking before the work it holds."""
     if file.is_dir():
         raise SteersmanError(f"{file}: a folder has this name; name a file")
     if not file.parent.is_dir():

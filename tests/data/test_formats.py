@@ -101,6 +101,8 @@ def test_feedback(tmp_path):
     assert [e.label for e in load(tmp_path, feedback, rows).train] == [True, False, False, True, True, False]
     pair = load(tmp_path, feedback, [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     assert [(e.completion, e.label) for e in pair.train] == [("a", True), ("b", False)]
+    with pytest.raises(SteersmanError, match="evenly split, so neither answer has a thumb up"):
+        load(tmp_path, feedback, [{"prompt": "q", "chosen": "a", "rejected": "b", "agreement": 0.5}])
 
 
 def test_a_tree_gives_a_ranking_per_branching(tmp_path):

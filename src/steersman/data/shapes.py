@@ -16,6 +16,7 @@ from steersman.data.examples import (
     Feedback,
     Preference,
     Query,
+    has_ties,
     pairs,
 )
 from steersman.data.fields import is_json_text, is_label, label_fault, read_as_json
@@ -177,6 +178,8 @@ def _positive(example: Feedback) -> list[Example]:
 
 
 def _both(example: Preference) -> list[Example]:
+    if has_ties(example):
+        raise example.row.fault("tie", "the raters are evenly split, so neither answer has a thumb up")
     return [
         Feedback(example.prompt, example.chosen, True, example.row),
         Feedback(example.prompt, example.rejected, False, example.row),
