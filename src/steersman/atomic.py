@@ -39,6 +39,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             tmp.unlink(missing_ok=True)
 
 
+def check_place(file: Path) -> None:
+    """Raises SteersmanError where `write_atomic` could not write the file; for asking before the work it holds."""
+    if file.is_dir():
+        raise SteersmanError(f"{file}: a folder has this name; name a file")
+    if not file.parent.is_dir():
+        raise SteersmanError(f"{file}: there is no folder {file.parent}; make it first, or name another file")
+    tmp = file.with_name(f"{_TMP}{file.name}")
+    with saving(file):
+        tmp.touch()
+        tmp.unlink()
+
+
 def save_dir(final: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` fill a temporary folder beside `final`, then puts it in its place whole.
 

@@ -5,6 +5,7 @@ A verb is a row of VERBS; its module is imported when it is used, so that `steer
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -182,6 +183,8 @@ VERBS = {
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'",
                      many=True),
 }  # fmt: skip
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""What the system says of files that the user may not open, and of disks that are full."""
 REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 
 
@@ -209,6 +212,9 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         if types is not None and isinstance(error, types.SteersmanError):
             _red(str(error))
+            return 2
+        if isinstance(error, OSError) and error.errno in _CLOSED and error.filename is not None:
+            _say_where(f"{error.filename}: it can not be read or written ({error.strerror})")
             return 2
         _say_where("the run failed")
         sys.excepthook = _terminal().say_traceback

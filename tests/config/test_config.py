@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
@@ -115,6 +115,17 @@ def test_known_key_in_the_wrong_section_is_told_where_it_belongs(recipe):
     assert "`lr` belongs under `train` or `critic`: write train.lr or critic.lr" in message
     assert "`prompts` belongs under `batch`" in refusal(None, "--train.prompts=3")
     assert "`quiet` belongs under the top level" in refusal(recipe("train: {quiet: true}"))
+
+
+@pytest.mark.parametrize("given", ["10%", "1.5", "-1"])
+def test_a_value_that_is_none_of_several_types_is_told_once_with_the_limits_of_each(given):
+    class Held(Section):
+        out: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] = Field(default=0, description="rows")
+
+    with pytest.raises(SteersmanError) as told:
+        load_recipe(Held, None, ["--out", given])
+    assert str(told.value).endswith("was given; allowed: number >= 0 < 1 or whole number >= 0")
+    assert str(told.value).count("was given") == 1
 
 
 def test_values_out_of_bounds_name_file_key_given_and_allowed(recipe):

@@ -101,6 +101,8 @@ def test_feedback(tmp_path):
     assert [e.label for e in load(tmp_path, feedback, rows).train] == [True, False, False, True, True, False]
     pair = load(tmp_path, feedback, [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     assert [(e.completion, e.label) for e in pair.train] == [("a", True), ("b", False)]
+    with pytest.raises(SteersmanError, match="evenly split, so neither answer has a thumb up"):
+        load(tmp_path, feedback, [{"prompt": "q", "chosen": "a", "rejected": "b", "agreement": 0.5}])
 
 
 def test_a_tree_gives_a_ranking_per_branching(tmp_path):
@@ -224,8 +226,16 @@ def test_unknown_columns_are_named_with_the_nearest_known(tmp_path):
         load(tmp_path, demonstrations, [{"promt": "q", "xyz": "a"}])
 
 
+@pytest.mark.parametrize("value", ["yes", "good", 3])
+def test_a_label_that_is_none_is_named_where_no_row_has_one(tmp_path, value):
+    rows = [{"prompt": "q", "completion": "a", "label": value}] * 3
+    with pytest.raises(SteersmanError, match=rf"field 'label': must be true or false .*not '{value}'"):
+        load(tmp_path, feedback, rows)
+
+
 def test_a_shape_that_can_not_serve(tmp_path):
-    with pytest.raises(SteersmanError, match=r"these rows are prompt and completion.*preference pairs, which need"):
+    wanted = r"these rows are prompt and completion.*preference pairs, which need.*Name your columns in data.columns"
+    with pytest.raises(SteersmanError, match=wanted):
         load(tmp_path, preferences, [GOOD])
     with pytest.raises(SteersmanError, match=r"can not serve as ratings.*data.scores"):
         load(tmp_path, ratings, [GOOD])

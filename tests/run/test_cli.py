@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -42,6 +43,9 @@ def act(recipe: Recipe, resume: bool) -> dict:
         raise SteersmanError("data.jsonl, row 3: empty completion")
     if recipe.fail == "bug":
         raise RuntimeError("a bug")
+    if recipe.fail in ("EACCES", "ENOSPC", "ENOENT"):
+        number = getattr(errno, recipe.fail)
+        raise OSError(number, os.strerror(number), "theirs.jsonl")
     if recipe.fail == "interrupt":
         raise KeyboardInterrupt
     print("ran", recipe.train.lr, resume)
@@ -138,6 +142,19 @@ def test_a_bug_keeps_its_traceback_and_says_where_the_run_is(steersman, tmp_path
     with pytest.raises(RuntimeError, match="a bug"):
         steersman("toy", "--fail=bug", "--dir", str(tmp_path / "run"))
     assert f"the run failed; its files are in {tmp_path / 'run'}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fail", "said"), [("EACCES", "Permission denied"), ("ENOSPC", "No space left on device")])
+def test_a_file_that_may_not_be_opened_is_named_without_a_traceback(fail, said, steersman):
+    code, _, err = steersman("toy", f"--fail={fail}")
+    assert code == 2
+    assert err.startswith(f"theirs.jsonl: it can not be read or written ({said})")
+    assert err.count("\n") == 1
+
+
+def test_a_file_that_the_code_itself_misses_is_a_bug(steersman):
+    with pytest.raises(FileNotFoundError):
+        steersman("toy", "--fail=ENOENT")
 
 
 def test_interrupts_are_told_to_the_shell(steersman, tmp_path):

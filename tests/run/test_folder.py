@@ -110,7 +110,7 @@ def test_two_processes_one_folder(tmp_path):
         first.send_signal(signal.SIGKILL)
         first.communicate()
     # the lock dies with its holder, however that died
-    with RunFolder(tmp_path, Recipe(), resume=True):
+    with RunFolder(tmp_path, Section(), resume=True):
         pass
 
 

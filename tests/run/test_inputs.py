@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+
 from steersman.config.sections import Section
+from steersman.run.files.folder import RunFolder
 from steersman.run.files.inputs import BLOCK, WHOLE, fingerprints
+from steersman.types import SteersmanError
 
 
 class Asked(Section):
@@ -41,3 +45,17 @@ def test_of_a_large_file_its_ends_and_its_size_count(tmp_path):
         out.truncate(WHOLE + 8 * BLOCK)
     seen.append(fingerprints(Asked(path=str(file)), tmp_path / "run"))
     assert all(a != b for a, b in pairwise(seen))
+
+
+def test_a_run_of_another_verb_is_not_resumed(tmp_path):
+    class Other(Asked):
+        """What another verb asks for, with the same keys."""
+
+    run = tmp_path / "run"
+    with RunFolder(run, Asked(path="")) as folder:
+        kept = (folder / "config.yaml").read_text()
+    with pytest.raises(SteersmanError, match=r"run folder .*run: the run in it is another verb's .*Asked.*Other"):
+        RunFolder(run, Other(path="x"), resume=True)
+    assert (run / "config.yaml").read_text() == kept
+    with RunFolder(run, Asked(path="x"), resume=True) as folder:
+        assert folder.changes

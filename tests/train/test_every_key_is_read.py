@@ -51,18 +51,29 @@ def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, tuple[int,
 
 
 def read_by(verb: str, recipe: Section, monkeypatch) -> tuple[set[str], set[str]]:
-    """All keys of the recipe, and those that the run looked at."""
+    """All keys of the recipe, and those that the run looked at, in it or in a copy of a section."""
     seen: set[tuple[int, str]] = set()
+    copies: dict[int, tuple[Section, Section]] = {}
+    copy_of = Section.model_copy
 
     def watched(self, name):
         if name in type(self).model_fields:
             reader = sys._getframe(1).f_globals.get("__name__", "")
             if not reader.startswith(READERS):
                 seen.add((id(self), name))
+                while id(self) in copies:
+                    self = copies[id(self)][1]
+                    seen.add((id(self), name))
         return object.__getattribute__(self, name)
+
+    def copied(self, **how):
+        made = copy_of(self, **how)
+        copies[id(made)] = made, self
+        return made
 
     with monkeypatch.context() as patch:
         patch.setattr(Section, "__getattribute__", watched, raising=False)
+        patch.setattr(Section, "model_copy", copied)
         VERBS[verb].start(verb, recipe)
     found = dict(leaves(recipe))
     return set(found), {key for key, place in found.items() if place in seen}

@@ -124,6 +124,18 @@ def test_a_chat_model_is_asked_through_its_template(more, seen, chatty, tmp_path
     assert ("chat template" in capsys.readouterr().err) == (not more)
 
 
+@pytest.mark.parametrize(("place", "said"), [("no/out.jsonl", "there is no folder"), (".", "a folder has this name")])
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_sampled(place, said, tmp_path, capsys):
+    """The model is none, so that whatever came before the check would be told instead."""
+    asked = ["--model.path", str(tmp_path / "none"), "--prompts", "[a]"]
+    assert main(["generate", *asked, "--out", str(tmp_path / place)]) == 2
+    assert said in capsys.readouterr().err
+    asked = [word.replace("--", "--generate.") for word in asked]
+    for key in ("--out", "--generate.out"):
+        assert main(["evaluate", *asked, "--metrics", "[distinct]", key, str(tmp_path / place)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_rows_keep_their_columns_and_evaluate_keeps_the_answers(words, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "hm", "kind": "a", "reference": "oh"}])
     out, table = tmp_path / "out.jsonl", tmp_path / "table.json"

@@ -28,10 +28,10 @@ def _help_rows(table: Table, model: type[Section], default: Any, prefix: str, un
         own = info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else ...
         # A section's default may come from the recipe around it rather than from its own class.
         value = getattr(default, name) if isinstance(default, Section) else own
+        if f"{prefix}{name}" in unread:
+            continue
         if inner is not None:
             sections.append((name, info, inner, value))
-            continue
-        if f"{prefix}{name}" in unread:
             continue
         typed = "required" if value is ... else default_text(value)
         meaning = Text(info.description or "")

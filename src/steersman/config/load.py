@@ -50,6 +50,7 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
         problems += [
             f"{place_of(key, from_command)}: this verb does not read it; remove it" for key in idle_keys(recipe)
         ]
+    problems = list(dict.fromkeys(problems))  # a value that is none of a union's types is told once
     if problems or recipe is None:
         source = f"recipe {path}" if path is not None else "settings"
         if len(problems) == 1:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import annotated_types
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from steersman.guards.untrusted import LONE_SURROGATE
 
@@ -162,7 +163,8 @@ def type_text(annotation: Any, metadata: list[Any] | None = None) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section with " + ", ".join(annotation.model_fields)
     if hasattr(annotation, "__metadata__"):
-        return type_text(args[0], [*annotation.__metadata__, *(metadata or [])])
+        rules = [rule for m in annotation.__metadata__ for rule in (m.metadata if isinstance(m, FieldInfo) else [m])]
+        return type_text(args[0], [*rules, *(metadata or [])])
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -2,7 +2,7 @@
 
 from steersman.data.batches import Batches
 from steersman.data.collate import collate, collate_groups, collate_pairs, pack
-from steersman.data.config import DataConfig
+from steersman.data.config import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, DataConfig, keys_of_other_kinds
 from steersman.data.describe import Summary, describe
 from steersman.data.encode import Encoded, EncodedSet, TrainingSet, encode, encode_prompts, layout, wraps
 from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
@@ -31,6 +31,8 @@ from steersman.data.tokenize import Codec, Layout
 
 __all__ = [
     "LOADERS",
+    "ROWS_TO_EXAMPLES",
+    "ROWS_TO_TOKENS",
     "BadRows",
     "Batches",
     "Codec",
@@ -66,6 +68,7 @@ __all__ = [
     "end_ids",
     "episode_rows",
     "feedback",
+    "keys_of_other_kinds",
     "layout",
     "mixture",
     "pack",

@@ -9,6 +9,29 @@ from pydantic import Field, field_validator, model_validator
 from steersman.config.sections import Section
 from steersman.data.encoding import check_encoding
 
+ROWS_TO_TOKENS = (
+    "allow_special_tokens", "append_eos", "assistant_turns", "cut", "max_length", "max_prompt_tokens", "on_too_long",
+    "wrap_in_chat",
+)  # fmt: skip
+"""Keys of `data` that say how examples become tokens."""
+ROWS_TO_EXAMPLES = (
+    "completion_prefix", "held_out", "held_out_files", "json_columns", "judgements", "mix", "opening_words",
+    "prompt_template", "rank_by", "score_range", "scores", "shuffle", "step_separator", "ties",
+)  # fmt: skip
+"""Keys of `data` that say which examples rows are, and how these are divided and ordered."""
+OF_KINDS = {
+    "opening_words": {"query"},
+    "score_range": {"rating"},
+    "step_separator": {"steps"},
+    "ties": {"preference", "ranking"},
+}
+"""Keys of `data` that only some kinds of examples have (`shapes.Kind`)."""
+
+
+def keys_of_other_kinds(*kinds: str) -> frozenset[str]:
+    """Keys of `data` that say nothing about examples of these kinds."""
+    return frozenset(f"data.{key}" for key, own in OF_KINDS.items() if own.isdisjoint(kinds))
+
 
 class CountingConfig(Section):
     """Which judgements of a store count, and how much."""

@@ -58,14 +58,26 @@ def optional_number(row: Row, column: str) -> float | None:
     return number(row, column) if row.data.get(column) is not None else None
 
 
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False}
+"""What a thumb may be, as text."""
+
+
+def is_label(got: Any) -> bool:
+    """Whether a value is a thumb: true/false, 1/0, or 1/-1, also as text."""
+    return isinstance(got, bool | int | float | str) and str(got).strip().lower() in LABELS
+
+
+def label_fault(got: Any) -> str:
+    """What is wrong with a value that is no thumb."""
+    return f"must be true or false (or 1 and 0), not {str(got)[:40]!r}"
+
+
 def label(row: Row, column: str) -> bool:
     """A thumb: true/false, 1/0, or 1/-1, also as text."""
     got = value(row, column)
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False}
-    name = str(got).strip().lower()
-    if isinstance(got, bool | int | float | str) and name in words:
-        return words[name]
-    raise row.fault("wrong type", f"must be true or false (or 1 and 0), not {str(got)[:40]!r}", column)
+    if is_label(got):
+        return LABELS[str(got).strip().lower()]
+    raise row.fault("wrong type", label_fault(got), column)
 
 
 def listing(row: Row, column: str) -> list[Any]:

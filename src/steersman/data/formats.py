@@ -6,7 +6,7 @@ Formats of single data sets, which need more than one row or a parse, are in `so
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from steersman.data import fields as f
 from steersman.data.examples import (
@@ -181,10 +181,6 @@ def _query_row(row: Row) -> Query:
     return Query(prompt, row, row.data)
 
 
-def _is_label(got: Any) -> bool:
-    return str(got).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0", "-1")
-
-
 def _has(*columns: str) -> Callable[[Probe], bool]:
     return lambda seen: all(c in seen for c in columns)
 
@@ -219,10 +215,10 @@ CONVENTIONAL = [
            lambda s: isinstance(s.get("chosen"), list) and isinstance(s.get("rejected"), list),
            _conversation_pair_row),
     Format("chat feedback", "feedback", "thumbs up and down: messages, label",
-           lambda s: _has_turns(s, "messages", "conversations") and "label" in s and _is_label(s["label"]),
+           lambda s: _has_turns(s, "messages", "conversations") and "label" in s and f.is_label(s["label"]),
            _chat_label_row),
     Format("feedback", "feedback", "thumbs up and down: prompt, completion, label",
-           lambda s: _has("prompt", "completion", "label")(s) and _is_label(s["label"]), _label_row),
+           lambda s: _has("prompt", "completion", "label")(s) and f.is_label(s["label"]), _label_row),
     Format("ratings", "rating", "ratings: prompt, completion (or text) and a number per attribute",
            _has_score, _rating_row),
     Format("messages", "demonstration", "conversations: messages with role and content",

@@ -16,9 +16,10 @@ from steersman.data.examples import (
     Feedback,
     Preference,
     Query,
+    has_ties,
     pairs,
 )
-from steersman.data.fields import is_json_text, read_as_json
+from steersman.data.fields import is_json_text, is_label, label_fault, read_as_json
 from steersman.data.rows import BadRows, Row, nearest
 from steersman.data.tools import with_tools
 from steersman.types import SteersmanError
@@ -133,10 +134,13 @@ def _sentence(fmt: Format, want: Kind, columns: dict[str, str]) -> str:
 
 def _unknown(row: Row, seen: Probe, want: Kind, fitting: list[Format]) -> str:
     columns = ", ".join(repr(c) for c in seen) or "none"
+    if want == "feedback" and "label" in seen and not is_label(seen["label"]):
+        return f"{row.where()}, field 'label': {label_fault(seen['label'])}"
+    rename = "Name your columns in data.columns, such as {prompt: question, completion: answer}"
     if fitting:
         return (
             f"{row.file}: these rows are {fitting[0].sentence} (columns {columns}); "
-            f"they can not serve as {NOUNS[want]}, which need {NEEDS[want]}"
+            f"they can not serve as {NOUNS[want]}, which need {NEEDS[want]}. {rename}"
         )
     known = ["text", "prompt", "completion", "messages", "chosen", "rejected", "label", "instruction", "output"]
     known += ["conversations", "responses", "ranks", "scores", "score"]
@@ -145,8 +149,7 @@ def _unknown(row: Row, seen: Probe, want: Kind, fitting: list[Format]) -> str:
     hints += [read_as_json(c) for c, got in seen.items() if c in IN_TURNS and is_json_text(got)]
     return (
         f"{row.where()}: the columns {columns} are no shape that is known for {NOUNS[want]}, "
-        f"which need {NEEDS[want]}{'; ' + ', '.join(hints) if hints else ''}. "
-        "Name your columns in data.columns, such as {prompt: question, completion: answer}"
+        f"which need {NEEDS[want]}{'; ' + ', '.join(hints) if hints else ''}. {rename}"
     )
 
 
@@ -175,6 +178,8 @@ def _positive(example: Feedback) -> list[Example]:
 
 
 def _both(example: Preference) -> list[Example]:
+    if has_ties(example):
+        raise example.row.fault("tie", "the raters are evenly split, so neither answer has a thumb up")
     return [
         Feedback(example.prompt, example.chosen, True, example.row),
         Feedback(example.prompt, example.rejected, False, example.row),

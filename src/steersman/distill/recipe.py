@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.data import DataConfig
+from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge.config import AddressConfig
 from steersman.loss.reduce import Average
 from steersman.ops.divergence import Divergence
-from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
+from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.reward import RewardConfig
 from steersman.run.health.limits import HealthConfig
 from steersman.run.run_config import ManyRunConfig
@@ -132,16 +132,8 @@ class DistillRecipe(TrainingRecipe):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset(
-            {
-                "rollout.prompts",
-                "rollout.recompute_logp",
-                "rollout.correction",
-                "rollout.ahead",
-                "rollout.in_flight",
-                "reward.whiten",
-            }
-        )
+        rollout = {f"rollout.{key}" for key in ("prompts", *LEARNED_ONLY)}
+        return keys_of_other_kinds("query", "demonstration") | rollout | {"reward.whiten"}
 
     @property
     def gradient_through_samples(self) -> bool:

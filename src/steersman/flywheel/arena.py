@@ -85,10 +85,17 @@ class ArenaRecipe(LoopRecipe):
         default=["sft", "dpo", "ppo"],
         description="what each round does, in order, each on a batch of prompts of its own",
     )
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(prompts=64), description="prompts of a stage; every player gives one answer to each"
+    )
     sft: SFTStage = SFTStage()
     dpo: DPOStage = DPOStage()
     ppo: PPOStage = PPOStage()
     draws: int = Field(default=300, ge=10, description="bootstrap draws behind the ratings' intervals")
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return super().unread_keys() | {"rollout.samples"}
 
     @model_validator(mode="after")
     def _has_opponents(self) -> ArenaRecipe:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
+from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
 from steersman.flywheel.reading import Reading, kappa, read, revise
@@ -46,6 +46,10 @@ the middle says nothing about it. {rubric}
 
 End with the number in double brackets, such as [[{low}]].
 Grade:"""
+
+
+HANDED_ON = ("append_eos", "held_out", "max_length", "max_prompt_tokens")
+"""Keys of `data` that the verbs in `then` get."""
 
 
 class KTOStage(Section):
@@ -92,7 +96,8 @@ class FeedbackRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"data.mix"})
+        unread = {*ROWS_TO_EXAMPLES, *ROWS_TO_TOKENS} - set(HANDED_ON)
+        return frozenset(f"data.{key}" for key in unread)
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe:
@@ -143,7 +148,7 @@ def _train(ledger: Ledger, recipe: FeedbackRecipe) -> dict[str, Any]:
     if recipe.model is None:
         return {}
     path = recipe.model.path
-    limits = recipe.data.model_dump(include={"max_prompt_tokens", "max_length", "append_eos", "held_out"})
+    limits = recipe.data.model_dump(include=set(HANDED_ON))
     for name in recipe.then:
         data = {"path": str(ledger.path / f"{name}.jsonl"), "assistant_turns": "last", "on_too_long": "drop"} | limits
         values: dict[str, Any] = {"model": recipe.model.model_dump() | {"path": path, "merge": True}, "data": data}

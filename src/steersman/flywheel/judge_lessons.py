@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from steersman.atomic import write_atomic
 from steersman.config.sections import Section
-from steersman.data import DataConfig, Preference, preferences
+from steersman.data import ROWS_TO_TOKENS, DataConfig, Preference, keys_of_other_kinds, preferences
 from steersman.judge import prompts
 from steersman.judge.config import RUBRIC
 from steersman.judge.scored import as_text
@@ -49,7 +49,7 @@ class JudgeLessonsRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"data.mix", "data.shuffle", "data.max_prompt_tokens", "data.max_length"})
+        return keys_of_other_kinds("preference") | {f"data.{key}" for key in ("mix", "shuffle", *ROWS_TO_TOKENS)}
 
 
 def run(recipe: JudgeLessonsRecipe, *, resume: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.sections import LoopRecipe
+from steersman.recipe.sections import LEARNED_ONLY
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.types import Stats
 
@@ -22,6 +23,10 @@ class RoundsRecipe(LoopRecipe):
     history: Literal["round", "all"] = Field(
         default="round", description="train on this round's data, or on all so far"
     )
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return super().unread_keys() | {f"rollout.{key}" for key in LEARNED_ONLY}
 
 
 R = TypeVar("R", bound=RoundsRecipe)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.data import DataConfig
+from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge import JudgeConfig
 from steersman.objectives.reward_config import RewardModelConfig
@@ -53,6 +53,10 @@ class LoopRecipe(Section):
     )
     run: ManyRunConfig = ManyRunConfig()
     parallel: WithoutZeroConfig = WithoutZeroConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return keys_of_other_kinds("query")
 
     @model_validator(mode="after")
     def _can_begin(self) -> LoopRecipe:

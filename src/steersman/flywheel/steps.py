@@ -20,10 +20,10 @@ from steersman.config.sections import Section
 from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
-from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
 from steersman.run.files.ledger import Ledger, Rows
-from steersman.run.run_config import RunConfig
+from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.run.seed import sub_seed
 from steersman.setup.models import context_length
 from steersman.types import Prompt, SteersmanError
@@ -45,10 +45,13 @@ class StepLabelsRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        model = (f"model.{key}" for key in TRAINED_ONLY)
-        kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
-        rollout = (f"rollout.{key}" for key in ("held_out", "recompute_logp", "correction", "ahead"))
-        return frozenset({*model, *kept, *rollout, "data.mix"})
+        sections = {
+            "model": TRAINED_ONLY,
+            "run": STEPS_ONLY,
+            "rollout": ("held_out", *LEARNED_ONLY),
+            "data": ("max_length", "mix", "score_range", "shuffle", "ties"),
+        }
+        return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 
     @model_validator(mode="after")
     def _fits(self) -> StepLabelsRecipe:

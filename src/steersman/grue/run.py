@@ -25,6 +25,7 @@ from steersman.grue.results import collect
 from steersman.grue.rows import write_rows
 from steersman.guards.terminal import printable
 from steersman.run.files.folder import RunFolder
+from steersman.run.stop_request import StopRequest
 from steersman.types import SteersmanError
 
 console = Console()
@@ -42,7 +43,7 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
             "grue starts the ranks of each cell itself, as many as run.devices says; start it without a launcher"
         )
     tasks, rows, every = check_matrix(recipe)
-    with RunFolder(Path(recipe.run.dir), recipe, resume=resume) as folder:
+    with RunFolder(Path(recipe.run.dir), recipe, resume=resume) as folder, StopRequest() as signal:
         for task in tasks:
             write_rows(data_folder(recipe, task), task, rows[task.name])
             console.print(f"{task.name}: {rows[task.name].note}", style="dim", highlight=False)
@@ -59,7 +60,7 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
                 continue
             console.print(clock.line(cell), highlight=False)
             try:
-                stopped = not fill(cell, recipe)
+                stopped = not fill(cell, recipe) or bool(signal)
             except SteersmanError as error:
                 failed[cell.name] = str(error)
                 console.print(

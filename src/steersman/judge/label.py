@@ -14,13 +14,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steersman.config.sections import Section
-from steersman.data import BadRows, DataConfig, Row, RowError, section_rows
+from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
 from steersman.data.examples import Content, is_empty
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
 from steersman.run.files.ledger import Ledger, Rows
-from steersman.run.run_config import RunConfig
+from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.types import SteersmanError
 
 PAIRS = (("chosen", "rejected"), ("first", "second"), ("response1", "response2"))
@@ -39,7 +39,8 @@ class LabelRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"data.mix"})
+        data = (f"data.{key}" for key in (*ROWS_TO_EXAMPLES, *ROWS_TO_TOKENS))
+        return frozenset({*data, *(f"run.{key}" for key in ("micro_tokens", *STEPS_ONLY))})
 
 
 @dataclass(slots=True)

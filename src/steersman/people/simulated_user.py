@@ -28,7 +28,7 @@ from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
 from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
 from steersman.run.files.ledger import Ledger, Rows
-from steersman.run.run_config import RunConfig
+from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Stats, SteersmanError
@@ -60,6 +60,10 @@ class SimulateRecipe(Section):
     turns: int = Field(default=3, ge=1, description="messages of the user in a conversation, at most")
     conversations: int = Field(default=1, ge=1, description="conversations of each persona with each candidate")
     run: RunConfig = RunConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return frozenset(f"run.{key}" for key in STEPS_ONLY)
 
     @model_validator(mode="after")
     def _enough(self) -> SimulateRecipe:

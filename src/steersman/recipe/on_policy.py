@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steersman.algorithms.base import Algorithm
 from steersman.config.sections import Section
-from steersman.data import DataConfig
+from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import ParallelConfig
 from steersman.environments.config import EnvironmentConfig
 from steersman.recipe.curriculum import CurriculumConfig
@@ -95,7 +95,8 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         # a line search makes no gradient step, so nothing of the optimizer
         actor = OptimizerConfig.model_fields if method.update == "trust_region" else ()
         own = (f"algorithm.{key}" for key in method.unread)
-        return frozenset({"data.max_length", *own, *(f"optimizer.{key}" for key in actor)})
+        others = keys_of_other_kinds("query")
+        return others | {"data.max_length", *own, *(f"optimizer.{key}" for key in actor)}
 
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:

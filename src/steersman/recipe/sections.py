@@ -184,6 +184,10 @@ class TrainingRecipe(Section):
             self.parallel.deepspeed_settings(optimizer.max_grad_norm)
 
 
+LEARNED_ONLY = ("recompute_logp", "correction", "ahead", "in_flight")
+"""Keys of `rollout` that say how samples are learned from."""
+
+
 class CorrectionConfig(Section):
     """With `recompute_logp`: how steps are weighed that another policy sampled, an older one or another engine's."""
 

@@ -67,7 +67,9 @@ class ManyRunConfig(RunConfig):
     )
 
 
-KEPT_ONLY = ("dir", "eval_every", "save_every", "save_async", "keep_last", "keep_best", "sinks", "deterministic")
+STEPS_ONLY = ("eval_every", "save_every", "save_async", "keep_last", "keep_best")
+"""Keys of `run` that are about steps of training and their checkpoints."""
+KEPT_ONLY = ("dir", "sinks", "deterministic", *STEPS_ONLY)
 """Keys of `run` that are about a run folder, or about training."""
 
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Coefficients
 from steersman.config.sections import Section
-from steersman.data import DataConfig, encode_prompts, episode_rows, layout
+from steersman.data import DataConfig, encode_prompts, episode_rows, keys_of_other_kinds, layout
 from steersman.environments.check import Findings, try_episodes
 from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
 from steersman.guards.terminal import printable
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy
-from steersman.recipe.sections import ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward.episodes import EpisodeReward
-from steersman.run.run_config import RunConfig, device_of
+from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.setup.generators import open_episodes, open_generator
 from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of, trajectory
@@ -43,8 +43,15 @@ class CheckEnvRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        run = {f"run.{key}" for key in RunConfig.model_fields if key not in ("device", "seed")}
-        return frozenset({*run, "data.mix"})
+        sections = {
+            "model": ("max_shard_size", "merge", "save_dtype"),
+            "run": KEPT_ONLY,
+            "rollout": ("prompts", "samples", "held_out", *LEARNED_ONLY),
+            "data": ("max_length", "mix", "shuffle"),
+            "environment": ("baseline_per", "discount_per"),
+        }
+        named = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+        return keys_of_other_kinds("query") | named
 
 
 def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.atomic import write_atomic
+from steersman.atomic import check_place, write_atomic
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
 from steersman.data import read_rows
@@ -100,6 +100,9 @@ def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
     def make() -> None:
         made.update({name: metric(part.metric or name, part.args) for name, part in recipe.metrics.items()})
+        for file in (recipe.out, _answers_file(recipe)):
+            if file is not None:
+                check_place(Path(file))
 
     ranks().from_main(make, "the metrics")
     samples = sampled(recipe.generate) if recipe.generate is not None else _from_file(recipe)
@@ -132,13 +135,20 @@ def _keep(recipe: EvaluateRecipe, samples: list[Sample]) -> str | None:
     """Where the rows that were judged lie: the file that was given, or where a model's answers were written."""
     if recipe.generate is None:
         return recipe.file
-    beside = None if recipe.out is None else str(Path(recipe.out).with_suffix(".completions.jsonl"))
-    kept = recipe.generate.out or beside
+    kept = _answers_file(recipe)
     if kept is None:
         say("the answers are not kept; --generate.out FILE.jsonl keeps them")
     else:
         write_samples(samples, Path(kept))
     return kept
+
+
+def _answers_file(recipe: EvaluateRecipe) -> str | None:
+    """Where a model's answers go: `generate.out`, or a file beside `out`."""
+    if recipe.generate is None:
+        return None
+    beside = None if recipe.out is None else str(Path(recipe.out).with_suffix(".completions.jsonl"))
+    return recipe.generate.out or beside
 
 
 def judge(one: Metric, name: str, samples: list[Sample], columns: dict[str, str]) -> Corpus:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import model_validator
 
-from steersman.data import Order, layout, training
+from steersman.data import Order, keys_of_other_kinds, layout, training
 from steersman.loss.offline import LOSSES
 from steersman.model import keep_away
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
@@ -30,6 +30,10 @@ L = TypeVar("L", KTOConfig, BCOConfig)
 
 class FeedbackRecipe(OfflineRecipe[L], Generic[L]):
     """Offline optimisation on prompt, completion and label (or on pairs, split in two)."""
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return keys_of_other_kinds("feedback")
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe[L]:

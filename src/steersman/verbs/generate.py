@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from steersman.atomic import write_atomic
+from steersman.atomic import check_place, write_atomic
 from steersman.config.sections import Section
-from steersman.data import DataConfig, Query, Row, encode_prompts, layout, prompts, wraps
+from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other_kinds, layout, prompts, wraps
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
 from steersman.model import whole_weights
-from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
 from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
@@ -43,14 +43,14 @@ class GenerateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        rollout = ("prompts", "held_out", "recompute_logp", "correction", "ahead", "in_flight")
         sections = {
             "model": TRAINED_ONLY,
             "run": KEPT_ONLY,
-            "rollout": rollout,
+            "rollout": ("prompts", "held_out", *LEARNED_ONLY),
             "data": ("max_length", "shuffle", "mix"),
         }
-        return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
+        named = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+        return keys_of_other_kinds("query") | named
 
     @model_validator(mode="after")
     def _has_prompts(self) -> GenerateRecipe:
@@ -66,11 +66,13 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
     A row keeps the other columns of its prompt's data row, so that metrics can read them.
     """
+    out = None if recipe.out is None else Path(recipe.out)
+    if out is not None:
+        ranks().from_main(lambda: check_place(out), "the file of responses")
     samples = sampled(recipe)
-    if recipe.out is None:
+    if out is None:
         _show(samples)
     else:
-        out = Path(recipe.out)
         ranks().from_main(lambda: write_samples(samples, out), "the responses")
     return {"samples": len(samples), "out": recipe.out}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from steersman.data import Order, Preference, TrainingSet, layout, training
+from steersman.data import Order, Preference, TrainingSet, keys_of_other_kinds, layout, training
 from steersman.loss.offline import LOSSES
 from steersman.model import keep_away
 from steersman.objectives.preference import PairLossConfig, PairObjective
@@ -30,6 +30,10 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
         default=None, description="folder of a second reference; the reference is then a geometric mixture of both"
     )
     anchor_share: float = Field(default=0.1, ge=0, le=1, description="the anchor's share of that mixture")
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return keys_of_other_kinds("preference")
 
     @property
     def separate_reference(self) -> bool:

@@ -27,6 +27,7 @@ from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.gold import judge
 from steersman.run.device import resolve_device
 from steersman.run.run_config import RunConfig
+from steersman.run.stop_request import StopRequest
 from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from
 from steersman.types import Prompt, Sample, SteersmanError
@@ -56,9 +57,12 @@ class QuickstartRecipe(Section):
 
 def run(recipe: QuickstartRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Runs the stages in order, skips those that a resumed run has finished; returns what `summary.json` holds."""
-    started = time.monotonic()
-    stages = Stages(recipe, resume)
-    base = str(story_model())
+    with StopRequest() as signal:
+        return _run(Stages(recipe, resume, signal))
+
+
+def _run(stages: Stages) -> dict[str, Any]:
+    started, base = time.monotonic(), str(story_model())
     _say("1/4", "supervised fine-tuning: short stories that come to an end")
     starting = stages.sft(base)
     _say("2/4", "preference pairs: the model's own stories, compared by a judge")
@@ -73,8 +77,8 @@ def run(recipe: QuickstartRecipe, *, resume: bool = False) -> dict[str, Any]:
 class Stages:
     """The four stages, each a run of a verb in a folder of its own, and the tables that connect them."""
 
-    def __init__(self, recipe: QuickstartRecipe, resume: bool) -> None:
-        self.recipe, self.resume, self.root = recipe, resume, Path(recipe.dir)
+    def __init__(self, recipe: QuickstartRecipe, resume: bool, signal: StopRequest) -> None:
+        self.recipe, self.resume, self.root, self.signal = recipe, resume, Path(recipe.dir), signal
         self.device = resolve_device()
         if self.root.exists() and any(self.root.iterdir()) and not resume:
             raise SteersmanError(
@@ -211,10 +215,15 @@ class Stages:
                 return summary
         run = {"dir": str(folder), "seed": self.recipe.seed, "threads": self.recipe.threads, "save_every": 20}
         recipe = recipe_class.model_validate({**values, "run": {**run, **values["run"]}})
+        self.check()
         summary = module.run(recipe, resume=self.resume)
-        if not summary["finished"]:
-            raise SteersmanError(f"stopped; go on with: steersman quickstart --dir {self.root} --resume")
+        self.check()
         return summary
+
+    def check(self) -> None:
+        """Raises SteersmanError where a signal asks for the end: all that was made until now is kept."""
+        if self.signal:
+            raise SteersmanError(f"stopped; go on with: steersman quickstart --dir {self.root} --resume")
 
     def _sample(self, path: str, texts: Sequence[str], n: int) -> list[Sample]:
         run = RunConfig(seed=self.recipe.seed, threads=self.recipe.threads)

@@ -37,7 +37,7 @@ class RewardModelRecipe(TrainingRecipe):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({"model.scratch"})
+        return frozenset({"model.scratch", "data.opening_words"})
 
     @model_validator(mode="after")
     def _fits(self) -> RewardModelRecipe:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from steersman.data import LargeDataConfig, Order, layout, training
+from steersman.data import LargeDataConfig, Order, keys_of_other_kinds, layout, training
 from steersman.distributed.parallel import ParallelConfig
 from steersman.objectives.supervised import SFT
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
@@ -35,6 +35,10 @@ class SFTRecipe(TrainingRecipe):
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
+
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return keys_of_other_kinds("demonstration")
 
     @model_validator(mode="after")
     def _ends(self) -> SFTRecipe:

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.data import DataConfig, Query, Row, wraps
+from steersman.data import DataConfig, Query, Row, keys_of_other_kinds, wraps
 from steersman.data.examples import user
 from steersman.flywheel.instruct.compose import REWRITE, compose, instruction_text, keeps_the_rules, split_kinds
 from steersman.flywheel.instruct.constraints import KINDS, again
@@ -32,9 +32,9 @@ from steersman.judge.prompts import fill
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.model import load_tokenizer
-from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.files.ledger import Ledger, Rows
-from steersman.run.run_config import RunConfig
+from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.run.seed import sub_seed
 from steersman.types import Stats
 
@@ -78,9 +78,14 @@ class InstructRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        model = (f"model.{key}" for key in TRAINED_ONLY)
-        kept = (f"run.{key}" for key in ("eval_every", "save_every", "save_async", "keep_last", "keep_best"))
-        return frozenset({*model, *kept, "rollout.recompute_logp", "rollout.correction", "rollout.ahead", "data.mix"})
+        sections = {
+            "model": TRAINED_ONLY,
+            "run": STEPS_ONLY,
+            "rollout": LEARNED_ONLY,
+            "data": ("cut", "max_length", "mix", "on_too_long", "shuffle"),
+        }
+        named = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+        return keys_of_other_kinds("query") | named
 
     @model_validator(mode="after")
     def _fits(self) -> InstructRecipe:

@@ -15,7 +15,7 @@ from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
 from steersman.people.wheel.gates import Gate, standard_gates
 from steersman.people.wheel.lessons import Kind, MixConfig
-from steersman.recipe.sections import ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.run_config import RunConfig
 
 Stage = Literal["sft", "kto", "dpo", "ppo"]
@@ -92,7 +92,7 @@ class WheelRecipe(Section):
     def unread_keys(cls) -> frozenset[str]:
         # the wheel names its models by their turns; all that is sampled is one answer a held-out prompt
         names = {f"experiment.{key}" for key in ("control", "treatment")}
-        rollout = ("prompts", "samples", "recompute_logp", "correction", "ahead", "in_flight")
+        rollout = ("prompts", "samples", *LEARNED_ONLY)
         return frozenset(names | {f"rollout.{key}" for key in rollout})
 
     @model_validator(mode="after")

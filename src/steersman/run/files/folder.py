@@ -21,7 +21,7 @@ from steersman.config.load import load_recipe
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
 from steersman.distributed.ranks import ranks
-from steersman.run.files.inputs import check_inputs, fingerprints
+from steersman.run.files.inputs import check_inputs, inputs_of
 from steersman.types import SteersmanError
 
 held: list[Path] = []
@@ -35,7 +35,8 @@ class RunFolder:
     the settings that differ from that run's, such as "train.lr: 0.001 -> 0.0003".
 
     Raises SteersmanError where the folder can not be made, holds a run and `resume` is False, is held by another
-    process (which is named by its pid), or where data or models have another content than when the run began.
+    process (which is named by its pid), holds a run of another verb, or where data or models have another content
+    than when the run began.
     """
 
     def __init__(self, path: Path, recipe: Section, *, resume: bool = False) -> None:
@@ -59,7 +60,7 @@ class RunFolder:
             self.resumed = holds_run
             self.changes: list[str] = []
             recover(self.path)
-            inputs = fingerprints(recipe, self.path)
+            inputs = inputs_of(recipe, self.path)
             if self.resumed:
                 check_inputs(self.path / "inputs.json", inputs)
             self._write_config(recipe)

@@ -35,14 +35,21 @@ def fingerprints(recipe: Section, run_folder: Path) -> dict[str, dict[str, str]]
     return found
 
 
+def inputs_of(recipe: Section, run_folder: Path) -> dict[str, dict[str, str]]:
+    """What `inputs.json` holds: the fingerprints, and as `recipe` the recipe's class, which is of one verb alone."""
+    return {"recipe": {"class": type(recipe).__name__}, **fingerprints(recipe, run_folder)}
+
+
 def check_inputs(file: Path, now: dict[str, dict[str, str]]) -> None:
-    """Raises SteersmanError, with key and path, for what has another content than when the run began.
+    """Raises SteersmanError where the run was another verb's, and, with key and path, for what has another content
+    than when the run began.
 
     `file` is the `inputs.json` of then. A setting that now names another path is a change of the recipe, which the
     run folder reports; it is no concern of this check.
     """
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
+        kinds = [told.get("recipe", {}).get("class") for told in (before, now)]
         changed = [
             f"{key}: {path}"
             for key, paths in now.items()
@@ -53,6 +60,11 @@ def check_inputs(file: Path, now: dict[str, dict[str, str]]) -> None:
         return
     except (OSError, ValueError, AttributeError) as error:
         raise SteersmanError(f"{file}: it can not be read ({error}); remove it to resume without its check") from None
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise SteersmanError(
+            f"run folder {file.parent}: the run in it is another verb's (its recipe is a {kinds[0]}, this one a "
+            f"{kinds[1]}), so it can not be resumed by this one; choose another --run.dir"
+        )
     if changed:
         raise SteersmanError(
             f"run folder {file.parent}: what the run reads has changed since it began ({'; '.join(changed)}), so a "
