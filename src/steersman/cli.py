@@ -270,7 +270,11 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
         _launch().leave_summary(summary)
         return 0
     # A run that a signal ended early is whole and can be resumed, but what called it must not take it for done.
-    return 130 if summary.get("finished") is False else 0
+    if summary.get("finished") is False:
+        return 130
+    if "run" in summary:
+        print(_terminal().printable(f"{name}: done; its files are in {summary['run']}"))
+    return 0
 
 
 def _is_rank() -> bool:
