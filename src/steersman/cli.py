@@ -157,7 +157,7 @@ VERBS = {
                  file_key="run", example="RUN --name USER/MODEL"),
     "import-recipe": Verb("steersman.verbs.import_recipe:run", "steersman.verbs.import_recipe:ImportRecipe",
                           "settings of TRL, LLaMA-Factory or OpenRLHF as a recipe, each key mapped or named",
-                          file_key="file", example="FILE"),
+                          file_key="file", example="FILE", any_file=True),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
     "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
