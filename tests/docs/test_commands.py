@@ -34,7 +34,9 @@ def runnable(words: list[str]) -> list[str] | None:
     if any(file.endswith((".json", ".py")) and not (ROOT / file).exists() for file in files):
         return None
     given = Path(rest[0]) if rest and rest[0].endswith(".yaml") else None
-    if given is None or VERBS[verb].any_file or (ROOT / given).exists():
+    # a verb of a file takes a recipe too, which the pages call recipe.yaml
+    of_a_file = bool(VERBS[verb].file_key) and given != Path("recipe.yaml")
+    if given is None or of_a_file or (ROOT / given).exists():
         return words
     ours = ROOT / "recipes" / f"{verb}.yaml"
     return [verb, str(ours), *rest[1:]] if ours.exists() else None
