@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--reward", type=float, help="seconds a batch; as long as sampling if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
+    if given.iterations < 2:
+        parser.error("--iterations: the first is not counted, so at least 2 are needed")
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -154,6 +154,8 @@ def main() -> None:
         verb, way, path, cache = given.side
         print(json.dumps(side(verb, way, given.model, path, cache)))
         return
+    if given.work:
+        given.work.mkdir(parents=True, exist_ok=True)
     for verb in given.verbs:
         with tempfile.TemporaryDirectory(dir=given.work) as folder:
             for told in measured(verb, given.ways, given.rows, given.model, Path(folder)):

@@ -10,9 +10,10 @@ import time
 import torch
 
 from steersman.data import Encoded, EncodedSet
+from steersman.distributed.join import join_ranks
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.pieces import local_shard
-from steersman.distributed.ranks import join_ranks, ranks
+from steersman.distributed.ranks import ranks
 from steersman.model import load_policy, place
 from steersman.objectives.supervised import SFT
 from steersman.run.run_config import ManyRunConfig

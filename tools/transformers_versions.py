@@ -1,6 +1,6 @@
 """The tests that touch transformers' insides, run with the oldest and the newest transformers of pyproject's range.
 
-    python tools/transformers_versions.py [oldest] [newest] [--short] [--folder build/transformers] [--seconds 1800]
+    python tools/transformers_versions.py [--only oldest] [--short] [--folder build/transformers] [--seconds 3600]
 
 Each version is installed into a folder of its own, FOLDER/transformers-VERSION, with whatever it needs in another
 version than the one that runs this; all else, torch among it, is this environment's. A folder that stands is used
@@ -31,6 +31,7 @@ SHORT = [
 ]
 TESTS = ["tests/model", "tests/rollout", "--ignore=tests/rollout/remote", "tests/native/test_guards.py",
          "tests/train/test_first_ratio.py"]  # fmt: skip
+ENDS = ["oldest", "newest"]
 NOT_AVAILABLE = 75
 ONE_PROCESS = """
 import sys
@@ -134,14 +135,14 @@ def run(which: str, folder: Path, *, short: bool, seconds: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=["oldest", "newest"], default=["oldest", "newest"])
+    parser.add_argument("--only", choices=ENDS, help="leave out for both")
     parser.add_argument("--short", action="store_true")
     folder = os.environ.get("STEERSMAN_TRANSFORMERS", str(ROOT / "build" / "transformers"))
     parser.add_argument("--folder", type=Path, default=Path(folder))
-    parser.add_argument("--seconds", type=int, default=1800)
+    parser.add_argument("--seconds", type=int, default=3600)
     args = parser.parse_args()
     failed = 0
-    for which in args.which:
+    for which in [args.only] if args.only else ENDS:
         try:
             failed |= run(which, args.folder, short=args.short, seconds=args.seconds) != 0
         except (NotAvailableError, subprocess.TimeoutExpired) as error:

@@ -158,7 +158,7 @@ VERBS = {
                  file_key="run", example="RUN --name USER/MODEL"),
     "import-recipe": Verb("steersman.verbs.import_recipe:run", "steersman.verbs.import_recipe:ImportRecipe",
                           "settings of TRL, LLaMA-Factory or OpenRLHF as a recipe, each key mapped or named",
-                          file_key="file", example="FILE"),
+                          file_key="file", example="FILE", any_file=True),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
     "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
@@ -276,7 +276,11 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
         _launch().leave_summary(summary)
         return 0
     # A run that a signal ended early is whole and can be resumed, but what called it must not take it for done.
-    return 130 if summary.get("finished") is False else 0
+    if summary.get("finished") is False:
+        return 130
+    if "run" in summary:
+        print(_terminal().printable(f"{name}: done; its files are in {summary['run']}"))
+    return 0
 
 
 def _is_rank() -> bool:

@@ -130,12 +130,15 @@ def test_thumbs_that_all_say_the_same_are_refused_wherever_they_are(tokenizer, t
 
 def test_pairs_of_equal_answers_are_left_out_and_counted(tokenizer, tmp_path):
     table = [{"prompt": "ask", "chosen": "e" * 30 + "yes", "rejected": "e" * 30 + "no"}, *TABLES["preference"]]
+    table[1] = table[1] | {"prompt": "ask "}
     file = write_jsonl(tmp_path / "rows.jsonl", table)
     cut = {"max_length": 20, "on_too_long": "truncate", "on_bad_row": "skip"}
     for more in ({}, {"cache": str(tmp_path / "cache")}, {"stream": True, "buffer": 40}):
         got = ready(made(file, **cut, **more), tokenizer, "preference")
         assert len(got.train.groups) == 40
-        assert "1 pairs left out: their answers are the same tokens" in "\n".join(got.summary.lines)
+        assert "1 pairs left out: their answers are the same tokens" in got.summary.lines
+        assert "too long: 0 left out, 2 cut (5.0%)" in got.summary.lines
+        assert any(line.startswith("1 prompts end in white space") for line in got.summary.lines)
 
 
 def test_a_set_is_made_anew_where_content_or_settings_changed_and_not_else(rows, tokenizer, tmp_path):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from steersman.distributed import on_ray, ranks
+from steersman.distributed import on_ray, waiting
 from steersman.distributed.launch import from_slurm
-from steersman.distributed.ranks import MissingRankError, Ranks, name_missing_rank
+from steersman.distributed.waiting import MissingRankError, Waits
 from steersman.types import SteersmanError
 
 TASK = {
@@ -54,11 +54,11 @@ def test_a_missing_variable_is_named():
 
 
 @pytest.fixture
-def three(monkeypatch) -> list[Ranks]:
+def three(monkeypatch) -> list[Waits]:
     """Three ranks over one store: rank 0 and rank 1 are in the same call, rank 2 has not come to it."""
-    monkeypatch.setattr(ranks, "PATIENCE", 0.05)
+    monkeypatch.setattr(waiting, "PATIENCE", 0.05)
     store = dist.HashStore()
-    found = [Ranks(rank, 3, store=store) for rank in range(3)]
+    found = [Waits(rank, 3, store) for rank in range(3)]
     for rank, calls in ((0, 2), (1, 2), (2, 1)):
         for number in range(calls):
             with found[rank].call(f"call {number + 1}"):
@@ -68,7 +68,7 @@ def three(monkeypatch) -> list[Ranks]:
 
 def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
     three[1].missing()  # it waited in vain too
-    with pytest.raises(MissingRankError) as caught, name_missing_rank(three[0]):
+    with pytest.raises(MissingRankError) as caught, three[0].layers():
         raise RuntimeError("[pair.cc:547] gloo: Timed out waiting 5000ms for recv operation to complete")
     text = str(caught.value)
     assert "rank 1 was last in call 2 (call 2);" in text
@@ -76,7 +76,7 @@ def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
 
 
 def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
-    with pytest.raises(RuntimeError, match="shapes") as caught, name_missing_rank(three[0]):
+    with pytest.raises(RuntimeError, match="shapes") as caught, three[0].layers():
         raise RuntimeError("shapes can not be multiplied")
     assert not isinstance(caught.value, MissingRankError)
 

@@ -84,6 +84,12 @@ def test_answers_of_too_many_steps_and_recipes_without_a_reward_are_told(tmp_pat
             run(none)
 
 
+def test_answers_that_are_all_cut_are_told(tmp_path, mini_model):
+    short = {"prompts": 4, "samples": 2, "max_new_tokens": 2, "min_new_tokens": 2}
+    with pytest.raises(SteersmanError, match=r"cut every answer.*raise rollout.max_new_tokens \(2\)"):
+        run(recipe(tmp_path, mini_model, rollout=short))
+
+
 def _maker(asked: StepLabelsRecipe) -> Maker:
     device = torch.device("cpu")
     queries, _ = load_queries(asked.data, 0, wrap=False)

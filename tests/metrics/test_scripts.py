@@ -1,4 +1,4 @@
-"""Chinese, Japanese, Thai: every metric of words reads them in their own units, or says which setting does."""
+"""Chinese, Japanese, Korean, Thai: a metric of words reads them in their own units, or says which setting does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steersman.metrics import METRICS, metric
-from steersman.ops.text import pieces, uncut, unspaced, words
+from steersman.ops.text import by_character, pieces, uncut, words
 from steersman.types import SteersmanError
 
 SENTENCES = {  # a text, and a reference that has most of it
     "zh": ("我喜欢吃苹果", "我很喜欢吃苹果"),
     "ja": ("猫が好きです", "猫がとても好きです"),
+    "ko": ("나는사과를먹는다", "나는 사과를 아주 좋아한다"),
     "th": ("ฉันชอบกินข้าว", "ฉันชอบกินข้าวมาก"),
 }
 OF_WORDS = [
@@ -42,9 +43,9 @@ def test_the_score_is_not_silently_nought(name, language):
     setting = next((s for start, s in each.items() if name.startswith(start)), None)
     if name == "chrf++" or setting is not None:
         told = "use chrf" if setting is None else "`" + ": ".join(map(str, next(iter(setting.items())))).lower() + "`"
-        with pytest.raises(SteersmanError, match=rf"row 0: the reference is in a script without spaces.*{told}"):
+        with pytest.raises(SteersmanError, match=rf"row 0: .* a script of which every character.*{told}"):
             made.score([text], [reference])
-        reads = setting is not None and not (name == "ter" and language == "th")
+        reads = setting is not None and not (name == "ter" and language in ("th", "ko"))
         made = metric(name, setting) if reads else metric("chrf")
     (score,), (right,) = made.score([text], [reference]), made.score([reference], [reference])
     if made.better == "lower":
@@ -60,7 +61,7 @@ def test_the_score_is_not_silently_nought(name, language):
 )
 def test_a_setting_that_does_not_cut_the_script_is_refused_too(name, setting):
     text, reference = SENTENCES["th"]
-    with pytest.raises(SteersmanError, match="row 0: the reference is in a script without spaces"):
+    with pytest.raises(SteersmanError, match="row 0: the reference is in a script of which every character"):
         metric(name, setting).score([text], [reference])
 
 
@@ -92,7 +93,7 @@ def test_words_of_many_scripts():
     assert words("cafe\u0301 Don’t") == ["cafe\u0301", "don't"]
     assert words("𠮷野家・ﾈｺ") == ["𠮷", "野", "家", "ﾈ", "ｺ"]
     assert pieces("สวัสดี, हिन्दी!") == ["ส", "วั", "ส", "ดี", ",", "हिन्दी", "!"]
-    assert [unspaced(t) for t in ("ภาษาไทย", "ភាសាខ្មែរ", "မြန်မာ", "我", "हिन्दी", "word", "")] == [True] * 4 + [
+    assert [by_character(t) for t in ("ภาษาไทย", "ភាសាខ្មែរ", "မြန်မာ", "我", "हिन्दी", "word", "")] == [True] * 4 + [
         False
     ] * 3
 

@@ -18,8 +18,9 @@ import torch
 from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from steersman.distributed.ranks import NoStore, Ranks
+from steersman.distributed.ranks import Ranks
 from steersman.distributed.stored import write_shards
+from steersman.distributed.waiting import NoStore
 from steersman.run.files.checkpoint import Checkpointer
 from steersman.run.seed import rng_state, set_rng_state
 from steersman.run.stop_request import StopRequest

@@ -49,7 +49,7 @@ def act(recipe: Recipe, resume: bool) -> dict:
     if recipe.fail == "interrupt":
         raise KeyboardInterrupt
     print("ran", recipe.train.lr, resume)
-    return {"finished": recipe.fail != "signal"}
+    return {"finished": recipe.fail != "signal", **({"run": recipe.dir} if recipe.dir else {})}
 
 
 @pytest.fixture
@@ -101,6 +101,12 @@ def test_a_verb_runs_with_recipe_and_overrides(steersman, tmp_path):
     recipe.write_text("train:\n  lr: 1e-5\n")
     assert steersman("toy", str(recipe)) == (0, "ran 1e-05 False\n", "")
     assert steersman("toy", str(recipe), "--train.lr", "3e-4", "--resume") == (0, "ran 0.0003 True\n", "")
+
+
+def test_a_run_says_where_its_files_are(steersman, tmp_path):
+    folder = tmp_path / "run"
+    code, out, err = steersman("toy", "--dir", str(folder))
+    assert (code, out, err) == (0, f"ran 0.001 False\ntoy: done; its files are in {folder}\n", "")
 
 
 @pytest.mark.parametrize("words", [["--run.dir", "no/such"], ["--run.dir=no/such"]])

@@ -100,7 +100,7 @@ report_to: none
 def test_a_file_of_llama_factory(tmp_path):
     file, out = tmp_path / "dpo.yaml", tmp_path / "ours.yaml"
     file.write_text(LLAMA_FACTORY)
-    assert cli.main(["import-recipe", "--file", str(file), "--out", str(out)]) == 0
+    assert cli.main(["import-recipe", str(file), "--out", str(out)]) == 0
     text = out.read_text()
     assert yaml.safe_load(text) == {
         "model": {"path": "Qwen/Qwen2.5-0.5B", "dtype": "bfloat16", "quantise": "nf4",

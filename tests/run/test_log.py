@@ -74,6 +74,13 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert lines[2] == "warning at step 10: too far [bold]"
 
 
+def test_a_verb_without_steps_tells_what_it_counted(tmp_path):
+    out = io.StringIO()
+    with log(tmp_path, title="judge", total=0, console=Console(file=out, width=200)) as run:
+        run.step(0, {"data/asked": 96, "data/labelled": 95})
+    assert out.getvalue() == "judge  data/asked 96  data/labelled 95\n"
+
+
 def test_a_terminal_gets_a_moving_line(tmp_path):
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True)

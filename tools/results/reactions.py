@@ -67,7 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     found = labelled(args.data)
     labels = [kind for _, kind in found]
-    print(f"{len(found)} turns; by rules: {agreement([category(e.reaction, e.asked) for e, _ in found], labels)}")
+    by_rules = [category(e.reaction, e.last_question) for e, _ in found]
+    print(f"{len(found)} turns; by rules: {agreement(by_rules, labels)}")
     print(f"nothing but none: {agreement(['none'] * len(found), labels)}")
     if args.local or args.url:
         section = {"endpoint": {"url": args.url, "model": args.model}} if args.url else {

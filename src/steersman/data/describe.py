@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,9 @@ from steersman.data.encode import Encoded, EncodedSet
 from steersman.data.load import LoadedExamples
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Layout
+
+COUNTED = ("dropped", "cut", "equal", "special", "open_prompts")
+"""What an `EncodedSet` counts while it is made."""
 
 
 @dataclass(slots=True)
@@ -105,21 +108,28 @@ def _lines(summary: Summary, loaded: LoadedExamples, encoded: EncodedSet, laid: 
             f"{loaded.left_out.nulls} nulls inside tool calls left out: the file has one schema for all rows, which "
             "gives each row the names of all others"
         )
-    if encoded.dropped or encoded.cut:
-        lines.append(f"too long: {encoded.dropped} left out, {encoded.cut} cut ({summary.truncated_share:.1%})")
-    if encoded.equal:
-        lines.append(f"{encoded.equal} pairs left out: their answers are the same tokens")
     if summary.end_share < 1:
         lines.append(f"only {summary.end_share:.1%} of the answers have their end token in the loss")
-    if encoded.special:
-        reading = "as such" if laid.codec.allow_special_tokens else "as ordinary text"
+    return lines + count_lines({name: getattr(encoded, name) for name in COUNTED}, len(encoded.groups))
+
+
+def count_lines(counts: Mapping[str, int], rows: int) -> list[str]:
+    """What is said of the `COUNTED` of a set of `rows` rows."""
+    lines = []
+    if counts["dropped"] or counts["cut"]:
+        share = counts["cut"] / rows
+        lines.append(f"too long: {counts['dropped']:,} left out, {counts['cut']:,} cut ({share:.1%})")
+    if counts["equal"]:
+        lines.append(f"{counts['equal']:,} pairs left out: their answers are the same tokens")
+    if counts["special"]:
         lines.append(
-            f"{encoded.special} examples spell a special token; it is read {reading} (data.allow_special_tokens)"
+            f"{counts['special']:,} examples spell a special token; it is read as ordinary text unless "
+            "data.allow_special_tokens is true"
         )
-    if encoded.open_prompts:
+    if counts["open_prompts"]:
         lines.append(
-            f"{encoded.open_prompts} prompts end in white space, which splits off a token that models know joined "
-            "with the next word; end prompts without it and set data.completion_prefix"
+            f"{counts['open_prompts']:,} prompts end in white space, which splits off a token that models know "
+            "joined with the next word; end prompts without it and set data.completion_prefix"
         )
     return lines
 

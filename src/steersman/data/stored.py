@@ -21,7 +21,7 @@ import numpy as np
 from steersman.atomic import save_dir
 from steersman.data import labels
 from steersman.data.config import DataConfig
-from steersman.data.describe import Summary, describe
+from steersman.data.describe import COUNTED, Summary, count_lines, describe
 from steersman.data.encode import Encoded, EncodedSet, nothing_left, put, require_known
 from steersman.data.examples import Example
 from steersman.data.load import LoadedExamples, each_example, files_of
@@ -39,7 +39,6 @@ LAYOUT = 2
 """Counts up where the same rows and settings come out otherwise than before."""
 NAME = 32
 """Letters of a set's name."""
-COUNTED = ("dropped", "cut", "equal", "special", "open_prompts")
 SPLITS = {"path", "mix", "held_out", "held_out_files", "shuffle", "cache", "cache_gb", "stream", "buffer"}
 """Keys of the section that do not change what a path's rows become."""
 
@@ -255,13 +254,8 @@ class Stored:
             f"{lengths['max']} at most",
             f"read from {', '.join(map(str, self.folders))} ({size / 1e6:,.0f} MB on disk)",
             *dict.fromkeys(line for about in self.about for line in about["lines"]),
+            *count_lines(counts, len(self.places)),
         ]
-        if counts["dropped"] or counts["cut"]:
-            lines.append(f"too long: {counts['dropped']:,} left out, {counts['cut']:,} cut")
-        if counts["equal"]:
-            lines.append(f"{counts['equal']:,} pairs left out: their answers are the same tokens")
-        if counts["special"]:
-            lines.append(f"{counts['special']:,} examples spell a special token (data.allow_special_tokens)")
         first = self.about[0]
         return Summary(
             len(self.places), held, counts["dropped"], lengths, counts["cut"] / len(self.places), first["end_share"],

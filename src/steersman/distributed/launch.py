@@ -26,8 +26,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 
 from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
+from steersman.distributed.join import join_ranks
 from steersman.distributed.parallel import ParallelConfig
-from steersman.distributed.ranks import MissingRankError, join_ranks
+from steersman.distributed.waiting import MissingRankError
 from steersman.guards.terminal import say
 from steersman.guards.user_code import leave_now
 from steersman.types import SteersmanError

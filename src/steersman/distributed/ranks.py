@@ -3,16 +3,13 @@
 Every rank sees the small `[batch, time]` tensors of the whole batch; sampling, forwards and micro-batches are shared
 out, and what each found is added up. A process that is alone is rank 0 of 1, for which all of this is the identity,
 so callers have no `if`.
-
-Every collective has a time limit. A rank that waits in vain says in which call, and where the others were last.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,11 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steersman.distributed.parallel import ParallelConfig
+from steersman.distributed.waiting import NoStore, Waits
 from steersman.types import SteersmanError
 
 T = TypeVar("T")
-PATIENCE = 5.0
-"""Seconds that a rank which waited in vain gives the others to say that they did too."""
 
 
 @dataclass(slots=True)
@@ -40,8 +36,11 @@ class Ranks:
     store: Any = None
     group: Any = None
     """The process group of the collectives; None is that of the whole run."""
-    calls: int = field(default=0, init=False)
+    waits: Waits = field(init=False)
     _mesh: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.waits = Waits(self.rank, self.world, self.store, "at" if self.group is None else "beside")
 
     @property
     def sharded(self) -> bool:
@@ -196,6 +195,10 @@ class Ranks:
             group = dist.new_group(backend="gloo", timeout=limit)
         return Ranks(self.rank, self.world, self.parallel, self.store, group)
 
+    def call(self, what: str) -> AbstractContextManager[None]:
+        """Around one collective: noted where the others can read it, so that a time-out can name who is missing."""
+        return self.waits.call(what)
+
     # -- weights in pieces ---------------------------------------------------------------------------------
 
     def mesh(self, device: str) -> Any:
@@ -225,55 +228,6 @@ class Ranks:
             ]
             self._mesh = DeviceMesh.from_group(groups, device, grid, mesh_dim_names=("replicate", "shard"))
         return self._mesh
-
-    # -- time limits ---------------------------------------------------------------------------------------
-
-    @contextmanager
-    def call(self, what: str) -> Iterator[None]:
-        """Around one collective: noted where the others can read it, so that a time-out can name who is missing."""
-        self.calls += 1
-        self.store.set(self._place(self.rank), f"{self.calls} {what}")
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            raise MissingRankError(f"rank {self.rank} of {self.world}: {what} failed. {self.missing()}") from error
-
-    def _place(self, rank: int) -> str:
-        return f"steersman/{'at' if self.group is None else 'beside'}/{rank}"
-
-    def missing(self) -> str:
-        """Where every other rank was last, and whether it waits in vain as this one did, as far as the store can
-        still be asked."""
-        told = []
-        with suppress(Exception):
-            self.store.set(f"{self._place(self.rank)}/waits", "")
-        for rank in range(self.world):
-            if rank == self.rank:
-                continue
-            try:
-                self.store.set_timeout(timedelta(seconds=2))
-                number, _, where = self.store.get(self._place(rank)).decode().partition(" ")
-            except Exception:
-                told.append(f"rank {rank} can no longer be asked")
-                continue
-            how = ", behind" if int(number) < self.calls else ""
-            try:
-                self.store.wait([f"{self._place(rank)}/waits"], timedelta(seconds=PATIENCE))
-            except Exception:
-                how += ", and is not waiting"
-            told.append(f"rank {rank} was last in call {number} ({where}){how}")
-        return f"This is call {self.calls}; {'; '.join(told)}. A rank that is not waiting has died or hangs"
-
-
-class MissingRankError(SteersmanError):
-    """Another rank did not come to a collective: it has died, or hangs."""
-
-
-class NoStore:
-    """The store of a process that is alone: nobody reads it."""
-
-    def set(self, key: str, value: str) -> None:
-        return None
 
 
 @dataclass(slots=True)
@@ -321,53 +275,11 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def name_missing_rank(here: Ranks) -> Iterator[None]:
-    """Names the missing rank where the weights or gradients of a layer in pieces, which torch gathers and adds up by
-    itself, did not come in time. Other errors pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise MissingRankError(
-            f"rank {here.rank} of {here.world}: pieces of a layer did not come. {here.missing()}"
-        ) from error
-
-
-@contextmanager
-def join_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
-    """Joins the ranks that torch's launcher started, for as long as the block lasts; alone where none did.
-
-    Collectives over CPU tensors go through gloo, those over CUDA tensors through NCCL. Raises SteersmanError where
-    the other ranks do not come within `parallel.timeout` seconds, MissingRankError where one is lost later.
-    """
+def as_one_of(here: Ranks) -> Iterator[Ranks]:
+    """While open this process is `here` among the ranks."""
     global _here
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield _here
-        return
-    limit = timedelta(seconds=parallel.timeout)
-    local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local % torch.cuda.device_count())
+    before, _here = _here, here
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        store.set_timeout(limit)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    except (RuntimeError, ValueError) as error:
-        raise SteersmanError(
-            f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}: the other ranks did not come within "
-            f"{parallel.timeout:g} s to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
-        ) from error
-    before, _here = _here, Ranks(rank, world, parallel, store)
-    try:
-        yield _here
-    except RuntimeError as error:  # of a layer that lies in pieces, whose weights are gathered inside torch
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise MissingRankError(
-            f"rank {rank} of {world}: pieces of a layer did not come. {_here.missing()}"
-        ) from error
+        yield here
     finally:
         _here = before
-        dist.destroy_process_group()

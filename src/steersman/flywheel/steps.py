@@ -70,6 +70,11 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         ledger.at_end(player.release)
         maker = Maker(recipe, player, queries, scorer)
         answers = ledger.table("answers", maker.answers, model=ledger.model(recipe.model.path))
+        if not answers:
+            raise SteersmanError(
+                f"the length limit cut every answer, and such answers are left out; raise rollout.max_new_tokens "
+                f"({recipe.rollout.max_new_tokens})"
+            )
         kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
         rows = ledger.parts("steps", len(kept), lambda i: [maker.label_steps(kept[i])], made_from=recipe.data.path)
         if not rows:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from steersman.metrics.core import MetricInput, Scorer, check_script
 from steersman.metrics.math_process import MathProcess
 from steersman.metrics.stems import stem
-from steersman.ops.text import unspaced, words
+from steersman.ops.text import by_character, words
 from steersman.types import SteersmanError
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -66,8 +66,9 @@ def normalise_spaces(text: str) -> str:
 class TokenF1(Scorer):
     """F1 of the bag of words against the best reference, in [0, 1], words as SQuAD normalises them.
 
-    Two empty answers agree (1), as in SQuAD 2.0. SQuAD cuts at white space, so a reference in a script without
-    spaces is refused; `tokens: words` reads it character by character (`ops.text.words`). Source: arXiv 1606.05250.
+    Two empty answers agree (1), as in SQuAD 2.0. SQuAD cuts at white space, so a reference in Chinese, Thai, Korean
+    and the like is refused; `tokens: words` reads it character by character (`ops.text.words`). Source: arXiv
+    1606.05250.
     """
 
     tokens: Literal["squad", "words"] = "squad"
@@ -188,5 +189,5 @@ def concept_coverage(text: str, concepts: Any, who: str = "'concept_coverage'") 
     if not isinstance(listed, (list, tuple)) or not (wanted := {stem(str(word)) for word in listed}):
         raise SteersmanError(f"metric {who}: the concepts are empty or no list; give at least one word")
     found = {stem(word) for word in words(text)}
-    # a word of a script without spaces has no place between spaces to be found at
-    return sum(word in found or (unspaced(word) and word in text.lower()) for word in wanted) / len(wanted)
+    # a word of such a script is several of `words`, so it is looked for in the text
+    return sum(word in found or (by_character(word) and word in text.lower()) for word in wanted) / len(wanted)

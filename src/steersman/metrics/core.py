@@ -16,7 +16,7 @@ import torch
 
 from steersman.guards.untrusted import LONE_SURROGATE
 from steersman.guards.user_code import user_code
-from steersman.ops.text import uncut, unspaced, words
+from steersman.ops.text import by_character, uncut, words
 from steersman.types import SteersmanError
 
 Cut = Literal["words", "space"]
@@ -287,14 +287,14 @@ def jackknife(whole: MetricInput, value: Callable[[MetricInput], float], name: s
 def check_script(
     name: str, references: Sequence[Sequence[str]], mend: str, cut: Callable[[str], Sequence[str]] = str.split
 ) -> None:
-    """Raises SteersmanError for a reference in a script without spaces that `cut`, the metric's tokeniser, leaves
-    whole."""
+    """Raises SteersmanError for a reference in a script of which every character counts as a word, where `cut`, the
+    metric's tokeniser, leaves it whole."""
     for row, listed in enumerate(references):
         for reference in listed:
-            if unspaced(reference) and uncut(reference, cut(reference)):
+            if by_character(reference) and uncut(reference, cut(reference)):
                 raise SteersmanError(
-                    f"metric '{name}', row {row}: the reference is in a script without spaces, which the tokeniser "
-                    f"would take for one word: {reference[:30]!r}; {mend}"
+                    f"metric '{name}', row {row}: the reference is in a script of which every character counts as a "
+                    f"word, and the tokeniser does not cut it: {reference[:30]!r}; {mend}"
                 )
 
 

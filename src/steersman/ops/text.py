@@ -1,7 +1,8 @@
 """Statistics of plain text: words, sentences, n-grams; what metrics, the health watch and summaries count.
 
 A word is a run of letters or digits, lower-cased, with inner apostrophes kept ("didn't" is one word); a character
-of a script that is written without spaces is a word by itself. Vowel signs and accents belong to their letter.
+of a script whose words no spaces tell apart is a word by itself, and so is a syllable of Korean, whose words carry
+their endings. Vowel signs and accents belong to their letter.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-_UNSPACED = (
+_BY_CHARACTER = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
     "\u3005\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"  # Han and kana
     "\uac00-\ud7a3"  # Hangul
 )
 _MARK = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
-_CHARACTER = rf"(?=[^\W_])[{_UNSPACED}][{_MARK}]*"  # with its vowel signs and tone marks
-_LETTER = rf"[^\W_{_UNSPACED}]"
+_CHARACTER = rf"(?=[^\W_])[{_BY_CHARACTER}][{_MARK}]*"  # with its vowel signs and tone marks
+_LETTER = rf"[^\W_{_BY_CHARACTER}]"
 _LETTERS = rf"{_LETTER}+(?:[{_MARK}]+{_LETTER}*)*"
 _WORD = re.compile(rf"{_LETTERS}(?:'{_LETTERS})*|{_CHARACTER}")
-_PIECE = re.compile(rf"[^\W{_UNSPACED}]+(?:[{_MARK}]+[^\W{_UNSPACED}]*)*|{_CHARACTER}|[^\w\s{_MARK}]")
+_PIECE = re.compile(rf"[^\W{_BY_CHARACTER}]+(?:[{_MARK}]+[^\W{_BY_CHARACTER}]*)*|{_CHARACTER}|[^\w\s{_MARK}]")
 # The same of ASCII text alone, several times as fast as the classes of all scripts.
 _ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
 _ASCII_PIECE = re.compile(r"\w+|[^\w\s]")
@@ -49,14 +50,14 @@ def pieces(text: str) -> list[str]:
     return out
 
 
-def unspaced(text: str) -> bool:
-    """Whether most letters of `text` belong to a script that is written without spaces."""
+def by_character(text: str) -> bool:
+    """Whether most letters of `text` belong to a script of which every character counts as a word."""
     letters = [c for c in text if c.isalpha()]
-    return 2 * len(re.findall(f"[{_UNSPACED}]", text)) > len(letters)
+    return 2 * len(re.findall(f"[{_BY_CHARACTER}]", text)) > len(letters)
 
 
 def uncut(text: str, tokens: Sequence[str]) -> bool:
-    """Whether `tokens` leave most of what `text` writes without spaces, sign to sign, in one piece."""
+    """Whether `tokens` leave most runs of characters that count as words in one piece."""
     plain = "".join(" " if unicodedata.category(c)[0] in "PSZ" else c for c in text)
     runs = [run for run in plain.split() if len(re.findall(_CHARACTER, run)) > 1]
     whole = sum(any(run in token for token in tokens) for run in runs)

@@ -114,7 +114,8 @@ class Log:
 
     def _show(self, step: int, stats: Stats) -> None:
         now = time.monotonic()
-        detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in self.headline if k in stats)
+        headline = self.headline if self.total else tuple(stats)  # one that has no steps tells all at once
+        detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in headline if k in stats)
         done = step - self._first_step
         left = (now - self._start) / done * max(self.total - step, 0) if done > 0 else math.nan
         detail += f"  {_duration(left)} left" if step < self.total and math.isfinite(left) else ""
@@ -122,7 +123,8 @@ class Log:
             self._bar.update(self._task, completed=step, detail=detail)
         elif done <= 1 or step >= self.total or now - self._last_line >= self.every:
             self._last_line = now
-            self.note(f"{self.title} {step}/{self.total}  {detail.strip()}")
+            place = f" {step}/{self.total}" if self.total else ""
+            self.note(f"{self.title}{place}  {detail.strip()}")
 
 
 class NoLog:
