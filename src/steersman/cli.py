@@ -25,8 +25,8 @@ class Verb:
 
     `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
     file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
-    told where the verb is typed alone. With `any_file` that setting may be YAML
-    too. `many` says that several processes can share a run (`run.devices`).
+    told where the verb is typed alone. With `any_file` that setting may be YAML too. `many` says that several processes
+    can share a run (`run.devices`), `resumes` that it keeps a run that `--resume` goes on with.
     """
 
     run: str
@@ -36,6 +36,7 @@ class Verb:
     example: str = ""
     many: bool = False
     any_file: bool = False
+    resumes: bool = True
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
@@ -134,54 +135,56 @@ VERBS = {
     "judge-lessons": Verb("steersman.flywheel.judge_lessons:run",
                           "steersman.flywheel.judge_lessons:JudgeLessonsRecipe",
                           "pairs as questions with their winners, to train a judge that writes by grpo",
-                          example="--data.path FILE --out questions.jsonl"),
+                          example="--data.path FILE --out questions.jsonl", resumes=False),
     "judge": Verb("steersman.judge.label:run", "steersman.judge.label:LabelRecipe",
                   "a judge compares or grades a file of answers: pairs, rankings or ratings come out"),
     "grue": Verb("steersman.grue.run:run", "steersman.grue.recipe:GrueRecipe",
                  "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric"),
     "plan": Verb("steersman.verbs.plan:run", "steersman.verbs.plan:PlanRecipe",
                  "where a recipe's models fit on many devices, and how long an iteration takes there",
-                 file_key="recipe", example="recipes/ppo.yaml --devices 8xH100-80GB --size 7b", any_file=True),
+                 file_key="recipe", example="recipes/ppo.yaml --devices 8xH100-80GB --size 7b", any_file=True,
+                 resumes=False),
     "check-env": Verb("steersman.verbs.check_env:run", "steersman.verbs.check_env:CheckEnvRecipe",
                       "try an environment before it is trained in: one page of findings", file_key="environment.path",
-                      example="my_env.py:Env --model.path MODEL --data.path FILE"),
+                      example="my_env.py:Env --model.path MODEL --data.path FILE", resumes=False),
     "verify": Verb("steersman.verify.run:run", "steersman.verify.run:VerifyRecipe",
-                   "every method against exact answers on a small language, in one table"),
+                   "every method against exact answers on a small language, in one table", resumes=False),
     "evaluate": Verb("steersman.verbs.evaluate:run", "steersman.verbs.evaluate:EvaluateRecipe",
                      "metrics with confidence intervals over a file of completions, or over a model's answers",
-                     file_key="file"),
+                     file_key="file", resumes=False),
     "export": Verb("steersman.verbs.export:run", "steersman.verbs.export:ExportRecipe",
                    "write a model once more: adapters added in or alone, in a precision of choice",
-                   file_key="path", example="MODEL --out FOLDER"),
+                   file_key="path", example="MODEL --out FOLDER", resumes=False),
     "push": Verb("steersman.verbs.push:run", "steersman.verbs.push:PushRecipe",
                  "a run's model and its card to a model hub; --dry_run true only shows what would go",
-                 file_key="run", example="RUN --name USER/MODEL"),
+                 file_key="run", example="RUN --name USER/MODEL", resumes=False),
     "import-recipe": Verb("steersman.verbs.import_recipe:run", "steersman.verbs.import_recipe:ImportRecipe",
                           "settings of TRL, LLaMA-Factory or OpenRLHF as a recipe, each key mapped or named",
-                          file_key="file", example="FILE", any_file=True),
+                          file_key="file", example="FILE", any_file=True, resumes=False),
     "chat": Verb("steersman.verbs.chat:run", "steersman.verbs.chat:ChatRecipe",
-                 "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL"),
+                 "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL",
+                 resumes=False),
     "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
-               "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file"),
+               "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file", resumes=False),
     "leaderboard": Verb("steersman.people.leaderboard:run", "steersman.people.leaderboard:LeaderboardRecipe",
                         "models rated by people's choices, as they are and with length and style held equal",
-                        file_key="file"),
+                        file_key="file", resumes=False),
     "simulate-users": Verb("steersman.people.simulated_user:run", "steersman.people.simulated_user:SimulateRecipe",
                            "personas talk with candidates; a judge that is checked against people compares"),
     "wheel": Verb("steersman.people.wheel.run:run", "steersman.people.wheel.recipe:WheelRecipe",
                   "judgements train a candidate, gates and an A/B test decide whether it stays",
                   example="--model.path MODEL --judgements.folder FOLDER"),
     "collect": Verb("steersman.people.collect.verb:run", "steersman.people.collect.verb:CollectRecipe",
-                    "a page on which people chat with a model and judge answers, into a store"),
+                    "a page on which people chat with a model and judge answers, into a store", resumes=False),
     "export-feedback": Verb("steersman.people.store.export:run", "steersman.people.store.export:ExportRecipe",
                             "people's judgements as a file that sft, reward, dpo or kto reads", file_key="store",
-                            example="feedback.db --for dpo --out pairs.jsonl"),
+                            example="feedback.db --for dpo --out pairs.jsonl", resumes=False),
     "serve": Verb("steersman.people.serve.run:run", "steersman.people.serve.run:ServeRecipe",
                   "an OpenAI-compatible server on the engine: steersman serve MODEL", file_key="model.path",
-                  example="MODEL"),
+                  example="MODEL", resumes=False),
     "generate": Verb("steersman.verbs.generate:run", "steersman.verbs.generate:GenerateRecipe",
                      "sample responses from a model", example="--model.path MODEL --prompts '[\"Once upon\"]'",
-                     many=True),
+                     many=True, resumes=False),
 }  # fmt: skip
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """What the system says of files that the user may not open, and of disks that are full."""
@@ -257,6 +260,9 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
              f"every setting: steersman {name} --help; recipes to begin from are in the folder recipes/")  # fmt: skip
         return 2
     given = {w for w in words if w in flags}
+    if "--resume" in given and not verb.resumes:
+        _red(f"{name}: --resume goes on with a run that was ended early, and {name} keeps none; leave it out")
+        return 2
     overrides = [w for w in words if w not in flags]
     if path is None and "--resume" in given:
         path = _recipe_of_run(overrides)
@@ -360,7 +366,8 @@ def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
 
     console = Console()
     console.print(f"steersman {name} [recipe.yaml] [--section.key value ...]", style="bold", markup=False)
-    console.print(f"{verb.help}\n\nAlso: --print-config, --resume, --help\n", markup=False, highlight=False)
+    also = "--print-config, --resume, --help" if verb.resumes else "--print-config, --help"
+    console.print(f"{verb.help}\n\nAlso: {also}\n", markup=False, highlight=False)
     console.print(help_table(recipe_class))
 
 

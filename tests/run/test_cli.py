@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import inspect
 import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 import types
 from pathlib import Path
@@ -87,6 +90,17 @@ def test_help_answers_at_once_and_loads_no_torch():
 def test_version_and_no_arguments(steersman):
     assert steersman("--version")[1].startswith("steersman 0.")
     assert steersman()[0] == 0
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_goes_on_with_a_run_or_refuses_to(name, capsys):
+    """A verb that reads `resume` says so in the table of verbs, and no other takes --resume."""
+    verb = VERBS[name]
+    code = ast.parse(textwrap.dedent(inspect.getsource(cli._load(verb.run))))
+    assert verb.resumes == any(isinstance(part, ast.Name) and part.id == "resume" for part in ast.walk(code))
+    if not verb.resumes:
+        assert main([name, "some.yaml", "--resume"]) == 2
+        assert f"{name} keeps none; leave it out" in capsys.readouterr().err
 
 
 def test_an_unknown_verb_names_the_nearest(steersman):

@@ -94,6 +94,13 @@ def test_a_fault_is_said_when_it_comes_and_again_when_it_lasts():
     assert "KL coefficient" in text
 
 
+def test_a_policy_that_never_had_entropy_has_not_lost_it():
+    watch = HealthWatch()
+    (finding,) = [f for i in range(1, 5) for f in watch.update(i, {"entropy": 0.0})]
+    assert "0.000 nats per token from the start" in finding.text
+    assert "collapse" not in finding.text
+
+
 def test_fixed_length_answers_can_be_meant():
     rows = ramp("finish/eos", [0.0] * 6, **{"finish/length": 1.0})
     assert codes(rows, config=HealthConfig(expect_eos=False)) == []

@@ -52,6 +52,11 @@ def entropy_collapse(history: History, c: HealthConfig) -> str | None:
     start, now = history.start("entropy"), history.recent_mean("entropy", 3)
     if start is None or now is None or now >= max(c.entropy_floor, c.entropy_fraction * start):
         return None
+    if start <= c.entropy_floor:
+        return (
+            f"no entropy: {start:.3f} nats per token from the start. The policy answers the same each time, so there "
+            "is little to choose from; raise rollout.temperature, or begin from a model that is less sure."
+        )
     return (
         f"entropy collapse: {now:.3f} nats per token, from {start:.3f} at the start. The policy hardly explores "
         "any more; lower the learning rate, raise the KL coefficient or add an entropy bonus."
