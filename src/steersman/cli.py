@@ -25,8 +25,8 @@ class Verb:
 
     `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
     file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
-    told where the verb is typed alone. With `any_file` that setting may be YAML too. `many` says that several processes
-    can share a run (`run.devices`), `resumes` that it keeps a run that `--resume` goes on with.
+    told where the verb is typed alone. With `any_file` that setting may be YAML too. `many` says that several
+    processes can share a run (`run.devices`), `resumes` that it keeps a run that `--resume` goes on with.
     """
 
     run: str
