@@ -269,10 +269,8 @@ def _role(model: Model, seen: set[int]) -> Role:
     kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer)
     if here.deepspeed:  # which updates a copy of the weights
         kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)
-    return Role(
-        model.name, model.source, *(sum(whole_shape(p).numel() for p in some) for some in (parameters, trained)),
-        weights, gradients, kept,
-    )  # fmt: skip
+    count, learned = (sum(whole_shape(p).numel() for p in some) for some in (parameters, trained))
+    return Role(model.name, model.source, count, learned, weights, gradients, kept)
 
 
 def _bytes(x: Tensor) -> int:
