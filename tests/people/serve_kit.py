@@ -29,7 +29,8 @@ def running(served: Server):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(served.app(), host="127.0.0.1", port=port, log_level="warning"))
+    # Its own set-up of logging closes the handlers of others, and with one of absl's the stream that pytest captures.
+    server = uvicorn.Server(uvicorn.Config(served.app(), host="127.0.0.1", port=port, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -24,7 +24,7 @@ SERVER = """
 import sys, uvicorn
 from steersman.people.collect.app import Site, make_app
 from steersman.people.store import open_store
-uvicorn.run(make_app(Site(open_store(sys.argv[1]))), port=int(sys.argv[2]), log_level="critical")
+uvicorn.run(make_app(Site(open_store(sys.argv[1]))), port=int(sys.argv[2]), log_config=None)
 """
 
 

@@ -107,7 +107,7 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open, runs)
     app = make_app(site, host=recipe.host)
     print(f"http://{recipe.host}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
-    uvicorn.run(app, host=recipe.host, port=recipe.port, log_level="warning", server_header=False, access_log=False)
+    uvicorn.run(app, host=recipe.host, port=recipe.port, log_config=None, server_header=False, access_log=False)
     return {"store": store.url}
 
 

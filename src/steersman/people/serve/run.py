@@ -97,7 +97,8 @@ def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     what = ", ".join(filter(None, (*models, alias))) or f"what {recipe.backend.url} has"
     print(f"serving {what} on http://{recipe.serve.host}:{recipe.serve.port}/v1", flush=True)
-    uvicorn.run(server.app(), host=recipe.serve.host, port=recipe.serve.port, log_level="warning")
+    # Its own set-up of logging would close the handlers of all others in this process.
+    uvicorn.run(server.app(), host=recipe.serve.host, port=recipe.serve.port, log_config=None)
     return {"requests": server.requests}
 
 
