@@ -4,10 +4,9 @@
 
 Each version is installed into a folder of its own, FOLDER/transformers-VERSION, with whatever it needs in another
 version than the one that runs this; all else, torch among it, is this environment's. A folder that stands is used
-again. For each version the tests run, and the fast paths that models of each family take are printed. --short runs
-only those of which paths each family takes, and whether what stands in for the library's layers computes what they
-do; with the version of this environment it runs nothing, since `make test` does. Exit code 1: a test failed, or
-another version was imported; 75: the version could not be had, which is said.
+again. For each version the tests run, and the fast paths that models of each family take are printed; --short runs
+the few that say most. Exit code 1: a test failed, or another version was imported; 75: the version could not be had,
+which is said.
 """
 
 from __future__ import annotations
@@ -24,11 +23,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = [
-    "tests/rollout/test_fast_paths.py",
-    "tests/model/test_fused.py::test_states_and_gradients_are_those_of_the_librarys_layers",
-    "tests/model/test_per_instance.py::test_another_model_of_the_family_is_plain_transformers_bit_for_bit",
-]
+SHORT = ["tests/model/test_per_instance.py", "tests/model/test_fused.py", "tests/rollout/test_fast_paths.py"]
 TESTS = ["tests/model", "tests/rollout", "--ignore=tests/rollout/remote", "tests/native/test_guards.py",
          "tests/train/test_first_ratio.py"]  # fmt: skip
 ENDS = ["oldest", "newest"]
@@ -37,17 +32,16 @@ ONE_PROCESS = """
 import sys
 import pytest
 import transformers
-version, told, *words = sys.argv[1:]
+version, *words = sys.argv[1:]
 if transformers.__version__ != version:
     sys.exit(f"transformers {version} was asked for and {transformers.__version__} is imported")
 code = pytest.main(words)
-if told == "told":
-    from fast_paths import PATHS, paths_taken, small
-    transformers.utils.logging.set_verbosity_error()
-    print(f"transformers {version}; fast paths on:")
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"):
-        taken = paths_taken(small(family))
-        print(f"  {family}: {', '.join(p for p in PATHS if p in taken)}", flush=True)
+from fast_paths import PATHS, paths_taken, small
+transformers.utils.logging.set_verbosity_error()
+print(f"transformers {version}; fast paths on:")
+for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"):
+    taken = paths_taken(small(family))
+    print(f"  {family}: {', '.join(p for p in PATHS if p in taken)}", flush=True)
 sys.exit(code)
 """
 """One start of Python for all that is asked of a version: importing torch and transformers takes seconds."""
@@ -118,18 +112,15 @@ def satisfied(need: Requirement) -> bool:
 
 
 def run(which: str, folder: Path, *, short: bool, seconds: int) -> int:
-    version, own = version_of(which, folder), metadata.version("transformers")
-    if short and version == own:
-        print(f"transformers {version} ({which}): this environment's own, with which all tests run")
-        return 0
+    version = version_of(which, folder)
     places = [str(ROOT / "src")]
-    if version != own:
+    if version != metadata.version("transformers"):
         places.insert(0, str(environment(version, folder)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
     print(f"transformers {version} ({which})", flush=True)
     # slow: the test that starts this script
     words = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not vllm", *(SHORT if short else TESTS)]
-    command = [sys.executable, "-c", ONE_PROCESS, version, "quiet" if short else "told", *words]
+    command = [sys.executable, "-c", ONE_PROCESS, version, *words]
     return subprocess.run(command, env=env, cwd=ROOT, timeout=seconds).returncode
 
 

@@ -39,8 +39,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             tmp.unlink(missing_ok=True)
 
 
-def check_place(file: Path) -> None:
-    """Raises SteersmanError where `write_atomic` could not write the file; for asking before the work it holds."""
+def check_places(*files: str | Path | None) -> None:
+    """Raises SteersmanError where `write_atomic` could not write a file; for asking before the work that it holds.
+    None is no file."""
+    for file in files:
+        if file is not None:
+            _check_place(Path(file))
+
+
+def _check_place(file: Path) -> None:
     if file.is_dir():
         raise SteersmanError(f"{file}: a folder has this name; name a file")
     if not file.parent.is_dir():

@@ -194,6 +194,7 @@ REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and gives its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _held().clear()
     if _is_rank():
         _launch().end_with_starter()
     try:
@@ -378,9 +379,15 @@ def _red(text: str) -> None:
 
 def _say_where(what: str) -> None:
     """Points to the files of a run that ended badly."""
-    folder = sys.modules.get("steersman.run.files.folder")
-    where = f"; its files are in {folder.held[-1]}" if folder is not None and folder.held else ""
+    held = _held()
+    where = f"; its files are in {held[-1]}" if held else ""
     _red(f"{what}{where}")
+
+
+def _held() -> list[Path]:
+    """The run folders that this command line has held; none where nothing that holds one was imported."""
+    folder = sys.modules.get("steersman.run.files.folder")
+    return [] if folder is None else folder.held
 
 
 if __name__ == "__main__":

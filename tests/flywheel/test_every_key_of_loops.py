@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from test_every_key_is_read import SOMETIMES, read_by
 from wheel_kit import loop_settings
 
 from steersman.cli import VERBS, main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "people"))
 
 HANDED_ON = {
     "best-of-n": ("model.", "run."),

@@ -15,10 +15,10 @@ SECONDS = 600
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["oldest", "newest"])
 def test_each_family_takes_its_paths_and_computes_what_the_library_does(which):
-    """`make test-transformers` runs many more. The version that is pinned is the one of all other tests."""
+    """`make test-transformers` runs many more."""
     script = [sys.executable, str(ROOT / "tools" / "transformers_versions.py"), "--only", which, "--short"]
     ran = subprocess.run([*script, "--seconds", str(SECONDS)], text=True, capture_output=True, timeout=2 * SECONDS)
     if ran.returncode == 75:
         pytest.skip(f"another transformers could not be had: {ran.stderr.strip().splitlines()[-1]}")
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
-    assert "this environment's own" in ran.stdout or " passed" in ran.stdout
+    assert "llama: fused log-probabilities" in ran.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +37,11 @@ class Section(BaseModel):
         """Defaults of a recipe, as nested plain data, that follow from what it is given elsewhere; those that it is
         given itself win."""
         return {}
+
+
+def key_names(**sections: Iterable[str]) -> frozenset[str]:
+    """Dotted keys: `key_names(run=("dir", "seed"))` is {"run.dir", "run.seed"}."""
+    return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 
 
 def walk_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:

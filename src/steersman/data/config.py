@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data.encoding import check_encoding
 
 ROWS_TO_TOKENS = (
@@ -30,7 +30,7 @@ OF_KINDS = {
 
 def keys_of_other_kinds(*kinds: str) -> frozenset[str]:
     """Keys of `data` that say nothing about examples of these kinds."""
-    return frozenset(f"data.{key}" for key, own in OF_KINDS.items() if own.isdisjoint(kinds))
+    return key_names(data=[key for key, own in OF_KINDS.items() if own.isdisjoint(kinds)])
 
 
 class CountingConfig(Section):

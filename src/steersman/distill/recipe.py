@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge.config import AddressConfig
@@ -132,8 +132,8 @@ class DistillRecipe(TrainingRecipe):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        rollout = {f"rollout.{key}" for key in ("prompts", *LEARNED_ONLY)}
-        return keys_of_other_kinds("query", "demonstration") | rollout | {"reward.whiten"}
+        own = key_names(rollout=("prompts", *LEARNED_ONLY), reward=("whiten",))
+        return keys_of_other_kinds("query", "demonstration") | own
 
     @property
     def gradient_through_samples(self) -> bool:

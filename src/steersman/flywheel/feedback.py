@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
@@ -96,8 +96,7 @@ class FeedbackRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        unread = {*ROWS_TO_EXAMPLES, *ROWS_TO_TOKENS} - set(HANDED_ON)
-        return frozenset(f"data.{key}" for key in unread)
+        return key_names(data={*ROWS_TO_EXAMPLES, *ROWS_TO_TOKENS} - set(HANDED_ON))
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from steersman.atomic import write_atomic
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_TOKENS, DataConfig, Preference, keys_of_other_kinds, preferences
 from steersman.judge import prompts
 from steersman.judge.config import RUBRIC
@@ -49,7 +49,7 @@ class JudgeLessonsRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return keys_of_other_kinds("preference") | {f"data.{key}" for key in ("mix", "shuffle", *ROWS_TO_TOKENS)}
+        return keys_of_other_kinds("preference") | key_names(data=("mix", "shuffle", *ROWS_TO_TOKENS))
 
 
 def run(recipe: JudgeLessonsRecipe, *, resume: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from steersman.config.sections import key_names
 from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.sections import LoopRecipe
 from steersman.recipe.sections import LEARNED_ONLY
@@ -26,7 +27,7 @@ class RoundsRecipe(LoopRecipe):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return super().unread_keys() | {f"rollout.{key}" for key in LEARNED_ONLY}
+        return super().unread_keys() | key_names(rollout=LEARNED_ONLY)
 
 
 R = TypeVar("R", bound=RoundsRecipe)

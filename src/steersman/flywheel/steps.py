@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
@@ -45,13 +45,12 @@ class StepLabelsRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        sections = {
-            "model": TRAINED_ONLY,
-            "run": STEPS_ONLY,
-            "rollout": ("held_out", *LEARNED_ONLY),
-            "data": ("max_length", "mix", "score_range", "shuffle", "ties"),
-        }
-        return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
+        return key_names(
+            model=TRAINED_ONLY,
+            run=STEPS_ONLY,
+            rollout=("held_out", *LEARNED_ONLY),
+            data=("max_length", "mix", "score_range", "shuffle", "ties"),
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> StepLabelsRecipe:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
 from steersman.data.examples import Content, is_empty
@@ -39,8 +39,7 @@ class LabelRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        data = (f"data.{key}" for key in (*ROWS_TO_EXAMPLES, *ROWS_TO_TOKENS))
-        return frozenset({*data, *(f"run.{key}" for key in ("micro_tokens", *STEPS_ONLY))})
+        return key_names(data=(*ROWS_TO_EXAMPLES, *ROWS_TO_TOKENS), run=("micro_tokens", *STEPS_ONLY))
 
 
 @dataclass(slots=True)

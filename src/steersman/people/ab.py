@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.atomic import check_place, write_atomic
+from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section
 from steersman.data import BadRows
 from steersman.guards.terminal import printable
@@ -51,9 +51,7 @@ class ABRecipe(Section):
 
 def run(recipe: ABRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the report of the experiment as its outcomes stand, and returns it."""
-    for file in (recipe.out, recipe.log):
-        if file is not None:
-            check_place(Path(file))
+    check_places(recipe.out, recipe.log)
     bad, experiment = BadRows(recipe.on_bad_row, "on_bad_row"), recipe.experiment
     names = (experiment.control, experiment.treatment)
     if "://" in recipe.file:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.atomic import check_place, write_atomic
+from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section
 from steersman.data import BadRows
 from steersman.guards.terminal import printable
@@ -45,8 +45,7 @@ class LeaderboardRecipe(Section):
 
 def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints the table, and returns both ratings and what style is worth."""
-    if recipe.out is not None:
-        check_place(Path(recipe.out))
+    check_places(recipe.out)
     bad = BadRows(recipe.on_bad_row, "on_bad_row")
     battles = list(style_battles(open_judgements(recipe.file, bad), recipe.cluster))
     if not battles:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data.examples import Message, user
 from steersman.guards.terminal import printable
 from steersman.judge import Judge, JudgeConfig, open_judge
@@ -63,7 +63,7 @@ class SimulateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset(f"run.{key}" for key in STEPS_ONLY)
+        return key_names(run=STEPS_ONLY)
 
     @model_validator(mode="after")
     def _enough(self) -> SimulateRecipe:

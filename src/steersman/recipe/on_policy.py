@@ -7,7 +7,7 @@ from typing import Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from steersman.algorithms.base import Algorithm
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import ParallelConfig
 from steersman.environments.config import EnvironmentConfig
@@ -94,9 +94,8 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             return frozenset()
         # a line search makes no gradient step, so nothing of the optimizer
         actor = OptimizerConfig.model_fields if method.update == "trust_region" else ()
-        own = (f"algorithm.{key}" for key in method.unread)
-        others = keys_of_other_kinds("query")
-        return others | {"data.max_length", *own, *(f"optimizer.{key}" for key in actor)}
+        own = key_names(algorithm=method.unread, optimizer=actor, data=("max_length",))
+        return keys_of_other_kinds("query") | own
 
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:

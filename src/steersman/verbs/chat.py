@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from steersman.atomic import write_atomic
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Layout, layout
 from steersman.data import end_ids as template_ends
 from steersman.guards.terminal import printable
@@ -57,7 +57,7 @@ class ChatRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset({*(f"model.{key}" for key in TRAINED_ONLY), *(f"run.{key}" for key in KEPT_ONLY)})
+        return key_names(model=TRAINED_ONLY, run=KEPT_ONLY)
 
 
 def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Coefficients
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, encode_prompts, episode_rows, keys_of_other_kinds, layout
 from steersman.environments.check import Findings, try_episodes
 from steersman.environments.config import EnvironmentConfig, open_environment
@@ -43,15 +43,13 @@ class CheckEnvRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        sections = {
-            "model": ("max_shard_size", "merge", "save_dtype"),
-            "run": KEPT_ONLY,
-            "rollout": ("prompts", "samples", "held_out", *LEARNED_ONLY),
-            "data": ("max_length", "mix", "shuffle"),
-            "environment": ("baseline_per", "discount_per"),
-        }
-        named = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
-        return keys_of_other_kinds("query") | named
+        return keys_of_other_kinds("query") | key_names(
+            model=("max_shard_size", "merge", "save_dtype"),
+            run=KEPT_ONLY,
+            rollout=("prompts", "samples", "held_out", *LEARNED_ONLY),
+            data=("max_length", "mix", "shuffle"),
+            environment=("baseline_per", "discount_per"),
+        )
 
 
 def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.atomic import check_place, write_atomic
+from steersman.atomic import check_places, write_atomic
 from steersman.config.recipe_text import load_yaml
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import read_rows
 from steersman.data.encoding import check_encoding
 from steersman.distributed.parallel import ParallelConfig
@@ -67,7 +67,7 @@ class EvaluateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return frozenset(f"generate.{key}" for key in GenerateRecipe.unread_keys())
+        return key_names(generate=GenerateRecipe.unread_keys())
 
     @property
     def run(self) -> ManyRunConfig:
@@ -100,9 +100,7 @@ def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
     def make() -> None:
         made.update({name: metric(part.metric or name, part.args) for name, part in recipe.metrics.items()})
-        for file in (recipe.out, _answers_file(recipe)):
-            if file is not None:
-                check_place(Path(file))
+        check_places(recipe.out, _answers_file(recipe))
 
     ranks().from_main(make, "the metrics")
     samples = sampled(recipe.generate) if recipe.generate is not None else _from_file(recipe)

@@ -12,7 +12,6 @@ from pydantic import model_validator
 
 from steersman.data import Order, keys_of_other_kinds, layout, training
 from steersman.loss.offline import LOSSES
-from steersman.model import keep_away
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
 from steersman.setup.models import context_length, policy_from
@@ -90,10 +89,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         order = Order(recipe.train.batch_size, recipe.run.seed, by_length=FeedbackRun.by_length)
         data = training(recipe.data, "feedback", laid, context=context_length(policy.model), order=order)
         reference, watch = reference_from(recipe.reference, recipe.model, recipe.run, policy), None
-        frozen = frozen_models(reference=reference)
-        if recipe.offload:
-            for model in frozen.values():
-                keep_away(model)
+        frozen = frozen_models(recipe.offload, reference=reference)
         if recipe.samples.count(True):
             watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = FeedbackObjective(

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from steersman.atomic import check_place, write_atomic
-from steersman.config.sections import Section
+from steersman.atomic import check_places, write_atomic
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other_kinds, layout, prompts, wraps
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
@@ -43,14 +43,12 @@ class GenerateRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        sections = {
-            "model": TRAINED_ONLY,
-            "run": KEPT_ONLY,
-            "rollout": ("prompts", "held_out", *LEARNED_ONLY),
-            "data": ("max_length", "shuffle", "mix"),
-        }
-        named = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
-        return keys_of_other_kinds("query") | named
+        return keys_of_other_kinds("query") | key_names(
+            model=TRAINED_ONLY,
+            run=KEPT_ONLY,
+            rollout=("prompts", "held_out", *LEARNED_ONLY),
+            data=("max_length", "shuffle", "mix"),
+        )
 
     @model_validator(mode="after")
     def _has_prompts(self) -> GenerateRecipe:
@@ -66,13 +64,12 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
     A row keeps the other columns of its prompt's data row, so that metrics can read them.
     """
-    out = None if recipe.out is None else Path(recipe.out)
-    if out is not None:
-        ranks().from_main(lambda: check_place(out), "the file of responses")
+    ranks().from_main(lambda: check_places(recipe.out), "the file of responses")
     samples = sampled(recipe)
-    if out is None:
+    if recipe.out is None:
         _show(samples)
     else:
+        out = Path(recipe.out)
         ranks().from_main(lambda: write_samples(samples, out), "the responses")
     return {"samples": len(samples), "out": recipe.out}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from steersman.model import Policy
+from steersman.model import Policy, keep_away
 from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
 from steersman.setup.models import save_model, slow_rate
@@ -44,10 +44,15 @@ def carry_out(
     return session.summary({"model": str(session.path / "model"), **state.objective.evaluate()})
 
 
-def frozen_models(**references: Reference | None) -> dict[str, Policy]:
-    """Of the references those with weights of their own, by their role's name."""
+def frozen_models(offload: bool, **references: Reference | None) -> dict[str, Policy]:
+    """Of the references those with weights of their own, by their role's name; with `offload` they go to the CPU's
+    memory until they are read."""
     there = {name: reference.separate for name, reference in references.items() if reference is not None}
-    return {name: model for name, model in there.items() if model is not None}
+    found = {name: model for name, model in there.items() if model is not None}
+    if offload:
+        for model in found.values():
+            keep_away(model)
+    return found
 
 
 def train_and_restore(session: Session, state: Offline, keep: str) -> bool:

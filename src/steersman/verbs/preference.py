@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from steersman.data import Order, Preference, TrainingSet, keys_of_other_kinds, layout, training
 from steersman.loss.offline import LOSSES
-from steersman.model import keep_away
 from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.run.preflight import Preflight
 from steersman.setup.models import context_length, policy_from
@@ -77,10 +76,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         if recipe.anchor is not None:
             second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
             anchor = (second, recipe.anchor_share)
-        frozen = frozen_models(reference=reference, anchor=None if anchor is None else anchor[0])
-        if recipe.offload:
-            for model in frozen.values():
-                keep_away(model)
+        frozen = frozen_models(recipe.offload, reference=reference, anchor=None if anchor is None else anchor[0])
         if reference is not None and watched:
             watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = PairObjective(

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Query, Row, keys_of_other_kinds, wraps
 from steersman.data.examples import user
 from steersman.flywheel.instruct.compose import REWRITE, compose, instruction_text, keeps_the_rules, split_kinds
@@ -78,14 +78,12 @@ class InstructRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        sections = {
-            "model": TRAINED_ONLY,
-            "run": STEPS_ONLY,
-            "rollout": LEARNED_ONLY,
-            "data": ("cut", "max_length", "mix", "on_too_long", "shuffle"),
-        }
-        named = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
-        return keys_of_other_kinds("query") | named
+        return keys_of_other_kinds("query") | key_names(
+            model=TRAINED_ONLY,
+            run=STEPS_ONLY,
+            rollout=LEARNED_ONLY,
+            data=("cut", "max_length", "mix", "on_too_long", "shuffle"),
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> InstructRecipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, layout
 from steersman.model import Policy
 from steersman.people.serve.app import Server
@@ -59,8 +59,7 @@ class ServeRecipe(Section):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        kept = (f"run.{key}" for key in (*KEPT_ONLY, "seed"))
-        return frozenset({*(f"model.{key}" for key in TRAINED_ONLY), *kept})
+        return key_names(model=TRAINED_ONLY, run=(*KEPT_ONLY, "seed"))
 
     @model_validator(mode="after")
     def _has_models(self) -> ServeRecipe:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from steersman.atomic import check_place, write_atomic
+from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section
 from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
@@ -43,7 +43,7 @@ ExportRecipe = create_model("ExportRecipe", __base__=Export, __doc__=Export.__do
 
 def run(recipe: Export, *, resume: bool = False) -> dict[str, Any]:
     """Writes the rows and says how many; names and logins of raters are never among them."""
-    check_place(Path(recipe.out))
+    check_places(recipe.out)
     address = recipe.store if "://" in recipe.store else f"sqlite:///{recipe.store}"
     stored = StoredRows(address)
     verb = getattr(recipe, "for")

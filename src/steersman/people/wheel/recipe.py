@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig
 from steersman.flywheel.arena import DPOStage, PPOStage, SFTStage
 from steersman.flywheel.feedback import KTOStage
@@ -91,9 +91,7 @@ class WheelRecipe(Section):
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
         # the wheel names its models by their turns; all that is sampled is one answer a held-out prompt
-        names = {f"experiment.{key}" for key in ("control", "treatment")}
-        rollout = ("prompts", "samples", *LEARNED_ONLY)
-        return frozenset(names | {f"rollout.{key}" for key in rollout})
+        return key_names(experiment=("control", "treatment"), rollout=("prompts", "samples", *LEARNED_ONLY))
 
     @model_validator(mode="after")
     def _can_turn(self) -> WheelRecipe:
