@@ -74,7 +74,7 @@ class Misbehaves:
         if self.what == "raise":
             raise RuntimeError("broken \\x1b[31m")
         if self.what == "hang":
-            time.sleep(60)
+            time.sleep(3)
         if self.what == "exit":
             raise SystemExit(3)
         if self.what == "leave":
