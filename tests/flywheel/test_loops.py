@@ -153,9 +153,11 @@ def test_a_signal_stops_between_steps_and_says_so(tmp_path, mini_model, monkeypa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_after_a_stage_s_last_step_stops_the_loop_too(number, tmp_path, mini_model, monkeypatch):
     """A stage saves its model and writes its report then, which takes longer than its steps where these are few."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, as it should
     with monkeypatch.context() as patch:
         patch.setattr("steersman.train.session.write_report", lambda folder: os.kill(os.getpid(), number))
         summary = turn("best-of-n", tmp_path, mini_model)
+    signal.signal(signal.SIGHUP, before)
     assert summary["finished"] is False
     assert not (tmp_path / "run" / "round-02").exists()
     assert turn("best-of-n", tmp_path, mini_model, resume=True)["finished"] is True

@@ -83,7 +83,8 @@ def train(
         {
             "model": {"path": str(data / "stories260k/hf")},
             "data": {"path": str(data / "tinystories"), **OPENINGS},
-            "reward": {"parts": {"vader": {"builtin": "vader_sentiment"}}, "normalise": True},
+            # GDPO gives each part of the reward a scale of its own already.
+            "reward": {"parts": {"vader": {"builtin": "vader_sentiment"}}, "normalise": method != "gdpo"},
             "rollout": {"prompts": 12, "samples": 4, "max_new_tokens": 24, "held_out": 64, "eos_token_id": [1, 2]},
             "algorithm": {"beta": BETA, **settings},
             "optimizer": {"lr": rate, "warmup": 4},

@@ -57,12 +57,15 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: s
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     style: Any = _STYLE | {"svg.hashsalt": title}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
-        axes = figure.add_subplot()
+        # Places are fixed: to fit them to the texts would draw each chart twice and measure every label.
+        figure = Figure(figsize=(5.2, 2.5))
+        axes = figure.add_axes((0.18, 0.18, 0.80, 0.73))
+        axes.xaxis.set_label_coords(0.5, -0.15)
+        axes.yaxis.set_label_coords(-0.155, 0.5)
         for color, dash, line in zip(_LINES, DASHES, lines, strict=False):
             smooth = running_mean(line.values)
             noisy = smooth is not line.values
@@ -76,7 +79,7 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: s
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel(textwrap.fill(label or title, 26))  # what a chart's height has room for
