@@ -57,8 +57,11 @@ def offline(folder, model, data, **extra):
 # -- on-policy -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "pair"), [(name, STYLES[i % 2]) for i, name in enumerate(ALGORITHMS)], indirect=["pair"]
+)
 def test_every_algorithm_runs(name, asked, tmp_path, pair):
+    """Methods by turns on either style: what a style does is tested below."""
     summary = rl.run(recipe(name, asked))
     assert summary["finished"]
     numbers = {k: v for row in rows(tmp_path / "run") for k, v in row.items()}

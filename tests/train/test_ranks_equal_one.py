@@ -43,7 +43,9 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
 CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
 are near zero, AdamW makes rounding as large as the rest."""
-REPLICAS_ONLY = {"trpo", "dapo-ahead", "sft-adafactor", "sft-muon"}
+NOT_IN_PIECES = {"trpo", "dapo-ahead", "sft-adafactor", "sft-muon"}
+LIKE_OTHERS = {"a2c", "reinforce", "rloo", "dapo", "gspo", "ppo-kl", "grpo-curriculum"}
+"""Their losses and prompts do not touch how weights lie: they run on replicas; in pieces, others stand for them."""
 NAMES = [*ON_POLICY, *OFFLINE, *EXTRA]
 ANSWERS = ["generate", "evaluate"]
 """Verbs that train nothing: their files are compared."""
@@ -140,7 +142,7 @@ def replicas(folder, model) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(folder, model) -> Path:
-    names = [name for name in NAMES if name not in REPLICAS_ONLY]
+    names = [name for name in NAMES if name not in NOT_IN_PIECES | LIKE_OTHERS]
     return launched(folder, model, "sharded", 2, names, {"mode": "fsdp"})
 
 
@@ -192,7 +194,7 @@ def test_two_replicas_learn_what_one_process_learns(name, alone, replicas):
     assert_same(replicas, alone, name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in REPLICAS_ONLY])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_PIECES | LIKE_OTHERS])
 def test_two_ranks_with_weights_in_pieces_learn_what_one_process_learns(name, alone, sharded):
     assert_same(sharded, alone, name)
 
