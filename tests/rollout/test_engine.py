@@ -160,6 +160,26 @@ def test_bytes_of_the_cache_are_counted(model):
     assert held == kv_cache_bytes(model.config, 4, live_layers[0].keys.shape[2], torch.float32)
 
 
+def test_bytes_are_counted_where_layers_differ_and_some_keep_no_keys_of_their_own():
+    """Gemma 4's full layers have wider heads than its sliding ones; its last ones may read the keys of others."""
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=97, vocab_size_per_layer_input=97, hidden_size=32, hidden_size_per_layer_input=8,
+        intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=8,
+        per_layer_config={1: {"head_dim": 16}, 2: {"head_dim": 16}}, num_kv_shared_layers=1,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    engine = Engine(AutoModelForCausalLM.from_config(config).eval(), max_batch=4)
+    engine.generate(ragged(9), Sampling(20), seed=0)
+    live_layers = engine.decoder.live.live_layers
+    assert len(live_layers) == 2
+    held = sum(x.numel() * x.element_size() for b in live_layers for x in (b.keys, b.values))
+    columns = live_layers[0].keys.shape[2]
+    assert held == kv_cache_bytes(config, 4, columns, torch.float32) == 2 * (2 * 8 + 2 * 16) * 4 * columns * 4
+
+
 # -- how much it computes -------------------------------------------------------------------------------------
 
 

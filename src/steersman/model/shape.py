@@ -98,12 +98,30 @@ def shape_from(config: Any, name: str) -> Shape:
     names = set(model._no_split_modules or ())
     layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]
     tables = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    widths, queries = key_widths(config), [heads * size for heads, _, size in _heads(text)]
     return Shape(
         name=name, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
         tables=sum(tables.values()), layers=text.num_hidden_layers, hidden=text.hidden_size,
-        cached=2 * (getattr(text, "num_key_value_heads", None) or heads) * size,
-        inner=getattr(text, "intermediate_size", None) or 0, query=heads * size, heads=heads,
-        vocabulary=text.vocab_size,
+        cached=round(2 * sum(widths) / text.num_hidden_layers), inner=getattr(text, "intermediate_size", None) or 0,
+        query=round(sum(queries) / len(queries)), heads=text.num_attention_heads, vocabulary=text.vocab_size,
     )  # fmt: skip
+
+
+def key_widths(config: Any) -> list[int]:
+    """Numbers of a token's keys, and as many of its values, in each layer that keeps its own: layers may differ
+    (Gemma 4), and the last ones may read those of layers before (Gemma 3n)."""
+    text = config.get_text_config(decoder=True)
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return [keys * size for _, keys, size in _heads(text)[:own]]
+
+
+def _heads(text: Any) -> list[tuple[int, int, int]]:
+    """Of each layer the heads of queries, those of keys, and the numbers of a head."""
+    return [
+        (
+            layer.num_attention_heads,
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in text.per_layer_config
+    ]

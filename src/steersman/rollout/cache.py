@@ -19,17 +19,19 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from steersman.model.shape import key_widths
 from steersman.types import SteersmanError, send
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """Each layer's sliding window in tokens, None where it sees everything; refuses other kinds of layers."""
+    """The sliding window in tokens of each layer that keeps keys of its own, None where it sees everything; refuses
+    other kinds of layers. Layers that read the keys of others come last and have no place in a cache."""
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or [FULL]) - {FULL, SLIDING}
     windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers:
+    for layer in DynamicCache(config=config).layers[: len(key_widths(config))]:
         if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise SteersmanError(
                 f"rollout: a {text.model_type} model with layers of kind "
@@ -40,11 +42,8 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
 
 
 def kv_cache_bytes(config: PretrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values, 2 * layers * batch * length * heads * width * bytes of the dtype."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * batch * length * heads * width * dtype.itemsize
+    """Bytes of keys and values, 2 * batch * length * bytes of the dtype * the layers' heads * width added up."""
+    return 2 * sum(key_widths(config)) * batch * length * dtype.itemsize
 
 
 class PromptLayer(CacheLayerMixin):
