@@ -61,6 +61,15 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "qwen2": {"vocab_size": 36},  # whose tokenizer adds a token of its own
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 50,
+    },
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
 }
 """Sizes that hang together otherwise than by their names."""
@@ -259,6 +268,14 @@ def one(kind: str, style: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         missing = make(kind, style, Path(folder) / "model")
         if missing:
+            import transformers as hf
+
+            from steersman.model.source import require_family
+
+            try:  # what its default config says is enough to refuse it, before any weight is read
+                require_family("/model", hf.AutoConfig.for_model(kind))
+            except SteersmanError as error:
+                return {"status": "refused", "why": str(error)}
             return {"status": "not tried", "why": missing}
         notes: list[str] = []
         for name, check in tries(Path(folder) / "model", Path(folder), notes).items():
