@@ -78,6 +78,42 @@ def test_answers_are_mended_rule_by_rule_and_every_file_keeps_what_it_says(tmp_p
     assert "startend:quotation" not in json.dumps(rows_of(folder / "grpo.jsonl"))
 
 
+def test_an_answer_that_keeps_enough_answers_the_instruction_without_the_rest(tmp_path, mini):
+    """The one that mends leaves out one kind of rule, so that answers end with one of two rules kept."""
+    able = mender([])
+
+    def behave(i: int, text: str) -> str:
+        return "nothing" if "P.S." in text.split("The answer breaks this rule: ")[1] else able(i, text)
+
+    rules = {"least": 2, "most": 2, "kinds": KINDS, "kept": 1}
+    with serving(behave) as server:
+        strict = run(settings(tmp_path, mini, corrector=endpoint(server), rules={**rules, "kept": None}))
+        told = run(
+            settings(
+                tmp_path, mini, corrector=endpoint(server), rules=rules,
+                run={"dir": str(tmp_path / "kept"), "threads": 1},
+            )
+        )  # fmt: skip
+    assert told["data/sft"] > strict["data/sft"] >= 1
+    asked = rows_of(tmp_path / "kept/instructions.jsonl")
+    whole = {row["prompt"] for row in asked}
+    cut = [row for row in rows_of(tmp_path / "kept/sft.jsonl") if row["prompt"] not in whole]
+    assert cut
+    for row in cut:
+        (of,) = [
+            one for one in asked
+            if one["task"].strip() in row["prompt"] and sum(c["text"] in row["prompt"] for c in one["rules"]) == 1
+        ][:1]  # fmt: skip
+        kept = [again(c) for c in of["rules"] if c["text"] in row["prompt"]]
+        assert row["rules"] == 1
+        assert kept[0].holds(row["completion"])
+    for row in rows_of(tmp_path / "kept/dpo.jsonl"):
+        texts = {c["text"]: again(c) for one in asked for c in one["rules"]}
+        there = [rule for text, rule in texts.items() if text in row["prompt"]]
+        assert all(rule.holds(row["chosen"]) for rule in there)
+        assert not all(rule.holds(row["rejected"]) for rule in there)
+
+
 def test_the_rows_for_grpo_are_what_the_metric_reads(tmp_path, mini):
     with serving(mender([])) as server:
         run(settings(tmp_path, mini, corrector=endpoint(server)))

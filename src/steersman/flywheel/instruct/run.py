@@ -3,7 +3,7 @@
 Each instruction is a task of the data with some rules that can be kept together. A model answers; answers that break
 a rule are mended by another one, rule by rule, and kept where all checks pass. What comes of it:
 
-    sft.jsonl    prompt, completion: answers that keep every rule, mended or as they were
+    sft.jsonl    prompt, completion: answers that keep every rule of their prompt, mended or as they were
     dpo.jsonl    prompt, chosen, rejected: the mended answer over the one that it was made of
     grpo.jsonl   prompt, instruction_id_list, kwargs: what the metric `ifeval` rewards
     held_out.jsonl   the same with kinds of rules that stand in none of the others
@@ -48,11 +48,17 @@ class RulesConfig(Section):
         default_factory=list, description=f"kinds of rules, by IFEval's names; empty: all {len(KINDS)}"
     )
     held_out: list[str] = Field(default_factory=list, description="kinds that stand in held-out instructions alone")
+    kept: int | None = Field(
+        default=None, ge=1,
+        description="an answer that keeps so many of its rules answers the instruction without those that it breaks "
+        "(arXiv 2302.05206); null: answers keep all of their rules",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _fits(self) -> RulesConfig:
-        if self.least > self.most:
-            raise ValueError(f"least ({self.least}) is above most ({self.most})")
+        for name, count in (("least", self.least), ("kept", self.kept or 1)):
+            if count > self.most:
+                raise ValueError(f"{name} ({count}) is above most ({self.most})")
         return self
 
 
@@ -101,7 +107,7 @@ def run(recipe: InstructRecipe, *, resume: bool = False) -> dict[str, Any]:
         writer = None
         if recipe.corrector is not None:
             writer = Writer(recipe.corrector, ledger.path, stopping=lambda: bool(ledger.signal))
-        about = {"made_from": recipe.data.path, "rules": recipe.rules.model_dump()}
+        about = {"made_from": recipe.data.path, "rules": recipe.rules.model_dump(exclude={"kept"})}
         asked = ledger.table(
             "instructions", lambda: _instructions(recipe, tasks, train, recipe.rollout.prompts, "train"), **about
         )
@@ -116,7 +122,7 @@ def run(recipe: InstructRecipe, *, resume: bool = False) -> dict[str, Any]:
         )
         by = "nobody" if writer is None else writer.describe()
         mended = ledger.table("mended", lambda: _mended(recipe, asked, answers, writer), by=by)
-        stats |= _write(ledger, asked, mended, wrap)
+        stats |= _write(ledger, recipe, asked, mended, wrap)
         if held and recipe.rollout.held_out:
             count = recipe.rollout.held_out
             rows = ledger.table(
@@ -126,7 +132,9 @@ def run(recipe: InstructRecipe, *, resume: bool = False) -> dict[str, Any]:
             stats["data/held_out"] = len(rows)
         ledger.finish_round(0, stats, [_shown(asked[r["index"]], r) for r in mended[:40]])
         if not stats["data/sft"]:
-            ledger.log.note("no answer keeps all of its rules: take a stronger model, a corrector, or fewer rules")
+            ledger.log.note(
+                "no answer keeps its rules: take a stronger model, a corrector, fewer rules or rules.kept"
+            )
         files = {name: str(ledger.path / f"{name}.jsonl") for name in ("sft", "dpo", "grpo")}
         return ledger.summary({"data": files, **stats})
     return ledger.summary({})
@@ -195,26 +203,25 @@ def _mended(recipe: InstructRecipe, asked: Rows, answers: Rows, writer: Writer |
     ]  # fmt: skip
 
 
-def _write(ledger: Ledger, asked: Rows, mended: Rows, wrap: bool) -> Stats:
+def _write(ledger: Ledger, recipe: InstructRecipe, asked: Rows, mended: Rows, wrap: bool) -> Stats:
     """The files to train on, and what they hold."""
-    # the length limit's cut is no end to be learned; what was written anew has one of its own
-    good = [r for r in mended if not r["broken_after"] and (r["mended"] or r["finish"] != "length")]
     made_from = ledger.sources("mended")
+    taught = [made for r in mended if (made := _taught(recipe, asked[r["index"]], r)) is not None]
     sft = ledger.table(
         "sft",
         lambda: [
-            {"prompt": _prompt(asked[r["index"]], wrap), "completion": r["answer"], "corrected": bool(r["mended"]),
-             "rules": len(asked[r["index"]]["rules"])}
-            for r in good
+            {"prompt": user(text) if wrap else text, "completion": r["answer"], "corrected": bool(r["mended"]),
+             "rules": rules}
+            for text, rules, r in taught
         ],
         made_from=made_from,
     )  # fmt: skip
-    pairs = [r for r in good if r["mended"] and r["original"].strip()]
     dpo = ledger.table(
         "dpo",
         lambda: [
-            {"prompt": _prompt(asked[r["index"]], wrap), "chosen": r["answer"], "rejected": r["original"]}
-            for r in pairs
+            {"prompt": user(text) if wrap else text, "chosen": r["answer"], "rejected": r["original"]}
+            for text, _, r in taught
+            if r["mended"] and r["original"].strip()
         ],
         made_from=made_from,
     )
@@ -232,14 +239,29 @@ def _write(ledger: Ledger, asked: Rows, mended: Rows, wrap: bool) -> Stats:
     return stats | {f"broken/{name}": float(count) for name, count in worst.most_common(5)}
 
 
-def _prompt(row: dict[str, Any], wrap: bool) -> Any:
-    return user(row["prompt"]) if wrap else row["prompt"]
+def _taught(
+    recipe: InstructRecipe, asked: dict[str, Any], row: dict[str, Any]
+) -> tuple[str, int, dict[str, Any]] | None:
+    """The instruction that an answer keeps whole, its number of rules, and the answer; None where too few are kept.
+
+    A mended answer kept more rules than the one that it was made of, so it is the better one of the pair here too.
+    """
+    if row["finish"] == "length" and not row["mended"]:
+        return None  # the limit's cut is no end to be learned; what was written anew has one of its own
+    rules = [c for c in asked["rules"] if c["name"] not in row["broken_after"]]
+    if len(rules) == len(asked["rules"]):
+        return asked["prompt"], len(rules), row
+    if recipe.rules.kept is None or len(rules) < recipe.rules.kept:
+        return None
+    rng = random.Random(sub_seed(recipe.run.seed, "without the broken", row["index"], row["sample"]))
+    return instruction_text(asked["task"], [again(c) for c in rules], rng), len(rules), row
 
 
 def _rewarded(row: dict[str, Any], wrap: bool) -> dict[str, Any]:
     """A row for the reward {metric: ifeval}; keyword settings as IFEval's own data have them."""
     names, kwargs = [c["name"] for c in row["rules"]], [c["kwargs"] for c in row["rules"]]
-    return {"prompt": _prompt(row, wrap), "instruction_id_list": names, "kwargs": kwargs}
+    prompt = user(row["prompt"]) if wrap else row["prompt"]
+    return {"prompt": prompt, "instruction_id_list": names, "kwargs": kwargs}
 
 
 def _shown(asked: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
