@@ -155,6 +155,14 @@ def test_a_rewrite_that_breaks_what_was_kept_is_not_taken():
     assert not draft.broken
 
 
+def test_a_rewrite_that_repeats_the_request_is_not_taken():
+    """As a small model does: it keeps every rule, and would teach the corrector's prompt."""
+    draft = Draft("x", [NO_COMMA, END], "no river here")
+    request = draft.request(END)
+    assert not draft.take(END, f"{request[request.index('The answer breaks') :]} no river here. That is all.")
+    assert draft.answer == "no river here"
+
+
 def test_a_draft_that_can_not_be_mended_is_given_up_and_the_next_rule_gets_its_turn():
     asked = []
 

@@ -3,10 +3,11 @@
     python tools/results/complex_instructions.py run --model SMOLLM2 --data ../shared/data --minutes 9
     python tools/results/complex_instructions.py table --model SMOLLM2 --data ../shared/data
 
-Four sets of the same size, from the same tasks: instructions with one rule or with two or three, and answers that keep
-all rules as the model gave them, or mended where it broke some. Instructions of several have three rules, and where an
-answer keeps two of them, the third is taken out of its instruction: a small model hardly ever keeps three. Each trains adapters by SFT; each is then asked
-instructions of one to five rules that stand in none of the sets, and others of kinds of rules that no set has.
+Four sets of the same size, from the same tasks: instructions with one rule or with two or three, and answers that
+keep all rules as the model gave them, or mended where it broke some. Instructions of several have three rules, and
+where an answer keeps two of them, the third is taken out of its instruction: a small model hardly ever keeps three.
+Each trains adapters by SFT; each is then asked instructions of one to five rules that stand in none of the sets, and
+others of kinds of rules that no set has.
 `--corrector` is the model that mends (the model itself without it: then "corrected" is self-correction under the
 checks of programs). A stage that has finished is not made again; `--minutes` begins no further one after so much CPU
 time.
@@ -35,7 +36,7 @@ SETS = {"one, direct": (1, False), "one, corrected": (1, True), "several, direct
         "several, corrected": (3, True)}  # fmt: skip
 """Rules of an instruction, and whether mended answers are among its rows."""
 KEPT = 2
-"""Rules that an answer to an instruction of several must keep; those that it breaks are taken out of the instruction."""
+"""Rules that an answer to an instruction of several must keep; those that it breaks are taken out."""
 RATE, EPOCHS, ASKED, TOKENS = 5e-4, 3, 96, 160
 
 

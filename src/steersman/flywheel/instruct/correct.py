@@ -19,6 +19,9 @@ It answered:
 The answer breaks this rule: {rule}
 Write the whole answer anew so that it keeps that rule{others}. Change nothing else. Write only the answer."""
 
+ECHOES = ("An assistant was given this instruction", "The answer breaks this rule", "Write the whole answer anew")
+"""Words of the request, which a small model says again; the checks know rules alone and would let them pass."""
+
 Write = Callable[[Sequence[str]], list[str | None]]
 
 
@@ -49,8 +52,10 @@ class Draft:
         return fill(ASK, holes)
 
     def take(self, rule: Constraint, rewritten: str) -> bool:
-        """Takes a rewrite over where it keeps the rule and all that were kept before."""
+        """Takes a rewrite over where it keeps the rule and those that were kept, and does not repeat the request."""
         kept = [r for r in self.rules if r.holds(self.answer)]
+        if any(words in rewritten for words in ECHOES):
+            return False
         if not all(r.holds(rewritten) for r in [rule, *kept]):
             return False
         self.answer = rewritten
