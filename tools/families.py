@@ -276,6 +276,8 @@ def one(kind: str, style: str) -> dict[str, Any]:
                 require_family("/model", hf.AutoConfig.for_model(kind))
             except SteersmanError as error:
                 return {"status": "refused", "why": str(error)}
+            except Exception as error:  # some have none that is valid
+                missing += f"; {type(error).__name__} of its default config"
             return {"status": "not tried", "why": missing}
         notes: list[str] = []
         for name, check in tries(Path(folder) / "model", Path(folder), notes).items():

@@ -38,6 +38,15 @@ def test_a_router_that_gives_indices_too_carries_no_adapter_and_its_loss_is_said
     assert any("router_aux_loss_coef" in note for note in policy.notes)
 
 
+def test_a_linear_layer_of_a_family_s_own_that_is_a_plain_product_carries_adapters(tmp_path):
+    """Falcon's writes its product out; all of its layers are of that class."""
+    policy = load_policy(saved("falcon", tmp_path), device="cpu", lora=LoraConfig(r=2))
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained} == {
+        "dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value",
+    }  # fmt: skip
+
+
 def test_a_family_without_activation_checkpointing_is_refused_by_name(tmp_path):
     path = saved("jetmoe", tmp_path)
     config = ModelConfig(path=str(path), gradient_checkpointing=True)

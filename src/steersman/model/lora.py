@@ -89,15 +89,30 @@ def _settings(model: Any, config: LoraConfig, task: str) -> Any:
 
 
 def _routers(model: nn.Module) -> list[str]:
-    """Linear layers that a family gave a forward pass of its own, such as a router that gives indices too: an adapter
-    would add to that what it can not."""
+    """Linear layers to which a family gave a forward pass that is no plain product, such as a router that gives
+    indices too: an adapter can not be added to that."""
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and type(module).forward is not nn.Linear.forward
         and type(module).__module__.startswith("transformers.models.")
+        and not _is_product(module)
     ]
+
+
+@torch.no_grad()
+def _is_product(module: nn.Linear) -> bool:
+    """Whether the layer gives the product of its input and its weight, plus its bias."""
+    x = torch.linspace(-1.0, 1.0, module.in_features).to(module.weight)[None]
+    try:
+        found = module(x)
+    except (TypeError, ValueError, RuntimeError):  # it takes more than one input, or another shape
+        return False
+    wanted = nn.functional.linear(x, module.weight, module.bias)
+    return (
+        torch.is_tensor(found) and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
+    )
 
 
 class LearningDropout(nn.Dropout):
