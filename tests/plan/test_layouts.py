@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model, tiny_pair_config
 from transformers import LlamaModel
 
 from steersman.cli import main
@@ -162,6 +162,15 @@ def test_activations_are_what_a_layer_keeps():
     shape = shape_from(config, "tiny")
     found = (kept_by(3) - kept_by(2)) / 128
     assert found == pytest.approx(shape.activations(4), rel=0.05)
+
+
+def test_a_layer_of_a_pair_caches_the_same_however_deep_its_stacks_are():
+    from steersman.model.shape import shape_from
+
+    config = tiny_pair_config("bart")
+    config.encoder_layers, config.decoder_layers = 2, 5
+    shape = shape_from(config, "pair")
+    assert (shape.layers, shape.cached) == (2, 2 * config.d_model)
 
 
 def test_decoding_side_by_side_takes_the_places_that_become_free():

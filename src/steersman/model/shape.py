@@ -98,7 +98,7 @@ def shape_from(config: Any, name: str) -> Shape:
     names = set(model._no_split_modules or ())
     layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]
     tables = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    widths, queries = key_widths(config), [heads * size for heads, _, size in _heads(text)]
+    widths, queries = key_widths(text), [heads * size for heads, _, size in _heads(text)]
     return Shape(
         name=name, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
         tables=sum(tables.values()), layers=text.num_hidden_layers, hidden=text.hidden_size,
@@ -107,10 +107,9 @@ def shape_from(config: Any, name: str) -> Shape:
     )  # fmt: skip
 
 
-def key_widths(config: Any) -> list[int]:
-    """Numbers of a token's keys, and as many of its values, in each layer that keeps its own: layers may differ
-    (Gemma 4), and the last ones may read those of layers before (Gemma 3n)."""
-    text = config.get_text_config(decoder=True)
+def key_widths(text: Any) -> list[int]:
+    """Numbers of a token's keys, and as many of its values, in each layer of a text config that keeps its own: layers
+    may differ (Gemma 4), and the last ones may read those of layers before (Gemma 3n)."""
     own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
     return [keys * size for _, keys, size in _heads(text)[:own]]
 

@@ -31,7 +31,7 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or [FULL]) - {FULL, SLIDING}
     windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers[: len(key_widths(config))]:
+    for layer in DynamicCache(config=config).layers[: len(key_widths(text))]:
         if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise SteersmanError(
                 f"rollout: a {text.model_type} model with layers of kind "
@@ -43,7 +43,7 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
 
 def kv_cache_bytes(config: PretrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values, 2 * batch * length * bytes of the dtype * the layers' heads * width added up."""
-    return 2 * sum(key_widths(config)) * batch * length * dtype.itemsize
+    return 2 * sum(key_widths(config.get_text_config(decoder=True))) * batch * length * dtype.itemsize
 
 
 class PromptLayer(CacheLayerMixin):
