@@ -13,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "tools" / "results"
 sys.path.insert(0, str(FOLDER))
 
 import overoptimisation_page as page  # noqa: E402  # type: ignore
+from recording import READING  # noqa: E402  # type: ignore
 
 
 def lines(path: Path, found) -> None:
@@ -72,7 +73,7 @@ def test_the_arenas_rounds_are_above_the_start_or_not(tmp_path):
 
 def test_a_new_table_leaves_the_pages_words(tmp_path):
     run(tmp_path / "happy/plain/seed-0", [(0, [0.5, 0.5]), (9, [0.9, 0.7])])
-    (tmp_path / "overoptimisation.md").write_text(f"# T\n<!-- tables -->\nstale\n{page.READING}\n\nmine\n")
+    (tmp_path / "overoptimisation.md").write_text(f"# T\n<!-- tables -->\nstale\n{READING}\n\nmine\n")
     page.write_page(tmp_path, tmp_path, [0])
     text = (tmp_path / "overoptimisation.md").read_text()
     assert text.startswith("# T\n<!-- tables -->")

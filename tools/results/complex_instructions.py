@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from overoptimisation_page import rewrite
-from recording import finished, options, run_cells, verb
+from recording import finished, options, rewrite, run_cells, verb
 
 from steersman.flywheel.instruct import run as instruct
 from steersman.metrics import metric

@@ -18,7 +18,7 @@ from typing import Any
 from curves import ITERATIONS, ONCE, SEARCH_ITERATIONS, SEARCH_SEED, SEVERAL, train
 from curves import METHODS as EARLIER
 from curves import objective as objective_of
-from recording import finished, options, over_seeds, plain_axes, plt, rows_of, run_cells
+from recording import finished, options, over_seeds, plain_axes, plt, rewrite, rows_of, run_cells
 from scipy.stats import ttest_rel
 
 from steersman.algorithms import ALGORITHMS
@@ -29,6 +29,10 @@ WIDEST = (1e-6, 1e-1)
 """Rates beyond these are not tried, whatever the edge says."""
 PLAIN = ("gpg", "pass-at-k")
 """Later methods without a ratio, so one update per iteration; the others have four."""
+SHOWN = {"VADER": "reward/total_after", "KL, nats": "kl_after", "distinct-2": "distinct2_after"}
+"""Columns of the table, and what a run's summary calls them."""
+WITHOUT_RATE = ("trpo",)
+"""Its actor's steps have the length that the bound on KL gives them: one run says all that a search could."""
 
 
 def settings(method: str) -> dict[str, Any]:
@@ -44,8 +48,10 @@ def tried(out: Path, method: str) -> dict[float, float]:
     return {float(f.name.partition("@")[2]): objective_of(f) for f in folders if finished(f) is not None}
 
 
-def next_rate(found: dict[float, float]) -> float | None:
-    """The rate to try next: of the grid, or a third of a decade beyond the edge at which the best lies."""
+def next_rate(method: str, found: dict[float, float]) -> float | None:
+    """The rate to try next: of the grid, or half a decade beyond the edge at which the best lies."""
+    if method in WITHOUT_RATE:
+        return None if found else GRID[0]
     for rate in GRID:
         if rate not in found:
             return rate
@@ -60,7 +66,7 @@ def search(methods: list[str], data: Path, out: Path, minutes: float, iterations
     while going:
         cells = []
         for method in methods:
-            if (rate := next_rate(tried(out, method))) is not None:
+            if (rate := next_rate(method, tried(out, method))) is not None:
                 folder = out / "search" / f"{method}@{rate:.3g}"
                 cells.append((folder, partial(_train, method, data, folder, SEARCH_SEED, rate, iterations)))
         going = bool(cells) and run_cells(cells, minutes)
@@ -83,14 +89,38 @@ def table(methods: list[str], out: Path, seeds: list[int]) -> dict[str, Any]:
     Seeds are paired: the same seed has the same order of prompts for every method.
     """
     values = {m: [objective_of(out / f"seed-{seed}" / m) for seed in seeds] for m in methods}
+
+    def ends(method: str) -> list[dict[str, Any]]:
+        return [finished(out / f"seed-{seed}" / method) or {} for seed in seeds]
+
     best = max(values, key=lambda m: sum(values[m]))
     others = [m for m in methods if m != best]
     raw = [float(ttest_rel(values[best], values[m]).pvalue) for m in others]
     corrected = dict(zip(others, holm(raw), strict=True))
     return {
-        m: {"rate": best_rate(out, m), "objective": over_seeds(values[m]), "p_holm": corrected.get(m)}
+        m: {
+            "rate": None if m in WITHOUT_RATE else best_rate(out, m),
+            "objective": over_seeds(values[m]),
+            "p_holm": corrected.get(m),
+            **{name: over_seeds([end[key] for end in ends(m)]) for name, key in SHOWN.items()},
+        }
         for m in sorted(methods, key=lambda m: -sum(values[m]))
     }
+
+
+def markdown(made: dict[str, Any]) -> str:
+    """The table of the page, the best method first."""
+    lines = [
+        f"| method | rate | {' | '.join(SHOWN)} | objective | p, behind the best |",
+        f"| --- |{' ---: |' * (len(SHOWN) + 3)}",
+    ]
+    for method, row in made.items():
+        rate = "none" if row["rate"] is None else f"{row['rate']:.3g}"
+        numbers = [f"{row[name]['mean']:.3g} ± {row[name]['sd']:.2g}" for name in SHOWN]
+        objective = f"{row['objective']['mean']:.2f} ± {row['objective']['sd']:.2f}"
+        lag = "best" if row["p_holm"] is None else f"{row['p_holm']:.3f}"
+        lines.append(f"| {ALGORITHMS[method].title} | {rate} | {' | '.join(numbers)} | {objective} | {lag} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(methods: list[str], out: Path, seeds: list[int], file: Path) -> None:
@@ -139,7 +169,7 @@ def main() -> None:
         (args.docs / "every-method.json").write_text(
             json.dumps({"seeds": args.seeds, "methods": made}, indent=1) + "\n"
         )
-        print(json.dumps(made, indent=1))
+        rewrite(args.docs / "every-method.md", markdown(made))
         draw(args.only, args.out, args.seeds, args.docs / "every-method.png")
 
 

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recording import finished
+from recording import finished, rewrite
 
 Array = np.ndarray
 ARMS = ("plain", "ensemble", "kl budget", "early stop", "refreshed", "diversity", "bottleneck")
 TASKS = ("happy", "polite", "arena")
 LEVELS = {"happy": (4.0, 8.0), "polite": (4.0, 8.0), "arena": (4.0, 8.0)}
 """KL in nats per answer at which gold is compared."""
-READING = "## What it says"
-"""Where the page's own words begin, which a new table leaves as they are."""
 
 
 @dataclass(slots=True)
@@ -154,11 +152,3 @@ def write_page(out: Path, docs: Path, seeds: Sequence[int]) -> None:
     table = measure(out, seeds)
     (docs / "overoptimisation.json").write_text(json.dumps(table, indent=1) + "\n")
     rewrite(docs / "overoptimisation.md", markdown(table))
-
-
-def rewrite(page: Path, tables: str) -> None:
-    """Puts the tables into a page between its mark and its own reading of them, and prints them."""
-    text = page.read_text()
-    before, after = text.split("<!-- tables -->")[0], text[text.index(READING) :]
-    page.write_text(f"{before}<!-- tables -->\n\n{tables}\n{after}")
-    print(tables)

@@ -17,6 +17,8 @@ import matplotlib.pyplot as plt
 
 OPENINGS = {"text_split": "<|endoftext|>", "opening_words": 8, "held_out": 64, "limit": 800}
 """Story openings of a text file as prompts, 64 of them held out."""
+TABLES, READING = "<!-- tables -->", "## What it says"
+"""On a results page the tables stand between these; the words before and after are written by hand."""
 
 
 def options(
@@ -88,3 +90,11 @@ def plain_axes(axis: plt.Axes, title: str = "") -> None:
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def rewrite(page: Path, tables: str) -> None:
+    """Puts the tables into a page between its mark and its own reading of them, and prints them."""
+    text = page.read_text()
+    before, after = text.split(TABLES)[0], text[text.index(READING) :]
+    page.write_text(f"{before}{TABLES}\n\n{tables}\n{after}")
+    print(tables)

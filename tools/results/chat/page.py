@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from recording import over_seeds, plain_axes
+from recording import over_seeds, plain_axes, rewrite
 from tasks import TASKS
 
 MEASURES = {
@@ -18,7 +18,6 @@ MEASURES = {
 }
 COSTS = ("processor_seconds", "peak_mib")
 COLOURS = {"steersman": "#1f5f8b", "trl": "#c2571a"}
-MARK = "<!-- from here: tools/results/chat/study.py page -->"
 
 
 def read(out: Path, task: str, side: str, method: str) -> list[dict[str, Any]]:
@@ -86,7 +85,7 @@ def draw(out: Path, file: Path) -> None:
 
 
 def write_page(out: Path, docs: Path) -> None:
-    """Replaces what stands below the mark in `chat.md`, draws `chat.png` and keeps the cells in `chat.json`."""
+    """Replaces the tables and examples of `chat.md`, draws `chat.png` and keeps the cells in `chat.json`."""
     tasks = [task for task in TASKS if (out / task / "start.json").exists()]
     lines: list[str] = []
     kept: dict[str, Any] = {}
@@ -97,8 +96,6 @@ def write_page(out: Path, docs: Path) -> None:
             for method in TASKS[task]["methods"]
             for side in COLOURS
         }
-    page = docs / "chat.md"
-    head = page.read_text().split(MARK)[0]
-    page.write_text(head + MARK + "\n\n![curves](chat.png)\n\n" + "\n".join(lines).rstrip() + "\n")
+    rewrite(docs / "chat.md", "\n".join(lines).rstrip() + "\n")
     (docs / "chat.json").write_text(json.dumps(kept, indent=1) + "\n")
     draw(out, docs / "chat.png")
