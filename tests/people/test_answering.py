@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from steersman.data import DataConfig, layout
 from steersman.model import load_policy
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
-from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.app import make_app
+from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
 from steersman.people.store.conversations import TurnText
 from steersman.rollout import Engine, Sampling

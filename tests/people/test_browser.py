@@ -19,7 +19,8 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs the extra people")
 
 from axe_core_python.sync_playwright import Axe
 
-from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.app import make_app
+from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem

@@ -17,9 +17,10 @@ from starlette.testclient import TestClient
 
 from steersman.cli import main
 from steersman.people.collect import security
-from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.app import make_app
 from steersman.people.collect.markdown import plain, rendered
 from steersman.people.collect.verb import CollectRecipe, fill
+from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem

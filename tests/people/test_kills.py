@@ -22,7 +22,8 @@ from steersman.people.store.schema import JudgementRow
 
 SERVER = """
 import sys, uvicorn
-from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.app import make_app
+from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
 uvicorn.run(make_app(Site(open_store(sys.argv[1]))), port=int(sys.argv[2]), log_config=None)
 """

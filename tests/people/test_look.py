@@ -14,9 +14,10 @@ pytest.importorskip("starlette", reason="needs the extra people")
 
 from starlette.testclient import TestClient
 
-from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.app import make_app
 from steersman.people.collect.runs import find_runs
 from steersman.people.collect.verb import CollectRecipe, run
+from steersman.people.collect.visit import Site
 from steersman.people.store.conversations import TurnText, add_turn, branch, start
 from steersman.people.store.judgements import judge_turn
 from steersman.types import SteersmanError

@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from steersman.cli import main
 from steersman.model import load_policy
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
-from steersman.people.collect.app import Site, make_app
+from steersman.people.collect.app import make_app
+from steersman.people.collect.visit import Site
 from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit, go
 from steersman.people.collect.security import checked_password, hashed
+from steersman.people.collect.visit import Visit, go
 from steersman.people.store.raters import add_person, forget, set_password
 from steersman.types import SteersmanError
 

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import select
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit, go
 from steersman.people.collect.forms import REASONS, seconds_of, thumb_of
+from steersman.people.collect.visit import Visit, go
 from steersman.people.store.conversations import (
     TurnText,
     add_turn,

@@ -8,8 +8,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit, go, own_path
 from steersman.people.collect.forms import seconds_of, verdict_of
+from steersman.people.collect.visit import Visit, go, own_path
 from steersman.people.store.conversations import TurnText, add_turn, path
 from steersman.people.store.items import CHAT, ShownItem, next_item, own_assignment, place_of, progress, shown_item
 from steersman.people.store.judgements import judge_item, undo

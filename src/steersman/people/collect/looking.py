@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit
+from steersman.people.collect.visit import Visit
 from steersman.people.store.conversations import all_turns, path_to
 from steersman.people.store.judgements import live
 from steersman.people.store.opinions import Opinion, everything, gold_results, model_names

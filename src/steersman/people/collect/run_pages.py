@@ -8,8 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from steersman.people.collect.app import Visit
 from steersman.people.collect.runs import SAMPLES, Run, beside, find_runs, matches, rewards
+from steersman.people.collect.visit import Visit
 
 PAGE = 50
 SHOWN_STEPS = 60

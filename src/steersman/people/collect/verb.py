@@ -88,9 +88,10 @@ def run(recipe: CollectRecipe, *, resume: bool = False) -> dict[str, Any]:
 def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     import uvicorn
 
-    from steersman.people.collect.app import Site, make_app
+    from steersman.people.collect.app import make_app
     from steersman.people.collect.runs import open_root
     from steersman.people.collect.security import is_loopback
+    from steersman.people.collect.visit import Site
 
     if recipe.second is not None and recipe.model is None:
         raise SteersmanError("second: a second model needs a first one under `model`")
