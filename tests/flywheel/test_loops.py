@@ -263,6 +263,13 @@ def test_the_data_s_own_answers_are_chosen_and_must_be_there(tmp_path, mini_mode
         turn("online-dpo", tmp_path, mini_model, folder="b", pairs={"by": "given", "column": "reply"}, **extra)
 
 
+def test_a_refused_loop_leaves_no_folder(tmp_path, mini_model):
+    data = write_jsonl(tmp_path / "given.jsonl", [{"letters": "a"}] * 9)
+    with pytest.raises(SteersmanError, match="letters"):
+        turn("online-dpo", tmp_path, mini_model, data={"path": str(data)})
+    assert not (tmp_path / "run").exists(), "made for this run, which is none"
+
+
 def test_the_reference_stays_or_moves(tmp_path, mini_model):
     seen = {}
     for reference in ("start", "last", "mixed"):

@@ -75,6 +75,11 @@ def test_a_recipe_that_can_not_work_is_refused_by_name(verb, changes, words, bas
 
 def test_a_refused_run_leaves_its_folder_free(base, tmp_path):
     refused("ppo", base, tmp_path, ["no such model folder"], model__path="./not-here")
+    assert not (tmp_path / "run").exists(), "made for this run, which is none"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    refused("ppo", base, tmp_path, ["no such model folder"], model__path="./not-here")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "notes.txt"]
     rl.run(recipe("ppo", base))
     refused("ppo", base, tmp_path, ["another run", "--resume"])
     assert len(rows(tmp_path / "run")) == 3

@@ -27,6 +27,9 @@ from steersman.types import SteersmanError
 held: list[Path] = []
 """Folders that this process has held, newest last: the command line says where a failed run has its files."""
 
+BEGINNINGS = ("config.yaml", "inputs.json", "metrics.jsonl", "report.html")
+"""What a run writes before its first step or round."""
+
 
 class RunFolder:
     """A folder that this process alone may write to until `close` (or the end of a `with` block).
@@ -41,6 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Section, *, resume: bool = False) -> None:
         self.path = Path(path)
+        self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Append mode: opening must not wipe the pid that the holder wrote.
@@ -66,6 +70,7 @@ class RunFolder:
             self._write_config(recipe)
             write_atomic(self.path / "inputs.json", json.dumps(inputs, indent=1))
         except BaseException:
+            self._leave()
             self._lock.close()
             raise
         held.append(self.path)
@@ -75,10 +80,19 @@ class RunFolder:
         self._lock.close()
 
     def forget(self) -> None:
-        """Takes back what says that a run is here: what was refused before it began is none, and the mended recipe
-        may use the folder."""
-        for name in ("config.yaml", "inputs.json"):
+        """Takes back what says that a run is here, and the folder where it was made for it and nothing else is in it:
+        what was refused before it began is no run, and the mended recipe may use the name."""
+        for name in BEGINNINGS:
             (self.path / name).unlink(missing_ok=True)
+        for name in ("samples.jsonl", "health.jsonl"):
+            if (self.path / name).exists() and not (self.path / name).stat().st_size:
+                (self.path / name).unlink()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
 
     def __enter__(self) -> RunFolder:
         return self

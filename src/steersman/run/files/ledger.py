@@ -82,7 +82,6 @@ class Ledger:
                     write_report(self.path)
             if not self.began and not self.folder.resumed and ranks().main:
                 self.folder.forget()
-                (self.path / "metrics.jsonl").unlink(missing_ok=True)
         finally:
             self._stack.close()
         return self.stopped
