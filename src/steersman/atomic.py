@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             _fsync(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
+
+
+def write_now(file: FileIO, text: str) -> None:
+    """Writes to an unbuffered file (`buffering=0`): where the disk is full it is said here, and not once more by
+    whoever closes the file."""
+    raw = text.encode(errors="backslashreplace")
+    while raw:
+        raw = raw[file.write(raw) :]
 
 
 def check_places(*files: str | Path | None) -> None:
@@ -133,7 +142,7 @@ def saving(what: Path, who: str = "") -> Iterator[None]:
             free = shutil.disk_usage(what.parent).free / 2**20 if what.parent.exists() else 0.0
             raise SteersmanError(
                 f"{who}{what}: the disk is full (or a size limit was reached) while saving; {free:.0f} MiB are free "
-                "there. What was saved before is untouched: make room and run again with --resume"
+                "there. What was saved before is untouched: make room and run again (a run with --resume)"
             ) from error
         if isinstance(error, OSError):
             raise SteersmanError(f"{who}{what}: it can not be written ({error.strerror or error})") from error

@@ -153,10 +153,56 @@ FILL = """
 """
 
 
+EARLY = """
+    import resource, sys
+    from pathlib import Path
+    from rich.console import Console
+    from steersman.config.sections import Section
+    from steersman.run.files.folder import RunFolder
+    from steersman.run.files.log import Log
+    from steersman.types import SteersmanError
+
+    root = Path(sys.argv[1])
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def logged():
+        with RunFolder(root / "log", Section()) as folder, Log(folder.path, title="t", total=9) as log:
+            limit(300)
+            for step in range(99):
+                log.step(step, {"loss": 1.0})
+
+    for size, attempt in (
+        (0, lambda: RunFolder(root / "lock", Section())),
+        (10, lambda: RunFolder(root / "inputs", Section())),
+        (resource.RLIM_INFINITY, logged),
+    ):
+        limit(size)
+        try:
+            attempt()
+        except SteersmanError as error:
+            limit(resource.RLIM_INFINITY)
+            print("said:", error)
+    print(sorted(p.name for p in root.iterdir()), (root / "log/metrics.jsonl").read_text().count("loss"))
+"""
+
+
+def test_a_disk_that_is_full_at_the_start_or_under_the_log_is_told_once(tmp_path):
+    out, err = python(EARLY, str(tmp_path)).communicate(timeout=60)
+    said = [line for line in out.splitlines() if line.startswith("said:")]
+    assert ["/lock/.lock: the disk is full" in said[0], "/inputs/inputs.json" in said[1]] == [True, True], out + err
+    assert "/log/metrics.jsonl: the disk is full" in said[2]
+    assert "Error" not in err
+    rows = 300 // len('{"step": 0, "seconds": 0.0, "loss": 1.0}\n')
+    assert out.splitlines()[-1].startswith("['log']"), "what was refused before it began left nothing"
+    assert rows - 1 <= int(out.split()[-1]) <= rows + 1
+
+
 def check_full_disk(out: str, err: str) -> None:
     assert out.count("said:") == 4, out + err
     assert out.count("the disk is full") == 4
-    assert "make room and run again with --resume" in out
+    assert "make room and run again" in out
     assert "b'old' ['f.bin', 'manifest.json', 'state.pt', 'w.safetensors']" in out
     assert "latest 1 {'w': tensor([1., 1., 1.])}" in out
 

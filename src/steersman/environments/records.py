@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import saving
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Environment, EnvironmentAround, Episode, Reply
@@ -43,7 +44,7 @@ class RecordedEnvironment(EnvironmentAround):
     def write(self, key: str, told: Any) -> None:
         """Adds a line, at once and whole."""
         line = json.dumps({"key": key, "told": told}, ensure_ascii=False) + "\n"
-        with self.lock, self.path.open("a", encoding="utf-8") as file:
+        with self.lock, saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
 

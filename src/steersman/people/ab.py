@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.atomic import check_places, write_atomic
+from steersman.atomic import check_places, saving, write_atomic
 from steersman.config.sections import Section
 from steersman.data import BadRows
 from steersman.guards.terminal import printable
@@ -85,7 +85,7 @@ def _keep(path: Path, recipe: ABRecipe, told: Report) -> None:
         "primary": asdict(told.primary),
         "experiment": recipe.experiment.model_dump(mode="json", exclude={"salt"}),
     }
-    with path.open("a", encoding="utf-8") as file:
+    with saving(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(look, ensure_ascii=False) + "\n")
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steersman.atomic import write_atomic
+from steersman.atomic import saving, write_atomic
 from steersman.distributed.ranks import alone, ranks
 from steersman.reward import Scores
 from steersman.rollout.remote.schedule import Schedule
@@ -136,7 +136,7 @@ class Ahead(OnPolicy):
         row: dict[str, Any] = {"batch": batch, "stands": stands, "prompts": list({p.index: None for p in asked})}
         if versions:
             row["versions"] = [min(versions), max(versions)]
-        with self._writing, self.ledger.open("a", encoding="utf-8") as file:
+        with self._writing, saving(self.ledger), self.ledger.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     # -- what a resumed run needs -----------------------------------------------------------------------------

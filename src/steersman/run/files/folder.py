@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from steersman.atomic import recover, write_atomic
+from steersman.atomic import recover, saving, write_atomic, write_now
 from steersman.config.dump import dump_recipe
 from steersman.config.load import load_recipe
 from steersman.config.recipe_text import load_yaml
@@ -44,17 +44,17 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Section, *, resume: bool = False) -> None:
         self.path = Path(path)
-        self._made = not self.path.exists()
+        self._made, self.resumed = not self.path.exists(), True  # until it is known that no run is there
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Append mode: opening must not wipe the pid that the holder wrote.
-            self._lock = (self.path / ".lock").open("a+", encoding="ascii")
+            self._lock = (self.path / ".lock").open("a+b", buffering=0)
         except OSError as error:
             raise SteersmanError(
                 f"run folder {self.path}: it can not be made ({error.strerror}); choose another --run.dir"
             ) from None
-        self._take_lock()
         try:
+            self._take_lock()
             holds_run = any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
             if holds_run and not resume:
                 raise SteersmanError(
@@ -70,7 +70,10 @@ class RunFolder:
             self._write_config(recipe)
             write_atomic(self.path / "inputs.json", json.dumps(inputs, indent=1))
         except BaseException:
-            self._leave()
+            if self.resumed:
+                self._leave()
+            else:
+                self.forget()
             self._lock.close()
             raise
         held.append(self.path)
@@ -107,17 +110,17 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._made = False  # or by both at the same moment, and the other has it
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
+            holder = self._lock.read().decode("ascii", "replace").strip() or "unknown"
             raise SteersmanError(
                 f"run folder {self.path}: process {holder} is writing to it; wait for it, stop it "
                 f"(kill {holder}), or choose another --run.dir"
             ) from None
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        with saving(self.path / ".lock"):
+            self._lock.seek(0)
+            self._lock.truncate()
+            write_now(self._lock, str(os.getpid()))
 
     def _write_config(self, recipe: Section) -> None:
         file, text = self.path / "config.yaml", dump_recipe(recipe)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from steersman.atomic import saving, write_atomic
+from steersman.atomic import saving, write_atomic, write_now
 from steersman.guards.terminal import printable
 from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
@@ -53,9 +53,7 @@ class Log:
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
         self._start = self._last_line = time.monotonic()
         self._first_step = max(resumed_step, 0)
-        self._files = {
-            name: (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") for name in FILES
-        }
+        self._files = {name: (self.folder / name).open("ab", buffering=0) for name in FILES}
         self._sinks = Sinks(sinks, self.folder, max(resumed_step, 0), lambda text: self.note(text, style="yellow"))
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
@@ -109,8 +107,7 @@ class Log:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with saving(self.folder / name):
-            self._files[name].write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-            self._files[name].flush()
+            write_now(self._files[name], json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
 
     def _show(self, step: int, stats: Stats) -> None:
         now = time.monotonic()
