@@ -153,8 +153,8 @@ def test_the_back_button_after_a_verdict_leads_on(store):
 @SQLITE
 def test_nothing_on_the_page_tells_which_model_answered(store):
     answers = [
-        TurnText("first", ("secret-base", "v1"), {"temperature": 0.123}),
-        TurnText("second", ("secret-tuned", "v2")),
+        TurnText("first", ("secret-base", "concealed-old"), {"temperature": 0.123}),
+        TurnText("second", ("secret-tuned", "concealed-new")),
     ]
     of = queue(store, "compare", [NewItem("q", answers)])
     client = browser(store)
@@ -163,8 +163,8 @@ def test_nothing_on_the_page_tells_which_model_answered(store):
     seen = page.text + str(page.headers)
     with store.read() as session:
         ids = [a.item_id for a in session.scalars(select(Answer))]
-    for hidden in ("secret", "v1", "0.123", *ids):
-        assert hidden not in seen
+    for told in ("secret", "concealed", "0.123", *ids):
+        assert told not in seen
     assert client.get("/look").status_code == 404
     assert client.get("/admin").status_code == 404
 
