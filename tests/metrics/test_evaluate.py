@@ -66,7 +66,7 @@ def test_a_file_in_another_encoding_is_named_and_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--metrics", "[rouge]"], "there is no metric 'rouge'"),
+        (["--metrics", "[rouge]"], "there is no metric 'rouge'. Did you mean rouge"),
         (
             ["--metrics", "[parent]"],
             "needs table, and the data have no column 'table'; they have: prompt, completion",
