@@ -32,6 +32,7 @@ from steersman.people.serve.backend import Backend, BackendSection  # noqa: E402
 from steersman.people.serve.growing_text import SettledText  # noqa: E402
 from steersman.people.serving import ServedModel as ServedModel  # noqa: E402
 from steersman.people.serving import Serving, read_serving  # noqa: E402
+from steersman.types import SteersmanError
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,8 @@ def test_one_client_asks_at_most_so_often(folder):
 
 def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path):
     file = tmp_path / "serving.json"
+    with pytest.raises(SteersmanError, match="there is no such file; `steersman wheel` writes it"):
+        Assignment(str(file), lambda one: served_from(one.path, one.name), lambda served: served.live.close())
     old, new = ServedModel("turn-00", str(folder)), ServedModel("turn-01", str(other), share=0.5)
     Serving(1, old, new, "salt").write(file)
     assignment = Assignment(
