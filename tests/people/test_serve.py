@@ -17,7 +17,7 @@ from letter_models import save_chat_mini, save_mini
 from steersman.cli import main
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.types import Prompt
+from steersman.types import Prompt, SteersmanError
 
 openai = pytest.importorskip("openai", reason="needs the openai client")
 pytest.importorskip("uvicorn", reason="needs steersman[people]")
@@ -32,7 +32,6 @@ from steersman.people.serve.backend import Backend, BackendSection  # noqa: E402
 from steersman.people.serve.growing_text import SettledText  # noqa: E402
 from steersman.people.serving import ServedModel as ServedModel  # noqa: E402
 from steersman.people.serving import Serving, read_serving  # noqa: E402
-from steersman.types import SteersmanError
 
 
 @pytest.fixture(scope="module")
