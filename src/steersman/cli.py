@@ -287,7 +287,7 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     from steersman.config.dump import dump_recipe
     from steersman.config.load import load_recipe
 
-    recipe = load_recipe(recipe_class, path, overrides)
+    recipe: Any = load_recipe(recipe_class, path, overrides)
     if "--print-config" in given:
         print(dump_recipe(recipe), end="")
         return 0
