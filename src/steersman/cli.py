@@ -65,7 +65,9 @@ class Verb:
 
 
 _START = "--model.path MODEL --data.path FILE"
-_ON_POLICY = f"{_START} --reward.parts '{{score: {{function: my_rewards.py:score}}}}'"
+_SCORE = "'{score: {function: my_rewards.py:score}}'"
+_ON_POLICY = f"{_START} --reward.parts {_SCORE}"
+_JUDGED = f"{_START} --judge.reward {_SCORE}"
 VERBS = {
     "quickstart": Verb("steersman.verbs.quickstart:run", "steersman.verbs.quickstart:QuickstartRecipe",
                        "SFT, reward model and PPO on a small model that is included; offline, in minutes"),
@@ -119,13 +121,17 @@ VERBS = {
                     "a student learns a teacher's distributions, on its own answers or on given ones",
                     example=f"{_START} --teacher.path MODEL", many=True),
     "best-of-n": Verb("steersman.flywheel.best_of_n:run", "steersman.flywheel.best_of_n:BestOfNRecipe",
-                      "rejection sampling and RAFT: sample, score, keep, fine-tune; rounds", many=True),
+                      "rejection sampling and RAFT: sample, score, keep, fine-tune; rounds", example=_JUDGED,
+                      many=True),
     "online-dpo": Verb("steersman.flywheel.online_dpo:run", "steersman.flywheel.online_dpo:OnlineDPORecipe",
-                       "iterative DPO on the model's own answers, paired by a judge; rounds", many=True),
+                       "iterative DPO on the model's own answers, paired by a judge; rounds", example=_JUDGED,
+                       many=True),
     "arena": Verb("steersman.flywheel.arena:run", "steersman.flywheel.arena:ArenaRecipe",
-                  "battles against opponents make data for SFT, DPO and PPO; ratings; rounds", many=True),
+                  "battles against opponents make data for SFT, DPO and PPO; ratings; rounds",
+                  example=f"{_JUDGED} --opponents '{{other: MODEL}}'", many=True),
     "feedback": Verb("steersman.flywheel.feedback:run", "steersman.flywheel.feedback:FeedbackRecipe",
-                     "praise and complaints in conversations become examples for SFT and KTO"),
+                     "praise and complaints in conversations become examples for SFT and KTO",
+                     example="--data.path FILE"),
     "step-labels": Verb("steersman.flywheel.steps:run", "steersman.flywheel.steps:StepLabelsRecipe",
                         "labels of an answer's steps by rollouts from each: data for a process reward model",
                         example=_ON_POLICY.replace("--reward.parts", "--reward")),
@@ -137,9 +143,11 @@ VERBS = {
                           "pairs as questions with their winners, to train a judge that writes by grpo",
                           example="--data.path FILE --out questions.jsonl", resumes=False),
     "judge": Verb("steersman.judge.label:run", "steersman.judge.label:LabelRecipe",
-                  "a judge compares or grades a file of answers: pairs, rankings or ratings come out"),
+                  "a judge compares or grades a file of answers: pairs, rankings or ratings come out",
+                  example=f"--data.path FILE --judge.reward {_SCORE}"),
     "grue": Verb("steersman.grue.run:run", "steersman.grue.recipe:GrueRecipe",
-                 "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric"),
+                 "seven kinds of text x methods x seeds: one table, curves, and what became of every other metric",
+                 example="recipes/grue.yaml --data.folder FOLDER"),
     "plan": Verb("steersman.verbs.plan:run", "steersman.verbs.plan:PlanRecipe",
                  "where a recipe's models fit on many devices, and how long an iteration takes there",
                  file_key="recipe", example="recipes/ppo.yaml --devices 8xH100-80GB --size 7b", any_file=True,
@@ -151,7 +159,7 @@ VERBS = {
                    "every method against exact answers on a small language, in one table", resumes=False),
     "evaluate": Verb("steersman.verbs.evaluate:run", "steersman.verbs.evaluate:EvaluateRecipe",
                      "metrics with confidence intervals over a file of completions, or over a model's answers",
-                     file_key="file", resumes=False),
+                     file_key="file", example="FILE --metrics '[rougeL, distinct]'", resumes=False),
     "export": Verb("steersman.verbs.export:run", "steersman.verbs.export:ExportRecipe",
                    "write a model once more: adapters added in or alone, in a precision of choice",
                    file_key="path", example="MODEL --out FOLDER", resumes=False),
@@ -165,12 +173,14 @@ VERBS = {
                  "talk with a model in the terminal: steersman chat MODEL", file_key="model.path", example="MODEL",
                  resumes=False),
     "ab": Verb("steersman.people.ab:run", "steersman.people.ab:ABRecipe",
-               "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file", resumes=False),
+               "an A/B test that may be looked at any time: steersman ab OUTCOMES", file_key="file",
+               example="FILE --experiment.control OLD --experiment.treatment NEW", resumes=False),
     "leaderboard": Verb("steersman.people.leaderboard:run", "steersman.people.leaderboard:LeaderboardRecipe",
                         "models rated by people's choices, as they are and with length and style held equal",
-                        file_key="file", resumes=False),
+                        file_key="file", example="FILE", resumes=False),
     "simulate-users": Verb("steersman.people.simulated_user:run", "steersman.people.simulated_user:SimulateRecipe",
-                           "personas talk with candidates; a judge that is checked against people compares"),
+                           "personas talk with candidates; a judge that is checked against people compares",
+                           example="recipes/simulate-users.yaml"),
     "wheel": Verb("steersman.people.wheel.run:run", "steersman.people.wheel.recipe:WheelRecipe",
                   "judgements train a candidate, gates and an A/B test decide whether it stays",
                   example="--model.path MODEL --judgements.folder FOLDER"),
@@ -257,8 +267,8 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     if path is not None and verb.file_key and (verb.any_file or path.suffix not in (".yaml", ".yml")):
         path, words = None, [f"--{verb.file_key}", args[0], *words]
     if not args and verb.example:
-        _red(f"{name}: a model and data are needed; the least is\n  steersman {name} {verb.example}\n"
-             f"every setting: steersman {name} --help; recipes to begin from are in the folder recipes/")  # fmt: skip
+        _red(f"{name}: it can not start without settings; the least is\n  steersman {name} {verb.example}\n"
+             f"every setting: steersman {name} --help; a checkout has recipes to begin from in recipes/")  # fmt: skip
         return 2
     given = {w for w in words if w in flags}
     if "--resume" in given and not verb.resumes:
@@ -266,6 +276,9 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
         return 2
     overrides = [w for w in words if w not in flags]
     if path is None and "--resume" in given:
+        if words == ["--resume"] and verb.example:
+            _red(f"{name}: which run is to go on? Name its folder: steersman {name} --resume --run.dir FOLDER")
+            return 2
         path = _recipe_of_run(overrides)
     recipe_class = own or verb.recipe_class(path, overrides)
     if given & {"--help", "-h"}:
@@ -274,10 +287,12 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     from steersman.config.dump import dump_recipe
     from steersman.config.load import load_recipe
 
-    recipe = load_recipe(recipe_class, path, overrides)
+    recipe: Any = load_recipe(recipe_class, path, overrides)
     if "--print-config" in given:
         print(dump_recipe(recipe), end="")
         return 0
+    if "--resume" in given and "run" in recipe_class.model_fields and not _is_rank():
+        _say_if_new(Path(recipe.run.dir))
     summary = verb.start(name, recipe, resume="--resume" in given)
     if _is_rank():
         _launch().leave_summary(summary)
@@ -321,6 +336,17 @@ def _recipe_of_run(overrides: list[str]) -> Path | None:
                 raise SteersmanError(f"--run.dir {folder}: no run is there to go on with; it has no config.yaml")
             return None
     return None
+
+
+def _say_if_new(folder: Path) -> None:
+    """Says that `--resume` finds no run in the folder, which may be a misspelt name."""
+    from steersman.run.files.folder import holds_run
+
+    if not holds_run(folder):
+        print(
+            _terminal().printable(f"--resume: {folder} holds no run to go on with; a new one begins there"),
+            flush=True,
+        )
 
 
 def _report(args: list[str]) -> int:

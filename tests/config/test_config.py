@@ -140,6 +140,16 @@ def test_values_out_of_bounds_name_file_key_given_and_allowed(recipe):
     assert "micro_batch 3 does not divide prompts 8" in refusal(recipe("batch: {micro_batch: 3}"))
 
 
+def test_a_list_is_told_as_it_is_written_and_a_missing_bracket_is_seen():
+    assert refusal(None, "--names", "Once upon") == (
+        "settings: --names: 'Once upon' was given; allowed: list of text, written '[one, two]'"
+    )
+    for key, text in [("names", "[a, b"), ("train", "{lr: 3"), ("parts", "[{weight: 'x}]")]:
+        assert refusal(None, f"--{key}", text).startswith(f"--{key}: {text!r} can not be read; is a bracket or")
+    taken = load_recipe(Recipe, None, ["--model", "[a, b", "--stop", "{", "--folder", "a: b: c"])
+    assert (taken.model, taken.stop, taken.folder) == ("[a, b", "{", Path("a: b: c"))
+
+
 def test_all_problems_come_together(recipe):
     message = refusal(recipe("lr: 1\ntrain: {lr: 0, warmup: x}\nquiet: 5"), "--critic.lr", "-1")
     assert "5 problems" in message

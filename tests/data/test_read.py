@@ -116,6 +116,7 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path, name, policy):
 
 BAD = {
     "cut.jsonl": (b'{"a": 1}\n{"a": 2}\n{"a": ', "broken JSON", r"cut.jsonl, line 3: not a whole JSON object"),
+    "table.jsonl": (b'{"a": 1}\n{"a": 2}\na,b\n', "broken JSON", r"line 3: no JSON object.*a table ends in .csv"),
     "list.jsonl": (b'{"a": 1}\n{"a": 2}\n[1]\n', "not an object", r"line 3: a list, but every line"),
     "list.json": (b'[{"a": 1}, {"a": 2}, "x"]', "not an object", r"row 3: a str, but every row"),
     "latin.jsonl": (b'{"a": 1}\n{"a": 2}\n{"a": "\xe9"}\n', "undecodable bytes", r"line 3: byte 0xe9"),

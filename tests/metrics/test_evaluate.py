@@ -66,10 +66,11 @@ def test_a_file_in_another_encoding_is_named_and_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--metrics", "[rouge]"], "there is no metric 'rouge'"),
+        (["--metrics", "[rouge]"], "there is no metric 'rouge'. Did you mean rouge"),
         (
             ["--metrics", "[parent]"],
-            "needs table, and the data have no column 'table'; they have: prompt, completion",
+            "needs table, and the data have no column 'table'; they have: prompt, completion.*"
+            "Point to one: `parent: {metric: parent, columns: {table: NAME}}`",
         ),
         (["--metrics", "[rougeL]", "--completion", "text"], "line 1: there is no text in the column 'text'"),
         (["--metrics", "[bleu]", "--generate.model.path", "x", "--generate.prompts", "[a]"], "either a file of"),

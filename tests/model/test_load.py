@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from steersman.model import load_policy, load_scalar
-from steersman.model.source import dropout_off
+from steersman.model.source import dropout_off, read_tokenizer
 from steersman.types import SteersmanError
 
 
@@ -119,8 +119,10 @@ def test_a_reward_model_is_not_a_policy(model_folder, tokenizer):
 
 
 def test_tokenizers(model_folder, tmp_path):
-    with refused("no tokenizer could be loaded"):
+    with refused("no tokenizer could be loaded.*save the model's tokenizer into the same folder"):
         load_policy(model_folder("qwen2", tokenizer=None))
+    with refused("no tokenizer could be loaded.*there is no folder of that name; in"):
+        read_tokenizer("someone/no-such-model", local=False)
     with refused('no end-of-sequence token.*"eos_token"'):
         load_policy(model_folder("gpt2", tokenizer=word_tokenizer(eos=None)))
     with refused("ids up to 97, but the model's vocabulary has 97 rows"):

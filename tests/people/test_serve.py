@@ -17,7 +17,7 @@ from letter_models import save_chat_mini, save_mini
 from steersman.cli import main
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
-from steersman.types import Prompt
+from steersman.types import Prompt, SteersmanError
 
 openai = pytest.importorskip("openai", reason="needs the openai client")
 pytest.importorskip("uvicorn", reason="needs steersman[people]")
@@ -251,6 +251,8 @@ def test_one_client_asks_at_most_so_often(folder):
 
 def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path):
     file = tmp_path / "serving.json"
+    with pytest.raises(SteersmanError, match="there is no such file; `steersman wheel` writes it"):
+        Assignment(str(file), lambda one: served_from(one.path, one.name), lambda served: served.live.close())
     old, new = ServedModel("turn-00", str(folder)), ServedModel("turn-01", str(other), share=0.5)
     Serving(1, old, new, "salt").write(file)
     assignment = Assignment(

@@ -34,6 +34,14 @@ class Recipe(Section):
     train: Optim = Field(default=Optim(), description="training")
 
 
+class Run(Section):
+    dir: str = Field(default="runs/toy", description="folder")
+
+
+class RecipeOfRun(Recipe):
+    run: Run = Field(default=Run(), description="run")
+
+
 def run(recipe: Recipe, *, resume: bool) -> dict:
     if recipe.dir:
         with RunFolder(Path(recipe.dir), recipe, resume=resume):
@@ -121,6 +129,24 @@ def test_a_run_says_where_its_files_are(steersman, tmp_path):
     folder = tmp_path / "run"
     code, out, err = steersman("toy", "--dir", str(folder))
     assert (code, out, err) == (0, f"ran 0.001 False\ntoy: done; its files are in {folder}\n", "")
+
+
+def test_resume_alone_asks_for_the_folder_of_the_run(steersman):
+    assert steersman("toy", "--resume") == (0, "ran 0.001 True\n", "")  # a verb that needs no settings
+    code, _, err = steersman("sft", "--resume")
+    assert (code, "Name its folder: steersman sft --resume --run.dir FOLDER" in err) == (2, True)
+
+
+def test_resume_says_that_a_folder_holds_no_run(steersman, monkeypatch, tmp_path):
+    """A misspelt folder would otherwise begin a run anew without a word."""
+    monkeypatch.setattr(sys.modules["toy"], "Recipe", RecipeOfRun)
+    folder = tmp_path / "run"
+    words = ("--run.dir", str(folder), "--train.lr", "1", "--resume")
+    said = f"--resume: {folder} holds no run to go on with; a new one begins there\n"
+    assert steersman("toy", *words)[1] == said + "ran 1.0 True\n"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
+    assert steersman("toy", *words)[1] == "ran 1.0 True\n"
 
 
 @pytest.mark.parametrize("words", [["--run.dir", "no/such"], ["--run.dir=no/such"]])
@@ -221,6 +247,8 @@ def test_a_verb_typed_alone_says_the_least_that_runs(verb, steersman):
             "store: feedback.db",
             "recipe: recipes/ppo.yaml",
             "path: FILE",
+            "folder: FOLDER",
+            "personas:",
         )
     )
     assert (code, named) == (0, True), err

@@ -97,7 +97,7 @@ report_to: none
 """
 
 
-def test_a_file_of_llama_factory(tmp_path):
+def test_a_file_of_llama_factory(tmp_path, capsys):
     file, out = tmp_path / "dpo.yaml", tmp_path / "ours.yaml"
     file.write_text(LLAMA_FACTORY)
     assert cli.main(["import-recipe", str(file), "--out", str(out)]) == 0
@@ -113,6 +113,8 @@ def test_a_file_of_llama_factory(tmp_path):
     }  # fmt: skip
     assert "# template: no counterpart" in text
     load_recipe(VERBS["dpo"], out)
+    assert cli.main(["import-recipe", str(file), "--out", str(out)]) == 2
+    assert f"{out} is there already" in capsys.readouterr().err
 
 
 def test_a_file_of_trl_and_a_command_of_openrlhf(tmp_path, capsys):

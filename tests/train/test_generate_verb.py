@@ -23,10 +23,11 @@ def rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_come_prompt_by_prompt_with_their_log_probability(words, tmp_path, mini):
+def test_rows_come_prompt_by_prompt_with_their_log_probability(words, tmp_path, mini, capsys):
     out = tmp_path / "out.jsonl"
     data = prompts_file(tmp_path, 3)
     assert main([*words, "--data.path", str(data), "--rollout.samples", "2", "--out", str(out)]) == 0
+    assert f"6 responses written to {out}\n" in capsys.readouterr().err
     found = rows(out)
     assert [row["prompt"] for row in found] == [p for p in ("the cat", "a dog sat", "we") for _ in range(2)]
     assert len({row["completion"] for row in found}) > 1

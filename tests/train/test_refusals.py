@@ -75,6 +75,7 @@ def test_a_recipe_that_can_not_work_is_refused_by_name(verb, changes, words, bas
 
 def test_a_refused_run_leaves_its_folder_free(base, tmp_path):
     refused("ppo", base, tmp_path, ["no such model folder"], model__path="./not-here")
+    refused("ppo", base, tmp_path, ["there is no sink 'tb'"], run__sinks=["tb"])
     assert not (tmp_path / "run").exists(), "made for this run, which is none"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

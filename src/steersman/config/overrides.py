@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_origin
+import types
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 
@@ -50,7 +52,11 @@ def _parse(key: str, text: str, info: Any) -> Any:
             raise SteersmanError(f"--{key}: {fault.problem}") from None
         return text
     except yaml.YAMLError:
-        return text
+        if info is None or _takes_text(info.annotation):
+            return text
+        raise SteersmanError(
+            f"--{key}: {text!r} can not be read; is a bracket or a quotation mark missing, or one too many?"
+        ) from None
     if info is None or isinstance(value, str):
         return value
     allowed = {info.annotation, *get_args(info.annotation)}
@@ -58,6 +64,12 @@ def _parse(key: str, text: str, info: Any) -> Any:
     if text.strip() in ("null", "~"):
         return None
     return text if str in allowed and (value is None or type(value) not in shapes) else value
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether text as typed can be the field's value."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return not {str, Path}.isdisjoint(get_args(annotation) if union else (annotation,))
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any) -> bool:

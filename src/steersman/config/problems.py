@@ -69,7 +69,8 @@ def value_problem(model: type[Section], error: dict[str, Any], from_command: set
     given = given if len(given) <= 80 else given[:77] + "..."
     info = known.get(key)
     allowed = type_text(info.annotation, info.metadata) if info is not None else error["msg"]
-    return f"{where}: {given} was given; allowed: {allowed}"
+    written = ", written '[one, two]'" if error["type"] == "list_type" else ""
+    return f"{where}: {given} was given; allowed: {allowed}{written}"
 
 
 def place_of(key: str, from_command: set[str]) -> str:

@@ -70,6 +70,11 @@ def _broken(error: json.JSONDecodeError, *, last: bool) -> str:
             "the line holds the beginning of an object only; one object over several lines is a .json file: rename "
             "it, or write each object on one line"
         )
+    if not text.lstrip().startswith(("{", "[")):
+        return (
+            "no JSON object, and every line must be one; the name of a table ends in .csv or .tsv, and that of plain "
+            "text in .txt"
+        )
     return f"not a whole JSON object ({error.msg}); was the file cut short?"
 
 

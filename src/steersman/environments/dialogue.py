@@ -137,7 +137,7 @@ class EndpointPartner:
     """A chat model behind an endpoint: how it is sampled, and whether that repeats, is the endpoint's matter."""
 
     def __init__(self, config: EndpointConfig) -> None:
-        self.endpoint = Endpoint(config)
+        self.endpoint = Endpoint(config, "environment.args.user")
 
     def reply(self, row: dict[str, Any], turns: Sequence[Message], seed: int) -> str:
         said: list[str] = []

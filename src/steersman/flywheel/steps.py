@@ -72,7 +72,7 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         if not answers:
             raise SteersmanError(
                 f"the length limit cut every answer, and such answers are left out; raise rollout.max_new_tokens "
-                f"({recipe.rollout.max_new_tokens})"
+                f"({recipe.rollout.max_new_tokens}) and choose another --run.dir, since this one keeps the answers"
             )
         kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
         rows = ledger.parts("steps", len(kept), lambda i: [maker.label_steps(kept[i])], made_from=recipe.data.path)

@@ -171,7 +171,7 @@ class GrueRecipe(Section):
                     f"algorithms: there is no verb '{name}'{f'; did you mean {near[0]}?' if near else ''}"
                 )
         if self.data.source == "files" and self.data.folder is None:
-            raise ValueError("data.folder: say where the files are, such as ../shared/data")
+            raise ValueError("data.folder: say where the files are; docs/grue.md says which")
         if self.model.scratch is not None:
             early = [m for m in self.methods if not m.startswith(SUPERVISED)]
             if early:

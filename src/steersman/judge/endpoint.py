@@ -173,10 +173,11 @@ class Caller(ABC, Generic[Q, R]):
 class Endpoint(Caller[Content, Reply]):
     """A judge behind /chat/completions: a text (a user's turn) or a conversation in, a reply and what it cost out."""
 
-    who, path, expected_form = "judge", "/chat/completions", "chat completion"
+    path, expected_form = "/chat/completions", "chat completion"
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, who: str) -> None:
         super().__init__(config)
+        self.who = who
         self.temperature, self.max_tokens = config.temperature, config.max_tokens
 
     def body(self, question: Content) -> dict[str, Any]:

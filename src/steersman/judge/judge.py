@@ -51,7 +51,7 @@ class Judge:
         device: Any = "cpu",
     ) -> None:  # fmt: skip
         self.config, self.stopping, self.counts = config, stopping, Counter[str]()
-        self.endpoint = Endpoint(config.endpoint) if config.endpoint is not None else None
+        self.endpoint = Endpoint(config.endpoint, "judge") if config.endpoint is not None else None
         self.local: Local | None = None
         self._load()
         self.scorer = Scorer(config.reward, device) if config.reward else None

@@ -38,7 +38,7 @@ class Writer:
 
     def __init__(self, config: WriterConfig, folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> None:
         self.config, self.stopping = config, stopping
-        self.endpoint = Endpoint(config.endpoint) if config.endpoint is not None else None
+        self.endpoint = Endpoint(config.endpoint, "writer") if config.endpoint is not None else None
         self.local = Local(config.local) if config.local is not None else None
         self.cache = ReplyCache(folder / "replies.jsonl")
 

@@ -71,8 +71,8 @@ def metric(name: str, settings: Mapping[str, Any] | None = None) -> Metric:
     if factory is None:
         if ":" not in name:
             near = difflib.get_close_matches(name, METRICS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METRICS)}"
-            raise SteersmanError(f"there is no metric '{name}'; {hint}; one's own is module:Class or file.py:Class")
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(METRICS)}."
+            raise SteersmanError(f"there is no metric '{name}'. {hint} One's own is module:Class or file.py:Class")
         factory = load_function(name)
     checked = _checked(name, factory, settings or {})
     try:

@@ -172,10 +172,12 @@ def read_tokenizer(source: str, local: bool, *, trust: bool = False) -> Any:
         _require_no_code(source, error)
         reason = str(error).splitlines()[0]
     if reason:
-        raise SteersmanError(
-            f"{source}: no tokenizer could be loaded from there ({reason}); save the model's tokenizer into the "
-            "same folder with tokenizer.save_pretrained"
+        mend = (
+            "save the model's tokenizer into the same folder with tokenizer.save_pretrained"
+            if local
+            else f"there is no folder of that name{_nearest(Path(source))}"
         )
+        raise SteersmanError(f"{source}: no tokenizer could be loaded from there ({reason}); {mend}")
     if tokenizer.eos_token_id is None:
         raise SteersmanError(
             f"{source}: its tokenizer has no end-of-sequence token, so no response could ever end; set "

@@ -81,7 +81,7 @@ class PairLossConfig(Section):
         for key, value in self.settings.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = f"; did you mean {near[0]}?" if near else "."
                 raise ValueError(f"{self.name} has no setting `{key}`{hint} It has: {', '.join(known)}")
             if key in RANGES and not RANGES[key][0](value):
                 raise ValueError(f"{self.name}: {key} is {value}; it must be {RANGES[key][1]}")

@@ -12,6 +12,7 @@ from steersman.people.judgements import Judgement, judgement, name, when
 WIN = "win"
 """The metric of two answers shown side by side: the treatment's share, 1 won, 0 lost, 0.5 tied or both bad."""
 THUMBS = {"up": 1.0, "down": 0.0}
+ARMS = "experiment.control and experiment.treatment name the two arms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,12 @@ def _outcomes(row: Row, control: str, treatment: str) -> Iterator[Outcome]:
         winner = name(row, "winner")
         if winner not in shares:
             known = ", ".join(shares)
-            raise row.fault("unknown arm", f"must be one of {known}, not {winner[:40]!r}", "winner")
+            raise row.fault("unknown arm", f"must be one of {known}, not {winner[:40]!r}; {ARMS}", "winner")
         yield Outcome(user, time, WIN, shares[winner])
         return
     arm = name(row, "arm")
     if arm not in (control, treatment):
-        raise row.fault("unknown arm", f"must be {control} or {treatment}, not {arm[:40]!r}", "arm")
+        raise row.fault("unknown arm", f"must be {control} or {treatment}, not {arm[:40]!r}; {ARMS}", "arm")
     values = dict(_values(row))
     if not values:
         raise row.fault(

@@ -76,11 +76,12 @@ class SimulateRecipe(Section):
 
 def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Lets them talk, judges, and prints the table with how far the judge agrees with people."""
+    people = [] if recipe.human.folder is None else list(open_judgements(recipe.human.folder))
     with Ledger("simulate-users", recipe, resume=resume, rounds=0) as ledger:
         judge = open_judge(recipe.judge, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
         talks = {name: _conversations(ledger, recipe, name) for name in recipe.candidates}
         battles = ledger.table("battles", lambda: _battles(recipe, judge, talks), made_from=_sources(ledger, recipe))
-        agrees = _agreement(recipe, judge)
+        agrees = agreement(judge, people, needed=recipe.human.needed)
         ledger.table("agreement", lambda: [{"said": str(agrees), "items": agrees.items}])
         if not battles:
             raise SteersmanError(f"the judge decided none of the comparisons: {judge.describe()}")
@@ -138,7 +139,8 @@ def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str) -> Rows:
 
     def make(place: int) -> Rows:
         if not opened:
-            opened.extend(open_talker(c, recipe.run, ledger.device) for c in (recipe.candidates[name], recipe.user))
+            both = {f"candidates.{name}": recipe.candidates[name], "user": recipe.user}
+            opened.extend(open_talker(who, config, recipe.run, ledger.device) for who, config in both.items())
         persona = list(recipe.personas)[place]
         seed = recipe.run.seed * 1000 + place
         talks = converse(recipe.personas[persona], *opened, turns=recipe.turns, count=recipe.conversations, seed=seed)
@@ -183,12 +185,6 @@ def _told(row: dict[str, Any]) -> str:
 
 def _answered(row: dict[str, Any]) -> bool:
     return any(m["role"] == "assistant" for m in row["messages"])
-
-
-def _agreement(recipe: SimulateRecipe, judge: Judge) -> Agreement:
-    if recipe.human.folder is None:
-        return Agreement(0, recipe.human.needed, None, None)
-    return agreement(judge, list(open_judgements(recipe.human.folder)), needed=recipe.human.needed)
 
 
 def _show(recipe: SimulateRecipe, battles: Rows, wins: dict[str, Estimate], agrees: Agreement) -> None:

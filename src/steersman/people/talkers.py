@@ -42,9 +42,9 @@ class Talker(Protocol):
         ...
 
 
-def open_talker(config: TalkerConfig, run: RunConfig, device: Any) -> Talker:
-    """The speaker of a section."""
-    return RemoteTalker(config.endpoint) if config.endpoint is not None else LocalTalker(config, run, device)
+def open_talker(who: str, config: TalkerConfig, run: RunConfig, device: Any) -> Talker:
+    """The speaker of the recipe's section `who`."""
+    return RemoteTalker(who, config.endpoint) if config.endpoint is not None else LocalTalker(config, run, device)
 
 
 class LocalTalker:
@@ -68,8 +68,8 @@ class LocalTalker:
 class RemoteTalker:
     """A chat model behind an endpoint; its sampling is the endpoint's section's."""
 
-    def __init__(self, config: EndpointConfig) -> None:
-        self.endpoint = Endpoint(config)
+    def __init__(self, who: str, config: EndpointConfig) -> None:
+        self.endpoint = Endpoint(config, who)
 
     def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[str]:
         said = [""] * len(conversations)

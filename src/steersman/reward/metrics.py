@@ -98,7 +98,8 @@ def inputs(metric: Metric, name: str, samples: Sequence[Sample], columns: Mappin
         if column is None:
             raise SteersmanError(
                 f"'{name}': the metric {metric.name} needs {need}, and the data have no column '{wanted[0]}'; they "
-                f"have: {', '.join(have) or 'none'}. Point to one with `columns: {{{need}: NAME}}`"
+                f"have: {', '.join(have) or 'none'}. Point to one: "
+                f"`{name}: {{metric: {metric.name}, columns: {{{need}: NAME}}}}`"
             )
         out[need] = [s.prompt.row.get(column) for s in samples]
     return out

@@ -18,6 +18,7 @@ from steersman.ops.text import text_stats
 from steersman.run.files.checkpoint import Checkpoint, Checkpointer
 from steersman.run.files.folder import open_folder
 from steersman.run.files.log import Log, NoLog, read_jsonl
+from steersman.run.files.sinks import require_sinks
 from steersman.run.health.limits import HealthConfig
 from steersman.run.health.watch import Finding, HealthWatch
 from steersman.run.report.card import write_card
@@ -70,6 +71,7 @@ class Session:
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
+        require_sinks(self.config.sinks)
         self.folder = self._stack.enter_context(open_folder(Path(self.config.dir), self.recipe, resume=self.resume))
         self.path = self.folder.path
         mode: Any = self.mode

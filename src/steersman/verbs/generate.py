@@ -71,6 +71,8 @@ def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
     else:
         out = Path(recipe.out)
         ranks().from_main(lambda: write_samples(samples, out), "the responses")
+        if ranks().main:
+            say(f"{len(samples)} responses written to {out}")
     return {"samples": len(samples), "out": recipe.out}
 
 

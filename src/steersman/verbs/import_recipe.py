@@ -62,8 +62,10 @@ class ImportRecipe(Section):
 def run(recipe: ImportRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Prints or writes the recipe, with a comment for each setting without a counterpart; returns what became of all.
 
-    Raises SteersmanError where the file can not be read as settings, or the verb is unknown.
+    Raises SteersmanError where the file can not be read as settings, the verb is unknown, or `out` is there already.
     """
+    if recipe.out is not None and Path(recipe.out).exists():
+        raise SteersmanError(f"out: {recipe.out} is there already; name a file that is not")
     settings = read_settings(Path(recipe.file))
     verb = guess_verb(settings) if recipe.verb == "auto" else recipe.verb
     if verb not in VERBS:

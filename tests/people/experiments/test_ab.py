@@ -182,8 +182,9 @@ def test_csv_through_the_verb(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"user": "a", "winner": "newer"}, "row 2, field 'winner': must be one of new, old, tie, both_bad"),
-        ({"user": "a", "arm": "third", "thumb": "up"}, "must be old or new"),
+        ({"user": "a", "winner": "newer"}, "row 2, field 'winner': must be one of new, old, tie, both_bad, not"),
+        ({"user": "a", "winner": "newer"}, "; experiment.control and experiment.treatment name the two arms"),
+        ({"user": "a", "arm": "third", "thumb": "up"}, "must be old or new, not 'third'; experiment.control and"),
         ({"user": "a", "arm": "new"}, "none of winner, thumb"),
         ({"user": "", "winner": "new"}, "field 'user'"),
         ({"user": "a", "winner": "new", "time": "soon"}, "must be ISO 8601 or seconds"),

@@ -125,6 +125,18 @@ def test_a_model_on_this_machine_talks(tmp_path):
     assert any(len(t["messages"]) > 2 for t in talks)
 
 
+def test_what_is_missing_is_told_before_anybody_is_asked(tmp_path):
+    with serving(play) as server:
+        with pytest.raises(SteersmanError, match="no-people: "):
+            run(recipe(tmp_path, server.url, server.url, human={"folder": str(tmp_path / "no-people")}))
+        assert server.seen == []
+
+
+def test_who_does_not_answer_is_named_by_its_section(tmp_path):
+    with pytest.raises(SteersmanError, match=r"^user http://127\.0\.0\.1:9/v1"):
+        run(recipe(tmp_path, "http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1"))
+
+
 def test_refusals(tmp_path):
     values = recipe(tmp_path, "http://x/v1", "http://y/v1").model_dump(exclude_unset=True)
     for change, said in (

@@ -28,11 +28,13 @@ def turn(values, resume=True):
     return run(WheelRecipe.model_validate(values), resume=resume)
 
 
-def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model):
+def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model, capsys):
     values = settings(tmp_path, mini_model)
     inbox = append(tmp_path / "inbox", "day1", choices(30, seed=1))
     told = turn(values, resume=False)
-    assert told["state"] == "turn 1 begins with 60 new judgements, and 30 are in"
+    waits = "turn 1 begins with 60 new judgements, and 30 are in"
+    assert (told["state"], f"the wheel waits: {waits}\n" in capsys.readouterr().out) == (waits, True)
+    assert (tmp_path / "run/config.yaml").exists()  # `--resume --run.dir` goes on with a wheel that waits
     append(inbox, "day2", choices(60, seed=2))
     told = turn(values)
     assert told["state"].startswith("turn 1 is tested")

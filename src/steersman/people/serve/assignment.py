@@ -57,6 +57,10 @@ class Assignment(Generic[Model]):
         try:
             seen = self.path.stat().st_mtime_ns
             return read_serving(self.path), seen
+        except FileNotFoundError:
+            raise SteersmanError(
+                f"serving {self.path}: there is no such file; `steersman wheel` writes it into its run folder"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise SteersmanError(
                 f"serving {self.path}: it is no serving.json as `steersman wheel` writes it "

@@ -83,10 +83,12 @@ class Wheel:
                     break
                 except WaitingError as waiting:
                     self.serve(number, one.candidate if one.testing else None)
+                    self.ledger.log.note(f"the wheel waits: {waiting}")
                     write_page(self.ledger.path, self.recipe, {"state": str(waiting), **self.decisions()})
                     if self.recipe.poll is None:
                         return str(waiting)
                 self._pause(self.recipe.poll)
+            self.ledger.log.note(f"turn {number}: {decision['decision']}: {decision['reason']}")
             if decision["decision"] == "promoted":
                 self.current = one.candidate
             self.serve(number, None)

@@ -31,6 +31,11 @@ BEGINNINGS = ("config.yaml", "inputs.json", "metrics.jsonl", "report.html")
 """What a run writes before its first step or round."""
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a run began in this folder."""
+    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+
+
 class RunFolder:
     """A folder that this process alone may write to until `close` (or the end of a `with` block).
 
@@ -55,13 +60,12 @@ class RunFolder:
             ) from None
         try:
             self._take_lock()
-            holds_run = any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
-            if holds_run and not resume:
+            self.resumed = holds_run(self.path)
+            if self.resumed and not resume:
                 raise SteersmanError(
                     f"run folder {self.path}: it holds another run already; continue that one with --resume, "
                     "or choose another --run.dir"
                 )
-            self.resumed = holds_run
             self.changes: list[str] = []
             recover(self.path)
             inputs = inputs_of(recipe, self.path)

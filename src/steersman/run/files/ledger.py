@@ -21,6 +21,7 @@ from steersman.atomic import write_atomic
 from steersman.distributed.ranks import ranks
 from steersman.run.files.folder import open_folder
 from steersman.run.files.log import Log, NoLog, read_jsonl
+from steersman.run.files.sinks import require_sinks
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
 from steersman.run.seed import seed_everything
@@ -51,6 +52,7 @@ class Ledger:
         self._stack, self._hashes = ExitStack(), dict[str, str]()
 
     def __enter__(self) -> Ledger:
+        require_sinks(self.config.sinks)
         self.folder = self._stack.enter_context(open_folder(Path(self.config.dir), self.recipe, resume=self.resume))
         self.path = self.folder.path
         self.signal = self._stack.enter_context(StopRequest())
@@ -80,7 +82,7 @@ class Ledger:
             with nullcontext() if error is None else suppress(Exception):
                 if ranks().main:
                     write_report(self.path)
-            if not self.began and not self.folder.resumed and ranks().main:
+            if error is not None and not self.began and not self.folder.resumed and ranks().main:
                 self.folder.forget()
         finally:
             self._stack.close()

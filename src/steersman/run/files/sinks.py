@@ -161,11 +161,24 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
 
 
+def require_sinks(names: Sequence[str]) -> None:
+    """Raises SteersmanError for a name that is unknown and for a package that is missing, so that a run is refused
+    before it takes its folder."""
+    for name in names:
+        if ":" in name:
+            continue
+        if name not in SINKS:
+            raise SteersmanError(f"there is no sink {name!r}; known are {', '.join(SINKS)}, or my_sinks.py:Class")
+        if importlib.util.find_spec(name) is None:
+            raise SteersmanError(f"the sink {name!r} is not installed: pip install 'steersman[{name}]'")
+
+
 def open_sink(name: str, folder: Path, resumed_step: int) -> Sink:
     """The tracker of that name, or the class at `my_sinks.py:Class`; steps after `resumed_step` come again.
 
     Raises SteersmanError for a name that is unknown, a package that is missing, and a sink that does not open.
     """
+    require_sinks([name])
     if ":" in name:
         made: Any = load_function(name)
         with user_code(f"sink '{name}': opening it"):
@@ -176,10 +189,6 @@ def open_sink(name: str, folder: Path, resumed_step: int) -> Sink:
                 f"sink '{name}' has no method {' and no '.join(missing)} (see run/files/sinks.py: Sink)"
             )
         return sink
-    if name not in SINKS:
-        raise SteersmanError(f"there is no sink {name!r}; known are {', '.join(SINKS)}, or my_sinks.py:Class")
-    if importlib.util.find_spec(name) is None:
-        raise SteersmanError(f"the sink {name!r} is not installed: pip install 'steersman[{name}]'")
     try:
         return SINKS[name](folder, resumed_step)
     except Exception as error:
