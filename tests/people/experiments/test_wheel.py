@@ -131,12 +131,12 @@ def test_every_stage_trains(tmp_path, mini_model, then):
         for i in range(40)
     ]  # fmt: skip
     append(tmp_path / "inbox", "day", [*choices(60, seed=5), *thumbs])
-    extra = {
-        "then": then, "experiment": None, "gates": {"length": {"at_most": 99}},
+    stages = {
         "ppo": {"iterations": 1, "prompts": 2, "samples": 2, "reward_train": {"epochs": 1, "batch_size": 8}},
         "kto": {"train": {"batch_size": 8, "epochs": 1}}, "sft": {"train": {"batch_size": 8, "epochs": 1}},
     }  # fmt: skip
-    told = turn(settings(tmp_path, mini_model, **extra), resume=False)
+    extra = {"then": then, "experiment": None, "gates": {"length": {"at_most": 99}}, "dpo": {}}
+    told = turn(settings(tmp_path, mini_model, **extra, **{name: stages[name] for name in then}), resume=False)
     assert told["decisions"][0]["decision"] == "promoted"
     assert (Path(told["model"]) / "model.safetensors").exists()
 
