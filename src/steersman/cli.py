@@ -200,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        _say_where("interrupted")
+        held = _held()
+        how = f"; its files are in {held[0]}; the same command with --resume goes on" if held else ""
+        _red(f"interrupted{how}")
         return 130
     except BrokenPipeError:
         return 141

@@ -36,7 +36,13 @@ class Recipe(Section):
 
 def run(recipe: Recipe, *, resume: bool) -> dict:
     if recipe.dir:
-        with RunFolder(Path(recipe.dir), recipe, resume=resume):
+        with RunFolder(Path(recipe.dir), recipe, resume=resume) as folder:
+            if recipe.fail == "interrupt in a stage":
+                with RunFolder(folder / "stage", recipe):
+                    raise KeyboardInterrupt
+            if recipe.fail == "interrupt before it began":
+                folder.forget()
+                raise KeyboardInterrupt
             return act(recipe, resume)
     return act(recipe, resume)
 
@@ -177,7 +183,12 @@ def test_a_file_that_the_code_itself_misses_is_a_bug(steersman):
 
 def test_interrupts_are_told_to_the_shell(steersman, tmp_path):
     code, _, err = steersman("toy", "--fail=interrupt", "--dir", str(tmp_path / "run"))
-    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'run'}\n")
+    way_on = "the same command with --resume goes on"
+    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'run'}; {way_on}\n")
+    told = f"interrupted; its files are in {tmp_path / 'outer'}; {way_on}\n"
+    assert steersman("toy", "--fail=interrupt in a stage", "--dir", str(tmp_path / "outer")) == (130, "", told)
+    gone = steersman("toy", "--fail=interrupt before it began", "--dir", str(tmp_path / "gone"))
+    assert gone == (130, "", "interrupted\n")
     assert steersman("toy", "--fail=signal")[0] == 130
 
 
