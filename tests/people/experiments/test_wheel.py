@@ -201,6 +201,19 @@ def test_a_kill_at_any_table_changes_nothing(tmp_path, mini_model, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cut", ["collected", "decision"])
+def test_a_kill_between_a_table_and_its_provenance_changes_nothing(tmp_path, mini_model, cut):
+    append(tmp_path / "inbox", "day", choices(80, seed=7))
+    values = settings(tmp_path, mini_model, experiment=None)
+    decided = turn(values, resume=False)["decisions"]
+    folder = tmp_path / "run/round-01"
+    (folder / f"{cut}.provenance.json").unlink()
+    (folder / "round.json").unlink()
+    before = (folder / f"{cut}.jsonl").read_text()
+    assert turn(values)["decisions"] == decided
+    assert (folder / f"{cut}.jsonl").read_text() == before
+
+
 def test_sigkill_at_any_moment(tmp_path, mini_model):
     """The process is killed after ever longer times and started again; it ends as one that was left in peace."""
     for run_name in ("whole", "killed"):
