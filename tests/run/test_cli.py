@@ -57,6 +57,11 @@ def act(recipe: Recipe, resume: bool) -> dict:
         raise OSError(number, os.strerror(number), "theirs.jsonl")
     if recipe.fail == "interrupt":
         raise KeyboardInterrupt
+    if recipe.fail == "interrupt in compiled code":
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 18816 vs 18768")
     print("ran", recipe.train.lr, resume)
     return {"finished": recipe.fail != "signal", **({"run": recipe.dir} if recipe.dir else {})}
 
@@ -185,6 +190,8 @@ def test_interrupts_are_told_to_the_shell(steersman, tmp_path):
     code, _, err = steersman("toy", "--fail=interrupt", "--dir", str(tmp_path / "run"))
     way_on = "the same command with --resume goes on"
     assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'run'}; {way_on}\n")
+    code, _, err = steersman("toy", "--fail=interrupt in compiled code", "--dir", str(tmp_path / "saving"))
+    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'saving'}; {way_on}\n")
     told = f"interrupted; its files are in {tmp_path / 'outer'}; {way_on}\n"
     assert steersman("toy", "--fail=interrupt in a stage", "--dir", str(tmp_path / "outer")) == (130, "", told)
     gone = steersman("toy", "--fail=interrupt before it began", "--dir", str(tmp_path / "gone"))
