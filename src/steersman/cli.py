@@ -210,8 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        _say_where("interrupted")
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         return 141
     except SystemExit as error:
@@ -221,10 +220,13 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         # types.py imports torch; an error of its own kind can only come from a process that did so too.
         types = sys.modules.get("steersman.types")
+        mendable = types is not None and isinstance(error, types.SteersmanError)
+        if not mendable and _came_of_interrupt(error):
+            return _interrupted()
         if _is_rank():
             _launch().leave_error(error)
             return 1
-        if types is not None and isinstance(error, types.SteersmanError):
+        if mendable:
             _red(str(error))
             return 2
         if isinstance(error, OSError) and error.errno in _CLOSED and error.filename is not None:
@@ -401,6 +403,24 @@ def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
 def _red(text: str) -> None:
     start, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{start}{_terminal().printable(text)}{end}", file=sys.stderr)
+
+
+def _interrupted() -> int:
+    """Says how to go on after Ctrl-C, and gives the exit code."""
+    held = _held()
+    how = f"; its files are in {held[0]}; the same command with --resume goes on" if held else ""
+    _red(f"interrupted{how}")
+    return 130
+
+
+def _came_of_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came before the error: compiled code that it meets (a module's start, a file being saved) raises
+    an error of its own."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(one, KeyboardInterrupt) for one in seen)
 
 
 def _say_where(what: str) -> None:

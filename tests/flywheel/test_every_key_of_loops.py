@@ -113,6 +113,7 @@ LEAST = {
     "arena": [*MODEL, *DATA, *JUDGE, "--opponents", "{a: m}"],
     "step-labels": [*MODEL, *DATA, "--reward", "{l: {builtin: length}}"],
     "feedback": DATA,
+    "wheel": [*MODEL, "--judgements.folder", "f"],
     "judge": [*DATA, *JUDGE],
     "judge-lessons": [*DATA, "--out", "o"],
     "simulate-users": [*JUDGE, "--candidates", f"{{a: {ONE}, b: {ONE}}}", "--user", ONE,
@@ -154,3 +155,29 @@ def test_what_a_verb_does_not_read_is_refused_and_not_in_its_help(verb, key, val
     capsys.readouterr()
     assert main([verb, "--help"]) == 0
     assert f"--{key} " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "said"),
+    [
+        (
+            "arena",
+            ["--stages", "[sft, dpo]", "--ppo.iterations", "3"],
+            "ppo: nothing reads this section, since `stages` is ['sft', 'dpo']; remove it, or add ppo to `stages`",
+        ),
+        (
+            "feedback",
+            ["--model.path", "m", "--then", "[kto]", "--sft.optimizer.lr", "1e-3"],
+            "sft: nothing reads this section, since `then` is ['kto']; remove it, or add sft to `then`",
+        ),
+        (
+            "wheel",
+            ["--kto.train.epochs", "2"],
+            "kto: nothing reads this section, since `then` is ['dpo']; remove it, or add kto to `then`",
+        ),
+    ],
+)
+def test_the_section_of_a_stage_that_is_not_asked_for_is_refused(verb, words, said, capsys):
+    assert main([verb, *LEAST[verb], *words, "--print-config"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert main([verb, *LEAST[verb], *words[:-2], "--print-config"]) == 0

@@ -131,6 +131,21 @@ def test_a_killed_process_goes_on_too(whole, tmp_path, mini_model):
     assert [k for k in got if got[k] != expected[k] and not k.endswith("provenance.json")] == []
 
 
+@pytest.mark.parametrize("file", ["graded.jsonl", "graded.provenance.json"])
+def test_a_damaged_table_is_named(file, tmp_path, mini_model, monkeypatch):
+    with monkeypatch.context() as patch:
+        Cut(patch, offline.Offline, "step", 1, True)
+        with pytest.raises(KeyboardInterrupt):
+            turn("best-of-n", tmp_path, mini_model)
+    damaged = tmp_path / "run/round-01" / file
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(SteersmanError, match=r"round-01/graded\.jsonl: it is not what the run wrote there"):
+        turn("best-of-n", tmp_path, mini_model, resume=True)
+    for name in ("graded.jsonl", "graded.provenance.json"):
+        (tmp_path / "run/round-01" / name).unlink()
+    assert turn("best-of-n", tmp_path, mini_model, resume=True)["finished"]
+
+
 def test_a_signal_stops_between_steps_and_says_so(tmp_path, mini_model, monkeypatch, capsys):
     real = offline.Offline.step
 

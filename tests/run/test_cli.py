@@ -44,7 +44,13 @@ class RecipeOfRun(Recipe):
 
 def run(recipe: Recipe, *, resume: bool) -> dict:
     if recipe.dir:
-        with RunFolder(Path(recipe.dir), recipe, resume=resume):
+        with RunFolder(Path(recipe.dir), recipe, resume=resume) as folder:
+            if recipe.fail == "interrupt in a stage":
+                with RunFolder(folder / "stage", recipe):
+                    raise KeyboardInterrupt
+            if recipe.fail == "interrupt before it began":
+                folder.forget()
+                raise KeyboardInterrupt
             return act(recipe, resume)
     return act(recipe, resume)
 
@@ -59,6 +65,11 @@ def act(recipe: Recipe, resume: bool) -> dict:
         raise OSError(number, os.strerror(number), "theirs.jsonl")
     if recipe.fail == "interrupt":
         raise KeyboardInterrupt
+    if recipe.fail == "interrupt in compiled code":
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 18816 vs 18768")
     print("ran", recipe.train.lr, resume)
     return {"finished": recipe.fail != "signal", **({"run": recipe.dir} if recipe.dir else {})}
 
@@ -203,7 +214,14 @@ def test_a_file_that_the_code_itself_misses_is_a_bug(steersman):
 
 def test_interrupts_are_told_to_the_shell(steersman, tmp_path):
     code, _, err = steersman("toy", "--fail=interrupt", "--dir", str(tmp_path / "run"))
-    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'run'}\n")
+    way_on = "the same command with --resume goes on"
+    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'run'}; {way_on}\n")
+    code, _, err = steersman("toy", "--fail=interrupt in compiled code", "--dir", str(tmp_path / "saving"))
+    assert (code, err) == (130, f"interrupted; its files are in {tmp_path / 'saving'}; {way_on}\n")
+    told = f"interrupted; its files are in {tmp_path / 'outer'}; {way_on}\n"
+    assert steersman("toy", "--fail=interrupt in a stage", "--dir", str(tmp_path / "outer")) == (130, "", told)
+    gone = steersman("toy", "--fail=interrupt before it began", "--dir", str(tmp_path / "gone"))
+    assert gone == (130, "", "interrupted\n")
     assert steersman("toy", "--fail=signal")[0] == 130
 
 

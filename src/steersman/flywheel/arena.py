@@ -22,7 +22,7 @@ from steersman.config.sections import Section
 from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
 from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
-from steersman.flywheel.sections import LoopRecipe
+from steersman.flywheel.sections import LoopRecipe, refuse_idle_stages
 from steersman.objectives.preference import PairLossConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
@@ -103,6 +103,7 @@ class ArenaRecipe(LoopRecipe):
             raise ValueError("give at least one opponent, such as {base: path/to/model}, and at least one stage")
         if "model" in self.opponents or any(name.startswith("round-") for name in self.opponents):
             raise ValueError("opponents: the names `model` and `round-...` are the model's own; choose others")
+        refuse_idle_stages({"sft": self.sft, "dpo": self.dpo, "ppo": self.ppo}, self.stages, "stages")
         return self
 
 

@@ -17,6 +17,7 @@ from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
 from steersman.flywheel.reading import Reading, kappa, read, revise
+from steersman.flywheel.sections import refuse_idle_stages
 from steersman.judge import JudgeConfig, open_judge
 from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
@@ -106,6 +107,7 @@ class FeedbackRecipe(Section):
             raise ValueError("`judge` grades the users' turns and `reader` reads them: give one of them")
         if self.revise and self.reader is None:
             raise ValueError("revise: the reader writes the revised answers; give one")
+        refuse_idle_stages({"sft": self.sft, "kto": self.kto}, self.then, "then")
         return self
 
 

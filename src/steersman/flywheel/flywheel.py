@@ -121,7 +121,7 @@ class Flywheel:
         player = self.player(path)
         rows = self.ledger.table(name, lambda: self._look(player), model=self.ledger.model(path), streams=[LOOK])
         self.judge.counts.clear()
-        before = rows if number == 0 else self.ledger.table("round-00/held-out", list)
+        before = rows if number == 0 else self.ledger.rows("round-00/held-out")
         stats: Stats = {
             "reward/judge": _mean([r["grade"] for r in rows if r["grade"] is not None]),
             "kl": _mean([r["logp"] - r["logp_start"] for r in rows]),

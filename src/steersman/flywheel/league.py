@@ -76,7 +76,7 @@ class League:
 
     def _answers(self, name: str) -> Rows:
         if name not in self.opponents:
-            return self.flywheel.ledger.table(f"{name}/held-out", list)
+            return self.flywheel.ledger.rows(f"{name}/held-out")
         flywheel, path = self.flywheel, self.opponents[name]
 
         def make() -> Rows:

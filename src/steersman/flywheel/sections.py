@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -83,3 +84,13 @@ class LoopRecipe(Section):
         if self.rollout.held_out < 1:
             raise ValueError("rollout.held_out is 0: a loop needs held-out prompts to tell what a round gained")
         return self
+
+
+def refuse_idle_stages(stages: Mapping[str, Section], asked: Sequence[str], key: str) -> None:
+    """Raises ValueError where a stage has own settings, and `asked`, the recipe's list `key`, leaves it out."""
+    for name, section in stages.items():
+        if name not in asked and section != type(section)():
+            raise ValueError(
+                f"{name}: nothing reads this section, since `{key}` is {list(asked)}; remove it, or add {name} to "
+                f"`{key}`"
+            )

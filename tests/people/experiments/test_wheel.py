@@ -133,12 +133,12 @@ def test_every_stage_trains(tmp_path, mini_model, then):
         for i in range(40)
     ]  # fmt: skip
     append(tmp_path / "inbox", "day", [*choices(60, seed=5), *thumbs])
-    extra = {
-        "then": then, "experiment": None, "gates": {"length": {"at_most": 99}},
+    stages = {
         "ppo": {"iterations": 1, "prompts": 2, "samples": 2, "reward_train": {"epochs": 1, "batch_size": 8}},
         "kto": {"train": {"batch_size": 8, "epochs": 1}}, "sft": {"train": {"batch_size": 8, "epochs": 1}},
     }  # fmt: skip
-    told = turn(settings(tmp_path, mini_model, **extra), resume=False)
+    extra = {"then": then, "experiment": None, "gates": {"length": {"at_most": 99}}, "dpo": {}}
+    told = turn(settings(tmp_path, mini_model, **extra, **{name: stages[name] for name in then}), resume=False)
     assert told["decisions"][0]["decision"] == "promoted"
     assert (Path(told["model"]) / "model.safetensors").exists()
 
@@ -203,6 +203,19 @@ def test_a_kill_at_any_table_changes_nothing(tmp_path, mini_model, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cut", ["collected", "decision"])
+def test_a_kill_between_a_table_and_its_provenance_changes_nothing(tmp_path, mini_model, cut):
+    append(tmp_path / "inbox", "day", choices(80, seed=7))
+    values = settings(tmp_path, mini_model, experiment=None)
+    decided = turn(values, resume=False)["decisions"]
+    folder = tmp_path / "run/round-01"
+    (folder / f"{cut}.provenance.json").unlink()
+    (folder / "round.json").unlink()
+    before = (folder / f"{cut}.jsonl").read_text()
+    assert turn(values)["decisions"] == decided
+    assert (folder / f"{cut}.jsonl").read_text() == before
+
+
 def test_sigkill_at_any_moment(tmp_path, mini_model):
     """The process is killed after ever longer times and started again; it ends as one that was left in peace."""
     for run_name in ("whole", "killed"):

@@ -10,6 +10,7 @@ from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig
 from steersman.flywheel.arena import DPOStage, PPOStage, SFTStage
 from steersman.flywheel.feedback import KTOStage
+from steersman.flywheel.sections import refuse_idle_stages
 from steersman.judge import JudgeConfig
 from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
@@ -106,4 +107,6 @@ class WheelRecipe(Section):
             raise ValueError(
                 "mix.anchor is above 0, but mix.anchors has no file for every table that `then` trains on"
             )
+        stages = {"sft": self.sft, "kto": self.kto, "dpo": self.dpo, "ppo": self.ppo}
+        refuse_idle_stages(stages, self.then, "then")
         return self

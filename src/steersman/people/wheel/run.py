@@ -110,8 +110,7 @@ class Wheel:
 
     def rows(self, number: int, name: str) -> Rows:
         """A table that is there, or nothing."""
-        there = (self.ledger.path / f"round-{number:02d}/{name}.jsonl").exists()
-        return self.ledger.table(f"round-{number:02d}/{name}", list) if there else []
+        return self.ledger.rows(f"round-{number:02d}/{name}")
 
     def judgements(self, number: int, name: str) -> list[Judgement]:
         """The judgements of a table of every turn up to `number`."""

@@ -85,7 +85,7 @@ class Training:
         ledger, config = self.ledger, self.recipe.ppo
         values = self._values(path, "pairs") | {"train": config.reward_train, "optimizer": config.reward_optimizer}
         reward = ledger.stage(f"{name}-reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
-        pairs = ledger.table(f"{self.name}/pairs", list)
+        pairs = ledger.rows(f"{self.name}/pairs")
         prompts = {str(row["prompt"]): row["prompt"] for row in pairs}
         asked = ledger.table(f"{self.name}/prompts", lambda: [{"prompt": p} for p in prompts.values()])
         values = self._values(path, "prompts") | config.toward(reward, self.recipe.rollout, len(asked))

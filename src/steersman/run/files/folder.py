@@ -95,6 +95,8 @@ class RunFolder:
             if (self.path / name).exists() and not (self.path / name).stat().st_size:
                 (self.path / name).unlink()
         self._leave()
+        if self.path in held:
+            held.remove(self.path)
 
     def _leave(self) -> None:
         if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:

@@ -26,7 +26,7 @@ from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
 from steersman.run.seed import seed_everything
 from steersman.run.stop_request import StopRequest
-from steersman.types import Stats
+from steersman.types import Stats, SteersmanError
 
 Rows = list[dict[str, Any]]
 
@@ -99,13 +99,19 @@ class Ledger:
         `<name>.provenance.json` beside it, with the file's rows and SHA-256.
         """
         self.check()
-        path = self.path / f"{name}.jsonl"
-        if not self._there(path, self._about(name)):
+        if not self._has(name):
             rows = make()
             self.check()
             self.began = True
             ranks().from_main(lambda: self._write(name, rows, about), "a table")
-        return ranks().from_main(lambda: read_jsonl(path), "a table")
+        return self.rows(name)
+
+    def rows(self, name: str) -> Rows:
+        """The rows of a table that was made, none where it was not.
+
+        Raises SteersmanError where the file is another one than was written.
+        """
+        return ranks().from_main(lambda: self._read(name), "a table") if self._has(name) else []
 
     def parts(self, name: str, count: int, make: Callable[[int], Rows], **about: Any) -> Rows:
         """`table` for what takes long: made in `count` parts, each kept as soon as it is there."""
@@ -205,6 +211,22 @@ class Ledger:
         write_atomic(path, _lines(rows))
         told = {"file": path.name, "rows": len(rows), "sha256": _sha256(path), "seed": self.config.seed, **about}
         write_atomic(self._about(name), json.dumps(told, indent=1, ensure_ascii=False))
+
+    def _read(self, name: str) -> Rows:
+        path, about = self.path / f"{name}.jsonl", self._about(name)
+        told: dict[str, Any] = {}
+        with suppress(ValueError):
+            told = json.loads(about.read_text(encoding="utf-8"))
+        if told.get("sha256") != _sha256(path):
+            raise SteersmanError(
+                f"{path}: it is not what the run wrote there, by the SHA-256 in {about.name}; put both files back as "
+                "they were, or remove both and run again with --resume, which makes the table anew"
+            )
+        return read_jsonl(path)
+
+    def _has(self, name: str) -> bool:
+        """Whether the table is there with where it came from, which is written last."""
+        return self._there(self.path / f"{name}.jsonl", self._about(name))
 
     @staticmethod
     def _there(*paths: Path) -> bool:
