@@ -73,6 +73,15 @@ def test_a_recipe_that_can_not_work_is_refused_by_name(verb, changes, words, bas
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_faulty_rank_is_the_only_problem_and_a_choice_below_a_name_is_told_in_words():
+    asked = ["--model.path", "x", "--data.path", "y", "--reward.parts", "{a: {builtin: length}}"]
+    with pytest.raises(SteersmanError) as told:
+        load_recipe(RECIPES["grpo"], None, [*asked, "--model.lora", "{r: 0}"])
+    assert str(told.value).endswith("model.lora.r: 0 was given; allowed: whole number >= 1")
+    with pytest.raises(SteersmanError, match=r"environment: 'turns' was given; allowed: one of turn, episode$"):
+        load_recipe(RECIPES["grpo"], None, [*asked[:-1], "{a: {environment: turns}}"])
+
+
 def test_a_refused_run_leaves_its_folder_free(base, tmp_path):
     refused("ppo", base, tmp_path, ["no such model folder"], model__path="./not-here")
     refused("ppo", base, tmp_path, ["there is no sink 'tb'"], run__sinks=["tb"])

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
 
 from steersman.config.overrides import apply_overrides
 from steersman.config.problems import drop_unknown, idle_keys, place_of, value_problem
@@ -45,7 +46,9 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
     try:
         recipe = model.model_validate(settings)
     except ValidationError as error:
-        problems += [value_problem(model, dict(e), from_command) for e in error.errors()]
+        # A default that is worked out of a faulty value is no fault of its own.
+        told = [e for e in error.errors() if e["input"] is not PydanticUndefined]
+        problems += [value_problem(model, dict(e), from_command) for e in told]
     if recipe is not None:
         problems += [
             f"{place_of(key, from_command)}: this verb does not read it; remove it" for key in idle_keys(recipe)

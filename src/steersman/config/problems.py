@@ -68,9 +68,16 @@ def value_problem(model: type[Section], error: dict[str, Any], from_command: set
     given = repr(error["input"])
     given = given if len(given) <= 80 else given[:77] + "..."
     info = known.get(key)
-    allowed = type_text(info.annotation, info.metadata) if info is not None else error["msg"]
+    allowed = type_text(info.annotation, info.metadata) if info is not None else _allowed(error)
     written = ", written '[one, two]'" if error["type"] == "list_type" else ""
     return f"{where}: {given} was given; allowed: {allowed}{written}"
+
+
+def _allowed(error: dict[str, Any]) -> str:
+    """What pydantic says of a value below a mapping, whose keys have no description of ours."""
+    if error["type"] == "literal_error":
+        return f"one of {error['ctx']['expected'].replace(' or ', ', ')}".replace("'", "")
+    return error["msg"]
 
 
 def place_of(key: str, from_command: set[str]) -> str:
