@@ -47,12 +47,17 @@ class Verb:
             return found if isinstance(found, type) else found(path, overrides)
 
     def start(self, name: str, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
-        """Runs the verb, on as many processes as the recipe asks for, and gives its summary."""
+        """Runs the verb, on as many processes as the recipe asks for, and gives its summary.
+
+        Raises SteersmanError where `resume` is asked of a verb that keeps no run.
+        """
         from steersman.extras import explain_missing
 
+        if resume:
+            self.require_resumes(name)
         with explain_missing(name):
             if not self.many:
-                return _load(self.run)(recipe, resume=resume)
+                return self.here(recipe, resume=resume)
             from steersman.distributed import launch
 
             recipe.parallel.require_engine()
@@ -61,7 +66,21 @@ class Verb:
                 start = _load("steersman.distributed.on_ray:start") if recipe.run.launcher == "ray" else launch.start
                 return start(name, recipe, recipe.run.devices, resume=resume)
             with launch.as_rank(recipe.parallel):
-                return _load(self.run)(recipe, resume=resume)
+                return self.here(recipe, resume=resume)
+
+    def here(self, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
+        """Runs the verb in this process, as one of its ranks where there are several."""
+        run = _load(self.run)
+        return run(recipe, resume=resume) if self.resumes else run(recipe)
+
+    def require_resumes(self, name: str) -> None:
+        """Raises SteersmanError where the verb keeps no run to go on with."""
+        if not self.resumes:
+            from steersman.types import SteersmanError
+
+            raise SteersmanError(
+                f"{name}: --resume goes on with a run that was ended early, and {name} keeps none; leave it out"
+            )
 
 
 _START = "--model.path MODEL --data.path FILE"
@@ -273,9 +292,8 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
              f"every setting: steersman {name} --help; a checkout has recipes to begin from in recipes/")  # fmt: skip
         return 2
     given = {w for w in words if w in flags}
-    if "--resume" in given and not verb.resumes:
-        _red(f"{name}: --resume goes on with a run that was ended early, and {name} keeps none; leave it out")
-        return 2
+    if "--resume" in given:
+        verb.require_resumes(name)
     overrides = [w for w in words if w not in flags]
     if path is None and "--resume" in given:
         if words == ["--resume"] and verb.example:

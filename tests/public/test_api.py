@@ -49,6 +49,8 @@ def test_a_wrong_verb_and_a_wrong_key_are_named():
         steersman.load_recipe("sft", None, {"model.path": "m", "data.path": "d", "optimizer.learnin_rate": 1})
     with pytest.raises(SteersmanError, match="there is no such verb"):
         steersman.run_verb("x", steersman.load_recipe("verify"))
+    with pytest.raises(SteersmanError, match="verify keeps none"):
+        steersman.run_verb("verify", steersman.load_recipe("verify"), resume=True)
 
 
 @pytest.mark.slow

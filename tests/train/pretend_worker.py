@@ -15,7 +15,7 @@ from typing import Any
 import pretend_device
 import torch
 
-from steersman.cli import VERBS, _load
+from steersman.cli import VERBS
 from steersman.train import session
 from steersman.train.offline import Offline
 from steersman.train.on_policy import OnPolicy
@@ -47,7 +47,7 @@ if __name__ == "__main__":
         waited.clear()
         try:
             recipe = verb.recipe_class(None, []).model_validate(case["recipe"])
-            _load(verb.run)(recipe, resume=case.get("resume", False))
+            verb.here(recipe, resume=case.get("resume", False))
         except Exception:
             error = traceback.format_exc()
         found[case["name"]] = {"error": error, "waits": [list(one) for one in waited]}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from forked import ENGINES
 
-from steersman.cli import VERBS, _load
+from steersman.cli import VERBS
 from steersman.distributed.launch import as_rank
 from steersman.rollout.remote import launch
 from steersman.train import session
@@ -27,4 +27,4 @@ if __name__ == "__main__":
     recipes = [(VERBS[c["verb"]], VERBS[c["verb"]].recipe_class(None, []).model_validate(c["recipe"])) for c in cases]
     with as_rank(recipes[0][1].parallel):
         for (verb, recipe), case in zip(recipes, cases, strict=True):
-            _load(verb.run)(recipe, resume=case.get("resume", False))
+            verb.here(recipe, resume=case.get("resume", False))

@@ -52,7 +52,7 @@ class JudgeLessonsRecipe(Section):
         return keys_of_other_kinds("preference") | key_names(data=("mix", "shuffle", *ROWS_TO_TOKENS))
 
 
-def run(recipe: JudgeLessonsRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: JudgeLessonsRecipe) -> dict[str, Any]:
     """Writes the questions, two for each decided pair, and returns how many there are."""
     loaded = preferences(recipe.data)
     made = {"questions": (recipe.out, loaded.train)}

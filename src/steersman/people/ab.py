@@ -49,7 +49,7 @@ class ABRecipe(Section):
         return self
 
 
-def run(recipe: ABRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: ABRecipe) -> dict[str, Any]:
     """Prints the report of the experiment as its outcomes stand, and returns it."""
     check_places(recipe.out, recipe.log)
     bad, experiment = BadRows(recipe.on_bad_row, "on_bad_row"), recipe.experiment

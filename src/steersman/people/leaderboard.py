@@ -43,7 +43,7 @@ class LeaderboardRecipe(Section):
     out: str | None = Field(default=None, description="JSON file to write")
 
 
-def run(recipe: LeaderboardRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: LeaderboardRecipe) -> dict[str, Any]:
     """Prints the table, and returns both ratings and what style is worth."""
     check_places(recipe.out)
     bad = BadRows(recipe.on_bad_row, "on_bad_row")

@@ -60,7 +60,7 @@ class ChatRecipe(Section):
         return key_names(model=TRAINED_ONLY, run=KEPT_ONLY)
 
 
-def run(recipe: ChatRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: ChatRecipe) -> dict[str, Any]:
     """Talks until the input ends; returns how many answers were given."""
     policy = policy_from(recipe.model, recipe.run, device_of(recipe.run), trainable=False)
     chat = Chat(policy, recipe)

@@ -52,7 +52,7 @@ class CheckEnvRecipe(Section):
         )
 
 
-def run(recipe: CheckEnvRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: CheckEnvRecipe) -> dict[str, Any]:
     """Prints one page of findings. Raises SteersmanError, after printing, where something must be mended."""
     environment = open_environment(recipe.environment)
     rows = _rows(recipe)

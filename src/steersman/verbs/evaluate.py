@@ -90,7 +90,7 @@ class EvaluateRecipe(Section):
         return self
 
 
-def run(recipe: EvaluateRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Judges, and prints the table; returns name -> value, low, high, count, implementation.
 
     Answers are sampled by all ranks, and judged by rank 0. A model's answers are kept as `generate.out`, or beside

@@ -34,7 +34,7 @@ class ExportRecipe(Section):
     )
 
 
-def run(recipe: ExportRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: ExportRecipe) -> dict[str, Any]:
     """Writes the folder; returns where it is and what was written.
 
     Raises SteersmanError where the folder is there already, or adapters are asked for and there are none.

@@ -59,7 +59,7 @@ class GenerateRecipe(Section):
         return self
 
 
-def run(recipe: GenerateRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: GenerateRecipe) -> dict[str, Any]:
     """Samples, and prints the responses or writes them as JSONL rows of prompt, completion, finish and logp.
 
     A row keeps the other columns of its prompt's data row, so that metrics can read them.

@@ -59,7 +59,7 @@ class ImportRecipe(Section):
     out: str | None = Field(default=None, description="file to write; not given: the recipe is printed")
 
 
-def run(recipe: ImportRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: ImportRecipe) -> dict[str, Any]:
     """Prints or writes the recipe, with a comment for each setting without a counterpart; returns what became of all.
 
     Raises SteersmanError where the file can not be read as settings, the verb is unknown, or `out` is there already.

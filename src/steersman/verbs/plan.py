@@ -55,7 +55,7 @@ class PlanRecipe(Section):
     )
 
 
-def run(recipe: PlanRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: PlanRecipe) -> dict[str, Any]:
     """Prints the layouts, the fastest that fits first, and the arithmetic of the best; returns them as numbers."""
     if recipe.verb not in KINDS:
         raise SteersmanError(f"verb: {recipe.verb} has no plan; there are {', '.join(KINDS)}")

@@ -26,7 +26,7 @@ class PushRecipe(Section):
     dry_run: bool = Field(default=False, description="show what would be pushed, and push nothing")
 
 
-def run(recipe: PushRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: PushRecipe) -> dict[str, Any]:
     """Shows the files, and pushes them unless it is a dry run; returns their names.
 
     Raises SteersmanError where there is no model, the name is none, a file could run code, or the hub refuses.

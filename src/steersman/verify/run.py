@@ -83,7 +83,7 @@ class Job:
         return training.way_to_optimum(algorithm, training.example(), self.seed, budget)
 
 
-def run(recipe: VerifyRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: VerifyRecipe) -> dict[str, Any]:
     """Prints the tables and returns (and with `json` writes) their numbers.
 
     Raises SteersmanError, after printing and writing, when an estimator that should be exact is not, a method that

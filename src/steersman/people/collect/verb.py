@@ -69,7 +69,7 @@ class CollectRecipe(Section):
     )
 
 
-def run(recipe: CollectRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: CollectRecipe) -> dict[str, Any]:
     """Serves until it is interrupted. Raises SteersmanError before that for whatever can not work."""
     store = open_store(recipe.store)
     try:

@@ -70,7 +70,7 @@ class ServeRecipe(Section):
         return self
 
 
-def run(recipe: ServeRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: ServeRecipe) -> dict[str, Any]:
     """Serves until it is stopped. Raises SteersmanError for an open address without keys, before any model loads."""
     import uvicorn
 

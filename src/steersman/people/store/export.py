@@ -41,7 +41,7 @@ ExportRecipe = create_model("ExportRecipe", __base__=Export, __doc__=Export.__do
 """`Export` with the key `for`, which no Python class can spell."""
 
 
-def run(recipe: Export, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: Export) -> dict[str, Any]:
     """Writes the rows and says how many; names and logins of raters are never among them."""
     check_places(recipe.out)
     address = recipe.store if "://" in recipe.store else f"sqlite:///{recipe.store}"
