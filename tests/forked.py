@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import inspect
 import multiprocessing
 import multiprocessing.forkserver
@@ -28,7 +29,7 @@ from typing import Any
 PRELOADED = [
     "steersman.cli", "steersman.verbs.sft", "steersman.verbs.preference", "steersman.verbs.reward_model",
     "steersman.verbs.rl", "steersman.flywheel.online_dpo", "steersman.distill.run", "steersman.distributed.launch",
-    "steersman.rollout.remote", "transformers.models.llama.modeling_llama",
+    "steersman.rollout.remote", "transformers.models.llama.modeling_llama", "peft", "matplotlib.pyplot",
 ]  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def _run(
     words: tuple[str, ...], env: dict[str, str], folder: str, streams: dict[int, str | Connection], forks: bool
 ) -> None:
     """Becomes `python WORDS` with these streams: files that are appended to, or pipes."""
+    gc.freeze()  # what was imported before the fork stays: looking for garbage there would copy its pages
     # Its own children come of the server that it comes of: one that it started itself would import all again.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
     os.environ.clear()
