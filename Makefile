@@ -11,10 +11,11 @@ export TOKENIZERS_PARALLELISM ?= false
 quickstart: $(READY)
 	$(BIN)/steersman quickstart
 
-# Two processes of one thread each: on tiny models more threads only wait for each other. Each takes a file at a time,
-# so that what a file's tests share is made once; compiled files are kept.
+# Three processes of one thread each: on tiny models more threads only wait for each other, and where a test waits for a
+# rank, a server or a clock, two of them leave a seventh of two cores idle. Each takes a file at a time, so that what a
+# file's tests share is made once; compiled files are kept.
 TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-	-n 2 --dist loadfile --no-loadscope-reorder
+	-n 3 --dist loadfile --no-loadscope-reorder
 test: $(READY)
 	$(TESTS)
 

@@ -315,8 +315,8 @@ def test_time_left_is_judged_by_the_same_method(done):
 
 def test_the_recipe_that_ships_loads():
     root = Path(__file__).parents[2]
-    for name in ("recipes/grue.yaml", "recipes/results/grue-small.yaml", "recipes/results/grue-small-t5.yaml"):
-        assert load_recipe(GrueRecipe, root / name).tasks
+    for name in ("grue.yaml", "results/grue-small.yaml", "results/grue-small-t5.yaml"):
+        assert load_recipe(GrueRecipe, root / "recipes" / name, ["--data.folder", "sets"]).tasks
 
 
 @pytest.mark.slow

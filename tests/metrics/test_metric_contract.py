@@ -114,8 +114,8 @@ def test_bad_columns_are_named(name, extra, match):
 @pytest.mark.parametrize(
     ("name", "settings", "match"),
     [
-        ("rouge", {}, "no metric 'rouge'; did you mean"),
-        ("zzz", {}, "no metric 'zzz'; there are: rouge1"),
+        ("rouge", {}, "no metric 'rouge'. Did you mean rougeL"),
+        ("zzz", {}, "no metric 'zzz'. There are: rouge1"),
         ("rougeL", {"stemm": True}, "no setting 'stemm'; it has: stem, tokens"),
         ("rougeL", {"stem": "perhaps"}, "stem is 'perhaps'"),
         ("perplexity", {}, "needs the setting path"),
