@@ -9,10 +9,17 @@ MODEL is a folder of a chat model (SmolLM2-135M-Instruct is the one that is reco
 from __future__ import annotations
 
 import json
+import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from duel import about, duel, parser, told, write
+from torch.nn import functional
+
+from steersman.ops import products
 
 SCENARIOS: dict[str, tuple[str, str, int, int]] = {
     "sft": ("trl116", "1.16.0", 1, 1),
@@ -35,13 +42,48 @@ def main() -> None:
     if args.pairs is None:
         given.error("--pairs names the file of real pairs")
     path = args.out / "chat.json"
-    known: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    machines: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    here = processor()
+    results = machines.get(here, {}).get("results", {})
     for name in args.only:
         peer, version, rows, samples = SCENARIOS[name]
         result = duel(name, peer, str(args.model.resolve()), args, rows, samples)
         print(told(name, result), flush=True)
-        known[name] = {**result, "trl": version}
-        write(args, "chat", {**about(args, {"trl": "1.16.0, and 1.12.0 for PPO"}), "results": known})
+        results[name] = {**result, "trl": version}
+        known = about(args, {"trl": "1.16.0, and 1.12.0 for PPO"})
+        machines[here] = {**known, "products": rates(args.threads), "results": results}
+        write(args, "chat", machines)
+
+
+def processor() -> str:
+    """The maker, family and model of the processor: how fast products are depends on them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.exists() else []
+    found: dict[str, str] = {}
+    for key, _, value in lines:
+        found.setdefault(key.strip(), value.strip())
+    if "vendor_id" not in found:
+        return platform.machine()
+    return f"{found['vendor_id']} family {found['cpu family']} model {found['model']}"
+
+
+def rates(threads: int) -> dict[str, Any]:
+    """GFLOP/s of a layer's product: as torch computes it, and as steersman does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    x, weight = torch.randn(1024, 576), torch.randn(1536, 576)
+    found = {"torch": _rate(functional.linear, x, weight), "steersman": _rate(products.linear, x, weight)}
+    torch.set_num_threads(before)
+    return {"of": f"1,024 x 576 x 1,536 in {threads} threads", **found}
+
+
+def _rate(multiply: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> float:
+    best = float("inf")
+    for _ in range(50):
+        start = time.perf_counter()
+        multiply(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return 2 * x.numel() * weight.shape[0] / best / 1e9
 
 
 if __name__ == "__main__":

@@ -112,25 +112,33 @@ def _times(folder: Path, rates: Rates) -> str:
 
 
 def _chat(folder: Path) -> str:
-    found = read(folder, "chat")
-    if not found:
+    machines = read(folder, "chat")
+    if not machines:
         return "Not measured.\n"
     lines = [
-        f"SmolLM2-135M-Instruct, {found['date']}, by `python benchmarks/chat.py MODEL --pairs FILE`: SFT, reward and "
-        "DPO steps on 8 real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 "
-        "tokens, 48 new tokens. LoRA has rank 16 on all linear layers. This table is of another processor than the "
-        f"one above: {found['machine']}, where float32 products go through oneDNN ([log](../log.md)).\n",
-        "| what | TRL, s | steersman, s | ratio (pairs) | TRL, MiB | ours, MiB | ours / TRL |",
-        "| --- " * 7 + "|",
+        "SmolLM2-135M-Instruct by `python benchmarks/chat.py MODEL --pairs FILE`: SFT, reward and DPO steps on 8 "
+        "real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 tokens, 48 new "
+        "tokens. LoRA has rank 16 on all linear layers. How much faster depends on the processor, because float32 "
+        "products go through oneDNN here and through MKL in TRL ([log](../log.md)); each table says what a layer's "
+        "product reaches by either.\n",
     ]
-    for name, r in found["results"].items():
-        s, memory = r["seconds"], {side: r["memory"][side]["peak_mib"] for side in ("peer", "steersman")}
-        lines.append(
-            f"| {name} | {s['peer']:.2f} | {s['steersman']:.2f} | {r['ratio']:.2f} "
-            f"({', '.join(f'{x:.2f}' for x in r['ratios'])}) | {memory['peer']:.0f} | {memory['steersman']:.0f} | "
-            f"{memory['steersman'] / memory['peer']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    for processor, found in machines.items():
+        rate = found["products"]
+        lines += [
+            f"**{processor}**, {found['machine']}, {found['date']}; a product of {rate['of']} reaches "
+            f"{rate['torch']:.0f} GFLOP/s in torch, {rate['steersman']:.0f} here.\n",
+            "| what | TRL, s | steersman, s | ratio (pairs) | TRL, MiB | ours, MiB | ours / TRL |",
+            "| --- " * 7 + "|",
+        ]
+        for name, r in found["results"].items():
+            s, memory = r["seconds"], {side: r["memory"][side]["peak_mib"] for side in ("peer", "steersman")}
+            pairs = ", ".join(f"{x:.2f}" for x in r["ratios"])
+            lines.append(
+                f"| {name} | {s['peer']:.2f} | {s['steersman']:.2f} | {r['ratio']:.2f} ({pairs}) | "
+                f"{memory['peer']:.0f} | {memory['steersman']:.0f} | {memory['steersman'] / memory['peer']:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _phases(folder: Path, rates: Rates) -> str:

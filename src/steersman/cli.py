@@ -321,7 +321,8 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
     if summary.get("finished") is False:
         return 130
     if "run" in summary:
-        print(_terminal().printable(f"{name}: done; its files are in {summary['run']}"))
+        state = summary.get("state", "done")  # what a wheel waits for
+        print(_terminal().printable(f"{name}: {state}; its files are in {summary['run']}"))
     return 0
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 from steersman.data import BadRows, Row, RowError, read_rows
 from steersman.data import fields as f
 from steersman.data.examples import Content, is_empty
+from steersman.data.read import local_files
+from steersman.types import SteersmanError
 
 Choice = Literal["first", "second", "tie", "both_bad"]
 CHOICES: tuple[Choice, ...] = ("first", "second", "tie", "both_bad")
@@ -73,6 +75,8 @@ class JudgementFiles:
         self.path, self.bad = path, bad or BadRows(key=None)
 
     def __iter__(self) -> Iterator[Judgement]:
+        if local_files(self.path) is None:
+            raise SteersmanError(f"{self.path}: there is no file or folder of judgements")
         found: dict[str, Judgement] = {}
         for row in read_rows(self.path, self.bad):
             try:

@@ -239,3 +239,9 @@ def test_judgements_go_to_a_file_and_back(tmp_path):
     assert found[1].gold_failed
     again = list(JudgementFiles(write(tmp_path / "again.jsonl", [plain(j) for j in found])))
     assert again == found
+
+
+def test_a_missing_folder_of_judgements_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SteersmanError, match="inbox: there is no file or folder of judgements"):
+        list(JudgementFiles("inbox"))

@@ -14,6 +14,7 @@ from forked import steersman
 from judging_kit import ab_rows, append, choices, settings
 from letter_models import rows_of
 
+from steersman.cli import main
 from steersman.data import Row
 from steersman.people.judgements import judgement
 from steersman.people.serving import read_serving
@@ -26,6 +27,15 @@ from steersman.types import SteersmanError
 
 def turn(values, resume=True):
     return run(WheelRecipe.model_validate(values), resume=resume)
+
+
+def test_the_command_ends_with_what_the_wheel_waits_for(tmp_path, mini_model, capsys):
+    values = settings(tmp_path, mini_model)
+    append(tmp_path / "inbox", "day1", choices(30, seed=1))
+    (tmp_path / "wheel.yaml").write_text(yaml.safe_dump(values))
+    assert main(["wheel", str(tmp_path / "wheel.yaml")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("wheel: turn 1 begins with 60 new judgements, and 30 are in; its files are in")
 
 
 def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model, capsys):
