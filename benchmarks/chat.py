@@ -1,4 +1,4 @@
-"""A real chat model beside TRL: SFT, reward model, DPO, GRPO and PPO steps, whole and with LoRA.
+"""A real chat model beside TRL: SFT, reward model, DPO, GRPO and PPO steps, whole, with LoRA and QLoRA.
 
 python benchmarks/chat.py MODEL --pairs hh_rlhf.jsonl [--only sft dpo ...] [--repeats 3] [--threads 2]
 
@@ -24,11 +24,14 @@ from steersman.ops import products
 SCENARIOS: dict[str, tuple[str, str, int, int]] = {
     "sft": ("trl116", "1.16.0", 1, 1),
     "sft-lora": ("trl116", "1.16.0", 1, 1),
+    "sft-qlora": ("trl116", "1.16.0", 1, 1),
     "reward": ("trl116", "1.16.0", 1, 1),
     "dpo": ("trl116", "1.16.0", 1, 1),
     "dpo-lora": ("trl116", "1.16.0", 1, 1),
+    "dpo-qlora": ("trl116", "1.16.0", 1, 1),
     "grpo": ("trl116", "1.16.0", 4, 4),
     "grpo-lora": ("trl116", "1.16.0", 4, 4),
+    "grpo-qlora": ("trl116", "1.16.0", 4, 4),
     "ppo": ("trl112", "1.12.0", 16, 1),
 }
 """The peer's environment and version, prompts (or batches of 8) in a turn, and samples of each prompt."""

@@ -37,10 +37,11 @@ from steersman.verbs.sft import SFTRecipe
 OPTIMIZER = {"lr": SETTINGS["lr"], "max_grad_norm": SETTINGS["max_grad_norm"]}
 
 
-def model_of(folder: Path, kind: str, dtype: str, lora: bool) -> dict[str, Any]:
-    """The `model` section: the whole model, or LoRA of rank 16 on all linear layers."""
+def model_of(folder: Path, kind: str, dtype: str, adapters: str) -> dict[str, Any]:
+    """The `model` section: the whole model, or LoRA of rank 16 on all linear layers; qlora has a base of 4 bits."""
     whole = {"path": str(folder / kind), "dtype": dtype}
-    return {**whole, "lora": {"r": 16, "alpha": 32}} if lora else whole
+    lora = {"lora": {"r": 16, "alpha": 32}} if adapters else {}
+    return whole | lora | ({"quantise": "nf4"} if adapters == "qlora" else {})
 
 
 def on_policy(
@@ -48,9 +49,9 @@ def on_policy(
 ) -> None:
     """PPO with a critic and a reward model, or GRPO with a reward function; one turn is one iteration."""
     new, _ = sizes(folder)
-    name, lora = name.removesuffix("-lora"), name.endswith("-lora")
+    name, _, adapters = name.partition("-")
     settings: dict[str, Any] = {
-        "model": model_of(folder, "policy", dtype, lora),
+        "model": model_of(folder, "policy", dtype, adapters),
         "data": {"path": str(folder / "prompts.jsonl"), "wrap_in_chat": False},
         "rollout": {"prompts": rows, "samples": samples, "max_new_tokens": new},
         "algorithm": {"beta": SETTINGS["beta"], "epochs": 1, "minibatches": 1},
@@ -87,13 +88,13 @@ def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int
     counted.
     """
     _, batch = sizes(folder)
-    name, lora = name.removesuffix("-lora"), name.endswith("-lora")
+    name, _, adapters = name.partition("-")
     path = "sft.jsonl" if name == "sft" else "pairs.jsonl"
     kind = "scalar" if name == "reward" else "policy"
     recipe_of: dict[str, Any] = {"dpo": PreferenceRecipe, "reward": RewardModelRecipe, "sft": SFTRecipe}
     recipe = recipe_of[name].model_validate(
         {
-            "model": model_of(folder, kind, dtype, lora),
+            "model": model_of(folder, kind, dtype, adapters),
             "data": {"path": str(folder / path), "limit": steps * batch, "wrap_in_chat": False},
             "train": {"batch_size": batch, "epochs": 1000},
             "optimizer": {**OPTIMIZER, "schedule": "constant"},
@@ -149,7 +150,7 @@ def main() -> None:
     run = {"device": device, "threads": int(threads)}
     if name == "rollout":
         rollout(Path(folder), run, dtype, int(rows), int(samples), turns)
-    elif name.removesuffix("-lora") in ("ppo", "grpo"):
+    elif name.partition("-")[0] in ("ppo", "grpo"):
         on_policy(name, Path(folder), run, dtype, int(rows), int(samples), turns)
     else:
         offline(name, Path(folder), run, dtype, int(rows), turns)

@@ -23,6 +23,7 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorWithPadding,
     TrainerCallback,
 )
@@ -64,16 +65,27 @@ def common_settings(device: str, dtype: str, checkpointed: bool) -> dict[str, An
     }
 
 
-def load(folder: Path, kind: str, device: str, dtype: str) -> Any:
+def load(folder: Path, kind: str, device: str, dtype: str, adapters: str = "") -> Any:
     cls = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
-    return cls.from_pretrained(folder / kind, dtype=getattr(torch, dtype)).to(device)
+    return cls.from_pretrained(folder / kind, dtype=getattr(torch, dtype), **base(adapters, dtype)).to(device)
 
 
-def adapters(lora: bool) -> Any:
-    """LoRA of rank 16 on all linear layers, where the scenario's name ends in `-lora`."""
+def base(adapters: str, dtype: str) -> dict[str, Any]:
+    """How the base is loaded: in 4 bits where the scenario's name ends in `-qlora`."""
+    if adapters != "qlora":
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )  # fmt: skip
+    return {"quantization_config": config}
+
+
+def lora(adapters: str) -> Any:
+    """LoRA of rank 16 on all linear layers, where the scenario's name ends in `-lora` or `-qlora`."""
     from peft import LoraConfig
 
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
 
 
 def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int) -> Any:
@@ -99,7 +111,7 @@ def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: i
 
 
 def grpo(
-    folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int, *, lora: bool = False
+    folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: int, samples: int, *, adapters: str
 ) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
@@ -113,17 +125,17 @@ def grpo(
         **settings, per_device_train_batch_size=rows * samples, gradient_accumulation_steps=1, num_iterations=1,
         num_generations=samples, max_completion_length=new, temperature=1.0, beta=SETTINGS["beta"],
         epsilon=SETTINGS["clip"], loss_type="grpo", max_steps=1000,
-        model_init_kwargs={"dtype": dtype},
+        model_init_kwargs={"dtype": dtype, **base(adapters, dtype)},
     )  # fmt: skip
     return GRPOTrainer(
         model=str(folder / "policy"), args=config, reward_funcs=space["even"], train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "policy", padding_side="left"),
-        callbacks=[TurnTaker(1, rows * samples * new)], peft_config=adapters(lora),
+        callbacks=[TurnTaker(1, rows * samples * new)], peft_config=lora(adapters),
     )  # fmt: skip
 
 
 def offline(
-    name: str, folder: Path, device: str, dtype: str, settings: dict[str, Any], steps: int, *, lora: bool = False
+    name: str, folder: Path, device: str, dtype: str, settings: dict[str, Any], steps: int, *, adapters: str
 ) -> Any:
     import trl
 
@@ -135,33 +147,33 @@ def offline(
     data = data.select(range(steps * batch))
     settings |= {"per_device_train_batch_size": batch, "num_train_epochs": 1000, "max_length": None}
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    model = load(folder, "scalar" if name == "reward" else "policy", device, dtype)
+    model = load(folder, "scalar" if name == "reward" else "policy", device, dtype, adapters)
     given: dict[str, Any] = {
         "model": model, "train_dataset": data, "processing_class": tokenizer, "callbacks": [TurnTaker(steps, 0)],
     }  # fmt: skip
     if name == "reward":
         return trl.RewardTrainer(args=trl.RewardConfig(**settings), **given)
     if name == "sft":
-        return trl.SFTTrainer(args=trl.SFTConfig(**settings), peft_config=adapters(lora), **given)
+        return trl.SFTTrainer(args=trl.SFTConfig(**settings), peft_config=lora(adapters), **given)
     return trl.DPOTrainer(
-        args=trl.DPOConfig(**settings, beta=SETTINGS["dpo_beta"]), peft_config=adapters(lora),
-        ref_model=None if lora else load(folder, "policy", device, dtype), **given,
+        args=trl.DPOConfig(**settings, beta=SETTINGS["dpo_beta"]), peft_config=lora(adapters),
+        ref_model=None if adapters else load(folder, "policy", device, dtype), **given,
     )  # fmt: skip
 
 
 def main() -> None:
     name, folder, threads, device, dtype, rows, samples = sys.argv[1:]
     name, checkpointed = name.removesuffix("-checkpointed"), name.endswith("-checkpointed")
-    name, lora = name.removesuffix("-lora"), name.endswith("-lora")
+    name, _, adapters = name.partition("-")
     torch.set_num_threads(int(threads))
     turns.imported = peak_mib()
     settings = common_settings(device, dtype, checkpointed)
     if name == "ppo":
         trainer = ppo(Path(folder), device, dtype, settings, int(rows), int(samples))
     elif name == "grpo":
-        trainer = grpo(Path(folder), device, dtype, settings, int(rows), int(samples), lora=lora)
+        trainer = grpo(Path(folder), device, dtype, settings, int(rows), int(samples), adapters=adapters)
     else:
-        trainer = offline(name, Path(folder), device, dtype, settings, int(rows), lora=lora)
+        trainer = offline(name, Path(folder), device, dtype, settings, int(rows), adapters=adapters)
     trainer.train()
 
 

@@ -25,11 +25,21 @@ def read(out: Path, task: str, side: str, method: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted((out / task / side).glob(f"{method}-*/cell.json"))]
 
 
-def number(values: Sequence[float], digits: int) -> str:
+def score(cells: Sequence[dict[str, Any]], name: str) -> str:
+    """Mean over seeds, and half its 95% interval over held-out prompts where a score has one.
+
+    The prompts are the same for every seed, so more seeds do not make the interval narrower.
+    """
+    mean = over_seeds([cell[name] for cell in cells])["mean"]
+    errors = [cell[f"{name} error"] for cell in cells if f"{name} error" in cell]
+    half = f" ± {1.96 * over_seeds(errors)['mean']:.3f}" if errors else ""
+    return f"{mean:.3f}{half}"
+
+
+def cost(values: Sequence[float]) -> str:
     """Mean and, of several seeds, standard deviation."""
     got = over_seeds(list(values))
-    spread = f" ± {got['sd']:.{digits}f}" if len(values) > 1 else ""
-    return f"{got['mean']:.{digits}f}{spread}"
+    return f"{got['mean']:.0f}" + (f" ± {got['sd']:.0f}" if len(values) > 1 else "")
 
 
 def table(out: Path, task: str) -> list[str]:
@@ -39,14 +49,14 @@ def table(out: Path, task: str) -> list[str]:
     lines = [
         f"| | seeds | {' | '.join(names)} | processor seconds | peak MiB |",
         f"| --- |{' ---: |' * (len(names) + 3)}",
-        f"| before | | {' | '.join(f'{start[name]:.3f}' for name in names)} | | |",
+        f"| before | | {' | '.join(score([start], name) for name in names)} | | |",
     ]
     for method in TASKS[task]["methods"]:
         for side in COLOURS:
             cells = read(out, task, side, method)
             if cells:
-                scores = [number([cell[name] for cell in cells], 3) for name in names]
-                costs = [number([cell[name] for cell in cells], 0) for name in COSTS]
+                scores = [score(cells, name) for name in names]
+                costs = [cost([cell[name] for cell in cells]) for name in COSTS]
                 lines.append(f"| {method}, {side} | {len(cells)} | {' | '.join([*scores, *costs])} |")
     return lines
 

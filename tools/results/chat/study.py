@@ -174,7 +174,7 @@ def polite_scores(
     parts = {"parts": {"judge": {"model": str(judge(args))}}}
     reward = build_reward(RewardConfig.model_validate(parts), tokenizer, torch.device("cpu"))
     scores = np.array(reward.score(samples).total)
-    rouge = np.array(metric("rouge_l").score([s.text for s in samples], [row["plain"] for row in rows]))
+    rouge = np.array(metric("rougeL").score([s.text for s in samples], [row["plain"] for row in rows]))
     return {
         "judge": float(scores.mean()), "judge error": error(scores),
         "rouge_l": float(rouge.mean()), "rouge_l error": error(rouge),
