@@ -1,8 +1,8 @@
 """Products of float32 matrices on a CPU, by the faster of the two libraries that torch brings.
 
 torch multiplies float32 matrices with MKL, which uses the widest instructions of its maker's processors only. oneDNN,
-which torch uses for convolutions and half precision, uses what any processor has: on an AMD processor with AVX-512 it
-takes a quarter to a half of the time. Small products stay with MKL, since a call of oneDNN costs more.
+which torch uses for convolutions and half precision, uses what any processor has: on AMD processors with AVX-512 it
+takes from a quarter to nine tenths of the time. Small products stay with MKL, since a call of oneDNN costs more.
 """
 
 from __future__ import annotations
