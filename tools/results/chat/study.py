@@ -73,7 +73,9 @@ def recipe(task: str, method: str, seed: int, model: str, table: Path, folder: P
     }
     values |= {"train": {"epochs": 1, "batch_size": batch}, "optimizer": optimizer}
     settings = {{"gamma": "margin"}.get(key, key): value for key, value in LOSSES[method].items()}
-    if method != "sft":
+    if method == "kto":
+        values["loss"] = settings
+    elif method != "sft":
         values["loss"] = {"name": method, "settings": settings}
     return {"sft": "sft", "kto": "kto"}.get(method, "dpo"), values
 
