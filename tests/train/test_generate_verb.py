@@ -161,6 +161,12 @@ def test_a_model_is_saved_in_the_precision_that_it_was_loaded_from(chatty, tmp_p
         run = tmp_path / dtype
         assert main(["sft", *args, "--run.dir", str(run), "--model.save_dtype", dtype]) == 0
         assert {x.dtype for x in weights(run / "model").values()} == {expected}
+    # and what a rate that bfloat16 can not resolve has taught is in both files, on average
+    start, (narrow, wide) = weights(chatty), [weights(tmp_path / dtype / "model") for dtype in ("same", "float32")]
+    moves = [[(x[k].double() - start[k].double()).flatten() for k in sorted(start)] for x in (narrow, wide)]
+    kept, learned = map(torch.cat, moves)
+    assert not torch.equal(kept, learned)
+    assert 0.8 < (kept @ learned) / (learned @ learned) < 1.2
 
 
 def test_the_scale_of_adapters_does_not_follow_their_rank():

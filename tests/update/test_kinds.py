@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from steersman.ops.rounding import stochastic
 from steersman.types import SteersmanError
-from steersman.update.kinds import LONG, half_gap, state_bytes, stochastic
+from steersman.update.kinds import LONG, half_gap, state_bytes
 from steersman.update.optimizer import Optimizer, OptimizerConfig
 
 BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -127,7 +128,7 @@ def test_half_the_gap_is_where_rounding_turns(dtype):
 
 def test_stochastic_rounding_is_right_in_the_mean_and_takes_a_neighbour():
     x = torch.tensor([1.001, -0.30003, 2.0]).repeat(20_000, 1)
-    drawn = stochastic(x, torch.Generator().manual_seed(1))
+    drawn = stochastic(x, torch.bfloat16, torch.Generator().manual_seed(1))
     assert torch.equal(drawn, drawn.bfloat16().float())
     assert ((drawn - x).abs() < 2 * half_gap(x.bfloat16())).all()
     torch.testing.assert_close(drawn.double().mean(0), x[0].double(), rtol=1e-4, atol=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.model.quantise import dense, is_quantised
-from steersman.model.weight_files import Entry, in_dtype
+from steersman.model.weight_files import Entry
 
 
 def merged_weight(layer: Any, weight: Tensor) -> Tensor:
@@ -24,22 +24,20 @@ def merged_weight(layer: Any, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merged_state(
-    model: nn.Module, dtype: torch.dtype | None = None, *, with_adapters: bool = True
-) -> dict[str, Tensor]:
+def merged_state(model: nn.Module, *, with_adapters: bool = True) -> dict[str, Tensor]:
     """The state dict with every adapter added into its layer (without `with_adapters`: left out) and every quantised
-    layer as its numbers, under the names of a plain model, in `dtype` where one is given.
+    layer as its numbers, under the names of a plain model, in the precision of each layer.
 
     The model itself is left as it is: merging in place and undoing it would not give the same bits back. One layer at
     a time is widened.
     """
-    return {name: make() for name, _, make in merged_entries(model, dtype, with_adapters=with_adapters)}
+    return {
+        name: _as_stored(make(), source) for name, source, make in merged_entries(model, with_adapters=with_adapters)
+    }
 
 
-def merged_entries(
-    model: nn.Module, dtype: torch.dtype | None = None, *, with_adapters: bool = True
-) -> Iterator[Entry]:
-    """The weights of `merged_state`, each made when it is asked for."""
+def merged_entries(model: nn.Module, *, with_adapters: bool = True) -> Iterator[Entry]:
+    """The weights of `merged_state`, each made when it is asked for, as exact as its sum is."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -59,17 +57,13 @@ def merged_entries(
             continue
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
         if name in special:
-            yield plain, torch.empty(0), lambda made=special[name], like=tensor: _merged(made, like, dtype)
+            yield plain, torch.empty(0, dtype=tensor.dtype), torch.no_grad()(special[name])
         else:
-            yield plain, tensor, lambda tensor=tensor: in_dtype(tensor.detach(), dtype)
+            yield plain, tensor, tensor.detach
 
 
-@torch.no_grad()
-def _merged(make: Callable[[], Tensor], like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    made = make()
-    if made.is_floating_point() and dtype is not None:
-        return made.to(dtype)
-    return made.to(like.dtype) if like.is_floating_point() else made
+def _as_stored(made: Tensor, source: Tensor) -> Tensor:
+    return made.to(source.dtype) if source.is_floating_point() else made
 
 
 def _beside(name: str, special: dict[str, Any]) -> bool:

@@ -40,9 +40,10 @@ def save(
     A policy becomes what `AutoModelForCausalLM` loads, a scalar model what `AutoModelForSequenceClassification`
     loads. With LoRA, `merged` adds the adapters into the weights; otherwise only the adapters are written, and a
     scalar model's head beside them.
-    `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory. Files of weights
-    are at most `max_shard_size` large, such as 5GB or 500MB, and no rank holds more than one of them and one layer
-    (DeepSpeed's pieces are put together on every rank).
+    `tokenizer` None means the model's own; `dtype` is the precision on disk, None the one in memory; where it is the
+    coarser one, weights are rounded so that their mean stays (`weight_files.narrowed`). Files of weights are at most
+    `max_shard_size` large, such as 5GB or 500MB, and no rank holds more than one of them and one layer (DeepSpeed's
+    pieces are put together on every rank).
     A folder that is there already is replaced once the new one is complete.
 
     Of several ranks all call it and rank 0 writes. Raises SteersmanError when writing fails; what stood there
@@ -71,10 +72,10 @@ def _write(
     inner: Any = model.model
     ranks().from_main(lambda: inner.save_pretrained(folder, state_dict={}), "the model's config")
     if model.has_adapters or any(is_quantised(module) for module in inner.modules()):
-        entries = list(merged_entries(inner, dtype))
+        entries = list(merged_entries(inner))
     else:
-        entries = list(plain_entries(inner, dtype))
-    write_weights(inner, entries, folder, max_shard_size)
+        entries = list(plain_entries(inner))
+    write_weights(inner, entries, folder, max_shard_size, dtype)
     changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         changed["dtype"] = str(dtype).split(".")[1]

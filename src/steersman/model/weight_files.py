@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from steersman.distributed.pieces import full_tensor
 from steersman.distributed.ranks import ranks
+from steersman.ops.rounding import CUT, stochastic
 from steersman.types import SteersmanError
 
 Entry = tuple[str, Tensor, Callable[[], Tensor]]
@@ -30,19 +32,22 @@ def bytes_of(size: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def write_weights(model: Any, entries: Iterable[Entry], folder: Path, max_shard_size: int) -> None:
+def write_weights(
+    model: Any, entries: Iterable[Entry], folder: Path, max_shard_size: int, dtype: torch.dtype | None = None
+) -> None:
     """Writes `model.safetensors`, or files of at most `max_shard_size` bytes and their index, into the folder.
 
+    Numbers are of `dtype`, None: of the tensor that each comes from, and rounded as `narrowed` says.
     All ranks call it and rank 0 writes. One layer at a time is put together, so rank 0 holds a layer and a file's
     worth of weights at most, and the others one tensor.
     """
     here, files = ranks(), WeightFiles(folder, max_shard_size)
     for group in _by_layer(_untied(model, list(entries))):
         layer: dict[str, Tensor] = {}
-        for name, _, make in group:
+        for name, source, make in group:
             weight = full_tensor(make())
             if here.main:
-                layer[name] = weight.detach().cpu()
+                layer[name] = narrowed(weight.detach().cpu(), dtype or source.dtype, name)
         here.from_main(lambda layer=layer: files.add(revert_weight_conversion(model, layer)), "a layer's weights")
     here.from_main(files.close, "the weights")
 
@@ -88,14 +93,25 @@ class WeightFiles:
         return self.folder / f"part-{number}.safetensors"
 
 
-def plain_entries(model: Any, dtype: torch.dtype | None) -> Iterator[Entry]:
-    """The state dict as it is, in `dtype` where one is given."""
+def plain_entries(model: Any) -> Iterator[Entry]:
+    """The state dict as it is."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        yield name, tensor, lambda tensor=tensor: in_dtype(tensor.detach(), dtype)
+        yield name, tensor, tensor.detach
 
 
-def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def narrowed(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The weight in `dtype`. Where that has fewer bits, each number goes up or down at random, and its mean stays.
+
+    A model that was stored in bfloat16 begins on bfloat16's numbers. What an update of 1e-5 moves is less than half
+    the way to the next one almost everywhere, and the nearest would be where it began: training would be lost on the
+    way to the disk. What is drawn depends on the weight's name alone, so the same weights make the same file.
+    """
+    if weight.dtype == dtype or not (weight.is_floating_point() and dtype.is_floating_point):
+        return weight
+    if dtype not in CUT or weight.dtype not in (torch.float32, torch.float64):
+        return weight.to(dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return stochastic(weight.float(), dtype, generator).to(dtype)
 
 
 def _untied(model: Any, entries: list[Entry]) -> list[Entry]:

@@ -66,7 +66,9 @@ class ModelConfig(Section):
         default=True, description="with lora: save the model with the adapters added in, else only what was trained"
     )
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        default="same", description="precision of the weights on disk; same: that of the model that `path` names"
+        default="same",
+        description="precision of the weights on disk; same: that of the model that `path` names. Where it is "
+        "coarser than in training, weights are rounded up or down at random, and small updates are kept on average",
     )
     max_shard_size: str = Field(
         default="5GB",

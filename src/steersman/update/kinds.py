@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.distributed.pieces import shard_moments
+from steersman.ops.rounding import stochastic
 from steersman.types import SteersmanError
 
 Kind = Literal["adamw", "adamw-8bit", "adamw-8bit-paged", "adafactor", "lion", "lion-8bit", "muon"]
@@ -118,7 +119,7 @@ class Rounded:
     def _keep(self, place: int, p: nn.Parameter, wide: Tensor) -> None:
         if self.rounding == "stochastic":
             generator = torch.Generator(device=p.device).manual_seed((self.updates << 20) + place)
-            wide = stochastic(wide, generator)
+            wide = stochastic(wide, torch.bfloat16, generator)
         p.copy_(wide)
         if self.rounding == "kahan":
             self.remainders[place].copy_(wide - p.float())
@@ -176,13 +177,6 @@ def half_gap(p: Tensor) -> Tensor:
     return torch.ldexp(
         torch.full_like(p, torch.finfo(p.dtype).eps, dtype=torch.float32), torch.frexp(p.float())[1] - 2
     )
-
-
-def stochastic(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 numbers rounded to bfloat16's, up or down at random so that the mean is x."""
-    bits = x.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    return ((bits + noise) & -65536).view(torch.float32)
 
 
 def _moments(p: Tensor, kind: str) -> float:
