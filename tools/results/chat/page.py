@@ -22,7 +22,13 @@ COLOURS = {"steersman": "#1f5f8b", "trl": "#c2571a"}
 
 def read(out: Path, task: str, side: str, method: str) -> list[dict[str, Any]]:
     """The finished cells, by seed."""
-    return [json.loads(file.read_text()) for file in sorted((out / task / side).glob(f"{method}-*/cell.json"))]
+    return [_read(file) for file in sorted((out / task / side).glob(f"{method}-*/cell.json"))]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A cell without the answers to one of IFEval's prompts, which are not fit to print."""
+    cell = json.loads(file.read_text())
+    return cell | {"examples": [pair for pair in cell["examples"] if "adult website" not in pair[0]]}
 
 
 def score(cells: Sequence[dict[str, Any]], name: str) -> str:
@@ -45,7 +51,7 @@ def cost(values: Sequence[float]) -> str:
 def table(out: Path, task: str) -> list[str]:
     """The start, then each method by each side: held-out scores and what the training cost."""
     names = MEASURES[task]
-    start = json.loads((out / task / "start.json").read_text())
+    start = _read(out / task / "start.json")
     lines = [
         f"| | seeds | {' | '.join(names)} | processor seconds | peak MiB |",
         f"| --- |{' ---: |' * (len(names) + 3)}",
@@ -63,7 +69,7 @@ def table(out: Path, task: str) -> list[str]:
 
 def examples(out: Path, task: str) -> list[str]:
     """What the model said to the same questions before and after, from the first seed."""
-    before = json.loads((out / task / "start.json").read_text())["examples"]
+    before = _read(out / task / "start.json")["examples"]
     lines = []
     for method in TASKS[task]["methods"]:
         cells = read(out, task, "steersman", method)
@@ -87,7 +93,7 @@ def draw(out: Path, file: Path) -> None:
         for side, colour in COLOURS.items():
             for n, cell in enumerate(read(out, task, side, method)):
                 axis.plot(cell["curve"], color=colour, lw=0.9, alpha=0.7, label=side if n == 0 else None)
-        plain_axes(axis, f"{task}: {method}, {'reward' if method == 'grpo' else 'loss'} on its own samples")
+        plain_axes(axis, f"{task}: {method}, {'reward on its own samples' if method == 'grpo' else 'loss'}")
         axis.set_xlabel("iteration" if method == "grpo" else "step", fontsize=8)
         axis.legend(fontsize=7, frameon=False)
     figure.savefig(file, dpi=110)
@@ -101,7 +107,7 @@ def write_page(out: Path, docs: Path) -> None:
     kept: dict[str, Any] = {}
     for task in tasks:
         lines += [f"### {task}", "", *table(out, task), "", *examples(out, task)]
-        kept[task] = {"start": json.loads((out / task / "start.json").read_text())} | {
+        kept[task] = {"start": _read(out / task / "start.json")} | {
             f"{method}, {side}": read(out, task, side, method)
             for method in TASKS[task]["methods"]
             for side in COLOURS
