@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 
 from steersman.guards.functions import load_function
 from steersman.guards.user_code import leave_now, no_sudden_end, user_code
@@ -126,3 +127,20 @@ def test_a_module_that_exits_while_it_is_imported_is_named(tmp_path):
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(SteersmanError, match=r"importing .*leaves\.py: it asked the process to end, by sys\.exit"):
         load_function(f"{tmp_path / 'leaves.py'}:f")
+
+
+def test_settings_of_the_process_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    folder, threads = os.getcwd(), torch.get_num_threads()
+    with user_code("reward 'r'"):
+        os.chdir(tmp_path)
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(threads + 1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    assert os.getcwd() == folder
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == threads
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

@@ -9,7 +9,7 @@ from train_kit import merge
 from steersman import cli
 
 ODD = """
-import os, sys, time
+import os, sys, time, torch
 
 CALLS = []
 
@@ -31,6 +31,15 @@ def hangs(prompts, completions):
 def closes(prompts, completions):
     return later(lambda: os.close(1), completions)
 
+def moves(prompts, completions):
+    return later(lambda: os.chdir("/"), completions)
+
+def stops_gradients(prompts, completions):
+    return later(lambda: torch.set_grad_enabled(False), completions)
+
+def widens(prompts, completions):
+    return later(lambda: torch.set_default_dtype(torch.float64), completions)
+
 def large(prompts, completions):
     return [10**40] * len(completions)
 
@@ -45,10 +54,11 @@ def wild(prompts, completions):
 """
 
 
-def run(function, base, tmp_path, **part):
+def run(function, base, tmp_path, more=None, **part):
     (tmp_path / "odd.py").write_text(ODD)
     parts = {"score": {"function": f"{tmp_path / 'odd.py'}:{function}", **part}}
     changed = merge(base, {"reward.parts": parts, "iterations": 4, "run.eval_every": 100, "run.save_every": 1})
+    changed = merge(changed, more or {})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(changed))
     return cli.main(["rloo", str(recipe)])
@@ -92,3 +102,11 @@ def test_weights_that_make_a_sum_too_large_are_named(base, tmp_path, capsys):
 def test_a_reward_that_closes_standard_output_does_not_end_the_run(base, tmp_path):
     assert run("closes", base, tmp_path) == 0
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("function", ["moves", "stops_gradients", "widens"])
+def test_settings_of_the_process_that_a_reward_changes_are_put_back(function, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(function, base, tmp_path, {"run.dir": "its-own"}) == 0
+    assert (tmp_path / "its-own/summary.json").exists()
+    assert (tmp_path / "its-own/model/model.safetensors").exists()

@@ -22,6 +22,8 @@ class _TooLateError(BaseException):
     """The time is over; no `except Exception` of the user's may swallow it."""
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a run, which saves first."""
 leave_now = os._exit
 """Ends the process at once, whatever stands in the place of `os._exit`: for the project's own use."""
 
@@ -32,12 +34,13 @@ def user_code(who: str, limit: float | None = None) -> Iterator[None]:
 
     An exit that it asks for, by `sys.exit` or `os._exit`, is a SteersmanError, so that a run never ends without a
     word and as if it had been done; so is a block that takes longer than `limit` seconds. Standard output and
-    error that it closes or points elsewhere are put back. Other exceptions pass.
+    error that it closes or points elsewhere are put back, and so is what `settings_kept` names. Other exceptions
+    pass.
 
     The limit holds in the main thread and where Python code runs, not inside one call of a compiled library. For a
     block in another thread see `no_sudden_end`.
     """
-    with streams_kept():
+    with streams_kept(), settings_kept():
         try:
             with no_sudden_end(who), _time_limit(limit):
                 yield
@@ -126,6 +129,30 @@ def _time_limit(limit: float | None) -> Iterator[None]:
         over.set()
         watcher.join()
         signal.signal(signal.SIGUSR2, before or signal.SIG_DFL)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Puts back what belongs to the process and not to the block: the working folder, torch's gradient mode, default
+    type and number of threads, and in the main thread what the signals that end a run do."""
+    import torch
+
+    folder, gradients = os.open(".", os.O_RDONLY), torch.is_grad_enabled()
+    kind, threads = torch.get_default_dtype(), torch.get_num_threads()
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in ENDING} if main else {}
+    try:
+        yield
+    finally:
+        os.fchdir(folder)
+        os.close(folder)
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(kind)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler and handler is not None:
+                signal.signal(number, handler)
 
 
 @contextmanager
