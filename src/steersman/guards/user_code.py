@@ -137,22 +137,32 @@ def settings_kept() -> Iterator[None]:
     type and number of threads, and in the main thread what the signals that end a run do."""
     import torch
 
-    folder, gradients = os.open(".", os.O_RDONLY), torch.is_grad_enabled()
+    folder, gradients = _working_folder(), torch.is_grad_enabled()
     kind, threads = torch.get_default_dtype(), torch.get_num_threads()
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in ENDING} if main else {}
     try:
         yield
     finally:
-        os.fchdir(folder)
-        os.close(folder)
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(kind)
+        if folder is not None and _working_folder() != folder:
+            os.chdir(folder)
+        if torch.is_grad_enabled() != gradients:
+            torch.set_grad_enabled(gradients)
+        if torch.get_default_dtype() != kind:
+            torch.set_default_dtype(kind)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler and handler is not None:
                 signal.signal(number, handler)
+
+
+def _working_folder() -> str | None:
+    """None where it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

@@ -15,7 +15,9 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     What the type holds exactly stays as it is. Departure: float16's numbers below 6e-5, which lie closer together
     than the bits that are cut say, are left to the nearest when the result is converted.
     """
-    cut = CUT[dtype]
-    bits = x.contiguous().view(torch.int32)
+    cut, x = CUT[dtype], x.contiguous()
     noise = torch.randint(0, 1 << cut, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    return torch.where(x.isfinite(), ((bits + noise) & -(1 << cut)).view(torch.float32), x)
+    drawn = (
+        noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << cut)).view(torch.float32)
+    )  # in place: models are large
+    return torch.where(x.isfinite(), drawn, x)
