@@ -61,7 +61,7 @@ def test_a_fault_may_truncate_or_stop_the_run(bad):
 
 
 def test_an_environment_in_a_thread_that_ends_the_process_is_named(bad):
-    with pytest.raises(SteersmanError, match=r"row 0, turn 2: it asked the process to end, by os\._exit\(3\)"):
+    with pytest.raises(SteersmanError, match=r"row [01], turn 2: it asked the process to end, by os\._exit\(3\)"):
         episodes(bad, "leave")
 
 

@@ -87,6 +87,24 @@ def test_shared_prompts_are_read_once(monkeypatch):
     assert sum(seen) == 3 * 13 + int(tokens.response_length.sum()) + 1
 
 
+def test_gradients_are_the_same_numbers_with_two_threads():
+    """Gradients of keys and values that many rows share, enough of them that torch adds up in threads."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (96, 48), generator=draw).tolist()
+    tokens = Tokens.from_ids([ids[i % 4] for i in range(96)], [row[:6] for row in ids])
+    trunk, before = tiny_model("llama").model, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(8):
+            [(_, states)] = shared.read_shared(trunk, tokens, *shared.shared_prompts(tokens), cost=1 << 20)
+            found.append(gradients(trunk, states, states.detach()))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_checkpointing_turns_sharing_off(monkeypatch):
     model = tiny_model("llama")
     model.gradient_checkpointing_enable({"use_reentrant": False})
