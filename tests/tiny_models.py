@@ -80,6 +80,12 @@ def tiny_pair_config(family: str, vocab: int = 97):
     )  # fmt: skip
 
 
+def allowed_ids(support: torch.Tensor, vocab: int) -> set[int]:
+    """Which ids one token's support allows: those listed, or all but those listed as ~id."""
+    listed = {*support.tolist()}
+    return listed if any(i >= 0 for i in listed) else {*range(vocab)} - {~i for i in listed}
+
+
 def tiny_model(family: str, vocab: int = 97, seed: int = 0, scale: float = 3.0):
     """A randomly initialised model whose logits are spread enough to make mistakes visible."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM

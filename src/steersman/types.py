@@ -64,18 +64,19 @@ class Segment:
 class Sample:
     """One response to one prompt, as the rollout engine made it.
 
-    `ids` are the sampled tokens, the end token included when it was sampled. `logp[t]` is the log-probability
-    (nats) of `ids[t]` under the distribution that it was drawn from: after temperature and after whatever
-    top-k, top-p, min-p or minimum length cut away. `support` lists, per token, the ids that were allowed
-    (None: the whole vocabulary). `finish` says why it ended: "eos" and "stop" terminate, "length" truncates.
-    `index` counts the samples of one prompt. `text` is the response without end token or stop string. `mask` marks
-    the tokens that count (None: all); what an environment wrote does not. `version` is that of the weights that each
-    token was sampled from (None where nobody counts them). An episode of several turns lists them in `turns`; its
-    `text` is the last thing that the policy said, and `outcome` says why it ended. An episode whose history was shown
-    anew lists its `segments`: a model reads each by itself (None: `ids` were said behind the prompt, all in one).
-    `opening` and `talk` are an episode as messages, for records: what it began with, and all that was said since.
-    `onward` are all the ids that the next turn of an episode would have been said behind, had a limit not ended it
-    (None: it ended, its environment gave no answer, or they leave no room in the context).
+    `ids` are the sampled tokens, the end token included when it was sampled. `logp[t]` is the log-probability (nats)
+    of `ids[t]` under the distribution that it was drawn from: after temperature and after whatever top-k, top-p,
+    min-p or minimum length cut away. `support` lists, per token, the ids that were allowed, or those that were not,
+    each written as ~id, where these are fewer (None: all were). `finish` says why it ended: "eos" and "stop"
+    terminate, "length" truncates. `index` counts the samples of one prompt. `text` is the response without end token
+    or stop string. `mask` marks the tokens that count (None: all); what an environment wrote does not. `version` is
+    that of the weights that each token was sampled from (None where nobody counts them). An episode of several turns
+    lists them in `turns`; its `text` is the last thing that the policy said, and `outcome` says why it ended. An
+    episode whose history was shown anew lists its `segments`: a model reads each by itself (None: `ids` were said
+    behind the prompt, all in one). `opening` and `talk` are an episode as messages, for records: what it began with,
+    and all that was said since. `onward` are all the ids that the next turn of an episode would have been said
+    behind, had a limit not ended it (None: it ended, its environment gave no answer, or they leave no room in the
+    context).
     """
 
     prompt: Prompt

@@ -107,7 +107,7 @@ def test_support_and_an_episode_that_never_begins(waits):
     short = merge(waits, {"rollout.top_k": 3})
     for s in episodes(short):
         assert len(s.support) == len(s.ids)
-        assert all(i in allowed for i, allowed in zip(s.ids, s.support, strict=True))
+        assert all(i in allowed.tolist() for i, allowed in zip(s.ids, s.support, strict=True))
     broken = merge(waits, {"environment.args": {"longest": "no number"}})
     assert {s.outcome.split(":")[0] for s in episodes(broken)} == {"fault at its beginning"}
 

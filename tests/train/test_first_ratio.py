@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from letter_models import LETTERS, letters
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, allowed_ids, tiny_model
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import ALGORITHMS, Coefficients
@@ -36,8 +36,7 @@ def score_function_gradient(model, samples, adv, temperature: float) -> list[tor
         logits = model(torch.tensor([sample.prompt.ids + sample.ids])).logits[0, len(sample.prompt.ids) - 1 : -1]
         logits = logits / temperature
         for t, token in enumerate(sample.ids):
-            allowed = sample.support[t].tolist() if sample.support else []
-            kept = logits[t][allowed] if allowed else logits[t]
+            kept = logits[t][sorted(allowed_ids(sample.support[t], logits.shape[1]))] if sample.support else logits[t]
             total = total - adv[row, t] * (logits[t, token] - kept.logsumexp(0))
     return list(torch.autograd.grad(total / sum(len(s.ids) for s in samples), list(model.parameters())))
 

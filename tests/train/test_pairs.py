@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from letter_models import LETTERS, letters, write_jsonl
-from tiny_models import tiny_model, tiny_pair_config
+from tiny_models import allowed_ids, tiny_model, tiny_pair_config
 from train_kit import merge, recipe, rows, settings, weights
 from transformers import AutoModelForSeq2SeqLM
 
@@ -120,7 +120,7 @@ def reinforce_gradient(model, samples, adv, temperature):
             torch.tensor([sample.prompt.ids]), decoder_input_ids=read, decoder_attention_mask=every
         ).logits[0] / temperature  # fmt: skip
         for t, token in enumerate(sample.ids):
-            kept = logits[t][sample.support[t].tolist()] if sample.support else logits[t]
+            kept = logits[t][sorted(allowed_ids(sample.support[t], logits.shape[1]))] if sample.support else logits[t]
             total = total - adv[row, t] * (logits[t, token] - kept.logsumexp(0))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(total / sum(len(s.ids) for s in samples), list(named.values()))

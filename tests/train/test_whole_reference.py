@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from letter_models import LETTERS, letters
-from tiny_models import tiny_model
+from tiny_models import allowed_ids, tiny_model
 from train_kit import recipe
 
 from steersman.data import Batches
@@ -43,7 +43,7 @@ def exact(model, prompt: list[int], samples: list[Sample]) -> tuple[float, float
         z = model(torch.tensor([prompt + s.ids])).logits[0, len(prompt) - 1 : -1].double()
         p = z.softmax(-1)
         for t, token in enumerate(s.ids):
-            kl -= math.log(float(p[t, s.support[t]].sum())) / len(samples)
+            kl -= math.log(float(p[t, sorted(allowed_ids(s.support[t], p.shape[1]))].sum())) / len(samples)
             logp, count = logp + math.log(float(p[t, token])), count + 1
     return kl, math.exp(-logp / count)
 

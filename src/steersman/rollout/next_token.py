@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steersman.ops.distributions import top_p_mask
 from steersman.rollout.responses import ActionMask, Drawing, RunningResponse, TokenLogp
-from steersman.rollout.sampling import Sampling, draw, restrict
+from steersman.rollout.sampling import Sampling, banned_support, draw, listed_support, restrict
 from steersman.types import Finish, Sample, SteersmanError, send
 
 
@@ -105,13 +105,10 @@ class NextToken:
     def _record(self, x: Tensor, sequences: list[RunningResponse]) -> None:
         """Note which tokens each sequence could have drawn."""
         if self.cut:
-            keep = x != -torch.inf
-            ids = keep.nonzero()[:, 1].cpu().split(keep.sum(-1).tolist())
+            ids = listed_support(x != -torch.inf)
         else:  # only padding and end tokens were banned: all rows share two lists
-            every = torch.arange(x.shape[-1])
-            every = every[~torch.isin(every, self.padding.cpu())]
-            other = every[~torch.isin(every, self.end_ids.cpu())]
-            ids = [other if len(s.ids) < self.sampling.min_new_tokens else every for s in sequences]
+            always, short = banned_support(self.padding, self.end_ids)
+            ids = [short if len(s.ids) < self.sampling.min_new_tokens else always for s in sequences]
         for sequence, some in zip(sequences, ids, strict=True):
             sequence.support.append(some)  # type: ignore[union-attr]
 

@@ -168,6 +168,21 @@ def draw(x: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     return ids.squeeze(-1), logp.squeeze(-1)
 
 
+def listed_support(allowed: Tensor) -> list[Tensor]:
+    """Of each row of a mask [B, V] the ids that it allows, or ~id of those that it does not where these are fewer:
+    a vocabulary has up to 250,000 ids, and all but a few of them may be allowed at every token."""
+    most = allowed.sum(-1, keepdim=True) > allowed.shape[-1] // 2
+    listed = allowed ^ most
+    every = torch.arange(allowed.shape[-1], device=allowed.device)
+    ids = torch.where(most, ~every, every)
+    return list(ids[listed].cpu().split(listed.sum(-1).tolist()))
+
+
+def banned_support(padding: Tensor, end_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The supports of tokens at which only these are banned: padding alone, and end tokens too."""
+    return ~padding.cpu(), ~torch.cat([padding, end_ids]).unique().cpu()
+
+
 def _search(cumulative: Tensor, target: Tensor) -> Tensor:
     """First column of each row whose cumulative weight exceeds the target; the target is kept below the total."""
     total = cumulative[:, -1:]

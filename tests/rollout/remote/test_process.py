@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,16 @@ def test_a_tied_model_arrives_whole(tmp_path):
             assert [s.ids for s in here] == [s.ids for s in there]
             # eleven rows pad the vocabulary: they are not sent, never sampled, and no part of the support
             assert max(i for s in there for i in s.ids) < len(LETTERS)
-            assert torch.equal(there[0].support[0], torch.arange(len(LETTERS)))
+            assert there[0].support[0].tolist() == [~i for i in range(len(LETTERS), len(LETTERS) + 11)]
             assert torch.equal(here[0].support[0], there[0].support[0])
+            # whether ids are allowed or forbidden by name: the server knows nothing of the padding
+            for p in (0.3, 0.999):
+                cut = replace(SAMPLING, top_p=p)
+                here = inside(policy).generate(asked(), cut, seed=2, record_support=True)
+                there = generator.generate(asked(), cut, seed=2, record_support=True)
+                told = [[{*ids.tolist()} for s in samples for ids in s.support] for samples in (here, there)]
+                assert told[0] == told[1]
+                assert all(any(i < 0 for i in ids) == (p > 0.9) for ids in told[0])
     finally:
         generator.close()
 

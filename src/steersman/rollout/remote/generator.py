@@ -31,7 +31,7 @@ from steersman.rollout.remote.snapshot import (
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.traffic import Traffic, share_out
 from steersman.rollout.remote.wire import Reply, SampleRequest, ServerGoneError
-from steersman.rollout.sampling import Sampling
+from steersman.rollout.sampling import Sampling, banned_support
 from steersman.rollout.text import Texts
 from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
 
@@ -258,14 +258,13 @@ class RemoteGenerator:
 
     def _support(self, one: PendingResponse, sampling: Sampling) -> list[Tensor] | None:
         """What could be sampled at each token, where that was not the whole vocabulary of the policy."""
-        if sampling.truncates:
-            return one.support
-        padded = self.vocabulary < self.policy.model.get_output_embeddings().weight.shape[0]
-        if not padded and not sampling.min_new_tokens:
+        padding = torch.arange(self.vocabulary, self.policy.model.get_output_embeddings().weight.shape[0])
+        if sampling.truncates:  # where a server lists what it forbids, it does not know of the padding
+            return [ids if len(ids) and ids[0] >= 0 else torch.cat([ids, ~padding]) for ids in one.support]
+        if not len(padding) and not sampling.min_new_tokens:
             return None
-        every = torch.arange(self.vocabulary)
-        open_ended = every[~torch.isin(every, torch.tensor(self.ends, dtype=torch.long))]
-        return [open_ended if t < sampling.min_new_tokens else every for t in range(len(one.ids))]
+        always, short = banned_support(padding, torch.tensor(self.ends, dtype=torch.long))
+        return [short if t < sampling.min_new_tokens else always for t in range(len(one.ids))]
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling, record: bool) -> None:
         if sampling.limit is not None:

@@ -261,7 +261,7 @@ def _support(choice: dict[str, Any], content: list[Any]) -> list[Tensor]:
     """The ids that were allowed at each token: told, or those of the likeliest that have a probability."""
     told = choice.get("sampling_mask")
     if told is not None:
-        return [torch.tensor(sorted(ids), dtype=torch.long) for ids in told]
+        return [torch.tensor(ids, dtype=torch.long) for ids in told]
     kept = [
         {top["token_id"] for top in one["top_logprobs"] if top["logprob"] > UNREACHED} | {one["token_id"]}
         for one in content
