@@ -13,6 +13,7 @@ import torch
 
 from steersman.guards.functions import load_function
 from steersman.guards.user_code import leave_now, no_sudden_end, user_code
+from steersman.run.stop_request import StopRequest
 from steersman.types import SteersmanError
 
 LEAVE = leave_now
@@ -56,6 +57,16 @@ def test_an_exit_is_an_error_with_a_name(act, told):
     ):
         act()
     assert os._exit is LEAVE
+
+
+def test_ctrl_c_is_told_from_an_interrupt_that_the_code_raises():
+    with StopRequest() as stop:
+        with pytest.raises(SteersmanError, match=r"the thing: .* by KeyboardInterrupt"), user_code("the thing"):
+            raise KeyboardInterrupt
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), user_code("the thing"):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_blocks_in_several_threads_share_the_guard_and_the_last_one_lifts_it():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from train_kit import merge
+from train_kit import merge, settings
 
 from steersman import cli
 
 ODD = """
-import os, sys, time, torch
+import asyncio, os, random, signal, sys, threading, time, torch, warnings
 
 CALLS = []
 
@@ -39,6 +39,76 @@ def stops_gradients(prompts, completions):
 
 def widens(prompts, completions):
     return later(lambda: torch.set_default_dtype(torch.float64), completions)
+
+def raising(error):
+    raise error
+
+def quits(prompts, completions):
+    return later(lambda: raising(GeneratorExit), completions)
+
+def interrupts(prompts, completions):
+    return later(lambda: raising(KeyboardInterrupt), completions)
+
+def plain(prompts, completions):
+    return [float(len(c)) for c in completions]
+
+async def waits(prompts, completions):
+    await asyncio.sleep(0.001)
+    return plain(prompts, completions)
+
+async def waits_too_long(prompts, completions):
+    await asyncio.sleep(1000 if len(CALLS) > 1 else 0)
+    return later(lambda: None, completions)
+
+async def leaves_late(prompts, completions):
+    await asyncio.sleep(0.001)
+    return later(lambda: sys.exit(0), completions)
+
+def empties(prompts, completions):
+    values = plain(prompts, completions)
+    prompts.clear(), completions.clear()
+    return values
+
+def shouts(prompts, completions):
+    for _ in range(500):
+        print("[red]spam[/] \x1b[31m" * 5)
+    return plain(prompts, completions)
+
+def warns(prompts, completions):
+    warnings.warn("odd")
+    return plain(prompts, completions)
+
+def seeds(prompts, completions):
+    torch.manual_seed(time.time_ns() % 2**31)
+    random.seed()
+    return plain(prompts, completions)
+
+def deafens(prompts, completions):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    return plain(prompts, completions)
+
+def differentiable(prompts, completions):
+    return torch.tensor(plain(prompts, completions), requires_grad=True)
+
+class Locked:
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, prompts, completions):
+        return plain(prompts, completions)
+
+unpicklable = Locked()
+nameless = lambda prompts, completions: plain(prompts, completions)
+
+def generated(prompts, completions):
+    return (float(len(c)) for c in completions)
+
+def keyed(prompts, completions):
+    return {c: 1.0 for c in completions}
+
+def imaginary(prompts, completions):
+    return [1 + 2j] * len(completions)
 
 def large(prompts, completions):
     return [10**40] * len(completions)
@@ -70,6 +140,10 @@ def run(function, base, tmp_path, more=None, **part):
         ("exits", "it asked the process to end, by sys.exit(0)"),
         ("leaves", "it asked the process to end, by os._exit(0)"),
         ("hangs", "it took longer than its limit of 0.3 seconds"),
+        ("quits", "it asked the process to end, by GeneratorExit"),
+        ("interrupts", "it asked the process to end, by KeyboardInterrupt"),
+        ("leaves_late", "it asked the process to end, by sys.exit(0)"),
+        ("waits_too_long", "it took longer than its limit of 0.3 seconds"),
     ],
 )
 def test_a_reward_that_ends_or_holds_the_run(function, told, base, tmp_path, capsys):
@@ -110,3 +184,35 @@ def test_settings_of_the_process_that_a_reward_changes_are_put_back(function, ba
     assert run(function, base, tmp_path, {"run.dir": "its-own"}) == 0
     assert (tmp_path / "its-own/summary.json").exists()
     assert (tmp_path / "its-own/model/model.safetensors").exists()
+
+
+HARMLESS = [
+    "waits", "empties", "shouts", "warns", "seeds", "deafens", "differentiable", "unpicklable", "nameless",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory, mini):
+    folder = tmp_path_factory.mktemp("plain")
+    assert run("plain", settings(folder, mini), folder, {"iterations": 2}) == 0
+    return (folder / "run/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("function", HARMLESS)
+@pytest.mark.filterwarnings("ignore:odd")
+def test_what_a_reward_does_beside_its_scores_changes_no_weight(function, base, tmp_path, plainly):
+    assert run(function, base, tmp_path, {"iterations": 2}) == 0
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == plainly
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("generated", "returned generator; return a list of one float per completion"),
+        ("keyed", "returned dict; return a list of one float per completion"),
+        ("imaginary", "gave complex '(1+2j)' for sample 0; return floats"),
+    ],
+)
+def test_another_kind_of_answer_is_named(function, told, base, tmp_path, capsys):
+    assert run(function, base, tmp_path) == 2
+    assert f"reward 'score': {told}" in " ".join(capsys.readouterr().err.split())

@@ -22,6 +22,10 @@ class _TooLateError(BaseException):
     """The time is over; no `except Exception` of the user's may swallow it."""
 
 
+class CtrlCError(KeyboardInterrupt):
+    """Ctrl-C, as the project's own handlers of SIGINT raise it; a plain KeyboardInterrupt may be the user's code's."""
+
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that end a run, which saves first."""
 leave_now = os._exit
@@ -33,13 +37,14 @@ def user_code(who: str, limit: float | None = None) -> Iterator[None]:
     """Runs a block that calls code of the user's, named `who` in messages.
 
     An exit that it asks for, by `sys.exit` or `os._exit`, is a SteersmanError, so that a run never ends without a
-    word and as if it had been done; so is a block that takes longer than `limit` seconds. Standard output and
-    error that it closes or points elsewhere are put back, and so is what `settings_kept` names. Other exceptions
-    pass.
+    word and as if it had been done; so is a KeyboardInterrupt of its own, which is told from Ctrl-C where a handler
+    of this project stands, and a block that takes longer than `limit` seconds. Standard output and error that it
+    closes or points elsewhere are put back, and so is what `settings_kept` names. Other exceptions pass.
 
     The limit holds in the main thread and where Python code runs, not inside one call of a compiled library. For a
     block in another thread see `no_sudden_end`.
     """
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with streams_kept(), settings_kept():
         try:
             with no_sudden_end(who), _time_limit(limit):
@@ -48,6 +53,12 @@ def user_code(who: str, limit: float | None = None) -> Iterator[None]:
             raise _left(who, f"sys.exit({'' if error.code is None else error.code})") from error
         except GeneratorExit as error:
             raise _left(who, "GeneratorExit") from error
+        except CtrlCError:
+            raise
+        except KeyboardInterrupt as error:
+            if default:
+                raise
+            raise _left(who, "KeyboardInterrupt") from error
         except _TooLateError as error:
             raise SteersmanError(f"{who}: it took longer than its limit of {limit:g} seconds") from error
 

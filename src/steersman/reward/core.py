@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
@@ -115,7 +116,8 @@ class CallableReward:
     takes `**`. A parameter `samples` receives the Samples. `columns` renames: {"answer": "solution"} fills the
     parameter `answer` from the data's column `solution`. `args` are fixed keyword arguments.
 
-    It returns one number per completion, or for each completion one number per response token.
+    It returns one number per completion, or for each completion one number per response token. It may be `async`: all
+    its calls run in one event loop, which no other function shares.
 
     Raises SteersmanError naming the reward when the function can't be imported, lacks a column, raises (the
     original exception is chained), asks the process to end, takes longer than `time_limit` seconds (None: no limit),
@@ -134,6 +136,7 @@ class CallableReward:
         time_limit: float | None = None,
     ):
         self.time_limit = time_limit
+        self._loop = asyncio.Runner()
         self.function = load_function(function) if isinstance(function, str) else function
         self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
         self.args, self.columns = dict(args or {}), dict(columns or {})
@@ -176,10 +179,12 @@ class CallableReward:
 
     def _call(self, samples: Sequence[Sample], keywords: Mapping[str, Any]) -> Any:
         texts = {"prompts": [s.prompt.text for s in samples], "completions": [s.text for s in samples]}
-        if not self.by_name:
-            return self.function(*texts.values(), **keywords)
-        wanted = {k: v for k, v in texts.items() if k in self.parameters or self.takes_all}
-        return self.function(**wanted, **keywords)
+        if self.by_name:
+            wanted = {k: v for k, v in texts.items() if k in self.parameters or self.takes_all}
+            values = self.function(**wanted, **keywords)
+        else:
+            values = self.function(*texts.values(), **keywords)
+        return self._loop.run(_awaited(values)) if inspect.isawaitable(values) else values
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The keyword lists of this batch: data columns, renamed, and the samples where asked for."""
@@ -201,6 +206,10 @@ class CallableReward:
                     f"`columns: {{{parameter}: NAME}}`"
                 )
         return out
+
+
+async def _awaited(values: Awaitable[Any]) -> Any:
+    return await values
 
 
 def _parameters(function: RewardFunction) -> list[inspect.Parameter]:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from steersman.distributed.ranks import ranks
+from steersman.guards.user_code import CtrlCError
 
 
 class StopRequest:
@@ -54,7 +55,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise CtrlCError
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
             # The print machinery may be in the middle of a line; a bare write is safe in a handler.
