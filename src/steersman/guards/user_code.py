@@ -23,7 +23,7 @@ class _TooLateError(BaseException):
 
 
 class CtrlCError(KeyboardInterrupt):
-    """Ctrl-C, as the project's own handlers of SIGINT raise it; a plain KeyboardInterrupt may be the user's code's."""
+    """Ctrl-C, as the project raises it from its handlers of SIGINT; a plain KeyboardInterrupt may be the user's."""
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
