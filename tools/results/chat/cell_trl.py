@@ -68,7 +68,7 @@ def offline(method: str, settings: dict[str, Any], rows: list[dict[str, Any]], *
     from trl.experimental.kto import KTOConfig, KTOTrainer
 
     plain = given.pop("plain") | {
-        "num_train_epochs": 1, "lr_scheduler_type": "linear", "warmup_ratio": settings["warmup"],
+        "num_train_epochs": 1, "lr_scheduler_type": "linear", "warmup_steps": settings["warmup"],
         "per_device_train_batch_size": settings["batch"], "max_length": settings["max_length"],
     }  # fmt: skip
     loss = LOSSES[method]
