@@ -13,10 +13,13 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from steersman.model import LoraConfig, SharedBase, load_policy, load_scalar, save
-from steersman.model.fast.folded import folded
+from steersman.model.fast import folded as folded_room
+from steersman.model.fast.folded import folded, folded_bytes
 from steersman.model.lora import LearningDropout
 from steersman.model.merge import merged_state
+from steersman.model.quantise import is_narrow
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.fast.step_conditions import why_no_compiled_step
 from steersman.train.experience import tokens_of
 from steersman.types import Prompt, Tokens
 
@@ -136,6 +139,33 @@ def test_knobs_start_at_the_model_merge_to_what_they_compute_and_have_a_referenc
         again = load_policy(tmp_path / "adapters", device="cpu")
         torch.testing.assert_close(again.logp(tokens).logp, expected, atol=1e-4, rtol=1e-4)
     assert set(merged_state(policy.model)) == set(start.model.state_dict())
+
+
+@BNB
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_while_it_samples_a_4_bit_model_is_a_plain_one(lora, folder, monkeypatch):
+    policy = load_policy(folder, device="cpu", quantise="nf4", lora=lora)
+    stirred(policy)
+    tokens, layers = Tokens.from_ids(**ragged()), dict(policy.model.named_modules())
+    with torch.no_grad():
+        expected = policy.logp(tokens).logp
+        with folded(policy.model):
+            assert why_no_compiled_step(policy.model) is None
+            torch.testing.assert_close(policy.logp(tokens).logp, expected, atol=1e-4, rtol=1e-4)
+            if lora:
+                bare = policy.model.state_dict()
+        assert dict(policy.model.named_modules()) == layers
+        assert torch.equal(policy.logp(tokens).logp, expected)
+        if lora:
+            with policy.adapters.disable_adapter(), folded(policy.model):
+                plain = policy.model.state_dict()
+            assert any(not torch.equal(x, plain[name]) for name, x in bare.items())
+    narrow = [m for m in policy.model.modules() if is_narrow(m)]
+    assert folded_bytes(policy.model) == sum(4 * m.in_features * m.out_features for m in narrow) > 0
+    monkeypatch.setattr(folded_room, "ROOM", folded_bytes(policy.model) - 1)
+    assert folded_bytes(policy.model) == 0
+    with folded(policy.model):
+        assert dict(policy.model.named_modules()) == layers
 
 
 def test_a_pattern_reaches_what_it_names_and_no_more(folder):

@@ -64,6 +64,17 @@ def is_quantised(module: nn.Module) -> bool:
     return type(module._parameters.get("weight")).__name__ in WEIGHTS
 
 
+def is_narrow(module: Any) -> bool:
+    """Whether a layer has 4-bit weights on a CPU, widened for every product to the float32 numbers of `dense`."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
+    return type(weight).__name__ == "Params4bit" and weight.is_cpu and module.compute_dtype == torch.float32
+
+
+def dense_bytes(module: Any) -> int:
+    """Bytes of what `dense` makes of a quantised linear layer."""
+    return module.in_features * module.out_features * torch.float32.itemsize
+
+
 def dense(module: Any) -> Tensor:
     """The layer's weight as the numbers that it stands for, float32 where it is quantised."""
     if not is_quantised(module):

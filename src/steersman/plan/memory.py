@@ -110,7 +110,7 @@ def foresee(
     by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
     forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision models leave
     few: what they free (float32 intermediates) is larger than what comes next. Quantised ones leave about half of it
-    (docs/results/preflight.md), which is not announced.
+    (docs/results/preflight.md).
     """
     roles = _roles(models)
     offloads = device.type != "cpu"
@@ -125,7 +125,7 @@ def foresee(
     found, kept, gaps = [], 0, 0
     if learners:
         kept, gaps = max((forward(model, load) for model in learners), key=sum)  # one backward pass after the other
-        gaps = gaps if device.type == "cpu" and all(_float32(model.module) for model in learners) else 0
+        gaps = round(gaps * min(_gaps(model.module) for model in learners)) if device.type == "cpu" else 0
         gradients = sum(role.gradients for role in roles)
         beside = max(backward(model.module, load) for model in learners)
         found.append(
@@ -278,8 +278,12 @@ def _bytes(x: Tensor) -> int:
     return local_shard(x).numel() * x.element_size()
 
 
-def _float32(model: nn.Module) -> bool:
-    return all(p.dtype == torch.float32 for p in model.parameters())
+def _gaps(model: nn.Module) -> float:
+    """The share of what a forward pass frees at once that stays in gaps of the C library's heap."""
+    kinds = {p.dtype for m in model.modules() if not is_quantised(m) for p in m.parameters(recurse=False)}
+    if kinds != {torch.float32}:
+        return 0.0
+    return 0.5 if any(is_quantised(m) for m in model.modules()) else 1.0
 
 
 def _widest(model: nn.Module) -> int:

@@ -1,9 +1,10 @@
-"""Adapters added into their layers for as long as a model generates: one product in the place of three.
+"""Adapters added into their layers for as long as a model generates: one product in the place of three. On a CPU the
+weights of 4-bit layers too are held as the numbers that they stand for, where there is room.
 
 Training keeps base and adapters apart; a step of decoding reads every weight for a few rows and pays for each
-operation that it starts. While weights stand still, W + (alpha / r) B A is one matrix, the model has plain layers
-again, and what is compiled for plain layers takes them. The base is not written to: each layer lends its place to
-a copy with other weights, so that undoing it is exact.
+operation that it starts, and 4-bit weights are widened anew for each product. While weights stand still,
+W + (alpha / r) B A is one matrix, the model has plain layers again, and what is compiled for plain layers takes them.
+The base is not written to: each layer lends its place to another one, so that undoing it is exact.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from steersman.model.merge import merged_weight
+from steersman.model.quantise import dense, dense_bytes, is_narrow
 
 WIDE = (torch.float32, torch.float64)
 """Precisions in which the sum of base and adapter is as good as computing both; a half precision would round away
-what the adapters have learned, and quantised weights have no sum."""
+what the adapters have learned."""
+ROOM = 1 << 30
+"""The most bytes that widened 4-bit weights may take: whoever quantises a larger model does so for want of memory."""
 
 
 @contextmanager
 def folded(model: Any) -> Iterator[None]:
     """Lets each layer with adapters be a plain one with their sum, and puts the layers back.
 
-    Memory: `folded_bytes`. Weights must not change meanwhile. Layers in half precision, quantised ones and those of
-    which the adapters are more than a sum stay as they are.
+    Memory: `folded_bytes`. Weights must not change meanwhile. Layers in half precision, those of which the adapters
+    are more than a sum, and quantised ones stay as they are, but for 4-bit ones on a CPU, whose products are those of
+    float32 weights: these become plain layers with or without adapters, where all of them fit into ROOM.
     """
-    layers = list(_layers(model))
+    layers = _layers(model)
     try:
         for parent, name, layer in layers:
             parent._modules[name] = _sum(layer)
@@ -42,34 +47,65 @@ def folded(model: Any) -> Iterator[None]:
 
 def folded_bytes(model: Any) -> int:
     """Bytes of the sums that `folded` holds: the weights of all layers that it stands in for."""
-    weights = [layer.get_base_layer().weight for _, _, layer in _layers(model)]
-    return sum(weight.numel() * weight.element_size() for weight in weights)
+    return sum(_bytes(_base(layer)) for _, _, layer in _layers(model))
 
 
-def _layers(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Every layer with adapters that can be added in, with its parent and its name there."""
+def widened_weights(model: Any) -> list[Tensor]:
+    """The shapes, without numbers, of the 4-bit layers that `folded` makes plain."""
+    narrow = [base for _, _, layer in _layers(model) if is_narrow(base := _base(layer))]
+    return [torch.empty(base.out_features, base.in_features, device="meta") for base in narrow]
+
+
+def _layers(model: Any) -> list[tuple[nn.Module, str, Any]]:
+    """Every layer that can be a plain one, with its parent and its name there."""
+    adapted = _adapted_kinds()
+    every = [(parent, name, layer) for parent in model.modules() for name, layer in parent._modules.items()]
+    bases = {layer.get_base_layer() for _, _, layer in every if isinstance(layer, adapted)}
+    some = [one for one in every if isinstance(one[2], adapted) or (is_narrow(one[2]) and one[2] not in bases)]
+    room = sum(_bytes(base) for _, _, layer in some if is_narrow(base := _base(layer))) <= ROOM
+    return [one for one in some if _adds(one[2], room)]
+
+
+def _adapted_kinds() -> tuple[type, ...]:
     if "peft" not in sys.modules:  # so nothing here has adapters, and importing it takes seconds
-        return
+        return ()
     from peft.tuners.lora.layer import Embedding, Linear
 
-    for parent in list(model.modules()):
-        for name, layer in parent._modules.items():
-            if isinstance(layer, (Linear, Embedding)) and _adds(layer):
-                yield parent, name, layer
+    quantised = sys.modules.get("peft.tuners.lora.bnb")
+    return (Linear, Embedding) if quantised is None else (Linear, Embedding, quantised.Linear4bit)
 
 
-def _adds(layer: Any) -> bool:
-    weight = layer.get_base_layer().weight
-    return type(weight) is nn.Parameter and weight.dtype in WIDE and not layer.merged
+def _adds(layer: Any, room: bool) -> bool:
+    base = _base(layer)
+    whole = type(base.weight) is nn.Parameter and base.weight.dtype in WIDE
+    return (whole or (room and is_narrow(base))) and (layer is base or not layer.merged)
+
+
+def _base(layer: Any) -> Any:
+    """The layer without its adapters."""
+    return layer.get_base_layer() if isinstance(layer, _adapted_kinds()) else layer
+
+
+def _bytes(base: Any) -> int:
+    return dense_bytes(base) if is_narrow(base) else base.weight.numel() * base.weight.element_size()
 
 
 def _sum(layer: Any) -> nn.Module:
     """The base layer with the adapters that are on now added into a copy of its weight."""
-    base = layer.get_base_layer()
-    if layer.disable_adapters:
+    base = _base(layer)
+    off = layer is base or layer.disable_adapters
+    if off and not is_narrow(base):
         return base
     with torch.no_grad():
-        return _with_weight(base, nn.Parameter(merged_weight(layer, base.weight), requires_grad=False))
+        weight = dense(base) if off else merged_weight(layer, dense(base))
+    parameter = nn.Parameter(weight, requires_grad=False)
+    return _plain(base, parameter) if is_narrow(base) else _with_weight(base, parameter)
+
+
+def _plain(base: Any, weight: nn.Parameter) -> nn.Linear:
+    layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    layer._parameters.update(weight=weight, bias=base.bias)
+    return layer.train(base.training)
 
 
 def _with_weight(base: nn.Module, weight: Tensor) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
+from steersman.model.fast.folded import widened_weights
 from steersman.model.fast.linear import LINEAR
 from steersman.native.products import Panels, panel_bytes, product, rearrange
 
@@ -37,9 +38,12 @@ def pays(model: Any, steps: int) -> bool:
 
 
 def packed_bytes(model: Any, steps: int) -> int:
-    """Bytes of the second copy that a call of so many steps makes: all its linear layers, the output layer too."""
-    layers = [module for module in model.modules() if _plain(module)] if pays(model, steps) else []
-    return panel_bytes([layer.weight for layer in layers])
+    """Bytes of the second copy that a call of so many steps makes: all its linear layers, the output layer too, and
+    those of 4 bits that are plain ones meanwhile."""
+    if not pays(model, steps):
+        return 0
+    weights = [module.weight for module in model.modules() if _plain(module)]
+    return panel_bytes([*weights, *widened_weights(model)])
 
 
 @contextmanager
