@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from steersman.model.fast import shared
 from steersman.model.layout import join, response_slots
-from steersman.model.reader import CausalReader, states
+from steersman.model.reader import CausalReader, EncoderDecoderReader, states
 from steersman.types import Tokens
 
 SHARES = {"gpt2": True, "llama": True, "qwen2": True, "qwen3": True, "gemma3": False}
@@ -87,18 +87,24 @@ def test_shared_prompts_are_read_once(monkeypatch):
     assert sum(seen) == 3 * 13 + int(tokens.response_length.sum()) + 1
 
 
-def test_gradients_are_the_same_numbers_with_two_threads():
-    """Gradients of keys and values that many rows share, enough of them that torch adds up in threads."""
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_gradients_are_the_same_numbers_with_two_threads(family, monkeypatch):
+    """Gradients of what many rows share of a prompt, enough of them that torch adds up in threads."""
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 97, (96, 48), generator=draw).tolist()
     tokens = Tokens.from_ids([ids[i % 4] for i in range(96)], [row[:6] for row in ids])
-    trunk, before = tiny_model("llama").model, torch.get_num_threads()
+    model, before = tiny_model(family), torch.get_num_threads()
+    if family == "llama":
+        reader = CausalReader(model.model, shares=True)
+    else:
+        reader = EncoderDecoderReader(model.encoder, model.decoder, (0,))
     torch.set_num_threads(2)
     try:
         found = []
         for _ in range(8):
-            [(_, states)] = shared.read_shared(trunk, tokens, *shared.shared_prompts(tokens), cost=1 << 20)
-            found.append(gradients(trunk, states, states.detach()))
+            states = reader.hidden(tokens)
+            found.append(gradients(model, states, states.detach()))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -54,7 +54,9 @@ def test_a_run_of_another_verb_is_not_resumed(tmp_path):
     run = tmp_path / "run"
     with RunFolder(run, Asked(path="")) as folder:
         kept = (folder / "config.yaml").read_text()
-    with pytest.raises(SteersmanError, match=r"run folder .*run: the run in it is another verb's .*Asked.*Other"):
+    with pytest.raises(
+        SteersmanError, match=r"folder .*run: the run in it was begun by another verb.*by its own verb"
+    ):
         RunFolder(run, Other(path="x"), resume=True)
     assert (run / "config.yaml").read_text() == kept
     with RunFolder(run, Asked(path="x"), resume=True) as folder:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steersman.types import SteersmanError, Tokens, send
@@ -122,3 +122,9 @@ def in_groups(
         for whole_part, part in zip(out, parts, strict=True):
             whole_part[send(rows, part.device), : part.shape[1]] = part
     return out
+
+
+def repeated_rows(x: Float[Tensor, "G ..."], owner: Int[Tensor, " b"]) -> Float[Tensor, "b ..."]:
+    """`x[owner]`, whose gradient is the same numbers in every run: where rows repeat, torch adds up the gradients of
+    `x[owner]` in whatever order threads come on a CPU, and those of `index_select` so on a GPU."""
+    return x.index_select(0, owner) if x.device.type == "cpu" else x[owner]

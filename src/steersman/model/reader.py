@@ -23,7 +23,15 @@ from steersman.model.fast.shared import (
     shared_prompts,
     why_not_shared,
 )
-from steersman.model.layout import Layout, join, masked_indices, pack, require_prompts, response_slots
+from steersman.model.layout import (
+    Layout,
+    join,
+    masked_indices,
+    pack,
+    repeated_rows,
+    require_prompts,
+    response_slots,
+)
 from steersman.model.probe import device_of
 from steersman.types import Tokens, send
 
@@ -191,7 +199,7 @@ class EncoderDecoderReader:
         once, row = torch.unique(known, dim=0, return_inverse=True)
         device = device_of(self.encoder)
         memory = encode(self.encoder, send(once[:, :-1], device), send(column < once[:, -1:], device))
-        return memory[send(row, device)], real
+        return repeated_rows(memory, send(row, device)), real
 
 
 def states(trunk: nn.Module, layout: Layout) -> Float[Tensor, "RL H"]:

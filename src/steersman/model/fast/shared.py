@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steersman.model.fast.narrow import narrowed
-from steersman.model.layout import join, masked_indices, require_prompts
+from steersman.model.layout import join, masked_indices, repeated_rows, require_prompts
 from steersman.model.probe import cache_argument, close, device_of, quiet
 from steersman.types import Tokens, send
 
@@ -96,7 +96,7 @@ def read_shared(
         cache, owner = DynamicCache(), send(prompt, device)
         layers: Any = memory.layers
         for i, layer in enumerate(layers):
-            cache.update(_repeated(layer.keys[:, :, :P], owner), _repeated(layer.values[:, :, :P], owner), i)
+            cache.update(repeated_rows(layer.keys[:, :, :P], owner), repeated_rows(layer.values[:, :, :P], owner), i)
         T = some.response.shape[1]
         step = torch.arange(T)
         there = step < some.response_length[:, None]
@@ -108,14 +108,8 @@ def read_shared(
                 input_ids=send(ids, device), use_cache=True, attention_mask=send(seen.long(), device),
                 position_ids=send(some.prompt_length[:, None] + step, device), **{cache_name: cache},
             ).last_hidden_state  # fmt: skip
-        parts.append((rows, torch.cat([_repeated(last, owner)[:, None], states], 1)))
+        parts.append((rows, torch.cat([repeated_rows(last, owner)[:, None], states], 1)))
     return parts
-
-
-def _repeated(x: Float[Tensor, "G ..."], owner: Int[Tensor, " b"]) -> Float[Tensor, "b ..."]:
-    """`x[owner]`, whose gradient is the same numbers in every run: where rows repeat, torch adds up the gradients of
-    `x[owner]` in whatever order threads come on a CPU, and those of `index_select` so on a GPU."""
-    return x.index_select(0, owner) if x.device.type == "cpu" else x[owner]
 
 
 def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
