@@ -62,8 +62,8 @@ def check_inputs(file: Path, now: dict[str, dict[str, str]]) -> None:
         raise SteersmanError(f"{file}: it can not be read ({error}); remove it to resume without its check") from None
     if None not in kinds and kinds[0] != kinds[1]:
         raise SteersmanError(
-            f"run folder {file.parent}: the run in it was begun by another verb, so this one can not resume it; resume it "
-            "by its own verb, or choose another --run.dir"
+            f"run folder {file.parent}: the run in it was begun by another verb, so this one can not resume it; "
+            "resume it by its own verb, or choose another --run.dir"
         )
     if changed:
         raise SteersmanError(
