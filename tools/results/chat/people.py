@@ -92,8 +92,8 @@ class Start:
                 "normalise": True,
             },
             "rollout": {"prompts": 16, "samples": 2, **SAMPLING},
-            "algorithm": {"beta": 0.02, "epochs": 2, "minibatches": 2}, "iterations": 24,
-            "optimizer": {"lr": 5e-6, "warmup": 2}, "critic": {"optimizer": {"lr": 1e-5}},
+            "algorithm": {"beta": 0.02, "epochs": 1, "minibatches": 2}, "iterations": 12,
+            "optimizer": {"lr": 1e-5, "warmup": 2}, "critic": {"optimizer": {"lr": 1e-5}},
             "run": {"eval_every": 4, "save_every": 1000},
         }  # fmt: skip
         return verb(rl, RECIPES["ppo"], folder, seed, values)
