@@ -10,6 +10,7 @@ import torch
 from letter_models import LETTERS, WORDS, letters, rows_of, write_jsonl
 from tiny_models import tiny_model
 
+from steersman.guards.user_code import CtrlCError
 from steersman.recipe.on_policy import OnPolicyRecipe
 from steersman.verbs.on_policy_recipes import RECIPES
 
@@ -105,13 +106,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def cut_after(calls: int):
-    """A reward that ends the process's work in the middle of an iteration, after so many calls."""
+    """A reward in whose call Ctrl-C comes, so in the middle of an iteration, after so many calls."""
     left = [calls]
 
     def score(prompts, completions):
         left[0] -= 1
         if left[0] < 0:
-            raise KeyboardInterrupt
+            raise CtrlCError
         return [c.count("a") / 4 for c in completions]
 
     return score

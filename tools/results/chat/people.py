@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from overoptimisation_page import Array, Look, arena, at_kl, estimate, on_policy, rows
+from overoptimisation_page import Array, Look, arena, at_kl, estimate, rows
 from recording import finished, options, rewrite, run_cells, verb
 
 from steersman.atomic import write_atomic
@@ -98,6 +98,23 @@ class Start:
         }  # fmt: skip
         return verb(rl, RECIPES["ppo"], folder, seed, values)
 
+    def read_again(self, folder: Path) -> None:
+        """PPO's held-out answers as the judges read those of the other ways: with an end token, also where they were
+        cut. PPO itself is paid for what it wrote, without one."""
+        scorer, asked = self.scorer(), rows(self.out / "asked.jsonl")
+        looks = [row for row in rows(folder / "metrics.jsonl") if "held_out/kl" in row]
+        said = rows(folder / "samples.jsonl")
+        found = []
+        for look in looks:
+            some = sorted((row for row in said if row["step"] == look["step"]), key=lambda row: row["index"])
+            answers = [row["completion"] for row in some]
+            scores = scorer([asked[row["index"]]["prompt"] for row in some], answers)
+            found.append({"kl": look["held_out/kl"], "answers": answers, **scores})
+        write_atomic(folder / "looks.json", json.dumps(found))
+
+    def scorer(self) -> Scorer:
+        return Scorer({name: RewardPart(model=getattr(self, name)) for name in ("proxy", "gold")})
+
     def online(self, folder: Path, seed: int) -> dict[str, Any]:
         values = {
             "model": {"path": self.model}, "data": self.prompts,
@@ -118,8 +135,7 @@ class Start:
         }  # fmt: skip
         generate.run(generate.GenerateRecipe.model_validate(recipe))
         answers = rows(drawn)
-        scorer = Scorer({name: RewardPart(model=getattr(self, name)) for name in ("proxy", "gold")})
-        scores = scorer([r["prompt"] for r in answers], [r["completion"] for r in answers])
+        scores = self.scorer()([r["prompt"] for r in answers], [r["completion"] for r in answers])
         kept = {"proxy": scores["proxy"], "gold": scores["gold"], "answers": [r["completion"] for r in answers]}
         write_atomic(folder / "scores.json", json.dumps(kept))
         summary = {"finished": True}
@@ -143,12 +159,23 @@ def best_of(folder: Path) -> list[Look]:
         weight = np.array([math.comb(i, n - 1) / math.comb(DRAWN, n) for i in range(DRAWN)])
         by = [np.take_along_axis(scores, order, axis=1) @ weight for scores in (proxy, gold)]
         first = [kept["answers"][row * DRAWN + int(np.argmax(of_prompt[:n]))] for row, of_prompt in enumerate(proxy)]
-        variety = float(np.mean(BUILTINS["distinct_n"](prompts=first, completions=first)))
-        looks.append(Look(math.log(n) - (n - 1) / n, by[1], float(by[0].mean()), variety))
+        looks.append(Look(math.log(n) - (n - 1) / n, by[1], float(by[0].mean()), variety(first)))
     return looks
 
 
-READERS = {"best-of-n": best_of, "ppo": lambda f: on_policy(f)[0], "online-dpo": lambda f: arena(f)[0]}
+def ppo_looks(folder: Path) -> list[Look]:
+    return [
+        Look(look["kl"], np.array(look["gold"]), float(np.mean(look["proxy"])), variety(look["answers"]))
+        for look in json.loads((folder / "looks.json").read_text())
+    ]
+
+
+def variety(answers: list[str]) -> float:
+    """Distinct-2 within each answer, on average."""
+    return float(np.mean(BUILTINS["distinct_n"](prompts=answers, completions=answers)))
+
+
+READERS = {"best-of-n": best_of, "ppo": ppo_looks, "online-dpo": lambda f: arena(f)[0]}
 
 
 def table(out: Path, seeds: list[int]) -> str:
@@ -219,6 +246,10 @@ def main() -> None:
         ],
         args.minutes,
     )
+    for seed in args.seeds:
+        folder = args.out / f"ppo-{seed}"
+        if finished(folder) is not None and not (folder / "looks.json").exists():
+            start.read_again(folder)
 
 
 if __name__ == "__main__":
