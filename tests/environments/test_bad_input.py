@@ -17,7 +17,7 @@ from steersman.environments.gym import GymEnvironment
 from steersman.environments.port import Call, Reply
 from steersman.environments.text import reward_of
 from steersman.environments.tools import tool_of
-from steersman.environments.workers import await_result
+from steersman.guards.coroutines import await_result
 from steersman.train.roles import build_roles
 from steersman.types import SteersmanError
 from steersman.verbs import rl
@@ -61,18 +61,19 @@ def test_a_fault_may_truncate_or_stop_the_run(bad):
 
 
 def test_an_environment_in_a_thread_that_ends_the_process_is_named(bad):
-    with pytest.raises(SteersmanError, match=r"row [01], turn 2: it asked the process to end, by os\._exit\(3\)"):
-        episodes(bad, "leave")
+    with pytest.raises(SteersmanError, match=r"row 0, turn 2: it asked the process to end, by os\._exit\(3\)"):
+        episodes(bad, "leave", environment__workers=1)
 
 
-def test_an_exit_asked_for_in_a_coroutine_leaves_the_event_loop_of_all_alive():
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_an_exit_asked_for_in_a_coroutine_leaves_the_event_loop_of_all_alive(kind):
     async def leaves():
-        raise SystemExit(3)
+        raise kind
 
     async def works():
         return 5
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(kind):
         await_result(leaves(), 5.0)
     assert await_result(works(), 5.0) == 5
 

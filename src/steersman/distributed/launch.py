@@ -30,7 +30,7 @@ from steersman.distributed.join import join_ranks
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.waiting import MissingRankError
 from steersman.guards.terminal import say
-from steersman.guards.user_code import leave_now
+from steersman.guards.user_code import CtrlCError, leave_now
 from steersman.types import SteersmanError
 
 FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
@@ -141,7 +141,7 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
 
     def forward(number: int, _frame: Any) -> None:
         if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise CtrlCError
         if not seen:
             for pid in pids:
                 os.kill(pid, number)

@@ -26,6 +26,7 @@ from steersman.config.sections import Section
 from steersman.distributed import launch
 from steersman.distributed.ray_cluster import HERE, PLACED_IN, connected
 from steersman.guards.terminal import say
+from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
 
 RESTARTS = 3
@@ -174,7 +175,7 @@ def _signals_to(ranks: Sequence[Any]) -> Iterator[None]:
 
     def forward(number: int, _frame: Any) -> None:
         if seen:
-            raise KeyboardInterrupt
+            raise CtrlCError
         seen.append(number)
         for one in ranks:
             one.signal.remote(signal.SIGTERM)

@@ -25,7 +25,7 @@ from steersman.data.examples import Message
 from steersman.environments.port import Answer, Call, Episode, PayingEnvironment, Reply
 from steersman.environments.text import clean_text, reward_of
 from steersman.environments.tools import Tool, as_text, tools_of
-from steersman.environments.workers import await_result
+from steersman.guards.coroutines import await_result
 from steersman.guards.functions import load_function
 from steersman.types import SteersmanError
 

@@ -7,8 +7,6 @@ and it ends by itself if the call ever returns. Threads are daemons, so that a h
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import queue
 import threading
 import time
@@ -16,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from steersman.guards.coroutines import await_result
 from steersman.guards.user_code import no_sudden_end
 from steersman.types import SteersmanError
 
@@ -150,35 +149,3 @@ class Workers:
                     f"environment: {self.abandoned} calls hang beyond their time limit, and each holds a thread; "
                     "mend the tool, or give it a time limit of its own"
                 )
-
-
-async def _awaited(result: Any) -> tuple[Any, SystemExit | None]:
-    """The result, or the exit that it asks for: raised in the loop, that would end the loop for all."""
-    try:
-        return await result, None
-    except SystemExit as error:
-        return None, error
-
-
-_shared: list[asyncio.AbstractEventLoop] = []
-_shared_lock = threading.Lock()
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    """The one event loop of this process's environments, in a thread of its own."""
-    with _shared_lock:
-        if not _shared:
-            loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="episodes' event loop", daemon=True).start()
-            _shared.append(loop)
-        return _shared[0]
-
-
-def await_result(result: Any, limit: float | None = None) -> Any:
-    """A result, awaited on the shared loop where it is to be, `limit` seconds at most (then TimeoutError)."""
-    if not inspect.isawaitable(result):
-        return result
-    value, left = asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result(limit)
-    if left is not None:
-        raise left
-    return value

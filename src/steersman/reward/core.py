@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.distributed.ranks import ranks
+from steersman.guards.coroutines import await_result
 from steersman.guards.functions import describe_function, load_function
 from steersman.guards.user_code import user_code
 from steersman.model import Headed
@@ -116,8 +116,8 @@ class CallableReward:
     takes `**`. A parameter `samples` receives the Samples. `columns` renames: {"answer": "solution"} fills the
     parameter `answer` from the data's column `solution`. `args` are fixed keyword arguments.
 
-    It returns one number per completion, or for each completion one number per response token. It may be `async`: all
-    its calls run in one event loop, which no other function shares.
+    It returns one number per completion, or for each completion one number per response token. It may be
+    `async`: such functions share one event loop.
 
     Raises SteersmanError naming the reward when the function can't be imported, lacks a column, raises (the
     original exception is chained), asks the process to end, takes longer than `time_limit` seconds (None: no limit),
@@ -136,7 +136,6 @@ class CallableReward:
         time_limit: float | None = None,
     ):
         self.time_limit = time_limit
-        self._loop = asyncio.Runner()
         self.function = load_function(function) if isinstance(function, str) else function
         self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
         self.args, self.columns = dict(args or {}), dict(columns or {})
@@ -181,10 +180,8 @@ class CallableReward:
         texts = {"prompts": [s.prompt.text for s in samples], "completions": [s.text for s in samples]}
         if self.by_name:
             wanted = {k: v for k, v in texts.items() if k in self.parameters or self.takes_all}
-            values = self.function(**wanted, **keywords)
-        else:
-            values = self.function(*texts.values(), **keywords)
-        return self._loop.run(_awaited(values)) if inspect.isawaitable(values) else values
+            return await_result(self.function(**wanted, **keywords))
+        return await_result(self.function(*texts.values(), **keywords))
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The keyword lists of this batch: data columns, renamed, and the samples where asked for."""
@@ -206,10 +203,6 @@ class CallableReward:
                     f"`columns: {{{parameter}: NAME}}`"
                 )
         return out
-
-
-async def _awaited(values: Awaitable[Any]) -> Any:
-    return await values
 
 
 def _parameters(function: RewardFunction) -> list[inspect.Parameter]:

@@ -171,11 +171,11 @@ def draw(x: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
 def listed_support(allowed: Tensor) -> list[Tensor]:
     """Of each row of a mask [B, V] the ids that it allows, or ~id of those that it does not where these are fewer:
     a vocabulary has up to 250,000 ids, and all but a few of them may be allowed at every token."""
-    most = allowed.sum(-1, keepdim=True) > allowed.shape[-1] // 2
-    listed = allowed ^ most
-    every = torch.arange(allowed.shape[-1], device=allowed.device)
-    ids = torch.where(most, ~every, every)
-    return list(ids[listed].cpu().split(listed.sum(-1).tolist()))
+    count = allowed.sum(-1)
+    most = count > allowed.shape[-1] // 2
+    row, ids = (allowed ^ most[:, None]).nonzero(as_tuple=True)
+    listed = torch.where(most[row], ~ids, ids).cpu()
+    return list(listed.split(torch.where(most, allowed.shape[-1] - count, count).tolist()))
 
 
 def banned_support(padding: Tensor, end_ids: Tensor) -> tuple[Tensor, Tensor]:

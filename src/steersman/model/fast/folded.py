@@ -37,36 +37,37 @@ def folded(model: Any) -> Iterator[None]:
     """
     layers = _layers(model)
     try:
-        for parent, name, layer in layers:
-            parent._modules[name] = _sum(layer)
+        for parent, name, layer, base in layers:
+            parent._modules[name] = _sum(layer, base)
         yield
     finally:
-        for parent, name, layer in layers:
+        for parent, name, layer, _ in layers:
             parent._modules[name] = layer
 
 
 def folded_bytes(model: Any) -> int:
     """Bytes of the sums that `folded` holds: the weights of all layers that it stands in for."""
-    return sum(_bytes(_base(layer)) for _, _, layer in _layers(model))
+    return sum(_bytes(base) for *_, base in _layers(model))
 
 
 def widened_weights(model: Any) -> list[Tensor]:
     """The shapes, without numbers, of the 4-bit layers that `folded` makes plain."""
-    narrow = [base for _, _, layer in _layers(model) if is_narrow(base := _base(layer))]
+    narrow = [base for *_, base in _layers(model) if is_narrow(base)]
     return [torch.empty(base.out_features, base.in_features, device="meta") for base in narrow]
 
 
-def _layers(model: Any) -> list[tuple[nn.Module, str, Any]]:
-    """Every layer that can be a plain one, with its parent and its name there."""
-    adapted = _adapted_kinds()
-    every = [(parent, name, layer) for parent in model.modules() for name, layer in parent._modules.items()]
-    bases = {layer.get_base_layer() for _, _, layer in every if isinstance(layer, adapted)}
-    some = [one for one in every if isinstance(one[2], adapted) or (is_narrow(one[2]) and one[2] not in bases)]
-    room = sum(_bytes(base) for _, _, layer in some if is_narrow(base := _base(layer))) <= ROOM
-    return [one for one in some if _adds(one[2], room)]
+def _layers(model: Any) -> list[tuple[nn.Module, str, Any, Any]]:
+    """Every layer that can be a plain one: its parent, its name there, and the layer with and without adapters."""
+    kinds = _kinds_with_adapters()
+    places = [(parent, name, layer) for parent in model.modules() for name, layer in parent._modules.items()]
+    found = [(*place, place[2].get_base_layer()) for place in places if isinstance(place[2], kinds)]
+    inside = {base for *_, base in found}
+    found += [(*place, place[2]) for place in places if is_narrow(place[2]) and place[2] not in inside]
+    room = sum(_bytes(base) for *_, base in found if is_narrow(base)) <= ROOM
+    return [one for one in found if _adds(one[2], one[3], room)]
 
 
-def _adapted_kinds() -> tuple[type, ...]:
+def _kinds_with_adapters() -> tuple[type, ...]:
     if "peft" not in sys.modules:  # so nothing here has adapters, and importing it takes seconds
         return ()
     from peft.tuners.lora.layer import Embedding, Linear
@@ -75,24 +76,17 @@ def _adapted_kinds() -> tuple[type, ...]:
     return (Linear, Embedding) if quantised is None else (Linear, Embedding, quantised.Linear4bit)
 
 
-def _adds(layer: Any, room: bool) -> bool:
-    base = _base(layer)
-    whole = type(base.weight) is nn.Parameter and base.weight.dtype in WIDE
-    return (whole or (room and is_narrow(base))) and (layer is base or not layer.merged)
-
-
-def _base(layer: Any) -> Any:
-    """The layer without its adapters."""
-    return layer.get_base_layer() if isinstance(layer, _adapted_kinds()) else layer
+def _adds(layer: Any, base: Any, room: bool) -> bool:
+    wide = type(base.weight) is nn.Parameter and base.weight.dtype in WIDE
+    return (wide or (room and is_narrow(base))) and (layer is base or not layer.merged)
 
 
 def _bytes(base: Any) -> int:
     return dense_bytes(base) if is_narrow(base) else base.weight.numel() * base.weight.element_size()
 
 
-def _sum(layer: Any) -> nn.Module:
+def _sum(layer: Any, base: Any) -> nn.Module:
     """The base layer with the adapters that are on now added into a copy of its weight."""
-    base = _base(layer)
     off = layer is base or layer.disable_adapters
     if off and not is_narrow(base):
         return base
