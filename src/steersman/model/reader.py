@@ -7,7 +7,7 @@ decoder is causal, so padding after a response is never seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from steersman.model.fast.narrow import last_feed_forward, narrowed
 from steersman.model.fast.shared import (
     call_cost,
+    checkpointed,
     like_lengths,
     read_shared,
     saved_tokens,
@@ -68,8 +69,8 @@ class CausalReader:
 
     trunk: Any
     pack: int | None = None
-    shares: bool | None = None
-    """Whether the trunk can share prompts; found out when it first would."""
+    shares: dict[bool, bool] = field(default_factory=dict)
+    """Whether the trunk can share prompts, by whether its layers are checkpointed; found out when it first would."""
     single: bool = False
     """Whether the trunk runs once in each call."""
     feed_forward: nn.Module | bool | None = None
@@ -118,7 +119,7 @@ class CausalReader:
         if self.single:
             return [(torch.arange(len(tokens)), *self._states(tokens, join(tokens), extra))]
         cost = call_cost(device_of(self.trunk))
-        if len(tokens) > 1 and self._may_share():
+        if len(tokens) > 1:
             first, which = shared_prompts(tokens)
             if saved_tokens(tokens, first) > cost and self._can_share():
                 found = read_shared(self.trunk, tokens, first, which, cost, ends=extra is None, part=self._part())
@@ -149,15 +150,14 @@ class CausalReader:
         return self.feed_forward or None  # type: ignore[return-value]
 
     def _checkpointed(self) -> bool:
-        return self.trunk.training and getattr(self.trunk, "is_gradient_checkpointing", False)
-
-    def _may_share(self) -> bool:
-        return self.shares is not False and not self._checkpointed()  # which keeps no keys and values
+        return bool(checkpointed(self.trunk))
 
     def _can_share(self) -> bool:
-        if self.shares is None:
-            self.shares = why_not_shared(self.trunk, self.trunk.get_input_embeddings().weight.shape[0]) is None
-        return self.shares
+        now = self._checkpointed()
+        if now not in self.shares:
+            vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
+            self.shares[now] = why_not_shared(self.trunk, vocabulary) is None
+        return self.shares[now]
 
 
 @dataclass(slots=True)

@@ -5,13 +5,16 @@ Both give what one padded batch gives, up to rounding; a test holds them to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, masked_indices, repeated_rows, require_prompts
@@ -76,7 +79,7 @@ def read_shared(
 
     The different prompts are read first; the responses then look at the keys and values of their prompts. With `ends`
     only the states before the response and after its last token need be right; `part` is what may be narrowed to
-    those that need be.
+    those that need be. Under gradient checkpointing the prompts' keys and values stay, and all else is made again.
     """
     require_prompts(tokens)
     device, length = device_of(trunk), tokens.prompt_length[first]
@@ -84,10 +87,11 @@ def read_shared(
     column = torch.arange(prompts.shape[1])
     real = column < length[:, None]
     memory, cache_name = DynamicCache(), cache_argument(type(trunk))
+    memory.layer_class_to_replicate = PromptMemory
     ids = prompts.masked_fill(~real, 0)
     places = send(torch.arange(len(first)) * prompts.shape[1] + length - 1, device)
-    with narrowed(part, places, ids.numel()):
-        states = trunk(input_ids=send(ids, device), use_cache=True, **{cache_name: memory}).last_hidden_state
+    with narrowed(part, places, ids.numel()), checkpoints_with_memory(trunk):
+        states = trunk(input_ids=send(ids, device), use_cache=False, **{cache_name: memory}).last_hidden_state
     last = states.flatten(0, 1)[places]
     parts = []
     for rows in like_lengths(tokens.response_length, cost):
@@ -95,29 +99,76 @@ def read_shared(
         prompt, P = which[rows], some.prompt.shape[1]
         cache, owner = DynamicCache(), send(prompt, device)
         layers: Any = memory.layers
-        for i, layer in enumerate(layers):
-            cache.update(repeated_rows(layer.keys[:, :, :P], owner), repeated_rows(layer.values[:, :, :P], owner), i)
+        cache.layers.extend(BehindPrompt(layer, owner, P) for layer in layers)
         T = some.response.shape[1]
         step = torch.arange(T)
         there = step < some.response_length[:, None]
         ids = some.response.masked_fill(~there, 0)
         seen = torch.cat([real[prompt, :P], real.new_ones(len(rows), T)], 1)
         read = step == some.response_length[:, None] - 1 if ends else there
-        with narrowed(part, masked_indices(read, device), ids.numel()):
+        with narrowed(part, masked_indices(read, device), ids.numel()), checkpoints_with_memory(trunk):
             states = trunk(
-                input_ids=send(ids, device), use_cache=True, attention_mask=send(seen.long(), device),
+                input_ids=send(ids, device), use_cache=False, attention_mask=send(seen.long(), device),
                 position_ids=send(some.prompt_length[:, None] + step, device), **{cache_name: cache},
             ).last_hidden_state  # fmt: skip
         parts.append((rows, torch.cat([repeated_rows(last, owner)[:, None], states], 1)))
     return parts
 
 
+class PromptMemory(DynamicLayer):
+    """One layer's keys and values of the prompts `[G, heads, P, width]`: those of the first reading, since a layer
+    that is checkpointed runs again for its backward pass."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
+class BehindPrompt(DynamicLayer):
+    """What one layer's responses `[b, heads, T, width]` see: their own keys and values behind those of their prompts,
+    of which `owner` says the row. Keeps nothing, so a layer that runs again sees the same."""
+
+    def __init__(self, prompts: PromptMemory, owner: Int[Tensor, " b"], longest: int) -> None:
+        super().__init__()
+        assert prompts.keys is not None
+        assert prompts.values is not None
+        self.keys, self.values = prompts.keys[:, :, :longest], prompts.values[:, :, :longest]
+        self.owner, self.is_initialized = owner, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = repeated_rows(self.keys, self.owner), repeated_rows(self.values, self.owner)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+@contextmanager
+def checkpoints_with_memory(trunk: nn.Module) -> Iterator[None]:
+    """While open, layers that are checkpointed take the memory that they are given, which transformers otherwise
+    takes from them: most memories grow when a layer runs again, those of this file do not."""
+    layers = [m for m in checkpointed(trunk) if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+
+
+def checkpointed(trunk: nn.Module) -> list[nn.Module]:
+    """The modules in training that keep only what they are given, and run again for the backward pass, and those that
+    lead there."""
+    return [m for m in trunk.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+
+
 def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
     """What keeps responses from looking at the kept keys and values of their prompts; None where they get the states
     of a joined read.
 
-    `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a
-    model that takes no positions.
+    `rows` is the size of the vocabulary. A trunk in training whose layers are checkpointed is tried so. Layers that
+    see a window or keep a running state do not, nor does a model that takes no positions.
     """
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
     kinds: Sequence[str] = getattr(config, "layer_types", None) or []
@@ -127,7 +178,10 @@ def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
     answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
     tokens, device = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers), device_of(trunk)
     first, which = shared_prompts(tokens)
+    again = checkpointed(trunk)
     with quiet(trunk):
+        for module in again:  # as in training, but for dropout
+            module.training = True
         layout = join(tokens)
         whole = trunk(input_ids=send(layout.ids, device), use_cache=False).last_hidden_state
         try:
