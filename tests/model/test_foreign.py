@@ -99,12 +99,11 @@ def test_trusted_code_runs(foreign):
 
 
 REFUSED = {
-    "mamba": ({}, "linear_attention"),
     "rwkv": ({}, "no attention"),
     "bloom": ({}, "ALiBi"),
     "mpt": ({}, "ALiBi"),
     "falcon": ({"alibi": True}, "ALiBi"),
-    "qwen3_next": ({}, "linear_attention"),
+    "minimax": ({}, "no cache of one key and value, or of one state"),
 }
 
 

@@ -29,7 +29,7 @@ def padded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", ["sft", "dpo", "grpo", "reward", "generate"])
-@pytest.mark.parametrize(("family", "why"), [("mamba", "linear_attention"), ("bloom", "ALiBi")])
+@pytest.mark.parametrize(("family", "why"), [("rwkv", "no attention"), ("bloom", "ALiBi")])
 def test_a_family_that_does_not_fit_is_refused_before_a_run_folder_is_made(verb, family, why, tmp_path, capsys):
     folder = tmp_path / "model"
     AutoConfig.for_model(family).save_pretrained(folder)  # its weights are not even looked for

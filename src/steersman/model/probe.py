@@ -99,9 +99,10 @@ def watch_output_layer(model: Any, forward: Callable[[], Tensor]) -> tuple[Tenso
 
 @cache
 def cache_argument(kind: type) -> str:
-    """What the class's forward calls the keys and values that it is given: `cache` since transformers 5.24."""
+    """What the class's forward calls the memory that it is given: `cache` since transformers 5.24, and `cache_params`
+    where it is of states alone (Mamba)."""
     parameters = signature(kind.forward).parameters  # type: ignore[attr-defined]
-    return "cache" if "cache" in parameters else "past_key_values"
+    return next((name for name in ("cache", "cache_params") if name in parameters), "past_key_values")
 
 
 def probe_ids(model: Any) -> Tensor:

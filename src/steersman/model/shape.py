@@ -27,6 +27,12 @@ SIZES: dict[str, dict[str, Any]] = {
 """Llama-style shapes by their usual names."""
 
 
+STATE = ("linear_attention", "conv")
+"""Kinds of layers that carry a state from token to token, and no keys."""
+NOTHING = ("mlp", "moe")
+"""Kinds of layers that keep nothing of the text before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Parameters in all, of the largest layer, and of the tables of vocabulary x hidden; and what a cache holds."""
@@ -98,29 +104,33 @@ def shape_from(config: Any, name: str) -> Shape:
     names = set(model._no_split_modules or ())
     layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]
     tables = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    widths, queries = key_widths(text), [heads * size for heads, _, size in _heads(text)]
+    widths, queries = key_widths(text), [heads * size for heads, _, size in _heads(text, text.num_hidden_layers)]
     return Shape(
         name=name, parameters=sum(p.numel() for p in model.parameters()), largest_layer=max(layers, default=0),
         tables=sum(tables.values()), layers=text.num_hidden_layers, hidden=text.hidden_size,
         cached=round(2 * sum(widths) / text.num_hidden_layers), inner=getattr(text, "intermediate_size", None) or 0,
-        query=round(sum(queries) / len(queries)), heads=text.num_attention_heads, vocabulary=text.vocab_size,
+        query=round(sum(queries) / max(len(queries), 1)), heads=getattr(text, "num_attention_heads", 1),
+        vocabulary=text.vocab_size,
     )  # fmt: skip
 
 
 def key_widths(text: Any) -> list[int]:
     """Numbers of a token's keys, and as many of its values, in each layer of a text config that keeps its own: layers
-    may differ (Gemma 4), and the last ones may read those of layers before (Gemma 3n)."""
+    may differ (Gemma 4), the last ones may read those of layers before (Gemma 3n), and some keep a state (`STATE`) or
+    nothing."""
     own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
-    return [keys * size for _, keys, size in _heads(text)[:own]]
+    return [keys * size for _, keys, size in _heads(text, own)]
 
 
-def _heads(text: Any) -> list[tuple[int, int, int]]:
-    """Of each layer the heads of queries, those of keys, and the numbers of a head."""
+def _heads(text: Any, layers: int) -> list[tuple[int, int, int]]:
+    """Heads of queries, heads of keys, and numbers of a head, in each of the first layers that has attention."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
     return [
         (
             layer.num_attention_heads,
             getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
             getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
         )
-        for layer in text.per_layer_config
+        for kind, layer in zip(kinds[:layers], text.per_layer_config, strict=False)
+        if kind not in (*STATE, *NOTHING)
     ]

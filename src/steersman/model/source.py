@@ -23,9 +23,13 @@ DTYPES = device.DTYPES | {"auto": "auto"}
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
 
+KINDS = {
+    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe",
+}  # fmt: skip
+"""Kinds of layers that can be trained and sampled from."""
 ALIBI = ("bloom", "mpt")
-UNCACHED = ("openai-gpt", "hrm_text")
-"""Families without a cache of one key and value a layer, by which responses are sampled."""
+UNCACHED = ("openai-gpt", "hrm_text", "minimax")
+"""Families without a cache of one key and value, or of one state, a layer, by which responses are sampled."""
 
 _log = logging.getLogger("steersman.model")
 
@@ -89,22 +93,22 @@ def read_config(source: str, local: bool, notes: list[str], *, trust: bool = Fal
 
 def require_family(source: str, config: Any) -> None:
     """Raises SteersmanError for a family whose layers do not take rows laid side by side, nor the rollout's cache:
-    those without attention or with linear attention, and those whose positions are a slope of the attention mask."""
+    those without attention, and those whose positions are a slope of the attention mask."""
     text = config.get_text_config(decoder=True)
-    odd = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    odd = sorted(set(getattr(text, "layer_types", None) or []) - KINDS)
     if config.model_type in ALIBI or getattr(text, "alibi", False):
         why = "its positions are slopes of the attention mask (ALiBi)"
     elif odd:
         why = f"it has layers of kind {', '.join(odd)}"
     elif config.model_type in UNCACHED:
-        why = "it has no cache of one key and value a layer, by which responses are sampled"
-    elif not hasattr(text, "num_attention_heads"):
+        why = "it has no cache of one key and value, or of one state, a layer, by which responses are sampled"
+    elif not (hasattr(text, "num_attention_heads") or getattr(text, "layer_types", None)):
         why = "it has no attention"
     else:
         return
     raise SteersmanError(
-        f"{source}: models of type '{config.model_type}' are not supported: {why}; give a model with full or "
-        "sliding-window attention, such as a Llama, Qwen, Gemma or GPT-2"
+        f"{source}: models of type '{config.model_type}' are not supported: {why}; give a model with full, "
+        "sliding-window or linear attention, such as a Llama, Qwen, Gemma or GPT-2"
     )
 
 

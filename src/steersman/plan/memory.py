@@ -26,6 +26,7 @@ from steersman.ops.logprob import TILE
 from steersman.plan.made import NewStorageBytes
 from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
+from steersman.rollout.decoder import bytes_of_states
 from steersman.rollout.fast.packed import lasts, packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.preflight import Phase, Preflight, Role, size
@@ -151,6 +152,7 @@ def rollout(sampled: SamplingLoad, kept: int = 0) -> dict[str, int]:
     rows, columns = live_cache_size(limits.rows, sampled.longest, sampled.new_tokens, sampled.sequences)
     reads = min(max(limits.prefill_tokens, sampled.longest), sampled.sequences * sampled.longest)
     cache = kv_cache_bytes(config, rows, columns, dtype) + kv_cache_bytes(config, 1, reads, dtype)
+    cache += 2 * rows * bytes_of_states(model)  # of the live rows, and of a prefill
     added = folded_bytes(model) if lasts(sampled.new_tokens) else 0
     reused = cache + (added if _widest(model) * config.get_text_config().hidden_size < MAPPED else 0)
     logits = SAMPLING * rows * config.get_text_config().vocab_size * 4 + WIDE * _widest(model) * reads

@@ -61,6 +61,7 @@ class RunningBatch:
         cut: Callable[[], bool] | None = None,
     ) -> None:
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
+        self.one_length = any(one.one_length for one in self.decoders)
         self.sampling, self.limits, self.progress = sampling, limits, progress
         self.drawing = Drawing(sampling, texts)
         self.is_cut = cut or (lambda: False)
@@ -155,7 +156,8 @@ class RunningBatch:
         while self.waiting:
             more, width = len(self.waiting[0][1]), max(width, len(self.waiting[0][0].ids))
             full = (len(chunk) + 1) * width > self.limits.prefill_tokens or count + more > self.limits.rows
-            if chunk and full:
+            other = self.one_length and chunk and len(self.waiting[0][0].ids) != len(chunk[0][0].ids)
+            if chunk and (full or other):
                 break
             chunk.append(self.waiting.popleft())
             count += more

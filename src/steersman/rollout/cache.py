@@ -5,40 +5,74 @@ same column: a newcomer's prompt is laid down so that it ends at the current one
 column of all rows with one slice copy. Keys carry their rotation already, so the column says nothing about the
 position. Attention reads the columns from the oldest live start to now, no more; rows that started later are
 masked before their start. A sliding window is the last columns of that range, for all rows alike, because
-distance in columns is distance in positions. When the live cache runs out it is moved back to its beginning.
+distance in columns is distance in positions. When the live cache runs out it is moved back to its beginning. Layers
+with a state keep that for each row, beside or instead of keys (`recurrent`).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from steersman.model.shape import key_widths
+from steersman.model.shape import STATE, key_widths
+from steersman.rollout.attention_layers import LiveLayer, PromptLayer
+from steersman.rollout.recurrent import HybridLiveLayer, HybridPromptLayer, LiveState
 from steersman.types import SteersmanError, send
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window in tokens of each layer that keeps keys of its own, None where it sees everything; refuses
-    other kinds of layers. Layers that read the keys of others come last and have no place in a cache."""
+class Keeps(NamedTuple):
+    """What one layer keeps of the text before: keys and values, those of a window of so many tokens only, and so many
+    states of one size."""
+
+    keys: bool = True
+    window: int | None = None
+    states: int = 0
+
+
+KEEPS: dict[type, tuple[bool, bool]] = {
+    DynamicLayer: (True, False),
+    DynamicSlidingWindowLayer: (True, False),
+    LinearAttentionLayer: (False, True),
+    LinearAttentionAndFullAttentionLayer: (True, True),
+    LinearAttentionAndSlidingWindowAttentionLayer: (True, True),
+    DummyLayer: (False, False),
+}
+"""Whether transformers' own memory of a layer has keys, and whether it has states."""
+
+
+def layer_keeps(config: PretrainedConfig) -> list[Keeps]:
+    """What each layer keeps; refuses other kinds. Layers that read the keys of others come last and are left out."""
     text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or [FULL]) - {FULL, SLIDING}
-    windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers[: len(key_widths(text))]:
-        if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    found = []
+    for layer in DynamicCache(config=config).layers[:own]:
+        if type(layer) not in KEEPS:
             raise SteersmanError(
-                f"rollout: a {text.model_type} model with layers of kind "
-                f"{sorted(kinds) or type(layer).__name__} is not supported; full and sliding-window attention are"
+                f"rollout: a {text.model_type} model with layers of kind {type(layer).__name__} is not supported; "
+                "full and sliding-window attention and layers with a state are"
             )
-        windows.append(getattr(layer, "sliding_window", None))
-    return windows
+        keys, states = KEEPS[type(layer)]
+        found.append(
+            Keeps(
+                keys, getattr(layer, "sliding_window", None), getattr(layer, "number_of_states", 1) if states else 0
+            )
+        )
+    return found
 
 
 def kv_cache_bytes(config: PretrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
@@ -46,83 +80,33 @@ def kv_cache_bytes(config: PretrainedConfig, batch: int, length: int, dtype: tor
     return 2 * sum(key_widths(config.get_text_config(decoder=True))) * batch * length * dtype.itemsize
 
 
-class PromptLayer(CacheLayerMixin):
-    """Keeps the keys and values of one forward over right-padded prompts, as the model made them."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[-2]
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class PromptCache(Cache):
-    """The keys and values of one prefill."""
+    """The keys, values and states of one prefill."""
 
-    def __init__(self, layers: int) -> None:
-        self.prompt_layers = [PromptLayer() for _ in range(layers)]
-        super().__init__(layers=list(self.prompt_layers))
+    def __init__(self, keeps: list[Keeps]) -> None:
+        layers: list[Any] = [_prompt_layer(one) for one in keeps]
+        self.prompt_layers = [layer for layer in layers if isinstance(layer, PromptLayer)]
+        self.states = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+        super().__init__(layers=layers)
 
-
-class LiveLayer(CacheLayerMixin):
-    """One layer of the live cache; `first` and `column` are set by the live cache before each step."""
-
-    is_sliding = False
-
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.window = window
-        self.first = self.column = 0
-        self.live_keys: Tensor | None = None
-        self.live_values: Tensor | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise RuntimeError("the live cache is allocated by LiveCache.reserve")
-
-    def allocate(self, slots: int, columns: int, keys: Tensor, values: Tensor) -> None:
-        self.keys = _zeros(slots, columns, keys)
-        self.values = _zeros(slots, columns, values)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values, column, first = self.live_keys, self.live_values, self.column, self.first
-        assert keys is not None
-        assert values is not None
-        keys.narrow(2, column, 1).copy_(key_states)
-        values.narrow(2, column, 1).copy_(value_states)
-        length = column + 1 - first
-        return keys.narrow(2, first, length), values.narrow(2, first, length)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.column + query_length - self.first, 0
-
-    def get_seq_length(self) -> int:
-        return self.column - self.first
-
-    def get_max_length(self) -> int:
-        return -1
+    @property
+    def first(self) -> Tensor:
+        """A tensor of what was kept, with its precision and device."""
+        kept = self.prompt_layers[0].keys if self.prompt_layers else self.states[0].conv_states[0]
+        assert isinstance(kept, Tensor)
+        return kept
 
 
-def _zeros(slots: int, columns: int, like: Tensor) -> Tensor:
-    """A buffer [slots, heads, columns, width]. Zeros, since NaN under a mask would still poison the sum."""
-    shape = (slots, like.shape[1], columns, like.shape[3])
-    if not like.is_cpu:
-        return like.new_zeros(shape)
-    # numpy asks the system for huge pages; decoding with a 5M-parameter model was measured 12% faster with them
-    pages = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
-    return torch.from_numpy(pages).view(like.dtype).view(shape)
+def _prompt_layer(keeps: Keeps) -> PromptLayer | LinearAttentionLayer | DummyLayer:
+    if not keeps.keys:
+        return LinearAttentionLayer(number_of_states=keeps.states) if keeps.states else DummyLayer()
+    return HybridPromptLayer(keeps.states) if keeps.states else PromptLayer()
+
+
+def _live_layer(keeps: Keeps) -> LiveLayer | LiveState | DummyLayer:
+    if not keeps.keys:
+        return LiveState(keeps.states) if keeps.states else DummyLayer()
+    return HybridLiveLayer(keeps.window, keeps.states) if keeps.states else LiveLayer(keeps.window)
 
 
 class PromptOrigin(NamedTuple):
@@ -136,10 +120,12 @@ class PromptOrigin(NamedTuple):
 class LiveCache(Cache):
     """The cache of all live sequences. Rows 0 to `rows` - 1 are live; `column` is where the next token goes."""
 
-    def __init__(self, windows: list[int | None]) -> None:
-        self.live_layers = [LiveLayer(window) for window in windows]
-        super().__init__(layers=list(self.live_layers))
-        self.windows = set(windows)
+    def __init__(self, keeps: list[Keeps]) -> None:
+        layers: list[Any] = [_live_layer(one) for one in keeps]
+        self.live_layers = [layer for layer in layers if isinstance(layer, LiveLayer)]
+        self.states = [layer for layer in layers if isinstance(layer, LiveState)]
+        super().__init__(layers=layers)
+        self.keeps, self.windows = keeps, {layer.window for layer in self.live_layers}
         self.mask: Tensor | None = None
         self.rows = self.column = self.first = self.admitted = 0
         self.starts: list[int] = []
@@ -153,8 +139,7 @@ class LiveCache(Cache):
 
     def reserve(self, slots: int, columns: int, like: PromptCache) -> None:
         """Make room for `slots` rows and `columns` columns; what is there already is used again."""
-        first = like.prompt_layers[0].keys
-        assert isinstance(first, Tensor)
+        first = like.first
         old = self.mask
         if old is not None and old.dtype == first.dtype and old.device == first.device:
             if old.shape[0] >= slots and old.shape[1] >= columns:
@@ -163,6 +148,8 @@ class LiveCache(Cache):
         self.release()
         for own, layer in zip(self.live_layers, like.prompt_layers, strict=True):
             own.allocate(slots, columns, layer.keys, layer.values)  # type: ignore[arg-type]
+        for state, left in zip(self.states, like.states, strict=True):
+            state.make_room(slots, left)
         self.mask = first.new_zeros(slots, columns)
 
     def release(self) -> None:
@@ -171,6 +158,8 @@ class LiveCache(Cache):
         for own in self.live_layers:
             own.keys = own.values = own.live_keys = own.live_values = None
             own.is_initialized = False
+        for state in self.states:
+            state.give_back()
 
     def admit(self, prompts: PromptCache, source: Tensor, length: int) -> None:
         """Lay prompts of `length` tokens into the next free rows: row i comes from row `source[i]` of `prompts`;
@@ -181,6 +170,8 @@ class LiveCache(Cache):
         for own, layer in zip(self.live_layers, prompts.prompt_layers, strict=True):
             for buffer, fresh in ((own.keys, layer.keys), (own.values, layer.values)):
                 buffer[rows, :, start : self.column] = fresh[there, :, :length]  # type: ignore[index]
+        for state, left in zip(self.states, prompts.states, strict=True):
+            state.take_in(rows, left, there)
         self.mask[rows, :start] = -torch.inf
         self.mask[rows, start:] = 0
         self.starts += [start] * count
@@ -199,12 +190,15 @@ class LiveCache(Cache):
                 for buffer in (own.keys, own.values):
                     assert buffer is not None
                     buffer[target].narrow(1, start, length).copy_(buffer[source].narrow(1, start, length))
+            for state in self.states:
+                state.move(target, source)
             self.mask[target].copy_(self.mask[source])
         del self.starts[rows:], self.prompts[rows:]
         self._resize(rows)
 
-    def step(self, longest: int) -> Tensor | dict[str, Tensor]:
-        """Prepare the next column and return the attention mask for it, additive, [rows, 1, 1, columns seen].
+    def step(self, longest: int) -> Tensor | dict[str, Tensor | None] | None:
+        """Prepare the next column and return the attention mask for it, additive, [rows, 1, 1, columns seen]; None
+        where no layer has attention.
 
         `longest` is the longest prompt that may still come; a live cache at its end keeps that much room before now.
         """
@@ -220,9 +214,9 @@ class LiveCache(Cache):
             own.column = self.column
             own.first = self.column + 1 - masks[own.window].shape[-1]
         self.column += 1
-        if len(masks) == 1:
-            return next(iter(masks.values()))
-        return {FULL if window is None else SLIDING: mask for window, mask in masks.items()}
+        if len(masks) < 2:
+            return next(iter(masks.values()), None)
+        return {FULL if window is None else SLIDING: mask for window, mask in masks.items()} | dict.fromkeys(STATE)
 
     def reading(self) -> np.ndarray:
         """How live rows are best read, int64 [4, rows]: their order, and of each row its first column, a row that has
@@ -244,6 +238,8 @@ class LiveCache(Cache):
         self.first = min(self.starts, default=self.column)
         for own in self.live_layers:
             own.live_keys, own.live_values = own.keys[:rows], own.values[:rows]  # type: ignore[index]
+        for state in self.states:
+            state.show(rows)
 
     def _rewind(self, column: int) -> None:
         """Move the live columns back so that they end at `column`."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from steersman.model.fast.folded import folded
 from steersman.model.fast.fused import quick
 from steersman.model.probe import cache_argument
-from steersman.rollout.cache import LiveCache, PromptCache, layer_windows
+from steersman.rollout.cache import LiveCache, PromptCache, layer_keeps
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
 from steersman.rollout.fast.packed import lasts, packed, pays
+from steersman.rollout.recurrent import state_bytes
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError, send
 
@@ -24,8 +25,12 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.cache_name = model, cache_argument(type(model))
-        self.live = LiveCache(layer_windows(model.config))
+        self.live = LiveCache(layer_keeps(model.config))
         self.compiled: CompiledStep | None = None
+
+    @property
+    def one_length(self) -> bool:
+        return bool(self.live.states)  # which padding would run into
 
     @contextmanager
     def prepared(self, rows: int, steps: int) -> Iterator[None]:
@@ -49,7 +54,7 @@ class Decoder:
         device = self.model.device
         padded = send(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts]), device)
         last = send(torch.tensor(lengths) - 1, device)
-        cache = PromptCache(len(self.live.live_layers))
+        cache = PromptCache(self.live.keeps)
         positions = torch.arange(width, device=device).expand(len(prompts), -1)
         with _last_only(self.model.get_output_embeddings(), last):
             out = self.model(
@@ -92,6 +97,18 @@ class Decoder:
     def texts(self, tokenizer: Any, stop: tuple[str, ...]) -> Texts:
         """What decodes responses."""
         return Texts(tokenizer, stop)
+
+
+def bytes_of_states(model: Any) -> int:
+    """Bytes of the states that the model's layers keep of one sequence, however long it is."""
+    if model.config.is_encoder_decoder:
+        return 0
+    decoder = Decoder(model)
+    if not decoder.live.states:
+        return 0
+    with generating(model):
+        cache, _ = decoder.prefill([[0]])
+    return state_bytes(cache.states)
 
 
 @contextmanager

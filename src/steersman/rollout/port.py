@@ -37,6 +37,11 @@ class Stepper(Protocol):
     @property
     def live(self) -> Any: ...
 
+    @property
+    def one_length(self) -> bool:
+        """Whether the prompts of one prefill must have one length."""
+        ...
+
     def prepared(self, rows: int, steps: int) -> AbstractContextManager[None]:
         """While open, during which no weight changes: up to `steps` steps of up to `rows` rows."""
         ...

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from steersman.model.encoder_decoder import decoder_context, decoder_start
 from steersman.model.fast.folded import folded
 from steersman.model.probe import cache_argument, close, model_name, quiet
-from steersman.rollout.cache import LiveCache, PromptCache, PromptLayer, layer_windows
+from steersman.rollout.attention_layers import PromptLayer
+from steersman.rollout.cache import Keeps, LiveCache, PromptCache, layer_keeps
 from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError, send
@@ -32,16 +33,16 @@ KNOWN = "T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, PLBart, Marian, Pegasus an
 class PairCache:
     """What one prefill made: `self_attention` of the decoder's start, `cross_attention` of the prompts."""
 
-    def __init__(self, layers: int) -> None:
-        self.self_attention, self.cross_attention = PromptCache(layers), PromptCache(layers)
+    def __init__(self, keeps: list[Keeps]) -> None:
+        self.self_attention, self.cross_attention = PromptCache(keeps), PromptCache(keeps)
 
 
 class EncoderDecoderLiveCache:
     """The cache of all live sequences: the decoder's belt, and each row's prompt in buffers [slots, heads, width]."""
 
-    def __init__(self, windows: list[int | None], start: int) -> None:
-        layers = len(windows)
-        self.self_attention, self.start = LiveCache(windows), start
+    def __init__(self, keeps: list[Keeps], start: int) -> None:
+        layers = len(keeps)
+        self.self_attention, self.start = LiveCache(keeps), start
         self.cross_attention = [PromptLayer() for _ in range(layers)]
         self.past = EncoderDecoderCache(self.self_attention, Cache(layers=list(self.cross_attention)))
         self.past.is_updated = dict.fromkeys(range(layers), True)
@@ -131,12 +132,16 @@ class PairDecoder:
         self.takes_positions = "position_ids" in signature(model.get_decoder().forward).parameters
         with quiet(model):
             try:
-                self.live = EncoderDecoderLiveCache(self._windows(), len(self.start))
+                self.live = EncoderDecoderLiveCache(self._keeps(), len(self.start))
                 good = self._probe()
             except (TypeError, ValueError, AttributeError) as error:  # its modules are called in other ways
                 raise SteersmanError(f"{self._refused()}: {type(error).__name__}: {_first_line(error)}") from error
         if not good:
             raise SteersmanError(self._refused())
+
+    @property
+    def one_length(self) -> bool:
+        return False
 
     @contextmanager
     def prepared(self, rows: int, steps: int) -> Iterator[None]:
@@ -150,7 +155,7 @@ class PairDecoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PairCache, Tensor]:
         """One forward over right-padded prompts: their cache, and the logits [B, V] of each first response token."""
-        cache = PairCache(len(self.live.cross_attention))
+        cache = PairCache(self.live.self_attention.keeps)
         width, device = max(map(len, prompts)), self.model.device
         padded = send(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts]), device)
         length = send(torch.tensor([len(ids) for ids in prompts]), device)
@@ -200,15 +205,15 @@ class PairDecoder:
         """What decodes responses."""
         return TargetTexts(tokenizer, stop)
 
-    def _windows(self) -> list[int | None]:
-        """The sliding window of each layer of the decoder, None where it sees all that was said."""
+    def _keeps(self) -> list[Keeps]:
+        """What each layer of the decoder keeps of what was said."""
         config = self.model.get_decoder().config
         if getattr(config, "layer_types", None):
-            return layer_windows(config)
+            return layer_keeps(config)
         past = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor([self.start], device=self.model.device)
         self.model(input_ids=ids, decoder_input_ids=ids, use_cache=True, **{self.cache_name: past})
-        return [None] * len(past.cross_attention_cache.layers)
+        return [Keeps()] * len(past.cross_attention_cache.layers)
 
     def _refused(self) -> str:
         return (

@@ -100,9 +100,10 @@ def _offset(module: Any) -> float | None:
     return next((o for o in (0.0, 1.0) if same(rms_norm(x, weight, eps, o), expected)), None)
 
 
-def _norm(module: Any, offset: float, eps: float, x: Tensor) -> Tensor:
-    if not (compiled_may_run(x, module.weight) and norms(x, module.weight)):
-        return type(module).forward(module, x)
+def _norm(module: Any, offset: float, eps: float, x: Tensor, *more: Any, **named: Any) -> Tensor:
+    """What the module gives; some (Mamba2's) may be given a gate too, and do it themselves then."""
+    if more or named or not (compiled_may_run(x, module.weight) and norms(x, module.weight)):
+        return type(module).forward(module, x, *more, **named)
     return rms_norm(x, module.weight, eps, offset)
 
 
