@@ -79,7 +79,7 @@ def _settings(model: Any, config: LoraConfig, task: str) -> Any:
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
         lora_dropout=config.dropout,
         target_modules=config.targets,
-        exclude_modules=_routers(model) or None,
+        exclude_modules=_routers(model) + _read_by_weight(model) or None,
         use_dora=config.dora,
         use_rslora=config.rslora,
         modules_to_save=list(config.train_whole) or None,
@@ -98,6 +98,18 @@ def _routers(model: nn.Module) -> list[str]:
         and type(module).forward is not nn.Linear.forward
         and type(module).__module__.startswith("transformers.models.")
         and not _is_product(module)
+    ]
+
+
+def _read_by_weight(model: nn.Module) -> list[str]:
+    """Layers of Mamba's mixers of which kernels read the weight alone: an adapter beside it would do nothing."""
+    return [
+        f"{name}.{part}"
+        for name, mixer in model.named_modules()
+        if isinstance(getattr(mixer, "conv1d", None), nn.Conv1d)
+        and isinstance(getattr(mixer, "D", None), nn.Parameter)
+        for part in ("out_proj", "dt_proj")
+        if isinstance(getattr(mixer, part, None), nn.Linear)
     ]
 
 

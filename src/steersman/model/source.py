@@ -24,7 +24,7 @@ NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
 
 KINDS = {
-    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe",
+    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "mlp", "moe",
 }  # fmt: skip
 """Kinds of layers that can be trained and sampled from."""
 ALIBI = ("bloom", "mpt")

@@ -23,7 +23,6 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -49,7 +48,6 @@ KEEPS: dict[type, tuple[bool, bool]] = {
     DynamicSlidingWindowLayer: (True, False),
     LinearAttentionLayer: (False, True),
     LinearAttentionAndFullAttentionLayer: (True, True),
-    LinearAttentionAndSlidingWindowAttentionLayer: (True, True),
     DummyLayer: (False, False),
 }
 """Whether transformers' own memory of a layer has keys, and whether it has states."""
@@ -106,7 +104,7 @@ def _prompt_layer(keeps: Keeps) -> PromptLayer | LinearAttentionLayer | DummyLay
 def _live_layer(keeps: Keeps) -> LiveLayer | LiveState | DummyLayer:
     if not keeps.keys:
         return LiveState(keeps.states) if keeps.states else DummyLayer()
-    return HybridLiveLayer(keeps.window, keeps.states) if keeps.states else LiveLayer(keeps.window)
+    return HybridLiveLayer(keeps.states) if keeps.states else LiveLayer(keeps.window)
 
 
 class PromptOrigin(NamedTuple):

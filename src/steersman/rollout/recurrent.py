@@ -64,8 +64,8 @@ class LiveState(LinearAttentionLayer):
 class HybridLiveLayer(LiveState, LiveLayer):  # type: ignore[override]
     """A layer with a state beside its attention, of all live rows."""
 
-    def __init__(self, window: int | None, states: int) -> None:
-        LiveLayer.__init__(self, window)
+    def __init__(self, states: int) -> None:
+        LiveLayer.__init__(self, None)
         self.buffers = {}
         LinearAttentionLayer.__init__(self, number_of_states=states)
 
