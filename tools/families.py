@@ -345,8 +345,8 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
         f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail. Of "
         f"{counts['not tried']} no small config",
         "could be made by setting sizes alone, or the time was up, so nothing is known of them here. A family is",
-        "tried with the kinds of layers that its default config has: a model with others (LFM2's convolutions) is",
-        "refused by name when it is loaded.",
+        "tried with the kinds of layers that its default config has, one of each at least; a model with kinds that",
+        "are not known here is refused by name when it is loaded.",
         "", "| family | style | | why |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for kind, f in found.items():

@@ -38,6 +38,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": BASE | MAMBA2 | {"attn_layer_indices": [1]},
     "jamba": BASE | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 16,
                      "use_mamba_kernels": False},
+    "nemotron_h": BASE | MAMBA2 | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "num_hidden_layers": 4,
+                                   "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                   "moe_shared_expert_intermediate_size": 16, "mamba_num_heads": 8,
+                                   "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 1},
     "mamba2": ALONE | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "mamba": ALONE,
 }  # fmt: skip

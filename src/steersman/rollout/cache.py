@@ -16,15 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import DynamicCache, PretrainedConfig, cache_utils
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from steersman.model.shape import STATE, key_widths
 from steersman.rollout.attention_layers import LiveLayer, PromptLayer
@@ -43,12 +36,12 @@ class Keeps(NamedTuple):
     states: int = 0
 
 
-KEEPS: dict[type, tuple[bool, bool]] = {
-    DynamicLayer: (True, False),
-    DynamicSlidingWindowLayer: (True, False),
-    LinearAttentionLayer: (False, True),
-    LinearAttentionAndFullAttentionLayer: (True, True),
-    DummyLayer: (False, False),
+KEEPS = {
+    "DynamicLayer": (True, False),
+    "DynamicSlidingWindowLayer": (True, False),
+    "LinearAttentionLayer": (False, True),
+    "LinearAttentionAndFullAttentionLayer": (True, True),
+    "DummyLayer": (False, False),  # since transformers 5.23
 }
 """Whether transformers' own memory of a layer has keys, and whether it has states."""
 
@@ -59,12 +52,13 @@ def layer_keeps(config: PretrainedConfig) -> list[Keeps]:
     own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
     found = []
     for layer in DynamicCache(config=config).layers[:own]:
-        if type(layer) not in KEEPS:
+        kind = type(layer).__name__
+        if kind not in KEEPS:
             raise SteersmanError(
-                f"rollout: a {text.model_type} model with layers of kind {type(layer).__name__} is not supported; "
+                f"rollout: a {text.model_type} model with layers of kind {kind} is not supported; "
                 "full and sliding-window attention and layers with a state are"
             )
-        keys, states = KEEPS[type(layer)]
+        keys, states = KEEPS[kind]
         found.append(
             Keeps(
                 keys, getattr(layer, "sliding_window", None), getattr(layer, "number_of_states", 1) if states else 0
@@ -95,15 +89,15 @@ class PromptCache(Cache):
         return kept
 
 
-def _prompt_layer(keeps: Keeps) -> PromptLayer | LinearAttentionLayer | DummyLayer:
+def _prompt_layer(keeps: Keeps) -> PromptLayer | LinearAttentionLayer | cache_utils.DummyLayer:
     if not keeps.keys:
-        return LinearAttentionLayer(number_of_states=keeps.states) if keeps.states else DummyLayer()
+        return LinearAttentionLayer(number_of_states=keeps.states) if keeps.states else cache_utils.DummyLayer()
     return HybridPromptLayer(keeps.states) if keeps.states else PromptLayer()
 
 
-def _live_layer(keeps: Keeps) -> LiveLayer | LiveState | DummyLayer:
+def _live_layer(keeps: Keeps) -> LiveLayer | LiveState | cache_utils.DummyLayer:
     if not keeps.keys:
-        return LiveState(keeps.states) if keeps.states else DummyLayer()
+        return LiveState(keeps.states) if keeps.states else cache_utils.DummyLayer()
     return HybridLiveLayer(keeps.states) if keeps.states else LiveLayer(keeps.window)
 
 
