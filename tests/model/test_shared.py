@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from steersman.model.fast import shared
 from steersman.model.layout import join, response_slots
+from steersman.model.probe import cache_argument
 from steersman.model.reader import CausalReader, EncoderDecoderReader, states
 from steersman.types import Tokens
 
@@ -147,10 +148,9 @@ def test_a_memory_that_is_taken_from_checkpointed_layers_turns_sharing_off(monke
     model = tiny_model("llama")
     checkpoint(model)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
+    name = cache_argument(type(model.model))
     for layer in model.model.layers:
-        monkeypatch.setattr(
-            layer, "forward", lambda *a, run=layer.forward, **k: run(*a, **(k | {"past_key_values": None}))
-        )
+        monkeypatch.setattr(layer, "forward", lambda *a, run=layer.forward, **k: run(*a, **(k | {name: None})))
     reader, tokens = CausalReader(model.base_model), batch()
     torch.testing.assert_close(reader.hidden(tokens), plainly(model.base_model, tokens, 0))
     assert reader.shares == {True: False}
