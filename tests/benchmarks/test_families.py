@@ -25,7 +25,14 @@ def test_the_registry_is_transformers_own_and_sizes_become_small():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "status"), [("gemma4_text", "works"), ("qwen2_moe", "works"), ("t5", "works"), ("falcon_h1", "refused")]
+    ("kind", "status"),
+    [
+        ("gemma4_text", "works"),
+        ("qwen2_moe", "works"),
+        ("t5", "works"),
+        ("falcon_h1", "works"),
+        ("inkling2_text", "refused"),
+    ],
 )
 def test_a_family_works_or_is_refused_by_name(kind, status):
     found = one(kind, families()[kind])

@@ -77,8 +77,10 @@ class PromptCache(Cache):
 
     def __init__(self, keeps: list[Keeps]) -> None:
         layers: list[Any] = [_prompt_layer(one) for one in keeps]
-        self.prompt_layers = [layer for layer in layers if isinstance(layer, PromptLayer)]
-        self.states = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+        self.prompt_layers: list[PromptLayer] = [layer for one, layer in zip(keeps, layers, strict=True) if one.keys]
+        self.states: list[LinearAttentionLayer] = [
+            layer for one, layer in zip(keeps, layers, strict=True) if one.states
+        ]
         super().__init__(layers=layers)
 
     @property
@@ -114,8 +116,8 @@ class LiveCache(Cache):
 
     def __init__(self, keeps: list[Keeps]) -> None:
         layers: list[Any] = [_live_layer(one) for one in keeps]
-        self.live_layers = [layer for layer in layers if isinstance(layer, LiveLayer)]
-        self.states = [layer for layer in layers if isinstance(layer, LiveState)]
+        self.live_layers: list[LiveLayer] = [layer for one, layer in zip(keeps, layers, strict=True) if one.keys]
+        self.states: list[LiveState] = [layer for one, layer in zip(keeps, layers, strict=True) if one.states]
         super().__init__(layers=layers)
         self.keeps, self.windows = keeps, {layer.window for layer in self.live_layers}
         self.mask: Tensor | None = None
