@@ -381,10 +381,12 @@ def test_what_is_cut_goes_on_under_the_new_weights():
         thread.start()
         time.sleep(0.1)
         move(policy)
-        generator.load(generator.publish(1), cut=True)
+        for version in (1, 2, 3):  # a cut may come between two answers; the later ones are of the same weights
+            generator.load(generator.publish(version), cut=True)
+            time.sleep(0.05)
         thread.join()
-        assert {v for s in out for v in s.version} == {0, 1}
-        assert any(len(set(s.version)) == 2 for s in out)
+        assert {v for s in out for v in s.version} >= {0, 3}
+        assert any(len(set(s.version)) > 1 for s in out)
         for s in out:
             assert len(s.ids) == len(s.logp) == len(s.version) == 120
             assert s.version == sorted(s.version)
