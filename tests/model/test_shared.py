@@ -144,7 +144,7 @@ def test_checkpointed_layers_read_shared_prompts_once_and_again_once(monkeypatch
 
 
 def test_a_memory_that_is_taken_from_checkpointed_layers_turns_sharing_off(monkeypatch):
-    """As transformers before 5.23 do."""
+    """As some families do themselves."""
     model = tiny_model("llama")
     checkpoint(model)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
@@ -154,6 +154,18 @@ def test_a_memory_that_is_taken_from_checkpointed_layers_turns_sharing_off(monke
     reader, tokens = CausalReader(model.base_model), batch()
     torch.testing.assert_close(reader.hidden(tokens), plainly(model.base_model, tokens, 0))
     assert reader.shares == {True: False}
+
+
+def test_both_ways_to_run_are_tried_apart(monkeypatch):
+    """gpt2 takes the memory away while it is checkpointed; in evaluation mode it is not."""
+    trunk = tiny_model("gpt2").base_model
+    checkpoint(trunk)
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
+    reader, tokens = CausalReader(trunk), batch()
+    torch.testing.assert_close(reader.hidden(tokens), plainly(trunk, tokens, 0))
+    trunk.eval()
+    torch.testing.assert_close(reader.hidden(tokens), plainly(trunk, tokens, 0))
+    assert reader.shares == {True: False, False: True}
 
 
 def test_groups_are_the_cheapest():

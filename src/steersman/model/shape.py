@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from steersman.model.source import find, read_config
+from steersman.model.source import NOTHING, STATE, find, read_config
 
 SIZES: dict[str, dict[str, Any]] = {
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -25,12 +25,6 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 8, "vocab_size": 128_256},
 }  # fmt: skip
 """Llama-style shapes by their usual names."""
-
-
-STATE = ("linear_attention", "conv")
-"""Kinds of layers that carry a state from token to token, and no keys."""
-NOTHING = ("mlp", "moe")
-"""Kinds of layers that keep nothing of the text before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +112,12 @@ def key_widths(text: Any) -> list[int]:
     """Numbers of a token's keys, and as many of its values, in each layer of a text config that keeps its own: layers
     may differ (Gemma 4), the last ones may read those of layers before (Gemma 3n), and some keep a state (`STATE`) or
     nothing."""
-    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
-    return [keys * size for _, keys, size in _heads(text, own)]
+    return [keys * size for _, keys, size in _heads(text, own_layers(text))]
+
+
+def own_layers(text: Any) -> int:
+    """How many layers of a text config keep something of their own; those that read what others keep come last."""
+    return text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
 
 
 def _heads(text: Any, layers: int) -> list[tuple[int, int, int]]:

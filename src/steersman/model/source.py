@@ -23,9 +23,11 @@ DTYPES = device.DTYPES | {"auto": "auto"}
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random."""
 
-KINDS = {
-    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "mlp", "moe",
-}  # fmt: skip
+STATE = ("linear_attention", "conv")
+"""Kinds of layers that carry a state from token to token, and no keys."""
+NOTHING = ("mlp", "moe")
+"""Kinds of layers that keep nothing of the text before."""
+KINDS = {"full_attention", "sliding_attention", "hybrid", *STATE, *NOTHING}
 """Kinds of layers that can be trained and sampled from."""
 ALIBI = ("bloom", "mpt")
 UNCACHED = ("openai-gpt", "hrm_text", "minimax")

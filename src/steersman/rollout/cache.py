@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from steersman.model.shape import STATE, key_widths
+from steersman.model.shape import key_widths, own_layers
+from steersman.model.source import STATE
 from steersman.rollout.attention_layers import LiveLayer, PromptLayer
 from steersman.rollout.recurrent import HybridLiveLayer, HybridPromptLayer, LiveState
 from steersman.types import SteersmanError, send
@@ -49,9 +50,8 @@ KEEPS = {
 def layer_keeps(config: PretrainedConfig) -> list[Keeps]:
     """What each layer keeps; refuses other kinds. Layers that read the keys of others come last and are left out."""
     text = config.get_text_config(decoder=True)
-    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
     found = []
-    for layer in DynamicCache(config=config).layers[:own]:
+    for layer in DynamicCache(config=config).layers[: own_layers(text)]:
         kind = type(layer).__name__
         if kind not in KEEPS:
             raise SteersmanError(

@@ -66,8 +66,7 @@ class HybridLiveLayer(LiveState, LiveLayer):  # type: ignore[override]
 
     def __init__(self, states: int) -> None:
         LiveLayer.__init__(self, None)
-        self.buffers = {}
-        LinearAttentionLayer.__init__(self, number_of_states=states)
+        LiveState.__init__(self, states)
 
 
 def state_bytes(layers: Any) -> int:

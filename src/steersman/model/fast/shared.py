@@ -160,6 +160,8 @@ def checkpoints_with_memory(trunk: nn.Module) -> Iterator[None]:
 def checkpointed(trunk: nn.Module) -> list[nn.Module]:
     """The modules in training that keep only what they are given, and run again for the backward pass, and those that
     lead there."""
+    if not trunk.training:  # as most are, and this is asked in every read
+        return []
     return [m for m in trunk.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
 
 
