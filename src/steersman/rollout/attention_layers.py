@@ -1,4 +1,4 @@
-"""One attention layer's keys and values: those of a prefill, and those of all live sequences."""
+"""One attention layer's keys and values of all live sequences."""
 
 from __future__ import annotations
 
@@ -9,28 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
-
-
-class PromptLayer(CacheLayerMixin):
-    """Keeps the keys and values of one forward over right-padded prompts, as the model made them."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[-2]
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class LiveLayer(CacheLayerMixin):

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from steersman.model.prompt_layer import PromptLayer
 from steersman.model.shape import key_widths, own_layers
 from steersman.model.source import STATE
-from steersman.rollout.attention_layers import LiveLayer, PromptLayer
+from steersman.rollout.attention_layers import LiveLayer
 from steersman.rollout.recurrent import HybridLiveLayer, HybridPromptLayer, LiveState
 from steersman.types import SteersmanError, send
 

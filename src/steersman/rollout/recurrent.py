@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from steersman.rollout.attention_layers import LiveLayer, PromptLayer
+from steersman.model.prompt_layer import PromptLayer
+from steersman.rollout.attention_layers import LiveLayer
 
 
 class HybridPromptLayer(LinearAttentionLayer, PromptLayer):  # type: ignore[override]

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from steersman.model.encoder_decoder import decoder_context, decoder_start
 from steersman.model.fast.folded import folded
 from steersman.model.probe import cache_argument, close, model_name, quiet
-from steersman.rollout.attention_layers import PromptLayer
+from steersman.model.prompt_layer import PromptLayer
 from steersman.rollout.cache import Keeps, LiveCache, PromptCache, layer_keeps
 from steersman.rollout.fast.packed import lasts, packed, pays
 from steersman.rollout.text import Texts

@@ -51,6 +51,10 @@ def grpo(task: str, settings: dict[str, Any], rows: list[dict[str, Any]], **give
         texts, columns = [c[0]["content"] for c in completions], [json.loads(r) for r in row]
         if task == "sums":
             return last_number(texts, [r["answer"] for r in columns])
+        if task == "gsm8k":
+            from steersman.reward.rules import math_answer
+
+            return math_answer(texts, texts, answer=[r["answer"] for r in columns])
         from steersman.metrics import metric
         from steersman.metrics.core import MetricInput
 

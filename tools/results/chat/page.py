@@ -14,6 +14,7 @@ from tasks import TASKS
 MEASURES = {
     "sums": ("pass@1", "pass@4", "words", "distinct_2"),
     "rules": ("pass@1", "pass@4", "words", "distinct_2"),
+    "gsm8k": ("pass@1", "pass@4", "words", "distinct_2"),
     "polite": ("judge", "rouge_l", "words", "distinct_2"),
 }
 COSTS = ("processor_seconds", "peak_mib")
@@ -88,8 +89,10 @@ def examples(out: Path, task: str) -> list[str]:
 def draw(out: Path, file: Path) -> None:
     """Each method's curve on its own samples, by side: reward for GRPO, loss for the others."""
     panels = [(task, method) for task in TASKS for method in TASKS[task]["methods"]]
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
-    for axis, (task, method) in zip(axes.flat, panels, strict=True):
+    figure, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (task, method) in zip(axes.flat, panels, strict=False):
         for side, colour in COLOURS.items():
             for n, cell in enumerate(read(out, task, side, method)):
                 axis.plot(cell["curve"], color=colour, lw=0.9, alpha=0.7, label=side if n == 0 else None)

@@ -41,6 +41,10 @@ from steersman.types import Prompt, Sample
 
 HERE = Path(__file__).parent
 OPTIMIZER = {"weight_decay": 0.0, "max_grad_norm": 1.0}
+REWARDS = {
+    "sums": {"function": f"{HERE / 'tasks.py'}:last_number"}, "rules": {"metric": "ifeval"},
+    "gsm8k": {"builtin": "math_answer"},
+}  # fmt: skip
 QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -50,7 +54,7 @@ def recipe(task: str, method: str, seed: int, model: str, table: Path, folder: P
     run = {"dir": str(folder / "run"), "seed": seed, "threads": 1, "save_every": 1_000_000}
     values: dict[str, Any] = {"model": {"path": model}, "data": {"path": str(table), "held_out": 0}, "run": run}
     if method == "grpo":
-        reward = {"metric": "ifeval"} if task == "rules" else {"function": f"{HERE / 'tasks.py'}:last_number"}
+        reward = REWARDS[task]
         return "grpo", values | {
             "reward": {"parts": {"task": reward}}, "iterations": s["iterations"],
             "rollout": {
@@ -104,9 +108,7 @@ def ours(task: str, method: str, seed: int, args: argparse.Namespace, folder: Pa
 def peer(task: str, method: str, seed: int, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Path]:
     table = args.out / f"{task}.train.jsonl"
     command = [args.peer, HERE / "cell_trl.py", task, method, seed, args.model, table, folder]
-    used = train(
-        [str(x) for x in command], folder, {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    )
+    used = train([str(x) for x in command], folder, QUIET)
     return used, folder / "model"
 
 
@@ -165,6 +167,8 @@ def error(values: np.ndarray) -> float:
 def task_scores(task: str, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
     if task == "sums":
         return last_number(texts, [row["answer"] for row in rows])
+    if task == "gsm8k":
+        return BUILTINS["math_answer"](prompts=texts, completions=texts, answer=[row["answer"] for row in rows])
     columns = {name: [row[name] for row in rows] for name in ("instruction_id_list", "kwargs")}
     return metric("ifeval").score(texts, **columns)
 

@@ -15,6 +15,7 @@ PAIRS = {"batch": 8, "lr": 1e-5, "max_length": 256, "warmup": 0.1}
 TASKS: dict[str, dict[str, Any]] = {
     "sums": {"methods": ("grpo",), "new_tokens": 32, "held_out": 48, "iterations": 30, **GRPO},
     "rules": {"methods": ("grpo",), "new_tokens": 64, "held_out": 48, "iterations": 30, **GRPO},
+    "gsm8k": {"methods": ("grpo",), "new_tokens": 128, "held_out": 48, "iterations": 30, **GRPO},
     "polite": {
         "methods": ("sft", "dpo", "simpo", "kto"), "new_tokens": 64, "held_out": 64, "train": 320, "judge": 400,
         **PAIRS,
@@ -28,7 +29,7 @@ LOSSES: dict[str, dict[str, float]] = {
 def write_rows(data: Path, out: Path) -> None:
     """`TASK.train.jsonl` and `TASK.held_out.jsonl` in `out`; `polite.judge.jsonl` for the reward model."""
     out.mkdir(parents=True, exist_ok=True)
-    made = {"sums": sums(), "rules": rules(data), "polite": polite(data)}
+    made = {"sums": sums(), "rules": rules(data), "gsm8k": gsm8k(data), "polite": polite(data)}
     for task, rows in made.items():
         random.Random(0).shuffle(rows)
         held = TASKS[task]["held_out"]
@@ -64,6 +65,15 @@ def rules(data: Path) -> list[dict[str, Any]]:
         return len(row["prompt"]) <= 300 and not any(kind.endswith(long) for kind in row["instruction_id_list"])
 
     return [row for row in rows if is_short(row)]
+
+
+def gsm8k(data: Path) -> list[dict[str, Any]]:
+    """GSM8K's problems of at most 200 characters; the answer is the number behind its mark."""
+    rows = [json.loads(line) for line in (data / "gsm8k/train.jsonl").open()]
+    return [
+        {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2].strip()}
+        for row in rows if len(row["question"]) <= 200
+    ]  # fmt: skip
 
 
 def polite(data: Path) -> list[dict[str, Any]]:

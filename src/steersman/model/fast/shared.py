@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, masked_indices, repeated_rows, require_prompts
 from steersman.model.probe import cache_argument, close, device_of, quiet
+from steersman.model.prompt_layer import PromptLayer
 from steersman.types import Tokens, send
 
 CALL = {"cpu": 64, "accelerator": 2048}
@@ -87,7 +88,7 @@ def read_shared(
     column = torch.arange(prompts.shape[1])
     real = column < length[:, None]
     memory, cache_name = DynamicCache(), cache_argument(type(trunk))
-    memory.layer_class_to_replicate = PromptMemory
+    memory.layer_class_to_replicate = PromptLayer
     ids = prompts.masked_fill(~real, 0)
     places = send(torch.arange(len(first)) * prompts.shape[1] + length - 1, device)
     with narrowed(part, places, ids.numel()), checkpoints_with_memory(trunk):
@@ -115,24 +116,14 @@ def read_shared(
     return parts
 
 
-class PromptMemory(DynamicLayer):
-    """One layer's keys and values of the prompts `[G, heads, P, width]`: those of the first reading, since a layer
-    that is checkpointed runs again for its backward pass."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
-
-
 class BehindPrompt(DynamicLayer):
     """What one layer's responses `[b, heads, T, width]` see: their own keys and values behind those of their prompts,
     of which `owner` says the row. Keeps nothing, so a layer that runs again sees the same."""
 
-    def __init__(self, prompts: PromptMemory, owner: Int[Tensor, " b"], longest: int) -> None:
+    def __init__(self, prompts: PromptLayer, owner: Int[Tensor, " b"], longest: int) -> None:
         super().__init__()
-        assert prompts.keys is not None
-        assert prompts.values is not None
+        assert isinstance(prompts.keys, Tensor)
+        assert isinstance(prompts.values, Tensor)
         self.keys, self.values = prompts.keys[:, :, :longest], prompts.values[:, :, :longest]
         self.owner, self.is_initialized = owner, True
 
