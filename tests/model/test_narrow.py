@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from steersman.model import reader as reader_module
 from steersman.model.fast.fused import quicken
 from steersman.model.fast.narrow import last_feed_forward, narrowed
+from steersman.model.modes import checkpoint_activations
 from steersman.model.reader import CausalReader
 from steersman.types import Tokens
 
@@ -122,8 +123,7 @@ def test_a_model_whose_states_meet_again_is_left_whole():
 
 def test_checkpointing_runs_layers_again_and_is_left_alone():
     model = tiny_model("llama")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
+    checkpoint_activations(model)
     reader = CausalReader(model.base_model)
     reader.hidden(batch()).sum().backward()
     assert reader.feed_forward is None

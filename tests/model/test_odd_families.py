@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,28 @@ def test_a_family_without_activation_checkpointing_is_refused_by_name(tmp_path):
     config = ModelConfig(path=str(path), gradient_checkpointing=True)
     with pytest.raises(SteersmanError, match="gradient_checkpointing: models of type 'jetmoe'"):
         policy_from(config, RunConfig(), torch.device("cpu"))
+
+
+def test_what_is_random_in_training_is_not_when_layers_run_again(tmp_path):
+    """PhiMoE's router draws its experts in training mode, from those within its jitter of the best, and weighs them
+    by that in either mode; with checkpointed layers it chooses as transformers' own model does when it answers."""
+    import transformers as hf
+
+    path, tokens = saved("phimoe", tmp_path), Tokens.from_ids([[5, 6], [7, 8]], [[7, 8, 9], [4, 5, 6]])
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"router_jitter_noise": 0.5}))
+    plain: Any = hf.AutoModelForCausalLM.from_pretrained(path).eval()
+    logits = plain(torch.cat([tokens.prompt, tokens.response], 1)).logits[:, 1:-1]
+    expected = logits.log_softmax(-1).gather(-1, tokens.response[..., None])[..., 0]
+    expected.sum().backward()
+    for again in (False, True):
+        config = ModelConfig(path=str(path), gradient_checkpointing=again)
+        policy = policy_from(config, RunConfig(), torch.device("cpu"))
+        logp = policy.logp(tokens).logp
+        torch.testing.assert_close(logp, expected)
+        logp.sum().backward()
+        router = policy.model.model.layers[0].mlp.router.weight
+        torch.testing.assert_close(router.grad, plain.model.layers[0].mlp.router.weight.grad)
 
 
 def test_what_a_familys_own_code_raises_is_a_refusal(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from steersman.model.fast import shared
 from steersman.model.layout import join, response_slots
+from steersman.model.modes import checkpoint_activations
 from steersman.model.probe import cache_argument
 from steersman.model.reader import CausalReader, EncoderDecoderReader, states
 from steersman.types import Tokens
@@ -54,7 +55,7 @@ def gradients(trunk: Any, out: torch.Tensor, weight: torch.Tensor) -> list[torch
 def test_same_states_and_gradients(family, extra, cost, checkpointed, monkeypatch):
     trunk = tiny_model(family).base_model.double()
     if checkpointed:
-        checkpoint(trunk)
+        checkpoint_activations(trunk)
     tokens, reader = batch(), CausalReader(trunk)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: cost)
     found, expected = reader.hidden(tokens, extra), plainly(trunk, tokens, extra)
@@ -116,19 +117,11 @@ def test_gradients_are_the_same_numbers_with_two_threads(family, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def checkpoint(trunk: Any) -> None:
-    trunk.gradient_checkpointing_enable({"use_reentrant": False})
-    trunk.train()
-    for module in trunk.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-
 def test_checkpointed_layers_read_shared_prompts_once_and_again_once(monkeypatch):
     """Layers run once with their prompts' memory and once more in the backward pass, on as few tokens; nothing that
     they make between is kept."""
     model = tiny_model("llama")
-    checkpoint(model)
+    checkpoint_activations(model)
     read: list[int] = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: read.append(args[0][..., 0].numel()))
     kept: list[torch.Size] = []
@@ -146,7 +139,7 @@ def test_checkpointed_layers_read_shared_prompts_once_and_again_once(monkeypatch
 def test_a_memory_that_is_taken_from_checkpointed_layers_turns_sharing_off(monkeypatch):
     """As some families do themselves."""
     model = tiny_model("llama")
-    checkpoint(model)
+    checkpoint_activations(model)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     name = cache_argument(type(model.model))
     for layer in model.model.layers:
@@ -159,7 +152,7 @@ def test_a_memory_that_is_taken_from_checkpointed_layers_turns_sharing_off(monke
 def test_both_ways_to_run_are_tried_apart(monkeypatch):
     """gpt2 takes the memory away while it is checkpointed; in evaluation mode it is not."""
     trunk = tiny_model("gpt2").base_model
-    checkpoint(trunk)
+    checkpoint_activations(trunk)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     reader, tokens = CausalReader(trunk), batch()
     torch.testing.assert_close(reader.hidden(tokens), plainly(trunk, tokens, 0))

@@ -15,6 +15,7 @@ from steersman.data import Encoded, collate
 from steersman.distributed.micro import micro_batches
 from steersman.model import Policy, load_policy
 from steersman.model.lora import LoraConfig, add_lora
+from steersman.model.modes import checkpoint_activations
 from steersman.native.products import rearrange
 from steersman.plan import memory
 from steersman.plan.memory import (
@@ -122,8 +123,7 @@ def test_what_is_measured_leaves_no_trace():
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
     policy = policy_of()
     plain, freed = forward(model_of(policy), LOAD)
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.model.train()
+    checkpoint_activations(policy.model)
     foreseen, freed_once = forward(model_of(policy), LOAD)
     config = policy.model.config
     inputs = config.num_hidden_layers * LOAD.tokens * config.hidden_size * 4

@@ -33,6 +33,7 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo-recomputed": ("grpo", {"rollout.recompute_logp": True}),
     "sft-kahan": ("sft", {"model.dtype": "bfloat16", "optimizer.rounding": "kahan"}),
     "sft-stochastic": ("sft", {"model.dtype": "bfloat16", "optimizer.rounding": "stochastic"}),
+    "dpo-offload-activations": ("dpo", {"model.gradient_checkpointing": True, "model.offload_activations": True}),
     "dpo-share": ("dpo", {"loss.name": "wpo", "loss.nll": 0.2}),
 }
 NOT_HERE = {"grpo-process", "grpo-ahead", "dapo-ahead"}
@@ -221,6 +222,53 @@ assert sum(seen.count.values()) == 6, seen.count
 with pretend_device.waits() as seen:
     torch.ones(3).to("pretend", non_blocking=True), there + 1, there.sum()
 assert not seen.count, seen.count
+"""
+    env = {**os.environ, "PYTHONPATH": f"{WORKER.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_checkpointed_layers_keep_waits_in_the_cpus_memory(tmp_path):
+    """Between a forward and its backward pass the device holds no layer's input, the gradients are the same numbers,
+    and the forecast counts it so."""
+    script = """
+import gc, pretend_device, torch
+pretend_device.start()
+from transformers import LlamaConfig, LlamaForCausalLM
+from steersman.model import Policy
+from steersman.model.modes import checkpoint_activations
+from steersman.plan.memory import Load, Model, forward
+from steersman.types import Tokens
+
+there, layers, tokens, hidden = torch.device("pretend", 0), 16, 512, 64
+tall = LlamaConfig(vocab_size=64, hidden_size=hidden, intermediate_size=32, num_hidden_layers=layers,
+    num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+batch = Tokens.from_ids([[1] * (tokens // 2)], [[2] * (tokens // 2)])
+kept, foreseen, gradients = [], [], []
+for offload in (False, True):
+    torch.manual_seed(0)
+    policy = Policy(LlamaForCausalLM(tall).eval().to(there), None)
+    checkpoint_activations(policy.model, away_from=there if offload else None)
+    gc.collect()
+    with pretend_device.memory() as before:
+        pass
+    foreseen.append(forward(Model("policy", policy.model, "", trained=policy), Load(tokens, tokens))[0])
+    with pretend_device.memory() as after:
+        pass
+    assert after == before, f"a forecast leaves {after} behind, beyond {before}"
+    loss = policy.logp(batch).logp.sum()
+    with pretend_device.memory() as seen:
+        pass
+    kept.append(seen[0])
+    loss.backward()
+    gradients.append([p.grad.cpu() for p in policy.parameters()])
+    del policy, loss
+inputs = (layers - 1) * tokens * hidden * 4
+assert kept[0] - kept[1] > inputs, (kept, inputs)
+assert foreseen[0] - foreseen[1] > inputs, (foreseen, inputs)
+assert all(torch.equal(a, b) for a, b in zip(*gradients))
 """
     env = {**os.environ, "PYTHONPATH": f"{WORKER.parent}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(

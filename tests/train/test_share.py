@@ -18,6 +18,7 @@ from train_kit import merge, plain, recipe, rows, save_tiny, weights
 from steersman import cli
 from steersman.data import Batches
 from steersman.model import LoraConfig, Policy, SharedBase, load_policy, load_reward, load_scalar
+from steersman.model.modes import checkpoint_activations
 from steersman.plan.memory import Load, foresee
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
@@ -69,8 +70,7 @@ def test_every_role_computes_in_float64_what_it_computes_alone(family, checkpoin
         copied(one, other)
         for model in (one, other):
             if checkpointing:
-                model.model.gradient_checkpointing_enable({"use_reentrant": False})
-                model.model.train()
+                checkpoint_activations(model.model)
 
     def losses(policy, value, reward) -> list[torch.Tensor]:
         # all forward passes first, all backward passes after them: nothing may depend on who ran last

@@ -18,6 +18,7 @@ from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.pieces import full_tensor, local_shard, whole_shape
 from steersman.distributed.ranks import ranks
 from steersman.model import LoraConfig, load_policy, place, whole_weights
+from steersman.model.modes import checkpoint_activations
 from steersman.model.shard import layers
 from steersman.types import Tokens
 
@@ -33,8 +34,7 @@ def whole_now(policy) -> list[int]:
 def look(case: dict) -> dict:
     policy = load_policy(case["model"], dtype="float32", lora=LoraConfig(r=2) if case["lora"] else None)
     if case["checkpointing"]:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.model.train()
+        checkpoint_activations(policy.model)
     tokens = Tokens.from_ids([[3, 4], [5]], [[6, 7, 8], [9, 10]])
     numbers, alone = sum(p.numel() for p in policy.parameters()), policy.logp(tokens).logp.detach()
     place(policy)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.distributed.ranks import ranks
+from steersman.model.modes import evaluation_mode
 from steersman.types import SteersmanError
 
 ROWS, LENGTH = 2, 6
@@ -138,14 +139,8 @@ def close(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """No gradients, and evaluation mode while it lasts."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def _trunk(model: Any, ids: Tensor, states: Tensor | None) -> Any:

@@ -20,8 +20,9 @@ from steersman.run import device
 from steersman.types import SteersmanError
 
 DTYPES = device.DTYPES | {"auto": "auto"}
-NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
-"""Parts of the names of config fields that make a forward pass in training mode random."""
+NOISE = ("dropout", "pdrop", "layerdrop", "drop_path")
+"""Parts of the names of config fields that make a forward pass in training mode random. A router's jitter is
+none: routers stay in evaluation mode, and PhiMoE weighs its experts by it there too."""
 
 STATE = ("linear_attention", "conv")
 """Kinds of layers that carry a state from token to token, and no keys."""

@@ -7,7 +7,8 @@ All is arithmetic on the model's shape and the devices' data sheets, and is show
     gradients   trained x bytes / shards (zero2, zero3: / devices); where an update is one micro-batch, those of the
                 model that is in its pass grow while its activations go, and only what is more than these counts
     activations tokens x layers x (2 (4 + 2 n) h + n (2 q + k) + 4 n i) bytes, numbers having n (`Shape.activations`);
-                with checkpointing tokens x layers x n h, and one layer's of the former again
+                with checkpointing tokens x layers x n h, of one layer only where these wait in the CPU's memory, and
+                one layer's of the former again
     backward    tokens x 4 n i, a layer's gradients; the output layer's gradient in float32, and two tiles of logits
     cache       2 x layers x kv heads x head size x sequences x length x bytes
     seconds     2 P a token forward, 6 P trained (8 P with checkpointing), at `COMPUTE` of the data sheet's rate; a
@@ -81,6 +82,7 @@ class Work:
     ahead: int = 0
     scores: int = 0
     checkpointing: bool = False
+    offload_activations: bool = False
     sampled: bool = True
 
     @property
@@ -228,7 +230,8 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     one = micro * trained.activations(work.compute, work.scores)
     activations = one * trained.layers
     if work.checkpointing:
-        activations = micro * trained.hidden * trained.layers * work.compute + one
+        kept = 1 if work.offload_activations else trained.layers
+        activations = micro * trained.hidden * kept * work.compute + one
     activations += backward(trained, roles, micro, work)
     gradients = sorted(
         role.trained * (4 if role.adapter_parameters else work.weight) / layout.gradients

@@ -21,6 +21,7 @@ from steersman.distributed.pieces import local_shard, whole_shape
 from steersman.distributed.ranks import ranks
 from steersman.model import Policy, whole_weights
 from steersman.model.fast.folded import folded_bytes
+from steersman.model.modes import evaluation_mode
 from steersman.model.quantise import is_quantised
 from steersman.ops.logprob import TILE
 from steersman.plan.made import NewStorageBytes
@@ -172,15 +173,11 @@ def forward(model: Model, load: Load) -> tuple[int, int]:
     then made again beside what was kept, and what is freed is freed while they are.
     """
     module: Any = model.module
-    training = module.training
     kept, freed = _measured(model, load)
-    if not training:
+    if not any(part.training for part in module.modules()):
         return kept, freed
-    module.eval()
-    try:
+    with evaluation_mode(module):
         whole, freed_once = _measured(model, load)
-    finally:
-        module.train()
     if kept >= whole:
         return kept, freed
     return kept + whole // module.config.get_text_config().num_hidden_layers, freed_once
@@ -222,9 +219,10 @@ def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
     seen: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
+        kept = x.detach()  # the tensor itself, kept by the node that made it, would keep that node for ever
         if x.untyped_storage().data_ptr() not in own:
-            seen[x.untyped_storage().data_ptr()] = x
-        return x
+            seen[x.untyped_storage().data_ptr()] = kept
+        return kept
 
     half = tokens // 2
     sequence = collate([Encoded([1] * half, [1] * half, [True] * half)])

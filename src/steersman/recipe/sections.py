@@ -78,9 +78,23 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again instead of keeping them"
     )
+    offload_activations: bool = Field(
+        default=False,
+        description="with gradient_checkpointing: what layers keep waits in the CPU's memory, which costs two "
+        "copies; on a CPU it is there anyway",
+    )
     scratch: dict[str, Any] | None = Field(
         default=None, description="config fields of a model with fresh weights, model_type among them"
     )
+
+    @model_validator(mode="after")
+    def _offloads_what_is_kept(self) -> ModelConfig:
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "model.offload_activations is for what checkpointed layers keep; set model.gradient_checkpointing: "
+                "true, or remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quantised(self) -> ModelConfig:
@@ -91,7 +105,15 @@ class ModelConfig(Section):
         return self
 
 
-TRAINED_ONLY = ("lora", "merge", "save_dtype", "max_shard_size", "gradient_checkpointing", "scratch")
+TRAINED_ONLY = (
+    "lora",
+    "merge",
+    "save_dtype",
+    "max_shard_size",
+    "gradient_checkpointing",
+    "offload_activations",
+    "scratch",
+)
 """Keys of `model` that say what is trained and how it is saved."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steersman.model.fast.folded import folded
 from steersman.model.fast.fused import quick
+from steersman.model.modes import evaluation_mode
 from steersman.model.probe import cache_argument
 from steersman.rollout.cache import LiveCache, PromptCache, layer_keeps
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
@@ -125,22 +126,18 @@ def _last_only(head: nn.Module, last: Tensor) -> Iterator[None]:
 @contextmanager
 def generating(*models: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, compiled loops, and an attention that takes masks; everything put back after."""
-    training = [module for model in models for module in model.modules() if module.training]
     other = [(model, model.config._attn_implementation) for model in models]
     other = [(model, backend) for model, backend in other if backend != _backend(model)]
     try:
-        for model in models:
-            model.eval()
         for model, _ in other:
             model.set_attn_implementation(_backend(model))
         with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(*models))
             for model in models:
                 stack.enter_context(quick(model))
             stack.enter_context(torch.inference_mode())
             yield
     finally:
-        for module in training:
-            module.training = True
         for model, backend in other:
             model.set_attn_implementation(backend)
 

@@ -22,6 +22,8 @@ from steersman.model import (
     place,
     save,
 )
+from steersman.model.modes import checkpoint_activations
+from steersman.model.probe import device_of
 from steersman.recipe.sections import ModelConfig
 from steersman.run.device import resolve_dtype
 from steersman.run.run_config import RunConfig
@@ -181,7 +183,7 @@ def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: b
                 f"model.gradient_checkpointing: models of type '{module.model.config.model_type}' keep their "
                 "activations; set it to false, and lower run.micro_tokens to save memory"
             )
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
-        module.model.train()
+        there = device_of(module.model) if config.offload_activations else None
+        checkpoint_activations(module.model, away_from=there)
     if not whole:
         place(module)

@@ -126,6 +126,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
         "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
+        "offload_activations": recipe.model.offload_activations,
     }
     if isinstance(recipe, OnPolicyRecipe):
         rollout = recipe.rollout

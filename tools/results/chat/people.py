@@ -1,6 +1,6 @@
 """A real chat model toward what people preferred: PPO with its four models, online DPO, best-of-n, at equal KL.
 
-    python tools/results/chat/people.py run --model MODEL --data ../shared/data --seeds 0
+    python tools/results/chat/people.py run --model MODEL --data ../shared/data --seeds 0 --peer PYTHON_WITH_TRL_1.12
     python tools/results/chat/people.py table --seeds 0
 
 People's pairs (`hh_rlhf`) teach two reward models, each its own 400: the proxy is optimised, the gold
@@ -11,31 +11,42 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from overoptimisation_page import Array, Look, arena, at_kl, estimate, rows
 from recording import finished, options, rewrite, run_cells, verb
+from tasks import PEOPLE
 
 from steersman.atomic import write_atomic
 from steersman.data import DataConfig, preferences
 from steersman.flywheel import online_dpo
+from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
+from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
 from steersman.reward.rules import BUILTINS
+from steersman.run.run_config import RunConfig
 from steersman.verbs import generate, reward_model, rl
 from steersman.verbs.on_policy_recipes import RECIPES
 
 PAIRS, LOOKED = 400, 64
 """Pairs of each reward model, and how many held-out prompts are answered at a look."""
-SAMPLING = {"max_new_tokens": 48, "temperature": 0.7, "held_out": LOOKED}
+SAMPLING = {
+    "max_new_tokens": PEOPLE["new_tokens"],
+    "temperature": PEOPLE["temperature"],
+    "held_out": LOOKED,
+}
 DRAWN, BEST_OF = 16, (1, 2, 4, 8, 16)
 LEVELS = (0.5, 1.0, 1.5)
 """KL in nats per answer at which the judges are compared."""
@@ -91,10 +102,11 @@ class Start:
                 "parts": {"proxy": {"model": self.proxy}, "gold": {"model": self.gold, "weight": 0.0}},
                 "normalise": True,
             },
-            "rollout": {"prompts": 16, "samples": 2, **SAMPLING},
-            "algorithm": {"beta": 0.02, "epochs": 1, "minibatches": 2}, "iterations": 12,
-            "optimizer": {"lr": 1e-5, "warmup": 2}, "critic": {"optimizer": {"lr": 1e-5}},
-            "run": {"eval_every": 4, "save_every": 1000},
+            "rollout": {"prompts": PEOPLE["prompts"], "samples": PEOPLE["samples"], **SAMPLING},
+            "algorithm": {"beta": PEOPLE["beta"], "epochs": 1, "minibatches": PEOPLE["minibatches"]},
+            "optimizer": {"lr": PEOPLE["lr"], "warmup": PEOPLE["warmup"]}, "iterations": PEOPLE["iterations"],
+            "critic": {"optimizer": {"lr": PEOPLE["lr"]}},
+            "run": {"eval_every": PEOPLE["look_every"], "save_every": 1000},
         }  # fmt: skip
         return verb(rl, RECIPES["ppo"], folder, seed, values)
 
@@ -111,6 +123,41 @@ class Start:
             scores = scorer([asked[row["index"]]["prompt"] for row in some], answers)
             found.append({"kl": look["held_out/kl"], "answers": answers, **scores})
         write_atomic(folder / "looks.json", json.dumps(found))
+
+    def ppo_trl(self, folder: Path, seed: int, peer: str) -> dict[str, Any]:
+        """TRL's PPO with the same models, prompts and settings; looks at what it kept, as the other ways are read.
+
+        It has no running norm of scores, so beta is made smaller by the scores' deviation before training.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        looks = [self.look(self.model, seed)]
+        beta = PEOPLE["beta"] * float(np.std(looks[0]["proxy"]))
+        script, prompts = Path(__file__).parent / "ppo_trl.py", self.out / "proxy.jsonl"
+        command = [peer, script, self.model, self.proxy, prompts, seed, beta, folder]
+        quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with (folder / "output.txt").open("a") as output:
+            subprocess.run(
+                [str(x) for x in command], stdout=output, stderr=output, env={**os.environ, **quiet}, check=True
+            )
+        steps = range(PEOPLE["look_every"], PEOPLE["iterations"] + 1, PEOPLE["look_every"])
+        looks += [self.look(str(folder / f"step-{n}"), seed) for n in steps]
+        write_atomic(folder / "looks.json", json.dumps(looks))
+        summary = {"finished": True}
+        write_atomic(folder / "summary.json", json.dumps(summary))
+        return summary
+
+    def look(self, path: str, seed: int) -> dict[str, Any]:
+        """A model's answers to the held-out prompts, both judges' scores of each, KL to the start in nats."""
+        data, run = DataConfig.model_validate(self.prompts), RunConfig(threads=1)
+        rollout, device = RolloutConfig(**SAMPLING), torch.device("cpu")
+        _, asked = load_queries(data, LOOKED, wrap=True)
+        player, start = (Player(ModelConfig(path=p), run, device) for p in (path, self.model))
+        found, samples = player.answer(asked, range(len(asked)), data, rollout, n=1, seed=(seed,))
+        before = start.logp(samples, rollout.temperature)
+        kl = [sum(sample.logp) - ref for sample, ref in zip(samples, before, strict=True)]
+        answers = [row["completion"] for row in found]
+        scores = self.scorer()([row["prompt"] for row in found], answers)
+        return {"kl": float(np.mean(kl)), "answers": answers, "proxy": scores["proxy"], "gold": scores["gold"]}
 
     def scorer(self) -> Scorer:
         return Scorer({name: RewardPart(model=getattr(self, name)) for name in ("proxy", "gold")})
@@ -175,7 +222,12 @@ def variety(answers: list[str]) -> float:
     return float(np.mean(BUILTINS["distinct_n"](prompts=answers, completions=answers)))
 
 
-READERS = {"best-of-n": best_of, "ppo": ppo_looks, "online-dpo": lambda f: arena(f)[0]}
+READERS = {
+    "best-of-n": best_of,
+    "ppo": ppo_looks,
+    "ppo-trl": ppo_looks,
+    "online-dpo": lambda f: arena(f)[0],
+}
 
 
 def table(out: Path, seeds: list[int]) -> str:
@@ -232,12 +284,16 @@ def main() -> None:
     parser = options(__doc__, ("run", "table"), "runs/chat-people")
     parser.add_argument("--model", type=Path, help="the folder of the chat model")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--peer", help="a Python that has TRL 1.12")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args()
     if args.what == "table":
         return rewrite(args.docs / "chat-people.md", table(args.out, args.seeds).rstrip() + "\n")
     write_pairs(args.model, args.data, args.out)
     start = Start(args.model, args.out)
+    if args.peer:
+        WAYS["ppo-trl"] = partial(Start.ppo_trl, peer=args.peer)
+        args.ways = [*args.ways, "ppo-trl"]
     run_cells(
         [
             (args.out / f"{way}-{seed}", partial(WAYS[way], start, args.out / f"{way}-{seed}", seed))

@@ -25,6 +25,12 @@ LOSSES: dict[str, dict[str, float]] = {
     "sft": {}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}, "kto": {"beta": 0.1}
 }  # fmt: skip
 
+PEOPLE = {
+    "prompts": 16, "samples": 2, "new_tokens": 48, "temperature": 0.7, "iterations": 12, "look_every": 4,
+    "beta": 0.02, "minibatches": 2, "lr": 1e-5, "warmup": 2,
+}  # fmt: skip
+"""PPO of the people study."""
+
 
 def write_rows(data: Path, out: Path) -> None:
     """`TASK.train.jsonl` and `TASK.held_out.jsonl` in `out`; `polite.judge.jsonl` for the reward model."""

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, masked_indices, repeated_rows, require_prompts
+from steersman.model.modes import checkpointed
 from steersman.model.probe import cache_argument, close, device_of, quiet
 from steersman.model.prompt_layer import PromptLayer
 from steersman.types import Tokens, send
@@ -146,14 +147,6 @@ def checkpoints_with_memory(trunk: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer._can_checkpoint_with_cache
-
-
-def checkpointed(trunk: nn.Module) -> list[nn.Module]:
-    """The modules in training that keep only what they are given, and run again for the backward pass, and those that
-    lead there."""
-    if not trunk.training:  # as most are, and this is asked in every read
-        return []
-    return [m for m in trunk.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
 
 
 def why_not_shared(trunk: nn.Module, rows: int) -> str | None:

@@ -23,6 +23,7 @@ from steersman.atomic import saving
 from steersman.model import Policy, whole_state
 from steersman.model.lora import adapter_state
 from steersman.model.merge import merged_state
+from steersman.model.modes import evaluation_mode
 from steersman.types import SteersmanError
 
 CANARY_LENGTHS = (160, 40)
@@ -171,18 +172,14 @@ def digest(tensor: Tensor) -> str:
 def canaries(policy: Policy, context: int | None) -> list[Canary]:
     """The same prompts every time, with the log-probabilities that the policy gives as it is now."""
     rng, known = np.random.default_rng(0), known_ids(policy)
-    model, training = policy.model, policy.model.training
-    model.eval()
-    try:
-        out = []
+    out = []
+    with evaluation_mode(policy.model):
         for length in CANARY_LENGTHS:
             fits = length if context is None else min(length, context - 2)
             ids = rng.integers(0, known, size=max(fits, 1)).tolist()
-            logits = model(input_ids=torch.tensor([ids], device=policy.device)).logits[0, -1, :known]
+            logits = policy.model(input_ids=torch.tensor([ids], device=policy.device)).logits[0, -1, :known]
             out.append(Canary(ids, torch.log_softmax(logits.float(), -1).cpu()))
-        return out
-    finally:
-        model.train(training)
+    return out
 
 
 def first_difference(sent: Mapping[str, str], held: Mapping[str, dict[str, str]]) -> str:
