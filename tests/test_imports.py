@@ -44,16 +44,18 @@ MAY = {
     "train": GROUND
     | {"environments", "data", "model", "rollout", "reward", "advantage", "loss", "update", "algorithms"}
     | {"plan", "recipe", "setup"},
+    "evaluation": GROUND
+    | {"data", "model", "rollout", "metrics", "reward", "recipe", "setup", "plan", "train"},
     "objectives": GROUND | {"data", "model", "loss", "setup", "train", "statistics"},
     "verbs": GROUND
     | {"native", "data", "model", "rollout", "reward", "metrics", "loss", "update", "algorithms"}
-    | {"plan", "recipe", "setup", "train", "objectives", "statistics", "assets", "environments"},
+    | {"plan", "recipe", "setup", "train", "objectives", "statistics", "assets", "environments", "evaluation"},
     "flywheel": GROUND
     | {"data", "model", "rollout", "reward", "judge", "update", "algorithms", "train", "objectives", "verbs"}
     | {"metrics", "statistics", "recipe", "setup"},
     "distill": GROUND
     | {"data", "model", "rollout", "reward", "judge", "advantage", "loss", "update", "plan", "train"}
-    | {"objectives", "recipe", "setup"},
+    | {"objectives", "recipe", "setup", "evaluation"},
     "grue": GROUND
     | {"data", "model", "metrics", "reward", "recipe", "setup", "train", "algorithms", "update", "verbs"},
     "people": GROUND
@@ -68,6 +70,7 @@ HOMES = {
     "transformers": {"model", "data", "reward", "rollout", "metrics"},
     "peft": {"model"},
     "deepspeed": {"update/zero.py"},
+    "lm_eval": {"evaluation"},
     "datasets": {"data"},
     "gymnasium": {"control", "tabular/gym.py", "environments"},
     "matplotlib": {"run", "control", "grue"},

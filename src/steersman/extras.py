@@ -11,7 +11,7 @@ from steersman.types import SteersmanError
 EXTRAS = {
     "gymnasium": "control", "matplotlib": "reports", "sacrebleu": "metrics", "rapidfuzz": "metrics",
     "rouge_score": "metrics", "nltk": "metrics", "math_verify": "metrics",
-    "ray": "ray", "deepspeed": "deepspeed",
+    "lm_eval": "harness", "ray": "ray", "deepspeed": "deepspeed",
 }  # fmt: skip
 """Module -> extra."""
 

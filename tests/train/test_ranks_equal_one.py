@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_kit import evaluation
 from letter_models import rows_of, write_jsonl
 from ranks_kit import judge_on, launch, trained_weights
 from train_kit import merge, prompts_file, save_tiny, settings, weights
@@ -39,6 +40,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-judge": ("ppo", {"reward.parts": {"judge": {"function": "steersman.judge.reward:grade"}}}),
     "sft-adafactor": ("sft", {"optimizer.kind": "adafactor"}),
     "sft-muon": ("sft", {"optimizer.kind": "muon"}),
+    "dpo-evaluated": ("dpo", {"evaluation": {}}),
 }
 CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
@@ -88,6 +90,8 @@ def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parall
         if "function" in asked:  # the same model behind a judge, which rank 0 asks
             judge = asked | {"args": {"judge": {"reward": {"score": judge}}}}
         extra = {"reward.parts": {"judge": judge}}
+    if "evaluation" in extra:
+        extra = {"evaluation": evaluation(folder)}
     if "model.path" in extra:
         extra = {"model.path": str(pair_on(folder, extra["model.path"]))}
     return {"verb": verb, "recipe": merge(merge(base, own), extra)}
@@ -162,6 +166,14 @@ def test_ranks_answer_and_measure_as_one_process_does(run, alone, request):
         assert (there / name).read_bytes() == (alone / name).read_bytes()
     found, wanted = (json.loads((folder / "table.json").read_text()) for folder in (there, alone))
     assert found["metrics"] == wanted["metrics"]
+
+
+@pytest.mark.parametrize("run", ["replicas", "sharded"])
+def test_ranks_evaluate_as_one_process_does(run, alone, request):
+    rows = [rows_of(folder / "dpo-evaluated/metrics.jsonl") for folder in (request.getfixturevalue(run), alone)]
+    found, wanted = ([{k: v for k, v in row.items() if "evaluation/" in k} for row in some] for some in rows)
+    assert sum(map(bool, wanted)) > 2
+    assert found == [pytest.approx(row, rel=1e-9) for row in wanted]
 
 
 def assert_same(got: Path, wanted: Path, name: str) -> None:

@@ -12,6 +12,7 @@ from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge.config import AddressConfig
 from steersman.loss.reduce import Average
 from steersman.ops.divergence import Divergence
+from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.reward import RewardConfig
 from steersman.run.health.limits import HealthConfig
@@ -125,6 +126,9 @@ class DistillRecipe(TrainingRecipe):
     train: DistillTraining = DistillTraining()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
+    evaluation: EvaluationSection | None = Field(
+        default=None, description="what is measured of the student at every look, beside its divergence"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     run: ManyRunConfig = ManyRunConfig()
     parallel: WithoutZeroConfig = WithoutZeroConfig()  # pyright: ignore[reportIncompatibleVariableOverride]

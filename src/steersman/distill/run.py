@@ -14,6 +14,7 @@ from steersman.distill.recipe import SOURCES, DistillRecipe
 from steersman.distill.rows import DistillSet, load, reader
 from steersman.distill.teacher import LocalTeacher, Teacher, check_tokens, local_model
 from steersman.distill.watch import Watch
+from steersman.evaluation import Evaluation
 from steersman.model import Policy
 from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
 from steersman.reward import build_reward
@@ -50,20 +51,22 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         stack.callback(engine.close)
         state = Distill(recipe, objective, train, engine, reward)
         watch = Watch(state, held)
+        evaluation = Evaluation(student, recipe.evaluation, session)
         _preflight(session, state, loaded, held, model)
         session.begin(state, state.total)
         if session.start == 0:
-            session.observe(0, watch.look(session, 0))
+            session.observe(0, {**watch.look(session, 0), **evaluation.look()})
         for step in session.steps():
             stats, samples = state.step()
             if step % recipe.run.eval_every == 0 or step == state.total:
-                stats |= watch.look(session, step)
+                stats |= {**watch.look(session, step), **evaluation.look()}
             session.observe(step, stats, [s.text for s in samples])
         if session.stopped:
             return session.summary({})
         save_model(student, recipe.model, session.path / "model")
         looks = before_and_after(*first_and_last(session))
-        return session.summary({"model": str(session.path / "model"), **looks})
+        measured = evaluation.of_saved(again=False)
+        return session.summary({"model": str(session.path / "model"), **looks, **measured})
 
 
 def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, rows: Any) -> Teacher:

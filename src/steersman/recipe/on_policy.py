@@ -12,6 +12,7 @@ from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import ParallelConfig
 from steersman.environments.config import EnvironmentConfig
 from steersman.recipe.curriculum import CurriculumConfig
+from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
@@ -58,6 +59,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     algorithm: A = Field(default_factory=dict, description="the algorithm's own settings")  # type: ignore
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig | None = None
+    evaluation: EvaluationSection | None = Field(
+        default=None, description="what is measured of the policy at every look, beside the reward"
+    )
     reference: str = Field(
         default="start", description="what KL is measured to: start (the policy before training), none, or a folder"
     )

@@ -6,7 +6,7 @@ Supervised fine-tuning, reward models and preference optimisation differ only in
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -98,6 +98,7 @@ class Offline:
             )
             steps = max(1, round(config.epochs * len(self.batches)))
             self.total = min(steps, config.max_steps or steps)
+        self.beside: Callable[[], Stats] = dict  # what else a look measures
         self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)
 
     def load(self, longest: int) -> Load:
@@ -108,13 +109,17 @@ class Offline:
         """Trains to the end; the held-out data is looked at before the first step, now and then, and at the end."""
         session.begin(self, self.total)
         if session.start == 0:
-            session.observe(0, self.objective.evaluate())
+            session.observe(0, self.look())
         order = self.batches.forever()
         for step in session.steps():
             stats = self.step(next(order))
             if step % self.eval_every == 0 or step == self.total:
-                stats |= self.objective.evaluate()
+                stats |= self.look()
             session.observe(step, stats)
+
+    def look(self) -> Stats:
+        """The held-out data, and what is measured beside."""
+        return {**self.objective.evaluate(), **self.beside()}
 
     def step(self, rows: Sequence[int]) -> Stats:
         """One optimizer update on the given examples."""

@@ -13,28 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from steersman.atomic import check_places, write_atomic
-from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section, key_names
 from steersman.data import read_rows
 from steersman.data.encoding import check_encoding
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.ranks import ranks
+from steersman.evaluation import judge
 from steersman.guards.terminal import printable, say
 from steersman.metrics import Corpus, Metric, metric
-from steersman.reward.metrics import inputs
+from steersman.recipe.evaluation import MetricSection, named_metrics
 from steersman.run.run_config import ManyRunConfig
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
-
-
-class MetricSection(Section):
-    """One metric of the table."""
-
-    metric: str | None = Field(default=None, description="the metric's name, if the entry's own name is another")
-    args: dict[str, Any] = Field(default_factory=dict, description="the metric's settings")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="what the metric needs: the column that fills it"
-    )
 
 
 class EvaluateRecipe(Section):
@@ -53,12 +43,7 @@ class EvaluateRecipe(Section):
     as_json: bool = Field(default=False, description="print JSON instead of a table")
     out: str | None = Field(default=None, description="JSON file to write")
 
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        listed = load_yaml(value) if isinstance(value, str) else value  # a list comes as text from the command
-        listed = [listed] if isinstance(listed, str) else listed
-        return {str(name): {} for name in listed} if isinstance(listed, list) else value
+    _names = field_validator("metrics", mode="before")(named_metrics)
 
     @field_validator("encoding")
     @classmethod
@@ -147,14 +132,6 @@ def _answers_file(recipe: EvaluateRecipe) -> str | None:
         return None
     beside = None if recipe.out is None else str(Path(recipe.out).with_suffix(".completions.jsonl"))
     return recipe.generate.out or beside
-
-
-def judge(one: Metric, name: str, samples: list[Sample], columns: dict[str, str]) -> Corpus:
-    """The metric over all samples, with the rows' columns; errors say which entry of the recipe they belong to."""
-    try:
-        return one.corpus([s.text for s in samples], **inputs(one, name, samples, columns))
-    except SteersmanError as error:
-        raise SteersmanError(f"metrics.{name}: {error} (rows count from 0)") from error
 
 
 def _from_file(recipe: EvaluateRecipe) -> list[Sample]:

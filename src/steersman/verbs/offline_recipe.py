@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from steersman.config.sections import Section
 from steersman.data import LargeDataConfig
 from steersman.distributed.parallel import ParallelConfig
+from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
 from steersman.run.run_config import ManyRunConfig
@@ -34,6 +35,9 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
         "the first update and at every look at held-out data (kto: once an update too)",
     )
     samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationSection | None = Field(
+        default=None, description="what is measured of the policy at every look, beside the loss"
+    )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from steersman.evaluation import Evaluation
 from steersman.model import Policy, keep_away
 from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
@@ -27,9 +28,12 @@ def carry_out(
 ) -> dict[str, Any]:
     """Shows what will be trained, trains it, and leaves the model in `<run folder>/model`; returns the summary.
 
-    `longest` is the longest sequence (tokens), `frozen` are the policies of `frozen_models`, `sampled` what is
+    What the section `evaluation` asks for is measured at every look. `longest` is the longest sequence (tokens),
+    `frozen` are the policies of `frozen_models`, `sampled` what is
     sampled now and then. Raises SteersmanError where the models will not fit.
     """
+    evaluation = Evaluation(policy, recipe.evaluation, session)
+    state.beside, sampled = evaluation.look, evaluation.larger(sampled)
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
     for name, other in frozen.items():
         models.append(Model(name, other.model, other.model.name_or_path, offloaded=recipe.offload))
@@ -41,7 +45,8 @@ def carry_out(
     if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
     save_model(policy, recipe.model, session.path / "model")
-    return session.summary({"model": str(session.path / "model"), **state.objective.evaluate()})
+    measured = evaluation.of_saved(again=recipe.train.keep == "best")
+    return session.summary({"model": str(session.path / "model"), **state.objective.evaluate(), **measured})
 
 
 def frozen_models(offload: bool, **references: Reference | None) -> dict[str, Policy]:

@@ -13,6 +13,7 @@ from steersman import native
 from steersman.data import Batches, Mixture, encode_prompts, episode_rows, layout, mixture, prompts, wraps
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
+from steersman.evaluation import Evaluation
 from steersman.guards.user_code import user_code
 from steersman.model import Policy, at_hand
 from steersman.ops.masked import masked_sum
@@ -52,10 +53,11 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         )
         state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
+        evaluation = Evaluation(roles.policy, recipe.evaluation, session)
         _preflight(session, recipe, roles, train, held_out, max(lengths))
         session.begin(state, recipe.iterations)
         if not session.metrics():
-            session.observe(0, watch.look(session, 0))
+            session.observe(0, {**watch.look(session, 0), **evaluation.look()})
             if recipe.stop is not None:
                 session.save(0)  # the start may stay the best
         before, after = first_and_last(session)
@@ -67,18 +69,21 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
             if step % recipe.run.eval_every == 0 or step == recipe.iterations:
                 after = watch.look(session, step)
                 seen.stats.update(after)
+                seen.stats.update(evaluation.look())
             session.observe(step, seen.stats, [s.text for s in seen.samples])
             early.look(seen.stats)
         if session.stopped:
             return session.summary({})
         after = early.take_best(state, after)
         save_model(roles.policy, recipe.model, session.path / "model")
+        measured = evaluation.of_saved(again=recipe.stop is not None)
         if before and after:
             session.log.note(f"held-out reward, with its 95% interval: {_interval(before)} -> {_interval(after)}")
         return session.summary(
             {
                 "model": str(session.path / "model"),
                 **before_and_after(before, after),
+                **measured,
                 "findings": [f"{f.code} at step {f.step}" for f in session.watch.findings],
             }
         )

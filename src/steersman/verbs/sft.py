@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from steersman.data import LargeDataConfig, Order, keys_of_other_kinds, layout, training
 from steersman.distributed.parallel import ParallelConfig
 from steersman.objectives.supervised import SFT
+from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
 from steersman.run.preflight import Preflight
@@ -32,6 +33,9 @@ class SFTRecipe(TrainingRecipe):
     data: LargeDataConfig
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationSection | None = Field(
+        default=None, description="what is measured of the policy at every look, beside the loss"
+    )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()

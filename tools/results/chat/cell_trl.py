@@ -38,9 +38,10 @@ def grpo(task: str, settings: dict[str, Any], rows: list[dict[str, Any]], **give
     from trl import GRPOConfig, GRPOTrainer
 
     iterations, prompts, samples = settings["iterations"], settings["prompts"], settings["samples"]
+    plain, parts = given.pop("plain"), settings["trl_parts"]
+    plain |= {"per_device_train_batch_size": prompts * samples // parts, "gradient_accumulation_steps": parts}
     config = GRPOConfig(
-        **given.pop("plain"), per_device_train_batch_size=prompts * samples, num_generations=samples,
-        num_iterations=1,
+        **plain, num_generations=samples, num_iterations=1,
         max_completion_length=settings["new_tokens"], temperature=settings["temperature"], beta=settings["beta"],
         epsilon=settings["clip"], loss_type="grpo", scale_rewards="group", max_steps=iterations, top_k=0,
         lr_scheduler_type="constant",

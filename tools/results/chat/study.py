@@ -179,7 +179,7 @@ def polite_scores(
     """The judge's mean score, and ROUGE-L against the plain answer, which nobody optimised."""
     parts = {"parts": {"judge": {"model": str(judge(args))}}}
     reward = build_reward(RewardConfig.model_validate(parts), tokenizer, torch.device("cpu"))
-    scores = np.array(reward.score(samples).total)
+    scores = reward.score(samples).total.numpy()
     rouge = np.array(metric("rougeL").score([s.text for s in samples], [row["plain"] for row in rows]))
     return {
         "judge": float(scores.mean()), "judge error": error(scores),

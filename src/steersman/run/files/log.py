@@ -18,7 +18,7 @@ from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
 from steersman.types import Stats
 
-FILES = ("metrics.jsonl", "samples.jsonl", "health.jsonl")
+FILES = ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "health.jsonl")
 
 
 class Log:
@@ -48,7 +48,11 @@ class Log:
         self.console = console or Console()
         for name in FILES:
             _truncate(self.folder / name, resumed_step)
-        self._sampled = {row.get("step") for row in read_jsonl(self.folder / "samples.jsonl")}
+        self._written = {
+            (name, row.get("step"))
+            for name in ("samples.jsonl", "evaluation.jsonl")
+            for row in read_jsonl(self.folder / name)
+        }
         rows = read_jsonl(self.folder / "metrics.jsonl")
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
         self._start = self._last_line = time.monotonic()
@@ -73,11 +77,19 @@ class Log:
         `index` tells which held prompt a row answers, so that the report can lay its answers side by side. The
         rows of a step are written once: a resumed run that looks again at the same weights adds nothing.
         """
-        if step in self._sampled:
+        self._once("samples.jsonl", step, rows)
+
+    def evaluation(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of evaluation.jsonl, the answers that metrics judged: `{"step", "index", "prompt", "completion",
+        ...}`; those of a step are written once."""
+        self._once("evaluation.jsonl", step, rows)
+
+    def _once(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if (name, step) in self._written:
             return
-        self._sampled.add(step)
+        self._written.add((name, step))
         for row in rows:
-            self._append("samples.jsonl", {"step": step, **row})
+            self._append(name, {"step": step, **row})
 
     def finding(self, finding: Finding) -> None:
         """A row of health.jsonl, and a line on the console."""
@@ -131,6 +143,9 @@ class NoLog:
         return None
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        return None
+
+    def evaluation(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         return None
 
     def finding(self, finding: Finding) -> None:

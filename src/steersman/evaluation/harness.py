@@ -1,0 +1,104 @@
+"""Tasks of lm-evaluation-harness on the policy as it is, without a copy of it on disk or in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from steersman.distributed.ranks import ranks
+from steersman.extras import explain_missing
+from steersman.guards.user_code import user_code
+from steersman.model import Policy
+from steersman.recipe.evaluation import HarnessSection
+from steersman.run.seed import rng_state, set_rng_state
+from steersman.types import Stats, SteersmanError
+
+WHO = "evaluation.harness"
+RESAMPLED = 1000
+"""Bootstrap samples for the standard errors of measures that have no formula."""
+
+
+class Harness:
+    """The tasks, found and loaded when this is made.
+
+    Raises SteersmanError where lm-evaluation-harness is not installed, a task is unknown or its data are not here,
+    and for a policy that is an encoder-decoder.
+    """
+
+    def __init__(self, policy: Policy, config: HarnessSection, micro_tokens: int) -> None:
+        if policy.model.config.is_encoder_decoder:
+            raise SteersmanError(f"{WHO}: it asks causal models, and this is an encoder-decoder; remove the section")
+        if config.chat_template and policy.tokenizer.chat_template is None:
+            raise SteersmanError(f"{WHO}.chat_template: the model has no chat template")
+        with explain_missing(WHO):
+            from lm_eval.tasks import TaskManager
+
+            from steersman.evaluation.harness_model import PolicyModel
+        self.config, self.model = config, PolicyModel(policy, micro_tokens)
+        with _quiet():
+            own = TaskManager(include_path=config.include, include_defaults=False) if config.include else None
+            # the package's own are thousands of files, looked through where they are asked for
+            self.tasks = TaskManager(include_path=config.include) if own is None or _unknown(own, config) else own
+            if unknown := _unknown(self.tasks, config):
+                where = f"in {config.include}, nor among" if config.include else "among"
+                raise SteersmanError(
+                    f"{WHO}.tasks: there is no task {', '.join(unknown)} {where} the package's own; "
+                    "`lm-eval ls tasks` lists these"
+                )
+            self._run(limit=1)
+
+    def look(self) -> Stats:
+        """`TASK/MEASURE` and `TASK/MEASURE_stderr`; a measure behind a filter is `MEASURE:FILTER`."""
+        with _quiet():
+            results = self._run(self.config.limit)
+        return {
+            f"{task}/{_measure(name)}": float(value)
+            for task, measures in results.items()
+            for name, value in measures.items()
+            if "," in name and isinstance(value, (int, float))
+        }
+
+    def _run(self, limit: int | None) -> dict[str, dict[str, Any]]:
+        from lm_eval import simple_evaluate
+
+        evaluate: Any = simple_evaluate  # which a decorator hides
+        try:
+            found = evaluate(
+                self.model, tasks=list(self.config.tasks), num_fewshot=self.config.shots, limit=limit,
+                bootstrap_iters=RESAMPLED, log_samples=False, apply_chat_template=self.config.chat_template,
+                task_manager=self.tasks, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
+            )  # fmt: skip
+        except SteersmanError:
+            raise
+        except Exception as error:  # tasks are programs and files of others
+            raise SteersmanError(
+                f"{WHO}: {', '.join(self.config.tasks)} did not run: {type(error).__name__}: {error}"
+            ) from error
+        # the package gives the other ranks nothing, although they asked for the same
+        return ranks().from_main(lambda: found["results"], WHO)
+
+
+def _unknown(known: Any, config: HarnessSection) -> list[str]:
+    return [name for name in config.tasks if not known.match_tasks([name])]
+
+
+def _measure(name: str) -> str:
+    measure, _, filtered = name.partition(",")
+    return measure if filtered in ("", "none") else f"{measure}:{filtered}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The package's bars and remarks are left out, and what it sets in the process is put back."""
+    log = logging.getLogger("lm_eval")
+    level, streams = log.level, rng_state()
+    log.setLevel(logging.ERROR)
+    try:
+        with user_code(WHO), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
+        set_rng_state(streams)
