@@ -81,22 +81,26 @@ def section(folder: Path, **given: Any) -> HarnessSection:
     return HarnessSection(tasks=list(TASKS), include=str(folder / "tasks"), **given)
 
 
-@pytest.mark.parametrize(("model", "chat"), [("model", False), ("chat", True)])
-def test_equals_the_packages_own_model(folder, model, chat):
-    """With the longest texts cut in windows, and asked through a chat template; 24 rows of each kind."""
+def package_says(folder: Path, model: str, tasks: list[str], **how: Any) -> dict[str, dict[str, Any]]:
+    """What lm-evaluation-harness measures with its own class for Hugging Face models.
+
+    That class keeps a place for a token that it never reads, so its context is given as one token less.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    policy = load_policy(folder / model, device="cpu")
-    # the package's class keeps a place that is never read: its windows are one token longer than the positions that
-    # this model has been made for, which rotations allow
     theirs = HFLM(pretrained=str(folder / model), device="cpu", dtype="float32", batch_size=4, max_length=63)
-    expected = simple_evaluate(
-        theirs, tasks=list(TASKS), task_manager=TaskManager(include_path=str(folder / "tasks")),
-        bootstrap_iters=1000, apply_chat_template=chat,
-    )["results"]  # fmt: skip
-    found = Harness(policy, section(folder, chat_template=chat), 256).look()
+    known = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    evaluate: Any = simple_evaluate
+    return evaluate(theirs, tasks=tasks, task_manager=known, bootstrap_iters=1000, **how)["results"]
+
+
+@pytest.mark.parametrize(("model", "chat"), [("model", False), ("chat", True)])
+def test_equals_the_packages_own_model(folder, model, chat):
+    """With the longest texts cut in windows, and asked through a chat template; 24 rows of each kind."""
+    expected = package_says(folder, model, list(TASKS), apply_chat_template=chat)
+    found = Harness(load_policy(folder / model, device="cpu"), section(folder, chat_template=chat), 256).look()
     names = {
         "choices/acc": "acc,none", "choices/acc_norm": "acc_norm,none", "choices/acc_stderr": "acc_stderr,none",
         "writes/exact_match:first": "exact_match,first", "perplexity/word_perplexity": "word_perplexity,none",
@@ -119,6 +123,15 @@ def test_a_look_changes_nothing_in_the_process(folder, capfd):
     assert harness.look() == first
     said = capfd.readouterr()
     assert not said.out + said.err
+
+
+@pytest.mark.parametrize("shots", [None, 2])
+def test_examples_before_a_question_are_the_packages_own(folder, shots):
+    expected = package_says(folder, "chat", ["choices"], apply_chat_template=True, num_fewshot=shots)["choices"]
+    config = section(folder, chat_template=True, shots=shots).model_copy(update={"tasks": ["choices"]})
+    found = Harness(load_policy(folder / "chat", device="cpu"), config, 256).look()
+    for name in ("acc", "acc_norm"):
+        assert found[f"choices/{name}"] == pytest.approx(expected[f"{name},none"])
 
 
 def test_examples_come_before_the_question(folder):

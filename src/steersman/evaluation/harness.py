@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from steersman.distributed.ranks import ranks
 from steersman.extras import explain_missing
 from steersman.guards.user_code import user_code
 from steersman.model import Policy
@@ -17,6 +16,8 @@ from steersman.run.seed import rng_state, set_rng_state
 from steersman.types import Stats, SteersmanError
 
 WHO = "evaluation.harness"
+SHOTS_SEED = 1234
+"""The seed of the package's own command, by which it draws the examples before a question."""
 RESAMPLED = 1000
 """Bootstrap samples for the standard errors of measures that have no formula."""
 
@@ -41,13 +42,14 @@ class Harness:
         with _quiet():
             own = TaskManager(include_path=config.include, include_defaults=False) if config.include else None
             # the package's own are thousands of files, looked through where they are asked for
-            self.tasks = TaskManager(include_path=config.include) if own is None or _unknown(own, config) else own
-            if unknown := _unknown(self.tasks, config):
+            known = TaskManager(include_path=config.include) if own is None or _unknown(own, config) else own
+            if unknown := _unknown(known, config):
                 where = f"in {config.include}, nor among" if config.include else "among"
                 raise SteersmanError(
                     f"{WHO}.tasks: there is no task {', '.join(unknown)} {where} the package's own; "
                     "`lm-eval ls tasks` lists these"
                 )
+            self.tasks = self._loaded(known)
             self._run(limit=1)
 
     def look(self) -> Stats:
@@ -61,24 +63,37 @@ class Harness:
             if "," in name and isinstance(value, (int, float))
         }
 
-    def _run(self, limit: int | None) -> dict[str, dict[str, Any]]:
-        from lm_eval import simple_evaluate
+    def _loaded(self, known: Any) -> dict[str, Any]:
+        with _telling(self.config):
+            loaded = known.load(list(self.config.tasks))
+            for task in loaded["tasks"].values():  # as the package's own command sets them
+                said = task.get_config("num_fewshot")
+                if said is None or (said and self.config.shots is not None):
+                    task.set_config(key="num_fewshot", value=self.config.shots or 0)
+                task.set_fewshot_seed(seed=SHOTS_SEED)
+        return loaded
 
-        evaluate: Any = simple_evaluate  # which a decorator hides
-        try:
-            found = evaluate(
-                self.model, tasks=list(self.config.tasks), num_fewshot=self.config.shots, limit=limit,
-                bootstrap_iters=RESAMPLED, log_samples=False, apply_chat_template=self.config.chat_template,
-                task_manager=self.tasks, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
-            )  # fmt: skip
-        except SteersmanError:
-            raise
-        except Exception as error:  # tasks are programs and files of others
-            raise SteersmanError(
-                f"{WHO}: {', '.join(self.config.tasks)} did not run: {type(error).__name__}: {error}"
-            ) from error
-        # the package gives the other ranks nothing, although they asked for the same
-        return ranks().from_main(lambda: found["results"], WHO)
+    def _run(self, limit: int | None) -> dict[str, dict[str, Any]]:
+        from lm_eval import evaluate
+
+        ask: Any = evaluate  # which a decorator hides
+        with _telling(self.config):
+            return ask(
+                self.model, self.tasks, limit=limit, bootstrap_iters=RESAMPLED, log_samples=False,
+                apply_chat_template=self.config.chat_template, fewshot_as_multiturn=self.config.chat_template,
+            )["results"]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _telling(config: HarnessSection) -> Iterator[None]:
+    """Tasks are programs and files of others: what they raise is said with their names."""
+    try:
+        yield
+    except SteersmanError:
+        raise
+    except Exception as error:
+        names = ", ".join(config.tasks)
+        raise SteersmanError(f"{WHO}: {names} did not run: {type(error).__name__}: {error}") from error
 
 
 def _unknown(known: Any, config: HarnessSection) -> list[str]:
