@@ -3,7 +3,7 @@ policy; what can not be measured ends a run before it begins."""
 
 from __future__ import annotations
 
-import json
+import html
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,12 @@ def test_a_list_of_names_is_enough(tmp_path, mini):
     assert set(recipe.evaluation.metrics) == {"length", "distinct"}
 
 
-def test_the_section_is_in_the_folders_recipe(tmp_path, mini):
+def test_the_report_and_the_card_show_it(tmp_path, mini, with_report):
     verb, recipe = made("sft", tmp_path, mini, {"train.max_steps": 1})
     verb.here(recipe, resume=False)
-    assert "evaluation:" in (Path(recipe.run.dir) / "config.yaml").read_text()
-    assert json.loads((Path(recipe.run.dir) / "summary.json").read_text())["finished"]
+    folder = Path(recipe.run.dir)
+    page = (folder / "report.html").read_text()
+    answers = rows_of(folder / "evaluation.jsonl")
+    assert "Evaluation" in page
+    assert all(row["completion"].strip() in html.unescape(page) for row in answers)
+    assert "evaluation/letters/acc" in (folder / "model/README.md").read_text()

@@ -3,7 +3,7 @@
     PYTHON tools/results/chat/ppo_trl.py MODEL REWARD_MODEL PROMPTS SEED BETA FOLDER
 
 The settings of `people.py`'s PPO; what TRL has no setting for is on the page. Its policy is kept in `FOLDER/step-N`
-at each look.
+at each look. Activations are made again in the backward pass, since 16 GB are too much beside other work.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def main() -> None:
     answers = PEOPLE["prompts"] * PEOPLE["samples"]
     config = PPOConfig(
         output_dir=str(folder / "trl"), learning_rate=PEOPLE["lr"], seed=int(seed), weight_decay=0.0, bf16=False,
-        use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
+        use_cpu=True, gradient_checkpointing=True, report_to="none", save_strategy="no", logging_steps=1,
         disable_tqdm=True, dataloader_pin_memory=False, max_grad_norm=1.0, lr_scheduler_type="constant_with_warmup",
         warmup_steps=PEOPLE["warmup"], per_device_train_batch_size=answers, gradient_accumulation_steps=1,
         num_mini_batches=PEOPLE["minibatches"], num_ppo_epochs=1, total_episodes=answers * PEOPLE["iterations"],
-        local_rollout_forward_batch_size=answers, response_length=PEOPLE["new_tokens"],
+        local_rollout_forward_batch_size=answers // 4, response_length=PEOPLE["new_tokens"],
         temperature=PEOPLE["temperature"], kl_coef=float(beta), num_sample_generations=0, stop_token="eos",
     )  # fmt: skip
     policies = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2)]
@@ -61,6 +61,8 @@ def main() -> None:
         AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32, num_labels=1)
         for _ in range(2)
     ]
+    for trained in (policies[0], scalars[1]):
+        trained.gradient_checkpointing_enable({"use_reentrant": False})
     keep, data = Keep(folder), Dataset.from_list(asked)
     keep.trainer = trainer = PPOTrainer(
         args=config, processing_class=tokenizer, model=policies[0], ref_model=policies[1], reward_model=scalars[0],

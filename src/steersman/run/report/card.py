@@ -14,7 +14,7 @@ from steersman.config.recipe_text import load_yaml
 from steersman.guards.terminal import printable
 from steersman.run.files.log import read_jsonl
 
-TOLD = ("held_out/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
+TOLD = ("held_out/", "evaluation/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
 """First parts of the names of numbers that the card's table has."""
 LONGEST = 40
 """Rows of the table."""

@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "by part; all parts should rise, or at least none should pay for another"),
     "reward_se": ("Standard error of the held-out reward", "1.96 of it to each side of the mean are a 95% interval"),
     "accuracy": ("Accuracy", "share judged right"),
+    "evaluation": ("Evaluation", "metrics of answers, and tasks; 1.96 of a task's stderr to each side are its 95% interval"),
     "margin": ("Margin", "by how much the better one leads"),
     "kl": ("KL to the reference", "nats per response; a steady climb is a policy that walks away"),
     "coefficient": ("Coefficients", ""),
@@ -106,7 +107,7 @@ def write_report(folder: Path) -> Path:
         findings=findings(_rows(folder / "health.jsonl")),
         charts=charts(metrics),
         drawn=installed("matplotlib"),
-        pairs=sample_pairs(_rows(folder / "samples.jsonl")),
+        pairs=[p for name in ("samples", "evaluation") for p in sample_pairs(_rows(folder / f"{name}.jsonl"))],
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         show=_show,
     )
