@@ -1,6 +1,6 @@
 """The run folder: one run per folder, one process per folder.
 
-    config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, health.jsonl   (log.py beside this)
+    config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, evaluation.jsonl, health.jsonl   (log.py)
     inputs.json    digests of data and models   (inputs.py)
     checkpoints/   (checkpoint.py)              summary.json, report.html                    (run/report/page.py)
 

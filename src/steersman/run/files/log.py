@@ -18,7 +18,9 @@ from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
 from steersman.types import Stats
 
-FILES = ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "health.jsonl")
+FILES = ("metrics.jsonl", "samples.jsonl", "health.jsonl")
+SOMETIMES = ("evaluation.jsonl",)
+"""Files of runs that have something for them."""
 
 
 class Log:
@@ -46,7 +48,7 @@ class Log:
     ) -> None:
         self.folder, self.title, self.total, self.headline, self.every = Path(folder), title, total, headline, every
         self.console = console or Console()
-        for name in FILES:
+        for name in FILES + SOMETIMES:
             _truncate(self.folder / name, resumed_step)
         self._written = {
             (name, row.get("step"))
@@ -119,6 +121,8 @@ class Log:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with saving(self.folder / name):
+            if name not in self._files:
+                self._files[name] = (self.folder / name).open("ab", buffering=0)
             write_now(self._files[name], json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
 
     def _show(self, step: int, stats: Stats) -> None:

@@ -30,7 +30,10 @@ GROUPS: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "by part; all parts should rise, or at least none should pay for another"),
     "reward_se": ("Standard error of the held-out reward", "1.96 of it to each side of the mean are a 95% interval"),
     "accuracy": ("Accuracy", "share judged right"),
-    "evaluation": ("Evaluation", "metrics of answers, and tasks; 1.96 of a task's stderr to each side are its 95% interval"),
+    "evaluation": (
+        "Evaluation",
+        "metrics of answers, and tasks; 1.96 of a task's stderr to each side are its 95% interval",
+    ),
     "margin": ("Margin", "by how much the better one leads"),
     "kl": ("KL to the reference", "nats per response; a steady climb is a policy that walks away"),
     "coefficient": ("Coefficients", ""),
