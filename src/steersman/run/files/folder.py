@@ -1,6 +1,7 @@
 """The run folder: one run per folder, one process per folder.
 
-    config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, evaluation.jsonl, health.jsonl   (log.py)
+    config.yaml    the resolved recipe          metrics.jsonl, samples.jsonl, health.jsonl   (log.py beside this),
+                                                and evaluation.jsonl where the recipe evaluates
     inputs.json    digests of data and models   (inputs.py)
     checkpoints/   (checkpoint.py)              summary.json, report.html                    (run/report/page.py)
 

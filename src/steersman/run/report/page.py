@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "accuracy": ("Accuracy", "share judged right"),
     "evaluation": (
         "Evaluation",
-        "metrics of answers, and tasks; 1.96 of a task's stderr to each side are its 95% interval",
+        "metrics of answers, and tasks; 1.96 of a stderr to each side are a 95% interval",
     ),
     "margin": ("Margin", "by how much the better one leads"),
     "kl": ("KL to the reference", "nats per response; a steady climb is a policy that walks away"),
