@@ -44,7 +44,7 @@ class CheckEnvRecipe(Section):
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
         return keys_of_other_kinds("query") | key_names(
-            model=("max_shard_size", "merge", "save_dtype"),
+            model=("max_shard_size", "merge", "save_dtype", "offload_activations"),
             run=KEPT_ONLY,
             rollout=("prompts", "samples", "held_out", *LEARNED_ONLY),
             data=("max_length", "mix", "shuffle"),
