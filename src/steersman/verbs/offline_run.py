@@ -29,8 +29,8 @@ def carry_out(
     """Shows what will be trained, trains it, and leaves the model in `<run folder>/model`; returns the summary.
 
     What the section `evaluation` asks for is measured at every look. `longest` is the longest sequence (tokens),
-    `frozen` are the policies of `frozen_models`, `sampled` what is
-    sampled now and then. Raises SteersmanError where the models will not fit.
+    `frozen` are the policies of `frozen_models`, `sampled` what is sampled now and then. Raises SteersmanError where
+    the models will not fit.
     """
     evaluation = Evaluation(policy, recipe.evaluation, session)
     state.beside, sampled = evaluation.look, evaluation.larger(sampled)

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from overoptimisation_page import Array, Look, arena, at_kl, estimate, rows
 from recording import finished, options, rewrite, run_cells, verb
-from tasks import PEOPLE
+from tasks import PEOPLE, QUIET
 
 from steersman.atomic import write_atomic
 from steersman.data import DataConfig, preferences
@@ -134,10 +134,9 @@ class Start:
         beta = PEOPLE["beta"] * float(np.std(looks[0]["proxy"]))
         script, prompts = Path(__file__).parent / "ppo_trl.py", self.out / "proxy.jsonl"
         command = [peer, script, self.model, self.proxy, prompts, seed, beta, folder]
-        quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (folder / "output.txt").open("a") as output:
             subprocess.run(
-                [str(x) for x in command], stdout=output, stderr=output, env={**os.environ, **quiet}, check=True
+                [str(x) for x in command], stdout=output, stderr=output, env={**os.environ, **QUIET}, check=True
             )
         steps = range(PEOPLE["look_every"], PEOPLE["iterations"] + 1, PEOPLE["look_every"])
         looks += [self.look(str(folder / f"step-{n}"), seed) for n in steps]

@@ -2,8 +2,9 @@
 
     PYTHON tools/results/chat/ppo_trl.py MODEL REWARD_MODEL PROMPTS SEED BETA FOLDER
 
-The settings of `people.py`'s PPO; what TRL has no setting for is on the page. Its policy is kept in `FOLDER/step-N`
-at each look. Activations are made again in the backward pass, since 16 GB are too much beside other work.
+The settings of `people.py`'s PPO, with as many answers an iteration, each to a prompt of its own. The policy is kept
+in `FOLDER/step-N` at each look. Activations are made again in the backward pass, since 16 GB are too much beside
+other work.
 """
 
 from __future__ import annotations

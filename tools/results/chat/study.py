@@ -26,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from recording import finished
-from tasks import LOSSES, TASKS, last_number, write_rows
+from tasks import LOSSES, QUIET, TASKS, last_number, write_rows
 
 from steersman.atomic import write_atomic
 from steersman.metrics import metric
@@ -45,7 +45,6 @@ REWARDS = {
     "sums": {"function": f"{HERE / 'tasks.py'}:last_number"}, "rules": {"metric": "ifeval"},
     "gsm8k": {"builtin": "math_answer"},
 }  # fmt: skip
-QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def recipe(task: str, method: str, seed: int, model: str, table: Path, folder: Path) -> tuple[str, dict[str, Any]]:

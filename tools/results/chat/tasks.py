@@ -26,6 +26,9 @@ LOSSES: dict[str, dict[str, float]] = {
     "sft": {}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}, "kto": {"beta": 0.1}
 }  # fmt: skip
 
+QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""What TRL's processes find in their environment."""
+
 PEOPLE = {
     "prompts": 16, "samples": 2, "new_tokens": 48, "temperature": 0.7, "iterations": 12, "look_every": 4,
     "beta": 0.02, "minibatches": 2, "lr": 1e-5, "warmup": 2,
