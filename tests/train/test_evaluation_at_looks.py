@@ -15,6 +15,7 @@ from train_kit import merge
 
 from steersman import cli
 from steersman.metrics import metric
+from steersman.run.preflight import Preflight
 from steersman.types import SteersmanError
 
 pytest.importorskip("lm_eval")
@@ -23,10 +24,12 @@ KEYS = {f"evaluation/{name}" for name in ("chrf", "letters", "letters/acc", "let
 
 
 def made(name: str, folder: Path, model: Path, changes: dict[str, Any] | None = None) -> Any:
-    case = recipe_of(name, folder, model, "run", 1, {})
+    case = recipe_of("sft" if name == "distill" else name, folder, model, "run", 1, {})
     del case["recipe"]["run"]["devices"]
     values = merge(case["recipe"], {"evaluation": evaluation(folder), **(changes or {})})
-    verb = cli.VERBS[case["verb"]]
+    if name == "distill":
+        values |= {"teacher": {"path": str(model)}, "rollout": {"max_new_tokens": 6}}
+    verb = cli.VERBS[name if name == "distill" else case["verb"]]
     return verb, verb.recipe_class(None, []).model_validate(values)
 
 
@@ -82,6 +85,22 @@ def test_what_can_not_be_measured_ends_the_run_before_it_begins(changes, words, 
     with pytest.raises(SteersmanError, match=words):
         verb.here(recipe, resume=False)
     assert not (Path(recipe.run.dir) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "distill"])
+def test_what_a_look_samples_counts_in_the_forecast_of_memory(name, tmp_path, mini, monkeypatch):
+    caches = []
+
+    def told(preflight: Preflight) -> None:
+        caches.extend(phase.shares["cache"] for phase in preflight.phases if phase.name == "rollout")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Preflight, "check", told)
+    for longest in (6, 48):
+        verb, recipe = made(name, tmp_path, mini, {"evaluation.max_new_tokens": longest})
+        with pytest.raises(KeyboardInterrupt):
+            verb.here(recipe, resume=False)
+    assert caches[1] > 1.5 * caches[0]
 
 
 @pytest.mark.parametrize("left", ["data", "metrics"])

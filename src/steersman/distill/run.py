@@ -52,7 +52,7 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         state = Distill(recipe, objective, train, engine, reward)
         watch = Watch(state, held)
         evaluation = Evaluation(student, recipe.evaluation, session)
-        _preflight(session, state, loaded, held, model)
+        _preflight(session, state, loaded, held, model=model, evaluation=evaluation)
         session.begin(state, state.total)
         if session.start == 0:
             session.observe(0, {**watch.look(session, 0), **evaluation.look()})
@@ -87,8 +87,9 @@ def _last(train: DistillSet, count: int) -> DistillSet:
 
 
 def _preflight(
-    session: Session, state: Distill, loaded: LoadedExamples[Any], held: DistillSet, model: Reference | None
-) -> None:
+    session: Session, state: Distill, loaded: LoadedExamples[Any], held: DistillSet,
+    *, model: Reference | None, evaluation: Evaluation,
+) -> None:  # fmt: skip
     recipe, student = state.recipe, state.objective.policy
     train, rollout, loss = recipe.train, recipe.rollout, recipe.loss
     pre = Preflight(f"steersman distill: {loss.name} ({SOURCES[loss.name]})")
@@ -109,7 +110,7 @@ def _preflight(
     answers = train.batch_size * rollout.samples
     tokens = largest_micro_batch([longest] * answers, recipe.run.micro_tokens, answers)
     sampled = SamplingLoad(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
-    announce(pre, session.device, models, Load(tokens, longest), sampled)
+    announce(pre, session.device, models, Load(tokens, longest), evaluation.larger(sampled))
     for i in range(0, len(state.data), max(1, len(state.data) // 3)):
         pre.sample([(state.data.prompts[i].text, False)])
         if i and i >= 2 * max(1, len(state.data) // 3):

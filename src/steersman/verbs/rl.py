@@ -54,7 +54,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
         evaluation = Evaluation(roles.policy, recipe.evaluation, session)
-        _preflight(session, recipe, roles, train, held_out, max(lengths))
+        _preflight(session, recipe, roles, evaluation, train=train, held=held_out, longest=max(lengths))
         session.begin(state, recipe.iterations)
         if not session.metrics():
             session.observe(0, {**watch.look(session, 0), **evaluation.look()})
@@ -217,8 +217,9 @@ def _require_one_batch(recipe: OnPolicyRecipe, size: int) -> None:
 
 
 def _preflight(
-    session: Session, recipe: OnPolicyRecipe, roles: Roles, train: list[Prompt], held: list[Prompt], longest: int
-) -> None:
+    session: Session, recipe: OnPolicyRecipe, roles: Roles, evaluation: Evaluation,
+    *, train: list[Prompt], held: list[Prompt], longest: int,
+) -> None:  # fmt: skip
     algorithm, rollout, run = recipe.algorithm, recipe.rollout, recipe.run
     pre = Preflight(f"steersman {algorithm.name}: {algorithm.title} ({algorithm.paper})")
     samples = rollout.prompts * rollout.samples
@@ -248,7 +249,8 @@ def _preflight(
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
     if algorithm.update == "gradient" and (note := slow_rate(recipe.model, recipe.optimizer.lr)):
         pre.fact("optimizer.lr", note)
-    announce(pre, session.device, _models(recipe, roles), _load(recipe, length), _sampled(recipe, roles, length))
+    sampled = evaluation.larger(_sampled(recipe, roles, length))
+    announce(pre, session.device, _models(recipe, roles), _load(recipe, length), sampled)
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
         pre.sample([(prompt.text, False)])

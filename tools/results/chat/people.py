@@ -141,16 +141,15 @@ class Start:
         steps = range(PEOPLE["look_every"], PEOPLE["iterations"] + 1, PEOPLE["look_every"])
         looks += [self.look(str(folder / f"step-{n}"), seed) for n in steps]
         write_atomic(folder / "looks.json", json.dumps(looks))
-        summary = {"finished": True}
-        write_atomic(folder / "summary.json", json.dumps(summary))
-        return summary
+        return done(folder)
 
     def look(self, path: str, seed: int) -> dict[str, Any]:
         """A model's answers to the held-out prompts, both judges' scores of each, KL to the start in nats."""
         data, run = DataConfig.model_validate(self.prompts), RunConfig(threads=1)
         rollout, device = RolloutConfig(**SAMPLING), torch.device("cpu")
         _, asked = load_queries(data, LOOKED, wrap=True)
-        player, start = (Player(ModelConfig(path=p), run, device) for p in (path, self.model))
+        start = Player(ModelConfig(path=self.model), run, device)
+        player = start if path == self.model else Player(ModelConfig(path=path), run, device)
         found, samples = player.answer(asked, range(len(asked)), data, rollout, n=1, seed=(seed,))
         before = start.logp(samples, rollout.temperature)
         kl = [sum(sample.logp) - ref for sample, ref in zip(samples, before, strict=True)]
@@ -184,9 +183,14 @@ class Start:
         scores = self.scorer()([r["prompt"] for r in answers], [r["completion"] for r in answers])
         kept = {"proxy": scores["proxy"], "gold": scores["gold"], "answers": [r["completion"] for r in answers]}
         write_atomic(folder / "scores.json", json.dumps(kept))
-        summary = {"finished": True}
-        write_atomic(folder / "summary.json", json.dumps(summary))
-        return summary
+        return done(folder)
+
+
+def done(folder: Path) -> dict[str, Any]:
+    """Leaves the summary by which a cell that no verb ran is known to have ended, and returns it."""
+    summary = {"finished": True}
+    write_atomic(folder / "summary.json", json.dumps(summary))
+    return summary
 
 
 WAYS = {"best-of-n": Start.best_of_n, "ppo": Start.ppo, "online-dpo": Start.online}
@@ -260,7 +264,7 @@ def interval(values: list[Array]) -> str:
 
 
 def examples(out: Path, seed: int) -> list[str]:
-    """Answers to four held-out prompts: the model's before, and PPO's and online DPO's after."""
+    """Answers to four held-out prompts: the model's before, and those of each way that trains after it."""
     drawn = rows(out / f"best-of-n-{seed}/drawn.jsonl")[::DRAWN]
     said = {"before": [row["completion"] for row in drawn]}
     texts = rows(out / f"ppo-{seed}/samples.jsonl")
@@ -268,6 +272,9 @@ def examples(out: Path, seed: int) -> list[str]:
         end = max(row["step"] for row in texts)
         at = sorted((row for row in texts if row["step"] == end), key=lambda row: row["index"])
         said["ppo"] = [row["completion"] for row in at]
+    of_peer = out / f"ppo-trl-{seed}"
+    if finished(of_peer) is not None:
+        said["ppo-trl"] = json.loads((of_peer / "looks.json").read_text())[-1]["answers"]
     rounds = sorted((out / f"online-dpo-{seed}").glob("round-*/held-out.jsonl"))
     if rounds:
         said["online-dpo"] = [r["completion"] for r in sorted(rows(rounds[-1]), key=lambda row: row["index"])]
