@@ -58,6 +58,7 @@ def on_policy(
         "optimizer": OPTIMIZER,
         "run": run,
         "iterations": 1000,
+        "offload": not adapters,  # which leave no reference of its own
     }
     if name == "ppo":
         settings["reward"] = {"parts": {"judge": {"model": str(folder / "scalar")}}}

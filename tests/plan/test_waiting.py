@@ -19,17 +19,18 @@ def bytes_of(model) -> int:
 
 
 def test_preflight_counts_what_waits_in_its_own_phase_only(tmp_path):
-    actor, small = load_policy(str(save_mini(tmp_path / "model"))), tiny_model("llama")
+    actor, copy, small = load_policy(str(save_mini(tmp_path / "model"))), tiny_model("llama"), tiny_model("llama")
     models = [
         Model("actor", actor.model, "", actor, OptimizerConfig()),
-        Model("reference", copy := tiny_model("llama"), "", offloaded=True),
-        Model("reward", small, "", offloaded=True),
+        Model("reference", copy, "", coming=bytes_of(copy)),
+        Model("reward", small, "", coming=bytes_of(small)),
     ]
     phases = {phase.name: phase.shares for phase in foresee(torch.device("cuda"), models, Load(64, 16))}
     assert phases["update"]["weights"] == bytes_of(actor.model)
     assert phases["score"]["weights"] == bytes_of(actor.model)
-    assert phases["score"]["one model that was away"] == max(bytes_of(copy), bytes_of(small))
+    assert phases["score"]["one model that waited"] == max(bytes_of(copy), bytes_of(small))
     assert phases["score"]["process"] == CONTEXT
+    models = [models[0], Model("reference", copy, ""), Model("reward", small, "")]
     here = {phase.name: phase.shares for phase in foresee(torch.device("cpu"), models, Load(64, 16))}
     assert "score" not in here
     assert here["update"]["weights"] == sum(map(bytes_of, (actor.model, copy, small)))

@@ -16,7 +16,9 @@ from forked import Python
 from ranks_kit import launch, trained_weights
 from test_ranks_equal_one import recipe_of
 from train_kit import merge, save_tiny
+from transformers import AutoModelForCausalLM
 
+from steersman import cli
 from steersman.run.device import device_apart
 from steersman.types import SteersmanError
 from steersman.verbs.feedback import RECIPES as FEEDBACK
@@ -128,6 +130,23 @@ def test_what_is_learned_is_the_same_bit_for_bit(places, folder):
     for other in others:
         assert stays.keys() == other.keys()
         assert all(torch.equal(stays[key], other[key]) for key in stays)
+
+
+@pytest.mark.parametrize("verb", ["ppo", "dpo", "kto"])
+def test_what_waits_in_half_precision_on_a_cpu_teaches_the_same(verb, tmp_path):
+    """The models come from files in bfloat16 and are trained in float32."""
+    model = save_tiny(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    ppo = verb == "ppo"
+    cases = [recipe_of("ppo-reward-model" if ppo else verb, tmp_path, model, run, 1, {}) for run in ("a", "b")]
+    for case, offload in zip(cases, (False, True), strict=True):
+        del case["recipe"]["run"]["devices"]
+        recipe = {**RECIPES, **FEEDBACK, "dpo": PreferenceRecipe}[verb]
+        values = recipe.model_validate(merge(case["recipe"], {"model.dtype": "float32", "offload": offload}))
+        cli.VERBS[verb].here(values, resume=False)
+    stays, waits = (trained_weights(Path(case["recipe"]["run"]["dir"])) for case in cases)
+    assert stays.keys() == waits.keys()
+    assert all(torch.equal(stays[key], waits[key]) for key in stays)
 
 
 @pytest.mark.parametrize(

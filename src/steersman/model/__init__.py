@@ -7,7 +7,7 @@ from steersman.model.general import GENERAL, GeneralPreferenceModel, plane_names
 from steersman.model.load import load_policy, load_reward, load_scalar, load_tokenizer
 from steersman.model.lora import LoraConfig
 from steersman.model.meaning import Meaning, step_ends
-from steersman.model.offload import at_hand, keep_away
+from steersman.model.offload import at_hand, bytes_to_come, keep_away
 from steersman.model.policy import Logp, Policy
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
@@ -36,6 +36,7 @@ __all__ = [
     "SharedCritic",
     "as_local_shards",
     "at_hand",
+    "bytes_to_come",
     "fresh_policy",
     "head_names",
     "keep_away",

@@ -1,6 +1,7 @@
 """Frozen models whose weights wait in the CPU's memory and are on their device only while they are read.
 
 What a frozen model weighs never changes, so the copy in memory stays true: to come costs a copy, to go costs nothing.
+Weights that came from a file in half precision wait in that, in half the memory; they come as what they were.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _waiting: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
 
 def keep_away(model: nn.Module) -> None:
     """Takes a frozen model's weights into the CPU's memory, from where `at_hand` brings them back to the device on
-    which they are now."""
+    which they are now, in the precision that they have now. While they wait the model can not be read."""
     weights = _Weights(model)
     weights.put(weights.kept)
     _waiting[model] = weights
@@ -35,11 +36,23 @@ def at_hand(model: nn.Module | None) -> Iterator[None]:
         return
     weights.here = True
     try:
-        weights.put({key: _frozen(kept, weights.device) for key, kept in weights.kept.items()})
+        weights.put({key: _frozen(x, weights.device, weights.dtypes[key]) for key, x in weights.kept.items()})
         yield
     finally:
         weights.put(weights.kept)
         weights.here = False
+
+
+def bytes_to_come(model: nn.Module) -> int:
+    """Bytes that a model which waits adds to its device while it is read."""
+    weights = _waiting.get(model)
+    if weights is None or weights.here:
+        return 0
+    return sum(
+        x.numel() * weights.dtypes[key].itemsize
+        for key, x in weights.kept.items()
+        if x.device != weights.device or x.dtype != weights.dtypes[key]
+    )
 
 
 class _Weights:
@@ -56,7 +69,8 @@ class _Weights:
         ]
         self.places = [(named, name, id(tensor)) for named, name, tensor in found]
         self.device = found[0][2].device
-        self.kept = {id(tensor): _frozen(tensor, torch.device("cpu")) for _, _, tensor in found}
+        self.dtypes = {id(tensor): tensor.dtype for _, _, tensor in found}
+        self.kept = {id(tensor): _narrowed(_frozen(tensor, torch.device("cpu"))) for _, _, tensor in found}
         self.here = False
 
     def put(self, tensors: dict[int, Tensor]) -> None:
@@ -65,7 +79,18 @@ class _Weights:
             named[name] = tensors[key]
 
 
-def _frozen(tensor: Tensor, device: torch.device) -> Tensor:
+def _frozen(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on the device, a parameter where it was one."""
-    moved = tensor.detach().to(device)
+    moved = tensor.detach().to(device=device, dtype=dtype)
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """A parameter in half precision, where each of its numbers is one there."""
+    if tensor.dtype is not torch.float32 or not isinstance(tensor, nn.Parameter):
+        return tensor
+    for half in (torch.bfloat16, torch.float16):
+        narrow = _frozen(tensor, tensor.device, half)
+        if torch.equal(narrow.float(), tensor):
+            return narrow
+    return tensor

@@ -1,13 +1,14 @@
 """Norm, gate and rotation of a transformer's layer in one pass each, with their gradients; float32 on a CPU.
 
 Each keeps for the backward pass only what it was given (and one number per row), where plain torch keeps what lies
-between as well. First derivatives only.
+between as well. What norm and gate gave can be computed again from that (`ops.recompute`). First derivatives only.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steersman.native import library, loaded
+from steersman.ops.recompute import keep, recomputable, take
 
 GATES = {"silu": 0, "gelu_tanh": 1}
 
@@ -87,14 +89,14 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, offset):
         x, weight = x.detach().contiguous(), weight.detach().contiguous()
         out, inverse = _norm(x, weight, eps, offset)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.offset = offset
+        keep(ctx, x, weight, inverse)
+        ctx.eps, ctx.offset = eps, offset
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, inverse = ctx.saved_tensors
+        x, weight, inverse = take(ctx)
         x, weight = as_saved(x, grad.shape).contiguous(), as_saved(weight, grad.shape[-1:]).contiguous()
         inverse = as_saved(inverse, grad.shape[:-1]).contiguous()
         width, threads = x.shape[-1], torch.get_num_threads()
@@ -112,20 +114,33 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, kind):
         gate, up = gate.detach().contiguous(), up.detach().contiguous()
-        ctx.save_for_backward(gate, up)
+        keep(ctx, gate, up)
         ctx.kind = kind
         return _gate(gate, up, kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = (as_saved(x, grad.shape).contiguous() for x in ctx.saved_tensors)
+        gate, up = (as_saved(x, grad.shape).contiguous() for x in take(ctx))
         grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
         loaded().gate_back(
             grad.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.numel(),
             ctx.kind, torch.get_num_threads(),
         )  # fmt: skip
         return grad_gate, grad_up, None
+
+
+def _norm_again(ctx: Any, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    x = as_saved(x, (*inverse.shape, len(weight))).contiguous()
+    return _norm(x, as_saved(weight, weight.shape).contiguous(), ctx.eps, ctx.offset)[0]
+
+
+def _gate_again(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return _gate(as_saved(gate, up.shape).contiguous(), as_saved(up, gate.shape).contiguous(), ctx.kind)
+
+
+recomputable(_Norm, _norm_again)
+recomputable(_Gate, _gate_again)
 
 
 class _Rotate(torch.autograd.Function):

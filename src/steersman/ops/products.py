@@ -1,8 +1,11 @@
-"""Products of float32 matrices on a CPU, by the faster of the two libraries that torch brings.
+"""Large products of float32 matrices on a CPU, by the faster of the two libraries that torch brings.
 
 torch multiplies float32 matrices with MKL, which uses the widest instructions of its maker's processors only. oneDNN,
 which torch uses for convolutions and half precision, uses what any processor has: on AMD processors with AVX-512 it
 takes from a quarter to nine tenths of the time. Small products stay with MKL, since a call of oneDNN costs more.
+
+A product whose input is a norm's or a gate's output does not keep that for the gradient of its weight, but has it
+computed again (`ops.recompute`), whichever library multiplies.
 """
 
 from __future__ import annotations
@@ -18,17 +21,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from steersman.ops.heap import freed
+from steersman.ops.recompute import maker, output
+
 LEAST = 1 << 22
 """Multiplications from which a product is given to oneDNN: below, its start costs more than it saves."""
 PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Float[Tensor, "*lead I"], weight: Float[Tensor, "O I"], bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, [*lead, O], as torch's own; differentiable once where oneDNN computes it."""
-    if not faster(x, weight):
+    """x weight^T + bias, [*lead, O], as torch's own; differentiable once where it is large."""
+    if not large(x, weight):
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _learns(bias)):
-        return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
+        made_by = maker(x) if weight.requires_grad else None
+        if made_by is not None or available():
+            return _Linear.apply(x, weight, bias, made_by)  # type: ignore[return-value]
     return _multiply(x, weight, bias)
 
 
@@ -41,7 +49,12 @@ def add_product(out: Float[Tensor, "M N"], a: Float[Tensor, "M K"], b: Float[Ten
 
 
 def faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN should compute x weight^T here: large float32 matrices on a processor that MKL does not know.
+    """Whether oneDNN should compute x weight^T here: a large product on a processor that MKL does not know."""
+    return available() and large(x, weight)
+
+
+def large(x: Tensor, weight: Tensor) -> bool:
+    """Whether x weight^T is a large product of float32 matrices on the CPU.
 
     Sharded, traced and otherwise wrapped tensors are torch's, and so is all that runs under autocast.
     """
@@ -55,7 +68,6 @@ def faster(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] == weight.shape[-1]
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and _entry() is not None
     )
 
 
@@ -65,25 +77,31 @@ def available() -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """The product and its first derivative; only what the derivative needs is kept, as torch does."""
+    """The product and its first derivative; what that does not need, or `made_by` computes again, is not kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        of_x, of_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+    def forward(ctx, x, weight, bias, made_by):
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight and made_by is None else None, weight if of_x else None)
+        ctx.made_by = made_by
+        if made_by is not None:
+            freed(x.nbytes)  # as soon as its last reader has it
         return _multiply(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        x = x if ctx.made_by is None else output(ctx.made_by)
         grad = grad.contiguous()
+        freed(grad.nbytes)  # about what the layer's activations take
         rows = grad.view(-1, grad.shape[-1])
         return (
             _multiply(grad, weight.t(), None) if of_x else None,
             _multiply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if of_weight else None,
             rows.sum(0) if of_bias else None,
+            None,
         )
 
 
@@ -93,8 +111,7 @@ def _learns(bias: Tensor | None) -> bool:
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     entry = _entry()
-    assert entry is not None
-    return entry(x, weight, bias, "none", [], "")
+    return functional.linear(x, weight, bias) if entry is None else entry(x, weight, bias, "none", [], "")
 
 
 @cache

@@ -50,15 +50,15 @@ SAMPLING = 3
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model of the run. `trained` is the policy or scalar model around the module, and `optimizer` what trains it,
-    where it is trained. One that is `offloaded` waits in the CPU's memory until it is read, one `apart` is read on
-    another device."""
+    where it is trained. One that waits in the CPU's memory adds `coming` bytes to the device while it is read, one
+    `apart` is read on another device."""
 
     name: str
     module: nn.Module
     source: str
     trained: Any = None
     optimizer: OptimizerConfig | None = None
-    offloaded: bool = False
+    coming: int = 0
     apart: bool = False
 
 
@@ -115,8 +115,8 @@ def foresee(
     (docs/results/preflight.md).
     """
     roles = _roles(models)
-    offloads = device.type != "cpu"
-    away = [role.weights for role, model in zip(roles, models, strict=True) if offloads and model.offloaded]
+    elsewhere = device.type != "cpu"
+    away = [role.weights for role, model in zip(roles, models, strict=True) if elsewhere and model.coming]
     apart = [role.weights for role, model in zip(roles, models, strict=True) if model.apart]
     held = {
         "process": _process(device, sum(role.weights for role in roles)),
@@ -136,9 +136,11 @@ def foresee(
     else:
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
         found.append(Phase("forward", {**held, "activations": passing}))
-    if away:
-        passing = max(WIDE * _widest(model.module) * load.tokens for model in models if model.offloaded)
-        found.append(Phase("score", {**held, "one model that was away": max(away), "activations": passing}))
+    waiting = [model for model in models if model.coming]
+    if waiting:
+        passing = max(WIDE * _widest(model.module) * load.tokens for model in waiting)
+        coming = max(model.coming for model in waiting)
+        found.append(Phase("score", {**held, "one model that waited": coming, "activations": passing}))
     if sampled is not None:
         with whole_weights(sampled.policy):  # as it samples
             shares = rollout(sampled, kept + gaps if device.type == "cpu" else 0)

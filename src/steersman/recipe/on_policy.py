@@ -73,7 +73,8 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     offload: bool = Field(
         default=False,
         description="reference and reward models wait in the CPU's memory and are on the device only while they are "
-        "read; an iteration takes the time to copy each of them once",
+        "read; an iteration takes the time to copy each of them once. What a file has in half precision waits in "
+        "that, so float32 models take half the memory on a CPU too",
     )
     frozen_apart: bool = Field(
         default=False,

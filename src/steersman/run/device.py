@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -12,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from steersman.ops.heap import give_back
 from steersman.types import SteersmanError
 
 DTYPES = {
@@ -126,9 +126,8 @@ def room(device: torch.device) -> Room:
 
 def resident_memory() -> int:
     """Bytes that this process has in memory now, what the C library keeps of freed blocks given back first."""
+    give_back()
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
             return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

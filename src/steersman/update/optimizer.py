@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steersman.config.sections import Section
 from steersman.distributed.pieces import whole_shape
 from steersman.distributed.ranks import ranks
+from steersman.ops.heap import freed
 from steersman.types import Stats, SteersmanError
 from steersman.update.engines import engine_of
 from steersman.update.kinds import Kind, Rounding, steps_of
@@ -76,6 +77,7 @@ class Optimizer:
             {"params": [p for p in self.parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
         ]
         self.adamw = steps_of(groups, config)  # or another kind
+        self.gradients = sum(p.nbytes for p in self.parameters if p.is_cpu)
         self.engine = engine_of(self.parameters, self.adamw, config.max_grad_norm)
 
     def rate(self) -> float:
@@ -106,6 +108,7 @@ class Optimizer:
             group["lr"] = lr
         norm = self.engine.step()
         self.zero_grad()
+        freed(self.gradients)
         if not math.isfinite(norm):
             raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")
         self.updates += 1

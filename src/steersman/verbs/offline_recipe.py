@@ -32,7 +32,8 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     offload: bool = Field(
         default=False,
         description="the reference waits in the CPU's memory and is on the device only while it is read: once before "
-        "the first update and at every look at held-out data (kto: once an update too)",
+        "the first update and at every look at held-out data (kto: once an update too). What its file has in half "
+        "precision waits in that",
     )
     samples: SamplesConfig = SamplesConfig()
     evaluation: EvaluationSection | None = Field(

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from steersman.evaluation import Evaluation
-from steersman.model import Policy, keep_away
+from steersman.model import Policy, bytes_to_come, keep_away
 from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
 from steersman.setup.models import save_model, slow_rate
@@ -36,7 +36,7 @@ def carry_out(
     state.beside, sampled = evaluation.look, evaluation.larger(sampled)
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
     for name, other in frozen.items():
-        models.append(Model(name, other.model, other.model.name_or_path, offloaded=recipe.offload))
+        models.append(Model(name, other.model, other.model.name_or_path, coming=bytes_to_come(other)))
     if note := slow_rate(recipe.model, recipe.optimizer.lr):
         pre.fact("optimizer.lr", note)
     announce(pre, session.device, models, state.load(longest), sampled)

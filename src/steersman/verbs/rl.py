@@ -15,7 +15,7 @@ from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
 from steersman.evaluation import Evaluation
 from steersman.guards.user_code import user_code
-from steersman.model import Policy, at_hand
+from steersman.model import Policy, at_hand, bytes_to_come
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
 from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
@@ -267,13 +267,14 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     if critic is not None and critic.shares_trunk is False:
         found.append(Model("critic", critic.model, critic.model.name_or_path, critic, own))
     reference = None if roles.reference is None else roles.reference.separate
-    frozen = partial(Model, offloaded=recipe.offload, apart=recipe.frozen_apart)
+    frozen = partial(Model, apart=recipe.frozen_apart)
     if reference is not None:
-        found.append(frozen("reference", reference.model, reference.model.name_or_path))
+        name = reference.model.name_or_path
+        found.append(frozen("reference", reference.model, name, coming=bytes_to_come(reference)))
     for name, (_, part) in roles.reward.parts.items():
         if part.model is not None:
             judge = part.model.model
-            found.append(frozen(f"reward {name}", judge, judge.name_or_path))
+            found.append(frozen(f"reward {name}", judge, judge.name_or_path, coming=bytes_to_come(part.model)))
     if roles.mask is not None:
         found.append(Model("masking policy", roles.mask.model, "the actor, copied now and then"))
     return found

@@ -1,4 +1,4 @@
-"""Linear layers whose large products are computed by the faster of torch's libraries."""
+"""Linear layers whose large products take the faster of torch's libraries, and keep less for the backward pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from steersman.model.fast.plain import plain
+from steersman.native import library
 from steersman.ops.products import available, linear
 
 
@@ -25,8 +26,9 @@ LINEAR = (nn.Linear, FastLinear)
 
 
 def quicken_linear(model: Any) -> list[nn.Linear]:
-    """Makes the model's plain linear layers fast ones, where that is of use on this processor; returns those."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear] if available() else []
+    """Makes the model's plain linear layers fast ones, where that is of use on this machine; returns those."""
+    of_use = available() or library() is not None
+    layers = [module for module in model.modules() if type(module) is nn.Linear] if of_use else []
     for layer in layers:
         layer.__class__ = FastLinear
     return layers

@@ -1,0 +1,114 @@
+"""What a linear layer reads of a norm or a gate is computed again for the backward pass, and kept nowhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from steersman import native
+from steersman.native.layers import gated, rms_norm
+from steersman.ops import products, recompute
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
+
+ROWS, INPUTS, OUTPUTS = 64, 256, 512
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request, monkeypatch):
+    """Either library multiplies, whatever the processor is."""
+    if request.param == "MKL":
+        monkeypatch.setattr(products, "_entry", lambda: None)
+    elif not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this build of torch has no oneDNN")
+    else:
+        monkeypatch.setattr(products, "_entry", lambda: torch.ops.mkldnn._linear_pointwise)
+
+
+@pytest.fixture
+def given() -> list[torch.Tensor]:
+    """An input, a norm's weight, those of two layers that read the norm, and that of one that reads their gate."""
+    shapes = [(ROWS, INPUTS), (INPUTS,), (OUTPUTS, INPUTS), (OUTPUTS, INPUTS), (INPUTS, OUTPUTS)]
+    return [numbers(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+def feed_forward(x, norm, gate, up, down, *, keep: bool = False):
+    """A layer's second half; with `keep` its linear layers read copies, whose maker can not be asked."""
+    same = torch.clone if keep else (lambda tensor: tensor)
+    normed = same(rms_norm(x, norm, 1e-5))
+    opened = gated(products.linear(normed, gate), products.linear(normed, up))
+    return products.linear(same(opened), down)
+
+
+def gradients(given, **more):
+    return torch.autograd.grad(feed_forward(*given, **more).sin().sum(), given)
+
+
+def test_gradients_are_the_same_bit_for_bit(library, given):
+    for mine, kept in zip(gradients(given), gradients(given, keep=True), strict=True):
+        assert torch.equal(mine, kept)
+
+
+def test_neither_norm_nor_product_is_kept(library, given):
+    def bytes_kept(**more) -> int:
+        places: dict[int, int] = {}
+        with saved_tensors_hooks(
+            lambda x: (places.update({x.untyped_storage().data_ptr(): x.nbytes}), x)[1], lambda x: x
+        ):
+            out = feed_forward(*given, **more)
+        assert out.requires_grad
+        return sum(places.values())
+
+    assert bytes_kept(keep=True) - bytes_kept() == 4 * ROWS * (INPUTS + OUTPUTS)
+
+
+def test_all_readers_have_it_computed_once(library, given, monkeypatch):
+    made = []
+    inner = dict(recompute._outputs)
+    for kind, output in inner.items():
+        monkeypatch.setitem(recompute._outputs, kind, lambda *a, output=output: (made.append(a), output(*a))[1])
+    gradients(given)
+    assert len(made) == 2
+
+
+def test_it_is_let_go_with_the_backward_pass(library, given):
+    normed = rms_norm(given[0], given[1], 1e-5)
+    node = normed.grad_fn
+    loss = products.linear(normed, given[2]).sum()
+    loss.backward(retain_graph=True)
+    assert node.output is None
+    assert node.unpacked is None
+    first = given[2].grad.clone()
+    loss.backward()
+    assert torch.equal(given[2].grad, 2 * first)
+
+
+def test_checkpointed_layers_hand_out_what_they_kept_once(library, given):
+    expected = gradients(given)
+    out = checkpoint(feed_forward, *given, use_reentrant=False)
+    for mine, plain in zip(torch.autograd.grad(out.sin().sum(), given), expected, strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_an_output_that_was_changed_is_kept_as_it_is(library, given):
+    x, norm, weight, *_ = given
+    normed = rms_norm(x, norm, 1e-5)
+    with torch.no_grad():
+        normed.mul_(3)
+    assert recompute.maker(normed) is None
+    (grad,) = torch.autograd.grad(products.linear(normed, weight).sum(), weight)
+    torch.testing.assert_close(grad, normed.detach().sum(0).expand_as(weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_weight_needs_nothing_of_it(library, given):
+    x, norm, weight, *_ = given
+    out = products.linear(rms_norm(x, norm, 1e-5), weight.detach())
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    (plain,) = torch.autograd.grad((rms_norm(x, norm, 1e-5) @ weight.detach().T).sum(), x)
+    torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-4)
