@@ -20,7 +20,7 @@ from steersman.objectives.reward_pairs import PairwiseReward
 from steersman.objectives.supervised import SFT
 from steersman.run.run_config import RunConfig
 from steersman.train.offline import Offline
-from steersman.train.policy_update import LanguageBatch, Learner
+from steersman.train.policy_update import Learner
 from steersman.train.tally import Tally
 from steersman.types import Tokens, Trajectory
 from steersman.update.optimizer import NotFiniteError, Optimizer, OptimizerConfig
@@ -71,16 +71,23 @@ class TakenError(Exception):
 
 
 def gradients(who: Learner, tokens, traj, advantage, **given) -> dict[str, torch.Tensor]:
-    """Of one whole minibatch, taken from `update` just before its first optimiser step."""
+    """Of one whole minibatch, taken from `update` just before the first step of each optimiser."""
     found: dict[str, torch.Tensor] = {}
+    stepped = (None if given.get("only_critic") else who.actor, who.critic_optimizer)
+    due = [optimizer for optimizer in stepped if optimizer is not None]
 
-    def take(self, *, actor):
+    def take(self):
+        due.remove(self)
+        own = set(map(id, self.parameters))
         for role, module in (("actor", who.policy), ("critic", who.critic)):
-            found.update({f"{role}.{n}": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
-        raise TakenError
+            taken = {n: p.grad for n, p in module.named_parameters() if p.grad is not None and id(p) in own}
+            found.update({f"{role}.{name}": grad.clone() for name, grad in taken.items()})
+        if not due:
+            raise TakenError
+        return {}
 
     generator = torch.Generator().manual_seed(3)
-    with patch.object(LanguageBatch, "step", take), pytest.raises(TakenError):
+    with patch.object(Optimizer, "step", take), pytest.raises(TakenError):
         who.update(tokens, traj, advantage, Coefficients(0.3, 0.5), generator, **given)
     return found
 
@@ -130,6 +137,26 @@ def test_a_critic_that_is_read_and_fitted_in_one_pass_gets_the_gradient_of_two(m
     assert one.keys() == two.keys()
     for name in two:
         assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("stop_kl", [None, 1e9])
+def test_a_critic_that_is_fitted_already_moves_before_the_actor_is_read_unless_that_may_be_called_off(
+    stop_kl, tmp_path, monkeypatch
+):
+    tokens, traj, _ = experience()
+    who = learner(epochs=1, stop_kl=stop_kl, tmp_path=tmp_path)
+    traj.value, loss = who.value(tokens, traj)
+    held, read = [], Policy.logp
+
+    def logp(self, *args, **named):
+        held.append(any(p.grad is not None for p in who.critic.parameters()))
+        return read(self, *args, **named)
+
+    monkeypatch.setattr(Policy, "logp", logp)
+    advantage, generator = who.algorithm.advantage(traj), torch.Generator().manual_seed(3)
+    who.update(tokens, traj, advantage, Coefficients(0.3, 0.5), generator, critic_loss=loss)
+    assert set(held) == {stop_kl is not None}
+    assert who.critic_optimizer.updates == who.actor.updates == 1
 
 
 def test_values_of_samples_that_are_used_again_are_only_read(tmp_path):

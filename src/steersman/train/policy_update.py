@@ -111,15 +111,21 @@ class Learner:
         """All epochs over one iteration's samples; returns losses, norms and how far the policy moved.
 
         With `only_critic` the policy stays as it is; with `critic_loss` the critic has its gradient already, from
-        `value`. Where `learn` measures no `kl/old` after the updates, it is a mean over the minibatches.
+        `value`, and is updated before the actor is read, so that their gradients do not lie in memory together; a
+        `stop_kl` may yet call the update off, and has it wait. Where `learn` measures no `kl/old` after the updates,
+        it is a mean over the minibatches.
 
         `ratio_gap` is the largest |logp - logp_old| before the first update: rounding, unless the rollout was
         made by something else than this policy. Raises NotFiniteError naming the loss that is not a number.
         """
         traj, advantage = _zeroed(traj, advantage)
         batch = LanguageBatch(self, tokens, traj, advantage, coef, critic_loss)
+        first = Stats()
+        if critic_loss is not None and self.algorithm.stop_kl is None:
+            first = step_both(self.actor, batch.critic, with_actor=False)
+            batch.critic = None
         stats = learn(self.algorithm, batch, generator, actor=not only_critic)
-        return batch.tally.means() | stats
+        return batch.tally.means() | first | stats
 
     def value_loss(
         self, value: Tensor, part: Trajectory, ret: Tensor, steps: float, tally: Tally, count: int
@@ -146,7 +152,7 @@ class LanguageBatch:
     ) -> None:
         self.learner, self.algorithm = learner, learner.algorithm
         self.tokens, self.traj, self.advantage, self.coef = tokens, traj, advantage, coef
-        self.critic_is_due = critic_loss is None
+        self.critic_is_due, self.critic = critic_loss is None, learner.critic_optimizer
         self.tally = Tally() if critic_loss is None else critic_loss
 
     def __len__(self) -> int:
@@ -199,10 +205,10 @@ class LanguageBatch:
         return float(moved) / steps
 
     def step(self, *, actor: bool) -> Stats:
-        return step_both(self.learner.actor, self.learner.critic_optimizer, with_actor=actor)
+        return step_both(self.learner.actor, self.critic, with_actor=actor)
 
     def zero_grad(self) -> None:
-        zero_both(self.learner.actor, self.learner.critic_optimizer)
+        zero_both(self.learner.actor, self.critic)
 
     @torch.no_grad()
     def moved(self) -> float:
