@@ -110,9 +110,9 @@ def foresee(
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
     process after an update; sampling uses it again for what is small, and adds to it what is large. It aligns blocks
     by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
-    forward pass makes and frees between activations leaves "gaps" as large as itself. Half-precision models leave
-    few: what they free (float32 intermediates) is larger than what comes next. Quantised ones leave about half of it
-    (docs/results/preflight.md).
+    forward pass makes and frees between activations leaves "gaps" as large as itself, of which about half is given
+    back in time (`ops.heap`; docs/results/preflight.md). Half-precision models leave few: what they free (float32
+    intermediates) is larger than what comes next.
     """
     roles = _roles(models)
     elsewhere = device.type != "cpu"
@@ -283,9 +283,7 @@ def _bytes(x: Tensor) -> int:
 def _gaps(model: nn.Module) -> float:
     """The share of what a forward pass frees at once that stays in gaps of the C library's heap."""
     kinds = {p.dtype for m in model.modules() if not is_quantised(m) for p in m.parameters(recurse=False)}
-    if kinds != {torch.float32}:
-        return 0.0
-    return 0.5 if any(is_quantised(m) for m in model.modules()) else 1.0
+    return 0.5 if kinds == {torch.float32} else 0.0
 
 
 def _widest(model: nn.Module) -> int:
