@@ -183,21 +183,16 @@ The ratios lie between {min(ratios):.2f} and {max(ratios):.2f}; the aim is withi
 The last column is what lay free between the blocks of the C library's heap when most of it was in use (`mallinfo2`);
 it differs by some 150 MiB between two runs of one recipe (SFT with LoRA took 2,545 MiB another time).
 
-What is announced holds the gaps that a forward pass leaves on a CPU: tensors that it makes and frees between those
-that are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next
-tensor of the same size. Measured before gaps were counted: `sft` took 555 MiB more than its tensors, and with peft's
-own sum of base and adapters 2,071, where 2,018 were such tensors. Where malloc maps every block by itself
-(M_MMAP_THRESHOLD at 128 KiB) there are no gaps, and both runs took what their tensors have, within 2%. But new pages
-cost time, so steersman leaves malloc as it is and adds adapters in place, those of 4-bit bases too: DPO with QLoRA
-took 1,537 to 1,649 MiB with peft's sum, and 1,231 to 1,411 without.
+What is announced holds gaps that a forward pass leaves on a CPU: tensors that it makes and frees between those that
+are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next tensor of
+the same size. Where malloc maps every block by itself (M_MMAP_THRESHOLD at 128 KiB) there are no gaps, and a run takes
+what its tensors have, within 2%; but new pages cost time. steersman leaves malloc as it is, adds adapters in place,
+those of 4-bit bases too, and asks malloc now and then to give back what lies free (`malloc_trim`, after every 128 MiB
+that a pass frees). Of what a forward pass makes and frees, one half is announced as gaps for models that compute in
+float32: a rule of thumb.
 
-Gaps are announced for models that compute in float32: in full, and by half where the base has 4 or 8 bits, since
-much of what a forward pass makes and frees there are widened weights, which are alike. That is a rule of thumb;
-without it, DPO with QLoRA is announced with 0.85 of what it uses, and in full with 1.21.
-
-Another allocator leaves fewer gaps: with jemalloc (`LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2`,
-Debian's `libjemalloc2`) two iterations of GRPO on SmolLM2-135M, 4 prompts x 4 samples of 48 tokens, peaked at
-3,824 MiB instead of 4,698, in the same time.
+Another allocator leaves fewer gaps: jemalloc (`LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2`, Debian's
+`libjemalloc2`).
 """
     (RESULTS / "preflight.md").write_text(text)
     machine = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}

@@ -15,7 +15,7 @@ MAY = {
     "types": set(),
     "assets": set(),
     "ops": {"types"},
-    "native": {"types"},
+    "native": MATHS,
     "atomic": {"types"},
     "extras": {"types"},
     "guards": {"types"},
