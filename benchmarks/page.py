@@ -120,8 +120,9 @@ def _chat(folder: Path) -> str:
         "real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 tokens, 48 new "
         "tokens. LoRA has rank 16 on all linear layers; QLoRA a base of NF4 beneath it. How much faster depends on "
         "the processor, because float32 products go through oneDNN here and through MKL in TRL ([log](../log.md)); "
-        "each table says what a layer's product reaches by either. Memory of the first two tables, and of QLoRA in the "
-        "last, is from before steersman gave freed memory back; the last one's GRPO and PPO have `offload: true`.\n",
+        "each table says what a layer's product reaches by either. Memory of the first two tables, and of QLoRA in "
+        "the last, is from before steersman gave freed memory back; the last one's GRPO and PPO have `offload: "
+        "true`.\n",
     ]
     for processor, found in machines.items():
         rate = found["products"]
