@@ -184,12 +184,12 @@ The last column is what lay free between the blocks of the C library's heap when
 it differs by some 150 MiB between two runs of one recipe (SFT with LoRA took 2,545 MiB another time).
 
 What is announced holds gaps that a forward pass leaves on a CPU: tensors that it makes and frees between those that
-are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next tensor of
-the same size. Where malloc maps every block by itself (M_MMAP_THRESHOLD at 128 KiB) there are no gaps, and a run
-takes what its tensors have, within 2%; but new pages cost time. steersman leaves malloc as it is, adds adapters in place,
-those of 4-bit bases too, and asks malloc now and then to give back what lies free (`malloc_trim`, after every 128
-MiB that a pass frees). Of what a forward pass makes and frees, one half is announced as gaps for models that compute in
-float32: a rule of thumb.
+are kept. glibc aligns a block by asking for more than it hands out, so a freed place does not fit the next tensor
+of the same size. Where malloc maps every block by itself (M_MMAP_THRESHOLD at 128 KiB) there are no gaps, and a run
+takes what its tensors have, within 2%; but new pages cost time. steersman leaves malloc as it is, adds adapters in
+place, those of 4-bit bases too, and asks malloc now and then to give back what lies free (`malloc_trim`, after
+every 128 MiB that a pass frees). Of what a forward pass makes and frees, one half is announced as gaps for models
+that compute in float32: a rule of thumb.
 
 Another allocator leaves fewer gaps: jemalloc (`LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2`, Debian's
 `libjemalloc2`).
