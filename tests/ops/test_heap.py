@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Python
+from torch.nn import functional
 
+from steersman import native
+from steersman.native.layers import rms_norm
 from steersman.ops import heap, products
+from steersman.update import optimizer
 
 
 def test_it_is_given_back_once_for_so_many_bytes(monkeypatch):
@@ -46,10 +50,32 @@ print((before - resident()) >> 20)
     assert int(said) > 150  # of the 190 MiB that were freed
 
 
-def test_a_backward_pass_tells_of_what_it_frees(monkeypatch):
-    told = []
-    monkeypatch.setattr(products, "freed", told.append)
-    monkeypatch.setattr(products, "_entry", lambda: torch.ops.mkldnn._linear_pointwise)
+@pytest.fixture
+def told(monkeypatch) -> list[int]:
+    """The bytes that products and updates tell of; torch's own product stands for oneDNN's."""
+    found: list[int] = []
+    monkeypatch.setattr(products, "freed", found.append)
+    monkeypatch.setattr(optimizer, "freed", found.append)
+    monkeypatch.setattr(products, "_entry", lambda: lambda x, weight, bias, *_: functional.linear(x, weight, bias))
+    return found
+
+
+def test_a_backward_pass_tells_of_what_it_frees(told):
     x, weight = torch.randn(64, 256, requires_grad=True), torch.randn(512, 256, requires_grad=True)
     products.linear(x, weight).sum().backward()
     assert told == [64 * 512 * 4]
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
+def test_a_forward_pass_tells_of_what_is_computed_again(told):
+    x, norm, weight = torch.randn(64, 256), torch.ones(256, requires_grad=True), torch.randn(512, 256)
+    products.linear(rms_norm(x, norm, 1e-5), weight.requires_grad_())
+    assert told == [64 * 256 * 4]
+
+
+def test_an_update_tells_of_its_gradients(told):
+    layer = torch.nn.Linear(8, 4)
+    update = optimizer.Optimizer(layer.parameters(), optimizer.OptimizerConfig(), 3)
+    layer(torch.ones(2, 8)).sum().backward()
+    update.step()
+    assert told == [4 * (8 * 4 + 4)]

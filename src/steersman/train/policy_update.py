@@ -122,8 +122,8 @@ class Learner:
         batch = LanguageBatch(self, tokens, traj, advantage, coef, critic_loss)
         first = Stats()
         if critic_loss is not None and self.algorithm.stop_kl is None:
-            first = step_both(self.actor, batch.critic, with_actor=False)
-            batch.critic = None
+            first = batch.step(actor=False)
+            batch.critic = None  # has moved
         stats = learn(self.algorithm, batch, generator, actor=not only_critic)
         return batch.tally.means() | first | stats
 

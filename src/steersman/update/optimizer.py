@@ -77,7 +77,7 @@ class Optimizer:
             {"params": [p for p in self.parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
         ]
         self.adamw = steps_of(groups, config)  # or another kind
-        self.gradients = sum(p.nbytes for p in self.parameters if p.is_cpu)
+        self.gradient_bytes = sum(p.nbytes for p in self.parameters if p.is_cpu)
         self.engine = engine_of(self.parameters, self.adamw, config.max_grad_norm)
 
     def rate(self) -> float:
@@ -108,7 +108,7 @@ class Optimizer:
             group["lr"] = lr
         norm = self.engine.step()
         self.zero_grad()
-        freed(self.gradients)
+        freed(self.gradient_bytes)
         if not math.isfinite(norm):
             raise NotFiniteError(f"the gradient norm is {norm} at update {self.updates}")
         self.updates += 1
