@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from steersman import native
-from steersman.native.layers import gated, rms_norm
+from steersman.native.layers import GATES, gated, rms_norm
 from steersman.ops import products, recompute
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
@@ -48,6 +48,19 @@ def feed_forward(x, norm, gate, up, down, *, keep: bool = False):
 
 def gradients(given, **more):
     return torch.autograd.grad(feed_forward(*given, **more).sin().sum(), given)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_a_norm_gives_its_output_again(eps, offset):
+    out = rms_norm(numbers(3, 7, 48), numbers(48, seed=1).requires_grad_(), eps, offset)
+    assert torch.equal(recompute.output(recompute.maker(out)), out)
+
+
+@pytest.mark.parametrize("kind", list(GATES))
+def test_a_gate_gives_its_output_again(kind):
+    out = gated(numbers(3, 7, 48).requires_grad_(), numbers(3, 7, 48, seed=1), kind)
+    assert torch.equal(recompute.output(recompute.maker(out)), out)
 
 
 def test_gradients_are_the_same_bit_for_bit(library, given):
