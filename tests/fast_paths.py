@@ -28,7 +28,8 @@ LOOPS = {
 }
 """Compiled loops: the module in which they are called, and their name there."""
 PATHS = (
-    "fused log-probabilities", "packed rows", "shared prompts", "narrowed last layer", "compiled steps", *LOOPS,
+    "fused log-probabilities", "packed rows", "rows apart", "shared prompts", "narrowed last layer", "compiled steps",
+    *LOOPS,
 )  # fmt: skip
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,7 +44,8 @@ def small(family: str, **settings: Any) -> Any:
     """A small model of the family with random weights, heads 16 wide."""
     torch.manual_seed(0)
     known = type(AutoConfig.for_model(family))().to_dict()
-    config = AutoConfig.for_model(family, **{name: size for name, size in SIZES.items() if name in known}, **settings)
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    config = AutoConfig.for_model(family, **{**sizes, **settings})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -63,6 +65,8 @@ def paths_taken(model: Any) -> set[str]:
     joined: Any = policy.reader
     if joined.feed_forward:
         seen.add("narrowed last layer")
+    if joined.keeps_apart:
+        seen.add("rows apart")
     return seen & set(PATHS)
 
 
@@ -88,5 +92,6 @@ def watched(model: Any) -> Iterator[set[str]]:
         stack.enter_context(patch.object(compiled_step.CompiledStep, "__call__", step))
         # the model is quick already, and trying its modules again would count
         stack.enter_context(patch.object(decoder, "quick", lambda _: nullcontext()))
-        stack.enter_context(patch.object(reader, "read_shared", noting("shared prompts", reader.read_shared)))
+        for name in ("read_shared", "read_shared_apart"):
+            stack.enter_context(patch.object(reader, name, noting("shared prompts", getattr(reader, name))))
         yield seen

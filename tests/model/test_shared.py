@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
+from model_inputs import batch, gradients, plainly
 from tiny_models import FAMILIES, tiny_model
 
 from steersman.model.fast import shared
-from steersman.model.layout import join, response_slots
 from steersman.model.modes import checkpoint_activations
 from steersman.model.probe import cache_argument
-from steersman.model.reader import CausalReader, EncoderDecoderReader, states
+from steersman.model.reader import CausalReader, EncoderDecoderReader
 from steersman.types import Tokens
 
 SHARES = {"gpt2": True, "llama": True, "qwen2": True, "qwen3": True, "gemma3": False}
-
-
-def batch(seed: int = 0, vocab: int = 97) -> Tokens:
-    """Three prompts of unlike length, shuffled over nine rows; responses of very unlike length, one empty."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def ids(n: int) -> list[int]:
-        return torch.randint(3, vocab, (n,), generator=draw).tolist()
-
-    prompts = [ids(n) for n in (13, 9, 11)]
-    prompts[1] = [*prompts[1], 0]  # ends in the id that padding has
-    which, lengths = [2, 0, 1, 0, 0, 2, 1, 1, 0], [20, 1, 3, 19, 2, 0, 18, 4, 1]
-    tokens = Tokens.from_ids([prompts[i] for i in which], [ids(n) for n in lengths])
-    tokens.prompt[2, tokens.prompt_length[2] :] = 55  # what stands in the padding is never read
-    return tokens
-
-
-def plainly(trunk: Any, tokens: Tokens, extra: int) -> torch.Tensor:
-    """All rows in one padded batch."""
-    layout = join(tokens)
-    slots = response_slots(tokens, extra)
-    where = (layout.start + tokens.prompt_length - 1)[:, None] + torch.arange(slots.shape[1])
-    return states(trunk, layout)[where[slots]]
-
-
-def gradients(trunk: Any, out: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    trunk.zero_grad()
-    (out * weight).sum().backward()
-    return [p.grad.clone() for p in trunk.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +30,7 @@ def test_same_states_and_gradients(family, extra, cost, checkpointed, monkeypatc
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: cost)
     found, expected = reader.hidden(tokens, extra), plainly(trunk, tokens, extra)
     shares = SHARES[family] and not (checkpointed and family == "gpt2")  # whose trunk takes the memory away itself
-    assert reader.shares == ({checkpointed: shares} if cost < 20 else {})
+    assert reader.shares == ({(checkpointed, False): shares} if cost < 20 else {})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(found.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     for a, b in zip(gradients(trunk, found, weight), gradients(trunk, expected, weight), strict=True):
@@ -86,7 +56,10 @@ def test_shared_prompts_are_read_once(monkeypatch):
     trunk.register_forward_hook(
         lambda _m, _args, kwargs, _out: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    reader, tokens = CausalReader(trunk, shares={False: True}, feed_forward=False), batch()
+    reader, tokens = (
+        CausalReader(trunk, keeps_apart=False, shares={(False, False): True}, feed_forward=False),
+        batch(),
+    )
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     reader.hidden(tokens)
     # three prompts padded to 13; responses without any padding, but for the empty one, which is read as one token
@@ -102,7 +75,7 @@ def test_gradients_are_the_same_numbers_with_two_threads(family, monkeypatch):
     tokens = Tokens.from_ids([ids[i % 4] for i in range(96)], [row[:6] for row in ids])
     model, before = tiny_model(family), torch.get_num_threads()
     if family == "llama":
-        reader = CausalReader(model.model, shares={False: True})
+        reader = CausalReader(model.model, shares={(False, False): True})
     else:
         reader = EncoderDecoderReader(model.encoder, model.decoder, (0,))
     torch.set_num_threads(2)
@@ -126,7 +99,7 @@ def test_checkpointed_layers_read_shared_prompts_once_and_again_once(monkeypatch
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: read.append(args[0][..., 0].numel()))
     kept: list[torch.Size] = []
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
-    reader, tokens = CausalReader(model.base_model, shares={True: True}), batch()
+    reader, tokens = CausalReader(model.base_model, keeps_apart=False, shares={(True, False): True}), batch()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         states = reader.hidden(tokens)
     fewest = 3 * 13 + int(tokens.response_length.sum()) + 1
@@ -146,7 +119,7 @@ def test_a_memory_that_is_taken_from_checkpointed_layers_turns_sharing_off(monke
         monkeypatch.setattr(layer, "forward", lambda *a, run=layer.forward, **k: run(*a, **(k | {name: None})))
     reader, tokens = CausalReader(model.base_model), batch()
     torch.testing.assert_close(reader.hidden(tokens), plainly(model.base_model, tokens, 0))
-    assert reader.shares == {True: False}
+    assert reader.shares == {(True, False): False}
 
 
 def test_both_ways_to_run_are_tried_apart(monkeypatch):
@@ -158,7 +131,7 @@ def test_both_ways_to_run_are_tried_apart(monkeypatch):
     torch.testing.assert_close(reader.hidden(tokens), plainly(trunk, tokens, 0))
     trunk.eval()
     torch.testing.assert_close(reader.hidden(tokens), plainly(trunk, tokens, 0))
-    assert reader.shares == {True: False, False: True}
+    assert reader.shares == {(True, False): False, (False, False): True}
 
 
 def test_groups_are_the_cheapest():

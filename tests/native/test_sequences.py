@@ -7,7 +7,7 @@ import torch
 
 from steersman import native
 from steersman.native import sequences
-from steersman.native.sequences import attend, attends
+from steersman.native.sequences import attend, attends, row_starts, says_rows
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 
@@ -30,9 +30,10 @@ def plain(query, key, value, mask, scale):
     return (weights @ value).transpose(1, 2)
 
 
-def assert_same(query, key, value, mask, scale=0.3, close=5e-6):
+def assert_same(query, key, value, mask, scale=0.3, close=5e-6, seen=None):
     queries, keys = query.shape[2], key.shape[2]
-    seen = torch.ones(queries, keys).bool().tril(keys - queries) if mask is None else mask
+    if seen is None:
+        seen = torch.ones(queries, keys).bool().tril(keys - queries) if mask is None else mask
     grad = torch.randn(len(query), queries, *query.shape[1::2], generator=torch.Generator().manual_seed(9))
     out = attend(query, key, value, mask, scale)
     double = [x.detach().double().requires_grad_() for x in (query, key, value)]
@@ -63,6 +64,39 @@ def test_only_what_the_mask_shows_is_seen(queries, keys, shared):
     mask[:, :, 3] = False  # a query that sees nothing
     mask[:, :, 4, 1:] = False
     assert_same(*given(2, 4, 2, queries, keys, 32), mask)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([5], [5]), ([33, 1, 8, 97], [33, 1, 8, 97]), ([4, 0, 7, 1, 40], [9, 6, 7, 12, 71]), ([0, 6, 0], [0, 6, 3])],
+)
+def test_rows_one_behind_the_other_see_only_themselves(queries, keys, kv_heads):
+    """Each as it would be alone: query i of a row sees the row's keys up to i + keys - queries."""
+    row = [torch.repeat_interleave(torch.tensor(n)) for n in (queries, keys)]
+    place = [torch.cat([torch.arange(n) for n in counts]) for counts in (queries, keys)]
+    before = torch.tensor(keys) - torch.tensor(queries)
+    seen = (row[0][:, None] == row[1]) & (place[1] <= place[0][:, None] + before[row[0]][:, None])
+    starts = row_starts(torch.tensor(queries), torch.tensor(keys))
+    assert_same(*given(1, 4, kv_heads, sum(queries), sum(keys), 32), starts, seen=seen)
+
+
+def test_rows_one_behind_the_other_fill_query_and_key():
+    query, key, value = given(1, 4, 2, 12, 20, 16)
+    right = row_starts(torch.tensor([5, 7]), torch.tensor([8, 12]))
+    assert says_rows(right)
+    assert attends(query, key, value, right)
+    wrong = [
+        row_starts(torch.tensor([5, 6]), torch.tensor([8, 12])),
+        row_starts(torch.tensor([5, 7]), torch.tensor([8, 13])),
+        row_starts(torch.tensor([15, -3]), torch.tensor([8, 12])),
+        right + 1,
+    ]
+    assert not any(attends(query, key, value, starts) for starts in wrong)
+    assert not attends(*given(2, 4, 2, 12, 20, 16), right)
+    long = given(1, 4, 2, 1, 5000, 16)
+    assert not attends(*long, row_starts(torch.tensor([1]), torch.tensor([5000])))
+    assert attends(*long, row_starts(torch.tensor([0, 1]), torch.tensor([2500, 2500])))
 
 
 def test_scores_far_apart_do_not_overflow():

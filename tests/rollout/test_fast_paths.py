@@ -12,7 +12,7 @@ from steersman.rollout.fast.step_conditions import FAMILIES, why_no_compiled_ste
 
 compiled = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 
-STEP, SHARED = "compiled steps", "shared prompts"
+STEP, SHARED, APART = "compiled steps", "shared prompts", "rows apart"
 REARRANGED = "rearranged weights"  # for models whose steps are not compiled whole
 LAYER_NORM = "norms"  # they subtract the mean
 ROUTED = "gates"  # experts have none of their own, or gate and up projection are one matrix
@@ -22,8 +22,8 @@ OFF: dict[str, set[str]] = {
     "qwen2": {REARRANGED},
     "qwen3": {REARRANGED},
     "gemma": {STEP},
-    "gemma2": {STEP, SHARED, "attention", "attention of one token"},  # its scores are capped; windows
-    "gemma3_text": {STEP, SHARED},  # windows
+    "gemma2": {STEP, SHARED, APART, "attention", "attention of one token"},  # its scores are capped; windows
+    "gemma3_text": {STEP, SHARED, APART},  # windows
     "smollm3": {STEP},
     "olmo2": {STEP},
     "phi3": {STEP, ROUTED},
@@ -76,5 +76,5 @@ def test_other_weights_say_so():
 def test_the_attention_that_a_config_asks_for_is_used():
     """Eager attention shows its probabilities, so it is neither compiled nor torch's."""
     model = small("qwen3", attn_implementation="eager")
-    assert set(PATHS) - paths_taken(model) == {REARRANGED, "attention", "attention of one token"}
+    assert set(PATHS) - paths_taken(model) == {REARRANGED, APART, "attention", "attention of one token"}
     assert model.config._attn_implementation == "eager"

@@ -20,11 +20,13 @@ from steersman.types import SteersmanError, Tokens, send
 @dataclass(slots=True)
 class Layout:
     """What the trunk reads: `ids` [R, L]; `positions` [R, L] when packed; `start` [B], where each row begins in
-    the flattened ids."""
+    the flattened ids; `row_starts` (`native.sequences.row_starts`) where attention is to keep rows apart that stand
+    in one."""
 
     ids: Int[Tensor, "R L"]
     positions: Int[Tensor, "R L"] | None
     start: Int[Tensor, " B"]
+    row_starts: Int[Tensor, "1 1 2 B+1"] | None = None
 
 
 def join(tokens: Tokens) -> Layout:

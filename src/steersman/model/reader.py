@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from steersman.model.fast.apart import compiled_here, fits, keeps_rows_apart, line_up, lines
 from steersman.model.fast.narrow import last_feed_forward, narrowed
 from steersman.model.fast.shared import (
+    Part,
     call_cost,
     checkpointed,
     like_lengths,
@@ -24,6 +26,7 @@ from steersman.model.fast.shared import (
     shared_prompts,
     why_not_shared,
 )
+from steersman.model.fast.shared_apart import read_shared_apart, saved_apart
 from steersman.model.layout import (
     Layout,
     join,
@@ -63,14 +66,18 @@ class Reader(Protocol):
 class CausalReader:
     """A causal trunk over prompt and response joined; `pack` lays several rows into one of so many tokens.
 
-    Without packing, rows of like length go through the trunk together, and a prompt that several rows share is
-    read once where the model allows it (`model.shared`) and that saves more than it costs.
+    Without packing, rows go through the trunk one behind the other where the compiled attention keeps them apart
+    (`model.fast.apart`), elsewhere those of like length together; a prompt that several rows share is read once where
+    the model allows it (`model.fast.shared`) and that saves more than it costs.
     """
 
     trunk: Any
     pack: int | None = None
-    shares: dict[bool, bool] = field(default_factory=dict)
-    """Whether the trunk can share prompts, by whether its layers are checkpointed; found out when it first would."""
+    keeps_apart: bool | None = None
+    """Whether the trunk keeps rows apart that lie one behind the other; found out when it first would."""
+    shares: dict[tuple[bool, bool], bool] = field(default_factory=dict)
+    """Whether the trunk can share prompts, by whether its layers are checkpointed and its rows lie one behind the
+    other; found out likewise."""
     single: bool = False
     """Whether the trunk runs once in each call."""
     feed_forward: nn.Module | bool | None = None
@@ -106,7 +113,7 @@ class CausalReader:
         back = send(back, before.device)
         return before[back], torch.cat(after)[back]
 
-    def _parts(self, tokens: Tokens, extra: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _parts(self, tokens: Tokens, extra: int | None) -> list[Part]:
         """Groups of rows, the states of each group, flattened, and where the state before each row's response
         is among them; the states after the response's tokens follow it.
 
@@ -119,15 +126,19 @@ class CausalReader:
         if self.single:
             return [(torch.arange(len(tokens)), *self._states(tokens, join(tokens), extra))]
         cost = call_cost(device_of(self.trunk))
+        apart = len(tokens) > 1 and self._keeps_apart(tokens)
         if len(tokens) > 1:
             first, which = shared_prompts(tokens)
-            if saved_tokens(tokens, first) > cost and self._can_share():
-                found = read_shared(self.trunk, tokens, first, which, cost, ends=extra is None, part=self._part())
-                return [(rows, x.flatten(0, 1), torch.arange(len(x)) * x.shape[1]) for rows, x in found]
+            saved = saved_apart(tokens, first) if apart else saved_tokens(tokens, first)
+            if saved > cost and self._can_share(apart):
+                ends, part = extra is None, self._part()
+                if apart:
+                    return read_shared_apart(self.trunk, tokens, first, which, ends=ends, part=part)
+                return read_shared(self.trunk, tokens, first, which, cost, ends=ends, part=part)
         parts = []
-        for rows in like_lengths(tokens.length, cost):
-            part = tokens.rows(rows)
-            parts.append((rows, *self._states(part, join(part), extra)))
+        for rows in lines(tokens.length) if apart else like_lengths(tokens.length, cost):
+            some = tokens.rows(rows)
+            parts.append((rows, *self._states(some, line_up(some) if apart else join(some), extra)))
         return parts
 
     def _states(self, tokens: Tokens, layout: Layout, extra: int | None) -> tuple[Tensor, Tensor]:
@@ -145,19 +156,28 @@ class CausalReader:
         if self._checkpointed():  # which runs the layer again later
             return None
         if self.feed_forward is None:
-            vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
-            self.feed_forward = last_feed_forward(self.trunk, vocabulary) or False
+            self.feed_forward = last_feed_forward(self.trunk, self._vocabulary()) or False
         return self.feed_forward or None  # type: ignore[return-value]
 
     def _checkpointed(self) -> bool:
         return bool(checkpointed(self.trunk))
 
-    def _can_share(self) -> bool:
-        now = self._checkpointed()
+    def _keeps_apart(self, tokens: Tokens) -> bool:
+        if not (compiled_here(self.trunk) and fits(tokens)):
+            return False
+        if self.keeps_apart is None:
+            self.keeps_apart = keeps_rows_apart(self.trunk, self._vocabulary())
+        return self.keeps_apart
+
+    def _can_share(self, apart: bool) -> bool:
+        now = self._checkpointed(), apart
         if now not in self.shares:
-            vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
-            self.shares[now] = why_not_shared(self.trunk, vocabulary) is None
+            read = {"read": read_shared_apart} if apart else {}
+            self.shares[now] = why_not_shared(self.trunk, self._vocabulary(), **read) is None
         return self.shares[now]
+
+    def _vocabulary(self) -> int:
+        return self.trunk.get_input_embeddings().weight.shape[0]
 
 
 @dataclass(slots=True)
@@ -203,10 +223,13 @@ class EncoderDecoderReader:
 
 
 def states(trunk: nn.Module, layout: Layout) -> Float[Tensor, "RL H"]:
-    """A causal trunk's last hidden states, flattened. No attention mask: nothing on the right can be seen."""
+    """A causal trunk's last hidden states, flattened. No attention mask: nothing on the right can be seen, and where
+    `row_starts` stands in its place, nothing of other rows."""
     device = device_of(trunk)
-    positions = {} if layout.positions is None else {"position_ids": send(layout.positions, device)}
-    return trunk(input_ids=send(layout.ids, device), use_cache=False, **positions).last_hidden_state.flatten(0, 1)
+    more = {} if layout.positions is None else {"position_ids": send(layout.positions, device)}
+    if layout.row_starts is not None:
+        more["attention_mask"] = layout.row_starts
+    return trunk(input_ids=send(layout.ids, device), use_cache=False, **more).last_hidden_state.flatten(0, 1)
 
 
 def encode(encoder: nn.Module, ids: Tensor, real: Bool[Tensor, "B P"]) -> Float[Tensor, "B P H"]:

@@ -27,6 +27,10 @@ struct Sequences {
     const uint8_t* mask;  // [batch, 1, queries, keys], 1 where a key is seen; null: query i sees keys to i + keys - queries
     int64_t mask_batch, mask_query;
     int64_t batch, heads, kv_heads, queries, keys, width;
+    // [rows + 1] where a batch of 1 holds rows one behind the other: row r has the queries from query_starts[r] to
+    // query_starts[r + 1], and keys likewise, and sees only itself; null: the batch's rows are rows
+    const int64_t *query_starts, *key_starts;
+    int64_t rows;
     float scale;
 };
 }
@@ -202,14 +206,33 @@ void backward_of(const Sequences& s, int64_t batch, int64_t kv_head, std::vector
     lay(grad_value, width, s.keys, width, head_of(s.grad_value, batch, kv_head), s.grad_value.token);
 }
 
+// One of the rows that lie one behind the other, as a batch of its own.
+Sequences row_of(const Sequences& s, int64_t row) {
+    Sequences one = s;
+    const int64_t query = s.query_starts[row], key = s.key_starts[row];
+    for (Strided* x : {&one.query, &one.out, &one.grad_out, &one.grad_query}) x->at += query * x->token;
+    for (Strided* x : {&one.key, &one.value, &one.grad_key, &one.grad_value}) x->at += key * x->token;
+    one.sums += 2 * s.heads * query;
+    one.queries = s.query_starts[row + 1] - query;
+    one.keys = s.key_starts[row + 1] - key;
+    return one;
+}
+
 template <typename Work>
 void each_head(const Sequences& s, int threads, Work work) {
-    const int64_t items = s.batch * s.kv_heads;
+    const bool behind = s.query_starts != nullptr;
+    const int64_t items = (behind ? s.rows : s.batch) * s.kv_heads;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> memory;
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; ++i) work(s, i / s.kv_heads, i % s.kv_heads, memory);
+        for (int64_t i = 0; i < items; ++i) {
+            const int64_t row = i / s.kv_heads, head = i % s.kv_heads;
+            if (behind)
+                work(row_of(s, row), 0, head, memory);
+            else
+                work(s, row, head, memory);
+        }
     }
 }
 

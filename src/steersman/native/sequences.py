@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,6 +42,9 @@ class Sequences(ctypes.Structure):
         ("mask_batch", c_int64),
         ("mask_query", c_int64),
         *[(name, c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width")],
+        ("query_starts", c_void_p),
+        ("key_starts", c_void_p),
+        ("rows", c_int64),
         ("scale", c_float),
     ]  # fmt: skip
 
@@ -70,14 +73,41 @@ def attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> b
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % 16 == 0
         and query.shape[-1] <= 256
-        and key.shape[2] <= LONGEST
         and not torch.is_autocast_enabled("cpu")
-        and (
-            mask is None
-            or (mask.dtype is torch.bool and mask.is_cpu and mask.dim() == 4 and mask.stride(-1) == 1
-                and mask.shape[1] == 1 and mask.shape[0] in (1, len(query))
-                and mask.shape[2:] == (query.shape[2], key.shape[2]))
-        )
+        and (_one_behind_another(query, key, mask) if says_rows(mask) else _whole_rows(query, key, mask))
+    )
+
+
+def says_rows(mask: Tensor | None) -> bool:
+    """Whether what stands in a mask's place says instead where rows start that lie one behind the other."""
+    return mask is not None and mask.dtype is torch.int64
+
+
+def row_starts(queries: Int[Tensor, " R"], keys: Int[Tensor, " R"]) -> Int[Tensor, "1 1 2 R+1"]:
+    """What `attend` is given in a mask's place where rows of so many queries and keys lie one behind the other.
+
+    It has a mask's four dimensions, so that transformers hands it on as it is.
+    """
+    return torch.nn.functional.pad(torch.stack([queries, keys]).cumsum(1), (1, 0))[None, None]
+
+
+def _one_behind_another(query: Tensor, key: Tensor, starts: Tensor | None) -> bool:
+    if starts is None or not starts.is_cpu or starts.shape[:3] != (1, 1, 2) or len(query) != 1:
+        return False
+    lengths = starts.diff()[0, 0]
+    return (
+        starts.is_contiguous()
+        and bool((starts[..., 0] == 0).all() and (lengths >= 0).all() and (lengths[1] <= LONGEST).all())
+        and starts[0, 0, :, -1].tolist() == [query.shape[2], key.shape[2]]
+    )
+
+
+def _whole_rows(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    return key.shape[2] <= LONGEST and (
+        mask is None
+        or (mask.dtype is torch.bool and mask.is_cpu and mask.dim() == 4 and mask.stride(-1) == 1
+            and mask.shape[1] == 1 and mask.shape[0] in (1, len(query))
+            and mask.shape[2:] == (query.shape[2], key.shape[2]))
     )  # fmt: skip
 
 
@@ -85,11 +115,12 @@ def attend(
     query: Float[Tensor, "B H T D"],
     key: Float[Tensor, "B K L D"],
     value: Float[Tensor, "B K L D"],
-    mask: Bool[Tensor, "b 1 T L"] | None,
+    mask: Bool[Tensor, "b 1 T L"] | Int[Tensor, "1 1 2 R+1"] | None,
     scale: float,
 ) -> Float[Tensor, "B T H D"]:
     """softmax(scale q k^T) v over the keys where `mask` is True; without one, query i sees the keys up to i + L - T.
 
+    With `row_starts` in the mask's place B is 1 and each row sees only itself, as it would alone and without a mask.
     H is a multiple of K, b is B or 1. A query that sees nothing gets zeros. First derivatives only.
     Source: arXiv 1706.03762, eq. 1.
     """
@@ -131,7 +162,11 @@ def _call(
     call = Sequences(*map(Strided.of, (query, key, value, out)), sums=sums.data_ptr(), scale=scale)
     call.batch, call.heads, call.queries, call.width = query.shape
     call.kv_heads, call.keys = key.shape[1:3]
-    if mask is not None:
+    if says_rows(mask):
+        assert mask is not None
+        call.query_starts, call.key_starts = (x.data_ptr() for x in mask[0, 0])
+        call.rows = mask.shape[-1] - 1
+    elif mask is not None:
         call.mask, call.mask_query = mask.data_ptr(), mask.stride(2)
         call.mask_batch = 0 if len(mask) == 1 else mask.stride(0)
     return call

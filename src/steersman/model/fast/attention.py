@@ -22,7 +22,11 @@ KNOWN = {
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """The compiled attention of one token per row or of whole sequences where it applies, torch's otherwise."""
+    """The compiled attention of one token per row or of whole sequences where it applies, torch's otherwise.
+
+    Only the compiled one can be told where rows start in a mask's place (`apart`); RuntimeError where it does not
+    apply then.
+    """
     if query.is_cpu and not plain() and _asks_nothing_else(settings) and _grouped(module, query, key):
         scale = settings.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -30,6 +34,8 @@ def attention(
             return decode.decode_attention(query, key, value, attention_mask, scale), None
         if _sequences(module, query, key, value, attention_mask, settings):
             return sequences.attend(query, key, value, attention_mask, scale), None
+    if sequences.says_rows(attention_mask):
+        raise RuntimeError("rows that stand one behind the other are kept apart by the compiled attention alone")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
@@ -70,7 +76,9 @@ def _sequences(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
 ) -> bool:
     """Several tokens per row that see what came before them, or what a mask says."""
-    if query.shape[2] == 1 or not sequences.attends(query, key, value, mask):
+    if query.shape[2] == 1 and not sequences.says_rows(mask):
+        return False
+    if not sequences.attends(query, key, value, mask):
         return False
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal

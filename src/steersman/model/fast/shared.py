@@ -5,8 +5,9 @@ Both give what one padded batch gives, up to rounding; a test holds them to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from steersman.model.fast.apart import sees_everything
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, masked_indices, repeated_rows, require_prompts
 from steersman.model.modes import checkpointed
@@ -25,6 +27,12 @@ from steersman.types import Tokens, send
 
 CALL = {"cpu": 64, "accelerator": 2048}
 """What one more run of the trunk costs, in tokens' worth of work: so much padding it must save."""
+
+
+Part = tuple[Int[Tensor, " b"], Float[Tensor, "n H"], Int[Tensor, " b"]]
+"""Rows of a batch, their states, and where among these each row's first one is; its others follow."""
+ReadShared = Callable[[nn.Module, Tokens, Tensor, Tensor], list[Part]]
+"""A trunk's states of a batch, each prompt read once; given are a row with each prompt and each row's prompt."""
 
 
 def call_cost(device: torch.device) -> int:
@@ -76,7 +84,7 @@ def read_shared(
     *,
     ends: bool = False,
     part: nn.Module | None = None,
-) -> list[tuple[Int[Tensor, " b"], Float[Tensor, "b T+1 H"]]]:
+) -> list[Part]:
     """Groups of rows with their states before each response token and after the last one.
 
     The different prompts are read first; the responses then look at the keys and values of their prompts. With `ends`
@@ -113,7 +121,8 @@ def read_shared(
                 input_ids=send(ids, device), use_cache=False, attention_mask=send(seen.long(), device),
                 position_ids=send(some.prompt_length[:, None] + step, device), **{cache_name: cache},
             ).last_hidden_state  # fmt: skip
-        parts.append((rows, torch.cat([repeated_rows(last, owner)[:, None], states], 1)))
+        states = torch.cat([repeated_rows(last, owner)[:, None], states], 1)
+        parts.append((rows, states.flatten(0, 1), torch.arange(len(rows)) * (T + 1)))
     return parts
 
 
@@ -149,16 +158,18 @@ def checkpoints_with_memory(trunk: nn.Module) -> Iterator[None]:
             del layer._can_checkpoint_with_cache
 
 
-def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
-    """What keeps responses from looking at the kept keys and values of their prompts; None where they get the states
-    of a joined read.
+TRIED = partial(read_shared, cost=1 << 30)
+"""All responses in one read."""
+
+
+def why_not_shared(trunk: nn.Module, rows: int, read: ReadShared = TRIED) -> str | None:
+    """What keeps responses from looking at the kept keys and values of their prompts; None where they get, from
+    `read`, the states of a joined read.
 
     `rows` is the size of the vocabulary. A trunk in training whose layers are checkpointed is tried so. Layers that
     see a window or keep a running state do not, nor does a model that takes no positions.
     """
-    config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
-    kinds: Sequence[str] = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
+    if not sees_everything(trunk):
         return "some of its layers see a window of tokens, or keep a state"
     prompts = [[(5 * i + 3) % rows for i in range(n)] for n in (3, 5)]
     answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
@@ -171,10 +182,12 @@ def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
         layout = join(tokens)
         whole = trunk(input_ids=send(layout.ids, device), use_cache=False).last_hidden_state
         try:
-            found = read_shared(trunk, tokens, first, which, cost=1 << 30)
+            found = read(trunk, tokens, first, which)
         except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
             return "its layers keep another kind of memory than keys and values"
-    (order, states) = found[0]
-    places = (tokens.prompt_length - 1)[:, None] + torch.arange(states.shape[1])
+    order, states, start = found[0]
+    steps = torch.arange(tokens.response.shape[1] + 1)
+    places = tokens.prompt_length[:, None] - 1 + steps
     expected = whole[send(torch.arange(len(tokens))[:, None], device), send(places, device)]
-    return None if close(states, expected[send(order, device)]) else "its states differ when the prompt is read apart"
+    got = states[send(start[:, None] + steps, device)]
+    return None if close(got, expected[send(order, device)]) else "its states differ when the prompt is read apart"

@@ -1,0 +1,91 @@
+"""A batch read by the compiled attention with its rows one behind the other, so that nothing in it is padding.
+
+Norms, gates and linear layers treat each token by itself and do not ask in which row it stands; only attention does,
+and the compiled one (`native.sequences`) is told where rows start. The trunk is given that in a mask's place. The
+states are those of a padded batch, up to rounding; a test holds them to that.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from steersman.model.fast.plain import plain
+from steersman.model.layout import Layout, join
+from steersman.model.probe import close, device_of, quiet
+from steersman.native import library
+from steersman.native.sequences import LONGEST, row_starts
+from steersman.types import Tokens
+
+TOGETHER = 2048
+"""Tokens of one read of the trunk: more make no product faster, and each read frees what it does not keep."""
+
+
+def compiled_here(trunk: nn.Module) -> bool:
+    """Whether the compiled attention may run here and now; it has first derivatives, in float32 and on a CPU."""
+    return (
+        library() is not None
+        and not plain()
+        and device_of(trunk).type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and next(trunk.parameters()).dtype is torch.float32
+    )
+
+
+def lines(length: Int[Tensor, " B"]) -> list[Int[Tensor, " b"]]:
+    """The rows in their order, in groups of at most TOGETHER tokens, or of one row."""
+    groups: list[list[int]] = []
+    total = 0
+    for row, tokens in enumerate(length.tolist()):
+        if not groups or total + tokens > TOGETHER:
+            groups.append([])
+            total = 0
+        groups[-1].append(row)
+        total += tokens
+    return [torch.tensor(group) for group in groups]
+
+
+def line_up(tokens: Tokens) -> Layout:
+    """All rows in one of the trunk's, in their order; each starts at position 0."""
+    joined = join(tokens)
+    column = torch.arange(joined.ids.shape[1]).expand_as(joined.ids)
+    real = column < tokens.length[:, None]
+    start = tokens.length.cumsum(0) - tokens.length
+    return Layout(joined.ids[real][None], column[real][None], start, row_starts(tokens.length, tokens.length))
+
+
+def fits(tokens: Tokens) -> bool:
+    """Whether the compiled attention takes rows of these lengths."""
+    return int(tokens.length.max()) <= LONGEST
+
+
+def keeps_rows_apart(trunk: nn.Module, rows: int) -> bool:
+    """Whether the trunk, told where rows start, gives each row's states as it would alone; tried on a few tokens.
+
+    `rows` is the size of the vocabulary. Layers that see a window of tokens, or keep a state, are left to padding.
+    """
+    if not sees_everything(trunk):
+        return False
+    lengths = (7, 3, 5)
+    ids = [[(5 * i + b + 3) % rows for i in range(n)] for b, n in enumerate(lengths)]
+    tokens = Tokens.from_ids(ids, [[1]] * len(ids))
+    with quiet(trunk):
+        padded = join(tokens)
+        whole = trunk(input_ids=padded.ids, use_cache=False).last_hidden_state
+        expected = whole[torch.arange(whole.shape[1]) < tokens.length[:, None]]
+        line = line_up(tokens)
+        try:
+            found = trunk(
+                input_ids=line.ids, use_cache=False, position_ids=line.positions, attention_mask=line.row_starts
+            ).last_hidden_state[0]
+        except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
+            return False  # its attention is another, or it reads the mask itself
+    return close(found, expected)
+
+
+def sees_everything(trunk: nn.Module) -> bool:
+    """Whether each layer sees all tokens of a row, by what the config says."""
+    config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
+    kinds = getattr(config, "layer_types", None) or []
+    return all(kind == "full_attention" for kind in kinds) and not getattr(config, "sliding_window", None)

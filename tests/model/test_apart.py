@@ -1,0 +1,126 @@
+"""Rows read one behind the other, on a CPU, against one padded batch in float64."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from fast_paths import small
+from model_inputs import batch, gradients, plainly
+
+from steersman import native
+from steersman.model.fast import apart
+from steersman.model.fast.plain import plain_layers
+from steersman.model.modes import checkpoint_activations
+from steersman.model.policy import Policy
+from steersman.model.reader import CausalReader
+from steersman.types import Tokens
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
+
+
+def trunk_of(family: str, **settings: Any) -> Any:
+    model = small(family, **settings)
+    Policy(model, None)  # makes it quick
+    return model.base_model
+
+
+def watch(trunk: Any) -> list[int]:
+    """The tokens of each read of the trunk from now on."""
+    read: list[int] = []
+    trunk.register_forward_pre_hook(
+        lambda _m, _args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return read
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "olmo", "granite", "gpt2"])
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("cost", [0, 1 << 20])
+@pytest.mark.parametrize("together", [1, 40, 2048])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_same_states_and_gradients(family, extra, cost, together, checkpointed, monkeypatch):
+    trunk = trunk_of(family)
+    double = deepcopy(trunk).double()
+    if checkpointed:
+        checkpoint_activations(trunk)
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: cost)
+    monkeypatch.setattr(apart, "TOGETHER", together)
+    reader, tokens = CausalReader(trunk), batch()
+    found, expected = reader.hidden(tokens, extra), plainly(double, tokens, extra)
+    assert reader.keeps_apart
+    shares = not (checkpointed and family == "gpt2")  # whose trunk takes the memory away itself
+    assert reader.shares == ({(checkpointed, True): shares} if cost == 0 else {})
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(gradients(trunk, found, weight), gradients(double, expected, weight.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("cost", [0, 1 << 20])
+def test_ends(cost, monkeypatch):
+    trunk = trunk_of("llama")
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: cost)
+    tokens = batch()
+    before, after = CausalReader(trunk).ends(tokens)
+    flat = plainly(trunk, tokens, 1)
+    last = (tokens.response_length + 1).cumsum(0) - 1
+    torch.testing.assert_close(before, flat[last - tokens.response_length], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, flat[last], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_padded_and_shared_prompts_are_read_once(monkeypatch):
+    trunk, tokens = trunk_of("llama"), batch()
+    CausalReader(trunk).hidden(tokens)
+    all_tokens, of_responses = int(tokens.length.sum()), int(tokens.response_length.sum())
+    for cost, expected in ((1 << 20, [all_tokens]), (0, [13 + 10 + 11, of_responses])):
+        monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device, cost=cost: cost)
+        reader = CausalReader(trunk, keeps_apart=True, shares={(False, True): True}, feed_forward=False)
+        read = watch(trunk)
+        reader.hidden(tokens)
+        assert read == expected
+
+
+def test_no_response_has_a_token(monkeypatch):
+    monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
+    trunk, tokens = trunk_of("llama"), Tokens.from_ids([[3, 4, 5]] * 3, [[]] * 3)
+    torch.testing.assert_close(CausalReader(trunk).hidden(tokens, 1), plainly(trunk, tokens, 1))
+
+
+def test_lines_keep_the_order_and_have_so_many_tokens(monkeypatch):
+    monkeypatch.setattr(apart, "TOGETHER", 10)
+    groups = apart.lines(torch.tensor([4, 6, 1, 30, 2, 0, 8]))
+    assert [group.tolist() for group in groups] == [[0, 1], [2], [3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("bloom", {}), ("mistral", {"sliding_window": 8}), ("gemma3_text", {}), ("llama", {"head_dim": 8})],
+)
+def test_models_whose_attention_is_not_told_are_padded(family, settings):
+    """Positions or attention of their own, windows, heads of a width that the loops do not take."""
+    trunk = trunk_of(family, **settings)
+    reader, tokens = CausalReader(trunk), batch()
+    torch.testing.assert_close(reader.hidden(tokens), plainly(trunk, tokens, 0), rtol=1e-4, atol=1e-5)
+    assert not reader.keeps_apart
+
+
+def test_where_the_loops_do_not_run_rows_are_padded(monkeypatch):
+    trunk, tokens = trunk_of("llama"), batch()
+    reader = CausalReader(trunk)
+    expected = reader.hidden(tokens)
+    read = watch(trunk)
+    with plain_layers():
+        torch.testing.assert_close(reader.hidden(tokens), expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(reader.hidden(tokens).float(), expected, rtol=0.1, atol=0.1)
+    assert all(n > int(tokens.length.sum()) or n < 100 for n in read)
+    monkeypatch.setattr(apart, "LONGEST", 30)
+    assert not apart.fits(tokens)
+
+
+def test_a_row_of_one_token_is_a_row():
+    trunk, tokens = trunk_of("llama"), Tokens.from_ids([[3], [4]], [[], [5]])
+    torch.testing.assert_close(CausalReader(trunk).hidden(tokens, 1), plainly(trunk, tokens, 1), rtol=1e-4, atol=1e-5)
