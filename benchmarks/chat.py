@@ -3,7 +3,7 @@
 python benchmarks/chat.py MODEL --pairs hh_rlhf.jsonl [--only sft dpo ...] [--repeats 3] [--threads 2]
 
 MODEL is a folder of a chat model (SmolLM2-135M-Instruct is the one that is recorded). SFT, reward and DPO steps take
-8 real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 tokens, and 48 new ones.
+8 real pairs of up to 512 tokens; GRPO and PPO 4 prompts of up to 128 tokens x 4 samples of 48 new ones, ppo16 16 x 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from duel import about, duel, parser, told, write
@@ -21,26 +21,38 @@ from torch.nn import functional
 
 from steersman.ops import products
 
-SCENARIOS: dict[str, tuple[str, str, int, int]] = {
-    "sft": ("trl116", "1.16.0", 1, 1),
-    "sft-lora": ("trl116", "1.16.0", 1, 1),
-    "sft-qlora": ("trl116", "1.16.0", 1, 1),
-    "reward": ("trl116", "1.16.0", 1, 1),
-    "dpo": ("trl116", "1.16.0", 1, 1),
-    "dpo-lora": ("trl116", "1.16.0", 1, 1),
-    "dpo-qlora": ("trl116", "1.16.0", 1, 1),
-    "grpo": ("trl116", "1.16.0", 4, 4),
-    "grpo-lora": ("trl116", "1.16.0", 4, 4),
-    "grpo-qlora": ("trl116", "1.16.0", 4, 4),
-    "ppo": ("trl112", "1.12.0", 16, 1),
+
+class Row(NamedTuple):
+    """What both sides do, the peer's environment and version, prompts (or batches of 8) in a turn, and samples."""
+
+    scenario: str
+    peer: str
+    version: str
+    prompts: int = 1
+    samples: int = 1
+
+
+def _rows(scenario: str, prompts: int = 1, samples: int = 1) -> dict[str, Row]:
+    """Beside TRL 1.16: the whole model, LoRA and QLoRA."""
+    names = [scenario, f"{scenario}-lora", f"{scenario}-qlora"]
+    return {name: Row(name, "trl116", "1.16.0", prompts, samples) for name in names}
+
+
+ROWS: dict[str, Row] = {
+    **_rows("sft"),
+    "reward": Row("reward", "trl116", "1.16.0"),
+    **_rows("dpo"),
+    **_rows("grpo", 4, 4),
+    "ppo": Row("ppo", "trl112", "1.12.0", 4, 4),
+    "ppo16": Row("ppo", "trl112", "1.12.0", 16, 1),
 }
-"""The peer's environment and version, prompts (or batches of 8) in a turn, and samples of each prompt."""
+"""The rows of the table, by their names on the page."""
 
 
 def main() -> None:
     given = parser(__doc__ or "", [])
     given.add_argument("model", type=Path)
-    given.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    given.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     args = given.parse_args()
     if args.pairs is None:
         given.error("--pairs names the file of real pairs")
@@ -49,10 +61,10 @@ def main() -> None:
     here = processor()
     results = machines.get(here, {}).get("results", {})
     for name in args.only:
-        peer, version, rows, samples = SCENARIOS[name]
-        result = duel(name, peer, str(args.model.resolve()), args, rows, samples)
+        row = ROWS[name]
+        result = duel(row.scenario, row.peer, str(args.model.resolve()), args, row.prompts, row.samples)
         print(told(name, result), flush=True)
-        results[name] = {**result, "trl": version}
+        results[name] = {**result, "trl": row.version}
         known = about(args, {"trl": "1.16.0, and 1.12.0 for PPO"})
         machines[here] = {**known, "products": rates(args.threads), "results": results}
         write(args, "chat", machines)

@@ -50,9 +50,11 @@ def on_policy(
     """PPO with a critic and a reward model, or GRPO with a reward function; one turn is one iteration."""
     new, _ = sizes(folder)
     name, _, adapters = name.partition("-")
+    # TRL's PPO has no samples of a prompt: it gets copies of the first prompts, and so these are ours too
+    limit = rows if name == "ppo" and samples > 1 else None
     settings: dict[str, Any] = {
         "model": model_of(folder, "policy", dtype, adapters),
-        "data": {"path": str(folder / "prompts.jsonl"), "wrap_in_chat": False},
+        "data": {"path": str(folder / "prompts.jsonl"), "wrap_in_chat": False, "limit": limit},
         "rollout": {"prompts": rows, "samples": samples, "max_new_tokens": new},
         "algorithm": {"beta": SETTINGS["beta"], "epochs": 1, "minibatches": 1},
         "optimizer": OPTIMIZER,

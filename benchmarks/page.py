@@ -117,12 +117,12 @@ def _chat(folder: Path) -> str:
         return "Not measured.\n"
     lines = [
         "SmolLM2-135M-Instruct by `python benchmarks/chat.py MODEL --pairs FILE`: SFT, reward and DPO steps on 8 "
-        "real pairs of up to 512 tokens; GRPO 4 prompts x 4 samples and PPO 16 prompts of up to 128 tokens, 48 new "
-        "tokens. LoRA has rank 16 on all linear layers; QLoRA a base of NF4 beneath it. How much faster depends on "
-        "the processor, because float32 products go through oneDNN here and through MKL in TRL ([log](../log.md)); "
-        "each table says what a layer's product reaches by either. Memory of the first two tables, and of QLoRA in "
-        "the last, is from before steersman gave freed memory back; the last one's GRPO and PPO have `offload: "
-        "true`.\n",
+        "real pairs of up to 512 tokens; GRPO and PPO 4 prompts of up to 128 tokens x 4 samples of 48 new tokens, "
+        "ppo16 16 prompts x 1 (TRL's PPO has no samples of a prompt and gets each of 4 four times). LoRA has rank "
+        "16 on all linear layers; QLoRA a base of NF4 beneath it. How much faster depends on the processor, because "
+        "float32 products go through oneDNN here and through MKL in TRL ([log](../log.md)); each table says what a "
+        "layer's product reaches by either. The last table is of the newest steersman, but for QLoRA, whose rows are "
+        "from before padding was left out and freed memory given back; so are the first two tables.\n",
     ]
     for processor, found in machines.items():
         rate = found["products"]

@@ -97,16 +97,19 @@ def ppo(folder: Path, device: str, dtype: str, settings: dict[str, Any], rows: i
         "json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=settings["output_dir"]
     )
     data = data.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns=["prompt"])
+    if samples > 1:
+        data = data.select([row for row in range(rows) for _ in range(samples)])
+    batch = rows * samples
     config = PPOConfig(
-        **settings, per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_mini_batches=1,
-        num_ppo_epochs=1, total_episodes=rows * 1000, local_rollout_forward_batch_size=rows, response_length=new,
+        **settings, per_device_train_batch_size=batch, gradient_accumulation_steps=1, num_mini_batches=1,
+        num_ppo_epochs=1, total_episodes=batch * 1000, local_rollout_forward_batch_size=batch, response_length=new,
         temperature=1.0, kl_coef=SETTINGS["beta"], cliprange=SETTINGS["clip"], num_sample_generations=0,
     )  # fmt: skip
     return PPOTrainer(
         args=config, processing_class=tokenizer, model=load(folder, "policy", device, dtype),
         ref_model=load(folder, "policy", device, dtype), reward_model=load(folder, "scalar", device, dtype),
-        value_model=load(folder, "scalar", device, dtype), train_dataset=data, eval_dataset=data.select(range(rows)),
-        data_collator=DataCollatorWithPadding(tokenizer), callbacks=[TurnTaker(1, rows * new)],
+        value_model=load(folder, "scalar", device, dtype), train_dataset=data, eval_dataset=data.select(range(batch)),
+        data_collator=DataCollatorWithPadding(tokenizer), callbacks=[TurnTaker(1, batch * new)],
     )  # fmt: skip
 
 
