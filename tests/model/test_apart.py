@@ -36,7 +36,7 @@ def watch(trunk: Any) -> list[int]:
     return read
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "olmo", "granite", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "olmo", "granite", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("cost", [0, 1 << 20])
 @pytest.mark.parametrize("together", [1, 40, 2048])
@@ -97,7 +97,7 @@ def test_lines_keep_the_order_and_have_so_many_tokens(monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("bloom", {}), ("mistral", {"sliding_window": 8}), ("gemma3_text", {}), ("llama", {"head_dim": 8})],
+    [("bloom", {}), ("mistral", {"sliding_window": 8}), ("llama", {"head_dim": 8})],
 )
 def test_models_whose_attention_is_not_told_are_padded(family, settings):
     """Positions or attention of their own, windows, heads of a width that the loops do not take."""
@@ -117,8 +117,31 @@ def test_where_the_loops_do_not_run_rows_are_padded(monkeypatch):
     with torch.autocast("cpu"):
         torch.testing.assert_close(reader.hidden(tokens).float(), expected, rtol=0.1, atol=0.1)
     assert all(n > int(tokens.length.sum()) or n < 100 for n in read)
-    monkeypatch.setattr(apart, "LONGEST", 30)
-    assert not apart.fits(tokens)
+    monkeypatch.setattr(apart, "LONGEST", int(tokens.length.max()))
+    assert apart.fits(trunk, tokens)
+    monkeypatch.setattr(apart, "LONGEST", int(tokens.length.max()) - 1)
+    assert not apart.fits(trunk, tokens)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "phi3"])
+def test_rows_that_a_window_cuts_are_padded(family):
+    """And those that it shows whole are not, whatever else the batch before had."""
+    tokens = batch()
+    window = int(tokens.length.max()) - 1
+    trunk = trunk_of(family, sliding_window=window)
+    reader, short = CausalReader(trunk), tokens.rows((tokens.length <= window).nonzero()[:, 0])
+    read = watch(trunk)
+    for some, padded in ((tokens, True), (short, False)):
+        expected = plainly(trunk, some, 0)
+        read.clear()
+        torch.testing.assert_close(reader.hidden(some), expected, rtol=1e-4, atol=1e-5)
+        assert (int(some.length.sum()) not in read) == padded
+    assert reader.keeps_apart
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid", "falcon_h1"])
+def test_layers_that_keep_a_state_are_padded(family):
+    assert apart.longest_seen(trunk_of(family)) == 0
 
 
 def test_a_row_of_one_token_is_a_row():

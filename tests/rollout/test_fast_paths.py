@@ -23,7 +23,7 @@ OFF: dict[str, set[str]] = {
     "qwen3": {REARRANGED},
     "gemma": {STEP},
     "gemma2": {STEP, SHARED, APART, "attention", "attention of one token"},  # its scores are capped; windows
-    "gemma3_text": {STEP, SHARED, APART},  # windows
+    "gemma3_text": {STEP},
     "smollm3": {STEP},
     "olmo2": {STEP},
     "phi3": {STEP, ROUTED},
@@ -48,7 +48,7 @@ def test_which_paths_a_family_takes(family):
         assert reason == f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
     else:
         assert reason is None
-    assert (why_not_shared(model.base_model, 97) is not None) == (SHARED in OFF[family])
+    assert (why_not_shared(model.base_model, 97) is not None) == (family in ("gemma2", "gemma3_text"))  # windows
 
 
 @compiled

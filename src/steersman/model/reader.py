@@ -25,6 +25,7 @@ from steersman.model.fast.shared import (
     saved_tokens,
     shared_prompts,
     why_not_shared,
+    why_states_differ,
 )
 from steersman.model.fast.shared_apart import read_shared_apart, saved_apart
 from steersman.model.layout import (
@@ -163,7 +164,7 @@ class CausalReader:
         return bool(checkpointed(self.trunk))
 
     def _keeps_apart(self, tokens: Tokens) -> bool:
-        if not (compiled_here(self.trunk) and fits(tokens)):
+        if not (compiled_here(self.trunk) and fits(self.trunk, tokens)):
             return False
         if self.keeps_apart is None:
             self.keeps_apart = keeps_rows_apart(self.trunk, self._vocabulary())
@@ -172,8 +173,9 @@ class CausalReader:
     def _can_share(self, apart: bool) -> bool:
         now = self._checkpointed(), apart
         if now not in self.shares:
-            read = {"read": read_shared_apart} if apart else {}
-            self.shares[now] = why_not_shared(self.trunk, self._vocabulary(), **read) is None
+            trunk, rows = self.trunk, self._vocabulary()
+            why = why_states_differ(trunk, rows, read_shared_apart) if apart else why_not_shared(trunk, rows)
+            self.shares[now] = why is None
         return self.shares[now]
 
     def _vocabulary(self) -> int:

@@ -7,6 +7,8 @@ states are those of a padded batch, up to rounding; a test holds them to that.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -55,21 +57,21 @@ def line_up(tokens: Tokens) -> Layout:
     return Layout(joined.ids[real][None], column[real][None], start, row_starts(tokens.length, tokens.length))
 
 
-def fits(tokens: Tokens) -> bool:
-    """Whether the compiled attention takes rows of these lengths."""
-    return int(tokens.length.max()) <= LONGEST
+def fits(trunk: nn.Module, tokens: Tokens) -> bool:
+    """Whether rows of these lengths are seen whole, by the trunk's layers and by the compiled attention."""
+    return int(tokens.length.max()) <= min(LONGEST, longest_seen(trunk))
 
 
 def keeps_rows_apart(trunk: nn.Module, rows: int) -> bool:
     """Whether the trunk, told where rows start, gives each row's states as it would alone; tried on a few tokens.
 
-    `rows` is the size of the vocabulary. Layers that see a window of tokens, or keep a state, are left to padding.
+    `rows` is the size of the vocabulary.
     """
-    if not sees_everything(trunk):
-        return False
     lengths = (7, 3, 5)
     ids = [[(5 * i + b + 3) % rows for i in range(n)] for b, n in enumerate(lengths)]
     tokens = Tokens.from_ids(ids, [[1]] * len(ids))
+    if not fits(trunk, tokens):
+        return False
     with quiet(trunk):
         padded = join(tokens)
         whole = trunk(input_ids=padded.ids, use_cache=False).last_hidden_state
@@ -84,8 +86,10 @@ def keeps_rows_apart(trunk: nn.Module, rows: int) -> bool:
     return close(found, expected)
 
 
-def sees_everything(trunk: nn.Module) -> bool:
-    """Whether each layer sees all tokens of a row, by what the config says."""
+def longest_seen(trunk: nn.Module) -> float:
+    """The most tokens of a row that each layer sees whole, by what the config says; 0 where a layer keeps a state."""
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
-    kinds = getattr(config, "layer_types", None) or []
-    return all(kind == "full_attention" for kind in kinds) and not getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return 0
+    return getattr(config, "sliding_window", None) or (0 if "sliding_attention" in kinds else math.inf)

@@ -5,6 +5,7 @@ Both give what one padded batch gives, up to rounding; a test holds them to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from steersman.model.fast.apart import sees_everything
+from steersman.model.fast.apart import longest_seen
 from steersman.model.fast.narrow import narrowed
 from steersman.model.layout import join, masked_indices, repeated_rows, require_prompts
 from steersman.model.modes import checkpointed
@@ -158,19 +159,23 @@ def checkpoints_with_memory(trunk: nn.Module) -> Iterator[None]:
             del layer._can_checkpoint_with_cache
 
 
-TRIED = partial(read_shared, cost=1 << 30)
-"""All responses in one read."""
+def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
+    """What keeps responses in `read_shared` from looking at the kept keys and values of their prompts; None where they
+    get the states of a joined read.
 
-
-def why_not_shared(trunk: nn.Module, rows: int, read: ReadShared = TRIED) -> str | None:
-    """What keeps responses from looking at the kept keys and values of their prompts; None where they get, from
-    `read`, the states of a joined read.
-
-    `rows` is the size of the vocabulary. A trunk in training whose layers are checkpointed is tried so. Layers that
-    see a window or keep a running state do not, nor does a model that takes no positions.
+    `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a model that
+    takes no positions.
     """
-    if not sees_everything(trunk):
+    if math.isfinite(longest_seen(trunk)):
         return "some of its layers see a window of tokens, or keep a state"
+    return why_states_differ(trunk, rows, partial(read_shared, cost=1 << 30))
+
+
+def why_states_differ(trunk: nn.Module, rows: int, read: ReadShared) -> str | None:
+    """What keeps `read` from the states of a joined read, tried on a few tokens; None where it gets them.
+
+    `rows` is the size of the vocabulary. A trunk in training whose layers are checkpointed is tried so.
+    """
     prompts = [[(5 * i + 3) % rows for i in range(n)] for n in (3, 5)]
     answers = [[(7 * i + b + 1) % rows for i in range(4)] for b in range(3)]
     tokens, device = Tokens.from_ids([prompts[0], prompts[0], prompts[1]], answers), device_of(trunk)
