@@ -160,11 +160,11 @@ def checkpoints_with_memory(trunk: nn.Module) -> Iterator[None]:
 
 
 def why_not_shared(trunk: nn.Module, rows: int) -> str | None:
-    """What keeps responses in `read_shared` from looking at the kept keys and values of their prompts; None where they
-    get the states of a joined read.
+    """What keeps responses in `read_shared` from looking at their prompts' kept keys and values; None where they get
+    the states of a joined read.
 
-    `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a model that
-    takes no positions.
+    `rows` is the size of the vocabulary. Layers that see a window or keep a running state do not, nor does a model
+    that takes no positions.
     """
     if math.isfinite(longest_seen(trunk)):
         return "some of its layers see a window of tokens, or keep a state"
