@@ -9,13 +9,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from fast_paths import small
 from model_inputs import word_tokenizer
 from tiny_models import tiny_model
 
+from steersman import native
 from steersman.data import Encoded, collate
 from steersman.model import Policy, load_policy
 from steersman.model.in_place import add_in_place
 from steersman.model.lora import LoraConfig, add_lora
+from steersman.ops import products
 from steersman.plan.made import NewStorageBytes
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -133,3 +136,28 @@ def test_without_adapters_nothing_happens():
     model = tiny_model("llama", 96)
     add_in_place(model)
     assert all("forward" not in vars(m) for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
+def test_adapters_do_not_keep_what_a_norm_or_a_gate_gave(monkeypatch):
+    """They have it computed again, as whole layers do: `ops.recompute`."""
+    monkeypatch.setattr(products, "WORTH", 1)
+    model = small("llama")
+    add_lora(model, LoraConfig(r=3))
+    policy = Policy(model, None)
+    sequence = collate([Encoded([5] * 16, [6] * 16, [True] * 16)])
+
+    def kept() -> int:
+        seen: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (seen.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}), x)[1], lambda x: x
+        ):
+            states = policy.reader.hidden(sequence)
+        assert states.requires_grad
+        return sum(seen.values())
+
+    fewer = kept()
+    monkeypatch.setattr(products, "maker", lambda _: None)
+    # the first layer's first norm reads what learns nothing; the last feed-forward layer sees the 16 responses alone
+    norms, gates = (32 + 32) * model.config.hidden_size, (32 + 16) * model.config.intermediate_size
+    assert kept() - fewer == 4 * (norms + gates)

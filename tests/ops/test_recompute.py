@@ -125,3 +125,36 @@ def test_a_frozen_weight_needs_nothing_of_it(library, given):
     (grad,) = torch.autograd.grad(out.sum(), x)
     (plain,) = torch.autograd.grad((rms_norm(x, norm, 1e-5) @ weight.detach().T).sum(), x)
     torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [(4, 8), (2, 16, 1)])
+def test_a_view_with_the_same_rows_is_the_output_too(rows):
+    """As where an adapter's layer flattens batch and tokens."""
+    out = rms_norm(numbers(*rows, 48), numbers(48, seed=1).requires_grad_(), 1e-5)
+    node = recompute.maker(out)
+    assert node is not None
+    assert recompute.maker(out.flatten(0, -2)) is node
+    assert recompute.maker(out.view(-1, 48).view(2, -1, 48)) is node
+
+
+def test_other_views_are_not_the_output():
+    out = rms_norm(numbers(4, 48, 48), numbers(48, seed=1).requires_grad_(), 1e-5)
+    views = [out[:2], out.transpose(1, 2), out.transpose(0, 1), out.view(-1, 24), out[..., :24], out.detach()]
+    assert all(recompute.maker(view) is None for view in views)
+
+
+def test_a_small_product_of_a_large_input_does_not_keep_it(library):
+    """As the first of an adapter's two matrices."""
+    x, norm, down = numbers(2, 1024, INPUTS), numbers(INPUTS, seed=1), numbers(2, INPUTS, seed=2)
+    assert x.numel() * len(down) < products.LEAST
+    assert x.numel() >= products.WORTH
+    found, kept = [], []
+    for read in (rms_norm, lambda *given: rms_norm(*given).clone()):
+        weights = [given.detach().requires_grad_() for given in (norm, down)]
+        sizes: list[int] = []
+        with saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            out = products.linear(read(x, weights[0], 1e-5).flatten(0, 1), weights[1])
+        kept.append(sum(sizes))
+        found.append(torch.autograd.grad(out.sin().sum(), weights))
+    assert kept[1] - kept[0] == x.nbytes
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steersman.model.fast.linear import LINEAR
+from steersman.model.fast.linear import LINEAR, quicken_linear
 from steersman.model.quantise import is_quantised
 
 KINDS = {("Linear", kind.__name__, "Parameter") for kind in LINEAR} | {("Linear4bit", "Linear4bit", "Params4bit")}
@@ -24,7 +24,8 @@ KINDS = {("Linear", kind.__name__, "Parameter") for kind in LINEAR} | {("Linear4
 def add_in_place(model: nn.Module) -> None:
     """Lets every linear layer with adapters, plain or in 4 bits, compute y = W x + s B A x in one tensor of y's size.
 
-    Layers of other kinds, with other adapters (DoRA), in mixed precision, sharded or merged do what peft does.
+    The adapters' own matrices become fast layers too, which do not keep what a norm or a gate gave them. Layers of
+    other kinds, with other adapters (DoRA), in mixed precision, sharded or merged do what peft does.
     """
     if "peft" not in sys.modules:
         return
@@ -32,6 +33,7 @@ def add_in_place(model: nn.Module) -> None:
 
     for module in list(model.modules()):
         if isinstance(module, LoraLayer) and _kinds(module) in KINDS:
+            quicken_linear(module)
             module.forward = partial(_forward, module)
 
 

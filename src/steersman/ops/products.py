@@ -26,16 +26,21 @@ from steersman.ops.recompute import maker, output
 
 LEAST = 1 << 22
 """Multiplications from which a product is given to oneDNN: below, its start costs more than it saves."""
+WORTH = 1 << 18
+"""Numbers from which an input is computed again and not kept: below, it is not worth its time."""
 PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Float[Tensor, "*lead I"], weight: Float[Tensor, "O I"], bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, [*lead, O], as torch's own; differentiable once where it is large."""
-    if not large(x, weight):
+    """x weight^T + bias, [*lead, O], as torch's own.
+
+    Differentiable once where the product is large, or its input is and can be computed again.
+    """
+    if not (takes(x, weight) and (_much(x, weight) or x.numel() >= WORTH)):
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _learns(bias)):
         made_by = maker(x) if weight.requires_grad else None
-        if made_by is not None or available():
+        if made_by is not None or faster(x, weight):
             return _Linear.apply(x, weight, bias, made_by)  # type: ignore[return-value]
     return _multiply(x, weight, bias)
 
@@ -50,17 +55,16 @@ def add_product(out: Float[Tensor, "M N"], a: Float[Tensor, "M K"], b: Float[Ten
 
 def faster(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN should compute x weight^T here: a large product on a processor that MKL does not know."""
-    return available() and large(x, weight)
+    return available() and _much(x, weight) and takes(x, weight)
 
 
-def large(x: Tensor, weight: Tensor) -> bool:
-    """Whether x weight^T is a large product of float32 matrices on the CPU.
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether x weight^T is a product of plain float32 matrices on the CPU.
 
     Sharded, traced and otherwise wrapped tensors are torch's, and so is all that runs under autocast.
     """
     return (
         x.dtype == torch.float32 == weight.dtype
-        and x.numel() * weight.shape[0] >= LEAST
         and x.is_cpu
         and weight.is_cpu
         and type(x) in PLAIN
@@ -109,8 +113,12 @@ def _learns(bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad
 
 
+def _much(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() * weight.shape[0] >= LEAST
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    entry = _entry()
+    entry = _entry() if _much(x, weight) else None
     return functional.linear(x, weight, bias) if entry is None else entry(x, weight, bias, "none", [], "")
 
 

@@ -42,9 +42,17 @@ def take(node: Node) -> tuple[Tensor, ...]:
 
 
 def maker(x: Tensor) -> Node | None:
-    """The call that `x` is the unchanged output of, if it can compute it again."""
-    node = x.grad_fn
+    """The call whose unchanged output `x` is, or views row by row, if it can compute it again."""
+    node = _whole(x).grad_fn
     return node if type(node) in _outputs and x._version == 0 else None
+
+
+def _whole(x: Tensor) -> Tensor:
+    """What `x` is a view of, if both have the same rows in the same order, as where a batch was flattened."""
+    base = x._base
+    if base is None or x.shape[-1:] != base.shape[-1:] or x.numel() != base.numel():
+        return x
+    return base if x.is_contiguous() and base.is_contiguous() else x
 
 
 def output(node: Node) -> Tensor:

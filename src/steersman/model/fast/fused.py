@@ -108,9 +108,8 @@ def _norm(module: Any, offset: float, eps: float, x: Tensor, *more: Any, **named
 
 
 def _gate_like(module: Any) -> bool:
-    return all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS) and all(
-        isinstance(getattr(module, part), nn.Linear) for part in PARTS[:3]
-    )
+    """Whether it has the parts of a gated layer; these may be linear, quantised, or have adapters."""
+    return all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS)
 
 
 def _gate(module: Any) -> str | None:
