@@ -64,9 +64,10 @@ def main() -> None:
         row = ROWS[name]
         result = duel(row.scenario, row.peer, str(args.model.resolve()), args, row.prompts, row.samples)
         print(told(name, result), flush=True)
-        results[name] = {**result, "trl": row.version}
-        known = about(args, {"trl": "1.16.0, and 1.12.0 for PPO"})
-        machines[here] = {**known, "products": rates(args.threads), "results": results}
+        results = {**results, name: {**result, "trl": row.version}}
+        results = {known: results[known] for known in ROWS if known in results}
+        here_now = about(args, {"trl": "1.16.0, and 1.12.0 for PPO"})
+        machines[here] = {**here_now, "products": rates(args.threads), "results": results}
         write(args, "chat", machines)
 
 

@@ -121,8 +121,8 @@ def _chat(folder: Path) -> str:
         "ppo16 16 prompts x 1 (TRL's PPO has no samples of a prompt and gets each of 4 four times). LoRA has rank "
         "16 on all linear layers; QLoRA a base of NF4 beneath it. How much faster depends on the processor, because "
         "float32 products go through oneDNN here and through MKL in TRL ([log](../log.md)); each table says what a "
-        "layer's product reaches by either. The last table is of the newest steersman, but for QLoRA, whose rows are "
-        "from before padding was left out and freed memory given back; so are the first two tables.\n",
+        "layer's product reaches by either. The first table is from before padding was left out and freed memory "
+        "given back. GRPO and PPO of whole models have `offload: true`.\n",
     ]
     for processor, found in machines.items():
         rate = found["products"]
