@@ -43,7 +43,7 @@ class METEOR15(Scorer):
 
     @cached_property
     def _program(self) -> Any:
-        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]
 
         program = Meteor()
         weakref.finalize(self, program.meteor_p.kill)

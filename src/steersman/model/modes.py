@@ -41,7 +41,8 @@ def checkpoint_activations(model: Any, *, away_from: torch.device | None = None)
     for name, module in model.named_modules():
         module.training = name in ways
     if away_from is not None and away_from.type != "cpu":
-        for module in filter(_can, model.modules()):
+        layers: list[Any] = [module for module in model.modules() if _can(module)]
+        for module in layers:
             module._gradient_checkpointing_func = _offloaded(module._gradient_checkpointing_func, away_from)
 
 

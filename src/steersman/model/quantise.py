@@ -66,7 +66,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 def is_narrow(module: Any) -> bool:
     """Whether a layer has 4-bit weights on a CPU, widened for every product to the float32 numbers of `dense`."""
-    weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
+    weight: Any = module._parameters.get("weight") if isinstance(module, nn.Module) else None
     return type(weight).__name__ == "Params4bit" and weight.is_cpu and module.compute_dtype == torch.float32
 
 
