@@ -65,9 +65,9 @@ def main() -> None:
         result = duel(row.scenario, row.peer, str(args.model.resolve()), args, row.prompts, row.samples)
         print(told(name, result), flush=True)
         results = {**results, name: {**result, "trl": row.version}}
-        results = {known: results[known] for known in ROWS if known in results}
-        here_now = about(args, {"trl": "1.16.0, and 1.12.0 for PPO"})
-        machines[here] = {**here_now, "products": rates(args.threads), "results": results}
+        results = {each: results[each] for each in ROWS if each in results}
+        known = about(args, {"trl": "1.16.0, and 1.12.0 for PPO"})
+        machines[here] = {**known, "products": rates(args.threads), "results": results}
         write(args, "chat", machines)
 
 

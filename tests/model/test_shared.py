@@ -56,10 +56,8 @@ def test_shared_prompts_are_read_once(monkeypatch):
     trunk.register_forward_hook(
         lambda _m, _args, kwargs, _out: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    reader, tokens = (
-        CausalReader(trunk, keeps_apart=False, shares={(False, False): True}, feed_forward=False),
-        batch(),
-    )
+    tokens = batch()
+    reader = CausalReader(trunk, keeps_apart=False, shares={(False, False): True}, feed_forward=False)
     monkeypatch.setattr("steersman.model.reader.call_cost", lambda _device: 0)
     reader.hidden(tokens)
     # three prompts padded to 13; responses without any padding, but for the empty one, which is read as one token

@@ -52,9 +52,9 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
     # with some models the rounding of gradients near zero grows, presumably in Adam, beyond what is asked here
     model = save_mini(folder, seed=5, head_dim=16) if family == "llama" else save_tiny(folder, family, scale=2.0)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in OPENINGS])
-    shared = count_shared(monkeypatch)
+    shared = count_calls(monkeypatch, (reader_module, "read_shared"), (reader_module, "read_shared_apart"))
     monkeypatch.setattr(packed, "STEPS", 1)
-    compiled = count_compiled(monkeypatch)
+    compiled = count_calls(monkeypatch, (step, "decode_step"), (sequences, "attend"))
     fast = run(tmp_path / "fast", base, model, cut, micro_tokens=300)
     apart = family == "llama" and native.library() is not None
     assert shared["read_shared_apart" if apart else "read_shared"] > 0
@@ -70,26 +70,14 @@ def test_the_curves_are_the_same(family, dtype, cut, tmp_path, base, monkeypatch
     assert max(float((after[name] - x).abs().max()) for name, x in before.items()) > 0.005
 
 
-def count_shared(patch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often prompts were read once for several rows, by the way that it was done."""
+def count_calls(patch: pytest.MonkeyPatch, *places: tuple[Any, str]) -> Counter[str]:
+    """How often each function, given by its module and name, was called."""
     calls: Counter[str] = Counter()
 
     def counted(name: str, inner: Any) -> Any:
         return lambda *args, **named: (calls.update([name]), inner(*args, **named))[1]
 
-    for name in ("read_shared", "read_shared_apart"):
-        patch.setattr(reader_module, name, counted(name, getattr(reader_module, name)))
-    return calls
-
-
-def count_compiled(patch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a step was decoded and whole sequences were attended over in compiled code."""
-    calls: Counter[str] = Counter()
-
-    def counted(name: str, inner: Any) -> Any:
-        return lambda *args: (calls.update([name]), inner(*args))[1]
-
-    for room, name in ((step, "decode_step"), (sequences, "attend")):
+    for room, name in places:
         patch.setattr(room, name, counted(name, getattr(room, name)))
     return calls
 

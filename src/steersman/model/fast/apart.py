@@ -50,11 +50,22 @@ def lines(length: Int[Tensor, " B"]) -> list[Int[Tensor, " b"]]:
 
 def line_up(tokens: Tokens) -> Layout:
     """All rows in one of the trunk's, in their order; each starts at position 0."""
-    joined = join(tokens)
-    column = torch.arange(joined.ids.shape[1]).expand_as(joined.ids)
-    real = column < tokens.length[:, None]
-    start = tokens.length.cumsum(0) - tokens.length
-    return Layout(joined.ids[real][None], column[real][None], start, row_starts(tokens.length, tokens.length))
+    ids, positions = one_behind_another(join(tokens).ids, tokens.length)
+    return Layout(ids[None], positions[None], starts(tokens.length), row_starts(tokens.length, tokens.length))
+
+
+def one_behind_another(
+    ids: Int[Tensor, "B T"], length: Int[Tensor, " B"]
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """The tokens within their rows' lengths, and their places in their rows."""
+    column = torch.arange(ids.shape[1]).expand_as(ids)
+    real = column < length[:, None]
+    return ids[real], column[real]
+
+
+def starts(length: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Where each of rows that lie one behind the other begins."""
+    return length.cumsum(0) - length
 
 
 def fits(trunk: nn.Module, tokens: Tokens) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from steersman.model.fast.apart import lines
+from steersman.model.fast.apart import lines, one_behind_another, starts
 from steersman.model.fast.narrow import narrowed
 from steersman.model.fast.shared import Part, checkpoints_with_memory
 from steersman.model.layout import require_prompts
@@ -50,19 +50,18 @@ class _Prompts:
 
     def __init__(self, trunk: nn.Module, tokens: Tokens, part: nn.Module | None) -> None:
         self.trunk, self.part, self.length = trunk, part, tokens.prompt_length
-        self.start = _starts(self.length)
         self.memory = DynamicCache()
         self.memory.layer_class_to_replicate = PromptLayer
-        ids, positions = _one_behind_another(tokens.prompt, self.length)
-        last = self.start + self.length - 1
+        ids, positions = one_behind_another(tokens.prompt, self.length)
+        last = self.length.cumsum(0) - 1
         states = self._read(ids, positions, row_starts(self.length, self.length), self.memory, last)
         self.last = states.index_select(0, last)
 
     def responses(self, tokens: Tokens, owner: Int[Tensor, " b"], *, ends: bool) -> tuple[Tensor, Tensor]:
         """The states before each response and at its tokens, and where each row's first one is."""
         length = tokens.response_length
-        start, behind = _starts(length + 1), _starts(length)
-        ids, step = _one_behind_another(tokens.response, length)
+        start, behind = starts(length + 1), starts(length)
+        ids, step = one_behind_another(tokens.response, length)
         if ids.numel() == 0:
             return self.last.index_select(0, owner), start
         row = torch.repeat_interleave(torch.arange(len(length)), length)
@@ -107,17 +106,6 @@ class BehindPrompts(DynamicLayer):
         after = own[0].transpose(0, 1).split(self.length)
         pieces = [x for g, mine in zip(self.owner, after, strict=True) for x in (before[g], mine)]
         return torch.cat(pieces).transpose(0, 1)[None]
-
-
-def _starts(length: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    return length.cumsum(0) - length
-
-
-def _one_behind_another(ids: Int[Tensor, "B T"], length: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
-    """The tokens within their rows' lengths, and their places in their rows."""
-    column = torch.arange(ids.shape[1]).expand_as(ids)
-    real = column < length[:, None]
-    return ids[real], column[real]
 
 
 def saved_apart(tokens: Tokens, first: Int[Tensor, " G"]) -> int:
