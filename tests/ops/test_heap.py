@@ -16,13 +16,40 @@ from steersman.ops import heap, products
 from steersman.update import optimizer
 
 
-def test_it_is_given_back_once_for_so_many_bytes(monkeypatch):
-    asked = []
-    monkeypatch.setattr(heap, "_trim", lambda: asked.append)
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """One entry for each time that memory is given back."""
+    found: list[int] = []
+    monkeypatch.setattr(heap, "_trim", lambda: found.append)
     monkeypatch.setattr(heap, "_freed", 0)
+    monkeypatch.setattr(heap, "_needed", 0)
+    return found
+
+
+def test_it_is_given_back_once_for_so_many_bytes(asked):
     for _ in range(9):
         heap.freed(heap.EVERY // 4)
     assert len(asked) == 2
+
+
+def test_a_backward_pass_keeps_what_it_freed_while_the_process_holds_no_more_than_it_needed(asked, monkeypatch):
+    held = 100
+    monkeypatch.setattr(heap, "resident", lambda: held)
+    heap.freed(heap.EVERY, growing=False)
+    assert len(asked) == 1  # nothing is known yet of what it needs
+    for _ in range(3):
+        heap.freed(heap.EVERY, growing=False)
+    assert len(asked) == 1
+    held = 101
+    heap.freed(1, growing=False)
+    assert len(asked) == 2
+    held = 50
+    heap.freed(heap.EVERY, growing=False)
+    heap.freed(1)  # a forward pass comes, which takes more than it frees
+    assert len(asked) == 3
+    held = 101
+    heap.freed(heap.EVERY, growing=False)
+    assert len(asked) == 3  # what was needed once may be needed again
 
 
 def test_a_c_library_that_can_not_be_asked_is_left_alone(monkeypatch):
@@ -54,7 +81,7 @@ print((before - resident()) >> 20)
 def told(monkeypatch) -> list[int]:
     """The bytes that products and updates tell of; torch's own product stands for oneDNN's."""
     found: list[int] = []
-    monkeypatch.setattr(products, "freed", found.append)
+    monkeypatch.setattr(products, "freed", lambda size, **_: found.append(size))
     monkeypatch.setattr(optimizer, "freed", found.append)
     monkeypatch.setattr(products, "_entry", lambda: lambda x, weight, bias, *_: functional.linear(x, weight, bias))
     return found

@@ -16,24 +16,33 @@ from steersman.types import Tokens
 def micro_batches(
     length: Int[Tensor, " B"], max_tokens: int, group: Int[Tensor, " B"] | None = None
 ) -> list[Int[Tensor, " b"]]:
-    """Row numbers in groups whose padded size, rows x longest, is at most `max_tokens`.
+    """Row numbers of each micro-batch, whose padded size, rows x longest, is at most `max_tokens`.
 
     Rows of like length go together, longest first, so that little padding is computed and memory peaks at the
     start. Rows of one `group` (the answers to one prompt) stand together, in the place of the longest of them, so
-    that what they share is computed once. A single row longer than `max_tokens` is a group of its own.
+    that what they share is computed once; they are parted only where they are too many for one micro-batch. A single
+    row longer than `max_tokens` has one of its own.
     """
-    order, bound = length.argsort(descending=True, stable=True), length
+    order, bound, which = length.argsort(descending=True, stable=True), length, torch.arange(len(length))
     if group is not None:
         _, which = group.unique(return_inverse=True)
         bound = torch.zeros_like(length).scatter_reduce(0, which, length, "amax")[which]
         order = order[which[order].argsort(stable=True)]
         order = order[bound[order].argsort(descending=True, stable=True)]
-    groups, start = [], 0
+    found, start, first = [], 0, _firsts(which[order])
     while start < len(order):
-        rows = max(1, max_tokens // max(int(bound[order[start]]), 1))
-        groups.append(order[start : start + rows])
-        start += rows
-    return groups
+        end = start + max(1, max_tokens // max(int(bound[order[start]]), 1))
+        if end < len(order) and first[end] > start:
+            end = first[end]
+        found.append(order[start:end])
+        start = end
+    return found
+
+
+def _firsts(which: Int[Tensor, " B"]) -> list[int]:
+    """For each place the first one of those around it that hold the same number."""
+    _, counts = which.unique_consecutive(return_counts=True)
+    return (counts.cumsum(0) - counts).repeat_interleave(counts).tolist()
 
 
 def split_evenly(rows: Int[Tensor, " B"], parts: int) -> list[Int[Tensor, " b"]]:

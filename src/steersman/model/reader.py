@@ -130,8 +130,8 @@ class CausalReader:
         apart = len(tokens) > 1 and self._keeps_apart(tokens)
         if len(tokens) > 1:
             first, which = shared_prompts(tokens)
-            saved = saved_apart(tokens, first) if apart else saved_tokens(tokens, first)
-            if saved > cost and self._can_share(apart):
+            saves = saved_apart(tokens, first) > 0 if apart else saved_tokens(tokens, first) > cost
+            if saves and self._can_share(apart):
                 ends, part = extra is None, self._part()
                 if apart:
                     return read_shared_apart(self.trunk, tokens, first, which, ends=ends, part=part)

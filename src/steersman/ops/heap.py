@@ -8,22 +8,42 @@ size. Activations that a backward pass has freed then stay with the process besi
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 EVERY = 128 << 20
-"""Bytes freed between two times that they are given back; each takes some milliseconds."""
+"""Bytes freed from which they are given back; each time takes some milliseconds."""
 _freed = 0
+_needed = 0
 
 
-def freed(size: int) -> None:
-    """Tells that about `size` more bytes were freed."""
-    global _freed
+def freed(size: int, *, growing: bool = True) -> None:
+    """Tells that about `size` more bytes were freed, and whether what comes next takes more than it frees.
+
+    A backward pass takes less, so what it has freed is given back only once the process holds more than it was seen
+    to need, which is the most that it still held when all was given back: to give memory back and ask for it again
+    takes a twentieth of an update.
+    """
+    global _freed, _needed
     _freed += size
-    if _freed >= EVERY:
+    if _freed >= EVERY and (growing or resident() > _needed):
         _freed = 0
         give_back()
+        _needed = max(_needed, resident())
+
+
+def resident() -> int:
+    """Bytes that the process has in memory now, on Linux; elsewhere the most that it had."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def give_back() -> None:

@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         x = x if ctx.made_by is None else output(ctx.made_by)
         grad = grad.contiguous()
-        freed(grad.nbytes)  # about what the layer's activations take
+        freed(grad.nbytes, growing=False)  # about what the layer's activations take
         rows = grad.view(-1, grad.shape[-1])
         return (
             _multiply(grad, weight.t(), None) if of_x else None,

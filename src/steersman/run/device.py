@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from steersman.ops.heap import give_back
+from steersman.ops.heap import give_back, resident
 from steersman.types import SteersmanError
 
 DTYPES = {
@@ -127,8 +125,4 @@ def room(device: torch.device) -> Room:
 def resident_memory() -> int:
     """Bytes that this process has in memory now, what the C library keeps of freed blocks given back first."""
     give_back()
-    if sys.platform == "linux":
-        with suppress(OSError):
-            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resident()
