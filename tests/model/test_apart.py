@@ -85,7 +85,7 @@ def test_a_weight_has_one_gradient_of_prompts_and_responses():
     trunk, tokens = trunk_of("llama"), batch()
     made: list[int] = []
     layer = trunk.layers[0].mlp.down_proj
-    layer.register_forward_hook(lambda *_: made.append(1))
+    layer.register_full_backward_hook(lambda *_: made.append(1))
     reader = CausalReader(trunk, keeps_apart=True, shares={(False, True): True}, feed_forward=False)
     reader.hidden(tokens).sum().backward()
     assert made == [1]

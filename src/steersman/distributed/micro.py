@@ -23,7 +23,8 @@ def micro_batches(
     that what they share is computed once; they are parted only where they are too many for one micro-batch. A single
     row longer than `max_tokens` has one of its own.
     """
-    order, bound, which = length.argsort(descending=True, stable=True), length, torch.arange(len(length))
+    order, bound = length.argsort(descending=True, stable=True), length
+    which = torch.arange(len(length), device=length.device)
     if group is not None:
         _, which = group.unique(return_inverse=True)
         bound = torch.zeros_like(length).scatter_reduce(0, which, length, "amax")[which]
