@@ -120,6 +120,7 @@ def offline(name: str, folder: Path, run: dict[str, Any], dtype: str, steps: int
         reference = policy_from(recipe.model, recipe.run, device, trainable=False)
         started = time.perf_counter()
         objective = PairObjective(model, reference, train, None, recipe.loss, recipe.run.micro_tokens)
+        objective.read_reference(range(len(train.groups)))
         once = time.perf_counter() - started
     state = Offline(objective, recipe.train, recipe.optimizer, recipe.run)
     order = state.batches.forever()

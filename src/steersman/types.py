@@ -12,7 +12,7 @@ Conventions that hold everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Finish = Literal["eos", "stop", "length"]
+Progress = Callable[[int, int, int], None]
+"""Called while something samples, with (finished samples, all samples, tokens so far)."""
 
 
 @dataclass(slots=True)

@@ -44,6 +44,19 @@ def test_a_resumed_run_sees_exactly_the_batches_that_were_left(size, batch, seed
 
 
 @settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(1, 9), st.integers(0, 200), st.integers(0, 5), st.booleans(), st.booleans())
+def test_the_rows_of_the_first_batches_are_those_that_come(size, batch, count, gone, bucketed, drop_last):
+    if drop_last and size < batch:
+        return
+    lengths = [(7 * i) % 13 for i in range(size)] if bucketed else None
+    coming, asked = (Batches(size, batch, 2, lengths, drop_last=drop_last) for _ in range(2))
+    order, stream = coming.forever(), asked.forever()
+    for _ in range(gone):
+        next(stream)
+    assert asked.rows_of(count) == sorted({row for _ in range(count) for row in next(order)})
+
+
+@settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 9), st.booleans())
 def test_every_row_once_per_epoch(size, batch, bucketed):
     batches = Batches(size, batch, 1, [(5 * i) % 11 for i in range(size)] if bucketed else None)

@@ -17,7 +17,7 @@ from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
 from steersman.flywheel import arena, best_of_n, online_dpo, players
-from steersman.run.files import ledger
+from steersman.run.files import ledger, pieces
 from steersman.run.report.page import write_report
 from steersman.train import offline
 from steersman.types import SteersmanError
@@ -81,6 +81,7 @@ def whole(tmp_path_factory, mini_model):
 CUTS = [
     *(("best-of-n", ledger, "write_atomic", n, n % 2 == 0) for n in (2, 5, 13)),
     *(pytest.param("best-of-n", ledger, "write_atomic", n, True, marks=pytest.mark.slow) for n in (1, 8, 18)),
+    *(("best-of-n", pieces, "write_atomic", n, n % 2 == 1) for n in (2, 3)),
     ("best-of-n", offline.Offline, "step", 2, True),
     *(("online-dpo", ledger, "write_atomic", n, n % 2 == 1) for n in (6, 11)),
     ("online-dpo", offline.Offline, "step", 2, False),
@@ -129,6 +130,32 @@ def test_a_killed_process_goes_on_too(whole, tmp_path, mini_model):
     got, expected = left(tmp_path / "run"), whole("online-dpo")
     assert got.keys() == expected.keys()
     assert [k for k in got if got[k] != expected[k] and not k.endswith("provenance.json")] == []
+
+
+def test_answers_that_are_kept_fit_those_of_a_larger_batch(whole, tmp_path, mini_model, monkeypatch):
+    """As after a run that had too little memory: the pieces so far have another size than those to come."""
+    with monkeypatch.context() as patch:
+        Cut(patch, pieces, "write_atomic", 2, True)
+        with pytest.raises(KeyboardInterrupt):
+            turn("best-of-n", tmp_path, mini_model)
+    assert len(list((tmp_path / "run/round-01/samples.parts").glob("0*.jsonl"))) == 1
+    assert turn("best-of-n", tmp_path, mini_model, resume=True, rollout={"max_batch": 16})["finished"]
+    got, expected = left(tmp_path / "run"), whole("best-of-n")
+    assert got["round-01/samples.jsonl"] == expected["round-01/samples.jsonl"]
+    assert got["round-01/samples.provenance.json"] == expected["round-01/samples.provenance.json"]
+
+
+def test_answers_of_another_temperature_are_not_mixed_in(tmp_path, mini_model, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        Cut(patch, pieces, "write_atomic", 2, True)
+        with pytest.raises(KeyboardInterrupt):
+            turn("best-of-n", tmp_path, mini_model)
+    hot = {"temperature": 3.0}
+    assert turn("best-of-n", tmp_path, mini_model, resume=True, rollout=hot)["finished"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "round-01/samples is made anew, since the recipe changed: rollout.temperature: 1.0 -> 3.0" in said
+    turn("best-of-n", tmp_path, mini_model, folder="hot", rollout=hot)
+    assert rows_of(tmp_path / "run/round-01/samples.jsonl") == rows_of(tmp_path / "hot/round-01/samples.jsonl")
 
 
 @pytest.mark.parametrize("file", ["graded.jsonl", "graded.provenance.json"])

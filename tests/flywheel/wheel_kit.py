@@ -21,7 +21,7 @@ def loop_settings(folder: Path, model: Path, run: str, **extra: Any) -> dict[str
         "data": {"path": str(data)},
         "judge": {"reward": {"a": {"function": f"{folder / 'rewards.py'}:count_a"}}},
         "watch": {"words": {"builtin": "length"}},
-        "rollout": {"prompts": 4, "samples": 3, "max_new_tokens": 10, "held_out": 3, "max_batch": 2},
+        "rollout": {"prompts": 4, "samples": 3, "max_new_tokens": 10, "held_out": 3, "max_batch": 1},
         "unfinished": "keep",
         "rounds": 2,
         "run": {"dir": str(folder / run), "threads": 1, "save_every": 1, "eval_every": 1},

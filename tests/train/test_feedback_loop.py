@@ -19,6 +19,7 @@ from steersman.data.rows import Row
 from steersman.loss.feedback import auto_weights
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.setup import reference
 from steersman.setup.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig
 from steersman.train.tally import Tally
@@ -53,7 +54,9 @@ def encoded(labels: str = "+-+-+", same_prompt: bool = False) -> EncodedSet[Feed
 
 def objective(config, seed: int = 1) -> FeedbackObjective:
     policy, reference = (Policy(tiny_model("llama", seed=s, scale=2.0).double(), None) for s in (seed, 2))
-    return FeedbackObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+    made = FeedbackObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+    made.read_reference(range(5))
+    return made
 
 
 def plain_logp(policy: Policy, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -330,3 +333,45 @@ def test_pairs_with_adapters_measure_kl_and_resume_without_a_second_model(asked,
     assert loaded == []
     assert summary["held_out/kl"] > 0
     assert summary["held_out/accuracy"] > 0.8
+
+
+def begun(verb, asked, tmp_path, changes):
+    """Runs `kto`, or `dpo` on pairs."""
+    if verb == "kto":
+        return feedback.run(RECIPES["kto"].model_validate(merge(asked, changes)))
+    table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": f" no {w}"} for w in WORDS * 3]
+    write_jsonl(tmp_path / "feedback.jsonl", table)
+    return preference.run(preference.PreferenceRecipe.model_validate(merge(asked, changes)))
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_a_short_run_asks_the_reference_about_its_own_rows_only(verb, asked, tmp_path, monkeypatch):
+    """A trial of a few steps on a large set must not wait for a pass over all of it."""
+    real, read = reference.answer_logp, []
+
+    def counted(model, answers, micro_tokens):
+        read.append(len(answers))
+        return real(model, answers, micro_tokens)
+
+    monkeypatch.setattr(reference, "answer_logp", counted)
+    each, losses = 2 if verb == "dpo" else 1, []
+    same = {"train.batch_size": 3, "samples.prompts": 0, "optimizer.schedule": "constant", "optimizer.warmup": 0}
+    for run, steps in (("whole", 6), ("short", 2)):
+        read.clear()
+        begun(verb, asked, tmp_path, same | {"train.max_steps": steps, "run.dir": str(tmp_path / run)})
+        assert read[0] == steps * 3 * each
+        losses.append([row["loss"] for row in rows(tmp_path / run) if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0][:2], rel=1e-5)
+    assert all(map(math.isfinite, losses[0]))
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_what_does_not_fit_is_told_before_the_pass_over_the_data(verb, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "answer_logp", lambda *a: pytest.fail("the reference was read first"))
+
+    def refuse(*a, **k):
+        raise SteersmanError("it does not fit")
+
+    monkeypatch.setattr("steersman.verbs.offline_run.announce", refuse)
+    with pytest.raises(SteersmanError, match="it does not fit"):
+        begun(verb, asked, tmp_path, {"samples.prompts": 0})

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import time
 
 import pytest
 import torch
+from forked import steersman
 from letter_models import letters, write_jsonl
 from train_kit import prompts_file, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.cli import main
 from steersman.recipe.sections import LoraSection
+from steersman.types import SteersmanError
+from steersman.verbs import generate
 
 
 @pytest.fixture
@@ -145,10 +151,155 @@ def test_rows_keep_their_columns_and_evaluate_keeps_the_answers(words, tmp_path)
     assert (row["kind"], row["reference"], row["prompt"]) == ("a", "oh", "hm")
     assert main(["evaluate", str(out), "--metrics", "[chrf]", "--as_json"]) == 0
 
-    generate = [f"--generate.{w.removeprefix('--')}" if w.startswith("--") else w for w in words[1:]]
-    asked = ["evaluate", *generate, "--generate.data.path", str(data), "--metrics", "[chrf]", "--out", str(table)]
+    sampled = [f"--generate.{w.removeprefix('--')}" if w.startswith("--") else w for w in words[1:]]
+    asked = ["evaluate", *sampled, "--generate.data.path", str(data), "--metrics", "[chrf]", "--out", str(table)]
     assert main(asked) == 0
     assert rows(tmp_path / "table.completions.jsonl") == rows(out)
+
+
+@pytest.fixture
+def many(words, tmp_path):
+    """A call for two responses to each of 40 prompts, in ten pieces of four prompts."""
+    data = prompts_file(tmp_path, 40)
+    more = ["--data.path", str(data), "--rollout.samples", "2", "--rollout.max_batch", "1"]
+    return [*words, *more, "--out", str(tmp_path / "out.jsonl")]
+
+
+@pytest.fixture
+def cut_short(many, tmp_path, monkeypatch):
+    """The same call, ended by Ctrl-C in its fourth piece; three are kept."""
+    real, calls = generate.sample_on_all_ranks, []
+
+    def ended(*args, **how):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sample_on_all_ranks", ended)
+        assert main(many) == 130
+    assert len(list((tmp_path / "out.jsonl.parts").glob("0*.jsonl"))) == 3
+    assert not (tmp_path / "out.jsonl").exists()
+    return many
+
+
+def asked(monkeypatch) -> list[int]:
+    """Prompts that are sampled from now on, by index."""
+    found: list[int] = []
+    real = generate.sample_on_all_ranks
+
+    def seen(engine, prompts, *args, **how):
+        found.extend(p.index for p in prompts)
+        return real(engine, prompts, *args, **how)
+
+    monkeypatch.setattr(generate, "sample_on_all_ranks", seen)
+    return found
+
+
+def test_the_same_call_goes_on_where_an_earlier_one_was_ended(cut_short, tmp_path, monkeypatch):
+    again = asked(monkeypatch)
+    assert main(cut_short) == 0
+    assert again == list(range(12, 40))
+    assert not (tmp_path / "out.jsonl.parts").exists()
+    whole = tmp_path / "whole.jsonl"
+    assert main([*cut_short[:-1], str(whole)]) == 0
+    assert rows(whole) == rows(tmp_path / "out.jsonl")
+    assert len(rows(whole)) == 80
+
+
+def test_where_samples_are_made_may_change_when_a_call_goes_on(cut_short, tmp_path, monkeypatch):
+    again = asked(monkeypatch)
+    assert main([*cut_short, "--rollout.max_batch", "8"]) == 0
+    assert again == list(range(12, 40))
+    assert [row["prompt"] for row in rows(tmp_path / "out.jsonl")][::2] == [
+        row["prompt"] for row in rows(tmp_path / "prompts.jsonl")
+    ]
+
+
+def test_responses_of_another_call_are_not_mixed_in(cut_short, tmp_path, mini, capsys):
+    kept = sorted((tmp_path / "out.jsonl.parts").iterdir())
+    hot = [*cut_short, "--rollout.temperature", "2"]
+    other = shutil.copytree(mini, tmp_path / "other")
+    for call, said in (
+        (hot, "recipe.rollout.temperature: 1.0 -> 2.0"),
+        ([*cut_short, "--model.path", str(other)], f"-> {other}"),
+        ([*cut_short, "--data.limit", "30"], "items: 40 -> 30"),
+    ):
+        assert main(call) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "out.jsonl.parts: it keeps the responses of a call that was ended early" in told
+        assert said in told
+        assert sorted((tmp_path / "out.jsonl.parts").iterdir()) == kept
+    (tmp_path / "prompts.jsonl").write_text((tmp_path / "prompts.jsonl").read_text().replace("the cat", "the dog"))
+    assert main(cut_short) == 2
+    assert f"read.data.path.{tmp_path}/prompts" in capsys.readouterr().err.replace("\n", "")
+    shutil.rmtree(tmp_path / "out.jsonl.parts")
+    assert main(hot) == 0
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_response(many, tmp_path, monkeypatch, capsys):
+    def full(path, data):
+        raise SteersmanError(f"{path}: the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_atomic", full)
+        assert main(many) == 2
+        assert "out.jsonl: the disk is full" in capsys.readouterr().err
+    again = asked(monkeypatch)
+    assert main(many) == 0
+    assert again == []
+    assert len(rows(tmp_path / "out.jsonl")) == 80
+
+
+def test_a_killed_process_goes_on_too(many, tmp_path):
+    """SIGKILL while it samples, for real."""
+    process = steersman(*many)
+    parts, end = tmp_path / "out.jsonl.parts", time.monotonic() + 120
+    while not list(parts.glob("0*.jsonl")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out.jsonl").exists()
+    kept = {file.name: file.stat().st_mtime_ns for file in parts.glob("0*.jsonl")}
+    assert 1 <= len(kept) < 10
+    assert main(many) == 0
+    whole = tmp_path / "whole.jsonl"
+    assert main([*many[:-1], str(whole)]) == 0
+    assert rows(whole) == rows(tmp_path / "out.jsonl")
+
+
+def test_answers_to_evaluate_are_kept_as_they_come(many, tmp_path, monkeypatch):
+    table = tmp_path / "table.json"
+    call = [f"--generate.{w.removeprefix('--')}" if w.startswith("--") else w for w in many[1:-2]]
+    call = ["evaluate", *call, "--metrics", "[distinct]", "--out", str(table)]
+    real, calls = generate.sample_on_all_ranks, []
+
+    def ended(*args, **how):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sample_on_all_ranks", ended)
+        assert main(call) == 130
+    again = asked(monkeypatch)
+    assert main(call) == 0
+    assert again == list(range(12, 40))
+    assert json.loads(table.read_text())["completions"] == 80
+    assert len(rows(tmp_path / "table.completions.jsonl")) == 80
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_long_calls_tell_how_far_they_are_on_standard_error(many, monkeypatch, capsys):
+    clock = iter(range(0, 10**7, 7))
+    monkeypatch.setattr("steersman.run.progress.time.monotonic", lambda: next(clock))
+    assert main(many) == 0
+    told = capsys.readouterr()
+    assert "responses to prompts: 10 of 40, about " in told.err
+    assert "responses to prompts" not in told.out
 
 
 def test_a_model_is_saved_in_the_precision_that_it_was_loaded_from(chatty, tmp_path):

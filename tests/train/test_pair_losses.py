@@ -37,7 +37,9 @@ def encoded() -> EncodedSet[Preference]:
 
 def objective(config: PairLossConfig, seed: int = 1) -> PairObjective:
     policy, reference = (Policy(tiny_model("llama", seed=s, scale=2.0).double(), None) for s in (seed, 2))
-    return PairObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+    made = PairObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+    made.read_reference(range(3))
+    return made
 
 
 def plain_logp(policy: Policy, e: Encoded) -> torch.Tensor:
@@ -190,5 +192,7 @@ def test_an_anchor_makes_the_reference_a_geometric_mixture():
         plain.module, plain.reference, plain.train, plain.held_out, config, 10_000, None, (anchor, 0.3)
     )
     alone = PairObjective(plain.module, anchor, plain.train, plain.held_out, config, 10_000)
+    for made in (both, alone):
+        made.read_reference(range(3))
     mixed = [x.reference_logp[id(plain.train)] for x in (plain, alone, both)]
     torch.testing.assert_close(mixed[2], 0.7 * mixed[0] + 0.3 * mixed[1])

@@ -15,6 +15,19 @@ def dump_recipe(section: Section) -> str:
     return "\n".join(_dump_lines(section, 0)) + "\n"
 
 
+def changed_keys(before: Any, after: Any) -> list[str]:
+    """Where two recipes (or parts of them) as plain data differ, such as "train.lr: 0.001 -> 0.0003"."""
+    old, new = _flat(before), _flat(after)
+    keys = [k for k in [*new, *(k for k in old if k not in new)] if old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k, 'not there')} -> {new.get(k, 'not there')}" for k in keys]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix.rstrip("."): data}
+    return {k: v for name, inner in data.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+
+
 def _dump_lines(section: Section, indent: int) -> list[str]:
     pad = " " * indent
     lines: list[str] = []

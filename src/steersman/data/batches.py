@@ -72,6 +72,16 @@ class Batches:
             batches += self._cut(part[np.argsort(-self.lengths[part], kind="stable")])
         return [batches[i] for i in rng.permutation(len(batches))]
 
+    def rows_of(self, count: int) -> list[int]:
+        """The rows of the first `count` batches of a run, whatever batch is the next one."""
+        found: set[int] = set()
+        epoch = 0
+        while count > 0 and len(found) < self.size:
+            batches = self.order(epoch)[:count]
+            found.update(row for batch in batches for row in batch)
+            epoch, count = epoch + 1, count - len(batches)
+        return sorted(found)
+
     def _cut(self, rows: np.ndarray) -> list[list[int]]:
         batches = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
         return batches[:-1] if self.drop_last and len(batches[-1]) < self.batch_size else batches

@@ -20,9 +20,8 @@ from steersman.environments.port import Answer, Episode, Reply
 from steersman.environments.text import clean_text
 from steersman.environments.workers import Job, TooLateError, Workers
 from steersman.guards.user_code import user_code
-from steersman.rollout.port import Progress
 from steersman.rollout.sampling import Sampling
-from steersman.types import Prompt, Sample, SteersmanError
+from steersman.types import Progress, Prompt, Sample, SteersmanError
 
 if TYPE_CHECKING:
     from steersman.environments.runner import Episodes

@@ -17,10 +17,10 @@ from steersman.environments.schedules import as_answers_come, joining, turn_by_t
 from steersman.environments.telling import as_users, with_tool_descriptions
 from steersman.environments.workers import Workers
 from steersman.guards.user_code import streams_kept
-from steersman.rollout.port import Generator, Limits, Progress
+from steersman.rollout.port import Generator, Limits
 from steersman.rollout.sampling import Sampling
 from steersman.run.seed import sub_seed
-from steersman.types import Prompt, Sample, Stats, SteersmanError
+from steersman.types import Progress, Prompt, Sample, Stats, SteersmanError
 
 _NO_LIMIT = 1 << 40
 

@@ -69,22 +69,14 @@ class Flywheel:
         )  # fmt: skip
         return next(islice(fresh.forever(), number, None))
 
-    def answers(self, name: str, player: Player, path: str, batch: int, n: int, seat: int = 0) -> Rows:
+    def answers(self, name: str, player: Player, batch: int, n: int, seat: int = 0) -> Rows:
         """Table: `n` answers of a player to the prompts of a batch, as they were sampled.
 
         Players in different seats draw from different random streams, so that a model can meet itself.
         """
-        places, rollout = self.batch(batch), self.recipe.rollout
-        size = max(1, 4 * rollout.max_batch // n)
-        chunks = [places[i : i + size] for i in range(0, len(places), size)]
-        seed = (self.recipe.run.seed, batch, seat)
-
-        def make(i: int) -> Rows:
-            return player.answer(self.train, chunks[i], self.data, rollout, n=n, seed=seed)[0]
-
-        return self.ledger.parts(
-            name, len(chunks), make, batch=batch, model=self.ledger.model(path), streams=list(seed),
-            rollout=rollout.model_dump(exclude={"held_out", "max_batch"}),
+        return player.answers(
+            self.ledger, name, self.train, self.batch(batch), self.data, self.recipe.rollout, n=n,
+            seed=(self.recipe.run.seed, batch, seat), batch=batch,
         )  # fmt: skip
 
     def grade_rows(self, name: str, source: str, rows: Rows) -> Rows:

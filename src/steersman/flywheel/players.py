@@ -15,15 +15,15 @@ from steersman.distributed.micro import over_rows
 from steersman.flywheel.sections import Unfinished
 from steersman.model import Policy, whole_weights
 from steersman.ops.masked import masked_sum
-from steersman.recipe.sections import ModelConfig, RolloutConfig
+from steersman.recipe.sections import PLACE_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout import Generator
+from steersman.run.files.ledger import Ledger
+from steersman.run.files.pieces import Rows
 from steersman.run.run_config import RunConfig
-from steersman.setup.generators import open_generator, sample_on_all_ranks
+from steersman.setup.generators import open_generator, piece_size, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
 from steersman.train.experience import tokens_of
-from steersman.types import Sample, SteersmanError
-
-Rows = list[dict[str, Any]]
+from steersman.types import Progress, Sample, SteersmanError
 
 
 class Player:
@@ -48,7 +48,7 @@ class Player:
 
     def answer(
         self, queries: Sequence[Query], places: Sequence[int], data: DataConfig, rollout: RolloutConfig, *,
-        n: int, seed: Sequence[int],
+        n: int, seed: Sequence[int], progress: Progress | None = None,
     ) -> tuple[Rows, list[Sample]]:  # fmt: skip
         """`n` answers to the queries at `places`, as rows and as samples; a query too long may be left out.
 
@@ -62,7 +62,9 @@ class Player:
         for prompt, place in zip(asked, found, strict=True):
             prompt.index = place  # the random stream is the query's, whatever batch it stands in
         with whole_weights(self.policy):
-            samples = sample_on_all_ranks(self.engine(rollout), asked, rollout.sampling(), n=n, seed=list(seed))
+            samples = sample_on_all_ranks(
+                self.engine(rollout), asked, rollout.sampling(), n=n, seed=list(seed), progress=progress
+            )
         rows = [
             {
                 "prompt": queries[s.prompt.index].prompt, "completion": s.text, "index": s.prompt.index,
@@ -71,6 +73,21 @@ class Player:
             for s in samples
         ]  # fmt: skip
         return rows, samples
+
+    def answers(
+        self, ledger: Ledger, name: str, queries: Sequence[Query], places: Sequence[int], data: DataConfig,
+        rollout: RolloutConfig, *, n: int, seed: Sequence[int], **about: Any,
+    ) -> Rows:  # fmt: skip
+        """Table: the rows of `answer`, kept as they come."""
+
+        def make(span: range, progress: Progress) -> Rows:
+            some = places[span.start : span.stop]
+            return self.answer(queries, some, data, rollout, n=n, seed=seed, progress=progress)[0]
+
+        return ledger.parts(
+            name, len(places), make, size=piece_size(rollout, n), model=ledger.model(self.config.path),
+            streams=list(seed), samples=n, rollout=rollout.model_dump(exclude={"held_out", *PLACE_ONLY}), **about,
+        )  # fmt: skip
 
     @torch.no_grad()
     def logp(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[float]:

@@ -31,7 +31,7 @@ def refresh_judge(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     assert refresh is not None
     name = f"round-{number:02d}/refresh"
     player = flywheel.player(path)
-    answers = flywheel.answers(f"{name}/answers", player, path, number, 2, SEAT)
+    answers = flywheel.answers(f"{name}/answers", player, number, 2, SEAT)
     player.release()
     usable_rows = usable(answers, recipe.unfinished)[0]
 

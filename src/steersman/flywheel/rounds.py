@@ -47,7 +47,7 @@ def turn(
         flywheel.ends(path, stats)
         for number in range(1, recipe.rounds + 1):
             player = flywheel.player(path)
-            sampled = flywheel.answers(f"{folder(number)}/samples", player, path, number - 1, recipe.rollout.samples)
+            sampled = flywheel.answers(f"{folder(number)}/samples", player, number - 1, recipe.rollout.samples)
             player.release()
             path, told = learn(flywheel, recipe, number, path, sampled)
             stats, samples = flywheel.look(number, path)

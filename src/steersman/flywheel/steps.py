@@ -12,6 +12,7 @@ for nothing is left to continue; the model that continues is the one that answer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -20,13 +21,14 @@ from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
-from steersman.recipe.sections import LEARNED_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, PLACE_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.run.seed import sub_seed
+from steersman.setup.generators import piece_size
 from steersman.setup.models import context_length
-from steersman.types import Prompt, SteersmanError
+from steersman.types import Progress, Prompt, SteersmanError
 
 
 class StepLabelsRecipe(Section):
@@ -68,14 +70,22 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         player = Player(recipe.model, recipe.run, ledger.device)
         ledger.at_end(player.release)
         maker = Maker(recipe, player, queries, scorer)
-        answers = ledger.table("answers", maker.answers, model=ledger.model(recipe.model.path))
+        answers = ledger.parts(
+            "answers", len(maker.prompts), maker.answers,
+            size=piece_size(recipe.rollout, recipe.rollout.samples), model=ledger.model(recipe.model.path),
+            separator=recipe.data.step_separator,
+            rollout=recipe.rollout.model_dump(exclude={"held_out", *PLACE_ONLY}),
+        )  # fmt: skip
         if not answers:
             raise SteersmanError(
                 f"the length limit cut every answer, and such answers are left out; raise rollout.max_new_tokens "
                 f"({recipe.rollout.max_new_tokens}) and choose another --run.dir, since this one keeps the answers"
             )
         kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
-        rows = ledger.parts("steps", len(kept), lambda i: [maker.label_steps(kept[i])], made_from=recipe.data.path)
+        rows = ledger.parts(
+            "steps", len(kept), lambda span, _progress: [maker.label_steps(kept[i]) for i in span],
+            made_from=ledger.sources("answers"), continuations=recipe.continuations, right_from=recipe.right_from,
+        )  # fmt: skip
         if not rows:
             raise SteersmanError(
                 f"none of {len(answers)} answers has 1 to {recipe.most_steps} steps; is data.step_separator "
@@ -97,12 +107,18 @@ class Maker:
         self.recipe, self.player, self.queries, self.scorer = recipe, player, queries, scorer
         self.separator, self.seed = recipe.data.step_separator, recipe.run.seed
 
-    def answers(self) -> Rows:
-        """Every answer with its steps; those that the length limit cut are left out."""
-        prompts = self._prompts()
-        engine = self.player.engine(self.recipe.rollout)
-        samples = engine.generate(
-            prompts, self.recipe.rollout.sampling(), n=self.recipe.rollout.samples, seed=(self.seed, 0)
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The questions as the model reads them."""
+        policy, data = self.player.policy, self.recipe.data
+        context, new = context_length(policy.model), self.recipe.rollout.max_new_tokens
+        return encode_prompts(self.queries, layout(policy, data), data, context, new)[0]
+
+    def answers(self, span: range, progress: Progress) -> Rows:
+        """Every answer to some of the prompts with its steps; those that the length limit cut are left out."""
+        rollout, prompts = self.recipe.rollout, self.prompts[span.start : span.stop]
+        samples = self.player.engine(rollout).generate(
+            prompts, rollout.sampling(), n=rollout.samples, seed=(self.seed, 0), progress=progress
         )
         return [
             {"index": s.prompt.index, "text": s.text, "steps": self._cut(s.text)} for s in samples if s.terminated
@@ -111,7 +127,7 @@ class Maker:
     def label_steps(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The answer's row: its steps, and the share of continuations from each that end well."""
         query, steps = self.queries[answer["index"]], answer["steps"]
-        ids = next(p for p in self._prompts() if p.index == answer["index"]).ids
+        ids = next(p for p in self.prompts if p.index == answer["index"]).ids
         begun = [self.separator.join(steps[: k + 1]) + self.separator for k in range(len(steps) - 1)]
         whole = [self.separator.join(steps)]
         if begun:
@@ -138,11 +154,6 @@ class Maker:
         n = self.recipe.continuations
         samples = engine.generate(prompts, rollout.sampling(), n=n, seed=(seed,))
         return [begun[s.prompt.index] + s.text for s in samples]
-
-    def _prompts(self) -> list[Prompt]:
-        policy, data = self.player.policy, self.recipe.data
-        context, new = context_length(policy.model), self.recipe.rollout.max_new_tokens
-        return encode_prompts(self.queries, layout(policy, data), data, context, new)[0]
 
     def _cut(self, text: str) -> list[str]:
         """The steps of an answer, those without visible text left out."""

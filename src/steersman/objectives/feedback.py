@@ -23,7 +23,7 @@ from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
-from steersman.setup.reference import Reference, answer_logp, answer_logp_now
+from steersman.setup.reference import Reference, answer_logp, answer_logp_now, group_logp
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
@@ -134,15 +134,19 @@ class FeedbackObjective:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
         self.context = context_length(policy.model)
-        self.reference_logp = {
-            id(data): answer_logp(reference, [group[0] for group in data.groups], micro_tokens)
-            for data in (train, held_out)
-            if data is not None and data.in_memory
-        }
+        self.reference_logp: dict[int, Tensor] = {}
         self.threshold = 0.0
         self.means = {True: 0.0, False: 0.0}  # of the implicit reward by label: 0 while the policy is the reference
         ups = int(train.values("label").sum())
         self.weights = config.label_weights(ups, len(train.examples) - ups)
+
+    def read_reference(self, rows: Sequence[int]) -> None:
+        """Reads what the reference says of the training answers `rows` and of the held-out ones, before the first
+        `loss` or `evaluate`; of answers that are streamed it is read batch by batch."""
+        for data in (self.train, self.held_out):
+            if data is not None and data.in_memory:
+                wanted, models = rows if data is self.train else range(len(data.groups)), [(self.reference, 1.0)]
+                self.reference_logp[id(data)] = group_logp(models, data.groups, wanted, self.micro_tokens)[:, 0]
 
     @property
     def cost(self) -> np.ndarray:

@@ -31,7 +31,7 @@ from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
 from steersman.run.progress import with_progress
-from steersman.setup.reference import Reference, answer_logp, answer_logp_now, collision, divergence
+from steersman.setup.reference import Reference, answer_logp_now, collision, divergence, group_logp
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, send
@@ -114,22 +114,20 @@ class PairObjective:
             assert reference is not None
             share = 0.0 if anchor is None else anchor[1]
             self.references = [(reference, 1 - share), *([] if anchor is None else [anchor])]
-        self.reference_logp = {
-            id(data): self._of_reference(data)
-            for data in (train, held_out)
-            if self.references and data is not None and data.in_memory
-        }
+        self.reference_logp: dict[int, Tensor] = {}
 
     @property
     def cost(self) -> np.ndarray:
         """Tokens of each pair; of a stream, of those in its buffer."""
         return 2 * self.train.lengths
 
-    def _of_reference(self, data: TrainingSet[Preference]) -> Tensor:
-        """The reference's log-probabilities of both answers of all pairs, `[N, 2]`."""
-        answers = [e for group in data.groups for e in group]
-        found = [share * answer_logp(model, answers, self.micro_tokens) for model, share in self.references]
-        return torch.stack(found).sum(0).view(-1, 2)
+    def read_reference(self, rows: Sequence[int]) -> None:
+        """Reads what the reference says of the training pairs `rows` and of the held-out ones, before the first
+        `loss` or `evaluate`; of pairs that are streamed it is read batch by batch."""
+        for data in (self.train, self.held_out):
+            if self.references and data is not None and data.in_memory:
+                wanted = rows if data is self.train else range(len(data.groups))
+                self.reference_logp[id(data)] = group_logp(self.references, data.groups, wanted, self.micro_tokens)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)

@@ -31,7 +31,7 @@ from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.statistics.estimates import Estimate, bootstrap, mean
 from steersman.statistics.ratings import Battle, ratings
-from steersman.types import Stats, SteersmanError
+from steersman.types import Progress, Stats, SteersmanError
 
 
 class Persona(Section):
@@ -137,7 +137,10 @@ def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str) -> Rows:
     """Table: the conversations of every persona with a candidate, persona by persona."""
     opened: list[Talker] = []
 
-    def make(place: int) -> Rows:
+    def make(span: range, _progress: Progress) -> Rows:
+        return [row for place in span for row in talked(place)]
+
+    def talked(place: int) -> Rows:
         if not opened:
             both = {f"candidates.{name}": recipe.candidates[name], "user": recipe.user}
             opened.extend(open_talker(who, config, recipe.run, ledger.device) for who, config in both.items())
@@ -146,7 +149,10 @@ def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str) -> Rows:
         talks = converse(recipe.personas[persona], *opened, turns=recipe.turns, count=recipe.conversations, seed=seed)
         return [{"persona": persona, "number": i, "messages": turns} for i, turns in enumerate(talks)]
 
-    about = {"candidate": name, "user": recipe.user.path or "an endpoint"}
+    about = {
+        "candidate": name, "user": recipe.user.path or "an endpoint", "turns": recipe.turns,
+        "conversations": recipe.conversations, "seeds_from": recipe.run.seed * 1000,
+    }  # fmt: skip
     return ledger.parts(f"conversations-{name}", len(recipe.personas), make, **about)
 
 

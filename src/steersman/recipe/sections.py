@@ -210,6 +210,8 @@ class TrainingRecipe(Section):
 
 LEARNED_ONLY = ("recompute_logp", "correction", "ahead", "in_flight")
 """Keys of `rollout` that say how samples are learned from."""
+PLACE_ONLY = ("max_batch", "servers", "url", "python", "arguments", "timeout", "folder")
+"""Keys of `rollout` that say where samples are made and how many at a time, and nothing of what is sampled."""
 
 
 class CorrectionConfig(Section):

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from steersman.rollout.next_token import NextToken
-from steersman.rollout.port import Limits, Progress, Stepper
+from steersman.rollout.port import Limits, Stepper
 from steersman.rollout.responses import ActionMask, Drawing, RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
-from steersman.types import Prompt, Sample, send
+from steersman.types import Progress, Prompt, Sample, send
 
 
 @dataclass(slots=True)

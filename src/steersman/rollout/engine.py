@@ -10,11 +10,11 @@ from typing import Any
 from steersman.rollout.batch import RunningBatch
 from steersman.rollout.decoder import Decoder, generating
 from steersman.rollout.joining import joinable
-from steersman.rollout.port import Joinable, Limits, Progress, Stepper
+from steersman.rollout.port import Joinable, Limits, Stepper
 from steersman.rollout.responses import ActionMask
 from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
-from steersman.types import Prompt, Sample, Stats, SteersmanError
+from steersman.types import Progress, Prompt, Sample, Stats, SteersmanError
 
 
 class Engine:

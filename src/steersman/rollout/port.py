@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,10 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from steersman.rollout.sampling import Sampling
-from steersman.types import Prompt, Sample, Stats
-
-Progress = Callable[[int, int, int], None]
-"""Called with (finished samples, all samples, tokens so far)."""
+from steersman.types import Progress, Prompt, Sample, Stats
 
 
 @dataclass(slots=True, frozen=True)

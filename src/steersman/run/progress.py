@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,10 +12,10 @@ EVERY = 5.0
 
 
 class ProgressLine:
-    """Prints how far a stretch of work is and how long it will still take, every `EVERY` seconds."""
+    """Tells (prints) how far a stretch of work is and how long it will still take, every `EVERY` seconds."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, tell: Callable[[str], object] | None = None) -> None:
+        self.what, self.tell = what, tell or _print
         self.start = self.last = time.monotonic()
 
     def __call__(self, done: int, total: int, _tokens: int = 0) -> None:
@@ -24,7 +24,11 @@ class ProgressLine:
         if 0 < done < total and now - self.last >= EVERY:
             self.last = now
             left = (now - self.start) / done * (total - done)
-            print(f"{self.what}: {done} of {total}, about {left:.0f} s left", flush=True)
+            self.tell(f"{self.what}: {done} of {total}, about {left:.0f} s left")
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def with_progress(parts: Sequence[T], what: str) -> Iterator[T]:

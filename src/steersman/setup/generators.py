@@ -120,6 +120,19 @@ class MainRankGenerator:
             self._engine.close()
 
 
+BATCHES = 8
+"""Batches of one call where many samples are kept call by call: few enough that little is lost with one, enough that
+its end, where few sequences are left, is a small part of it."""
+
+
+def piece_size(rollout: RolloutConfig, n: int) -> int:
+    """Prompts, `n` samples each, that are sampled in one call where there are many. A vLLM server makes up batches of
+    256 sequences."""
+    places = ranks().world if rollout.engine == "inside" else len(rollout.url) or rollout.servers
+    batch = 256 if rollout.engine == "vllm" else rollout.max_batch
+    return max(1, BATCHES * places * batch // n)
+
+
 def ends_of(rollout: RolloutConfig, policy: Policy) -> list[int]:
     """The ids that end a response: the recipe's, or else the model's own and the chat template's end of turn."""
     own = {*end_ids(policy.model, policy.tokenizer, None), *template_ends(policy.tokenizer)}

@@ -97,6 +97,21 @@ def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) ->
     return in_order(found)
 
 
+def group_logp(
+    models: Sequence[tuple[Reference, float]], groups: Sequence[Sequence[Encoded]], rows: Sequence[int],
+    micro_tokens: int,
+) -> Float[Tensor, "N K"]:  # fmt: skip
+    """The weighted sum of several models' log pi of each answer of the groups `rows`, which all have K answers (nats,
+    over the tokens that count); NaN for the other groups."""
+    told = torch.full((len(groups), len(groups[0])), torch.nan)
+    if rows:
+        answers = [e for i in rows for e in groups[i]]
+        read = torch.stack([share * answer_logp(model, answers, micro_tokens) for model, share in models]).sum(0)
+        told = told.to(read)
+        told[list(rows)] = read.view(len(rows), -1)
+    return told
+
+
 @torch.no_grad()
 def answer_logp_now(models: Sequence[tuple[Reference, float]], tokens: Tokens) -> Float[Tensor, " B"]:
     """The weighted sum of several models' log pi of a batch's answers, over the tokens that count (nats)."""

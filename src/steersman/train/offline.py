@@ -87,18 +87,22 @@ class Offline:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
         self.batch_size = config.batch_size
         self.batches: Batches | Streamed
+        self.rows: list[int] = []
+        """The rows that the run trains on, whatever step it is at; of a stream none is known before it is read."""
         if data is not None and data.stream is not None:
             assert config.max_steps is not None
             self.batches, self.total = data.stream, config.max_steps
         else:
             mix, content = (None, ()) if data is None else (data.mix, data.content)
             lengths = objective.cost if self.by_length else None
-            self.batches = Batches(
+            self.batches = batches = Batches(
                 len(objective.cost), config.batch_size, run.seed, lengths, shuffle=shuffle, mix=mix, content=content
             )
-            steps = max(1, round(config.epochs * len(self.batches)))
+            steps = max(1, round(config.epochs * len(batches)))
             self.total = min(steps, config.max_steps or steps)
+            self.rows = batches.rows_of(self.total)
         self.beside: Callable[[], Stats] = dict  # what else a look measures
+        self.prepare: Callable[[Sequence[int]], None] = _nothing  # what the objective must know of those rows
         self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)
 
     def load(self, longest: int) -> Load:
@@ -108,6 +112,7 @@ class Offline:
     def run(self, session: Session) -> None:
         """Trains to the end; the held-out data is looked at before the first step, now and then, and at the end."""
         session.begin(self, self.total)
+        self.prepare(self.rows)
         if session.start == 0:
             session.observe(0, self.look())
         order = self.batches.forever()
@@ -147,6 +152,10 @@ class Offline:
         load_trainable(self.objective.module, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
+
+
+def _nothing(_rows: Sequence[int]) -> None:
+    """Most objectives need no pass over the rows before the first step."""
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from steersman.metrics import Corpus, Metric, metric
 from steersman.recipe.evaluation import MetricSection, named_metrics
 from steersman.run.run_config import ManyRunConfig
 from steersman.types import Prompt, Sample, SteersmanError
-from steersman.verbs.generate import GenerateRecipe, sampled, write_samples
+from steersman.verbs.generate import GenerateRecipe, responses
 
 
 class EvaluateRecipe(Section):
@@ -88,19 +88,18 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         check_places(recipe.out, _answers_file(recipe))
 
     ranks().from_main(make, "the metrics")
-    samples = sampled(recipe.generate) if recipe.generate is not None else _from_file(recipe)
+    samples = _from_file(recipe) if recipe.generate is None else _answers(recipe, recipe.generate)
     return ranks().from_main(lambda: _judged(recipe, made, samples), "the metrics")
 
 
 def _judged(recipe: EvaluateRecipe, made: dict[str, Metric], samples: list[Sample]) -> dict[str, Any]:
-    kept = _keep(recipe, samples)
     if not samples:
         raise SteersmanError(f"{recipe.file or 'generate'}: there is no completion to judge")
     values = {name: judge(one, name, samples, recipe.metrics[name].columns) for name, one in made.items()}
     empty = [row for row, sample in enumerate(samples) if not sample.text.strip()]
     summary = {
         "completions": len(samples),
-        "completions_file": kept,
+        "completions_file": recipe.file or _answers_file(recipe),
         "empty": empty,
         "metrics": {name: _entry(made[name], corpus) for name, corpus in values.items()},
     }
@@ -114,16 +113,12 @@ def _judged(recipe: EvaluateRecipe, made: dict[str, Metric], samples: list[Sampl
     return summary
 
 
-def _keep(recipe: EvaluateRecipe, samples: list[Sample]) -> str | None:
-    """Where the rows that were judged lie: the file that was given, or where a model's answers were written."""
-    if recipe.generate is None:
-        return recipe.file
+def _answers(recipe: EvaluateRecipe, generate: GenerateRecipe) -> list[Sample]:
+    """A model's answers, kept where `_answers_file` says."""
     kept = _answers_file(recipe)
-    if kept is None:
+    if kept is None and ranks().main:
         say("the answers are not kept; --generate.out FILE.jsonl keeps them")
-    else:
-        write_samples(samples, Path(kept))
-    return kept
+    return [_sample(r.prompt, r.text) for r in responses(generate, kept)]
 
 
 def _answers_file(recipe: EvaluateRecipe) -> str | None:
@@ -146,8 +141,13 @@ def _from_file(recipe: EvaluateRecipe) -> list[Sample]:
                 f"Name the column with --completion"
             )
         prompt = row.data.get(recipe.prompt)
-        samples.append(Sample(Prompt([], prompt if isinstance(prompt, str) else "", row.data), [], [], "eos", text))
+        samples.append(_sample(Prompt([], prompt if isinstance(prompt, str) else "", row.data), text))
     return samples
+
+
+def _sample(prompt: Prompt, text: str) -> Sample:
+    """A text as metrics read it, who need neither its tokens nor how it ended."""
+    return Sample(prompt, [], [], "eos", text)
 
 
 def _entry(one: Metric, corpus: Corpus) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         state = FeedbackRun(
             objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data
         )
+        state.prepare = objective.read_reference
         pre = Preflight(f"steersman {name} ({LOSSES[name].source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         labels, where = data.train.values("label"), " in the first buffer" if recipe.data.stream else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
 from steersman.model import whole_weights
-from steersman.recipe.sections import LEARNED_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, PLACE_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.run.files.inputs import fingerprints
+from steersman.run.files.pieces import Pieces, Rows
+from steersman.run.progress import ProgressLine
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
-from steersman.setup.generators import open_generator, sample_on_all_ranks
+from steersman.setup.generators import open_generator, piece_size, sample_on_all_ranks
 from steersman.setup.models import context_length, policy_from
-from steersman.types import Sample
+from steersman.types import Progress, Prompt, SteersmanError
 
 
 class GenerateRecipe(Section):
@@ -65,19 +69,31 @@ def run(recipe: GenerateRecipe) -> dict[str, Any]:
     A row keeps the other columns of its prompt's data row, so that metrics can read them.
     """
     ranks().from_main(lambda: check_places(recipe.out), "the file of responses")
-    samples = sampled(recipe)
+    made = responses(recipe, recipe.out)
     if recipe.out is None:
-        _show(samples)
-    else:
-        out = Path(recipe.out)
-        ranks().from_main(lambda: write_samples(samples, out), "the responses")
-        if ranks().main:
-            say(f"{len(samples)} responses written to {out}")
-    return {"samples": len(samples), "out": recipe.out}
+        _show(made)
+    elif ranks().main:
+        say(f"{len(made)} responses written to {recipe.out}")
+    return {"samples": len(made), "out": recipe.out}
 
 
-def sampled(recipe: GenerateRecipe) -> list[Sample]:
-    """The responses that the recipe asks for."""
+@dataclass(slots=True)
+class Response:
+    """A sampled response: `logp` is the sum of its tokens' log-probabilities, in nats."""
+
+    prompt: Prompt
+    text: str
+    finish: str
+    logp: float
+    tokens: int
+
+
+def responses(recipe: GenerateRecipe, out: str | None) -> list[Response]:
+    """The responses that the recipe asks for, those of the first prompt first, written to the file `out` if given.
+
+    Until that is whole they are kept as they come in the folder `<out>.parts`; the same call goes on from there.
+    Raises SteersmanError where that folder is of another recipe, data or model.
+    """
     device, rollout = device_of(recipe.run), recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device, trainable=False)
     config = recipe.data or DataConfig(path="--prompts", wrap_in_chat=recipe.wrap_in_chat)
@@ -92,31 +108,70 @@ def sampled(recipe: GenerateRecipe) -> list[Sample]:
     laid = layout(policy, config)
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
+    pieces = None if out is None else _begun(recipe, out, len(asked))
     with closing(open_generator(rollout, policy)) as engine, whole_weights(policy):
-        samples = sample_on_all_ranks(engine, asked, sampling, n=rollout.samples, seed=recipe.run.seed)
+
+        def make(span: range, progress: Progress) -> Rows:
+            samples = sample_on_all_ranks(
+                engine, asked[span.start : span.stop], sampling, n=rollout.samples, seed=recipe.run.seed,
+                progress=progress,
+            )  # fmt: skip
+            return [
+                {"text": s.text, "finish": s.finish, "logp": round(sum(s.logp), 4), "tokens": len(s.ids)}
+                for s in samples
+            ]
+
+        line = ProgressLine("responses to prompts", say if ranks().main else _say_nothing)
+        if pieces is None:
+            found = make(range(len(asked)), line)
+        else:
+            found = pieces.fill(piece_size(rollout, rollout.samples), make, line)
     for prompt in asked:
         prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}
-    return samples
+    made = [Response(asked[i // rollout.samples], **row) for i, row in enumerate(found)]
+    if out is not None and pieces is not None:
+        ranks().from_main(lambda: write_atomic(Path(out), "".join(map(_line, made))), "the responses")
+        pieces.remove()
+    return made
 
 
-def write_samples(samples: list[Sample], path: Path) -> None:
-    """The samples as JSONL rows, each with its data row's columns."""
-    write_atomic(path, "".join(json.dumps(_row(s), ensure_ascii=False, default=str) + "\n" for s in samples))
+def _begun(recipe: GenerateRecipe, out: str, count: int) -> Pieces:
+    """The responses so far. Raises SteersmanError where they were made otherwise than this recipe would."""
+    folder = Path(f"{out}.parts")
+    place = {key: RolloutConfig.model_fields[key].get_default(call_default_factory=True) for key in PLACE_ONLY}
+    same = recipe.model_copy(
+        update={
+            "out": None, "rollout": recipe.rollout.model_copy(update=place), "parallel": WithoutZeroConfig(),
+            "run": ManyRunConfig(seed=recipe.run.seed),
+        }
+    )  # fmt: skip
+    read = ranks().from_main(lambda: fingerprints(same, folder), "the digests of what is read")
+    pieces = Pieces(folder, count, {"recipe": same.model_dump(mode="json"), "read": read})
+    if changes := pieces.changes():
+        raise SteersmanError(
+            f"{folder}: it keeps the responses of a call that was ended early, and this call is another one "
+            f"({'; '.join(changes)}). Repeat that call, which goes on from there; or remove the folder, or name "
+            "another file than --out"
+        )
+    pieces.begin()
+    return pieces
 
 
-def _row(sample: Sample) -> dict[str, Any]:
-    return {
-        **sample.prompt.row,
-        "completion": sample.text,
-        "finish": sample.finish,
-        "logp": round(sum(sample.logp), 4),
-        "tokens": len(sample.ids),
-    }
+def _say_nothing(_line: str) -> None:
+    """What ranks other than 0 say of how far they are."""
 
 
-def _show(samples: list[Sample]) -> None:
+def _line(response: Response) -> str:
+    row = {
+        **response.prompt.row, "completion": response.text, "finish": response.finish, "logp": response.logp,
+        "tokens": response.tokens,
+    }  # fmt: skip
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def _show(made: list[Response]) -> None:
     console = Console()
-    for sample in samples:
-        console.print(printable(sample.prompt.text), style="dim", end="", markup=False, highlight=False)
-        console.print(printable(sample.text), markup=False, highlight=False)
+    for response in made:
+        console.print(printable(response.prompt.text), style="dim", end="", markup=False, highlight=False)
+        console.print(printable(response.text), markup=False, highlight=False)
         console.print()

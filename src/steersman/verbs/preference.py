@@ -86,6 +86,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
             objective, recipe.train, recipe.optimizer, recipe.run,
             shuffle=recipe.data.shuffle, data=data,
         )  # fmt: skip
+        state.prepare = objective.read_reference
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         pre.fact("leads to", entry.fixed_point)

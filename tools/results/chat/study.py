@@ -107,7 +107,7 @@ def ours(task: str, method: str, seed: int, args: argparse.Namespace, folder: Pa
 def peer(task: str, method: str, seed: int, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Path]:
     table = args.out / f"{task}.train.jsonl"
     command = [args.peer, HERE / "cell_trl.py", task, method, seed, args.model, table, folder]
-    used = train([str(x) for x in command], folder, QUIET)
+    used = train([str(x) for x in command], folder, QUIET | {"PYTHONPATH": str(HERE.parents[2] / "src")})
     return used, folder / "model"
 
 

@@ -117,9 +117,7 @@ def run(recipe: InstructRecipe, *, resume: bool = False) -> dict[str, Any]:
             asked = ledger.table("rephrased", lambda: _rephrased(asked, writer), by=writer.describe())
             stats["rephrased"] = sum(r["rephrased"] for r in asked) / len(asked)
         wrap = wraps(tokenizer, recipe.data)
-        answers = ledger.table(
-            "answers", lambda: _answers(ledger, recipe, asked, wrap), made_from=ledger.sources("instructions")
-        )
+        answers = _answers(ledger, recipe, asked, wrap)
         by = "nobody" if writer is None else writer.describe()
         mended = ledger.table("mended", lambda: _mended(recipe, asked, answers, writer), by=by)
         stats |= _write(ledger, recipe, asked, mended, wrap)
@@ -170,18 +168,20 @@ def _rephrased(asked: Rows, writer: Writer) -> Rows:
 
 
 def _answers(ledger: Ledger, recipe: InstructRecipe, asked: Rows, wrap: bool) -> Rows:
-    """What the model says to each instruction."""
+    """Table: what the model says to each instruction."""
     player = Player(recipe.model, recipe.run, ledger.device)
     ledger.at_end(player.release)
     queries = [
         Query(user(r["prompt"]) if wrap else r["prompt"], Row(r, "instructions.jsonl", r["index"] + 1)) for r in asked
     ]
-    rows, _ = player.answer(
-        queries, range(len(queries)), recipe.data.model_copy(update={"wrap_in_chat": False, "on_too_long": "drop"}),
-        recipe.rollout, n=recipe.rollout.samples, seed=(recipe.run.seed, 0),
+    made_from = ledger.sources("rephrased" if recipe.rephrase else "instructions")
+    rows = player.answers(
+        ledger, "answers", queries, range(len(queries)),
+        recipe.data.model_copy(update={"wrap_in_chat": False, "on_too_long": "drop"}), recipe.rollout,
+        n=recipe.rollout.samples, seed=(recipe.run.seed, 0), made_from=made_from,
     )  # fmt: skip
     player.release()
-    return [{k: r[k] for k in ("index", "sample", "completion", "finish", "tokens")} for r in rows]
+    return rows
 
 
 def _mended(recipe: InstructRecipe, asked: Rows, answers: Rows, writer: Writer | None) -> Rows:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steersman.guards.terminal import say
 from steersman.model import Policy
-from steersman.rollout.port import Limits, Progress
+from steersman.rollout.port import Limits
 from steersman.rollout.remote.dialects import Call
 from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
@@ -33,7 +33,7 @@ from steersman.rollout.remote.traffic import Traffic, share_out
 from steersman.rollout.remote.wire import Reply, SampleRequest, ServerGoneError
 from steersman.rollout.sampling import Sampling, banned_support
 from steersman.rollout.text import Texts
-from steersman.types import Finish, Prompt, Sample, Stats, SteersmanError
+from steersman.types import Finish, Progress, Prompt, Sample, Stats, SteersmanError
 
 
 @dataclass(slots=True)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from steersman.rollout.port import Limits, Progress
+from steersman.rollout.port import Limits
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.snapshot import Snapshot
 from steersman.rollout.sampling import Sampling
-from steersman.types import Prompt, Sample, Stats, SteersmanError
+from steersman.types import Progress, Prompt, Sample, Stats, SteersmanError
 
 T = TypeVar("T")
 

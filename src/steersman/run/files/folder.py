@@ -14,10 +14,9 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from steersman.atomic import recover, saving, write_atomic, write_now
-from steersman.config.dump import dump_recipe
+from steersman.config.dump import changed_keys, dump_recipe
 from steersman.config.load import load_recipe
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
@@ -133,7 +132,7 @@ class RunFolder:
         file, text = self.path / "config.yaml", dump_recipe(recipe)
         if file.exists():
             before = file.read_text(encoding="utf-8")
-            self.changes = _differences(_resolved(type(recipe), file), text)
+            self.changes = changed_keys(load_yaml(_resolved(type(recipe), file)), load_yaml(text))
             if self.changes:
                 taken = len(list(self.path.glob("config.before-resume-*.yaml")))
                 write_atomic(self.path / f"config.before-resume-{taken + 1}.yaml", before)
@@ -175,15 +174,3 @@ def _resolved(model: type[Section], file: Path) -> str:
         return dump_recipe(load_recipe(model, file))
     except SteersmanError:
         return file.read_text(encoding="utf-8")
-
-
-def _differences(before: str, after: str) -> list[str]:
-    old, new = _flat(load_yaml(before)), _flat(load_yaml(after))
-    keys = [k for k in [*new, *(k for k in old if k not in new)] if old.get(k) != new.get(k)]
-    return [f"{k}: {old.get(k, 'not there')} -> {new.get(k, 'not there')}" for k in keys]
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix.rstrip("."): data}
-    return {k: v for name, inner in data.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}

@@ -21,14 +21,14 @@ from steersman.atomic import write_atomic
 from steersman.distributed.ranks import ranks
 from steersman.run.files.folder import open_folder
 from steersman.run.files.log import Log, NoLog, read_jsonl
+from steersman.run.files.pieces import Pieces, Rows
 from steersman.run.files.sinks import require_sinks
+from steersman.run.progress import ProgressLine
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
 from steersman.run.seed import seed_everything
 from steersman.run.stop_request import StopRequest
-from steersman.types import Stats, SteersmanError
-
-Rows = list[dict[str, Any]]
+from steersman.types import Progress, Stats, SteersmanError
 
 
 class StoppedError(Exception):
@@ -113,24 +113,29 @@ class Ledger:
         """
         return ranks().from_main(lambda: self._read(name), "a table") if self._has(name) else []
 
-    def parts(self, name: str, count: int, make: Callable[[int], Rows], **about: Any) -> Rows:
-        """`table` for what takes long: made in `count` parts, each kept as soon as it is there."""
-        folder = self.path / f"{name}.parts"
+    def parts(
+        self, name: str, count: int, make: Callable[[range, Progress], Rows], *, size: int = 1, **about: Any
+    ) -> Rows:
+        """`table` for what takes long: the rows of `count` items, made for up to `size` items at a time and kept as
+        soon as they are there (`Pieces.fill`).
+
+        Of a run that was ended meanwhile, the rows that are kept stay where `about` is still the same; where it is
+        not, they are made anew, and a note says why.
+        """
+        pieces = Pieces(self.path / f"{name}.parts", count, about)
+
+        def between() -> None:
+            self.check()
+            self.began = True
 
         def joined() -> Rows:
-            rows: Rows = []
-            for i in range(count):
-                self.check()
-                part = folder / f"{i:05d}.jsonl"
-                if not self._there(part):
-                    self.began = True
-                    made = make(i)
-                    ranks().from_main(lambda part=part, made=made: _write_part(part, made), "a part of a table")
-                rows += ranks().from_main(lambda part=part: read_jsonl(part), "a part of a table")
-            return rows
+            if changes := pieces.changes():
+                self.log.note(f"{name} is made anew, since the recipe changed: {'; '.join(changes)}", style="yellow")
+            pieces.begin()
+            return pieces.fill(size, make, ProgressLine(name), between)
 
         rows = self.table(name, joined, **about)
-        ranks().from_main(lambda: shutil.rmtree(folder, ignore_errors=True), "a table's parts")
+        pieces.remove()
         return rows
 
     def stage(self, name: str, run: Callable[..., dict[str, Any]], recipe: Callable[[Any], Any], values: Any) -> dict:
@@ -197,7 +202,9 @@ class Ledger:
         if path not in self._hashes:
             digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
             for file in files:
-                digest.update(file.read_bytes())
+                with file.open("rb") as opened:
+                    while block := opened.read(2**24):
+                        digest.update(block)
             self._hashes[path] = digest.hexdigest() if files else "not a local folder"
         return {"path": shown, "sha256": self._hashes[path]}
 
@@ -244,11 +251,6 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary if summary["finished"] else None
     return None
-
-
-def _write_part(part: Path, rows: Rows) -> None:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(part, _lines(rows))
 
 
 def _lines(rows: Rows) -> str:
