@@ -150,6 +150,13 @@ def test_a_path_that_is_not_there(tmp_path):
         list(read_rows(tmp_path / "bare"))
     with pytest.raises(SteersmanError, match="empty list"):
         list(read_rows([]))
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "bare" / name).write_text("{}\n")
+    with pytest.raises(SteersmanError, match="this is a run's folder, not data; name the file in it"):
+        list(read_rows(tmp_path / "bare"))
+    (tmp_path / "bare/samples.jsonl").write_text('{"completion": "a"}\n')
+    with pytest.raises(SteersmanError, match=r"name samples\.jsonl, its held-out answers"):
+        list(read_rows(tmp_path / "bare"))
 
 
 def test_a_hub_name_without_network(monkeypatch):

@@ -166,7 +166,7 @@ def many(words, tmp_path):
 
 
 @pytest.fixture
-def cut_short(many, tmp_path, monkeypatch):
+def cut_short(many, tmp_path, monkeypatch, capsys):
     """The same call, ended by Ctrl-C in its fourth piece; three are kept."""
     real, calls = generate.sample_on_all_ranks, []
 
@@ -179,6 +179,7 @@ def cut_short(many, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(generate, "sample_on_all_ranks", ended)
         assert main(many) == 130
+    assert "the responses so far are in" in capsys.readouterr().err
     assert len(list((tmp_path / "out.jsonl.parts").glob("0*.jsonl"))) == 3
     assert not (tmp_path / "out.jsonl").exists()
     return many
@@ -197,9 +198,10 @@ def asked(monkeypatch) -> list[int]:
     return found
 
 
-def test_the_same_call_goes_on_where_an_earlier_one_was_ended(cut_short, tmp_path, monkeypatch):
+def test_the_same_call_goes_on_where_an_earlier_one_was_ended(cut_short, tmp_path, monkeypatch, capsys):
     again = asked(monkeypatch)
     assert main(cut_short) == 0
+    assert "12 of 40 prompts were answered before" in capsys.readouterr().err
     assert again == list(range(12, 40))
     assert not (tmp_path / "out.jsonl.parts").exists()
     whole = tmp_path / "whole.jsonl"

@@ -63,6 +63,10 @@ def local_files(source: str | Path) -> list[Path] | None:
     path = Path(source).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
+        if (path / "config.yaml").exists() and (path / "metrics.jsonl").exists():
+            rows = [p.name for p in found if p.parent == path and p.name.startswith(("samples.", "evaluation."))]
+            what = f"{' and '.join(rows)}, its held-out answers" if rows else "the file in it that holds rows"
+            raise SteersmanError(f"{path}: this is a run's folder, not data; name {what}")
         if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
             return None
         # a README.txt beside the data is no data; text files count where there is nothing else

@@ -79,7 +79,10 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
     people = [] if recipe.human.folder is None else list(open_judgements(recipe.human.folder))
     with Ledger("simulate-users", recipe, resume=resume, rounds=0) as ledger:
         judge = open_judge(recipe.judge, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
-        talks = {name: _conversations(ledger, recipe, name) for name in recipe.candidates}
+        opened = {"user": recipe.user} | {f"candidates.{name}": one for name, one in recipe.candidates.items()}
+        talkers = {who: open_talker(who, config, recipe.run, ledger.device) for who, config in opened.items()}
+        talks = {name: _conversations(ledger, recipe, name, talkers) for name in recipe.candidates}
+        talkers["user"].release()
         battles = ledger.table("battles", lambda: _battles(recipe, judge, talks), made_from=_sources(ledger, recipe))
         agrees = agreement(judge, people, needed=recipe.human.needed)
         ledger.table("agreement", lambda: [{"said": str(agrees), "items": agrees.items}])
@@ -133,27 +136,29 @@ def win_rates(recipe: SimulateRecipe, battles: Rows) -> dict[str, Estimate]:
     return out
 
 
-def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str) -> Rows:
+def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str, talkers: dict[str, Talker]) -> Rows:
     """Table: the conversations of every persona with a candidate, persona by persona."""
-    opened: list[Talker] = []
+    candidate = talkers[f"candidates.{name}"]
 
     def make(span: range, _progress: Progress) -> Rows:
         return [row for place in span for row in talked(place)]
 
     def talked(place: int) -> Rows:
-        if not opened:
-            both = {f"candidates.{name}": recipe.candidates[name], "user": recipe.user}
-            opened.extend(open_talker(who, config, recipe.run, ledger.device) for who, config in both.items())
         persona = list(recipe.personas)[place]
         seed = recipe.run.seed * 1000 + place
-        talks = converse(recipe.personas[persona], *opened, turns=recipe.turns, count=recipe.conversations, seed=seed)
+        talks = converse(
+            recipe.personas[persona], candidate, talkers["user"], turns=recipe.turns, count=recipe.conversations,
+            seed=seed,
+        )  # fmt: skip
         return [{"persona": persona, "number": i, "messages": turns} for i, turns in enumerate(talks)]
 
     about = {
         "candidate": name, "user": recipe.user.path or "an endpoint", "turns": recipe.turns,
         "conversations": recipe.conversations, "seeds_from": recipe.run.seed * 1000,
     }  # fmt: skip
-    return ledger.parts(f"conversations-{name}", len(recipe.personas), make, **about)
+    rows = ledger.parts(f"conversations-{name}", len(recipe.personas), make, **about)
+    candidate.release()
+    return rows
 
 
 def _sources(ledger: Ledger, recipe: SimulateRecipe) -> dict[str, str]:

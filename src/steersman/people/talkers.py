@@ -13,6 +13,7 @@ from steersman.data.examples import Message
 from steersman.flywheel.players import Player
 from steersman.judge import EndpointConfig
 from steersman.judge.endpoint import Endpoint
+from steersman.model import load_tokenizer
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.run.run_config import RunConfig
 
@@ -41,6 +42,10 @@ class Talker(Protocol):
         """The next message in each; empty where the conversation no longer fits into the model's context."""
         ...
 
+    def release(self) -> None:
+        """Gives its memory back; a later call takes it again."""
+        ...
+
 
 def open_talker(who: str, config: TalkerConfig, run: RunConfig, device: Any) -> Talker:
     """The speaker of the recipe's section `who`."""
@@ -48,10 +53,11 @@ def open_talker(who: str, config: TalkerConfig, run: RunConfig, device: Any) -> 
 
 
 class LocalTalker:
-    """A chat model on this machine."""
+    """A chat model on this machine, loaded when it is first asked. Raises SteersmanError where there is none."""
 
     def __init__(self, config: TalkerConfig, run: RunConfig, device: Any) -> None:
         assert config.path is not None
+        load_tokenizer(config.path)
         self.rollout = RolloutConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
         self.player = Player(ModelConfig(path=config.path), run, device)
         self.data = DataConfig(path="conversations", on_too_long="drop")
@@ -63,6 +69,9 @@ class LocalTalker:
         rows, _ = self.player.answer(queries, range(len(queries)), self.data, self.rollout, n=1, seed=seed)
         said = {row["index"]: row["completion"].strip() for row in rows}
         return [said.get(i, "") for i in range(len(conversations))]
+
+    def release(self) -> None:
+        self.player.release()
 
 
 class RemoteTalker:
@@ -79,3 +88,6 @@ class RemoteTalker:
 
         self.endpoint.ask(conversations, keep, lambda: True)
         return said
+
+    def release(self) -> None:
+        """It has none here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def responses(recipe: GenerateRecipe, out: str | None) -> list[Response]:
         if pieces is None:
             found = make(range(len(asked)), line)
         else:
-            found = pieces.fill(piece_size(rollout, rollout.samples), make, line)
+            found = _filled(pieces, piece_size(rollout, rollout.samples), make, line)
     for prompt in asked:
         prompt.row = {**prompt.row, "prompt": rows[prompt.index].prompt}
     made = [Response(asked[i // rollout.samples], **row) for i, row in enumerate(found)]
@@ -155,6 +156,19 @@ def _begun(recipe: GenerateRecipe, out: str, count: int) -> Pieces:
         )
     pieces.begin()
     return pieces
+
+
+def _filled(pieces: Pieces, size: int, make: Callable[[range, Progress], Rows], line: ProgressLine) -> Rows:
+    """All responses; the user is told that earlier ones are used, and on Ctrl-C where those so far are."""
+    left = sum(len(span) for span in pieces.missing(size))
+    if left < pieces.count and ranks().main:
+        say(f"{pieces.count - left} of {pieces.count} prompts were answered before; going on from there")
+    try:
+        return pieces.fill(size, make, line)
+    except KeyboardInterrupt:
+        if ranks().main:
+            say(f"the responses so far are in {pieces.folder}; the same command goes on from there")
+        raise
 
 
 def _say_nothing(_line: str) -> None:

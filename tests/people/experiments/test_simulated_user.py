@@ -58,6 +58,21 @@ def judged(count: int, right: bool = True) -> list[dict]:
     ]  # fmt: skip
 
 
+def test_a_second_candidate_that_is_not_there_is_told_before_anybody_speaks(tmp_path):
+    asked = []
+
+    def listening(n, text):
+        asked.append(text)
+        return play(n, text)
+
+    with serving(listening) as server:
+        values = recipe(tmp_path, server.url, server.url).model_dump()
+        values["candidates"] = {"calm": candidate(server.url, "calm"), "gone": {"path": str(tmp_path / "gone")}}
+        with pytest.raises(SteersmanError, match="gone"):
+            run(SimulateRecipe.model_validate(values))
+    assert asked == []
+
+
 def test_the_better_candidate_wins_and_the_judge_is_checked(tmp_path, capsys):
     with serving(play) as server, serving(lambda n, text: LOUD) as loud:
         inbox = append(tmp_path / "people", "day", judged(80))
