@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -335,13 +336,13 @@ def test_pairs_with_adapters_measure_kl_and_resume_without_a_second_model(asked,
     assert summary["held_out/accuracy"] > 0.8
 
 
-def begun(verb, asked, tmp_path, changes):
+def begun(verb, asked, tmp_path, changes, *, resume=False):
     """Runs `kto`, or `dpo` on pairs."""
     if verb == "kto":
-        return feedback.run(RECIPES["kto"].model_validate(merge(asked, changes)))
+        return feedback.run(RECIPES["kto"].model_validate(merge(asked, changes)), resume=resume)
     table = [{"prompt": f"say {w}", "chosen": f" {w} yes", "rejected": f" no {w}"} for w in WORDS * 3]
     write_jsonl(tmp_path / "feedback.jsonl", table)
-    return preference.run(preference.PreferenceRecipe.model_validate(merge(asked, changes)))
+    return preference.run(preference.PreferenceRecipe.model_validate(merge(asked, changes)), resume=resume)
 
 
 @pytest.mark.parametrize("verb", ["dpo", "kto"])
@@ -349,9 +350,9 @@ def test_a_short_run_asks_the_reference_about_its_own_rows_only(verb, asked, tmp
     """A trial of a few steps on a large set must not wait for a pass over all of it."""
     real, read = reference.answer_logp, []
 
-    def counted(model, answers, micro_tokens):
+    def counted(model, answers, micro_tokens, progress):
         read.append(len(answers))
-        return real(model, answers, micro_tokens)
+        return real(model, answers, micro_tokens, progress)
 
     monkeypatch.setattr(reference, "answer_logp", counted)
     each, losses = 2 if verb == "dpo" else 1, []
@@ -375,3 +376,63 @@ def test_what_does_not_fit_is_told_before_the_pass_over_the_data(verb, asked, tm
     monkeypatch.setattr("steersman.verbs.offline_run.announce", refuse)
     with pytest.raises(SteersmanError, match="it does not fit"):
         begun(verb, asked, tmp_path, {"samples.prompts": 0})
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_a_run_that_goes_on_takes_up_what_the_reference_said(verb, asked, tmp_path, monkeypatch):
+    """Cut in the pass over the data, then in training: no answer is read twice, and the end is the same."""
+    monkeypatch.setattr(reference, "ROWS", 4)
+    same = {"samples.prompts": 0, "data.held_out": 0, "train.batch_size": 4, "train.epochs": 1}
+    begun(verb, asked, tmp_path, same)
+    real, read, stop_at = reference.answer_logp, [], [2]
+
+    def counted(model, answers, micro_tokens, progress):
+        if len(read) == stop_at[0]:
+            raise KeyboardInterrupt
+        read.append(len(answers))
+        return real(model, answers, micro_tokens, progress)
+
+    monkeypatch.setattr(reference, "answer_logp", counted)
+    cut = same | {"run.dir": str(tmp_path / "cut")}
+    with pytest.raises(KeyboardInterrupt):
+        begun(verb, asked, tmp_path, cut)
+    stop_at[0] = 10**6
+    objective = FeedbackObjective if verb == "kto" else preference.PairObjective
+    with monkeypatch.context() as patch:
+        patch.setattr(objective, "denominator", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            begun(verb, asked, tmp_path, cut, resume=True)
+    rows_there = len((tmp_path / "feedback.jsonl").read_text().splitlines())
+    assert sum(read) == rows_there * (2 if verb == "dpo" else 1)
+    count = len(read)
+    begun(verb, asked, tmp_path, cut, resume=True)
+    assert len(read) == count
+    a, b = (weights(tmp_path / d / "model") for d in ("run", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "change", [{"data.max_length": 9, "data.on_too_long": "truncate"}, {"model.dtype": "bfloat16"}]
+)
+def test_what_the_reference_said_of_other_answers_or_in_another_precision_is_not_taken_up(
+    change, asked, tmp_path, monkeypatch
+):
+    same = {"samples.prompts": 0, "train.max_steps": 2}
+    real, read = reference.answer_logp, []
+
+    def counted(model, answers, micro_tokens, progress):
+        read.append(len(answers))
+        return real(model, answers, micro_tokens, progress)
+
+    monkeypatch.setattr(reference, "answer_logp", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeedbackObjective, "denominator", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            begun("kto", asked, tmp_path, same)
+    before = list(read)
+    begun("kto", asked, tmp_path, same, resume=True)
+    assert read == before
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    begun("kto", asked, tmp_path, same | change, resume=True)
+    assert len(read) > len(before)

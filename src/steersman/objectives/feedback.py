@@ -23,7 +23,7 @@ from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
-from steersman.setup.reference import Reference, answer_logp, answer_logp_now, group_logp
+from steersman.setup.reference import Readings, Reference, answer_logp, answer_logp_now
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
@@ -134,6 +134,7 @@ class FeedbackObjective:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
         self.context = context_length(policy.model)
+        self.readings = Readings([(reference, 1.0)], micro_tokens)
         self.reference_logp: dict[int, Tensor] = {}
         self.threshold = 0.0
         self.means = {True: 0.0, False: 0.0}  # of the implicit reward by label: 0 while the policy is the reference
@@ -143,10 +144,10 @@ class FeedbackObjective:
     def read_reference(self, rows: Sequence[int]) -> None:
         """Reads what the reference says of the training answers `rows` and of the held-out ones, before the first
         `loss` or `evaluate`; of answers that are streamed it is read batch by batch."""
-        for data in (self.train, self.held_out):
+        for name, data in (("train", self.train), ("held_out", self.held_out)):
             if data is not None and data.in_memory:
-                wanted, models = rows if data is self.train else range(len(data.groups)), [(self.reference, 1.0)]
-                self.reference_logp[id(data)] = group_logp(models, data.groups, wanted, self.micro_tokens)[:, 0]
+                wanted = rows if data is self.train else range(len(data.groups))
+                self.reference_logp[id(data)] = self.readings.of(name, data.groups, wanted)[:, 0]
 
     @property
     def cost(self) -> np.ndarray:

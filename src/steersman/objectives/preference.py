@@ -31,7 +31,7 @@ from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding
 from steersman.run.progress import with_progress
-from steersman.setup.reference import Reference, answer_logp_now, collision, divergence, group_logp
+from steersman.setup.reference import Readings, Reference, answer_logp_now, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, send
@@ -109,11 +109,12 @@ class PairObjective:
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
         self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
-        self.references: list[tuple[Reference, float]] = []
+        references: list[tuple[Reference, float]] = []
         if self.entry.needs_reference and not self.entry.needs_full_kl:
             assert reference is not None
             share = 0.0 if anchor is None else anchor[1]
-            self.references = [(reference, 1 - share), *([] if anchor is None else [anchor])]
+            references = [(reference, 1 - share), *([] if anchor is None else [anchor])]
+        self.readings = Readings(references, micro_tokens)
         self.reference_logp: dict[int, Tensor] = {}
 
     @property
@@ -124,10 +125,10 @@ class PairObjective:
     def read_reference(self, rows: Sequence[int]) -> None:
         """Reads what the reference says of the training pairs `rows` and of the held-out ones, before the first
         `loss` or `evaluate`; of pairs that are streamed it is read batch by batch."""
-        for data in (self.train, self.held_out):
-            if self.references and data is not None and data.in_memory:
+        for name, data in (("train", self.train), ("held_out", self.held_out)):
+            if self.readings.models and data is not None and data.in_memory:
                 wanted = rows if data is self.train else range(len(data.groups))
-                self.reference_logp[id(data)] = group_logp(self.references, data.groups, wanted, self.micro_tokens)
+                self.reference_logp[id(data)] = self.readings.of(name, data.groups, wanted)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)
@@ -185,11 +186,11 @@ class PairObjective:
     def _reference(self, data: TrainingSet[Preference], rows: Sequence[int], tokens: Tokens) -> Tensor | None:
         """The reference's log-probabilities of both answers, `[B, 2]`; None for a loss that takes none of whole
         answers."""
-        if not self.references:
+        if not self.readings.models:
             return None
         if data.in_memory:
             return self.reference_logp[id(data)][list(rows)]
-        return answer_logp_now(self.references, tokens).view(2, -1).T
+        return answer_logp_now(self.readings.models, tokens).view(2, -1).T
 
     def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:
         loss, explain = self.entry.function(pair, **self.config.settings)

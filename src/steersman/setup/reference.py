@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steersman.data import Encoded, collate
 from steersman.distributed.micro import in_order, my_micro_batches
+from steersman.distributed.ranks import ranks
 from steersman.model import Logp, Policy, ScalarModel, at_hand
 from steersman.ops.logprob import Head
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import ModelConfig
-from steersman.run.progress import with_progress
+from steersman.run.files.pieces import Pieces
+from steersman.run.progress import ProgressLine
 from steersman.run.run_config import RunConfig
 from steersman.setup.models import policy_from
-from steersman.types import SteersmanError, Tokens, send
+from steersman.types import Progress, SteersmanError, Tokens, send
 
 
 class AdaptersOff:
@@ -30,6 +37,9 @@ class AdaptersOff:
     @property
     def device(self) -> torch.device:
         return self.policy.device
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.policy.parameters()
 
     @property
     def separate(self) -> None:
@@ -81,35 +91,83 @@ def same_tokens(key: str, path: str, model: Policy | ScalarModel, policy: Policy
         )
 
 
+def _say_nothing(_done: int, _total: int, _tokens: int) -> None:
+    """Most answers are few."""
+
+
 @torch.no_grad()
-def answer_logp(model: Reference, rows: Sequence[Encoded], micro_tokens: int) -> Float[Tensor, " N"]:
+def answer_logp(
+    model: Reference, rows: Sequence[Encoded], micro_tokens: int, progress: Progress = _say_nothing
+) -> Float[Tensor, " N"]:
     """log pi of whole answers, over the tokens that count (nats), on the CPU. A model that waits elsewhere comes for
-    as long as that takes."""
+    as long as that takes. `progress` is told how many micro-batches are done, of how many."""
     found = []
     parts = my_micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
     with at_hand(model.separate):
-        for part in with_progress(parts, "log-probabilities of the data"):
+        for i, part in enumerate(parts):
             tokens = collate([rows[i] for i in part.rows.tolist()])
             logp = model.logp(tokens).logp.cpu()
             sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1)
             if part.counts:
                 found.append((part.rows, sums))
+            progress(i + 1, len(parts), 0)
     return in_order(found)
 
 
-def group_logp(
-    models: Sequence[tuple[Reference, float]], groups: Sequence[Sequence[Encoded]], rows: Sequence[int],
-    micro_tokens: int,
-) -> Float[Tensor, "N K"]:  # fmt: skip
-    """The weighted sum of several models' log pi of each answer of the groups `rows`, which all have K answers (nats,
-    over the tokens that count); NaN for the other groups."""
-    told = torch.full((len(groups), len(groups[0])), torch.nan)
-    if rows:
-        answers = [e for i in rows for e in groups[i]]
-        read = torch.stack([share * answer_logp(model, answers, micro_tokens) for model, share in models]).sum(0)
-        told = told.to(read)
-        told[list(rows)] = read.view(len(rows), -1)
-    return told
+ROWS = 1024
+"""Rows for each rank that are read and kept together: little is lost with them, and micro-batches are full."""
+
+
+@dataclass(slots=True)
+class Readings:
+    """What frozen models say of given answers, read once: the weighted sum of their log pi, in nats, over the tokens
+    that count."""
+
+    models: Sequence[tuple[Reference, float]]
+    micro_tokens: int
+    folder: Path | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def keep_in(self, folder: Path, **about: Any) -> None:
+        """Has what is read kept in a folder as it comes, from which a run that goes on takes it, where the answers
+        and `about`, which names the models, are still the same."""
+        self.folder, self.about = folder, about
+
+    def of(self, name: str, groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> Float[Tensor, "N K"]:
+        """Of the groups `rows`, which all have K answers; NaN for the other groups. `name` tells sets of groups
+        apart."""
+        told = torch.full((len(groups), len(groups[0])), torch.nan, dtype=self._dtype())
+
+        def read(span: range, progress: Progress) -> list[dict[str, Any]]:
+            answers = [e for i in rows[span.start : span.stop] for e in groups[i]]
+            found = [share * answer_logp(model, answers, self.micro_tokens, progress) for model, share in self.models]
+            return [{"logp": row} for row in torch.stack(found).sum(0).view(len(span), -1).tolist()]
+
+        line = ProgressLine("log-probabilities of the data")
+        if self.folder is None:
+            kept = read(range(len(rows)), line) if rows else []
+        else:
+            pieces = Pieces(self.folder / name, len(rows), {**self.about, "answers": _digest(groups, rows)})
+            pieces.begin()
+            kept = pieces.fill(ROWS * ranks().world, read, line)
+        if rows:
+            told[list(rows)] = torch.tensor([row["logp"] for row in kept], dtype=told.dtype)
+        return told
+
+    def _dtype(self) -> torch.dtype:
+        """Log-probabilities are float32, of models in float64 float64."""
+        weights = {p.dtype for model, _ in self.models for p in model.parameters()}
+        return torch.float64 if torch.float64 in weights else torch.float32
+
+
+def _digest(groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> str:
+    """The SHA-256 of the answers of some groups, with their prompts and what counts of them."""
+    digest = hashlib.sha256()
+    for i in rows:
+        for e in groups[i]:
+            for values in ([len(e.prompt), len(e.response)], e.prompt, e.response, e.mask):
+                digest.update(np.asarray(values, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -98,6 +98,8 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         state = FeedbackRun(
             objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data
         )
+        model = recipe.model.model_dump(mode="json")
+        objective.readings.keep_in(session.path / "reference", reference=recipe.reference, model=model)
         state.prepare = objective.read_reference
         pre = Preflight(f"steersman {name} ({LOSSES[name].source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)

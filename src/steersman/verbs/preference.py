@@ -86,6 +86,10 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
             objective, recipe.train, recipe.optimizer, recipe.run,
             shuffle=recipe.data.shuffle, data=data,
         )  # fmt: skip
+        objective.readings.keep_in(
+            session.path / "reference", reference=recipe.reference, anchor=recipe.anchor, share=recipe.anchor_share,
+            model=recipe.model.model_dump(mode="json"),
+        )  # fmt: skip
         state.prepare = objective.read_reference
         pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)

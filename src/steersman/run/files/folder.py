@@ -4,6 +4,7 @@
                                                 and evaluation.jsonl where the recipe evaluates
     inputs.json    digests of data and models   (inputs.py)
     checkpoints/   (checkpoint.py)              summary.json, report.html                    (run/report/page.py)
+    reference/     what a frozen reference says of the data (setup/reference.py)
 
 Every file is whole or not there (`steersman/atomic.py`).
 """
