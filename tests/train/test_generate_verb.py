@@ -165,9 +165,8 @@ def many(words, tmp_path):
     return [*words, *more, "--out", str(tmp_path / "out.jsonl")]
 
 
-@pytest.fixture
-def cut_short(many, tmp_path, monkeypatch, capsys):
-    """The same call, ended by Ctrl-C in its fourth piece; three are kept."""
+def end_in_fourth_piece(call: list[str], monkeypatch) -> None:
+    """Runs the call and ends it by Ctrl-C."""
     real, calls = generate.sample_on_all_ranks, []
 
     def ended(*args, **how):
@@ -178,7 +177,13 @@ def cut_short(many, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(generate, "sample_on_all_ranks", ended)
-        assert main(many) == 130
+        assert main(call) == 130
+
+
+@pytest.fixture
+def cut_short(many, tmp_path, monkeypatch, capsys):
+    """The same call, ended by Ctrl-C in its fourth piece; three are kept."""
+    end_in_fourth_piece(many, monkeypatch)
     assert "the responses so far are in" in capsys.readouterr().err
     assert len(list((tmp_path / "out.jsonl.parts").glob("0*.jsonl"))) == 3
     assert not (tmp_path / "out.jsonl").exists()
@@ -276,17 +281,7 @@ def test_answers_to_evaluate_are_kept_as_they_come(many, tmp_path, monkeypatch):
     table = tmp_path / "table.json"
     call = [f"--generate.{w.removeprefix('--')}" if w.startswith("--") else w for w in many[1:-2]]
     call = ["evaluate", *call, "--metrics", "[distinct]", "--out", str(table)]
-    real, calls = generate.sample_on_all_ranks, []
-
-    def ended(*args, **how):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args, **how)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "sample_on_all_ranks", ended)
-        assert main(call) == 130
+    end_in_fourth_piece(call, monkeypatch)
     again = asked(monkeypatch)
     assert main(call) == 0
     assert again == list(range(12, 40))

@@ -144,10 +144,8 @@ class FeedbackObjective:
     def read_reference(self, rows: Sequence[int]) -> None:
         """Reads what the reference says of the training answers `rows` and of the held-out ones, before the first
         `loss` or `evaluate`; of answers that are streamed it is read batch by batch."""
-        for name, data in (("train", self.train), ("held_out", self.held_out)):
-            if data is not None and data.in_memory:
-                wanted = rows if data is self.train else range(len(data.groups))
-                self.reference_logp[id(data)] = self.readings.of(name, data.groups, wanted)[:, 0]
+        found = self.readings.of_data(self.train, self.held_out, rows)
+        self.reference_logp = {key: logp[:, 0] for key, logp in found.items()}
 
     @property
     def cost(self) -> np.ndarray:

@@ -125,10 +125,8 @@ class PairObjective:
     def read_reference(self, rows: Sequence[int]) -> None:
         """Reads what the reference says of the training pairs `rows` and of the held-out ones, before the first
         `loss` or `evaluate`; of pairs that are streamed it is read batch by batch."""
-        for name, data in (("train", self.train), ("held_out", self.held_out)):
-            if self.readings.models and data is not None and data.in_memory:
-                wanted = rows if data is self.train else range(len(data.groups))
-                self.reference_logp[id(data)] = self.readings.of(name, data.groups, wanted)
+        if self.readings.models:
+            self.reference_logp = self.readings.of_data(self.train, self.held_out, rows)
 
     def denominator(self, rows: Sequence[int]) -> float:
         return sum(self.train.examples[i].weight for i in rows)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steersman.data import Encoded, collate
+from steersman.data import Encoded, TrainingSet, collate
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.distributed.ranks import ranks
 from steersman.model import Logp, Policy, ScalarModel, at_hand
@@ -132,6 +132,17 @@ class Readings:
         """Has what is read kept in a folder as it comes, from which a run that goes on takes it, where the answers
         and `about`, which names the models, are still the same."""
         self.folder, self.about = folder, about
+
+    def of_data(
+        self, train: TrainingSet[Any], held_out: TrainingSet[Any] | None, rows: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """`of` the training rows `rows` and all held-out ones, by the set's `id`; sets that are streamed
+        are left out."""
+        found = {}
+        for name, data in (("train", train), ("held_out", held_out)):
+            if data is not None and data.in_memory:
+                found[id(data)] = self.of(name, data.groups, rows if data is train else range(len(data.groups)))
+        return found
 
     def of(self, name: str, groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> Float[Tensor, "N K"]:
         """Of the groups `rows`, which all have K answers; NaN for the other groups. `name` tells sets of groups

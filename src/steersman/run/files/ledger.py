@@ -203,8 +203,7 @@ class Ledger:
             digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
             for file in files:
                 with file.open("rb") as opened:
-                    while block := opened.read(2**24):
-                        digest.update(block)
+                    hashlib.file_digest(opened, lambda: digest)
             self._hashes[path] = digest.hexdigest() if files else "not a local folder"
         return {"path": shown, "sha256": self._hashes[path]}
 

@@ -31,7 +31,7 @@ _NAME = re.compile(r"(\d{8,})-(\d{8,})\.jsonl")
 class Pieces:
     """The pieces of `count` items' rows in `folder`; `about` is plain data that says what they are made from and how.
 
-    What is in the way of making rows by ranks that share the work goes through rank 0, which alone reads and writes.
+    Of several ranks all make rows, and share that work; rank 0 alone reads and writes the pieces.
     """
 
     def __init__(self, folder: Path, count: int, about: Mapping[str, Any]) -> None:
