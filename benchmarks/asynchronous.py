@@ -25,7 +25,7 @@ from typing import Any
 
 from steersman.assets import openings, story_model
 from steersman.atomic import write_atomic
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import read_jsonl
 from steersman.verbs import rl
 from steersman.verbs.on_policy_recipes import RECIPES
 

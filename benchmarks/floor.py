@@ -10,7 +10,6 @@ counted are norms, activations, rotations and the optimiser's arithmetic, which 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from common import HEADS, NEW, PROMPT, SHAPES
 
+from steersman.jsonl import read_jsonl
 from steersman.ops.products import linear
 
 
@@ -149,7 +149,7 @@ def offline(work: Work, scenario: str, folder: Path, steps: int, batch: int = 16
     """DPO with its reference, a reward model, or SFT: one epoch over the first rows of the data."""
     phases = []
     file = "sft" if scenario == "sft" else "pairs"
-    lines = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()][: steps * batch]
+    lines = read_jsonl(folder / f"{file}.jsonl")[: steps * batch]
     rows, headed, ends = [], 0, 0
     for line in lines:
         prompt = len(line["prompt"].split())

@@ -161,7 +161,7 @@ def main() -> None:
             for told in measured(verb, given.ways, given.rows, given.model, Path(folder)):
                 with given.measured.open("a") as file:
                     file.write(json.dumps(told) + "\n")
-    found = [json.loads(line) for line in given.measured.read_text().splitlines()]
+    found = [json.loads(line) for line in given.measured.open(encoding="utf-8")]
     text = page(found, Path(given.model).name)
     if given.out:
         given.out.write_text(text)

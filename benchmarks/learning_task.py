@@ -39,7 +39,7 @@ def reward_function(folder: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -137,7 +137,7 @@ def rollout(folder: Path, run: dict[str, Any], dtype: str, rows: int, samples: i
     """The engine alone, on a policy as the on-policy loop loads it; one turn is one call."""
     device = resolve_device(run["device"])
     policy = policy_from(ModelConfig(path=str(folder / "policy"), dtype=dtype), RunConfig(**run), device)  # type: ignore
-    texts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").open(encoding="utf-8")]
     ids = policy.tokenizer(texts[:rows])["input_ids"]
     given = [Prompt(row, text, index=i) for i, (row, text) in enumerate(zip(ids, texts, strict=False))]
     engine = Engine(policy.model, eos_token_id=[])

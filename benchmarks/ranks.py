@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from steersman.distributed.stored import StoredTensor
+from steersman.jsonl import read_jsonl
 from steersman.run.files.checkpoint import Checkpointer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +165,7 @@ def scale() -> None:
             said = [one.communicate()[0] for one in running]
             if any(one.returncode for one in running):
                 raise SystemExit(f"{name}: {said[0][-3000:]}")
-            rows = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
+            rows = read_jsonl(there / "metrics.jsonl")
             reward = [row["held_out/reward/total"] for row in rows if "held_out/reward/total" in row]
             whole = [row["step"] for row in rows] == list(range(5))
             print(f"| {name} | {RANKS[name]} | {reward[0]:.3f} | {reward[-1]:.3f} | {whole} |", flush=True)

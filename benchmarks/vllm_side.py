@@ -30,7 +30,7 @@ def main() -> None:
     model = LLM(
         str(Path(folder) / "policy"), dtype=dtype, max_model_len=512, max_num_seqs=64, disable_log_stats=True, seed=0
     )
-    texts = [json.loads(line)["prompt"] for line in (Path(folder) / "prompts.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["prompt"] for line in (Path(folder) / "prompts.jsonl").read_text().split("\n") if line]
     ids = model.get_tokenizer()(texts[: int(rows)])["input_ids"]
     prompts = [{"prompt_token_ids": row} for row in ids]
     turns.ready()

@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "steersman"
 
 MATHS = {"ops", "types"}
-GROUND = MATHS | {"atomic", "extras", "guards", "config", "distributed", "run"}
+GROUND = MATHS | {"atomic", "extras", "guards", "jsonl", "config", "distributed", "run"}
 MAY = {
     "types": set(),
     "assets": set(),
@@ -19,6 +19,7 @@ MAY = {
     "atomic": {"types"},
     "extras": {"types"},
     "guards": {"types"},
+    "jsonl": {"types", "atomic", "guards"},
     "config": {"types", "guards"},
     "distributed": {"types", "atomic", "extras", "guards", "config"},
     "run": GROUND - {"run"},

@@ -78,3 +78,13 @@ def test_a_run_without_episodes_is_refused(tmp_path):
         episodes(tmp_path)
     (tmp_path / "samples.jsonl").write_text("{\n")
     assert main([str(tmp_path), str(tmp_path / "x.jsonl")]) == 2
+
+
+def test_episodes_with_any_line_break_are_read_and_a_missing_folder_is_told(tmp_path, capsys):
+    said = [{"role": "assistant", "content": "one\u2028two"}]
+    row = {"step": 0, "asked": [{"role": "user", "content": "go"}], "talk": said, "reward": {"play": 1.0}}
+    text = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "samples.jsonl").write_text(f"{text}\n{text[:40]}", encoding="utf-8")  # the last one cut by a kill
+    assert labels(episodes(tmp_path), 0.5) == [{"prompt": row["asked"], "completion": said, "label": True}]
+    assert main([str(tmp_path), str(tmp_path / "none" / "x.jsonl")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -130,3 +130,13 @@ def test_a_record_that_does_not_fit_is_told(tool, tmp_path):
     record.unlink()
     with pytest.raises(SteersmanError, match="no such file"):
         open_environment(config.model_copy(update={"replay": True}))
+
+
+def test_a_record_holds_texts_with_any_line_break(tool, tmp_path):
+    """A prompt may hold U+2028 and its like, which end no line of the record."""
+    config = EnvironmentConfig(path=f"{tool}:Bad", record=str(tmp_path / "record.jsonl"))
+    asked = [{"role": "user", "content": "one\u2028two\x85three"}]
+    begun = open_environment(config).open().begin(asked, {}, 7)
+    replayed = open_environment(config.model_copy(update={"replay": True})).open()
+    assert replayed.begin(asked, {}, 7) == begun
+    assert "one\u2028two\x85three" in begun[-1]["content"]

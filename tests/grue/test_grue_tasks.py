@@ -16,7 +16,7 @@ from steersman.grue.evaluate import corpus_value, metrics_of
 from steersman.grue.recipe import GrueRecipe
 from steersman.grue.rows import task_rows
 from steersman.grue.run import run
-from steersman.grue.task import TASKS, in_split, load_task
+from steersman.grue.task import TASKS, in_split, json_lines, load_task, text_lines
 from steersman.types import SteersmanError
 
 
@@ -308,3 +308,12 @@ def test_a_cell_that_can_not_run_is_named_before_any_runs(more, told, tmp_path):
     with pytest.raises(SteersmanError, match=told):
         run(recipe_of(tmp_path, **more))
     assert not (tmp_path / "matrix").exists()
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """Parallel texts hold U+2028 and its like inside their lines, which would no longer stand beside each other."""
+    path = tmp_path / "text.txt"
+    path.write_bytes("one\u2028two\r\n\nthree\x85four\n".encode())
+    assert text_lines(path) == ["one\u2028two", "", "three\x85four"]
+    path.write_bytes('{"a": "one\u2028two"}\n'.encode())
+    assert list(json_lines(path)) == [{"a": "one\u2028two"}]

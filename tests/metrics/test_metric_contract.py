@@ -142,6 +142,15 @@ def test_a_corpus_file_that_is_wrong_is_named(tmp_path):
         metric("cider", {"corpus_file": str(bad)}).score(["a"], ["a"])
 
 
+def test_a_corpus_file_may_hold_any_line_break(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"references": "a\u2028b"}\n{"references": "c\x85d"}\n', encoding="utf-8")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"references": "a b"}\n{"references": "c d"}\n')
+    of = [metric("cider", {"tokens": "space", "corpus_file": str(path)}) for path in (corpus, plain)]
+    assert of[0].score(["a"], ["a b"]) == of[1].score(["a"], ["a b"])
+
+
 OWN = '''
 from dataclasses import dataclass
 from steersman.metrics import Scorer

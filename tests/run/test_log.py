@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from steersman.run.files.log import Log, read_jsonl
+from steersman.jsonl import read_jsonl
+from steersman.run.files.log import Log
 from steersman.run.health.watch import Finding
 from steersman.types import SteersmanError
 

@@ -29,6 +29,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from steersman.algorithms import ALGORITHMS
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.verbs import rl
 from steersman.verbs.on_policy_recipes import RECIPES as VERBS
 
@@ -64,7 +65,7 @@ def write_data(out: Path) -> None:
         "held_out": [{"prompt": f"{a:02}+{b}=", "answer": str(a + b)} for a, b in held],
     }
     for name, rows in tables.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / f"{name}.jsonl").write_text(jsonl_text(rows))
     character_tokenizer().save_pretrained(out / "tokenizer")
     right = sum(given == a + b for (a, b), given in zip(shown, answers, strict=True)) / len(shown)
     print(f"{out}: {len(known)} sums, {len(held)} held out; {right:.1%} of the demonstrations are right")
@@ -109,7 +110,7 @@ def looks(folder: Path) -> list[tuple[int, float]]:
 
 def by_carry(folder: Path) -> dict[str, tuple[float, float]]:
     """Held-out accuracy before and after training, of sums without and with a carry."""
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "samples.jsonl")
     last = max(row["step"] for row in rows)
 
     def share(step: int, carry: bool) -> float:

@@ -47,6 +47,7 @@ from kills import forked, options
 
 from steersman import cli
 from steersman.assets import openings, story_model
+from steersman.jsonl import read_jsonl
 from steersman.train import session
 from steersman.verbs import rl  # noqa: F401
 
@@ -166,7 +167,7 @@ def broken(
 
 def seconds_of(folder: Path) -> dict[str, float]:
     """What the start and an iteration of an unbroken run took."""
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "run" / "metrics.jsonl")
     first, last = rows[0]["seconds"], rows[-1]["seconds"]
     return {"start": first, "iteration": (last - first) / (len(rows) - 1)}
 
@@ -233,7 +234,7 @@ def one_run(
 def campaign(given: argparse.Namespace, nursery: Nursery) -> Iterator[dict[str, Any]]:
     """Runs the cases in turn, the first of each unbroken, until there were so many kills; older records first."""
     record = given.out / "record.jsonl"
-    done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    done = read_jsonl(record) if record.exists() else []
     yield from done
     count, number = sum(len(row["kills"]) for row in done), len(done)
     while count < given.kills:

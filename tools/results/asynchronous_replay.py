@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from steersman.data import Batches
+from steersman.jsonl import read_jsonl
 from steersman.reward import Scores
-from steersman.run.files.log import read_jsonl
 from steersman.train.experience import tokens_of
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import build_roles

@@ -25,6 +25,7 @@ import numpy as np
 from recording import finished, options, rewrite, run_cells, verb
 
 from steersman.flywheel.instruct import run as instruct
+from steersman.jsonl import read_jsonl
 from steersman.metrics import metric
 from steersman.metrics.core import MetricInput
 from steersman.statistics.estimates import bootstrap, mean
@@ -40,7 +41,7 @@ RATE, EPOCHS, ASKED, TOKENS = 5e-4, 3, 96, 160
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_jsonl(path)
 
 
 def tasks(data: Path, folder: Path) -> Path:

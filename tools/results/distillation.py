@@ -23,6 +23,7 @@ from steersman.distill import run as distill
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillLoss, DistillRecipe
 from steersman.distill.teacher import Answer, LocalTeacher
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.model import Policy, load_policy
 from steersman.ops.masked import masked_sum
 from steersman.rollout import Engine, Sampling
@@ -89,7 +90,7 @@ def stories(folder: Path, out: Path) -> tuple[Path, Path]:
     ]
     files = out / "train.jsonl", out / "held.jsonl"
     for file, part in zip(files, (rows[HELD:], rows[:HELD]), strict=True):
-        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+        file.write_text(jsonl_text(part))
     return files
 
 
@@ -162,7 +163,7 @@ def measured(file: Path, model: Path, teacher: Path, held: Path, steps: int = 0)
     if file.exists():
         return json.loads(file.read_text())
     student, master = (load_policy(str(p), trainable=False) for p in (model, teacher))
-    rows = [json.loads(line) for line in held.read_text().splitlines()]
+    rows = read_jsonl(held)
     ids = [[student.tokenizer.encode(r[k], add_special_tokens=k == "prompt") for k in ("prompt", "completion")]
            for r in rows]  # fmt: skip
     total, count = [], []

@@ -13,6 +13,7 @@ from typing import Any
 from recording import finished, over_seeds, plain_axes, plt, rows_of
 
 from steersman.guards.terminal import printable
+from steersman.jsonl import read_jsonl
 from steersman.tabular.gym import from_gymnasium
 from steersman.tabular.mdp import value_iteration
 
@@ -95,14 +96,14 @@ def _discounted(folder: Path) -> float:
 
 
 def _last_look(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "samples.jsonl")
     last = max(row["step"] for row in rows)
     return [row for row in rows if row["step"] == last]
 
 
 def _searches(folder: Path) -> dict[str, float]:
     """What searches without a model earn on the held-out questions: one search of each kind."""
-    rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "held_out.jsonl")
     sections = [str(folder / f"sections_{name}.csv") for name in ("test", "val")]
     luck, common = random.Random(0), Counter(w for r in rows for w in set(WORD.findall(r["question"].lower())))
     ways = {

@@ -6,7 +6,6 @@ Demonstrations show how one plays, and hardly ever how one plays well: that is l
 from __future__ import annotations
 
 import csv
-import json
 import random
 import shutil
 import sys
@@ -20,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from steersman.assets import story_model
+from steersman.jsonl import jsonl_text, read_jsonl
 
 sys.path.insert(0, "recipes/environments")
 from guess_word import GUESSES, WORDS, marks
@@ -124,7 +124,7 @@ def dialogue(out: Path, data: Path) -> dict[str, Any]:
     """The story model: it asks what systems ask, and after any number of questions confirms some of what it heard."""
     rng = random.Random(0)
     file = data / "sgd_dialogues/dev_dialogues.text_and_acts.jsonl"
-    talks = [json.loads(line) for line in file.read_text().splitlines()]
+    talks = read_jsonl(file)
     rows = [row | {"prompt": "Customer: "} for talk in talks if (row := slot_filling.row_of(talk)) is not None]
     asked = Counter(
         t["utterance"] for talk in talks for t in talk["turns"]
@@ -183,7 +183,7 @@ def _escaped(text: str) -> str:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text(jsonl_text(rows))
 
 
 STARTS = {

@@ -22,6 +22,7 @@ from playwright.sync_api import Browser
 from wheel import ROLLOUT, SALAD, answers, hidden, numbers_of, recipe, rows
 
 from steersman.assets import openings, story_model
+from steersman.jsonl import jsonl_text
 from steersman.people.collect.verb import CollectRecipe, QueueConfig, fill
 from steersman.people.serving import Serving, read_serving
 from steersman.people.sources import open_judgements
@@ -47,7 +48,7 @@ class Recorded:
     def queue(self, name: str, found: list[dict[str, Any]], **how: int) -> None:
         """Puts pairs into a queue, as `steersman collect` does at its start."""
         file = self.out / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+        file.write_text(jsonl_text(found))
         asks = "Which story do you like better?"
         config = QueueConfig(task="compare", file=str(file), instructions=asks, **how)
         store = open_store(self.url)

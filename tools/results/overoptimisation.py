@@ -30,6 +30,7 @@ from recording import OPENINGS, finished, options, run_cells, verb
 
 from steersman.data import DataConfig, preferences
 from steersman.flywheel import arena
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.judge.scored import Scorer
 from steersman.reward import RewardPart
 from steersman.verbs import generate, reward_model, rl, sft
@@ -45,12 +46,12 @@ BASE = Path("runs/results/flywheel/base")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_jsonl(path)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(jsonl_text(rows))
     return path
 
 

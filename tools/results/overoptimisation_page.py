@@ -31,7 +31,7 @@ class Look:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
 def on_policy(folder: Path) -> tuple[list[Look], int]:

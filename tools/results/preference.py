@@ -23,6 +23,7 @@ from recording import OPENINGS, finished, options, over_seeds, plain_axes, rows_
 
 from steersman.atomic import write_atomic
 from steersman.data import DataConfig, encode_prompts, layout, prompts
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward import RewardConfig, build_reward
 from steersman.reward.rules import BUILTINS
@@ -95,7 +96,7 @@ def label_pairs(model: str, data: Path, table: Path) -> None:
         "out": str(drawn), "run": {"seed": 100, "threads": 1},
     }  # fmt: skip
     generate.run(generate.GenerateRecipe.model_validate(recipe))
-    rows = [json.loads(line) for line in drawn.read_text().splitlines()]
+    rows = read_jsonl(drawn)
     texts = [r["completion"] for r in rows]
     score = BUILTINS["vader_sentiment"](prompts=texts, completions=texts)
     pairs = []
@@ -105,7 +106,7 @@ def label_pairs(model: str, data: Path, table: Path) -> None:
             if score[high] - score[low] > 0.1:
                 chosen, rejected = texts[high], texts[low]
                 pairs.append({"prompt": rows[first]["prompt"], "chosen": chosen, "rejected": rejected})
-    table.write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    table.write_text(jsonl_text(pairs))
 
 
 def cell(task: str, method: str, seed: int, model: str, pairs: dict[str, Any], judge: dict[str, Any], out: Path):

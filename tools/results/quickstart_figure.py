@@ -5,7 +5,6 @@ python tools/results/quickstart_figure.py runs/quickstart docs/results/quickstar
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -16,16 +15,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from steersman.jsonl import read_jsonl
 from steersman.reward.gold import judge
 
 
 def main(run: Path, out: Path) -> None:
     folder = run / "3-ppo"
     gold = defaultdict(list)
-    for line in (folder / "samples.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(folder / "samples.jsonl"):
         gold[row["step"]].append(judge(row["completion"]).gold)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "metrics.jsonl")
     curves = {
         "reward model's score\n(what PPO maximises)": [
             (r["step"], r["held_out/reward/total"]) for r in rows if "held_out/reward/total" in r

@@ -13,7 +13,6 @@ those of whole conversations.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from steersman.data import BadRows, DataConfig, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import category
 from steersman.flywheel.reading import kappa, read
+from steersman.jsonl import read_jsonl
 from steersman.judge.writer import Writer, WriterConfig
 
 LABELS = Path("recipes/data/reactions-labelled.jsonl")
@@ -30,7 +30,7 @@ THUMBS = {"praise": "up", "mixed": "neither", "none": "neither", "unread": "neit
 
 def labelled(data: Path, file: Path = LABELS) -> list[tuple[Exchange, str]]:
     """The exchanges that were labelled, each with its kind."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read_jsonl(file)
     wanted = {(r["file"], r["row"], r["exchange"]): r["kind"] for r in rows}
     files = sorted({str(data / r["set"] / r["file"]) for r in rows})
     found = []

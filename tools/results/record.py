@@ -17,6 +17,7 @@ from typing import Any
 
 from recording import OPENINGS, over_seeds, plain_axes, plt, rows_of, verb
 
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.reward.rules import BUILTINS
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.generate import GenerateRecipe
@@ -78,7 +79,7 @@ def _label_pairs(model: str, prompts: dict, rollout: dict, seed: int, table: Pat
     }  # fmt: skip
     table.parent.mkdir(parents=True, exist_ok=True)
     generate(GenerateRecipe.model_validate(recipe))
-    rows = [json.loads(line) for line in drawn.read_text().splitlines()]
+    rows = read_jsonl(drawn)
     score = BUILTINS["vader_sentiment"](
         prompts=[r["prompt"] for r in rows], completions=[r["completion"] for r in rows]
     )
@@ -89,7 +90,7 @@ def _label_pairs(model: str, prompts: dict, rollout: dict, seed: int, table: Pat
             if score[high] - score[low] > 0.1:
                 chosen, rejected = rows[high]["completion"], rows[low]["completion"]
                 pairs.append({"prompt": rows[start]["prompt"], "chosen": chosen, "rejected": rejected})
-    table.write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    table.write_text(jsonl_text(pairs))
 
 
 def arguments(data: Path, out: Path, seed: int) -> dict[str, dict[str, Any]]:

@@ -75,7 +75,7 @@ def run_cells(cells: Sequence[tuple[Path, Callable[[], Any]]], minutes: float) -
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:

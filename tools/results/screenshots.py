@@ -21,6 +21,7 @@ from pages import collecting
 from playwright.sync_api import Browser
 
 from steersman.assets import openings, story_model
+from steersman.jsonl import jsonl_text
 
 DEVICES: dict[str, dict[str, Any]] = {
     "desktop": {"viewport": {"width": 1280, "height": 800}},
@@ -57,7 +58,7 @@ def queues(folder: Path) -> Path:
     made: dict[str, Any] = {"store": str(folder / "feedback.db"), "queues": {}}
     for task, (rows, settings) in asked.items():
         file = folder / f"{task}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text(jsonl_text(rows))
         made["queues"][f"{task} stories"] = {"task": task, "file": str(file), **settings}
     recipe = folder / "collect.yaml"
     recipe.write_text(json.dumps(made))

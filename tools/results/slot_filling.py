@@ -43,7 +43,7 @@ def row_of(dialogue: dict[str, Any]) -> dict[str, Any] | None:
 
 def rows(source: Path, target: Path) -> int:
     """Writes the rows; returns how many."""
-    found = [row_of(json.loads(line)) for line in source.read_text().splitlines()]
+    found = [row_of(json.loads(line)) for line in source.open(encoding="utf-8")]
     kept = [row for row in found if row is not None]
     target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return len(kept)

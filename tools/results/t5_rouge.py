@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from steersman.grue.task import in_split
+from steersman.jsonl import jsonl_text
 from steersman.verbs import rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
 
@@ -105,7 +106,7 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text(jsonl_text(rows))
 
 
 def run(out: Path, seeds: list[int], minutes: float) -> None:

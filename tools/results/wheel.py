@@ -24,6 +24,7 @@ import numpy as np
 from steersman.assets import openings, story_model
 from steersman.data import DataConfig, Query, Row
 from steersman.flywheel.players import Player
+from steersman.jsonl import read_jsonl
 from steersman.people.serving import Serving, read_serving
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.people.wheel.run import run
@@ -191,7 +192,7 @@ def numbers_of(place: Path) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_jsonl(path)
 
 
 def append(path: Path, found: list[dict[str, Any]]) -> None:

@@ -70,7 +70,7 @@ def learn_tokenizer(stories: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def write(path: Path, texts: list[str]) -> None:

@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    stories = [json.loads(line)["text"] for line in args.held_out.read_text(encoding="utf-8").splitlines()]
+    stories = [json.loads(line)["text"] for line in args.held_out.open(encoding="utf-8")]
     loaded = []
     for path in args.models:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

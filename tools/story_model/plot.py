@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
 
-    rows = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (args.run / "metrics.jsonl").open(encoding="utf-8")]
     loss = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     held = [(r["step"], r["held_out/loss"]) for r in rows if "held_out/loss" in r]
     blocks = [loss[i : i + WINDOW] for i in range(0, len(loss) - WINDOW + 1, WINDOW)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import read_jsonl
 
 POINTS = 200
 

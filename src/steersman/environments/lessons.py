@@ -18,26 +18,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from steersman.atomic import check_places, write_atomic
 from steersman.guards.terminal import say
-from steersman.guards.untrusted import parse_json
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.types import SteersmanError
 
 Row = dict[str, Any]
 
 
 def episodes(run: Path) -> list[Row]:
-    """The recorded episodes of a run folder. Raises SteersmanError where there are none, or for a broken line."""
+    """The recorded episodes of a run folder. Raises SteersmanError where there are none."""
     path = run / "samples.jsonl"
     if not path.is_file():
         raise SteersmanError(f"{run}: there is no samples.jsonl; give the folder of a run with rollout.held_out")
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = parse_json(line, f"{path}, line {number}")
-        except ValueError as error:
-            raise SteersmanError(f"{path}, line {number}: {error}") from error
-        if isinstance(row, dict) and row.get("talk"):
-            found.append(row)
+    found = [row for row in read_jsonl(path) if row.get("talk")]
     if not found:
         raise SteersmanError(f"{path}: it holds no episodes of several turns; the run had no section `environment`")
     return found
@@ -77,12 +71,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--above", type=float)
     args = parser.parse_args(words)
     try:
+        check_places(args.target)
         rows = episodes(args.run)
+        made = pairs(rows) if args.above is None else labels(rows, args.above)
+        write_atomic(args.target, jsonl_text(made))
     except SteersmanError as error:
         say(str(error))
         return 2
-    made = pairs(rows) if args.above is None else labels(rows, args.above)
-    args.target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
     print(f"{len(made)} rows in {args.target}, from {len(rows)} episodes")
     return 0
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from steersman.atomic import saving
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
 from steersman.environments.port import Answer, Environment, EnvironmentAround, Episode, Reply
-from steersman.guards.untrusted import parse_json
+from steersman.jsonl import append_jsonl, parse_jsonl
 from steersman.types import SteersmanError
 
 
@@ -32,7 +30,6 @@ class RecordedEnvironment(EnvironmentAround):
     def __init__(self, inner: Environment, path: str, *, replay: bool) -> None:
         super().__init__(inner)
         self.path, self.replay = Path(path), replay
-        self.lock = threading.Lock()
         self.records = _read(self.path) if replay else {}
 
     def describe(self) -> str:
@@ -43,9 +40,7 @@ class RecordedEnvironment(EnvironmentAround):
 
     def write(self, key: str, told: Any) -> None:
         """Adds a line, at once and whole."""
-        line = json.dumps({"key": key, "told": told}, ensure_ascii=False) + "\n"
-        with self.lock, saving(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_jsonl(self.path, {"key": key, "told": told})
 
 
 class RecordedEpisode:
@@ -102,10 +97,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SteersmanError(f"environment.record: {path}: there is no such file; record it first, without replay")
     told: dict[str, Any] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = parse_json(line, "record")
+    try:
+        for place, row in parse_jsonl(path):
+            if not isinstance(row, dict) or not {"key", "told"} <= row.keys():
+                raise SteersmanError(f"{place}: no object with `key` and `told`")
             told.setdefault(row["key"], row["told"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SteersmanError(f"environment.record: {path}, line {number}: {error}; remove the line") from error
+    except SteersmanError as error:
+        raise SteersmanError(f"environment.record: {error}; remove the line") from error
     return told

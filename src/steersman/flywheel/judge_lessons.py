@@ -11,7 +11,6 @@ rewards, both orders); JudgeLRM, arXiv 2504.00050. Departure: no extra reward fo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from pydantic import Field, field_validator
 from steersman.atomic import write_atomic
 from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_TOKENS, DataConfig, Preference, keys_of_other_kinds, preferences
+from steersman.jsonl import jsonl_text
 from steersman.judge import prompts
 from steersman.judge.config import RUBRIC
 from steersman.judge.scored import as_text
@@ -66,7 +66,7 @@ def run(recipe: JudgeLessonsRecipe) -> dict[str, Any]:
         if not rows:
             raise SteersmanError(f"{recipe.data.path}: raters are evenly split on all pairs, so no verdict is right")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomic(Path(path), jsonl_text(rows))
         counts[name] = len(rows)
     print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
     return counts

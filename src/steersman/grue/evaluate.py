@@ -19,6 +19,7 @@ from steersman.distributed.micro import micro_batches
 from steersman.grue.cells import Cell, data_folder, generation, reward_parts, start_model
 from steersman.grue.recipe import ZERO, GrueRecipe
 from steersman.grue.task import Row, Task
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.metrics import Metric, metric
 from steersman.metrics.core import Corpus, bootstrap
 from steersman.model import Policy
@@ -61,7 +62,7 @@ def judge(cell: Cell, recipe: GrueRecipe) -> dict[str, Any]:
          "reward": float(scores.total[i])}
         for i, (s, row, text) in enumerate(zip(samples, rows, texts, strict=True))
     ]  # fmt: skip
-    write_atomic(cell.folder / "held_out.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    write_atomic(cell.folder / "held_out.jsonl", jsonl_text(lines))
     result = {
         **{k: v for k, v in cell.stamp.items() if k in ("task", "method", "seed", "verb")},
         **found, "missing": missing, "prompts": len(samples), "seconds": round(time.monotonic() - began, 2),
@@ -179,5 +180,4 @@ def _mean(values: torch.Tensor) -> float:
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """The rows of a cell's held_out.jsonl."""
-    text = (folder / "held_out.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_jsonl(folder / "held_out.jsonl")

@@ -13,7 +13,7 @@ from steersman.grue.evaluate import metrics_of, read_answers
 from steersman.grue.recipe import SUPERVISED, ZERO, GrueRecipe
 from steersman.grue.statistics import Mean, difference, mean
 from steersman.grue.task import Task
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import read_jsonl
 from steersman.run.report.charts import Line
 
 Group = Literal["reward", "preference", "natural"]
@@ -88,7 +88,7 @@ class Results:
 
     def _rewards(self, task: Task, method: str, seed: int) -> list[float]:
         folder = cell_folder(self.recipe, task, method, seed)
-        return [row["reward"] for row in read_answers(folder)] if (folder / "held_out.jsonl").exists() else []
+        return [row["reward"] for row in read_answers(folder)]
 
     def columns(self, task: Task) -> list[tuple[Group, str]]:
         """The reward, the task's metrics, then what the text is like."""
@@ -187,5 +187,4 @@ def collect(recipe: GrueRecipe, tasks: Sequence[Task], every: Sequence[Cell], fa
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return read_jsonl(path) if path.exists() else []
+    return read_jsonl(folder / "metrics.jsonl")

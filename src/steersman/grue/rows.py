@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from steersman.atomic import write_atomic
 from steersman.data import read_rows
 from steersman.grue.recipe import DataSource, GrueRecipe
 from steersman.grue.task import Hub, Row, Task, first_words
+from steersman.jsonl import jsonl_text
 from steersman.types import SteersmanError
 
 
@@ -69,7 +69,7 @@ def write_rows(folder: Path, task: Task, rows: TaskRows) -> None:
         "held-out": rows.held_out,
     }
     for name, table in tables.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+        text = jsonl_text(table)
         path = folder / f"{name}.jsonl"
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise SteersmanError(

@@ -6,12 +6,12 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from steersman.jsonl import parse_jsonl
 from steersman.types import SteersmanError
 
 Row = dict[str, Any]
@@ -118,23 +118,28 @@ def in_split(key: str, split: str, share: float = 0.1) -> bool:
 
 
 def json_lines(path: Path) -> Iterator[Row]:
-    """The objects of a JSONL file."""
-    for line in text_lines(path):
-        yield json.loads(line)
+    """The objects of a JSONL file; raises SteersmanError where there is none, and for a line that is no JSON."""
+    return (row for _, row in parse_jsonl(_there(path)))
 
 
 def text_lines(path: Path) -> list[str]:
-    """The lines of a text file; raises SteersmanError where there is no such file."""
-    return text_of(path).splitlines()
+    """The lines of a text file, which a line feed ends, alone or behind a carriage return; U+2028 and its like stand
+    in the text. Raises SteersmanError where there is no such file."""
+    text = _there(path).read_bytes().decode("utf-8")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def text_of(path: Path) -> str:
     """The whole file; raises SteersmanError where there is none."""
+    return _there(path).read_text(encoding="utf-8")
+
+
+def _there(path: Path) -> Path:
     if not path.is_file():
         raise SteersmanError(
             f"there is no file {path}; point data.folder at the folder that holds {path.parent.name}/"
         )
-    return path.read_text(encoding="utf-8")
+    return path
 
 
 def first_words(text: str, count: int) -> tuple[str, str]:

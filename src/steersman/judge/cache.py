@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from steersman.atomic import saving
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import append_jsonl, read_jsonl
 
 Reply = dict[str, Any]
 """What a judge answered, as JSON: {"text", "tokens"} of one that writes, {"logp", "tokens"} of one that weighs."""
@@ -47,19 +45,9 @@ class ReplyCache:
         self.replies[key] = reply
         if self.path is None:
             return
-        line = json.dumps({"key": key, **asked, "reply": reply}, ensure_ascii=False) + "\n"
         with saving(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                end = file.seek(0, os.SEEK_END)
-                if end:
-                    file.seek(end - 1)
-                    # A line that a kill cut short must not swallow this one.
-                    line = line if file.read(1) == b"\n" else "\n" + line
-                file.write(line.encode(errors="backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
+        append_jsonl(self.path, {"key": key, **asked, "reply": reply})
 
 
 def _usable(reply: Reply) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from steersman.jsonl import parse_jsonl
 from steersman.metrics.core import CUTS, Corpus, Cut, MetricInput, Scorer
 from steersman.ops.text import ngrams
 from steersman.types import SteersmanError
@@ -118,15 +118,10 @@ def _references_in(path: Path, column: str) -> list[list[str]]:
     if not path.is_file():
         raise SteersmanError(f"metric 'cider': corpus_file: there is no file {path}")
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError):
-            raise SteersmanError(
-                f"metric 'cider': {path}, line {number}: give a JSON object with the column '{column}'"
-            ) from None
+    for place, row in parse_jsonl(path):
+        if not isinstance(row, dict) or column not in row:
+            raise SteersmanError(f"metric 'cider': {place}: give a JSON object with the column '{column}'")
+        value = row[column]
         out.append([value] if isinstance(value, str) else [str(v) for v in value])
     if len(out) < 2:
         raise SteersmanError(f"metric 'cider': {path} has {len(out)} rows; document frequencies need 2 or more")

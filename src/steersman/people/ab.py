@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steersman.atomic import check_places, saving, write_atomic
+from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section
 from steersman.data import BadRows
 from steersman.guards.terminal import printable
+from steersman.jsonl import append_jsonl
 from steersman.people.experiments import Experiment, Report, Verdict, report
 from steersman.people.outcomes import WIN, Outcome, outcomes_of, read_outcomes
 from steersman.people.sources import open_judgements
@@ -85,8 +86,7 @@ def _keep(path: Path, recipe: ABRecipe, told: Report) -> None:
         "primary": asdict(told.primary),
         "experiment": recipe.experiment.model_dump(mode="json", exclude={"salt"}),
     }
-    with saving(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(look, ensure_ascii=False) + "\n")
+    append_jsonl(path, look)
 
 
 def plan_of(recipe: ABRecipe, rows: list[Outcome]) -> Plan | None:

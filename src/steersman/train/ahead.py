@@ -18,7 +18,6 @@ Of several ranks the first does all of this, and the others get each batch when 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -26,11 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steersman.atomic import saving, write_atomic
+from steersman.atomic import write_atomic
 from steersman.distributed.ranks import alone, ranks
+from steersman.jsonl import append_jsonl, jsonl_text, read_jsonl
 from steersman.reward import Scores
 from steersman.rollout.remote.schedule import Schedule
-from steersman.run.files.log import read_jsonl
 from steersman.setup.generators import MainRankGenerator
 from steersman.train.on_policy import Clock, OnPolicy
 from steersman.train.roles import Roles
@@ -59,7 +58,7 @@ class Ahead(OnPolicy):
         self.under_way: dict[int, Future[Batch]] = {}
         self.next_batch = 0
         self._now = threading.local()
-        self._judging, self._writing = threading.Lock(), threading.Lock()
+        self._judging = threading.Lock()
 
     def next_samples(self, clock: Clock) -> Batch:
         """The batch of this iteration, when it is there, on every rank."""
@@ -136,8 +135,7 @@ class Ahead(OnPolicy):
         row: dict[str, Any] = {"batch": batch, "stands": stands, "prompts": list({p.index: None for p in asked})}
         if versions:
             row["versions"] = [min(versions), max(versions)]
-        with self._writing, saving(self.ledger), self.ledger.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_jsonl(self.ledger, row)
 
     # -- what a resumed run needs -----------------------------------------------------------------------------
 
@@ -182,7 +180,7 @@ class Ahead(OnPolicy):
     def _forget_what_follows(self) -> None:
         """Of the ledger stays what the checkpoint's iterations have used; what came after is done again."""
         rows = [row for row in read_jsonl(self.ledger) if row["stands"] == "used" and row["batch"] < self.done]
-        write_atomic(self.ledger, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(self.ledger, jsonl_text(rows))
 
 
 FIELDS = ("ids", "logp", "finish", "text", "index", "support", "mask", "version")

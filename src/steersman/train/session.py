@@ -14,10 +14,11 @@ import torch
 from steersman.atomic import write_atomic
 from steersman.distributed.pieces import kept_tensor, named_shard
 from steersman.distributed.ranks import ranks
+from steersman.jsonl import read_jsonl
 from steersman.ops.text import text_stats
 from steersman.run.files.checkpoint import Checkpoint, Checkpointer
 from steersman.run.files.folder import open_folder
-from steersman.run.files.log import Log, NoLog, read_jsonl
+from steersman.run.files.log import Log, NoLog
 from steersman.run.files.sinks import require_sinks
 from steersman.run.health.limits import HealthConfig
 from steersman.run.health.watch import Finding, HealthWatch

@@ -22,6 +22,7 @@ from steersman.atomic import write_atomic
 from steersman.config.sections import Section
 from steersman.data import Codec
 from steersman.guards.terminal import printable
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.ops.text import distinct_n, sentences
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.gold import judge
@@ -97,7 +98,7 @@ class Stages:
                 whole = _whole_sentences(sample.text)
                 if whole is not None:
                     rows.append({"prompt": sample.prompt.text, "completion": whole})
-            _write_rows(table, rows)
+            write_atomic(table, jsonl_text(rows))
         return self._verb(
             "1-sft", sft, sft.SFTRecipe,
             {
@@ -128,7 +129,7 @@ class Stages:
                                 "rejected": samples[low].text,
                             }
                         )
-            _write_rows(table, rows)
+            write_atomic(table, jsonl_text(rows))
         return table
 
     def reward(self, model: str, pairs: Path) -> dict[str, Any]:
@@ -151,8 +152,8 @@ class Stages:
         held-out stories fell to two thirds of its start.
         """
         prompts, held = self.root / "openings.jsonl", self.root / "held-out-openings.jsonl"
-        _write_rows(prompts, [{"prompt": text} for text in self.train])
-        _write_rows(held, [{"prompt": text} for text in self.held_out])
+        write_atomic(prompts, jsonl_text([{"prompt": text} for text in self.train]))
+        write_atomic(held, jsonl_text([{"prompt": text} for text in self.held_out]))
         return self._verb(
             "3-ppo", rl, RECIPES["ppo"],
             {
@@ -174,7 +175,7 @@ class Stages:
     def finish(self, started: float, reward: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
         """Judges the held-out stories of before and after by the gold reward, and prints what came of it."""
         before, after = self._held_samples()
-        rows = [json.loads(line) for line in (self.root / "3-ppo" / "metrics.jsonl").read_text().splitlines()]
+        rows = read_jsonl(self.root / "3-ppo" / "metrics.jsonl")
         summary = {
             "seconds": round(time.monotonic() - started, 1),
             "reward_model_accuracy": reward["held_out/accuracy"],
@@ -197,7 +198,7 @@ class Stages:
         return summary
 
     def _held_samples(self) -> tuple[list[str], list[str]]:
-        rows = [json.loads(line) for line in (self.root / "3-ppo" / "samples.jsonl").read_text().splitlines()]
+        rows = read_jsonl(self.root / "3-ppo" / "samples.jsonl")
         last = max(row["step"] for row in rows)
 
         def at(step: int) -> list[str]:
@@ -280,10 +281,6 @@ def gold_scores(texts: Sequence[str]) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _whole_sentences(text: str) -> str | None:

@@ -100,7 +100,7 @@ def offline(method: str, settings: dict[str, Any], rows: list[dict[str, Any]], *
 def main() -> None:
     task, method, seed, model, table, out = sys.argv[1:]
     folder, settings = Path(out), TASKS[task]
-    rows = [json.loads(line) for line in Path(table).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(table).read_text(encoding="utf-8").split("\n") if line]
     side = "left" if method == "grpo" else "right"
     given = {
         "plain": common(folder, int(seed), settings["lr"]),

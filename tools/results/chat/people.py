@@ -31,6 +31,7 @@ from steersman.atomic import write_atomic
 from steersman.data import DataConfig, preferences
 from steersman.flywheel import online_dpo
 from steersman.flywheel.players import Player, load_queries
+from steersman.jsonl import jsonl_text
 from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
 from steersman.recipe.sections import ModelConfig, RolloutConfig
@@ -73,7 +74,7 @@ def write_pairs(model: Path, data: Path, out: Path) -> None:
     parts = {"proxy": kept[:PAIRS], "gold": kept[PAIRS : 2 * PAIRS], "held_out": rest, "asked": asked}
     out.mkdir(parents=True, exist_ok=True)
     for name, table in parts.items():
-        write_atomic(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+        write_atomic(out / f"{name}.jsonl", jsonl_text(table))
 
 
 def judge(name: str, model: Path, out: Path) -> str:

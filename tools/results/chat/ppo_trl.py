@@ -41,7 +41,8 @@ class Keep(TrainerCallback):
 
 def main() -> None:
     model, reward, prompts, seed, beta, out = sys.argv[1:]
-    folder, rows = Path(out), [json.loads(line) for line in Path(prompts).read_text().splitlines()]
+    folder, table = Path(out), Path(prompts).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in table.split("\n") if line]
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     asked = [
         {"input_ids": tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)}

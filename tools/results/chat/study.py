@@ -29,6 +29,7 @@ from recording import finished
 from tasks import LOSSES, QUIET, TASKS, last_number, write_rows
 
 from steersman.atomic import write_atomic
+from steersman.jsonl import read_jsonl
 from steersman.metrics import metric
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward import RewardConfig, build_reward
@@ -118,7 +119,7 @@ def curve(side: str, method: str, folder: Path) -> list[float]:
     """Mean reward (or loss) of each iteration's own samples, as the side logged it."""
     key = "reward/total" if method == "grpo" else "loss"
     if side == "steersman":
-        rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+        rows = read_jsonl(folder / "run/metrics.jsonl")
     else:
         rows, key = json.loads((folder / "log.json").read_text()), "reward" if method == "grpo" else "loss"
     return [row[key] for row in rows if key in row]
@@ -126,7 +127,7 @@ def curve(side: str, method: str, folder: Path) -> list[float]:
 
 def answers(task: str, model: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Sample], Any]:
     """Held-out rows, the model's answers (four to each at the training temperature, or one greedy), its tokenizer."""
-    rows = [json.loads(line) for line in (args.out / f"{task}.held_out.jsonl").read_text().splitlines()]
+    rows = read_jsonl(args.out / f"{task}.held_out.jsonl")
     policy = policy_from(ModelConfig(path=str(model)), RunConfig(), torch.device("cpu"), trainable=False)
     tokenizer, s = policy.tokenizer, TASKS[task]
     prompts = []

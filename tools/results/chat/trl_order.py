@@ -14,7 +14,7 @@ from trl.trainer.utils import RepeatSampler
 
 def main() -> None:
     path, seed, count = sys.argv[1:]
-    rows = Path(path).read_text().splitlines()
+    rows = Path(path).read_text().rstrip("\n").split("\n")
     samples = GRPO["samples"]
     sampler = RepeatSampler(rows, mini_repeat_count=samples, batch_size=GRPO["prompts"], shuffle=True, seed=int(seed))
     order: list[int] = []

@@ -17,7 +17,7 @@ from typing import Any
 
 from steersman.data import BadRows, read_rows
 from steersman.guards.untrusted import UntrustedError, parse_json
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import read_jsonl
 from steersman.types import SteersmanError
 
 Row = dict[str, Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from steersman.config.sections import Section
 from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
+from steersman.jsonl import jsonl_text
 from steersman.people.store.reading import StoredRows
 
 KINDS: dict[str, Kind] = {"sft": "demonstration", "dpo": "preference", "kto": "feedback"}
@@ -50,7 +50,7 @@ def run(recipe: Export) -> dict[str, Any]:
     want = _wanted(recipe, verb, stored)
     rows = list(stored.rows(want, recipe.judgements))
     kept = [row for row in rows if recipe.ties == "keep" or not _tied(row)]
-    write_atomic(Path(recipe.out), "".join(json.dumps(row.data, ensure_ascii=False) + "\n" for row in kept))
+    write_atomic(Path(recipe.out), jsonl_text(row.data for row in kept))
     tied = f", {len(rows) - len(kept)} ties left out" if len(kept) < len(rows) else ""
     print(f"{recipe.out}: {len(kept)} rows for {verb} ({want}){tied}")
     return {"rows": len(kept), "ties": len(rows) - len(kept), "kind": want, "out": recipe.out}

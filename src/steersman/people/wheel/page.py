@@ -10,8 +10,8 @@ from typing import Any
 
 from steersman.atomic import write_atomic
 from steersman.flywheel.players import text_of
+from steersman.jsonl import read_jsonl
 from steersman.people.wheel.recipe import LEARNS, WheelRecipe
-from steersman.run.files.log import read_jsonl
 from steersman.run.report.page import charts
 
 Rows = list[dict[str, Any]]

@@ -19,8 +19,9 @@ from typing import Any
 
 from steersman.atomic import write_atomic
 from steersman.distributed.ranks import ranks
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.run.files.folder import open_folder
-from steersman.run.files.log import Log, NoLog, read_jsonl
+from steersman.run.files.log import Log, NoLog
 from steersman.run.files.pieces import Pieces, Rows
 from steersman.run.files.sinks import require_sinks
 from steersman.run.progress import ProgressLine
@@ -214,7 +215,7 @@ class Ledger:
     def _write(self, name: str, rows: Rows, about: Mapping[str, Any]) -> None:
         path = self.path / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, _lines(rows))
+        write_atomic(path, jsonl_text(rows))
         told = {"file": path.name, "rows": len(rows), "sha256": _sha256(path), "seed": self.config.seed, **about}
         write_atomic(self._about(name), json.dumps(told, indent=1, ensure_ascii=False))
 
@@ -250,10 +251,6 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary if summary["finished"] else None
     return None
-
-
-def _lines(rows: Rows) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from steersman.atomic import saving, write_atomic, write_now
 from steersman.guards.terminal import printable
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
 from steersman.types import Stats
@@ -165,25 +166,10 @@ class NoLog:
         return None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file of the run folder; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def _truncate(path: Path, last: int) -> None:
     if path.exists():
         kept = [row for row in read_jsonl(path) if row.get("step", 0) <= last]
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_atomic(path, jsonl_text(kept))
 
 
 def _finite(value: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 from steersman.atomic import saving, write_atomic
 from steersman.config.dump import changed_keys
 from steersman.distributed.ranks import ranks
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.run.progress import ProgressLine
 from steersman.types import Progress
 
@@ -99,7 +99,7 @@ class Pieces:
         return out
 
     def _keep(self, span: range, rows: Rows) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = jsonl_text(rows)
         write_atomic(self.folder / f"{span.start:08d}-{span.stop:08d}.jsonl", text)
 
     def _rows(self) -> Rows:

@@ -12,7 +12,7 @@ import yaml
 from steersman.atomic import write_atomic
 from steersman.config.recipe_text import load_yaml
 from steersman.guards.terminal import printable
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import read_jsonl
 
 TOLD = ("held_out/", "evaluation/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
 """First parts of the names of numbers that the card's table has."""

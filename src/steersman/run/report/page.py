@@ -21,7 +21,7 @@ from markupsafe import Markup
 from steersman.atomic import write_atomic
 from steersman.config.recipe_text import load_yaml
 from steersman.extras import installed
-from steersman.run.files.log import read_jsonl
+from steersman.jsonl import read_jsonl
 from steersman.run.report.charts import SERIES, Line, line_chart
 from steersman.types import SteersmanError
 
