@@ -13,6 +13,7 @@ from steersman.judge import Judge, JudgeConfig
 from steersman.judge.cache import ReplyCache
 from steersman.judge.prompts import fill, grade, verdict
 from steersman.judge.reward import grade as reward_grade
+from steersman.judge.scored import pieces
 from steersman.types import SteersmanError
 
 ITEMS = [
@@ -197,6 +198,26 @@ def test_a_reward_as_judge_sees_no_order_and_knows_ties():
     assert shares(judge.compare([("p", "a b c", "a"), ("p", "a", "a b"), ("p", "a", "a b c")])) == [1.0, 0.5, 0.0]
     assert judge.grade([("p", "a b c")]) == [3.0]
     assert judge.stats() == {"judge/ties": pytest.approx(1 / 3), "judge/contradictions": 0}
+
+
+def test_answers_that_a_reward_compares_are_graded_together(tmp_path):
+    """Many answers go to the reward in pieces; those to one prompt stand in one of them, wherever they were given."""
+    (tmp_path / "rank.py").write_text(RANK)
+    judge = Judge(JudgeConfig.model_validate({"reward": {"rank": {"function": f"{tmp_path / 'rank.py'}:rank"}}}))
+    items = [(f"p{i}", answer) for answer in ("a", "a b", "a b c") for i in range(90)]
+    assert judge.grade(items) == [float(answer.count(" ")) for _, answer in items]
+    assert [len(piece) for piece in pieces([i // 3 for i in range(771)])] == [258, 258, 255]
+    assert pieces([0, 1, 0, 1, 0]) == [[0, 2, 4, 1, 3]]
+    assert pieces([]) == []
+
+
+RANK = """
+def rank(prompts, completions, samples):
+    together = {}
+    for sample, text in zip(samples, completions):
+        together.setdefault(sample.prompt.index, []).append(len(text))
+    return [sum(len(t) > x for x in together[s.prompt.index]) for s, t in zip(samples, completions)]
+"""
 
 
 def test_verdicts():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import string
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from letter_models import LETTERS, letters
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from steersman.assets import story_model
 from steersman.judge import Judge, JudgeConfig
@@ -48,6 +50,51 @@ def test_a_grade_is_the_expected_one(tmp_path):
     weight = [math.exp(logp_by_hand("A cat sat. Grade:", f" {g}")) for g in (1, 2, 3)]
     wanted = sum(g * w for g, w in zip((1, 2, 3), weight, strict=True)) / sum(weight)
     assert got == [pytest.approx(wanted, abs=1e-4)]
+
+
+def test_a_grade_that_another_begins_with_is_only_itself(tmp_path):
+    """Many tokenizers spell 10 as "1", "0": what the model gives to "1" is not all given to the grade 1."""
+    model, tokenizer = save_digits(tmp_path)
+    section = {"local": {"path": str(tmp_path)}, **SHORT, "scale": [0, 100]}
+    got = Judge(JudgeConfig.model_validate(section)).grade([("a cat", "sat")])
+    question = tokenizer("a cat sat Grade: ")["input_ids"]
+
+    def share(ids):
+        """p(ids | question) by the chain rule, in float64."""
+        with torch.no_grad():
+            logp = model(torch.tensor([question + ids])).logits[0].log_softmax(-1)
+        return math.exp(sum(float(logp[len(question) + i - 1, x]) for i, x in enumerate(ids)))
+
+    weight = {}
+    for grade in range(101):
+        ids = tokenizer(str(grade))["input_ids"]
+        longer = [10 * grade + digit for digit in range(10) if 0 < grade <= (100 - digit) // 10]
+        weight[grade] = share(ids) - sum(share(tokenizer(str(x))["input_ids"]) for x in longer)
+    wanted = sum(g * w for g, w in weight.items()) / sum(weight.values())
+    assert got == [pytest.approx(wanted, abs=1e-3)]
+
+
+def save_digits(folder):
+    """A random model that writes letters and digits one by one, in float64 here and as files."""
+    tokenizer = letters(vocabulary=[*LETTERS, *string.digits, ":"])
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+            initializer_range=0.5,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.double(), tokenizer
+
+
+def test_a_scale_is_part_of_what_is_kept(tmp_path):
+    """Two judges that share a file of replies do not read each other's grades of another scale."""
+    first = {"local": {"path": str(story_model())}, **SHORT, "scale": [5, 9], "cache": str(tmp_path / "kept.jsonl")}
+    assert 5 <= Judge(JudgeConfig.model_validate(first)).grade([("A cat", "sat.")])[0] <= 9
+    assert 1 <= Judge(JudgeConfig.model_validate(first | {"scale": [1, 3]})).grade([("A cat", "sat.")])[0] <= 3
 
 
 def test_a_model_that_writes_stories_writes_no_verdict_and_that_is_counted(tmp_path):

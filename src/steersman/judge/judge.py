@@ -219,16 +219,19 @@ class Judge:
         if self.config.local is not None and self.config.local.read == "text":
             self.local.write(texts, keep, self._may_ask)
             return
-        low, high = self.config.scale
-        for compares, verdicts in ((True, ["A", "B", "C"]), (False, [str(g) for g in range(low, high + 1)])):
+        for compares in (True, False):
             rows = [i for i, q in enumerate(new) if (q.second is not None) == compares]
             if rows:
                 self.local.weigh(
                     [texts[i] for i in rows],
-                    verdicts,
+                    self._verdicts(compares),
                     lambda r, reply, rows=rows: keep(rows[r], reply),
                     self._may_ask,
                 )
+
+    def _verdicts(self, compares: bool) -> list[str]:
+        low, high = self.config.scale
+        return ["A", "B", "C"] if compares else [str(grade) for grade in range(low, high + 1)]
 
     def _may_ask(self, under_way: int = 0) -> bool:
         calls, tokens = self.config.max_calls, self.config.max_tokens
@@ -254,10 +257,13 @@ class Judge:
         )
 
     def _key(self, asked: Question) -> str:
-        """Of judge, template and texts; where and how it is reached (address, key, pace) does not matter."""
+        """Of judge, template and texts, and of the grades that were weighed; where and how it is reached (address,
+        key, pace) does not matter."""
         config: Any = self.config.endpoint or self.config.local
         how = {"url", "timeout", "retries", "max_wait", "concurrency", "key_env", "batch", "device"}
-        return key_of(config.model_dump(mode="json", exclude=how), self._text(asked))
+        grades = asked.second is None and self.config.local is not None and self.config.local.read == "logp"
+        weighed = [self._verdicts(compares=False)] if grades else []
+        return key_of(config.model_dump(mode="json", exclude=how), self._text(asked), *weighed)
 
 
 class SharedJudge(Judge):

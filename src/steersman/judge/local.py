@@ -20,8 +20,10 @@ class Local:
     """Reads a question and weighs the verdicts, or writes a reply.
 
     With `read: logp` the reply is the log-probability (nats) of each verdict word right after the question, a
-    deterministic number that needs no parsing. With `read: text` the model writes greedily and its text is read
-    as an endpoint's. A tokenizer with a chat template sees the question as a user's turn.
+    deterministic number that needs no parsing. Where the tokenizer spells one verdict as the beginning of another
+    (10 as "1", "0"), the shorter one's is that of being the whole verdict. With `read: text` the model writes
+    greedily and its text is read as an endpoint's. A tokenizer with a chat template sees the question as a user's
+    turn.
     """
 
     def __init__(self, config: LocalConfig) -> None:
@@ -50,7 +52,7 @@ class Local:
             with torch.no_grad():
                 logp = torch.where(tokens.mask, self.policy.logp(tokens).logp.cpu(), 0.0).sum(-1)
             for row, told in enumerate(logp.view(len(ids), len(said)).tolist()):
-                reply: Reply = {"logp": dict(zip(verdicts, told, strict=True))}
+                reply: Reply = {"logp": dict(zip(verdicts, whole(said, told), strict=True))}
                 keep(start + row, reply | {"tokens": len(ids[row]) + 1})
 
     def write(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
@@ -73,6 +75,23 @@ class Local:
                 "take a judge with a longer context"
             )
         return ids
+
+
+def whole(said: Sequence[Sequence[int]], logp: Sequence[float]) -> list[float]:
+    """The log-probabilities (nats) of verdicts as whole words, from those of their token ids as beginnings.
+
+    From a verdict's probability goes that of the verdicts which it begins, so that none is counted twice; at least
+    1e-9 of it stays.
+    """
+
+    def begins(a: int, b: int) -> bool:
+        return len(said[a]) < len(said[b]) and list(said[b][: len(said[a])]) == list(said[a])
+
+    every = range(len(said))
+    longer = [[b for b in every if begins(a, b)] for a in every]
+    nearest = [[b for b in longer[a] if not any(b in longer[c] for c in longer[a])] for a in every]
+    taken = [sum(math.exp(logp[b] - logp[a]) for b in nearest[a]) for a in every]
+    return [logp[a] + math.log(max(1 - taken[a], 1e-9)) for a in every]
 
 
 def likeliest(logp: dict[str, float], margin: float) -> float:

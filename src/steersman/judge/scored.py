@@ -13,7 +13,7 @@ from steersman.reward import RewardConfig, RewardPart, WeightedSum, build_reward
 from steersman.types import Prompt, Sample
 
 CHUNK = 256
-"""Answers that a reward model reads at once."""
+"""About as many answers does a reward see at once."""
 
 
 class Scorer:
@@ -47,11 +47,12 @@ class Scorer:
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         among = groups or [place[text] for text in texts]
         samples = [self._sample(*item) for item in zip(prompts, texts, answers, rows, among, strict=True)]
-        out: dict[str, list[float]] = {name: [] for name in ["total", *self.reward.parts]}
-        for start in range(0, len(samples), CHUNK):
-            scores = self.reward.score(samples[start : start + CHUNK])
+        out = {name: [0.0] * len(samples) for name in ["total", *self.reward.parts]}
+        for piece in pieces(among):
+            scores = self.reward.score([samples[i] for i in piece])
             for name, values in {"total": scores.total, **scores.parts}.items():
-                out[name] += values.tolist()
+                for i, value in zip(piece, values.tolist(), strict=True):
+                    out[name][i] = value
         return out
 
     def describe(self) -> str:
@@ -62,6 +63,22 @@ class Scorer:
             return Sample(Prompt([0], text, row, index=group), [0], [0.0], "eos", answer)
         ids, response, _ = self.layout.answer(prompt, answer)
         return Sample(Prompt(ids, text, row, index=group), response, [0.0] * len(response), "eos", answer)
+
+
+def pieces(groups: Sequence[int]) -> list[list[int]]:
+    """The places of answers in pieces of about `CHUNK` and of about one size, which part no group of answers."""
+    members: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    size = len(groups) / max(1, round(len(groups) / CHUNK))
+    found: list[list[int]] = []
+    done = 0
+    for places in members.values():
+        if done >= size * len(found):
+            found.append([])
+        found[-1] += places
+        done += len(places)
+    return found
 
 
 def as_text(content: Content) -> str:

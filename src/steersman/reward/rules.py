@@ -47,7 +47,8 @@ def diversity(prompts: Sequence[str], completions: Sequence[str], *, n: int = 2)
     over the others; 1 where there is no other, 0 where it has no n-gram.
 
     With a positive weight beside a reward it pays for answers unlike one another: a policy that says the same to
-    every prompt gets 0. It depends on what is scored together: the batch of an iteration, or a call of a judge.
+    every prompt gets 0. It depends on what is scored together: the batch of an iteration, or about 256 of a
+    judge's answers, all to one prompt among them.
     """
     grams = [set(text.ngrams(text.words(c), n)) for c in completions]
     counts, others = Counter(gram for found in grams for gram in found), len(completions) - 1
