@@ -101,6 +101,11 @@ class Sample:
     def terminated(self) -> bool:
         return self.finish != "length"
 
+    @property
+    def counts(self) -> bool:
+        """Whether any of its tokens does; of an episode that could not begin none does."""
+        return self.mask is None or any(self.mask)
+
 
 @dataclass(slots=True)
 class Tokens:

@@ -94,7 +94,8 @@ def test_a_beginning_that_fails_leaves_an_episode_that_counts_for_nothing(bad, t
     for s in episodes(bad, "long"):
         assert "begins with" in s.outcome
     made = recipe("grpo", merge(bad, {"environment.args": {"what": "begin"}}), iterations=1)
-    rl.run(made)  # nothing can be learned, and nothing breaks
+    with pytest.raises(SteersmanError, match="its beginning: RuntimeError: no board"):
+        rl.run(made)
 
 
 def test_a_reset_that_raises_leaves_an_episode_that_counts_for_nothing(bad, tmp_path):

@@ -38,6 +38,12 @@ class Scores:
     parts: dict[str, Float[Tensor, " B"]]
     per_token: Float[Tensor, "B T"] | None = None
 
+    def of(self, rows: Sequence[int]) -> Scores:
+        """The scores of some of the samples."""
+        kept = list(rows)
+        per_token = None if self.per_token is None else self.per_token[kept]
+        return Scores(self.total[kept], {name: part[kept] for name, part in self.parts.items()}, per_token)
+
     def with_weights(self, weights: Mapping[str, float]) -> Float[Tensor, "B K 2"]:
         """Each part's value beside its weight, as `Trajectory.parts` holds them."""
         pairs = [torch.stack([x, torch.full_like(x, weights[name])], -1) for name, x in self.parts.items()]

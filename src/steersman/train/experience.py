@@ -116,7 +116,11 @@ def _turn_ends(samples: Sequence[Sample], mask: Tensor) -> Tensor:
 
 
 def episode_stats(samples: Sequence[Sample]) -> Stats:
-    """Turns per episode, tokens that the policy said, and how episodes ended (shares that add up to 1)."""
+    """Turns per episode, tokens that the policy said, and how episodes ended (shares that add up to 1); nothing where
+    there are no episodes of several turns."""
+    samples = [s for s in samples if s.turns is not None]
+    if not samples:
+        return {}
     kinds = [s.outcome.split(" at ")[0] for s in samples]
     said = sum(sum(s.mask or []) for s in samples) / len(samples)
     stats = {"episode/turns": sum(len(s.turns or []) for s in samples) / len(samples), "episode/said": said}

@@ -25,7 +25,7 @@ from steersman.train.curriculum import Curriculum
 from steersman.train.experience import episode_stats, tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.train.segments import SegmentRows
-from steersman.types import Prompt, Sample, Stats, Tokens, Trajectory
+from steersman.types import Prompt, Sample, Stats, SteersmanError, Tokens, Trajectory
 from steersman.update.kl_controller import KLCoefficients
 
 
@@ -56,7 +56,8 @@ class OnPolicy:
     def iteration(self) -> Observation:
         """One pass through the loop."""
         clock = Clock()
-        samples, scores = self.next_samples(clock)
+        drawn, scores = self.next_samples(clock)
+        samples, scores = begun(drawn, scores)
         tokens, traj, shaping = self.experience(samples, scores)
         rows = SegmentRows(samples)
         traj.value, critic_loss = rows.values(self.roles.learner, tokens, traj)
@@ -69,7 +70,10 @@ class OnPolicy:
         )  # fmt: skip
         clock.lap("update")
         stats |= (
-            shaping | self.observe(samples, scores, tokens, traj, advantage.ret) | clock.stats(int(tokens.mask.sum()))
+            shaping
+            | self.observe(samples, scores, tokens, traj, advantage.ret)
+            | episode_stats(drawn)
+            | clock.stats(int(tokens.mask.sum()))
         )
         self.adapt(stats)
         self.done += 1
@@ -108,8 +112,7 @@ class OnPolicy:
         clock = clock or Clock()
         samples, scores = self._scored(prompts, (self.recipe.run.seed, for_), clock)
         for attempt in range(extra):
-            group = torch.tensor([s.prompt.index for s in samples])
-            keep = (~no_signal(scores.total, group)).nonzero().flatten().tolist()
+            keep = with_signal(samples, scores)
             missing = len(prompts) - len(keep) // n
             if missing <= 0:
                 break
@@ -184,10 +187,14 @@ class OnPolicy:
         """Greedy responses' scores (ReMax), or the mean return of earlier iterations (REINFORCE)."""
         if self.algorithm.baseline == "greedy":
             prompts = list({s.prompt.index: s.prompt for s in samples}.values())
-            greedy = self.roles.generate(prompts, seed=0, n=1, greedy=True)
-            shaped, _ = self.shape(greedy, self.roles.reward.score(greedy), update=False)
-            score = dict(zip((p.index for p in prompts), shaped.tolist(), strict=True))
-            return traj.reward.new_tensor([score[s.prompt.index] for s in samples])
+            drawn = self.roles.generate(prompts, seed=0, n=1, greedy=True)
+            greedy, scores = begun(drawn, self.roles.reward.score(drawn))
+            shaped, _ = self.shape(greedy, scores, update=False)
+            score = dict(zip((s.prompt.index for s in greedy), shaped.tolist(), strict=True))
+            of_others = float(
+                shaped.mean()
+            )  # any number that the samples have no part in leaves the gradient unbiased
+            return traj.reward.new_tensor([score.get(s.prompt.index, of_others) for s in samples])
         if self.algorithm.baseline == "moving":
             before = self.moving_mean
             returns = masked_sum(traj.reward, traj.mask, dim=-1)
@@ -205,8 +212,6 @@ class OnPolicy:
         stats |= {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
         stats |= {f"finish/{end}": ends.count(end) / len(ends) for end in ("eos", "stop", "length")}
         stats["length/mean"] = sum(len(s.ids) for s in samples) / len(samples)
-        if episodes := [s for s in samples if s.turns is not None]:
-            stats |= episode_stats(episodes)
         # -log pi of a sampled token is an unbiased estimate of the entropy, and costs nothing
         stats["entropy"] = -float(masked_mean(traj.logp_old, traj.mask))
         if traj.logp_ref is not None:
@@ -283,15 +288,39 @@ class Clock:
         }
 
 
+def begun(samples: list[Sample], scores: Scores) -> tuple[list[Sample], Scores]:
+    """The samples of which any token counts, with their scores. An episode that could not begin, in which the policy
+    said nothing, has no part in groups, baselines and means.
+
+    Raises SteersmanError where that leaves none, with how the first one ended.
+    """
+    kept = [i for i, sample in enumerate(samples) if sample.counts]
+    if not kept:
+        raise SteersmanError(
+            f"environment: in none of {len(samples)} episodes did the policy say anything; the first ended with "
+            f"'{samples[0].outcome}'. Mend the environment or what it needs, and go on with --resume"
+        )
+    if len(kept) == len(samples):
+        return samples, scores
+    return [samples[i] for i in kept], scores.of(kept)
+
+
+def with_signal(samples: Sequence[Sample], scores: Scores) -> list[int]:
+    """The places of samples in groups whose scores differ, those that could not begin left out of the comparison."""
+    group, counts = torch.tensor([s.prompt.index for s in samples]), torch.tensor([s.counts for s in samples])
+    silent = no_signal(scores.total[counts], group[counts])
+    return torch.isin(group, group[counts][~silent]).nonzero().flatten().tolist()
+
+
 def _join(scores: Scores, keep: list[int], more: Scores) -> Scores:
     """The kept rows of `scores`, then all of `more`."""
-    per_token = None
-    if scores.per_token is not None and more.per_token is not None:
-        width = max(scores.per_token.shape[1], more.per_token.shape[1])
-        parts = [scores.per_token[keep], more.per_token]
+    kept, per_token = scores.of(keep), None
+    if kept.per_token is not None and more.per_token is not None:
+        width = max(kept.per_token.shape[1], more.per_token.shape[1])
+        parts = [kept.per_token, more.per_token]
         per_token = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
     return Scores(
-        torch.cat([scores.total[keep], more.total]),
-        {name: torch.cat([part[keep], more.parts[name]]) for name, part in scores.parts.items()},
+        torch.cat([kept.total, more.total]),
+        {name: torch.cat([part, more.parts[name]]) for name, part in kept.parts.items()},
         per_token,
     )

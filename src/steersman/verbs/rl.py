@@ -27,7 +27,7 @@ from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
 from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
-from steersman.train.on_policy import OnPolicy
+from steersman.train.on_policy import OnPolicy, begun
 from steersman.train.roles import Roles, build_roles
 from steersman.train.segments import SegmentRows
 from steersman.train.session import Session
@@ -134,8 +134,9 @@ class HeldOut:
         if not self.prompts:
             return {}
         roles = self.roles
-        samples = roles.generate(self.prompts, seed=(self.recipe.run.seed, STREAM), n=1)
-        scores = roles.reward.score(samples)
+        drawn = roles.generate(self.prompts, seed=(self.recipe.run.seed, STREAM), n=1)
+        every = roles.reward.score(drawn)
+        samples, scores = begun(drawn, every)
         stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
         stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
         stats |= standard_error("held_out/reward_se", scores.total)
@@ -150,10 +151,10 @@ class HeldOut:
         rows = [
             {
                 **answer_row(s),
-                "reward": {name: float(part[i]) for name, part in scores.parts.items()},
+                "reward": {name: float(part[i]) for name, part in every.parts.items()},
                 **_episode(s),
             }
-            for i, s in enumerate(samples)
+            for i, s in enumerate(drawn)
         ]
         session.log.samples(step, rows)
         return stats
