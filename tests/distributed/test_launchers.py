@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from steersman.distributed import on_ray, waiting
+from steersman.distributed import launch, on_ray, waiting
 from steersman.distributed.launch import from_slurm
 from steersman.distributed.waiting import MissingRankError, Waits
+from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
 
 TASK = {
@@ -79,6 +82,34 @@ def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
     with pytest.raises(RuntimeError, match="shapes") as caught, three[0].layers():
         raise RuntimeError("shapes can not be multiplied")
     assert not isinstance(caught.value, MissingRankError)
+
+
+@pytest.fixture
+def two_ranks():
+    """One that has ended and one that has not, each in a session of its own, as torch's launcher starts them."""
+    ends = ("pass", "import time; time.sleep(600)")
+    ranks = [subprocess.Popen([sys.executable, "-c", end], start_new_session=True) for end in ends]
+    ranks[0].wait()
+    yield ranks
+    ranks[1].kill()
+    ranks[1].wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_ranks_that_run_where_others_have_ended(two_ranks, number):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with launch._signals_to([rank.pid for rank in two_ranks]):
+            os.kill(os.getpid(), number)
+            assert two_ranks[1].wait(20) != 0
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_ends_the_ranks_that_run_where_others_have_ended(two_ranks):
+    with pytest.raises(CtrlCError), launch._signals_to([rank.pid for rank in two_ranks]):
+        raise CtrlCError
+    assert two_ranks[1].wait(20) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from imitations import GEMMA, save_chat
 from train_kit import merge, recipe, rows
 
 from steersman.environments.agent import AgentEnvironment
@@ -167,6 +168,23 @@ ask(talk, tools=tools)
     assert [(m["role"], m["content"]) for m in answer.messages] == [("tool", "5")]
     assert episode.step(Reply("five", "five")).done
     episode.close()
+
+
+def test_a_conversation_that_the_template_refuses_counts_the_reply_once(agent, tmp_path):
+    """A verifier with a system prompt, under a template that knows no system."""
+    text = """
+first = ask([user("hello")])["message"]["content"]
+ask([{"role": "system", "content": "check it"}, user(first)])
+print(json.dumps({"reward": 1.0}))
+"""
+    agent["environment"] |= {"agent": program(tmp_path, STDLIB + text), "fault_reward": -1.0, "overlap": False}
+    save_chat(tmp_path / "gemma", GEMMA)
+    _, samples = played(merge(agent, {"model.path": str(tmp_path / "gemma")}), rollout__min_new_tokens=4)
+    for s in samples:
+        assert s.outcome.startswith("fault at turn 1: FaultError: the chat template can't show")
+        assert [t.reward for t in s.turns] == [-1.0]
+        assert len(s.ids) == s.turns[0].end
+        assert s.segments is None
 
 
 @pytest.mark.parametrize(

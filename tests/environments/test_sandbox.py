@@ -102,6 +102,51 @@ def test_unit_tests_are_the_reward():
     assert unit_tests([""] * 6, replies, tests=tests) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
+RIGHT = "def f(x):\n    return x + 1\n"
+TALKS = {
+    "prints much": "def f(x):\n    print('step', x, '.' * 90)\n    return x + 1\n",
+    "prints more than a sandbox takes": "def f(x):\n    print('.' * 1000)\n    return x + 1\n",
+    "says goodbye": RIGHT + "import atexit\natexit.register(lambda: print('bye'))\n",
+    "warns as it ends": RIGHT + "import atexit, sys\natexit.register(lambda: print('bye', file=sys.stderr))\n",
+    "has closed its output": RIGHT + "import os, sys\nsys.stdout.close()\nos.close(1)\n",
+}
+
+
+@needs
+@pytest.mark.parametrize("program", TALKS.values(), ids=TALKS)
+def test_what_a_right_program_prints_costs_it_nothing(program, jail):
+    tests = "\n".join(f"assert f({i}) == {i + 1}" for i in range(110))
+    wrong = program.replace("x + 1", "x + 2")
+    assert unit_tests(["", ""], [program, wrong], tests=[tests, tests]) == [1.0, 0.0]
+
+
+@needs
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "import sys\nword = sys.stdin.read()\nprint()\nprint(word[::-1], end='')\nraise SystemExit(0)",
+        "import os, sys\nprint(sys.stdin.read()[::-1], flush=True)\nos._exit(0)",
+        "import sys\nprint(sys.stdin.read()[::-1], file=sys.stderr)\nraise SystemExit(0)",
+        "import atexit\natexit.register(lambda: print('a' * 32))\nassert False",
+    ],
+)
+def test_printing_proves_nothing(attempt, jail):
+    assert unit_tests([""], [attempt], tests=["assert False"]) == [0.0]
+
+
+@needs
+def test_tests_may_be_a_list_of_texts():
+    """As MBPP has them."""
+    listed = [["assert f(1) == 2", "assert f(2) == 3"], ["assert f(1) == 2", "assert f(2) == 4"], []]
+    assert unit_tests([""] * 3, [RIGHT] * 3, tests=listed) == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("given", [5, None, {"a": "b"}, ["assert f(1) == 2", 7]])
+def test_tests_of_another_type_are_refused_by_the_name_of_their_column(given):
+    with pytest.raises(SteersmanError, match=r"column `tests` holds .*; give a text or a list of texts"):
+        unit_tests(["", ""], [RIGHT, RIGHT], tests=["assert True", given])
+
+
 def test_the_last_fence_is_the_program():
     assert program_of(GOOD) == "def f(x):\n    return x + 1\n"
     assert program_of("x = 1") == "x = 1"

@@ -81,15 +81,44 @@ def test_overlap_gives_the_same_episodes(slow):
 
 
 def test_a_hung_call_is_given_up_and_its_thread_replaced():
-    workers, stop = Workers(1), threading.Event()
-    workers.submit(0, stop.wait, 0.1, "the first call")
-    workers.submit(1, lambda: 7, 0.1, "the second call")
+    workers, stop, closed, failed = Workers(1), *(threading.Event() for _ in range(3))
+    workers.submit(0, stop.wait, 0.1, "the first call", closed.set)
+    workers.submit(1, lambda: 7, 0.1, "the second call", failed.set)
     done = {job.key: job for job in [*workers.take(True), *workers.take(True)]}
     assert isinstance(done[0].error, TooLateError)
     assert done[1].result == 7
     assert workers.abandoned == 1
+    assert not closed.is_set()  # what a thread still uses is not closed beside it
     stop.set()
+    assert closed.wait(20)
+    assert not failed.is_set()
     workers.close()
+
+
+def test_an_error_of_time_that_a_call_raises_itself_is_its_own():
+    """What sockets, urllib and asyncio raise; the call is over, and nothing of it is held by a thread any more."""
+
+    def timed_out():
+        raise TimeoutError("no answer of the service")
+
+    workers, closed = Workers(1), threading.Event()
+    workers.submit(0, timed_out, 20.0, "the call", closed.set)
+    (job,) = workers.take(True)
+    assert isinstance(job.error, TimeoutError)
+    assert not isinstance(job.error, TooLateError)
+    assert not closed.is_set()
+    workers.close()
+
+
+def test_pools_that_end_begin_nothing_that_waits_and_drop_what_runs():
+    workers, inside, stop, closed, began = Workers(1), *(threading.Event() for _ in range(4))
+    workers.submit(0, lambda: (inside.set(), stop.wait(60)), None, "the first call", closed.set)
+    workers.submit(1, began.set, None, "the second call", lambda: None)
+    assert inside.wait(20)
+    workers.close()
+    stop.set()
+    assert closed.wait(20)
+    assert not began.wait(0.3)
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(base, tmp_path):

@@ -11,10 +11,10 @@ from steersman.algorithms import ALGORITHMS
 from steersman.data import Layout, end_ids
 from steersman.data.encoder_decoder import PairLayout
 from steersman.environments.calls import form_of
-from steersman.environments.classes import ToolEnvironment, from_class
+from steersman.environments.classes import FaultError, ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.conversation import TurnLayout
-from steersman.environments.play import EpisodeInPlay
+from steersman.environments.play import EpisodeInPlay, _as_messages
 from steersman.environments.port import Answer, Call, Reply
 from steersman.environments.runner import Episodes
 from steersman.model import Policy
@@ -181,6 +181,55 @@ def test_a_dropped_thought_begins_a_segment(template, apart, worlds):
     assert play.lay_out_answer(game, Answer(USER), 4)
     assert (len(game.earlier) == 1) == apart
     assert ("zzz" in tokenizer.decode(game.talk.context())) != apart
+
+
+@pytest.mark.parametrize("kind", ["new conversation", "encoder-decoder"])
+def test_a_conversation_that_the_template_refuses_leaves_the_episode_as_it_was(kind, worlds):
+    """It counted what had been said twice."""
+    tokenizer, pair = tokenizer_of(GEMMA), kind == "encoder-decoder"
+    layout = PairLayout(tokenizer, start=1, wrap_in_chat=True) if pair else Layout(tokenizer, wrap_in_chat=True)
+    model, ends = tiny_model("t5" if pair else "llama", vocab=len(tokenizer)), end_ids(tokenizer)
+    config = EnvironmentConfig(path=f"{worlds}:Echo")
+    play = Episodes(
+        Engine(model, tokenizer, eos_token_id=ends),
+        from_class(config.path, {}, "tell", 99),
+        layout,
+        ends,
+        config,
+        512,
+    )
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    play.lay_out_opening(game, ASK, 4)
+    talk = game.talk
+    talk.add_reply(Sample(talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
+    game.reply, before = Reply("b", "b"), (game.messages, game.shown_first, game.replies_before)
+    refused = Answer([{"role": "system", "content": "look"}, *USER], new_conversation=not pair)
+    with pytest.raises(FaultError, match="roles must take turns"):
+        play.lay_out_answer(game, refused, 4)
+    assert game.talk is talk
+    assert game.earlier == []
+    assert game.turns == 1
+    assert (game.messages, game.shown_first, game.replies_before) == before
+    with pytest.raises(FaultError, match="a new conversation has no message"):
+        play.lay_out_answer(game, Answer([], new_conversation=True), 4)
+    assert game.turns == 1
+
+
+def test_replies_of_earlier_conversations_are_counted_once(worlds):
+    """A last reply without an answer was left out of what is kept for DPO and KTO."""
+    tokenizer = tokenizer_of(CHATML)
+    layout, ends = Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer)
+    engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=ends)
+    config = EnvironmentConfig(path=f"{worlds}:Echo")
+    play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 512)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    play.lay_out_opening(game, ASK, 4)
+    game.talk.add_reply(Sample(game.talk.prompt, [4, 5], [0.0, 0.0], "eos", "b"))
+    game.reply = Reply("b", "b")
+    assert play.lay_out_answer(game, Answer(USER, new_conversation=True), 4)
+    assert (game.turns, game.replies_before) == (1, 1)
+    game.talk.add_reply(Sample(game.talk.prompt, [6], [0.0], "eos", "c"))
+    assert _as_messages(game, "c") == [{"role": "assistant", "content": "c"}]
 
 
 def test_segments_split_and_join_and_leave_advantages_the_episodes_own():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from steersman.environments.gym import GymEnvironment
+
 FOLDER = Path(__file__).parents[2] / "recipes" / "environments"
 
 
@@ -16,6 +18,16 @@ def world(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_reply_names_an_action_in_letters_of_any_case():
+    actions = ["west", "south", "Straße", "east"]
+    gym = GymEnvironment("FrozenLake-v1", args={"is_slippery": False}, actions=actions)
+    replies = {
+        "EAST": 3, "Ea\u017ft": 3, "go \u017fouth": 1, "not east, SOUTH": 1, "straße.": 2, "STRA\u1e9eE": 2,
+        "northeast": None, "": None,
+    }  # fmt: skip
+    assert {reply: gym.action_of(reply) for reply in replies} == replies
 
 
 def returns(game, guesses, word):

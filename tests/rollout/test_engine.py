@@ -84,6 +84,24 @@ def test_stop_strings_end_where_their_last_token_completes_them(model, minimum):
     assert sum(s.finish == "stop" for s in stopped) > 5
 
 
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("style", ["llama", "t5"])
+def test_a_call_may_be_cut_at_any_step_and_the_next_one_is_whole(style, before):
+    """At the first one no row has been let in, and a fresh engine has no cache yet."""
+    engine = Engine(tiny_model(style, scale=2.0), max_batch=2, eos_token_id=())
+    asked = [iter(range(before))]
+    cut = engine.generate(ragged(5), Sampling(8), n=2, seed=1, cut=lambda: next(asked[0], None) is None)
+    assert [s.finish for s in cut] == ["length"] * 10
+    whole = engine.generate(ragged(5), Sampling(8), n=2, seed=1)
+    assert ids_of(whole) == ids_of(
+        Engine(engine.model, max_batch=2, eos_token_id=()).generate(ragged(5), Sampling(8), n=2, seed=1)
+    )
+    for part, s in zip(cut, whole, strict=True):
+        assert part.ids == s.ids[: len(part.ids)]
+        assert len(part.logp) == len(part.ids) < 8
+    assert sum(bool(s.ids) for s in cut) == (2 if before else 0)
+
+
 def test_stop_strings_that_are_special_tokens(model):
     tokenizer = character_tokenizer()
     engine = Engine(model, tokenizer, eos_token_id=())

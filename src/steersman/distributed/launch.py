@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -144,7 +144,8 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
             raise CtrlCError
         if not seen:
             for pid in pids:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # some ranks end before others
+                    os.kill(pid, number)
         seen.append(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -155,7 +156,8 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         for pid in pids:
-            os.killpg(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError, PermissionError):  # macOS refuses a group of which nobody runs
+                os.killpg(pid, signal.SIGKILL)
         raise
     finally:
         for number, handler in before.items():

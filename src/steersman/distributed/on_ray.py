@@ -8,7 +8,6 @@ a process of its own beside the Ray worker that watches it, so it is the same pr
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from typing import Any
 from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
 from steersman.distributed import launch
+from steersman.distributed.descendants import die_with_parent
 from steersman.distributed.ray_cluster import HERE, PLACED_IN, connected
 from steersman.guards.terminal import say
 from steersman.guards.user_code import CtrlCError
@@ -31,12 +31,6 @@ from steersman.types import SteersmanError
 
 RESTARTS = 3
 """How often ranks that were killed are started again."""
-
-
-def die_with_parent() -> None:
-    """Between fork and exec: this process is killed when the one that forked it dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 class Rank:

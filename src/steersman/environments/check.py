@@ -102,6 +102,8 @@ def play_episode(environment: Environment, prompt: Prompt, number: int, max_turn
     try:
         turns: list[Message] = [dict(m) for m in prompt.turns or []]  # type: ignore[misc]
         begun = episode.begin(turns, dict(prompt.row), sub_seed(0, "check", number))
+        if turns and not begun:  # without data there may be no prompt either
+            raise FaultError("begin gave no message")
         out.messages.append("".join(m["content"] for m in begun))
         while len(out.rewards) < max_turns and not out.ended:
             start = time.monotonic()

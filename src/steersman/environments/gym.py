@@ -64,12 +64,12 @@ class GymEnvironment(PayingEnvironment):
         """The action that a reply names last; None where it names none. Text actions are the reply itself."""
         if not self._actions:
             return reply
-        words = "|".join(re.escape(a) for a in sorted(self._actions, key=len, reverse=True))
-        found = re.findall(rf"(?<!\w)(?:{words})(?!\w)", reply, re.IGNORECASE)
+        numbers = sorted(range(len(self._actions)), key=lambda i: len(self._actions[i]), reverse=True)
+        words = "|".join(f"({re.escape(self._actions[i])})" for i in numbers)  # a group each tells which one was read
+        found = [match.groups() for match in re.finditer(rf"(?<!\w)(?:{words})(?!\w)", reply, re.IGNORECASE)]
         if not found:
             return None
-        lower = [a.lower() for a in self._actions]
-        return lower.index(found[-1].lower()) + self.offset
+        return self.offset + next(i for i, read in zip(numbers, found[-1], strict=True) if read is not None)
 
     def _make(self) -> gym.Env:
         try:

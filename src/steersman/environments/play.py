@@ -5,6 +5,7 @@ Who speaks when is decided in `schedules.py`.
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
+class Opened:
+    """What the environment opened for an episode: set by the thread that opens it, closed once, by the last to hold
+    it."""
+
+    episode: Episode | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def close(self) -> None:
+        with self.lock:
+            episode, self.episode = self.episode, None
+        if episode is not None:
+            episode.close()
+
+
+@dataclass(slots=True)
 class EpisodeInPlay:
     """One episode while it is played. `key` names its random streams, whatever is played beside it.
 
@@ -40,7 +56,7 @@ class EpisodeInPlay:
     order: int
     seed: int
     key: int
-    episode: Episode | None = None
+    opened: Opened = field(default_factory=Opened)
     talk: Conversation | None = None
     earlier: list[Conversation] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
@@ -102,10 +118,12 @@ class Play:
         return self.waiting.pop(game.order, None) is not None
 
     def _begin(self, game: EpisodeInPlay) -> None:
+        opened = game.opened = Opened()
+
         def begin() -> Any:
-            episode = self.of.environment.open()
+            episode = opened.episode = self.of.environment.open()
             turns: list[Any] = [dict(m) for m in game.prompt.turns or []]
-            return episode, episode.begin(turns, dict(game.prompt.row), game.seed)
+            return episode.begin(turns, dict(game.prompt.row), game.seed)
 
         game.tries += 1
         self._submit(game, begin)
@@ -114,7 +132,8 @@ class Play:
         game.asked_at = time.monotonic()
         in_threads = self.of.config.run_in == "threads"  # a process has its own clock and is ended
         who = f"environment, row {game.prompt.index}, {f'turn {game.turns}' if game.turns else 'its beginning'}"
-        self.workers.submit(game.order, call, self.of.config.time_limit if in_threads else None, who)
+        limit = self.of.config.time_limit if in_threads else None
+        self.workers.submit(game.order, call, limit, who, game.opened.close)
 
     def _settle(self, job: Job) -> None:
         game = self.games[job.key]
@@ -124,9 +143,8 @@ class Play:
         if job.error is not None:
             self._failed(game, job.error)
         elif game.talk is None:
-            game.episode, messages = job.result
             try:
-                fits = self.of.lay_out_opening(game, messages, self.sampling.max_new_tokens)
+                fits = self.of.lay_out_opening(game, job.result, self.sampling.max_new_tokens)
             except (FaultError, TypeError, KeyError) as error:
                 return self._failed(game, error)
             assert game.talk is not None
@@ -183,8 +201,10 @@ class Play:
             if late
             else f"{type(error).__name__}: {clean_text(str(error), 300)}"
         )
+        if late:
+            game.opened = Opened()  # its thread closes it once the call ends; a process of its own is ended already
         if game.talk is None and game.tries <= config.retries:
-            game.episode = None
+            close_episode(game)
             return self._begin(game)
         what = f"{'its beginning' if game.talk is None else f'turn {game.turns}'}: {what}"
         self.of.faults.append(what)
@@ -195,8 +215,6 @@ class Play:
         if game.talk is not None and game.turns:
             spoken = game.talk if game.talk.turns else game.earlier[-1]
             spoken.add_feedback(config.fault_reward if config.on_fault == "end" else 0.0, "")
-        if late:
-            game.episode = None  # its thread still holds it
         self._end(game, f"fault at {what}", config.on_fault == "end")
 
     def _end(self, game: EpisodeInPlay, outcome: str, terminated: bool) -> None:
@@ -210,7 +228,7 @@ class Play:
 
     def take_reply(self, game: EpisodeInPlay, sample: Sample) -> None:
         """Takes a reply over and gives it to the episode's environment."""
-        talk, episode = game.talk, game.episode
+        talk, episode = game.talk, game.opened.episode
         assert talk is not None
         assert episode is not None
         self.tokens += len(sample.ids)
@@ -257,7 +275,5 @@ def _no_room(talk: Conversation, sampling: Sampling, limit: int) -> str:
 
 def close_episode(game: EpisodeInPlay) -> None:
     """Closes the episode's environment; what that raises is of no use to anybody any more."""
-    episode, game.episode = game.episode, None
-    if episode is not None:
-        with suppress(Exception), user_code("environment, closing an episode"):
-            episode.close()
+    with suppress(Exception), user_code("environment, closing an episode"):
+        game.opened.close()

@@ -115,6 +115,8 @@ class Episodes:
 
     def lay_out_opening(self, game: EpisodeInPlay, messages: Sequence[Message], room: int) -> bool:
         """Lays out what the episode, or a conversation of it, begins with; False where no reply fits behind it."""
+        if not messages:
+            raise FaultError("begin gave no message" if game.talk is None else "a new conversation has no message")
         first: list[Message] = [dict(m) for m in messages]  # type: ignore[misc]
         tools = self.environment.tools or first[0].get("tools", [])
         if tools and self.tools_in_prompt:
@@ -122,8 +124,9 @@ class Episodes:
             first = with_tool_descriptions(first, tools)
         elif tools and self.layout.chat:
             first[0] = {**first[0], "tools": tools}
-        game.shown_first, game.replies_before = len(first), game.turns
-        return self._shown_anew(game, first, room)
+        replies, fits = game.turns, self._shown_anew(game, first, room)
+        game.shown_first, game.replies_before = len(first), replies
+        return fits
 
     def lay_out_answer(self, game: EpisodeInPlay, answer: Answer, room: int) -> bool:
         """Puts what the environment says behind the reply, or shows the conversation anew; False where another reply
@@ -134,25 +137,27 @@ class Episodes:
         said, messages = self._as_shown(reply, answer.messages)
         try:
             if answer.new_conversation:
-                game.earlier.append(talk)
                 return self.lay_out_opening(game, answer.messages, room)
-            before, game.messages = game.messages, [*game.messages, said, *messages]
+            talked = [*game.messages, said, *messages]
             segments = self.config.history == "segments" and self.layout.chat
-            if not self.layout.joined or (segments and self.layout.rewritten(before, reply.text, game.messages)):
-                game.earlier.append(talk)
-                return self._shown_anew(game, game.messages, room)
+            if not self.layout.joined or (segments and self.layout.rewritten(game.messages, reply.text, talked)):
+                return self._shown_anew(game, talked, room)
             new = talk.between(self.layout.stand_in(said.get("tool_calls", ())), messages)
         except SteersmanError as error:
             raise FaultError(f"the chat template can't show the environment's turn: {error}") from error
+        game.messages = talked
         if len(talk.prompt.ids) + len(talk.ids) + len(new) + room > self.limit:
             return False
         talk.add_observation(new)
         return True
 
     def _shown_anew(self, game: EpisodeInPlay, messages: list[Message], room: int) -> bool:
-        """Begins a conversation with everything that is to be seen of the earlier ones."""
+        """Begins a conversation with everything that is to be seen of the earlier ones; one that the template refuses
+        leaves the episode as it was."""
         ids, text = self.layout.first(messages)
         prompt = Prompt(ids, text, game.prompt.row, game.prompt.index, game.prompt.turns)
+        if game.talk is not None:
+            game.earlier.append(game.talk)
         game.talk, game.messages = Conversation(self.layout, prompt, messages), messages
         return len(ids) + room <= self.limit
 

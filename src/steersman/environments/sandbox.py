@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steersman.environments.jails import JAILS, LIMITS, Jail, Limits
 from steersman.environments.text import clean_text
@@ -90,15 +91,32 @@ def run_code(code: str) -> str:
 
 
 def unit_tests(
-    prompts: Sequence[str], completions: Sequence[str], *, tests: Sequence[str], seconds: float = 5.0
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    tests: Sequence[str | Sequence[str]],
+    seconds: float = 5.0,
 ) -> list[float]:
-    """1 where the completion's program, followed by the row's `tests` (such as asserts), runs to its end, else 0.
+    """1 where the completion's program, followed by the row's `tests`, runs to its end, else 0.
 
-    Of a completion with fenced code the last fence counts. Leaving early or printing claims nothing: behind the tests
-    a word must be printed that stands in neither. Program and tests share a process, so one that is written to forge
-    that word can; what it can't do is leave the sandbox.
+    Tests are code such as asserts: a text, or a list of texts that run one behind the other. Of a completion with
+    fenced code the last fence counts. What program and tests print is thrown away. Leaving early claims nothing:
+    behind the tests a word must be said that stands in neither, through a descriptor of its own. Program and tests
+    share a process, so one that is written to forge that word can; what it can't do is leave the sandbox.
+    Raises SteersmanError for tests that are neither, and where this machine has no sandbox.
     """
-    return [float(_passes(program_of(c), t, seconds)) for c, t in zip(completions, tests, strict=True)]
+    programs = [_tests_of(given) for given in tests]
+    return [float(_passes(program_of(c), t, seconds)) for c, t in zip(completions, programs, strict=True)]
+
+
+def _tests_of(given: Any) -> str:
+    """A row's tests as one program."""
+    lines = [given] if isinstance(given, str) else given
+    if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+        raise SteersmanError(
+            f"unit_tests: the column `tests` holds {clean_text(repr(given), 80)}; give a text or a list of texts"
+        )
+    return "\n".join(lines)
 
 
 def program_of(completion: str) -> str:
@@ -114,13 +132,14 @@ def program_of(completion: str) -> str:
 def _passes(program: str, tests: str, seconds: float) -> bool:
     word = os.urandom(16).hex()
     runner = (
-        "import sys\n"
+        "import os, sys\n"
         f"program, tests = {program!r}, {tests!r}\n"
         "space = {'__name__': 'solution'}\n"
-        "read = sys.stdin.read\nwrite = sys.__stdout__.write\n"
+        "read, write, line, nowhere = sys.stdin.read, os.write, os.dup(1), os.open(os.devnull, os.O_WRONLY)\n"
+        "os.dup2(nowhere, 1)\nos.dup2(nowhere, 2)\n"
         "exec(compile(program, 'solution', 'exec'), space)\n"
         "exec(compile(tests, 'tests', 'exec'), space)\n"
-        "write('\\n' + read()[::-1])\n"
+        "write(line, ('\\n' + read()[::-1]).encode())\n"
     )
     found = run_python(runner, Limits(seconds=seconds), given=word)
     return found.good and found.output.endswith("\n" + word[::-1])

@@ -1,8 +1,8 @@
 """Threads that run episodes' code beside the model, each call with a time limit.
 
 A thread that hangs can't be stopped in Python. It is given up: its call has failed, another thread takes its place,
-and it ends by itself if the call ever returns. Threads are daemons, so that a hung one holds no process back. An
-`async` function runs on one event loop that all share; there a late call is cancelled.
+and if the call ever returns the thread closes what it held and ends. Threads are daemons, so that a hung one holds no
+process back.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from steersman.guards.coroutines import await_result
 from steersman.guards.user_code import no_sudden_end
 from steersman.types import SteersmanError
 
@@ -23,17 +23,21 @@ _ABANDONED = 512
 
 
 class TooLateError(Exception):
-    """A call took longer than its limit."""
+    """A call took longer than the limit that it has here."""
 
 
 @dataclass(slots=True)
 class Job:
-    """One call: `key` is whose, `who` names it in messages, `result` or `error` is what came of it."""
+    """One call: `key` is whose, `who` names it in messages, `result` or `error` is what came of it.
+
+    `drop` closes what the call held: called by its thread once it has ended, where it was given up before.
+    """
 
     key: int
     call: Callable[[], Any]
     limit: float | None
     who: str
+    drop: Callable[[], None]
     started: float | None = None
     result: Any = None
     error: BaseException | None = None
@@ -59,13 +63,16 @@ class Workers:
         self._running: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._threads = self._idle = 0
+        self._closed = False
         self.abandoned = 0
         self.pending = 0
 
-    def submit(self, key: int, call: Callable[[], Any], limit: float | None, who: str) -> None:
-        """Puts a call in line; its limit counts from when it starts."""
+    def submit(
+        self, key: int, call: Callable[[], Any], limit: float | None, who: str, drop: Callable[[], None]
+    ) -> None:
+        """Puts a call in line; its limit counts from when it starts. `drop`: see `Job`."""
         self.pending += 1
-        self._line.put(Job(key, call, limit, who))
+        self._line.put(Job(key, call, limit, who, drop))
         with self._lock:
             if self._idle < self._line.qsize() and self._threads < self.count:
                 self._start()
@@ -86,8 +93,11 @@ class Workers:
         return out
 
     def close(self) -> None:
-        """Lets idle threads end."""
+        """Lets idle threads end; calls in line are not begun, and those under way are given up."""
         with self._lock:
+            self._closed = True
+            for job in self._running.values():
+                self._abandon(job)
             for _ in range(self._threads):
                 self._line.put(None)
 
@@ -102,7 +112,7 @@ class Workers:
             job = self._line.get()
             with self._lock:
                 self._idle -= 1
-                if job is None:
+                if job is None or self._closed:
                     self._threads -= 1
                     return
                 job.started = time.monotonic()
@@ -117,16 +127,25 @@ class Workers:
     def _run(self, job: Job) -> bool:
         try:
             with no_sudden_end(job.who):
-                result = await_result(job.call(), job.limit)
-        except TimeoutError as error:
-            kept = job.finish(error=TooLateError(str(error)))
+                result = job.call()
         except BaseException as error:
             kept = job.finish(error=error)
         else:
             kept = job.finish(result)
         if kept:
             self._over.put(job)
+        else:
+            with suppress(BaseException), no_sudden_end(job.who):
+                job.drop()
         return kept
+
+    def _abandon(self, job: Job) -> bool:
+        """Gives up a call that runs; False where it has just ended. The lock is held."""
+        if not job.finish(error=TooLateError()):
+            return False
+        self.abandoned += 1
+        self._threads -= 1
+        return True
 
     def _give_up(self) -> None:
         now = time.monotonic()
@@ -136,12 +155,10 @@ class Workers:
                 if job.limit is not None and job.started is not None and now - job.started > job.limit
             ]  # fmt: skip
             for job in late:
-                if not job.finish(error=TooLateError()):
+                if not self._abandon(job):
                     continue
                 self._running.pop(id(job), None)
                 self._over.put(job)
-                self.abandoned += 1
-                self._threads -= 1
                 if self._line.qsize():
                     self._start()
             if self.abandoned > _ABANDONED:

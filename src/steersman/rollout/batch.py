@@ -230,8 +230,6 @@ class RunningBatch:
         waiting = [sequence for _, group in self.waiting for sequence in group]
         for s in [*waiting, *(entry.sequence for entry in self.prefilled), *self.live]:
             self.done[s.order] = s.sample("length", "", self.next_token.version)
-        for decoder in self.decoders:
-            decoder.live.keep(0, [])
 
     def _leave(self, finished: set[int]) -> None:
         """Drop finished rows; the last live rows take their places."""

@@ -37,9 +37,9 @@ def choice(index: int, ids=(5, 6), logp=(-1.0, -2.0), finish: str = "length") ->
     return {"index": index, "token_ids": list(ids), "finish_reason": finish, "logprobs": {"content": content}}
 
 
-def read(*choices):
+def read(*choices, support=False):
     found = json.loads(json.dumps({"choices": list(choices)}))  # as it comes over the wire, NaN too
-    return replies(Server("http://127.0.0.1:1", 1.0), found, ASKED, 35)
+    return replies(Server("http://127.0.0.1:1", 1.0), found, ASKED, 35, support=support)
 
 
 def test_answers_out_of_order_are_put_in_order():
@@ -70,6 +70,82 @@ def test_a_reply_that_can_not_be_right_is_refused(choices, said):
     with pytest.raises(BadReplyError, match=said) as caught:
         read(*choices)
     assert "\x1b" not in str(caught.value)
+
+
+PARTS = {
+    "logprobs, a list": ({"logprobs": [1]}, "logprobs that are no object"),
+    "logprobs, a text": ({"logprobs": "none"}, "logprobs that are no object"),
+    "content, a number": ({"logprobs": {"content": 5}}, "logprobs.content that is no list of objects"),
+    "content, an object": ({"logprobs": {"content": {"a": 1}}}, "logprobs.content that is no list of objects"),
+    "content, numbers": ({"logprobs": {"content": [-1.0, -2.0]}}, "logprobs.content that is no list of objects"),
+    "no logprobs": ({"logprobs": None}, "0 log-probabilities for 2 tokens"),
+    "logprob, true or false": (
+        {"logprobs": {"content": [{"logprob": False}, {"logprob": -1.0}]}}, "log-probabilities for 2 tokens"
+    ),
+    "versions, texts": ({"weight_versions": ["run:1"]}, "weight_versions that is no list of objects"),
+    "versions, a number": ({"weight_versions": 3}, "weight_versions that is no list of objects"),
+    "span, texts": (
+        {"weight_versions": [{"version": "r:1", "start": "0", "end": "2"}]}, "weight_versions that has other numbers"
+    ),
+    "number, true or false": ({"index": True}, "an answer has the number True"),
+    "finish, a list": ({"finish_reason": []}, "ended with"),
+    "mask, too short": ({"sampling_mask": [[5]]}, "2 tokens whose sampling_mask does not list those allowed at each"),
+    "mask, empty": ({"sampling_mask": []}, "2 tokens whose sampling_mask does not list"),
+    "mask, a number": ({"sampling_mask": 5}, "2 tokens whose sampling_mask does not list"),
+    "mask, of texts": ({"sampling_mask": [["a"], [6]]}, "sampling_mask that has other numbers than ids"),
+    "mask, of numbers": ({"sampling_mask": [5, 6]}, "sampling_mask that has other numbers than ids"),
+    "mask, of halves": ({"sampling_mask": [[5.5], [6]]}, "sampling_mask that has other numbers than ids"),
+    "mask, beyond any id": ({"sampling_mask": [[10**30], [6]]}, "sampling_mask that has other numbers than ids"),
+    "no likeliest": ({"sampling_mask": None}, "neither a sampling_mask nor the log-probabilities of the likeliest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), PARTS.values(), ids=PARTS)
+def test_a_reply_with_parts_of_other_types_is_refused(change, said):
+    with pytest.raises(BadReplyError, match=said):
+        read(
+            choice(0) | {"sampling_mask": [[5], [6]]},
+            choice(1) | {"sampling_mask": [[5], [6]]} | change,
+            support=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "said"),
+    [
+        ([{"token_id": "5", "logprob": -1.0}], "top_logprobs that has other numbers than ids"),
+        ([{"token_id": 5}], "the log-probabilities of the likeliest"),
+        ([{"token_id": 5, "logprob": "-1"}], "the log-probabilities of the likeliest"),
+        ([{"logprob": -1.0}], "top_logprobs that has other numbers than ids"),
+        ([5], "top_logprobs that is no list of objects"),
+        ({"5": -1.0}, "top_logprobs that is no list of objects"),
+        ([], "the log-probabilities of the likeliest"),
+    ],
+)
+def test_likeliest_tokens_of_other_types_are_refused(likeliest, said):
+    two = choice(1)
+    two["logprobs"]["content"][1]["top_logprobs"] = likeliest
+    two["logprobs"]["content"][0]["top_logprobs"] = [{"token_id": 5, "logprob": -1.0}]
+    with pytest.raises(BadReplyError, match=said):
+        read(choice(0) | {"sampling_mask": [[5], [6]]}, two, support=True)
+
+
+def test_allowed_tokens_are_those_told_or_the_likeliest_that_can_be_reached():
+    two = choice(1) | {"weight_versions": [{"version": "run-1:3", "start": 0, "end": 2}]}
+    likeliest = [{"token_id": 9, "logprob": -1.0}, {"token_id": 8, "logprob": -9999.0}]
+    for one in two["logprobs"]["content"]:
+        one["top_logprobs"] = likeliest
+    told, listed = read(choice(0) | {"sampling_mask": [[5, 7], [-4, -9]]}, two, support=True)
+    assert [ids.tolist() for ids in told.support] == [[5, 7], [-4, -9]]
+    assert [ids.tolist() for ids in listed.support] == [[5, 9], [6, 9]]
+    assert told.version is None
+    assert listed.version == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["", "run", "run:x", "run:\u00b2", "run:" + "9" * 5000])
+def test_a_version_that_is_no_number_is_not_told(name):
+    changed = choice(1) | {"weight_versions": [{"version": name, "start": 0, "end": 2}]}
+    assert read(choice(0), changed)[1].version is None
 
 
 class Stub:
@@ -112,6 +188,8 @@ def opened(kind, stub: Stub, **extra):
         (open_vllm, {"version": {"version": "0.11.0"}}, "vLLM 0.11.0; its routes for training came with 0.32.0"),
         (open_vllm, {"version": {"version": "0.32.0"}, "v1__models": {"data": [{"id": "other"}]}},
          "it serves other, not policy"),
+        (open_vllm, {"version": {"version": "0.32.0"}, "v1__models": {"data": 5}}, "no list of the models"),
+        (open_vllm, {"version": {"version": "0.\u00b2"}}, "its routes for training came with 0.32.0"),
         (open_vllm, {"version": {"version": "0.32.0"}, "v1__models": {"data": [{"id": "policy"}]}},
          "no route /weight_info.*VLLM_SERVER_DEV_MODE"),
         (open_process, {"version": {"version": "0.32.0"}}, "no engine of steersman"),

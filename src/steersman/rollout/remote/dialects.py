@@ -149,4 +149,4 @@ def seed_of(seed: Sequence[int], key: Sequence[int]) -> int:
 
 def numbers(version: str) -> list[int]:
     parts = version.split("+")[0].split(".")[:3]
-    return [int("".join(c for c in part if c.isdigit()) or 0) for part in parts]
+    return [int("".join(c for c in part if c in "0123456789")[:9] or 0) for part in parts]

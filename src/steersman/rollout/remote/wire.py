@@ -27,6 +27,8 @@ UNREACHED = -9000.0
 """vLLM writes -9999 for a log-probability that is minus infinity or NaN."""
 ROUNDING = 1e-3
 """A log-probability may be so far above 0."""
+_LARGEST = 1 << 31
+"""No id, place or version of weights is so large."""
 
 
 class ServerGoneError(SteersmanError):
@@ -120,7 +122,9 @@ class Server:
     def models(self) -> list[str]:
         """The names that requests can ask for: the model's own and those of adapters."""
         found = self.get("/v1/models")
-        served = found.get("data", []) if isinstance(found, dict) else []
+        served = found.get("data") if isinstance(found, dict) else None
+        if not isinstance(served, list):
+            raise BadReplyError(self.message(f"no list of the models that it serves: {_cut(found)}"))
         return [str(one.get("id")) for one in served if isinstance(one, dict)]
 
     def digests(self, path: str) -> dict[str, dict[str, str]]:
@@ -206,7 +210,7 @@ def replies(
     placed: dict[int, Any] = {}
     for choice in choices:
         index = choice.get("index") if isinstance(choice, dict) else None
-        if not isinstance(index, int) or not 0 <= index < wanted or index in placed:
+        if type(index) is not int or not 0 <= index < wanted or index in placed:
             raise BadReplyError(
                 server.message(f"an answer has the number {_cut(index)}; each of 0 to {wanted - 1} comes once")
             )
@@ -216,8 +220,9 @@ def replies(
 
 
 def _reply(server: Server, choice: dict[str, Any], asked: SampleRequest, vocabulary: int, support: bool) -> Reply:
-    """One choice. Raises BadReplyError for ids that are none of the vocabulary, more tokens than were asked for, and
-    log-probabilities that are missing, not finite or above 0."""
+    """One choice. Raises BadReplyError for ids that are none of the vocabulary, more tokens than were asked for,
+    log-probabilities that are missing, not finite or above 0, allowed tokens that are not listed for each token, and
+    parts of other types than vLLM's."""
     ids, finish = choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
         raise BadReplyError(
@@ -231,42 +236,81 @@ def _reply(server: Server, choice: dict[str, Any], asked: SampleRequest, vocabul
         )
     if finish not in ("stop", "length", "abort") or (not ids and finish != "abort"):
         raise BadReplyError(server.message(f"an answer of {len(ids)} tokens that ended with {_cut(finish)}"))
-    content = (choice.get("logprobs") or {}).get("content") or []
-    logp: list[Any] = [one.get("logprob") if isinstance(one, dict) else None for one in content]
-    if len(logp) != len(ids) or not all(isinstance(x, float | int) and UNREACHED < x <= ROUNDING for x in logp):
-        wrong = next((x for x in logp if not isinstance(x, float | int) or not UNREACHED < x <= ROUNDING), len(logp))
-        raise BadReplyError(
-            server.message(
-                f"{len(logp)} log-probabilities for {len(ids)} tokens, or one that is none ({_cut(wrong)}): its "
-                "weights may hold NaN"
-            )
+    try:
+        told = choice.get("logprobs")
+        if not isinstance(told, dict | None):
+            raise ValueError(f"logprobs that are no object: {_cut(told)}")
+        content = _objects((told or {}).get("content"), "logprobs.content")
+        logp = _logp(content, len(ids))
+        kept = _support(choice, content, ids) if support else None
+        return Reply(ids, logp, finish, _versions(choice, len(ids)), kept)
+    except ValueError as error:
+        raise BadReplyError(server.message(f"an answer with {error}")) from error
+
+
+def _logp(content: list[dict[str, Any]], count: int) -> list[float]:
+    """The log-probability of each token. Raises ValueError for another number of them, and for what is none."""
+    logp: list[Any] = [one.get("logprob") for one in content]
+    wrong = [x for x in logp if not _is_number(x) or not UNREACHED < x <= ROUNDING]
+    if len(logp) != count or wrong:
+        raise ValueError(
+            f"{len(logp)} log-probabilities for {count} tokens, or one that is none "
+            f"({_cut(wrong[0] if wrong else len(logp))}): its weights may hold NaN"
         )
-    kept = _support(choice, content) if support else None
-    return Reply(ids, [float(x) for x in logp], finish, _versions(choice, len(ids)), kept)
+    return [float(x) for x in logp]
 
 
 def _versions(choice: dict[str, Any], count: int) -> list[int] | None:
-    """The version of each token, from spans of names such as "run-17:3"; None where they are not told."""
+    """The version of each token, from spans of names such as "run-17:3"; None where they are not told. Raises
+    ValueError for what are no spans."""
     out = [-1] * count
-    for span in choice.get("weight_versions") or []:
+    for span in _objects(choice.get("weight_versions"), "weight_versions"):
         number = str(span.get("version", "")).rpartition(":")[2]
-        if not number.isdigit():
+        if not number.isascii() or not number.isdigit() or int(number[:20]) >= _LARGEST:
             return None
-        start, end = span.get("start", 0), span.get("end", 0)
+        start, end = _ids([span.get("start", 0), span.get("end", 0)], "weight_versions")
         out[start:end] = [int(number)] * len(out[start:end])
     return out if out and min(out) >= 0 else None
 
 
-def _support(choice: dict[str, Any], content: list[Any]) -> list[Tensor]:
-    """The ids that were allowed at each token: told, or those of the likeliest that have a probability."""
+def _support(choice: dict[str, Any], content: list[dict[str, Any]], ids: list[int]) -> list[Tensor]:
+    """The ids that were allowed at each token: told, or those of the likeliest that have a probability. Raises
+    ValueError where they are not listed for each token."""
     told = choice.get("sampling_mask")
     if told is not None:
-        return [torch.tensor(ids, dtype=torch.long) for ids in told]
-    kept = [
-        {top["token_id"] for top in one["top_logprobs"] if top["logprob"] > UNREACHED} | {one["token_id"]}
-        for one in content
-    ]
-    return [torch.tensor(sorted(ids), dtype=torch.long) for ids in kept]
+        if not isinstance(told, list) or len(told) != len(ids):
+            raise ValueError(
+                f"{len(ids)} tokens whose sampling_mask does not list those allowed at each: {_cut(told)}"
+            )
+        return [torch.tensor(_ids(allowed, "sampling_mask"), dtype=torch.long) for allowed in told]
+    kept = []
+    for i, one in zip(ids, content, strict=True):
+        likeliest = _objects(one.get("top_logprobs"), "top_logprobs")
+        if not likeliest or not all(_is_number(top.get("logprob")) for top in likeliest):
+            raise ValueError(f"neither a sampling_mask nor the log-probabilities of the likeliest: {_cut(one)}")
+        reached = [top.get("token_id") for top in likeliest if top["logprob"] > UNREACHED]
+        kept.append(torch.tensor(sorted({*_ids(reached, "top_logprobs"), i}), dtype=torch.long))
+    return kept
+
+
+def _objects(value: Any, name: str) -> list[dict[str, Any]]:
+    """A list of JSON objects, empty where it is not told. Raises ValueError for anything else."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ValueError(f"{name} that is no list of objects: {_cut(value)}")
+    return value
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    """A list of numbers that may be ids. Raises ValueError for anything else."""
+    if not isinstance(value, list) or not all(type(i) is int and abs(i) < _LARGEST for i in value):
+        raise ValueError(f"{name} that has other numbers than ids: {_cut(value)}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _cut(value: Any) -> str:
