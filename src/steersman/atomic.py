@@ -6,18 +6,19 @@ A file or folder that is being written has a name that starts with `.tmp-` until
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
 from steersman.types import SteersmanError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_TMP, _OLD = ".tmp-", ".old-"
+_TMP, _OLD, _LOCK = ".tmp-", ".old-", ".lock-"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -112,6 +113,47 @@ def replace_dir(tmp: Path, final: Path) -> None:
     os.rename(tmp, final)
     _fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(final: Path) -> Iterator[None]:
+    """Keeps all others who ask for the same, threads and processes, out until the end of the block; waits for them
+    first.
+
+    `final` need not be there: the lock is on a file beside it, which is removed at the end. The system takes the lock
+    away from a process that dies. On network file systems it holds between machines where the mount has locks.
+
+    Raises SteersmanError where the place can not be written or has no locks.
+    """
+    path = final.with_name(f"{_LOCK}{final.name}")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(path)
+    try:
+        yield
+    finally:
+        with file:
+            path.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> BufferedWriter:
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held it before has removed the file; then the lock of this one keeps nobody out. It is opened
+            # again, since what a network file system knows of a name may be old otherwise.
+            with path.open("rb") as now:
+                if os.path.samestat(os.fstat(now.fileno()), os.fstat(file.fileno())):
+                    return file
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                file.close()
+                raise SteersmanError(
+                    f"{path}: it can not be locked ({error.strerror}), and without a lock runs would write over each "
+                    "other; name a folder on a file system with locks"
+                ) from error
+        file.close()
 
 
 def recover(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
@@ -50,6 +50,10 @@ class Recipe(Section):
     batch: Batch = Field(Batch(), description="sizes")
     parts: list[Part] = Field([], description="weighted rewards")
     names: list[str] = Field([], description="names")
+    own: dict[str, str] = Field({}, description="names of the user's")
+    shares: dict[str, float] = Field({}, description="a number for each name of the user's")
+    by_name: dict[str, Part] = Field({}, description="parts by name")
+    anything: dict[str, Any] = Field({}, description="arguments of something else")
 
 
 @pytest.fixture
@@ -100,6 +104,50 @@ def test_text_fields_take_what_was_typed(recipe):
     assert load_recipe(Recipe, None, ["--model=m", "--stop", r'"\n\n"']).stop == "\n\n"
     assert load_recipe(Recipe, None, ["--model=m", "--stop", "null"]).stop is None
     assert load_recipe(Recipe, None, ["--model=m", "--names", "[a, b]"]).names == ["a", "b"]
+
+
+def test_dashes_stand_for_underscores_in_names_of_fields_and_not_in_the_users_own(recipe):
+    path = recipe("model: m\nshares: {r-3f: 1.0}\nby_name: {a-b: {name: x}}\n")
+    taken = load_recipe(
+        Recipe,
+        path,
+        ["--shares.r-3f", "0", "--own.my-prompt", "x", "--by-name.a-b.weight=2", "--anything.x-y.z-0", "1",
+         "--batch.micro-batch", "2"],
+    )  # fmt: skip
+    assert taken.shares == {"r-3f": 0.0}
+    assert taken.own == {"my-prompt": "x"}
+    assert taken.by_name == {"a-b": Part(name="x", weight=2)}
+    assert taken.anything == {"x-y": {"z-0": 1}}
+    assert taken.batch.micro_batch == 2
+    assert "--by_name.a-b.wei_ght: unknown key" in refusal(path, "--by_name.a-b.wei-ght", "2")
+
+
+def test_text_in_a_recipe_is_the_text_as_it_is_written(recipe):
+    text = (
+        "model: 007\nstop: true\nfolder: 0012\nnames: [1e3, 0x1F, 2.50, ~]\nown: {010: 1_0}\nshares: {0e1: 5}\n"
+        "parts: [&part {name: 1.0, weight: 2}, {<<: *part, weight: 3}]\nby_name: {x: {<<: [{name: 08}]}}\n"
+    )
+    taken = load_recipe(Recipe, recipe(text.replace(", ~", "")))
+    assert (taken.model, taken.stop, taken.folder) == ("007", "true", Path("0012"))
+    assert taken.names == ["1e3", "0x1F", "2.50"]
+    assert (taken.own, taken.shares) == ({"010": "1_0"}, {"0e1": 5.0})
+    assert taken.parts == [Part(name="1.0", weight=2), Part(name="1.0", weight=3)]
+    assert taken.by_name["x"].name == "08"
+    assert "names.3: None was given" in refusal(recipe(text))
+    assert load_recipe(Recipe, recipe("model: m\nstop: null")).stop is None
+    assert load_recipe(Recipe, recipe(dump_recipe(taken))) == taken
+
+
+def test_text_below_mappings_and_lists_is_taken_as_typed():
+    taken = load_recipe(
+        Recipe, None,
+        ["--model", "007", "--folder", "0012", "--own.x", "1e3", "--parts", "[{name: a}]", "--parts.0.name", "08",
+         "--names", "[007, 1.50]", "--stop", " a # b\nc"],
+    )  # fmt: skip
+    assert (taken.model, taken.folder, taken.own) == ("007", Path("0012"), {"x": "1e3"})
+    assert (taken.parts[0].name, taken.names) == ("08", ["007", "1.50"])
+    assert taken.stop == " a # b\nc"
+    assert "--own.x: a value is missing" in refusal(None, "--own.x")
 
 
 def test_unknown_key_names_the_nearest(recipe):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from steersman.data import DataConfig, demonstrations, feedback, preferences, prompts, rankings, ratings
-from steersman.data.examples import pairs
+from steersman.data import DataConfig, demonstrations, feedback, preferences, prompts, rankings, ratings, steps
+from steersman.data.examples import answers, pairs
 from steersman.types import SteersmanError
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -71,6 +71,73 @@ def test_preferences(tmp_path, row, expected):
     e = only(tmp_path, preferences, row)
     assert (e.prompt, e.chosen, e.rejected) == expected
     assert (e.margin, e.agreement, e.weight) == (None, 1.0, 1.0)
+
+
+SYSTEM, OTHER = {"role": "system", "content": "s"}, {"role": "system", "content": "t"}
+WITH_PROMPTS = [
+    (preferences, {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    (preferences, {"prompt": "q", "chosen": [USER, BOT], "rejected": [USER, BOT2]}),
+    (preferences, {"prompt": [USER], "chosen": "a", "rejected": "b"}),
+    (preferences, {"question": "q", "chosen": "a", "rejected": "b"}),
+    (preferences, {"chosen": [USER, BOT], "rejected": [USER, BOT2]}),
+    (preferences, {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "b"}}),
+    (preferences, {"instruction": "q", "chosen": "a", "rejected": "b"}),
+    (preferences, {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}),
+    (preferences, {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 1}),
+    (demonstrations, {"prompt": "q", "completion": "a"}),
+    (demonstrations, {"conversations": [HUMAN, GPT]}),
+    (demonstrations, {"instruction": "q", "output": "a"}),
+    (rankings, {"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1]}),
+    (ratings, {"prompt": "q", "completion": "a", "score": 1}),
+    (steps, {"prompt": "q", "steps": ["a"], "labels": [1]}),
+    (prompts, {"prompt": "q"}),
+    (prompts, {"messages": [USER, BOT]}),
+    (prompts, {"instruction": "q"}),
+]
+
+
+@pytest.mark.parametrize(("fn", "row"), WITH_PROMPTS)
+def test_the_column_system_is_the_first_turn_of_every_prompt(tmp_path, fn, row):
+    example = only(tmp_path, fn, row | {"system": "s"})
+    assert example.prompt == [SYSTEM, USER]
+    assert all(answer in ([BOT], [BOT2]) for answer in answers(example))
+    assert only(tmp_path, fn, row | {"system": ""}).prompt in ("q", [USER])
+    with pytest.raises(SteersmanError, match="field 'system': must be text, not int"):
+        load(tmp_path, fn, [row | {"system": 3}])
+
+
+def test_thumbs_and_grouped_ratings_have_their_system_turn(tmp_path):
+    row = {"prompt": "q", "completion": "a", "system": "s"}
+    loaded = load(tmp_path, feedback, [row | {"label": True}, row | {"label": False}])
+    assert [e.prompt for e in loaded.train] == [[SYSTEM, USER]] * 2
+    rated = [row | {"completion": c, "system": s, "good": i} for i, (c, s) in enumerate(["as", "bs", "at", "bt"])]
+    loaded = load(tmp_path, rankings, rated, rank_by=["good"])
+    assert [e.prompt for e in loaded.train] == [[SYSTEM, USER], [OTHER, USER]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [OTHER, USER], "chosen": "a", "rejected": "b"},
+        {"prompt": [OTHER, USER], "chosen": "a", "rejected": "b"},
+        {"chosen": [OTHER, USER, BOT], "rejected": [OTHER, USER, BOT2]},
+        {"prompt": [OTHER], "chosen": [USER, BOT], "rejected": [USER, BOT2]},
+        {"prompt": [OTHER, USER], "chosen": [USER, BOT], "rejected": [USER, BOT2]},
+        {"prompt": [SYSTEM, USER], "chosen": [OTHER, USER, BOT], "rejected": [OTHER, USER, BOT2]},
+    ],
+)
+def test_a_conversations_own_system_turn_stands(tmp_path, row):
+    for more in ({}, {"system": "s"}):
+        assert only(tmp_path, preferences, row | more).prompt == [OTHER, USER]
+
+
+def test_turns_beside_whole_conversations_are_theirs_or_a_bad_row(tmp_path):
+    whole = {"chosen": [*TURNS, BOT], "rejected": [*TURNS, BOT2]}
+    for turns in ([USER], TURNS, [SYSTEM, *TURNS[:2]]):
+        given = only(tmp_path, preferences, whole | {"prompt": turns}).prompt
+        assert given == [m for m in turns if m is SYSTEM] + TURNS
+    with pytest.raises(SteersmanError, match="field 'prompt': the conversations in chosen and rejected do not begin"):
+        load(tmp_path, preferences, [whole | {"prompt": [{"role": "user", "content": "before"}]}])
 
 
 def test_margins_and_agreement_are_kept(tmp_path):
@@ -256,6 +323,41 @@ def test_prompt_template_names_what_is_missing(tmp_path):
         load(tmp_path, prompts, [{"question": "q"}], prompt_template="{quest}")
     with pytest.raises(SteersmanError, match=r"data.prompt_template"):
         load(tmp_path, prompts, [{"question": "q"}], prompt_template="{question")
+
+
+def test_a_prompt_template_writes_values_by_their_format_and_columns_by_their_whole_name(tmp_path):
+    row = {"name": "fox", "price": 3.25, "a.b": "x", "n[0]": 7}
+    for template, prompt in (
+        ("{name} costs {price:.1f}", "fox costs 3.2"),
+        ("{a.b}{n[0]:03}", "x007"),
+        ("{name!r:>6} {{x}}", " 'fox' {x}"),
+    ):
+        assert only(tmp_path, prompts, row, prompt_template=template).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{name!z}", r"\{name!z\} asks for the conversion 'z'.*!s, !r and !a"),
+        ("{name:{width}}", r"\{name:\{width\}\} has a column inside a format"),
+        ("{name.title}", r"\{name.title\} is no column name"),
+        ("{}", r"\{\} is no column name"),
+        ("{0}", r"\{0\} is no column name"),
+    ],
+)
+def test_a_prompt_template_that_no_row_could_fill_is_refused_whatever_is_done_with_bad_rows(tmp_path, template, said):
+    with pytest.raises(SteersmanError, match=f"^data.prompt_template: {said}"):
+        load(tmp_path, prompts, [{"name": "fox"}], prompt_template=template, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("value", ["dear", [3], {"x": 3}])
+def test_a_value_that_the_prompt_templates_format_does_not_fit_is_a_bad_row(tmp_path, value):
+    rows = [{"name": "fox", "price": 3}, {"name": "hen", "price": value}]
+    message = r"line 2, field 'price': data.prompt_template writes it with the format '.2f'.*write \{price\}"
+    with pytest.raises(SteersmanError, match=message):
+        load(tmp_path, prompts, rows, prompt_template="{name} costs {price:.2f}")
+    loaded = load(tmp_path, prompts, rows, prompt_template="{name} costs {price:.2f}", on_bad_row="skip")
+    assert ([e.prompt for e in loaded.train], loaded.left_out.counts) == (["fox costs 3.00"], {"wrong type": 1})
 
 
 def test_all_rows_bad_is_an_error(tmp_path):

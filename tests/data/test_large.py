@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import pytest
 from letter_models import WORDS, save_mini, write_jsonl
 
-from steersman.data import LOADERS, Batches, LargeDataConfig, Order, encode, layout, training
+from steersman.atomic import locked
+from steersman.data import LOADERS, Batches, LargeDataConfig, Order, encode, layout, stored, training
 from steersman.data.labels import schema
 from steersman.data.stored import CHUNK
 from steersman.model import load_tokenizer
@@ -60,6 +68,135 @@ def test_rows_on_disk_are_the_rows_in_memory(rows, tokenizer, tmp_path, held_out
     assert one.summary.lengths == two.summary.lengths
     assert [s.rows for s in (one.summary, two.summary)] == [len(one.train.groups)] * 2
     assert one.summary.held_out == two.summary.held_out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"held_out": 20, "on_too_long": "drop", "max_length": 20},
+        {"held_out": 0.3, "on_too_long": "drop", "max_length": 20},
+        {"held_out": 20, "held_out_files": ["held.jsonl"]},
+        {"held_out": 0.3, "held_out_files": ["held.jsonl"], "on_too_long": "truncate", "max_length": 20},
+        {"held_out": 20, "held_out_files": ["held.jsonl"], "on_too_long": "drop", "max_length": 20},
+        {"limit": 60, "held_out_files": ["held.jsonl"]},
+        {"limit": 60, "held_out_files": ["held.jsonl"], "held_out": 10, "on_too_long": "drop", "max_length": 20},
+        {"limit": 60, "held_out": 10, "on_too_long": "drop", "max_length": 20},
+    ],
+)
+def test_what_is_left_out_and_held_out_does_not_depend_on_where_rows_are(tokenizer, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    data = [{"prompt": f"ask{i}", "completion": " a" * (20 if i % 2 else 2) + f" {i}"} for i in range(200)]
+    data[150:] = [row | {"completion": ""} if i % 5 == 0 else row for i, row in enumerate(data[150:])]
+    write_jsonl(tmp_path / "held.jsonl", [*data[:40], {"prompt": "none", "completion": " "}])
+    rows = write_jsonl(tmp_path / "rows.jsonl", data)
+    kept = made(rows, cache=str(tmp_path / "cache"), on_bad_row="skip", **words)
+    ways = [kept.model_copy(update={"cache": None}), kept, kept]
+    if "held_out" not in words:
+        ways.append(kept.model_copy(update={"cache": None, "stream": True, "buffer": 200}))
+    memory, *others = (ready(c, tokenizer) for c in ways)
+    for other in others:
+        assert memory.held_out is not None
+        assert other.held_out is not None
+        assert plain(memory.held_out) == plain(other.held_out)
+        size = len(memory.train.groups)
+        assert plain(memory.train) == plain(other.train)[:size]
+        assert other.stream is not None or len(other.train.groups) == size
+        assert other.summary.held_out == memory.summary.held_out
+        if other.stream is None:
+            assert (other.summary.rows, other.summary.dropped) == (memory.summary.rows, memory.summary.dropped)
+            told = [[line for line in one.summary.lines if "left out" in line] for one in (memory, other)]
+            assert told[0] == told[1]
+
+
+def test_what_a_stream_leaves_out_of_its_first_pass_is_told(tokenizer, tmp_path):
+    data = [{"prompt": f"ask{i}", "completion": f" a {i}" if i < 100 or i % 10 == 0 else ""} for i in range(1000)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", data)
+    held = write_jsonl(tmp_path / "held.jsonl", [*data[:3], {"prompt": "b", "completion": ""}])
+    left_out = "814 rows left out: 811 empty completion, 3 prompt is held out"
+    for buffer in (400, 1200):  # more than one pass is read
+        config = made(rows, stream=True, buffer=buffer, on_bad_row="skip", held_out_files=[str(held)])
+        assert left_out in ready(config, tokenizer).summary.lines
+    for more in ({}, {"cache": str(tmp_path / "cache")}):
+        config = made(rows, on_bad_row="skip", held_out_files=[str(held)], **more)
+        assert left_out in ready(config, tokenizer).summary.lines
+
+
+def test_two_runs_that_begin_together_make_one_set(rows, tokenizer, tmp_path, monkeypatch):
+    config = made(rows, cache=str(tmp_path / "cache"))
+    writing, go_on, writes, write = threading.Event(), threading.Event(), [], stored._write
+
+    def slow(folder, *about):
+        writes.append(folder)
+        (folder / "begun").write_text("")
+        writing.set()
+        assert go_on.wait(60)
+        (folder / "begun").unlink()
+        write(folder, *about)
+
+    monkeypatch.setattr(stored, "_write", slow)
+    with ThreadPoolExecutor(2) as runs:
+        one = runs.submit(ready, config, tokenizer)
+        assert writing.wait(60)
+        two = runs.submit(ready, config, tokenizer)
+        time.sleep(0.5)
+        waited = not two.done()
+        go_on.set()
+        assert plain(one.result().train) == plain(two.result().train)
+    assert waited
+    assert len(writes) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_killed_run_locks_nobody_out_of_the_cache(rows, tokenizer, tmp_path):
+    config = made(rows, cache=str(tmp_path / "cache"))
+    [whole] = ready(config, tokenizer).content
+    folder = tmp_path / "cache" / whole
+    shutil.rmtree(folder)
+    killed = (
+        "import sys, time; from pathlib import Path; from steersman.atomic import begin_dir, locked\n"
+        "with locked(Path(sys.argv[1])):\n    (begin_dir(Path(sys.argv[1])) / 'rows.arrow').touch()\n"
+        "    print('in', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", killed, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "in\n"
+        with ThreadPoolExecutor(1) as runs:
+            run = runs.submit(ready, config, tokenizer)
+            time.sleep(0.5)
+            waited = not run.done()
+            holder.kill()
+            assert len(run.result(60).train.groups) == CHUNK + 90
+        assert waited
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert [p.name for p in folder.parent.iterdir()] == [whole]
+
+
+def test_a_set_that_another_run_begins_to_use_is_not_removed(rows, tokenizer, tmp_path):
+    config = made(rows, cache=str(tmp_path / "cache"))
+    one, two = (ready(c, tokenizer).content[0] for c in (config, config.model_copy(update={"append_eos": False})))
+    old, new = tmp_path / "cache" / one, tmp_path / "cache" / two
+    with ThreadPoolExecutor(1) as runs:
+        with locked(old):
+            made_room = runs.submit(stored.make_room, [new], 1e-9)
+            time.sleep(0.3)
+            (old / "set.json").touch()
+        made_room.result(60)
+    assert sorted(p.name for p in old.parent.iterdir()) == sorted([one, two])
+    stored.make_room([new], 1e-9)
+    assert [p.name for p in old.parent.iterdir()] == [two]
+
+
+def test_a_place_without_locks_is_refused(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    message = r"can not be locked \(No locks available\).*file system with locks"
+    with pytest.raises(SteersmanError, match=message), locked(tmp_path / "set"):
+        pass
 
 
 ASKED = [f"ask{'?' * (i % 9)}" for i in range(40)]

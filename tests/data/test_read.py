@@ -81,6 +81,20 @@ def test_folders_globs_and_lists_in_a_stable_order(tmp_path):
     assert [r.data["n"] for r in read_rows(both)] == ["sub/c.jsonl", "b.jsonl"]
 
 
+def test_hidden_files_of_a_folder_are_no_data(tmp_path):
+    folder = tmp_path / ".kept" / "data"
+    names = ["rows.jsonl", "sub/more.jsonl", ".ipynb_checkpoints/rows.jsonl", ".tmp-rows.jsonl", "sub/.old/x/y.jsonl"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, json.dumps({"n": name}))
+    assert [r.data["n"] for r in read_rows(folder)] == ["rows.jsonl", "sub/more.jsonl"]
+    assert [r.data["n"] for r in read_rows(folder / ".tmp-rows.jsonl")] == [".tmp-rows.jsonl"]
+    (tmp_path / "other" / ".git").mkdir(parents=True)
+    write(tmp_path / "other" / ".git" / "rows.jsonl", "{}")
+    with pytest.raises(SteersmanError, match=r"no data file in this folder.*hidden files are left out"):
+        list(read_rows(tmp_path / "other"))
+
+
 def test_a_folder_that_datasets_saved(tmp_path):
     import datasets
 

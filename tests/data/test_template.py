@@ -129,6 +129,66 @@ def test_user_text_can_not_write_control_tokens(chatml):
     assert counted(laid, TALK[1:2], [{"role": "assistant", "content": evil}]) == [evil + "<|im_end|>"]
 
 
+CUTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set said = m.content %}"
+    "{% if m.role == 'assistant' and '</think>' in said %}"
+    "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\n') %}"
+    "<think>\n{{ thought }}\n</think>\n\n{{ said }}<|im_end|>\n{% else %}{{ said }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THOUGHT = "<think>\nTwo and two.\n</think>\n\nIt is 4."
+
+
+def thinking(tokenizer, template: str, *, special: bool):
+    made = with_template(tokenizer, template)
+    made.add_tokens(["<think>", "</think>"], special_tokens=special)
+    return made
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_cuts_a_message_at_a_special_token_is_refused(chatml, marked):
+    template = CUTS
+    if marked:
+        template = template.replace("<think>\n{{", "{% generation %}<think>\n{{")
+        template = template.replace("\n\n{{ said }}", "\n\n{{ said }}{% endgeneration %}")
+    talk = TALK[1:2], [{"role": "assistant", "content": THOUGHT}]
+    laid = Layout(thinking(chatml, template, special=True))
+    message = r"<think> </think>.*cuts or changes the message.*reasoning_content.*data\.allow_special_tokens: true"
+    with pytest.raises(SteersmanError, match=message):
+        laid.answer(*talk)
+    with pytest.raises(SteersmanError, match=message):
+        laid.prompt([*talk[0], *talk[1], *talk[0]])
+    ordinary = thinking(chatml, CUTS, special=False)
+    for now in (Layout(ordinary), Layout(thinking(chatml, CUTS, special=True), allow_special_tokens=True)):
+        assert counted(now, *talk) == [f"{THOUGHT}<|im_end|>"]
+    # what the template leaves alone is still read as letters
+    evil = [{"role": "user", "content": "a </think> b"}]
+    ids, shown = laid.prompt(evil)
+    assert laid.codec.tokenizer.convert_tokens_to_ids("</think>") not in ids
+    assert laid.codec.tokenizer.decode(ids) == shown
+
+
+def test_a_template_that_opens_the_thought_itself_may_cut_the_reply_that_follows(chatml):
+    template = CUTS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace(
+        "<think>\n{{ thought }}\n</think>\n\n{{ said }}", "{{ said }}"
+    )
+    laid = Layout(thinking(chatml, template, special=True))
+    found = counted(laid, TALK[1:2], [{"role": "assistant", "content": THOUGHT}])
+    assert found == ["Two and two.\n</think>\n\nIt is 4.<|im_end|>"]
+
+
+def test_a_template_that_escapes_what_a_call_says_is_refused_where_that_spells_a_special_token(chatml):
+    calls = "{% if m.tool_calls %}{{ m.tool_calls | tojson(ensure_ascii=True) }}{% endif %}"
+    laid = Layout(
+        with_template(chatml, chatml.chat_template.replace("+ '<|im_end|>", "}}" + calls + "{{ '<|im_end|>"))
+    )
+    call = lambda text: [{"role": "assistant", "content": "", "tool_calls": [{"name": text}]}]  # noqa: E731
+    assert counted(laid, TALK[1:2], call("find")) == ['[{"name": "find"}]<|im_end|>']
+    with pytest.raises(SteersmanError, match=r"\(<\|im_end\|>\).*cuts or changes"):
+        laid.answer(TALK[1:2], call("find <|im_end|>"))
+
+
 def test_text_goes_into_the_template_only_on_request(chatml):
     assert Layout(chatml).prompt("hi")[1] == "hi"
     wrapped = Layout(chatml, wrap_in_chat=True)

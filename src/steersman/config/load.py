@@ -38,7 +38,7 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
         known = "data.path" in (key for key, _ in walk_keys(model))
         mend = f"give it by --data.path {path}" if known else "a recipe is a YAML file"
         raise SteersmanError(f"recipe {path}: that is the name of a data file, not of a recipe; {mend}")
-    data = _read_yaml(path) if path is not None else {}
+    data = _read_yaml(path, model) if path is not None else {}
     problems, from_command = apply_overrides(model, data, overrides or [])
     problems += drop_unknown(model, model, data, "", from_command)
     settings = merged(merged(defaults_of(model), model.dependent_defaults(data), model), data, model)
@@ -63,7 +63,7 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
     return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, model: type[Section]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SteersmanError(f"recipe {path}: it can not be read: {error}") from None
     try:
-        data = load_yaml(text)
+        data = load_yaml(text, model)
     except RecipeFault as fault:
         line = 0 if fault.problem_mark is None else fault.problem_mark.line + 1
         raise SteersmanError(f"recipe {path}, line {line}: {fault.problem}") from None

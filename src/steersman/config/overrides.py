@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import types
-from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 
-from steersman.config.recipe_text import RecipeFault, load_yaml
-from steersman.config.sections import Section, walk_keys
+from steersman.config.recipe_text import RecipeFault, load_yaml, takes_text
+from steersman.config.sections import Section, branches, key_path
 from steersman.types import SteersmanError
 
 
 def apply_overrides(model: type[Section], data: dict[str, Any], overrides: list[str]) -> tuple[list[str], set[str]]:
     """Writes the overrides into `data`; gives the problems met and the dotted keys that were set."""
-    known = dict(walk_keys(model))
     problems: list[str] = []
     keys: set[str] = set()
     rest = list(overrides)
@@ -28,48 +25,46 @@ def apply_overrides(model: type[Section], data: dict[str, Any], overrides: list[
             )
             continue
         key, equals, text = token[2:].partition("=")
-        key = key.replace("-", "_")
+        path, annotation = key_path(model, key)
+        key = ".".join(path)
         if not equals:
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
-            elif key not in known or known[key].annotation is bool:
+            elif annotation in (None, Any, bool):
                 text = "true"  # of an unknown key its name is told, which is what matters
             else:
                 problems.append(f"--{key}: a value is missing after it")
                 continue
-        if not _put(data, key.split("."), _parse(key, text, known.get(key))):
+        if not _put(data, path, _parse(key, text, annotation)):
             problems.append(f"--{key}: what stands above it is not a section")
         keys.add(key)
     return problems, keys
 
 
-def _parse(key: str, text: str, info: Any) -> Any:
-    """The override's value: YAML, but for a field of text the text as typed unless it is null or quoted."""
+def _parse(key: str, text: str, annotation: Any) -> Any:
+    """The override's value: YAML, but for a field of text the text as typed unless it is null or quoted.
+
+    None as the annotation is that of a key that is not known.
+    """
+    may_be_text = takes_text(annotation)
     try:
-        value = load_yaml(text)
+        value = load_yaml(text, annotation)
     except RecipeFault as fault:
-        if info is None or str not in {info.annotation, *get_args(info.annotation)}:
+        if not may_be_text:
             raise SteersmanError(f"--{key}: {fault.problem}") from None
         return text
     except yaml.YAMLError:
-        if info is None or _takes_text(info.annotation):
+        if annotation is None or may_be_text:
             return text
         raise SteersmanError(
             f"--{key}: {text!r} can not be read; is a bracket or a quotation mark missing, or one too many?"
         ) from None
-    if info is None or isinstance(value, str):
+    if not may_be_text or text.strip() in ("null", "~"):
         return value
-    allowed = {info.annotation, *get_args(info.annotation)}
-    shapes = {get_origin(a) or a for a in allowed}
-    if text.strip() in ("null", "~"):
-        return None
-    return text if str in allowed and (value is None or type(value) not in shapes) else value
-
-
-def _takes_text(annotation: Any) -> bool:
-    """Whether text as typed can be the field's value."""
-    union = get_origin(annotation) in (Union, types.UnionType)
-    return not {str, Path}.isdisjoint(get_args(annotation) if union else (annotation,))
+    if isinstance(value, str):
+        return value if text.lstrip().startswith(("'", '"')) else text
+    shapes = {get_origin(a) or a for a in branches(annotation)}
+    return value if value is not None and type(value) in shapes else text
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any) -> bool:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from steersman.config.sections import below, branches
 from steersman.guards.untrusted import LONE_SURROGATE
 
 
@@ -32,8 +33,9 @@ class RecipeFault(yaml.MarkedYAMLError):
     """YAML that can be read, with a value that nothing can use."""
 
 
-def load_yaml(text: str) -> Any:
-    """The value of a recipe's text.
+def load_yaml(text: str, annotation: Any = None) -> Any:
+    """The value of a recipe's text. Where the annotation, such as a recipe's class, says text (or a path) and no
+    number, what looks like a number, true or false is the text as it is written: `007` stays `007`.
 
     Raises yaml.YAMLError for what is no YAML, and its kind RecipeFault, with dotted key and line, for a key that is
     no plain value, a value that contains itself, integers of more than 64 bits, lone surrogates, more than 50 levels
@@ -46,6 +48,7 @@ def load_yaml(text: str) -> Any:
             if node is None:
                 return None
             _check(node)
+            node = _as_text(node, annotation)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -110,6 +113,44 @@ def _check_scalar(node: Any, key: str) -> None:
 
 def _fault(node: yaml.Node, key: str, problem: str) -> RecipeFault:
     return RecipeFault(problem=f"{key}: {problem}" if key else problem, problem_mark=node.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
+_TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
+_KINDS = {f"{_TAG}int": (int, float), f"{_TAG}float": (float,), f"{_TAG}bool": (bool,)}
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether text as typed can be the value of a field."""
+    return not {str, Path}.isdisjoint(b for b in branches(annotation) if b in _PLAIN)
+
+
+def _as_text(node: yaml.Node, annotation: Any) -> yaml.Node:
+    """The tree with text in the place of scalars that would be read as numbers or booleans where text is wanted."""
+    if isinstance(node, yaml.ScalarNode):
+        kinds = branches(annotation)
+        if node.tag not in _KINDS or not takes_text(annotation) or any(k in kinds for k in (*_KINDS[node.tag], Any)):
+            return node
+        return yaml.ScalarNode(_TEXT, node.value, node.start_mark, node.end_mark)
+    if isinstance(node, yaml.SequenceNode):
+        node.value = [_as_text(item, below(annotation, str(place))) for place, item in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        names = next((get_args(b)[0] for b in branches(annotation) if get_origin(b) is dict), None)
+        node.value = [
+            (_as_text(name, names), _as_text(value, below(annotation, name.value)))
+            if name.tag != _MERGE
+            else (name, _merged_as_text(value, annotation))
+            for name, value in node.value
+        ]
+    return node
+
+
+def _merged_as_text(node: yaml.Node, annotation: Any) -> yaml.Node:
+    """The same of what `<<` lays into a mapping: one mapping, or a list of them."""
+    if isinstance(node, yaml.SequenceNode):
+        node.value = [_as_text(item, annotation) for item in node.value]
+        return node
+    return _as_text(node, annotation)
 
 
 class RecipeDumper(yaml.SafeDumper):

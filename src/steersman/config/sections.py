@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,6 +61,48 @@ def section_of(annotation: Any) -> type[Section] | None:
         found = [section_of(a) for a in get_args(annotation) if a is not type(None)]
         return found[0] if len(found) == 1 else None
     return None
+
+
+def branches(annotation: Any) -> list[Any]:
+    """The types of which a value may be any: those of a union, and of an `Annotated` the type itself."""
+    if get_origin(annotation) is Annotated:
+        return branches(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [b for a in get_args(annotation) for b in branches(a)]
+    return [annotation]
+
+
+def below(annotation: Any, name: str) -> Any:
+    """What stands under `name` in a value of this type: a section's field, a mapping's value, a list's item, anything
+    below `Any`; None where nothing is known of it."""
+    for branch in branches(annotation):
+        origin, args = get_origin(branch), get_args(branch)
+        if branch is Any:
+            return Any
+        section = section_of(branch)
+        if section is not None and name in section.model_fields:
+            return section.model_fields[name].annotation
+        if origin is dict:
+            return args[1]
+        if origin in (list, tuple) and args and name.isdigit():
+            place = int(name)
+            return args[place] if origin is tuple and place < len(args) and args[-1] is not ... else args[0]
+    return None
+
+
+def key_path(model: type[Section], key: str) -> tuple[list[str], Any]:
+    """A dotted key of the command line as (its parts, the type of what stands there, None where it is not known).
+
+    Names of fields may be written with dashes. Names in a mapping, and all below one of anything, are the user's own
+    and stay as they are typed.
+    """
+    here: Any = model
+    path = []
+    for part in key.split("."):
+        own = any(branch is Any or get_origin(branch) is dict for branch in branches(here))
+        path.append(part if own else part.replace("-", "_"))
+        here = below(here, path[-1])
+    return path, here
 
 
 def items_of(annotation: Any, value: Any) -> list[tuple[str, dict[str, Any], type[Section]]]:

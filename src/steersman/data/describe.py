@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from steersman.data.encode import Encoded, EncodedSet
+from steersman.data.encode import COUNTED, Encoded, EncodedSet
 from steersman.data.load import LoadedExamples
 from steersman.data.template import end_ids
 from steersman.data.tokenize import Layout
-
-COUNTED = ("dropped", "cut", "equal", "special", "open_prompts")
-"""What an `EncodedSet` counts while it is made."""
 
 
 @dataclass(slots=True)

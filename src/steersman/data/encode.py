@@ -59,6 +59,10 @@ class TrainingSet(Protocol[E_co]):
         ...
 
 
+COUNTED = ("dropped", "cut", "equal", "special", "open_prompts")
+"""What an `EncodedSet` counts while it is made."""
+
+
 @dataclass(slots=True)
 class EncodedSet(Generic[E]):
     """`groups[i]` holds the answers of `examples[i]`, all with the same prompt ids: one for a demonstration,
@@ -97,6 +101,13 @@ class EncodedSet(Generic[E]):
     def parts(self) -> list[int]:
         """Of which path each group is, where sets are mixed."""
         return [e.row.part for e in self.examples]
+
+    def add(self, other: EncodedSet[E]) -> None:
+        """Puts another set's examples behind these."""
+        self.groups += other.groups
+        self.examples += other.examples
+        for name in COUNTED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def first(self) -> list[Encoded]:

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from steersman.data.examples import Content, Message
+from steersman.data.examples import Content, Message, is_empty, user
 from steersman.data.rows import Row, nearest
 from steersman.data.tools import template_fields
 from steersman.guards.untrusted import UntrustedError, parse_json
@@ -161,15 +161,31 @@ def _parts(row: Row, column: str, at: str, parts: list[Any]) -> str:
     return "".join(t for t in texts if t)
 
 
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """Turns with the row's column `system` as the first one; where they begin with a system turn of their own, that
+    one stands and the column is not read."""
+    system = optional_text(row, "system")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def prompt(row: Row) -> Content:
+    """The column `prompt`, as turns behind the system turn where the row has the column `system`."""
+    got = content(row, "prompt")
+    if is_empty(got):
+        raise row.fault("empty prompt", "the prompt is empty", "prompt")
+    if isinstance(got, str):
+        return with_system(row, user(got)) if optional_text(row, "system") else got
+    return with_system(row, got)
+
+
 def conversation(row: Row, column: str) -> tuple[list[Message], list[Message]]:
     """A whole conversation as (turns before the first assistant turn, the rest up to the last assistant turn).
 
     Turns after the last assistant turn teach nothing and are cut off.
     """
-    messages = turns(row, column, listing(row, column))
-    system = optional_text(row, "system")
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    messages = with_system(row, turns(row, column, listing(row, column)))
     speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not speaks:
         raise row.fault("no assistant turn", "no turn of the conversation is the assistant's", column)
@@ -186,6 +202,34 @@ def last_reply(row: Row, column: str) -> tuple[list[Message], list[Message]]:
 
 def common_prompt(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Content, Content, Content]:
     """Two whole conversations as (the turns they share, rest of the chosen, rest of the rejected)."""
+    n = _shared(row, chosen, rejected)
+    return with_system(row, chosen[:n]), chosen[n:], rejected[n:]
+
+
+def prompt_of_both(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Content, Content, Content]:
+    """As `common_prompt`, of a row that has a column `prompt` beside the two whole conversations.
+
+    A text there repeats what the conversations ask. Of turns there, a system turn stands first where the
+    conversations have none; all others must be those with which both begin.
+    """
+    n, given = _shared(row, chosen, rejected), content(row, "prompt")
+    shared = chosen[:n]
+    if not isinstance(given, str):
+        said, asked = ([_bare(m) for m in turns if m["role"] != "system"] for turns in (given, shared))
+        if said != asked[: len(said)]:
+            raise row.fault(
+                "prompt beside whole conversations",
+                "the conversations in chosen and rejected do not begin with these turns; put the turns into both, or "
+                "leave the column out",
+                "prompt",
+            )
+        if shared[0]["role"] != "system":
+            shared = [*(m for m in given if m["role"] == "system"), *shared]
+    return with_system(row, shared), chosen[n:], rejected[n:]
+
+
+def _shared(row: Row, chosen: list[Message], rejected: list[Message]) -> int:
+    """How many turns two whole conversations share before the replies in which they part."""
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1
@@ -197,7 +241,11 @@ def common_prompt(row: Row, chosen: list[Message], rejected: list[Message]) -> t
             f"the two conversations part at turn {n + 1}, which is not the assistant's in both",
             "chosen",
         )
-    return chosen[:n], chosen[n:], rejected[n:]
+    return n
+
+
+def _bare(message: Message) -> tuple[str, str]:
+    return message["role"], message["content"].strip()
 
 
 def instruction(row: Row) -> list[Message]:
@@ -206,10 +254,7 @@ def instruction(row: Row) -> list[Message]:
     if not asked.strip():
         raise row.fault("empty prompt", "the instruction is empty", "instruction")
     extra = optional_text(row, "input")
-    system = optional_text(row, "system")
-    body = f"{asked}\n\n{extra}" if extra.strip() else asked
-    head: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": body}]
+    return with_system(row, user(f"{asked}\n\n{extra}" if extra.strip() else asked))
 
 
 def json_text(row: Row, column: str) -> Any:

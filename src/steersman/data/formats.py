@@ -38,7 +38,7 @@ def _text_row(row: Row) -> Demonstration:
 
 
 def _completion_row(row: Row) -> Demonstration:
-    prompt, completion = checked_answer(row, f.content(row, "prompt"), f.content(row, "completion"))
+    prompt, completion = checked_answer(row, f.prompt(row), f.content(row, "completion"))
     return Demonstration(prompt, completion, row)
 
 
@@ -49,10 +49,7 @@ def _messages_row(column: str) -> Callable[[Row], Example]:
 def _open_query(row: Row) -> Query:
     """The conversation up to the reply that the policy is to give: trailing assistant turns are taken off."""
     column = "messages" if "messages" in row.data else "conversations"
-    messages = f.turns(row, column, f.listing(row, column))
-    system = f.optional_text(row, "system")
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    messages = list(f.with_system(row, f.turns(row, column, f.listing(row, column))))
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if is_empty(messages):
@@ -82,6 +79,8 @@ def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...
 
 def _weight(row: Row) -> float:
     weight = f.optional_number(row, "weight")
+    if weight is not None and weight < 0:
+        raise row.fault("out of range", f"must be at least 0, not {weight:g}", "weight")
     return 1.0 if weight is None else weight
 
 
@@ -92,10 +91,10 @@ def _share(row: Row, column: str, got: float) -> float:
 
 
 def _pair_row(row: Row) -> Preference:
-    prompt, chosen, rejected = (f.content(row, c) for c in ("prompt", "chosen", "rejected"))
-    if _whole(chosen) and _whole(rejected):  # the prompt column repeats what the conversations hold
-        return preference(row, *f.common_prompt(row, chosen, rejected), *_scored_pair(row))
-    return preference(row, prompt, chosen, rejected, *_scored_pair(row))
+    chosen, rejected = (f.content(row, c) for c in ("chosen", "rejected"))
+    if _whole(chosen) and _whole(rejected):
+        return preference(row, *f.prompt_of_both(row, chosen, rejected), *_scored_pair(row))
+    return preference(row, f.prompt(row), chosen, rejected, *_scored_pair(row))
 
 
 def _whole(answer: Content) -> TypeGuard[list[Message]]:
@@ -113,12 +112,12 @@ def _alpaca_pair_row(row: Row) -> Preference:
 
 def _sharegpt_pair_row(row: Row) -> Preference:
     column = "conversations" if "conversations" in row.data else "messages"
-    prompt = f.turns(row, column, f.listing(row, column))
+    prompt = f.with_system(row, f.turns(row, column, f.listing(row, column)))
     return preference(row, prompt, f.content(row, "chosen"), f.content(row, "rejected"), *_scored_pair(row))
 
 
 def _label_row(row: Row) -> Feedback:
-    prompt, completion = checked_answer(row, f.content(row, "prompt"), f.content(row, "completion"))
+    prompt, completion = checked_answer(row, f.prompt(row), f.content(row, "completion"))
     return Feedback(prompt, completion, f.label(row, "label"), row, _weight(row))
 
 
@@ -140,12 +139,12 @@ def _ranking_row(row: Row) -> Ranking:
         ranks = [f.number(row, "ranks", r) for r in f.listing(row, "ranks")]
     else:
         ranks = [-f.number(row, "scores", s) for s in f.listing(row, "scores")]
-    return ranking(row, f.content(row, "prompt"), answers, ranks)
+    return ranking(row, f.prompt(row), answers, ranks)
 
 
 def _rating_row(row: Row) -> Rating:
     if "prompt" in row.data:
-        prompt, completion = checked_answer(row, f.content(row, "prompt"), f.content(row, "completion"))
+        prompt, completion = checked_answer(row, f.prompt(row), f.content(row, "completion"))
     else:
         prompt, completion = "", _text_row(row).completion
     got = row.data.get("scores")
@@ -168,17 +167,11 @@ def _steps_row(row: Row) -> Steps:
     if len(steps) != len(labels) or not steps:
         raise row.fault("wrong number of labels", f"{len(steps)} steps but {len(labels)} labels", "labels")
     shares = [_share(row, "labels", float(x) if isinstance(x, bool) else f.number(row, "labels", x)) for x in labels]
-    prompt = f.content(row, "prompt")
-    if is_empty(prompt):
-        raise row.fault("empty prompt", "the prompt is empty", "prompt")
-    return Steps(prompt, steps, shares, row)
+    return Steps(f.prompt(row), steps, shares, row)
 
 
 def _query_row(row: Row) -> Query:
-    prompt = f.content(row, "prompt")
-    if is_empty(prompt):
-        raise row.fault("empty prompt", "the prompt is empty", "prompt")
-    return Query(prompt, row, row.data)
+    return Query(f.prompt(row), row, row.data)
 
 
 def _has(*columns: str) -> Callable[[Probe], bool]:

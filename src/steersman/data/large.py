@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from steersman.data.config import DataConfig
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import EncodedSet, TrainingSet, encode
+from steersman.data.encode import EncodedSet, TrainingSet, encode, nothing_left, put, require_known
 from steersman.data.examples import Example
 from steersman.data.load import LOADERS, LoadedExamples, held_out_rows
 from steersman.data.mixing import Mixture, mixture
@@ -109,22 +109,36 @@ def training(
 
 
 def _stored(config: LargeDataConfig, kind: Kind, laid: Layout, context: int | None) -> Training[Any]:
-    outside = held_out_rows(config, kind)
-    sets = [store(config, kind, path, laid, context) for path in _paths(config)]
+    bad = BadRows(config.on_bad_row)
+    outside = held_out_rows(config, kind, bad)
+    sets = [store(config, kind, path, laid, context, outside) for path in _paths(config)]
     ranks().from_main(lambda: make_room(sets, config.cache_gb), "room in the cache")
-    found, held = Stored(sets, kind, config, outside), _encoded(outside, laid, config, context)
-    if held is not None:
-        held.groups[:0], held.examples[:0] = found.held_out.groups, found.held_out.examples
-    elif found.held_out.groups:
-        held = found.held_out
-    summary = found.summary(0 if held is None else len(held.groups))
-    return Training(found, held, summary, mixture(config, found.parts), content=tuple(folder.name for folder in sets))
+    found = Stored(sets, kind, config, outside, bad)
+    count = len(outside) + found.apart
+    held = _held(outside, found, laid, config, context) if count else None
+    mix = mixture(config, found.parts)
+    return Training(found, held, found.summary(count), mix, content=tuple(folder.name for folder in sets))
+
+
+def _held(
+    outside: list[Any], found: Stored, laid: Layout, config: LargeDataConfig, context: int | None
+) -> EncodedSet[Any]:
+    """The rows of the held-out files, and behind them those of the sets that are held out by their hash."""
+    held, room = EncodedSet[Any](), laid.room(config.max_prompt_tokens, config.max_length, context)
+    for example in outside:
+        put(held, example, laid, config, room)
+    require_known(held, laid)
+    held.add(found.held_out)
+    if not held.groups:
+        raise nothing_left(held, room)
+    return held
 
 
 def _streamed(config: LargeDataConfig, kind: Kind, laid: Layout, context: int | None, order: Order) -> Training[Any]:
-    held, bad = held_out_rows(config, kind), BadRows(config.on_bad_row)
-    shapes, passes = open_streams(config, kind, _paths(config), bad, held)
-    stream = Streamed(passes, laid, config, context, order)
+    bad = BadRows(config.on_bad_row)
+    held = held_out_rows(config, kind, bad)
+    shapes, passes = open_streams(config, kind, _paths(config), held)
+    stream = Streamed(passes, laid, config, context, order, bad)
     window: EncodedSet[Any] = stream.window
     shape = replace(shapes[0], sentence="; ".join(dict.fromkeys(s.sentence for s in shapes)))
     summary = describe(LoadedExamples(window.examples, held, shape, bad), window, laid)

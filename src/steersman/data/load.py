@@ -26,7 +26,7 @@ from steersman.data.read import local_files, read_rows
 from steersman.data.rows import BadRows, Row, RowError, nearest
 from steersman.data.shapes import Kind, Shape, examples, kind_of, recognise
 from steersman.data.sources import FORMATS
-from steersman.data.split import prompt_key, row_key, split, without
+from steersman.data.split import HELD_OUT, passed_over, prompt_key, row_key, split, without
 from steersman.data.stores import is_store, open_rows
 from steersman.types import SteersmanError
 
@@ -172,21 +172,25 @@ def load(config: DataConfig, want: Kind, key: Callable[[Any], str] = prompt_key)
     first bad row unless `on_bad_row` is skip.
     """
     left_out = BadRows(config.on_bad_row)
-    shape, found = _mixed(config, want, left_out) if config.mix else _examples(config, config.path, want, left_out)
-    held: list[Example] = []
-    if config.held_out_files:
-        train_files = files_of(config.path)
-        inside = [p for p in config.held_out_files if any(_same(file, p) for file in train_files)]
-        outside = [p for p in config.held_out_files if p not in inside]
-        held = [e for e in found if any(_same(e.row.file, p) for p in inside)]
-        found = [e for e in found if not any(_same(e.row.file, p) for p in inside)]
-        if outside:
-            held += _examples(config, outside, want, left_out)[1]
-        found, shared = without(found, held, key)
+    inside = _held_out_inside(config)
+    outside = [p for p in config.held_out_files if p not in inside]
+    held: list[Any] = list(each_example(config, outside, want, left_out)[1]) if outside else []
+    over = frozenset(map(key, held))
+
+    def read(path: str | list[str]) -> tuple[Shape, list[Any]]:
+        shape, found = each_example(config, path, want, left_out)
+        # held-out files that are part of the path may come after the limit, so it stops reading only without them
+        return shape, list(islice(passed_over(found, over, left_out, key), None if inside else config.limit))
+
+    shape, found = _mixed(config, read) if config.mix else read(config.path)
+    if inside:
+        own = [e for e in found if any(_same(e.row.file, p) for p in inside)]
+        found, shared = without([e for e in found if not any(_same(e.row.file, p) for p in inside)], own, key)
+        held = own + held
         for e in shared:
-            left_out.note("prompt is held out", e.row.where())
-    if config.limit is not None:
-        found = _first_of_each(found, config.limit)
+            left_out.note(HELD_OUT, e.row.where())
+        if config.limit is not None:
+            found = _first_of_each(found, config.limit)
     if not found:
         raise SteersmanError(f"{_name(config)}: no usable row ({left_out.sentence}){_first(left_out)}")
     if config.held_out:
@@ -195,25 +199,29 @@ def load(config: DataConfig, want: Kind, key: Callable[[Any], str] = prompt_key)
     return LoadedExamples(found, held, shape, left_out)
 
 
-def held_out_rows(config: DataConfig, want: Kind) -> list[Any]:
+def held_out_rows(config: DataConfig, want: Kind, bad: BadRows) -> list[Any]:
     """The examples of `held_out_files` that are no part of `path`. Raises SteersmanError for a file that is."""
-    inside = [p for p in config.held_out_files if any(_same(file, p) for file in files_of(config.path))]
+    inside = _held_out_inside(config)
     if inside:
         raise SteersmanError(
             f"data.held_out_files: {inside[0]} is a file of data.path too; with data.cache or data.stream give them "
             "apart"
         )
-    return (
-        _examples(config, config.held_out_files, want, BadRows(config.on_bad_row))[1] if config.held_out_files else []
-    )
+    return list(each_example(config, config.held_out_files, want, bad)[1]) if config.held_out_files else []
 
 
-def _mixed(config: DataConfig, want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
+def _held_out_inside(config: DataConfig) -> list[str]:
+    """Those of the held-out files that are part of the path."""
+    files = files_of(config.path) if config.held_out_files else []
+    return [p for p in config.held_out_files if any(_same(file, p) for file in files)]
+
+
+def _mixed(config: DataConfig, read: Callable[[str], tuple[Shape, list[Any]]]) -> tuple[Shape, list[Any]]:
     """The examples of each path, which may be of different shapes; the sentence says all."""
-    found: list[Example] = []
+    found: list[Any] = []
     shapes: list[Shape] = []
     for part, path in enumerate(config.path):
-        shape, own = _examples(config, path, want, bad)
+        shape, own = read(path)
         for e in own:
             e.row.part = part
         found += own
@@ -231,13 +239,6 @@ def _first_of_each(found: Sequence[Example], limit: int) -> list[Example]:
         if seen[e.row.part] <= limit:
             out.append(e)
     return out
-
-
-def _examples(config: DataConfig, path: str | list[str], want: Kind, bad: BadRows) -> tuple[Shape, list[Example]]:
-    shape, found = each_example(config, path, want, bad)
-    # held-out files may come out of the same rows, so the limit stops reading only where they do not
-    limit = None if config.held_out_files else config.limit
-    return shape, list(islice(found, limit))
 
 
 def each_example(

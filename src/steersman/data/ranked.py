@@ -19,7 +19,7 @@ def rank_ratings(rows: Iterable[Row], by: Sequence[str], bad: BadRows) -> list[R
     groups: dict[str, Row] = {}
     for row in rows:
         try:
-            prompt, answer = f.content(row, "prompt"), f.text(row, "completion")
+            prompt, answer = f.prompt(row), f.text(row, "completion")
             score = sum(f.number(row, column) for column in by)
         except RowError as error:
             bad.add(error)

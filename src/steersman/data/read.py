@@ -59,10 +59,15 @@ def read_rows(
 
 
 def local_files(source: str | Path) -> list[Path] | None:
-    """The data files that a local path, folder or glob stands for, sorted; None where it names a hub set."""
+    """The data files that a local path, folder or glob stands for, sorted; None where it names a hub set.
+
+    Of a folder, hidden files and those in hidden folders are no data: copies that editors keep, and files that were
+    not written to their end.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
+        there = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        found = sorted(p for p in there if p.is_file() and _kind(p) is not None)
         if (path / "config.yaml").exists() and (path / "metrics.jsonl").exists():
             rows = [p.name for p in found if p.parent == path and p.name.startswith(("samples.", "evaluation."))]
             what = f"{' and '.join(rows)}, its held-out answers" if rows else "the file in it that holds rows"
@@ -72,7 +77,10 @@ def local_files(source: str | Path) -> list[Path] | None:
         # a README.txt beside the data is no data; text files count where there is nothing else
         found = [p for p in found if _kind(p) != ".txt"] or found
         if not found:
-            raise SteersmanError(f"{path}: no data file in this folder (looked for {', '.join(SUFFIXES)}, .gz too)")
+            raise SteersmanError(
+                f"{path}: no data file in this folder (looked for {', '.join(SUFFIXES)}, .gz too; "
+                "hidden files are left out)"
+            )
         return found
     if path.exists():
         return [path]

@@ -54,7 +54,7 @@ def _transcript_pair(row: Row) -> Preference:
             "chosen and rejected must share everything up to the last reply; these part earlier",
             "chosen",
         )
-    return preference(row, prompt, chosen, rejected)
+    return preference(row, f.with_system(row, prompt), chosen, rejected)
 
 
 def prompt_of_file(file: str) -> str:

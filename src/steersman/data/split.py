@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from steersman.data.examples import Content, Demonstration, Example, Query, Rating
+from steersman.data.rows import BadRows
 from steersman.types import SteersmanError
 
 E = TypeVar("E", bound=Example)
+HELD_OUT = "prompt is held out"
+"""The reason by which rows are counted whose prompt is among the held-out ones."""
 
 
 def prompt_key(example: Example) -> str:
@@ -84,3 +87,17 @@ def without(
     shared = [key(e) in held_keys for e in examples]
     apart = [e for e, s in zip(examples, shared, strict=True) if not s]
     return apart, [e for e, s in zip(examples, shared, strict=True) if s]
+
+
+def passed_over(
+    examples: Iterable[E], held: frozenset[str], bad: BadRows, key: Callable[[E], str] = prompt_key
+) -> Iterator[E]:
+    """The examples one by one whose key (prompt) is not among those held out; the others are counted."""
+    if not held:
+        yield from examples
+        return
+    for e in examples:
+        if key(e) in held:
+            bad.note(HELD_OUT, e.row.where())
+        else:
+            yield e

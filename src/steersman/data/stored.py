@@ -1,8 +1,10 @@
 """Tokenised rows on disk: written once in bounded memory, named by what they are made of, and read memory-mapped.
 
 A set is a folder: `rows.arrow` (prompt, answers, their masks, and what the kind of example says beside its texts),
-`lengths.npy` (tokens of each row), `keys.npy` (52 bits of each prompt's hash, by which rows are held out) and
-`set.json` (what was counted and said).
+`lengths.npy` (tokens of each row) and `set.json` (what was counted and said); and of every example that was read,
+those that are too long for a row included, `keys.npy` (52 bits of the prompt's hash, by which examples are held out)
+and `marks.npy` (what was counted of it). So what is held out, and what is counted of the rest, is as in memory, where
+examples become tokens after that.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,16 +20,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from steersman.atomic import save_dir
+from steersman.atomic import locked, save_dir, saving
 from steersman.data import labels
 from steersman.data.config import DataConfig
-from steersman.data.describe import COUNTED, Summary, count_lines, describe
-from steersman.data.encode import Encoded, EncodedSet, nothing_left, put, require_known
+from steersman.data.describe import Summary, count_lines, describe
+from steersman.data.encode import COUNTED, Encoded, EncodedSet, nothing_left, put, require_known
 from steersman.data.examples import Example
 from steersman.data.load import LoadedExamples, each_example, files_of
 from steersman.data.rows import BadRows, Row
 from steersman.data.shapes import Kind
-from steersman.data.split import held_keys, key_of, prompt_key
+from steersman.data.split import HELD_OUT, held_keys, key_of, passed_over, prompt_key
 from steersman.data.tokenize import Layout
 from steersman.distributed.ranks import ranks
 from steersman.types import SteersmanError
@@ -35,32 +37,42 @@ from steersman.types import SteersmanError
 T = TypeVar("T")
 CHUNK = 1024
 """Rows that are tokenised and written together."""
-LAYOUT = 2
+LAYOUT = 3
 """Counts up where the same rows and settings come out otherwise than before."""
+MARK = {name: 1 << place for place, name in enumerate(COUNTED)}
+"""The bit of `marks.npy` for each of what is counted."""
+NO_ROW = MARK["dropped"] | MARK["equal"]
+"""An example with one of these is no row."""
 NAME = 32
 """Letters of a set's name."""
+FILES = ("keys.npy", "marks.npy")
+"""What there is of every example that was read."""
 SPLITS = {"path", "mix", "held_out", "held_out_files", "shuffle", "cache", "cache_gb", "stream", "buffer"}
 """Keys of the section that do not change what a path's rows become."""
 
 
-def store(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None) -> Path:
-    """The folder with a path's rows as tokens, made now where it is not there yet.
+def store(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None, held: Sequence[Example]) -> Path:
+    """The folder with a path's rows as tokens, made now where it is not there yet. Where another run is making it,
+    this one waits.
 
     Its name is the SHA-256 of the files' content, what their rows are read as, the section's settings, the tokenizer
-    with its chat template, and the limits of length. Raises SteersmanError as `load` and `encode` do.
+    with its chat template, and the limits of length; with `data.limit` also of the prompts of `held`, which are
+    passed over before the first so many are taken. Raises SteersmanError as `load` and `encode` do.
     """
-    folder = Path(config.cache).expanduser() / _name(config, kind, path, laid, context)
+    over = frozenset() if config.limit is None else frozenset(prompt_key(e) for e in held)
+    folder = Path(config.cache).expanduser() / _name(config, kind, path, laid, context, over)
 
     def make() -> None:
-        if not (folder / "set.json").is_file():
-            save_dir(folder, lambda tmp: _write(tmp, config, kind, path, laid, context))
-        (folder / "set.json").touch()
+        with locked(folder), saving(folder):
+            if not (folder / "set.json").is_file():
+                save_dir(folder, lambda tmp: _write(tmp, config, kind, path, laid, context, over))
+            (folder / "set.json").touch()
 
     ranks().from_main(make, "tokenised rows")
     return folder
 
 
-def _name(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None) -> str:
+def _name(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None, over: frozenset[str]) -> str:
     files = files_of(path)
     if not files:
         raise SteersmanError(f"data.cache: {path} is no local file or folder; only those are kept by their content")
@@ -83,27 +95,34 @@ def _name(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None)
         "special": [str(laid.codec.eos_id), laid.codec.prefix, laid.codec.suffix],
         "kind": type(laid).__name__,
         "context": context,
+        "passed_over": sorted(over),
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
     return digest.hexdigest()[:NAME]
 
 
-def _write(folder: Path, config: DataConfig, kind: Kind, path: Any, laid: Layout, context: int | None) -> None:
+def _write(
+    folder: Path,
+    config: DataConfig,
+    kind: Kind,
+    path: Any,
+    laid: Layout,
+    context: int | None,
+    over: frozenset[str],
+) -> None:
     import pyarrow as pa
 
     schema, bad = _schema(kind), BadRows(config.on_bad_row)
     shape, found = each_example(config, path, kind, bad)
     first: EncodedSet[Any] | None = None
     lengths: list[np.ndarray] = []
-    keys: list[np.ndarray] = []
-    counts: Counter[str] = Counter()
+    keys, marks = array("q"), array("B")
     chunk: EncodedSet[Any] = EncodedSet()
+    examples = islice(passed_over(found, over, bad), config.limit)
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for chunk in _chunks(islice(found, config.limit), laid, config, context):
+        for chunk in _chunks(examples, laid, config, context, keys, marks):
             writer.write_batch(_record(chunk, schema))
             lengths.append(chunk.lengths.astype(np.int32))
-            keys.append(np.array([key_of(prompt_key(e)) for e in chunk.examples], dtype=np.int64))
-            counts.update({name: getattr(chunk, name) for name in COUNTED})
             first = first or chunk
     if first is None or not first.groups:
         raise SteersmanError(
@@ -111,12 +130,13 @@ def _write(folder: Path, config: DataConfig, kind: Kind, path: Any, laid: Layout
             f"{nothing_left(chunk, laid.room(config.max_prompt_tokens, config.max_length, context))}"
         )
     np.save(folder / "lengths.npy", np.concatenate(lengths))
-    np.save(folder / "keys.npy", np.concatenate(keys))
+    np.save(folder / "keys.npy", np.array(keys, dtype=np.int64))
+    np.save(folder / "marks.npy", np.array(marks, dtype=np.uint8))
     for name in COUNTED:
         setattr(first, name, 0)
-    summary = describe(LoadedExamples(first.examples, [], shape, bad), first, laid)
-    about = {"sentence": shape.sentence, "lines": summary.lines[2:], "samples": summary.samples, "counts": counts}
-    about |= {"end_share": summary.end_share, "loss_share": summary.loss_share}
+    summary = describe(LoadedExamples(first.examples, [], shape, BadRows(nulls=bad.nulls)), first, laid)
+    about = {"sentence": shape.sentence, "lines": summary.lines[2:], "samples": summary.samples}
+    about |= {"end_share": summary.end_share, "loss_share": summary.loss_share, "left_out": bad.counts}
     (folder / "set.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -142,8 +162,17 @@ def _record(chunk: EncodedSet[Any], schema: Any) -> Any:
     return pa.record_batch(arrays, schema=schema)
 
 
-def _chunks(found: Iterable[Any], laid: Layout, config: DataConfig, context: int | None) -> Iterator[EncodedSet[Any]]:
-    """Sets of `CHUNK` rows; the last one, which may be empty, has what is left, and what came to nothing after it."""
+def _chunks(
+    found: Iterable[Any],
+    laid: Layout,
+    config: DataConfig,
+    context: int | None,
+    keys: array[int],
+    marks: array[int],
+) -> Iterator[EncodedSet[Any]]:
+    """Sets of `CHUNK` rows; the last one, which may be empty, has what is left, and what came to nothing after it.
+    Key and marks of every example are put behind those that are there.
+    """
     room = laid.room(config.max_prompt_tokens, config.max_length, context)
     out = EncodedSet[Any]()
     for example in found:
@@ -151,19 +180,37 @@ def _chunks(found: Iterable[Any], laid: Layout, config: DataConfig, context: int
             require_known(out, laid)
             yield out
             out = EncodedSet[Any]()
+        before = _counts(out)
         put(out, example, laid, config, room)
+        marks.append(sum(MARK[name] for name, count in _counts(out).items() if count > before[name]))
+        keys.append(key_of(prompt_key(example)))
     require_known(out, laid)
     yield out
 
 
+def _counts(out: EncodedSet[Any]) -> dict[str, int]:
+    return {name: getattr(out, name) for name in COUNTED}
+
+
 def make_room(used: Sequence[Path], gigabytes: float) -> None:
-    """Removes sets of the cache that were not used for longest, until what is left fits; never those in use."""
-    sets = [p.parent for p in used[0].parent.glob("*/set.json") if len(p.parent.name) == NAME]
-    sets.sort(key=lambda p: (p / "set.json").stat().st_mtime, reverse=True)
-    total = 0
-    for folder in sets:
-        total += sum(file.stat().st_size for file in folder.iterdir())
-        if total > gigabytes * 1e9 and folder not in used:
+    """Removes sets of the cache that were not used for longest, until what is left fits; never those in use, nor one
+    that another run begins to use meanwhile."""
+    cache = used[0].parent
+    with locked(cache / "room"), saving(cache):
+        sets = [p.parent for p in cache.glob("*/set.json") if len(p.parent.name) == NAME]
+        last_used = {folder: (folder / "set.json").stat().st_mtime_ns for folder in sets}
+        total = 0
+        for folder in sorted(sets, key=last_used.__getitem__, reverse=True):
+            total += sum(file.stat().st_size for file in folder.iterdir())
+            if total > gigabytes * 1e9 and folder not in used:
+                _remove(folder, last_used[folder])
+
+
+def _remove(folder: Path, last_used: int) -> None:
+    about = folder / "set.json"
+    with locked(folder):
+        if about.stat().st_mtime_ns == last_used:
+            about.unlink()  # first, so that a kill leaves no set that looks whole
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -185,30 +232,52 @@ class ByPlace(Sequence[T]):
 class Stored:
     """The training rows of one or several stored sets by place, read from disk when asked for; a `TrainingSet`.
 
-    A row is held out by its prompt's hash, as `split` does, or because an example of `held` has its prompt. In memory
-    are 22 bytes a row: its length, its place, its set and its prompt's key. Examples come without their texts.
+    A row is held out by its prompt's hash, as `split` does, or left out because an example of `held` has its prompt,
+    which `bad` counts beside what was left out of the sets. In memory are 22 bytes a row: its length, its place, its
+    set and its prompt's key. Examples come without their texts.
+
+    `apart` is how many examples are held out by their hash, those that are too long for a row of `held_out` included.
     """
 
-    def __init__(self, folders: Sequence[Path], kind: Kind, config: DataConfig, held: Sequence[Example]) -> None:
+    def __init__(
+        self, folders: Sequence[Path], kind: Kind, config: DataConfig, held: Sequence[Example], bad: BadRows
+    ) -> None:
         self.folders, self.tables = list(folders), [_mapped(folder) for folder in folders]
         self.kind: Kind = kind
         self.about = [json.loads((folder / "set.json").read_text(encoding="utf-8")) for folder in folders]
         lengths = [np.load(folder / "lengths.npy") for folder in folders]
-        self.keys = np.concatenate([np.load(folder / "keys.npy", mmap_mode="r") for folder in folders])
         sizes = [len(x) for x in lengths]
         self.begins = np.concatenate([[0], np.cumsum(sizes)])
-        out = np.isin(self.keys, np.array([key_of(prompt_key(e)) for e in held], dtype=np.int64))
-        chosen = held_keys(self.keys, config.held_out) & ~out
-        self.places = np.flatnonzero(~chosen & ~out)
-        if not len(self.places) or (config.held_out and not chosen.any()):
-            side = "training" if not len(self.places) else "held-out"
-            raise SteersmanError(f"data.held_out: {config.held_out:g} of {len(self.keys)} rows leaves no {side} row")
+        keys, marks = (np.concatenate([np.load(folder / name) for folder in folders]) for name in FILES)
+        over = np.isin(keys, np.array([key_of(prompt_key(e)) for e in held], dtype=np.int64))
+        for about in self.about:
+            bad.counts.update(about["left_out"])
+        bad.counts.update({HELD_OUT: int(over.sum())} if over.any() else {})
+        chosen = np.zeros(len(keys), dtype=bool)
+        chosen[~over] = held_keys(keys[~over], config.held_out)
+        train, is_row = ~chosen & ~over, marks & NO_ROW == 0
+        self.left_out, self.apart = bad, int(chosen.sum())
+        self.counts, left = _marked(marks[train]), int((~over).sum())
+        if not train.any() or (config.held_out and not self.apart):
+            side = "training" if not train.any() else "held-out"
+            raise SteersmanError(
+                f"data.held_out: {config.held_out:g} of {left} examples leaves no {side} example; {bad.sentence}. "
+                "Change data.held_out or data.held_out_files"
+            )
+        self.places = np.flatnonzero(train[is_row])
+        if not len(self.places):
+            raise SteersmanError(
+                f"no row is left to train on: of {int(train.sum())} examples {self.counts['dropped']} are too long, "
+                f"and {self.counts['equal']} are pairs of equal answers. Raise data.max_length, or hold out less"
+            )
+        self.keys = keys[is_row]
         self.lengths = np.concatenate(lengths)[self.places]
         self.parts = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)[self.places]
         self.groups = ByPlace(len(self.places), lambda i: self._group(int(self.places[i])))
         self.examples = ByPlace(len(self.places), lambda i: self._example(int(self.places[i])))
-        apart = [int(place) for place in np.flatnonzero(chosen)]
-        self.held_out = EncodedSet([self._group(i) for i in apart], [self._example(i) for i in apart])
+        apart = [int(place) for place in np.flatnonzero(chosen[is_row])]
+        counts = _marked(marks[chosen])
+        self.held_out = EncodedSet([self._group(i) for i in apart], [self._example(i) for i in apart], **counts)
 
     @property
     def in_memory(self) -> bool:
@@ -243,9 +312,7 @@ class Stored:
         """What is told of the sets before a run: lengths of all rows, and the rest of the first ones of each."""
         lengths = {"p50": int(np.percentile(self.lengths, 50)), "p95": int(np.percentile(self.lengths, 95))}
         lengths["max"] = int(self.lengths.max())
-        counts = Counter[str]()
-        for about in self.about:
-            counts.update(about["counts"])
+        counts = self.counts
         size = sum(file.stat().st_size for folder in self.folders for file in folder.iterdir())
         lines = [
             f"{len(self.places):,} examples, {held:,} held out; "
@@ -254,6 +321,7 @@ class Stored:
             f"{lengths['max']} at most",
             f"read from {', '.join(map(str, self.folders))} ({size / 1e6:,.0f} MB on disk)",
             *dict.fromkeys(line for about in self.about for line in about["lines"]),
+            *([self.left_out.sentence] if self.left_out.counts else []),
             *count_lines(counts, len(self.places)),
         ]
         first = self.about[0]
@@ -262,6 +330,11 @@ class Stored:
             first["loss_share"], lines,
             [[(text, bool(counted)) for text, counted in sample] for sample in first["samples"]],
         )  # fmt: skip
+
+
+def _marked(marks: np.ndarray) -> dict[str, int]:
+    """How many examples have each of the marks."""
+    return {name: int((marks & bit != 0).sum()) for name, bit in MARK.items()}
 
 
 def _mapped(folder: Path) -> Any:

@@ -14,31 +14,28 @@ from steersman.data.encode import Encoded, EncodedSet, put, require_known
 from steersman.data.load import each_example
 from steersman.data.rows import BadRows
 from steersman.data.shapes import Kind, Shape
-from steersman.data.split import prompt_key
+from steersman.data.split import passed_over, prompt_key
 from steersman.data.tokenize import Layout
 from steersman.types import SteersmanError
 
-Pass = Callable[[], Iterator[Any]]
-"""Begins a pass over all examples of a set."""
+Pass = Callable[[BadRows], Iterator[Any]]
+"""Begins a pass over all examples of a set, which counts the rows that it leaves out."""
 
 
 def open_streams(
-    config: Any, kind: Kind, paths: Sequence[Any], bad: BadRows, held: Sequence[Any]
+    config: Any, kind: Kind, paths: Sequence[Any], held: Sequence[Any]
 ) -> tuple[list[Shape], list[Pass]]:
-    """What the rows of each path are, and how a pass over them begins; prompts that are held out are passed over.
-
-    Bad rows are counted in the first pass alone.
-    """
-    held_keys = {prompt_key(e) for e in held}
+    """What the rows of each path are, and how a pass over them begins; prompts that are held out are passed over."""
+    held_keys = frozenset(prompt_key(e) for e in held)
 
     def begins(path: Any) -> Pass:
-        def begin(count: BadRows | None = None) -> Iterator[Any]:
-            _, found = each_example(config, path, kind, count or BadRows(config.on_bad_row))
-            return islice((e for e in found if prompt_key(e) not in held_keys), config.limit)
+        def begin(bad: BadRows) -> Iterator[Any]:
+            _, found = each_example(config, path, kind, bad)
+            return islice(passed_over(found, held_keys, bad), config.limit)
 
         return begin
 
-    shapes = [each_example(config, path, kind, bad)[0] for path in paths]
+    shapes = [each_example(config, path, kind, BadRows(config.on_bad_row))[0] for path in paths]
     return shapes, [begins(path) for path in paths]
 
 
@@ -70,13 +67,23 @@ class Streamed:
     alone.
 
     `state_dict` after a batch names the position of the window in the files, and the next batch. A resumed run reads
-    the files of the current pass again up to there, without tokenising them.
+    the files of the current pass again up to there, without tokenising them. `left_out` counts the rows that are left
+    out of the first pass, as far as it was read.
 
     Raises SteersmanError for a set without a row that fits, and for a state of another seed, batch size or buffer.
     """
 
-    def __init__(self, passes: Sequence[Pass], laid: Layout, config: Any, context: int | None, order: Order) -> None:
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        laid: Layout,
+        config: Any,
+        context: int | None,
+        order: Order,
+        left_out: BadRows,
+    ) -> None:
         self.passes, self.laid, self.config, self.order = passes, laid, config, order
+        self.left_out = left_out
         self.room = laid.room(config.max_prompt_tokens, config.max_length, context)
         self.size = max(config.buffer // order.batch_size, 1) * order.batch_size
         self.shares = np.array(config.mix or [1.0]) / sum(config.mix or [1.0])
@@ -134,7 +141,8 @@ class Streamed:
         while not fitted:
             stream = self.open[k]
             if stream is None:
-                stream = self.open[k] = islice(self.passes[k](), position.examples, None)
+                bad = BadRows(self.config.on_bad_row) if position.passes else self.left_out
+                stream = self.open[k] = islice(self.passes[k](bad), position.examples, None)
             example = next(stream, None)
             if example is None:
                 if position.examples == 0 or position.rows == 0:
@@ -166,5 +174,6 @@ class Streamed:
             )
         self.positions = [Position(**position) for position in state["sets"]]
         self.open = [None for _ in self.passes]
+        self.left_out = BadRows(self.config.on_bad_row)
         self.begun, self.number, self.next = self._now(), state["window"], state["next"]
         self._fill()

@@ -12,6 +12,7 @@ earlier turns, say by dropping their thoughts) is refused, unless it marks the t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,11 +35,15 @@ PLAIN = (
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Special tokens written in a message are fenced before rendering, so that the tokenizer can tell them from the
-# template's own. The marks are noncharacters; a text that holds one has it escaped, and gets it back.
+# template's own. The marks are noncharacters; a text that holds one has it escaped, and gets it back. A template
+# that looks into a message for such a token (to cut off a thought at its end, say) writes something else of the
+# fenced text than of the text itself, and is refused: what the message says could not be told from what it writes.
 FENCE_OPEN, FENCE_CLOSE, _ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = {FENCE_OPEN: _ESCAPE + "o", FENCE_CLOSE: _ESCAPE + "c", _ESCAPE: _ESCAPE + "e"}
 _MARKED = re.compile("|".join(_MARKS))
 _FENCED = re.compile(f"{FENCE_OPEN}(.*?){FENCE_CLOSE}", re.DOTALL)
+_FENCES = (FENCE_OPEN, FENCE_CLOSE, "\\ufdd")
+"""What a rendered text holds where a message has fences; the last is what a template makes of one that it escapes."""
 _OPENING = re.compile(r"\s*(<\|?|\[)(/?)([A-Za-z_]*(?:think|thought|reason)[A-Za-z_]*)(\|?>|\])\s*\Z", re.IGNORECASE)
 """What a generation prompt ends with where it opens a thought, such as "<think>\\n" or "[THINK]"."""
 
@@ -85,28 +90,56 @@ class ChatTemplate:
         return 'the default template "plain" (User: ... Assistant: ...), because the tokenizer has none'
 
     def render(self, messages: Sequence[Message], *, for_reply: bool = False) -> str:
-        """The conversation as text; with `for_reply` it ends where the assistant is to speak."""
+        """The conversation as text; with `for_reply` it ends where the assistant is to speak.
+
+        Raises SteersmanError for a conversation that the template refuses, and for one with a special token in its
+        text that the template cuts or changes.
+        """
+        text = self._rendered(messages, for_reply)
+        self._require_fences(text, messages, for_reply)
+        return text
+
+    def _rendered(self, messages: Sequence[Message], for_reply: bool = False, fences: bool = True) -> str:
         try:
             try:
-                return self._apply(messages, for_reply)
+                return self._apply(messages, for_reply, fences)
             except TypeError:  # a template that joins a call's arguments to text wants them as text
-                return self._apply([_calls_as_text(m) for m in messages], for_reply)
+                return self._apply([_calls_as_text(m) for m in messages], for_reply, fences)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(m["role"] for m in messages)
             raise SteersmanError(
                 f"the chat template refuses a conversation of {roles}: {error}; change the turns or the template"
             ) from error
 
-    def _apply(self, messages: Sequence[Message], for_reply: bool) -> str:
-        fenced, tools = self._for_template(messages)
+    def _require_fences(self, text: str, messages: Sequence[Message], for_reply: bool = False) -> None:
+        """Raises SteersmanError where the fenced text is not what the template writes without fences."""
+        if self.fenced is None or not any(mark in text for mark in _FENCES):
+            return
+        whole = re.compile(f"{FENCE_OPEN}({self.fenced.pattern}){FENCE_CLOSE}")
+        if whole.sub("\\1", text) == self._rendered(messages, for_reply, fences=False):
+            return
+        names = dict.fromkeys(self.fenced.findall(json.dumps(messages, ensure_ascii=False)))
+        raise SteersmanError(
+            f"a message spells special tokens of the tokenizer ({' '.join(names)}), and the chat template cuts or "
+            "changes the message there, so that its text can not be told from the template's own tokens; put a "
+            "thought into a field of its own (reasoning_content), take the tokens out of the text, or read them as "
+            "tokens (data.allow_special_tokens: true)"
+        )
+
+    def _apply(self, messages: Sequence[Message], for_reply: bool, fences: bool) -> str:
+        fenced, tools = self._for_template(messages, fences)
         return self.tokenizer.apply_chat_template(
             fenced, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=for_reply
         )
 
-    def _for_template(self, messages: Sequence[Message]) -> tuple[list[Any], Any]:
+    def _for_template(self, messages: Sequence[Message], fences: bool = True) -> tuple[list[Any], Any]:
         """The turns with the data's special tokens fenced, and the tools that stand on one of them."""
-        fenced = [{k: v if k == "role" else self._fence(v) for k, v in m.items() if k != "tools"} for m in messages]
-        return fenced, next((self._fence(m["tools"]) for m in messages if "tools" in m), None)
+
+        def safe(value: Any) -> Any:
+            return self._fence(value, fences)
+
+        fenced = [{k: v if k == "role" else safe(v) for k, v in m.items() if k != "tools"} for m in messages]
+        return fenced, next((safe(m["tools"]) for m in messages if "tools" in m), None)
 
     def segments(
         self, messages: Sequence[Message], start: int = 0, turns: Literal["all", "last"] = "all"
@@ -118,7 +151,7 @@ class ChatTemplate:
 
         Raises SteersmanError for a template that is not prefix-stable on this conversation.
         """
-        require_shown(self.render, messages)
+        require_shown(self._rendered, messages)
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= start]
         speaks = speaks if turns == "all" else speaks[-1:]
         if self.own and _GENERATION.search(self.source):
@@ -127,9 +160,12 @@ class ChatTemplate:
         done = ""
         for i in speaks:
             before = self.render(messages[:i], for_reply=True)
-            after = self.render(messages[: i + 1])
-            if not after.startswith(before):
-                after = self._in_thought(messages[: i + 1], before) or after
+            after = self._rendered(messages[: i + 1])
+            thought = None if after.startswith(before) else self._in_thought(messages[: i + 1], before)
+            if thought is None:
+                self._require_fences(after, messages[: i + 1])
+            else:
+                after = thought
             if not (before.startswith(done) and after.startswith(before)):
                 raise SteersmanError(_unstable(i, done, before, after, alone=len(speaks) == 1))
             out += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
@@ -173,6 +209,7 @@ class ChatTemplate:
             **self.tokenizer.special_tokens_map,
         )
         (text,), (spans,) = made
+        self._require_fences(text, messages)
         first = self.render(messages[: speaks[0]], for_reply=True) if speaks else text
         if not text.startswith(first):
             raise SteersmanError(_unstable(speaks[0], "", first, text, alone=len(speaks) == 1))
@@ -183,16 +220,18 @@ class ChatTemplate:
                 at = end
         return [s for s in [*out, Segment(text[at:], False)] if s.text]
 
-    def _fence(self, value: Any) -> Any:
-        """A value with every text in it escaped and its special tokens fenced."""
+    def _fence(self, value: Any, fences: bool = True) -> Any:
+        """A value with every text in it escaped and, with `fences`, its special tokens fenced."""
         if isinstance(value, dict):
-            return {name: self._fence(x) for name, x in value.items()}
+            return {name: self._fence(x, fences) for name, x in value.items()}
         if isinstance(value, list):
-            return [self._fence(x) for x in value]
+            return [self._fence(x, fences) for x in value]
         if not isinstance(value, str):
             return value
         text = _MARKED.sub(lambda m: _MARKS[m.group()], value)
-        return text if self.fenced is None else self.fenced.sub(f"{FENCE_OPEN}\\g<0>{FENCE_CLOSE}", text)
+        if self.fenced is None or not fences:
+            return text
+        return self.fenced.sub(f"{FENCE_OPEN}\\g<0>{FENCE_CLOSE}", text)
 
 
 def _calls_as_text(message: Message) -> Message:
