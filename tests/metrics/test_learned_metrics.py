@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from steersman.metrics import metric
 from steersman.types import SteersmanError
@@ -17,9 +25,6 @@ TEXTS = ["Once upon a time there was a cat.", "The", "dog dog dog dog dog dog", 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> str:
     """A tiny three-way BERT with fresh weights and a word tokenizer of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     words += ["once", "upon", "a", "time", "there", "was", "the", "dog", "he", "ran", "cat", ".", "und"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
@@ -92,6 +97,33 @@ def test_too_long_texts_are_named_or_cut(classifier):
     with pytest.raises(SteersmanError, match="row 1: the text has 72 tokens"):
         metric("classifier", {"path": classifier, "label": 0}).score(long)
     assert len(metric("classifier", {"path": classifier, "label": 0, "truncate": True}).score(long)) == 2
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("kind", ["Roberta", "MPNet", "IBert", "Luke"])
+def test_positions_that_begin_behind_the_padding_index(tmp_path, kind, padding):
+    """A tokenizer that knows no greatest length, as cardiffnlp/twitter-roberta-base-sentiment's."""
+    inner = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "good": 3}, unk_token="</s>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    inner.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<s>" if padding == 0 else "<pad>")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2,
+        max_position_embeddings=20, pad_token_id=padding,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    most = 20 - model.base_model.embeddings.position_embeddings.padding_idx - 1
+    made = metric("classifier", {"path": str(tmp_path), "label": 1})
+    fits, longer = "good " * (most - 2), "good " * (most - 1)
+    whole = made.score([fits, "good"])
+    with pytest.raises(SteersmanError, match=f"row 1: the text has {most + 1} tokens, and .* reads {most}"):
+        made.score(["good", longer])
+    cut = metric("classifier", {"path": str(tmp_path), "label": 1, "truncate": True})
+    assert cut.score([longer, "good"]) == pytest.approx(whole)
 
 
 def nats(texts, sources=None):

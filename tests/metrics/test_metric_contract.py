@@ -1,7 +1,14 @@
 """What holds of every metric: order and batch don't matter, holes are named, intervals cover, rewards fit."""
 
 import math
+import os
 import re
+import signal
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import Future
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -209,6 +216,27 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
     assert math.isnan(alone.low)
 
 
+def test_a_bootstrap_draws_rows_with_replacement():
+    x, seen = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]]), []
+    bootstrap(x, lambda sums: seen.append(sums) or sums[:, 0], "counts", draws=30_000)
+    counts = seen[1]
+    assert (counts[:, :3].sum(1) == 3).all()
+    assert (counts[:, 3] == 3).all()
+    for counted, chance in {(1, 1, 1): 6 / 27, (3, 0, 0): 1 / 27, (2, 1, 0): 3 / 27, (0, 1, 2): 3 / 27}.items():
+        share = (counts[:, :3] == counted).all(1).mean()
+        assert share == pytest.approx(chance, abs=4 * math.sqrt(chance / 30_000))
+
+
+def test_a_bootstrap_needs_little_memory():
+    """All the draws' counts at once would be 160 MB here."""
+    x = np.ones((20_000, 2))
+    tracemalloc.start()
+    bootstrap(x, lambda sums: sums[:, 0] / sums[:, 1], "mean")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
 def test_jackknife_is_the_standard_error_of_a_mean():
     texts = [str(x) for x in np.random.default_rng(1).normal(size=20)]
     found = jackknife(MetricInput(texts), lambda part: float(np.mean([float(t) for t in part.texts])), "mean")
@@ -224,6 +252,63 @@ def test_workers_keep_the_order_and_name_rows():
     assert shared.corpus(TEXTS, REFERENCES) == metric("ter").corpus(TEXTS, REFERENCES)
     with pytest.raises(SteersmanError, match=r"row 0.*counted from row 1 of the batch"):
         shared.score(["a", "b"], ["a", "猫が好き"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_that_died_or_were_interrupted_are_started_anew(monkeypatch, number):
+    shared = Parallel("ter", {}, workers=2)
+    whole = shared.score(TEXTS, REFERENCES)
+    workers, result = list(shared._pool._processes.values()), Future.result
+
+    def ended(task, timeout=None):
+        for worker in workers:
+            os.kill(worker.pid, number)
+            worker.join(20)
+        if number == signal.SIGINT:  # as Ctrl-C in a terminal, which goes to all of them
+            raise KeyboardInterrupt
+        return result(task, timeout)
+
+    monkeypatch.setattr(Future, "result", ended)
+    text = ["word " * 2000]  # work for longer than it takes to end it
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SteersmanError):
+        shared.score([f"{t} {n}" for n in range(8) for t in text], [["other " * 2000]] * 8)
+    monkeypatch.undo()
+    assert shared.score(TEXTS, REFERENCES) == whole
+
+
+def test_an_interrupted_java_program_is_ended_and_the_next_texts_start_another(monkeypatch):
+    class Program:
+        """Says the score of the last text that it was given, as the program of METEOR 1.5 does line by line."""
+
+        def __init__(self):
+            self.lock, self.said, self.meteor_p, self.ended = threading.Lock(), [], self, False
+            started.append(self)
+
+        def kill(self):
+            self.ended = True
+
+        def compute_score(self, given, texts):
+            assert self.lock.acquire(timeout=5)
+            self.said += [float(text) for (text,) in texts.values()]
+            if self.said[0] == 1:
+                raise KeyboardInterrupt
+            found = [self.said.pop(0) for _ in texts]
+            self.lock.release()
+            return sum(found), found
+
+    started, module = [], ModuleType("pycocoevalcap.meteor.meteor")
+    monkeypatch.setattr(module, "Meteor", Program, raising=False)
+    for name in ("pycocoevalcap", "pycocoevalcap.meteor"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("steersman.metrics.java.find_spec", lambda name: module)
+    monkeypatch.setattr("steersman.metrics.java.shutil.which", lambda name: name)
+    made = metric("meteor1.5")
+    with pytest.raises(KeyboardInterrupt):
+        made.score(["1"], ["a"])
+    assert made.score(["0.5", "0.25"], ["a", "b"]) == [0.5, 0.25]
+    first, second = started
+    assert (first.ended, first.lock.locked(), second.ended) == (True, False, False)
 
 
 def test_what_goes_wrong_inside_a_metric_names_it_and_its_line():

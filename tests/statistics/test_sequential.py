@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from steersman.statistics import sample_size
 from steersman.statistics.sample_size import fixed_size, outcomes, plan, plan_arms
 from steersman.statistics.sequential import (
     BETS,
@@ -17,6 +20,7 @@ from steersman.statistics.sequential import (
     first_crossing,
     log_wealth,
 )
+from steersman.types import SteersmanError
 
 VALUES = (0.0, 0.5, 1.0)
 
@@ -172,3 +176,60 @@ def test_sizes():
         plan_arms(0.95, 0.2)
     with pytest.raises(ValueError, match="does not fit"):
         plan(0.4, ties=0.5)
+
+
+def test_a_crossing_is_found_piece_by_piece():
+    x = outcomes(0.045, 0.2, (3, 4, 1300), np.random.default_rng(4))
+    over = log_wealth(x, 0.5) >= math.log(20)
+    expected = np.where(over.any(-1), over.argmax(-1) + 1, 0)
+    assert (expected > 1024).any()
+    assert (expected == 0).any()
+    assert first_crossing(x).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("block", [1, 3, 40])
+def test_a_block_is_looked_at_as_its_values_are(block):
+    kinds = sample_size._Kinds(np.array([1.0, 0.5, 0.2]), np.array([0.5, 0.2, 0.3]))
+    found = sample_size._first_block(kinds, block, (30, 400), 0.05, np.random.default_rng(5))
+    counts = np.random.default_rng(5).multinomial(block, kinds.chances, size=(30, 400))
+    x = np.array([[v for of in row for v in np.repeat(kinds.values, of)] for row in counts])
+    over = log_wealth(x, 0.5)[:, block - 1 :: block] >= math.log(20)
+    assert found.tolist() == np.where(over.any(-1), over.argmax(-1) + 1, 0).tolist()
+    assert (found > 0).any()
+
+
+def test_sizes_of_large_effects_are_as_they_were():
+    """Found by looking after every single value of whole experiments."""
+    for ties, median, needed in ((0.0, 852, 1472), (0.4, 532, 905)):
+        told = plan(0.05, ties=ties)
+        assert (told.median, told.needed) == (median, needed)
+    arms = plan_arms(0.1, -0.05)
+    assert (arms.median, arms.needed) == (982, 1679)
+
+
+def test_sizes_in_blocks_are_those_of_single_values(monkeypatch):
+    single = plan(0.08, runs=3000), plan_arms(0.3, 0.2, share=0.3, runs=3000)
+    monkeypatch.setattr(sample_size, "LOOKS", 450)
+    blocks = plan(0.08, runs=3000), plan_arms(0.3, 0.2, share=0.3, runs=3000)
+    for one, many in zip(single, blocks, strict=True):
+        assert many.needed == pytest.approx(one.needed, rel=0.06)
+        assert many.median == pytest.approx(one.median, rel=0.06)
+
+
+def test_a_small_effect_costs_no_more_than_a_middling_one():
+    tracemalloc.start()
+    start = time.process_time()
+    told, arms = plan(0.004, runs=100), plan_arms(0.3, 0.004, runs=100)
+    assert time.process_time() - start < 20
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+    assert 1.5 * told.fixed < told.needed < 3.5 * told.fixed
+    assert 1.5 * arms.fixed < arms.needed < 3.5 * arms.fixed
+
+
+def test_an_effect_below_the_smallest_bet_is_refused():
+    with pytest.raises(SteersmanError, match=r"effect: 0\.002 is never seen .* set one above 0\.0025"):
+        plan(0.002)
+    with pytest.raises(SteersmanError, match=r"effect: 0\.002 is never seen .* set one above 0\.0021"):
+        plan_arms(0.3, -0.002)
+    assert plan(0.002, ties=0.5, runs=50).needed > 0

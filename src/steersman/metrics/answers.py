@@ -25,7 +25,12 @@ LONGEST = 20_000
 # A power of ten written with four digits or more (of any script: Python reads them all), or more digits than Python
 # reads.
 _TOO_LARGE = re.compile(r"[\d.][eE][+-]?[\d_]{4,}|\d{4000}")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
+# The commas and blanks that a number may have: "- 1,200.50", "1 200", "3 / 4".
+_ONE_NUMBER = re.compile(r"[+-]? ?(?:\d{1,3}([, ])\d{3}(?:\1\d{3})*|\d+)(?:\.\d+)?(?: ?/ ?\d+)?")
+_MIXED = re.compile(r"(?<![^\s$({=-])(\d{1,15}) (\d{1,15})/(\d{1,15})(?![\d/]|\.\d)")
+_ITEM = r"[+-]?\d+(?:\.\d+)?(?:/\d+)?"
+_LIST = re.compile(rf"{_ITEM}(?:(?:,\s*|\s+){_ITEM})+")
 
 
 def squad_normal(text: str) -> str:
@@ -104,7 +109,8 @@ class MathAnswer(Scorer):
     """1 where the text's final answer equals the reference's, else 0.
 
     The final answer is what stands after the last "####" (as in GSM8K, in texts and references alike); without
-    it math-verify looks for one, and where it finds none the last number counts.
+    it math-verify looks for one, and where it finds none the last number counts. "1,200" and "1 200" are one number,
+    "1 1/2" is three halves, and "2, 3" is a list, which math-verify compares as a set.
     """
 
     name = "math_answer"
@@ -131,13 +137,14 @@ def math_equal(completion: str, answer: str) -> bool:
     wanted = answer.rpartition("####")[2].strip()
     marked = "####" in completion
     given = completion.rpartition("####")[2].strip().split("\n")[0] if marked else completion
-    given = given[-LONGEST:]
+    wanted, given = _MIXED.sub(_improper, wanted), _MIXED.sub(_improper, given[-LONGEST:])
     target = _as_number(wanted)
     if marked and target is not None and (number := _as_number(given)) is not None:
         return number == target
     if _TOO_LARGE.search(given) or _TOO_LARGE.search(wanted):
         return False
-    verdict = _math_process().ask(given, wanted)
+    listed = _as_list(given)
+    verdict = _math_process().ask(f"${listed}$" if listed else given, _as_list(wanted) or wanted)
     if verdict is None or verdict.has_answer:
         return verdict is not None and verdict.equal
     numbers = _NUMBER.findall(given)
@@ -151,13 +158,26 @@ def _math_process() -> MathProcess:
 
 def _as_number(written: str) -> Fraction | None:
     """ "$1,200.50." as 2401/2; None where the text is more than one number, or one of too many digits."""
-    bare = written.strip().strip("$€£%. ").replace(",", "").replace(" ", "")
-    if _TOO_LARGE.search(bare):
+    bare = written.strip().lstrip("$€£% ").rstrip("$€£%. ")
+    if _TOO_LARGE.search(bare) or (("," in bare or " " in bare) and not _ONE_NUMBER.fullmatch(bare)):
         return None
     try:
-        return Fraction(bare)
+        return Fraction(bare.replace(",", "").replace(" ", ""))
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def _improper(mixed: re.Match[str]) -> str:
+    """ "1 1/2" as "3/2": math-verify takes the mixed number for 1."""
+    whole, over, under = (int(part) for part in mixed.groups())
+    return f"{whole * under + over}/{under}" if over < under else mixed[0]
+
+
+def _as_list(written: str) -> str | None:
+    """ "2 3" as "2, 3", as math-verify reads a list; None where the text is no list of numbers."""
+    if _LIST.fullmatch(written) is None or _as_number(written) is not None:
+        return None
+    return ", ".join(re.split(r",\s*|\s+", written))
 
 
 @dataclass

@@ -250,7 +250,8 @@ def bootstrap(
     """Percentile interval of a value that is a function of the rows' summed statistics.
 
     `statistics` [N, K] has one row per text; `value` turns sums [D, K] into values [D]. Each draw takes N rows
-    with replacement. For sums that is a multinomial weight per row, so no text is scored twice.
+    with replacement, from a stream that `seed` fixes. For sums only the counts of the rows matter, so no text is
+    scored twice, and one draw's counts are in memory at a time.
     Source: Efron 1979; Koehn 2004 for corpus metrics of text.
     """
     n = len(statistics)
@@ -259,8 +260,9 @@ def bootstrap(
         raise SteersmanError(f"metric '{name}': the value over {n} texts is {point}, not a finite number")
     if n < 2:
         return Corpus(point, math.nan, math.nan, n)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    low, high = np.quantile(value(weights @ statistics), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    rng = np.random.default_rng(seed)
+    sums = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(draws)])
+    low, high = np.quantile(value(sums), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Corpus(point, float(low), float(high), n)
 
 

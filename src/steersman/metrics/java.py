@@ -18,7 +18,8 @@ from steersman.types import SteersmanError
 class METEOR15(Scorer):
     """METEOR 1.5 for English with stems, synonyms and paraphrases, in [0, 1], against its best reference.
 
-    The program of the package `pycocoevalcap` runs once and is spoken to; it starts in seconds and needs 2 GB.
+    The program of the package `pycocoevalcap` runs once and is spoken to; it starts in seconds and needs 2 GB. One
+    that was interrupted, or failed, is ended, and the next texts start another.
     Source: Denkowski and Lavie 2014. The value of a set is the mean over its texts.
     """
 
@@ -39,7 +40,15 @@ class METEOR15(Scorer):
     def rows(self, batch: MetricInput) -> Sequence[float]:
         given = {i: [_one_line(r) for r in references] for i, references in enumerate(batch.references)}
         texts = {i: [_one_line(t)] for i, t in enumerate(batch.texts)}
-        return self._program.compute_score(given, texts)[1]
+        program = self._program
+        try:
+            return program.compute_score(given, texts)[1]
+        except BaseException:  # Ctrl-C too: its next line would answer the texts before, and its lock stays taken
+            del self._program
+            program.meteor_p.kill()
+            if program.lock.locked():
+                program.lock.release()
+            raise
 
     @cached_property
     def _program(self) -> Any:

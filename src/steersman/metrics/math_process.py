@@ -1,13 +1,15 @@
 """math-verify in a process of its own, so that no answer can take more time or memory than it is given.
 
-Run as a program this file is that process: a line of JSON `{"given", "wanted"}` in, `{"has_answer", "equal"}` out. It
-imports nothing of this package, so that it starts fast.
+Run as a program this file is that process: a line of JSON `{"number", "given", "wanted"}` in, a line
+`{"number", "has_answer", "equal"}` with the question's number out. It imports nothing of this package, so that it
+starts fast.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
 import select
 import subprocess
 import sys
@@ -32,29 +34,32 @@ class Verdict:
 
 
 class MathProcess:
-    """Asks the process, started at the first question and killed where one takes too long."""
+    """Asks the process, started at the first question and killed where one takes too long or is interrupted.
+
+    A fork of this process starts one of its own.
+    """
 
     def __init__(self, limit: float = LIMIT) -> None:
-        self.limit, self._lock = limit, threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.limit, self._asked = limit, 0
+        self._forked()
+        os.register_at_fork(after_in_child=self._forked)
         atexit.register(self.close)
 
     def ask(self, given: str, wanted: str) -> Verdict | None:
-        """The verdict; None where it took too long or the process died of the question."""
+        """The verdict; None where it took too long or the process died of the question.
+
+        Whatever is raised while it waits, Ctrl-C as well, ends the process: what that still owes answers no later
+        question.
+        """
         with self._lock:
-            process = self._process or self._start()
-            assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps({"given": given, "wanted": wanted}).encode() + b"\n")
-                process.stdin.flush()
-            except OSError:
-                line = None
-            else:
-                line = _line(process, self.limit)
-            if line is None:
+                verdict = self._reply(self._process or self._start(), given, wanted)
+            except BaseException:
                 self._end()
-                return None
-            return Verdict(**json.loads(line))
+                raise
+            if verdict is None:
+                self._end()
+            return verdict
 
     def close(self) -> None:
         """Ends the process; the next question starts another one."""
@@ -66,22 +71,42 @@ class MathProcess:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
-        if _line(self._process, START_LIMIT) is None:
-            self._end()
+        if _line(self._process, time.monotonic() + START_LIMIT) is None:
             raise OSError(f"the process of math-verify did not start within {START_LIMIT:g} seconds")
         return self._process
 
+    def _reply(self, process: subprocess.Popen[bytes], given: str, wanted: str) -> Verdict | None:
+        """The reply with the question's number; those to earlier questions are passed over."""
+        assert process.stdin is not None
+        self._asked += 1
+        asked = {"number": self._asked, "given": given, "wanted": wanted}
+        try:
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
+        except OSError:
+            return None
+        until = time.monotonic() + self.limit
+        while (lines := _line(process, until)) is not None:
+            told = json.loads(lines.splitlines()[-1])
+            if told["number"] == self._asked:
+                return Verdict(told["has_answer"], told["equal"])
+        return None
+
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _forked(self) -> None:
+        """Leaves the process, and a lock that a thread may hold, to the parent."""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
 
-def _line(process: subprocess.Popen[bytes], limit: float) -> bytes | None:
-    """The next line that the process says; None where it ends or says none within `limit` seconds."""
+def _line(process: subprocess.Popen[bytes], until: float) -> bytes | None:
+    """The lines that the process says next; None where it ends, or says none before `until` (monotonic seconds)."""
     assert process.stdout is not None
-    raw, until = b"", time.monotonic() + limit
+    raw = b""
     while not raw.endswith(b"\n"):
         ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
         more = process.stdout.read(65536) if ready else b""
@@ -108,11 +133,12 @@ def _serve() -> None:
 
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
+        asked = json.loads(line)
         try:
-            found, equal = judged(**json.loads(line))
+            found, equal = judged(asked["given"], asked["wanted"])
         except (Exception, RecursionError):
             found, equal = False, False
-        print(json.dumps({"has_answer": found, "equal": equal}), flush=True)
+        print(json.dumps({"number": asked["number"], "has_answer": found, "equal": equal}), flush=True)
 
 
 if __name__ == "__main__":

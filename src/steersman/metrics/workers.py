@@ -47,10 +47,15 @@ class Parallel(Scorer):
         step = -(-n // self.workers)
         starts = range(0, n, step)
         parts = [batch.rows(range(start, min(start + step, n))) for start in starts]
-        tasks = [self._pool.submit(_score, part, start) for part, start in zip(parts, starts, strict=True)]
+        pool = self._pool
         try:
+            tasks = [pool.submit(_score, part, start) for part, start in zip(parts, starts, strict=True)]
             return [score for task in tasks for score in task.result()]
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, KeyboardInterrupt) as error:  # Ctrl-C in a terminal ends the workers as well
+            del self._pool
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise SteersmanError(f"metric '{self.name}': a worker process died; set workers to 0") from error
 
     def over(self, batch: MetricInput) -> Corpus:

@@ -168,7 +168,11 @@ def ranking_report(
     subset: Sequence[str] = (),
     draws: int = 1000,
 ) -> Report:
-    """Rankings: their pairs as `pair_report` sees them, the best answer found, and Kendall's tau of each ranking."""
+    """Rankings: their pairs as `pair_report` sees them, the best answer found, and Kendall's tau of each ranking.
+
+    `best_found` is the share of rankings whose highest score is a best answer's; where several answers have the
+    highest score, a ranking counts by the share of best ones among them, as if one of them were drawn.
+    """
     rows = [(k, i, j) if r[i] < r[j] else (k, j, i)
             for k, r in enumerate(ranks) for i, j in combinations(range(len(r)), 2) if r[i] != r[j]]  # fmt: skip
     owner = np.array([k for k, _, _ in rows])
@@ -179,7 +183,7 @@ def ranking_report(
         subset=[subset[int(k)] for k in owner] if subset else (), draws=draws,
     )  # fmt: skip
     report.kind = "ranking"
-    best = [float(r[int(np.argmax(s))] == min(r)) for s, r in zip(scores, ranks, strict=True)]
+    best = [mean(np.array(r)[np.array(s) == max(s)] == min(r)) for s, r in zip(scores, ranks, strict=True)]
     tau = np.array([kendall(np.array(s), -np.array(r)) for s, r in zip(scores, ranks, strict=True)])
     report.numbers["best_found"] = wilson(sum(best), len(best))
     report.numbers["kendall"] = bootstrap(mean, [tau[np.isfinite(tau)]], draws=draws)

@@ -25,6 +25,8 @@ EDGE = 1e-9
 """Nearest that a mean under test comes to 0 or 1."""
 PRECISION = 1e-7
 """Of bounds, which are rounded outwards."""
+PIECE = 512
+"""Values of every row whose wealth is in memory at a time."""
 
 
 def log_wealth(x: Array, m: float, bets: Array = BETS) -> Array:
@@ -38,9 +40,18 @@ def log_wealth(x: Array, m: float, bets: Array = BETS) -> Array:
     Source: arXiv 2010.09686, eq. 23 (capital) and appendix B (a portfolio of D constant bets). Departures: the bets
     are spread geometrically, and the two halves are added where the paper's hedge takes the larger.
     """
-    up = [np.cumsum(np.log1p(k * (x / m - 1)), axis=-1) for k in bets]
-    down = [np.cumsum(np.log1p(k * ((1 - x) / (1 - m) - 1)), axis=-1) for k in bets]
-    return np.logaddexp.reduce([*up, *down], axis=0) - math.log(2 * len(bets))
+    return _log_mean(_log_products(x, m, bets, np.zeros((2 * len(bets), *x.shape[:-1]))))
+
+
+def _log_products(x: Array, m: float, bets: Array, before: Array) -> Array:
+    """log of each bet's product after each value [2D, ..., N], where it was `before` [2D, ...] the first of them."""
+    steps = np.stack([np.log1p(k * (ratio - 1)) for ratio in (x / m, (1 - x) / (1 - m)) for k in bets])
+    steps[..., :1] += before[..., None]
+    return np.cumsum(steps, axis=-1, out=steps)
+
+
+def _log_mean(logs: Array) -> Array:
+    return np.logaddexp.reduce(logs, axis=0) - math.log(len(logs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,28 +132,40 @@ def confidence_sequence(
 
 
 def first_crossing(x: Array, alpha: float = 0.05, *, null: float = 0.5) -> NDArray[np.int64]:
-    """After how many values of x [..., N] the e-value first reaches 1/alpha; 0 where it never does. Shape [...]."""
-    over = log_wealth(x, null) >= -math.log(alpha)
-    return np.where(over.any(-1), over.argmax(-1) + 1, 0)
+    """After how many values of x [..., N] the e-value first reaches 1/alpha; 0 where it never does. Shape [...].
+
+    Goes through `PIECE` values at a time, and leaves out the rows that have got there.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    found, going = np.zeros(len(rows), np.int64), np.arange(len(rows))
+    before = np.zeros((2 * len(BETS), len(rows)))
+    for start in range(0, rows.shape[1], PIECE):
+        logs = _log_products(rows[going, start : start + PIECE], null, BETS, before)
+        over = _log_mean(logs) >= -math.log(alpha)
+        there = over.any(-1)
+        found[going[there]] = start + over[there].argmax(-1) + 1
+        going, before = going[~there], logs[:, ~there, -1]
+    return found.reshape(x.shape[:-1])
 
 
-def arm_difference(x: Array, treated: NDArray[np.bool_], share: float) -> tuple[Array, float]:
+def arm_difference(
+    x: Array, treated: NDArray[np.bool_], share: float, *, centre: float | None = None
+) -> tuple[Array, float]:
     """Values in [0, 1] whose mean is that of the difference between two arms, and the scale to read it with.
 
     User i, in order, was put into the treated arm with probability `share` and had the outcome x_i in [0, 1]:
 
         z_i = (x_i - c_i) (1{treated} / share - 1{not} / (1 - share)),   E[z_i | all before] = mu_1 - mu_0
 
-    with c_i the mean outcome of the users before (1/2 for the first), which makes the variance small and keeps z
-    within [-r, r], r = 1 / min(share, 1 - share). Given are (z / r + 1) / 2 and r: a difference d is the mean
-    (d / r + 1) / 2, none is 1/2.
+    with c_i the mean outcome of the users before (1/2 for the first), or `centre` in [0, 1] for all, which makes the
+    variance small and keeps z within [-r, r], r = 1 / min(share, 1 - share). Given are (z / r + 1) / 2 and r: a
+    difference d is the mean (d / r + 1) / 2, none is 1/2.
 
     Source: arXiv 2210.10768, section 3 (bounded importance-weighted betting with a predictable centre).
     """
-    n = np.arange(len(x))
-    centre = (0.5 + np.concatenate([[0.0], np.cumsum(x)[:-1]])) / (1 + n) if len(x) else x
+    before = (0.5 + np.concatenate([[0.0], np.cumsum(x)])[:-1]) / (1 + np.arange(len(x)))
     r = 1 / min(share, 1 - share)
-    z = (x - centre) * np.where(treated, 1 / share, -1 / (1 - share))
+    z = (x - (before if centre is None else centre)) * np.where(treated, 1 / share, -1 / (1 - share))
     return (z / r + 1) / 2, r
 
 

@@ -1,0 +1,102 @@
+"""math_answer: which texts are one number and which are several, and no verdict meant for another question."""
+
+import json
+import select
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+
+from steersman.metrics import math_process
+from steersman.metrics.answers import math_equal
+from steersman.metrics.math_process import MathProcess, Verdict
+
+RIGHT, WRONG = Verdict(True, True), Verdict(True, False)
+
+
+@pytest.fixture
+def process():
+    made = MathProcess(limit=20.0)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_interrupted_question_leaves_no_reply_to_the_next(process, monkeypatch, begun):
+    if begun:
+        assert process.ask(r"\boxed{1}", "1") == RIGHT
+
+    def interrupted(asked, until):
+        assert select.select([asked.stdout], [], [], 60)[0]  # what it said is in the pipe
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(math_process, "_line", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.ask(r"\boxed{9}", "1")
+    assert process.ask(r"\boxed{1}", "1") == RIGHT
+    assert process.ask(r"\boxed{9}", "1") == WRONG
+
+
+def test_a_reply_to_another_question_is_passed_over(process):
+    assert process.ask(r"\boxed{1}", "1") == RIGHT
+    other = {"number": 0, "given": r"\boxed{9}", "wanted": "1"}
+    process._process.stdin.write(json.dumps(other).encode() + b"\n")
+    assert process.ask(r"\boxed{1}", "1") == RIGHT
+    assert process.ask(r"\boxed{9}", "1") == WRONG
+
+
+FORKED = r"""
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from math_process import MathProcess
+process = MathProcess(limit=20.0)
+assert process.ask(r"\boxed{1}", "1").equal
+child = os.fork()
+if child == 0:
+    sys.exit(0 if process.ask(r"\boxed{2}", "2").equal else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert process.ask(r"\boxed{1}", "1").equal
+"""
+
+
+def test_a_fork_asks_a_process_of_its_own():
+    folder = math_process.__file__.rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", FORKED, folder], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        # a list is no number
+        ("#### 23", "2, 3", False), ("#### 23", "2 3", False), ("#### 5", "2 3", False), ("#### 15", "1,5", False),
+        ("#### 1,5", "15", False), ("#### 1,2,3", "123", False), ("#### 2, 300", "2300", False),
+        ("#### 2, 3", "2, 3", True), ("#### 3, 2", "2, 3", True), ("#### 2 3", "2, 3", True), ("2, 3", "2,3", True),
+        ("#### 2, 4", "2, 3", False), ("#### 3", "2, 3", False), (r"so \boxed{3, 2}", "2, 3", True),
+        (r"so \boxed{23}", "2, 3", False), ("#### 1,5", "1,5", True),
+        # a number with separators, signs and units is
+        ("#### 1,200", "1200", True), ("#### 1 200", "1,200", True), ("#### $1,234,567.50.", "1234567.5", True),
+        ("#### 1,200 dollars", "1200", True), ("It costs $1,200", "1200", True), ("#### - 5", "-5", True),
+        ("#### 3 / 4", "0.75", True), ("#### 50", "50%", True), ("#### 1,200/4", "300", True),
+        # its point in front is no full stop
+        ("#### .5", "0.5", True), ("#### .5", "5", False), ("#### $.50", "1/2", True),
+        # a mixed number
+        ("#### 11/2", "1 1/2", False), ("#### 1.5", "1 1/2", True), ("#### 1", "1 1/2", False),
+        ("It is 11/2", "1 1/2", False), ("It is 1 1/2", "3/2", True), ("It is 1", "1 1/2", False),
+        ("#### -1 1/2", "-1.5", True), (r"\boxed{2 1/4}", "2.25", True),
+    ],
+)  # fmt: skip
+def test_one_number_and_several(completion, answer, right):
+    assert math_equal(completion, answer) is right
+
+
+def test_the_last_number_counts_where_there_is_no_answer(monkeypatch):
+    class Silent:
+        def ask(self, given, wanted):
+            return Verdict(False, False)
+
+    monkeypatch.setattr("steersman.metrics.answers._math_process", Silent)
+    assert math_equal("first 7, then 1,200, as I said", "1200")
+    assert math_equal("of 3, 5, then", str(Fraction(5)))
+    assert not math_equal("of 3,5", "35")
