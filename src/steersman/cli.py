@@ -221,18 +221,24 @@ REPORT_HELP = "write report.html of a run folder: steersman report FOLDER"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and gives its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs one command line and gives its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C, 141 where
+    whoever reads its output has gone."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _terminal().write_out_unencodable()
     _held().clear()
     if _is_rank():
         _launch().end_with_starter()
     try:
-        return _dispatch(args)
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        return 141
+        return _output_closed()
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's answer to a closed pipe
+            return _output_closed()
         # No code here leaves so: a library or code of the user's did, and that is no run that is done.
         _say_where(f"something called sys.exit({'' if error.code is None else error.code})")
         return 1
@@ -309,7 +315,12 @@ def _verb(name: str, verb: Verb, args: list[str], own: type[Section] | None = No
 
     recipe: Any = load_recipe(recipe_class, path, overrides)
     if "--print-config" in given:
-        print(dump_recipe(recipe), end="")
+        text = dump_recipe(recipe)
+        if not _terminal().encodes(text):
+            _red(f"--print-config: the recipe has characters that {sys.stdout.encoding}, the encoding of standard "
+                 "output, has not; set PYTHONIOENCODING=utf-8")  # fmt: skip
+            return 2
+        print(text, end="")
         return 0
     if "--resume" in given and "run" in recipe_class.model_fields and not _is_rank():
         _say_if_new(Path(recipe.run.dir))
@@ -422,6 +433,12 @@ def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
 def _red(text: str) -> None:
     start, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{start}{_terminal().printable(text)}{end}", file=sys.stderr)
+
+
+def _output_closed() -> int:
+    """Ends without words, as a program does that SIGPIPE ends, and gives the shell's exit code for that."""
+    _terminal().forget_output()
+    return 141
 
 
 def _interrupted() -> int:

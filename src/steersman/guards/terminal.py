@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import sys
 import traceback
@@ -19,6 +22,29 @@ def printable(text: str) -> str:
     around it. Line ends and tabs stay; CR LF is a line end.
     """
     return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def encodes(text: str) -> bool:
+    """Whether standard output's encoding has every character of the text."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write_out_unencodable() -> None:
+    r"""From now on standard output writes what its encoding lacks as `\xe9`, as standard error does, in the place of
+    an error; where another way of handling it is asked for already, that stays."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def forget_output() -> None:
+    """Sends standard output to nowhere: whoever read it has gone, and what is still to be written would be an error
+    when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:

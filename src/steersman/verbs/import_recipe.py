@@ -1,13 +1,13 @@
 """`steersman import-recipe FILE`: another toolkit's settings as a recipe, each key mapped or named as left out.
 
 Read are YAML and JSON files of TRL and LLaMA-Factory, and command lines of TRL and OpenRLHF (`--key value`). Nothing
-in the file is run.
+in the file is run. A setting is written where the recipe's key means the same; the others stand as comments.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,35 @@ import yaml
 from pydantic import Field
 
 from steersman.atomic import write_atomic
+from steersman.config.load import load_recipe
 from steersman.config.peer_names import FREE, PEERS
-from steersman.config.recipe_text import load_yaml
+from steersman.config.recipe_text import RecipeDumper
 from steersman.config.sections import Section, walk_keys
-from steersman.loss.offline import LOSSES
+from steersman.guards.terminal import encodes, printable
 from steersman.types import SteersmanError
-from steersman.verbs.feedback import RECIPES as FEEDBACK
-from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
-from steersman.verbs.preference import PreferenceRecipe
-from steersman.verbs.reward_model import RewardModelRecipe
-from steersman.verbs.sft import SFTRecipe
+from steersman.verbs.peers import together
+from steersman.verbs.peers.batch import batch
+from steersman.verbs.peers.rules import RULES, SAME, UNLIKE
+from steersman.verbs.peers.settings import VERBS, guess_verb, read_settings
+from steersman.verbs.peers.translation import LeftOutError, Translation, short
 
-VERBS: dict[str, type[Section]] = {
-    "sft": SFTRecipe, "reward": RewardModelRecipe, "dpo": PreferenceRecipe, **FEEDBACK, **ON_POLICY,
-}  # fmt: skip
-STAGES = {"sft": "sft", "pt": "sft", "rm": "reward", "ppo": "ppo", "dpo": "dpo", "kto": "kto"}
-OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_8bit": "adamw-8bit",
-    "adamw_bnb_8bit": "adamw-8bit", "paged_adamw_8bit": "adamw-8bit-paged", "adafactor": "adafactor",
-    "lion_32bit": "lion", "lion_8bit": "lion-8bit", "muon": "muon",
-}  # fmt: skip
-SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
-             "cosine_with_min_lr": "cosine"}  # fmt: skip
-BATCH = ("per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps")
-SWITCHES = {"bf16": ("model.dtype", "bfloat16"), "fp16": ("model.dtype", "float16"), "use_peft": ("model.lora", {}),
-            "load_in_4bit": ("model.quantise", "nf4"), "load_in_8bit": ("model.quantise", "int8"),
-            "use_dora": ("model.lora.dora", True), "use_rslora": ("model.lora.rslora", True)}  # fmt: skip
-SILENT = ("stage", "do_train", "finetuning_type")
-"""Keys that only choose the verb, or are said by another one."""
-TELLING = {
-    "num_generations": "grpo", "num_ppo_epochs": "ppo", "cliprange": "ppo", "desirable_weight": "kto", "beta": "dpo",
-    "pref_beta": "dpo", "packing": "sft",
-}  # fmt: skip
-"""Keys that tell the verb where nothing else does."""
-LARGEST = 1 << 20
+PRIORITY = (
+    "bf16", "pure_bf16", "fp16", "param_dtype", "dtype", "torch_dtype", "sft_model_path", "adapter_name_or_path",
+    "pretrain", "model_name_or_path", "model_name", "model", "actor_learning_rate", "learning_rate", "lr",
+    "eps_clip_low_high", "epsilon_high", "epsilon", "cliprange", "eps_clip", "num_ppo_epochs", "ppo_epochs",
+    "num_iterations", "zero_stage", "fsdp", "deepspeed", "max_norm", "max_grad_norm", "gradient_clipping",
+    "max_completion_length", "response_length", "generate_max_len", "max_new_tokens", "save_path", "output_dir",
+    "prompt_data", "dataset_name", "dataset", "train_file", "quantization_bit", "load_in_4bit", "load_in_8bit",
+)  # fmt: skip
+"""Where two settings are for one key the one that stands earlier here decides; of others, the one that is read
+earlier."""
+LAST = ("max_steps", "max_epochs", "num_train_epochs", "num_epochs", "total_episodes", "save_steps", "eval_steps",
+        "logging_steps")  # fmt: skip
+"""Read when the updates of an iteration are known."""
+SILENT = ("stage", "do_train", "command", "save_strategy", "eval_strategy", "evaluation_strategy",
+          "lr_scheduler_kwargs", "loss_weights", "overlong_penalty_factor")  # fmt: skip
+"""Names that only choose the verb, or that are read beside another one; `_together` names those that are not."""
+_VARIABLE = re.compile(r"\$(?:\w|\{|\()")
 
 
 class ImportRecipe(Section):
@@ -71,145 +66,129 @@ def run(recipe: ImportRecipe) -> dict[str, Any]:
     if verb not in VERBS:
         raise SteersmanError(f"verb: {verb!r} is not one of {', '.join(VERBS)}")
     keys, left = translate_settings(settings, verb)
-    lines = [f"# steersman {verb}, from {Path(recipe.file).name}"]
-    lines += [f"# {name if name.isidentifier() else repr(name)}: {reason}" for name, reason in left.items()]
-    text = "\n".join(lines) + "\n" + yaml.safe_dump(_nested(keys), sort_keys=False, allow_unicode=True)
+    comments = [f"steersman {verb}, from {Path(recipe.file).name}"]
+    comments += [f"{name if name.isidentifier() else repr(name)}: {reason}" for name, reason in left.items()]
+    known = {key for key, _ in walk_keys(VERBS[verb])}
+    needed = [key for key in ("model.path", "data.path", "reward.parts") if key in known and key not in keys]
+    comments += [f"{key}: not in the file; give it here, or as --{key} VALUE" for key in needed]
     if recipe.out is None:
-        print(text, end="")
+        text = recipe_text(comments, keys)
+        as_it_is = encodes(text) and printable(text) == text
+        print(text if as_it_is else recipe_text(comments, keys, plain=True), end="")
     else:
-        write_atomic(Path(recipe.out), text)
-        print(f"{len(keys)} settings written to {recipe.out}, {len(left)} left out; run it with: "
-              f"steersman {verb} {recipe.out}")  # fmt: skip
+        write_atomic(Path(recipe.out), recipe_text(comments, keys))
+        print(printable(f"{len(keys)} settings written to {recipe.out}, {len(left)} left out; run it with: "
+                        f"steersman {verb} {recipe.out}"))  # fmt: skip
     return {"verb": verb, "settings": keys, "left_out": left}
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Every setting of the file by its name without dashes.
-
-    Raises SteersmanError where the file is missing, larger than a megabyte, or holds no settings.
-    """
-    try:
-        if path.stat().st_size > LARGEST:
-            raise SteersmanError(f"{path}: larger than a megabyte, so it is no file of settings")
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml", ".json"):
-            found = load_yaml(text)
-            if not isinstance(found, dict):
-                raise SteersmanError(f"{path}: holds no settings (name: value)")
-            return {str(key).replace("-", "_"): value for key, value in found.items()}
-        return _command(shlex.split(text.replace("\\\n", " "), comments=True))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise SteersmanError(f"{path}: can not be read as settings: {error}") from error
-
-
-def guess_verb(settings: dict[str, Any]) -> str:
-    """The verb that the settings are of: LLaMA-Factory's stage, the command's name, or keys that only one has."""
-    if settings.get("stage") in STAGES:
-        return STAGES[str(settings["stage"])]
-    command = str(settings.get("command", ""))
-    for word, verb in (("rm", "reward"), ("reward", "reward"), *((name, name) for name in VERBS)):
-        if word in command.replace(".", " ").replace("_", " ").split():
-            return verb
-    for key, verb in TELLING.items():
-        if key in settings:
-            return verb
-    raise SteersmanError("verb: nothing in the file tells what it trains; say it with --verb sft, dpo, grpo, ...")
+def recipe_text(comments: list[str], keys: dict[str, Any], *, plain: bool = False) -> str:
+    """The recipe's file: a line for each comment, and the keys as YAML; with `plain` in ASCII, the rest escaped."""
+    lines = [" ".join(printable(comment).split()) for comment in comments]
+    if plain:
+        lines = [line.encode("ascii", "backslashreplace").decode() for line in lines]
+    body = yaml.dump(
+        _nested(keys), Dumper=RecipeDumper, sort_keys=False, width=10**6, allow_unicode=not plain,
+    )  # fmt: skip
+    return "".join(f"# {line}\n" for line in lines) + body
 
 
 def translate_settings(settings: dict[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Our keys with their values; and the names that were left out, each with the reason."""
-    known = {key for key, _ in walk_keys(VERBS[verb])} - VERBS[verb].unread_keys()
-    sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
-    keys: dict[str, Any] = {}
-    left: dict[str, str] = {}
-    batch = [settings[name] for name in BATCH if isinstance(settings.get(name), int)]
-    for name, value in settings.items():
-        if name in SILENT or name == "command" or value is None:
-            continue
-        if name in SWITCHES:
-            ours, meant = SWITCHES[name]
-            if str(value).lower() in ("true", "yes", "on"):
-                keys.setdefault(ours, meant)
-            continue
-        candidates, note = PEERS.get(name, ((), ""))
-        ours = next((k for k in candidates if FREE.get(k, k) in known | sections), None)
-        if ours is None:
-            left[name] = "no counterpart" if name not in PEERS else f"{verb} has no counterpart"
-            continue
-        try:
-            keys[ours] = _value(name, value, batch)
-            if ours == "iterations":
-                raise ValueError  # passes over the data there, passes through the loop here
-            if ours == "rollout.prompts" and name in BATCH:  # responses there, prompts here
-                keys[ours] = _whole(keys[ours], int(settings.get("num_generations") or 1))
-        except (KeyError, ValueError, TypeError):
-            keys.pop(ours, None)
-            left[name] = f"{value!r} has no counterpart for {ours}{f' ({note})' if note else ''}"
-    if "algorithm.clip_low" in keys and "algorithm.clip_high" in known:
-        keys.setdefault("algorithm.clip_high", keys["algorithm.clip_low"])
-    if settings.get("finetuning_type") in ("lora", "qlora"):
-        keys.setdefault("model.lora", {})
-    return keys, left
+    """Our keys with their values, which a recipe of the verb takes; and the names that were left out, each with the
+    reason."""
+    t = Translation(settings, verb)
+    t.taken.update(SILENT)
+    if "command" in t.settings:
+        for name, value in t.settings.items():
+            if _VARIABLE.search(str(value)):
+                t.leave(name, "is a variable of the shell, whose value is not in the file")
+    batch(t)
+    together.adapters(t)
+    together.rewards(t)
+    together.sinks(t)
+    together.warmup(t)
+    together.pair_loss(t)
+    together.kl(t)
+    together.strategies(t)
+    place = {name: i for i, name in enumerate(PRIORITY)}
+    first = sorted((name for name in t.settings if name not in LAST), key=lambda n: place.get(n, len(place)))
+    for name in [*first, *LAST]:
+        if name in t.settings and name not in t.taken:
+            _single(t, name)
+    together.critic_too(t)
+    _drop_refused(t)
+    return t.keys, t.left
 
 
-def _value(name: str, value: Any, batch: list[int]) -> Any:
-    """What the value is here. Raises KeyError, ValueError or TypeError for one that has no counterpart."""
-    if name in BATCH:
-        product = 1
-        for size in batch:
-            product *= size
-        return product
-    if name == "optim":
-        return OPTIMIZERS[str(value)]
-    if name == "lr_scheduler_type":
-        return SCHEDULES[str(value)]
-    if name == "quantization_bit":
-        return {4: "nf4", 8: "int8"}[int(value)]
-    if name in ("lora_target", "lora_target_modules"):
-        names = value.split(",") if isinstance(value, str) else list(value)
-        return "all-linear" if names in (["all"], ["all-linear"]) else [n.strip() for n in names]
-    if name == "report_to":
-        sinks = [value] if isinstance(value, str) else list(value)
-        if "all" in sinks:
-            raise ValueError
-        return [s for s in sinks if s != "none"]
-    if name in ("loss_type", "pref_loss"):
-        loss = {"sigmoid": "dpo"}.get(str(value), str(value))
-        return LOSSES[loss] and loss
-    if name in ("reward_model_path", "reward_pretrain"):
-        return {"score": {"model": str(value)}}
-    if name == "reward_funcs":
-        functions = [value] if isinstance(value, str) else list(value)
-        return {f"score{i}": {"function": str(f)} for i, f in enumerate(functions)}
-    return value
+def _single(t: Translation, name: str) -> None:
+    """A setting that is read by itself."""
+    value = t.settings[name]
+    candidates = (SAME[name],) if name in SAME else PEERS.get(name, ((), ""))[0]
+    ours = next((key for key in candidates if FREE.get(key, key) in t.known), None)
+    try:
+        if name in RULES:
+            for key, meant in RULES[name](t, value).items():
+                if FREE.get(key, key) not in t.known:
+                    raise LeftOutError(f"{t.verb} has no counterpart")
+                t.put(key, meant, name)
+            t.taken.add(name)
+        elif name in UNLIKE:
+            raise LeftOutError(UNLIKE[name])
+        elif ours is None:
+            raise LeftOutError(_unknown(t, name, bool(candidates)))
+        else:
+            t.put(ours, value, name)
+    except LeftOutError as reason:
+        t.leave(name, str(reason))
 
 
-def _whole(number: int, divisor: int) -> int:
-    if number % divisor:
-        raise ValueError
-    return number // divisor
+def _unknown(t: Translation, name: str, of_others: bool) -> str:
+    if of_others:
+        return f"{t.verb} has no counterpart"
+    like = [key for key in sorted(t.known) if key.rsplit(".", 1)[-1] == name]
+    return f"no counterpart; {' and '.join(like)} has this name here, see what it means" if like else (
+        "no counterpart"
+    )  # fmt: skip
 
 
-def _command(words: list[str]) -> dict[str, Any]:
-    """`--key value` pairs of a command line; a key without a value is true. What stands before them is `command`."""
-    found: dict[str, Any] = {"command": " ".join(w for w in words[: next(
-        (i for i, w in enumerate(words) if w.startswith("--")), len(words))])}  # fmt: skip
-    for i, word in enumerate(words):
-        if not word.startswith("--"):
-            continue
-        name, equals, value = word[2:].partition("=")
-        after = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else None
-        raw = value if equals else after
-        found[name.rsplit(".", 1)[-1].replace("-", "_")] = True if raw is None else load_yaml(raw)
-    return found
+def _drop_refused(t: Translation) -> None:
+    """Leaves out what the recipe refuses, as few keys as it takes in the order in which they were read."""
+    if not t.keys or _refusal(t.recipe, t.keys) is None:
+        return
+    accepted: dict[str, Any] = {}
+    waiting, reasons = dict(t.keys), {}
+    while waiting:
+        for key, value in list(waiting.items()):
+            reasons[key] = _refusal(t.recipe, {**accepted, key: value})
+            if reasons[key] is None:
+                accepted[key] = waiting.pop(key)
+                break
+        else:
+            break
+    for key, value in waiting.items():
+        for name in t.sources[key] or (key,):
+            t.leave(name, f"{key} {short(value)} is refused here: {reasons[key]}")
+    t.keys = {key: value for key, value in t.keys.items() if key in accepted}
+
+
+def _refusal(recipe: type[Section], keys: dict[str, Any]) -> str | None:
+    """Why the recipe class refuses these keys; None where it takes them. What must be given has a stand-in."""
+    settings = {"model.path": "MODEL", "data.path": "DATA", **keys}
+    words = [f"--{key}={json.dumps(settings[key], ensure_ascii=False, default=str)}"
+             for key in sorted(settings, key=lambda key: key.count("."))]  # fmt: skip
+    try:
+        load_recipe(recipe, None, words)
+    except SteersmanError as error:
+        return str(error).removeprefix("settings: ").removeprefix("the recipe: ").replace("--", "")
+    return None
 
 
 def _nested(keys: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for key, value in sorted(keys.items(), key=lambda item: item[0].count(".")):
+    for key, value in sorted(json.loads(json.dumps(keys, default=str)).items(), key=lambda item: item[0].count(".")):
         *path, last = key.split(".")
         spot = out
         for part in path:
             spot = spot.setdefault(part, {})
         spot[last] = value
-    return json.loads(json.dumps(out, default=str))
+    return out

@@ -1,0 +1,267 @@
+"""Settings that say one thing together: adapters, rewards, sinks, the warm-up, a loss of pairs, KL."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from steersman.run.files.sinks import SINKS
+from steersman.verbs.peers.translation import (
+    OFF,
+    LeftOutError,
+    Translation,
+    is_number,
+    is_on,
+    is_whole,
+    listed,
+    short,
+)
+from steersman.verbs.preference import PreferenceRecipe
+
+PAIR_LOSSES = {
+    "dpo": {"sigmoid": "dpo", "hinge": "rso", "ipo": "ipo", "robust": "robust_dpo", "sppo_hard": "sppo",
+            "orpo": "orpo", "simpo": "simpo"},
+    "cpo": {"sigmoid": "cpo", "hinge": "hinge", "simpo": "simpo"},
+    "orpo": {"sigmoid": "orpo"},
+}  # fmt: skip
+"""By trainer, their loss: ours. A hinge with a reference is RSO's."""
+PAIR_NUMBERS = ("beta", "pref_beta", "label_smoothing", "dpo_label_smoothing", "simpo_gamma", "cpo_alpha")
+PAIR_DEFAULTS = {
+    "simpo": {"beta": 0.1, "margin": 0.5}, "hinge": {"beta": 0.1},
+    "cpo": {"nll_weight": 1.0, "length_normalised_nll": 1.0},
+}  # fmt: skip
+"""What a loss takes there where the file gives nothing, in the places where ours takes another number."""
+ADAPTERS = {"trl": {"r": 16, "alpha": 32, "dropout": 0.05}, "openrlhf": {"alpha": 16}, "llamafactory": {}}
+"""By toolkit, its defaults of adapters where ours are others; LLaMA-Factory has ours."""
+ADAPTER_KEYS = {
+    "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_target": "targets",
+    "lora_target_modules": "targets", "target_modules": "targets", "modules_to_save": "train_whole",
+    "lora_modules_to_save": "train_whole", "additional_target": "train_whole", "use_dora": "dora",
+    "use_rslora": "rslora",
+}  # fmt: skip
+
+
+def adapters(t: Translation) -> None:
+    """Low-rank adapters: whether there are any, and their settings with the toolkit's defaults."""
+    names = [n for n in ADAPTER_KEYS if n in t.settings and n not in t.left]
+    on, why = _trains_adapters(t, names)
+    t.taken.update({"use_peft", "finetuning_type", *names})
+    if not on:
+        for name in names:
+            if str(t.settings[name]).lower() not in OFF:
+                t.leave(name, f"{why}, so the whole model is trained there")
+        return
+    chosen = [n for n in ("use_peft", "finetuning_type") if n in t.settings]
+    t.put("model.lora", {}, *chosen)
+    for name in names:
+        try:
+            t.put(f"model.lora.{ADAPTER_KEYS[name]}", _adapter_value(t, name), name)
+        except LeftOutError as reason:
+            t.leave(name, str(reason))
+    for key, value in ADAPTERS[t.toolkit].items():
+        if not any(ADAPTER_KEYS[name] == key for name in names):
+            t.put(f"model.lora.{key}", value, *chosen)
+    if t.toolkit == "trl" and "model.lora.targets" not in t.keys:
+        t.left.setdefault(
+            "lora_target_modules",
+            "not in the file; there the model's architecture decides, here all linear layers have adapters",
+        )
+
+
+def _trains_adapters(t: Translation, names: list[str]) -> tuple[bool, str]:
+    kind = t.settings.get("finetuning_type")
+    rank = t.settings.get("lora_rank")
+    if "use_peft" in t.settings:
+        return is_on(t.settings["use_peft"]), "use_peft is not on"
+    if kind is not None:
+        if kind not in ("lora", "full"):
+            t.leave("finetuning_type", f"{short(kind)} has no counterpart; all weights are trained here")
+        return kind == "lora", f"finetuning_type is {short(kind)}"
+    if t.toolkit == "llamafactory":
+        return True, ""
+    if t.toolkit == "openrlhf":
+        return is_whole(rank), "lora_rank is not above 0"
+    return False, "use_peft is not on"
+
+
+def _adapter_value(t: Translation, name: str) -> Any:
+    key, value = ADAPTER_KEYS[name], t.settings[name]
+    if key in ("dora", "rslora"):
+        return is_on(value)
+    if key not in ("targets", "train_whole"):
+        return value
+    if key == "targets" and isinstance(value, str) and re.search(r"[\\*(|\[^$]", value):
+        return value  # a regular expression
+    modules = [str(v).strip() for v in listed(value)]
+    return "all-linear" if key == "targets" and modules in (["all"], ["all-linear"]) else modules
+
+
+def rewards(t: Translation) -> None:
+    """The parts of the reward with their weights."""
+    names = ("reward_model_path", "reward_pretrain", "reward_model_name_or_path", "reward_funcs")
+    names = tuple(n for n in names if n in t.settings and n not in t.left)
+    if not names or "reward.parts" not in t.known:
+        if "reward_weights" in t.settings:
+            t.leave("reward_weights", "goes with reward_funcs, which are not there")
+        return
+    models = [str(m).strip() for n in names if n != "reward_funcs" for m in listed(t.settings[n])]
+    asked = [str(f) for f in (listed(t.settings["reward_funcs"]) if "reward_funcs" in names else [])]
+    parts: dict[str, dict[str, Any]] = {}
+    for place, path in enumerate(models):
+        parts["score" if len(models) == 1 else f"score{place}"] = {"model": path}
+    known = [f for f in asked if ":" in f or "." in f]
+    for function in asked:
+        if function in known:
+            module, _, own = function.rpartition(".")
+            spot = function if ":" in function else f"{module}:{own}"
+            parts[f"score{len(parts)}"] = {"function": spot}
+    if len(known) < len(asked):
+        own = ", ".join(f for f in asked if f not in known)
+        t.leave(
+            "reward_funcs",
+            f"{own}: functions of TRL's, which take messages; here a function takes texts, such as --reward.parts "
+            "'{score: {function: my_rewards.py:score}}'",
+        )
+    weights = t.settings.get("reward_weights")
+    if weights is not None:
+        t.taken.add("reward_weights")
+        numbers = listed(weights)
+        if len(numbers) == len(parts) and len(known) == len(asked):
+            for part, weight in zip(parts.values(), numbers, strict=True):
+                part["weight"] = weight
+        else:
+            t.leave("reward_weights", f"{len(numbers)} weights, and {len(parts)} parts are written")
+    if parts:
+        t.put("reward.parts", parts, *(n for n in names if n not in t.left), *(
+            ["reward_weights"] if weights is not None and "reward_weights" not in t.left else []))  # fmt: skip
+    t.taken.update(names)
+
+
+def sinks(t: Translation) -> None:
+    """Where else numbers go."""
+    names = [n for n in ("report_to", "use_wandb", "use_tensorboard", "use_swanlab") if n in t.settings]
+    names = [n for n in names if n not in t.left]
+    sinks: list[str] = []
+    for name in names:
+        value = t.settings[name]  # of OpenRLHF's use_wandb it may be a key of an account
+        asked = listed(value) if name == "report_to" else ([name[4:]] if str(value).lower() not in OFF else [])
+        asked = [str(sink) for sink in asked if sink != "none"]
+        unknown = [sink for sink in asked if sink not in SINKS]
+        if unknown:
+            t.leave(name, f"{short(', '.join(unknown))}: run.sinks has {', '.join(SINKS)}")
+        sinks += [sink for sink in asked if sink in SINKS and sink not in sinks]
+    if names and (sinks or not any(n in t.left for n in names)):
+        t.put("run.sinks", sinks, *(n for n in names if n not in t.left))
+    t.taken.update(names)
+
+
+def warmup(t: Translation) -> None:
+    """Warm-up in updates, or as a share of them: where a number of steps above 0 is given, it decides."""
+    counts, shares = ("warmup_steps", "warmup_num_steps"), ("warmup_ratio", "lr_warmup_ratio")
+    names = [n for n in (*counts, *shares) if n in t.settings and n not in t.left]
+    if not names or "optimizer.warmup" not in t.known:
+        return
+    if t.settings.get("lr_scheduler_type") == "constant" and t.toolkit != "openrlhf":
+        for name in names:
+            t.leave(name, "lr_scheduler_type constant has no warm-up there")
+        return t.put("optimizer.warmup", 0)
+    numbers: dict[str, float] = {}
+    for name in names:
+        value = t.settings[name]
+        if not is_number(value) or value < 0:
+            t.leave(name, f"{short(value)} has no counterpart for optimizer.warmup")
+        elif name in shares and value >= 1:
+            t.leave(name, f"{short(value)} is the whole run there, and optimizer.warmup counts updates from 1")
+        else:
+            numbers[name] = value
+    decides = next((name for name, value in numbers.items() if value > 0), next(iter(numbers), ""))
+    for name, value in numbers.items():
+        if name == decides:
+            t.put("optimizer.warmup", value, name)
+        elif value > 0:
+            t.leave(name, f"{decides} decides there where it is above 0")
+        t.taken.add(name)
+
+
+def pair_loss(t: Translation) -> None:
+    """Which loss of pairs, with its own numbers."""
+    if t.recipe is not PreferenceRecipe:
+        return
+    trainer = next((word for word in t.words if word in ("cpo", "orpo")), "dpo")
+    source, theirs = t.given("loss_type", "pref_loss")
+    if isinstance(theirs, list) and len(theirs) == 1:
+        theirs = theirs[0]
+    if "ipo" in t.settings:
+        t.taken.add("ipo")
+        if is_on(t.settings["ipo"]):
+            source, theirs = "ipo", "ipo"
+    name = PAIR_LOSSES[trainer].get(str(theirs if source else "sigmoid"))
+    numbers = [n for n in PAIR_NUMBERS if n in t.settings and n not in t.left]
+    if name is None:
+        t.leave(source, f"{short(theirs)} has no counterpart for loss.name")
+        for number in numbers:
+            t.leave(number, f"belongs to {source} {short(theirs)}, which has no counterpart")
+        return
+    if source or name != "dpo":
+        t.put("loss.name", name, *([source] if source else []))
+    settings: dict[str, Any] = dict(PAIR_DEFAULTS.get(name, {}))
+    if name == "ipo" and t.toolkit != "openrlhf":
+        settings["length_normalised"] = 1.0  # means of the answers' log-probabilities, not sums
+    from_names = {key: [source] * bool(source) for key in settings}
+    for number in numbers:
+        key, value = _pair_number(t, number, name, trainer), t.settings[number]
+        if key == "loss.nll":
+            t.put(key, value, number)
+        elif key:
+            settings[key], from_names[key] = value, [number]
+        elif value not in (0, None, False):
+            t.leave(number, f"loss.name {name} does not read it")
+        t.taken.add(number)
+    if trainer == "cpo" and name != "cpo" and "cpo_alpha" not in numbers:
+        t.put("loss.nll", 1.0)  # its default there
+    for key, value in settings.items():
+        t.put(f"loss.settings.{key}", value, *from_names[key])
+
+
+def _pair_number(t: Translation, number: str, name: str, trainer: str) -> str:
+    """The setting of the loss that the number is; "" where the loss has none."""
+    if number in ("beta", "pref_beta"):
+        return "weight" if name == "orpo" else "beta"
+    if number == "cpo_alpha":
+        return "" if trainer != "cpo" else "nll_weight" if name == "cpo" else "loss.nll"
+    if number == "simpo_gamma":
+        return "margin" if name == "simpo" else ""
+    return {"dpo": "label_smoothing", "robust_dpo": "flip"}.get(name, "")
+
+
+def kl(t: Translation) -> None:
+    """OpenRLHF's KL, which is in the reward unless `use_kl_loss` is on."""
+    name, coefficient = t.given("init_kl_coef")
+    if not name or t.toolkit != "openrlhf" or "algorithm.kl_in" not in t.known:
+        return
+    in_loss = is_on(t.settings.get("use_kl_loss"))
+    estimator = t.settings.get("kl_estimator", "k1")
+    t.put("algorithm.beta", coefficient, name)
+    t.put("algorithm.kl_in", "loss" if in_loss else "reward", *(n for n in ("use_kl_loss",) if n in t.settings))
+    t.put("algorithm.kl_estimator", estimator, *(n for n in ("kl_estimator",) if n in t.settings))
+
+
+def strategies(t: Translation) -> None:
+    """Where what is counted in epochs, or never done, is named; `steps` is said by the number of steps."""
+    for name, key in (("eval_strategy", "run.eval_every"), ("evaluation_strategy", "run.eval_every"),
+                      ("save_strategy", "run.save_every")):  # fmt: skip
+        if name in t.settings and t.settings[name] != "steps":
+            t.leave(name, f"{short(t.settings[name])} has no counterpart; {key} counts steps")
+    for name in ("loss_weights", "lr_scheduler_kwargs"):
+        goes_with = {"loss_weights": "loss_type", "lr_scheduler_kwargs": "lr_scheduler_type"}[name]
+        if t.settings.get(name) and (name == "loss_weights" or goes_with not in t.settings):
+            t.leave(name, f"goes with {goes_with}, of which one alone has a counterpart")
+
+
+def critic_too(t: Translation) -> None:
+    """Their one optimizer, or two that share all but the rate, moves the critic as well."""
+    if not t.has_critic():
+        return
+    for key in [k for k in t.keys if k.startswith("optimizer.")]:
+        if not (t.toolkit == "openrlhf" and key == "optimizer.lr"):
+            t.put(f"critic.{key}", t.keys[key], *t.sources[key])

@@ -1,0 +1,235 @@
+"""`import-recipe`: what is written means here what it means there, and every recipe that is written loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from steersman import cli
+from steersman.config.load import load_recipe
+from steersman.config.peer_names import PEERS
+from steersman.verbs.import_recipe import VERBS, guess_verb, read_settings, translate_settings
+from steersman.verbs.sft import SFTRecipe
+
+DEVICES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+MEANINGS = [
+    # what, settings, the keys that come out, the names that are left out
+    ("sft", {"eval_steps": 500, "logging_steps": 10}, {"run.eval_every": 500}, {"logging_steps"}),
+    ("sft", {"logging_steps": 10, "eval_strategy": "steps"}, {"run.eval_every": 10}, set()),
+    ("sft", {"eval_steps": 500, "eval_strategy": "epoch"}, {}, {"eval_steps", "eval_strategy"}),
+    ("sft", {"eval_steps": -1, "save_steps": 0.1}, {}, {"eval_steps", "save_steps"}),
+    ("sft", {"warmup_ratio": 0.1, "warmup_steps": 0}, {"optimizer.warmup": 0.1}, set()),
+    ("sft", {"warmup_ratio": 0.1, "warmup_steps": 50}, {"optimizer.warmup": 50}, {"warmup_ratio"}),
+    ("sft", {"warmup_ratio": 1.0}, {}, {"warmup_ratio"}),
+    ("dpo", {"warmup_steps": 0}, {"optimizer.warmup": 0}, set()),
+    ("dpo", {"warmup_ratio": 0.1, "lr_scheduler_type": "constant"},
+     {"optimizer.warmup": 0, "optimizer.schedule": "constant"}, {"warmup_ratio"}),
+    ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, {}, {"lr_scheduler_type"}),
+    ("sft",
+     {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}, "learning_rate": 1e-5},
+     {"optimizer.schedule": "cosine", "optimizer.min_lr": pytest.approx(0.1), "optimizer.lr": 1e-5}, set()),
+    ("sft", {"output_dir": "out", "resume_from_checkpoint": False}, {"run.dir": "out"}, set()),
+    ("sft", {"resume_from_checkpoint": "out/checkpoint-5"}, {}, {"resume_from_checkpoint"}),
+    ("ppo", {"rollout_batch_size": 1024, "train_batch_size": 128},
+     {"rollout.prompts": 1024, "algorithm.minibatches": 8}, set()),
+    ("ppo", {"train_batch_size": 128, "rollout_batch_size": 1024},
+     {"rollout.prompts": 1024, "algorithm.minibatches": 8}, set()),
+    ("grpo", {"rollout_batch_size": 128, "train_batch_size": 1024, "n_samples_per_prompt": 8},
+     {"rollout.prompts": 128, "rollout.samples": 8, "algorithm.minibatches": 1}, set()),
+    ("ppo", {"rollout_batch_size": 100, "train_batch_size": 64}, {"rollout.prompts": 100}, {"train_batch_size"}),
+    ("ppo", {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "num_mini_batches": 4},
+     {"rollout.prompts": 256, "algorithm.minibatches": 4}, {"world_size"}),
+    ("dpo", {"nproc_per_node": 8, **DEVICES}, {"run.devices": 8, "train.batch_size": 64}, set()),
+    ("dpo", {"nproc_per_node": 8, "nnodes": 2, **DEVICES}, {"run.devices": 16, "train.batch_size": 128}, {"nnodes"}),
+    ("dpo", {"gradient_accumulation_steps": 2}, {"train.batch_size": 16}, {"world_size"}),
+    ("sft", {"train_batch_size": 64, "nproc_per_node": 8, "max_epochs": 2},
+     {"train.batch_size": 64, "run.devices": 8, "train.epochs": 2}, set()),
+    ("grpo", {"num_processes": 2, "num_generations": 4, "steps_per_generation": 4, **DEVICES},
+     {"run.devices": 2, "rollout.samples": 4, "rollout.prompts": 8, "algorithm.minibatches": 2}, set()),
+    ("grpo", {"num_processes": 1, "num_generations": 3, **DEVICES}, {"run.devices": 1, "rollout.samples": 3},
+     set(DEVICES)),
+    ("ppo", {"max_epochs": 3}, {"algorithm.epochs": 3}, set()),
+    ("ppo", {"zero_stage": 3}, {"parallel.mode": "zero3"}, set()),
+    ("ppo", {"zero_stage": 0}, {"parallel.mode": "replicas"}, set()),
+    ("sft", {"zero_stage": 2, "bf16": True}, {"model.dtype": "bfloat16"}, {"zero_stage"}),
+    ("sft", {"fsdp": "", "max_steps": -1, "num_train_epochs": 3.0}, {"train.epochs": 3.0}, set()),
+    ("sft", {"max_steps": 40, "num_train_epochs": 3.0}, {"train.max_steps": 40, "train.epochs": 40},
+     {"num_train_epochs"}),
+    ("grpo", {"max_steps": 40, "num_iterations": 2}, {"iterations": 20, "algorithm.epochs": 2}, set()),
+    ("sft", {"fsdp": "shard_grad_op auto_wrap offload"},
+     {"parallel.mode": "fsdp", "parallel.reshard": False, "parallel.offload": True}, set()),
+    ("sft", {"fsdp": "hybrid_shard"}, {}, {"fsdp"}),
+    ("sft", {"deepspeed": "ds_z3.json", "torch_dtype": "auto", "fp16": True}, {},
+     {"deepspeed", "torch_dtype", "fp16"}),
+    ("sft", {"torch_dtype": "float32", "bf16": True}, {"model.dtype": "bfloat16"}, {"torch_dtype"}),
+    ("sft", {"max_grad_norm": 0.0, "save_total_limit": None}, {}, {"max_grad_norm", "save_total_limit"}),
+    ("sft", {"packing": True}, {}, {"packing"}),
+    ("sft", {"packing": True, "max_length": 512, **DEVICES}, {"train.pack": 512, "data.max_length": 512},
+     set(DEVICES)),
+    ("sft", {"packing": False, "disable_gradient_checkpointing": True}, {"model.gradient_checkpointing": False},
+     set()),
+    ("sft", {"use_peft": True, "lora_r": 4},
+     {"model.lora": {}, "model.lora.r": 4, "model.lora.alpha": 32, "model.lora.dropout": 0.05},
+     {"lora_target_modules"}),
+    ("sft", {"lora_r": 4}, {}, {"lora_r"}),
+    ("sft", {"stage": "sft", "finetuning_type": "full", "lora_rank": 4}, {}, {"lora_rank"}),
+    ("sft", {"pretrain": "m", "lora_rank": 0, "lora_alpha": 16}, {"model.path": "m"}, {"lora_alpha"}),
+    ("sft", {"pretrain": "m", "lora_rank": 4},
+     {"model.path": "m", "model.lora": {}, "model.lora.r": 4, "model.lora.alpha": 16}, set()),
+    ("kto", {"desirable_weight": 1.33, "loss_type": "kto"}, {"loss.desirable_weight": 1.33}, set()),
+    ("kto", {"kto_rejected_weight": 2.0}, {"loss.undesirable_weight": 2.0}, set()),
+    ("kto", {"train_batch_size": 1}, {}, {"train_batch_size"}),
+    ("ppo", {"gamma": 0.99, "lam": 0.9, "missing_eos_penalty": 1.0},
+     {"algorithm.gamma": 0.99, "algorithm.lam": 0.9, "reward.missing_eos_penalty": 1.0}, set()),
+    ("ppo", {"lambd": 0.9, "vf_coef": 0.1}, {"algorithm.lam": 0.9}, {"vf_coef"}),
+    ("ppo", {"learning_rate": 3e-6}, {"optimizer.lr": 3e-6, "critic.optimizer.lr": 3e-6}, set()),
+    ("ppo", {"actor_learning_rate": 1e-6, "critic_learning_rate": 9e-6, "l2": 0.1},
+     {"optimizer.lr": 1e-6, "critic.optimizer.lr": 9e-6, "optimizer.weight_decay": 0.1,
+      "critic.optimizer.weight_decay": 0.1}, set()),
+    ("grpo", {"min_p": 0.05, "top_k": -1, "temperature": 0}, {"rollout.min_p": 0.05, "rollout.top_k": 0},
+     {"temperature"}),
+    ("grpo", {"scale_rewards": "batch", "loss_type": "dr_grpo"},
+     {"algorithm.scale": "batch_scores", "algorithm.average": "episode"}, set()),
+    ("grpo", {"loss_type": "cispo"}, {}, {"loss_type"}),
+    ("cispo", {"epsilon_high": 5.0, "epsilon": 0.2}, {"algorithm.clip_high": 4.0}, {"epsilon"}),
+    ("grpo", {"epsilon": 0.2, "epsilon_high": 0.28}, {"algorithm.clip_low": 0.2, "algorithm.clip_high": 0.28}, set()),
+    ("grpo", {"init_kl_coef": 0.01, "kl_target": 6.0},
+     {"algorithm.beta": 0.01, "algorithm.kl_in": "reward", "algorithm.kl_estimator": "k1"}, {"kl_target"}),
+    ("dpo", {"loss_type": "hinge"}, {"loss.name": "rso"}, set()),
+    ("dpo", {"loss_type": "ipo"}, {"loss.name": "ipo", "loss.settings.length_normalised": 1.0}, set()),
+    ("dpo", {"pref_loss": "orpo", "pref_beta": 0.2, "finetuning_type": "full"},
+     {"loss.name": "orpo", "loss.settings.weight": 0.2}, set()),
+    ("dpo", {"pref_loss": "simpo", "simpo_gamma": 1.0, "finetuning_type": "full"},
+     {"loss.name": "simpo", "loss.settings.beta": 0.1, "loss.settings.margin": 1.0}, set()),
+    ("dpo", {"loss_type": "robust", "label_smoothing": 0.1}, {"loss.name": "robust_dpo", "loss.settings.flip": 0.1},
+     set()),
+    ("dpo", {"loss_type": "ipo", "label_smoothing": 0.1},
+     {"loss.name": "ipo", "loss.settings.length_normalised": 1.0}, {"label_smoothing"}),
+    ("dpo", {"num_generations": 4, "max_completion_length": 64}, {}, {"num_generations", "max_completion_length"}),
+    ("dpo", {"report_to": ["wandb", "clearml"], "trust_remote_code": True}, {"run.sinks": ["wandb"]},
+     {"report_to", "trust_remote_code"}),
+    ("dpo", {"epochs": 2}, {}, {"epochs"}),
+    ("sft", {"assistant_only_loss": True, "completion_only_loss": False}, {}, {"completion_only_loss"}),
+    ("sft", {"learning_rate": 1e-5, "lr": 2e-5}, {"optimizer.lr": 1e-5}, {"lr"}),
+    ("sft", {"model": "b", "model_name_or_path": "a"}, {"model.path": "a"}, {"model"}),
+    ("ppo", {"model_name_or_path": "a", "sft_model_path": "b"}, {"model.path": "b"}, {"model_name_or_path"}),
+    ("grpo", {"reward_funcs": ["r.py:f", "rewards.g"], "reward_weights": [1, 2]},
+     {"reward.parts": {"score0": {"function": "r.py:f", "weight": 1},
+                       "score1": {"function": "rewards:g", "weight": 2}}},
+     set()),
+    ("sft", {"optimizer": 3, "seed": -1, "save_steps": "often"}, {}, {"optimizer", "seed", "save_steps"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "settings", "keys", "left"), MEANINGS)
+def test_what_is_written_means_the_same_and_what_is_not_is_named(verb, settings, keys, left, tmp_path):
+    found, why = translate_settings(settings, verb)
+    assert found == keys
+    assert set(why) == left
+    assert all(why.values())
+    file, out = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    assert cli.main(["import-recipe", str(file), "--verb", verb, "--out", str(out)]) == 0
+    load_recipe(VERBS[verb], out, ["--model.path", "m", "--data.path", "d"])
+
+
+ODD = [-1, 0, 1e9, True, "", "auto", [], {"a": 1}, float("nan")]
+
+
+@pytest.mark.parametrize("place", range(len(ODD)))
+def test_no_value_of_any_name_makes_a_recipe_that_does_not_load(place):
+    """Each name with an odd value, another one in each turn: what is written loads."""
+    for number, name in enumerate(PEERS):
+        verb = ("sft", "dpo", "ppo", "grpo")[(number // len(ODD) + place) % 4]
+        keys, _ = translate_settings({name: ODD[(number + place) % len(ODD)]}, verb)
+        if keys:
+            words = [f"--{key}={json.dumps(value)}" for key, value in keys.items()]
+            stand_ins = [f"--{key}=x" for key in ("model.path", "data.path") if key not in keys]
+            load_recipe(VERBS[verb], None, [*words, *stand_ins])
+
+
+COMMANDS = {
+    "accelerate launch trl/scripts/sft.py --lora_target_modules q_proj k_proj v_proj --use_peft --learning_rate 1e-4":
+        ("sft", {"lora_target_modules": ["q_proj", "k_proj", "v_proj"], "use_peft": True, "learning_rate": 1e-4}),
+    "trl grpo --reward_funcs a.f b.g --num_generations 8":
+        ("grpo", {"reward_funcs": ["a.f", "b.g"], "num_generations": 8}),
+    "accelerate launch --config_file z.yaml trl/scripts/grpo.py --beta 0.04 -1":
+        ("grpo", {"config_file": "z.yaml", "beta": [0.04, -1]}),
+    "deepspeed --module openrlhf.cli.train_kto --beta 0.1": ("kto", {"beta": 0.1}),
+    "torchrun --nproc_per_node 8 dpo/train_rm.py --bf16 > log 2>&1": ("reward", {"nproc_per_node": 8, "bf16": True}),
+    "torchrun --nproc-per-node=8 -m openrlhf.cli.train_sft --l2 0.1": ("sft", {"nproc_per_node": 8, "l2": 0.1}),
+    "ray job submit --address=x -- python3 -m openrlhf.cli.train_ppo_ray --advantage_estimator group_norm":
+        ("grpo", {"address": "x", "advantage_estimator": "group_norm"}),
+    "set -x\nread -r -d '' words <<EOF\n"
+    "openrlhf.cli.train_dpo \\\n --adam_betas 0.9 0.95 \\\n --packing_samples\nEOF\n"
+    "# it's\ndeepspeed --module $words": ("dpo", {"adam_betas": [0.9, 0.95], "packing_samples": True}),
+    "trl orpo --beta 0.2": ("dpo", {"beta": 0.2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_line_keeps_its_lists_and_names_its_verb(line, tmp_path):
+    file = tmp_path / "run.sh"
+    file.write_text(line)
+    verb, expected = COMMANDS[line]
+    settings = read_settings(file)
+    assert guess_verb(settings) == verb
+    settings.pop("command")
+    assert settings == expected
+
+
+@pytest.mark.parametrize("line", ["trl online_dpo.py --beta 0.1", "python gkd.py --beta 0.5", "python x.py --beta 1"])
+def test_a_program_without_a_verb_here_takes_none(line, tmp_path, capsys):
+    file = tmp_path / "run.sh"
+    file.write_text(line)
+    assert cli.main(["import-recipe", str(file)]) == 2
+    assert "nothing in the file tells what it trains" in capsys.readouterr().err
+
+
+def test_the_program_says_the_loss_and_a_variable_is_no_value(tmp_path, capsys):
+    file = tmp_path / "run.sh"
+    file.write_text("trl orpo --beta 0.2 --output_dir $OUT --use_wandb sk-secret")
+    assert cli.main(["import-recipe", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert yaml.safe_load(told) == {
+        "loss": {"name": "orpo", "settings": {"weight": 0.2}},
+        "run": {"sinks": ["wandb"]},
+    }
+    assert "# output_dir: is a variable of the shell" in told
+    assert "secret" not in told
+
+
+def test_several_command_lines_and_none_are_refused(tmp_path, capsys):
+    file = tmp_path / "run.sh"
+    for text, said in (("trl sft --a 1\ntrl dpo --a 1", "several command lines"), ("trl sft x.yaml", "no command")):
+        file.write_text(text)
+        assert cli.main(["import-recipe", str(file)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_one_import_leaves_nothing_to_the_next(tmp_path, capsys):
+    file = tmp_path / "theirs.yaml"
+    for rank in ("lora_r: 4", ""):
+        file.write_text(f"use_peft: true\n{rank}\nlora_alpha: 8\nlora_dropout: 0\n")
+        assert cli.main(["import-recipe", str(file), "--verb", "sft"]) == 0
+        lora = yaml.safe_load(capsys.readouterr().out)["model"]["lora"]
+        assert lora == {"r": 4 if rank else 16, "alpha": 8, "dropout": 0}
+    assert translate_settings({"use_peft": True}, "sft")[0]["model.lora"] == {}
+
+
+def test_settings_beyond_the_encoding_of_the_output_are_escaped(tmp_path):
+    file, out = tmp_path / "réglages.yaml", tmp_path / "ours.yaml"
+    file.write_text("model_name_or_path: café\ndataset_name: '\u202e1e-5'\nclé: 1\nlr: 1.0\n", encoding="utf-8")
+    command = [sys.executable, "-m", "steersman.cli", "import-recipe", str(file), "--verb", "sft"]
+    told = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.isascii()
+    out.write_bytes(told.stdout)
+    recipe = load_recipe(SFTRecipe, out)
+    assert recipe.model.path == "café"
+    assert recipe.data.path == "\u202e1e-5"
