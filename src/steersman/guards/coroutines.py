@@ -30,11 +30,11 @@ def _loop() -> asyncio.AbstractEventLoop:
         return _shared[0]
 
 
-def await_result(result: Any, limit: float | None = None) -> Any:
-    """A result, awaited on the shared loop where it is to be, `limit` seconds at most (then TimeoutError)."""
+def await_result(result: Any) -> Any:
+    """A result, awaited on the shared loop where it is to be."""
     if not inspect.isawaitable(result):
         return result
-    value, left = asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result(limit)
+    value, left = asyncio.run_coroutine_threadsafe(_awaited(result), _loop()).result()
     if left is not None:
         raise left
     return value
