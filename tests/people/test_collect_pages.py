@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,13 +20,15 @@ from starlette.testclient import TestClient
 from steersman.cli import main
 from steersman.people.collect import security
 from steersman.people.collect.app import make_app
+from steersman.people.collect.looking import agreement
 from steersman.people.collect.markdown import plain, rendered
 from steersman.people.collect.verb import CollectRecipe, fill
 from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
-from steersman.people.store.conversations import TurnText
+from steersman.people.store.conversations import TurnText, add_turn, start
 from steersman.people.store.items import NewItem
-from steersman.people.store.judgements import live
+from steersman.people.store.judgements import judge_turn, live
+from steersman.people.store.opinions import everything
 from steersman.people.store.schema import Answer, Assignment, JudgementRow, Person, Turn
 from steersman.types import SteersmanError
 
@@ -215,6 +219,104 @@ def test_chat_with_two_models_is_a_blind_comparison_and_goes_on_with_the_better(
     assert len(shown) == 4
 
 
+def compared(client, one, two, *lines: tuple[str, str]):
+    """The page of a chat's first message, which two models answered, and what they say then; its address."""
+    one.lines += [first for first, _ in lines]
+    two.lines += [second for _, second in lines]
+    page = send(client, client.get("/chat"), "/chat")
+    return send(client, page, f"{page.url.path}/say", text="Q1"), str(page.url.path)
+
+
+def preferred(client, page, answer: str):
+    """The page behind a comparison in which an answer was better."""
+    return send(client, page, item_of(page), choice="AB"[texts(page)[-2:].index(answer)])
+
+
+@pytest.mark.parametrize("later", ["answered", "open"])
+def test_a_verdict_that_is_given_anew_leaves_a_chat_that_went_on_as_it_is(store, later):
+    one, two = Scripted("m1"), Scripted("m2")
+    client = browser(store, answerers=[one, two])
+    second = ("same", "same") if later == "answered" else ("red 2", "blue 2")
+    page, at = compared(client, one, two, ("red", "blue"), second)
+    page = preferred(client, page, "red")
+    page = send(client, page, f"{at}/say", text="Q2")
+    page = preferred(client, send(client, page, "/undo"), "blue")
+    if later == "open":  # the comparison of Q2, which still waits
+        assert set(texts(page)[-2:]) == {"red 2", "blue 2"}
+        page = preferred(client, page, "blue 2")
+    assert texts(page) == turns_of(store) == ["Q1", "red", "Q2", "same" if later == "answered" else "blue 2"]
+    assert verdicts(store)[0] == {"choice": 1}
+
+
+def test_a_verdict_after_another_tab_went_on_answers_no_later_question(store):
+    one, two = Scripted("m1"), Scripted("m2")
+    client = browser(store, answerers=[one, two])
+    page, at = compared(client, one, two, ("red", "blue"), ("red 2", "blue 2"))
+    other = client.post(f"{at}/say", data={**form_of(page), "text": "Q2"})
+    assert set(texts(other)[-2:]) == {"red 2", "blue 2"}
+    page = preferred(client, page, "red")  # of Q1: Q2 stays the last turn, and its comparison comes next
+    page = preferred(client, page, "blue 2")
+    assert texts(page) == turns_of(store) == ["Q1", "Q2", "blue 2"]
+
+
+def turns_of(store) -> list[str]:
+    """All turns of all chats, those of other branches too, the oldest first."""
+    with store.read() as session:
+        return list(session.scalars(select(Turn.content).order_by(Turn.created)))
+
+
+def form_of(page) -> dict[str, str]:
+    """The hidden fields of a form of a page."""
+    token = re.search(r'name="csrf" value="([^"]*)"', page.text)
+    assert token is not None
+    return {"csrf": token[1], "key": str(uuid.uuid4())}
+
+
+@dataclass
+class Together(Scripted):
+    """Answers when two requests have asked."""
+
+    both: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
+
+    def answer(self, messages, user):
+        said = super().answer(messages, user)
+        self.both.wait(30)
+        return said
+
+
+def test_a_message_that_is_sent_twice_at_once_is_compared_once(store):
+    one, two = Together("m1", ["red", "red 2"]), Together("m2", ["blue", "blue 2"])
+    client = browser(store, answerers=[one, two])
+    page = send(client, client.get("/chat"), "/chat")
+    form, at = {**form_of(page), "text": "Q1"}, str(page.url.path)
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda _: client.post(f"{at}/say", data=form), range(2)))
+    assert item_of(got[0]) == item_of(got[1])
+    page = send(client, got[0], item_of(got[0]), choice="tie")
+    assert page.url.path == at
+    assert len(texts(page)) == 2
+
+
+def test_lines_of_a_correction_end_as_in_every_other_text(store):
+    of = queue(store, "review", [NewItem("q", [TurnText("bad")])])
+    client = browser(store, answerers=[Scripted("m", ["hm"])])
+    page = client.get(f"/judge/{of}")
+    send(client, page, item_of(page), accept="0", correction="one\r\ntwo")
+    page = send(client, client.get("/chat"), "/chat")
+    page = send(client, page, f"{page.url.path}/say", text="hello")
+    thumb = re.findall(r'action="(/chat/[^"]+/thumb/[^"]+)"', page.text)[0]
+    send(client, page, thumb, up="0", correction="three\r\nfour")
+    assert [said["correction"] for said in verdicts(store)] == ["one\ntwo", "three\nfour"]
+
+
+@SQLITE
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "[::1]"])
+def test_the_pages_answer_at_the_address_that_they_listen_on(store, host):
+    app = make_app(Site(store), host=host.strip("[]"))
+    assert TestClient(app, f"http://{host}:8080").get("/").status_code == 200
+    assert TestClient(app, "http://evil.example").get("/").status_code == 400
+
+
 def test_what_belongs_to_others_is_not_there(store):
     of = queue(store, "compare", [pair(1)])
     ada, bob = browser(store, answerers=[Scripted("m", ["x"])]), browser(store, answerers=[Scripted("m", ["x"])])
@@ -357,6 +459,38 @@ def test_the_admin_page_tells_how_far_raters_agree(store):
             judge(store, of, who, {"choice": choice})
     # n = 8 values, n_0 = 5, n_1 = 3, one unit at odds, so o_01 = 1: alpha = 1 - 7 * 1 / (5 * 3)
     assert "compare (compare): 0.533" in browser(store).get("/admin").text
+
+
+@SQLITE
+def test_ratings_agree_by_their_order_whatever_the_name_of_what_is_rated(store):
+    names = ["helpful", "helpful (1-5)"]
+    items = [NewItem(f"q{i}", [TurnText("a")]) for i in range(20)]
+    of = queue(store, "rate", items, overlap=2, attributes={name: list("12345") for name in names})
+    for name, more in (("Ada", 0), ("Bob", 1)):
+        who = rater(store, name)
+        for i in range(20):
+            judge(store, of, who, {"scores": dict.fromkeys(names, min(5, 1 + i % 5 + more))})
+    with store.read() as session:
+        plain, bracketed = (found for _, found in agreement(list(everything(session))))
+    assert bracketed == plain
+    assert plain.value > 0.7
+
+
+@SQLITE
+def test_a_thumb_that_its_rater_replaced_disagrees_with_nobody(store):
+    raters = [rater(store, name) for name in ("Ada", "Bob")]
+    with store.begin() as session:
+        chat = start(session, raters[0])
+        add_turn(session, chat, "user", TurnText("hi"))
+        for up in (True, False):
+            turn = add_turn(session, chat, "assistant", TurnText("Hello"))
+            for who in raters:
+                judge_turn(session, turn, who, {"up": not up}, key=str(uuid.uuid4()))
+                judge_turn(session, turn, who, {"up": up}, key=str(uuid.uuid4()))
+    with store.read() as session:
+        ((_, found),) = agreement(list(everything(session)))
+    assert found.n == 2
+    assert found.value == 1.0
 
 
 @SQLITE

@@ -84,6 +84,16 @@ def test_open_webui_feedback_and_that_twice_is_once(address, store, tmp_path):
     assert import_file(store, write(tmp_path, "chats.json", [CHAT])).stored == {"thumb": 2}
 
 
+def test_open_webui_arena_tells_the_models_that_it_drew(address, store, tmp_path):
+    record = json.loads(json.dumps(FEEDBACK))
+    for message in record["snapshot"]["chat"]["chat"]["history"]["messages"].values():
+        if "model" in message:
+            message |= {"model": "arena-model", "arena": True, "selectedModelId": message["model"]}
+    assert import_file(store, write(tmp_path, "arena.json", [record])).stored == {"thumb": 1, "compare": 1}
+    (pair,) = preferences(DataConfig(path=address)).train
+    assert pair.row.data["models"] == ["llama3:8b", "qwen2:7b"]
+
+
 class Looked(dict):
     """A message that counts how often it is looked at."""
 
@@ -125,6 +135,14 @@ def test_label_studio(address, store, tmp_path):
     assert done.left_out == {"skipped by the annotator": 1, "a result of the type choices": 1}
     (pair,) = preferences(DataConfig(path=address)).train
     assert (pair.prompt, pair.chosen, pair.rejected) == ("Say hello.", "Hello!", "What?")
+
+
+def test_a_field_of_label_studio_that_only_sounds_like_an_answer_is_none(store, tmp_path):
+    task = {**LABELLED, "data": {**LABELLED["data"], "context": "Greetings of the world."}}
+    assert import_file(store, write(tmp_path, "ls.json", [task])).stored == {"compare": 1}
+    task = {**LABELLED, "data": {**LABELLED["data"], "reference_answer": "Hi!"}}
+    left_out = import_file(store, write(tmp_path, "more.json", [task])).left_out
+    assert left_out["a result of the type pairwise beside the answers answer1, answer2, reference_answer"] == 1
 
 
 def test_files_of_the_data_room(address, store, tmp_path):

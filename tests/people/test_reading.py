@@ -149,10 +149,47 @@ def test_thumbs_in_chats(address, store):
     ]  # fmt: skip
     assert [m["role"] for m in got[1].prompt] == ["system", "user", "assistant", "user"]
     assert got[0].row.data["models"] == ["m@7"]
-    # The two raters are at odds over the second answer, so it is no thumb; its correction stays a demonstration.
+    # The two raters are at odds over the second answer, so it is neither a thumb nor a demonstration; its correction
+    # stays one.
     with pytest.raises(SteersmanError, match="all 1 labels are true"):
         feedback(config(address))
-    assert [e.completion[0]["content"] for e in demonstrations(config(address)).train] == ["Yes?", "Hello", "What?"]
+    assert [e.completion[0]["content"] for e in demonstrations(config(address)).train] == ["Yes?", "Hello"]
+    got = demonstrations(config(address, judgements={"combine": "each"})).train
+    assert [e.completion[0]["content"] for e in got] == ["Yes?", "Hello", "What?"]
+
+
+def test_an_answer_that_most_reject_is_no_demonstration_whatever_else_they_write(address, store):
+    items = [NewItem("q", [TurnText("five")]), NewItem("q", [TurnText("4")]), NewItem("q", [TurnText("four")])]
+    of = queue(store, "review", items, overlap=3)
+    wrong, right = {"accept": False}, {"accept": True}
+    for name, said in (
+        ("Ada", ({**wrong, "correction": "Four."}, right, {**right, "correction": "Four!"})),
+        (
+            "Bob",
+            ({**wrong, "correction": "It's four."}, {**right, "correction": "4."}, {**right, "correction": "IV"}),
+        ),
+        ("Cyd", (right, wrong, wrong)),
+    ):
+        who = rater(store, name)
+        for verdict in said:
+            judge(store, of, who, verdict)
+    assert [(e.completion, e.label) for e in feedback(config(address)).train] == [
+        ("five", False), ("4", True), ("four", True),
+    ]  # fmt: skip
+    got = [e.completion for e in demonstrations(config(address)).train]
+    assert got == ["Four.", "Four!", "It's four.", "4.", "IV", "4"]
+
+
+def test_a_chat_with_a_system_prompt_gives_its_prompt(address, store):
+    ada, asked = rater(store, "Ada"), {"role": "user", "content": "What is a fox?"}
+    for system in ("", "Be kind."):
+        with store.begin() as session:
+            chat = start(session, ada, system=system)
+            add_turn(session, chat, "user", TurnText(asked["content"]))
+            add_turn(session, chat, "assistant", TurnText("An animal"))
+            add_turn(session, chat, "user", TurnText("And a wolf?"))
+    kind = {"role": "system", "content": "Be kind."}
+    assert [q.prompt for q in prompts(config(address)).train] == [[asked], [kind, asked]]
 
 
 def test_both_bad_is_a_thumb_down_for_both_and_pairs_serve_where_no_thumb_is(address, store):

@@ -17,6 +17,7 @@ from letter_models import save_chat_mini, save_mini
 from steersman.cli import main
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
 
 openai = pytest.importorskip("openai", reason="needs the openai client")
@@ -72,6 +73,33 @@ def test_the_chat_template_is_used_and_streams_equal_whole_answers(client, folde
     assert whole.usage.prompt_tokens == len("u hm\na ")
     streamed = "".join(c.choices[0].delta.content or "" for c in client.chat.completions.create(**ask, stream=True))
     assert streamed == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_no_stop_string_is_ever_in_a_stream(client, monkeypatch, length):
+    """Also where the stream is read while the engine looks whether the token that it appended ends the answer."""
+    ask = {"model": "mini", "prompt": "look at", "max_tokens": 30, "n": 2, "logprobs": 0}
+    said = {seed: client.completions.create(**ask, seed=seed).choices[0].text for seed in range(16)}
+    stops = {seed: text[-length:] for seed, text in said.items() if len(text) > 4}
+    assert len(stops) > 3
+
+    def looks_slowly(self, prompt, ids, look=Texts.stopped):
+        found = look(self, prompt, ids)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(Texts, "stopped", looks_slowly)
+    for seed, stop in stops.items():
+        asked = ask | {"seed": seed, "stop": stop}
+        whole = client.completions.create(**asked).choices
+        texts, tokens = ["", ""], [[], []]
+        for chunk in client.completions.create(**asked, stream=True):
+            one = chunk.choices[0]
+            texts[one.index] += one.text
+            tokens[one.index] += one.logprobs.tokens
+        assert texts == [one.text for one in whole]
+        assert tokens == [one.logprobs.tokens for one in whole]
+        assert not any(stop in text for text in texts)
 
 
 def test_sixteen_streams_at_once_are_each_as_if_alone(client, folder):
@@ -239,6 +267,12 @@ def test_a_stream_decodes_each_token_a_few_times_however_long_it_is():
     assert texts.decoded <= 3 * len(ids)
 
 
+def test_text_ends_before_its_first_whole_stop_string():
+    settled = SettledText(CountingTexts(), [1, 2])
+    assert settled.after(list(b"at the ")) == "at the "
+    assert settled.after(list(b"at the end of the end")) == "at the "
+
+
 def test_one_client_asks_at_most_so_often(folder):
     with running(Server({"mini": served_from(folder)}, load=served_from, keys=("a", "b"), rate=3)) as address:
         one, two = (openai.OpenAI(base_url=f"{address}/v1", api_key=k, max_retries=0) for k in "ab")
@@ -247,6 +281,9 @@ def test_one_client_asks_at_most_so_often(folder):
         with pytest.raises(openai.RateLimitError, match="3 requests in 60 seconds"):
             one.completions.create(model="mini", prompt="a", max_tokens=1)
         assert two.completions.create(model="mini", prompt="a", max_tokens=1).choices
+        bare = urllib.request.Request(f"{address}/v1/models", headers={"Authorization": "a"})
+        with pytest.raises(urllib.error.HTTPError, match="429"):  # the same key, without the word Bearer
+            urllib.request.urlopen(bare)
 
 
 def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from people_kit import judge, pair, queue, rater
+from people_kit import judge, key, pair, queue, rater
 
 from steersman.cli import main
 from steersman.people.filters import FilterConfig, sift
 from steersman.people.sources import open_judgements
+from steersman.people.store.conversations import TurnText, add_turn, start
+from steersman.people.store.judgements import judge_turn
 from steersman.people.wheel.lessons import lessons
 
 
@@ -41,3 +43,19 @@ def test_an_experiment_reads_the_store(store, address, capsys):
     assert "tuned against base" in said
     assert "take tuned" in said
     assert main(["leaderboard", address, "--draws", "20"]) == 0
+
+
+def test_a_thumb_that_its_rater_replaced_counts_for_no_arm(store, address, capsys):
+    """Every user of the new model slipped at first: in the end each model has 30 thumbs up and none down."""
+    for i in range(60):
+        who = rater(store, f"u{i}")
+        with store.begin() as session:
+            chat = start(session, who)
+            add_turn(session, chat, "user", TurnText(f"q{i}"))
+            turn = add_turn(session, chat, "assistant", TurnText("a", ("new" if i % 2 else "old", "1")))
+            for up in (False, True) if i % 2 else (True,):
+                judge_turn(session, turn, who, {"up": up}, key=key())
+    assert [one.label for one in open_judgements(address)] == [True] * 60
+    words = ["--experiment.control", "old", "--experiment.treatment", "new", "--experiment.metric", "thumb"]
+    assert main(["ab", address, *words]) == 0
+    assert "go on collecting" in capsys.readouterr().out

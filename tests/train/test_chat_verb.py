@@ -118,6 +118,26 @@ def test_a_conversation(model, tmp_path):
     assert talk.leave() == 0
 
 
+def test_a_saved_conversation_begins_a_line_of_its_own(model, tmp_path, monkeypatch, capsys):
+    """An editor left the file without a line feed at its end."""
+    saved = tmp_path / "talk.jsonl"
+    saved.write_text('{"prompt": "a", "completion": "b"}')
+    typed = iter(["hm", f"/save {saved}", f"/save {tmp_path}"])
+
+    def read(prompt):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", str(model), "--sampling.max_new_tokens", "4", "--run.threads", "1"]) == 0
+    first, second = rows_of(saved)
+    assert first == {"prompt": "a", "completion": "b"}
+    assert [m["role"] for m in second["messages"]] == ["user", "assistant"]
+    assert f"({tmp_path}: it can not be written" in capsys.readouterr().out
+
+
 def greedy_after(model, first: str) -> str:
     """The second answer: the first one stands in the conversation with its end token."""
     net, tokenizer = AutoModelForCausalLM.from_pretrained(model), letters()

@@ -5,9 +5,11 @@ The store, a file, or a program of one's own gives them: whatever iterates over 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -91,6 +93,16 @@ class JudgementFiles:
 def in_order(rows: Iterable[Judgement]) -> list[Judgement]:
     """By time; what came at the same time stays in its order."""
     return sorted(rows, key=lambda j: j.time)
+
+
+def newest(rows: Iterable[Judgement]) -> list[Judgement]:
+    """By time, of one user's judgements of the same answers of the same models to one prompt only the last."""
+    last: dict[tuple[str, str], Judgement] = {}
+    for one in in_order(rows):
+        about = json.dumps([one.prompt, sorted(zip_longest(one.answers, one.models, fillvalue=""))])
+        last.pop((one.user, about), None)
+        last[one.user, about] = one
+    return list(last.values())
 
 
 def judgement(row: Row) -> Judgement:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from steersman.data import BadRows, Row, RowError, read_rows
 from steersman.data import fields as f
-from steersman.people.judgements import Judgement, judgement, name, when
+from steersman.people.judgements import Judgement, judgement, name, newest, when
 
 WIN = "win"
 """The metric of two answers shown side by side: the treatment's share, 1 won, 0 lost, 0.5 tied or both bad."""
@@ -30,7 +30,7 @@ class Outcome:
 
 
 def outcome_rows(rows: Iterable[Row], control: str, treatment: str, bad: BadRows | None = None) -> Iterator[Outcome]:
-    """The outcomes of rows; judgements of other models are passed over.
+    """The outcomes of rows, those of judgements last; judgements of other models are passed over.
 
     A row is a judgement (`judgements.JudgementFiles` says which columns), or has `user` and
     `winner` (an arm's name, tie, both_bad), or `arm` with any of `thumb` (up, down), `retained` (true, false),
@@ -38,15 +38,19 @@ def outcome_rows(rows: Iterable[Row], control: str, treatment: str, bad: BadRows
 
     Raises RowError (file, row, field) at what is none of these, or skips and counts it if `bad` says so.
     """
-    bad = bad or BadRows(key=None)
+    bad, judged = bad or BadRows(key=None), list[Judgement]()
     for row in rows:
         row.data = {k: v for k, v in row.data.items() if v not in (None, "")}  # cells of CSV are empty, not missing
+        found: list[Outcome] = []
         try:
-            found = list(_outcomes(row, control, treatment))
+            if "choice" in row.data or "label" in row.data:
+                judged.append(judgement(row))
+            else:
+                found = list(_outcomes(row, control, treatment))
         except RowError as error:
             bad.add(error)
-            continue
         yield from found
+    yield from outcomes_of(judged, control, treatment)
 
 
 def read_outcomes(path: str, control: str, treatment: str, bad: BadRows | None = None) -> list[Outcome]:
@@ -55,10 +59,11 @@ def read_outcomes(path: str, control: str, treatment: str, bad: BadRows | None =
 
 
 def outcomes_of(rows: Iterable[Judgement], control: str, treatment: str) -> Iterator[Outcome]:
-    """Wins and thumbs of judgements about these two models; gold items tell of raters, not of models."""
-    for one in rows:
-        if one.expected is not None:
-            continue
+    """Wins and thumbs of judgements about these two models, by time; gold items tell of raters, not of models.
+
+    Where a user judged the same answers again, the last judgement counts and the earlier ones do not.
+    """
+    for one in newest(one for one in rows if one.expected is None):
         if one.choice is not None and set(one.models) == {control, treatment}:
             first = one.models[0] == treatment
             yield Outcome(one.user, one.time, WIN, one.share if first else 1 - one.share)
@@ -68,9 +73,6 @@ def outcomes_of(rows: Iterable[Judgement], control: str, treatment: str) -> Iter
 
 def _outcomes(row: Row, control: str, treatment: str) -> Iterator[Outcome]:
     data = row.data
-    if "choice" in data or "label" in data:
-        yield from outcomes_of([judgement(row)], control, treatment)
-        return
     user, time = name(row, "user"), when(row)
     if "winner" in data:
         shares = {treatment: 1.0, control: 0.0, "tie": 0.5, "both_bad": 0.5}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from steersman.data import BadRows
 from steersman.people.judgements import Choice, Judgement, JudgementFiles, Judgements, in_order
 from steersman.people.store.database import open_store
-from steersman.people.store.opinions import Opinion, everything
+from steersman.people.store.opinions import Opinion, everything, newest_thumbs
 from steersman.people.store.schema import Item
 from steersman.people.store.verdicts import Verdict
 
@@ -18,6 +18,7 @@ class StoredJudgements:
     """The comparisons, thumbs and reviews of a store, gold items among them; each reading is one snapshot.
 
     Choices go by an answer's number, not by the side on which it was shown. A model goes by its name without version.
+    Of the thumbs of one rater for one turn only the newest is read.
     """
 
     def __init__(self, url: str) -> None:
@@ -27,7 +28,7 @@ class StoredJudgements:
         store = open_store(self.url, create=False)
         try:
             with store.read() as session:
-                found = [_judgement(one, None) for one in everything(session) if _counts(one)]
+                found = [_judgement(one, None) for one in newest_thumbs(everything(session)) if _counts(one)]
                 for one in everything(session, gold=True):
                     item = session.get(Item, one.subject)
                     if _counts(one) and item is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from steersman.atomic import write_atomic
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Layout, layout
 from steersman.data import end_ids as template_ends
 from steersman.guards.terminal import printable
 from steersman.guards.untrusted import without_half_pairs
+from steersman.jsonl import append_jsonl
 from steersman.model import Policy
 from steersman.model.probe import cache_argument
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig
@@ -197,11 +196,7 @@ class Chat:
         if not name or not self.turns:
             return "(write /save FILE.jsonl)" if self.turns else "(nothing was said yet)"
         path = Path(name).expanduser()
-        try:
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-            write_atomic(path, before + json.dumps({"messages": self.messages}) + "\n")
-        except (OSError, UnicodeDecodeError) as error:
-            return f"({path}: can not be written: {error})"
+        append_jsonl(path, {"messages": self.messages})
         return f"(saved to {path})"
 
 

@@ -154,6 +154,23 @@ def test_rows_of_every_form(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_later_judgement_of_the_same_answers_replaces_the_earlier_one(tmp_path):
+    pair = {"user": "a", "prompt": "p", "answers": ["x", "y"], "models": ["new", "old"]}
+    other_side = {"answers": ["y", "x"], "models": ["old", "new"]}
+    thumb = {"user": "a", "prompt": "p", "completion": "x", "model": "new"}
+    rows = [
+        {**thumb, "label": True, "time": 5},
+        {**thumb, "label": False, "time": 3},
+        {**thumb, "label": True, "user": "b", "time": 4},
+        {**thumb, "label": True, "completion": "z", "time": 4},
+        {**pair, "choice": "first", "time": 1},
+        {**pair, **other_side, "choice": "first", "time": 2},
+    ]
+    found = read_outcomes(write(tmp_path / "o.jsonl", rows), *NAMES)
+    told = [(o.time, o.user, o.metric, o.value) for o in found]
+    assert told == [(2, "a", "win", 0.0), (4, "b", "thumb", 1.0), (4, "a", "thumb", 1.0), (5, "a", "thumb", 1.0)]
+
+
 def test_csv_through_the_verb(tmp_path, capsys):
     path = tmp_path / "outcomes.csv"
     rng = np.random.default_rng(4)

@@ -77,6 +77,13 @@ def test_lessons_are_what_the_verbs_read(tmp_path):
     assert math.isclose(preferences(DataConfig(path=paths["pairs"])).train[0].agreement, 2 / 3)
 
 
+def test_an_answer_that_most_reject_is_no_demonstration():
+    labels = {"a": False, "b": False, "c": True}
+    rows = [Judgement(user, user, 1.0, "p", ("five",), label=label) for user, label in labels.items()]
+    assert sift(rows, FilterConfig())[0] == rows
+    assert lessons(rows, "sft") == []
+
+
 def test_tables_are_mixed_at_the_shares():
     new, earlier, anchor = ([{"prompt": f"{s}{i}"} for i in range(100)] for s in "nea")
     rows = mix_rows(new[:60], earlier, anchor, MixConfig(new=0.6, earlier=0.3, anchor=0.1), 0)

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from steersman.people.addresses import host_names
 from steersman.people.collect import accounts, chat, judging, looking, people, run_pages, security
 from steersman.people.collect.texts import LANGUAGES, language
 from steersman.people.collect.visit import Site, Visit, go
@@ -29,8 +30,7 @@ Handler = Callable[[Visit], Response]
 
 
 def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
-    """The application for an address; on a loopback address no other name of a host is answered, so that no page of
-    another site can reach it by a name of its own."""
+    """The application for an address, which answers to the names of `addresses.host_names` only."""
     pages, waiting = CapacityLimiter(PAGES_AT_ONCE), CapacityLimiter(ANSWERS_AT_ONCE)
 
     def route(
@@ -39,7 +39,6 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
         limiter = waiting if asks else pages
         return Route(path, _endpoint(site, handler, public, admin, limiter), methods=list(methods) or ["GET"])
 
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if security.is_loopback(host) else ["*"]
     return Starlette(
         routes=[
             route("/", judging.home),
@@ -71,7 +70,7 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
             route("/admin/disable", accounts.disable, "POST", admin=True),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Headers)],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=host_names(host)), Middleware(_Headers)],
     )
 
 

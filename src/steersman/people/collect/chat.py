@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from steersman.people.collect.forms import REASONS, seconds_of, thumb_of
+from steersman.people.collect.forms import REASONS, seconds_of, text_of, thumb_of
 from steersman.people.collect.visit import Visit, go
 from steersman.people.store.conversations import (
     TurnText,
@@ -47,10 +47,10 @@ def show(visit: Visit) -> Response:
         if chat is None:
             return visit.error_page("404", 404)
         turns = path(session, chat)
-        compare = _open_comparison(session, visit, chat)
+        compare = next(iter(_open_comparisons(session, visit, chat)), None)
         said = thumbs(session, visit.rater.rater_id, [t.id for t in turns])
     if compare is not None:
-        return go(f"/item/{compare.id}")
+        return go(f"/item/{compare[0].id}")
     verdicts = {turn_id: row.verdict for turn_id, row in said.items()}
     waits = bool(turns) and turns[-1].role == "user"
     return visit.page("chat.html", chat=chat, turns=turns, thumbs=verdicts, reasons=REASONS, waits=waits)
@@ -59,7 +59,7 @@ def show(visit: Visit) -> Response:
 def say(visit: Visit) -> Response:
     text = _message(visit)
     with visit.store.begin() as session:
-        chat = _own(session, visit)
+        chat = _own(session, visit, lock=True)
         if chat is None:
             return visit.error_page("404", 404)
         turns = path(session, chat)
@@ -72,7 +72,7 @@ def say(visit: Visit) -> Response:
 def answer(visit: Visit) -> Response:
     """An answer that is missing, or another one in the place of the last."""
     with visit.store.begin() as session:
-        chat = _own(session, visit)
+        chat = _own(session, visit, lock=True)
         if chat is None:
             return visit.error_page("404", 404)
         turns = path(session, chat)
@@ -87,7 +87,7 @@ def edit(visit: Visit) -> Response:
     """Goes on from another wording of a message of the user's."""
     text = _message(visit)
     with visit.store.begin() as session:
-        chat, turn = _own(session, visit), session.get(Turn, visit.arg("turn"))
+        chat, turn = _own(session, visit, lock=True), session.get(Turn, visit.arg("turn"))
         if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "user":
             return visit.error_page("404", 404)
         branch(session, chat, turn, "user", TurnText(text))
@@ -114,9 +114,12 @@ def _answered(visit: Visit, chat_id: str) -> Response:
     with ThreadPoolExecutor(len(visit.site.answerers)) as pool:
         said = list(pool.map(lambda a: a.answer(asked, visit.rater.pseudonym), visit.site.answerers))
     with visit.store.begin() as session:
-        chat = session.get_one(Conversation, chat_id)
+        chat = session.get_one(Conversation, chat_id, with_for_update=True)
         if chat.leaf_id != leaf:  # another tab went on in the meantime
             return go(f"/chat/{chat_id}#last")
+        for compare, item in _open_comparisons(session, visit, chat):
+            if item.prompt == asked:  # the same message was sent twice at once
+                return go(f"/item/{compare.id}")
         if len(said) == 1 or said[0].content == said[1].content:
             add_turn(session, chat, "assistant", said[0])
             return go(f"/chat/{chat_id}#last")
@@ -127,25 +130,27 @@ def _answered(visit: Visit, chat_id: str) -> Response:
     return go(f"/item/{got.assignment.id}")
 
 
-def _own(session: Any, visit: Visit) -> Conversation | None:
-    found = session.get(Conversation, visit.arg("chat"))
+def _own(session: Session, visit: Visit, *, lock: bool = False) -> Conversation | None:
+    """The chat of the address, where it is the rater's; with `lock` nobody else adds to it before the block ends."""
+    found = session.get(Conversation, visit.arg("chat"), with_for_update=lock)
     return found if found is not None and found.rater_id == visit.rater.rater_id else None
 
 
-def _open_comparison(session: Any, visit: Visit, chat: Conversation) -> Assignment | None:
-    return session.scalar(
-        select(Assignment)
+def _open_comparisons(session: Session, visit: Visit, chat: Conversation) -> list[tuple[Assignment, Item]]:
+    """The comparisons of a chat that wait for a verdict, the newest first."""
+    found = session.execute(
+        select(Assignment, Item)
         .join(Item, Item.id == Assignment.item_id)
         .where(
             Item.conversation_id == chat.id, Assignment.state == "open", Assignment.rater_id == visit.rater.rater_id
         )
         .order_by(Assignment.created.desc())
-        .limit(1)
     )
+    return [(assignment, item) for assignment, item in found]
 
 
 def _message(visit: Visit) -> str:
-    text = str(visit.form.get("text", "")).replace("\r\n", "\n").strip()
+    text = text_of(visit.form, "text").strip()
     if not text:
         raise SteersmanError("the message is empty")
     if len(text) > LONGEST_MESSAGE:

@@ -16,14 +16,19 @@ REASONS = ("r_wrong", "r_unclear", "r_unsafe", "r_style", "r_helpful")
 def verdict_of(form: Any, shown: ShownItem) -> Verdict:
     """The verdict on an item. Raises SteersmanError where the form holds none."""
     if form.get("skip"):
-        return {"skip": str(form.get("reason", ""))}
+        return {"skip": text_of(form, "reason")}
     return _READ[shown.queue.task](form, shown)
 
 
 def thumb_of(form: Any) -> Verdict:
     """A thumb with its reasons and correction."""
     reasons = [name for name in REASONS if form.get(name)]
-    return {"up": form.get("up") == "1", "reasons": reasons, "correction": str(form.get("correction", ""))}
+    return {"up": form.get("up") == "1", "reasons": reasons, "correction": text_of(form, "correction")}
+
+
+def text_of(form: Any, name: str) -> str:
+    """What was written into a field, empty where the form has none; a browser sends its line ends as CR LF."""
+    return str(form.get(name, "")).replace("\r\n", "\n")
 
 
 def seconds_of(form: Any) -> float | None:
@@ -62,7 +67,7 @@ def _mark(form: Any, shown: ShownItem) -> Verdict:
 
 
 def _review(form: Any, shown: ShownItem) -> Verdict:
-    return {"accept": form.get("accept") == "1", "correction": str(form.get("correction", ""))}
+    return {"accept": form.get("accept") == "1", "correction": text_of(form, "correction")}
 
 
 def _whole(text: Any) -> int:

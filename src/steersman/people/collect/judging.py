@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from steersman.people.collect.forms import seconds_of, verdict_of
 from steersman.people.collect.visit import Visit, go, own_path
-from steersman.people.store.conversations import TurnText, add_turn, path
+from steersman.people.store.conversations import TurnText, add_turn, messages, path
 from steersman.people.store.items import CHAT, ShownItem, next_item, own_assignment, place_of, progress, shown_item
 from steersman.people.store.judgements import judge_item, undo
 from steersman.people.store.schema import Assignment, Conversation, Model, Queue, Turn
@@ -81,13 +81,20 @@ def take_back(visit: Visit) -> Response:
 
 
 def _go_on(session: Session, got: ShownItem, choice: Any) -> None:
-    """The chat goes on with the better answer, or, where none is, with the one that stood first on the screen."""
+    """The chat goes on with the better answer, or, where none is, with the one that stood first on the screen.
+
+    Where the path that is shown has left the question behind (an earlier verdict was undone, or another tab went on),
+    it stays as it is.
+    """
+    chat = session.get_one(Conversation, str(got.item.conversation_id), with_for_update=True)
+    turns = path(session, chat)
+    asked = turns[:-1] if turns[-1].role == "assistant" else turns  # answered already: by a verdict that was undone
+    if messages(asked) != got.item.prompt:
+        return
     answer = got.answers[choice if choice in (0, 1) else got.assignment.sides[0]]
-    chat = session.get_one(Conversation, str(got.item.conversation_id))
     model = session.get_one(Model, answer.model_id) if answer.model_id else None
     said = TurnText(answer.content, (model.name, model.version) if model else None, answer.sampling)
-    last = path(session, chat)[-1]  # an answer already where an earlier verdict was undone
-    add_turn(session, chat, "assistant", said, last.parent_id if last.role == "assistant" else last.id)
+    add_turn(session, chat, "assistant", said, asked[-1].id)
 
 
 def _after(got: ShownItem) -> str:

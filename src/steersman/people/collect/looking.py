@@ -13,9 +13,9 @@ from starlette.responses import Response
 from steersman.people.collect.visit import Visit
 from steersman.people.store.conversations import all_turns, path_to
 from steersman.people.store.judgements import live
-from steersman.people.store.opinions import Opinion, everything, gold_results, model_names
+from steersman.people.store.opinions import Opinion, everything, gold_results, model_names, newest_thumbs
 from steersman.people.store.schema import Conversation, JudgementRow, Person, Rater, Turn
-from steersman.statistics.agreement import Rated, alpha
+from steersman.statistics.agreement import Metric, Rated, alpha
 from steersman.statistics.estimates import Estimate
 
 SHOWN = 200
@@ -112,18 +112,17 @@ def overview(visit: Visit) -> Response:
 
 def agreement(told: list[Opinion]) -> list[tuple[str, Estimate]]:
     """Krippendorff's alpha of each queue, and of each attribute of its ratings; rankings and marks have none."""
-    rated: dict[str, list[Rated]] = defaultdict(list)
-    for one in told:
+    rated: dict[tuple[str, Metric], list[Rated]] = defaultdict(list)
+    for one in newest_thumbs(told):
         if one.task == "rate":
             for name, score in one.verdict.get("scores", {}).items():
-                rated[f"{one.queue}: {name}"].append((one.subject, float(score)))
+                rated[f"{one.queue}: {name}", "ordinal"].append((one.subject, float(score)))
         elif one.task in CATEGORIES and "skip" not in one.verdict:
             said = one.verdict[KEYS[one.task]]
-            rated[f"{one.queue} ({one.task})"].append((one.subject, float(CATEGORIES[one.task].index(said))))
-    found = {
-        name: alpha(values, "ordinal" if not name.endswith(")") else "nominal") for name, values in rated.items()
-    }
-    return [(name, found[name]) for name in sorted(found) if found[name].n]
+            place = float(CATEGORIES[one.task].index(said))
+            rated[f"{one.queue} ({one.task})", "nominal"].append((one.subject, place))
+    found = [(name, alpha(rated[name, metric], metric)) for name, metric in sorted(rated)]
+    return [(name, estimate) for name, estimate in found if estimate.n]
 
 
 def _holds(one: Opinion, words: str) -> bool:

@@ -13,6 +13,7 @@ from pydantic import Field
 from steersman.config.sections import Section
 from steersman.data import read_rows
 from steersman.data.rows import Row
+from steersman.people.addresses import in_url, is_loopback
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.store import Store, open_store
 from steersman.people.store.conversations import TurnText
@@ -90,7 +91,6 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
 
     from steersman.people.collect.app import make_app
     from steersman.people.collect.runs import open_root
-    from steersman.people.collect.security import is_loopback
     from steersman.people.collect.visit import Site
 
     if recipe.second is not None and recipe.model is None:
@@ -107,7 +107,7 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     models = [m for m in (recipe.model, recipe.second) if m is not None]
     site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open, runs)
     app = make_app(site, host=recipe.host)
-    print(f"http://{recipe.host}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
+    print(f"http://{in_url(recipe.host)}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
     uvicorn.run(app, host=recipe.host, port=recipe.port, log_config=None, server_header=False, access_log=False)
     return {"store": store.url}
 

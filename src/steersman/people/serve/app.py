@@ -21,6 +21,7 @@ from steersman.guards.untrusted import UntrustedError, parse_json
 from steersman.people.rates import Rates
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend
+from steersman.people.serve.growth import Growth
 from steersman.people.serve.openapi import document
 from steersman.people.serve.reply import LoadedModel, Reply
 from steersman.people.serve.wire import Ask, ChatAsk, TextAsk, fault
@@ -168,8 +169,9 @@ class Server:
         return None
 
     def _client(self, request: Request) -> str:
+        """Whose requests are counted together: those with one key, or, without keys, from one address."""
         if self.keys or self.admin_keys:
-            return request.headers.get("authorization", "")
+            return _key(request)
         return request.client.host if request.client else ""
 
     def _refuse(self, status: int, text: str, kind: str = "invalid_request_error", **more: Any) -> Response:
@@ -241,13 +243,13 @@ class BodyTooLargeError(Exception):
 
 def submit(served: LoadedModel, ask: Ask) -> Reply:
     """A request on its way through a model's engine. Raises SteersmanError for what can not be asked of it."""
-    wake, loop, prompt = asyncio.Event(), asyncio.get_running_loop(), request_prompt(served, ask)
+    growth, prompt = Growth(asyncio.get_running_loop(), ask.n), request_prompt(served, ask)
     sampling = ask.sampling(served.live.room(len(prompt.ids)))
     ticket = served.live.submit(
-        prompt, sampling, lambda: loop.call_soon_threadsafe(wake.set), n=ask.n, seed=ask.own_seed(),
-        likeliest=ask.likeliest,
-    )  # fmt: skip
-    return Reply(ask, served, prompt, ticket, wake)
+        prompt, sampling, growth.changed, n=ask.n, seed=ask.own_seed(), likeliest=ask.likeliest
+    )
+    growth.ticket = ticket
+    return Reply(ask, served, prompt, ticket, growth)
 
 
 def request_prompt(served: LoadedModel, ask: Ask) -> Prompt:
@@ -264,6 +266,11 @@ def _is_json(request: Request) -> bool:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
+def _key(request: Request) -> str:
+    """The key that a request gives, with or without the word Bearer before it."""
+    return request.headers.get("authorization", "").removeprefix("Bearer ")
+
+
 def _among(request: Request, keys: Sequence[bytes]) -> bool:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    given = _key(request).encode()
     return sum(hmac.compare_digest(given, key) for key in keys) > 0

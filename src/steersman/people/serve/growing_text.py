@@ -6,7 +6,7 @@ from steersman.rollout.text import CONTEXT, Texts
 
 
 class SettledText:
-    """What later tokens can not change any more: no half of a character, no beginning of a stop string.
+    """What later tokens can not change any more: no half of a character, no stop string and no beginning of one.
 
     Each token is decoded once or a few times, whatever the length of the response.
     """
@@ -24,5 +24,6 @@ class SettledText:
             self.text += piece
             piece = ""
         text = self.text + piece.rstrip("\ufffd")
-        hold = max((n for s in self.texts.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        return text[: len(text) - hold]
+        stop = self.texts.stop
+        hold = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: min([len(text) - hold, *(text.index(s) for s in stop if s in text)])]

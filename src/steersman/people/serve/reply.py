@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from steersman.data import Layout
 from steersman.people.serve.growing_text import SettledText
+from steersman.people.serve.growth import Growth
 from steersman.people.serve.logprobs import chat_logprobs, text_logprobs
 from steersman.people.serve.wire import Ask, fault
 from steersman.rollout.live import Live, Ticket
@@ -36,8 +37,8 @@ class LoadedModel:
 class Reply:
     """One request's answer while it grows."""
 
-    def __init__(self, ask: Ask, model: LoadedModel, prompt: Prompt, ticket: Ticket, wake: asyncio.Event) -> None:
-        self.ask, self.model, self.prompt, self.ticket, self.wake = ask, model, prompt, ticket, wake
+    def __init__(self, ask: Ask, model: LoadedModel, prompt: Prompt, ticket: Ticket, growth: Growth) -> None:
+        self.ask, self.model, self.prompt, self.ticket, self.growth = ask, model, prompt, ticket, growth
         self.chat = ask.chat
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
         self.sent_texts, self.sent_logprobs = [""] * ask.n, [0] * ask.n
@@ -61,7 +62,7 @@ class Reply:
         choices = []
         for j, sample in sorted(self.ticket.samples.items()):
             said = {"message": {"role": "assistant", "content": sample.text}} if self.chat else {"text": sample.text}
-            probabilities = self._logprobs(j, sample.text)
+            probabilities = self._logprobs(j, sample.text, len(self.ticket.sequences[j].ids))
             choices.append({"index": j, **said, "logprobs": probabilities, "finish_reason": finish(sample.finish)})
         return JSONResponse({**self._head(""), "choices": choices, "usage": self.usage()})
 
@@ -93,23 +94,24 @@ class Reply:
                 continue
             sample = self.ticket.samples.get(j)
             if sample is not None:
-                text, ended = sample.text, finish(sample.finish)
+                text, ended, count = sample.text, finish(sample.finish), len(sequence.ids)
                 self.finished.add(j)
             else:
-                text, ended = self.settled_texts[j].after(sequence.ids), None
+                count = self.growth.readable[j]
+                text, ended = self.settled_texts[j].after(sequence.ids[:count]), None
             fresh = text[len(self.sent_texts[j]) :]
             if fresh or ended:
                 said = {"delta": {"content": fresh} if fresh else {}} if self.chat else {"text": fresh}
-                out.append(self._event(j, said, ended, self._logprobs(j, self.sent_texts[j])))
+                out.append(self._event(j, said, ended, self._logprobs(j, self.sent_texts[j], count)))
                 self.sent_texts[j] = text if len(text) > len(self.sent_texts[j]) else self.sent_texts[j]
         return out
 
-    def _logprobs(self, j: int, text: str) -> dict[str, Any] | None:
-        """Of the tokens that make `text` and were not listed before; None where nobody asked for them."""
+    def _logprobs(self, j: int, text: str, count: int) -> dict[str, Any] | None:
+        """Of the first `count` tokens, which make `text`, those that were not listed before; None where nobody asked
+        for them."""
         if self.ask.likeliest is None:
             return None
-        sequence, first = self.ticket.sequences[j], self.sent_logprobs[j]
-        last = min(len(sequence.ids), len(sequence.likeliest))
+        sequence, first, last = self.ticket.sequences[j], self.sent_logprobs[j], count
         if last and sequence.ids[last - 1] in self.model.live.engine.end_ids:
             last -= 1
         self.sent_logprobs[j] = max(last, first)
@@ -123,10 +125,10 @@ class Reply:
 
     async def _wait(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self.wake.wait(), seconds)
+            await asyncio.wait_for(self.growth.wake.wait(), seconds)
         except TimeoutError:
             return
-        self.wake.clear()
+        self.growth.wake.clear()
 
     def _leave(self) -> None:
         if not self.ticket.done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, layout
 from steersman.model import Policy
+from steersman.people.addresses import host_names, in_url, is_loopback
 from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
@@ -88,14 +88,14 @@ def run(recipe: ServeRecipe) -> dict[str, Any]:
         return LoadedModel(live, layout(policy, DataConfig(path="serve")), name)
 
     models = {name: load(path, name) for name, path in (first | recipe.models).items()}
-    hosts = ("127.0.0.1", "localhost", "[::1]", recipe.serve.host) if loopback(recipe.serve.host) else ("*",)
     behind = None if recipe.backend.url is None else Backend(recipe.backend, recipe.serve.time_limit)
     server = Server(
-        models, load=load, keys=keys, admin_keys=admin_keys, time_limit=recipe.serve.time_limit, hosts=hosts,
-        rate=recipe.serve.rate, alias=alias, assignment=_assignment(recipe, load), backend=behind,
+        models, load=load, keys=keys, admin_keys=admin_keys, time_limit=recipe.serve.time_limit,
+        hosts=host_names(recipe.serve.host), rate=recipe.serve.rate, alias=alias,
+        assignment=_assignment(recipe, load), backend=behind,
     )  # fmt: skip
     what = ", ".join(filter(None, (*models, alias))) or f"what {recipe.backend.url} has"
-    print(f"serving {what} on http://{recipe.serve.host}:{recipe.serve.port}/v1", flush=True)
+    print(f"serving {what} on http://{in_url(recipe.serve.host)}:{recipe.serve.port}/v1", flush=True)
     # Its own set-up of logging would close the handlers of all others in this process.
     uvicorn.run(server.app(), host=recipe.serve.host, port=recipe.serve.port, log_config=None)
     return {"requests": server.requests}
@@ -129,7 +129,7 @@ def api_keys(serve: ServeSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
     admin_keys = _keys("admin_token_file", serve.admin_token_file)
     if admin_keys and not keys:
         raise SteersmanError("serve.admin_token_file: clients need keys as well; name them with --serve.token_file")
-    if not keys and not loopback(serve.host):
+    if not keys and not is_loopback(serve.host):
         raise SteersmanError(
             f"serve.host {serve.host} can be reached from other machines; name a file of API keys with "
             "--serve.token_file, or listen on 127.0.0.1"
@@ -147,11 +147,3 @@ def _keys(field: str, file: str | None) -> tuple[str, ...]:
     if not keys:
         raise SteersmanError(f"serve.{field} {file}: there is no key in it")
     return keys
-
-
-def loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

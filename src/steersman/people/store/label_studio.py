@@ -15,15 +15,17 @@ from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
 
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "messages")
+ANSWER = re.compile(r"(?<![a-z])(answer|response|text|completion|output|option|chosen|rejected)")
+"""Found in the name of a field with an answer, at the beginning of a word: `context` is none."""
+ANSWERS = {"pairwise": 2, "rating": 1}
+"""How many answers a result of each type is about."""
 
 
 def import_task(session: Session, task: dict[str, Any], stem: str, where: str, done: ImportCounts) -> None:
     data = task["data"]
     prompt_key = next((k for k in PROMPTS if data.get(k)), None)
     texts = {k: v for k, v in data.items() if isinstance(v, str) and v.strip() and k != prompt_key}
-    answer_keys = [
-        k for k in texts if re.search(r"(answer|response|text|completion|output|option|chosen|rejected)", k)
-    ]
+    answer_keys = [k for k in texts if ANSWER.search(k)]
     if prompt_key is None or not answer_keys:
         raise SteersmanError(
             f"{where}: no prompt ({', '.join(PROMPTS)}) beside answers (answer1, response_a, text2, ...) among its "
@@ -39,7 +41,8 @@ def import_task(session: Session, task: dict[str, Any], stem: str, where: str, d
         for result in annotation["result"]:
             verdict, answers, settings, kind = _verdict(result, [data[k] for k in answer_keys])
             if kind is None:
-                done.left_out[f"a result of the type {result.get('type')}"] += 1
+                beside = f" beside the answers {', '.join(answer_keys)}" if result["type"] in ANSWERS else ""
+                done.left_out[f"a result of the type {result['type']}{beside}"] += 1
                 continue
             item = import_item(session, stem, kind, data[prompt_key], [TurnText(a) for a in answers], settings)
             key = ("label-studio", stem, task["id"], annotation["id"], result.get("id", result["from_name"]))
@@ -51,9 +54,10 @@ def import_task(session: Session, task: dict[str, Any], stem: str, where: str, d
 
 def _verdict(result: dict[str, Any], answers: list[str]) -> tuple[Any, list[str], dict[str, Any], Any]:
     value = result["value"]
-    if result["type"] == "pairwise" and len(answers) == 2:
+    fits = len(answers) == ANSWERS.get(result["type"])
+    if result["type"] == "pairwise" and fits:
         return {"choice": {"left": 0, "right": 1}[value["selected"]]}, answers, {}, "compare"
-    if result["type"] == "rating" and len(answers) == 1:
+    if result["type"] == "rating" and fits:
         name = str(result["from_name"])
         settings = {"attributes": {name: [str(i + 1) for i in range(max(STARS, int(value["rating"])))]}}
         return {"scores": {name: int(value["rating"])}}, answers, settings, "rate"

@@ -99,8 +99,12 @@ def _turn(session: Session, of: Conversation, message_id: str, m: dict[str, Any]
 
 
 def _model(message: dict[str, Any]) -> tuple[str, str] | None:
-    """Name and version, which is not known, of the model that wrote a message; None for a person."""
-    return (str(message["model"]), "") if message.get("model") else None
+    """Name and version, which is not known, of the model that wrote a message; None for a person.
+
+    In the arena `model` is the arena's name, and `selectedModelId` the model that it drew.
+    """
+    name = message.get("selectedModelId") or message.get("model")
+    return (str(name), "") if name else None
 
 
 def _thumb(
@@ -129,7 +133,7 @@ def _thumb(
     beside = [
         i for i in chat.answering[messages[message_id].get("parentId")]
         if i != message_id and messages[i].get("role") == "assistant"
-        and messages[i].get("model") != messages[message_id].get("model")
+        and _model(messages[i]) != _model(messages[message_id])
     ]  # fmt: skip
     if len(beside) == 1 and turn.content.strip() != turns[beside[0]].content.strip():
         answers = [TurnText(turns[i].content, _model(messages[i])) for i in (message_id, beside[0])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,12 +53,14 @@ def opinions(session: Session, config: CountingConfig) -> list[Opinion]:
         and config.weights.get(one.rater, 1.0) > 0
         and (not config.queues or one.queue in config.queues)
     ]
-    newest = {(o.rater, o.subject): o.number for o in found if o.task == "thumb"}
-    return [
-        _weighted(o, config.weights.get(o.rater, 1.0))
-        for o in found
-        if o.task != "thumb" or newest[o.rater, o.subject] == o.number
-    ]
+    return [replace(one, weight=config.weights.get(one.rater, 1.0)) for one in newest_thumbs(found)]
+
+
+def newest_thumbs(found: Iterable[Opinion]) -> list[Opinion]:
+    """The opinions in their order, of the thumbs of one rater for one turn only the newest."""
+    told = list(found)
+    newest = {(o.rater, o.subject): o.number for o in told if o.task == "thumb"}
+    return [o for o in told if o.task != "thumb" or newest[o.rater, o.subject] == o.number]
 
 
 def everything(session: Session, *, gold: bool = False) -> Iterator[Opinion]:
@@ -101,11 +103,6 @@ def gold_results(session: Session) -> dict[str, list[bool]]:
 
 def model_names(session: Session) -> dict[int | None, str]:
     return {m.id: f"{m.name}@{m.version}" if m.version else m.name for m in session.scalars(select(Model))}
-
-
-def _weighted(one: Opinion, weight: float) -> Opinion:
-
-    return replace(one, weight=weight)
 
 
 class _Paths:

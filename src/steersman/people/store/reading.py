@@ -9,7 +9,7 @@ What each verdict is worth:
     compare   a pair; a tie and "both bad" are half a vote, and "both bad" is a thumb down for both answers
     rank      a ranking; for pairs, all its pairs of unequal rank
     rate      a rating
-    thumb     a thumb; up without a correction: a demonstration
+    thumb     a thumb; where the majority is up, and one of it without a correction: a demonstration
     review    as a thumb: accepted is up
     correction (of a thumb or review)   a demonstration, and a pair: better than the answer that it corrects
 """
@@ -21,14 +21,16 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
+from sqlalchemy.orm import aliased
 
 from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
+from steersman.people.store.conversations import messages
 from steersman.people.store.database import open_store
 from steersman.people.store.opinions import Opinion, opinions
-from steersman.people.store.schema import Conversation, Item, Turn
+from steersman.people.store.schema import Item, Turn
 from steersman.types import SteersmanError
 
 Data = dict[str, Any]
@@ -91,7 +93,7 @@ class StoredRows:
             store.close()
 
     def _prompts(self) -> Iterator[Data]:
-        """Every item's prompt and every conversation's first user's turn, once."""
+        """Every item's prompt, and every conversation up to its user's first turn, once."""
         store = open_store(self.url, create=False)
         try:
             with store.read() as session:
@@ -99,9 +101,15 @@ class StoredRows:
                     select(Item.prompt).where(Item.conversation_id.is_(None)).order_by(Item.queue_id, Item.position)
                 )
                 found: list[Any] = list(items)
-                first = select(Turn.content).join(Conversation, Conversation.id == Turn.conversation_id)
-                begun = first.where(Turn.role == "user", Turn.parent_id.is_(None)).order_by(Turn.created)
-                found += [[{"role": "user", "content": text}] for text in session.scalars(begun)]
+                above = aliased(Turn)
+                begun = (
+                    select(Turn, above)
+                    .outerjoin(above, above.id == Turn.parent_id)
+                    .where(Turn.role == "user", above.parent_id.is_(None))
+                    .where(or_(above.id.is_(None), above.role == "system"))
+                    .order_by(Turn.created)
+                )
+                found += [messages([*([system] if system else []), turn]) for turn, system in session.execute(begun)]
         finally:
             store.close()
         yield from ({"prompt": prompt} for prompt in {repr(p): p for p in found}.values())
@@ -144,12 +152,8 @@ def _pair(group: list[Opinion], better: int, worse: int) -> Data:
 
 
 def _thumbs(found: list[Opinion], each: bool) -> Made:
-    for task, key in (("thumb", "up"), ("review", "accept")):
-        for group in _groups(found, task, each):
-            share = _mean(group, lambda o, key=key: float(o.verdict[key]))
-            if share != 0.5 and group[0].answers[0].strip():
-                data = _about(group) | {"completion": group[0].answers[0], "label": share > 0.5}
-                yield group[0].number, data | {"models": group[0].models}
+    for group, up in _majorities(found, each):
+        yield group[0].number, _answer(group) | {"label": up}
     for group in _groups(found, "compare", each):
         if _mean(group, lambda o: float(o.verdict["choice"] == "both_bad")) > 0.5:
             for answer, model in zip(group[0].answers, group[0].models, strict=True):
@@ -179,9 +183,26 @@ def _demonstrations(found: list[Opinion], each: bool) -> Made:
     for one in found:
         if one.verdict.get("correction"):
             yield one.number, _about([one]) | {"completion": one.verdict["correction"], "models": [""]}
-    for number, data in _thumbs([o for o in found if not o.verdict.get("correction") and o.task != "compare"], each):
-        if data.pop("label"):
-            yield number, data
+    for group, up in _majorities(found, each):
+        if up and any(_is_up(o) and not o.verdict.get("correction") for o in group):
+            yield group[0].number, _answer(group)
+
+
+def _majorities(found: list[Opinion], each: bool) -> Iterator[tuple[list[Opinion], bool]]:
+    """The thumbs and reviews of each answer, with whether most of their weight is up; none of even splits."""
+    for task in ("thumb", "review"):
+        for group in _groups(found, task, each):
+            share = _mean(group, lambda o: float(_is_up(o)))
+            if share != 0.5 and group[0].answers[0].strip():
+                yield group, share > 0.5
+
+
+def _is_up(one: Opinion) -> bool:
+    return one.verdict["up" if one.task == "thumb" else "accept"]
+
+
+def _answer(group: list[Opinion]) -> Data:
+    return _about(group) | {"completion": group[0].answers[0], "models": group[0].models}
 
 
 MADE: dict[Kind, Callable[[list[Opinion], bool], Made]] = {

@@ -32,7 +32,7 @@ class MixConfig(Section):
 def lessons(rows: Sequence[Judgement], kind: Kind) -> Rows:
     """The rows of one kind, each with the ids of the judgements that it comes from.
 
-    sft    a correction, and an answer with a thumb up
+    sft    a correction, and an answer with a thumb up, where most thumbs on it are up
     kto    thumbs; a chosen answer is up and the other down; of two bad ones both are down; a correction is up
     pairs  chosen and rejected with the raters' agreement, one an item; a correction against what it corrects
     """
@@ -44,9 +44,9 @@ def lessons(rows: Sequence[Judgement], kind: Kind) -> Rows:
 
 
 def _sft(rows: Sequence[Judgement]) -> Rows:
-    out: Rows = []
+    share, out = shares(rows), list[dict[str, Any]]()
     for one in rows:
-        answer = one.correction or (one.answers[0] if one.label else "")
+        answer = one.correction or (one.answers[0] if one.label and share[item_key(one)] > 0.5 else "")
         if answer.strip():
             out.append({"prompt": one.prompt, "completion": answer, "judgements": [one.id]})
     return out
