@@ -191,3 +191,18 @@ def test_plain_transformers_still_load_it_all(model_folder):
     load_scalar(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotations_that_depend_on_the_longest_row_are_told(kind, tmp_path, tokenizer):
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    rope |= {"factor": 4.0} if kind == "dynamic" else {
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32
+    }  # fmt: skip
+    config = tiny_config("llama")
+    config.rope_parameters = rope
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    limit = 32 if kind == "longrope" else 128
+    for load in (load_policy, load_scalar):
+        assert any(f"a row longer than {limit} tokens changes the rotations" in note for note in load(tmp_path).notes)

@@ -4,24 +4,30 @@ saved is a plain model. And the knobs of adapters: DoRA, rsLoRA, dropout, module
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from model_inputs import ragged, word_tokenizer
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from steersman.model import LoraConfig, SharedBase, load_policy, load_scalar, save
 from steersman.model.fast import folded as folded_room
 from steersman.model.fast.folded import folded, folded_bytes
 from steersman.model.lora import LearningDropout
 from steersman.model.merge import merged_state
+from steersman.model.modes import checkpoint_activations
 from steersman.model.quantise import is_narrow
+from steersman.recipe.sections import ModelConfig
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.fast.step_conditions import why_no_compiled_step
+from steersman.run.run_config import RunConfig
+from steersman.setup.models import policy_from, scalar_from
 from steersman.train.experience import tokens_of
-from steersman.types import Prompt, Tokens
+from steersman.types import Prompt, SteersmanError, Tokens
 
 BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 KINDS = ["nf4", "fp4", "int8"]
@@ -94,6 +100,46 @@ def test_the_base_is_small_and_the_adapters_are_exact(folder):
     layer = policy.model.model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.nbytes == layer.in_features * layer.out_features // 2
     assert not any(p.dtype == torch.uint8 and p.requires_grad for p in policy.parameters())
+
+
+@BNB
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_folder_that_is_quantised_already_is_a_base_like_one_quantised_here(kind, folder, tmp_path):
+    settings = BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    word_tokenizer().save_pretrained(tmp_path / "theirs")
+    tokens = Tokens.from_ids(**ragged())
+    policy = load_policy(tmp_path / "theirs", device="cpu", lora=LORA)
+    here = load_policy(folder, device="cpu", quantise=kind)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.logp(tokens).logp, here.logp(tokens).logp, atol=1e-5, rtol=1e-5)
+        stirred(policy)
+        saved = load_policy(save(policy, None, tmp_path / "saved", dtype=torch.float32), device="cpu")
+        off = (saved.logp(tokens).logp - policy.logp(tokens).logp).abs().max()
+    assert off < (0.3 if kind == "int8" else 1e-3)
+    assert load_scalar(tmp_path / "theirs", device="cpu").output.weight.dtype == torch.float32
+    with pytest.raises(SteersmanError, match=r"quantised already; remove model\.quantise"):
+        load_policy(tmp_path / "theirs", device="cpu", quantise=kind)
+    config, run = ModelConfig.model_validate({"path": str(tmp_path / "theirs")}), RunConfig(dir="unused")
+    for make in (policy_from, scalar_from):
+        with pytest.raises(
+            SteersmanError, match=r"quantised already, and such weights can not be trained; give model"
+        ):
+            make(config, run, torch.device("cpu"))
+
+
+def test_weights_of_another_quantiser_are_refused_by_its_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(SteersmanError, match="quantised by gptq"):
+        load_policy(tmp_path / "theirs", device="cpu")
 
 
 @BNB
@@ -200,3 +246,14 @@ def test_a_critic_on_a_quantised_base_keeps_its_head_and_saves_adapters_that_loa
     again = load_scalar(tmp_path / "critic", device="cpu", quantise=kind)
     with torch.no_grad():
         torch.testing.assert_close(again.score(tokens), critic.score(tokens))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_acts_in_layers_that_run_again_too(dora, folder):
+    policy = load_policy(folder, device="cpu", lora=LoraConfig(r=2, dropout=0.5, dora=dora))
+    stirred(policy)
+    checkpoint_activations(policy.model)
+    tokens = Tokens.from_ids(**ragged())
+    assert not torch.equal(policy.logp(tokens).logp.detach(), policy.logp(tokens).logp.detach())
+    with torch.no_grad():
+        assert torch.equal(policy.logp(tokens).logp, policy.logp(tokens).logp)

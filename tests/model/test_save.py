@@ -189,6 +189,32 @@ def test_an_adapter_on_the_embedding_alone_unties_it_from_the_output_layer(model
     torch.testing.assert_close(said.float(), expected[0, : tokens.response_length[0]], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("whole", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
+def test_a_table_trained_whole_unties_embedding_and_output_layer(whole, model_folder, tmp_path, tokens):
+    config = tiny_config("llama", 97)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    folder = model_folder(model=AutoModelForCausalLM.from_config(config))
+    policy = load_policy(folder, lora=LoraConfig(r=4, train_whole=whole))
+    nudge(policy)
+    saved = save(policy, None, tmp_path / "merged")
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+    with torch.no_grad():
+        expected = policy.logp(tokens).logp
+        torch.testing.assert_close(load_policy(saved).logp(tokens).logp, expected, rtol=1e-4, atol=1e-4)
+    again = save(load_policy(saved), None, tmp_path / "again")  # without adapters
+    assert json.loads((again / "config.json").read_text())["tie_word_embeddings"] is False
+    same = save(load_policy(folder, lora=LoraConfig(r=4)), None, tmp_path / "same")
+    assert json.loads((same / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(same / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_shared_table_of_a_pair_is_not_trained_whole(family, model_folder):
+    with pytest.raises(SteersmanError, match=r"lora\.train_whole includes"):
+        load_policy(model_folder(family), lora=LoraConfig(r=2, targets=["q", "q_proj"], train_whole=("lm_head",)))
+
+
 def test_written_file_by_file_no_more_than_a_file_and_a_layer_lie_in_memory(model_folder, tmp_path, monkeypatch):
     policy = load_policy(model_folder())
     nudge(policy)

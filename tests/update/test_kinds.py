@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
 
+from steersman.model import LoraConfig, Policy, SharedCritic, tables_and_adapters
 from steersman.ops.rounding import stochastic
 from steersman.types import SteersmanError
-from steersman.update.kinds import LONG, half_gap, state_bytes
+from steersman.update.kinds import half_gap, state_bytes
 from steersman.update.optimizer import Optimizer, OptimizerConfig
 
 BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -149,12 +151,28 @@ def test_master_weights_follow_a_float32_run_exactly():
         assert torch.equal(half, wide.bfloat16())
 
 
-def test_muon_takes_matrices_and_leaves_tables_and_adapters():
-    model = nn.ModuleList([nn.Embedding(LONG * 8, 8), nn.Linear(8, 24), nn.Linear(LONG * 4, 4, bias=False)])
-    optimizer = Optimizer(model.parameters(), OptimizerConfig(kind="muon", lr=1e-3), 1)
-    muon, adamw = optimizer.adamw.parts
-    assert [tuple(p.shape) for g in muon.param_groups for p in g["params"]] == [(24, 8)]
-    assert len([p for g in adamw.param_groups for p in g["params"]]) == 3
+@pytest.mark.parametrize("lora", [False, True])
+def test_muon_takes_matrices_and_leaves_tables_and_adapters_whatever_their_shape(lora):
+    """A table of 97 x 32 is no longer than a layer of a real model is wide; an adapter of rank 8 is as short."""
+    policy = Policy(tiny_model("llama"), None)
+    if lora:
+        policy.adapt(LoraConfig(r=8, train_whole=("up_proj",), targets=["q_proj"]))
+    critic, config = SharedCritic(policy), OptimizerConfig(kind="muon", lr=1e-3)
+    tables = tables_and_adapters(critic)
+    muon, adamw = Optimizer(critic.parameters(), config, 1, tables).adamw.parts
+    names = {id(p): name for name, p in critic.named_parameters()}
+    taken, left = ({names[id(p)] for g in part.param_groups for p in g["params"]} for part in (muon, adamw))
+    assert all("_proj" in name and "lora_" not in name for name in taken)
+    wanted = {"value_head.weight", *(n for n in names.values() if "lora_" in n)} if lora else {
+        "value_head.weight", "policy.model.model.embed_tokens.weight", "policy.model.lm_head.weight"
+    }  # fmt: skip
+    assert wanted <= left
+    kept = [p for p in critic.parameters() if p.requires_grad]
+    matrices = sum(p.numel() for p in kept if names[id(p)] in taken)
+    assert state_bytes(kept, config, tables) == 4 * matrices + 8 * (sum(p.numel() for p in kept) - matrices)
+    half = nn.Parameter(torch.randn(8, 24).bfloat16())
+    (_, _, inner), *_ = Optimizer([half], config, 1, [half]).adamw.parts
+    assert type(inner) is torch.optim.AdamW
 
 
 def test_stochastic_rounding_of_float16_is_refused():

@@ -14,7 +14,8 @@ from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
 from steersman.model.shape import SIZES, Shape, shape_of
 from steersman.model.shard import as_local_shards, place, place_head, whole_state, whole_weights
-from steersman.model.share import SharedBase
+from steersman.model.share import SharedBase, frozen_copy
+from steersman.model.tables import tables_and_adapters
 
 __all__ = [
     "GENERAL",
@@ -38,6 +39,7 @@ __all__ = [
     "at_hand",
     "bytes_to_come",
     "fresh_policy",
+    "frozen_copy",
     "head_names",
     "keep_away",
     "latent_names",
@@ -51,6 +53,7 @@ __all__ = [
     "save",
     "shape_of",
     "step_ends",
+    "tables_and_adapters",
     "whole_state",
     "whole_weights",
 ]

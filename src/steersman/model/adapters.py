@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from steersman.distributed.pieces import full_tensor
 from steersman.distributed.ranks import ranks
-from steersman.model.in_place import add_in_place
+from steersman.model.adapter_files import (
+    CONFIG,
+    ROOT,
+    WEIGHTS,
+    adapter_notes,
+    adapter_settings,
+    adapter_tensors,
+    not_plain_layers,
+    require_fit,
+)
+from steersman.model.lora import fitting, settle
 from steersman.model.meaning import Meaning
+from steersman.model.merge import adapters_left_out
 from steersman.types import SteersmanError
 
-CONFIG, WEIGHTS, MEANING = "adapter_config.json", "adapter_model.safetensors", "meaning.json"
-ROOT = "base_model.model."
-"""What peft puts before every name."""
+MEANING = "meaning.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +49,42 @@ def adapted_folder(source: str) -> AdaptedFolder:
 
     Raises SteersmanError where it can not be read, or its adapters are a language model's.
     """
-    folder = Path(source)
+    folder, notes = Path(source), adapter_notes(source)
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        base, task = config["base_model_name_or_path"], config.get("task_type")
         told = folder / MEANING
         meaning = Meaning.parsed(json.loads(told.read_text())) if told.exists() else Meaning()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteersmanError(f"{folder}: its adapters can not be read: {error}") from error
-    if task != "SEQ_CLS":
+    if notes.task != "SEQ_CLS":
         raise SteersmanError(
-            f"{folder}: adapters of a language model ({task}), not of a reward model or critic; train one with "
+            f"{folder}: adapters of a language model ({notes.task}), not of a reward model or critic; train one with "
             "`steersman reward`, or merge these into their model first (`steersman export`)"
         )
-    return AdaptedFolder(str(base), meaning)
+    return AdaptedFolder(notes.base, meaning)
 
 
 def put_adapters(scalar: Any, source: str) -> None:
-    """Puts the folder's adapters on the scalar model's trunk and its head in place; all of them trainable.
+    """Puts the folder's adapters on the scalar model's trunk, with what is trained whole there, and its head in
+    place; all of them trainable, without dropout.
 
-    Raises SteersmanError where their names or shapes are not those of this model.
+    Raises SteersmanError where they can not be read, are not plain LoRA or DoRA, or their names or shapes are not
+    those of this model.
     """
     import peft
 
-    folder = Path(source)
-    try:
-        config: Any = peft.LoraConfig.from_pretrained(str(folder))
-        config.task_type, config.modules_to_save, config.inference_mode = "FEATURE_EXTRACTION", None, False
+    config, saved = adapter_settings(source, trainable=True), adapter_tensors(source)
+    inside = [f".{name}" for name, _ in scalar.trunk.named_modules()]
+    whole = [name for name in config.modules_to_save or () if any(x.endswith(f".{name}") for x in inside)]
+    config.task_type, config.modules_to_save = "FEATURE_EXTRACTION", whole or None
+    with fitting(source, scalar.model):
         peft.inject_adapter_in_model(config, scalar.trunk)
-        add_in_place(scalar.trunk)
-        scalar.has_adapters = True
-        saved = {name.removeprefix(ROOT): x for name, x in load_file(folder / WEIGHTS).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SteersmanError(f"{folder}: its adapters can not be read: {error}") from error
+    settle(scalar.trunk)
+    if odd := adapters_left_out(scalar.trunk):
+        raise not_plain_layers(source, odd)
+    scalar.has_adapters = True
     here = dict(_named(scalar))
-    wrong = sorted(set(here) ^ set(saved)) or [n for n, p in here.items() if p.shape != saved[n].shape]
-    if wrong:
-        raise SteersmanError(f"{folder}: its adapters do not fit {scalar.model.name_or_path}: {', '.join(wrong[:4])}")
+    saved = {name.removeprefix(ROOT): x for name, x in saved.items()}
+    require_fit(source, scalar.model.name_or_path, here, saved)
     with torch.no_grad():
         for name, p in here.items():
             p.copy_(saved[name])
@@ -90,9 +98,14 @@ def write_adapters(scalar: Any, folder: Path) -> None:
 
 
 def _write_files(scalar: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    from peft.tuners.lora import LoraLayer
+
     config: Any = copy.copy(next(iter(scalar.trunk.peft_config.values())))
-    head = sorted({name.split(".")[0] for name, _ in _named(scalar) if ".lora_" not in name})
-    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", head, True
+    head = sorted({name.split(".")[0] for name, _ in _named(scalar)} - {scalar.trunk_name})
+    config.task_type, config.inference_mode = "SEQ_CLS", True
+    config.modules_to_save = [*(config.modules_to_save or ()), *head]
+    # by name: a pattern over the trunk's names would not match those of the whole classifier, which peft asks
+    config.target_modules = [name for name, part in scalar.trunk.named_modules() if isinstance(part, LoraLayer)]
     config.base_model_name_or_path = scalar.model.name_or_path
     config.save_pretrained(str(folder))
     save_file(state, folder / WEIGHTS)
@@ -105,10 +118,14 @@ def same_place(a: str, b: str) -> bool:
 
 
 def _named(scalar: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """Adapters and head by the names that peft's files have."""
-    trunk = scalar.trunk_name + "."
+    """Adapters, what is trained whole beside them, and the head, by the names that peft's files have."""
+    trunk, whole = scalar.trunk_name + ".", ".modules_to_save.default."
     return [
-        (name.replace("magnitude_vector.default.weight", "magnitude_vector").replace(".default.", "."), p)
+        (_in_file(name.replace(whole, ".")), p)
         for name, p in scalar.model.named_parameters()
-        if ".lora_" in name or not name.startswith(trunk)
+        if ".lora_" in name or whole in name or not name.startswith(trunk)
     ]
+
+
+def _in_file(name: str) -> str:
+    return name.replace("magnitude_vector.default.weight", "magnitude_vector").replace(".default.", ".")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import transformers as hf  # its names are imported when they are asked for, which takes seconds
 
+from steersman.model.adapter_files import AdapterNotes, adapter_notes
 from steersman.model.adapters import adapted_folder, is_adapters, put_adapters
 from steersman.model.attributes import AttributeModel, GatedModel
 from steersman.model.bottleneck import BOTTLENECK, BottleneckModel
@@ -64,19 +65,17 @@ def load_policy(
     `device` None is CUDA where there is one. `attention` names one of the ecosystem's implementations, such as
     "sdpa" or "eager". Every dropout probability is set to 0, so that the log-probabilities of training are those
     of sampling (the first ratio is 1). `quantise` keeps the linear layers
-    of a frozen base in 4 or 8 bits. A folder of saved adapters loads them on the model they name. What was
-    found or changed is in the policy's `notes`. Python code in the folder is run with `trust_remote_code` alone.
+    of a frozen base in 4 or 8 bits. A folder of saved adapters loads them on the model they name, with the tokenizer
+    beside them where there is one; of `lora` dropout alone then acts. What was found or changed is in the policy's
+    `notes`. Python code in the folder is run with `trust_remote_code` alone.
 
     Raises SteersmanError if there is nothing at the path, it is no language model that writes, weights are
-    missing, the tokenizer is missing, has no end token or has more ids than the model has embeddings.
+    missing, the tokenizer is missing, has no end token or has more ids than the model has embeddings, or saved
+    adapters are not plain LoRA or DoRA, or not of the model that they name.
     """
     source, local = find(path)
-    saved_adapters = local and (Path(source) / "adapter_config.json").exists()
-    if saved_adapters:
-        named = json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base, base_local = find(named)
-    else:
-        base, base_local = source, local
+    told = adapter_notes(source) if local and is_adapters(source) else None
+    base, base_local = (source, local) if told is None else _base(source, told)
     notes: list[str] = []
     config = read_config(base, base_local, notes, trust=trust_remote_code)
     pair, stored = config.is_encoder_decoder, stored_dtype(config)
@@ -94,20 +93,21 @@ def load_policy(
     if dtype == "float16" and config.model_type in WIDE:
         notes.append(f"{base}: {config.model_type} models are known to overflow in float16; use bfloat16 or float32")
         _log.warning(notes[-1])
-    tokenizer = read_tokenizer(base, base_local, trust=trust_remote_code)
+    speaks = source if _has_tokenizer(source) else base
+    tokenizer = read_tokenizer(speaks, speaks == source or base_local, trust=trust_remote_code)
     model, info = read_weights(
         hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention,
         trust=trust_remote_code, quantise=quantise, device=_device(device),
     )  # fmt: skip
     require_complete(base, model, info)
-    require_vocabulary(base, tokenizer, model)
-    model = model if quantise != "none" else model.to(_device(device))
+    require_vocabulary(speaks, tokenizer, model)
     policy = Policy(model, tokenizer, pack=pack)
     policy.notes, policy.stored_dtype = [*notes, *router_notes(base, config)], stored
-    if saved_adapters:
+    if told is not None:
         policy.register_adapters(load_lora(model, source, trainable=trainable))
-        notes.append(f"adapters from {source} on {base}")
-    elif lora is not None:
+        policy.starts_adapted = True
+        policy.notes.append(_from_folder(source, told, model))
+    if lora is not None:
         policy.adapt(lora)
     if not trainable:
         policy.requires_grad_(False)
@@ -153,7 +153,7 @@ def load_scalar(
     stored = stored_dtype(config)
     how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
     model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, how)
-    scalar = ScalarModel(model if quantise != "none" else model.to(_device(device)), tokenizer)
+    scalar = ScalarModel(model, tokenizer)
     scalar.notes, scalar.stored_dtype = notes, stored
     return scalar if trainable else scalar.requires_grad_(False)
 
@@ -199,7 +199,6 @@ def load_reward(
     stored = stored_dtype(config)
     how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
     model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes, how)
-    model = model if quantise != "none" else model.to(_device(device))
     kinds = {ENSEMBLE: EnsembleModel, BOTTLENECK: BottleneckModel, GENERAL: GeneralPreferenceModel}
     kind = GatedModel if meaning.gating else kinds.get(meaning.kind, AttributeModel)
     loaded = kind(model, tokenizer, wanted)
@@ -210,19 +209,48 @@ def load_reward(
 
 def _adapted(source: str, init: str, *, trainable: bool, **how: Any) -> ScalarModel | AttributeModel | GatedModel:
     """The reward model or critic whose adapters and head lie in a folder, on the model that it names."""
-    found = adapted_folder(source)
+    told, found = adapter_notes(source), adapted_folder(source)
     if init == "fresh":
         raise SteersmanError(f"{source}: adapters with a head of their own; for a new head name {found.base}")
-    several = len(found.meaning.attributes) > 1
+    several, base = len(found.meaning.attributes) > 1, _base(source, told)[0]
     model = (
-        load_reward(found.base, attributes=found.meaning.attributes, **how)
+        load_reward(base, attributes=found.meaning.attributes, **how)
         if several
-        else load_scalar(found.base, init="fresh", **how)
+        else load_scalar(base, init="fresh", **how)
     )
+    if _has_tokenizer(source):
+        model.tokenizer = read_tokenizer(source, local=True, trust=how["trust_remote_code"])
+        require_vocabulary(source, model.tokenizer, model.model)
     model.means(found.meaning)
     put_adapters(model, source)
-    model.notes.append(f"adapters from {source} on {found.base}")
+    model.notes.append(_from_folder(source, told, model.model))
     return model if trainable else model.requires_grad_(False)
+
+
+def _base(source: str, told: AdapterNotes) -> tuple[str, bool]:
+    """Where the model lies that a folder of adapters names. Raises SteersmanError where it is not there."""
+    try:
+        return find(told.base)
+    except SteersmanError as error:
+        raise SteersmanError(
+            f"{source}: its adapters are on {told.base}, which is not there ({error}); write where it is as "
+            "base_model_name_or_path in adapter_config.json"
+        ) from error
+
+
+def _from_folder(source: str, told: AdapterNotes, model: Any) -> str:
+    """The note on adapters that were put on a model."""
+    numbers = [re.search(r"\.(\d+)\.", name) for name, _ in model.named_parameters() if ".lora_" in name]
+    last = max((int(found[1]) for found in numbers if found), default=None)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    few = "" if last is None or last + 1 >= layers else f", on its first {last + 1} of {layers} layers alone"
+    off = f"; their dropout of {told.dropout:g} is off unless model.lora.dropout asks for it" if told.dropout else ""
+    return f"adapters from {source} on {told.base}{few}{off}"
+
+
+def _has_tokenizer(source: str) -> bool:
+    """Whether a folder holds a tokenizer, as one of adapters may or may not."""
+    return any((Path(source) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -5,7 +5,8 @@ peft is imported where adapters are: it takes seconds, and most runs have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from steersman.model.adapter_files import (
+    adapter_settings,
+    adapter_tensors,
+    not_plain_layers,
+    require_fit,
+    same_as_base,
+)
 from steersman.model.in_place import add_in_place
+from steersman.model.merge import adapters_left_out
 from steersman.types import SteersmanError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_log = logging.getLogger("steersman.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,7 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     with _naming_targets(model, config):
         adapters = peft.get_peft_model(model, _settings(model, config, task))
-    _drop_while_learning(model)
-    add_in_place(model)
+    settle(model)
     _require_plain_output(model)
     return adapters  # type: ignore[return-value]
 
@@ -66,8 +76,7 @@ def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
 
     with _naming_targets(trunk, config):
         peft.inject_adapter_in_model(_settings(trunk, config, "FEATURE_EXTRACTION"), trunk)
-    _drop_while_learning(trunk)
-    add_in_place(trunk)
+    settle(trunk)
 
 
 def _settings(model: Any, config: LoraConfig, task: str) -> Any:
@@ -134,15 +143,24 @@ class LearningDropout(nn.Dropout):
         return nn.functional.dropout(input, self.p, torch.is_grad_enabled())
 
 
-def _drop_while_learning(model: nn.Module) -> None:
-    """Puts that in the place of the adapters' dropout: models are kept in evaluation mode here."""
+def settle(model: nn.Module) -> None:
+    """Lets adapters that were just put on be part of a model like any other: in evaluation mode, as models are kept
+    here, with dropout where gradients are asked for, and added to what their layer gives in place."""
     from peft.tuners.lora import LoraLayer
 
     for module in list(model.modules()):
         if isinstance(module, LoraLayer):
-            for name, dropout in module.lora_dropout.items():
-                if isinstance(dropout, nn.Dropout):
-                    module.lora_dropout[name] = LearningDropout(dropout.p)
+            chances = {name: part.p for name, part in module.lora_dropout.items() if isinstance(part, nn.Dropout)}
+            module.eval()
+            for name, p in chances.items():
+                _drop(module, name, p)
+    add_in_place(model)
+
+
+def _drop(layer: Any, name: str, p: float) -> None:
+    layer.lora_dropout[name] = LearningDropout(p) if p > 0 else nn.Identity()
+    # DoRA asks the layer's mode whether what it reads may be dropped; nothing else in it does
+    layer.training = p > 0 and name in layer.lora_variant
 
 
 @contextmanager
@@ -159,13 +177,67 @@ def _naming_targets(model: Any, config: LoraConfig) -> Iterator[None]:
 
 
 def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
-    """Puts the adapters saved in a folder on the model in place. Raises SteersmanError as `add_lora` does."""
-    import peft
+    """Puts the adapters saved in a folder on the model in place, without dropout.
 
-    adapters = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    add_in_place(model)
+    Raises SteersmanError where they can not be read, are not plain LoRA or DoRA, do not fit the model, or are on the
+    output layer.
+    """
+    import peft
+    from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+
+    settings, saved = adapter_settings(folder, trainable=trainable), adapter_tensors(folder)
+    with fitting(folder, model):
+        adapters: Any = peft.get_peft_model(model, settings)
+    settle(model)
+    if odd := adapters_left_out(model):
+        raise not_plain_layers(folder, odd)
+    here = get_peft_model_state_dict(adapters, save_embedding_layers=False)
+    state = adapters.state_dict()
+    own = {name: x for name, x in saved.items() if name in here or not same_as_base(name, x, state)}
+    require_fit(folder, model.name_or_path, here, own)
+    set_peft_model_state_dict(adapters, own)
     _require_plain_output(model)
     return adapters
+
+
+@contextmanager
+def fitting(folder: str, model: Any) -> Iterator[None]:
+    """Turns peft's complaint about a model that saved adapters can not be put on into one that names both."""
+    try:
+        yield
+    except Exception as error:  # peft has an error of its own for each kind of module
+        raise SteersmanError(
+            f"{folder}: its adapters can not be put on {model.name_or_path}: {error}; name the model that they were "
+            "trained on as base_model_name_or_path in adapter_config.json"
+        ) from error
+
+
+def go_on(model: nn.Module, settings: Any, asked: LoraConfig) -> list[str]:
+    """Trains adapters on that were loaded, with the dropout asked for. They stay what they are otherwise; returns
+    what to say where that is not what was asked for. `settings` are peft's, which saving writes."""
+    from peft.tuners.lora import LoraLayer
+
+    settings.lora_dropout = asked.dropout
+    for module in list(model.modules()):
+        if isinstance(module, LoraLayer):
+            for name in list(module.lora_dropout):
+                _drop(module, name, asked.dropout)
+    pairs = {
+        "r": (settings.r, asked.r),
+        "alpha": (settings.lora_alpha, asked.alpha),
+        "dora": (settings.use_dora, asked.dora),
+        "rslora": (settings.use_rslora, asked.rslora),
+        "train_whole": (sorted(settings.modules_to_save or []), sorted(asked.train_whole)),
+    }
+    if asked.targets != "all-linear":
+        have, want = (x if isinstance(x, str) else sorted(x) for x in (settings.target_modules, asked.targets))
+        pairs["targets"] = (have, want)
+    told = [f"{name} {have} (asked for: {want})" for name, (have, want) in pairs.items() if have != want]
+    if not told:
+        return []
+    said = f"model.lora: the saved adapters go on as they are, with {', '.join(told)}; of these settings dropout acts"
+    _log.warning(said)
+    return [said]
 
 
 def adapter_state(adapters: PeftModel) -> dict[str, Tensor]:
@@ -186,6 +258,7 @@ def _require_plain_output(model: Any) -> None:
     """Raises SteersmanError if the output layer carries an adapter: it is applied without running the module. So do
     adapters on the embeddings of an encoder-decoder, which has several that share their weights."""
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     on_embeddings = any(isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Embedding)
                         for m in model.modules())  # fmt: skip
@@ -194,17 +267,11 @@ def _require_plain_output(model: Any) -> None:
             "lora.targets include the embeddings, which the encoder, the decoder and the output layer of an "
             "encoder-decoder share; leave them out"
         )
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.is_encoder_decoder and any(isinstance(table, ModulesToSaveWrapper) for table in tables):
+        raise SteersmanError(
+            "lora.train_whole includes the embeddings or the output layer of an encoder-decoder, which share their "
+            "weights; leave them out"
+        )
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise SteersmanError("lora.targets include the output layer, which can not carry an adapter; leave it out")
-
-
-def tables_differ(model: Any, weight: Callable[[str], Tensor]) -> bool:
-    """Whether embedding and output layer differ in a merged state, whose tensors `weight` gives by name: an adapter
-    on the embedding alone changes just that one, whether the model began with both as one weight or not."""
-    from peft.tuners.lora import LoraLayer
-
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, LoraLayer) or output is None:
-        return False
-    names = {id(module): name for name, module in model.named_modules()}
-    return not torch.equal(*(weight(f"{names[id(module)]}.weight") for module in (embedding, output)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steersman.model.quantise import dense, is_quantised
 from steersman.model.weight_files import Entry
+from steersman.types import SteersmanError
 
 
 def merged_weight(layer: Any, weight: Tensor) -> Tensor:
@@ -36,11 +37,39 @@ def merged_state(model: nn.Module, *, with_adapters: bool = True) -> dict[str, T
     }
 
 
+def adapters_left_out(model: nn.Module) -> list[str]:
+    """Names of the modules whose adapters `merged_entries` would add to no weight: of another kind than LoRA, or with
+    more than a layer's weight to add to (a bias, an expert's matrix that is no layer)."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    weights = set(model.state_dict(keep_vars=True))
+
+    def left_out(name: str, module: nn.Module) -> bool:
+        if isinstance(module, LoraLayer):
+            biased = any(isinstance(part, nn.Linear) and part.bias is not None for part in module.lora_B.values())
+            return biased or f"{name}.base_layer.weight" not in weights
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return not isinstance(module, ModulesToSaveWrapper)
+        return isinstance(module, BaseTunerLayer)
+
+    return [name for name, module in model.named_modules() if left_out(name, module)]
+
+
 def merged_entries(model: nn.Module, *, with_adapters: bool = True) -> Iterator[Entry]:
-    """The weights of `merged_state`, each made when it is asked for, as exact as its sum is."""
+    """The weights of `merged_state`, each made when it is asked for, as exact as its sum is.
+
+    Raises SteersmanError where an adapter would be added to none of them.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
+    if odd := adapters_left_out(model):
+        raise SteersmanError(
+            f"the adapters on {', '.join(odd[:3])} can not be merged here: they are not plain LoRA or DoRA on the "
+            "weight of a layer; merge them with peft (merge_and_unload)"
+        )
     special: dict[str, Callable[[], Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):

@@ -30,16 +30,17 @@ def checkpoint_activations(model: Any, *, away_from: torch.device | None = None)
     """Layers keep what they are given, and make the rest again for their backward pass. What they keep waits in the
     CPU's memory where `away_from` names the device on which they compute; pinned for CUDA.
 
-    They, and what leads to them, are in training mode; all that is in them stays in evaluation mode, since it may be
-    random in training: PhiMoE's router draws its experts there (arXiv 2409.12136), in no field of its config.
+    They, and what leads to them, are in training mode; all that is in them stays in the mode that it is in, which is
+    evaluation, since it may be random in training: PhiMoE's router draws its experts there (arXiv 2409.12136), in no
+    field of its config.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its name changes, but not in the oldest release that is read
         model.gradient_checkpointing_enable({"use_reentrant": False})
     inside = [name for name, module in model.named_modules() if _can(module)]
     ways = {name[:end] for name in inside for end in (0, *(i for i, c in enumerate(name) if c == "."), len(name))}
-    for name, module in model.named_modules():
-        module.training = name in ways
+    for name in ways:
+        model.get_submodule(name).training = True
     if away_from is not None and away_from.type != "cpu":
         layers: list[Any] = [module for module in model.modules() if _can(module)]
         for module in layers:

@@ -9,18 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 _waiting: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
 """Models that `keep_away` was given."""
+_staying: WeakSet[nn.Module] = WeakSet()
+"""Models that it leaves alone."""
+
+
+def let_stay(model: nn.Module) -> None:
+    """Has `keep_away` leave a model where it is: its weights are another's too, so that nothing would be won."""
+    _staying.add(model)
 
 
 def keep_away(model: nn.Module) -> None:
     """Takes a frozen model's weights into the CPU's memory, from where `at_hand` brings them back to the device on
-    which they are now, in the precision that they have now. While they wait the model can not be read."""
+    which they are now, in the precision that they have now. While they wait the model can not be read. One that is to
+    stay (`let_stay`) is left alone."""
+    if model in _staying:
+        return
     weights = _Weights(model)
     weights.put(weights.kept)
     _waiting[model] = weights

@@ -17,7 +17,7 @@ from steersman.distributed.ranks import ranks
 from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
-from steersman.model.lora import LoraConfig, add_lora
+from steersman.model.lora import LoraConfig, add_lora, go_on
 from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import CausalReader, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
@@ -45,7 +45,8 @@ class Policy(nn.Module):
 
     `pack`: lay several rows into one of up to so many tokens, with the same results. `max_tokens`: without
     gradients, run in groups of like length of at most so many tokens with their padding. `notes` say what
-    loading found or changed, `stored_dtype` in which precision the weights lay on disk (None: unknown).
+    loading found or changed, `stored_dtype` in which precision the weights lay on disk (None: unknown), and
+    `starts_adapted` whether it began with saved adapters, so that without them it is not what it was at the start.
 
     Raises SteersmanError if the model's own logits are not what trunk and output layer give, if later tokens or
     padding show in its states, if an encoder-decoder names no start token, or if it can not pack where packing is
@@ -65,6 +66,7 @@ class Policy(nn.Module):
         self.pack, self.max_tokens = pack, max_tokens
         self.notes: list[str] = []
         self.stored_dtype: torch.dtype | None = None
+        self.starts_adapted = False
         self.reader: Reader
         with naming_family(model):
             if is_pair(model):
@@ -93,8 +95,14 @@ class Policy(nn.Module):
         return self.__dict__.get("_adapters")
 
     def adapt(self, lora: LoraConfig) -> None:
-        """Puts adapters on the model, whose own weights are frozen. Raises SteersmanError where they do not fit."""
-        self.register_adapters(add_lora(self.model, lora))
+        """Puts adapters on the model, whose own weights are frozen. Saved ones that it has already go on as they are:
+        of `lora` dropout alone acts then, and a note says what else differs.
+
+        Raises SteersmanError where they do not fit."""
+        if self.adapters is None:
+            self.register_adapters(add_lora(self.model, lora))
+        else:
+            self.notes += go_on(self.model, self.adapters.peft_config["default"], lora)
 
     def register_adapters(self, adapters: PeftModel) -> None:
         """Knows these adapters, which are on the model already, as its own."""
@@ -171,7 +179,8 @@ class Policy(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:
-        """The policy before training: this same module with its adapters off and without gradients.
+        """This same module with its adapters off and without gradients: the policy before training, unless it
+        `starts_adapted`.
 
         Raises SteersmanError where there are no adapters, because the weights themselves are trained then.
         """

@@ -29,8 +29,7 @@ def quantisation(kind: Quantise, dtype: torch.dtype, keep: list[str] | None = No
 
     Raises SteersmanError where bitsandbytes is missing.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SteersmanError(f"model.quantise {kind} needs bitsandbytes: pip install 'steersman[bitsandbytes]'")
+    _require_bitsandbytes(f"model.quantise {kind}")
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -39,6 +38,35 @@ def quantisation(kind: Quantise, dtype: torch.dtype, keep: list[str] | None = No
         load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=keep,
     )  # fmt: skip
+
+
+def as_stored_quantised(
+    source: str, stored: Any, dtype: torch.dtype | str, keep: list[str] | None = None
+) -> dict[str, Any]:
+    """What a folder whose weights bitsandbytes has quantised says of them, with products in `dtype` ("auto": as they
+    were) and without int8's columns of outliers. `keep` names layers that stay as they are beside its own.
+
+    Raises SteersmanError for other methods, and where bitsandbytes is missing.
+    """
+    told: dict[str, Any] = dict(stored if isinstance(stored, dict) else stored.to_dict())
+    ours = told.get("load_in_4bit") or told.get("load_in_8bit")
+    method = told.get("quant_method") or ("bitsandbytes" if ours else "an unknown method")
+    if method != "bitsandbytes" or not ours:
+        raise SteersmanError(
+            f"{source}: its weights are quantised by {method} (quantization_config in config.json), on which nothing "
+            "can be trained here; give the model as it was before, with model.quantise if it is to be in 4 or 8 bits"
+        )
+    _require_bitsandbytes(f"{source}: its weights are quantised, which")
+    if isinstance(dtype, torch.dtype):
+        told["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    if keep is not None:
+        told["llm_int8_skip_modules"] = [*(told.get("llm_int8_skip_modules") or ["lm_head"]), *keep]
+    return told | {"llm_int8_threshold": 0.0}
+
+
+def _require_bitsandbytes(what: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SteersmanError(f"{what} needs bitsandbytes: pip install 'steersman[bitsandbytes]'")
 
 
 def finish_quantisation(model: Any) -> None:
@@ -50,6 +78,8 @@ def finish_quantisation(model: Any) -> None:
     four = bool(model.is_loaded_in_4bit) if "is_loaded_in_4bit" in vars(model) else False
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
+    if getattr(model, "_weight_conversions", None):  # by which it was read, and would be saved: as plain numbers
+        model._weight_conversions = [x for x in model._weight_conversions if not _reads_quantised(x)]
     for part in (model, model.base_model):  # peft asks the module that it is given
         part.is_loaded_in_4bit, part.is_loaded_in_8bit = four, not four
     # its line at every product says no more than what int8 is
@@ -57,6 +87,12 @@ def finish_quantisation(model: Any) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
+
+
+def _reads_quantised(conversion: Any) -> bool:
+    """Whether the library's conversion of a name puts bitsandbytes' tensors together; it has no way back."""
+    steps = getattr(conversion, "operations", None) or []
+    return any(type(step).__module__.endswith(".bitsandbytes") for step in steps)
 
 
 def is_quantised(module: nn.Module) -> bool:

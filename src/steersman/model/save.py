@@ -15,7 +15,6 @@ from steersman.atomic import begin_dir, replace_dir, saving
 from steersman.distributed.pieces import full_tensor
 from steersman.distributed.ranks import ranks
 from steersman.model.attributes import AttributeModel
-from steersman.model.lora import tables_differ
 from steersman.model.merge import merged_entries
 from steersman.model.policy import Policy
 from steersman.model.quantise import is_quantised
@@ -79,14 +78,23 @@ def _write(
     changed: dict[str, Any] = {}
     if dtype is not None:  # the file names the precision in memory, and loading goes by it
         changed["dtype"] = str(dtype).split(".")[1]
-    if model.speaks and model.has_adapters and _untied(inner, entries):
+    if model.speaks and _untied(inner, entries):
         changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
     ranks().from_main(lambda: _finish(model, folder, changed), "the model's config")
 
 
 def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
-    made = {name: make for name, _, make in entries}
-    return tables_differ(inner, lambda name: full_tensor(made[name]()))
+    """Whether embedding and output layer are to be one matrix by the config, and are written as two that differ: an
+    adapter on one of them, or one that was trained whole, changes just that one."""
+    if not inner.config.get_text_config().tie_word_embeddings or inner.config.is_encoder_decoder:
+        return False  # an encoder-decoder scales its states by whether they are tied
+    names = {id(module): f"{name}.weight" for name, module in inner.named_modules()}
+    tables = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    made = {name: (source, make) for name, source, make in entries}
+    found = [made[names[id(table)]] for table in tables if names.get(id(table)) in made]
+    if len(found) < 2 or found[0][0] is found[1][0]:
+        return False
+    return not torch.equal(*(full_tensor(make()) for _, make in found))
 
 
 def _finish(model: Policy | ScalarModel | AttributeModel, folder: Path, changed: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from steersman.model.adapters import write_adapters
 from steersman.model.encoder_decoder import is_pair, pair_reader, read
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, masked_indices, response_slots, spread
-from steersman.model.lora import LoraConfig, add_lora_to_trunk
+from steersman.model.lora import LoraConfig, add_lora_to_trunk, go_on
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Logp, Policy
 from steersman.model.probe import close, model_name, probe_ids, quiet, require_causal
@@ -98,11 +98,16 @@ class Headed(nn.Module):
         return output_layer(self.model)
 
     def adapt(self, lora: LoraConfig) -> None:
-        """Puts adapters on the trunk, whose own weights are frozen; the head is trained as it is.
+        """Puts adapters on the trunk, whose own weights are frozen; the head is trained as it is. Saved ones that it
+        has already go on as they are: of `lora` dropout alone acts then, and a note says what else differs.
 
         Saving adds them in, so that what is saved is a model like any other. Raises SteersmanError where the
         targets match no layer.
         """
+        if self.has_adapters:
+            trunk: Any = self.trunk
+            self.notes += go_on(trunk, trunk.peft_config["default"], lora)
+            return
         add_lora_to_trunk(self.trunk, lora)
         self.has_adapters = True
 

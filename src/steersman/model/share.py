@@ -17,6 +17,7 @@ from steersman.model.adapters import adapted_folder, is_adapters, put_adapters, 
 from steersman.model.encoder_decoder import is_pair
 from steersman.model.load import load_reward
 from steersman.model.meaning import Meaning
+from steersman.model.offload import let_stay
 from steersman.model.policy import Policy
 from steersman.model.probe import model_name
 from steersman.model.scalar import ScalarModel, fresh_head
@@ -92,6 +93,16 @@ class SharedBase:
         setattr(model, model.base_model_prefix, _twin(self._trunk, config))
         fresh_head(model)
         return ScalarModel(model.eval(), self.tokenizer)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now, frozen: what is trained is copied, and all the rest are the same tensors, so that it
+    costs no more than the adapters. It stays where it is (`keep_away`). The weights must not lie in pieces."""
+    same: list[Any] = [p for p in policy.parameters() if not p.requires_grad]
+    same += [*policy.buffers(), policy.tokenizer]
+    copied = copy.deepcopy(policy, {id(x): x for x in same}).requires_grad_(False)
+    let_stay(copied)
+    return copied
 
 
 def _skeleton(model: Any, outputs: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from steersman.model.quantise import Quantise, finish_quantisation, quantisation
+from steersman.model.quantise import Quantise, as_stored_quantised, finish_quantisation, quantisation
 from steersman.model.quiet import silence
 from steersman.run import device
 from steersman.types import SteersmanError
@@ -91,7 +91,27 @@ def read_config(source: str, local: bool, notes: list[str], *, trust: bool = Fal
         was = ", ".join(f"{key} {value}" for key, value in changed.items())
         notes.append(f"{source}: dropout is off while training (was {was}), so that sampling and training agree")
         _log.info(notes[-1])
+    limit = _rotations_change_at(config)
+    if limit is not None:
+        notes.append(
+            f"{source}: a row longer than {limit} tokens changes the rotations of all rows that are read with it, so "
+            "that log-probabilities depend on a row's company; keep prompt and response within that "
+            "(data.max_length, rollout.max_new_tokens)"
+        )
+        _log.warning(notes[-1])
     return config
+
+
+def _rotations_change_at(config: Any) -> int | None:
+    """The length in tokens (`original_max_position_embeddings`) past which a read takes other angles for every row,
+    by its longest one; None where angles do not depend on that. Source: LongRoPE 2402.13753; dynamic NTK scaling."""
+    text = config.get_text_config(decoder=True)
+    told: dict[str, Any] = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for part in (told, *(kind for kind in told.values() if isinstance(kind, dict))):
+        if part.get("rope_type", part.get("type")) in ("longrope", "dynamic"):
+            own = getattr(text, "original_max_position_embeddings", None)
+            return part.get("original_max_position_embeddings") or own or text.max_position_embeddings
+    return None
 
 
 def require_family(source: str, config: Any) -> None:
@@ -203,18 +223,26 @@ def read_weights(
     *,
     trust: bool = False,
     quantise: Quantise = "none",
-    device: torch.device | None = None,
+    device: torch.device,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model of class `auto`, and what its loading tells; a quantised one is made on its `device`.
+    """The model of class `auto` on the `device`, and what its loading tells; its linear layers are in 4 or 8 bits
+    where the folder holds them so or `quantise` asks for it.
 
-    Raises SteersmanError where weights can not be read.
+    Raises SteersmanError where weights can not be read, or are quantised by another method than bitsandbytes.
     """
     if dtype not in DTYPES:
         raise SteersmanError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if quantise != "none":
-        keep = ["score", "classification_head"] if "Sequence" in auto.__name__ else None
+    keep = ["score", "classification_head"] if "Sequence" in auto.__name__ else None
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        if quantise != "none":
+            raise SteersmanError(f"{source}: its weights are quantised already; remove model.quantise")
+        config.quantization_config = as_stored_quantised(source, stored, DTYPES[dtype], keep)
+    elif quantise != "none":
         more["quantization_config"] = quantisation(quantise, getattr(torch, dtype), keep)
+    quantised = stored is not None or quantise != "none"
+    if quantised:
         more["device_map"] = {"": device}
     try:
         with silence():
@@ -228,9 +256,9 @@ def read_weights(
                 ignore_mismatched_sizes=True,  # they are in the loading info, and refused below by name
                 **more,
             )
-            if quantise != "none":
+            if quantised:
                 finish_quantisation(model)
-            return model, info
+            return model if quantised else model.to(device), info
     except Exception as error:  # each weight format has errors of its own
         raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from steersman.data import Encoded, collate
 from steersman.distributed.pieces import local_shard, whole_shape
 from steersman.distributed.ranks import ranks
-from steersman.model import Policy, whole_weights
+from steersman.model import Policy, tables_and_adapters, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.modes import evaluation_mode
 from steersman.model.quantise import is_quantised
@@ -34,8 +34,9 @@ from steersman.run.preflight import Phase, Preflight, Role, size
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
 
-PROBE = (32, 64)
-"""Tokens of the two sequences on which activations are measured."""
+PROBE = 64
+"""Tokens of the longer of the two sequences on which activations are measured, where the model has so many
+positions; the other has half of them."""
 CONTEXT = 512 << 20
 """What an accelerator's driver and libraries take of its memory."""
 WIDE = 4
@@ -197,15 +198,18 @@ def largest_micro_batch(costs: Sequence[int] | np.ndarray, micro_tokens: int, ba
 
 
 def _measured(model: Model, load: Load) -> tuple[int, int]:
+    module: Any = model.module
+    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or PROBE
+    probe = max(min(positions, PROBE) // 4 * 4, 4)
     with whole_weights(model.trained):
-        measured = [forward_bytes(model, n) for n in PROBE]
-    kept, made = (_scaled(a, b, load) for a, b in zip(*measured, strict=True))
+        measured = [forward_bytes(model, n) for n in (probe // 2, probe)]
+    kept, made = (_scaled(a, b, load, probe) for a, b in zip(*measured, strict=True))
     return kept, max(made - kept, 0)
 
 
-def _scaled(few: int, more: int, load: Load) -> int:
-    """Bytes of the load, out of those of the two sequences of `PROBE`."""
-    short, long = PROBE
+def _scaled(few: int, more: int, load: Load, long: int) -> int:
+    """Bytes of the load, out of those of a sequence of `long` tokens and one of half of them."""
+    short = long // 2
     a, b = few / short, more / long
     slope = (b - a) / (long - short)
     if slope * long < 0.01 * b:  # what every sequence has once, not scores
@@ -268,7 +272,13 @@ def _role(model: Model, seen: set[int]) -> Role:
     weights = sum(map(_bytes, own))
     here = ranks()
     gradients = sum(map(_bytes, trained)) // here.pieces(2)
-    kept = 0 if model.optimizer is None else state_bytes(map(local_shard, trained), model.optimizer)
+    kept = (
+        0
+        if model.optimizer is None
+        else state_bytes(
+            map(local_shard, trained), model.optimizer, map(local_shard, tables_and_adapters(model.module))
+        )
+    )
     if here.deepspeed:  # which updates a copy of the weights
         kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)
     count, learned = (sum(whole_shape(p).numel() for p in some) for some in (parameters, trained))

@@ -24,6 +24,7 @@ from steersman.model import (
 )
 from steersman.model.modes import checkpoint_activations
 from steersman.model.probe import device_of
+from steersman.model.quantise import is_quantised
 from steersman.recipe.sections import ModelConfig
 from steersman.run.device import resolve_dtype
 from steersman.run.run_config import RunConfig
@@ -65,6 +66,8 @@ def policy_from(
             lora=lora if adapt else None, trainable=trainable, pack=pack,
             trust_remote_code=config.trust_remote_code, quantise=config.quantise,
         )  # fmt: skip
+        if trainable:
+            _require_adapters(policy, config)
     _prepare(policy, config, run, trainable, whole)
     return policy
 
@@ -159,14 +162,24 @@ def lora_of(config: ModelConfig) -> LoraConfig | None:
 def _adapt(model: ScalarModel | AttributeModel, config: ModelConfig) -> None:
     lora = lora_of(config)
     _require_trainable(config)
-    if lora is not None and not model.has_adapters:
+    if lora is not None:
         model.adapt(lora)
+    _require_adapters(model, config)
 
 
 def _require_trainable(config: ModelConfig) -> None:
     if config.quantise != "none" and config.lora is None:
         raise SteersmanError(
             f"model.quantise {config.quantise}: quantised weights can not be trained; give model.lora, such as '{{}}'"
+        )
+
+
+def _require_adapters(model: Policy | ScalarModel | AttributeModel, config: ModelConfig) -> None:
+    """Refuses to train a model whose folder holds it quantised, where nothing can learn but adapters."""
+    if config.lora is None and not model.has_adapters and any(map(is_quantised, model.modules())):
+        raise SteersmanError(
+            f"model.path: the weights in {config.path} are quantised already, and such weights can not be trained; "
+            "give model.lora, such as '{}', or the model as it was before"
         )
 
 

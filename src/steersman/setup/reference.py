@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from steersman.data import Encoded, TrainingSet, collate
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.distributed.ranks import ranks
-from steersman.model import Logp, Policy, ScalarModel, at_hand
+from steersman.model import Logp, Policy, ScalarModel, at_hand, frozen_copy
 from steersman.ops.logprob import Head
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import ModelConfig
@@ -29,7 +29,8 @@ from steersman.types import Progress, SteersmanError, Tokens, send
 
 
 class AdaptersOff:
-    """The reference of a LoRA policy: the same module with its adapters off, so no second copy of the weights."""
+    """The reference of a policy whose adapters are new: the same module with them off, so no second copy of the
+    weights."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -69,12 +70,16 @@ def reference_from(
     path: str, config: ModelConfig, run: RunConfig, policy: Policy, *, apart: torch.device | None = None
 ) -> Reference:
     """`path` is "start", the policy before training, or a folder. Weights of its own go to the policy's device, laid
-    as the policy's are, or whole to a device `apart`.
+    as the policy's are, or whole to a device `apart`. The start of new adapters is the model below them; of
+    saved ones a copy of these on the same base, or where that can not be shared (in pieces, `apart`) a second policy.
 
     Raises SteersmanError where a folder's model reads other token ids than the policy.
     """
-    if path == "start" and config.lora is not None:
-        return AdaptersOff(policy)
+    if path == "start" and policy.has_adapters:
+        if not policy.starts_adapted:
+            return AdaptersOff(policy)
+        if apart is None and not ranks().sharded:
+            return frozen_copy(policy)
     folder = config.path if path == "start" else path
     there, alike = policy.device if apart is None else apart, config.model_copy(update={"path": folder})
     reference = policy_from(alike, run, there, trainable=False, whole=apart is not None)

@@ -8,7 +8,7 @@ float32 and keeps what the weight itself can not hold.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,6 @@ Kind = Literal["adamw", "adamw-8bit", "adamw-8bit-paged", "adafactor", "lion", "
 Rounding = Literal["master", "kahan", "stochastic", "nearest"]
 Group = dict[str, Any]
 
-LONG = 16
-"""A matrix so many times as long one way as the other is a table of words or an adapter: Muon leaves it to AdamW."""
 SMALL = 4096
 """Tensors of fewer elements keep moments of 32 bits in 8-bit optimizers."""
 
@@ -66,21 +64,22 @@ class Rounded:
     for stochastic rounding of float16, and for `nearest` where most weights would not move at the peak rate.
     """
 
-    def __init__(self, groups: Iterable[Group], config: Any) -> None:
+    def __init__(self, groups: Iterable[Group], config: Any, tables: Collection[int] = ()) -> None:
         self.rounding: Rounding = config.rounding
         self.parts: list[tuple[nn.Parameter, nn.Parameter, Any]] = []
         self.remainders: list[Tensor] = []
         self.updates = 0
         for group in groups:
             for p in group["params"]:
-                self._add(p, group["weight_decay"], config)
+                self._add(p, group["weight_decay"], config, id(p) in tables)
         self._require_movement(config.lr)
 
-    def _add(self, p: nn.Parameter, weight_decay: float, config: Any) -> None:
+    def _add(self, p: nn.Parameter, weight_decay: float, config: Any, table: bool) -> None:
         if self.rounding == "stochastic" and p.dtype != torch.bfloat16:
             raise SteersmanError(f"optimizer.rounding stochastic rounds to bfloat16, and the weights are {p.dtype}")
         shell = nn.Parameter(p.detach().float())
-        self.parts.append((p, shell, _made([{"params": [shell], "weight_decay": weight_decay}], config)))
+        inner = _made([{"params": [shell], "weight_decay": weight_decay}], config, [id(shell)] if table else [])
+        self.parts.append((p, shell, inner))
         if self.rounding == "kahan":
             self.remainders.append(torch.zeros_like(p))
         if self.rounding != "master":
@@ -145,15 +144,17 @@ class Rounded:
         self.updates = state["updates"]
 
 
-def steps_of(groups: Sequence[Group], config: Any) -> Any:
+def steps_of(groups: Sequence[Group], config: Any, tables: Iterable[Tensor] = ()) -> Any:
     """What steps over the groups (`params`, `weight_decay`) as an `OptimizerConfig` asks.
 
-    Weights of float32 and wider go by the kind itself, those of half precision by `Rounded`.
+    Weights of float32 and wider go by the kind itself, those of half precision by `Rounded`. `tables` are the
+    weights that Muon leaves to AdamW beside vectors: embeddings, output layers and adapters.
 
-    Raises SteersmanError where the kind's package is missing, or Muon would have no matrix.
+    Raises SteersmanError where the kind's package is missing.
     """
+    apart = {id(p) for p in tables}
     wide, half = (_where(groups, lambda p, want=want: (p.element_size() < 4) == want) for want in (False, True))
-    parts = [make(some, config) for make, some in ((_made, wide), (Rounded, half)) if some]
+    parts = [make(some, config, apart) for make, some in ((_made, wide), (Rounded, half)) if some]
     return parts[0] if len(parts) == 1 else Several(parts)
 
 
@@ -164,11 +165,12 @@ def restore(steps: Any, saved: dict[str, Any]) -> None:
     steps.load_state_dict(saved)
 
 
-def state_bytes(parameters: Iterable[Tensor], config: Any) -> int:
-    """Bytes that the optimizer keeps for these parameters: moments, and what half-precision weights can not hold."""
-    kept = {"master": 4, "kahan": 2}.get(config.rounding, 0)
+def state_bytes(parameters: Iterable[Tensor], config: Any, tables: Iterable[Tensor] = ()) -> int:
+    """Bytes that the optimizer keeps for these parameters: moments, and what half-precision weights can not hold.
+    `tables` are those of `steps_of`."""
+    kept, apart = {"master": 4, "kahan": 2}.get(config.rounding, 0), {id(p) for p in tables}
     return sum(
-        round(_moments(p, config.kind)) + (kept * p.numel() if p.element_size() < 4 else 0) for p in parameters
+        round(_moments(p, config.kind, apart)) + (kept * p.numel() if p.element_size() < 4 else 0) for p in parameters
     )
 
 
@@ -179,7 +181,7 @@ def half_gap(p: Tensor) -> Tensor:
     )
 
 
-def _moments(p: Tensor, kind: str) -> float:
+def _moments(p: Tensor, kind: str, tables: Collection[int]) -> float:
     size, wide = p.numel(), max(p.element_size(), 4)
     if kind == "adafactor":
         return wide * (size / p.shape[-1] + size / p.shape[-2] if p.dim() > 1 else size)
@@ -187,7 +189,7 @@ def _moments(p: Tensor, kind: str) -> float:
         return size * (1.02 if kind == "lion-8bit" and size >= SMALL else wide)
     if kind.startswith("adamw-8bit") and size >= SMALL:
         return size * 2.04
-    return size * wide * (1 if kind == "muon" and _muon_takes(p) else 2)
+    return size * wide * (1 if kind == "muon" and _muon_takes(p, tables) else 2)
 
 
 def _where(groups: Sequence[Group], takes: Callable[[nn.Parameter], bool]) -> list[Group]:
@@ -196,15 +198,15 @@ def _where(groups: Sequence[Group], takes: Callable[[nn.Parameter], bool]) -> li
     return [group for group in found if group["params"]]
 
 
-def _made(groups: Sequence[Group], config: Any) -> Any:
-    """The kind's own optimizer."""
+def _made(groups: Sequence[Group], config: Any, tables: Collection[int]) -> Any:
+    """The kind's own optimizer; `tables` are the ids of weights that Muon leaves to AdamW."""
     betas = (config.beta1, config.beta2)
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     if config.kind == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr)
     if config.kind == "muon":
-        return _muon(groups, config)
+        return _muon(groups, config, tables)
     optim = _bitsandbytes().optim
     if config.kind.startswith("lion"):
         return (optim.Lion8bit if config.kind == "lion-8bit" else optim.Lion)(groups, lr=config.lr, betas=betas)
@@ -212,10 +214,10 @@ def _made(groups: Sequence[Group], config: Any) -> Any:
     return made(groups, lr=config.lr, betas=betas, eps=config.eps)
 
 
-def _muon(groups: Sequence[Group], config: Any) -> Any:
+def _muon(groups: Sequence[Group], config: Any, tables: Collection[int]) -> Any:
     """Muon over matrices (arXiv 2502.16982, eq. 4: its updates have AdamW's size, so it takes AdamW's rates), AdamW
     over the rest."""
-    hidden, rest = (_where(groups, lambda p, want=want: _muon_takes(p) == want) for want in (True, False))
+    hidden, rest = (_where(groups, lambda p, want=want: _muon_takes(p, tables) == want) for want in (True, False))
     parts: list[Any] = []
     if hidden:
         parts.append(torch.optim.Muon(hidden, lr=config.lr, momentum=config.beta1, adjust_lr_fn="match_rms_adamw"))
@@ -225,8 +227,8 @@ def _muon(groups: Sequence[Group], config: Any) -> Any:
     return parts[0] if len(parts) == 1 else Several(parts)
 
 
-def _muon_takes(p: Tensor) -> bool:
-    return p.dim() == 2 and max(p.shape) < LONG * min(p.shape)
+def _muon_takes(p: Tensor, tables: Collection[int]) -> bool:
+    return p.dim() == 2 and min(p.shape) > 1 and id(p) not in tables
 
 
 def _bitsandbytes() -> Any:

@@ -25,8 +25,8 @@ class OptimizerConfig(Section):
     kind: Kind = Field(
         default="adamw",
         description="adamw; adamw-8bit (2 bytes of moments, not 8; paged: in memory that spills to the host); "
-        "adafactor (rows and columns); lion, lion-8bit (one moment; a third of AdamW's rate); muon (matrices, the "
-        "rest AdamW)",
+        "adafactor (rows and columns); lion, lion-8bit (one moment; a third of AdamW's rate); muon (matrices; "
+        "embeddings, output layer, adapters and vectors by AdamW)",
     )
     rounding: Rounding = Field(
         default="master",
@@ -56,10 +56,17 @@ class OptimizerConfig(Section):
 class Optimizer:
     """AdamW or another kind over the parameters that require gradients, with its schedule; all of it in `state_dict`.
 
-    `total` is the number of updates that the schedule spans.
+    `total` is the number of updates that the schedule spans. `tables` are the embeddings, output layers and adapters
+    among the parameters, which `muon` leaves to AdamW.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: OptimizerConfig,
+        total: int,
+        tables: Iterable[nn.Parameter] = (),
+    ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise SteersmanError("nothing to train: no parameter requires a gradient")
@@ -76,7 +83,7 @@ class Optimizer:
             {"params": [p for p in self.parameters if len(whole_shape(p)) >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
         ]
-        self.adamw = steps_of(groups, config)  # or another kind
+        self.adamw = steps_of(groups, config, tables)  # or another kind
         self.gradient_bytes = sum(p.nbytes for p in self.parameters if p.is_cpu)
         self.engine = engine_of(self.parameters, self.adamw, config.max_grad_norm)
 
