@@ -254,3 +254,17 @@ def test_the_cache_can_be_read(tmp_path):
         ("Say hi.", "hi", "hello there friend"),
     }
     assert all("[[" in r["reply"]["text"] for r in rows)
+
+
+def test_answers_that_differ_in_white_space_tie_whatever_a_reward_says(tmp_path):
+    """They are no pair to learn from, and are not scored, as an endpoint is not asked about them."""
+    (tmp_path / "long.py").write_text(
+        "SEEN = []\n\ndef long(prompts, completions):\n    SEEN.extend(completions)\n"
+        "    assert ' ok ' not in completions\n    return [float(len(c)) for c in completions]\n"
+    )
+    judge = Judge(JudgeConfig.model_validate({"reward": {"n": {"function": f"{tmp_path / 'long.py'}:long"}}}))
+    asked = [("p", "ok", " ok "), ("q", "longer", "long"), ("p", "a", "a\n"), ("r", "a", "abc")]
+    columns = [{"row": i} for i in range(4)]
+    assert [c.share for c in judge.compare(asked, columns) if c is not None] == [0.5, 1.0, 0.5, 0.0]
+    assert [c.share for c in judge.compare(asked[:1]) if c is not None] == [0.5]
+    assert judge.counts["ties"] == 3

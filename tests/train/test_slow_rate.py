@@ -63,3 +63,40 @@ def test_a_method_without_gradient_steps_has_no_rate():
     ]
     recipe: Any = load_recipe(cli.VERBS["trpo"].recipe_class(None, []), None, words)
     assert recipe.optimizer == type(recipe.optimizer)()
+
+
+JUDGED = ["--data.path", "d", "--judge.reward", "{l: {builtin: length}}"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "rates"),
+    [
+        ("best-of-n", JUDGED, ["optimizer"]),
+        ("online-dpo", JUDGED, ["optimizer"]),
+        ("arena", [*JUDGED, "--opponents", "{o: m}"],
+         ["sft.optimizer", "dpo.optimizer", "ppo.optimizer", "ppo.reward_optimizer"]),
+        ("arena", [*JUDGED, "--opponents", "{o: m}", "--stages", "[dpo]"], ["dpo.optimizer"]),
+        ("feedback", ["--data.path", "d", "--then", "[sft, kto]"], ["sft.optimizer", "kto.optimizer"]),
+        ("feedback", ["--data.path", "d", "--then", "[kto]"], ["kto.optimizer"]),
+        ("best-of-n",
+         ["--data.path", "d", "--judge.reward", "{l: {model: r}}", "--watch", "{g: {builtin: length}}",
+          "--refresh.by", "g"],
+         ["optimizer", "refresh.optimizer"]),
+    ],
+)  # fmt: skip
+def test_the_default_rates_of_a_loop_go_by_what_is_trained(verb, words, rates):
+    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    words = ["--model.path", "m", *words]
+    whole = load_recipe(model, None, words).model_dump()
+    lora = load_recipe(model, None, [*words, "--model.lora", "{}"]).model_dump()
+    given = load_recipe(model, None, [*words, "--model.lora", "{}", f"--{rates[0]}.lr", "3e-6"]).model_dump()
+    for key in rates:
+        assert at(lora, key)["lr"] == ADAPTER_RATE, key
+        assert at(whole, key)["lr"] < ADAPTER_RATE, key
+    assert at(given, rates[0])["lr"] == 3e-6
+
+
+def at(values: dict[str, Any], key: str) -> dict[str, Any]:
+    for name in key.split("."):
+        values = values[name]
+    return values

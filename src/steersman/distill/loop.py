@@ -17,7 +17,7 @@ from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
 from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.ranks import ranks
-from steersman.model import whole_weights
+from steersman.model import tables_and_adapters, whole_weights
 from steersman.reward import ScoreShaping, WeightedSum
 from steersman.rollout import Generator
 from steersman.run.seed import stream
@@ -59,7 +59,8 @@ class Distill:
         )  # fmt: skip
         steps = max(1, round(train.epochs * len(self.batches)))
         self.total = min(steps, train.max_steps or steps)
-        self.optimizer = Optimizer(objective.policy.parameters(), recipe.optimizer, self.total)
+        student = objective.policy
+        self.optimizer = Optimizer(student.parameters(), recipe.optimizer, self.total, tables_and_adapters(student))
         self.order = self.batches.forever()
         self.done = 0
 

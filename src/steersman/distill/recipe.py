@@ -170,6 +170,13 @@ class DistillRecipe(TrainingRecipe):
                     f"{what} takes a policy gradient of answers as the student draws them: rollout.temperature "
                     f"({rollout.temperature:g}) must be loss.temperature ({loss.temperature:g})"
                 )
+        if self.reward is not None and self.train.batch_size * rollout.samples < 2:
+            raise ValueError(
+                "reward: an answer is worth what it earns beyond the other answers of its update; train.batch_size 1 "
+                "with rollout.samples 1 has no other, so the reward would teach nothing. Raise one of the two"
+            )
+        if self.reward is None and loss.reward_weight != DistillLoss().reward_weight:
+            raise ValueError("loss.reward_weight: the recipe has no section `reward`; give one, or remove the weight")
         if loss.nll and share == 1:
             raise ValueError(
                 "loss.nll is the likelihood of given answers, and train.on_policy 1 gives none; lower on_policy"

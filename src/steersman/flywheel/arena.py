@@ -19,10 +19,11 @@ from pydantic import Field, model_validator
 
 from steersman.algorithms.ppo import PPO
 from steersman.config.sections import Section
-from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
+from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe, refuse_idle_stages
+from steersman.flywheel.stages import PLACE, below, stage_data, stage_model
 from steersman.objectives.preference import PairLossConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
@@ -65,15 +66,32 @@ class PPOStage(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
 
+    @model_validator(mode="after")
+    def _divides(self) -> PPOStage:
+        answers, minibatches = self.prompts * self.samples, self.algorithm.minibatches
+        if answers % minibatches:
+            raise ValueError(
+                f"{answers} answers an iteration (prompts x samples) do not divide into algorithm.minibatches = "
+                f"{minibatches} equal parts"
+            )
+        return self
+
     def toward(self, reward_model: str, rollout: RolloutConfig, known_prompts: int) -> dict[str, Any]:
         """What PPO's recipe has beside model and data: a reward model's folder or hub name as the reward, and as many
-        prompts an iteration as are known, or fewer."""
+        prompts an iteration as are known, or fewer, so that their answers divide into the minibatches. Where those of
+        no number of prompts do, there are fewer minibatches."""
+        prompts, minibatches = min(self.prompts, known_prompts), self.algorithm.minibatches
+        dividing = [n for n in range(prompts, 0, -1) if n * self.samples % minibatches == 0]
+        if dividing:
+            prompts = dividing[0]
+        else:
+            minibatches = max(m for m in range(1, minibatches) if prompts * self.samples % m == 0)
         return {
             "reward": {"parts": {"reward_model": {"model": reward_model}}, "normalise": True},
             "rollout": rollout.model_dump()
-            | {"prompts": min(self.prompts, known_prompts), "samples": self.samples, "held_out": 0},
-            "algorithm": self.algorithm, "optimizer": self.optimizer, "critic": self.critic,
-            "iterations": self.iterations,
+            | {"prompts": prompts, "samples": self.samples, "held_out": 0},
+            "algorithm": self.algorithm.model_copy(update={"minibatches": minibatches}),
+            "optimizer": self.optimizer, "critic": self.critic, "iterations": self.iterations,
         }  # fmt: skip
 
 
@@ -105,6 +123,48 @@ class ArenaRecipe(LoopRecipe):
             raise ValueError("opponents: the names `model` and `round-...` are the model's own; choose others")
         refuse_idle_stages({"sft": self.sft, "dpo": self.dpo, "ppo": self.ppo}, self.stages, "stages")
         return self
+
+    @classmethod
+    def trained_by(cls, given: dict[str, Any]) -> list[str]:
+        found = {"sft": ["sft.optimizer"], "dpo": ["dpo.optimizer"], "ppo": ["ppo.reward_optimizer", "ppo.optimizer"]}
+        asked = given.get("stages", list(found))
+        return [key for stage, keys in found.items() if stage in asked for key in keys]
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> ArenaRecipe:
+        start, told = self.model.path, below("ppo", "algorithm", "optimizer", "critic")
+        told |= {"rollout.prompts": "ppo.prompts", "rollout.samples": "ppo.samples"}
+        pairs = {"train.": "ppo.reward_train.", "optimizer.": "ppo.reward_optimizer."}
+        if "sft" in self.stages:
+            self.require_stage("sft", SFTRecipe, self.sft_stage(start, PLACE), below("sft", "train", "optimizer"))
+        if "dpo" in self.stages:
+            words = below("dpo", "train", "optimizer", "loss")
+            self.require_stage("dpo", PreferenceRecipe, self.dpo_stage(start, PLACE), words)
+        if "ppo" in self.stages:
+            self.require_stage("ppo", RewardModelRecipe, self.reward_stage(start, PLACE), pairs)
+            values = self.ppo_stage(start, PLACE, PLACE, self.ppo.prompts)
+            self.require_stage("ppo", RECIPES["ppo"], values, told)
+        return self
+
+    def sft_stage(self, path: str, file: str) -> dict[str, Any]:
+        """What `sft` gets: the model at `path`, and a file of lessons."""
+        return self._trains(path, file) | {"train": self.sft.train, "optimizer": self.sft.optimizer}
+
+    def dpo_stage(self, path: str, file: str) -> dict[str, Any]:
+        """What `dpo` gets: the model at `path`, and a file of pairs."""
+        config = self.dpo
+        return self._trains(path, file) | {"loss": config.loss, "train": config.train, "optimizer": config.optimizer}
+
+    def reward_stage(self, path: str, file: str) -> dict[str, Any]:
+        """What `reward` gets: the model at `path`, whose trunk the reward model has, and a file of pairs."""
+        return self._trains(path, file) | {"train": self.ppo.reward_train, "optimizer": self.ppo.reward_optimizer}
+
+    def ppo_stage(self, path: str, file: str, reward_model: str, known_prompts: int) -> dict[str, Any]:
+        """What `ppo` gets: the model at `path`, a file of prompts, and the reward model."""
+        return self._trains(path, file) | self.ppo.toward(reward_model, self.rollout, known_prompts)
+
+    def _trains(self, path: str, file: str) -> dict[str, Any]:
+        return {"model": stage_model(self, path), "data": stage_data(self, file)}
 
 
 def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -199,48 +259,37 @@ def _sft(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles:
     if not rows:
         ledger.log.note(f"{name}: the model lost no battle, so there is nothing to learn", style="yellow")
         return path, 0
-    values = {
-        "model": stage_model(recipe, path),
-        "data": stage_data(recipe, str(ledger.path / f"{name}/lessons.jsonl")),
-    }
-    values |= {"train": recipe.sft.train, "optimizer": recipe.sft.optimizer}
+    values = recipe.sft_stage(path, str(ledger.path / f"{name}/lessons.jsonl"))
     return ledger.stage(f"{name}/train", sft.run, SFTRecipe.model_validate, values)["model"], len(rows)
 
 
 def _dpo(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
-    rows, data = _decided(flywheel, recipe, name, battles)
+    rows, file = _decided(flywheel, name, battles)
     if not rows:
         return path, 0
-    config = recipe.dpo
-    values = {"model": stage_model(recipe, path), "data": data, "loss": config.loss, "train": config.train}
-    values |= {"optimizer": config.optimizer}
+    values = recipe.dpo_stage(path, file)
     trained = flywheel.ledger.stage(f"{name}/train", preference.run, PreferenceRecipe.model_validate, values)
     return trained["model"], len(rows)
 
 
 def _ppo(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, battles: Rows) -> tuple[str, int]:
-    rows, data = _decided(flywheel, recipe, name, battles)
+    rows, file = _decided(flywheel, name, battles)
     if not rows:
         return path, 0
-    ledger, config = flywheel.ledger, recipe.ppo
-    values = {"model": stage_model(recipe, path), "data": data}
-    values |= {"train": config.reward_train, "optimizer": config.reward_optimizer}
+    ledger, values = flywheel.ledger, recipe.reward_stage(path, file)
     reward = ledger.stage(f"{name}/reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
     asked = ledger.table(f"{name}/prompts", lambda: [{"prompt": flywheel.train[i].prompt} for i in _places(battles)])
-    values = {
-        "model": stage_model(recipe, path),
-        "data": stage_data(recipe, str(ledger.path / f"{name}/prompts.jsonl")),
-        **config.toward(reward, recipe.rollout, len(asked)),
-    }
+    values = recipe.ppo_stage(path, str(ledger.path / f"{name}/prompts.jsonl"), reward, len(asked))
     return ledger.stage(f"{name}/train", rl.run, RECIPES["ppo"].model_validate, values)["model"], len(rows)
 
 
-def _decided(flywheel: Flywheel, recipe: ArenaRecipe, name: str, battles: Rows) -> tuple[Rows, dict[str, Any]]:
+def _decided(flywheel: Flywheel, name: str, battles: Rows) -> tuple[Rows, str]:
+    """The pairs of decided battles, and the file that holds them."""
     ledger = flywheel.ledger
     rows = ledger.table(f"{name}/pairs", lambda: decided_pairs(battles), made_from=ledger.sources(f"{name}/battles"))
     if not rows:
         ledger.log.note(f"{name}: no battle was decided, so there is nothing to learn", style="yellow")
-    return rows, stage_data(recipe, str(ledger.path / f"{name}/pairs.jsonl"))
+    return rows, str(ledger.path / f"{name}/pairs.jsonl")
 
 
 def _places(battles: Rows) -> list[int]:

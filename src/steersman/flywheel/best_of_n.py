@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.flywheel.flywheel import Flywheel, stage_data, stage_model
+from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
+from steersman.flywheel.stages import PLACE, stage_data, stage_model
 from steersman.run.files.ledger import Rows
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -39,6 +40,18 @@ class BestOfNRecipe(RoundsRecipe):
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    @model_validator(mode="after")
+    def _stage_fits(self) -> BestOfNRecipe:
+        self.require_stage("sft", SFTRecipe, self.stage(self.model.path, [PLACE]))
+        return self
+
+    def stage(self, path: str, files: list[str]) -> dict[str, Any]:
+        """What a round hands to `sft`: the model that it trains, and the files of kept answers."""
+        return {
+            "model": stage_model(self, path), "data": stage_data(self, files), "train": self.train,
+            "optimizer": self.optimizer,
+        }  # fmt: skip
+
 
 def run(recipe: BestOfNRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
@@ -53,11 +66,7 @@ def _learn(flywheel: Flywheel, recipe: BestOfNRecipe, number: int, path: str, sa
         f"{name}/kept", lambda: keep(graded, recipe.keep),
         made_from=ledger.sources(f"{name}/graded"), keep=recipe.keep.model_dump(),
     )  # fmt: skip
-    values = {
-        "model": stage_model(recipe, first_model(recipe, path)),
-        "data": stage_data(recipe, tables(flywheel, recipe, number, "kept")),
-        "train": recipe.train, "optimizer": recipe.optimizer,
-    }  # fmt: skip
+    values = recipe.stage(first_model(recipe, path), tables(flywheel, recipe, number, "kept"))
     path = ledger.stage(f"{name}/sft", sft.run, SFTRecipe.model_validate, values)["model"]
     return path, {
         "data/sampled": len(sampled), "data/graded": len(graded), "data/kept": len(kept),

@@ -18,12 +18,13 @@ from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
 from steersman.flywheel.reading import Reading, kappa, read, revise
 from steersman.flywheel.sections import refuse_idle_stages
+from steersman.flywheel.stages import PLACE, below, require_stage
 from steersman.judge import JudgeConfig, open_judge
 from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
-from steersman.recipe.sections import ModelConfig
+from steersman.recipe.sections import ModelConfig, adapter_rates
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
 from steersman.train.offline import PackedOfflineConfig
@@ -108,7 +109,31 @@ class FeedbackRecipe(Section):
         if self.revise and self.reader is None:
             raise ValueError("revise: the reader writes the revised answers; give one")
         refuse_idle_stages({"sft": self.sft, "kto": self.kto}, self.then, "then")
+        for name in self.then:
+            values, words = self.stage(name, PLACE, PLACE), below(name, "train", "optimizer", "loss")
+            require_stage(name, _VERBS[name][1], values, self.run, words)
         return self
+
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        asked = given.get("then") or []
+        return adapter_rates(given, *(f"{name}.optimizer" for name in _VERBS if name in asked))
+
+    def stage(self, name: Literal["sft", "kto"], path: str, file: str) -> dict[str, Any]:
+        """What a verb in `then` gets: the model at `path`, and the file of its examples."""
+        assert self.model is not None
+        limits = self.data.model_dump(include=set(HANDED_ON))
+        values = {
+            "model": self.model.model_dump() | {"path": path, "merge": True},
+            "data": {"path": file, "assistant_turns": "last", "on_too_long": "drop"} | limits,
+        }
+        if name == "kto":
+            return values | {"train": self.kto.train, "optimizer": self.kto.optimizer, "loss": self.kto.loss}
+        return values | {"train": self.sft.train, "optimizer": self.sft.optimizer}
+
+
+_VERBS = {"sft": (sft.run, SFTRecipe), "kto": (thumbs.run, thumbs.RECIPES["kto"])}
+"""What trains on each kind of examples: the verb, and its recipe."""
 
 
 def run(recipe: FeedbackRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -149,18 +174,11 @@ def _train(ledger: Ledger, recipe: FeedbackRecipe) -> dict[str, Any]:
     if recipe.model is None:
         return {}
     path = recipe.model.path
-    limits = recipe.data.model_dump(include=set(HANDED_ON))
+    folders = {"sft": "1-sft", "kto": "2-kto"}
     for name in recipe.then:
-        data = {"path": str(ledger.path / f"{name}.jsonl"), "assistant_turns": "last", "on_too_long": "drop"} | limits
-        values: dict[str, Any] = {"model": recipe.model.model_dump() | {"path": path, "merge": True}, "data": data}
-        config = recipe.sft if name == "sft" else recipe.kto
-        values |= {"train": config.train, "optimizer": config.optimizer}
-        if name == "sft":
-            summary = ledger.stage("1-sft", sft.run, SFTRecipe.model_validate, values)
-        else:
-            values["loss"] = recipe.kto.loss
-            summary = ledger.stage("2-kto", thumbs.run, thumbs.RECIPES["kto"].model_validate, values)
-        path = summary["model"]
+        run, kind = _VERBS[name]
+        values = recipe.stage(name, path, str(ledger.path / f"{name}.jsonl"))
+        path = ledger.stage(folders[name], run, kind.model_validate, values)["model"]
     return {"model": path}
 
 

@@ -204,24 +204,6 @@ def left_out_text(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none left out"
 
 
-def stage_data(recipe: LoopRecipe, path: str | list[str]) -> dict[str, Any]:
-    """A verb's data section for a table of the loop, with the recipe's limits of length."""
-    kept = {"max_prompt_tokens", "max_length", "append_eos", "allow_special_tokens", "shuffle"}
-    limits = {k: v for k, v in recipe.data.model_dump().items() if k in kept}
-    too_long = recipe.data.on_too_long
-    return {
-        "path": path,
-        "wrap_in_chat": False,
-        "assistant_turns": "last",
-        "on_too_long": "drop" if too_long == "error" else too_long,
-    } | limits
-
-
-def stage_model(recipe: LoopRecipe, path: str) -> dict[str, Any]:
-    """A verb's model section: the recipe's, at another path, saved whole."""
-    return recipe.model.model_dump() | {"path": path, "merge": True}
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 

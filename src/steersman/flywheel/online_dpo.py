@@ -28,16 +28,17 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
-from steersman.flywheel.flywheel import Flywheel, left_out_text, stage_data, stage_model
+from steersman.flywheel.flywheel import Flywheel, left_out_text
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
+from steersman.flywheel.stages import PLACE, stage_data, stage_model
 from steersman.objectives.preference import PairLossConfig
 from steersman.run.files.ledger import Rows
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import preference
-from steersman.verbs.preference import PreferenceRecipe
+from steersman.verbs.preference import ANCHOR_SHARE, PreferenceRecipe, has_reference
 
 
 class PairsConfig(Section):
@@ -67,7 +68,7 @@ class OnlineDPORecipe(RoundsRecipe):
         description="KL is measured to the first model, to the one that the round begins with, or to a geometric "
         "mixture of both",
     )
-    anchor_share: float = Field(default=0.1, ge=0, le=1, description="with mixed: the first model's share")
+    anchor_share: float = Field(default=ANCHOR_SHARE, ge=0, le=1, description="with mixed: the first model's share")
     loss: PairLossConfig = PairLossConfig()
     train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
@@ -77,6 +78,30 @@ class OnlineDPORecipe(RoundsRecipe):
         if self.rollout.samples < 2 and self.pairs.by != "given":
             raise ValueError(f"rollout.samples is {self.rollout.samples}, but a pair needs 2 answers to a prompt")
         return self
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> OnlineDPORecipe:
+        if self.reference != "mixed" and self.anchor_share != ANCHOR_SHARE:
+            raise ValueError("anchor_share is the first model's share of `reference: mixed`; give that, or remove it")
+        if self.reference == "last" and not has_reference(self.loss.name):
+            raise ValueError(f"reference last: {self.loss.name} has no reference; remove it")
+        start = self.model.path
+        self.require_stage(
+            "dpo", PreferenceRecipe, self.stage(start, start, [PLACE]), {"anchor:": "reference mixed:"}
+        )
+        return self
+
+    def stage(self, path: str, last: str, files: list[str]) -> dict[str, Any]:
+        """What a round hands to `dpo`: the model that it trains, the last round's model, and files of pairs."""
+        values: dict[str, Any] = {
+            "model": stage_model(self, path), "data": stage_data(self, files), "loss": self.loss,
+            "train": self.train, "optimizer": self.optimizer,
+        }  # fmt: skip
+        if has_reference(self.loss.name):
+            values["reference"] = self.model.path if self.reference == "start" else last
+        if self.reference == "mixed":
+            values |= {"anchor": self.model.path, "anchor_share": self.anchor_share}
+        return values
 
 
 def run(recipe: OnlineDPORecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -88,13 +113,7 @@ def _learn(flywheel: Flywheel, recipe: OnlineDPORecipe, number: int, path: str, 
     """One round's model: the answers, paired by the judge, are preferences."""
     name = folder(number)
     pairs = _pairs(flywheel, recipe, name, sampled)
-    values = {
-        "model": stage_model(recipe, first_model(recipe, path)),
-        "data": stage_data(recipe, tables(flywheel, recipe, number, "pairs")), "loss": recipe.loss,
-        "reference": recipe.model.path if recipe.reference == "start" else path,
-        "anchor": recipe.model.path if recipe.reference == "mixed" else None, "anchor_share": recipe.anchor_share,
-        "train": recipe.train, "optimizer": recipe.optimizer,
-    }  # fmt: skip
+    values = recipe.stage(first_model(recipe, path), path, tables(flywheel, recipe, number, "pairs"))
     path = flywheel.ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
     leads = [p["lead"] for p in pairs]
     return path, {"data/sampled": len(sampled), "data/pairs": len(pairs), "lead": sum(leads) / len(leads)}
@@ -181,7 +200,8 @@ def grades_by_comparison(flywheel: Flywheel, answers: Rows, config: PairsConfig)
 
 
 def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
-    """Pairs of graded answers to the same prompt whose grades lie more than `min_lead` apart."""
+    """Pairs of graded answers to the same prompt whose grades lie more than `min_lead` apart. Answers that differ in
+    white space alone make none."""
     groups: dict[tuple[int, int], Rows] = {}
     for row in rows:
         groups.setdefault((row["index"], row.get("duel", -1)), []).append(row)
@@ -192,7 +212,7 @@ def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
         every = combinations(ordered, 2)
         for better, worse in [(ordered[0], ordered[-1])] if config.form == "best_worst" else every:
             lead = better["grade"] - worse["grade"]
-            if lead > config.min_lead:
+            if lead > config.min_lead and better["completion"].strip() != worse["completion"].strip():
                 yield {
                     "prompt": better["prompt"], "chosen": better["completion"], "rejected": worse["completion"],
                     "lead": lead, "index": better["index"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from steersman.flywheel.players import usable
+from steersman.flywheel.stages import refresh_values
 from steersman.judge.config import JudgeConfig
 from steersman.run.files.ledger import Rows
 from steersman.verbs import reward_model
@@ -45,18 +46,14 @@ def refresh_judge(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     every = [ledger.path / f"round-{r:02d}/refresh/pairs.jsonl" for r in range(1, number + 1)]
     files = [*refresh.first, *(str(file) for file in every if file.stat().st_size)]
     part, model = flywheel.judge.config.reward_model()
-    values = {
-        "model": recipe.model.model_dump() | {"path": model, "merge": True},
-        "data": {"path": files, "append_eos": recipe.data.append_eos, "on_too_long": "drop"},
-        "train": refresh.train, "optimizer": refresh.optimizer,
-    }  # fmt: skip
+    values = refresh_values(recipe, model, files)
     trained = ledger.stage(f"{name}/train", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
     reward = recipe.judge.reward | {part: recipe.judge.reward[part].model_copy(update={"model": trained})}
     return recipe.judge.model_copy(update={"reward": reward})
 
 
 def watched_pairs(flywheel: Flywheel, answers: Rows, by: str) -> Rows:
-    """A pair of each prompt's two answers, where the watched reward tells them apart."""
+    """A pair of each prompt's two answers, where the watched reward tells them apart by more than white space."""
     assert flywheel.gold is not None
     score = flywheel.gold(
         [r["prompt"] for r in answers], [r["completion"] for r in answers], flywheel.columns(answers)
@@ -65,7 +62,7 @@ def watched_pairs(flywheel: Flywheel, answers: Rows, by: str) -> Rows:
     pairs: Rows = []
     for i, row in enumerate(answers):
         j = first.setdefault(row["index"], i)
-        if score[i] != score[j]:
+        if score[i] != score[j] and row["completion"].strip() != answers[j]["completion"].strip():
             better, worse = (i, j) if score[i] > score[j] else (j, i)
             pairs.append(
                 {

@@ -29,6 +29,10 @@ class RoundsRecipe(LoopRecipe):
     def unread_keys(cls) -> frozenset[str]:
         return super().unread_keys() | key_names(rollout=LEARNED_ONLY)
 
+    @classmethod
+    def trained_by(cls, given: dict[str, Any]) -> list[str]:
+        return ["optimizer"]
+
 
 R = TypeVar("R", bound=RoundsRecipe)
 

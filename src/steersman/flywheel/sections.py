@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
 from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import WithoutZeroConfig
+from steersman.flywheel.stages import PLACE, below, refresh_values, require_stage
 from steersman.judge import JudgeConfig
 from steersman.objectives.reward_config import RewardModelConfig
-from steersman.recipe.sections import ModelConfig, RolloutConfig
+from steersman.recipe.sections import ModelConfig, RolloutConfig, adapter_rates
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardPart
 from steersman.run.run_config import ManyRunConfig
 from steersman.update.optimizer import OptimizerConfig
+from steersman.verbs.reward_recipe import RewardModelRecipe
 
 Unfinished = Literal["drop", "trim", "keep"]
 
@@ -59,6 +62,22 @@ class LoopRecipe(Section):
     def unread_keys(cls) -> frozenset[str]:
         return keys_of_other_kinds("query")
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        refreshes = isinstance(given.get("refresh"), dict)
+        return adapter_rates(given, *cls.trained_by(given), *(["refresh.optimizer"] if refreshes else []))
+
+    @classmethod
+    def trained_by(cls, given: dict[str, Any]) -> list[str]:
+        """Dotted keys of the optimizers that a round trains by, of a recipe as it is given."""
+        return []
+
+    def require_stage(
+        self, name: str, kind: type[Section], values: dict[str, Any], words: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Raises ValueError where a verb's recipe refuses what a round will hand to it (`stages.require_stage`)."""
+        require_stage(name, kind, {**values, "parallel": self.parallel.model_dump()}, self.run, words)
+
     @model_validator(mode="after")
     def _can_begin(self) -> LoopRecipe:
         if self.model.scratch is not None:
@@ -75,7 +94,8 @@ class LoopRecipe(Section):
                     f"refresh.by is {self.refresh.by!r}, which nothing under `watch` is called; there are: "
                     f"{', '.join(self.watch) or 'none'}"
                 )
-            self.judge.reward_model()
+            values = refresh_values(self, self.judge.reward_model()[1], [PLACE])
+            self.require_stage("refresh", RewardModelRecipe, values, below("refresh", "train", "optimizer"))
         if self.stop is not None and self.stop.judge not in self.watch:
             raise ValueError(
                 f"stop.judge is {self.stop.judge!r}, which nothing under `watch` is called; there are: "

@@ -131,14 +131,17 @@ class Judge:
     def _by_score(
         self, items: Sequence[tuple[Content, str, str]], columns: Sequence[dict[str, Any]] | None
     ) -> list[Comparison | None]:
-        twice = None if columns is None else [c for c in columns for _ in range(2)]
-        asked = [p for p, _, _ in items for _ in range(2)]
-        pairs = [i for i in range(len(items)) for _ in range(2)]
-        scores = self._scorer(asked, [x for _, a, b in items for x in (a, b)], twice, pairs)["total"]
-        out: list[Comparison | None] = []
-        for a, b in zip(scores[::2], scores[1::2], strict=True):
+        out: list[Comparison | None] = [Comparison(0.5)] * len(items)
+        unlike = [i for i, (_, a, b) in enumerate(items) if a.strip() != b.strip()]
+        if not unlike:
+            return out
+        pairs = [i for i in unlike for _ in range(2)]
+        asked, answers = [items[i][0] for i in pairs], [x for i in unlike for x in items[i][1:]]
+        twice = None if columns is None else [columns[i] for i in pairs]
+        scores = self._scorer(asked, answers, twice, pairs)["total"]
+        for i, a, b in zip(unlike, scores[::2], scores[1::2], strict=True):
             tie = abs(a - b) <= self.config.tie_margin
-            out.append(Comparison(0.5 if tie else float(a > b)))
+            out[i] = Comparison(0.5 if tie else float(a > b))
         return out
 
     def _both(self, replies: dict[Question, Reply], asked: Question, swapped: Question) -> Comparison | None:

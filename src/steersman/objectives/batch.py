@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman.data import Encoded, collate
+from steersman.data import Encoded, Feedback, Preference, collate
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.types import Tokens
 
@@ -34,6 +34,12 @@ def over_answers(groups: Sequence[Sequence[Encoded]], micro_tokens: int, run: Ca
 def scores_of(model: Any, groups: Sequence[Sequence[Encoded]], micro_tokens: int) -> Tensor:
     """The reward model's score of every answer, `[N]`."""
     return over_answers(groups, micro_tokens, model.score)
+
+
+def weight_of(examples: Sequence[Preference] | Sequence[Feedback], rows: Sequence[int]) -> float:
+    """The sum of the rows' weights, by which a batch's weighed losses are divided. Where all weigh nothing it is 1:
+    such a batch teaches nothing."""
+    return sum(examples[i].weight for i in rows) or 1.0
 
 
 def right(lead: Tensor, target: Tensor | None = None, tie: Tensor | float = 0.0) -> Tensor:

@@ -20,7 +20,7 @@ from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy
 from steersman.model.layout import masked_indices
-from steersman.objectives.batch import right, rounding
+from steersman.objectives.batch import right, rounding, weight_of
 from steersman.run.progress import with_progress
 from steersman.setup.models import context_length
 from steersman.setup.reference import Readings, Reference, answer_logp, answer_logp_now
@@ -166,7 +166,7 @@ class FeedbackObjective:
         self.threshold = self.threshold if shift is None else shift
 
     def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
+        return weight_of(self.train.examples, rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         loss, told = self._run(self.train, rows)

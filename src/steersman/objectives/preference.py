@@ -29,7 +29,7 @@ from steersman.loss.offline import LOSSES
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
 from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
-from steersman.objectives.batch import right, rounding
+from steersman.objectives.batch import right, rounding, weight_of
 from steersman.run.progress import with_progress
 from steersman.setup.reference import Readings, Reference, answer_logp_now, collision, divergence
 from steersman.train.held_prompts import HeldPrompts
@@ -129,7 +129,7 @@ class PairObjective:
             self.reference_logp = self.readings.of_data(self.train, self.held_out, rows)
 
     def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
+        return weight_of(self.train.examples, rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         pair, loss, explain = self._run(self.train, rows)

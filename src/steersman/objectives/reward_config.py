@@ -49,7 +49,9 @@ class RewardModelConfig(OfflineConfig):
         description="weight of (r + r')^2 over pairs, or of r^2 over thumbs: scores stay around 0",
     )
     keep: Literal["last", "best"] = Field(
-        default="best", description="which weights the saved model has: the last, or the best on held-out data"
+        default="best",
+        description="which weights the saved model has: the last, or the best on held-out data, where a reward model "
+        "that training began with counts too",
     )
 
 

@@ -13,7 +13,7 @@ from steersman.data import EncodedSet, Preference
 from steersman.loss.reward import pairwise
 from steersman.model import AttributeModel, Gating
 from steersman.model.attributes import verbosity
-from steersman.objectives.batch import over_answers, right
+from steersman.objectives.batch import over_answers, right, weight_of
 from steersman.objectives.reward_config import EvaluationConfig, GatingConfig, RewardModelConfig
 from steersman.objectives.reward_pairs import require_loss, share
 from steersman.statistics.estimates import Array, bootstrap, mean, pearson, spearman, wilson
@@ -76,7 +76,7 @@ class GatingReward:
         module.penalty.copy_(torch.tensor(found))
 
     def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
+        return weight_of(self.train.examples, rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         scores = self.scores(self.features, list(rows))

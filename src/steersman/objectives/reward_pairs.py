@@ -14,7 +14,7 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, TrainingSet, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
 from steersman.model import AttributeModel, ScalarModel
-from steersman.objectives.batch import over_answers, right, scores_of
+from steersman.objectives.batch import over_answers, right, scores_of, weight_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.ops.style import FEATURES
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
@@ -44,7 +44,7 @@ class PairwiseReward(Generic[M]):
         return 2 * self.train.lengths
 
     def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
+        return weight_of(self.train.examples, rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         tokens = collate_pairs([self.train.groups[i] for i in rows])

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from steersman.data import EncodedSet, Feedback, Rating, Steps, TrainingSet, collate
 from steersman.loss.reward import huber, multi_objective, process
 from steersman.model import AttributeModel, Meaning, ScalarModel, step_ends
-from steersman.objectives.batch import over_answers, scores_of
+from steersman.objectives.batch import over_answers, scores_of, weight_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.objectives.reward_pairs import require_loss
 from steersman.statistics.estimates import Array, auc, rmse, spearman
@@ -147,7 +147,7 @@ class FeedbackReward:
         return self.train.lengths
 
     def denominator(self, rows: Sequence[int]) -> float:
-        return sum(self.train.examples[i].weight for i in rows)
+        return weight_of(self.train.examples, rows)
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         tokens = collate([self.train.groups[i][0] for i in rows])

@@ -13,7 +13,7 @@ from steersman.distributed.parallel import ParallelConfig
 from steersman.environments.config import EnvironmentConfig
 from steersman.recipe.curriculum import CurriculumConfig
 from steersman.recipe.evaluation import EvaluationSection
-from steersman.recipe.sections import ModelConfig, RolloutConfig, TrainingRecipe
+from steersman.recipe.sections import CorrectionConfig, ModelConfig, RolloutConfig, TrainingRecipe
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardConfig
 from steersman.run.health.limits import HealthConfig
@@ -22,6 +22,7 @@ from steersman.update.optimizer import OptimizerConfig
 
 A = TypeVar("A", bound=Algorithm)
 Cut = Literal["end", "bootstrap"]
+KL_HORIZON = Algorithm.model_fields["kl_horizon"].default
 
 
 class CriticConfig(Section):
@@ -138,6 +139,16 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "algorithm.kl_estimator k1 has an expected gradient of 0 inside the loss, so it would restrain "
                 "nothing; use k1_to_go, k2 or k3 there, or algorithm.kl_in: reward"
             )
+        if algorithm.kl_target is not None and (algorithm.beta == 0 or self.reference == "none"):
+            what = "without a reference no KL is measured" if self.reference == "none" else "a beta of 0 stays 0"
+            raise ValueError(
+                f"algorithm.kl_target {algorithm.kl_target:g} steers algorithm.beta, and {what}; give the reference "
+                "(start, or a folder) and a first algorithm.beta above 0, such as 0.05, or remove kl_target"
+            )
+        if algorithm.kl_target is None and algorithm.kl_horizon != KL_HORIZON:
+            raise ValueError(
+                "algorithm.kl_horizon says how fast beta is steered to algorithm.kl_target; give that, or remove it"
+            )
         if algorithm.kl_in == "reward" and algorithm.kl_estimator == "k1_to_go":
             raise ValueError(
                 "algorithm.kl_estimator k1_to_go is for kl_in: loss; in the reward, k1 is the same gradient "
@@ -238,6 +249,16 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                     "critic.warmup: a shared critic can not learn without changing the actor's trunk; remove "
                     "warmup, or give the critic a model of its own (critic.init: policy)"
                 )
+            if critic.optimizer != CriticConfig().optimizer:
+                raise ValueError(
+                    "critic.optimizer: a shared critic learns by the actor's updates, which `optimizer` makes; set "
+                    "that, or give the critic a model of its own (critic.init: policy)"
+                )
+        elif critic.vf_coef != CriticConfig().vf_coef:
+            raise ValueError(
+                "critic.vf_coef weighs the value loss beside the policy's where both share a trunk (critic.init: "
+                "shared); this critic has updates of its own, so remove it"
+            )
         if critic.warmup >= self.iterations:
             raise ValueError(
                 f"critic.warmup is {critic.warmup} of {self.iterations} iterations: none is left for the policy"
@@ -257,6 +278,16 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
             raise ValueError(
                 f"{samples} samples per iteration (rollout.prompts x rollout.samples) do not divide into "
                 f"algorithm.minibatches = {algorithm.minibatches} equal parts"
+            )
+        if rollout.correction != CorrectionConfig() and not rollout.recompute_logp:
+            raise ValueError(
+                "rollout.correction weighs steps by what rollout.recompute_logp computes, and that is off; set "
+                "rollout.recompute_logp: true, or remove correction"
+            )
+        if rollout.in_flight != "finish" and not rollout.ahead:
+            raise ValueError(
+                f"rollout.in_flight {rollout.in_flight} is about answers that are sampled ahead, and rollout.ahead "
+                "is 0; give rollout.ahead at least 1, or remove in_flight"
             )
         paying = [name for name, part in self.reward.parts.items() if part.environment is not None]
         if paying and self.environment is None:

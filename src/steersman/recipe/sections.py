@@ -122,6 +122,20 @@ ADAPTER_RATE = 5e-4
 more; on a chat model of 135M parameters DPO hardly moved at 1e-5 and 1e-4, and did at this rate."""
 
 
+def adapter_rates(given: dict[str, Any], *optimizers: str) -> dict[str, Any]:
+    """Nested defaults: the rate of adapters for the optimizers at these dotted keys, where the recipe as it is given
+    trains adapters; else none."""
+    model, out = given.get("model"), dict[str, Any]()
+    if not isinstance(model, dict) or model.get("lora") is None:
+        return out
+    for key in optimizers:
+        section = out
+        for name in key.split("."):
+            section = section.setdefault(name, {})
+        section["lr"] = ADAPTER_RATE
+    return out
+
+
 HALF = ("bfloat16", "float16")
 
 
@@ -140,9 +154,7 @@ class TrainingRecipe(Section):
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        model = given.get("model")
-        adapters = isinstance(model, dict) and model.get("lora") is not None
-        return {"optimizer": {"lr": ADAPTER_RATE}} if adapters and "optimizer.lr" not in cls.unread_keys() else {}
+        return {} if "optimizer.lr" in cls.unread_keys() else adapter_rates(given, "optimizer")
 
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:

@@ -10,8 +10,8 @@ resume.
     cut      new weights go to the servers at once; answers under way are cut and go on under them.
 
 Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded
-while the next is sampled; a reward is never called twice at a time. Everything that was sampled ahead is in the
-checkpoint.
+while the next is sampled; a reward is never called twice at a time, not by a look at held-out prompts either.
+Everything that was sampled ahead is in the checkpoint.
 
 Of several ranks the first does all of this, and the others get each batch when it is due.
 """
@@ -58,7 +58,6 @@ class Ahead(OnPolicy):
         self.under_way: dict[int, Future[Batch]] = {}
         self.next_batch = 0
         self._now = threading.local()
-        self._judging = threading.Lock()
 
     def next_samples(self, clock: Clock) -> Batch:
         """The batch of this iteration, when it is there, on every rank."""
@@ -125,8 +124,7 @@ class Ahead(OnPolicy):
 
         samples = draw() if self._now.redraws else self.schedule.sample(self._now.number, draw)
         self._note(self._now.number, "sampled", samples)
-        with self._judging:
-            return samples, roles.reward.score(samples)
+        return samples, roles.score(samples)
 
     def _note(self, batch: int, stands: str, samples: Sequence[Sample], prompts: Sequence[Prompt] = ()) -> None:
         """Writes down where a batch stands: its samples, or its prompts before there are any."""

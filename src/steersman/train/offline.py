@@ -19,8 +19,9 @@ from steersman.data import Batches, Streamed, Training
 from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.pieces import put_into
 from steersman.distributed.ranks import ranks
-from steersman.model import as_local_shards
+from steersman.model import as_local_shards, tables_and_adapters
 from steersman.plan.memory import Load, largest_micro_batch
+from steersman.run.run_config import RunConfig
 from steersman.train.session import Session, kept_state
 from steersman.train.tally import Tally
 from steersman.types import Stats
@@ -34,8 +35,18 @@ class OfflineConfig(Section):
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer updates")
     batch_size: int = Field(default=16, ge=1, description="examples (or groups of answers) per optimizer update")
     keep: Literal["last", "best"] = Field(
-        default="last", description="which weights the saved model has: the last, or the best on held-out data"
+        default="last",
+        description="which weights the saved model has: the last, or the best on held-out data, where those that "
+        "training began with count too",
     )
+
+    def require_kept(self, run: RunConfig) -> None:
+        """Raises ValueError where the best weights are asked for and no checkpoint of them is kept."""
+        if self.keep == "best" and not run.keep_best:
+            raise ValueError(
+                "train.keep is best, which takes the weights of the best checkpoint, and run.keep_best 0 keeps none; "
+                "give run.keep_best at least 1, or train.keep: last"
+            )
 
 
 class PackedOfflineConfig(OfflineConfig):
@@ -85,7 +96,9 @@ class Offline:
         data: Training[Any] | None = None,
     ) -> None:
         self.objective, self.micro_tokens, self.eval_every = objective, run.micro_tokens, run.eval_every
-        self.batch_size = config.batch_size
+        self.batch_size, self.keep = config.batch_size, config.keep
+        self.start_counts = True
+        """Whether the weights that training begins with can be the best: not where they are no model yet."""
         self.batches: Batches | Streamed
         self.rows: list[int] = []
         """The rows that the run trains on, whatever step it is at; of a stream none is known before it is read."""
@@ -103,7 +116,8 @@ class Offline:
             self.rows = batches.rows_of(self.total)
         self.beside: Callable[[], Stats] = dict  # what else a look measures
         self.prepare: Callable[[Sequence[int]], None] = _nothing  # what the objective must know of those rows
-        self.optimizer = Optimizer(objective.module.parameters(), optimizer, self.total)
+        module = objective.module
+        self.optimizer = Optimizer(module.parameters(), optimizer, self.total, tables_and_adapters(module))
 
     def load(self, longest: int) -> Load:
         """The largest micro-batch; `longest` is the longest sequence in tokens."""
@@ -113,8 +127,10 @@ class Offline:
         """Trains to the end; the held-out data is looked at before the first step, now and then, and at the end."""
         session.begin(self, self.total)
         self.prepare(self.rows)
-        if session.start == 0:
+        if not session.metrics():
             session.observe(0, self.look())
+            if self.keep == "best" and self.start_counts:
+                session.keep_start()
         order = self.batches.forever()
         for step in session.steps():
             stats = self.step(next(order))
@@ -148,8 +164,12 @@ class Offline:
             "batches": self.batches.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_learned(self, state: dict[str, Any]) -> None:
+        """Takes from a `state_dict` what was learned, and leaves optimizer and order of the data as they are."""
         load_trainable(self.objective.module, state["model"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.load_learned(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
 
@@ -175,12 +195,8 @@ def put_back(parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
         put_into(p, saved[name])
 
 
-def restore_best(session: Session, state: Offline) -> bool:
-    """Loads the weights of the checkpoint that was best on held-out data; False where none was ranked."""
-    best = session.checkpoints.best()
-    found = None if best is None else session.checkpoints.load(best)
-    if found is None:
-        return False
-    load_trainable(state.objective.module, found.state["state"]["model"])
-    session.log.note(f"the saved model has the weights of step {found.step}, the best on held-out data")
-    return True
+def restore_best(session: Session, state: Offline) -> None:
+    """Takes up what was learned until the look that was best on held-out data; nothing where none was ranked."""
+    found = session.best()
+    if found is not None:
+        state.load_learned(found.state["state"])

@@ -125,7 +125,7 @@ class OnPolicy:
     def _scored(self, prompts: list[Prompt], seed: tuple[int, ...], clock: Clock) -> tuple[list[Sample], Scores]:
         samples = self.roles.generate(prompts, seed=seed, n=self.recipe.rollout.samples)
         clock.lap("rollout")
-        scores = self.roles.reward.score(samples)
+        scores = self.roles.score(samples)
         clock.lap("reward")
         return samples, scores
 
@@ -188,7 +188,7 @@ class OnPolicy:
         if self.algorithm.baseline == "greedy":
             prompts = list({s.prompt.index: s.prompt for s in samples}.values())
             drawn = self.roles.generate(prompts, seed=0, n=1, greedy=True)
-            greedy, scores = begun(drawn, self.roles.reward.score(drawn))
+            greedy, scores = begun(drawn, self.roles.score(drawn))
             shaped, _ = self.shape(greedy, scores, update=False)
             score = dict(zip((s.prompt.index for s in greedy), shaped.tolist(), strict=True))
             of_others = float(

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 import torch
 
 from steersman.environments.config import open_environment
 from steersman.environments.port import Environment
-from steersman.model import Policy, SharedBase, SharedCritic, as_local_shards, keep_away, place_head, whole_weights
+from steersman.model import (
+    Policy,
+    SharedBase,
+    SharedCritic,
+    as_local_shards,
+    keep_away,
+    place_head,
+    tables_and_adapters,
+    whole_weights,
+)
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
-from steersman.reward import ScoreShaping, WeightedSum, build_reward
+from steersman.reward import Scores, ScoreShaping, WeightedSum, build_reward
 from steersman.rollout import Generator, Sampling
 from steersman.rollout.sampling import ActionLimit
 from steersman.run.device import device_apart
@@ -24,7 +34,7 @@ from steersman.train.offline import load_trainable, put_back, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.session import kept_state
 from steersman.types import Prompt, Sample, SteersmanError
-from steersman.update.optimizer import Optimizer
+from steersman.update.optimizer import Optimizer, OptimizerConfig
 
 
 @dataclass
@@ -40,6 +50,7 @@ class Roles:
     device: torch.device
     mask: Policy | None = None
     environment: Environment | None = None
+    _judging: Lock = field(default_factory=Lock)
 
     @property
     def policy(self) -> Policy:
@@ -55,6 +66,12 @@ class Roles:
         sampling = self.sampling.as_greedy() if greedy else self.sampling
         with whole_weights(self.policy), nullcontext() if self.mask is None else whole_weights(self.mask):
             return sample_on_all_ranks(self.engine, prompts, sampling, n=n, seed=seed, record_support=not greedy)
+
+    def score(self, samples: list[Sample]) -> Scores:
+        """What the reward says of samples. It is never called twice at a time, whatever threads ask: functions of
+        users need not bear that."""
+        with self._judging:
+            return self.reward.score(samples)
 
     def frozen(self) -> list[torch.nn.Module]:
         """Models of weights of their own that do not learn and are read in one phase only: reference and reward
@@ -88,9 +105,13 @@ class Roles:
             state["mask"] = kept_state(self._masking())
         return state
 
+    def load_policy(self, state: dict[str, Any]) -> None:
+        """Takes from a `state_dict` the actor's weights alone."""
+        load_trainable(self.policy, state["policy"])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         learner = self.learner
-        load_trainable(learner.policy, state["policy"])
+        self.load_policy(state)
         learner.actor.load_state_dict(state["actor"])
         self.shaping.norm.load_state_dict(state["shaping"])
         if learner.critic is not None:
@@ -118,13 +139,13 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     per_iteration = algorithm.epochs * algorithm.minibatches
     updates = recipe.iterations * per_iteration
     shared = critic is not None and critic.shares_trunk
-    actor_parameters = policy.parameters() if critic is None or not shared else critic.parameters()
+    actor = policy if critic is None or not shared else critic
     learner = Learner(
         algorithm,
         policy,
-        Optimizer(actor_parameters, recipe.optimizer, updates - config.warmup * per_iteration),
+        _optimizer(actor, recipe.optimizer, updates - config.warmup * per_iteration),
         critic,
-        None if critic is None or shared else Optimizer(critic.parameters(), config.optimizer, updates),
+        None if critic is None or shared else _optimizer(critic, config.optimizer, updates),
         temperature=rollout.temperature,
         length_limit=float(rollout.max_new_tokens),
         micro_tokens=recipe.run.micro_tokens,
@@ -154,6 +175,10 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         for model in roles.frozen():
             keep_away(model)
     return roles
+
+
+def _optimizer(module: torch.nn.Module, config: OptimizerConfig, updates: int) -> Optimizer:
+    return Optimizer(module.parameters(), config, updates, tables_and_adapters(module))
 
 
 def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, SharedBase | None]:

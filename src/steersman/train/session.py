@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -43,8 +44,10 @@ class Session:
     """One run of a verb, as a context manager.
 
     `metric` names the number that ranks checkpoints for `keep_best`, and `mode` whether more of it is better.
-    `steps` yields the number of each step still to do, and saves when it is time, when a signal asks for it, and
-    at the end. Leaving the `with` block writes the report, also when the run failed.
+    `steps` yields the number of each step still to do, and saves when it is time, when a look finds something better
+    than every checkpoint has, when a signal asks for it, and at the end. The weights that training begins with are
+    in no checkpoint, and so no rival, unless `keep_start` saves them. Leaving the `with` block writes the report,
+    also when the run failed.
     """
 
     def __init__(
@@ -109,8 +112,6 @@ class Session:
         if found is not None:
             self._restore(found)
         self.log = self._stack.enter_context(self._log(self.start if found is not None else -1))
-        measured = [row[self.metric] for row in self.metrics() if isinstance(row.get(self.metric), float | int)]
-        self._best = (max if self.mode == "max" else min)(measured, default=None)
         for damage in self.checkpoints.damaged:
             self.log.note(damage, style="yellow")
         if self.folder.resumed:
@@ -156,6 +157,7 @@ class Session:
                 f"began, this changed: {changed}. Resume with what it began with, or choose another --run.dir"
             ) from error
         self.start = self.step = self.saved_step = found.step
+        self._best = found.state.get("best")  # not in checkpoints of earlier versions
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, after those that were done before; a checkpoint now and then, and at the end."""
@@ -203,18 +205,43 @@ class Session:
 
         Raises SteersmanError where the ranks' states are not the same, bit for bit: then they have drifted apart.
         """
-        state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state()}
+        state = {
+            "state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state(),
+            "best": self._best,
+        }  # fmt: skip
         require_same(state["state"])
         last = step == self.total or self.stopped or self.ended
         self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
         self.saved_step = step
 
+    def keep_start(self) -> None:
+        """Saves a checkpoint of step 0, which may stay the best. Where its look had no held-out value there is
+        nothing to rank it by, and nothing is saved."""
+        if self.last_metrics:
+            self._best = self.last_metrics[self.metric]
+            self.save(0)
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint that was best on held-out data, which a note tells; None where none was measured there."""
+        path = self.checkpoints.best()
+        found = None if path is None else self.checkpoints.load(path)
+        if found is None:
+            self.log.note(f"{self.metric} was never measured, so the saved model has the last weights")
+        elif found.step == 0:
+            self.log.note("the saved model has the weights that training began with: no later look was better")
+        else:
+            self.log.note(f"the saved model has the weights of step {found.step}, the best on held-out data")
+        return found
+
     def _rank(self, value: float) -> None:
-        """Keeps the held-out value for the step's checkpoint, and whether it is better than all before it."""
+        """Keeps the held-out value for the step's checkpoint, and whether it is better than every checkpoint's."""
+        if not math.isfinite(value):
+            return
         self.last_metrics = {self.metric: value}
-        better = self._best is not None and (value > self._best if self.mode == "max" else value < self._best)
-        self._is_best = better
-        if better or self._best is None:
+        if self.step == 0:
+            return
+        self._is_best = self._best is None or (value > self._best if self.mode == "max" else value < self._best)
+        if self._is_best:
             self._best = value
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -71,8 +71,8 @@ class FeedbackRun(Offline):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"objective": self.objective.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def load_learned(self, state: dict[str, Any]) -> None:
+        super().load_learned(state)
         self.objective.load_state_dict(state["objective"])
 
 

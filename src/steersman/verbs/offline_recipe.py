@@ -48,6 +48,7 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
         if self.model.scratch is not None:
             raise ValueError("model.scratch: a model with fresh weights prefers nothing yet; train it with sft first")
         self.data.require_end(self.train.max_steps)
+        self.train.require_kept(self.run)
         return self
 
     @property

@@ -21,6 +21,20 @@ from steersman.verbs.offline_recipe import OfflineRecipe
 from steersman.verbs.offline_run import carry_out, frozen_models
 from steersman.verbs.preflight import describe_run
 
+ANCHOR_SHARE = 0.1
+"""An anchor's share of the mixture where a recipe gives none."""
+
+
+def has_reference(loss: str) -> bool:
+    """Whether a loss measures how far answers move from a reference."""
+    return LOSSES[loss].needs_reference
+
+
+def takes_anchor(loss: str) -> bool:
+    """Whether a loss of pairs reads a reference's log-probabilities of whole answers, of which two can be mixed."""
+    entry = LOSSES[loss]
+    return entry.data == "pair" and entry.needs_reference and not entry.needs_full_kl
+
 
 class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
     """Offline preference optimisation on prompt, chosen and rejected."""
@@ -28,7 +42,7 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
     anchor: str | None = Field(
         default=None, description="folder of a second reference; the reference is then a geometric mixture of both"
     )
-    anchor_share: float = Field(default=0.1, ge=0, le=1, description="the anchor's share of that mixture")
+    anchor_share: float = Field(default=ANCHOR_SHARE, ge=0, le=1, description="the anchor's share of that mixture")
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
@@ -36,21 +50,31 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
 
     @property
     def separate_reference(self) -> bool:
-        entry = LOSSES[self.loss.name]
-        read = entry.needs_reference or self.samples.count(entry.needs_reference) > 0
-        return (read and super().separate_reference) or self.anchor is not None
+        return (self.reads_reference and super().separate_reference) or self.anchor is not None
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss has a reference, or the held prompts of `samples` measure their KL to it."""
+        needed = has_reference(self.loss.name)
+        return needed or self.samples.count(needed) > 0
 
     @property
     def reads_reference_in_updates(self) -> bool:
         return super().reads_reference_in_updates or LOSSES[self.loss.name].needs_full_kl
 
     @model_validator(mode="after")
-    def _mixes(self) -> PreferenceRecipe:
-        entry = LOSSES[self.loss.name]
-        if self.anchor is not None and (not entry.needs_reference or entry.needs_full_kl):
-            able = ", ".join(n for n, e in LOSSES.items() if e.data == "pair" and e.needs_reference)
+    def _references_fit(self) -> PreferenceRecipe:
+        if self.anchor is not None and not takes_anchor(self.loss.name):
+            able = ", ".join(filter(takes_anchor, LOSSES))
             raise ValueError(
                 f"anchor: {self.loss.name} takes no log-probabilities of whole answers; use one of {able}"
+            )
+        if self.anchor is None and self.anchor_share != ANCHOR_SHARE:
+            raise ValueError("anchor_share is the share of an anchor, and none is given; give anchor, or remove it")
+        if self.reference != "start" and not self.reads_reference:
+            raise ValueError(
+                f"reference: {self.loss.name} has none, so the model in {self.reference} is never read; remove it, "
+                "or give samples.prompts, whose KL is measured to it"
             )
         return self
 

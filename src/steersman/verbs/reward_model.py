@@ -24,6 +24,7 @@ from steersman.data import (
     training,
 )
 from steersman.data.shapes import NOUNS, Kind
+from steersman.distributed.pieces import full_tensor
 from steersman.extras import installed
 from steersman.model import (
     AttributeModel,
@@ -120,6 +121,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         objective, recipe.train, recipe.optimizer, recipe.run,
         shuffle=recipe.data.shuffle, data=data,
     )  # fmt: skip
+    state.start_counts = _has_a_head(model)
     pre = Preflight("steersman reward")
     describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
@@ -132,6 +134,11 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
         session.log.note(f"debiased: one more of {name} was worth {each:+.4f}")
     save_model(model, recipe.model, session.path / "model")
     return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": kind, **_told(worth)})
+
+
+def _has_a_head(model: Any) -> bool:
+    """Whether the head is more than zeros, which score nothing yet; every rank must ask."""
+    return bool(full_tensor(model.output.weight).any())
 
 
 def _read(recipe: RewardModelRecipe, kind: Kind) -> LoadedExamples[Any] | None:

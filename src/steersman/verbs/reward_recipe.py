@@ -43,10 +43,14 @@ class RewardModelRecipe(TrainingRecipe):
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":
             raise ValueError(f"model.lora: stage {self.stage} trains no weights of the model; remove the section")
+        if self.stage != "evaluate":
+            self.train.require_kept(self.run)
         several = [f"train.{key}" for key in ("bottleneck", "planes") if getattr(self.train, key)]
         several += ["train.heads"] * (self.train.heads > 1)
         if len(several) > 1:
             raise ValueError(f"{' and '.join(several)} are different kinds of reward model; give one of them")
+        if not self.train.bottleneck and self.train.bottleneck_weight != RewardModelConfig().bottleneck_weight:
+            raise ValueError("train.bottleneck_weight: there is no bottleneck; give train.bottleneck, or remove it")
         if self.train.heads > 1 and self.parallel.stage:
             raise ValueError(
                 f"train.heads: parallel.mode {self.parallel.mode} is not for ensembles; use replicas or fsdp"

@@ -59,7 +59,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         if not session.metrics():
             session.observe(0, {**watch.look(session, 0), **evaluation.look()})
             if recipe.stop is not None:
-                session.save(0)  # the start may stay the best
+                session.keep_start()
         before, after = first_and_last(session)
         early = EarlyEnd(recipe, session)
         for step in session.steps():
@@ -74,7 +74,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
             early.look(seen.stats)
         if session.stopped:
             return session.summary({})
-        after = early.take_best(state, after)
+        after = early.take_best(roles, after)
         save_model(roles.policy, recipe.model, session.path / "model")
         measured = evaluation.of_saved(again=recipe.stop is not None)
         if before and after:
@@ -106,14 +106,12 @@ class EarlyEnd:
         if (why := self.stopping.reason) is not None:
             self.session.end(why)
 
-    def take_best(self, state: Any, after: Stats) -> Stats:
+    def take_best(self, roles: Roles, after: Stats) -> Stats:
         """Loads the best look's weights, and returns what was measured there; `after` where nothing was asked for."""
-        best = self.session.checkpoints.best() if self.stopping.config is not None else None
-        found = None if best is None else self.session.checkpoints.load(best)
+        found = None if self.stopping.config is None else self.session.best()
         if found is None:
             return after
-        state.load_state_dict(found.state["state"])
-        self.session.log.note(f"the saved model has the weights of step {found.step}, the best on held-out prompts")
+        roles.load_policy(found.state["state"]["roles"])
         row = next(r for r in self.session.metrics() if r["step"] == found.step and "held_out/judge" in r)
         return {k: v for k, v in row.items() if k.startswith("held_out/")}
 
@@ -135,7 +133,7 @@ class HeldOut:
             return {}
         roles = self.roles
         drawn = roles.generate(self.prompts, seed=(self.recipe.run.seed, STREAM), n=1)
-        every = roles.reward.score(drawn)
+        every = roles.score(drawn)
         samples, scores = begun(drawn, every)
         stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
         stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}

@@ -47,6 +47,7 @@ class SFTRecipe(TrainingRecipe):
     @model_validator(mode="after")
     def _ends(self) -> SFTRecipe:
         self.data.require_end(self.train.max_steps)
+        self.train.require_kept(self.run)
         return self
 
 

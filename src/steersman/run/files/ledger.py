@@ -17,6 +17,8 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from steersman.atomic import write_atomic
 from steersman.distributed.ranks import ranks
 from steersman.jsonl import jsonl_text, read_jsonl
@@ -143,6 +145,8 @@ class Ledger:
         """Runs a verb in the folder `name`, on from its newest checkpoint, or gives the summary of its finished run.
 
         Its checkpoints go once it is finished: its model and summary are what the next stage needs.
+
+        Raises SteersmanError where the verb's recipe refuses the values.
         """
         self.check()
         folder = self.path / name
@@ -153,7 +157,14 @@ class Ledger:
                 **self.shared,
                 "run": {**self.config.model_dump(), **values.get("run", {}), "dir": str(folder)},
             }
-            summary = run(recipe(values), resume=True)
+            try:
+                made = recipe(values)
+            except ValidationError as error:
+                raise SteersmanError(
+                    f"{name}: this stage's verb refuses its settings: {refusal(error)}. Change the recipe and go on "
+                    f"with --resume; everything before this stage is kept in {self.path}"
+                ) from error
+            summary = run(made, resume=True)
             if not summary["finished"]:
                 self.signal.signal_name = self.signal.signal_name or "a signal"
                 raise StoppedError
@@ -244,6 +255,16 @@ class Ledger:
 
     def _round_file(self, number: int) -> Path:
         return self.path / f"round-{number:02d}" / "round.json"
+
+
+def refusal(error: ValidationError) -> str:
+    """What a recipe refuses, in its own words, with the key where the words do not name it."""
+    told = []
+    for fault in error.errors():
+        key = ".".join(map(str, fault["loc"]))
+        what = fault["msg"].removeprefix("Value error, ")
+        told.append(f"{key}: {what}" if key else what)
+    return "; ".join(told)
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
