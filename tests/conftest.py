@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell starts what runs in the background with Ctrl-C ignored, which every process below it would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Runs wait for the disk after every file (fsync); where the memory has a file system and room, tests write there.
 # Some load what they compiled, which containers often forbid there.

@@ -74,8 +74,8 @@ def test_an_exit_asked_for_in_a_coroutine_leaves_the_event_loop_of_all_alive(kin
         return 5
 
     with pytest.raises(kind):
-        await_result(leaves(), 5.0)
-    assert await_result(works(), 5.0) == 5
+        await_result(leaves())
+    assert await_result(works()) == 5
 
 
 def test_an_environment_in_a_thread_that_closes_stdout_leaves_it_open(bad, tmp_path):
