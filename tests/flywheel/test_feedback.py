@@ -77,6 +77,15 @@ def test_conversations_become_thumbs_and_demonstrations_that_the_loaders_read(tm
     assert told["judge"] == "rules"
 
 
+def test_the_column_system_is_the_first_turn(tmp_path):
+    words = {"prompt": "Say hi.", "completion": "Hi!", "feedback": "Thanks!"}
+    for i, row in enumerate(({"messages": CHATS[0]}, words)):
+        run(recipe(tmp_path, [row | {"system": "Be kind."}], f"run{i}"))
+        for made in rows_of(tmp_path / f"run{i}" / "kto.jsonl"):
+            assert made["prompt"][0] == said("system", "Be kind.")
+            assert [turn["role"] for turn in made["prompt"]] == ["system", "user"]
+
+
 def test_feedback_without_prompt_is_counted_or_stops(tmp_path, capsys):
     run(recipe(tmp_path, [{"messages": m} for m in CHATS]))
     assert "1 feedback without prompt" in capsys.readouterr().out

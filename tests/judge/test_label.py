@@ -33,6 +33,16 @@ def test_pairs_are_turned_round_where_the_judge_says_so(tmp_path):
     assert len(preferences(DataConfig(path=str(tmp_path / "run/labelled.jsonl"))).train) == 2
 
 
+def test_the_judge_reads_the_system_prompt_of_a_row(tmp_path):
+    (tmp_path / "prompts.py").write_text(
+        "def length(prompts, completions):\n    return [float(len(p)) for p in prompts]\n"
+    )
+    judge = {"reward": {"n": {"function": f"{tmp_path / 'prompts.py'}:length"}}}
+    rows = [{"prompt": "p", "system": system, "completion": "a"} for system in ("", "Be kind.")]
+    _, out = label(tmp_path, rows, judge=judge)
+    assert [row["grade"] for row in out] == [1.0, float(len("System: Be kind.\n\nUser: p"))]
+
+
 @pytest.mark.parametrize(("ties", "count"), [("drop", 1), ("keep", 2)])
 def test_ties_are_dropped_or_kept_as_such(tmp_path, ties, count):
     rows = [{"prompt": "p", "first": "a b", "second": "c d"}, {"prompt": "q", "first": "a", "second": "a b"}]

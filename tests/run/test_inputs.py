@@ -31,6 +31,16 @@ def test_the_runs_own_folder_within_the_data_does_not_count(tmp_path):
     assert fingerprints(asked, run) != before
 
 
+def test_hidden_files_do_not_count(tmp_path):
+    """They are no data: an editor's copies, and what another process has not written to its end."""
+    (tmp_path / "rows.jsonl").write_text("{}")
+    before = fingerprints(Asked(path=str(tmp_path)), tmp_path / "run")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "rows-checkpoint.jsonl").write_text("{}")
+    (tmp_path / ".tmp-rows.jsonl").write_text("{")
+    assert fingerprints(Asked(path=str(tmp_path)), tmp_path / "run") == before
+
+
 def test_of_a_large_file_its_ends_and_its_size_count(tmp_path):
     file = tmp_path / "weights.bin"
     with file.open("wb") as out:

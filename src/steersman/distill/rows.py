@@ -131,7 +131,11 @@ def teacher_text(example: Query | Demonstration, template: str) -> Content:
         if name is not None and columns.get(name) is None:
             has = ", ".join(columns)
             raise example.row.fault("missing field", f"teacher.prompt names {{{name}}}, and the row has {has}", name)
-    text = template.format_map(columns)
+    try:
+        text = template.format_map(columns)
+    except (TypeError, ValueError) as error:
+        what = f"teacher.prompt has a format that a column's value can not have ({error})"
+        raise example.row.fault("wrong type", what, "teacher.prompt") from error
     if isinstance(prompt, str):
         return text
     return [{**m, "content": text} if i == last else m for i, m in enumerate(prompt)]

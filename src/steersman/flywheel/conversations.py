@@ -50,10 +50,11 @@ def _conversations(row: Row) -> Iterator[list[Message]]:
         elif f.optional_text(row, "prompt").strip():
             prompt = [{"role": "user", "content": f.text(row, "prompt")}]
         answer, reaction = f.text(row, "completion"), f.text(row, "feedback")
-        yield [*prompt, {"role": "assistant", "content": answer}, {"role": "user", "content": reaction}]
+        said: list[Message] = [{"role": "assistant", "content": answer}, {"role": "user", "content": reaction}]
+        yield f.with_system(row, [*prompt, *said])
     elif "messages" in data or "conversations" in data:
         column = "messages" if "messages" in data else "conversations"
-        yield f.turns(row, column, f.listing(row, column))
+        yield f.with_system(row, f.turns(row, column, f.listing(row, column)))
     elif "turns" in data:
         yield [_spoken(row, "turns", t) for t in f.listing(row, "turns")]
     elif isinstance(data.get("prompt"), dict):

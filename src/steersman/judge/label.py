@@ -16,7 +16,7 @@ from pydantic import Field
 from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
-from steersman.data.examples import Content, is_empty
+from steersman.data.examples import Content
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
 from steersman.run.files.ledger import Ledger, Rows
@@ -90,9 +90,7 @@ def _asked(config: DataConfig, left_out: BadRows) -> Iterator[LabelItem]:
 
 
 def _one(row: Row) -> LabelItem:
-    prompt = f.instruction(row) if "instruction" in row.data else f.content(row, "prompt")
-    if is_empty(prompt):
-        raise row.fault("empty prompt", "the prompt is empty", "prompt")
+    prompt = f.instruction(row) if "instruction" in row.data else f.prompt(row)
     columns = next((p for p in PAIRS if p[0] in row.data and p[1] in row.data), None)
     if columns is not None:
         answers = [as_text(f.content(row, c)) for c in columns]

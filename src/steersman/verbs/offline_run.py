@@ -40,6 +40,8 @@ def carry_out(
     if note := slow_rate(recipe.model, recipe.optimizer.lr):
         pre.fact("optimizer.lr", note)
     announce(pre, session.device, models, state.load(longest), sampled)
+    for note in policy.notes:
+        pre.fact("model", note)
     pre.check()
     pre.show()
     if not train_and_restore(session, state, recipe.train.keep):

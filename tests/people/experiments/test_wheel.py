@@ -286,6 +286,18 @@ def test_refusals(tmp_path, mini_model):
         turn({**values, "run": {**values["run"], "dir": str(tmp_path / "other")}}, resume=False)
 
 
+def test_a_stage_that_would_be_refused_is_refused_before_the_first_judgement(tmp_path, mini_model):
+    values = settings(tmp_path, mini_model)
+    for more, told in (
+        ({"then": ["kto"], "kto": {"train": {"batch_size": 1}}}, r"stage kto: .*kto\.train\.batch_size"),
+        ({"then": ["ppo"], "ppo": {"iterations": 1, "critic": {"warmup": 1}}}, r"stage ppo: .*ppo\.critic\.warmup"),
+        ({"then": ["dpo"], "dpo": {"train": {"keep": "best"}}, "run": {**values["run"], "keep_best": 0}},
+         r"stage dpo: .*dpo\.train\.keep"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            WheelRecipe.model_validate({**values, "dpo": {}, **more})
+
+
 def test_serving_is_read_back(tmp_path, mini_model):
     append(tmp_path / "inbox", "day", choices(80, seed=4))
     turn(settings(tmp_path, mini_model), resume=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,17 +11,27 @@ from steersman.data import DataConfig
 from steersman.flywheel.arena import DPOStage, PPOStage, SFTStage
 from steersman.flywheel.feedback import KTOStage
 from steersman.flywheel.sections import refuse_idle_stages
+from steersman.flywheel.stages import PLACE, below, require_stage
 from steersman.judge import JudgeConfig
 from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
 from steersman.people.wheel.gates import Gate, standard_gates
 from steersman.people.wheel.lessons import Kind, MixConfig
-from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig
+from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig, adapter_rates
 from steersman.run.run_config import RunConfig
+from steersman.verbs import feedback
+from steersman.verbs.on_policy_recipes import RECIPES
+from steersman.verbs.preference import PreferenceRecipe
+from steersman.verbs.reward_recipe import RewardModelRecipe
+from steersman.verbs.sft import SFTRecipe
 
 Stage = Literal["sft", "kto", "dpo", "ppo"]
 LEARNS: dict[Stage, Kind] = {"sft": "sft", "kto": "kto", "dpo": "pairs", "ppo": "pairs"}
 """The table that each stage trains on."""
+FIRST: dict[Stage, type[Section]] = {
+    "sft": SFTRecipe, "kto": feedback.RECIPES["kto"], "dpo": PreferenceRecipe, "ppo": RewardModelRecipe,
+}  # fmt: skip
+"""The recipe of the verb that trains on that table; PPO comes behind its reward model."""
 
 
 class ArrivalsConfig(Section):
@@ -94,6 +104,12 @@ class WheelRecipe(Section):
         # the wheel names its models by their turns; all that is sampled is one answer a held-out prompt
         return key_names(experiment=("control", "treatment"), rollout=("prompts", "samples", *LEARNED_ONLY))
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        keys = {name: [f"{name}.optimizer"] for name in ("sft", "kto", "dpo")}
+        keys["ppo"] = ["ppo.reward_optimizer", "ppo.optimizer"]
+        return adapter_rates(given, *(key for name in given.get("then") or ["dpo"] for key in keys.get(name, [])))
+
     @model_validator(mode="after")
     def _can_turn(self) -> WheelRecipe:
         if self.model.scratch is not None:
@@ -110,3 +126,37 @@ class WheelRecipe(Section):
         stages = {"sft": self.sft, "kto": self.kto, "dpo": self.dpo, "ppo": self.ppo}
         refuse_idle_stages(stages, self.then, "then")
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> WheelRecipe:
+        start = self.model.path
+        for name in self.then:
+            words = below(name, "train", "optimizer", "loss")
+            if name == "ppo":
+                words = {"train.": "ppo.reward_train.", "optimizer.": "ppo.reward_optimizer."}
+            require_stage(name, FIRST[name], self.stage(name, start, PLACE, chats=True), self.run, words)
+        if "ppo" in self.then:
+            words = below("ppo", "algorithm", "optimizer", "critic")
+            words |= {"rollout.prompts": "ppo.prompts", "rollout.samples": "ppo.samples"}
+            values = self.ppo_stage(start, PLACE, PLACE, self.ppo.prompts, chats=True)
+            require_stage("ppo", RECIPES["ppo"], values, self.run, words)
+        return self
+
+    def stage(self, name: Stage, path: str, file: str, *, chats: bool) -> dict[str, Any]:
+        """What the verb of a stage gets, for PPO the one that trains its reward model: the model at `path`, and a
+        file of lessons; `chats` says whether the model has a chat template."""
+        values = self._trains(path, file, chats=chats)
+        if name == "ppo":
+            return values | {"train": self.ppo.reward_train, "optimizer": self.ppo.reward_optimizer}
+        if name == "sft":
+            return values | {"train": self.sft.train, "optimizer": self.sft.optimizer}
+        config = self.kto if name == "kto" else self.dpo
+        return values | {"train": config.train, "optimizer": config.optimizer, "loss": config.loss}
+
+    def ppo_stage(self, path: str, file: str, reward: str, known_prompts: int, *, chats: bool) -> dict[str, Any]:
+        """What `ppo` gets: the model at `path`, a file of prompts, and the reward model."""
+        return self._trains(path, file, chats=chats) | self.ppo.toward(reward, self.rollout, known_prompts)
+
+    def _trains(self, path: str, file: str, *, chats: bool) -> dict[str, Any]:
+        data = self.limits.data(file, chats=chats)
+        return {"model": self.model.model_dump() | {"path": path, "merge": True}, "data": data.model_dump()}

@@ -56,37 +56,29 @@ class Training:
                 self.ledger.log.note(f"{self.name}: no judgement teaches {stage}, so it is left out", style="yellow")
         return path
 
-    def _values(self, path: str, kind: str) -> dict[str, Any]:
-        data = self.recipe.limits.data(str(self.ledger.path / f"{self.name}/{kind}.jsonl"), chats=self.chats)
-        return {"model": self.recipe.model.model_dump() | {"path": path, "merge": True}, "data": data.model_dump()}
+    def _file(self, kind: str) -> str:
+        return str(self.ledger.path / f"{self.name}/{kind}.jsonl")
+
+    def _values(self, stage: Stage, path: str) -> dict[str, Any]:
+        return self.recipe.stage(stage, path, self._file(LEARNS[stage]), chats=self.chats)
 
     def _sft(self, name: str, path: str) -> str:
-        config = self.recipe.sft
-        values = self._values(path, "sft") | {"train": config.train, "optimizer": config.optimizer}
-        return self.ledger.stage(name, sft.run, SFTRecipe.model_validate, values)["model"]
+        return self.ledger.stage(name, sft.run, SFTRecipe.model_validate, self._values("sft", path))["model"]
 
     def _kto(self, name: str, path: str) -> str:
-        config = self.recipe.kto
-        values = self._values(path, "kto") | {
-            "train": config.train,
-            "optimizer": config.optimizer,
-            "loss": config.loss,
-        }
+        values = self._values("kto", path)
         return self.ledger.stage(name, thumbs.run, thumbs.RECIPES["kto"].model_validate, values)["model"]
 
     def _dpo(self, name: str, path: str) -> str:
-        config = self.recipe.dpo
-        values = self._values(path, "pairs") | {"train": config.train, "optimizer": config.optimizer}
-        values |= {"loss": config.loss}
+        values = self._values("dpo", path)
         return self.ledger.stage(name, preference.run, PreferenceRecipe.model_validate, values)["model"]
 
     def _ppo(self, name: str, path: str) -> str:
         """A reward model from the pairs, and PPO toward it on their prompts."""
-        ledger, config = self.ledger, self.recipe.ppo
-        values = self._values(path, "pairs") | {"train": config.reward_train, "optimizer": config.reward_optimizer}
+        ledger, values = self.ledger, self._values("ppo", path)
         reward = ledger.stage(f"{name}-reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
         pairs = ledger.rows(f"{self.name}/pairs")
         prompts = {str(row["prompt"]): row["prompt"] for row in pairs}
         asked = ledger.table(f"{self.name}/prompts", lambda: [{"prompt": p} for p in prompts.values()])
-        values = self._values(path, "prompts") | config.toward(reward, self.recipe.rollout, len(asked))
+        values = self.recipe.ppo_stage(path, self._file("prompts"), reward, len(asked), chats=self.chats)
         return ledger.stage(name, rl.run, RECIPES["ppo"].model_validate, values)["model"]

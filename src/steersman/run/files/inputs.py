@@ -101,7 +101,8 @@ def _digest(path: Path, own: Path) -> str:
     model = (path / "config.json").is_file()
     inside = (p for p in path.iterdir() if p.name != "README.md") if model else path.rglob("*")
     digest = hashlib.sha256()
-    for file in sorted(p for p in inside if p.is_file() and not p.name.startswith(".")):
+    shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    for file in sorted(p for p in shown if p.is_file()):
         if own in file.resolve().parents:
             continue
         digest.update(f"{file.relative_to(path)}\0{_file_digest(file)}\n".encode())
