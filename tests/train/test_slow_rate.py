@@ -11,6 +11,7 @@ from steersman import cli
 from steersman.config.load import load_recipe
 from steersman.recipe.sections import ADAPTER_RATE, LoraSection, ModelConfig
 from steersman.setup.models import slow_rate
+from steersman.types import SteersmanError
 
 
 @pytest.mark.parametrize(("lora", "lr", "told"), [(True, 1e-5, True), (True, 2e-4, False), (False, 1e-5, False)])
@@ -97,6 +98,14 @@ def test_the_default_rates_of_a_loop_go_by_what_is_trained(verb, words, rates):
         assert at(lora, key)["lr"] == ADAPTER_RATE, key
         assert at(whole, key)["lr"] < ADAPTER_RATE, key
     assert at(given, rates[0])["lr"] == 3e-6
+
+
+@pytest.mark.parametrize("stages", ["5", "null", "[x]", "[{}]"])
+@pytest.mark.parametrize(("verb", "key"), [("arena", "stages"), ("feedback", "then"), ("wheel", "then")])
+def test_stages_that_are_none_are_refused_by_their_key(verb, key, stages):
+    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    with pytest.raises(SteersmanError, match=rf"{key}(\.0)?: .* was given; allowed: "):
+        load_recipe(model, None, ["--model.path", "m", "--model.lora", "{}", f"--{key}", stages])
 
 
 def at(values: dict[str, Any], key: str) -> dict[str, Any]:

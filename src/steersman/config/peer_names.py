@@ -2,7 +2,7 @@
 here.
 
 They are told, not taken: a setting has one name, and a recipe that is read later says what it means. What a value
-becomes, where units or meanings differ, is in `verbs/import_recipe.py`.
+becomes, where units or meanings differ, is in `verbs/peers/`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe, refuse_idle_stages
-from steersman.flywheel.stages import PLACE, below, stage_data, stage_model
+from steersman.flywheel.stages import PLACE, WORDS, stage_data, stage_model, trained_by
 from steersman.objectives.preference import PairLossConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
@@ -126,24 +126,20 @@ class ArenaRecipe(LoopRecipe):
 
     @classmethod
     def trained_by(cls, given: dict[str, Any]) -> list[str]:
-        found = {"sft": ["sft.optimizer"], "dpo": ["dpo.optimizer"], "ppo": ["ppo.reward_optimizer", "ppo.optimizer"]}
-        asked = given.get("stages", list(found))
-        return [key for stage, keys in found.items() if stage in asked for key in keys]
+        stages = ["sft", "dpo", "ppo"]
+        return trained_by(stages, given.get("stages", stages))
 
     @model_validator(mode="after")
     def _stages_fit(self) -> ArenaRecipe:
-        start, told = self.model.path, below("ppo", "algorithm", "optimizer", "critic")
-        told |= {"rollout.prompts": "ppo.prompts", "rollout.samples": "ppo.samples"}
-        pairs = {"train.": "ppo.reward_train.", "optimizer.": "ppo.reward_optimizer."}
+        start = self.model.path
         if "sft" in self.stages:
-            self.require_stage("sft", SFTRecipe, self.sft_stage(start, PLACE), below("sft", "train", "optimizer"))
+            self.require_stage("sft", SFTRecipe, self.sft_stage(start, PLACE), WORDS["sft"])
         if "dpo" in self.stages:
-            words = below("dpo", "train", "optimizer", "loss")
-            self.require_stage("dpo", PreferenceRecipe, self.dpo_stage(start, PLACE), words)
+            self.require_stage("dpo", PreferenceRecipe, self.dpo_stage(start, PLACE), WORDS["dpo"])
         if "ppo" in self.stages:
-            self.require_stage("ppo", RewardModelRecipe, self.reward_stage(start, PLACE), pairs)
+            self.require_stage("ppo", RewardModelRecipe, self.reward_stage(start, PLACE), WORDS["reward"])
             values = self.ppo_stage(start, PLACE, PLACE, self.ppo.prompts)
-            self.require_stage("ppo", RECIPES["ppo"], values, told)
+            self.require_stage("ppo", RECIPES["ppo"], values, WORDS["ppo"])
         return self
 
     def sft_stage(self, path: str, file: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
 from steersman.flywheel.reading import Reading, kappa, read, revise
 from steersman.flywheel.sections import refuse_idle_stages
-from steersman.flywheel.stages import PLACE, below, require_stage
+from steersman.flywheel.stages import PLACE, WORDS, require_stage, trained_by
 from steersman.judge import JudgeConfig, open_judge
 from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
@@ -110,14 +110,12 @@ class FeedbackRecipe(Section):
             raise ValueError("revise: the reader writes the revised answers; give one")
         refuse_idle_stages({"sft": self.sft, "kto": self.kto}, self.then, "then")
         for name in self.then:
-            values, words = self.stage(name, PLACE, PLACE), below(name, "train", "optimizer", "loss")
-            require_stage(name, _VERBS[name][1], values, self.run, words)
+            require_stage(name, _VERBS[name][1], self.stage(name, PLACE, PLACE), self.run, WORDS[name])
         return self
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        asked = given.get("then") or []
-        return adapter_rates(given, *(f"{name}.optimizer" for name in _VERBS if name in asked))
+        return adapter_rates(given, *trained_by(_VERBS, given.get("then")))
 
     def stage(self, name: Literal["sft", "kto"], path: str, file: str) -> dict[str, Any]:
         """What a verb in `then` gets: the model at `path`, and the file of its examples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -17,6 +17,36 @@ if TYPE_CHECKING:
 
 PLACE = "made in the run"
 """Stands for a table or a model that is not there yet."""
+
+
+def below(section: str, *keys: str) -> dict[str, str]:
+    """`words` of a stage whose sections lie below one of the loop: {"train.": "sft.train."}."""
+    return {f"{key}.": f"{section}.{key}." for key in keys}
+
+
+WORDS = {
+    "sft": below("sft", "train", "optimizer"),
+    "kto": below("kto", "train", "optimizer", "loss"),
+    "dpo": below("dpo", "train", "optimizer", "loss"),
+    "reward": {"train.": "ppo.reward_train.", "optimizer.": "ppo.reward_optimizer."},
+    "ppo": below("ppo", "algorithm", "optimizer", "critic")
+    | {"rollout.prompts": "ppo.prompts", "rollout.samples": "ppo.samples"},
+}
+"""What a verb's keys are called in a loop with a section for each stage; `reward` trains PPO's reward model."""
+
+
+OPTIMIZERS = {
+    "sft": ["sft.optimizer"], "kto": ["kto.optimizer"], "dpo": ["dpo.optimizer"],
+    "ppo": ["ppo.reward_optimizer", "ppo.optimizer"],
+}  # fmt: skip
+"""Dotted keys of the optimizers that a stage trains by, in such a loop."""
+
+
+def trained_by(known: Iterable[str], asked: Any) -> list[str]:
+    """Dotted keys of the optimizers by which those of a loop's known stages train that a recipe asks for. What it
+    asks for is not validated yet: of what is no list there are none."""
+    names = asked if isinstance(asked, list) else []
+    return [key for name in known if name in names for key in OPTIMIZERS[name]]
 
 
 def require_stage(
@@ -34,11 +64,6 @@ def require_stage(
             known = "|".join(map(re.escape, words))
             told = re.sub(rf"(?<![\w.])(?:{known})", lambda found: words[found[0]], told)
         raise ValueError(f"stage {name}: {told}") from None
-
-
-def below(section: str, *keys: str) -> dict[str, str]:
-    """`words` of a stage whose sections lie below one of the loop: {"train.": "sft.train."}."""
-    return {f"{key}.": f"{section}.{key}." for key in keys}
 
 
 def stage_data(recipe: LoopRecipe, path: str | list[str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Local:
     ) -> None:
         """Gives `keep` the log-probability of every verdict after each text: {"logp": {verdict: nats}}."""
         said = [self.layout.codec.more(v if self.chats else f" {v}") for v in verdicts]
+        begun = nearest_longer(said)
         for start in range(0, len(texts), self.config.batch):
             if not may_ask():
                 return
@@ -52,7 +53,7 @@ class Local:
             with torch.no_grad():
                 logp = torch.where(tokens.mask, self.policy.logp(tokens).logp.cpu(), 0.0).sum(-1)
             for row, told in enumerate(logp.view(len(ids), len(said)).tolist()):
-                reply: Reply = {"logp": dict(zip(verdicts, whole(said, told), strict=True))}
+                reply: Reply = {"logp": dict(zip(verdicts, whole(told, begun), strict=True))}
                 keep(start + row, reply | {"tokens": len(ids[row]) + 1})
 
     def write(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
@@ -77,21 +78,23 @@ class Local:
         return ids
 
 
-def whole(said: Sequence[Sequence[int]], logp: Sequence[float]) -> list[float]:
+def nearest_longer(said: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each list of token ids the places of those that it begins, without those that another of them begins."""
+    every = range(len(said))
+    longer = [
+        [b for b in every if len(ids) < len(said[b]) and list(said[b][: len(ids)]) == list(ids)] for ids in said
+    ]
+    return [[b for b in found if not any(b in longer[c] for c in found)] for found in longer]
+
+
+def whole(logp: Sequence[float], begun: Sequence[Sequence[int]]) -> list[float]:
     """The log-probabilities (nats) of verdicts as whole words, from those of their token ids as beginnings.
 
-    From a verdict's probability goes that of the verdicts which it begins, so that none is counted twice; at least
-    1e-9 of it stays.
+    From a verdict's probability goes that of the verdicts which it begins (`nearest_longer`), so that none is counted
+    twice; at least 1e-9 of it stays.
     """
-
-    def begins(a: int, b: int) -> bool:
-        return len(said[a]) < len(said[b]) and list(said[b][: len(said[a])]) == list(said[a])
-
-    every = range(len(said))
-    longer = [[b for b in every if begins(a, b)] for a in every]
-    nearest = [[b for b in longer[a] if not any(b in longer[c] for c in longer[a])] for a in every]
-    taken = [sum(math.exp(logp[b] - logp[a]) for b in nearest[a]) for a in every]
-    return [logp[a] + math.log(max(1 - taken[a], 1e-9)) for a in every]
+    taken = [sum(math.exp(logp[b] - x) for b in found) for x, found in zip(logp, begun, strict=True)]
+    return [x + math.log(max(1 - share, 1e-9)) for x, share in zip(logp, taken, strict=True)]
 
 
 def likeliest(logp: dict[str, float], margin: float) -> float:

@@ -11,7 +11,7 @@ from steersman.data import DataConfig
 from steersman.flywheel.arena import DPOStage, PPOStage, SFTStage
 from steersman.flywheel.feedback import KTOStage
 from steersman.flywheel.sections import refuse_idle_stages
-from steersman.flywheel.stages import PLACE, below, require_stage
+from steersman.flywheel.stages import PLACE, WORDS, require_stage, trained_by
 from steersman.judge import JudgeConfig
 from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
@@ -106,9 +106,7 @@ class WheelRecipe(Section):
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        keys = {name: [f"{name}.optimizer"] for name in ("sft", "kto", "dpo")}
-        keys["ppo"] = ["ppo.reward_optimizer", "ppo.optimizer"]
-        return adapter_rates(given, *(key for name in given.get("then") or ["dpo"] for key in keys.get(name, [])))
+        return adapter_rates(given, *trained_by(LEARNS, given.get("then", ["dpo"])))
 
     @model_validator(mode="after")
     def _can_turn(self) -> WheelRecipe:
@@ -131,15 +129,11 @@ class WheelRecipe(Section):
     def _stages_fit(self) -> WheelRecipe:
         start = self.model.path
         for name in self.then:
-            words = below(name, "train", "optimizer", "loss")
-            if name == "ppo":
-                words = {"train.": "ppo.reward_train.", "optimizer.": "ppo.reward_optimizer."}
+            words = WORDS["reward" if name == "ppo" else name]
             require_stage(name, FIRST[name], self.stage(name, start, PLACE, chats=True), self.run, words)
         if "ppo" in self.then:
-            words = below("ppo", "algorithm", "optimizer", "critic")
-            words |= {"rollout.prompts": "ppo.prompts", "rollout.samples": "ppo.samples"}
             values = self.ppo_stage(start, PLACE, PLACE, self.ppo.prompts, chats=True)
-            require_stage("ppo", RECIPES["ppo"], values, self.run, words)
+            require_stage("ppo", RECIPES["ppo"], values, self.run, WORDS["ppo"])
         return self
 
     def stage(self, name: Stage, path: str, file: str, *, chats: bool) -> dict[str, Any]:
