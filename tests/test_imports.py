@@ -26,7 +26,7 @@ MAY = {
     "data": GROUND,
     "model": GROUND | {"native"},
     "rollout": GROUND | {"model", "native"},
-    "metrics": GROUND,
+    "metrics": GROUND | {"model"},  # how long a text a model reads
     "reward": GROUND | {"model", "metrics"},
     "loss": MATHS,
     "advantage": MATHS,

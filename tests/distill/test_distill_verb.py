@@ -151,7 +151,8 @@ def test_refused_before_anything_runs(settings, extra, said):
 @pytest.mark.parametrize(
     ("template", "said"),
     [("{answer} {prompt}", "names {answer}, and the row has"), ("{0.__class__}", "is no column name"),
-     ("{prompt", "plain braces"), ("{prompt:d}", r"line 1, field 'teacher\.prompt'.*can not have")],
+     ("{prompt", "plain braces"), ("{prompt:d}", r"line 1, field 'prompt': teacher\.prompt.*can not have"),
+     ("{prompt!x}", "conversion 'x'")],
 )  # fmt: skip
 def test_a_template_of_the_teacher_is_checked(settings, template, said):
     with pytest.raises(SteersmanError, match=said):

@@ -34,6 +34,12 @@ class Broken:
     """Raises."""
     def begin(self, row): return "go"
     def step(self, text): raise KeyError(text)
+
+class Unmade:
+    """Can not be made."""
+    def __init__(self): raise OSError("no such port")
+    def begin(self, row): return "go"
+    def step(self, text): return "", 1.0, True
 '''
 
 
@@ -72,7 +78,8 @@ def test_a_sound_environment_passes(worlds, mini, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "code", "finding"),
     [("Endless", 2, "none of 16 episodes ended"), ("Rich", 2, "outside [-1, 1], such as 50"),
-     ("Moody", 0, "otherwise the second time"), ("Mute", 0, "tell: no docstring"), ("Broken", 2, "KeyError")],
+     ("Moody", 0, "otherwise the second time"), ("Mute", 0, "tell: no docstring"), ("Broken", 2, "KeyError"),
+     ("Unmade", 2, "an episode failed: OSError: no such port")],
 )  # fmt: skip
 def test_each_fault_is_found(faulty, capsys, name, code, finding):
     found, said = checked(capsys, f"{faulty}:{name}", "--reward_low", -1, "--reward_high", 1)

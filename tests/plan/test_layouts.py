@@ -120,9 +120,13 @@ def test_the_verb_prints_layouts_that_name_their_settings(capsys):
 
 def test_the_optimizer_keeps_what_its_kind_says():
     half, whole = OptimizerConfig(), OptimizerConfig(kind="lion")
-    assert optimizer_bytes(half, 2) == 12  # two moments and the copy, in float32
-    assert optimizer_bytes(half, 4) == 8
-    assert optimizer_bytes(whole, 4) == 4
+    assert optimizer_bytes(half, 2, adapters=False) == 12  # two moments and the copy, in float32
+    assert optimizer_bytes(half, 4, adapters=False) == 8
+    assert optimizer_bytes(whole, 4, adapters=False) == 4
+    assert optimizer_bytes(half, 2, adapters=True) == 8  # adapters are in float32
+    muon = OptimizerConfig(kind="muon")
+    assert optimizer_bytes(muon, 4, adapters=False) == 4
+    assert optimizer_bytes(muon, 4, adapters=True) == 8  # AdamW's
 
 
 def test_quantised_and_shared_bases_count_once():

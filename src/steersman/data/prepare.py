@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +19,8 @@ from steersman.data.examples import (
     Steps,
     has_ties,
 )
+from steersman.data.prompt_template import PromptTemplate
 from steersman.data.rows import BadRows, Row, RowError, nearest
-from steersman.types import SteersmanError
-
-Slots = list[tuple[str, str | None, str | None, str | None]]
-"""A prompt template in pieces: text, and the column, format and conversion behind it, None where no column is."""
 
 
 def prepared_rows(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iterator[Row]:
@@ -33,7 +29,8 @@ def prepared_rows(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iter
     Raises SteersmanError for a prompt template that no row could fill, and as `bad` says for a row that can not be
     prepared.
     """
-    template = None if config.prompt_template is None else _slots(config.prompt_template)
+    written = config.prompt_template
+    template = None if written is None else PromptTemplate.parse(written, "data.prompt_template")
     for row in rows:
         try:
             _rename(row, config, template)
@@ -43,7 +40,7 @@ def prepared_rows(rows: Iterator[Row], config: DataConfig, bad: BadRows) -> Iter
             yield row
 
 
-def _rename(row: Row, config: DataConfig, template: Slots | None) -> None:
+def _rename(row: Row, config: DataConfig, template: PromptTemplate | None) -> None:
     """Canonical names for the user's columns, the prompt from its template, the ratings in one place."""
     for column in config.json_columns:
         if row.data.get(column) is not None:
@@ -61,54 +58,10 @@ def _rename(row: Row, config: DataConfig, template: Slots | None) -> None:
         added[name] = row.data[column]
         row.names[name] = column
     if template is not None:
-        added["prompt"] = _fill(row, template)
+        added["prompt"] = template.fill(row)
     if config.scores:
         added["scores"] = {name: row.data.get(name) for name in config.scores}
     row.data = row.data | added
-
-
-def _slots(template: str) -> Slots:
-    try:
-        slots = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise SteersmanError(f"data.prompt_template: {error}; write {{{{ and }}}} for plain braces") from error
-    for _, column, spec, conversion in slots:
-        if conversion not in (None, "a", "r", "s"):
-            raise SteersmanError(
-                f"data.prompt_template: {{{column}!{conversion}}} asks for the conversion {conversion!r}, which "
-                "there is not; there are !s, !r and !a"
-            )
-        if spec and "{" in spec:
-            raise SteersmanError(
-                f"data.prompt_template: {{{column}:{spec}}} has a column inside a format, which is not read; write "
-                f"the format itself, such as {{{column}:10}}"
-            )
-    return slots
-
-
-def _fill(row: Row, template: Slots) -> str:
-    out = []
-    for text, column, spec, conversion in template:
-        out.append(text)
-        if column is None:
-            continue
-        if not column.isidentifier() and column not in row.data:
-            raise SteersmanError(f"data.prompt_template: {{{column}}} is no column name")
-        out.append(_formatted(row, column, spec or "", conversion))
-    return "".join(out)
-
-
-def _formatted(row: Row, column: str, spec: str, conversion: str | None) -> str:
-    got = f.value(row, column)
-    try:
-        return format(string.Formatter().convert_field(got, conversion), spec)
-    except (TypeError, ValueError) as error:
-        raise row.fault(
-            "wrong type",
-            f"data.prompt_template writes it with the format {spec!r}, which {type(got).__name__} {str(got)[:40]!r} "
-            f"can not have ({error}); write {{{column}}}, or mend the value (CSV files hold text alone)",
-            column,
-        ) from error
 
 
 def finish_example(example: Example, config: DataConfig, bad: BadRows) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from steersman.data import (
@@ -20,11 +19,11 @@ from steersman.data import (
     prompts,
 )
 from steersman.data.examples import Content
+from steersman.data.prompt_template import PromptTemplate
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.teacher import Answer
-from steersman.model import Policy
-from steersman.setup.models import context_length
-from steersman.types import Prompt, SteersmanError
+from steersman.model import Policy, context_length
+from steersman.types import Prompt
 
 
 @dataclass(slots=True)
@@ -64,7 +63,7 @@ class Reader:
     recipe: DistillRecipe
     student: Layout
     teacher: Layout
-    template: str | None
+    template: PromptTemplate | None
     context: int | None
     teacher_context: int | None
 
@@ -117,39 +116,18 @@ class Reader:
         return self.teacher.answer(content, example.completion)[0]
 
 
-def teacher_text(example: Query | Demonstration, template: str) -> Content:
+def teacher_text(example: Query | Demonstration, template: PromptTemplate) -> Content:
     """The prompt that the template makes of the row's columns; {prompt} is the text asked, of a conversation its
-    last user's turn, in whose place it stands then. Raises SteersmanError naming the row and a column it lacks."""
-    prompt = example.prompt
-    turns = [] if isinstance(prompt, str) else prompt
-    last = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=None)
-    if not isinstance(prompt, str) and last is None:
-        raise example.row.fault("no user's turn", "teacher.prompt has no user's turn to stand for", "prompt")
-    asked = prompt if isinstance(prompt, str) else prompt[last or 0]["content"]
-    columns = {**example.row.data, "prompt": asked}
-    for _, name, _, _ in string.Formatter().parse(template):
-        if name is not None and columns.get(name) is None:
-            has = ", ".join(columns)
-            raise example.row.fault("missing field", f"teacher.prompt names {{{name}}}, and the row has {has}", name)
-    try:
-        text = template.format_map(columns)
-    except (TypeError, ValueError) as error:
-        what = f"teacher.prompt has a format that a column's value can not have ({error})"
-        raise example.row.fault("wrong type", what, "teacher.prompt") from error
+    last user's turn, in whose place it stands then. Raises SteersmanError as `PromptTemplate.fill` does, and for a
+    conversation without a user's turn."""
+    prompt, row = example.prompt, example.row
     if isinstance(prompt, str):
-        return text
+        return template.fill(replace(row, data={**row.data, "prompt": prompt}))
+    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if last is None:
+        raise row.fault("no user's turn", f"{template.key} has no user's turn to stand for", "prompt")
+    text = template.fill(replace(row, data={**row.data, "prompt": prompt[last]["content"]}))
     return [{**m, "content": text} if i == last else m for i, m in enumerate(prompt)]
-
-
-def check_template(template: str | None) -> None:
-    """Raises SteersmanError for a template that is none, or that reaches into values."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
-    except ValueError as error:
-        raise SteersmanError(f"teacher.prompt: {error}; write {{{{ and }}}} for plain braces") from error
-    for name in names:
-        if not name.isidentifier():
-            raise SteersmanError(f"teacher.prompt: {{{name}}} is no column name")
 
 
 def load(recipe: DistillRecipe) -> LoadedExamples[Any]:
@@ -159,9 +137,10 @@ def load(recipe: DistillRecipe) -> LoadedExamples[Any]:
 
 def reader(recipe: DistillRecipe, student: Policy, teacher: Policy | None) -> Reader:
     """`teacher` is the model that teaches, where it is in this process; with loss uld it reads tokens of its own."""
-    check_template(recipe.teacher.prompt)
     own = other = layout(student, recipe.data)
     if teacher is not None and recipe.loss.name == "uld":
         other = layout(teacher, recipe.data)
     limit = None if teacher is None else context_length(teacher.model)
-    return Reader(recipe, own, other, recipe.teacher.prompt, context_length(student.model), limit)
+    written = recipe.teacher.prompt
+    template = None if written is None else PromptTemplate.parse(written, "teacher.prompt")
+    return Reader(recipe, own, other, template, context_length(student.model), limit)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
-from steersman.environments.port import Answer, Call, Environment, Reply
+from steersman.environments.port import Answer, Call, Environment, Episode, Reply
 from steersman.environments.text import clean_text
 from steersman.guards.user_code import user_code
 from steersman.run.seed import sub_seed
@@ -96,31 +97,33 @@ def try_one_episode(environment: Environment, prompt: Prompt) -> list[str]:
 
 def play_episode(environment: Environment, prompt: Prompt, number: int, max_turns: int) -> EpisodeTrace:
     """One episode of a random player; the number names its streams."""
-    out, luck = EpisodeTrace(), random.Random(sub_seed(0, "player", number))
-    player = player_of(environment)
-    episode = environment.open()
+    out = EpisodeTrace()
     try:
-        turns: list[Message] = [dict(m) for m in prompt.turns or []]  # type: ignore[misc]
-        begun = episode.begin(turns, dict(prompt.row), sub_seed(0, "check", number))
-        if turns and not begun:  # without data there may be no prompt either
-            raise FaultError("begin gave no message")
-        out.messages.append("".join(m["content"] for m in begun))
-        while len(out.rewards) < max_turns and not out.ended:
-            start = time.monotonic()
-            answer: Answer = episode.step(player(luck))
-            out.seconds.append(time.monotonic() - start)
-            out.messages.append("".join(m["content"] for m in answer.messages))
-            out.rewards.append(answer.reward)
-            out.ended = answer.done or answer.truncated
+        with closing(environment.open()) as episode:
+            _play(episode, player_of(environment), out, prompt, number, max_turns)
     except SteersmanError:
         raise
     except FaultError as error:
         out.fault = str(error)
     except (SystemExit, Exception) as error:
         out.fault = f"{type(error).__name__}: {clean_text(str(error), 200)}"
-    finally:
-        episode.close()
     return out
+
+
+def _play(episode: Episode, player: Player, out: EpisodeTrace, prompt: Prompt, number: int, max_turns: int) -> None:
+    luck = random.Random(sub_seed(0, "player", number))
+    turns: list[Message] = [dict(m) for m in prompt.turns or []]  # type: ignore[misc]
+    begun = episode.begin(turns, dict(prompt.row), sub_seed(0, "check", number))
+    if turns and not begun:  # without data there may be no prompt either
+        raise FaultError("begin gave no message")
+    out.messages.append("".join(m["content"] for m in begun))
+    while len(out.rewards) < max_turns and not out.ended:
+        start = time.monotonic()
+        answer: Answer = episode.step(player(luck))
+        out.seconds.append(time.monotonic() - start)
+        out.messages.append("".join(m["content"] for m in answer.messages))
+        out.rewards.append(answer.reward)
+        out.ended = answer.done or answer.truncated
 
 
 def player_of(environment: Environment) -> Player:

@@ -8,14 +8,13 @@ from steersman.data import encode_prompts, layout
 from steersman.data.load import prompts
 from steersman.distributed.ranks import ranks
 from steersman.metrics import Corpus, Metric, metric
-from steersman.model import Policy, whole_weights
+from steersman.model import Policy, context_length, whole_weights
 from steersman.plan.memory import SamplingLoad
 from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import RolloutConfig
 from steersman.reward.metrics import inputs
 from steersman.run.progress import ProgressLine
 from steersman.setup.generators import open_generator, sample_on_all_ranks
-from steersman.setup.models import context_length
 from steersman.train.looks import answer_row
 from steersman.types import Sample, Stats, SteersmanError
 

@@ -13,12 +13,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from steersman.distributed.micro import in_order, my_micro_batches
-from steersman.model import Policy, whole_weights
+from steersman.model import Policy, context_length, whole_weights
 from steersman.recipe.sections import RolloutConfig
 from steersman.rollout.sampling import Sampling
 from steersman.run.progress import ProgressLine, with_progress
 from steersman.setup.generators import open_generator, sample_on_all_ranks
-from steersman.setup.models import context_length
 from steersman.types import Prompt, Tokens, send
 
 UNBOUNDED = 2048

@@ -13,7 +13,7 @@ from steersman.data.examples import Content, user
 from steersman.data.load import prompts
 from steersman.distributed.micro import over_rows
 from steersman.flywheel.sections import Unfinished
-from steersman.model import Policy, whole_weights
+from steersman.model import Policy, context_length, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import PLACE_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout import Generator
@@ -21,7 +21,7 @@ from steersman.run.files.ledger import Ledger
 from steersman.run.files.pieces import Rows
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_generator, piece_size, sample_on_all_ranks
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.train.experience import tokens_of
 from steersman.types import Progress, Sample, SteersmanError
 

@@ -21,13 +21,13 @@ from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
+from steersman.model import context_length
 from steersman.recipe.sections import LEARNED_ONLY, PLACE_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.run.seed import sub_seed
 from steersman.setup.generators import piece_size
-from steersman.setup.models import context_length
 from steersman.types import Progress, Prompt, SteersmanError
 
 

@@ -22,14 +22,14 @@ from steersman.grue.task import Row, Task
 from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.metrics import Metric, metric
 from steersman.metrics.core import Corpus, bootstrap
-from steersman.model import Policy
+from steersman.model import Policy, context_length
 from steersman.ops.masked import masked_sum
 from steersman.recipe.sections import RolloutConfig
 from steersman.reward import RewardConfig, WeightedSum, build_reward
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_generator
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.train.experience import tokens_of
 from steersman.types import Sample, SteersmanError
 

@@ -10,7 +10,7 @@ import torch
 from steersman.data import Layout, end_ids
 from steersman.judge.cache import Reply
 from steersman.judge.config import LocalConfig
-from steersman.model import load_policy
+from steersman.model import context_length, load_policy
 from steersman.rollout import Engine, Sampling
 from steersman.run.device import resolve_device
 from steersman.types import Prompt, SteersmanError, Tokens
@@ -32,7 +32,7 @@ class Local:
         tokenizer = self.policy.tokenizer
         self.chats = getattr(tokenizer, "chat_template", None) is not None
         self.layout = Layout(tokenizer, wrap_in_chat=self.chats)
-        self.context = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = context_length(self.policy.model)
         self.engine = Engine(self.policy.model, tokenizer, eos_token_id=end_ids(tokenizer) or None)
 
     def weigh(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.model.context import context_length
 from steersman.run.device import resolve_device
 from steersman.types import SteersmanError
 
@@ -73,17 +74,8 @@ def load(kind: Any, path: str, name: str, device: str, layers: int | None = None
 
 
 def room(model: Any, tokenizer: Any) -> int:
-    """Tokens that the model reads at most.
-
-    RoBERTa and its kin count positions from behind the padding index, whose own row of the table is for padding: of
-    514 rows, with padding index 1, a text has 512.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None:
-        tables = [module for name, module in model.named_modules() if name.split(".")[-1] == "position_embeddings"]
-        padding = [getattr(table, "padding_idx", None) for table in tables]
-        positions -= max((index + 1 for index in padding if index is not None), default=0)
-    known = [int(x) for x in (positions, tokenizer.model_max_length) if x is not None and 0 < x < 10**7]
+    """Tokens that the model reads at most."""
+    known = [x for x in (context_length(model), tokenizer.model_max_length) if x is not None and 0 < x < 10**7]
     return min(known) if known else 10**7
 
 

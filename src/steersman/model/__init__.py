@@ -2,6 +2,7 @@
 
 from steersman.model.attributes import AttributeModel, GatedModel, Gating
 from steersman.model.bottleneck import BottleneckModel, latent_names
+from steersman.model.context import context_length
 from steersman.model.ensemble import EnsembleModel, head_names
 from steersman.model.general import GENERAL, GeneralPreferenceModel, plane_names
 from steersman.model.load import load_policy, load_reward, load_scalar, load_tokenizer
@@ -38,6 +39,7 @@ __all__ = [
     "as_local_shards",
     "at_hand",
     "bytes_to_come",
+    "context_length",
     "fresh_policy",
     "frozen_copy",
     "head_names",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.model.context import context_length
 from steersman.model.probe import Form, after, close, model_name, probe_ids, quiet, require_causal, watch_output_layer
 from steersman.model.reader import EncoderDecoderReader, decode, encode
 from steersman.types import SteersmanError
@@ -95,7 +96,7 @@ def pair_reader(model: Any, tokenizer: Any) -> EncoderDecoderReader:
 
 def decoder_context(model: Any, start: tuple[int, ...]) -> int | None:
     """Tokens that a response may have beside what the decoder starts with; None without limit (T5)."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_length(model, decoder=True)
     return None if limit is None else limit - len(start)
 
 

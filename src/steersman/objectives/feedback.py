@@ -18,11 +18,10 @@ from steersman.config.sections import Section
 from steersman.data import Encoded, EncodedSet, Feedback, TrainingSet, collate
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
-from steersman.model import Policy
+from steersman.model import Policy, context_length
 from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding, weight_of
 from steersman.run.progress import with_progress
-from steersman.setup.models import context_length
 from steersman.setup.reference import Readings, Reference, answer_logp, answer_logp_now
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from steersman.data import Encoded, collate
 from steersman.distributed.pieces import local_shard, whole_shape
 from steersman.distributed.ranks import ranks
-from steersman.model import Policy, tables_and_adapters, whole_weights
+from steersman.model import Policy, context_length, tables_and_adapters, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.modes import evaluation_mode
 from steersman.model.quantise import is_quantised
@@ -199,7 +199,7 @@ def largest_micro_batch(costs: Sequence[int] | np.ndarray, micro_tokens: int, ba
 
 def _measured(model: Model, load: Load) -> tuple[int, int]:
     module: Any = model.module
-    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or PROBE
+    positions = context_length(module) or PROBE
     probe = max(min(positions, PROBE) // 4 * 4, 4)
     with whole_weights(model.trained):
         measured = [forward_bytes(model, n) for n in (probe // 2, probe)]

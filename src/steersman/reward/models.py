@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steersman.distributed.micro import over_rows
-from steersman.model import GENERAL, AttributeModel, ScalarModel, at_hand, step_ends
+from steersman.model import GENERAL, AttributeModel, ScalarModel, at_hand, context_length, step_ends
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
@@ -58,7 +58,7 @@ class ModelReward:
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.policy_tokenizer, self.name = model.tokenizer, policy_tokenizer, name
-        self.context: int | None = getattr(model.model.config, "max_position_embeddings", None)
+        self.context: int | None = context_length(model.model)
         self.reach = max if model.decoder_start else sum  # an encoder-decoder has a context for each side
         self.other_tokenizer = self.tokenizer.get_vocab() != policy_tokenizer.get_vocab()
         if not model.output.weight.any():

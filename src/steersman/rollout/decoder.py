@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.model.context import context_length
 from steersman.model.fast.folded import folded
 from steersman.model.fast.fused import quick
 from steersman.model.modes import evaluation_mode
@@ -26,6 +27,7 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.cache_name = model, cache_argument(type(model))
+        self.context = context_length(model)
         self.live = LiveCache(layer_keeps(model.config))
         self.compiled: CompiledStep | None = None
 
@@ -87,7 +89,7 @@ class Decoder:
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raises SteersmanError unless prompt and `new_tokens` fit the model's context."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = self.context
         length = len(prompt.ids)
         if context is not None and length + new_tokens > context:
             raise SteersmanError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from steersman.model.context import context_length
 from steersman.rollout.batch import RunningBatch
 from steersman.rollout.decoder import generating
 from steersman.rollout.engine import Engine
@@ -58,6 +59,7 @@ class Live:
         self._tickets: list[Ticket] = []
         self._closing = False
         self.live = self.tokens = 0
+        self.context = context_length(engine.model)
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -70,8 +72,7 @@ class Live:
 
     def room(self, prompt: int) -> int:
         """The longest answer to a prompt of so many tokens, at least 1."""
-        context = getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None)
-        return max(1, self.new_tokens if context is None else min(self.new_tokens, context - prompt))
+        return max(1, self.new_tokens if self.context is None else min(self.new_tokens, self.context - prompt))
 
     def submit(
         self,

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from steersman.model.context import context_length
 from steersman.model.encoder_decoder import decoder_context, decoder_start
 from steersman.model.fast.folded import folded
 from steersman.model.probe import cache_argument, close, model_name, quiet
@@ -128,6 +129,7 @@ class PairDecoder:
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model, self.cache_name = model, cache_argument(type(model))
         self.start = decoder_start(model, tokenizer)
+        self.context, self.decoder_context = context_length(model), decoder_context(model, self.start)
         # T5Gemma's decoder is told where each row stands, as a causal model is
         self.takes_positions = "position_ids" in signature(model.get_decoder().forward).parameters
         with quiet(model):
@@ -188,8 +190,7 @@ class PairDecoder:
 
     def check(self, prompt: Prompt, new_tokens: int) -> None:
         """Raises SteersmanError unless the prompt fits the encoder and `new_tokens` the decoder."""
-        source = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        target = decoder_context(self.model, self.start)
+        source, target = self.context, self.decoder_context
         if source is not None and len(prompt.ids) > source:
             raise SteersmanError(
                 f"prompt {prompt.index} has {len(prompt.ids)} tokens; the encoder's context is {source}. Shorten the "

@@ -14,12 +14,11 @@ from steersman.distributed.ranks import ranks
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
-from steersman.model import Policy, whole_weights
+from steersman.model import Policy, context_length, whole_weights
 from steersman.recipe.sections import RolloutConfig
 from steersman.rollout import Engine, Generator, Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.port import Limits
-from steersman.setup.models import context_length
 from steersman.types import Prompt, Sample, Stats, SteersmanError
 
 S = TypeVar("S", bound=Generator)

@@ -145,11 +145,6 @@ def slow_rate(config: ModelConfig, lr: float) -> str | None:
     return f"{lr:g} is a rate for whole models; adapters hardly move below {SLOW:g}, and 2e-4 to 1e-3 is usual"
 
 
-def context_length(model: Any) -> int | None:
-    """Longest sequence that the model has positions for, in tokens; None where it names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def lora_of(config: ModelConfig) -> LoraConfig | None:
     """The section's adapters, as the model room takes them."""
     lora = config.lora

@@ -11,14 +11,13 @@ from pydantic import Field
 from steersman.config.sections import Section
 from steersman.data import TrainingSet
 from steersman.distributed.micro import my_micro_batches
-from steersman.model import Policy, at_hand, whole_weights
+from steersman.model import Policy, at_hand, context_length, whole_weights
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import text_stats
 from steersman.plan.memory import SamplingLoad
 from steersman.recipe.sections import RolloutConfig
 from steersman.run.progress import ProgressLine
 from steersman.setup.generators import open_generator, sample_on_all_ranks
-from steersman.setup.models import context_length
 from steersman.setup.reference import Reference, divergence
 from steersman.train.experience import tokens_of
 from steersman.train.looks import STREAM, answer_row

@@ -16,14 +16,14 @@ from steersman.data import end_ids as template_ends
 from steersman.guards.terminal import printable
 from steersman.guards.untrusted import without_half_pairs
 from steersman.jsonl import append_jsonl
-from steersman.model import Policy
+from steersman.model import Policy, context_length
 from steersman.model.probe import cache_argument
 from steersman.recipe.sections import TRAINED_ONLY, ModelConfig
 from steersman.rollout import Sampling
 from steersman.rollout.engine import end_ids
 from steersman.rollout.sampling import draw, restrict, uniforms
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.types import SteersmanError
 
 COMMANDS = """/reset          forget the conversation (the system prompt stays)

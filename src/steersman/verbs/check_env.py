@@ -19,12 +19,12 @@ from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Environment
 from steersman.guards.terminal import printable
 from steersman.loss.reduce import denominator, reduce, token_weight
-from steersman.model import Policy
+from steersman.model import Policy, context_length
 from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward.episodes import EpisodeReward
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.setup.generators import open_episodes, open_generator
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.train.experience import tokens_of, trajectory
 from steersman.types import Prompt, Sample, SteersmanError
 

@@ -18,14 +18,14 @@ from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
-from steersman.model import whole_weights
+from steersman.model import context_length, whole_weights
 from steersman.recipe.sections import LEARNED_ONLY, PLACE_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.run.files.inputs import fingerprints
 from steersman.run.files.pieces import Pieces, Rows
 from steersman.run.progress import ProgressLine
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
 from steersman.setup.generators import open_generator, piece_size, sample_on_all_ranks
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.types import Progress, Prompt, SteersmanError
 
 

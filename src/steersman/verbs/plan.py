@@ -122,7 +122,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,
-        "optimizer_bytes": optimizer_bytes(recipe.optimizer, weight if recipe.model.lora is None else 4),
+        "optimizer_bytes": optimizer_bytes(recipe.optimizer, weight, adapters=recipe.model.lora is not None),
         "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
@@ -143,11 +143,12 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     return Work(recipe.train.batch_size * pairs, prompt_tokens, 0, 1, sampled=False, **common)
 
 
-def optimizer_bytes(optimizer: OptimizerConfig, weight: int) -> float:
-    """Bytes that the optimizer keeps of each parameter, as for a matrix of 4,096 x 4,096."""
-    dtype = torch.bfloat16 if weight == 2 else torch.float32
+def optimizer_bytes(optimizer: OptimizerConfig, weight: int, *, adapters: bool) -> float:
+    """Bytes that the optimizer keeps of each parameter, as for a matrix of 4,096 x 4,096; adapters are in float32,
+    and Muon leaves them to AdamW."""
+    dtype = torch.bfloat16 if weight == 2 and not adapters else torch.float32
     like = torch.empty(4096, 4096, dtype=dtype, device="meta")
-    return state_bytes([like], optimizer) / like.numel()
+    return state_bytes([like], optimizer, [like] if adapters else []) / like.numel()
 
 
 def growth(there: Cluster, roles: list[Role], work: Work, lengths: Lengths) -> list[list[SimulatedIteration]]:

@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from steersman.data import Order, Preference, TrainingSet, keys_of_other_kinds, layout, training
 from steersman.loss.offline import LOSSES
+from steersman.model import context_length
 from steersman.objectives.preference import PairLossConfig, PairObjective
 from steersman.run.preflight import Preflight
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
 from steersman.train.held_prompts import held_prompts
 from steersman.train.offline import Offline

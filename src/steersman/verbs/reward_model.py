@@ -30,6 +30,7 @@ from steersman.model import (
     AttributeModel,
     GatedModel,
     ScalarModel,
+    context_length,
 )
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
@@ -44,7 +45,7 @@ from steersman.plan.memory import Load, Model, announce
 from steersman.run.preflight import Preflight
 from steersman.run.report.calibration import calibration_png
 from steersman.run.seed import stream
-from steersman.setup.models import context_length, reward_from, save_model, scalar_from
+from steersman.setup.models import reward_from, save_model, scalar_from
 from steersman.statistics.reward_report import Report
 from steersman.train.offline import Offline
 from steersman.train.session import Session

@@ -15,14 +15,14 @@ from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
 from steersman.evaluation import Evaluation
 from steersman.guards.user_code import user_code
-from steersman.model import Policy, at_hand, bytes_to_come
+from steersman.model import Policy, at_hand, bytes_to_come, context_length
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n
 from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
-from steersman.setup.models import context_length, save_model, slow_rate
+from steersman.setup.models import save_model, slow_rate
 from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of

@@ -8,13 +8,14 @@ from pydantic import Field, model_validator
 
 from steersman.data import LargeDataConfig, Order, keys_of_other_kinds, layout, training
 from steersman.distributed.parallel import ParallelConfig
+from steersman.model import context_length
 from steersman.objectives.supervised import SFT
 from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.run.run_config import ManyRunConfig
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.train.offline import Offline, PackedOfflineConfig
 from steersman.train.session import Session
 from steersman.update.optimizer import OptimizerConfig

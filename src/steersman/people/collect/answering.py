@@ -18,6 +18,7 @@ from steersman.config.sections import Section
 from steersman.data import DataConfig, layout
 from steersman.guards.reply import read_body, without_key
 from steersman.guards.untrusted import without_half_pairs
+from steersman.model import context_length
 from steersman.people.store.conversations import TurnText
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
@@ -25,7 +26,7 @@ from steersman.run.device import resolve_device
 from steersman.run.files.inputs import fingerprints
 from steersman.run.run_config import RunConfig
 from steersman.setup.generators import open_engine
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.types import Prompt, SteersmanError
 
 Messages = list[dict[str, str]]

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, layout
-from steersman.model import Policy
+from steersman.model import Policy, context_length
 from steersman.people.addresses import host_names, in_url, is_loopback
 from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
@@ -20,7 +20,7 @@ from steersman.recipe.sections import TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout.live import Live
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.setup.generators import open_engine
-from steersman.setup.models import context_length, policy_from
+from steersman.setup.models import policy_from
 from steersman.types import SteersmanError
 
 

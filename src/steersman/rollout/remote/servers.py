@@ -15,7 +15,7 @@ from uuid import uuid4
 import torch
 
 from steersman.distributed import ray_cluster
-from steersman.model import Policy
+from steersman.model import Policy, context_length
 from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import ServerProcess
@@ -160,7 +160,7 @@ def _open(
         require_plain_adapters(policy)
     folder = SharedFolder(wanted.folder)
     home = folder.path
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(policy.model)
     shared: dict[str, Any] = {
         "owner": uuid4().hex[:8], "tolerance": tolerance_of(policy, wanted.tolerance),
         "vocabulary": known_ids(policy),
