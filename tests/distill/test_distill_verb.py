@@ -136,6 +136,8 @@ def test_micro_batches_change_nothing(settings, tmp_path):
         ({"loss": {"name": "minillm"}, "rollout.top_p": 0.9}, "sample without top_k"),
         ({"loss": {"name": "minillm"}, "rollout.temperature": 0.7}, "must be loss.temperature"),
         ({"loss": {"nll": 1.0}}, "gives none"),
+        ({"loss": {"mix": 0.3}}, "reverse_kl mixes nothing"),
+        ({"loss": {"normalised": False}}, "reverse_kl divides nothing"),
         ({"teacher": {"endpoint": {"url": "http://x", "model": "m"}}, "loss": {"temperature": 2.0}}, "temperature 1"),
         ({"teacher": {"endpoint": {"url": "http://x", "model": "m"}}, "loss": {"name": "uld"}}, "lists only top_k"),
         ({"model.scratch": {"model_type": "llama"}}, "nothing to say yet"),

@@ -145,6 +145,15 @@ class DistillRecipe(TrainingRecipe):
         return self.loss.name == "minillm" or self.reward is not None
 
     @model_validator(mode="after")
+    def _reads_its_loss(self) -> DistillRecipe:
+        loss, plain = self.loss, DistillLoss()
+        if loss.mix != plain.mix and loss.name != "jsd" and not loss.name.startswith("skew"):
+            raise ValueError(f"loss.mix is for jsd and the skew divergences; {loss.name} mixes nothing")
+        if loss.normalised != plain.normalised and loss.name != "minillm":
+            raise ValueError(f"loss.normalised is for minillm; {loss.name} divides nothing by the steps to come")
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> DistillRecipe:
         loss, rollout, share = self.loss, self.rollout, self.train.on_policy
         if self.run.devices > 1 and rollout.engine != "inside":
