@@ -121,6 +121,43 @@ def paper_sppo(y, z, yr, zr, ky, kz, eta):  # 2405.00675 (4.7), P = 1 and 0
     return (y.sum() - yr.sum() - eta * (1 - 0.5)) ** 2 + (z.sum() - zr.sum() - eta * (0 - 0.5)) ** 2
 
 
+def paper_dpo_norm(y, z, yr, zr, ky, kz, beta):  # 2411.15124
+    return -torch.log(sig(beta / len(y) * (y.sum() - yr.sum()) - beta / len(z) * (z.sum() - zr.sum())))
+
+
+def paper_exo(y, z, yr, zr, ky, kz, beta, eps):  # 2402.00856 (16): KL(p_f || p_r) over the two answers
+    odds = torch.stack([(torch.exp(a.sum()) / torch.exp(b.sum())) ** beta for a, b in ((y, yr), (z, zr))])
+    own, label = odds / odds.sum(), torch.tensor([1 - eps, eps], dtype=torch.float64)
+    return (own * torch.log(own / label)).sum()
+
+
+def paper_discopop(y, z, yr, zr, ky, kz, beta, tau):  # 2406.08414 (5)
+    rho = beta * ((y.sum() - yr.sum()) - (z.sum() - zr.sum()))
+    return torch.log(1 + torch.exp(-rho)) * (1 - sig(rho / tau)) + torch.exp(-rho) * sig(rho / tau)
+
+
+def paper_fdpo(slope):  # 2309.16240: -log sigma(beta f'(u_w) - beta f'(u_l))
+    def loss(y, z, yr, zr, ky, kz, beta, *rest):
+        u, v = (torch.exp(a.sum()) / torch.exp(b.sum()) for a, b in ((y, yr), (z, zr)))
+        return -torch.log(sig(beta * slope(u, *rest) - beta * slope(v, *rest)))
+
+    return loss
+
+
+def paper_nca(y, z, yr, zr, ky, kz, beta):  # 2402.05369, pairs
+    up, down = beta * (y.sum() - yr.sum()), beta * (z.sum() - zr.sum())
+    return -torch.log(sig(up)) - 0.5 * torch.log(sig(-up)) - 0.5 * torch.log(sig(-down))
+
+
+def paper_apo_zero(y, z, yr, zr, ky, kz, beta):  # 2408.06266 (7)
+    return -sig(beta * (y.sum() - yr.sum())) + sig(beta * (z.sum() - zr.sum())) + 1
+
+
+def paper_apo_down(y, z, yr, zr, ky, kz, beta):  # 2408.06266 (8)
+    up, down = y.sum() - yr.sum(), z.sum() - zr.sum()
+    return sig(beta * up) - sig(beta * (up - down)) + 1
+
+
 CASES = {
     "dpo": (paper_dpo, (0.3,), preference.dpo, {"beta": 0.3}),
     "conservative": (paper_cdpo, (0.3, 0.2), preference.dpo, {"beta": 0.3, "label_smoothing": 0.2}),
@@ -141,6 +178,21 @@ CASES = {
     "wpo": (paper_wpo, (0.3,), preference.wpo, {"beta": 0.3}),
     "cal_dpo": (paper_cal_dpo, (0.3,), preference.cal_dpo, {"beta": 0.3}),
     "sppo": (paper_sppo, (2.5,), preference.sppo, {"beta": 0.4}),
+    "dpo_norm": (paper_dpo_norm, (1.5,), preference.dpo_norm, {"beta": 1.5}),
+    "exo": (paper_exo, (0.3, 0.02), preference.exo, {"beta": 0.3, "epsilon": 0.02}),
+    "discopop": (paper_discopop, (0.3, 0.2), preference.discopop, {"beta": 0.3, "tau": 0.2}),
+    "fdpo alpha": (
+        paper_fdpo(lambda u, a: (1 - u**-a) / a),
+        (0.3, 0.4),
+        preference.fdpo_alpha,
+        {"beta": 0.3, "alpha": 0.4},
+    ),
+    "fdpo forward": (paper_fdpo(lambda u: -1 / u), (0.02,), preference.fdpo_alpha, {"beta": 0.02, "alpha": 1.0}),
+    "fdpo reverse": (paper_fdpo(torch.log), (0.3,), preference.fdpo_alpha, {"beta": 0.3, "alpha": 0.0}),
+    "fdpo js": (paper_fdpo(lambda u: torch.log(2 * u / (1 + u))), (0.3,), preference.fdpo_js, {"beta": 0.3}),
+    "nca": (paper_nca, (0.3,), preference.nca, {"beta": 0.3}),
+    "apo zero": (paper_apo_zero, (0.3,), preference.apo_zero, {"beta": 0.3}),
+    "apo down": (paper_apo_down, (0.3,), preference.apo_down, {"beta": 0.3}),
 }
 
 

@@ -54,6 +54,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "WPO": {"name": "wpo"},
     "Cal-DPO": {"name": "cal_dpo"},
     "SPPO": {"name": "sppo"},
+    "DPO, length-normalised": {"name": "dpo_norm"},
+    "EXO": {"name": "exo"},
+    "DiscoPOP": {"name": "discopop"},
+    "f-DPO, alpha-divergence": {"name": "fdpo_alpha"},
+    "f-DPO, Jensen-Shannon": {"name": "fdpo_js"},
+    "NCA": {"name": "nca"},
+    "APO-zero": {"name": "apo_zero"},
+    "APO-down": {"name": "apo_down"},
 }
 """Each with its own defaults (docs/algorithms.md); SLiC with the likelihood term that belongs to it."""
 LEARNING_RATE, EPOCHS, BATCH, NEW_TOKENS = 3e-4, 2, 32, 48

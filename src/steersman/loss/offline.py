@@ -13,13 +13,21 @@ from typing import Any, Literal, NamedTuple
 from steersman.loss.feedback import bco, kto
 from steersman.loss.preference import (
     alphapo,
+    apo_down,
+    apo_zero,
     cal_dpo,
     cpo,
+    discopop,
     dpo,
+    dpo_norm,
     dpo_shift,
     dpop,
+    exo,
+    fdpo_alpha,
+    fdpo_js,
     hinge,
     ipo,
+    nca,
     orpo,
     robust_dpo,
     rso,
@@ -117,6 +125,42 @@ LOSSES: dict[str, Objective] = {
         sppo, "pair", "arXiv 2405.00675", True, False, False, False,
         "mu(y) (rho(y) - (P(y beats mu) - 1/2) / beta) is in proportion to pi(y): nearly pi_ref exp(P(y beats mu) / "
         "beta), less its normaliser, which the paper leaves out",
+    ),
+    "dpo_norm": Objective(
+        dpo_norm, "pair", "arXiv 2411.15124", True, False, True, True,
+        "pi proportional to pi_ref exp(|y| (r + c) / beta): a reward is worth more to a longer answer",
+        takes_offset=True,
+    ),
+    "exo": Objective(
+        exo, "pair", "arXiv 2402.00856", True, False, False, False,
+        "each answer's leads beta (rho(y) - rho(y')) are, as weighted by how undecided they are, those of "
+        "(2 p - 1) log((1 - eps) / eps)",
+    ),
+    "discopop": Objective(
+        discopop, "pair", "arXiv 2406.08414", True, False, False, False,
+        "where the pulls of every answer's pairs balance: order first, strength little",
+    ),
+    "fdpo_alpha": Objective(
+        fdpo_alpha, "pair", "arXiv 2309.16240", True, False, False, True,
+        "pi = pi_ref (1 - alpha (r + c) / beta)^(-1 / alpha): the optimum of the reward less beta times the "
+        "alpha-divergence; alpha = 1 is the forward KL's", takes_offset=True,
+    ),
+    "fdpo_js": Objective(
+        fdpo_js, "pair", "arXiv 2309.16240", True, False, False, True,
+        "pi = pi_ref / (2 exp(-(r + c) / beta) - 1): the optimum of the reward less beta times the Jensen-Shannon "
+        "divergence", takes_offset=True,
+    ),
+    "nca": Objective(
+        nca, "pair", "arXiv 2402.05369", True, False, False, False,
+        "what an answer is pulled up by as chosen, less what it is held back by, is in proportion to pi",
+    ),
+    "apo_zero": Objective(
+        apo_zero, "pair", "arXiv 2408.06266", True, False, False, False,
+        "no mass on answers that are rejected more often than chosen; the others share it",
+    ),
+    "apo_down": Objective(
+        apo_down, "pair", "arXiv 2408.06266", True, False, False, False,
+        "all mass on one answer of each prompt: every answer is to fall below pi_ref, and all but one can",
     ),
     "orpo": Objective(
         orpo, "pair", "arXiv 2403.07691", False, False, True, False,

@@ -9,10 +9,14 @@ caller's. With w and l the chosen and rejected answer, all formulas use
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from steersman.loss.anchored import apo_down, apo_zero, cal_dpo, nca, sppo
+from steersman.loss.f_divergence import fdpo_alpha, fdpo_js
 from steersman.loss.pairs import (
     Explain,
     PairLogp,
@@ -30,15 +34,23 @@ __all__ = [
     "Explain",
     "PairLogp",
     "alphapo",
+    "apo_down",
+    "apo_zero",
     "cal_dpo",
     "chosen_nll",
     "cpo",
+    "discopop",
     "dpo",
+    "dpo_norm",
     "dpo_shift",
     "dpop",
+    "exo",
+    "fdpo_alpha",
+    "fdpo_js",
     "hinge",
     "ipo",
     "log_odds",
+    "nca",
     "orpo",
     "pair_logp",
     "robust_dpo",
@@ -83,6 +95,52 @@ def robust_dpo(pair: PairLogp, *, beta: float = 0.1, flip: float = 0.1) -> tuple
     ratio_w, ratio_l = log_ratios(pair)
     m = beta * (ratio_w - ratio_l)
     loss = (-(1 - flip) * logsigmoid(m) + flip * logsigmoid(-m)) / (1 - 2 * flip)
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
+
+
+def dpo_norm(pair: PairLogp, *, beta: float = 5.0) -> tuple[Float[Tensor, " B"], Explain]:
+    """Length-normalised DPO: the implicit reward is a mean over an answer's tokens, so that length alone earns none.
+
+        L = -log sigma(beta rho(w) / |w| - beta rho(l) / |l| - offset)
+
+    Source: arXiv 2411.15124, section 5, where beta is 5.
+    """
+    ratio_w, ratio_l = log_ratios(pair)
+    reward_w = beta * ratio_w / pair.chosen_length.clamp(min=1)
+    reward_l = beta * ratio_l / pair.rejected_length.clamp(min=1)
+    return -logsigmoid(less_offset(reward_w - reward_l, pair)), implicit_rewards(reward_w, reward_l)
+
+
+def exo(pair: PairLogp, *, beta: float = 0.1, epsilon: float = 1e-3) -> tuple[Float[Tensor, " B"], Explain]:
+    """Efficient exact optimisation from pairs: the reverse KL of the policy's own odds from the label's.
+
+        L = sigma(m) log(sigma(m) / (1 - eps)) + sigma(-m) log(sigma(-m) / eps),     m = beta (rho(w) - rho(l))
+
+    `epsilon` in (0, 1/2) is how far the label is from certain: m is pulled to log((1 - eps) / eps), and no further.
+
+    Source: arXiv 2402.00856, eq. 16.
+    """
+    ratio_w, ratio_l = log_ratios(pair)
+    m = beta * (ratio_w - ratio_l)
+    loss = m.sigmoid() * (logsigmoid(m) - math.log1p(-epsilon)) + (-m).sigmoid() * (
+        logsigmoid(-m) - math.log(epsilon)
+    )
+    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
+
+
+def discopop(pair: PairLogp, *, beta: float = 0.05, tau: float = 0.05) -> tuple[Float[Tensor, " B"], Explain]:
+    """Discovered preference optimisation: logistic for pairs in the wrong order, exponential for those in the right.
+
+        L = -(1 - g) log sigma(m) + g exp(-m),     g = sigma(m / tau),     m = beta (rho(w) - rho(l))
+
+    `tau` lies in (0, 1). The loss is not convex: a little below m = 0 it has a hollow.
+
+    Source: arXiv 2406.08414, eq. 5 (LRML).
+    """
+    ratio_w, ratio_l = log_ratios(pair)
+    m = beta * (ratio_w - ratio_l)
+    exponential = (logsigmoid(m / tau) - m).exp()  # in one exponent: exp(-m) alone overflows where its share is 0
+    loss = exponential - (-m / tau).sigmoid() * logsigmoid(m)
     return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
@@ -163,36 +221,6 @@ def wpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Expl
     ratio_w, ratio_l = log_ratios(pair)
     weight = pair.log_weight.clamp(max=0).exp()
     return -weight * logsigmoid(beta * (ratio_w - ratio_l)), implicit_rewards(beta * ratio_w, beta * ratio_l)
-
-
-def cal_dpo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
-    """Calibrated DPO: the log-ratios themselves are pulled to their rewards over beta, not only their difference.
-
-        L = -log sigma(rho(w) - rho(l)) + (rho(w) - 1 / (2 beta))^2 + (rho(l) + 1 / (2 beta))^2
-
-    The rewards are 1/2 for a chosen answer and -1/2 for a rejected one.
-
-    Source: arXiv 2412.14516, eq. 11.
-    """
-    ratio_w, ratio_l = log_ratios(pair)
-    calibrated = (ratio_w - 0.5 / beta).square() + (ratio_l + 0.5 / beta).square()
-    return calibrated - logsigmoid(ratio_w - ratio_l), implicit_rewards(beta * ratio_w, beta * ratio_l)
-
-
-def sppo(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
-    """Self-play preference optimisation: each answer's log-ratio is fitted to how often it wins, less one half.
-
-        L = (rho(w) - 1 / (2 beta))^2 + (rho(l) + 1 / (2 beta))^2
-
-    1 / beta is its eta. With soft labels (`soft_labelled`) the target of an answer that wins a share a is
-    (a - 1/2) / beta, as the paper has it. In rounds whose reference is the last policy (`online-dpo` with
-    `reference: last`) the policy climbs toward the equilibrium of the preference game.
-
-    Source: arXiv 2405.00675, eq. 4.7.
-    """
-    ratio_w, ratio_l = log_ratios(pair)
-    loss = (ratio_w - 0.5 / beta).square() + (ratio_l + 0.5 / beta).square()
-    return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 
 
 def tdpo1(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:

@@ -38,7 +38,8 @@ from steersman.types import Stats, Tokens, send
 
 PairLossName = Literal[
     "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo",
-    "alphapo", "dpo_shift", "wpo", "cal_dpo", "sppo",
+    "alphapo", "dpo_shift", "wpo", "cal_dpo", "sppo", "dpo_norm", "exo", "discopop", "fdpo_alpha", "fdpo_js", "nca",
+    "apo_zero", "apo_down",
 ]  # fmt: skip
 
 
@@ -48,7 +49,11 @@ RANGES = {  # of the settings that leave a loss without meaning outside of them
     "flip": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
     "penalty": (lambda x: x >= 0, "at least 0"),
     "shift": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "epsilon": (lambda x: 0 < x < 0.5, "above 0 and below 0.5"),
+    "tau": (lambda x: 0 < x < 1, "above 0 and below 1"),
+    "fdpo_alpha.alpha": (lambda x: 0 <= x <= 1, "at least 0 and at most 1"),
 }
+"""By setting, or by loss and setting."""
 
 
 class PairLossConfig(Section):
@@ -83,8 +88,9 @@ class PairLossConfig(Section):
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else "."
                 raise ValueError(f"{self.name} has no setting `{key}`{hint} It has: {', '.join(known)}")
-            if key in RANGES and not RANGES[key][0](value):
-                raise ValueError(f"{self.name}: {key} is {value}; it must be {RANGES[key][1]}")
+            fits, said = RANGES.get(f"{self.name}.{key}") or RANGES.get(key, (lambda _: True, ""))
+            if not fits(value):
+                raise ValueError(f"{self.name}: {key} is {value}; it must be {said}")
         return self
 
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.loss.preference import cal_dpo, dpo, dpo_shift, dpop, ipo, robust_dpo, rso, sppo, tdpo1, tdpo2, wpo
+from steersman.loss.f_divergence import fdpo_alpha, fdpo_js
+from steersman.loss.preference import (
+    discopop,
+    dpo,
+    dpo_norm,
+    dpo_shift,
+    dpop,
+    exo,
+    ipo,
+    robust_dpo,
+    rso,
+    tdpo1,
+    tdpo2,
+    wpo,
+)
+from steersman.tabular.anchored_check import check_apo_down, check_apo_zero, check_cal_dpo, check_nca, check_sppo
 from steersman.tabular.feedback_check import check_bco, check_kto
-from steersman.tabular.fixed_point import FixedPoint, example, imbalance, off_vertex, row_of
+from steersman.tabular.fixed_point import FixedPoint, example, imbalance, normalised, off_vertex, row_of
 from steersman.tabular.population import Population, descend, descend_frozen, descend_kinked
 from steersman.tabular.reference_free_check import check_alphapo, check_cpo, check_hinge, check_orpo, check_simpo
 from steersman.tabular.token_mdp import TokenMDP
@@ -146,28 +162,61 @@ def check_wpo(mdp: TokenMDP) -> FixedPoint:
     return row_of("wpo", statement, world, logits, deviation, reaches_optimum=True)
 
 
-def check_cal_dpo(mdp: TokenMDP) -> FixedPoint:
-    return _fitted("cal_dpo", cal_dpo, mdp, logistic=True)
+def check_dpo_norm(mdp: TokenMDP, beta: float = 2.0) -> FixedPoint:
+    world, length, ref = Population(mdp), mdp.length.double(), mdp.sequence_logp_ref.sum(-1)
+    logits = descend(world.expected(lambda pair: dpo_norm(pair, beta=beta)[0]), mdp.logp_ref)
+    optimum = normalised(world, lambda c: ref + length * (mdp.total_reward + c) / beta)
+    statement = "pi(y) = pi_ref(y) exp(|y| (r(y) + c) / beta)"
+    return row_of("dpo_norm", statement, world, logits, world.distance(logits, optimum))
 
 
-def check_sppo(mdp: TokenMDP) -> FixedPoint:
-    return _fitted("sppo", sppo, mdp, logistic=False)
-
-
-def _fitted(name: str, loss: Callable, mdp: TokenMDP, *, logistic: bool) -> FixedPoint:
-    """Per answer, with s how often it is shown and P how often it wins: dL / d rho = 2 s (rho - (P - 1/2) / beta),
-    less its pull in the logistic term, must be in proportion to pi."""
+def check_exo(mdp: TokenMDP, epsilon: float = 0.1) -> FixedPoint:
+    """With m = beta (rho(w) - rho(l)) and p the true preference, a pair's two labels together have the slope
+    sigma(m) sigma(-m) (m - (2 p - 1) log((1 - eps) / eps)), which must balance for every answer."""
     world, beta = Population(mdp), mdp.beta
-    logits = descend(world.expected(lambda pair: loss(pair, beta=beta)[0]), mdp.logp_ref)
+    logits = descend(world.expected(lambda pair: exo(pair, beta=beta, epsilon=epsilon)[0]), mdp.logp_ref)
     rho = world.log_ratio(logits)
-    shown = world.marginal(world.chosen) + world.marginal(world.rejected)
-    slope = 2 * shown * (rho - (world.marginal(world.chosen) / shown - 0.5) / beta)
-    if logistic:
-        pull = world.prob / (1 + (rho[world.chosen] - rho[world.rejected]).exp())
-        slope = slope.index_add(0, world.chosen, -pull).index_add(0, world.rejected, pull)
-    pi = mdp.sequence_prob(logits) / mdp.prompt_prob[mdp.prompt]
-    statement = "shown(y) (rho(y) - (P(y wins) - 1/2) / beta)" + (", less its logistic pull," if logistic else "")
-    return row_of(name, f"{statement} is in proportion to pi(y)", world, logits, imbalance(world, slope, pi), 1e-6)
+    m = beta * (rho[world.chosen] - rho[world.rejected])
+    undecided = 1 / (2 + m.exp() + (-m).exp())
+    lead = m - (2 * world.prefer - 1) * math.log((1 - epsilon) / epsilon)
+    net = torch.zeros_like(rho).index_add(0, world.chosen, world.weight * undecided * lead)
+    statement = "beta (rho(y) - rho(y')) is (2 p - 1) log((1 - eps) / eps), averaged over y' where it is undecided"
+    return row_of("exo", statement, world, logits, float(net.abs().max()), tolerance=1e-6)
+
+
+def check_discopop(mdp: TokenMDP, tau: float = 0.05) -> FixedPoint:
+    world, beta = Population(mdp), mdp.beta
+    logits = descend(world.expected(lambda pair: discopop(pair, beta=beta, tau=tau)[0]), mdp.logp_ref)
+    rho = world.log_ratio(logits)
+    m = beta * (rho[world.chosen] - rho[world.rejected])
+    g = 1 / (1 + (-m / tau).exp())
+    slope = g * (1 - g) / tau * ((1 + (-m).exp()).log().neg() + (-m).exp()) - g * (-m).exp() - (1 - g) / (1 + m.exp())
+    pull = world.prob * slope
+    net = torch.zeros_like(rho).index_add(0, world.chosen, pull).index_add(0, world.rejected, -pull)
+    statement = "the pulls of every answer's pairs, logistic and exponential, balance"
+    return row_of("discopop", statement, world, logits, float(net.abs().max()), tolerance=1e-6)
+
+
+def check_fdpo_alpha(mdp: TokenMDP, alpha: float = 0.5) -> FixedPoint:
+    world, ref = Population(mdp), mdp.sequence_logp_ref.sum(-1)
+    logits = descend(world.expected(lambda pair: fdpo_alpha(pair, beta=mdp.beta, alpha=alpha)[0]), mdp.logp_ref)
+
+    def optimum(c: Tensor) -> Tensor:
+        return ref - torch.log((1 - alpha * (mdp.total_reward + c) / mdp.beta).clamp(min=1e-300)) / alpha
+
+    statement = "pi(y) = pi_ref(y) (1 - alpha (r(y) + c) / beta)^(-1 / alpha)"
+    return row_of("fdpo_alpha", statement, world, logits, world.distance(logits, normalised(world, optimum)))
+
+
+def check_fdpo_js(mdp: TokenMDP) -> FixedPoint:
+    world, ref = Population(mdp), mdp.sequence_logp_ref.sum(-1)
+    logits = descend(world.expected(lambda pair: fdpo_js(pair, beta=mdp.beta)[0]), mdp.logp_ref)
+
+    def optimum(c: Tensor) -> Tensor:
+        return ref - torch.log((2 * (-(mdp.total_reward + c) / mdp.beta).exp() - 1).clamp(min=1e-300))
+
+    statement = "pi(y) = pi_ref(y) / (2 exp(-(r(y) + c) / beta) - 1)"
+    return row_of("fdpo_js", statement, world, logits, world.distance(logits, normalised(world, optimum)))
 
 
 def _implied(world: Population, logits: Tensor) -> Float[Tensor, " M"]:
@@ -192,6 +241,14 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "wpo": check_wpo,
     "cal_dpo": check_cal_dpo,
     "sppo": check_sppo,
+    "dpo_norm": check_dpo_norm,
+    "exo": check_exo,
+    "discopop": check_discopop,
+    "fdpo_alpha": check_fdpo_alpha,
+    "fdpo_js": check_fdpo_js,
+    "nca": check_nca,
+    "apo_zero": check_apo_zero,
+    "apo_down": check_apo_down,
     "orpo": check_orpo,
     "cpo": check_cpo,
     "kto": check_kto,

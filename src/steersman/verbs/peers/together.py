@@ -20,14 +20,19 @@ from steersman.verbs.preference import PreferenceRecipe
 
 PAIR_LOSSES = {
     "dpo": {"sigmoid": "dpo", "hinge": "rso", "ipo": "ipo", "robust": "robust_dpo", "sppo_hard": "sppo",
-            "orpo": "orpo", "simpo": "simpo"},
+            "orpo": "orpo", "simpo": "simpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca",
+            "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop"},
     "cpo": {"sigmoid": "cpo", "hinge": "hinge", "simpo": "simpo"},
     "orpo": {"sigmoid": "orpo"},
 }  # fmt: skip
 """By trainer, their loss: ours. A hinge with a reference is RSO's."""
-PAIR_NUMBERS = ("beta", "pref_beta", "label_smoothing", "dpo_label_smoothing", "simpo_gamma", "cpo_alpha")
+PAIR_NUMBERS = (
+    "beta", "pref_beta", "label_smoothing", "dpo_label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau",
+)  # fmt: skip
+DIVERGENCE_KEYS = ("f_divergence_type", "f_alpha_divergence_coef")
 PAIR_DEFAULTS = {
-    "simpo": {"beta": 0.1, "margin": 0.5}, "hinge": {"beta": 0.1},
+    "simpo": {"beta": 0.1, "margin": 0.5}, "hinge": {"beta": 0.1}, "dpo_norm": {"beta": 0.1},
+    "discopop": {"beta": 0.1},
     "cpo": {"nll_weight": 1.0, "length_normalised_nll": 1.0},
 }  # fmt: skip
 """What a loss takes there where the file gives nothing, in the places where ours takes another number."""
@@ -202,12 +207,14 @@ def pair_loss(t: Translation) -> None:
         for number in numbers:
             t.leave(number, f"belongs to {source} {short(theirs)}, which has no counterpart")
         return
-    if source or name != "dpo":
-        t.put("loss.name", name, *([source] if source else []))
-    settings: dict[str, Any] = dict(PAIR_DEFAULTS.get(name, {}))
+    name, settings, divergence = _of_divergence(t, name)
+    said = [n for n in (source, *divergence) if n]
+    if said or name != "dpo":
+        t.put("loss.name", name, *said)
+    settings |= PAIR_DEFAULTS.get(name, {})
     if name == "ipo" and t.toolkit != "openrlhf":
         settings["length_normalised"] = 1.0  # means of the answers' log-probabilities, not sums
-    from_names = {key: [source] * bool(source) for key in settings}
+    from_names = dict.fromkeys(settings, said)
     for number in numbers:
         key, value = _pair_number(t, number, name, trainer), t.settings[number]
         if key == "loss.nll":
@@ -223,6 +230,24 @@ def pair_loss(t: Translation) -> None:
         t.put(f"loss.settings.{key}", value, *from_names[key])
 
 
+def _of_divergence(t: Translation, name: str) -> tuple[str, dict[str, Any], list[str]]:
+    """The loss with TRL's `f_divergence_type`, its own settings, and the file's keys that say so."""
+    kind, coefficient = (t.settings.get(key) for key in DIVERGENCE_KEYS)
+    found = [key for key in DIVERGENCE_KEYS if key in t.settings and key not in t.left]
+    if kind in (None, "reverse_kl"):
+        t.taken.update(found)
+        return name, {}, []
+    alpha = {"forward_kl": 1.0, "alpha_divergence": 0.5}.get(str(kind))
+    if kind == "alpha_divergence" and is_number(coefficient):
+        alpha = 1 - float(coefficient)
+    if name != "dpo" or (kind != "js_divergence" and (alpha is None or not 0 <= alpha <= 1)):
+        for key in found:
+            t.leave(key, f"{short(t.settings[key])} has no counterpart for loss.name {name}")
+        return name, {}, []
+    t.taken.update(found)
+    return ("fdpo_js", {}, found) if kind == "js_divergence" else ("fdpo_alpha", {"alpha": alpha}, found)
+
+
 def _pair_number(t: Translation, number: str, name: str, trainer: str) -> str:
     """The setting of the loss that the number is; "" where the loss has none."""
     if number in ("beta", "pref_beta"):
@@ -231,7 +256,9 @@ def _pair_number(t: Translation, number: str, name: str, trainer: str) -> str:
         return "" if trainer != "cpo" else "nll_weight" if name == "cpo" else "loss.nll"
     if number == "simpo_gamma":
         return "margin" if name == "simpo" else ""
-    return {"dpo": "label_smoothing", "robust_dpo": "flip"}.get(name, "")
+    if number == "discopop_tau":
+        return "tau" if name == "discopop" else ""
+    return {"dpo": "label_smoothing", "robust_dpo": "flip", "exo": "epsilon"}.get(name, "")
 
 
 def kl(t: Translation) -> None:
