@@ -292,6 +292,18 @@ def test_extreme_logps_stay_finite(name):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("name", [n for n, entry in LOSSES.items() if entry.data == "pair" and entry.needs_reference])
+def test_which_losses_take_differences_alone(name):
+    """A reference that is known up to a number per prompt serves these, and no other."""
+    named, cm, rm = batch()
+    pair = pair_of(named, cm, rm)
+    moved = pair._replace(ref_chosen=pair.ref_chosen + 0.7, ref_rejected=pair.ref_rejected + 0.7)
+    before, after = (LOSSES[name].function(p)[0] for p in (pair, moved))
+    assert LOSSES[name].only_differences == torch.allclose(before, after, rtol=1e-9, atol=0) or name.startswith(
+        "tdpo"
+    )
+
+
 def test_log_odds_at_both_ends():
     logp = torch.tensor([-1e-12, -1e-6, -0.5, -50.0], dtype=torch.float64)
     expected = [math.log(1e12), math.log(1e6), math.log(math.exp(-0.5) / (1 - math.exp(-0.5))), -50.0]

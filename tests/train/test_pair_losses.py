@@ -119,6 +119,9 @@ def test_an_unknown_setting_is_named_with_the_nearest():
     [
         ({"name": "robust_dpo", "settings": {"flip": 0.5}}, "below 0.5"),
         ({"name": "simpo", "settings": {"beta": 0.0}}, "above 0"),
+        ({"name": "exo", "settings": {"epsilon": 0.0}}, "above 0 and below 0.5"),
+        ({"name": "discopop", "settings": {"tau": 1.0}}, "above 0 and below 1"),
+        ({"name": "fdpo_alpha", "settings": {"alpha": 1.5}}, "at least 0 and at most 1"),
         ({"name": "ipo", "margin_weight": 1.0}, "goes with dpo, hinge, rso, simpo"),
     ],
 )

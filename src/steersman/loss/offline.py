@@ -44,7 +44,8 @@ class Objective(NamedTuple):
 
     `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
     `takes_offset` says whether the margins of the data can be asked for, `needs_log_weight` whether it weighs
-    answers by how much they are like the policy's own.
+    answers by how much they are like the policy's own. `only_differences` says that of the log-ratios to the
+    reference it takes their difference alone, so that a number which is the same for all answers to a prompt drops out.
     """
 
     function: Callable[..., Any]
@@ -57,6 +58,7 @@ class Objective(NamedTuple):
     fixed_point: str
     takes_offset: bool = False
     needs_log_weight: bool = False
+    only_differences: bool = False
 
 
 LOSSES: dict[str, Objective] = {
@@ -64,14 +66,17 @@ LOSSES: dict[str, Objective] = {
         dpo, "pair", "arXiv 2305.18290", True, False, False, True,
         "pi proportional to pi_ref exp(r / beta); with label smoothing eps, the win rate of every answer under "
         "the implicit reward matches (1 - eps) p + eps (1 - p), a flatter policy", takes_offset=True,
+        only_differences=True,
     ),
     "robust_dpo": Objective(
         robust_dpo, "pair", "arXiv 2403.00409", True, False, False, True,
         "pi proportional to pi_ref exp(r / beta), from labels flipped with the stated probability",
+        only_differences=True,
     ),
     "ipo": Objective(
         ipo, "pair", "arXiv 2310.12036", True, False, False, True,
         "pi proportional to pi_ref exp(P(y beats mu) / beta): win rates in the place of rewards, so bounded",
+        only_differences=True,
     ),
     "hinge": Objective(
         hinge, "pair", "arXiv 2305.10425", False, False, False, False,
@@ -82,6 +87,7 @@ LOSSES: dict[str, Objective] = {
         rso, "pair", "arXiv 2309.06657", True, False, False, False,
         "beta log pi/pi_ref differs by whole multiples of the margin: order is learnt, strength is not",
         takes_offset=True,
+        only_differences=True,
     ),
     "dpop": Objective(
         dpop, "pair", "arXiv 2402.13228", True, False, False, False,
@@ -116,6 +122,7 @@ LOSSES: dict[str, Objective] = {
         wpo, "pair", "arXiv 2406.11827", True, False, False, True,
         "pi proportional to pi_ref exp(r / beta): weights that a pair's two orders share move no optimum",
         needs_log_weight=True,
+        only_differences=True,
     ),
     "cal_dpo": Objective(
         cal_dpo, "pair", "arXiv 2412.14516", True, False, False, False,
@@ -135,10 +142,13 @@ LOSSES: dict[str, Objective] = {
         exo, "pair", "arXiv 2402.00856", True, False, False, False,
         "each answer's leads beta (rho(y) - rho(y')) are, as weighted by how undecided they are, those of "
         "(2 p - 1) log((1 - eps) / eps)",
+        only_differences=True,
     ),
     "discopop": Objective(
         discopop, "pair", "arXiv 2406.08414", True, False, False, False,
-        "where the pulls of every answer's pairs balance: order first, strength little",
+        "where the pulls of every answer's pairs balance: near DPO's optimum for a wide tau; for a narrow one pairs that "
+        "raters are not sure of rest a little below 0, in the wrong order",
+        only_differences=True,
     ),
     "fdpo_alpha": Objective(
         fdpo_alpha, "pair", "arXiv 2309.16240", True, False, False, True,

@@ -32,9 +32,8 @@ def has_reference(loss: str) -> bool:
 
 
 def takes_anchor(loss: str) -> bool:
-    """Whether a loss of pairs reads a reference's log-probabilities of whole answers, of which two can be mixed."""
-    entry = LOSSES[loss]
-    return entry.data == "pair" and entry.needs_reference and not entry.needs_full_kl
+    """Whether two references can be mixed for a loss: their mixture is known up to a number per prompt."""
+    return LOSSES[loss].only_differences
 
 
 class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
@@ -68,7 +67,13 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
         if self.anchor is not None and not takes_anchor(self.loss.name):
             able = ", ".join(filter(takes_anchor, LOSSES))
             raise ValueError(
-                f"anchor: {self.loss.name} takes no log-probabilities of whole answers; use one of {able}"
+                f"anchor: the mixture of two references is known up to a number per prompt, and {self.loss.name} "
+                f"takes more of a reference than differences between whole answers; use one of {able}"
+            )
+        if self.anchor is not None and self.loss.settings.get("length_normalised"):
+            raise ValueError(
+                "anchor: the mixture of two references is known up to a number per prompt, which does not drop out "
+                "with length_normalised; remove one of the two"
             )
         if self.anchor is None and self.anchor_share != ANCHOR_SHARE:
             raise ValueError("anchor_share is the share of an anchor, and none is given; give anchor, or remove it")
