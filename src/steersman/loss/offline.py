@@ -45,7 +45,7 @@ class Objective(NamedTuple):
     `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
     `takes_offset` says whether the margins of the data can be asked for, `needs_log_weight` whether it weighs
     answers by how much they are like the policy's own. `only_differences` says that of the log-ratios to the
-    reference it takes their difference alone, so that a number which is the same for all answers to a prompt drops out.
+    reference it takes their difference alone, so that a number which all answers to a prompt share drops out.
     """
 
     function: Callable[..., Any]
@@ -146,8 +146,8 @@ LOSSES: dict[str, Objective] = {
     ),
     "discopop": Objective(
         discopop, "pair", "arXiv 2406.08414", True, False, False, False,
-        "where the pulls of every answer's pairs balance: near DPO's optimum for a wide tau; for a narrow one pairs that "
-        "raters are not sure of rest a little below 0, in the wrong order",
+        "where the pulls of every answer's pairs balance: near DPO's optimum for a wide tau; for a narrow one pairs "
+        "that raters are not sure of rest a little below 0, in the wrong order",
         only_differences=True,
     ),
     "fdpo_alpha": Objective(
