@@ -10,7 +10,7 @@ import time
 import pytest
 from people_kit import pair, queue
 from runs_kit import some_runs
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 pytest.importorskip("starlette", reason="needs the extra people")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -25,7 +25,8 @@ from steersman.people.store import open_store
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import live
-from steersman.people.store.schema import JudgementRow
+from steersman.people.store.schema import JudgementRow, Login
+from steersman.types import SteersmanError
 
 pytestmark = pytest.mark.slow
 HOSTILE = "<script>document.title='owned'</script> [x](javascript:document.title='owned') \u202e" + "long " * 9000
@@ -80,6 +81,12 @@ def page(chromium, address):
     context.close()
 
 
+def settled(page):
+    """The page, when a press on it counts: it was on the screen for long enough to be looked at."""
+    page.locator("body[data-settled]").wait_for()
+    return page
+
+
 def verdicts(store) -> list[dict]:
     with store.read() as session:
         return list(session.scalars(select(JudgementRow.verdict).where(live()).order_by(JudgementRow.id)))
@@ -95,17 +102,17 @@ def wait_for(store, count: int) -> list[dict]:
 def test_pairs_by_keyboard_with_undo(page, store):
     queue(store, "compare", [pair(i) for i in range(3)])
     page.goto("/")
-    page.keyboard.press("j")
+    settled(page).keyboard.press("j")
     for number in range(3):
         page.get_by_text(f"question {number}").wait_for()
         first_is_good = page.locator(".answer .text").first.inner_text().startswith("good")
-        page.keyboard.press("1" if first_is_good else "4")
+        settled(page).keyboard.press("1" if first_is_good else "4")
     page.get_by_text("Nothing left").wait_for()
     assert verdicts(store) == [{"choice": 0}] * 3
-    page.keyboard.press("u")
+    settled(page).keyboard.press("u")
     page.get_by_text("question 2").wait_for()
     page.get_by_text("is taken back").wait_for()
-    page.keyboard.press("s")
+    settled(page).keyboard.press("s")
     page.get_by_text("Nothing left").wait_for()
     assert verdicts(store) == [{"choice": 0}] * 2 + [{"skip": ""}]
 
@@ -114,7 +121,7 @@ def test_a_verdict_that_the_connection_lost_is_saved_once_when_it_is_back(page, 
     of = queue(store, "compare", [pair(1), pair(2)])
     page.goto(f"/judge/{of}")
     page.context.set_offline(True)
-    page.keyboard.press("2")
+    settled(page).keyboard.press("2")
     page.get_by_text("Not saved yet").wait_for()
     page.keyboard.press("2")  # impatience sends nothing twice
     assert verdicts(store) == []
@@ -123,11 +130,85 @@ def test_a_verdict_that_the_connection_lost_is_saved_once_when_it_is_back(page, 
     assert verdicts(store) == [{"choice": "tie"}]
 
 
+def test_a_double_click_and_a_key_that_is_held_judge_once(page, store):
+    of = queue(store, "compare", [pair(i) for i in range(9)])
+    page.goto(f"/judge/{of}")
+    box = settled(page).locator("[data-key='2']").bounding_box()
+    page.mouse.click(box["x"] + 20, box["y"] + 10, click_count=2)
+    page.get_by_text("question 1").wait_for()
+    page.mouse.click(box["x"] + 20, box["y"] + 10)  # of a slow double click: this item was not looked at yet
+    settled(page)
+    assert verdicts(store) == [{"choice": "tie"}]
+    page.keyboard.down("2")
+    page.get_by_text("question 2").wait_for()
+    settled(page)
+    for _ in range(5):
+        page.keyboard.down("2")  # what a keyboard sends while a key is held
+    page.keyboard.up("2")
+    assert wait_for(store, 2) == [{"choice": "tie"}] * 2
+    page.keyboard.down("u")
+    page.get_by_text("is taken back").wait_for()
+    settled(page)
+    for _ in range(5):
+        page.keyboard.down("u")
+    page.keyboard.up("u")
+    page.get_by_text("question 1").wait_for()
+    settled(page).keyboard.press("s")
+    page.get_by_text("question 2").wait_for()
+    assert verdicts(store) == [{"choice": "tie"}, {"skip": ""}]
+
+
+def test_what_was_typed_stays_where_a_form_is_refused(page, store):
+    review = queue(store, "review", [NewItem("q", [TurnText("an answer")])])
+    page.goto(f"/judge/{review}")
+    better = page.get_by_label("A better answer")
+    better.fill("a long better answer")
+    with store.begin() as session:
+        session.execute(delete(Login))
+    reject = settled(page).get_by_role("button", name="Reject")
+    reject.click()
+    page.get_by_text("You are no longer logged in").wait_for()
+    assert (better.input_value(), verdicts(store)) == ("a long better answer", [])
+    better.fill("x" * 50_001)
+    reject.click()  # on this machine a visit logs in
+    page.get_by_text("50,001 characters; 50,000 are the most").wait_for()
+    assert len(better.input_value()) == 50_001
+    better.fill("a long better answer")
+    reject.click()
+    page.get_by_text("Nothing left").wait_for()
+    assert verdicts(store) == [{"accept": False, "correction": "a long better answer"}]
+
+
+def test_a_message_stays_where_the_model_fails(page, address, store, monkeypatch):
+    page.goto("/chat")
+    settled(page).keyboard.press("n")
+    page.get_by_label("Your message").fill("hello")
+    settled(page).keyboard.press("Control+Enter")
+    page.get_by_text("You said: hello").wait_for()
+
+    def fails(self, messages, user):
+        raise SteersmanError("the model's address answers with status 500")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Echo, "answer", fails)
+        settled(page).get_by_role("button", name="Another answer").click()
+        page.get_by_text("answers with status 500").wait_for()
+        assert page.get_by_text("You said: hello").is_visible()
+        page.locator("#text").fill("a long message")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("The model is answering").wait_for(state="detached")
+        page.get_by_text("answers with status 500").wait_for()
+        assert page.locator("#text").input_value() == "a long message"
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("You said: a long message").wait_for()
+    assert page.locator(".turn.user").count() == 2
+
+
 def test_the_back_button_does_not_judge_again(page, store):
     of = queue(store, "compare", [pair(1), pair(2)])
     page.goto("/")
     page.goto(f"/judge/{of}")
-    page.keyboard.press("2")
+    settled(page).keyboard.press("2")
     page.get_by_text("question 2").wait_for()
     page.go_back()
     assert page.get_by_role("heading", name="To judge").is_visible()
@@ -143,30 +224,30 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
     review = queue(store, "review", [NewItem("q", [TurnText("a")])])
     page.goto(f"/judge/{rank}")
     for text in page.locator(".answer .text").all_inner_texts():
-        page.keyboard.press("1" if text.strip() == "a" else "2")
-    page.keyboard.press("Control+Enter")
+        settled(page).keyboard.press("1" if text.strip() == "a" else "2")
+    settled(page).keyboard.press("Control+Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{rate}")
-    page.keyboard.press("9")  # there is no such step
-    page.keyboard.press("3")
-    page.keyboard.press("Control+Enter")
+    settled(page).keyboard.press("9")  # there is no such step
+    settled(page).keyboard.press("3")
+    settled(page).keyboard.press("Control+Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{mark}")
-    page.keyboard.press("1")
+    settled(page).keyboard.press("1")
     page.get_by_text("Select some text first").wait_for()
     page.evaluate(
         "() => { const n = document.querySelector('.markable').firstChild; const r = document.createRange();"
         "r.setStart(n, 7); r.setEnd(n, 12); getSelection().removeAllRanges(); getSelection().addRange(r); }"
     )
-    page.keyboard.press("1")
+    settled(page).keyboard.press("1")
     assert "wrong" in page.locator("#marks").inner_text()
-    page.get_by_role("button", name="Save").press("Enter")
+    settled(page).get_by_role("button", name="Save").press("Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{review}")
     page.get_by_label("A better answer").fill("更好")
-    page.keyboard.press("Control+Enter")  # says nothing of whether the answer is good
-    page.keyboard.press("Tab")
-    page.keyboard.press("Enter")
+    settled(page).keyboard.press("Control+Enter")  # says nothing of whether the answer is good
+    settled(page).keyboard.press("Tab")
+    settled(page).keyboard.press("Enter")
     assert wait_for(store, 4) == [
         {"ranks": [0, 1]}, {"scores": {"kind": 3}}, {"spans": [{"start": 6, "end": 11, "label": "error"}]},
         {"accept": True, "correction": "更好"},
@@ -175,11 +256,11 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
 
 def test_a_chat_and_a_thumb_by_keyboard(page, store):
     page.goto("/chat")
-    page.keyboard.press("n")
+    settled(page).keyboard.press("n")
     page.get_by_label("Your message").fill("hello")
-    page.keyboard.press("Control+Enter")
+    settled(page).keyboard.press("Control+Enter")
     page.get_by_text("You said: hello").wait_for()
-    page.keyboard.press("1")
+    settled(page).keyboard.press("1")
     page.locator('button[aria-pressed="true"]').wait_for()
     assert verdicts(store) == [{"up": True}]
 
@@ -191,15 +272,15 @@ def test_two_raters_at_once_share_a_queue(chromium, address, store):
     for name, page in zip(("Ada", "Bob"), pages, strict=True):
         page.goto("/")
         page.get_by_label("Judging as").fill(name)
-        page.get_by_role("button", name="Change name").click()
+        settled(page).get_by_role("button", name="Change name").click()
         page.goto(f"/judge/{of}")
     for count in range(1, 5):  # then each has one item open, of which the other sees nothing
         page = pages[count % 2]
         asked = page.locator(".asked").inner_text()
-        page.keyboard.press("2")
+        settled(page).keyboard.press("2")
         page.wait_for_function("asked => document.querySelector('.asked')?.innerText !== asked", arg=asked)
     for page in pages:
-        page.keyboard.press("2")
+        settled(page).keyboard.press("2")
         page.get_by_text("Nothing left").wait_for()
     with store.read() as session:
         rows = session.execute(select(JudgementRow.item_id, JudgementRow.rater_id)).all()

@@ -43,6 +43,8 @@ class Scripted:
 
     def answer(self, messages, user):
         self.asked.append(messages)
+        if not self.lines:
+            raise SteersmanError("the model is away")
         return TurnText(self.lines.pop(0), (self.name, "v1"), {"temperature": 0.5}, "eos", 0.1)
 
 
@@ -196,6 +198,47 @@ def test_chat_thumb_correction_edit_and_another_answer(store):
     assert "Good day!" in page.text
     with store.read() as session:
         assert len(session.scalars(select(Turn)).all()) == 6
+
+
+@SQLITE
+def test_what_is_shown_stays_until_another_answer_is_there(store):
+    model = Scripted("m", ["Hello!"])
+    client = browser(store, answerers=[model])
+    page = send(client, client.get("/chat"), "/chat")
+    at = str(page.url.path)
+    page = send(client, page, f"{at}/say", text="hello there")
+    edit = re.findall(rf'action="({at}/edit/[^"]+)"', page.text)[0]
+    for action, values in ((f"{at}/answer", {}), (edit, {"text": "good day"}), (edit, {"text": "good day"})):
+        assert "the model is away" in send(client, client.get(at), action, **values).text
+        assert texts(client.get(at)) == ["hello there", "Hello!"]
+    model.lines += ["Good day!", "Hi!"]
+    assert texts(send(client, client.get(at), edit, text="good day")) == ["good day", "Good day!"]
+    assert texts(send(client, client.get(at), f"{at}/answer")) == ["good day", "Hi!"]
+    assert turns_of(store) == ["hello there", "Hello!", "good day", "Good day!", "Hi!"]
+
+
+@SQLITE
+def test_another_answer_of_two_models_is_compared_in_the_place_of_the_last(store):
+    one, two = Scripted("m1"), Scripted("m2")
+    client = browser(store, answerers=[one, two])
+    page, at = compared(client, one, two, ("red", "blue"), ("red 2", "blue 2"), ("red 3", "blue 3"))
+    page = preferred(client, page, "red")
+    page = preferred(client, send(client, page, f"{at}/answer"), "blue 2")
+    assert texts(page) == ["Q1", "blue 2"]
+    edit = re.findall(rf'action="({at}/edit/[^"]+)"', page.text)[0]
+    page = preferred(client, send(client, page, edit, text="Q2"), "red 3")
+    assert texts(page) == ["Q2", "red 3"]
+
+
+@SQLITE
+def test_a_form_without_a_login_is_refused_and_leads_nowhere(store):
+    of = queue(store, "review", [NewItem("q", [TurnText("a")])])
+    client = browser(store)
+    page = client.get(f"/judge/{of}")
+    client.cookies.clear()
+    refused = send(client, page, item_of(page), accept="1", correction="better")
+    assert (refused.status_code, verdicts(store)) == (401, [])
+    assert "You are no longer logged in" in refused.text
 
 
 def test_chat_with_two_models_is_a_blind_comparison_and_goes_on_with_the_better(store):

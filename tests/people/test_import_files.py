@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from steersman.data import DataConfig, demonstrations, feedback, preferences, rankings, ratings
+from steersman.people.collect.verb import CollectRecipe, fill
 from steersman.people.store.imported import ImportCounts
 from steersman.people.store.imports import import_file
-from steersman.people.store.open_webui import import_record
+from steersman.people.store.open_webui import read_record
 from steersman.types import SteersmanError
 
 MESSAGES = {
@@ -108,7 +110,7 @@ class Looked(dict):
         return super().__getitem__(key)
 
 
-def looks_of(store, count: int) -> int:
+def looks_of(count: int) -> int:
     """How often the messages of a chat of so many turns are looked at: two models answer each, one gets a thumb."""
     messages: dict[str, Looked] = {}
     for i in range(count):
@@ -119,14 +121,68 @@ def looks_of(store, count: int) -> int:
         messages[f"b{i}"] = Looked(id=f"b{i}", parentId=f"u{i}", role="assistant", content=f"y {i}", model="n")
     record = {"id": f"c{count}", "user_id": "u", "chat": {"history": {"messages": messages}}}
     done, Looked.looks = ImportCounts(), 0
-    with store.begin() as session:
-        import_record(session, record, done)
-    assert done.stored == {"thumb": count}
+    chat = read_record(record, 0.0, done)
+    assert chat is not None
+    assert len(chat.told) == count
     return Looked.looks
 
 
-def test_a_long_chat_takes_work_in_proportion(store):
-    assert looks_of(store, 80) < 5 * looks_of(store, 20)
+def test_a_long_chat_takes_work_in_proportion():
+    assert looks_of(80) < 5 * looks_of(20)
+
+
+PAIRS = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
+
+
+def lines(path, rows, written: float):
+    """A file of rows that was written at this time."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(path, (written, written))
+    return path
+
+
+def test_what_comes_again_in_another_order_is_not_stored_twice(store, tmp_path):
+    """Nor is a row that stands twice, and so was said by two."""
+    file = lines(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[1]], 1e9)
+    assert import_file(store, file).stored == {"compare": 6}
+    rows = [{"prompt": "new", "chosen": "x", "rejected": "y"}, PAIRS[1], *PAIRS[::-1]]
+    done = import_file(store, lines(file, rows, 2e9))
+    assert (done.stored, done.left_out) == ({"compare": 1}, {"there already": 6})
+    done = import_file(store, lines(file, [*rows, PAIRS[1]], 3e9))
+    assert (done.stored, done.left_out) == ({"compare": 1}, {"there already": 7})
+
+
+def test_an_opinion_that_changed_takes_the_place_of_the_old_one(address, store, tmp_path):
+    thumbs = [{"prompt": "q", "completion": text, "label": True} for text in "ab"]
+    old = lines(tmp_path / "old" / "thumbs.jsonl", thumbs, 1e9)
+    import_file(store, old)
+    thumbs[0]["label"] = False
+    new = lines(tmp_path / "new" / "thumbs.jsonl", thumbs, 2e9)
+    done = import_file(store, new)
+    assert (done.stored, done.changed, done.left_out) == ({"review": 1}, {"review": 1}, {"there already": 1})
+    assert {e.completion: e.label for e in feedback(DataConfig(path=address)).train} == {"a": False, "b": True}
+    done = import_file(store, old)  # the later state counts, whichever comes last
+    assert (done.stored, done.left_out) == ({}, {"older than what is there": 1, "there already": 1})
+    assert import_file(store, new).left_out == {"there already": 2}
+
+
+def test_a_thumb_and_a_choice_that_changed_at_the_source_are_taken_over(address, store, tmp_path):
+    record, task = json.loads(json.dumps(FEEDBACK)), json.loads(json.dumps(LABELLED))
+    import_file(store, write(tmp_path, "feedback.json", [record]))
+    import_file(store, write(tmp_path, "ls.json", [task]))
+    record["data"]["rating"], record["updated_at"] = 1, 1760000200
+    task["annotations"][0]["result"][0]["value"]["selected"] = "right"
+    assert import_file(store, write(tmp_path, "feedback.json", [record])).changed == {"thumb": 1, "compare": 1}
+    assert import_file(store, write(tmp_path, "ls.json", [task])).changed == {"compare": 1}
+    chosen = [pair.chosen for pair in preferences(DataConfig(path=address)).train]
+    assert {one if isinstance(one, str) else one[0]["content"] for one in chosen} == {"A spoon.", "What?"}
+
+
+def test_two_imports_of_one_name_are_refused(store, tmp_path):
+    files = [str(lines(tmp_path / week / "pairs.jsonl", PAIRS, 1e9)) for week in ("week1", "week2")]
+    with pytest.raises(SteersmanError, match=r"2 files are called pairs\.jsonl"):
+        fill(store, CollectRecipe(imports=files))
 
 
 def test_label_studio(address, store, tmp_path):

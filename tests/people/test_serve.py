@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import pytest
 import torch
 from letter_models import save_chat_mini, save_mini
@@ -24,7 +25,7 @@ openai = pytest.importorskip("openai", reason="needs the openai client")
 pytest.importorskip("uvicorn", reason="needs steersman[people]")
 from serve_kit import running, served_from  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import StreamingResponse  # noqa: E402
+from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from steersman.people.serve.app import Server  # noqa: E402
@@ -158,6 +159,13 @@ def test_refusals_have_openais_shape(client, url):
         client.completions.create(model="mini", prompt="a", echo=True)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="mini", prompt="a", temperature="hot")
+    for cold in (1e-39, 0.009):
+        with pytest.raises(openai.BadRequestError, match=r"temperature: .*any other is at least 0\.01"):
+            client.completions.create(model="mini", prompt="a", temperature=cold)
+    with pytest.raises(openai.BadRequestError, match="n is 45; this server takes at most 44 answers"):
+        client.completions.create(model="mini", prompt="a", n=45)
+    with pytest.raises(openai.BadRequestError, match="prompt: Field required"):
+        client.completions.create(model="mini", prompt=None)
     with pytest.raises(openai.BadRequestError, match="at most 100"):
         client.completions.create(model="mini", prompt="a" * 101, max_tokens=4)
     with pytest.raises(openai.AuthenticationError):
@@ -179,6 +187,15 @@ def test_refusals_have_openais_shape(client, url):
             urllib.request.urlopen(request)
         assert caught.value.code == 400
         assert "message" in json.load(caught.value)["error"]
+
+
+def test_null_means_what_leaving_a_field_out_means(client):
+    sampling = dict.fromkeys(["max_tokens", "temperature", "top_p", "n", "stop", "seed"])
+    others = dict.fromkeys(["stream", "stream_options", "logprobs", "user"])
+    nulls = {**sampling, **others, "extra_body": dict.fromkeys(["top_k", "min_p"])}
+    assert len(client.completions.create(model="mini", prompt="a", **nulls).choices) == 1
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(model="mini", prompt="a", extra_body={"echo": None})
 
 
 def test_an_open_address_without_keys_is_refused(folder, capsys):
@@ -318,6 +335,49 @@ def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path)
         assert answers("r-1")[0] == "turn-01"
 
 
+def test_models_are_loaded_beside_those_that_answer(folder, other, tmp_path, capsys):
+    """And one that can not be loaded is tried once, and told once, until the file changes."""
+    file, go_on, tried = tmp_path / "serving.json", threading.Event(), []
+    old, new, bad = (ServedModel(*one) for one in (("old", "old"), ("new", str(other)), ("bad", str(tmp_path))))
+
+    def load(one: ServedModel):
+        tried.append(one.name)
+        if one != old:
+            assert go_on.wait(60)
+        return served_from(folder if one == old else one.path, one.name)
+
+    Serving(1, old, None, "salt").write(file)
+    assignment = Assignment(str(file), load, lambda served: served.live.close())
+    with running(Server({}, load=served_from, alias="current", assignment=assignment)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def answers() -> str:
+            return client.completions.create(model="current", prompt="oh", max_tokens=2).model
+
+        def until(done) -> None:
+            end = time.monotonic() + 60
+            while not done():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+
+        Serving(1, bad, None, "salt").write(file)
+        assert [answers() for _ in range(3)] == ["old"] * 3  # while the other one is loaded
+        go_on.set()
+        until(lambda: assignment.failures)
+        assert [answers() for _ in range(3)] == ["old"] * 3
+        assert tried == ["old", "bad"]
+        told = capsys.readouterr().err
+        assert told.count("what was served before goes on") == 1
+        metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
+        assert "steersman_serving_failures_total 1\n" in metrics
+        assignment.again = 0.0
+        Serving(1, bad, None, "salt").write(file)  # the file is written anew: it is tried, and then at every request
+        until(lambda: answers() == "old" and assignment.failures >= 3)
+        assert capsys.readouterr().err.count("what was served before goes on") == 1
+        Serving(1, new, None, "salt").write(file)
+        until(lambda: answers() == "new")
+
+
 class Halting:
     """A server that sends a stream's second piece when it is told to."""
 
@@ -371,3 +431,45 @@ def test_in_front_of_another_server_streams_come_through_as_they_are(url, tmp_pa
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.InternalServerError, match="does not answer"):
             client.completions.create(model="mini", prompt="a")
+
+
+class Busy:
+    """A server behind: its completions answer once `crowd` requests are there, its chats that it is busy."""
+
+    def __init__(self, crowd: int) -> None:
+        self.models, self.crowd, self.there, self.all = {}, crowd, 0, asyncio.Event()
+
+    def app(self) -> Starlette:
+        async def wait(_):
+            self.there += 1
+            if self.there == self.crowd:
+                self.all.set()
+            await asyncio.wait_for(self.all.wait(), 30.0)
+            return JSONResponse({"there": self.there})
+
+        async def refuse(_):
+            return JSONResponse({"error": "busy"}, 429, headers={"Retry-After": "30", "X-Other": "1"})
+
+        routes = {"/v1/completions": wait, "/v1/chat/completions": refuse}
+        return Starlette(routes=[Route(path, act, methods=["POST"]) for path, act in routes.items()])
+
+
+def test_a_server_behind_says_when_to_ask_again_and_gets_as_many_requests_as_there_are():
+    busy, crowd = Busy(110), {"model": "m", "prompt": "a"}
+
+    async def asked(address: str) -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(timeout=60.0, limits=httpx2.Limits(max_connections=None)) as client:
+            return await asyncio.gather(
+                *(client.post(f"{address}/v1/completions", json=crowd) for _ in range(busy.crowd)),
+                client.post(f"{address}/v1/chat/completions", json=crowd),
+            )
+
+    with (
+        running(busy) as url,
+        running(Server({}, load=served_from, backend=Backend(BackendSection(url=f"{url}/v1"), 60.0))) as near,
+    ):
+        *answers, refusal = asyncio.run(asked(near))
+    assert [a.status_code for a in answers] == [200] * busy.crowd
+    assert refusal.status_code == 429
+    assert refusal.headers["retry-after"] == "30"
+    assert "x-other" not in refusal.headers

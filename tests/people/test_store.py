@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -12,6 +14,7 @@ from alembic.migration import MigrationContext
 from people_kit import judge, key, pair, queue, rater
 from sqlalchemy import func, select
 
+from steersman.people.collect.verb import CollectRecipe, QueueConfig, fill
 from steersman.people.store import open_store
 from steersman.people.store.conversations import (
     TurnText,
@@ -19,14 +22,17 @@ from steersman.people.store.conversations import (
     all_turns,
     branch,
     messages,
+    model_id,
     newest_leaf,
     path,
     start,
 )
-from steersman.people.store.database import store_url
+from steersman.people.store.database import StoreAwayError, read_store, store_url
+from steersman.people.store.imported import PIECE
 from steersman.people.store.items import (
     NewItem,
     add_item,
+    add_items,
     make_queue,
     next_item,
     own_assignment,
@@ -34,7 +40,7 @@ from steersman.people.store.items import (
     shown_item,
 )
 from steersman.people.store.judgements import judge_item, judge_turn, last_item, live, thumbs, undo
-from steersman.people.store.raters import forget, log_in, log_out, visitor
+from steersman.people.store.raters import forget, known_person, log_in, log_out, visitor
 from steersman.people.store.schema import Assignment, Base, Item, JudgementRow, Login, Person, Queue
 from steersman.types import SteersmanError
 
@@ -147,6 +153,93 @@ def test_two_at_once_do_not_get_an_item_that_one_shall_have(store):
     for thread in threads:
         thread.join()
     assert len(judged) == len(set(judged)) == 24
+
+
+def at_once(count: int, work) -> list:
+    """What `work` gives for each number, all begun at the same moment."""
+    gate = threading.Barrier(count)
+
+    def one(number: int):
+        gate.wait(30)
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_several_who_make_the_same_thing_at_once_get_one(address, store):
+    """As several processes of `collect` do, each with a connection of its own."""
+    stores = [open_store(address) for _ in range(4)]
+    items = [pair(i) for i in range(30)]
+
+    def fill_and_enter(number: int) -> tuple:
+        with stores[number].begin() as session:
+            of = make_queue(session, "week", "compare")
+            model = model_id(session, ("base", "7"))
+            who = known_person(session, "Ada").rater_id
+        with stores[number].begin() as session:
+            add_items(session, make_queue(session, "week", "compare"), items)
+        return of.id, model, who
+
+    assert len(set(at_once(4, fill_and_enter))) == 1
+    with store.read() as session:
+        assert list(session.scalars(select(Item.position).order_by(Item.position))) == list(range(30))
+
+    def add(number: int) -> str:
+        try:
+            rater(stores[number], "Bob")
+        except SteersmanError as error:
+            return str(error)
+        return "made"
+
+    assert Counter(at_once(4, add)) == {"made": 1, "Bob: there is such an account already": 3}
+    for one in stores:
+        one.close()
+
+
+def test_a_store_is_opened_and_read_while_another_process_writes(address, store):
+    queue(store, "compare", [pair(1)])
+    with store.begin() as writing:
+        make_queue(writing, "other", "compare")
+        again = open_store(address, create=False)
+        with again.read() as session:
+            assert list(session.scalars(select(Queue.name))) == ["compare"]
+        again.close()
+
+
+@pytest.mark.parametrize("address", ["postgresql"], indirect=True)
+def test_a_connection_that_is_lost_while_it_reads_is_told_by_name(address, store):
+    def read() -> None:
+        with read_store(address) as session:
+            mine = session.scalar(sa.text("SELECT pg_backend_pid()"))
+            with store.begin() as other:
+                other.execute(sa.text("SELECT pg_terminate_backend(:mine)"), {"mine": mine})
+            session.scalar(sa.text("SELECT 1"))
+
+    with pytest.raises(StoreAwayError, match="can not be read"):
+        read()
+
+
+def test_a_queue_of_many_items_is_stored_in_pieces(store, tmp_path):
+    """Each a transaction of a few statements, and nothing of a file in which a row is wrong."""
+    rows = [json.dumps({"prompt": f"q {i}", "chosen": "a", "rejected": "b"}) for i in range(2 * PIECE + 1)]
+    wrong, file = json.dumps({"prompt": "q", "chosen": "a", "rejected": "a"}), tmp_path / "pairs.jsonl"
+    recipe = CollectRecipe(queues={"week": QueueConfig(task="compare", file=str(file))})
+    file.write_text("\n".join([*rows, wrong]))
+    with pytest.raises(SteersmanError, match=f"line {len(rows) + 1}: two answers are the same text"):
+        fill(store, recipe)
+    with store.read() as session:
+        assert session.scalars(select(Queue)).all() == []
+    file.write_text("\n".join(rows))
+    told = Counter()
+    sa.event.listen(store.engine, "commit", lambda _: told.update(commits=1))
+    sa.event.listen(store.engine, "before_cursor_execute", lambda *_: told.update(statements=1))
+    fill(store, recipe)
+    assert told["commits"] == 3
+    assert told["statements"] < 100
+    fill(store, recipe)
+    with store.read() as session:
+        assert session.scalars(select(Item.position).order_by(Item.position)).all() == list(range(len(rows)))
 
 
 def test_what_was_left_open_comes_first(store):

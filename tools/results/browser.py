@@ -28,6 +28,12 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+def settled(page: Page) -> Page:
+    """The page, once it was on the screen for long enough that a press counts."""
+    page.locator("body[data-settled]").wait_for()
+    return page
+
+
 class Rater:
     """Someone at a keyboard, who prefers the story that the quickstart's judge prefers and says the opposite in
     15% of choices; with `clicks` one who does not read. All that they know is what the page shows."""
@@ -39,7 +45,7 @@ class Rater:
         self.page = self.context.new_page()
         self.page.goto("/")
         self.page.get_by_label("Judging as").fill(name)
-        self.page.get_by_role("button", name="Change name").click()
+        settled(self.page).get_by_role("button", name="Change name").click()
         self.page.get_by_text("To judge").first.wait_for()
 
     def begin(self, queue: str) -> bool:
@@ -60,7 +66,7 @@ class Rater:
         """Reads both answers and presses a key; whether another pair came."""
         answers = self.page.locator(".answer .text").all_inner_texts()
         action = self.page.locator("form.verdict").get_attribute("action")
-        self.page.keyboard.press("1" if self.prefers_first(*answers) else "4")
+        settled(self.page).keyboard.press("1" if self.prefers_first(*answers) else "4")
         self.page.wait_for_function(
             "action => { const form = document.querySelector('form.verdict');"
             " return document.readyState !== 'loading' && (form ? form.getAttribute('action') !== action"

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from browser import chromium
+from browser import chromium, settled
 from pages import collecting
 from playwright.sync_api import Browser
 
@@ -94,18 +94,18 @@ def judge_twenty(camera: Camera) -> None:
     page = camera.page
     page.goto("/")
     camera.take("home")
-    page.keyboard.press("j")
+    settled(page).keyboard.press("j")
     for number in range(PAIRS):
         page.locator(f"text={openings()[number]}").first.wait_for()
         if number == 0:
             camera.take("compare")
-        page.keyboard.press("1" if number % 3 else "4")
+        settled(page).keyboard.press("1" if number % 3 else "4")
     page.locator("h1:text-is('Done')").wait_for()
     camera.take("nothing-left")
-    page.keyboard.press("u")
+    settled(page).keyboard.press("u")
     page.locator("#status:not(:empty)").wait_for()
     camera.take("undone")
-    page.keyboard.press("1")
+    settled(page).keyboard.press("1")
     page.locator("h1:text-is('Done')").wait_for()
 
 
@@ -115,11 +115,11 @@ def others(camera: Camera, run: str) -> None:
         page.goto(f"/judge/{number}")
         camera.take(task)
     page.goto("/chat")
-    page.keyboard.press("n")
+    settled(page).keyboard.press("n")
     page.get_by_label("Your message").fill("Once upon a time, there was a little cat")
-    page.keyboard.press("Control+Enter")
+    settled(page).keyboard.press("Control+Enter")
     page.locator(".turn.assistant").wait_for(timeout=180_000)
-    page.keyboard.press("1")
+    settled(page).keyboard.press("1")
     page.locator('button[aria-pressed="true"]').wait_for()
     camera.take("chat")
     for name, path in {

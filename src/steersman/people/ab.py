@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from steersman.atomic import check_places, write_atomic
@@ -21,6 +19,7 @@ from steersman.jsonl import append_jsonl
 from steersman.people.experiments import Experiment, Report, Verdict, report
 from steersman.people.outcomes import WIN, Outcome, outcomes_of, read_outcomes
 from steersman.people.sources import open_judgements
+from steersman.run.console import new_console
 from steersman.statistics.sample_size import Plan, plan, plan_arms
 from steersman.types import SteersmanError
 
@@ -108,28 +107,28 @@ def plan_of(recipe: ABRecipe, rows: list[Outcome]) -> Plan | None:
 
 def show(recipe: ABRecipe, told: Report, planned: Plan | None, bad: BadRows) -> None:
     """The report in the terminal."""
-    console, experiment = Console(highlight=False), recipe.experiment
-    names = [escape(printable(n)) for n in (experiment.treatment, experiment.control)]
+    console, experiment = new_console(), recipe.experiment
+    names = [printable(n) for n in (experiment.treatment, experiment.control)]
     console.print(f"{names[0]} against {names[1]}, {1 - experiment.alpha:.0%} bounds that hold at every look")
     unit = "users" if experiment.unit == "user" or experiment.metric != WIN else "judgements"
     table = Table("metric", unit, "estimate", "bounds", "e-value", "state", "decided at")
     for role, verdict in [("", told.primary), *(("guard ", v) for v in told.guards), *(("", v) for v in told.others)]:
-        table.add_row(role + escape(printable(verdict.metric)), *_cells(verdict))
+        table.add_row(role + printable(verdict.metric), *_cells(verdict))
     console.print(table)
     for verdict in (told.primary, *told.guards):
         if verdict.unused:
             console.print(
-                f"{escape(printable(verdict.metric))}: {verdict.unused:,} outcomes are in no score (a user counts by "
+                f"{printable(verdict.metric)}: {verdict.unused:,} outcomes are in no score (a user counts by "
                 f"the first {experiment.per_user})"
             )
     for warning in told.warnings:
-        console.print(escape(printable(warning)), style="yellow")
+        console.print(printable(warning), style="yellow")
     if bad.counts:
-        console.print(escape(printable(bad.sentence)), style="yellow")
+        console.print(printable(bad.sentence), style="yellow")
     if planned is not None:
         console.print(f"plan: {planned}")
     end = {"treatment": f"take {names[0]}", "control": f"keep {names[1]}", "wait": "go on collecting"}[told.decision]
-    console.print(f"{end}: {escape(printable(told.reason))}", style="bold")
+    console.print(f"{end}: {printable(told.reason)}", style="bold")
 
 
 def _cells(verdict: Verdict) -> list[str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from steersman.atomic import check_places, write_atomic
@@ -19,6 +17,7 @@ from steersman.data import BadRows
 from steersman.guards.terminal import printable
 from steersman.people.judgements import Judgement
 from steersman.people.sources import open_judgements
+from steersman.run.console import new_console
 from steersman.statistics.ratings import Battle, Rating, ratings
 from steersman.statistics.style import FEATURES, ControlledRatings, StyledBattle, controlled_ratings, style
 from steersman.types import SteersmanError
@@ -85,20 +84,20 @@ def style_battles(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[
 
 
 def _show(plain: list[Rating], fair: ControlledRatings, anchor: str, cluster: str, bad: BadRows) -> None:
-    console, controlled = Console(highlight=False), {r.player: r for r in fair.ratings}
+    console, controlled = new_console(), {r.player: r for r in fair.ratings}
     table = Table("model", "rating", "95% interval", "style held equal", "95% interval", "battles")
     for one in plain:
         other = controlled[one.player]
-        table.add_row(escape(printable(one.player)), *_cells(one), *_cells(other), f"{one.battles:,}")
+        table.add_row(printable(one.player), *_cells(one), *_cells(other), f"{one.battles:,}")
     console.print(table)
-    console.print(f"{escape(printable(anchor))} is the yardstick, at 1000; intervals resample {cluster}s")
+    console.print(f"{printable(anchor)} is the yardstick, at 1000; intervals resample {cluster}s")
     for name, found in fair.effects.items():
         console.print(
             f"{name}: {found.value:+.0f} points ({found.low:+.0f} to {found.high:+.0f}) for one standard deviation "
             "more of it"
         )
     if bad.counts:
-        console.print(escape(printable(bad.sentence)), style="yellow")
+        console.print(printable(bad.sentence), style="yellow")
 
 
 def _cells(one: Rating) -> tuple[str, str]:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from steersman.config.sections import Section, key_names
@@ -27,6 +25,7 @@ from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
 from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
+from steersman.run.console import new_console
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.statistics.estimates import Estimate, bootstrap, mean
@@ -199,14 +198,14 @@ def _answered(row: dict[str, Any]) -> bool:
 
 
 def _show(recipe: SimulateRecipe, battles: Rows, wins: dict[str, Estimate], agrees: Agreement) -> None:
-    console, anchor = Console(highlight=False), next(iter(recipe.candidates))
+    console, anchor = new_console(), next(iter(recipe.candidates))
     places = {name: i for i, name in enumerate(recipe.personas)}
     fought = [Battle(b["first"], b["second"], b["share"], places[b["persona"]]) for b in battles]
-    table = Table("candidate", "rating", "95% interval", f"share won against {escape(printable(anchor))}", "battles")
+    table = Table("candidate", "rating", "95% interval", f"share won against {printable(anchor)}", "battles")
     for one in ratings(fought, anchor=anchor, seed=recipe.run.seed):
         won = str(wins[one.player]) if one.player in wins else "–"
         table.add_row(
-            escape(printable(one.player)), f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}", won,
+            printable(one.player), f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}", won,
             f"{one.battles:,}",
         )  # fmt: skip
     console.print(table)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from steersman.data import BadRows
 from steersman.people.judgements import Choice, Judgement, JudgementFiles, Judgements, in_order
-from steersman.people.store.database import open_store
+from steersman.people.store.database import read_store
 from steersman.people.store.opinions import Opinion, everything, newest_thumbs
 from steersman.people.store.schema import Item
 from steersman.people.store.verdicts import Verdict
@@ -25,16 +25,12 @@ class StoredJudgements:
         self.url = url
 
     def __iter__(self) -> Iterator[Judgement]:
-        store = open_store(self.url, create=False)
-        try:
-            with store.read() as session:
-                found = [_judgement(one, None) for one in newest_thumbs(everything(session)) if _counts(one)]
-                for one in everything(session, gold=True):
-                    item = session.get(Item, one.subject)
-                    if _counts(one) and item is not None:
-                        found.append(_judgement(one, item.gold))
-        finally:
-            store.close()
+        with read_store(self.url) as session:
+            found = [_judgement(one, None) for one in newest_thumbs(everything(session)) if _counts(one)]
+            for one in everything(session, gold=True):
+                item = session.get(Item, one.subject)
+                if _counts(one) and item is not None:
+                    found.append(_judgement(one, item.gold))
         yield from in_order(found)
 
 

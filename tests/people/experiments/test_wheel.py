@@ -18,6 +18,9 @@ from steersman.cli import main
 from steersman.data import Row
 from steersman.people.judgements import judgement
 from steersman.people.serving import read_serving
+from steersman.people.sources import open_judgements
+from steersman.people.store import open_store
+from steersman.people.store.database import StoreAwayError
 from steersman.people.wheel.lessons import is_held_out
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.people.wheel.run import run
@@ -270,6 +273,41 @@ def test_it_polls_and_mixes_in_files_of_ones_own(tmp_path, mini_model):
     assert told["state"] == "done"
     sources = [row["source"] for row in rows_of(tmp_path / "run/round-01/pairs.jsonl")]
     assert sources.count("anchor") == round(sources.count("new") / 4)
+
+
+class Interrupted:
+    """A store in PostgreSQL that lets nobody in at the second look, and has what people said from the third on."""
+
+    def __init__(self, address: str, rows: list) -> None:
+        self.address, self.rows, self.looks = address, rows, 0
+
+    def __iter__(self):
+        import psycopg
+
+        self.looks += 1
+        server, _, name = self.address.rpartition("/")
+        with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {self.looks != 2}")
+        yield from open_judgements(self.address)
+        if self.looks > 2:
+            yield from self.rows
+
+
+@pytest.mark.parametrize("address", ["postgresql"], indirect=True)
+def test_a_wheel_that_polls_waits_for_a_store_that_is_away(tmp_path, mini_model, address, capsys):
+    open_store(address).close()
+    rows = [judgement(Row(row, "day", i)) for i, row in enumerate(choices(80, seed=2))]
+    values = settings(tmp_path, mini_model, experiment=None, poll=0.05)
+    told = run(WheelRecipe.model_validate(values), source=Interrupted(address, rows))
+    assert told["state"] == "done"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "it can not be opened" in out
+    assert "it is asked again in 0.05 seconds" in out
+    away = Interrupted(address, rows)
+    away.looks = 1
+    other = settings(tmp_path, mini_model, "other", experiment=None, poll=0.05)
+    with pytest.raises(StoreAwayError, match="it can not be opened"):  # at its beginning: the address may be wrong
+        run(WheelRecipe.model_validate(other), source=away)
 
 
 def test_refusals(tmp_path, mini_model):

@@ -15,6 +15,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,32 @@ READERS = {
 }
 
 
-def table(out: Path, seeds: list[int]) -> str:
+Record = dict[str, dict[str, list[Look]]]
+"""By way and seed, the looks of a run."""
+
+
+def recorded(out: Path, file: Path, seeds: list[int]) -> Record:
+    """What `file` has on record, with the runs of these seeds that are finished; they join the record."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    found = {
+        way: {seed: [Look(**{**x, "gold": np.array(x["gold"])}) for x in looks] for seed, looks in cells.items()}
+        for way, cells in kept.items()
+    }
+    for way, read in READERS.items():
+        cells = found.setdefault(way, {})
+        for seed in seeds:
+            if finished(out / f"{way}-{seed}") is not None:
+                cells[str(seed)] = read(out / f"{way}-{seed}")
+
+    def plain(look: Look) -> dict[str, Any]:
+        return {**asdict(look), "gold": np.round(look.gold, 5).tolist()}
+
+    kept = {way: {seed: [*map(plain, cells[seed])] for seed in sorted(cells)} for way, cells in found.items()}
+    write_atomic(file, json.dumps(kept) + "\n")
+    return found
+
+
+def table(out: Path, found: Record) -> str:
     """Both judges' accuracy, gold at equal KL by way, every look, and answers to read."""
     lines = ["| judge | right on held-out pairs |", "| --- | --- |"]
     for name in ("proxy", "gold"):
@@ -243,20 +269,19 @@ def table(out: Path, seeds: list[int]) -> str:
     head = "".join(f" | gold at {level:g}" for level in LEVELS)
     lines += ["", f"| way | seeds{head} | its last gold | its proxy | its KL | distinct-2 |", "| --- " * 9 + "|"]
     every = ["| way | seed | KL | proxy | gold | distinct-2 |", "| --- " * 6 + "|"]
-    for way, read in READERS.items():
-        found = {s: read(out / f"{way}-{s}") for s in seeds if finished(out / f"{way}-{s}") is not None}
-        if not found:
+    for way, cells in found.items():
+        if not cells:
             continue
-        at = [interval([x for looks in found.values() if (x := at_kl(looks, level)) is not None]) for level in LEVELS]
-        last = [looks[-1] for looks in found.values()]
+        at = [interval([x for looks in cells.values() if (x := at_kl(looks, level)) is not None]) for level in LEVELS]
+        last = [looks[-1] for looks in cells.values()]
         means = [float(np.mean([getattr(x, name) for x in last])) for name in ("proxy", "kl", "distinct2")]
         numbers = " | ".join(f"{x:.2f}" for x in means)
-        lines.append(f"| {way} | {len(found)} | {' | '.join(at)} | {interval([x.gold for x in last])} | {numbers} |")
-        for seed, looks in found.items():
+        lines.append(f"| {way} | {len(cells)} | {' | '.join(at)} | {interval([x.gold for x in last])} | {numbers} |")
+        for seed, looks in sorted(cells.items()):
             for x in looks:
                 gold = interval([x.gold])
                 every.append(f"| {way} | {seed} | {x.kl:.2f} | {x.proxy:.3f} | {gold} | {x.distinct2:.2f} |")
-    return "\n".join([*lines, "", *every, "", *examples(out, seeds[0])])
+    return "\n".join([*lines, "", *every])
 
 
 def interval(values: list[Array]) -> str:
@@ -295,7 +320,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args()
     if args.what == "table":
-        return rewrite(args.docs / "chat-people.md", table(args.out, args.seeds).rstrip() + "\n")
+        found = recorded(args.out, args.docs / "chat-people.json", args.seeds)
+        said = "\n".join(examples(args.out, args.seeds[0]))
+        return rewrite(args.docs / "chat-people.md", f"{table(args.out, found)}\n\n{said.rstrip()}\n")
     write_pairs(args.model, args.data, args.out)
     start = Start(args.model, args.out)
     if args.peer:

@@ -23,7 +23,10 @@ from steersman.people.collect.visit import Site, Visit, go
 from steersman.people.store.raters import visitor
 from steersman.types import SteersmanError
 
-FOREIGN_FORM = "the form is not from this page; go back, load the page again and send it again"
+FOREIGN_FORM = (
+    "this form is of another page or another login; send it again, and if that does not help, copy what you wrote "
+    "and load the page anew"
+)
 PAGES_AT_ONCE, ANSWERS_AT_ONCE = 8, 512
 """Pages that are made at the same time, and requests that may wait for a model meanwhile without holding up pages."""
 Handler = Callable[[Visit], Response]
@@ -102,6 +105,8 @@ def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Respon
     if visit.who is None and visit.site.open and visit.request.method == "GET":
         visit.who, fresh = people.enter(visit.store, people.LOCAL_NAME)
     if visit.who is None and not public:
+        if visit.form is not None:  # what was written stays on the page that sends it
+            return visit.error_page(LANGUAGES[visit.lang]["logged_out"], 401)
         return go("/" if visit.site.open else "/login")
     if admin and visit.rater.role != "admin":
         return visit.error_page("404", 404)

@@ -13,9 +13,11 @@ from steersman.people.collect.visit import Visit, go
 from steersman.people.store.conversations import (
     TurnText,
     add_turn,
+    all_turns,
     branch,
     messages,
     path,
+    path_to,
     start,
 )
 from steersman.people.store.items import CHAT, NewItem, add_item, assign, make_queue
@@ -64,34 +66,45 @@ def say(visit: Visit) -> Response:
             return visit.error_page("404", 404)
         turns = path(session, chat)
         # The same message again, whose answer did not come: it is not asked twice.
-        if not (turns and turns[-1].role == "user" and turns[-1].content == text):
-            add_turn(session, chat, "user", TurnText(text))
-    return _answered(visit, chat.id)
+        again = turns and turns[-1].role == "user" and turns[-1].content == text
+        asked = turns[-1] if again else add_turn(session, chat, "user", TurnText(text))
+    return _answered(visit, chat.id, asked.id)
 
 
 def answer(visit: Visit) -> Response:
-    """An answer that is missing, or another one in the place of the last."""
+    """An answer that is missing, or another one in the place of the last, which stays until that one is there."""
     with visit.store.begin() as session:
         chat = _own(session, visit, lock=True)
         if chat is None:
             return visit.error_page("404", 404)
         turns = path(session, chat)
         if turns and turns[-1].role == "assistant":
-            chat.leaf_id = turns[-1].parent_id
-        elif not turns or turns[-1].role != "user":
+            turns = turns[:-1]
+        if not turns or turns[-1].role != "user":
             return visit.error_page("there is nothing to answer")
-    return _answered(visit, chat.id)
+    return _answered(visit, chat.id, turns[-1].id)
 
 
 def edit(visit: Visit) -> Response:
-    """Goes on from another wording of a message of the user's."""
+    """Goes on from another wording of a message of the user's, once it is answered."""
     text = _message(visit)
     with visit.store.begin() as session:
         chat, turn = _own(session, visit, lock=True), session.get(Turn, visit.arg("turn"))
         if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "user":
             return visit.error_page("404", 404)
-        branch(session, chat, turn, "user", TurnText(text))
-    return _answered(visit, chat.id)
+        shown = chat.leaf_id
+        asked = _unanswered(all_turns(session, chat.id), turn, text) or branch(
+            session, chat, turn, "user", TurnText(text)
+        )
+        chat.leaf_id = shown
+    return _answered(visit, chat.id, asked.id)
+
+
+def _unanswered(turns: dict[str, Turn], beside: Turn, text: str) -> Turn | None:
+    """The same wording from before, whose answer did not come."""
+    answered = {turn.parent_id for turn in turns.values()}
+    same = (t for t in turns.values() if t.parent_id == beside.parent_id and t.role == "user" and t.content == text)
+    return next((turn for turn in same if turn.id not in answered), None)
 
 
 def thumb(visit: Visit) -> Response:
@@ -104,13 +117,16 @@ def thumb(visit: Visit) -> Response:
     return go(f"/chat/{chat.id}#last")
 
 
-def _answered(visit: Visit, chat_id: str) -> Response:
-    """Asks every model at once and shows nothing until all have answered: not even time tells them apart."""
+def _answered(visit: Visit, chat_id: str, question: str) -> Response:
+    """The answer to a turn, behind which the chat then goes on; what is shown stays as it is until it is there.
+
+    Asks every model at once and shows nothing until all have answered: not even time tells them apart.
+    """
     if not visit.site.answerers:
         return visit.error_page("no model answers here")
     with visit.store.read() as session:
-        chat = session.get_one(Conversation, chat_id)
-        asked, leaf = messages(path(session, chat)), chat.leaf_id
+        leaf = session.get_one(Conversation, chat_id).leaf_id
+        asked = messages(path_to(all_turns(session, chat_id), question))
     with ThreadPoolExecutor(len(visit.site.answerers)) as pool:
         said = list(pool.map(lambda a: a.answer(asked, visit.rater.pseudonym), visit.site.answerers))
     with visit.store.begin() as session:
@@ -121,12 +137,13 @@ def _answered(visit: Visit, chat_id: str) -> Response:
             if item.prompt == asked:  # the same message was sent twice at once
                 return go(f"/item/{compare.id}")
         if len(said) == 1 or said[0].content == said[1].content:
-            add_turn(session, chat, "assistant", said[0])
+            add_turn(session, chat, "assistant", said[0], question)
             return go(f"/chat/{chat_id}#last")
         queue = make_queue(session, CHAT, "compare")
         item = add_item(session, queue, NewItem(asked, said, source="chat"), conversation_id=chat_id)
         assert item is not None  # an item of a conversation is always new
         got = assign(session, item, visit.rater.rater_id)
+        chat.leaf_id = question  # the verdict goes on from here
     return go(f"/item/{got.assignment.id}")
 
 

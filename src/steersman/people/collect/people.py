@@ -8,7 +8,7 @@ from steersman.people.collect import security
 from steersman.people.collect.texts import LANGUAGES
 from steersman.people.collect.visit import Visit, go, own_path
 from steersman.people.store import Store
-from steersman.people.store.raters import Visitor, add_person, find_person, log_in, log_out, visitor
+from steersman.people.store.raters import Visitor, find_person, known_person, log_in, log_out, visitor
 from steersman.types import SteersmanError
 
 LOCAL_NAME = "local"
@@ -18,12 +18,10 @@ LOCAL_NAME = "local"
 def enter(store: Store, name: str) -> tuple[Visitor | None, str]:
     """A login without a password, on this machine only. Raises SteersmanError for an account that has one."""
     with store.begin() as session:
-        person = find_person(session, name)
-        if person is not None and person.password is not None:
+        person = known_person(session, name, role="admin" if name == LOCAL_NAME else "rater")
+        if person.password is not None:
             raise SteersmanError(f"{name}: this account has a password; choose another name")
-        role = "admin" if name == LOCAL_NAME else "rater"
-        rater_id = add_person(session, name, role=role).id if person is None else person.rater_id
-        token = log_in(session, rater_id)
+        token = log_in(session, person.rater_id)
         session.flush()
         return visitor(session, token), token
 

@@ -17,8 +17,9 @@ from steersman.people.addresses import in_url, is_loopback
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.store import Store, open_store
 from steersman.people.store.conversations import TurnText
-from steersman.people.store.imports import import_file
-from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
+from steersman.people.store.imported import pieces
+from steersman.people.store.imports import check_names, import_file
+from steersman.people.store.items import CHAT, NewItem, add_items, check_item, check_queue, make_queue
 from steersman.people.store.raters import add_person, forget, people
 from steersman.run.device import set_threads
 from steersman.types import SteersmanError
@@ -113,20 +114,29 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
 
 
 def fill(store: Store, recipe: CollectRecipe) -> None:
-    """Takes over the imports and the queues' files; what is there already is not stored again."""
+    """Takes over the imports and the queues' files; what is there already is not stored again.
+
+    A queue's file is read twice: what is wrong with a row is told before any is stored.
+    """
+    check_names(recipe.imports)
+    if CHAT in recipe.queues:
+        raise SteersmanError(f"queues.{CHAT}: this name is taken by comparisons in chats; choose another")
     for path in recipe.imports:
         done = import_file(store, path)
-        print(f"{path}: {dict(done.stored) or 'nothing new'} stored, {dict(done.left_out) or 'nothing'} left out")
+        changed = f" ({dict(done.changed)} in the place of other verdicts)" if done.changed else ""
+        stored, left_out = dict(done.stored) or "nothing new", dict(done.left_out) or "nothing"
+        print(f"{path}: {stored} stored{changed}, {left_out} left out")
     for name, config in recipe.queues.items():
-        if name == CHAT:
-            raise SteersmanError(f"queues.{name}: this name is taken by comparisons in chats; choose another")
-        with store.begin() as session:
-            settings = {"attributes": config.attributes, "labels": config.labels, "instructions": config.instructions}
-            queue = make_queue(
-                session, name, config.task, overlap=config.overlap, gold_every=config.gold_every, **settings
-            )
-            for row in read_rows(config.file):
-                add_item(session, queue, _item(row))
+        settings = {"attributes": config.attributes, "labels": config.labels, "instructions": config.instructions}
+        check_queue(name, config.task, settings)
+        for row in read_rows(config.file):
+            check_item(name, config.task, _item(row), settings)
+        for piece in pieces(_item(row) for row in read_rows(config.file)):
+            with store.begin() as session:
+                queue = make_queue(
+                    session, name, config.task, overlap=config.overlap, gold_every=config.gold_every, **settings
+                )
+                add_items(session, queue, piece)
 
 
 def _item(row: Row) -> NewItem:

@@ -140,6 +140,8 @@ class Server:
                 f"steersman_decoding{{model={label}}} {served.live.live}",
                 f"steersman_waiting{{model={label}}} {served.live.waiting}",
             ]
+        if self.assignment is not None:
+            lines += [f"steersman_serving_failures_total {self.assignment.failures}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     async def list_models(self, request: Request) -> Response:
@@ -199,7 +201,7 @@ class Server:
             if self.backend is not None:
                 return await self._pass_on(self.backend, told, shape)
             ask = shape.model_validate(told)
-            served = await self._model(ask)
+            served = self._model(ask)
             if served is None:
                 return self._refuse(404, f"there is no model {ask.model!r}; GET /v1/models lists them", param="model")
             reply = submit(served, ask)
@@ -221,9 +223,9 @@ class Server:
             return StreamingResponse(reply.stream(self.time_limit), media_type="text/event-stream")
         return await reply.complete(request, self.time_limit)
 
-    async def _model(self, ask: Ask) -> LoadedModel | None:
+    def _model(self, ask: Ask) -> LoadedModel | None:
         if self.assignment is not None and ask.model == self.alias:
-            picked = await self.assignment.pick(ask.user)
+            picked = self.assignment.pick(ask.user)
             assert isinstance(picked, LoadedModel)  # without a server behind the models run here
             return picked
         return self.models.get(ask.model)
@@ -233,7 +235,7 @@ class Server:
         if not isinstance(told, dict) or not isinstance(told.get("model"), str) or not isinstance(user, str | None):
             return self._refuse(400, "the body is an object with model (and user, if any) as text", param="model")
         if self.assignment is not None and told["model"] == self.alias:
-            told = told | {"model": await self.assignment.pick(user)}
+            told = told | {"model": self.assignment.pick(user)}
         return await backend.ask(PATHS[shape], told)
 
 

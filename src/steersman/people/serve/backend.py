@@ -16,6 +16,8 @@ from steersman.people.serve.wire import fault
 
 PASSED_ON = ("application/json", "text/event-stream")
 """Kinds of replies that go on as they are."""
+HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
+"""Headers of replies that go on: when a client may ask again."""
 
 
 class BackendSection(Section):
@@ -35,7 +37,12 @@ class Backend:
         self.url = str(config.url).rstrip("/")
         key = os.environ.get(config.key_env, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(time_limit, connect=10.0))
+        # Each stream holds a connection: the library's own limit of 100 would be one of users.
+        self.client = httpx2.AsyncClient(
+            headers=headers,
+            timeout=httpx2.Timeout(time_limit, connect=10.0),
+            limits=httpx2.Limits(max_connections=None),
+        )
 
     async def ask(self, path: str, body: dict[str, Any]) -> Response:
         """The reply to a request, with the status of the server behind."""
@@ -53,7 +60,9 @@ class Backend:
             return JSONResponse(fault(f"the server behind this one does not answer ({why})", "server_error"), 502)
         kind = reply.headers.get("content-type", "").partition(";")[0].strip()
         kind = kind if kind in PASSED_ON else "text/plain"
-        return StreamingResponse(self._pieces(reply), reply.status_code, media_type=kind)
+        told = {name: reply.headers[name] for name in HEADERS if name in reply.headers}
+        told = {name: value for name, value in told.items() if value.isascii()}
+        return StreamingResponse(self._pieces(reply), reply.status_code, media_type=kind, headers=told)
 
     async def _pieces(self, reply: httpx2.Response) -> AsyncIterator[bytes]:
         try:

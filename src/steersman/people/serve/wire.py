@@ -5,34 +5,45 @@ from __future__ import annotations
 import random
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from steersman.data import Layout
 from steersman.rollout import Sampling
+from steersman.rollout.sampling import LEAST_TEMPERATURE
 
 MOST_LIKELIEST = 20
 """Tokens that are listed beside each token at most."""
 
 
-class Message(BaseModel):
-    """A turn of a conversation."""
+class Asked(BaseModel):
+    """What a client sends. As in OpenAI's protocol, null is what was not said; what is not known is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, told: Any) -> Any:
+        if not isinstance(told, dict):
+            return told
+        return {key: value for key, value in told.items() if value is not None or key not in cls.model_fields}
+
+
+class Message(Asked):
+    """A turn of a conversation."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Asked):
     """What a stream ends with."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
 
 
-class Ask(BaseModel):
+class Ask(Asked):
     """What both kinds of request share. `user` decides which model of an A/B test answers, and is not kept."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     chat: ClassVar[bool] = False
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -46,6 +57,13 @@ class Ask(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_finite(cls, temperature: float) -> float:
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"0 is greedy; any other is at least {LEAST_TEMPERATURE}")
+        return temperature
 
     @property
     def answer_tokens(self) -> int | None:

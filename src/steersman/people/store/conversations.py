@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from steersman.people.store.database import new_id, now
+from steersman.people.store.database import found_or_made, new_id, now
 from steersman.people.store.schema import Conversation, Model, Turn
 from steersman.people.store.verdicts import storable
 
@@ -97,9 +97,11 @@ def model_id(session: Session, model: tuple[str, str] | None) -> int | None:
     if model is None:
         return None
     name, version = model[0][:300], model[1][:100]
-    found = session.scalar(select(Model).where(Model.name == name, Model.version == version))
-    if found is None:
-        found = Model(name=name, version=version)
-        session.add(found)
-        session.flush()
-    return found.id
+    known = select(Model).where(Model.name == name, Model.version == version)
+
+    def make() -> Model:
+        made = Model(name=name, version=version)
+        session.add(made)
+        return made
+
+    return found_or_made(session, lambda: session.scalar(known), make)[0].id

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from steersman.types import SteersmanError
 
 try:
     import alembic.command
     import alembic.config
+    import alembic.script
     import sqlalchemy
+    from alembic.migration import MigrationContext
     from alembic.util import CommandError
-    from sqlalchemy import Engine, event, make_url
-    from sqlalchemy.exc import ArgumentError, DBAPIError
+    from sqlalchemy import Connection, Engine, event, make_url
+    from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
     from sqlalchemy.orm import Session
 except ImportError as error:
     raise SteersmanError(
@@ -29,6 +31,13 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
 BUSY_SECONDS = 30
 """How long a writer waits for another one before it gives up."""
+MIGRATING, IMPORTING = 7205759403, 7205759404
+"""Numbers of the locks that processes take turns by on PostgreSQL."""
+Found = TypeVar("Found")
+
+
+class StoreAwayError(SteersmanError):
+    """The database of a store does not answer, or has no time, at the moment."""
 
 
 class Store:
@@ -66,8 +75,9 @@ class Store:
 def open_store(place: str | Path, *, create: bool = True) -> Store:
     """The store at a URL (`sqlite:///FILE`, `postgresql://HOST/NAME`) or in an SQLite file, its tables up to date.
 
-    Raises SteersmanError for another kind of URL, a password inside it, a file that is no store, a server that does
-    not answer, and, unless `create`, where nothing is there yet.
+    Whoever opens a store whose tables are up to date waits for no writer. Raises SteersmanError for another kind of
+    URL, a password inside it, a file that is no store and, unless `create`, where nothing is there yet;
+    StoreAwayError for a server that does not answer.
     """
     url = store_url(place)
     name = url.render_as_string(hide_password=True)
@@ -88,9 +98,62 @@ def open_store(place: str | Path, *, create: bool = True) -> Store:
         _migrate(engine, create)
     except DBAPIError as error:
         engine.dispose()
-        reason = str(error.orig).strip().splitlines()[0]
-        raise SteersmanError(f"store {name}: it can not be opened ({reason})") from error
+        raise _failure(error)(f"store {name}: it can not be opened ({_reason(error)})") from error
     return Store(engine, name)
+
+
+@contextmanager
+def read_store(place: str | Path) -> Iterator[Session]:
+    """A session on one snapshot of the store at an address, which is closed behind it.
+
+    Raises SteersmanError as `open_store`, and StoreAwayError where the connection is lost meanwhile.
+    """
+    store = open_store(place, create=False)
+    try:
+        with store.read() as session:
+            yield session
+    except DBAPIError as error:
+        raise _failure(error)(f"store {store.url}: it can not be read ({_reason(error)})") from error
+    finally:
+        store.close()
+
+
+def _failure(error: DBAPIError) -> type[SteersmanError]:
+    away = isinstance(error, OperationalError) or error.connection_invalidated
+    return StoreAwayError if away else SteersmanError
+
+
+def _reason(error: DBAPIError) -> str:
+    return str(error.orig).strip().splitlines()[0]
+
+
+def found_or_made(
+    session: Session, find: Callable[[], Found | None], make: Callable[[], Found]
+) -> tuple[Found, bool]:
+    """What `find` finds, or else what `make` makes, and whether it was made.
+
+    Where another process makes the same thing at the same moment, and a unique column lets one of them stand, it is
+    what the other one made.
+    """
+    found = find()
+    if found is not None:
+        return found, False
+    try:
+        with session.begin_nested():
+            made = make()
+            session.flush()
+    except IntegrityError:
+        found = find()
+        if found is None:
+            raise
+        return found, False
+    return made, True
+
+
+def take_turns(connection: Connection, number: int) -> None:
+    """Waits until no other transaction that asked for the same number is under way; SQLite has one writer anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({number})"))
 
 
 def store_url(place: str | Path) -> Any:
@@ -125,9 +188,11 @@ def new_id() -> str:
 
 
 def _migrate(engine: Engine, create: bool) -> None:
+    """Makes the tables, or brings them up to date; where they are, it only looks."""
     config = alembic.config.Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    with engine.begin() as connection:
+    head = alembic.script.ScriptDirectory.from_config(config).get_current_head()
+    with engine.execution_options(steersman_begin="BEGIN").begin() as connection:
         tables = set(sqlalchemy.inspect(connection).get_table_names())
         if not create and "judgement" not in tables:
             raise SteersmanError(
@@ -138,8 +203,10 @@ def _migrate(engine: Engine, create: bool) -> None:
                 f"store {engine.url.render_as_string()}: it holds the tables of something else "
                 f"({', '.join(sorted(tables)[:5])}); name another place"
             )
-        if engine.dialect.name == "postgresql":  # two that open it at once take turns
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(7205759403)"))
+        if MigrationContext.configure(connection).get_current_revision() == head:
+            return
+    with engine.begin() as connection:
+        take_turns(connection, MIGRATING)  # two that open it at once
         config.attributes["connection"] = connection
         try:
             alembic.command.upgrade(config, "head")

@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from sqlalchemy.orm import Session
 
 from steersman.data import DataConfig, RowError
 from steersman.data.examples import Content, Demonstration, Example, Feedback, Preference, Ranking, Rating
 from steersman.data.load import load, recognise_kind
+from steersman.data.read import local_files
 from steersman.guards.untrusted import UntrustedError, parse_json
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import Store, now
-from steersman.people.store.imported import STARS, ImportCounts, import_item, import_judgement
-from steersman.people.store.label_studio import import_task
-from steersman.people.store.open_webui import import_record, is_open_webui
-from steersman.people.store.raters import imported_rater
-from steersman.people.store.verdicts import checked
+from steersman.people.store.imported import STARS, ImportCounts, Told, store_told, told_of_item
+from steersman.people.store.label_studio import read_task
+from steersman.people.store.open_webui import is_open_webui, read_record, store_chats
 from steersman.types import SteersmanError
 
 
 def import_file(store: Store, path: str | Path) -> ImportCounts:
-    """Takes over the judgements of a file; all or, where it raises, nothing.
+    """Takes over the judgements of a file, which is read to its end before the first one is stored.
 
     Raises SteersmanError, with file and record, for a file that is none of the kinds that are known.
     """
     path = Path(path)
     done = ImportCounts()
-    records = _json_records(path)
-    with store.begin() as session:
-        if records and is_open_webui(records[0]):
-            for number, record in enumerate(records, 1):
-                _guarded(f"{path}, record {number}", lambda r=record: import_record(session, r, done))
-        elif records and isinstance(records[0].get("annotations"), list) and isinstance(records[0].get("data"), dict):
-            for number, record in enumerate(records, 1):
-                where = f"{path}, task {number}"
-                _guarded(where, lambda r=record, w=where: import_task(session, r, path.stem, w, done))
-        else:
-            _data_file(session, path, done)
+    records, as_of = _json_records(path), _written(path)
+    told: list[Told] = []
+    if records and is_open_webui(records[0]):
+        chats = []
+        for number, record in enumerate(records, 1):
+            with _guarded(f"{path}, record {number}"):
+                chat = read_record(record, as_of, done)
+            if chat is not None:
+                chats.append(chat)
+                told += chat.told
+        store_chats(store, chats)
+    elif records and isinstance(records[0].get("annotations"), list) and isinstance(records[0].get("data"), dict):
+        for number, record in enumerate(records, 1):
+            where = f"{path}, task {number}"
+            with _guarded(where):
+                told += read_task(record, where, done, stem=path.stem, as_of=as_of)
+    else:
+        told = _data_file(path, as_of)
+    store_told(store, told, done)
     return done
+
+
+def check_names(paths: list[str]) -> None:
+    """Raises SteersmanError for two imports of one name: a file's rows and their rater are known by it."""
+    for name, count in Counter(Path(path).name for path in paths).items():
+        if count > 1:
+            raise SteersmanError(
+                f"imports: {count} files are called {name}, and an import is known by its name: a second one is the "
+                "first one's later state; give them different names"
+            )
+
+
+def _written(path: Path) -> float:
+    """When the file, or the newest of a folder's or pattern's, was written; now for a hub data set."""
+    return max((file.stat().st_mtime for file in local_files(path) or []), default=now())
 
 
 def _json_records(path: Path) -> list[dict[str, Any]]:
@@ -55,27 +78,28 @@ def _json_records(path: Path) -> list[dict[str, Any]]:
     return got if isinstance(got, list) and got and all(isinstance(r, dict) for r in got) else []
 
 
-def _guarded(where: str, work: Any) -> None:
+@contextmanager
+def _guarded(where: str) -> Iterator[None]:
     try:
-        work()
+        yield
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise SteersmanError(f"{where}: not as this program writes it ({type(error).__name__}: {error})") from error
 
 
-def _data_file(session: Session, path: Path, done: ImportCounts) -> None:
+def _data_file(path: Path, as_of: float) -> list[Told]:
     config = DataConfig(path=str(path), ties="keep")
     kind = recognise_kind(config, ("preference", "ranking", "rating", "feedback", "demonstration"))
     examples: list[Example] = load(config, kind).train
-    rater = imported_rater(session, "file", path.name)
+    about = {"who": ("file", path.name), "source": path.name, "when": as_of, "as_of": as_of}
+    told = []
     for one in examples:
         try:
             task, answers, verdict, settings = _example(one)
         except ValueError as error:
             raise RowError("no judgement", f"{one.row.where()}: {error}") from None
-        item = import_item(session, path.stem, task, one.prompt, [TurnText(a) for a in answers], settings)
-        key = ("file", item.id, one.row.number)
-        said = checked(task, verdict, answers, settings)
-        import_judgement(session, done, task, key, rater, said, path.name, now(), item_id=item.id)
+        said = [TurnText(a) for a in answers]
+        told.append(told_of_item(path.stem, task, one.prompt, said, verdict, settings=settings, **about))
+    return told
 
 
 def _example(one: Example) -> tuple[str, list[str], Any, dict[str, Any]]:

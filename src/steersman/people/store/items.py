@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Select, and_, func, or_, select
+from sqlalchemy import Select, and_, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText, model_id
-from steersman.people.store.database import new_id, now
+from steersman.people.store.database import found_or_made, new_id, now
 from steersman.people.store.schema import Answer, Assignment, Item, Queue
 from steersman.people.store.verdicts import TASKS, checked, storable
 from steersman.types import SteersmanError
@@ -28,12 +29,13 @@ _shuffle = random.SystemRandom().shuffle
 
 @dataclass(frozen=True, slots=True)
 class NewItem:
-    """An item before it is stored; `prompt` is text or a list of messages."""
+    """An item before it is stored; `prompt` is text or a list of messages. Without an `id` it gets one."""
 
     prompt: Any
     answers: list[TurnText]
     gold: dict[str, Any] | None = None
     source: str = ""
+    id: str = ""
 
 
 @dataclass(slots=True)
@@ -59,66 +61,107 @@ def make_queue(
 ) -> Queue:
     """The queue of this name, new or with its settings as they now are.
 
-    Raises SteersmanError for an unknown task, one without the settings that it needs, and another task than before.
+    Raises SteersmanError as `check_queue`, and for another task than before.
     """
-    if task not in TASKS:
-        raise SteersmanError(f"queue {name}: the task {task!r} is none of {', '.join(TASKS)}")
-    for needs, key in (("rate", "attributes"), ("mark", "labels")):
-        if task == needs and not settings.get(key):
-            raise SteersmanError(f"queue {name}: the task {task} needs {key}")
-    found = session.scalar(select(Queue).where(Queue.name == name))
-    if found is None:
-        found = Queue(name=name, task=task, overlap=overlap, gold_every=gold_every, settings=settings, created=now())
-        session.add(found)
-    elif found.task != task:
+    check_queue(name, task, settings)
+
+    def make() -> Queue:
+        made = Queue(name=name, task=task, overlap=overlap, gold_every=gold_every, settings=settings, created=now())
+        session.add(made)
+        return made
+
+    found, _ = found_or_made(session, lambda: session.scalar(select(Queue).where(Queue.name == name)), make)
+    if found.task != task:
         raise SteersmanError(f"queue {name}: the store has it as a queue of {found.task}, not {task}; name another")
     found.overlap, found.gold_every, found.settings = overlap, gold_every, settings
     session.flush()
     return found
 
 
-def add_item(
-    session: Session, queue: Queue, new: NewItem, *, conversation_id: str | None = None, item_id: str | None = None
-) -> Item | None:
+def check_queue(name: str, task: str, settings: dict[str, Any]) -> None:
+    """Raises SteersmanError for an unknown task, and for one without the settings that it needs."""
+    if task not in TASKS:
+        raise SteersmanError(f"queue {name}: the task {task!r} is none of {', '.join(TASKS)}")
+    for needs, key in (("rate", "attributes"), ("mark", "labels")):
+        if task == needs and not settings.get(key):
+            raise SteersmanError(f"queue {name}: the task {task} needs {key}")
+
+
+def add_item(session: Session, queue: Queue, new: NewItem, *, conversation_id: str | None = None) -> Item | None:
     """Stores an item; None where the queue has the same prompt and answers already.
 
-    Raises SteersmanError for a number of answers that the task does not take, an empty or twofold one, and a gold
-    verdict that is none.
+    An item of a conversation is always new. Raises SteersmanError as `check_item`.
     """
-    fewest, most = ANSWERS[queue.task]
+    return next(iter(add_items(session, queue, [new], conversation_id=conversation_id)), None)
+
+
+def add_items(
+    session: Session, queue: Queue, new: Sequence[NewItem], *, conversation_id: str | None = None
+) -> list[Item]:
+    """Stores those of the items, in their order, that the queue does not have yet; the others cost no statement.
+
+    Processes that add to one queue take turns. Raises SteersmanError as `check_item`.
+    """
+    in_chat = conversation_id is not None
+    golds = [check_item(queue.name, queue.task, one, queue.settings, in_chat=in_chat) for one in new]
+    session.get_one(Queue, queue.id, with_for_update=True)
+    digests = [new_id().replace("-", "") if in_chat else _digest(one) for one in new]
+    known = set(session.scalars(select(Item.digest).where(Item.queue_id == queue.id, Item.digest.in_(digests))))
+    fresh: dict[str, tuple[NewItem, dict[str, Any] | None]] = {}
+    for one, gold, digest in zip(new, golds, digests, strict=True):
+        if digest not in known:
+            fresh.setdefault(digest, (one, gold))
+    if not fresh:
+        return []
+    last = session.scalar(select(func.max(Item.position)).where(Item.queue_id == queue.id))
+    items = [
+        Item(
+            id=one.id or new_id(), queue_id=queue.id, position=place, prompt=one.prompt, gold=gold, digest=digest,
+            source=one.source[:300], conversation_id=conversation_id,
+        )
+        for place, (digest, (one, gold)) in enumerate(fresh.items(), 0 if last is None else last + 1)
+    ]  # fmt: skip
+    session.add_all(items)
+    session.flush()
+    said = [one.answers for one, _ in fresh.values()]
+    models = {model: model_id(session, model) for model in dict.fromkeys(a.model for of in said for a in of)}
+    rows = [
+        {
+            "item_id": item.id, "number": number, "content": storable(one.content), "model_id": models[one.model],
+            "sampling": one.sampling, "seconds": one.seconds,
+        }
+        for item, answers in zip(items, said, strict=True)
+        for number, one in enumerate(answers)
+    ]  # fmt: skip
+    session.execute(insert(Answer), rows)
+    return items
+
+
+def check_item(
+    queue: str, task: str, new: NewItem, settings: dict[str, Any], *, in_chat: bool = False
+) -> dict[str, Any] | None:
+    """The gold verdict of an item, if any, in its plain form.
+
+    Raises SteersmanError for a number of answers that the task does not take, an empty or twofold one (which come up
+    in chats), and a gold verdict that is none.
+    """
+    fewest, most = ANSWERS[task]
     texts = [storable(a.content) for a in new.answers]
-    where = f"queue {queue.name}{', ' + new.source if new.source else ''}"
+    where = f"queue {queue}{', ' + new.source if new.source else ''}"
     if not fewest <= len(texts) <= most:
         span = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        raise SteersmanError(f"{where}: the task {queue.task} takes {span} answers, not {len(texts)}")
-    if any(not t.strip() for t in texts) and conversation_id is None:
+        raise SteersmanError(f"{where}: the task {task} takes {span} answers, not {len(texts)}")
+    if any(not t.strip() for t in texts) and not in_chat:
         raise SteersmanError(f"{where}: an answer is empty")
-    if len(set(texts)) < len(texts) and conversation_id is None:
+    if len(set(texts)) < len(texts) and not in_chat:
         raise SteersmanError(f"{where}: two answers are the same text, so there is nothing to compare")
-    gold = None if new.gold is None else checked(queue.task, new.gold, texts, queue.settings)
-    unique = conversation_id or ""
-    digest = hashlib.sha256(json.dumps([new.prompt, texts, unique], ensure_ascii=True).encode()).hexdigest()
-    if conversation_id is None and session.scalar(
-        select(Item.id).where(Item.queue_id == queue.id, Item.digest == digest)
-    ):
-        return None
-    position = session.scalar(select(func.count()).select_from(Item).where(Item.queue_id == queue.id)) or 0
-    item = Item(
-        id=item_id or new_id(), queue_id=queue.id, position=position, prompt=new.prompt, gold=gold,
-        digest=digest if conversation_id is None else new_id().replace("-", ""), source=new.source[:300],
-        conversation_id=conversation_id,
-    )  # fmt: skip
-    session.add(item)
-    session.flush()
-    for number, (said, text) in enumerate(zip(new.answers, texts, strict=True)):
-        session.add(
-            Answer(
-                item_id=item.id, number=number, content=text, model_id=model_id(session, said.model),
-                sampling=said.sampling, seconds=said.seconds,
-            )
-        )  # fmt: skip
-    session.flush()
-    return item
+    return None if new.gold is None else checked(task, new.gold, texts, settings)
+
+
+def _digest(new: NewItem) -> str:
+    """What an item and its double have in common; the last field is that of a conversation."""
+    texts = [storable(a.content) for a in new.answers]
+    return hashlib.sha256(json.dumps([new.prompt, texts, ""], ensure_ascii=True).encode()).hexdigest()
 
 
 def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | None:

@@ -6,12 +6,11 @@ import uuid
 from typing import Any
 
 from sqlalchemy import ColumnElement, select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
-from steersman.people.store.database import now
+from steersman.people.store.database import found_or_made, now
 from steersman.people.store.items import ShownItem
-from steersman.people.store.schema import Assignment, Item, JudgementRow, Turn
+from steersman.people.store.schema import Assignment, Item, JudgementRow, Rater, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
 
@@ -57,20 +56,12 @@ def judge_turn(
     return _insert(session, _row("thumb", rater_id, said, key=key, turn_id=turn.id, seconds=seconds))
 
 
-def store_imported(session: Session, row: JudgementRow) -> bool:
-    """Stores a judgement of another program; False where its key is there already."""
-    if session.scalar(select(JudgementRow.id).where(JudgementRow.key == row.key)) is not None:
-        return False
-    session.add(row)
-    session.flush()
-    return True
-
-
 def undo(session: Session, rater_id: int, *, key: str) -> JudgementRow | None:
     """Takes back the rater's newest judgement and opens its item again; None where there is none to take back."""
     found = by_key(session, key, rater_id)
     if found is not None:
         return found
+    session.get_one(Rater, rater_id, with_for_update={"key_share": True})  # two at once take back two judgements
     last = session.scalar(
         select(JudgementRow)
         .where(JudgementRow.rater_id == rater_id, live())
@@ -144,12 +135,10 @@ def _row(task: str, rater_id: int, verdict: dict[str, Any], *, key: str, **more:
 
 
 def _insert(session: Session, row: JudgementRow) -> JudgementRow:
-    try:
-        with session.begin_nested():
-            session.add(row)
-    except IntegrityError:  # the same request came twice at once: the other one was first
-        found = session.scalar(select(JudgementRow).where(JudgementRow.key == row.key))
-        if found is None or found.rater_id != row.rater_id:
-            raise
-        return found
-    return row
+    """The row, which was not there a moment ago; where the same request came twice at once, the first one's."""
+
+    def make() -> JudgementRow:
+        session.add(row)
+        return row
+
+    return found_or_made(session, lambda: by_key(session, row.key, row.rater_id), make)[0]

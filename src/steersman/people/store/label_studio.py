@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from steersman.people.store.conversations import TurnText
-from steersman.people.store.database import now
-from steersman.people.store.imported import STARS, ImportCounts, import_item, import_judgement
-from steersman.people.store.raters import imported_rater
-from steersman.people.store.verdicts import checked
+from steersman.people.store.imported import STARS, ImportCounts, Told, told_of_item
 from steersman.types import SteersmanError
 
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "messages")
@@ -21,7 +17,11 @@ ANSWERS = {"pairwise": 2, "rating": 1}
 """How many answers a result of each type is about."""
 
 
-def import_task(session: Session, task: dict[str, Any], stem: str, where: str, done: ImportCounts) -> None:
+def read_task(task: dict[str, Any], where: str, done: ImportCounts, *, stem: str, as_of: float) -> list[Told]:
+    """What annotators said of a task; a result that is no judgement of answers is counted and left out.
+
+    `as_of` is when the file was written; an annotation that says when it was changed last goes by that.
+    """
     data = task["data"]
     prompt_key = next((k for k in PROMPTS if data.get(k)), None)
     texts = {k: v for k, v in data.items() if isinstance(v, str) and v.strip() and k != prompt_key}
@@ -31,25 +31,30 @@ def import_task(session: Session, task: dict[str, Any], stem: str, where: str, d
             f"{where}: no prompt ({', '.join(PROMPTS)}) beside answers (answer1, response_a, text2, ...) among its "
             f"fields {', '.join(data)}; rename them in the file"
         )
+    told = []
     for annotation in task["annotations"]:
-        who = annotation.get("completed_by")
-        who = who.get("email") or who.get("id") if isinstance(who, dict) else who
-        rater = imported_rater(session, "label-studio", str(who))
         if annotation.get("was_cancelled"):
             done.left_out["skipped by the annotator"] += 1
             continue
+        who = annotation.get("completed_by")
+        who = who.get("email") or who.get("id") if isinstance(who, dict) else who
+        changed = annotation.get("updated_at") or annotation.get("created_at")
+        when = as_of if changed is None else datetime.fromisoformat(changed).timestamp()
         for result in annotation["result"]:
             verdict, answers, settings, kind = _verdict(result, [data[k] for k in answer_keys])
             if kind is None:
                 beside = f" beside the answers {', '.join(answer_keys)}" if result["type"] in ANSWERS else ""
                 done.left_out[f"a result of the type {result['type']}{beside}"] += 1
                 continue
-            item = import_item(session, stem, kind, data[prompt_key], [TurnText(a) for a in answers], settings)
-            key = ("label-studio", stem, task["id"], annotation["id"], result.get("id", result["from_name"]))
-            import_judgement(
-                session, done, kind, key, rater, checked(kind, verdict, answers, settings), "label-studio", now(),
-                item_id=item.id, seconds=annotation.get("lead_time"),
+            said = [TurnText(a) for a in answers]
+            told.append(
+                told_of_item(
+                    stem, kind, data[prompt_key], said, verdict, settings=settings,
+                    who=("label-studio", str(who)), source="label-studio", when=when, as_of=when,
+                    seconds=annotation.get("lead_time"),
+                )
             )  # fmt: skip
+    return told
 
 
 def _verdict(result: dict[str, Any], answers: list[str]) -> tuple[Any, list[str], dict[str, Any], Any]:

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText, model_id
-from steersman.people.store.database import now
-from steersman.people.store.imported import ImportCounts, import_item, import_judgement, source_id
+from steersman.people.store.database import IMPORTING, Store, now, take_turns
+from steersman.people.store.imported import ImportCounts, Told, pieces, source_id, told_of_item
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Conversation, Turn
 from steersman.people.store.verdicts import checked, storable
 
+CHATS = 50
+"""Chats that are stored in one transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToldTurn:
+    """A message under its id in the store."""
+
+    id: str
+    parent_id: str | None
+    role: str
+    content: str
+    model: tuple[str, str] | None
+    created: float
+
 
 @dataclass(slots=True)
-class _Chat:
-    """A chat's messages by id, the ids of those that answer each of them (None: that begin), and what is stored."""
+class ToldChat:
+    """A chat as the export has it, and what was said of it.
 
+    Messages stand by their ids there, with the ids of those that answer each of them (None: that begin) and, of those
+    that hang on the chat, what is stored.
+    """
+
+    id: str
+    who: tuple[str, str]
     messages: dict[str, Any]
     answering: dict[str | None, list[str]]
-    turns: dict[str, Turn]
+    turns: dict[str, ToldTurn]
+    told: list[Told] = field(default_factory=list)
 
 
 def is_open_webui(record: dict[str, Any]) -> bool:
@@ -37,65 +60,84 @@ def _history(record: dict[str, Any]) -> dict[str, Any] | None:
     return messages if isinstance(messages, dict) else None
 
 
-def import_record(session: Session, record: dict[str, Any], done: ImportCounts) -> None:
+def read_record(record: dict[str, Any], as_of: float, done: ImportCounts) -> ToldChat | None:
+    """A chat with its thumbs, or a feedback with the chat that it is about; None, counted, where there is none.
+
+    `as_of` is when the file was written; a record that says when it was changed last goes by that.
+    """
     messages = _history(record)
     if messages is None:
         done.left_out["no conversation in the record"] += 1
-        return
+        return None
     is_feedback = "snapshot" in record
     chat_id = str((record.get("meta") or {}).get("chat_id") or record["id"]) if is_feedback else str(record["id"])
-    rater = imported_rater(session, "open-webui", str(record.get("user_id") or "unknown"))
-    chat = _stored(session, chat_id, rater, messages)
+    as_of = float(record.get("updated_at") or as_of)
+    chat = _chat(source_id("webui", chat_id), str(record.get("user_id") or "unknown"), messages)
     if is_feedback:
-        message_id, said = str(record["meta"]["message_id"]), record["data"]
-        _thumb(session, chat, message_id, said, rater, done, _when(record))
-        return
+        _read_thumb(chat, str(record["meta"]["message_id"]), record["data"], done, when=as_of, as_of=as_of)
+        return chat
     for message_id, message in messages.items():
         if isinstance(message.get("annotation"), dict):
-            when = float(message.get("timestamp") or now())
-            _thumb(session, chat, message_id, message["annotation"], rater, done, when)
+            when = float(message.get("timestamp") or as_of)
+            _read_thumb(chat, message_id, message["annotation"], done, when=when, as_of=as_of)
+    return chat
 
 
-def _stored(session: Session, chat_id: str, rater: int, messages: dict[str, Any]) -> _Chat:
-    """Stores a chat's messages, level by level; what hangs on a message that is not there, or on itself, is not."""
-    of = session.get(Conversation, source_id("webui", chat_id))
-    if of is None:
-        of = Conversation(
-            id=source_id("webui", chat_id), rater_id=rater, created=now(), title="", source="open-webui", leaf_id=None
-        )
-        session.add(of)
-        session.flush()
+def _chat(chat_id: str, user: str, messages: dict[str, Any]) -> ToldChat:
+    """The chat, level by level; what hangs on a message that is not there, or on itself, is left out."""
     answering: dict[str | None, list[str]] = {}
     for message_id, message in messages.items():
         answering.setdefault(message.get("parentId"), []).append(message_id)
     place = {message_id: i for i, message_id in enumerate(messages)}
-    turns: dict[str, Turn] = {}
+    turns: dict[str, ToldTurn] = {}
     level = answering.get(None, [])
     while level:
         for message_id in level:
-            turns[message_id] = _turn(session, of, message_id, messages[message_id], turns)
+            turns[message_id] = _turn(chat_id, message_id, messages[message_id], turns)
         level = sorted((i for above in level for i in answering.get(above, ())), key=place.__getitem__)
-    return _Chat(messages, answering, turns)
+    return ToldChat(chat_id, ("open-webui", user), messages, answering, turns)
 
 
-def _turn(session: Session, of: Conversation, message_id: str, m: dict[str, Any], turns: dict[str, Turn]) -> Turn:
-    found = session.get(Turn, source_id("webui", of.id, message_id))
-    if found is None:
-        parent = turns[m["parentId"]].id if m.get("parentId") is not None else None
-        role = str(m["role"])
-        if role not in ("user", "assistant", "system"):
-            raise ValueError(f"a message has the role {role[:20]!r}")
-        found = Turn(
-            id=source_id("webui", of.id, message_id), conversation_id=of.id, parent_id=parent, role=role,
-            content=storable(str(m.get("content") or "")), model_id=model_id(session, _model(m)), sampling=None,
-            finish=None, seconds=None, created=float(m.get("timestamp") or now()),
+def _turn(chat_id: str, message_id: str, m: dict[str, Any], turns: dict[str, ToldTurn]) -> ToldTurn:
+    parent, role = m.get("parentId"), str(m["role"])
+    if role not in ("user", "assistant", "system"):
+        raise ValueError(f"a message has the role {role[:20]!r}")
+    return ToldTurn(
+        source_id("webui", chat_id, message_id), None if parent is None else turns[parent].id, role,
+        storable(str(m.get("content") or "")), _model(m), float(m.get("timestamp") or now()),
+    )  # fmt: skip
+
+
+def store_chats(store: Store, chats: list[ToldChat]) -> None:
+    """Stores the conversations, and of those that are there already the turns that are new."""
+    for piece in pieces(chats, CHATS):
+        with store.begin() as session:
+            take_turns(session.connection(), IMPORTING)
+            for chat in piece:
+                _store_chat(session, chat)
+
+
+def _store_chat(session: Session, chat: ToldChat) -> None:
+    of = session.get(Conversation, chat.id)
+    if of is None:
+        of = Conversation(
+            id=chat.id, rater_id=imported_rater(session, *chat.who), created=now(), title="", source="open-webui",
+            leaf_id=None,
         )  # fmt: skip
-        session.add(found)
+        session.add(of)
         session.flush()
-    of.leaf_id = found.id
-    if found.role == "user" and not of.title:
-        of.title = " ".join(found.content.split())[:80]
-    return found
+    known = set(session.scalars(select(Turn.id).where(Turn.conversation_id == chat.id)))
+    for one in chat.turns.values():
+        if one.id not in known:
+            turn = Turn(
+                id=one.id, conversation_id=chat.id, parent_id=one.parent_id, role=one.role, content=one.content,
+                model_id=model_id(session, one.model), sampling=None, finish=None, seconds=None, created=one.created,
+            )  # fmt: skip
+            session.add(turn)
+        of.leaf_id = one.id
+        if one.role == "user" and not of.title:
+            of.title = " ".join(one.content.split())[:80]
+    session.flush()
 
 
 def _model(message: dict[str, Any]) -> tuple[str, str] | None:
@@ -107,14 +149,8 @@ def _model(message: dict[str, Any]) -> tuple[str, str] | None:
     return (str(name), "") if name else None
 
 
-def _thumb(
-    session: Session,
-    chat: _Chat,
-    message_id: str,
-    said: dict[str, Any],
-    rater: int,
-    done: ImportCounts,
-    when: float,
+def _read_thumb(
+    chat: ToldChat, message_id: str, said: dict[str, Any], done: ImportCounts, *, when: float, as_of: float
 ) -> None:
     """A thumb; where the same question was answered by another model beside it, a comparison, too."""
     rating = said.get("rating")
@@ -125,9 +161,8 @@ def _thumb(
     turn = turns[message_id]
     reasons = [str(r) for r in (said.get("reason"), said.get("comment")) if r]
     verdict = checked("thumb", {"up": rating == 1, "reasons": reasons}, [turn.content], {})
-    import_judgement(
-        session, done, "thumb", ("webui", turn.id, rater), rater, verdict, "open-webui", when, turn_id=turn.id
-    )
+    about: dict[str, Any] = {"who": chat.who, "source": "open-webui", "when": when, "as_of": as_of}
+    chat.told.append(Told(task="thumb", verdict=verdict, turn_id=turn.id, **about))
     if not said.get("sibling_model_ids"):
         return
     beside = [
@@ -137,20 +172,14 @@ def _thumb(
     ]  # fmt: skip
     if len(beside) == 1 and turn.content.strip() != turns[beside[0]].content.strip():
         answers = [TurnText(turns[i].content, _model(messages[i])) for i in (message_id, beside[0])]
-        item = import_item(session, "open-webui", "compare", _before(chat, message_id), answers, {})
-        key, choice = ("webui pair", turn.id, rater), {"choice": 0 if rating == 1 else 1}
-        import_judgement(
-            session, done, "compare", key, rater, choice, "open-webui", when, item_id=item.id
-        )  # fmt: skip
+        choice = {"choice": 0 if rating == 1 else 1}
+        before = _before(chat, message_id)
+        chat.told.append(told_of_item("open-webui", "compare", before, answers, choice, settings={}, **about))
 
 
-def _before(chat: _Chat, message_id: str) -> list[dict[str, str]]:
+def _before(chat: ToldChat, message_id: str) -> list[dict[str, str]]:
     out, at = [], chat.messages[message_id].get("parentId")
     while at is not None:
         out.append({"role": chat.turns[at].role, "content": chat.turns[at].content})
         at = chat.messages[at].get("parentId")
     return out[::-1]
-
-
-def _when(record: dict[str, Any]) -> float:
-    return float(record.get("created_at") or now())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from steersman.people.store.database import now
+from steersman.people.store.database import found_or_made, now
 from steersman.people.store.schema import Login, Person, Rater
 from steersman.types import SteersmanError
 
@@ -30,21 +30,35 @@ class Visitor:
 
 def add_person(session: Session, name: str, *, role: str = "rater", password: str | None = None) -> Rater:
     """A new rater with a name; `password` is a hash already. Raises SteersmanError for a name that is taken."""
+    person, new = _person(session, name, role, password)
+    if not new:
+        raise SteersmanError(f"{person.name}: there is such an account already")
+    return session.get_one(Rater, person.rater_id)
+
+
+def known_person(session: Session, name: str, *, role: str = "rater") -> Person:
+    """The person of this name, who is made, without a password, where there is none."""
+    return _person(session, name, role, None)[0]
+
+
+def _person(session: Session, name: str, role: str, password: str | None) -> tuple[Person, bool]:
     name = name.strip()
     if not name or len(name) > 100 or not name.isprintable():
         raise SteersmanError("a name has 1 to 100 printable characters")
     if role not in ROLES:
         raise SteersmanError(f"role {role!r}: known are {', '.join(ROLES)}")
-    if find_person(session, name) is not None:
-        raise SteersmanError(f"{name}: there is such an account already")
-    rater = new_rater(session)
-    session.add(Person(rater_id=rater.id, name=name, password=password, role=role, created=now()))
-    session.flush()
-    return rater
+
+    def make() -> Person:
+        rater = new_rater(session)
+        made = Person(rater_id=rater.id, name=name, password=password, role=role, created=now())
+        session.add(made)
+        return made
+
+    return found_or_made(session, lambda: find_person(session, name), make)
 
 
 def new_rater(session: Session) -> Rater:
-    """A rater without a person: of an import, or the one behind `add_person`."""
+    """A rater without a person yet."""
     rater = Rater(pseudonym=f"r-{secrets.token_hex(5)}", created=now())
     session.add(rater)
     session.flush()
@@ -56,9 +70,7 @@ def imported_rater(session: Session, source: str, who: str) -> int:
 
     The name stands with the other personal data, and can be forgotten as any.
     """
-    name = f"{who[:60]} ({source})"
-    found = find_person(session, name)
-    return add_person(session, name).id if found is None else found.rater_id
+    return known_person(session, f"{who[:60]} ({source})").rater_id
 
 
 def find_person(session: Session, name: str) -> Person | None:

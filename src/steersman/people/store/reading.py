@@ -28,7 +28,7 @@ from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
 from steersman.people.store.conversations import messages
-from steersman.people.store.database import open_store
+from steersman.people.store.database import read_store
 from steersman.people.store.opinions import Opinion, opinions
 from steersman.people.store.schema import Item, Turn
 from steersman.types import SteersmanError
@@ -85,33 +85,25 @@ class StoredRows:
             )
 
     def _opinions(self, config: CountingConfig) -> list[Opinion]:
-        store = open_store(self.url, create=False)
-        try:
-            with store.read() as session:
-                return opinions(session, config)
-        finally:
-            store.close()
+        with read_store(self.url) as session:
+            return opinions(session, config)
 
     def _prompts(self) -> Iterator[Data]:
         """Every item's prompt, and every conversation up to its user's first turn, once."""
-        store = open_store(self.url, create=False)
-        try:
-            with store.read() as session:
-                items = session.scalars(
-                    select(Item.prompt).where(Item.conversation_id.is_(None)).order_by(Item.queue_id, Item.position)
-                )
-                found: list[Any] = list(items)
-                above = aliased(Turn)
-                begun = (
-                    select(Turn, above)
-                    .outerjoin(above, above.id == Turn.parent_id)
-                    .where(Turn.role == "user", above.parent_id.is_(None))
-                    .where(or_(above.id.is_(None), above.role == "system"))
-                    .order_by(Turn.created)
-                )
-                found += [messages([*([system] if system else []), turn]) for turn, system in session.execute(begun)]
-        finally:
-            store.close()
+        with read_store(self.url) as session:
+            items = session.scalars(
+                select(Item.prompt).where(Item.conversation_id.is_(None)).order_by(Item.queue_id, Item.position)
+            )
+            found: list[Any] = list(items)
+            above = aliased(Turn)
+            begun = (
+                select(Turn, above)
+                .outerjoin(above, above.id == Turn.parent_id)
+                .where(Turn.role == "user", above.parent_id.is_(None))
+                .where(or_(above.id.is_(None), above.role == "system"))
+                .order_by(Turn.created)
+            )
+            found += [messages([*([system] if system else []), turn]) for turn, system in session.execute(begun)]
         yield from ({"prompt": prompt} for prompt in {repr(p): p for p in found}.values())
 
 

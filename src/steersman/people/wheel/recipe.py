@@ -17,7 +17,7 @@ from steersman.people.experiments import Experiment
 from steersman.people.filters import FilterConfig
 from steersman.people.wheel.gates import Gate, standard_gates
 from steersman.people.wheel.lessons import Kind, MixConfig
-from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig, adapter_rates
+from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig, adapter_defaults
 from steersman.run.run_config import RunConfig
 from steersman.verbs import feedback
 from steersman.verbs.on_policy_recipes import RECIPES
@@ -106,7 +106,7 @@ class WheelRecipe(Section):
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return adapter_rates(given, *trained_by(LEARNS, given.get("then", ["dpo"])))
+        return adapter_defaults(given, *trained_by(LEARNS, given.get("then", ["dpo"])))
 
     @model_validator(mode="after")
     def _can_turn(self) -> WheelRecipe:

@@ -27,6 +27,7 @@ from steersman.people.judgements import Judgement, Judgements, judgement, plain
 from steersman.people.outcomes import outcomes_of
 from steersman.people.serving import ServedModel, Serving
 from steersman.people.sources import open_judgements
+from steersman.people.store.database import StoreAwayError
 from steersman.people.wheel.gates import check
 from steersman.people.wheel.lessons import is_held_out
 from steersman.people.wheel.measuring import Measuring
@@ -39,7 +40,7 @@ from steersman.types import Stats
 
 
 class WaitingError(Exception):
-    """The turn can not go on before more judgements are in; the message says how many."""
+    """The turn can not go on before more judgements are in, or their store is back; the message says which."""
 
 
 def run(recipe: WheelRecipe, *, resume: bool = False, source: Judgements | None = None) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class Wheel:
         self.chats = bool(tokenizer.chat_template)
         self.data = recipe.limits.data(recipe.judgements.folder, chats=self.chats)
         self.current = ServedModel("turn-00", recipe.model.path)
+        self.reached = False
 
     def turn(self) -> str:
         """Turns as often as it can, and says what it waits for, or that it is done."""
@@ -93,6 +95,21 @@ class Wheel:
                 self.current = one.candidate
             self.serve(number, None)
         return "done"
+
+    def said(self) -> list[Judgement]:
+        """All judgements so far.
+
+        A store that was there before, and is away now, is waited for as judgements are; raises WaitingError then. At
+        the beginning, and by a wheel that does not poll, it raises StoreAwayError: its address may be wrong.
+        """
+        try:
+            found = list(self.source)
+        except StoreAwayError as away:
+            if self.recipe.poll is None or not self.reached:
+                raise
+            raise WaitingError(f"{away}; it is asked again in {self.recipe.poll:g} seconds") from away
+        self.reached = True
+        return found
 
     def serve(self, number: int, candidate: ServedModel | None) -> None:
         """Writes down which models answer people now."""
@@ -168,7 +185,7 @@ class Turn:
         name = f"{self.name}/collected"
         if not self.wheel.rows(self.number, "collected"):
             old = {one.id for one in self.wheel.judgements(self.number - 1, "collected")}
-            new = [one for one in self.wheel.source if one.id not in old]
+            new = [one for one in self.wheel.said() if one.id not in old]
             count, wanted = sum(one.expected is None for one in new), self.recipe.judgements.at_least
             if count < wanted:
                 raise WaitingError(f"turn {self.number} begins with {wanted} new judgements, and {count} are in")
@@ -213,7 +230,7 @@ class Turn:
         begun = self.ledger.table(f"{self.name}/test", lambda: [experiment.model_dump(mode="json")], **about)
         self.testing = True
         before = {one.id for one in self.wheel.judgements(self.number, "collected")}
-        rows = [one for one in self.wheel.source if one.id not in before]
+        rows = [one for one in self.wheel.said() if one.id not in before]
         told = report(Experiment(**begun[0]), outcomes_of(rows, **names))
         if told.decision == "wait" and not self.wheel.rows(self.number, "decision"):
             raise WaitingError(

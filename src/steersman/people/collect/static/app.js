@@ -1,16 +1,26 @@
-// Keys, marks, and forms that are sent again until the server has them. Without this script the forms still work.
+// Keys, marks, and forms that are sent without leaving the page. Without this script the forms still work.
 "use strict";
 
 const opened = performance.now();
 const status = document.getElementById("status");
+// A form counts only when its page was on the screen for half a second: systems take a second click within that time
+// for part of a double click, and so it is of the press that brought the page, and not about what the page shows.
+const SETTLES = 500;
+requestAnimationFrame(() => setTimeout(() => { document.body.dataset.settled = "1"; }, SETTLES));
+let sending = false;
+let refused = false;
 
-// A key presses the button that shows it, but not while something is typed.
+// A key presses the button that shows it, but not while something is typed, and once however long it is held.
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("textarea, select, input:not([type=radio], [type=checkbox])");
+  if (event.repeat && !typing) {
+    if (event.key === "Enter") event.preventDefault();
+    return;
+  }
   if (event.key === "Enter" && event.ctrlKey) {
     const form = event.target.form || document.querySelector("form.verdict");
     const button = form && form.querySelector("button.primary, button:not([name])");
-    if (button) form.requestSubmit(button);
+    if (button && !event.repeat) form.requestSubmit(button);
     return;
   }
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -38,36 +48,62 @@ function answersOpen(number) {
   return false;
 }
 
-// Every form tells how long its page was looked at. Verdicts are sent with their key until they are acknowledged.
+// Every form tells how long its page was looked at. One is sent at a time: what is pressed meanwhile does nothing.
 document.addEventListener("submit", (event) => {
   const form = event.target, button = event.submitter;
+  if (form.method !== "post" || form.classList.contains("login")) return;
+  if (sending || !document.body.dataset.settled) {
+    event.preventDefault();
+    return;
+  }
+  sending = true;
   const seconds = form.querySelector('input[name="seconds"]');
   if (seconds) seconds.value = ((performance.now() - opened) / 1000).toFixed(2);
-  if (form.dataset.slow) status.textContent = document.body.dataset.thinking;
-  if (!form.dataset.saved) return;
+  if (!form.dataset.saved && !form.dataset.slow) return;
   event.preventDefault();
-  if (form.dataset.sending) return;
-  form.dataset.sending = "1";
+  status.textContent = form.dataset.slow ? document.body.dataset.thinking : "";
   const data = new URLSearchParams(new FormData(form));
   if (button && button.name) data.set(button.name, button.value);
   send(form, data, 500);
 });
+window.addEventListener("pageshow", (event) => { if (event.persisted) sending = false; });
 
+// A verdict is sent with its key until it is acknowledged. Whatever else is said of a form leaves the page as it is,
+// with what was typed, and tells why.
 async function send(form, data, pause) {
   try {
+    if (refused) data.set("csrf", await token());
     const answer = await fetch(form.action, { method: "POST", body: data });
-    if (answer.status >= 500 || answer.status === 429) throw new Error("again");
-    if (answer.redirected) {
-      // Replacing keeps the back button off a page that is judged already.
-      if (answer.url.split("#")[0] === location.href.split("#")[0]) location.reload();
-      else location.replace(answer.url);
-      return;
-    }
-    document.documentElement.innerHTML = await answer.text();
+    if (answer.status >= 500 || (answer.status === 429 && form.dataset.saved)) throw new Error("again");
+    if (answer.redirected) return arrive(answer.url.split("#")[0], form.dataset.slow);
+    refused = true;
+    const told = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("error");
+    stay(told ? told.textContent : `${answer.status} ${answer.statusText}`);
   } catch {
+    if (form.dataset.slow) return stay(document.body.dataset.lost);
     status.textContent = document.body.dataset.retry;
     setTimeout(() => send(form, data, Math.min(pause * 2, 8000)), pause);
   }
+}
+
+function stay(why) {
+  status.textContent = why;
+  status.scrollIntoView({ block: "nearest" });
+  sending = false;
+}
+
+// Replacing keeps the back button off a page that is judged already; a new turn of a chat is scrolled to.
+function arrive(url, slow) {
+  if (url !== location.href.split("#")[0]) return location.replace(url);
+  history.scrollRestoration = slow ? "manual" : "auto";
+  if (slow) history.replaceState(null, "", "#last");
+  location.reload();
+}
+
+// The token of whoever is logged in now: since this page was loaded it may have become another one.
+async function token() {
+  const home = new DOMParser().parseFromString(await (await fetch("/")).text(), "text/html");
+  return home.querySelector('input[name="csrf"]').value;
 }
 
 // Marks: offsets count characters (not UTF-16 units) of the answer's text.
