@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
+from rich.table import Table
 
 from steersman import cli
 from steersman.guards.terminal import printable
+from steersman.run.console import new_console
 from steersman.run.files.log import Log
 from steersman.run.health.watch import Finding
-from steersman.run.preflight import Preflight
+from steersman.run.preflight import Preflight, Role
 
 ATTACK = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\u202ee\u2066f\rg\x00h[red]i[/red]\ud800"
 
@@ -45,7 +46,7 @@ def test_line_ends_stay_and_what_is_obeyed_is_written_out():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_log_and_preflight_show_it_written_out(tmp_path, terminal):
     file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, color_system=None, width=200)
+    console = new_console(file=file, force_terminal=terminal, color_system=None, width=200)
     with Log(tmp_path, title="x", total=1, console=console) as log:
         log.note(ATTACK)
         log.finding(Finding(1, "code", "warning", ATTACK))
@@ -59,6 +60,46 @@ def test_log_and_preflight_show_it_written_out(tmp_path, terminal):
     assert not obeyed(said)
     assert said.count(r"\x1b[2J") == 6
     assert said.count("[red]i[/red]") == 6
+
+
+LITERAL = r"a:b:c of :key: [red]x[/red] \[bold] [/] :dog:"
+
+
+def test_a_console_shows_text_as_it_is():
+    file = io.StringIO()
+    console = new_console(file=file, width=200)
+    table = Table(LITERAL, title=LITERAL)
+    table.add_row(LITERAL)
+    console.print(table)
+    console.print(LITERAL, style="bold")
+    console.rule(LITERAL)
+    assert file.getvalue().count(LITERAL) == 5
+
+
+def test_log_and_preflight_show_text_as_it_is(tmp_path):
+    """Names of users' rewards stand on the progress line, and in the tables before a run."""
+    file = io.StringIO()
+    console = new_console(file=file, force_terminal=True, color_system=None, width=300)
+    with Log(tmp_path, title="x", total=1, headline=[LITERAL], console=console) as log:
+        log.step(1, {LITERAL: 1.0})
+        log.note(f"{LITERAL} {'word ' * 100}")
+    page = Preflight(LITERAL)
+    page.role(Role(f"reward {LITERAL}", LITERAL, 1, 0, 1, 0, 0))
+    page.show(console)
+    said = re.sub(r"\x1b\[[?\d]*[A-Za-z]|\r", "", file.getvalue())
+    assert said.count(LITERAL) >= 5
+    assert f"{LITERAL} {'word ' * 100}".rstrip() in said
+
+
+def test_every_console_is_made_in_one_place():
+    source = Path(cli.__file__).parent
+    made = [
+        str(path.relative_to(source))
+        for path in source.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).rsplit(".", 1)[-1] == "Console"
+    ]
+    assert made == ["run/console.py"]
 
 
 def test_an_error_shows_it_written_out(capsys):

@@ -15,6 +15,7 @@ class ChatServer(ThreadingHTTPServer):
     """`behave(n, text)` says what request n (from 0) gets: a reply text, or (status, headers, body), or an Action."""
 
     daemon_threads = True
+    request_queue_size = 128
     # a lost connection is what a test asked for
     handle_error = lambda *_: None  # noqa: E731
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -70,6 +71,22 @@ def test_requests_run_side_by_side_but_no_more_than_asked(tmp_path):
     with serving(slow(0.05, longer_wins)) as server:
         Judge(config(server), tmp_path / "judge.jsonl").compare(MANY)
         assert server.most_at_once == 3
+
+
+def test_more_than_a_hundred_requests_run_side_by_side_where_that_is_asked(tmp_path):
+    """Each reply waits for all the others: a request that is not sent before another is over never is."""
+    together = threading.Barrier(110, timeout=30.0)
+
+    def behave(n, text):
+        together.wait()
+        return longer_wins(n, text)
+
+    items = [(f"p{i}", "a", "bb") for i in range(55)]
+    with serving(behave) as server:
+        judge = Judge(
+            config(server, tries=0, endpoint={"concurrency": 110, "timeout": 40.0}), tmp_path / "judge.jsonl"
+        )
+        assert shares(judge.compare(items)) == [0.0] * 55
 
 
 @pytest.mark.parametrize(("what", "wanted"), [("drop", [None, 0.0]), ("tie", [0.5, 0.0])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from judge_server import serving
 from letter_models import rows_of, write_jsonl
 
 from steersman.data import DataConfig
@@ -83,3 +84,31 @@ def test_a_finished_run_says_the_same_again(tmp_path):
     first, _ = label(tmp_path, rows)
     again, _ = label(tmp_path, rows, resume=True)
     assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+
+
+def prefers_the_first(_n, _text):
+    return "[[A]]"
+
+
+def says_nothing(_n, _text):
+    return "Both have their merits."
+
+
+def calls_it_a_tie(_n, _text):
+    return "[[C]]"
+
+
+@pytest.mark.parametrize(
+    ("behave", "why"),
+    [
+        (prefers_the_first, "2 pairs on which it said the other thing in the other order"),
+        (says_nothing, "4 replies without a verdict or grade"),
+        (calls_it_a_tie, r"2 ties \(ties: keep labels them\)"),
+    ],
+)
+def test_a_judge_that_labels_nothing_says_why_and_where_its_replies_are(tmp_path, behave, why):
+    rows = [{"prompt": p, "first": "a b", "second": "c d"} for p in "pq"]
+    with serving(behave) as server:
+        judge = {"endpoint": {"url": server.url, "model": "m"}, "reward": {}, "on_unparsable": "drop"}
+        with pytest.raises(SteersmanError, match=rf"none of 2 rows: {why}; its replies are in .*judge\.jsonl"):
+            label(tmp_path, rows, judge=judge)

@@ -238,7 +238,8 @@ def test_a_prefill_reads_no_more_than_its_budget(model, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0),
+        ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", 1e-39),
+        ("top_k", -1), ("top_p", 0.0),
         ("top_p", 1.5), ("min_p", 2.0), ("min_new_tokens", 11), ("stop", ("",)), ("stop", "text"),
     ],
 )  # fmt: skip

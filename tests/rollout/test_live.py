@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 from rollout_oracle import character_tokenizer, ragged
 from tiny_models import tiny_model
 
@@ -83,7 +84,49 @@ def test_limits_are_refusals_before_anything_is_decoded(model):
         short = next(p for p in ragged(9) if len(p.ids) <= 10)
         with pytest.raises(SteersmanError, match="the answer may have 101"):
             engine.submit(short, Sampling(101), lambda: None)
-        with pytest.raises(QueueFullError):
+        with pytest.raises(SteersmanError, match="n is 3; this server takes at most 2") as told:
             engine.submit(short, Sampling(100), lambda: None, n=3)
+        assert not isinstance(told.value, QueueFullError), "it would be asked again for ever"
+        engine.submit(short, Sampling(100), lambda: None, n=2)
+        with pytest.raises(QueueFullError):
+            engine.submit(short, Sampling(100), lambda: None, n=2)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("place", ["prompt", "answer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_request_whose_logits_are_not_finite_ends_no_other(family, place):
+    """One token's embedding is NaN: the request that reads it fails alone, and its row is used again by others."""
+    model, prompts, how = tiny_model(family, scale=2.0), ragged(12), Sampling(40, temperature=0)
+    expected = [s.ids for s in Engine(model, None, eos_token_id=()).generate(prompts, how)]
+    read = [p.ids if place == "prompt" else ids[2:12] for p, ids in zip(prompts, expected, strict=True)]
+    spared = {i for j in (0, 1) for i in (*prompts[j].ids, *expected[j])}
+    bad, poison = next((j, i) for j in range(2, 12) for i in read[j] if i not in spared)
+    weight = model.get_input_embeddings().weight.detach().clone()  # the last layer may share it
+    weight[poison] = torch.nan
+    for one in model.modules():
+        if isinstance(one, torch.nn.Embedding) and one.weight.shape == weight.shape:
+            one.weight = torch.nn.Parameter(weight)
+    live = Live(Engine(model, None, eos_token_id=()), rows=2, longest=40, new_tokens=40, queue=100)
+    tickets: list[Ticket] = []
+    begun = threading.Event()
+    steps_since: list[int] = []
+
+    def join_later() -> None:  # in the engine's own thread: the row has been free for some steps
+        begun.wait(20)
+        first, second = tickets[:2]
+        if second.failure is not None:
+            steps_since.append(len(first.ids[0]))
+            if len(steps_since) == 5:
+                tickets.append(live.submit(prompts[0], how, lambda: None))
+
+    try:
+        tickets += [live.submit(prompts[1], how, join_later), live.submit(prompts[bad], how, lambda: None)]
+        begun.set()
+        wait(tickets[:2])
+        wait(tickets)
+        assert "not finite" in str(tickets[1].failure)
+        assert [tickets[i].ids[0] for i in (0, 2)] == [expected[1], expected[0]]
+    finally:
+        live.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from letter_models import save_mini, write_jsonl
 
 from steersman import cli
+from steersman.rollout.remote.launch import free_port
 from steersman.run.report.card import write_card
 
 
@@ -52,15 +54,57 @@ def test_a_dry_run_shows_the_files_and_sends_nothing(run_folder, capsys):
     assert "nothing was pushed to me/polite" in told
 
 
+def test_a_card_written_by_hand_stays_and_one_that_is_missing_is_written(run_folder):
+    card, push = run_folder / "model" / "README.md", ["push", str(run_folder), "--name", "me/x", "--dry_run", "true"]
+    card.write_text("My own card.\n")
+    assert cli.main(push) == 0
+    assert card.read_text() == "My own card.\n"
+    card.unlink()
+    assert cli.main(push) == 0
+    assert "`steersman sft` on" in card.read_text()
+
+
+def adapters_on(folder: Path, base: str) -> None:
+    told = {"base_model_name_or_path": base, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+
+
+def test_a_model_folder_is_pushed_as_it_is(run_folder, tmp_path, capsys):
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(run_folder / "model"), "--out", str(out)]) == 0
+    assert cli.main(["push", str(out), "--name", "me/polite", "--dry_run", "true"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert not (out / "README.md").exists()
+    adapters_on(out, "org/base")  # a hub's name anybody can load
+    assert cli.main(["push", str(out), "--name", "me/polite", "--dry_run", "true"]) == 0
+
+
+def test_a_hub_that_is_not_reached_is_told_as_that(run_folder, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    assert cli.main(["push", str(run_folder), "--name", "me/polite"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the hub did not take me/polite" in told
+    assert "see that there is a network" in told
+    assert "hf auth login" not in told
+
+
 @pytest.mark.parametrize(
     ("prepare", "name", "said"),
     [
         (lambda run: None, "me/po lite", "is no name of a repository"),
         (lambda run: (run / "model" / "x.pkl").write_bytes(b"1"), "me/polite", "could run code"),
-        (lambda run: (run / "model" / "config.json").unlink(), "me/polite", "holds no model"),
+        (lambda run: (run / "model" / "config.json").unlink(), "me/polite", "was stopped before it left a model"),
+        (lambda run: [(run / "model" / "config.json").unlink(), shutil.rmtree(run / "checkpoints")], "me/polite",
+         "is no run folder with a model"),
+        (lambda run: adapters_on(run / "model", "/home/me/base"), "me/polite", "a folder of this machine"),
+        (lambda run: [p.unlink() for p in (run / "config.yaml", run / "model" / "README.md")], "me/polite",
+         "has no config.yaml to tell of in a model card"),
         (lambda run: None, "me/polite", "the hub did not take me/polite"),  # offline here
     ],
-)
+)  # fmt: skip
 def test_what_can_not_be_pushed_is_refused(prepare, name, said, run_folder, capsys):
     prepare(run_folder)
     assert cli.main(["push", str(run_folder), "--name", name]) == 2

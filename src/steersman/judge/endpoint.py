@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import httpx2
 
 from steersman.data.examples import Content, user
+from steersman.guards import retry
 from steersman.guards.reply import without_key
 from steersman.guards.untrusted import without_half_pairs
 from steersman.judge.cache import MOST_TOKENS, Reply
@@ -26,9 +24,6 @@ from steersman.types import SteersmanError
 Q = TypeVar("Q")
 R = TypeVar("R")
 
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Answers that may be different a little later."""
-FIRST_PAUSE = 0.5
 LARGEST_REPLY = 8 << 20
 """Bytes of one reply, unpacked; what is longer is no reply."""
 
@@ -36,9 +31,8 @@ LARGEST_REPLY = 8 << 20
 class Caller(ABC, Generic[Q, R]):
     """Asks over HTTP, several requests at a time, and tries again where that can help.
 
-    After a time-out, a lost connection or a status in AGAIN it pauses and asks again, up to `retries` times: as
-    long as Retry-After says, else `0.5 * 2^try` seconds, shortened by up to half at random so that many clients
-    do not return together; never longer than `max_wait`. Other statuses are told at once.
+    After a time-out, a lost connection or a status in `retry.AGAIN` it pauses as `retry.pause` says, never longer
+    than `max_wait`, and asks again, up to `retries` times. Other statuses are told at once.
 
     A kind of question gives its `path`, the `body` of a request, and what `read` makes of a reply; `who` is the
     section of the recipe, for errors.
@@ -71,7 +65,11 @@ class Caller(ABC, Generic[Q, R]):
     async def _ask(self, questions: Sequence[Q], keep: Callable[[int, R], None], may_ask: Callable[[], bool]) -> None:
         waiting, failure, given_up = list(range(len(questions)))[::-1], None, asyncio.Event()
         running: dict[asyncio.Task[R], int] = {}
-        async with httpx2.AsyncClient(timeout=self.config.timeout, headers=self._headers()) as client:
+        # as many connections as `concurrency`: the library's own limit of 100 would have requests wait unsent
+        no_limit = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(
+            timeout=self.config.timeout, headers=self._headers(), limits=no_limit
+        ) as client:
             while running or (waiting and failure is None):
                 while waiting and failure is None and len(running) < self.config.concurrency and may_ask():
                     index = waiting.pop()
@@ -92,7 +90,7 @@ class Caller(ABC, Generic[Q, R]):
     async def _one(self, client: httpx2.AsyncClient, question: Q, given_up: asyncio.Event) -> R:
         trouble = ""
         for attempt in range(self.config.retries + 1):
-            pause = min(FIRST_PAUSE * 2**attempt, self.config.max_wait) * random.uniform(0.5, 1.0)
+            response = None
             try:
                 response, raw = await self._post(client, question)
             except (httpx2.TimeoutException, TimeoutError):
@@ -109,15 +107,14 @@ class Caller(ABC, Generic[Q, R]):
                     if reply is not None:
                         return reply
                     trouble = f"a reply that is no {self.expected_form}: {self._quoted(raw, 120)}"
-                elif response.status_code in AGAIN:
+                elif response.status_code in retry.AGAIN:
                     trouble = f"status {response.status_code}"
-                    pause = min(_retry_after(response) or pause, self.config.max_wait)
                 else:
                     raise SteersmanError(self._message(self._refused(response.status_code, raw)))
             if attempt < self.config.retries:
                 self.tries_again += 1
                 try:
-                    await asyncio.wait_for(given_up.wait(), pause)
+                    await asyncio.wait_for(given_up.wait(), retry.pause(attempt, self.config.max_wait, response))
                     break
                 except TimeoutError:
                     pass
@@ -239,19 +236,3 @@ def _tokens(usage: Any, text: str, said: str) -> int:
     if isinstance(told, int) and not isinstance(told, bool) and max(own / 4, 1) <= told <= MOST_TOKENS:
         return told
     return own
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to wait, as a number or a date; None where it does not say."""
-    told = response.headers.get("retry-after", "")
-    try:
-        seconds = float(told)
-        return seconds if seconds >= 0 else None
-    except ValueError:
-        pass
-    try:
-        until = parsedate_to_datetime(told)
-    except (ValueError, TypeError, OverflowError):
-        return None
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max((until - datetime.now(UTC)).total_seconds(), 0.0)

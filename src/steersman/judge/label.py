@@ -65,7 +65,7 @@ def run(recipe: LabelRecipe, *, resume: bool = False) -> dict[str, Any]:
         rows = _labelled(recipe, judge, asked)
         ledger.table("labelled", lambda: rows, judge=about, made_from=recipe.data.path)
         if not rows:
-            raise SteersmanError(f"{recipe.data.path}: the judge labelled none of {len(asked)} rows")
+            raise SteersmanError(f"{recipe.data.path}: {_none_labelled(judge, len(asked))}")
         if left_out.counts:
             ledger.log.note(left_out.sentence)
         stats = {"data/asked": len(asked), "data/labelled": len(rows), **judge.stats()}
@@ -134,3 +134,17 @@ def _labelled(recipe: LabelRecipe, judge: Judge, asked: list[LabelItem]) -> Rows
             ranks = [sum(other > g for other in grades if other is not None) for g in grades if g is not None]
             told[id(a)] = {"prompt": a.prompt, "responses": a.answers, "ranks": ranks, "grades": grades}
     return [told[id(a)] | {"file": a.row.file, "row": a.row.number} for a in asked if id(a) in told]
+
+
+def _none_labelled(judge: Judge, asked: int) -> str:
+    """What the judge said of so many rows that none of them got a label."""
+    counts = judge.counts
+    told = {
+        "replies without a verdict or grade": counts["unparsable"],
+        "questions without a reply": counts["unjudged"],
+        "pairs on which it said the other thing in the other order": counts["contradictions"],
+        "ties (ties: keep labels them)": counts["ties"] - counts["contradictions"],
+    }
+    why = ", ".join(f"{count} {what}" for what, count in told.items() if count)
+    where = f"; its replies are in {judge.cache.path}" if judge.cache.path else ""
+    return f"the judge labelled none of {asked} rows: {why}{where}"

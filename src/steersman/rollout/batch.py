@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.rollout.next_token import NextToken
+from steersman.rollout.next_token import Drawn, NextToken
 from steersman.rollout.port import Limits, Stepper
 from steersman.rollout.responses import ActionMask, Drawing, RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
-from steersman.types import Progress, Prompt, Sample, send
+from steersman.types import Progress, Prompt, Sample, SteersmanError, send
 
 
 @dataclass(slots=True)
@@ -40,6 +40,13 @@ def live_cache_size(rows: int, longest: int, new_tokens: int, sequences: int) ->
     length = longest + new_tokens
     slack = max(64, length // 4) if sequences > rows else 0
     return rows, -(-(length + slack) // 16) * 16
+
+
+def not_finite(sequence: RunningResponse) -> SteersmanError:
+    return SteersmanError(
+        f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to prompt "
+        f"{sequence.prompt.index}; its weights hold NaN or Inf, go back to a checkpoint"
+    )
 
 
 class RunningBatch:
@@ -171,8 +178,9 @@ class RunningBatch:
             if not self.sampling.greedy:
                 uniform = self._to_device(np.array([entry.sequence.uniform[0] for entry in some]))  # type: ignore[index]
             sequences = [entry.sequence for entry in some]
-            _, finished = self._draw([logits[rows] for _, logits in read], sequences, uniform)
-            self.prefilled.extend(entry for i, entry in enumerate(some) if i not in finished)
+            drawn = self._draw([logits[rows] for _, logits in read], sequences, uniform)
+            left = {*drawn.finished, *drawn.broken}
+            self.prefilled.extend(entry for i, entry in enumerate(some) if i not in left)
 
     def _admit(self, entries: list[Prefilled]) -> None:
         """Give rows to sequences that share a prefill and a prompt length."""
@@ -209,21 +217,27 @@ class RunningBatch:
         uniform = None
         if self.uniform is not None:
             uniform = self.uniform[:count].gather(1, position[1, :, None]).squeeze(1)
-        drawn, finished = self._draw(logits, self.live, uniform)
+        drawn = self._draw(logits, self.live, uniform)
         position += 1
-        self.last[:count] = drawn
-        if finished:
-            self._leave(finished)
+        self.last[:count] = drawn.tokens
+        for decoder in self.decoders if drawn.broken else ():
+            decoder.live.wipe(drawn.broken)
+        if left := {*drawn.finished, *drawn.broken}:
+            self._leave(left)
 
-    def _draw(
-        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None
-    ) -> tuple[Tensor, set[int]]:
-        """Draws a token for each sequence: the tokens, and which sequences ended; their samples are filed."""
-        drawn, finished = self.next_token.draw(logits, sequences, uniform)
+    def _draw(self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None) -> Drawn:
+        """Draws a token for each sequence; the samples that ended are filed."""
+        drawn = self.next_token.draw(logits, sequences, uniform)
         self.tokens += len(sequences)
-        for row, sample in finished.items():
+        for row, sample in drawn.finished.items():
             self.done[sequences[row].order] = sample
-        return drawn, set(finished)
+        for row in drawn.broken:
+            self.fail(sequences[row])
+        return drawn
+
+    def fail(self, sequence: RunningResponse) -> None:
+        """What becomes of a sequence whose logits are not finite: none of the call is worth anything then."""
+        raise not_finite(sequence)
 
     def _file_unfinished(self) -> None:
         """Files every response that has not ended, as far as it is; its text is left out."""

@@ -174,6 +174,14 @@ class LiveCache(Cache):
         self.admitted += 1
         self._resize(self.rows + count)
 
+    def wipe(self, rows: list[int]) -> None:
+        """Zeroes rows that may hold NaN, which would still poison the sum under the mask of whoever has them next."""
+        for own in self.live_layers:
+            for buffer in (own.keys, own.values):
+                buffer[rows] = 0  # type: ignore[index]
+        for state in self.states:
+            state.wipe(rows)
+
     def keep(self, rows: int, moves: list[tuple[int, int]]) -> None:
         """Shrink to `rows` rows after copying row `source` over row `target` for each (target, source)."""
         assert self.mask is not None

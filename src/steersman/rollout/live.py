@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from steersman.model.context import context_length
-from steersman.rollout.batch import RunningBatch
+from steersman.rollout.batch import RunningBatch, not_finite
 from steersman.rollout.decoder import generating
 from steersman.rollout.engine import Engine
 from steersman.rollout.port import Limits
@@ -37,6 +37,17 @@ class Ticket:
     @property
     def done(self) -> bool:
         return self.failure is not None or self.cancelled or len(self.samples) == len(self.sequences)
+
+
+class SharedBatch(RunningBatch):
+    """A batch of requests that have nothing to do with each other: what fails one ends no other."""
+
+    def begin(self) -> None:
+        super().begin()
+        self.failed: dict[int, SteersmanError] = {}
+
+    def fail(self, sequence: RunningResponse) -> None:
+        self.failed[sequence.order] = not_finite(sequence)
 
 
 class QueueFullError(SteersmanError):
@@ -86,14 +97,15 @@ class Live:
     ) -> Ticket:
         """Takes a request in; with `likeliest`, log-probabilities are noted as `Drawing` says.
 
-        Raises SteersmanError for what is too long or not in the vocabulary, and QueueFullError where too many wait.
+        Raises SteersmanError for what is too long, too much at once or not in the vocabulary, and QueueFullError
+        where too many wait.
         """
         self._check(prompt, sampling, n)
         how = Drawing(sampling, self.engine.decoder.texts(self.engine.tokenizer, sampling.stop), likeliest)
         numbers = [self._numbers(sampling, prompt.index, j, seed) for j in range(n)]
         ticket = Ticket([RunningResponse(prompt, j, 0, u, how) for j, u in enumerate(numbers)], changed)
-        if self.waiting + n > self.queue + self.limits.rows:
-            raise QueueFullError(f"{self.queue} sequences wait already; ask again later")
+        if (waiting := self.waiting) + n > self.queue + self.limits.rows:
+            raise QueueFullError(f"{waiting} sequences wait already, of {self.queue} that may; ask again later")
         with self._lock:
             if self._closing:
                 raise SteersmanError("the model is being taken out of service; ask again")
@@ -123,6 +135,8 @@ class Live:
         ):
             if size > limit:
                 raise SteersmanError(f"{what} {size} tokens; this server takes at most {limit}")
+        if n > (most := self.queue + self.limits.rows):
+            raise SteersmanError(f"n is {n}; this server takes at most {most} answers at once")
 
     def _numbers(self, sampling: Sampling, index: int, j: int, seed: int) -> np.ndarray:
         if sampling.greedy:
@@ -148,7 +162,7 @@ class Live:
         """Decodes until nothing is left to do."""
         engine, decoder = self.engine, self.engine.decoder
         every = Sampling(self.new_tokens)
-        batch = RunningBatch(
+        batch = SharedBatch(
             decoder, every, self.limits, engine.end_ids, None, known=engine.vocabulary, record_support=False,
             action_mask=None, version=engine.version, progress=None,
         )  # fmt: skip
@@ -164,7 +178,7 @@ class Live:
                 self.live, self.tokens, batch.tokens = len(batch.live), self.tokens + batch.tokens, 0
                 self._tell(batch)
 
-    def _admit(self, batch: RunningBatch) -> None:
+    def _admit(self, batch: SharedBatch) -> None:
         with self._lock:
             arrived, self._arrived = self._arrived, []
         for ticket in arrived:
@@ -173,20 +187,22 @@ class Live:
             batch.waiting.append((ticket.sequences[0].prompt, ticket.sequences))
         with self._lock:
             self._tickets += arrived
-            gone = {id(s) for t in self._tickets if t.cancelled for s in t.sequences}
-            self._tickets = [t for t in self._tickets if not t.cancelled]
+            over = [t for t in self._tickets if t.cancelled or t.failure is not None]
+            gone = {id(s) for t in over for s in t.sequences}
+            self._tickets = [t for t in self._tickets if t not in over]
         if gone:
             batch.drop(gone)
             self.live = len(batch.live)
 
-    def _tell(self, batch: RunningBatch) -> None:
+    def _tell(self, batch: SharedBatch) -> None:
         for ticket in list(self._tickets):
             for sequence in ticket.sequences:
                 if (sample := batch.done.pop(sequence.order, None)) is not None:
                     ticket.samples[sequence.index] = sample
+                ticket.failure = batch.failed.pop(sequence.order, ticket.failure)
             ticket.changed()
         with self._lock:
-            self._tickets = [t for t in self._tickets if t.cancelled or not t.done]
+            self._tickets = [t for t in self._tickets if t.cancelled or t.failure is not None or not t.done]
 
     def _fail(self, error: Exception) -> None:
         failure = error if isinstance(error, SteersmanError) else SteersmanError(f"decoding failed: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,16 @@ from torch import Tensor
 from steersman.ops.distributions import top_p_mask
 from steersman.rollout.responses import ActionMask, Drawing, RunningResponse, TokenLogp
 from steersman.rollout.sampling import Sampling, banned_support, draw, listed_support, restrict
-from steersman.types import Finish, Sample, SteersmanError, send
+from steersman.types import Finish, Sample, send
+
+
+class Drawn(NamedTuple):
+    """One token for each sequence, the samples of those that it finished, by their places, and the places of those
+    whose logits are not finite."""
+
+    tokens: Tensor
+    finished: dict[int, Sample]
+    broken: list[int]
 
 
 class NextToken:
@@ -42,10 +52,8 @@ class NextToken:
         self.cut = sampling.truncates or action_mask is not None
         self.record = record and (self.cut or bool(padding) or sampling.min_new_tokens > 0)
 
-    def draw(
-        self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None
-    ) -> tuple[Tensor, dict[int, Sample]]:
-        """Draws one token for each sequence: the tokens, and the samples of the sequences that they finished."""
+    def draw(self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None) -> Drawn:
+        """Draws one token for each sequence."""
         parts: dict[Drawing, list[int]] = {}
         for row, sequence in enumerate(sequences):
             parts.setdefault(sequence.drawing, []).append(row)
@@ -53,19 +61,21 @@ class NextToken:
             return self._draw_alike(logits, sequences, uniform, sequences[0].drawing.sampling)
         drawn = torch.empty(len(sequences), dtype=torch.long, device=self.device)
         finished: dict[int, Sample] = {}
+        broken: list[int] = []
         for how, rows in parts.items():
             at = send(torch.tensor(rows), self.device)
-            some, ended = self._draw_alike(
+            some = self._draw_alike(
                 [one[at] for one in logits], [sequences[row] for row in rows],
                 None if uniform is None else uniform[at], how.sampling,
             )  # fmt: skip
-            drawn[at] = some
-            finished |= {rows[i]: sample for i, sample in ended.items()}
-        return drawn, finished
+            drawn[at] = some.tokens
+            finished |= {rows[i]: sample for i, sample in some.finished.items()}
+            broken += [rows[i] for i in some.broken]
+        return Drawn(drawn, finished, broken)
 
     def _draw_alike(
         self, logits: list[Tensor], sequences: list[RunningResponse], uniform: Tensor | None, sampling: Sampling
-    ) -> tuple[Tensor, dict[int, Sample]]:
+    ) -> Drawn:
         """As `draw`, for sequences that are all drawn in the same way."""
         banned = None
         if sampling.min_new_tokens and self.ends:
@@ -81,19 +91,18 @@ class NextToken:
         if sequences[0].drawing.likeliest is not None:
             _note_likeliest(logits[0], drawn, sequences, sequences[0].drawing.likeliest)
         finished: dict[int, Sample] = {}
+        broken: list[int] = []
         for i, (sequence, token, lp) in enumerate(zip(sequences, *_read(drawn, logp), strict=True)):
             if lp != lp:
-                raise SteersmanError(
-                    f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to "
-                    f"prompt {sequence.prompt.index}; its weights hold NaN or Inf, go back to a checkpoint"
-                )
+                broken.append(i)
+                continue
             sequence.ids.append(token)
             sequence.logp.append(lp)
             may_end = token in self.ends or sampling.stop or len(sequence.ids) == sampling.max_new_tokens
             sample = self._ended(sequence, token) if may_end else None
             if sample is not None:
                 finished[i] = sample
-        return drawn, finished
+        return Drawn(drawn, finished, broken)
 
     def _actions(self, logits: Tensor, mask: ActionMask, banned: Tensor | None) -> Tensor:
         """The nucleus of the masking policy among the tokens that may come at all, and every end token: [B, V]."""
@@ -142,7 +151,7 @@ def _read(drawn: Tensor, logp: Tensor) -> tuple[list[int], list[float]]:
 def _note_likeliest(logits: Tensor, drawn: Tensor, sequences: list[RunningResponse], count: int) -> None:
     logp = logits.float().log_softmax(-1)
     own = logp.gather(-1, drawn[:, None]).squeeze(-1).tolist()
-    top = logp.topk(count, dim=-1)
+    top = logp.topk(min(count, logp.shape[-1]), dim=-1)
     for row, (sequence, values, ids) in enumerate(
         zip(sequences, top.values.tolist(), top.indices.tolist(), strict=True)
     ):

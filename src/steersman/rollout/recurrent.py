@@ -53,6 +53,11 @@ class LiveState(LinearAttentionLayer):
         for buffer in self.buffers.values():
             buffer[target].copy_(buffer[source])
 
+    def wipe(self, rows: list[int]) -> None:
+        """Zeroes these rows."""
+        for buffer in self.buffers.values():
+            buffer[rows] = 0
+
     def show(self, rows: int) -> None:
         """Lets the model see, and write, the first rows."""
         for (kind, i), buffer in self.buffers.items():

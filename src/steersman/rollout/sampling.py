@@ -18,6 +18,8 @@ from steersman.native import decode as native
 from steersman.ops.distributions import min_p_mask, top_k_mask, top_p_mask
 from steersman.types import SteersmanError
 
+LEAST_TEMPERATURE = 0.01
+"""Below it logits overflow sooner or later, and vLLM takes this one instead; 0 is greedy."""
 BLOCK = 256
 """Vocabularies above four blocks are searched in two levels, so that only one block is summed up token by token."""
 
@@ -43,10 +45,10 @@ class ActionLimit:
 class Sampling:
     """How tokens are drawn and when a response ends.
 
-    Logits are divided by `temperature` (0: greedy), then cut by `top_k` (0: off), `top_p` (1: off) and `min_p`
-    (0: off), in that order, each on what the one before left. Before any of it the end tokens are banned while
-    a response has fewer than `min_new_tokens` tokens. A response ends with an end token, with one of the
-    `stop` strings, or after `max_new_tokens` tokens. `limit` cuts first of all.
+    Logits are divided by `temperature` (0: greedy; else at least LEAST_TEMPERATURE), then cut by `top_k` (0: off),
+    `top_p` (1: off) and `min_p` (0: off), in that order, each on what the one before left. Before any of it the end
+    tokens are banned while a response has fewer than `min_new_tokens` tokens. A response ends with an end token,
+    with one of the `stop` strings, or after `max_new_tokens` tokens. `limit` cuts first of all.
     Raises SteersmanError for values out of range.
     """
 
@@ -63,7 +65,10 @@ class Sampling:
         stop_ok = isinstance(self.stop, tuple | list) and all(isinstance(s, str) and s for s in self.stop)
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            "temperature": (
+                self.greedy or LEAST_TEMPERATURE <= self.temperature < float("inf"),
+                f"0 (greedy) or at least {LEAST_TEMPERATURE}",
+            ),
             "top_k": (self.top_k >= 0, "0 (off) or above"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "between 0 (off) and 1"),

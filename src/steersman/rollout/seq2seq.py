@@ -99,6 +99,13 @@ class EncoderDecoderLiveCache:
         self.self_attention.admit(prompts.self_attention, source, self.start)
         self._show()
 
+    def wipe(self, rows: list[int]) -> None:
+        """Zeroes rows that may hold NaN."""
+        self.self_attention.wipe(rows)
+        for buffers in self.buffers:
+            for buffer in buffers:
+                buffer[rows] = 0
+
     def keep(self, rows: int, moves: list[tuple[int, int]]) -> None:
         """Shrink to `rows` rows after copying row `source` over row `target` for each (target, source)."""
         self.self_attention.keep(rows, moves)

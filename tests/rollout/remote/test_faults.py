@@ -9,30 +9,34 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import pytest
 import torch
 from remote_kit import asked, make_policy
 
+from steersman.guards import retry
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.remote import ServerSettings, open_process, open_vllm
-from steersman.rollout.remote.dialects import Batchwise, Call
+from steersman.rollout.remote.dialects import Batchwise, Call, Promptwise
 from steersman.rollout.remote.launch import ServerProcess, free_port
+from steersman.rollout.remote.replies import SampleRequest, replies
 from steersman.rollout.remote.serve import EngineRoutes, Handler, routes
-from steersman.rollout.remote.wire import (
-    BadReplyError,
-    SampleRequest,
-    Server,
-    ServerGoneError,
-    replies,
-)
+from steersman.rollout.remote.wire import BadReplyError, Server, ServerGoneError
 from steersman.types import SteersmanError
 
 ASKED = [SampleRequest([3, 4], (0, 0), 2, 4, 0)]
+CALL = Call(Sampling(4), (0,), (2,), 35, True, False)
 
 
-def choice(index: int, ids=(5, 6), logp=(-1.0, -2.0), finish: str = "length") -> dict:
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+
+
+def choice(index: int, ids=(5, 6), logp=(-1.0, -2.0), finish: str = "stop") -> dict:
     content = [{"token_id": i, "logprob": x} for i, x in zip(ids, logp, strict=False)]
     return {"index": index, "token_ids": list(ids), "finish_reason": finish, "logprobs": {"content": content}}
 
@@ -62,7 +66,8 @@ def test_answers_out_of_order_are_put_in_order():
         ([choice(0), choice(1, logp=(-1.0, 0.5))], "log-probabilities for 2 tokens"),
         ([choice(0), choice(1, logp=(-1.0,))], "1 log-probabilities for 2 tokens"),
         ([choice(0), choice(1, (5,) * 5, (-1.0,) * 5)], "5 tokens where 4 were the most"),
-        ([choice(0), choice(1, (), ())], "0 tokens that ended with length"),
+        ([choice(0), choice(1, (), ())], "0 tokens that ended with stop"),
+        ([choice(0), choice(1, finish="length")], "cut after 2 of the 4 tokens that it may have.*--max-model-len"),
         ([choice(0), choice(1, finish="error\x1b[2J")], "ended with error"),
     ],
 )
@@ -149,7 +154,8 @@ def test_a_version_that_is_no_number_is_not_told(name):
 
 
 class Stub:
-    """A server of fixed answers by route, or the status that it fails with; a route that is not there is a 404."""
+    """A server of fixed answers by route, or the status that it fails with, alone or with a body; a route that is not
+    there is a 404."""
 
     def __init__(self, **answers) -> None:
         table = {"/" + name.replace("__", "/"): value for name, value in answers.items()}
@@ -159,9 +165,11 @@ class Stub:
                 self.rfile.read(int(self.headers.get("content-length") or 0))
                 value = table.get(self.path.split("?")[0])
                 value = value() if callable(value) else value
-                value = 404 if value is None else value
+                status, value = value if isinstance(value, tuple) else (200, value)
+                if value is None or isinstance(value, int):
+                    status = value or 404
                 body = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(value if isinstance(value, int) else 200)
+                self.send_response(status)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -235,13 +243,13 @@ def test_a_server_out_of_memory_says_so_and_goes_on(error):
     http = ThreadingHTTPServer(("127.0.0.1", 0), type("Routes", (Handler,), {"table": table}))
     threading.Thread(target=http.serve_forever, daemon=True).start()
     server = Server(f"http://127.0.0.1:{http.server_port}", 20.0)
-    ask = lambda: Batchwise().complete(server, ASKED, Call(Sampling(4), (0,), (2,), 35, True, False))  # noqa: E731
+    done = {}
+    ask = lambda: Batchwise().complete(server, dict(enumerate(ASKED)), CALL, done)  # noqa: E731
     with pytest.raises(SteersmanError, match=rf"status 500 of /inference/v1/generate.*{str(error)[:10]}"):
         ask()
     desk.engine = engine
-    (answers,) = ask()
-    assert answers is not None
-    assert len(answers) == 2
+    ask()
+    assert len(done[0]) == 2
     server.close()
     http.shutdown()
 
@@ -306,17 +314,21 @@ def test_two_runs_on_one_server_are_told_apart(running):
 
 
 class Elsewhere:
-    """Our server's own routes in a thread; `dead`, it ends every connection without a word."""
+    """Our server's own routes in a thread; `dead`, it ends every connection without a word, and with `troubles` it
+    does so with as many requests for samples, or answers them with these statuses."""
 
     def __init__(self) -> None:
-        self.desk, self.dead = EngineRoutes(make_policy, 8), False
+        self.desk, self.dead, self.troubles = EngineRoutes(make_policy, 8), False, []
         outer = self
 
         class Routes(Handler):
             def _answer(self, body):
-                if outer.dead:
+                bad = outer.troubles.pop() if outer.troubles and "generate" in self.path else None
+                if outer.dead or bad == "drop":
                     self.close_connection = True
                     self.connection.shutdown(socket.SHUT_RDWR)
+                elif bad is not None:
+                    self._send(bad, {"error": "busy"})
                 else:
                     self.table = routes(outer.desk)
                     super()._answer(body)
@@ -360,6 +372,72 @@ def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(runni
     assert not list(tmp_path.iterdir())
     other.close()
     owner.update_weights(2)
+
+
+@pytest.mark.parametrize("troubles", [[503], [502, 429], ["drop"], ["drop", 504, "drop", 503]])
+def test_a_bad_moment_of_a_healthy_server_is_waited_out(troubles):
+    server = Elsewhere()
+    generator = open_process(make_policy(), ServerSettings((2,), 8, urls=(server.url,), timeout=20.0))
+    generator.update_weights(0)
+    wanted = [s.ids for s in generator.generate(asked(), Sampling(4), seed=3)]
+    server.troubles = list(troubles)
+    assert [s.ids for s in generator.generate(asked(), Sampling(4), seed=3)] == wanted
+    assert not server.troubles
+    generator.close()
+    server.close()
+
+
+def test_a_server_that_stays_busy_is_told_with_what_it_said():
+    server = Elsewhere()
+    generator = open_process(make_policy(), ServerSettings((2,), 8, urls=(server.url,), timeout=20.0))
+    generator.update_weights(0)
+    for trouble, said in ((503, "status 503 of .*busy"), ("drop", r"RemoteProtocolError.* then --resume")):
+        server.troubles = [trouble] * 9
+        with pytest.raises(SteersmanError, match=said):
+            generator.generate(asked(), Sampling(4))
+        assert len(server.troubles) == 9 - 5
+    generator.close()
+    server.close()
+
+
+def test_a_healthy_process_is_asked_again_and_not_replaced(running, monkeypatch):
+    generator = running[1]
+    generator.update_weights(1)
+    station, lost = generator.stations[0], []
+    pid, restarts, real = station.process.pid, station.restarts, station.server._exchange
+
+    def lossy(method, path, body):
+        if not lost:
+            lost.append(path)
+            raise httpx2.RemoteProtocolError("Server disconnected without sending a response.")
+        return real(method, path, body)
+
+    monkeypatch.setattr(station.server, "_exchange", lossy)
+    assert len(generator.generate(asked(), Sampling(4))) == 5
+    assert lost == ["/inference/v1/generate"]
+    assert (station.process.pid, station.restarts) == (pid, restarts)
+
+
+def refused_with(words: str) -> tuple[int, dict]:
+    """How vLLM says that it does not find something."""
+    return 404, {"error": {"message": words, "type": "NotFoundError", "param": None, "code": 404}}
+
+
+def test_adapters_that_a_server_does_not_have_any_more_are_no_missing_route():
+    stub = Stub(inference__v1__generate=refused_with("The model `ab12:3` does not exist."))
+    call = replace(CALL, adapter="ab12:3")
+    with pytest.raises(ServerGoneError, match=r"`ab12:3` does not exist; it was started anew"):
+        Promptwise("policy").complete(Server(stub.url, 5.0), dict(enumerate(ASKED)), call, {})
+
+
+def test_adapters_whose_folder_a_server_can_not_see_are_told_with_the_key():
+    stub = Stub(
+        v1__load_lora_adapter=refused_with("No adapter found for /dev/shm/x"),
+        v1__unload_lora_adapter=refused_with("The lora adapter 'ab12:2' cannot be found."),
+    )
+    with pytest.raises(SteersmanError, match=r"No adapter found for /dev/shm/x; .*rollout\.folder"):
+        Server(stub.url, 5.0).load_adapter("/dev/shm/x", "ab12:3")
+    Server(stub.url, 5.0).unload_adapter("ab12:2")  # it is not there, which is what was wanted
 
 
 def test_a_folder_for_weights_that_is_not_there_is_named(tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,10 +119,8 @@ def test_weights_that_arrive_and_are_not_used_are_named(running, monkeypatch):
     generator.update_weights(11)
     move(policy, 1e-6)
     server = generator.stations[0].server
-    real = server.post
-    monkeypatch.setattr(
-        server, "post", lambda path, *a, **k: {} if path == "/update_weights" else real(path, *a, **k)
-    )
+    real = server.post_once
+    monkeypatch.setattr(server, "post_once", lambda path, body=None: path == "/update_weights" or real(path, body))
     with pytest.raises(ReceiptError, match="arrived, and the server samples with other values"):
         generator.update_weights(12)
 
@@ -299,19 +298,22 @@ def kill_when(generator, ready) -> threading.Thread:
 
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing():
+    """Two callers notice it, and it is started again once."""
     policy = make_policy()
     generator = opened(policy, max_batch=2)
     try:
         generator.update_weights(3)
-        long = [Prompt([5 + i % 20, 6 + i % 7], "", index=i) for i in range(120)]
+        long = [Prompt([5 + i % 20, 6 + i % 7], "", index=i) for i in range(60)]
         sampling = Sampling(100, min_new_tokens=100)
         began = time.monotonic()
         thread = kill_when(generator, lambda: time.monotonic() - began > 0.15)
-        there = generator.generate(long, sampling, n=2, seed=1)
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(lambda seed: generator.generate(long, sampling, n=2, seed=seed), (1, 2)))
         thread.join()
         assert generator.stations[0].restarts == 1
-        assert same(there, inside(policy, 2).generate(long, sampling, n=2, seed=1))
-        assert all(set(s.version) == {3} for s in there)
+        for seed, there in zip((1, 2), both, strict=True):
+            assert same(there, inside(policy, 2).generate(long, sampling, n=2, seed=seed))
+            assert all(set(s.version) == {3} for s in there)
     finally:
         generator.close()
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from steersman.rollout.remote.wire import Reply, SampleRequest, Server, ServerGoneError, replies
+from steersman.rollout.remote.replies import Reply, SampleRequest, replies
+from steersman.rollout.remote.wire import NotServedError, Server, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
+Requests = Mapping[int, SampleRequest]
+Answers = dict[int, list[Reply]]
+"""Answers by the numbers of their requests."""
 TOGETHER = 64
 """Requests to one server at the same time."""
 TRIED = "0.32.0"
@@ -36,9 +40,12 @@ class Call:
 
 
 class Dialect(Protocol):
-    """How one kind of server is asked. `complete` gives what was answered, None where the server was gone before."""
+    """How one kind of server is asked."""
 
-    def complete(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply] | None]: ...
+    def complete(self, server: Server, asked: Requests, call: Call, done: Answers) -> None:
+        """Puts the answers into `done` as they come. Raises ServerGoneError where the server is gone before all are
+        there."""
+        ...
 
     def check(self, server: Server, vocabulary: int) -> None:
         """Raises SteersmanError where the server is of another kind, too old, or has another model."""
@@ -49,19 +56,12 @@ class Batchwise:
     """Our engine in another process: all prompts in one request, so that they are decoded together as they would be
     in this one, by the same random streams: the samples are the same bits."""
 
-    def complete(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply] | None]:
-        out: list[list[Reply] | None] = [None] * len(asked)
+    def complete(self, server: Server, asked: Requests, call: Call, done: Answers) -> None:
         alike: dict[tuple[int, int, int], list[int]] = {}
-        for place, one in enumerate(asked):  # answers that go on after a cut have different lengths before them
+        for place, one in asked.items():  # answers that go on after a cut have different lengths before them
             alike.setdefault((one.n, one.max_new_tokens, one.min_new_tokens), []).append(place)
         for places in alike.values():
-            try:
-                some = self._together(server, [asked[i] for i in places], call)
-            except ServerGoneError:
-                break
-            for place, found in zip(places, some, strict=True):
-                out[place] = found
-        return out
+            done |= zip(places, self._together(server, [asked[i] for i in places], call), strict=True)
 
     def _together(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         body = {
@@ -90,18 +90,26 @@ class Promptwise:
     def __init__(self, model: str) -> None:
         self.model = model
 
-    def complete(self, server: Server, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply] | None]:
-        def one(ask: SampleRequest) -> list[Reply] | None:
+    def complete(self, server: Server, asked: Requests, call: Call, done: Answers) -> None:
+        model = call.adapter or self.model
+
+        def one(place: int) -> ServerGoneError | None:
+            ask = asked[place]
             params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key)}
-            body = {"model": call.adapter or self.model, "token_ids": ask.ids, "sampling_params": params}
+            body = {"model": model, "token_ids": ask.ids, "sampling_params": params}
             try:
                 found = server.post("/inference/v1/generate", body)
-            except ServerGoneError:
-                return None
-            return replies(server, found, [ask], call.vocabulary, support=call.support)
+            except ServerGoneError as error:
+                return error
+            except NotServedError as error:
+                return ServerGoneError(f"{error}; it was started anew, and has lost the run's weights")
+            done[place] = replies(server, found, [ask], call.vocabulary, support=call.support)
+            return None
 
         with ThreadPoolExecutor(min(TOGETHER, len(asked))) as pool:
-            return list(pool.map(one, asked))
+            gone = [error for error in pool.map(one, asked) if error is not None]
+        if gone:
+            raise gone[0]
 
     def check(self, server: Server, vocabulary: int) -> None:
         told = server.get("/version")

@@ -17,6 +17,7 @@ from steersman.guards.terminal import say
 from steersman.model import Policy
 from steersman.rollout.port import Limits
 from steersman.rollout.remote.dialects import Call
+from steersman.rollout.remote.replies import Reply, SampleRequest
 from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
     ADAPTER,
@@ -30,7 +31,7 @@ from steersman.rollout.remote.snapshot import (
 )
 from steersman.rollout.remote.station import Station
 from steersman.rollout.remote.traffic import Traffic, share_out
-from steersman.rollout.remote.wire import Reply, SampleRequest, ServerGoneError
+from steersman.rollout.remote.wire import ServerGoneError
 from steersman.rollout.sampling import Sampling, banned_support
 from steersman.rollout.text import Texts
 from steersman.types import Finish, Progress, Prompt, Sample, Stats, SteersmanError

@@ -50,7 +50,7 @@ class ServerProcess:
         """Starts the process and returns at once; `wait` says when it answers."""
         self.stop()
         self._began = time.monotonic()
-        self.server = Server(f"http://127.0.0.1:{(port := free_port())}", self.timeout)
+        self.server = Server(f"http://127.0.0.1:{(port := free_port())}", self.timeout, restartable=True)
         self._from = self.log.stat().st_size if self.log.exists() else 0
         words = [sys.executable, "-I", str(KEEPER), str(self.log), *map(str, self.folders), "--", *self.command(port)]
         self._keeper = subprocess.Popen(

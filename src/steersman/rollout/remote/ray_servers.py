@@ -88,7 +88,7 @@ class PlacedByRay:
             raise ServerGoneError(why)
         if self._anywhere:
             url = url.replace("127.0.0.1", self._ask("machine", 10.0))
-        return Server(url, self.timeout)
+        return Server(url, self.timeout, restartable=True)
 
     def stop(self) -> None:
         """Ends the server; a second call does nothing."""

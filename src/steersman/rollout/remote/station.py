@@ -10,8 +10,9 @@ from dataclasses import replace
 from steersman.rollout.remote.dialects import Call, Dialect
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
+from steersman.rollout.remote.replies import Reply, SampleRequest
 from steersman.rollout.remote.snapshot import Receipt, ReceiptError, Snapshot, first_difference
-from steersman.rollout.remote.wire import Reply, SampleRequest, Server, ServerGoneError
+from steersman.rollout.remote.wire import Server, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
@@ -65,15 +66,19 @@ class Station:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
         done: dict[int, list[Reply]] = {}
         for _ in range(RESTARTS + 1):
-            left = [i for i in range(len(asked)) if i not in done]
-            named = replace(call, adapter=self._adapter)
-            found = self.dialect.complete(self.server, [asked[i] for i in left], named)
-            done |= {i: reply for i, reply in zip(left, found, strict=True) if reply is not None}
-            if len(done) == len(asked):
-                if not self._still_ours():
-                    raise ServerGoneError(self.server.message("it was started anew, and has lost the run's weights"))
-                return [done[i] for i in range(len(asked))]
-            self._mend()
+            with self._repair:  # a server that another thread's call starts again has no weights yet
+                server, restarts, named = self.server, self.restarts, replace(call, adapter=self._adapter)
+            left = {i: one for i, one in enumerate(asked) if i not in done}
+            try:
+                self.dialect.complete(server, left, named, done)
+            except ServerGoneError as error:
+                self._mend(error, restarts)
+                continue
+            if not self._still_ours():
+                raise ServerGoneError(
+                    server.message("it was started anew, and has lost the run's weights; --resume loads them again")
+                )
+            return [done[i] for i in range(len(asked))]
         raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over the same prompts. {self._trouble()}")
 
     def load(self, snapshot: Snapshot) -> Receipt:
@@ -86,8 +91,8 @@ class Station:
         for _ in range(RESTARTS + 1):
             try:
                 receipt = self._send_twice(snapshot)
-            except ServerGoneError:
-                self._restart()
+            except ServerGoneError as error:
+                self._restart(error)
                 continue
             self.snapshot = snapshot
             return receipt
@@ -144,13 +149,12 @@ class Station:
         """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries."""
         asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(snapshot.canaries)]
         call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter)
-        found = self.dialect.complete(self.server, asked, call)
-        if any(answers is None for answers in found):
-            raise ServerGoneError(self.server.message("it was gone while its weights were looked at"))
+        found: dict[int, list[Reply]] = {}
+        self.dialect.complete(self.server, dict(enumerate(asked)), call, found)
         return max(
             abs(reply.logp[0] - float(canary.logp[reply.ids[0]]))
-            for canary, answers in zip(snapshot.canaries, found, strict=True)
-            for reply in answers or []
+            for i, canary in enumerate(snapshot.canaries)
+            for reply in found[i]
         )
 
     def _weights_name(self, snapshot: Snapshot) -> str:
@@ -175,24 +179,27 @@ class Station:
             )
         return False
 
-    def _mend(self) -> None:
-        """The server as it should be: started again where its process died, with the weights that it had."""
+    def _mend(self, error: ServerGoneError, restarts: int) -> None:
+        """The server as it should be: started again after the error, with the weights that it had, unless that was
+        done already since there were so many `restarts`."""
         with self._repair:
+            if self.restarts > restarts:
+                return
             for attempt in range(RESTARTS + 1):
-                self._restart()
+                self._restart(error)
                 try:
                     if self.snapshot is not None:
                         self._send_twice(self.snapshot)
                     return
-                except ServerGoneError:
+                except ServerGoneError as again:
                     if attempt == RESTARTS:
                         raise
+                    error = again
 
-    def _restart(self) -> None:
+    def _restart(self, error: ServerGoneError) -> None:
+        """Starts a process of steersman's again; raises the error of a server that is none."""
         if self.process is None or self._closed:
-            raise ServerGoneError(
-                self.server.message("it is gone, and steersman did not start it: start it, then --resume")
-            )
+            raise ServerGoneError(f"{error}; steersman did not start it: see that it runs, then --resume") from error
         self.restarts += 1
         self._ready, self._adapter = False, ""
         if self.restarts > RESTARTS * 4:

@@ -13,6 +13,7 @@ from steersman.atomic import write_atomic
 from steersman.config.recipe_text import load_yaml
 from steersman.guards.terminal import printable
 from steersman.jsonl import read_jsonl
+from steersman.types import SteersmanError
 
 TOLD = ("held_out/", "evaluation/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
 """First parts of the names of numbers that the card's table has."""
@@ -23,9 +24,17 @@ LONGEST = 40
 def write_card(run: Path) -> Path:
     """Writes `model/README.md` of a run folder from what the run left there; returns its path.
 
-    The licence is the one that the base model's own card names; where none is named the card says so.
+    The licence is the one that the base model's own card names; where none is named the card says so. Raises
+    SteersmanError where the folder has no config.yaml.
     """
-    config = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        settings = (run / "config.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        raise SteersmanError(
+            f"run: {run} has no config.yaml to tell of in a model card; give the folder of a run, or write "
+            "model/README.md by hand"
+        ) from error
+    config = load_yaml(settings)
     summary = _json(run / "summary.json")
     base = str(config.get("model", {}).get("path", ""))
     licence = _licence(Path(base))
@@ -41,7 +50,7 @@ def write_card(run: Path) -> Path:
         f"## Data\n\n{_data(config)}",
         f"## How it went\n\n{_course(read_jsonl(run / 'metrics.jsonl'))}",
         f"## What the watch said\n\n{_watch(read_jsonl(run / 'health.jsonl'))}",
-        f"## Settings\n\n```yaml\n{_plain((run / 'config.yaml').read_text(encoding='utf-8')).rstrip()}\n```",
+        f"## Settings\n\n```yaml\n{_plain(settings).rstrip()}\n```",
     ]
     path = run / "model" / "README.md"
     write_atomic(path, "\n\n".join(parts) + "\n")
