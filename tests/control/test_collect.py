@@ -190,10 +190,15 @@ def test_normaliser_is_mean_and_variance_of_all_it_saw():
     assert torch.equal(normaliser(data), data)
     for part in data.split([100, 1, 399]):
         normaliser.update(part)
-    torch.testing.assert_close(normaliser.mean, data.mean(0))
+    torch.testing.assert_close(normaliser.mean.float(), data.mean(0))
     torch.testing.assert_close(
         normaliser(data), (data - data.mean(0)) / data.std(0, correction=0), rtol=1e-4, atol=1e-4
     )
+    level = torch.tensor([100.1, -1000.7, 3.3, 1e6, 0.0]).expand(300, 5)
+    constant = Normaliser(5)
+    for part in level.split([100, 1, 199]):
+        constant.update(part)
+    torch.testing.assert_close(constant(level), torch.zeros(300, 5), rtol=0, atol=1e-5)
     other = Normaliser(3)
     other.load_state_dict(normaliser.state_dict())
     assert torch.equal(other(data), normaliser(data))

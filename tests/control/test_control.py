@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 
-import gymnasium as gym
 import pytest
 import torch
-from gymnasium import spaces
 from PIL import Image
 
 from steersman.algorithms import ALGORITHMS, Coefficients
@@ -22,6 +20,7 @@ from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refus
 from steersman.control.run import build
 from steersman.loss.reduce import token_weight
 from steersman.run.seed import seed_everything
+from steersman.train.session import Session
 from steersman.types import SteersmanError
 
 GRADIENT = [name for name in ALGORITHMS if refusal(ALGORITHMS[name]) is None]
@@ -234,6 +233,32 @@ def test_verb_leaves_policy_curve_report_and_video(tmp_path):
     assert saved["policy"]["net.0.weight"].shape == (16, 4)
 
 
+def test_a_video_that_fails_at_the_end_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    save = Image.Image.save
+
+    def full(image, place, *given, **how):
+        if str(place).endswith(".gif"):
+            raise OSError("No space left on device")
+        save(image, place, *given, **how)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    words = ["control", "--algorithm", "ppo", *SMALL, "--rollout.steps", "32", "--evaluation.episodes", "2"]
+    assert main([*words, "--video", str(tmp_path / "x.gif"), "--run.dir", str(tmp_path / "run")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+    assert (tmp_path / "run" / "policy.pt").exists()
+
+
+def test_a_number_that_is_not_finite_is_told_in_whole_sentences(tmp_path):
+    made = small("ppo", "--run.dir", str(tmp_path / "run"))
+    session = Session("control", made, resume=False, metric="held_out/return")
+    session.__enter__()
+    session.begin(fresh(made), 1)
+    with pytest.raises(SteersmanError, match=r"loss = nan.*without a loss scale\. Nothing was saved") as caught:
+        session.observe(1, {"loss": float("nan")})
+    session.__exit__(SteersmanError, caught.value, None)
+
+
 def test_verb_finishes_what_a_shorter_run_began(tmp_path):
     """Four iterations in one go, and two resumed to four, end with the same weights."""
     words = [
@@ -261,6 +286,27 @@ def test_tabular_learner_reaches_the_optimum_through_the_verb(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["optimal"] == 1.0
     assert summary["value"] == pytest.approx(-sum(0.99**t for t in range(13)))
+
+
+@pytest.mark.parametrize("episodes", [1, 7])
+def test_a_tabular_run_of_few_episodes_has_a_row_for_each(tmp_path, episodes):
+    words = ["control", "--env", "FrozenLake-v1", "--algorithm", "q-learning", "--run.dir", str(tmp_path / "run")]
+    assert main([*words, "--settings.episodes", str(episodes)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, episodes + 1))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+def test_a_learned_policy_that_never_ends_is_a_result_without_a_value(tmp_path, capsys):
+    words = ["control", "--env", "CliffWalking-v1", "--algorithm", "sarsa", "--settings.gamma", "1"]
+    words += ["--settings.episodes", "20", "--iterations", "10", "--env_options.max_episode_steps", "50"]
+    assert main([*words, "--run.dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"]
+    assert (summary["optimum"], summary["optimal"]) == (pytest.approx(-13), 0.0)
+    assert "value" not in summary
+    assert (tmp_path / "run" / "curve.png").exists()
+    assert "no finite value" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -292,6 +338,11 @@ def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
         (["--algorithm", "ppo", "--settings.double", "true"], "settings.double"),
         (["--algorithm", "ppo", "--settings.kl_in", "loss"], "settings.kl_in: this verb does not read it"),
         (["--algorithm", "trpo", "--optimizer.lr", "1"], "optimizer.lr: this verb does not read it"),
+        (["--algorithm", "sarsa", "--video", "x.gif"], "only runs with networks record one"),
+        (
+            ["--algorithm", "dqn", "--iterations", "1", "--settings.learning_starts", "999"],
+            "nothing would be learned",
+        ),
         (["--algorithm", "sarsa", "--network.hidden", "[4]"], "network.hidden: this verb does not read it"),
     ],
 )
@@ -310,18 +361,54 @@ def test_tabular_learner_refuses_continuous_observations(tmp_path, capsys):
     assert "discrete observation space" in capsys.readouterr().err
 
 
-def test_video_of_what_renders_nothing_is_refused(tmp_path):
-    from steersman.control.evaluate import record
+def test_tuples_are_not_sent_to_methods_that_refuse_them_too(tmp_path, capsys):
+    words = ["control", "--env", "Blackjack-v1", "--algorithm", "sarsa", "--run.dir", str(tmp_path / "r")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "each observation is one number" in " ".join(said.split())
+    assert "PPO" not in said
 
-    class Blind(gym.Env):
-        observation_space, action_space = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
 
-        def reset(self, *, seed=None, options=None):
-            return self.observation_space.sample(), {}
+UNSEEN = """
+import gymnasium as gym
+import numpy as np
 
-    state = fresh(small("ppo"))
-    with pytest.raises(SteersmanError, match="renders no pictures"):
-        record(state, Blind, state.recipe, tmp_path / "x.gif")
+
+class Blind(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (4,), np.float32), gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+
+class Plain(Blind):
+    def __init__(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "video", "said"),
+    [
+        ("unseen.py:Blind", "x.gif", "renders no pictures"),
+        ("unseen.py:Plain", "x.gif", "can not be made with render_mode rgb_array, which `video` needs"),
+        ("CartPole-v1", "taken/x.gif", "can not be written"),
+        ("CartPole-v1", "folder.gif", "is a folder"),
+        ("CartPole-v1", "x.mp4", "ends in .gif"),
+    ],
+)
+def test_a_video_that_can_not_be_taken_is_refused_before_the_run(env, video, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unseen.py").write_text(UNSEEN)
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    (tmp_path / "folder.gif").mkdir()
+    words = ["control", "--env", env, "--algorithm", "ppo", *SMALL, "--video", video, "--run.dir", "run"]
+    assert main(words) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 OWN = '''

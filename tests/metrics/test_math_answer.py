@@ -91,6 +91,32 @@ def test_one_number_and_several(completion, answer, right):
     assert math_equal(completion, answer) is right
 
 
+SIGNS = {"minus": "\u2212", "small minus": "\ufe63", "full width": "\uff0d", "hyphen": "\u2010", "en dash": "\u2013"}
+
+
+@pytest.mark.parametrize("sign", ["-", *SIGNS.values()], ids=["ascii", *SIGNS])
+@pytest.mark.parametrize("form", ["#### {}3", "The answer is {}3.", "x = {} 3", "It is {}$3", r"\boxed{{{}3}}"])
+def test_a_minus_is_one_however_it_is_typed(sign, form):
+    assert math_equal(form.format(sign), "-3")
+    assert not math_equal(form.format(sign), "3")
+    assert math_equal("#### -3", f"{sign}3")
+    assert not math_equal("#### 3", f"{sign}3")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("#### \u22121 1/2", "-3/2", True), ("#### \u22121, \u22122", "-1, -2", True),
+        ("#### -€1,200", "-1200", True),
+        # a range, a list's mark, a pause and a difference are no signs
+        ("pages 3\u20135", "-5", False), ("- 3 apples\n- 5 pears", "5", True), ("Smith \u2013 3 apples", "3", True),
+        ("10 - 7 = 3", "3", True), ("from $5 - $3 remain $2", "2", True),
+    ],
+)  # fmt: skip
+def test_what_stands_before_a_number_is_its_sign_only_if_it_is_one(completion, answer, right):
+    assert math_equal(completion, answer) is right
+
+
 def test_the_last_number_counts_where_there_is_no_answer(monkeypatch):
     class Silent:
         def ask(self, given, wanted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from tiny_models import tiny_config, tiny_model, tiny_pair_config
 from transformers import LlamaModel
 
 from steersman.cli import main
-from steersman.model import shape_of
+from steersman.config.load import load_recipe
+from steersman.model import Adapted, LoraConfig, adapted, shape_of
 from steersman.plan.devices import Cluster, Device, cluster
 from steersman.plan.layouts import Layout, Role, Work, layouts, weigh
 from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, decode, phases, simulate
 from steersman.types import SteersmanError
 from steersman.update.optimizer import OptimizerConfig
-from steersman.verbs.plan import optimizer_bytes
+from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
+from steersman.verbs.plan import optimizer_bytes, work_of
 
 B7 = 2 * 32_000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096) + 4096
 """Parameters of the 7B shape: two tables, 32 layers of attention, feed-forward and two norms, and the last norm."""
@@ -132,12 +135,56 @@ def test_the_optimizer_keeps_what_its_kind_says():
 def test_quantised_and_shared_bases_count_once():
     shape = shape_of("8b")
     inside = 32 * shape.largest_layer
-    added = shape.adapters(16)
     h, i, k = 4096, 14_336, 1024
-    assert added == 32 * 16 * (2 * (h + h) + 2 * (h + k) + 3 * (h + i))
+    added = 32 * 16 * (2 * (h + h) + 2 * (h + k) + 3 * (h + i))
+    assert adapted("8b", LoraConfig(r=16)) == Adapted(added, 0)
     role = Role("actor", shape, trained=added, adapter_parameters=added, matrices=0.516)
     assert role.weights(2) == inside * 0.516 + (shape.parameters - inside) * 2 + added * 4
     assert Role("critic", shape, trained=added, adapter_parameters=added, owns_base=False).weights(2) == added * 4
+
+
+def test_what_is_trained_whole_beside_adapters_is_a_copy_in_the_weights_precision():
+    shape, adapters = shape_of("8b"), 10**6
+    whole = 128_256 * 4096  # such as the output layer
+    role = Role("actor", shape, trained=adapters + whole, adapter_parameters=adapters)
+    work = replace(PPO, optimizer_bytes=12, adapter_optimizer_bytes=8)
+    assert role.weights(2) == (shape.parameters + whole) * 2 + adapters * 4
+    assert role.optimizer(work) == whole * 12 + adapters * 8
+    assert role.gradients(work) == whole * 2 + adapters * 4
+
+
+def test_the_cache_is_of_the_sequences_that_are_decoded_side_by_side():
+    there, roles, one = cluster("1xH100-80GB"), ppo_roles()[:1], Layout("replicas", 1)
+    work = replace(PPO, samples=40, micro=1024)
+    key, cache = "activations, or cache and whole weights while sampling", 2 * 32 * 32 * 128 * 1024 * 2
+    few, all_of_them = replace(work, max_batch=16), replace(work, max_batch=64)
+    assert weigh(one, roles, few, there).memory[key] == 16 * cache
+    assert weigh(one, roles, all_of_them, there).memory[key] == 40 * cache
+    rate, bandwidth = 989e12 * 0.4, 3.35e12 * 0.6
+    steps = sum((B7 * 2 + rows * 2 * 32 * 32 * 128 * (512 + 256) * 2) / bandwidth for rows in (16, 16, 8))
+    found = weigh(one, roles, few, there).seconds["generate"]
+    assert found == pytest.approx(2 * B7 * 40 * 512 / rate + 512 * steps)
+    apart = Layout("apart", 1, 1)  # where vLLM samples
+    two = cluster("2xH100-80GB")
+    assert weigh(apart, roles, few, two).seconds["generate"] == weigh(apart, roles, work, two).seconds["generate"]
+
+
+def test_a_device_of_the_simulation_decodes_no_more_side_by_side_than_the_engine():
+    shape = shape_of("135m")
+    role, share = Role("actor", shape), np.full(8, 4)
+    work = Work(8, 0, 4, 1, 1024, compute=2)
+    there = Cluster(Device("fast", 80e9, 1e30, 1e12, 1e12), 1)
+    weights, cache = shape.parameters * 2, shape.cache(2, 2)
+    for rows in (2, 8):
+        found = decode(share, there, role, replace(work, max_batch=rows))
+        assert found == pytest.approx(8 // rows * 4 * (weights + rows * cache) / (1e12 * 0.6))
+
+
+@pytest.mark.parametrize(("engine", "rows"), [("inside", 16), ("process", 16), ("vllm", None)])
+def test_the_recipes_batch_is_the_plans_unless_vllm_samples(engine, rows):
+    words = ["--rollout.max_batch", "16", "--rollout.engine", engine]
+    asked = load_recipe(ON_POLICY["ppo"], Path("recipes/scale/1-gpu.yaml"), words)
+    assert work_of(asked, 512).max_batch == rows
 
 
 def test_activations_are_what_a_layer_keeps():

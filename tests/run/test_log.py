@@ -8,16 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from steersman.jsonl import read_jsonl
+from steersman.run.console import new_console
 from steersman.run.files.log import Log
 from steersman.run.health.watch import Finding
 from steersman.types import SteersmanError
 
 
 def log(folder, **options) -> Log:
-    options = {"title": "PPO", "total": 10, "console": Console(file=io.StringIO(), width=200)} | options
+    options = {"title": "PPO", "total": 10, "console": new_console(file=io.StringIO(), width=200)} | options
     return Log(folder, **options)
 
 
@@ -63,7 +63,7 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     out = io.StringIO()
-    with log(tmp_path, every=1e9, headline=("reward/total", "kl"), console=Console(file=out, width=200)) as run:
+    with log(tmp_path, every=1e9, headline=("reward/total", "kl"), console=new_console(file=out, width=200)) as run:
         for step in range(1, 11):
             run.step(step, {"kl": step / 3, "reward/total": 0.25, "other": 1.0})
         run.finding(Finding(10, "kl_runaway", "warning", "too far [bold]"))
@@ -77,14 +77,14 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 
 def test_a_verb_without_steps_tells_what_it_counted(tmp_path):
     out = io.StringIO()
-    with log(tmp_path, title="judge", total=0, console=Console(file=out, width=200)) as run:
+    with log(tmp_path, title="judge", total=0, console=new_console(file=out, width=200)) as run:
         run.step(0, {"data/asked": 96, "data/labelled": 95})
     assert out.getvalue() == "judge  data/asked 96  data/labelled 95\n"
 
 
 def test_a_terminal_gets_a_moving_line(tmp_path):
     out = io.StringIO()
-    console = Console(file=out, width=120, force_terminal=True)
+    console = new_console(file=out, width=120, force_terminal=True)
     with log(tmp_path, console=console, resumed_step=3) as run:
         for step in range(4, 11):
             run.step(step, {"kl": 1.5})

@@ -154,6 +154,60 @@ def test_running_mean_by_hand():
     assert running_mean([1.0, 9.0]) == [1.0, 9.0]
 
 
+@pytest.mark.parametrize("value", [0.1, 1e-6, 3e-4, -0.3])
+def test_a_number_that_never_changes_is_a_flat_line(value):
+    level = [value] * 42
+    assert running_mean(level) is level  # a mean of sums would be off by rounding
+    wobbling = [value * (1 + 1e-15 * (i % 3)) for i in range(42)]
+    for values in (level, wobbling):
+        heights = _heights(line_chart("lr", [Line("lr", list(map(float, range(42))), values)], log=True))
+        assert heights
+        assert max(heights) - min(heights) < 0.01  # points, of 180
+
+
+def test_the_running_mean_of_small_steps_on_a_large_number_stays_among_them():
+    values = [1e6 + 1e-6 * (i % 2) for i in range(400)]
+    assert all(min(values) <= x <= max(values) for x in running_mean(values))
+
+
+def _heights(svg: str) -> list[float]:
+    """Of the points of the first series, as it is drawn and as its mean is."""
+    lines = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--s0\)', svg)
+    return [float(y) for line in lines for _, y in re.findall(r"[ML] (\S+) (\S+)", line)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [[2e-6 + 1e-7 * (i % 9) for i in range(30)]],
+        [[6 + 0.1 * (i % 9) for i in range(30)], [0.15] * 30],
+        [[1e-6 * 1.5**i for i in range(30)]],
+    ],
+)
+def test_a_log_axis_has_numbers_whatever_it_spans(lines):
+    drawn = [Line(str(i), list(map(float, range(30))), values) for i, values in enumerate(lines)]
+    ticks = [text for text in _texts(line_chart("ratio_gap", drawn, log=True)) if _is_number(text)]
+    assert len(ticks) - len([0, 5, 10, 15, 20, 25]) >= 3, ticks
+
+
+def _texts(svg: str) -> list[str]:
+    return [a or b for a, b in re.findall(r"<text[^>]*>([^<]*)</text>|<tspan[^>]*>([^<]*)</tspan>", svg)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_reward_that_is_no_number_goes_neither_up_nor_down():
+    rows = [{"step": s, "index": 0, "prompt": "p", "reward": {"total": float("nan")}} for s in (0, 1)]
+    (pair,) = sample_pairs(rows)
+    assert pair.rewards == [("total", "nan", "nan", "same")]
+
+
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1e30, 1e30], [1e-9, 1e-3, 1e6]])
 def test_charts_of_awkward_numbers(values):
     svg = line_chart("x", [Line("a", list(map(float, range(len(values)))), values)], log=True)
@@ -182,9 +236,8 @@ def test_the_legend_says_which_lines_lie_on_others():
 def test_a_long_name_of_an_axis_is_cut_into_lines():
     words = "Standard error of the held-out reward"
     svg = line_chart("x", [Line("a", [0.0, 1.0], [0.0, 1.0])], label=words)
-    shown = re.findall(r"<text[^>]*>([^<]*)</text>|<tspan[^>]*>([^<]*)</tspan>", svg)
     assert words not in svg
-    assert {"Standard error of the", "held-out reward"} <= {a or b for a, b in shown}
+    assert {"Standard error of the", "held-out reward"} <= set(_texts(svg))
 
 
 def test_axes_are_named_and_lines_that_coincide_are_told_apart():

@@ -69,6 +69,15 @@ def test_reward_on_transitions_is_averaged():
     assert mdp.terminal.tolist() == [False, True]
 
 
+def test_a_loop_that_is_never_come_to_leaves_the_total_its_limit():
+    """State 0 pays 1 and ends in 2; state 1, where nothing begins, pays for ever."""
+    P = torch.tensor([[[0.0, 0.0, 1.0]], [[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]])
+    reward, policy = torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([0, 0, 0])
+    assert float(MDP(P, reward, 1.0, torch.tensor([1.0, 0.0, 0.0])).performance(policy)) == 1.0
+    with pytest.raises(SteersmanError, match="no limit"):
+        MDP(P, reward, 1.0, torch.tensor([0.5, 0.5, 0.0])).performance(policy)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

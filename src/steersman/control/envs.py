@@ -29,25 +29,29 @@ from steersman.guards.functions import load_function
 from steersman.run.seed import sub_seed
 from steersman.types import SteersmanError
 
+RESOLUTION = torch.finfo(torch.float32).eps
+
 
 class Normaliser:
     """(x - mean) / std of all observations that it was shown, held within +-`bound`; the identity before that.
 
+    One that never changed is 0: sums are in float64, and a deviation below float32's resolution of the mean is none.
     Source of the update: Chan, Golub and LeVeque 1979, parallel variance.
     """
 
     def __init__(self, size: int, bound: float = 10.0) -> None:
-        self.mean, self.square, self.count = torch.zeros(size), torch.zeros(size), 0
+        self.mean, self.square, self.count = *torch.zeros(2, size, dtype=torch.float64), 0
         self.bound = bound
 
     def __call__(self, obs: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead D"]:
         if self.count < 2:
             return obs
-        std = (self.square / self.count).sqrt().clamp(min=1e-6)
-        return ((obs - self.mean) / std).clamp(-self.bound, self.bound)
+        least = (RESOLUTION * self.mean.abs()).clamp(min=1e-6)
+        std = torch.maximum((self.square / self.count).sqrt(), least)
+        return ((obs - self.mean) / std).clamp(-self.bound, self.bound).to(obs.dtype)
 
     def update(self, obs: Float[Tensor, "M D"]) -> None:
-        count = self.count + len(obs)
+        obs, count = obs.double(), self.count + len(obs)
         delta = obs.mean(0) - self.mean
         self.square = self.square + obs.var(0, correction=0) * len(obs) + delta**2 * self.count * len(obs) / count
         self.mean = self.mean + delta * len(obs) / count
@@ -57,7 +61,7 @@ class Normaliser:
         return {"mean": self.mean, "square": self.square, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.square, self.count = state["mean"], state["square"], state["count"]
+        self.mean, self.square, self.count = state["mean"].double(), state["square"].double(), state["count"]
 
 
 class Worlds:
@@ -162,9 +166,11 @@ def maker(name: str, options: dict[str, Any], *, render: bool = False) -> Callab
 
     Raises SteersmanError for a name that Gymnasium does not know, options that it refuses, or a missing package.
     """
-    extra = {**options, "render_mode": "rgb_array"} if render else options
+    extra, how = (options, "")
+    if render:
+        extra, how = {**options, "render_mode": "rgb_array"}, " with render_mode rgb_array, which `video` needs"
     if ".py:" in name:
-        return _own(name, load_function(name), extra)
+        return _own(name, load_function(name), extra, how)
     try:
         gym.make(name, **extra).close()
     except gym.error.DependencyNotInstalled as error:
@@ -173,16 +179,16 @@ def maker(name: str, options: dict[str, Any], *, render: bool = False) -> Callab
     except (gym.error.Error, TypeError, ModuleNotFoundError) as error:
         near = get_close_matches(name, list(gym.registry), 1)
         hint = f"; did you mean {near[0]}?" if near and near[0] != name else ""
-        raise SteersmanError(f"env {name}: Gymnasium can not make it ({error}){hint}") from error
+        raise SteersmanError(f"env {name}: Gymnasium can not make it{how} ({error}){hint}") from error
     return lambda: gym.make(name, **extra)
 
 
-def _own(name: str, build: Callable[..., Any], options: dict[str, Any]) -> Callable[[], gym.Env]:
+def _own(name: str, build: Callable[..., Any], options: dict[str, Any], how: str) -> Callable[[], gym.Env]:
     """The maker of a user's environment; what it does not say itself (a limit of time) is not added."""
     try:
         made = build(**options)
     except Exception as error:
-        raise SteersmanError(f"env {name}: it can not be made ({type(error).__name__}: {error})") from error
+        raise SteersmanError(f"env {name}: it can not be made{how} ({type(error).__name__}: {error})") from error
     if not isinstance(made, gym.Env):
         raise SteersmanError(f"env {name}: {type(made).__name__} is no gymnasium.Env; derive the class from it")
     made.close()

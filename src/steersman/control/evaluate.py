@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steersman.control.envs import Worlds
+from steersman.control.envs import Worlds, maker
 from steersman.control.experience import collect_episodes
 from steersman.control.recipe import ControlRecipe
 from steersman.run.seed import stream
@@ -45,31 +46,51 @@ def evaluate(agent: Agent, make: Callable[[], gym.Env], recipe: ControlRecipe, e
     }
 
 
-def record(agent: Agent, make: Callable[[], gym.Env], recipe: ControlRecipe, path: Path) -> int:
-    """Writes one episode as an animated GIF; returns its number of frames.
+class Video:
+    """One episode as an animated GIF. The environment is built anew, to draw, and a first picture is taken at once.
 
-    `make` must build the environment with render_mode "rgb_array". Raises SteersmanError where it gives no pictures
-    or the file can not be written.
+    Raises SteersmanError where it gives none, or the file's folder can not be made.
     """
-    worlds = Worlds(make, 1, recipe.run.seed, "video")
-    act, env = _acting(agent, recipe), worlds.vector.envs[0]
-    frames, over = [_picture(env)], False
-    while not over:
-        with torch.no_grad():
-            _, _, terminated, truncated = worlds.step(act(worlds.obs))
-        frames.append(_picture(env))
-        over = bool(terminated[0] or truncated[0])
-    every = -(-len(frames) // FRAMES)
-    rate: Any = env.metadata.get("render_fps", 30)
-    worlds.close()
-    # browsers play what asks for less than 20 ms per frame slowly
-    duration = max(20, round(1000 * every / rate))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frames[0].save(path, save_all=True, append_images=frames[every::every], duration=duration, loop=0)
-    except (OSError, ValueError) as error:
-        raise SteersmanError(f"video {path}: it can not be written ({error}); name a .gif file") from error
-    return len(frames[::every])
+
+    def __init__(self, recipe: ControlRecipe, path: Path) -> None:
+        self.recipe, self.path = recipe, path
+        self.make = maker(recipe.env, recipe.env_options, render=True)
+        worlds = self._worlds()
+        _picture(worlds.vector.envs[0])
+        worlds.close()
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def record(self, agent: Agent) -> int:
+        """Writes the file; returns its number of frames. Raises SteersmanError where it can not be written."""
+        worlds = self._worlds()
+        act, env = _acting(agent, self.recipe), worlds.vector.envs[0]
+        frames, over = [_picture(env)], False
+        while not over:
+            with torch.no_grad():
+                _, _, terminated, truncated = worlds.step(act(worlds.obs))
+            frames.append(_picture(env))
+            over = bool(terminated[0] or truncated[0])
+        every = -(-len(frames) // FRAMES)
+        rate: Any = env.metadata.get("render_fps", 30)
+        worlds.close()
+        # browsers play what asks for less than 20 ms per frame slowly
+        duration = max(20, round(1000 * every / rate))
+        with self._writing():
+            frames[0].save(self.path, save_all=True, append_images=frames[every::every], duration=duration, loop=0)
+        return len(frames[::every])
+
+    def _worlds(self) -> Worlds:
+        return Worlds(self.make, 1, self.recipe.run.seed, "video")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            if self.path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            yield
+        except OSError as error:
+            raise SteersmanError(f"video {self.path}: it can not be written ({error}); name another place") from error
 
 
 def _acting(agent: Agent, recipe: ControlRecipe) -> Callable[[Tensor], Tensor]:

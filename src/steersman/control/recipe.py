@@ -74,7 +74,9 @@ class TabularSettings(Section):
     """Tables of action values; see steersman.tabular.learning."""
 
     gamma: float = Field(default=0.99, ge=0, le=1, description="discount per step")
-    episodes: int = Field(default=5000, ge=1, description="episodes of experience")
+    episodes: int = Field(
+        default=5000, ge=1, description="episodes of experience; of fewer than `iterations` each is a row of the log"
+    )
     alpha: float = Field(default=0.5, gt=0, le=1, description="first step size of every entry")
     alpha_scale: float = Field(
         default=100.0, gt=0, description="updates of an entry after which its step size has halved"
@@ -125,9 +127,15 @@ class ControlRecipe(Section):
     @model_validator(mode="after")
     def _fits(self) -> ControlRecipe:
         learned = self.settings
+        if self.video is not None and self.algorithm in TABULAR:
+            raise ValueError("video: only runs with networks record one; remove it")
+        if self.video is not None and Path(self.video).suffix.lower() != ".gif":
+            raise ValueError(f"video {self.video}: a GIF file is written; give a name that ends in .gif")
         if not isinstance(learned, Algorithm):
             if self.critic is not None:
                 raise ValueError(f"{self.algorithm} has no critic; remove the section `critic`")
+            if self.algorithm == "dqn":
+                self._learns(learned)
             return self
         if learned.critic and self.critic is None:
             raise ValueError(f"{learned.title} needs a critic; the section `critic` can not be null")
@@ -149,6 +157,14 @@ class ControlRecipe(Section):
                 "whole ones (rollout.episodes) `token` or `episode`"
             )
         return self
+
+    def _learns(self, settings: DQNSettings) -> None:
+        steps = self.iterations * self.rollout.copies * self.rollout.steps
+        if steps < settings.learning_starts:
+            raise ValueError(
+                f"settings.learning_starts is {settings.learning_starts}, and the run has {steps} steps (iterations "
+                "x rollout.copies x rollout.steps), so nothing would be learned; lower it, or give more iterations"
+            )
 
 
 def refusal(algorithm: type[Algorithm]) -> str | None:

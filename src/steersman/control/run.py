@@ -15,7 +15,7 @@ from steersman.atomic import write_atomic
 from steersman.control.curve import learning_curves
 from steersman.control.dqn import DQN
 from steersman.control.envs import Worlds, maker
-from steersman.control.evaluate import evaluate, record
+from steersman.control.evaluate import Video, evaluate
 from steersman.control.loop import ControlLoop
 from steersman.control.recipe import TABULAR, ControlRecipe
 from steersman.control.tabular import Tabular
@@ -33,14 +33,19 @@ def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     make = maker(recipe.env, recipe.env_options)
     with session:
-        numbers = _tables(session, recipe, make) if recipe.algorithm in TABULAR else _networks(session, recipe, make)
+        state = None if recipe.algorithm in TABULAR else build(recipe, make, session.device)
+        video = None if recipe.video is None else Video(recipe, Path(recipe.video))
+        numbers = _tables(session, recipe, make) if state is None else _networks(session, recipe, make, state)
         if session.stopped:
             return session.summary({})
         if any("reward/return" in row for row in session.metrics()):
             learning_curves({recipe.algorithm: [session.path]}, session.path / "curve.png")
         told = "  ".join(f"{name.removeprefix('held_out/')} {x:.4g}" for name, x in numbers.items())
         session.log.note(f"{recipe.env}, {recipe.algorithm}: {told}")
-        return session.summary(numbers)
+        summary = session.summary(numbers)
+        if state is not None and video is not None:
+            session.log.note(f"video: {recipe.video}, {video.record(state)} frames")
+        return summary
 
 
 def build(recipe: ControlRecipe, make: Callable[[], gym.Env], device: torch.device) -> ControlLoop | DQN:
@@ -64,8 +69,9 @@ def build(recipe: ControlRecipe, make: Callable[[], gym.Env], device: torch.devi
     return DQN(recipe, worlds, device)
 
 
-def _networks(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]) -> Stats:
-    state = build(recipe, make, session.device)
+def _networks(
+    session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env], state: ControlLoop | DQN
+) -> Stats:
     _preflight(session, recipe, state)
     session.begin(state, recipe.iterations)
     for step in session.steps():
@@ -79,22 +85,16 @@ def _networks(session: Session, recipe: ControlRecipe, make: Callable[[], gym.En
     buffer = io.BytesIO()
     torch.save(state.networks(), buffer)
     write_atomic(session.path / "policy.pt", buffer.getvalue())
-    if recipe.video is not None:
-        rendered = maker(recipe.env, recipe.env_options, render=True)
-        frames = record(state, rendered, recipe, Path(recipe.video))
-        session.log.note(f"video: {recipe.video}, {frames} frames")
     return evaluate(state, make, recipe, recipe.evaluation.episodes) | {"env_steps": float(state.env_steps)}
 
 
 def _tables(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]) -> Stats:
-    if recipe.video is not None:
-        raise SteersmanError("video: only runs with networks record one; remove it")
     state = Tabular(recipe, make())
-    session.begin(state, recipe.iterations)
+    session.begin(state, state.rows)
     state.learn()
     for step in session.steps():
         session.observe(step, state.row(step))
-    return state.against_optimum()
+    return state.against_optimum(session.log.note)
 
 
 def _preflight(session: Session, recipe: ControlRecipe, state: ControlLoop | DQN) -> None:

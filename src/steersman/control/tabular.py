@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +17,8 @@ from steersman.types import Stats, SteersmanError
 
 
 class Tabular:
-    """One run of a tabular learner; `rows` lays its episodes out as `iterations` rows of the log.
+    """One run of a tabular learner; its episodes are laid out as `rows` rows of the log: `iterations`, or as many
+    as there are episodes.
 
     Learning takes seconds and is begun anew when a run is resumed.
     """
@@ -24,6 +26,7 @@ class Tabular:
     def __init__(self, recipe: ControlRecipe, env: gym.Env) -> None:
         self.recipe, self.env = recipe, env
         self.settings: TabularSettings = recipe.settings
+        self.rows = min(recipe.iterations, self.settings.episodes)
         self.learned: Learned | None = None
 
     def learn(self) -> None:
@@ -35,7 +38,7 @@ class Tabular:
             episodes=settings.episodes,
             discount=settings.gamma,
             alpha=power(settings.alpha, scale=settings.alpha_scale),
-            epsilon=linear(settings.epsilon_start, settings.epsilon_end, settings.episodes // 2),
+            epsilon=linear(settings.epsilon_start, settings.epsilon_end, max(settings.episodes // 2, 1)),
             seed=sub_seed(recipe.run.seed, "tabular") % 2**31,
             initial=settings.initial,
         )
@@ -43,16 +46,16 @@ class Tabular:
     def row(self, step: int) -> Stats:
         """Means over the step's share of the episodes."""
         assert self.learned is not None
-        edges = torch.linspace(0, self.settings.episodes, self.recipe.iterations + 1).round().long().tolist()
-        part = slice(edges[step - 1], max(edges[step], edges[step - 1] + 1))
+        part = slice(*(i * self.settings.episodes // self.rows for i in (step - 1, step)))
         return {
             "reward/return": float(self.learned.returns[part].mean()),
             "length/episode": float(self.learned.lengths[part].float().mean()),
             "env_steps": float(self.learned.lengths[: part.stop].sum()),
         }
 
-    def against_optimum(self) -> Stats:
-        """The learned policy's exact value at the start beside the optimum, where the process is known."""
+    def against_optimum(self, tell: Callable[[str], None]) -> Stats:
+        """The learned policy's exact value at the start beside the optimum, where the process is known; `tell` hears
+        of one that has no finite value, as without a discount where a policy never ends."""
         assert self.learned is not None
         try:
             mdp = from_gymnasium(self.env, self.settings.gamma)
@@ -60,8 +63,16 @@ class Tabular:
             return {}
         # the process has one more state, the end, in which any action will do
         policy = torch.cat([self.learned.policy, self.learned.policy.new_zeros(1)])
-        best = policy_iteration(mdp)
-        own, optimum = float(mdp.performance(policy)), float(mdp.start @ best.value)
+        try:
+            optimum = float(mdp.start @ policy_iteration(mdp).value)
+        except SteersmanError as error:
+            tell(f"no optimum to compare with: {error}")
+            return {}
+        try:
+            own = float(mdp.performance(policy))
+        except SteersmanError as error:
+            tell(f"the learned policy has no finite value: {error}")
+            return {"optimum": optimum, "optimal": 0.0}
         return {"value": own, "optimum": optimum, "optimal": float(abs(own - optimum) <= 1e-9 * max(1, abs(optimum)))}
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,6 +31,12 @@ _ONE_NUMBER = re.compile(r"[+-]? ?(?:\d{1,3}([, ])\d{3}(?:\1\d{3})*|\d+)(?:\.\d+
 _MIXED = re.compile(r"(?<![^\s$({=-])(\d{1,15}) (\d{1,15})/(\d{1,15})(?![\d/]|\.\d)")
 _ITEM = r"[+-]?\d+(?:\.\d+)?(?:/\d+)?"
 _LIST = re.compile(rf"{_ITEM}(?:(?:,\s*|\s+){_ITEM})+")
+# Signs as they are typed: hyphens and minuses of Unicode; an en dash directly before a number, if it is no range;
+# any of them apart from its number, where nothing else can be meant; and before a currency.
+_MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2212\ufe63\uff0d", "-"))
+_EN_DASH = re.compile(r"(?<!\d)\u2013(?=[\d.$€£\\])")
+_APART = re.compile(r"([=≈({] ?|\bis |^(?=[-\u2013] ?[$€£]?[\d.,]+\.?$))[-\u2013] ?(?=[$€£]?[\d.])")
+_BEFORE_CURRENCY = re.compile(r"(?<![\w)\]}$])(?<!\d )-([$€£])(?=[\d.])")
 
 
 def squad_normal(text: str) -> str:
@@ -110,7 +116,8 @@ class MathAnswer(Scorer):
 
     The final answer is what stands after the last "####" (as in GSM8K, in texts and references alike); without
     it math-verify looks for one, and where it finds none the last number counts. "1,200" and "1 200" are one number,
-    "1 1/2" is three halves, and "2, 3" is a list, which math-verify compares as a set.
+    "1 1/2" is three halves, and "2, 3" is a list, which math-verify compares as a set. A minus sign or an en dash of
+    Unicode is a minus as "-" is.
     """
 
     name = "math_answer"
@@ -137,7 +144,7 @@ def math_equal(completion: str, answer: str) -> bool:
     wanted = answer.rpartition("####")[2].strip()
     marked = "####" in completion
     given = completion.rpartition("####")[2].strip().split("\n")[0] if marked else completion
-    wanted, given = _MIXED.sub(_improper, wanted), _MIXED.sub(_improper, given[-LONGEST:])
+    wanted, given = (_MIXED.sub(_improper, _signed(text)) for text in (wanted, given[-LONGEST:]))
     target = _as_number(wanted)
     if marked and target is not None and (number := _as_number(given)) is not None:
         return number == target
@@ -154,6 +161,12 @@ def math_equal(completion: str, answer: str) -> bool:
 @cache
 def _math_process() -> MathProcess:
     return MathProcess()
+
+
+def _signed(written: str) -> str:
+    """Every minus as "-", directly before its number: " = \u2212 3" as " = -3", "-$5" as "$-5"."""
+    plain = _EN_DASH.sub("-", written.translate(_MINUS))
+    return _BEFORE_CURRENCY.sub(r"\1-", _APART.sub(r"\1-", plain))
 
 
 def _as_number(written: str) -> Fraction | None:

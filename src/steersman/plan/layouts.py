@@ -10,9 +10,11 @@ All is arithmetic on the model's shape and the devices' data sheets, and is show
                 with checkpointing tokens x layers x n h, of one layer only where these wait in the CPU's memory, and
                 one layer's of the former again
     backward    tokens x 4 n i, a layer's gradients; the output layer's gradient in float32, and two tiles of logits
-    cache       2 x layers x kv heads x head size x sequences x length x bytes
-    seconds     2 P a token forward, 6 P trained (8 P with checkpointing), at `COMPUTE` of the data sheet's rate; a
-                step of decoding reads weights and cache once, at `MEMORY` of the data sheet's bandwidth
+    cache       2 x layers x kv heads x head size x sequences side by side x length x bytes (`rollout.max_batch` of
+                them in steersman's engine; vLLM chooses for itself)
+    seconds     2 P a token forward, 6 P trained (8 P with checkpointing), at `COMPUTE` of the data sheet's rate, P
+                being the parameters that a token passes; a step of decoding reads weights and cache once, at
+                `MEMORY` of the data sheet's bandwidth
 
 Source: activations are counted on transformers' Llama as arXiv 2205.05198, section 4.1, counts GPT's (without the
 attention scores, which no current kernel keeps); 2 P and 6 P a token, arXiv 2001.08361, section 2.1.
@@ -40,9 +42,9 @@ HOST = 50e9
 @dataclass(frozen=True, slots=True)
 class Role:
     """A model of the run: `trained` parameters of it learn. `owns_base` is False where it has another's base.
-    `adapter_parameters` are those of its adapters, in float32. `matrices` are the bytes of each parameter of the
-    layers where these are quantised, and not as `Work` says. One that is `offloaded` waits in the node's memory until
-    it is read, where every device holds whole models."""
+    `adapter_parameters` are those of its adapters, in float32; where there are any, what else learns is trained in a
+    copy. `matrices` are the bytes of each parameter of the layers where these are quantised, and not as `Work` says.
+    One that is `offloaded` waits in the node's memory until it is read, where every device holds whole models."""
 
     name: str
     shape: Shape
@@ -54,21 +56,42 @@ class Role:
 
     def weights(self, number: int) -> float:
         """Bytes of its weights, those of another's base left out."""
-        shape, adapters = self.shape, self.adapter_parameters * 4.0
+        shape, added = self.shape, self.adapter_parameters * 4.0
+        if self.adapter_parameters:
+            added += self.trained_whole * number
         if not self.owns_base:
-            return adapters
+            return added
         if self.matrices is None:
-            return shape.parameters * number + adapters
+            return shape.parameters * number + added
         inside = shape.layers * shape.largest_layer
-        return inside * self.matrices + (shape.parameters - inside) * number + adapters
+        return inside * self.matrices + (shape.parameters - inside) * number + added
+
+    @property
+    def trained_adapters(self) -> int:
+        return min(self.adapter_parameters, self.trained)
+
+    @property
+    def trained_whole(self) -> int:
+        """Parameters that learn and are no adapters'."""
+        return self.trained - self.trained_adapters
+
+    def gradients(self, work: Work) -> float:
+        """Bytes of its gradients, which have their parameters' precision."""
+        return self.trained_adapters * 4.0 + self.trained_whole * work.weight
+
+    def optimizer(self, work: Work, copies: float = 0) -> float:
+        """Bytes that the optimizer keeps of it, and of a copy of `copies` bytes of each parameter that learns."""
+        adapters = self.trained_adapters * (work.adapter_optimizer_bytes + copies)
+        return adapters + self.trained_whole * (work.optimizer_bytes + copies)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """An iteration: `samples` answers of `new` tokens to prompts of `prompt` tokens (offline: none is sampled), gone
     through `epochs` times, `minibatches` updates each, in micro-batches of `micro` tokens. Weights and gradients have
-    `weight` bytes, activations and the cache `compute`; the optimizer keeps `optimizer_bytes` of each parameter.
-    `scores` is the length of a sequence where attention is written out and keeps its scores, else 0."""
+    `weight` bytes, activations and the cache `compute`; the optimizer keeps `optimizer_bytes` of each parameter, and
+    `adapter_optimizer_bytes` of each of an adapter. `scores` is the length of a sequence where attention is written
+    out and keeps its scores, else 0. A device decodes at most `max_batch` answers side by side (None: all of its)."""
 
     samples: int
     prompt: int
@@ -78,16 +101,22 @@ class Work:
     weight: int = 4
     compute: int = 4
     optimizer_bytes: float = 8
+    adapter_optimizer_bytes: float = 8
     minibatches: int = 1
     ahead: int = 0
     scores: int = 0
     checkpointing: bool = False
     offload_activations: bool = False
     sampled: bool = True
+    max_batch: int | None = None
 
     @property
     def tokens(self) -> int:
         return self.samples * (self.prompt + self.new)
+
+    def side_by_side(self, answers: int, layout: Layout) -> int:
+        """How many of so many answers a device decodes at once; devices set apart for sampling run vLLM."""
+        return answers if self.max_batch is None or layout.generators else min(answers, self.max_batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +247,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     for role in roles:
         if (layout.scorers and not role.trained) or (role.offloaded and layout.shards == 1):
             continue
-        kept = role.trained * (work.optimizer_bytes + 4 * (layout.stage > 0)) / layout.moments
+        kept = role.optimizer(work, 4 * (layout.stage > 0)) / layout.moments
         held[role.name] = role.weights(work.weight) / layout.shards + kept
     actor = roles[0].shape
     if layout.shards > 1:
@@ -233,17 +262,13 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
         kept = 1 if work.offload_activations else trained.layers
         activations = micro * trained.hidden * kept * work.compute + one
     activations += backward(trained, roles, micro, work)
-    gradients = sorted(
-        role.trained * (4 if role.adapter_parameters else work.weight) / layout.gradients
-        for role in roles
-        if role.trained
-    )
+    gradients = sorted(role.gradients(work) / layout.gradients for role in roles if role.trained)
     if gradients and update <= micro:
         gradients[-1] = max(gradients[-1] - activations, 0)
     if layout.offloaded:  # the largest phase alone: sampling with the actor, or one model that learns
         learning = max(
             (role for role in roles if role.trained),
-            key=lambda r: r.weights(work.weight) + r.trained * work.optimizer_bytes, default=roles[0],
+            key=lambda r: r.weights(work.weight) + r.optimizer(work), default=roles[0],
         )  # fmt: skip
         held = {name: x for name, x in held.items() if name == learning.name or name.startswith("a layer")}
         gradients = gradients[-1:]
@@ -252,7 +277,7 @@ def _memory(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     if work.sampled and not layout.generators:
         here = -(-work.samples // (there.count - layout.scorers))
         whole = actor.parameters * work.compute if layout.shards > 1 else 0
-        sampling = whole + actor.cache(work.prompt + work.new, work.compute) * here
+        sampling = whole + actor.cache(work.prompt + work.new, work.compute) * work.side_by_side(here, layout)
     come = waiting(layout, roles, work)
     held["activations, or cache and whole weights while sampling"] = max(activations, sampling, *come)
     held["process"] = there.device.process
@@ -280,22 +305,25 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     if work.sampled:
         samplers = layout.generators or training
         here = -(-work.samples // samplers)
-        prefill = 2 * actor.parameters * here * work.prompt / flops
-        read = actor.parameters * work.compute + here * actor.cache(work.prompt + work.new / 2, work.compute)
-        step = max(read / (device.bandwidth * MEMORY), 2 * actor.parameters * here / flops)
-        found["generate"] = prefill + work.new * step
-        scored = sum(role.shape.parameters for role in roles[1:] if not (layout.scorers and not role.trained))
+        prefill = 2 * actor.active * here * work.prompt / flops
+        rows = work.side_by_side(here, layout)
+        waves = [rows] * (here // rows) + [here % rows] * (here % rows > 0)  # all answers are as long
+        steps = sum(decoding_step(wave, actor, work, there) for wave in waves)
+        found["generate"] = prefill + work.new * steps
+        scored = sum(role.shape.active for role in roles[1:] if not (layout.scorers and not role.trained))
         found["score"] = 2 * scored * work.tokens / training / flops
         if layout.scorers:
-            frozen = sum(role.shape.parameters for role in roles if not role.trained)
+            frozen = sum(role.shape.active for role in roles if not role.trained)
             found["score"] += 2 * frozen * work.tokens / layout.scorers / flops
     per = 8 if work.checkpointing else 6
-    trained = sum(role.shape.parameters for role in roles if role.trained)
-    found["train"] = work.epochs * per * trained * work.tokens / training / flops
-    moved = sum(role.trained for role in roles) * work.weight
+    learning = [role for role in roles if role.trained]
+    passed = sum(role.shape.active for role in learning)
+    found["train"] = work.epochs * per * passed * work.tokens / training / flops
+    moved = sum(role.gradients(work) for role in learning)
     micro = max(1, round(work.epochs * work.tokens / training / max(work.micro, 1)))
     if layout.shards > 1:
-        inside = 3 * trained * work.compute * micro / there.link(layout.shards)
+        gathered = 3 * sum(role.shape.parameters for role in learning) * work.compute
+        inside = gathered * micro / there.link(layout.shards)
         between = 2 * moved / layout.shards / device.network if training > layout.shards else 0.0
         found["exchange"] = inside + between
     elif training > 1:
@@ -310,10 +338,15 @@ def seconds(layout: Layout, roles: list[Role], work: Work, there: Cluster) -> di
     return found
 
 
+def decoding_step(rows: int, actor: Shape, work: Work, there: Cluster) -> float:
+    """Seconds of a step of decoding `rows` answers side by side, half of their tokens written."""
+    device = there.device
+    read = actor.parameters * work.compute + rows * actor.cache(work.prompt + work.new / 2, work.compute)
+    return max(read / (device.bandwidth * MEMORY), 2 * actor.active * rows / (device.flops * COMPUTE))
+
+
 def moved_between_phases(roles: list[Role], work: Work) -> float:
     """Bytes that an iteration moves between devices and nodes' memory: what learns goes away and comes back with its
     optimizer, what does not learn only comes, since its copy in memory stays true."""
-    learning = sum(
-        2 * (role.weights(work.weight) + role.trained * work.optimizer_bytes) for role in roles if role.trained
-    )
+    learning = sum(2 * (role.weights(work.weight) + role.optimizer(work)) for role in roles if role.trained)
     return learning + sum(role.weights(work.weight) for role in roles if not role.trained)

@@ -1,9 +1,9 @@
 """How a loop's seconds grow and shrink from one device to thousands, with responses that end at different times.
 
 A discrete simulation. Each device that samples has its share of an iteration's responses: as many as fit its memory
-are decoded side by side, one token each a step, and when one ends the next takes its place, as the engine does. A
-step reads the weights once and every live row's cache. Training waits for the last response of its iteration, and
-sampling for weights that are at most `ahead` updates old:
+(and where no devices are apart, at most `rollout.max_batch`) are decoded side by side, one token each a step, and
+when one ends the next takes its place, as the engine does. A step reads the weights once and every live row's cache.
+Training waits for the last response of its iteration, and sampling for weights that are at most `ahead` updates old:
 
     begin of batch j on device d = max(its end of batch j - 1, end of update j - 1 - ahead + moving the weights)
     begin of update j            = max(end of update j - 1, the last device's end of batch j)
@@ -64,6 +64,8 @@ def simulate(
     both, and `ahead` is 0)."""
     n, rng = there.count, np.random.default_rng(seed)
     samplers = apart or n
+    if apart:  # these run vLLM
+        work = replace(work, max_batch=None)
     train, move = phases(there, roles, work, lengths, apart)
     ended, updated = np.zeros(samplers), [0.0] * (ahead + 1)
     busy_sampling = 0.0
@@ -95,7 +97,7 @@ def decode(share: np.ndarray, there: Cluster, role: Role, work: Work) -> float:
     device, shape = there.device, role.shape
     weights = shape.parameters * work.compute
     longest = shape.cache(work.prompt + int(share.max()), work.compute)
-    rows = max(1, min(len(share), int((device.memory * ROOM - weights) / longest)))
+    rows = max(1, min(len(share), work.max_batch or len(share), int((device.memory * ROOM - weights) / longest)))
     free = [0] * rows
     begin = np.empty(len(share), dtype=np.int64)
     for i, tokens in enumerate(share):  # the next response takes the place that is free first
@@ -105,8 +107,8 @@ def decode(share: np.ndarray, there: Cluster, role: Role, work: Work) -> float:
     steps = np.unique(np.concatenate([begin, ends]))
     live = np.searchsorted(np.sort(begin), steps[:-1], "right") - np.searchsorted(np.sort(ends), steps[:-1], "right")
     read = weights + live * shape.cache(work.prompt + share.mean() / 2, work.compute)
-    step = np.maximum(read / (device.bandwidth * MEMORY), 2 * shape.parameters * live / (device.flops * COMPUTE))
-    prefill = 2 * shape.parameters * len(share) * work.prompt / (device.flops * COMPUTE)
+    step = np.maximum(read / (device.bandwidth * MEMORY), 2 * shape.active * live / (device.flops * COMPUTE))
+    prefill = 2 * shape.active * len(share) * work.prompt / (device.flops * COMPUTE)
     return float(prefill + (np.diff(steps) * step).sum())
 
 

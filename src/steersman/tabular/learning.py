@@ -95,10 +95,15 @@ class Learned:
 
 
 def _size(space: Any, what: str) -> int:
-    if type(space).__name__ != "Discrete":
+    kind = type(space).__name__
+    if kind != "Discrete":
+        instead = (
+            "use a method with a function approximator, such as PPO"
+            if kind == "Box"
+            else f"wrap the environment in a class of yours in which each {what} is one number"
+        )
         raise SteersmanError(
-            f"tabular learning needs a discrete {what} space, this environment has {space}; use a method with "
-            "a function approximator, such as PPO or DQN"
+            f"tabular learning needs a discrete {what} space, this environment has {space}; {instead}"
         )
     if int(space.start) != 0:
         raise SteersmanError(f"the {what} space must count from 0, this one starts at {space.start}")

@@ -162,6 +162,16 @@ class MarkovChain:
             reward = (self.P * reward).sum(-1)
         return bellman_solve(self.P, reward, discount, self.closed_classes)
 
+    def reached(self, start: Bool[Tensor, " S"]) -> Bool[Tensor, " S"]:
+        """The states that the chain can come to from those of `start`, themselves among them."""
+        reach = start.clone()
+        for _ in range(len(self)):
+            wider = reach | (self.P[reach] > 0).any(0)
+            if torch.equal(wider, reach):
+                break
+            reach = wider
+        return reach
+
     def _reaching(self, target: Bool[Tensor, " S"], through: Bool[Tensor, " S"] | None = None) -> Bool[Tensor, " S"]:
         """The states from which `target` can be reached, stepping only on states where `through` is True."""
         reach, edge = target.clone(), self.P > 0

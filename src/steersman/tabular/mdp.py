@@ -92,8 +92,14 @@ class MDP:
         return chain.expected_return(reward, self.discount)
 
     def performance(self, policy: Policy) -> Float[Tensor, ""]:
-        """The expected return of the policy from the start distribution."""
-        return self.start @ self.evaluate(policy)
+        """The expected return of the policy from the start distribution. What it does where it never comes from
+        there does not count.
+
+        Raises SteersmanError where that has no limit.
+        """
+        chain, reward = self.under(policy)
+        visited = chain.reached(self.start > 0)
+        return self.start @ chain.expected_return(torch.where(visited, reward, 0.0), self.discount)
 
 
 def policy_evaluation(mdp: MDP, policy: Policy, tolerance: float = 1e-12, sweeps: int = 100_000) -> Tensor:

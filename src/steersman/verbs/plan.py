@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from steersman.config.load import load_recipe
 from steersman.config.sections import Section
-from steersman.model import shape_of
+from steersman.model import LoraConfig, adapted, attributes_of, load_tokenizer, saved_lora, shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
 from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
-from steersman.recipe.on_policy import OnPolicyRecipe
+from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
+from steersman.recipe.sections import ModelConfig
+from steersman.run.console import new_console
 from steersman.run.run_config import ON_ACCELERATOR
+from steersman.setup.models import lora_of
 from steersman.types import SteersmanError
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
@@ -85,35 +88,80 @@ def run(recipe: PlanRecipe) -> dict[str, Any]:
 
 
 def roles_of(recipe: Any, size: str) -> list[Role]:
-    """The models of the recipe, the actor (or the model that is trained) first."""
-    shape = shape_of(size or recipe.model.path)
-    lora = recipe.model.lora
-    added = 0 if lora is None else shape.adapters(lora.r)
-    learner = {
-        "trained": added or shape.parameters,
-        "adapter_parameters": added,
-        "matrices": MATRICES[recipe.model.quantise],
-    }
-    head = {**learner, "trained": added or shape.scalar().parameters}
-    if isinstance(recipe, RewardModelRecipe):
-        return [Role("model", shape.scalar(), **head)]
-    if not isinstance(recipe, OnPolicyRecipe):
-        own = [Role("model", shape, **learner)]
-        frozen = (
-            isinstance(recipe, PreferenceRecipe | FeedbackRecipe) and recipe.reference is not None and lora is None
+    """The models of the recipe, the actor (or the model that is trained) first; all of another `size` where one is
+    given."""
+    model = recipe.model
+    if model.scratch is not None and not size:
+        raise SteersmanError(
+            "model.scratch: a plan counts a model by the config in its folder, and this one has none yet; give "
+            "--size, a name or a folder with such a config"
         )
-        return [*own, Role("reference", shape, offloaded=recipe.offload)] if frozen else own
-    found = [Role("actor", shape, **learner)]
-    if recipe.algorithm.critic and (recipe.critic is None or recipe.critic.init != "shared"):
-        found.append(Role("critic", shape.scalar(), **head, owns_base=recipe.share != "base"))
+    at = size or model.path
+    if isinstance(recipe, RewardModelRecipe):
+        return [learner("model", at, model, scalar=True)]
+    own = learner("actor" if isinstance(recipe, OnPolicyRecipe) else "model", at, model)
+    if isinstance(recipe, FeedbackRecipe):
+        return [own, reference(recipe.reference, own, recipe, size)]
+    if isinstance(recipe, PreferenceRecipe):
+        folders = [recipe.reference if recipe.reads_reference else None, recipe.anchor]
+        return [own, *(reference(folder, own, recipe, size) for folder in folders if folder is not None)]
+    if not isinstance(recipe, OnPolicyRecipe):
+        return [own]
+    found = [own]
+    if recipe.algorithm.critic and (recipe.critic or CriticConfig()).init != "shared":
+        source = size or critic_source(recipe)
+        found.append(learner("critic", source, model, scalar=True, owns_base=recipe.share != "base"))
     if recipe.reference != "none":
-        found.append(Role("reference", shape, owns_base=lora is None, offloaded=recipe.offload and lora is None))
-    found += [
-        Role(f"reward {name}", shape_of(size or part.model).scalar(), offloaded=recipe.offload)
-        for name, part in recipe.reward.parts.items()
-        if part.model is not None
-    ]
-    return found
+        found.append(reference(recipe.reference, own, recipe, size))
+    if recipe.algorithm.sampling_mask() is not None:
+        found.append(replace(own, name="masking policy", trained=0))
+    judges = {name: part.model for name, part in recipe.reward.parts.items() if part.model is not None}
+    return found + [judge(f"reward {name}", path, recipe, size) for name, path in judges.items()]
+
+
+def learner(name: str, path: str, model: ModelConfig, *, scalar: bool = False, owns_base: bool = True) -> Role:
+    """A model that learns as the section says, whole or by its adapters."""
+    lora, shape = lora_of(model), shape_of(path)
+    if scalar:
+        shape = shape.scalar()
+    if lora is None and saved_lora(path) is None:
+        return Role(name, shape, shape.parameters, owns_base, matrices=MATRICES[model.quantise])
+    added = adapted(path, lora or LoraConfig(), scalar=scalar)
+    return Role(name, shape, added.trained, owns_base, added.adapters, MATRICES[model.quantise])
+
+
+def reference(folder: str, own: Role, recipe: Any, size: str) -> Role:
+    """A frozen policy that answers are measured against; the start of a policy with adapters is on its base."""
+    if folder == "start" and own.adapter_parameters:
+        return Role("reference", own.shape, owns_base=False)
+    name, shape = ("reference", own.shape) if folder == "start" else (f"reference {folder}", shape_of(size or folder))
+    return Role(name, shape, matrices=MATRICES[recipe.model.quantise], offloaded=recipe.offload)
+
+
+def judge(name: str, path: str, recipe: OnPolicyRecipe[Any], size: str) -> Role:
+    """A reward model; saved adapters stand on the shared base where there is one."""
+    shape = shape_of(size or path).scalar()
+    if saved_lora(path) is None:
+        return Role(name, shape, offloaded=recipe.offload)
+    adapters = 0 if size else adapted(path, LoraConfig(), scalar=True).adapters
+    return Role(name, shape, 0, recipe.share != "base", adapters, offloaded=recipe.offload)
+
+
+def critic_source(recipe: OnPolicyRecipe[Any]) -> str:
+    """The folder that a critic with a trunk of its own begins from, as a run chooses it."""
+    init = (recipe.critic or CriticConfig()).init
+    if init == "auto":
+        models = (part.model for part in recipe.reward.parts.values() if part.model is not None)
+        init = next((path for path in models if can_be_critic(path, recipe)), "policy")
+    return recipe.model.path if init == "policy" else init
+
+
+def can_be_critic(path: str, recipe: OnPolicyRecipe[Any]) -> bool:
+    """Whether a critic can begin from a reward model: it gives one number, reads the policy's token ids, and stands
+    on the shared base where there is one."""
+    own, theirs = (load_tokenizer(one).get_vocab() for one in (recipe.model.path, path))
+    placed = recipe.share != "base" or saved_lora(path) is not None
+    return placed and own == theirs and len(attributes_of(path)) < 2
 
 
 def work_of(recipe: Any, prompt_tokens: int) -> Work:
@@ -122,7 +170,8 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,
-        "optimizer_bytes": optimizer_bytes(recipe.optimizer, weight, adapters=recipe.model.lora is not None),
+        "optimizer_bytes": optimizer_bytes(recipe.optimizer, weight, adapters=False),
+        "adapter_optimizer_bytes": optimizer_bytes(recipe.optimizer, weight, adapters=True),
         "scores": prompt_tokens if recipe.model.attention == "eager" else 0,
         "compute": {"same": weight, "float32": 4, "bfloat16": 2}[recipe.parallel.compute_dtype],
         "checkpointing": recipe.model.gradient_checkpointing,
@@ -137,6 +186,7 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
             recipe.algorithm.epochs,
             minibatches=recipe.algorithm.minibatches,
             ahead=rollout.ahead,
+            max_batch=None if rollout.engine == "vllm" else rollout.max_batch,
             **common,
         )
     pairs = 2 if isinstance(recipe, PreferenceRecipe | RewardModelRecipe) else 1
@@ -172,15 +222,16 @@ def show_growth(found: list[list[SimulatedIteration]], work: Work) -> None:
                 str(one.devices), name, f"{one.seconds:.1f}", f"{work.samples / one.seconds / one.devices:.3g}",
                 f"{one.samplers_wait:.0%}", f"{one.trainers_wait:.0%}",
             )  # fmt: skip
-    Console().print(table)
+    new_console().print(table)
 
 
 def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) -> None:
     """The table of layouts, and how the first one's numbers come about."""
-    console, device = Console(), there.device
+    console, device = new_console(), there.device
     console.print(
         f"{there.nodes} x {there.per_node} {device.name}; "
-        f"{work.samples:,} sequences of {work.prompt} + {work.new} tokens",
+        f"{work.samples:,} sequences of {work.prompt} + {work.new} tokens"
+        + (f", at most {work.max_batch} decoded side by side (rollout.max_batch)" if work.max_batch else ""),
         highlight=False,
     )
     phases = list(dict.fromkeys(name for verdict in found for name in verdict.seconds))
@@ -195,10 +246,14 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
     best = found[0]
     console.print(f'\nmemory of "{best.layout.name}", a device', highlight=False)
     for role in roles:
-        gradient = 4 if role.adapter_parameters else work.weight
+        kept = f"{work.optimizer_bytes:.3g} bytes that the optimizer keeps + {work.weight} of gradient"
+        learned = f"{role.trained_whole / 1e9:.3f} G trained x ({kept})"
+        if role.trained_adapters:
+            kept = f"{work.adapter_optimizer_bytes:.3g} bytes that the optimizer keeps + 4 of gradient"
+            adapters = f"{role.trained_adapters / 1e9:.3f} G of adapters x ({kept})"
+            learned = f"{adapters} + {learned}" if role.trained_whole else adapters
         console.print(
-            f"  {role.name}: {role.weights(work.weight) / 1e9:.3f} GB of weights + {role.trained / 1e9:.3f} G "
-            f"trained x ({work.optimizer_bytes:.3g} bytes that the optimizer keeps + {gradient} of gradient); on "
+            f"  {role.name}: {role.weights(work.weight) / 1e9:.3f} GB of weights + {learned}; on "
             f"{best.layout.shards}, {best.layout.moments} and {best.layout.gradients} devices",
             highlight=False, markup=False,
         )  # fmt: skip

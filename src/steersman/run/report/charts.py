@@ -63,7 +63,7 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: s
     with mpl.rc_context(style):
         # Places are fixed: to fit them to the texts would draw each chart twice and measure every label.
         figure = Figure(figsize=(5.2, 2.5))
-        axes = figure.add_axes((0.18, 0.18, 0.80, 0.73))
+        axes = figure.add_axes((0.18, 0.18, 0.76, 0.73))  # half of the last step's number is to the right of it
         axes.xaxis.set_label_coords(0.5, -0.15)
         axes.yaxis.set_label_coords(-0.155, 0.5)
         for color, dash, line in zip(_LINES, DASHES, lines, strict=False):
@@ -75,11 +75,17 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: s
             if noisy:
                 axes.plot(line.steps, smooth, color=color, lw=1.8, ls=dash)
         values = [v for line in lines for v in line.values]
-        if 0 < min(values) < max(values) and (log or _far_apart(lines)):
+        low, high = min(values), max(values)
+        # within a decade a linear axis has more numbers
+        if 0 < 10 * low < high and (log or _far_apart(lines)):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(numticks=6))
+            subs = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
+        elif _one_number(low, high):
+            around = 0.05 * max(abs(low), abs(high)) or 0.05
+            axes.set_ylim(low - around, high + around)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel(textwrap.fill(label or title, 26))  # what a chart's height has room for
@@ -92,17 +98,23 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: s
 def running_mean(values: list[float]) -> list[float]:
     """Centred mean over about a twentieth of the series; the same list where it is short or smooth."""
     half = len(values) // 40
+    low, high = min(values), max(values)
     travelled = sum(abs(b - a) for a, b in itertools.pairwise(values))
-    if half < 1 or travelled < 3 * (max(values) - min(values)):
+    if half < 1 or _one_number(low, high) or travelled < 3 * (high - low):
         return values
     total = [0.0]
     for value in values:
-        total.append(total[-1] + value)
+        total.append(total[-1] + (value - low))  # from the lowest, so that rounding is of what moves
     out = []
     for i in range(len(values)):
-        low, high = max(0, i - half), min(len(values), i + half + 1)
-        out.append((total[high] - total[low]) / (high - low))
+        begin, end = max(0, i - half), min(len(values), i + half + 1)
+        out.append(low + (total[end] - total[begin]) / (end - begin))
     return out
+
+
+def _one_number(low: float, high: float) -> bool:
+    """Whether what lies between the two is one number, but for rounding."""
+    return high - low <= 1e-9 * max(abs(low), abs(high))
 
 
 def _far_apart(lines: Sequence[Line]) -> bool:

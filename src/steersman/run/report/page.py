@@ -126,15 +126,19 @@ def setup(config: Path) -> list[tuple[str, str]]:
         told = None
     if not isinstance(told, dict):
         return []
-    model, data, run = (told.get(name) or {} for name in ("model", "data", "run"))
+    model, data, run = (_section(told.get(name)) for name in ("model", "data", "run"))
     rows = [("environment", told.get("env")), ("method", told.get("algorithm") if "env" in told else None)]
-    if isinstance(model, dict) and model:
+    if model:
         lora = model.get("lora")
         trained = "all weights" if not lora else f"adapters of rank {lora.get('r')}, alpha {lora.get('alpha')}"
         rows += [("model", model.get("path")), ("trained", f"{trained}, in {model.get('dtype')}")]
     rows += [("data", data.get("path")), ("seed", run.get("seed"))]
     rows += [("versions", ", ".join(f"{name} {version(name)}" for name in ("steersman", "torch", "transformers")))]
     return [(name, _show(value)) for name, value in rows if value is not None]
+
+
+def _section(told: Any) -> dict[str, Any]:
+    return told if isinstance(told, dict) else {}
 
 
 def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -214,7 +218,7 @@ def sample_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
         before, after = _rewards(first), _rewards(last)
         for name in dict.fromkeys([*before, *after]):
             a, b = before.get(name), after.get(name)
-            way = "same" if a is None or b is None or a == b else "up" if b > a else "down"
+            way = "same" if a is None or b is None else "up" if b > a else "down" if b < a else "same"
             pair.rewards.append((name, _show(a), _show(b), way))
         pairs.append(pair)
     return pairs
