@@ -77,8 +77,8 @@ def _require_reachable_base(folder: Path) -> None:
     if Path(base).expanduser().is_absolute() or Path(base).exists():
         raise SteersmanError(
             f"run: the adapters in {folder} name {base} as their base, a folder of this machine, which nobody else "
-            f"can load; push the whole model (`steersman export {folder} --out merged`, then push merged), or write the "
-            "base's hub name as base_model_name_or_path into adapter_config.json"
+            f"can load; push the whole model (`steersman export {folder} --out merged`, then push merged), or write "
+            "the base's hub name as base_model_name_or_path into adapter_config.json"
         )
 
 
