@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 class Verb:
     """`run` is "module:function" with the signature (recipe, *, resume) -> summary; `recipe` its recipe class.
 
-    `recipe` may also be a function of the recipe's path and the overrides that chooses the class. With `file_key` a
-    file right after the verb that is no YAML is not a recipe but that setting. `example` is the least that runs,
-    told where the verb is typed alone. With `any_file` that setting may be YAML too. `many` says that several
-    processes can share a run (`run.devices`), `resumes` that it keeps a run that `--resume` goes on with.
+    `recipe` may also be a function of the recipe's path and the overrides that chooses the class, one of those below
+    `base`. With `file_key` a file right after the verb that is no YAML is not a recipe but that setting. `example` is
+    the least that runs, told where the verb is typed alone. With `any_file` that setting may be YAML too. `many` says
+    that several processes can share a run (`run.devices`), `resumes` that it keeps a run which `--resume` continues.
     """
 
     run: str
@@ -37,6 +38,7 @@ class Verb:
     many: bool = False
     any_file: bool = False
     resumes: bool = True
+    base: str = ""
 
     def recipe_class(self, path: Path | None, overrides: list[str]) -> type[Section]:
         """The class that reads the recipe at `path` with these overrides."""
@@ -45,6 +47,15 @@ class Verb:
         with explain_missing("this verb"):
             found = _load(self.recipe)
             return found if isinstance(found, type) else found(path, overrides)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the module of its recipes was imported, without which none can have been made."""
+        return (self.base or self.recipe).partition(":")[0] in sys.modules
+
+    def reads(self, recipe: Any) -> bool:
+        """Whether the recipe is one of its own."""
+        return isinstance(recipe, _load(self.base or self.recipe))
 
     def start(self, name: str, recipe: Any, *, resume: bool = False) -> dict[str, Any]:
         """Runs the verb, on as many processes as the recipe asks for, and gives its summary.
@@ -58,10 +69,10 @@ class Verb:
         with explain_missing(name):
             if not self.many:
                 return self.here(recipe, resume=resume)
-            from steersman.distributed import launch
+            from steersman.distributed import launch, launched
 
             recipe.parallel.require_engine()
-            os.environ.update(launch.from_slurm(os.environ))
+            os.environ.update(launched.from_slurm(os.environ))
             if launch.must_start(recipe.run.devices, recipe.run.launcher):
                 start = _load("steersman.distributed.on_ray:start") if recipe.run.launcher == "ray" else launch.start
                 return start(name, recipe, recipe.run.devices, resume=resume)
@@ -126,7 +137,8 @@ VERBS = {
         "vapo": "PPO with a lambda by length and imitation of correct answers",
     }.items()},
     "control": Verb("steersman.control.run:run", "steersman.control.recipe:recipe_class",
-                    "the same methods, DQN and tabular ones on a Gymnasium environment"),
+                    "the same methods, DQN and tabular ones on a Gymnasium environment",
+                    base="steersman.control.recipe:ControlRecipe"),
     "dpo": Verb("steersman.verbs.preference:run", "steersman.verbs.preference:PreferenceRecipe",
                 "offline preferences: DPO, IPO, DPOP, TDPO, SimPO, ORPO, CPO, ... by --loss.name",
                 example=_START, many=True),
@@ -227,13 +239,14 @@ def main(argv: list[str] | None = None) -> int:
     _terminal().write_out_unencodable()
     _held().clear()
     if _is_rank():
+        _end_at_once_on_ctrl_c()
         _launch().end_with_starter()
     try:
         code = _dispatch(args)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as stop:
+        return _interrupted(str(stop))
     except BrokenPipeError:
         return _output_closed()
     except SystemExit as error:
@@ -342,6 +355,13 @@ def _is_rank() -> bool:
     return "STEERSMAN_RANKS_FOLDER" in os.environ
 
 
+def _end_at_once_on_ctrl_c() -> None:
+    """Until a rank has joined the others (`launch.as_rank`) there is nothing to save, and an interrupt in the middle
+    of a module's import may come out as any error."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
 def _launch() -> Any:
     return importlib.import_module("steersman.distributed.launch")
 
@@ -419,14 +439,13 @@ Settings on the command line win over the recipe: steersman ppo recipes/ppo.yaml
 
 
 def _verb_help(name: str, verb: Verb, recipe_class: type[Section]) -> None:
-    from rich.console import Console
-
     from steersman.config.help import help_table
+    from steersman.run.console import new_console
 
-    console = Console()
-    console.print(f"steersman {name} [recipe.yaml] [--section.key value ...]", style="bold", markup=False)
+    console = new_console()
+    console.print(f"steersman {name} [recipe.yaml] [--section.key value ...]", style="bold")
     also = "--print-config, --resume, --help" if verb.resumes else "--print-config, --help"
-    console.print(f"{verb.help}\n\nAlso: {also}\n", markup=False, highlight=False)
+    console.print(f"{verb.help}\n\nAlso: {also}\n")
     console.print(help_table(recipe_class))
 
 
@@ -441,11 +460,14 @@ def _output_closed() -> int:
     return 141
 
 
-def _interrupted() -> int:
-    """Says how to go on after Ctrl-C, and gives the exit code."""
+def _interrupted(of_ranks: str = "") -> int:
+    """Says how to go on after Ctrl-C, which a rank leaves to its starter (`of_ranks`), and gives the exit code."""
     held = _held()
-    how = f"; its files are in {held[0]}; the same command with --resume goes on" if held else ""
-    _red(f"interrupted{how}")
+    how = f"; its files are in {held[0]}; the same command with --resume goes on" if held else of_ranks
+    if _is_rank():
+        _launch().leave_interrupt(how)
+    else:
+        _red(f"interrupted{how}")
     return 130
 
 

@@ -60,3 +60,9 @@ def test_two_ranks_teach_what_one_process_teaches(settings, tmp_path):
 def test_what_ranks_can_not_do_is_refused_by_name(settings, extra, said):
     with pytest.raises(ValueError, match=said):
         DistillRecipe.model_validate(merge(settings, extra))
+
+
+def test_it_is_refused_where_a_launcher_started_the_ranks(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="other processes"):
+        DistillRecipe.model_validate(merge(settings, {"rollout.engine": "process"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,14 +13,15 @@ import pytest
 import torch.distributed as dist
 
 from steersman.distributed import launch, on_ray, waiting
-from steersman.distributed.launch import from_slurm
+from steersman.distributed.launched import from_slurm
 from steersman.distributed.waiting import MissingRankError, Waits
 from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
 
 TASK = {
     "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711",
-    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[003-004,007]",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[003-004,007]", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8,4(x2)",
 }  # fmt: skip
 
 
@@ -40,6 +42,7 @@ def test_a_task_of_srun_knows_its_rank_and_the_first_node(nodes, first):
         "RANK": "9",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "4",
         "MASTER_PORT": str(20_000 + 4711 * 7 % 20_000),
     }
 
@@ -49,6 +52,14 @@ def test_other_processes_are_left_as_they_are():
     assert from_slurm(TASK | {"SLURM_STEP_NUM_TASKS": "1"}) == {}  # one task that starts its own ranks
     assert from_slurm({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}  # the batch script itself
     assert from_slurm(TASK | {"WORLD_SIZE": "2"}) == {}  # torchrun inside a step
+
+
+@pytest.mark.parametrize(
+    ("told", "node", "tasks"), [("4", 0, "4"), ("8(x2)", 1, "8"), ("8(x2),4", 2, "4"), ("2,3(x3),1", 3, "3")]
+)
+def test_a_task_of_srun_knows_how_many_are_on_its_node(told, node, tasks):
+    found = from_slurm(TASK | {"SLURM_STEP_TASKS_PER_NODE": told, "SLURM_NODEID": str(node)})
+    assert found["LOCAL_WORLD_SIZE"] == tasks
 
 
 def test_a_missing_variable_is_named():
@@ -110,6 +121,21 @@ def test_a_second_ctrl_c_ends_the_ranks_that_run_where_others_have_ended(two_ran
     with pytest.raises(CtrlCError), launch._signals_to([rank.pid for rank in two_ranks]):
         raise CtrlCError
     assert two_ranks[1].wait(20) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("codes", [{0: 130}, {1: -signal.SIGINT}, {0: -signal.SIGTERM}, {0: 130, 1: 1}])
+def test_ranks_that_ctrl_c_ended_outside_a_step_were_interrupted(codes, tmp_path):
+    lost = {"rank": 1, "at": 1.0, "crash": False, "own": False, "text": "rank 0 did not come"}
+    (tmp_path / "error-1.json").write_text(json.dumps(lost))
+    (tmp_path / "interrupt-0.json").write_text(json.dumps("; its files are in runs/a"))
+    assert type(launch.error_of(tmp_path, codes, [])) is SteersmanError
+    assert type(launch.error_of(tmp_path, codes, [signal.SIGTERM])) is SteersmanError
+    stop = launch.error_of(tmp_path, codes, [signal.SIGINT])
+    assert type(stop) is CtrlCError
+    assert str(stop) == "; its files are in runs/a"
+    own = {"rank": 0, "at": 2.0, "crash": False, "own": True, "text": "no such column"}
+    (tmp_path / "error-0.json").write_text(json.dumps(own))
+    assert str(launch.error_of(tmp_path, codes, [signal.SIGINT])) == "no such column"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

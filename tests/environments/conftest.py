@@ -121,7 +121,7 @@ def quick(monkeypatch):
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
     """The smallest model, with room for an episode; tests only read it."""
-    return save_mini(tmp_path_factory.mktemp("mini"), context=256)
+    return save_mini(tmp_path_factory.mktemp("mini"), context=1024)
 
 
 @pytest.fixture(scope="session")

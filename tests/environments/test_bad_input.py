@@ -105,7 +105,7 @@ def test_a_reset_that_raises_leaves_an_episode_that_counts_for_nothing(bad, tmp_
         "    def reset(self, **row):\n        raise RuntimeError(self.what)\n"
         "    def look(self) -> str:\n        return 'Looks.'\n"
     )
-    values = merge(bad, {"environment.path": f"{tmp_path / 'broken.py'}:Broken"})
+    values = merge(bad, {"environment.path": f"{tmp_path / 'broken.py'}:Broken", "environment.tell_tools": True})
     values["reward"] = {"parts": {"length": {"builtin": "length"}}}
     for s in episodes(values, "no board", environment__retries=1):
         assert "its beginning: RuntimeError: no board" in s.outcome
@@ -177,7 +177,8 @@ def test_a_tool_that_raises_is_told_or_ends_the_episode(worlds):
 def test_a_row_that_lacks_a_column_is_named(base, tmp_path):
     path = tmp_path / "need.py"
     path.write_text("class Need:\n    def reset(self, secret):\n        pass\n    def f(self) -> str:\n        'x'\n")
-    values = merge(base, {"environment.path": f"{path}:Need", "reward.parts": {"l": {"builtin": "length"}}})
+    changes = {"environment.path": f"{path}:Need", "environment.tell_tools": True}
+    values = merge(base, {**changes, "reward.parts": {"l": {"builtin": "length"}}})
     with pytest.raises(SteersmanError, match="needs the column 'secret', which the data lack"):
         rl.run(recipe("rloo", values))
 

@@ -107,3 +107,19 @@ def test_rows_of_one_prompt_are_held_out_row_by_row_as_in_training(worlds, tmp_p
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "we", "wish": n} for n in range(4)])
     code, said = checked(capsys, f"{worlds}:Echo", "--data.path", rows, "--data.held_out", 1)
     assert code == 0, said
+
+
+def test_tools_that_a_model_of_plain_text_would_not_know_are_to_be_told(worlds, mini, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": w} for w in ("we", "no")])
+    words = [f"{worlds}:Shop", "--model.path", mini, "--data.path", rows, "--episodes", 2]
+    code, said = checked(capsys, *words)
+    assert code == 2
+    assert "plain text, without tools; set environment.tell_tools" in said
+    code, said = checked(capsys, *words, "--environment.tell_tools", "true")
+    assert code == 0, said
+
+
+def test_the_name_of_an_environment_is_shown_as_it_is(tmp_path, capsys):
+    (tmp_path / "money.py").write_text(FAULTY.replace("Mute", "bank"))
+    _, said = checked(capsys, f"{tmp_path / 'money.py'}:bank")
+    assert "money.py:bank: tools tell" in said.replace("\n", "")

@@ -12,6 +12,8 @@ from tiny_models import tiny_model
 from train_kit import merge, recipe, rows, weights
 
 from steersman.advantage.by_turn import by_turn
+from steersman.environments.config import EnvironmentConfig, open_environment
+from steersman.environments.telling import with_tool_descriptions
 from steersman.train.experience import tokens_of
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
@@ -165,11 +167,12 @@ class CountingEnv:
 """A class as TRL's documentation has it, in other words."""
 
 
-def calling(folder, name, **arguments):
-    """A model to which a call is one token more, as likely as any letter."""
+def calling(folder, environment, name, **arguments):
+    """A model to which a call is one token more, as likely as any letter, and what is told of the tools another."""
     call = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
     tokenizer = letters()
-    tokenizer.add_tokens([call])
+    told = with_tool_descriptions([], open_environment(EnvironmentConfig(**environment)).tools)[0]["content"]
+    tokenizer.add_tokens([call, told])
     tiny_model("llama", vocab=len(tokenizer), scale=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -177,13 +180,14 @@ def calling(folder, name, **arguments):
 
 def test_a_class_as_trl_takes_it_learns_to_call(base, tmp_path):
     (tmp_path / "counting.py").write_text(COUNTER)
+    environment = {"path": f"{tmp_path / 'counting.py'}:CountingEnv", "max_turns": 3, "tell_tools": True}
     changes = {
-        "model.path": calling(tmp_path / "model", "increment", step=1), "rollout.max_new_tokens": 2,
-        "environment": {"path": f"{tmp_path / 'counting.py'}:CountingEnv", "max_turns": 3},
+        "model.path": calling(tmp_path / "model", environment, "increment", step=1), "rollout.max_new_tokens": 2,
+        "environment": environment,
     }  # fmt: skip
     made = recipe(
-        "rloo", merge(base, changes), iterations=8, rollout__prompts=8, rollout__samples=4, optimizer__lr=4e-2,
-        algorithm__beta=0.0, run__eval_every=8,
+        "rloo", merge(base, changes), iterations=14, rollout__prompts=8, rollout__samples=4, optimizer__lr=4e-2,
+        algorithm__beta=0.0, run__eval_every=14,
     )  # fmt: skip
     rl.run(made)
     seen = [row for row in rows(tmp_path / "run") if "episode/turns" in row]
@@ -193,9 +197,10 @@ def test_a_class_as_trl_takes_it_learns_to_call(base, tmp_path):
 
 
 def test_functions_as_tools_train(base, tmp_path, worlds):
+    environment = {"tools": [f"{worlds}:add"], "max_turns": 3, "tell_tools": True}
     changes = {
-        "model.path": calling(tmp_path / "model", "add", a=1, b=2), "rollout.max_new_tokens": 8,
-        "environment": {"tools": [f"{worlds}:add"], "max_turns": 3}, "reward.parts": {"l": {"builtin": "length"}},
+        "model.path": calling(tmp_path / "model", environment, "add", a=1, b=2), "rollout.max_new_tokens": 8,
+        "environment": environment, "reward.parts": {"l": {"builtin": "length"}},
     }  # fmt: skip
     rl.run(recipe("grpo", merge(base, changes)))
     seen = rows(tmp_path / "run")[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from imitations import CHATML, FIVE, GEMMA, HERMES, LLAMA3, MISTRAL, QWEN3, tokenizer_of
@@ -10,6 +12,7 @@ from tiny_models import PAIR_FAMILIES, tiny_model
 from steersman.algorithms import ALGORITHMS
 from steersman.data import Layout, end_ids
 from steersman.data.encoder_decoder import PairLayout
+from steersman.environments.agent import AgentEnvironment
 from steersman.environments.calls import form_of
 from steersman.environments.classes import FaultError, ToolEnvironment, from_class
 from steersman.environments.config import EnvironmentConfig
@@ -150,7 +153,19 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
     tools = ToolEnvironment([f"{worlds}:add"])
     with pytest.raises(SteersmanError, match="shows no tool calls; set "):
         Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"]), 128)
-    play = Episodes(engine, tools, layout, ends, EnvironmentConfig(tools=["x"], tell_tools=True), 4096)
+    with pytest.raises(SteersmanError, match=r"plain text, without tools; set environment\.tell_tools"):
+        Episodes(engine, tools, Layout(tokenizer), ends, EnvironmentConfig(tools=["x"]), 128)
+    told = EnvironmentConfig(tools=["x"], tell_tools=True)
+    plain = Episodes(engine, tools, Layout(tokenizer), ends, told, 4096)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    plain.lay_out_opening(game, ASK, 4)
+    assert '"name": "add"' in game.talk.prompt.text
+    program = AgentEnvironment([sys.executable], pays=False, time_limit=1.0, longest=100)
+    agent = Episodes(engine, program, Layout(tokenizer), ends, EnvironmentConfig(agent=["x"]), 4096)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    agent.lay_out_opening(game, [{**ASK[0], "tools": tools.tools}], 4)
+    assert '"name": "add"' in game.talk.prompt.text
+    play = Episodes(engine, tools, layout, ends, told, 4096)
     game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
     play.lay_out_opening(game, ASK, 4)
     assert '"name": "add"' in game.talk.prompt.text

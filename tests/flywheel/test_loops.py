@@ -16,7 +16,10 @@ from forked import steersman
 from letter_models import rows_of, save_mini, write_jsonl
 from wheel_kit import left, loop_settings
 
+from steersman.config.load import load_recipe
 from steersman.flywheel import arena, best_of_n, online_dpo, players
+from steersman.model import LoraConfig, load_policy, save
+from steersman.recipe.sections import ADAPTER_RATE
 from steersman.run.files import ledger, pieces
 from steersman.run.report.page import write_report
 from steersman.train import offline
@@ -237,6 +240,20 @@ def test_best_of_n_keeps_the_best_of_each_prompt_and_trains_on_them(tmp_path, mi
     assert summary["kl_after"] != 0
     page = write_report(tmp_path / "run").read_text()
     assert "reward/judge" in page or "Reward" in page
+
+
+def test_a_loop_from_saved_adapters_trains_adapters_in_every_round(tmp_path, mini_model):
+    """A round's model is saved whole; without new adapters the second would train all weights at their rate."""
+    adapters = save(load_policy(mini_model, lora=LoraConfig(r=2)), None, tmp_path / "adapters", merged=False)
+    settings = loop_settings(tmp_path, adapters, "run", train={"batch_size": 4})
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(settings))
+    best_of_n.run(load_recipe(best_of_n.BestOfNRecipe, tmp_path / "loop.yaml"))
+    stages = [yaml.safe_load(file.read_text()) for file in sorted((tmp_path / "run").glob("round-*/sft/config.yaml"))]
+    assert [stage["model"]["path"] for stage in stages] == [
+        str(adapters),
+        str(tmp_path / "run/round-01/sft/model"),
+    ]
+    assert [(stage["model"]["lora"]["r"], stage["optimizer"]["lr"]) for stage in stages] == [(2, ADAPTER_RATE)] * 2
 
 
 @pytest.mark.slow

@@ -79,8 +79,13 @@ def test_two_ranks_leave_what_one_process_leaves(tmp_path):
     assert (tmp_path / "replicas/best-of-n/round-01/refresh/train/model/model.safetensors").exists()
 
 
-def test_sampling_by_other_processes_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("launched", [False, True])
+def test_sampling_by_other_processes_is_refused_by_name(launched, tmp_path, monkeypatch):
     settings = loop_settings(tmp_path, tmp_path / "model", "run")
-    settings["run"]["devices"], settings["rollout"]["engine"] = 2, "process"
+    settings["rollout"]["engine"] = "process"
+    if launched:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    else:
+        settings["run"]["devices"] = 2
     with pytest.raises(ValueError, match="other processes"):
         BestOfNRecipe.model_validate(settings)

@@ -38,7 +38,7 @@ def settings(verb, tmp_path, model):
     ("verb", "extra", "said"),
     [
         ("online-dpo", {"reference": "mixed", "loss": {"name": "simpo"}},
-         "stage dpo: reference mixed: simpo takes no log-probabilities of whole answers; use one of dpo,"),
+         "stage dpo: reference mixed: the mixture of two references is known up to a number per prompt, and simpo"),
         ("online-dpo", {"reference": "last", "loss": {"name": "simpo"}}, "reference last: simpo has no reference"),
         ("online-dpo", {"anchor_share": 0.5}, "anchor_share is the first model's share of `reference: mixed`"),
         ("best-of-n", {"train": {"keep": "best"}, "run": {"keep_best": 0}}, "stage sft: train.keep is best"),

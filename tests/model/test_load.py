@@ -20,7 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from steersman.model import load_policy, load_scalar
+from steersman.model import LoraConfig, load_policy, load_scalar, save
+from steersman.model.load import gives_numbers
 from steersman.model.source import dropout_off, read_tokenizer
 from steersman.types import SteersmanError
 
@@ -112,10 +113,33 @@ def test_other_kinds_of_model(tmp_path, tokenizer):
         load_policy(tmp_path / "bert")
 
 
-def test_a_reward_model_is_not_a_policy(model_folder, tokenizer):
-    folder = model_folder(model=AutoModelForSequenceClassification.from_config(tiny_config("llama")))
-    with refused("LlamaForCausalLM are missing.*lm_head.*holds LlamaForSequenceClassification"):
-        load_policy(folder)
+def test_a_reward_model_is_not_a_policy(model_folder, tmp_path):
+    """Nor where its output layer is its embedding, so that no weight is missing; nor its adapters, nor any on it."""
+    for tied in (False, True):
+        config = tiny_config("llama")
+        config.tie_word_embeddings, config.num_labels, config.pad_token_id = tied, 1, 0
+        folder = model_folder(model=AutoModelForSequenceClassification.from_config(config))
+        assert gives_numbers(folder)
+        with refused(f"{folder}: a reward model or critic, which gives numbers and writes no text; give"):
+            load_policy(folder)
+    scalar = load_scalar(folder)
+    scalar.adapt(LoraConfig(r=2))
+    adapters = save(scalar, None, tmp_path / "adapters", merged=False)
+    assert gives_numbers(adapters)
+    with refused(f"{adapters}: a reward model or critic, which gives numbers"):
+        load_policy(adapters)
+    policy = load_policy(model_folder("qwen3"), lora=LoraConfig(r=2))
+    assert not gives_numbers(save(policy, None, tmp_path / "own", merged=False))
+
+
+def test_the_folder_that_was_meant_is_named(model_folder, tmp_path):
+    """A run's folder has a model in it, whole or as adapters."""
+    for mark in ("config.json", "adapter_config.json"):
+        run = tmp_path / mark.removesuffix(".json")
+        (run / "model").mkdir(parents=True)
+        (run / "model" / mark).write_text("{}")
+        with refused("no model there .no config.json.; did you mean its folder model?"):
+            load_policy(run)
 
 
 def test_tokenizers(model_folder, tmp_path):

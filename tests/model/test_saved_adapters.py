@@ -254,3 +254,11 @@ def test_a_grown_vocabulary_is_refused_and_the_folders_own_tokenizer_is_read(bas
     grown.save_pretrained(tmp_path / "theirs")
     with pytest.raises(SteersmanError, match="tokens were added"):
         load_policy(tmp_path / "theirs")
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_adapters_says_nothing_of_what_libraries_call_each_other(base, adapters, judge, capfd):
+    load_policy(adapters)
+    load_policy(base, lora=LoraConfig(r=2))
+    load_scalar(judge)
+    assert "Warning" not in capfd.readouterr().err

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import steersman
@@ -40,6 +41,49 @@ def test_settings_arrive_as_they_were_given(tmp_path):
     assert recipe.model.merge is False
     assert recipe.run.dir == "1e-5"
     assert recipe.model.path == "some/model"
+
+
+def test_paths_and_numpy_values_are_what_they_stand_for(tmp_path):
+    settings = {
+        "model.path": tmp_path / "model", "data.path": [tmp_path / "a.jsonl", "b.jsonl"],
+        "train.max_steps": np.int64(3), "optimizer.lr": np.float32(0.5), "model.merge": np.bool_(False),
+        "data.scores": np.array(["a", "b"]),
+    }  # fmt: skip
+    recipe = steersman.load_recipe("reward", None, settings)
+    assert recipe.model.path == str(tmp_path / "model")
+    assert recipe.data.path == [str(tmp_path / "a.jsonl"), "b.jsonl"]
+    assert (recipe.train.max_steps, recipe.optimizer.lr, recipe.model.merge) == (3, 0.5, False)
+    assert recipe.data.scores == ["a", "b"]
+
+
+class Round:
+    def __repr__(self):
+        return "a round one"
+
+
+ITSELF: list = []
+ITSELF.append(ITSELF)
+
+
+@pytest.mark.parametrize("value", [len, Round(), {"a": {1}}, {(1, 2): 3}, ITSELF, b"x"])
+def test_what_no_recipe_can_hold_is_refused_by_its_key(value):
+    with pytest.raises(SteersmanError, match=r"settings: reward.parts: .*\. Give text, numbers"):
+        steersman.load_recipe("grpo", None, {"reward.parts": value})
+
+
+def test_a_recipe_of_another_verb_is_refused_by_both_names():
+    words = {"model.path": "m", "data.path": "d"}
+    grpo = steersman.load_recipe("grpo", None, {**words, "reward.parts": {"l": {"builtin": "length"}}})
+    with pytest.raises(SteersmanError, match="sft: it was given a recipe of grpo; make its own with load_recipe"):
+        steersman.run_verb("sft", grpo)
+    with pytest.raises(SteersmanError, match="kto: it was given a recipe of sft"):
+        steersman.run_verb("kto", steersman.load_recipe("sft", None, words))
+    with pytest.raises(SteersmanError, match="control: it was given a recipe of grpo"):
+        steersman.run_verb("control", grpo)
+    with pytest.raises(SteersmanError, match="grpo: it was given a recipe of control"):
+        steersman.run_verb("grpo", steersman.load_recipe("control"))
+    with pytest.raises(SteersmanError, match="sft: it was given a dict"):
+        steersman.run_verb("sft", {})
 
 
 def test_a_wrong_verb_and_a_wrong_key_are_named():

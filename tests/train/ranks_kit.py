@@ -28,7 +28,8 @@ def launch(file: Path, cases: list[dict[str, Any]], world: int, timeout: float =
     for rank in range(world):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         if world > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         running.append(Python(str(worker), str(file), env=env, out=file.with_suffix(f".rank-{rank}.txt")))
     try:

@@ -200,6 +200,13 @@ def test_a_machine_with_one_device_says_so():
         device_apart(torch.device("cpu"))
 
 
+def test_a_launcher_that_does_not_count_the_ranks_of_a_machine_is_told_to(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(SteersmanError, match="let it set LOCAL_WORLD_SIZE"):
+        device_apart(torch.device("cuda"))
+
+
 @needs_device
 def test_too_few_devices_for_the_ranks_are_counted(folder):
     script = """

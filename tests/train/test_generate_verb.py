@@ -329,3 +329,11 @@ def test_a_prompt_that_commands_the_terminal_is_written_out(words, capsys):
     said = capsys.readouterr().out
     assert r"\x1b[2J\x07\x9b\u202e[red]we" in said.replace("\n", "")
     assert not set(said) & set("\x1b\x07\x9b\u202e")
+
+
+def test_what_is_printed_is_what_was_said(words, capsys, monkeypatch):
+    """No name of an emoji is replaced, and no line broken where the text has no line break."""
+    monkeypatch.setenv("COLUMNS", "30")
+    prompt = "the cat and a dog sat so the a:b:c of :key:"
+    assert main([*words, "--prompts", json.dumps([prompt])]) == 0
+    assert prompt in capsys.readouterr().out

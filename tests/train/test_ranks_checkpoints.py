@@ -16,9 +16,13 @@ from ranks_kit import launch, trained_weights
 from train_kit import merge, save_tiny
 from transformers import AutoModelForCausalLM
 
+from steersman.cli import VERBS
+from steersman.distributed.ranks import Ranks, as_one_of
 from steersman.distributed.stored import StoredTensor
+from steersman.distributed.waiting import NoStore
 from steersman.run.files import checkpoint
 from steersman.run.files.checkpoint import Checkpointer
+from steersman.train.session import Session
 from steersman.types import SteersmanError
 
 WORDS = ["yes it is.", "no", "a cat, a dog", "ok", "look there", "e", "so she said", "hm", "what?"]
@@ -109,6 +113,32 @@ def test_a_run_in_pieces_goes_on_on_another_layout(layout, sharded, folder, mode
 def test_a_run_of_one_process_goes_on_in_pieces(folder, model, alone):
     launch(folder / "again.json", [case(folder, model, "to-shards", "shards", 6) | {"resume": True}], 2)
     assert_same(folder / "to-shards", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["replicas", "shards"])
+def test_dropout_on_two_ranks_goes_on_as_if_nothing_had_happened(layout, folder, model):
+    lora = {"model.lora": {"r": 4, "dropout": 0.3}, "run.micro_tokens": 40}
+    whole, cut = (case(folder, model, f"dropout-{layout}-{steps}", layout, steps, **lora) for steps in (6, 4))
+    launch(folder / f"dropout-{layout}.json", [whole, cut], 2)
+    launch(folder / f"dropout-{layout}-again.json", [merge(cut, {"recipe.train.max_steps": 6, "resume": True})], 2)
+    found, expected = (trained_weights(folder / f"dropout-{layout}-{steps}") for steps in (4, 6))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_ranks_share_no_dropout_mask(folder, model):
+    recipe = VERBS["dpo"].recipe_class(None, []).model_validate(case(folder, model, "masks", "alone", 2)["recipe"])
+
+    def masks(rank: int) -> list[torch.Tensor]:
+        session = Session("dpo", recipe, resume=False, metric="loss")
+        session.total = 1
+        with as_one_of(Ranks(rank, 2, store=NoStore())):
+            next(session.steps())
+        return [torch.nn.functional.dropout(torch.ones(64), 0.5) for _ in range(2)]
+
+    first, second = masks(0), masks(1)
+    assert not torch.equal(first[0], second[0])
+    assert all(map(torch.equal, masks(0), first))
 
 
 @pytest.mark.slow

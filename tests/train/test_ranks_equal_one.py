@@ -32,6 +32,8 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "rloo-stop": ("rloo", {"stop": {"judge": "score"}, "iterations": 12, "optimizer.lr": 0.03, "run.eval_every": 1}),
     "grpo-checkpointing": ("grpo", {"model.gradient_checkpointing": True}),
     "dpo-tdpo": ("dpo", {"loss.name": "tdpo2"}),
+    "sft-cache": ("sft", {"data.cache": "its folder"}),
+    "reward-cache": ("reward", {"data.cache": "its folder", "run.micro_tokens": 40}),
     "sft-packed": ("sft", {"train.pack": 48}),
     "reward-lora": ("reward", {"model.lora": {"r": 2}}),
     "ppo-t5": ("ppo", {"model.path": "t5"}),
@@ -90,6 +92,8 @@ def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parall
         if "function" in asked:  # the same model behind a judge, which rank 0 asks
             judge = asked | {"args": {"judge": {"reward": {"score": judge}}}}
         extra = {"reward.parts": {"judge": judge}}
+    if "data.cache" in extra:
+        extra = extra | {"data.cache": str(folder / "cache")}
     if "evaluation" in extra:
         extra = {"evaluation": evaluation(folder)}
     if "model.path" in extra:

@@ -139,6 +139,28 @@ def test_a_signal_is_agreed_and_the_run_goes_on_with_another_number_of_ranks(bas
     assert [r["step"] for r in rows_of(tmp_path / "run" / "metrics.jsonl")] == [*range(7)]
 
 
+def test_ctrl_c_outside_a_step_is_told_once_as_of_one_process(base, tmp_path):
+    asked = {
+        "model": base["model"], "data": base["data"], "out": str(tmp_path / "answers.jsonl"), "run": {"devices": 2},
+        "rollout": {"samples": 4000, "max_new_tokens": 40, "min_new_tokens": 39},
+    }  # fmt: skip
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(asked))
+    process = steersman(
+        "generate", str(tmp_path / "generate.yaml"), env={**os.environ, "OMP_NUM_THREADS": "1"}, forks=True
+    )
+    until = time.monotonic() + 200
+    while not (tmp_path / "answers.jsonl.parts").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    ranks = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=100)
+    assert process.returncode == 130, error
+    assert (out + error).count("interrupted") == 1, out + error
+    assert "Traceback" not in out + error
+    assert "rank" not in error
+    assert gone(ranks)
+
+
 def test_ranks_end_when_their_starter_is_killed(base, tmp_path):
     values = merge(base, {"reward.parts.score.function": f"{tmp_path}/own.py:slow", "iterations": 400})
     process = begin(tmp_path, values)

@@ -7,16 +7,20 @@ import math
 import os
 
 import pytest
+import torch
 import yaml
 from forked import Python
 from letter_models import letters, save_mini, write_jsonl
+from reward_kit import settings as reward_settings
 from train_kit import merge, prompts_file, recipe, rewards_file, rows, weights
 
 from steersman import cli
 from steersman.config.load import load_recipe
+from steersman.model import shard
 from steersman.types import SteersmanError
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
+from steersman.verbs.reward_recipe import RewardModelRecipe
 
 
 def refused(verb: str, base: dict, tmp_path, words: list[str], **changes) -> str:
@@ -62,6 +66,7 @@ def refused(verb: str, base: dict, tmp_path, words: list[str], **changes) -> str
             ["--rollout.prompts 12 --algorithm.minibatches 1"],
         ),
         ("ppo", {"rollout__min_new_tokens": 9}, ["min_new_tokens"]),
+        ("ppo", {"rollout__temperature": 0}, ["rollout.temperature", "likeliest token", "top_k: 1"]),
         ("ppo", {"rollout__max_new_tokens": 60}, ["prompts.jsonl", "the prompt has 7 tokens, at most 4 fit"]),
         ("ppo", {"data__path": "nothing.jsonl"}, ["nothing.jsonl"]),
         ("ppo", {"data__columns": {"prompt": "question"}}, ["question"]),
@@ -254,10 +259,53 @@ def test_the_kit_makes_the_prompts_it_says(tmp_path):
         ("grpo", {"model.quantise": "nf4", "model.lora": {}}, r"model\.quantise nf4.*can not lie in pieces"),
         ("ppo", {"share": "base", "model.lora": {}}, "share: none, where every model lies in pieces"),
         ("trpo", {}, "needs second derivatives"),
-        ("grpo", {"parallel.replicas": 3}, "parallel.replicas is 3, which does not divide run.devices 4"),
+        ("grpo", {"parallel.replicas": 3}, "parallel.replicas is 3, which does not divide the 4 devices"),
     ],
 )
 def test_what_can_not_lie_in_pieces_is_refused_before_any_rank_starts(name, changes, said, base):
     laid = {"parallel.mode": "fsdp", "run.devices": 4}
     with pytest.raises(ValueError, match=said):
         RECIPES[name].model_validate(merge(base, {**laid, **changes}))
+
+
+OF_TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0"}
+OF_SRUN = {
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu1", "SLURM_STEP_TASKS_PER_NODE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [OF_TORCHRUN, OF_SRUN])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout.ahead": 1, "reward.parts": {"judge": {"model": "its folder"}}}, "rank 0 computes rewards ahead"),
+        ({"model.lora": {}}, "adapters of a policy that lies in pieces"),
+        ({"environment": {"path": "worlds.py:Echo"}}, "on several devices it samples single answers"),
+        ({"parallel.replicas": 3}, "does not divide the 2 devices"),
+    ],
+)
+def test_what_several_devices_refuse_is_refused_where_a_launcher_started_the_ranks(
+    launcher, changes, said, base, monkeypatch
+):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    asked = {"parallel.mode": "fsdp", "rollout.engine": "process", **changes}
+    with pytest.raises(ValueError, match=said):
+        RECIPES["grpo"].model_validate(merge(base, asked))
+
+
+def test_gating_is_refused_where_its_network_would_be_cut(tmp_path):
+    asked = reward_settings(tmp_path, tmp_path / "model", "gating")
+    with pytest.raises(ValueError, match="stage gating trains a small network"):
+        RewardModelRecipe.model_validate(merge(asked, {"parallel.mode": "zero3"}))
+
+
+def test_weights_that_fsdp_can_not_train_are_refused_by_name():
+    two = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()])
+    with pytest.raises(SteersmanError, match="bfloat16 and float32 would be trained side by side"):
+        shard._require_trainable(two, [])
+    shard._require_trainable(two, [two[0]])
+    two.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(SteersmanError, match="a single number"):
+        shard._require_trainable(two, [two[0]])

@@ -51,12 +51,12 @@ def test_a_setting_that_nothing_reads_is_refused_by_its_key(recipe, base, idle, 
 
 
 def test_a_loss_that_takes_no_anchor_is_not_offered_to_those_who_give_one():
-    with pytest.raises(ValueError, match="anchor: .* and tdpo1 takes more") as told:
+    with pytest.raises(ValueError, match=r"anchor: .* and tdpo1 takes more") as told:
         PreferenceRecipe.model_validate(merge(OFFLINE, {"loss.name": "tdpo1", "anchor": "folder"}))
     offered = str(told.value).split("use one of ")[1].split(" [")[0].split(", ")
     assert "dpo" in offered
+    averaged = {"loss.name": "ipo", "loss.settings": {"length_normalised": 1}, "anchor": "folder"}
     with pytest.raises(ValueError, match="with length_normalised"):
-        averaged = {"loss.name": "ipo", "loss.settings": {"length_normalised": 1}, "anchor": "folder"}
         PreferenceRecipe.model_validate(merge(OFFLINE, averaged))
     for name in offered:
         PreferenceRecipe.model_validate(merge(OFFLINE, {"loss.name": name, "anchor": "folder"}))

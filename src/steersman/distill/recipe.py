@@ -156,7 +156,7 @@ class DistillRecipe(TrainingRecipe):
     @model_validator(mode="after")
     def _fits(self) -> DistillRecipe:
         loss, rollout, share = self.loss, self.rollout, self.train.on_policy
-        if self.run.devices > 1 and rollout.engine != "inside":
+        if self.run.ranks > 1 and rollout.engine != "inside":
             raise ValueError(
                 "run.devices: sampling by other processes goes with one device so far; use rollout.engine: inside"
             )

@@ -21,7 +21,7 @@ from steersman.reward import build_reward
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
 from steersman.setup.generators import open_generator
-from steersman.setup.models import policy_from, save_model
+from steersman.setup.models import policy_from, rate_text, save_model
 from steersman.setup.reference import Reference
 from steersman.train.looks import before_and_after, first_and_last
 from steersman.train.session import Session
@@ -99,6 +99,7 @@ def _preflight(
     pre.fact("data", f"{len(state.data):,} prompts, {len(held)} looked at; {loaded.left_out.sentence}")
     pre.fact("answers", f"{train.on_policy:.0%} of updates on the student's own, the others on the data's")
     pre.fact("optimizer updates", f"{state.total} of {train.batch_size} prompts x {rollout.samples}")
+    pre.fact("optimizer.lr", rate_text(student, recipe.optimizer.lr))
     if state.reward is not None:
         pre.fact("reward", state.reward.describe())
     models = [Model("student", student.model, recipe.model.path, student, recipe.optimizer)]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
 from steersman.distributed.join import join_ranks
+from steersman.distributed.launched import ranks_launched
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.waiting import MissingRankError
 from steersman.guards.terminal import say
@@ -37,38 +37,13 @@ FOLDER, STARTER = "STEERSMAN_RANKS_FOLDER", "STEERSMAN_RANKS_STARTER"
 """What a rank that was started here finds in its environment: where it leaves word, and its starter's pid."""
 
 
-def from_slurm(given: Mapping[str, str]) -> dict[str, str]:
-    """torch's variables for a task of an `srun` step of several tasks, from SLURM's own; empty for any other process,
-    and where torch's are there already.
-
-    Rank 0 is on the step's first node; its port follows from the numbers of job and step, which all tasks know.
-    Raises SteersmanError where a variable that `srun` sets is missing.
-    """
-    world = given.get("SLURM_STEP_NUM_TASKS", "1")
-    if world == "1" or "WORLD_SIZE" in given:
-        return {}
-    try:
-        first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", given["SLURM_STEP_NODELIST"])
-        address = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group() if first else "")
-        port = 20_000 + (int(given["SLURM_JOB_ID"]) * 7 + int(given["SLURM_STEP_ID"])) % 20_000
-        return {
-            "RANK": given["SLURM_PROCID"], "LOCAL_RANK": given["SLURM_LOCALID"], "WORLD_SIZE": world,
-            "MASTER_ADDR": address, "MASTER_PORT": str(port),
-        }  # fmt: skip
-    except KeyError as missing:
-        raise SteersmanError(
-            f"this is a task of srun, which did not set {missing.args[0]}; set torch's variables (RANK, LOCAL_RANK, "
-            "WORLD_SIZE, MASTER_ADDR, MASTER_PORT) yourself, or use torchrun"
-        ) from missing
-
-
 def must_start(devices: int, launcher: str = "torch") -> bool:
     """Whether this process is to start `devices` ranks; False where it is one of them, or alone. Ray starts a single
     one too.
 
     Raises SteersmanError where a launcher started another number of ranks than the recipe asks for.
     """
-    there = int(os.environ.get("WORLD_SIZE", "0"))
+    there = ranks_launched()
     if there and devices > 1 and there != devices:
         raise SteersmanError(
             f"run.devices is {devices}, but the launcher started {there} ranks; leave run.devices out, or make them "
@@ -80,7 +55,8 @@ def must_start(devices: int, launcher: str = "torch") -> bool:
 def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str, Any]:
     """Runs the verb on `devices` ranks and gives rank 0's summary.
 
-    Raises SteersmanError with the first rank's error, once. No rank outlives this call.
+    Raises SteersmanError with the first rank's error, once, and CtrlCError where Ctrl-C ended the ranks outside a
+    step. No rank outlives this call.
     """
     with TemporaryDirectory(prefix="steersman-ranks-") as folder:
         place = Path(folder)
@@ -94,12 +70,12 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
             DefaultLogsSpecs(log_dir=folder),
         )
         logging.getLogger(f"{start_processes.__module__}.api").setLevel(logging.CRITICAL)  # told here, and once
-        with _signals_to(list(running.pids().values())):
+        with _signals_to(list(running.pids().values())) as seen:
             codes = _first_ends(running)
             while running.wait(0.2) is None:  # which ends the others where one failed
                 pass
         if any(codes.values()):
-            raise _error(place, codes)
+            raise error_of(place, codes, seen)
         return json.loads((place / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -135,8 +111,9 @@ def passed_on() -> list[signal.Signals]:
 
 
 @contextmanager
-def _signals_to(pids: list[int]) -> Iterator[None]:
-    """The first signal goes to every rank, which ends its step and saves; a second Ctrl-C ends them at once."""
+def _signals_to(pids: list[int]) -> Iterator[list[int]]:
+    """The first signal goes to every rank, which ends its step and saves; a second Ctrl-C ends them at once. Gives
+    the signals that have come."""
     seen: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
@@ -149,11 +126,11 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
         seen.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield seen
         return
     before = {number: signal.signal(number, forward) for number in passed_on()}
     try:
-        yield
+        yield seen
     except KeyboardInterrupt:
         for pid in pids:
             with suppress(ProcessLookupError, PermissionError):  # macOS refuses a group of which nobody runs
@@ -164,14 +141,24 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _error(folder: Path, codes: dict[int, int]) -> Exception:
-    """What the first rank that failed left word of; else how it ended."""
+ENDED_AT_ONCE = (130, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a rank that a signal found in no step, at whose end it could have saved and stopped in order."""
+
+
+def error_of(folder: Path, codes: dict[int, int], seen: Sequence[int]) -> BaseException:
+    """What the first rank that failed left word of; else how it ended. `seen` are the signals that were passed on."""
     left = sorted((json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("error-*.json")),
                   key=lambda word: word["at"])  # fmt: skip
+    own = any(word["own"] for word in left)
+    if signal.SIGINT in seen and not own and any(code in ENDED_AT_ONCE for code in codes.values()):
+        told = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("interrupt-*.json")))
+        return CtrlCError(next((how for how in told if how), ""))
     killed = [rank for rank, code in codes.items() if code < 0]
-    if killed and not any(word["own"] for word in left):
+    if killed and not own:
         name = signal.Signals(-codes[killed[0]]).name
-        return SteersmanError(f"rank {killed[0]} was ended by {name}, so all were ended; go on with --resume")
+        return SteersmanError(
+            f"rank {killed[0]} was ended by {name}, so all were ended; a run that saves goes on with --resume"
+        )
     if not left:
         rank, code = next((rank, code) for rank, code in codes.items() if code)
         return SteersmanError(f"rank {rank} ended with exit code {code} and without a word, so all were ended")
@@ -185,6 +172,8 @@ def _error(folder: Path, codes: dict[int, int]) -> Exception:
 @contextmanager
 def as_rank(parallel: ParallelConfig) -> Iterator[None]:
     """What a verb that may have ranks runs in: they find each other, and rank 0 alone writes to the terminal."""
+    if FOLDER in os.environ and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which had ended the rank at once (cli.py)
     with join_ranks(parallel) as here:
         if here.main:
             yield
@@ -201,6 +190,11 @@ def leave_error(error: BaseException) -> None:
         "text": str(error) if known else "".join(traceback.format_exception(error)),
     }  # fmt: skip
     Path(os.environ[FOLDER], f"error-{rank}.json").write_text(json.dumps(word), encoding="utf-8")
+
+
+def leave_interrupt(how: str) -> None:
+    """Leaves word for the starter, which tells it, of how to go on after Ctrl-C."""
+    Path(os.environ[FOLDER], f"interrupt-{os.environ['RANK']}.json").write_text(json.dumps(how), encoding="utf-8")
 
 
 def leave_summary(summary: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def share_out(
         _, which = group.cpu().unique(return_inverse=True)
         if int(which.max()) + 1 >= 2 * world:
             unit = which
-    cost = torch.zeros(int(unit.max()) + 1, dtype=torch.long).index_add(0, unit, length.cpu())
+    cost = torch.zeros(int(unit.max()) + 1, dtype=torch.long).index_add(0, unit, length.cpu().long())
     load, owner = [0] * world, [0] * len(cost)
     for at in cost.argsort(descending=True, stable=True).tolist():
         rank = load.index(min(load))

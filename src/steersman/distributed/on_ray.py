@@ -73,9 +73,10 @@ class Rank:
 
 def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str, Any]:
     """Runs the verb on `devices` ranks of the cluster and gives rank 0's summary; where a rank was killed, or its
-    machine is gone, all are started again and go on from the last checkpoint.
+    machine is gone, all are started again and go on from the last checkpoint, unless this process was asked to end.
 
-    Raises SteersmanError with the first rank's error, once.
+    Raises SteersmanError with the first rank's error, once, and CtrlCError where Ctrl-C ended the ranks outside a
+    step.
     """
     section: Any = recipe
     ray = connected()
@@ -83,12 +84,12 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
         for attempt in range(RESTARTS + 1):
             with TemporaryDirectory(prefix="steersman-ranks-") as folder:
                 words = [verb, *(["--resume"] if resume else [])]
-                codes = _once(ray, room, words, dump_recipe(recipe), devices, Path(folder))
+                codes, seen = _once(ray, room, words, dump_recipe(recipe), devices, Path(folder))
                 if not any(codes.values()):
                     return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-                error = launch._error(Path(folder), codes)
+                error = launch.error_of(Path(folder), codes, seen)
                 left = [json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("error-*.json")]
-            if any(word["own"] for word in left) or attempt == RESTARTS:
+            if seen or any(word["own"] for word in left) or attempt == RESTARTS:
                 raise error
             say(f"steersman: {error}. Started again, {attempt + 1} of at most {RESTARTS} times")
             resume = True
@@ -116,8 +117,11 @@ def _room(ray: Any, device: str, devices: int) -> Iterator[Any]:
         ray.util.remove_placement_group(group)
 
 
-def _once(ray: Any, room: Any, words: Sequence[str], recipe: str, devices: int, folder: Path) -> dict[int, int]:
-    """Runs every rank once; the exit codes of those that ended before one failed, and in `folder` what they left."""
+def _once(
+    ray: Any, room: Any, words: Sequence[str], recipe: str, devices: int, folder: Path
+) -> tuple[dict[int, int], list[int]]:
+    """Runs every rank once; the exit codes of those that ended before one failed, and the signals that came
+    meanwhile. What they left is in `folder`."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     remote, ranks = ray.remote(Rank), []
@@ -128,14 +132,15 @@ def _once(ray: Any, room: Any, words: Sequence[str], recipe: str, devices: int, 
         host, port = ray.get(ranks[0].address.remote())
         shared = {
             "WORLD_SIZE": str(devices), "MASTER_ADDR": host, "MASTER_PORT": str(port), HERE: "1",
+            "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",  # a rank sees no device but its own
             "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         }  # fmt: skip
         running = {
-            one.run.remote(words, recipe, str(Path.cwd()), {**shared, "RANK": str(rank), "LOCAL_RANK": "0"}): rank
+            one.run.remote(words, recipe, str(Path.cwd()), {**shared, "RANK": str(rank)}): rank
             for rank, one in enumerate(ranks)
         }
-        with _signals_to(ranks):
-            return _watched(ray, running, folder)
+        with _signals_to(ranks) as seen:
+            return _watched(ray, running, folder), seen
     finally:
         stops = [one.stop.remote() for one in ranks]
         ray.wait(stops, num_returns=len(stops), timeout=20.0)
@@ -160,12 +165,13 @@ def _watched(ray: Any, running: dict[Any, int], folder: Path) -> dict[int, int]:
 
 
 @contextmanager
-def _signals_to(ranks: Sequence[Any]) -> Iterator[None]:
-    """The first signal goes to every rank, which ends its step and saves; another one ends the wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _signals_to(ranks: Sequence[Any]) -> Iterator[list[int]]:
+    """The first signal goes to every rank, which ends its step and saves; another one ends the wait. Gives the
+    signals that have come."""
     seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
 
     def forward(number: int, _frame: Any) -> None:
         if seen:
@@ -176,7 +182,7 @@ def _signals_to(ranks: Sequence[Any]) -> Iterator[None]:
 
     before = {number: signal.signal(number, forward) for number in launch.passed_on()}
     try:
-        yield
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -145,10 +145,16 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], bucket: int = 1 << 25) -> None:
         """Adds up every rank's gradients in place, in buckets of about `bucket` numbers.
 
-        A parameter that no rank has a gradient for keeps none. Where weights are sharded, nothing is left to add.
+        A parameter that no rank has a gradient for keeps none. Those of weights in pieces are added up already.
         """
-        if self.world == 1 or self.sharded:
+        if self.world == 1:
             return
+        if self.sharded:
+            from torch.distributed.tensor import DTensor
+
+            parameters = [p for p in parameters if not isinstance(p, DTensor)]
+            if not parameters:
+                return
         waiting: list[Tensor] = []
         numbers = 0
         for gradient in self.same_gradients(parameters):

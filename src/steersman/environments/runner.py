@@ -178,25 +178,24 @@ class Episodes:
     def _form(self) -> str | None:
         if not self.environment.tools and not self.config.agent:
             return None
-        if self.tools_in_prompt or not self.layout.chat:
-            return "tagged"
-        form = form_of(self.layout.template)
-        if form is None and self.config.agent:
-            self.tools_in_prompt = True
-            return "tagged"
-        if form is None:
+        form = form_of(self.layout.template) if self.layout.chat and not self.tools_in_prompt else None
+        if form is not None:
+            return form
+        if not self.tools_in_prompt and not self.config.agent:
+            why = "chat template shows no tool calls" if self.layout.chat else "turns are plain text, without tools"
             raise SteersmanError(
-                "environment: the model's chat template shows no tool calls; set environment.tell_tools to tell the "
-                "tools in the prompt, or use a model whose template has them"
+                f"environment: the model's {why}; set environment.tell_tools to tell the tools in the prompt, or use "
+                "a model whose chat template has them"
             )
-        return form
+        self.tools_in_prompt = True
+        return "tagged"
 
     def _probe(self) -> None:
         if self.config.history != "refuse" or not self.layout.joined:
             return
         first: list[Message] = [{"role": "user", "content": "a"}]
         new: list[Message] = [{"role": "user", "content": "b"}]
-        if self.form is not None and not self.tools_in_prompt and self.layout.chat:
+        if self.form is not None and not self.tools_in_prompt:
             first[0]["tools"] = self.environment.tools
             new = [{"role": "tool", "name": "probe", "content": "b"}]
         found = self.layout.rewriting(first, new)

@@ -24,7 +24,7 @@ from steersman.judge.cache import key_of
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.objectives.feedback import KTOConfig
-from steersman.recipe.sections import ModelConfig, adapter_rates
+from steersman.recipe.sections import ModelConfig, adapter_defaults
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
 from steersman.train.offline import PackedOfflineConfig
@@ -115,7 +115,7 @@ class FeedbackRecipe(Section):
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return adapter_rates(given, *trained_by(_VERBS, given.get("then")))
+        return adapter_defaults(given, *trained_by(_VERBS, given.get("then")))
 
     def stage(self, name: Literal["sft", "kto"], path: str, file: str) -> dict[str, Any]:
         """What a verb in `then` gets: the model at `path`, and the file of its examples."""

@@ -13,8 +13,9 @@ from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.flywheel.stages import PLACE, below, refresh_values, require_stage
 from steersman.judge import JudgeConfig
+from steersman.model.adapter_files import saved_lora
 from steersman.objectives.reward_config import RewardModelConfig
-from steersman.recipe.sections import ModelConfig, RolloutConfig, adapter_rates
+from steersman.recipe.sections import ModelConfig, RolloutConfig, adapter_defaults, adapter_rates
 from steersman.recipe.stopping import StopConfig
 from steersman.reward import RewardPart
 from steersman.run.run_config import ManyRunConfig
@@ -64,8 +65,11 @@ class LoopRecipe(Section):
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        refreshes = isinstance(given.get("refresh"), dict)
-        return adapter_rates(given, *cls.trained_by(given), *(["refresh.optimizer"] if refreshes else []))
+        refreshed = ["refresh.optimizer"] if isinstance(given.get("refresh"), dict) else []
+        defaults = adapter_defaults(given, *cls.trained_by(given), *refreshed)
+        if not defaults and refreshed and any(map(saved_lora, _reward_models(given.get("judge")))):
+            return adapter_rates(*refreshed)
+        return defaults
 
     @classmethod
     def trained_by(cls, given: dict[str, Any]) -> list[str]:
@@ -84,7 +88,7 @@ class LoopRecipe(Section):
             raise ValueError(
                 "model.scratch: a model with fresh weights has nothing to say yet; train it with sft first"
             )
-        if self.run.devices > 1 and self.rollout.engine != "inside":
+        if self.run.ranks > 1 and self.rollout.engine != "inside":
             raise ValueError(
                 "run.devices: sampling by other processes goes with one device so far; use rollout.engine: inside"
             )
@@ -104,6 +108,13 @@ class LoopRecipe(Section):
         if self.rollout.held_out < 1:
             raise ValueError("rollout.held_out is 0: a loop needs held-out prompts to tell what a round gained")
         return self
+
+
+def _reward_models(judge: Any) -> list[str]:
+    """Paths of the judge's reward models, of a recipe as it is given."""
+    parts = judge.get("reward") if isinstance(judge, dict) else None
+    found = parts.values() if isinstance(parts, dict) else []
+    return [str(part["model"]) for part in found if isinstance(part, dict) and "model" in part]
 
 
 def refuse_idle_stages(stages: Mapping[str, Section], asked: Sequence[str], key: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from steersman.config.sections import Section
+from steersman.model.adapter_files import saved_lora
 from steersman.run.files.ledger import refusal
 from steersman.run.run_config import RunConfig
 
@@ -87,11 +88,15 @@ def stage_model(recipe: LoopRecipe, path: str) -> dict[str, Any]:
 
 
 def refresh_values(recipe: LoopRecipe, model: str, files: list[str]) -> dict[str, Any]:
-    """What trains the judge's reward model, which is at `model`, again on files of pairs."""
+    """What trains the judge's reward model, which is at `model`, again on files of pairs: by adapters where the
+    recipe has them, or the reward model was adapters at first."""
     refresh = recipe.refresh
     assert refresh is not None
+    section = stage_model(recipe, model)
+    if section["lora"] is None:
+        section["lora"] = saved_lora(recipe.judge.reward_model()[1])
     return {
-        "model": stage_model(recipe, model),
+        "model": section,
         "data": {
             "path": files, "append_eos": recipe.data.append_eos, "on_too_long": "drop",
             "on_bad_row": recipe.data.on_bad_row,

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from steersman.config.sections import Section
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.grue.task import TASKS
-from steersman.recipe.sections import ModelConfig
+from steersman.recipe.sections import ModelConfig, adapter_defaults, not_zero
 from steersman.reward import RewardPart
 from steersman.run.run_config import micro_tokens
 from steersman.update.optimizer import OptimizerConfig
@@ -71,10 +71,12 @@ class Generation(Section):
 
     max_new_tokens: int | None = Field(default=None, ge=1, description="longest response, in tokens")
     min_new_tokens: int | None = Field(default=None, ge=0, description="no end token before so many")
-    temperature: float | None = Field(default=None, gt=0, description="logits are divided by it")
+    temperature: float | None = Field(default=None, ge=0.01, description="logits are divided by it")
     top_k: int | None = Field(default=None, ge=0, description="sample among the k likeliest tokens; 0 is off")
     top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the smallest set of this mass")
     stop: list[str] | None = Field(default=None, description="strings that end a response")
+
+    _greedy = field_validator("temperature", mode="before")(not_zero)
 
 
 class TaskSettings(Section):
@@ -139,6 +141,10 @@ class GrueRecipe(Section):
     evaluation: Evaluation = Evaluation()
     run: MatrixRun = MatrixRun()
     parallel: WithoutZeroConfig = WithoutZeroConfig()
+
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return adapter_defaults(given, "supervised.optimizer", "rl.optimizer")
 
     @property
     def model_name(self) -> str:

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from steersman.atomic import write_atomic
 from steersman.grue.cells import Cell, cell_folder, data_folder, start_model
 from steersman.grue.check import check_matrix, room
@@ -24,11 +22,12 @@ from steersman.grue.recipe import SUPERVISED, GrueRecipe
 from steersman.grue.results import collect
 from steersman.grue.rows import write_rows
 from steersman.guards.terminal import printable
+from steersman.run.console import new_console
 from steersman.run.files.folder import RunFolder
 from steersman.run.stop_request import StopRequest
 from steersman.types import SteersmanError
 
-console = Console()
+console = new_console()
 
 
 def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -46,10 +45,10 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
     with RunFolder(Path(recipe.run.dir), recipe, resume=resume) as folder, StopRequest() as signal:
         for task in tasks:
             write_rows(data_folder(recipe, task), task, rows[task.name])
-            console.print(f"{task.name}: {rows[task.name].note}", style="dim", highlight=False)
+            console.print(f"{task.name}: {rows[task.name].note}", style="dim")
         short = room(recipe, len(every))
         if short:
-            console.print(short, style="yellow", highlight=False)
+            console.print(short, style="yellow")
         clock, failed, stopped = Clock(every), {}, False
         for cell in every:
             if cell.done:
@@ -58,14 +57,12 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
             if blocked:
                 failed[cell.name] = blocked
                 continue
-            console.print(clock.line(cell), highlight=False)
+            console.print(clock.line(cell))
             try:
                 stopped = not fill(cell, recipe) or bool(signal)
             except SteersmanError as error:
                 failed[cell.name] = str(error)
-                console.print(
-                    printable(f"cell {cell.name} failed: {error}"), style="red", highlight=False, markup=False
-                )
+                console.print(printable(f"cell {cell.name} failed: {error}"), style="red", soft_wrap=True)
             if stopped:
                 break
             clock.done(cell)
@@ -189,7 +186,7 @@ def _descriptors(file: Any):
 
 def _tell(summary: dict[str, Any]) -> None:
     state = "done" if summary["finished"] else "stopped; go on with --resume"
-    console.print(f"{summary['cells']} of {summary['planned']} cells; {state}", highlight=False)
+    console.print(f"{summary['cells']} of {summary['planned']} cells; {state}")
     for name in ("table", "goodhart", "page", "leaderboard"):
         if name in summary:
-            console.print(f"{name:<12}{summary[name]}", highlight=False)
+            console.print(f"{name:<12}{summary[name]}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """Language models in their roles: policy, reference, critic, reward model."""
 
+from steersman.model.adapter_files import saved_lora
 from steersman.model.attributes import AttributeModel, GatedModel, Gating
 from steersman.model.bottleneck import BottleneckModel, latent_names
 from steersman.model.context import context_length
@@ -13,7 +14,7 @@ from steersman.model.policy import Logp, Policy
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
-from steersman.model.shape import SIZES, Shape, shape_of
+from steersman.model.shape import SIZES, Adapted, Shape, adapted, attributes_of, shape_of
 from steersman.model.shard import as_local_shards, place, place_head, whole_state, whole_weights
 from steersman.model.share import SharedBase, frozen_copy
 from steersman.model.tables import tables_and_adapters
@@ -21,6 +22,7 @@ from steersman.model.tables import tables_and_adapters
 __all__ = [
     "GENERAL",
     "SIZES",
+    "Adapted",
     "AttributeModel",
     "BottleneckModel",
     "EnsembleModel",
@@ -36,8 +38,10 @@ __all__ = [
     "Shape",
     "SharedBase",
     "SharedCritic",
+    "adapted",
     "as_local_shards",
     "at_hand",
+    "attributes_of",
     "bytes_to_come",
     "context_length",
     "fresh_policy",
@@ -53,6 +57,7 @@ __all__ = [
     "place_head",
     "plane_names",
     "save",
+    "saved_lora",
     "shape_of",
     "step_ends",
     "tables_and_adapters",

@@ -38,6 +38,11 @@ class AdapterNotes:
     task: str | None
     dropout: float
 
+    @property
+    def of_scalar(self) -> bool:
+        """Whether they are a reward model's or critic's, with a head that gives numbers."""
+        return self.task == "SEQ_CLS"
+
 
 def adapter_notes(source: str) -> AdapterNotes:
     """What the folder says of its adapters. Raises SteersmanError where it can not be read, or names no base."""
@@ -54,6 +59,29 @@ def adapter_notes(source: str) -> AdapterNotes:
             "that the adapters were trained on"
         )
     return AdapterNotes(base, task if isinstance(task, str) else None, dropout)
+
+
+HEADS = ("score", "classification_head")
+"""Names of the heads of sequence classifiers, which peft counts among the modules that are trained whole."""
+
+
+def saved_lora(path: str) -> dict[str, Any] | None:
+    """How the adapters in a folder were made, by the names of a recipe's `model.lora`, without dropout; None where
+    the path is no folder of LoRA adapters. What can not be loaded of them is refused by who loads it."""
+    try:
+        told = json.loads((Path(path).expanduser() / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(told, dict) or told.get("peft_type") != "LORA":
+        return None
+    r, alpha, targets = told.get("r"), told.get("lora_alpha"), told.get("target_modules")
+    whole = [name for name in told.get("modules_to_save") or () if name not in HEADS]
+    if type(r) is not int or r < 1 or not isinstance(alpha, int | float) or alpha <= 0:
+        return None
+    return {
+        "r": r, "alpha": alpha, "targets": targets or "all-linear", "dora": told.get("use_dora") is True,
+        "rslora": told.get("use_rslora") is True, "train_whole": whole,
+    }  # fmt: skip
 
 
 def adapter_settings(source: str, *, trainable: bool) -> Any:

@@ -41,7 +41,7 @@ class AdaptedFolder:
 
 def is_adapters(source: str) -> bool:
     """Whether a folder holds adapters, not a model."""
-    return (Path(source) / CONFIG).exists()
+    return (Path(source).expanduser() / CONFIG).exists()
 
 
 def adapted_folder(source: str) -> AdaptedFolder:
@@ -55,7 +55,7 @@ def adapted_folder(source: str) -> AdaptedFolder:
         meaning = Meaning.parsed(json.loads(told.read_text())) if told.exists() else Meaning()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteersmanError(f"{folder}: its adapters can not be read: {error}") from error
-    if notes.task != "SEQ_CLS":
+    if not notes.of_scalar:
         raise SteersmanError(
             f"{folder}: adapters of a language model ({notes.task}), not of a reward model or critic; train one with "
             "`steersman reward`, or merge these into their model first (`steersman export`)"

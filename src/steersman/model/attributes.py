@@ -126,7 +126,7 @@ class GatedModel(AttributeModel):
         self.gating.load_state_dict(load_file(folder / GATING_FILE, device=str(self.device)))
 
     def score(self, tokens: Tokens) -> Float[Tensor, " B"]:
-        numbers, prompt = self.with_prompt(tokens)
+        numbers, prompt = (x.float() for x in self.with_prompt(tokens))  # as the network was trained on them
         return self.gating(prompt, numbers, self.verbosity(tokens, numbers))
 
     def verbosity(self, tokens: Tokens, numbers: Float[Tensor, "B A"]) -> Float[Tensor, " B"]:

@@ -44,7 +44,8 @@ class BottleneckModel(AttributeModel):
         self, model: Any, tokenizer: Any, attributes: Sequence[str], *, max_tokens: int | None = 8192
     ) -> None:
         super().__init__(model, tokenizer, attributes, max_tokens=max_tokens)
-        self.decoder = nn.Linear(len(attributes) // 2, 1, bias=False, device=self.device)
+        dtype = torch.promote_types(self.output.weight.dtype, torch.float32)
+        self.decoder = nn.Linear(len(attributes) // 2, 1, bias=False, device=self.device, dtype=dtype)
         self.means(replace(self.meaning, kind=BOTTLENECK))
 
     def begin(self, generator: torch.Generator) -> None:

@@ -69,15 +69,19 @@ def load_policy(
     beside them where there is one; of `lora` dropout alone then acts. What was found or changed is in the policy's
     `notes`. Python code in the folder is run with `trust_remote_code` alone.
 
-    Raises SteersmanError if there is nothing at the path, it is no language model that writes, weights are
-    missing, the tokenizer is missing, has no end token or has more ids than the model has embeddings, or saved
-    adapters are not plain LoRA or DoRA, or not of the model that they name.
+    Raises SteersmanError if there is nothing at the path, it is no language model that writes (a reward model or
+    critic is none), weights are missing, the tokenizer is missing, has no end token or has more ids than the model
+    has embeddings, or saved adapters are not plain LoRA or DoRA, or not of the model that they name.
     """
     source, local = find(path)
     told = adapter_notes(source) if local and is_adapters(source) else None
+    if told is not None and told.of_scalar:
+        raise _no_text(source)
     base, base_local = (source, local) if told is None else _base(source, told)
     notes: list[str] = []
     config = read_config(base, base_local, notes, trust=trust_remote_code)
+    if is_classifier(config):
+        raise _no_text(base)
     pair, stored = config.is_encoder_decoder, stored_dtype(config)
     known = hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known and type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -256,7 +260,26 @@ def _has_tokenizer(source: str) -> bool:
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, without the model. Raises SteersmanError where there is none."""
     source, local = find(path)
+    if local and is_adapters(source) and not _has_tokenizer(source):
+        source, local = _base(source, adapter_notes(source))
     return read_tokenizer(source, local, trust=trust_remote_code)
+
+
+def gives_numbers(path: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Whether a path holds a reward model or critic, whole or as adapters, and no language model. Raises
+    SteersmanError where there is neither."""
+    source, local = find(path)
+    if local and is_adapters(source):
+        return adapter_notes(source).of_scalar
+    return is_classifier(read_config(source, local, [], trust=trust_remote_code))
+
+
+def _no_text(source: str) -> SteersmanError:
+    """The error for a reward model or critic in a language model's place."""
+    return SteersmanError(
+        f"{source}: a reward model or critic, which gives numbers and writes no text; give the language model that "
+        "it was trained from, or name it where a reward model is asked for (reward.parts.NAME.model)"
+    )
 
 
 def is_classifier(config: Any) -> bool:

@@ -5,7 +5,9 @@ peft is imported where adapters are: it takes seconds, and most runs have none.
 
 from __future__ import annotations
 
+import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,14 +59,22 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
 
     Raises SteersmanError where `targets` match no layer, or the output layer.
     """
-    import peft
-
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     with _naming_targets(model, config):
-        adapters = peft.get_peft_model(model, _settings(model, config, task))
+        adapters = with_adapters(model, _settings(model, config, task))
     settle(model)
     _require_plain_output(model)
     return adapters  # type: ignore[return-value]
+
+
+def with_adapters(model: Any, settings: Any) -> PeftModel:
+    """The model with adapters of peft's `settings` in it, without peft's warning that it asks transformers for a
+    property by its former name, which is no user's business."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, settings)  # type: ignore[return-value]
 
 
 def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
@@ -124,8 +134,13 @@ def _read_by_weight(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _is_product(module: nn.Linear) -> bool:
-    """Whether the layer gives the product of its input and its weight, plus its bias."""
-    x = torch.linspace(-1.0, 1.0, module.in_features).to(module.weight)[None]
+    """Whether the layer gives the product of its input and its weight, plus its bias. One without weights is asked
+    with some."""
+    if module.weight.is_meta:
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        for p in module.parameters():
+            p.copy_(torch.linspace(-1.0, 1.0, p.numel(), device="cpu").view_as(p))
+    x = torch.linspace(-1.0, 1.0, module.in_features, device="cpu").to(module.weight)[None]
     try:
         found = module(x)
     except (TypeError, ValueError, RuntimeError):  # it takes more than one input, or another shape
@@ -182,12 +197,11 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
     Raises SteersmanError where they can not be read, are not plain LoRA or DoRA, do not fit the model, or are on the
     output layer.
     """
-    import peft
     from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
     settings, saved = adapter_settings(folder, trainable=trainable), adapter_tensors(folder)
     with fitting(folder, model):
-        adapters: Any = peft.get_peft_model(model, settings)
+        adapters: Any = with_adapters(model, settings)
     settle(model)
     if odd := adapters_left_out(model):
         raise not_plain_layers(folder, odd)

@@ -80,7 +80,10 @@ def _write(
         changed["dtype"] = str(dtype).split(".")[1]
     if model.speaks and _untied(inner, entries):
         changed["tie_word_embeddings"] = False  # or loading would put the one's weights in the other's place
-    ranks().from_main(lambda: _finish(model, folder, changed), "the model's config")
+    beside = {
+        name: {key: full_tensor(x) for key, x in weights.items()} for name, weights in model.files_beside().items()
+    }
+    ranks().from_main(lambda: _finish(folder, beside, changed), "the model's config")
 
 
 def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
@@ -97,8 +100,8 @@ def _untied(inner: Any, entries: Iterable[Entry]) -> bool:
     return not torch.equal(*(full_tensor(make()) for _, make in found))
 
 
-def _finish(model: Policy | ScalarModel | AttributeModel, folder: Path, changed: dict[str, Any]) -> None:
-    for name, weights in model.files_beside().items():
+def _finish(folder: Path, beside: dict[str, dict[str, torch.Tensor]], changed: dict[str, Any]) -> None:
+    for name, weights in beside.items():
         save_file(weights, folder / name)
     if changed:
         path = folder / "config.json"

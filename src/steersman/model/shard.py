@@ -9,7 +9,7 @@ Source: `fully_shard`, PyTorch 2.6 and newer; for DeepSpeed see `zero_layers`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -45,14 +45,47 @@ def place(model: Any) -> None:
 def _shard(model: Any) -> None:
     from torch.distributed import fsdp
 
-    settings = _settings(model.device)
-    for layer in layers(model.model):
+    settings, cut = _settings(model.device), layers(model.model)
+    settings["ignored_params"] = {p for p in model.parameters() if not p.ndim}  # a single number is whole on all
+    _require_trainable(model, cut)
+    for layer in cut:
         fsdp.fully_shard(layer, reshard_after_forward=ranks().parallel.reshard, **settings)
     # The output layer is used after the trunk's run too: what is in no layer stays gathered until a backward pass.
     fsdp.fully_shard(model, reshard_after_forward=False, **settings)
     for name in model.runs:
         fsdp.register_fsdp_forward_method(model, name)
     _sum_up(model)
+    _gather_ahead(model, cut)
+
+
+def _require_trainable(model: nn.Module, cut: Sequence[nn.Module]) -> None:
+    """Raises SteersmanError where FSDP2 can not train the weights: single numbers, and those of several precisions in
+    one group, which is a layer, or what is in no layer."""
+    if any(p.requires_grad and not p.ndim for p in model.parameters()):
+        raise SteersmanError(
+            "parallel.mode fsdp: the model trains a parameter that is a single number, which has no pieces; use "
+            "parallel.mode: replicas"
+        )
+    own = [list(layer.parameters()) for layer in cut]
+    inside = {id(p) for weights in own for p in weights}
+    for weights in (*own, [p for p in model.parameters() if id(p) not in inside]):
+        found = sorted({str(p.dtype).removeprefix("torch.") for p in weights if p.requires_grad})
+        if len(found) > 1:
+            raise SteersmanError(
+                f"parallel.mode fsdp: weights of {' and '.join(found)} would be trained side by side, and it takes "
+                "one precision; use model.dtype: float32 (compute_dtype: bfloat16 computes in half of it), or "
+                "parallel.mode: replicas"
+            )
+
+
+def _gather_ahead(model: Any, cut: Sequence[Any]) -> None:
+    """Says which layer a backward pass gathers ahead of each: the one before it.
+
+    Left to itself FSDP2 goes by the layers' last runs, and those of an engine count too, so a rank that had nothing
+    to sample would gather other layers than the rest, which then wait for it in vain.
+    """
+    for part, before in zip((*cut, model), (cut[0], *cut), strict=True):
+        part.set_modules_to_backward_prefetch([before])  # the first has itself, there already: none would be a guess
 
 
 def place_head(head: nn.Linear) -> None:

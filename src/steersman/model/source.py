@@ -44,7 +44,7 @@ def find(path: str | Path, marks: Sequence[str] = ("config.json", "adapter_confi
     local = Path(text).expanduser()
     if local.is_dir():
         if not any((local / name).exists() for name in marks):
-            inside = sorted(p.parent.name for p in local.glob("*/config.json"))
+            inside = {p.parent.name for mark in marks for p in local.glob(f"*/{mark}")}
             hint = f"; did you mean its folder {_some(inside)}?" if inside else ""
             raise SteersmanError(f"{text}: no model there (no {marks[0]}){hint}")
         return str(local), True

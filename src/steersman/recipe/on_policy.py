@@ -321,7 +321,7 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     def _devices_fit(self) -> None:
         """What several devices refuse."""
         rollout = self.rollout
-        if self.run.devices == 1:
+        if self.run.ranks == 1:
             return
         if rollout.engine != "inside" and self.environment:
             raise ValueError(

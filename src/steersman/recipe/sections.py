@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from steersman.config.sections import Section
 from steersman.loss.correction import CAPS, Correction, Kind
+from steersman.model.adapter_files import saved_lora
 from steersman.model.quantise import Quantise
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LoraSection(Section):
-    """Low-rank adapters; without this section all weights are trained."""
+    """Low-rank adapters; without this section all weights are trained, or the adapters that `path` holds."""
 
     r: int = Field(default=8, ge=1, description="rank")
     alpha: float = Field(
@@ -60,7 +61,8 @@ class ModelConfig(Section):
     )
     lora: LoraSection | None = Field(
         default=None,
-        description="train low-rank adapters only; reward models and critics train their heads beside them",
+        description="train low-rank adapters only; reward models and critics train their heads beside them. Where "
+        "`path` holds saved adapters and nothing is given here, it is what they are",
     )
     merge: bool = Field(
         default=True, description="with lora: save the model with the adapters added in, else only what was trained"
@@ -122,12 +124,22 @@ ADAPTER_RATE = 5e-4
 more; on a chat model of 135M parameters DPO hardly moved at 1e-5 and 1e-4, and did at this rate."""
 
 
-def adapter_rates(given: dict[str, Any], *optimizers: str) -> dict[str, Any]:
-    """Nested defaults: the rate of adapters for the optimizers at these dotted keys, where the recipe as it is given
-    trains adapters; else none."""
-    model, out = given.get("model"), dict[str, Any]()
-    if not isinstance(model, dict) or model.get("lora") is None:
-        return out
+def adapter_defaults(given: dict[str, Any], *optimizers: str) -> dict[str, Any]:
+    """Nested defaults of a recipe that, as it is given, trains adapters: the rate of adapters for the optimizers at
+    these dotted keys. Where `model.path` is a folder of saved adapters, which are trained whether or not the recipe
+    has `model.lora`, that is what they are."""
+    model = given.get("model")
+    if not isinstance(model, dict):
+        return {}
+    if model.get("lora") is not None:
+        return adapter_rates(*optimizers)
+    saved = saved_lora(str(model.get("path"))) if model.get("scratch") is None else None
+    return {} if saved is None else {"model": {"lora": saved}, **adapter_rates(*optimizers)}
+
+
+def adapter_rates(*optimizers: str) -> dict[str, Any]:
+    """Nested defaults: the rate of adapters for the optimizers at these dotted keys."""
+    out = dict[str, Any]()
     for key in optimizers:
         section = out
         for name in key.split("."):
@@ -154,7 +166,7 @@ class TrainingRecipe(Section):
 
     @classmethod
     def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {} if "optimizer.lr" in cls.unread_keys() else adapter_rates(given, "optimizer")
+        return adapter_defaults(given, *(["optimizer"] if "optimizer.lr" not in cls.unread_keys() else []))
 
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:
@@ -163,9 +175,9 @@ class TrainingRecipe(Section):
 
     @model_validator(mode="after")
     def _fits_its_devices(self) -> TrainingRecipe:
-        devices, copies = self.run.devices, self.parallel.replicas
+        devices, copies = self.run.ranks, self.parallel.replicas
         if devices > 1 and devices % copies:
-            raise ValueError(f"parallel.replicas is {copies}, which does not divide run.devices {devices}")
+            raise ValueError(f"parallel.replicas is {copies}, which does not divide the {devices} devices")
         if self.parallel.stage:
             self._fits_deepspeed()
         if self.parallel.mode != "fsdp":
@@ -255,6 +267,13 @@ class CorrectionConfig(Section):
         return Correction(self.kind, self.cap, self.low)
 
 
+def not_zero(temperature: Any) -> Any:
+    """A temperature as it is given. Raises ValueError for 0, with what stands for it."""
+    if temperature == 0:
+        raise ValueError("logits can not be divided by 0; for the likeliest token each time set top_k: 1 beside it")
+    return temperature
+
+
 class RolloutConfig(Section):
     """What is sampled in each iteration."""
 
@@ -263,7 +282,7 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(default=64, ge=1, description="longest response, in tokens")
     min_new_tokens: int = Field(default=0, ge=0, description="the end token is not sampled before this many")
     temperature: float = Field(
-        default=1.0, gt=0, description="logits are divided by it, while sampling and in the loss"
+        default=1.0, ge=0.01, description="logits are divided by it, while sampling and in the loss"
     )
     top_k: int = Field(default=0, ge=0, description="sample among the k likeliest tokens; 0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="sample from the smallest set of this mass; 1 is off")
@@ -327,6 +346,8 @@ class RolloutConfig(Section):
         description="with ahead, answers under way when new weights are ready: finished by the weights that began "
         "them (the schedule is then the same every time), or cut and continued under the new ones",
     )
+
+    _greedy = field_validator("temperature", mode="before")(not_zero)
 
     @field_validator("sync", "engine", mode="before")
     @classmethod

@@ -47,10 +47,15 @@ def device_apart(device: torch.device) -> torch.device:
     """The device of this rank's frozen models, apart from those that train: with N ranks on the machine, that of the
     number of `device` plus N.
 
-    Raises SteersmanError where the machine has too few.
+    Raises SteersmanError where the machine has too few, or the launcher does not say what N is.
     """
     if device.type == "cpu":
         raise SteersmanError("frozen_apart: the CPU is one device; use offload: false and frozen_apart: false there")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise SteersmanError(
+            "frozen_apart: the launcher started several ranks and does not say how many of them share this machine; "
+            "let it set LOCAL_WORLD_SIZE, as torchrun does"
+        )
     module = torch.get_device_module(device)
     ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), module.device_count()
     own = module.current_device() if device.index is None else device.index

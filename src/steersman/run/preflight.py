@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steersman.guards.terminal import printable
+from steersman.run.console import new_console
 from steersman.types import SteersmanError
 
 Segment = tuple[str, bool]
@@ -79,7 +80,7 @@ class Preflight:
         refusals(self.problems)
 
     def show(self, console: Console | None = None) -> None:
-        console = console or Console()
+        console = console or new_console()
         console.print(Group(*self._parts(console.is_terminal)))
 
     def _parts(self, color: bool) -> list[Text | Table | Panel]:

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from steersman.config.sections import Section
+from steersman.distributed.launched import ranks_launched
 from steersman.run.device import resolve_device, set_threads
 
 ON_ACCELERATOR = 16_384
@@ -65,6 +66,11 @@ class ManyRunConfig(RunConfig):
         description="what starts these processes: torch's launcher on this machine, or a Ray cluster that is there "
         "already, which places them (and servers that sample) on its machines and starts them again where they die",
     )
+
+    @property
+    def ranks(self) -> int:
+        """The processes that share the run: `devices`, or all that a launcher has started already."""
+        return max(self.devices, ranks_launched())
 
 
 STEPS_ONLY = ("eval_every", "save_every", "save_async", "keep_last", "keep_best")

@@ -1,8 +1,8 @@
 """Randomness: one seed, and a stream of its own for every use of it.
 
-The global random states are saved with a checkpoint (`rng_state`) and put back when a run resumes.
-
-A stream is named, not numbered by the order of its use: adding one draws nothing from the others.
+A stream is named, not numbered by the order of its use: adding one draws nothing from the others. What draws from the
+global generators (dropout, users' functions) has streams of its own for each step and rank (`seed_global`), so a
+resumed run needs nothing of those before.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
     return torch.Generator(device).manual_seed(sub_seed(seed, *names))
 
 
+def seed_global(seed: int, *names: str | int) -> None:
+    """Seeds the global generators of Python, NumPy and torch (all devices), each with a stream of its own, for the
+    use that `names` tell."""
+    random.seed(sub_seed(seed, "python", *names))
+    np.random.seed(sub_seed(seed, "numpy", *names) % 2**32)
+    torch.manual_seed(sub_seed(seed, "torch", *names))
+
+
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
-    """Seeds the global generators of Python, NumPy and torch (all devices), each with a stream of its own.
+    """`seed_global` for what is made before the first step, the same on every rank.
 
     `deterministic` makes torch choose kernels that give the same bits each time and refuse operations that have
     none. cuBLAS reads its workspace setting when it starts, so call this before the first CUDA operation.
     """
-    random.seed(sub_seed(seed, "python"))
-    np.random.seed(sub_seed(seed, "numpy") % 2**32)
-    torch.manual_seed(sub_seed(seed, "torch"))
+    seed_global(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False

@@ -107,9 +107,11 @@ def reward_from(
     attributes: Sequence[str] = (),
     *,
     trainable: bool = True,
+    whole: bool = False,
 ) -> ScalarModel | AttributeModel:
     """A reward model as it was saved, or with one output for each of the attributes that are asked for; with `lora`
-    on adapters, or frozen where it is not `trainable`."""
+    on adapters, or frozen where it is not `trainable`. A `whole` one is not laid in pieces, whatever `parallel.mode`
+    says."""
     dtype = _dtype(config, device)
     model = load_reward(
         config.path,
@@ -124,7 +126,7 @@ def reward_from(
         _adapt(model, config)
     else:
         model.requires_grad_(False)
-    _prepare(model, config, run, trainable)
+    _prepare(model, config, run, trainable, whole)
     return model
 
 
@@ -138,11 +140,16 @@ SLOW = 1e-4
 """Below this rate adapters hardly moved on a chat model of 135M parameters, whatever was minimised."""
 
 
-def slow_rate(config: ModelConfig, lr: float) -> str | None:
-    """What to tell of a rate that is meant for whole models where adapters are trained; None where it is none."""
-    if config.lora is None or lr >= SLOW:
-        return None
-    return f"{lr:g} is a rate for whole models; adapters hardly move below {SLOW:g}, and 2e-4 to 1e-3 is usual"
+def rate_text(model: Policy | ScalarModel | AttributeModel, lr: float) -> str:
+    """What to tell of the rate at which a loaded model is trained."""
+    if not model.has_adapters:
+        return f"{lr:g}, for all weights"
+    if lr >= SLOW:
+        return f"{lr:g}, for adapters"
+    return (
+        f"{lr:g} is a rate for whole models, and adapters are trained: they hardly move below {SLOW:g}, and 2e-4 to "
+        "1e-3 is usual"
+    )
 
 
 def lora_of(config: ModelConfig) -> LoraConfig | None:

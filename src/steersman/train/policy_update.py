@@ -197,7 +197,8 @@ class LanguageBatch:
         ranks().agree(not_finite(seen_losses))
         if not actor:
             return 0.0
-        moved, gap = torch.stack([moved, gap.to(moved.dtype)]).cpu()
+        # in one precision on every rank, whether it had a row or not
+        moved, gap = torch.stack([moved, gap.to(moved.dtype)]).cpu().double()
         moved = ranks().sum(moved, "KL to the sampler")
         self.tally.add("kl/old", moved, steps)
         if first:
@@ -220,7 +221,7 @@ class LanguageBatch:
             assert logp is not None
             if micro.counts:
                 total = total + masked_sum(kl_estimate(part.logp_old, logp, "k3"), part.mask)
-        return float(ranks().sum(total.cpu(), "KL to the sampler")) / denominator(self.traj.mask, "token")
+        return float(ranks().sum(total.cpu().double(), "KL to the sampler")) / denominator(self.traj.mask, "token")
 
     def problem(self) -> Problem:
         """Surrogate and exact KL over whole distributions, in micro-batches."""

@@ -26,7 +26,7 @@ from steersman.run.health.watch import Finding, HealthWatch
 from steersman.run.report.card import write_card
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
-from steersman.run.seed import rng_state, seed_everything, set_rng_state
+from steersman.run.seed import seed_everything, seed_global
 from steersman.run.stop_request import StopRequest
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
@@ -149,7 +149,6 @@ class Session:
         try:
             self.state.load_state_dict(found.state["state"])
             self.watch.load_state_dict(found.state["health"])
-            set_rng_state(found.state["rng"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             changed = "; ".join(self.folder.changes) or "nothing in the recipe"
             raise SteersmanError(
@@ -166,6 +165,7 @@ class Session:
                 return
             # A checkpoint is ranked by what was measured on its own weights, so a resumed run ranks alike.
             self.step, self.last_metrics, self._is_best = step, {}, False
+            seed_global(self.config.seed, "step", step, ranks().rank)  # ranks share no dropout
             yield step
             ends = ranks().gather((self.signal.signal_name, self.checkpoints.failed), "the end of a step")
             came = next((name for name, _ in ends if name is not None), None)
@@ -205,10 +205,7 @@ class Session:
 
         Raises SteersmanError where the ranks' states are not the same, bit for bit: then they have drifted apart.
         """
-        state = {
-            "state": self.state.state_dict(), "health": self.watch.state_dict(), "rng": rng_state(),
-            "best": self._best,
-        }  # fmt: skip
+        state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "best": self._best}
         require_same(state["state"])
         last = step == self.total or self.stopped or self.ended
         self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
@@ -269,7 +266,7 @@ class Session:
     def _halt(self, step: int, what: str) -> None:
         kept = self.checkpoints.latest()
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
-        raise SteersmanError(f"stopped at step {step}: {what}. Nothing was saved with it; {where}")
+        raise SteersmanError(f"stopped at step {step}: {what.removesuffix('.')}. Nothing was saved with it; {where}")
 
 
 def require_same(state: dict[str, Any]) -> None:

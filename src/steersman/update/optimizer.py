@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
         "the weights' precision), stochastic (at random, right in the mean), nearest (small ones are lost)",
     )
     lr: float = Field(
-        default=1e-4, gt=0, description="peak learning rate; 5e-4 if a recipe with model.lora gives none"
+        default=1e-4, gt=0, description="peak learning rate; 5e-4 if a recipe that trains adapters gives none"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",

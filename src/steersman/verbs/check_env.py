@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from torch import Tensor
 
 from steersman.algorithms import ALGORITHMS
@@ -22,6 +21,7 @@ from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.model import Policy, context_length
 from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward.episodes import EpisodeReward
+from steersman.run.console import new_console
 from steersman.run.run_config import KEPT_ONLY, RunConfig, device_of
 from steersman.setup.generators import open_episodes, open_generator
 from steersman.setup.models import policy_from
@@ -151,13 +151,13 @@ def _gradient(samples: list[Sample], tokens: Any, logp: Tensor, fill: float) -> 
 
 
 def _print(environment: Environment, found: Findings) -> None:
-    console = Console()
-    console.print(f"steersman check-env: {printable(environment.describe())}", style="bold", markup=False)
+    console = new_console()
+    console.print(f"steersman check-env: {printable(environment.describe())}", style="bold", soft_wrap=True)
     for name, value in found.facts.items():
-        console.print(f"  {name:<24}{printable(value)}", markup=False, highlight=False)
+        console.print(f"  {name:<24}{printable(value)}", soft_wrap=True)
     for note in found.notes:
-        console.print(f"  note   {printable(note)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  note   {printable(note)}", style="yellow", soft_wrap=True)
     for fault in found.wrong:
-        console.print(f"  wrong  {printable(fault)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  wrong  {printable(fault)}", style="red", soft_wrap=True)
     if not found.wrong:
         console.print("  nothing to mend", style="green")

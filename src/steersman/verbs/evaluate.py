@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from steersman.atomic import check_places, write_atomic
@@ -22,6 +20,7 @@ from steersman.evaluation import judge
 from steersman.guards.terminal import printable, say
 from steersman.metrics import Corpus, Metric, metric
 from steersman.recipe.evaluation import MetricSection, named_metrics
+from steersman.run.console import new_console
 from steersman.run.run_config import ManyRunConfig
 from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, responses
@@ -162,15 +161,15 @@ def _entry(one: Metric, corpus: Corpus) -> dict[str, Any]:
 
 
 def _show(made: dict[str, Metric], values: dict[str, Corpus], count: int, empty: list[int]) -> None:
-    console = Console()
+    console = new_console()
     table = Table("metric", "value", "95% interval", "better", "computed by")
     for name, corpus in values.items():
         interval = "-" if math.isnan(corpus.low) else f"{_number(corpus.low)} to {_number(corpus.high)}"
-        how = escape(printable(made[name].implementation))
-        table.add_row(escape(printable(name)), _number(corpus.value), interval, made[name].better, how)
+        how = printable(made[name].implementation)
+        table.add_row(printable(name), _number(corpus.value), interval, made[name].better, how)
     console.print(table)
     rows = f"; rows {', '.join(map(str, empty[:10]))}{', ...' if len(empty) > 10 else ''}" if empty else ""
-    console.print(f"{count} completions, {len(empty)} of them empty{rows}", highlight=False)
+    console.print(f"{count} completions, {len(empty)} of them empty{rows}")
 
 
 def _number(x: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic import Field
 from steersman.config.sections import Section
 from steersman.model import load_policy, load_reward, save
 from steersman.model.adapters import is_adapters
+from steersman.model.load import gives_numbers
 from steersman.types import SteersmanError
 
 
@@ -46,21 +46,11 @@ def run(recipe: ExportRecipe) -> dict[str, Any]:
         raise SteersmanError(
             f"form: {recipe.path} holds no adapters alone; train with model.lora and model.merge: false to keep them"
         )
-    load = load_reward if _gives_numbers(Path(recipe.path)) else load_policy
-    model: Any = load(recipe.path, device="cpu", trust_remote_code=recipe.trust_remote_code)
+    trust = recipe.trust_remote_code
+    load = load_reward if gives_numbers(recipe.path, trust_remote_code=trust) else load_policy
+    model: Any = load(recipe.path, device="cpu", trust_remote_code=trust)
     dtype = model.stored_dtype if recipe.dtype == "same" else getattr(torch, recipe.dtype)
     merged, size = recipe.form == "merged", recipe.max_shard_size
     save(model, model.tokenizer, out, merged=merged, dtype=dtype, max_shard_size=size)
     print(f"{recipe.form} written to {out} ({str(dtype).removeprefix('torch.')})")
     return {"out": str(out), "form": recipe.form, "dtype": str(dtype)}
-
-
-def _gives_numbers(folder: Path) -> bool:
-    """Whether a folder is of a reward model or critic; what is unreadable is for the loading to name."""
-    for name, key in (("adapter_config.json", "task_type"), ("config.json", "architectures")):
-        try:
-            told = json.loads((folder / name).read_text())[key]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return told == "SEQ_CLS" or any("ForSequenceClassification" in str(x) for x in told or [])
-    return False

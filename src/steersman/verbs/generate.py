@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
-from rich.console import Console
 
 from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section, key_names
@@ -20,6 +19,7 @@ from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
 from steersman.model import context_length, whole_weights
 from steersman.recipe.sections import LEARNED_ONLY, PLACE_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
+from steersman.run.console import new_console
 from steersman.run.files.inputs import fingerprints
 from steersman.run.files.pieces import Pieces, Rows
 from steersman.run.progress import ProgressLine
@@ -184,8 +184,8 @@ def _line(response: Response) -> str:
 
 
 def _show(made: list[Response]) -> None:
-    console = Console()
+    console = new_console()
     for response in made:
-        console.print(printable(response.prompt.text), style="dim", end="", markup=False, highlight=False)
-        console.print(printable(response.text), markup=False, highlight=False)
+        console.print(printable(response.prompt.text), style="dim", end="", soft_wrap=True)
+        console.print(printable(response.text), soft_wrap=True)
         console.print()

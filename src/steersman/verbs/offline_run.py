@@ -10,7 +10,7 @@ from steersman.evaluation import Evaluation
 from steersman.model import Policy, bytes_to_come, keep_away
 from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
-from steersman.setup.models import save_model, slow_rate
+from steersman.setup.models import rate_text, save_model
 from steersman.setup.reference import Reference
 from steersman.train.offline import Offline, restore_best
 from steersman.train.session import Session
@@ -37,8 +37,7 @@ def carry_out(
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
     for name, other in frozen.items():
         models.append(Model(name, other.model, other.model.name_or_path, coming=bytes_to_come(other)))
-    if note := slow_rate(recipe.model, recipe.optimizer.lr):
-        pre.fact("optimizer.lr", note)
+    pre.fact("optimizer.lr", rate_text(policy, recipe.optimizer.lr))
     announce(pre, session.device, models, state.load(longest), sampled)
     for note in policy.notes:
         pre.fact("model", note)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from steersman.assets import openings, story_model
 from steersman.atomic import write_atomic
@@ -26,6 +25,7 @@ from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.ops.text import distinct_n, sentences
 from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.reward.gold import judge
+from steersman.run.console import new_console
 from steersman.run.device import resolve_device
 from steersman.run.run_config import RunConfig
 from steersman.run.stop_request import StopRequest
@@ -35,7 +35,7 @@ from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
 
-console = Console()
+console = new_console()
 
 TEMPERATURE = 0.8
 """All stages sample at it: a model this small is readable below 1, and the ratio is 1 at any temperature."""
@@ -253,25 +253,22 @@ def show_outcome(summary: dict[str, Any], stories: Sequence[tuple[str, str, str]
     console.print(table)
     console.print(
         f"reward model: {summary['reward_model_accuracy']:.1%} of held-out pairs right. "
-        f"Largest gap between sampled and trained log-probabilities: {summary['ratio_gap']:.1e} nats.\n",
-        highlight=False,
+        f"Largest gap between sampled and trained log-probabilities: {summary['ratio_gap']:.1e} nats.\n"
     )
     step = max(1, len(stories) // 3)
     for opening, before, after in stories[::step][:3]:
         for label, text in (("before", before), ("after ", after)):
-            console.print(f"[dim]{label}[/dim]  [dim]{_escape(opening)}[/dim]{_escape(text)}", highlight=False)
+            console.print(Text.assemble((f"{label}  {_in_line(opening)}", "dim"), _in_line(text)))
         console.print()
-    console.print(
-        f"report   {report}\nmodel    {summary['model']}\n{summary['seconds']:.0f} seconds", highlight=False
-    )
+    console.print(f"report   {report}\nmodel    {summary['model']}\n{summary['seconds']:.0f} seconds", soft_wrap=True)
 
 
-def _escape(text: str) -> str:
-    return escape(printable(text).replace("\n", " "))
+def _in_line(text: str) -> str:
+    return printable(text).replace("\n", " ")
 
 
 def _say(step: str, what: str) -> None:
-    console.rule(f"[bold]{step}[/bold]  {what}", align="left")
+    console.rule(Text.assemble((step, "bold"), f"  {what}"), align="left")
 
 
 def gold_scores(texts: Sequence[str]) -> list[float]:

@@ -31,6 +31,7 @@ from steersman.model import (
     GatedModel,
     ScalarModel,
     context_length,
+    whole_weights,
 )
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
@@ -45,7 +46,7 @@ from steersman.plan.memory import Load, Model, announce
 from steersman.run.preflight import Preflight
 from steersman.run.report.calibration import calibration_png
 from steersman.run.seed import stream
-from steersman.setup.models import reward_from, save_model, scalar_from
+from steersman.setup.models import rate_text, reward_from, save_model, scalar_from
 from steersman.statistics.reward_report import Report
 from steersman.train.offline import Offline
 from steersman.train.session import Session
@@ -127,6 +128,7 @@ def _train(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[str,
     describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
     loss = "Plackett-Luce" if recipe.train.loss == "plackett_luce" else "Bradley-Terry over all its pairs"
     pre.fact("recognised", f"{NOUNS[kind]}: {LEARNS[kind].format(loss=loss, names=', '.join(names))}")
+    pre.fact("optimizer.lr", rate_text(model, recipe.optimizer.lr))
     _show(pre, session, model, recipe, state.load(int(data.train.lengths.max())))
     if not train_and_restore(session, state, recipe.train.keep):
         return session.summary({})
@@ -177,7 +179,8 @@ def _gating(session: Session, recipe: RewardModelRecipe) -> dict[str, Any]:
         return session.summary({})
     sizes = {key: getattr(recipe.gating, key) for key in ("hidden", "layers", "verbosity")}
     model.means(replace(model.meaning, gating=sizes))
-    gated = GatedModel(model.model, model.tokenizer, objective.names)
+    with whole_weights(model):  # which a model reads when it is made
+        gated = GatedModel(model.model, model.tokenizer, objective.names)
     gated.gating.load_state_dict(objective.module.state_dict())
     save_model(gated, recipe.model, session.path / "model")
     return _finish(session, recipe, objective, {"model": str(session.path / "model"), "kind": "gating"})
@@ -189,7 +192,7 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
     if loaded.held_out:
         loaded.train = loaded.held_out
     model: Any = reward_from(recipe.model, recipe.run, session.device, trainable=False)
-    if not model.output.weight.any():
+    if not _has_a_head(model):
         raise SteersmanError(f"{recipe.model.path}: its head is all zeros, so there is no reward model to evaluate")
     names = (
         list(model.meaning.attributes) or recipe.data.scores or attributes(loaded.train) if kind == "rating" else []

@@ -13,6 +13,7 @@ from steersman.model import (
     GeneralPreferenceModel,
     head_names,
     latent_names,
+    place,
     plane_names,
 )
 from steersman.model.bottleneck import BOTTLENECK
@@ -44,11 +45,16 @@ def of_pairs(
         raise SteersmanError(
             f"train.{key} is {size}, but the data is of kind {kind}: give pairs, from which it learns"
         )
-    model: Any = reward_from(config, run, device, names)
-    if model.meaning.kind == meaning:
-        return model
-    made = made_of(model.model, model.tokenizer, names)
-    made.notes, made.stored_dtype, made.has_adapters = model.notes, model.stored_dtype, model.has_adapters
-    made.max_tokens = model.max_tokens
-    made.begin(stream(run.seed, "heads"))
+    model: Any = reward_from(config, run, device, names, whole=True)
+    if model.meaning.kind != meaning:
+        model = _begun(made_of(model.model, model.tokenizer, names), model, run.seed)
+    place(model)
+    return model
+
+
+def _begun(made: Any, loaded: Any, seed: int) -> Any:
+    """The model made of one that was loaded, its outputs as they begin."""
+    made.notes, made.stored_dtype, made.has_adapters = loaded.notes, loaded.stored_dtype, loaded.has_adapters
+    made.max_tokens = loaded.max_tokens
+    made.begin(stream(seed, "heads"))
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,10 @@ class RewardModelRecipe(TrainingRecipe):
     def unread_keys(cls) -> frozenset[str]:
         return frozenset({"model.scratch", "data.opening_words"})
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return super().dependent_defaults(given) if given.get("stage", "train") == "train" else {}
+
     @model_validator(mode="after")
     def _fits(self) -> RewardModelRecipe:
         if self.model.lora is not None and self.stage != "train":
@@ -54,6 +58,11 @@ class RewardModelRecipe(TrainingRecipe):
         if self.train.heads > 1 and self.parallel.stage:
             raise ValueError(
                 f"train.heads: parallel.mode {self.parallel.mode} is not for ensembles; use replicas or fsdp"
+            )
+        if self.stage == "gating" and self.parallel.mode == "zero3":
+            raise ValueError(
+                "parallel.mode zero3: stage gating trains a small network beside a frozen model, which it does not "
+                "cut; use fsdp or replicas"
             )
         if self.train.debias and (several or self.stage != "train"):
             raise ValueError("train.debias is for a reward model of one number, at the end of stage train")

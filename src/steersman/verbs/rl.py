@@ -22,7 +22,7 @@ from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_m
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.preflight import Preflight
-from steersman.setup.models import save_model, slow_rate
+from steersman.setup.models import rate_text, save_model
 from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, tokens_of
@@ -246,8 +246,8 @@ def _preflight(
     )
     pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
-    if algorithm.update == "gradient" and (note := slow_rate(recipe.model, recipe.optimizer.lr)):
-        pre.fact("optimizer.lr", note)
+    if algorithm.update == "gradient":
+        pre.fact("optimizer.lr", rate_text(roles.policy, recipe.optimizer.lr))
     sampled = evaluation.larger(_sampled(recipe, roles, length))
     announce(pre, session.device, _models(recipe, roles), _load(recipe, length), sampled)
     step = max(1, len(train) // 3)

@@ -19,10 +19,12 @@ import torch
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from steersman.algorithms import ALGORITHMS
 from steersman.atomic import write_atomic
 from steersman.config.sections import Section
+from steersman.run.console import new_console
 from steersman.tabular import preference_check
 from steersman.types import SteersmanError
 from steersman.verify import distillation, gradient, self_play, training, two_turns
@@ -95,9 +97,9 @@ def run(recipe: VerifyRecipe) -> dict[str, Any]:
     if recipe.devices > 1 and is_rank(recipe.devices):
         return on_this_rank(methods_named)
     shared = on_ranks(recipe, methods_named) if recipe.devices > 1 else []
-    console = Console()
+    console = new_console()
     if not console.is_terminal:
-        console = Console(width=118)
+        console = new_console(width=118)
     answers = _work(_jobs(names, recipe), recipe.workers, console)
     methods = [_method(name, answers, recipe.seeds) for name in methods_named]
     offline = [answers[Job("offline", name)][0] for name in names if name in preference_check.CHECKS]
@@ -130,7 +132,7 @@ def run(recipe: VerifyRecipe) -> dict[str, Any]:
         write_atomic(Path(recipe.json), json.dumps(summary, indent=1) + "\n")
     if wrong:
         raise SteersmanError("verify: " + "\n  ".join(["what should hold does not:", *wrong]))
-    console.print(f"[green]everything holds[/green] ({summary['seconds']:.0f} s)", highlight=False)
+    console.print(Text.assemble(("everything holds", "green"), f" ({summary['seconds']:.0f} s)"))
     return summary
 
 

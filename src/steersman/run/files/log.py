@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from steersman.atomic import saving, write_atomic, write_now
 from steersman.guards.terminal import printable
 from steersman.jsonl import jsonl_text, read_jsonl
+from steersman.run.console import new_console
 from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
 from steersman.types import Stats
@@ -48,7 +49,7 @@ class Log:
         console: Console | None = None,
     ) -> None:
         self.folder, self.title, self.total, self.headline, self.every = Path(folder), title, total, headline, every
-        self.console = console or Console()
+        self.console = console or new_console()
         for name in FILES + SOMETIMES:
             _truncate(self.folder / name, resumed_step)
         self._written = {
@@ -105,7 +106,7 @@ class Log:
 
     def note(self, text: str, style: str | None = None) -> None:
         """A line on the console, above the progress line."""
-        self.console.print(printable(text), style=style, markup=False, highlight=False)
+        self.console.print(printable(text), style=style, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -188,8 +189,8 @@ def _finite(value: Any) -> Any:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20))
-    return Progress(*columns, MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), console=console)
+    title, detail = (TextColumn(part, markup=False) for part in ("{task.description}", "{task.fields[detail]}"))
+    return Progress(SpinnerColumn(), title, BarColumn(bar_width=20), MofNCompleteColumn(), detail, console=console)
 
 
 def _duration(seconds: float) -> str:
