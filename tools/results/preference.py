@@ -14,11 +14,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from recording import OPENINGS, finished, options, over_seeds, plain_axes, rows_of, verb
 
 from steersman.atomic import write_atomic
@@ -237,24 +241,56 @@ def draw(found: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = [t for t in ("sentiment", "politeness") if t in found]
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(11, 4.2 * len(tasks)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(14, 6.5 * len(tasks)), layout="constrained", squeeze=False)
     for line, task in zip(axes, tasks, strict=True):
         rows = {m: found[task][m] for m in METHODS if m in found[task]}
+        line[0].set_xscale("log")
+        for scale in (line[1].set_xscale, line[1].set_yscale):
+            scale("symlog", linthresh=10)
         for axis, x, y, title in (
             (line[0], "kl", "reward", f"{task}: judge's score against KL, nats per response"),
             (line[1], "drift chosen", "drift rejected", f"{task}: how far log pi moved on held-out pairs, nats"),
         ):
             plain_axes(axis, title)
-            for number, (method, row) in enumerate(rows.items()):
-                spot = row[x]["mean"], row[y]["mean"]
-                axis.plot(*spot, "o", ms=4, color="#c2571a" if row["falls"] else "#1f5f8b")
-                place = (3, 3 if number % 2 else -9)
-                axis.annotate(method, spot, fontsize=7, xytext=place, textcoords="offset points")
+            spots = {method: (row[x]["mean"], row[y]["mean"]) for method, row in rows.items()}
+            for method, spot in spots.items():
+                axis.plot(*spot, "o", ms=4, color="#c2571a" if rows[method]["falls"] else "#1f5f8b")
+            axis.margins(0.12)
             axis.set_xlabel(x, fontsize=8)
             axis.set_ylabel(y, fontsize=8)
+            name_spots(figure, axis, spots)
         line[0].axhline(found[task]["before"]["reward"], color="#888888", lw=0.8, ls=":")
         line[1].axvline(0, color="#888888", lw=0.8, ls=":")
     figure.savefig(file, dpi=110)
+
+
+def name_spots(figure: Any, axis: Any, spots: dict[str, tuple[float, float]]) -> None:
+    """Each spot's name where no other name or spot is, nearest places first; a thin line leads to one further off."""
+    figure.canvas.draw()
+    pixels, inside = figure.dpi / 72, axis.bbox
+    at = {name: axis.transData.transform(spot) for name, spot in spots.items()}
+    taken = [Bbox.from_bounds(*(place - 4), 8, 8) for place in at.values()]
+    offsets = [
+        (radius * math.cos(angle), radius * math.sin(angle))
+        for radius in range(6, 150, 6)
+        for angle in np.linspace(0.2, 0.2 + 2 * math.pi, 20, endpoint=False)
+    ]
+    for name, spot in spots.items():
+        told = axis.annotate(
+            name, spot, fontsize=7, xytext=offsets[0], textcoords="offset points", va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888", "shrinkA": 0, "shrinkB": 2},
+        )  # fmt: skip
+        told.set_in_layout(False)
+        size = Text.get_window_extent(told, figure.canvas.get_renderer())
+        for x, y in offsets:
+            left = at[name][0] + x * pixels - (size.width if x < 0 else 0)
+            box = Bbox.from_bounds(left, at[name][1] + y * pixels - size.height / 2, size.width, size.height)
+            free = not any(box.overlaps(other) for other in taken)
+            if free and inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1):
+                told.set_position((x, y))
+                told.set_ha("right" if x < 0 else "left")
+                taken.append(box.padded(1))
+                break
 
 
 def main() -> None:
