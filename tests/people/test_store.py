@@ -27,8 +27,7 @@ from steersman.people.store.conversations import (
     path,
     start,
 )
-from steersman.people.store.database import StoreAwayError, read_store, store_url
-from steersman.people.store.imported import PIECE
+from steersman.people.store.database import PIECE, StoreAwayError, read_store, store_url
 from steersman.people.store.items import (
     NewItem,
     add_item,

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from steersman.config.sections import Section
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.grue.task import TASKS
+from steersman.ops.distributions import LEAST_TEMPERATURE
 from steersman.recipe.sections import ModelConfig, adapter_defaults, not_zero
 from steersman.reward import RewardPart
 from steersman.run.run_config import micro_tokens
@@ -71,7 +72,7 @@ class Generation(Section):
 
     max_new_tokens: int | None = Field(default=None, ge=1, description="longest response, in tokens")
     min_new_tokens: int | None = Field(default=None, ge=0, description="no end token before so many")
-    temperature: float | None = Field(default=None, ge=0.01, description="logits are divided by it")
+    temperature: float | None = Field(default=None, ge=LEAST_TEMPERATURE, description="logits are divided by it")
     top_k: int | None = Field(default=None, ge=0, description="sample among the k likeliest tokens; 0 is off")
     top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the smallest set of this mass")
     stop: list[str] | None = Field(default=None, description="strings that end a response")

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from steersman.loss.pairs import Explain, PairLogp, implicit_rewards, less_offset, log_ratios
-
-FURTHEST = 60.0
-"""exp(60) = 1e26: where the exponent of a reward is held, so that no answer's loss or gradient overflows."""
+from steersman.loss.pairs import Explain, PairLogp, implicit_rewards, less_offset, log_ratios, power_reward
 
 
 def fdpo_alpha(pair: PairLogp, *, beta: float = 0.1, alpha: float = 0.5) -> tuple[Float[Tensor, " B"], Explain]:
@@ -29,11 +25,7 @@ def fdpo_alpha(pair: PairLogp, *, beta: float = 0.1, alpha: float = 0.5) -> tupl
 
     Source: arXiv 2309.16240, table 1.
     """
-
-    def reward(ratio: Tensor) -> Tensor:
-        return beta * ratio if alpha == 0 else -beta * torch.expm1((-alpha * ratio).clamp(max=FURTHEST)) / alpha
-
-    return _leading(pair, *(reward(ratio) for ratio in log_ratios(pair)))
+    return _leading(pair, *(beta * power_reward(ratio, alpha) for ratio in log_ratios(pair)))
 
 
 def fdpo_js(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -91,6 +92,18 @@ def log_ratios(pair: PairLogp) -> tuple[Tensor, Tensor]:
     if pair.ref_chosen is None or pair.ref_rejected is None:
         raise TypeError("this loss needs the log-probabilities of a reference: ref_chosen and ref_rejected")
     return pair.chosen - pair.ref_chosen, pair.rejected - pair.ref_rejected
+
+
+def mean_log_ratios(pair: PairLogp) -> tuple[Tensor, Tensor]:
+    """rho(w) / |w|, rho(l) / |l|."""
+    ratio_w, ratio_l = log_ratios(pair)
+    return ratio_w / pair.chosen_length.clamp(min=1), ratio_l / pair.rejected_length.clamp(min=1)
+
+
+def power_reward(logp: Tensor, alpha: float) -> Tensor:
+    """(1 - exp(-alpha logp)) / alpha, which is logp at alpha = 0. What lies below -60 / |alpha| counts as that, so
+    that neither it nor its gradient overflows."""
+    return logp if alpha == 0 else -torch.expm1((-alpha * logp).clamp(max=60)) / alpha
 
 
 def divergences(pair: PairLogp) -> tuple[Tensor, Tensor]:

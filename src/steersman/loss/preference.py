@@ -25,6 +25,7 @@ from steersman.loss.pairs import (
     implicit_rewards,
     less_offset,
     log_ratios,
+    mean_log_ratios,
     pair_logp,
     soft_labelled,
 )
@@ -105,9 +106,7 @@ def dpo_norm(pair: PairLogp, *, beta: float = 5.0) -> tuple[Float[Tensor, " B"],
 
     Source: arXiv 2411.15124, section 5, where beta is 5.
     """
-    ratio_w, ratio_l = log_ratios(pair)
-    reward_w = beta * ratio_w / pair.chosen_length.clamp(min=1)
-    reward_l = beta * ratio_l / pair.rejected_length.clamp(min=1)
+    reward_w, reward_l = (beta * ratio for ratio in mean_log_ratios(pair))
     return -logsigmoid(less_offset(reward_w - reward_l, pair)), implicit_rewards(reward_w, reward_l)
 
 
@@ -156,10 +155,7 @@ def ipo(pair: PairLogp, *, beta: float = 0.1, length_normalised: bool = False) -
     the optimum another. TRL does so always, on advice of the authors; without it the loss is the paper's formula,
     whose optimum `steersman verify` reaches, so that is the default here.
     """
-    ratio_w, ratio_l = log_ratios(pair)
-    if length_normalised:
-        ratio_w = ratio_w / pair.chosen_length.clamp(min=1)
-        ratio_l = ratio_l / pair.rejected_length.clamp(min=1)
+    ratio_w, ratio_l = mean_log_ratios(pair) if length_normalised else log_ratios(pair)
     loss = (ratio_w - ratio_l - 1 / (2 * beta)) ** 2
     return loss, implicit_rewards(beta * ratio_w, beta * ratio_l)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from steersman.loss.pairs import Explain, PairLogp, chosen_nll, implicit_rewards, less_offset
+from steersman.loss.pairs import Explain, PairLogp, chosen_nll, implicit_rewards, less_offset, power_reward
 
 
 def hinge(pair: PairLogp, *, beta: float = 1.0, margin: float = 1.0) -> tuple[Float[Tensor, " B"], Explain]:
@@ -52,12 +52,8 @@ def alphapo(
 
     Source: arXiv 2501.03884, eq. 6 and 8.
     """
-
-    def reward(logp: Tensor, length: Tensor) -> Tensor:
-        mean = logp / length.clamp(min=1)
-        return beta * mean if alpha == 0 else -beta * torch.expm1((-alpha * mean).clamp(max=60)) / alpha
-
-    reward_w, reward_l = reward(pair.chosen, pair.chosen_length), reward(pair.rejected, pair.rejected_length)
+    reward_w = beta * power_reward(pair.chosen / pair.chosen_length.clamp(min=1), alpha)
+    reward_l = beta * power_reward(pair.rejected / pair.rejected_length.clamp(min=1), alpha)
     return -logsigmoid(less_offset(reward_w - reward_l, pair) - margin), implicit_rewards(reward_w, reward_l)
 
 

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+LEAST_TEMPERATURE = 0.01
+"""Logits divided by less overflow sooner or later, and vLLM takes this one instead; 0 stands for greedy."""
+
 SORT_BELOW = 1024
 """Up to this vocabulary one full sort is cheaper than looking at the head of the distribution first."""
 

@@ -10,6 +10,7 @@ from steersman.config.sections import Section
 from steersman.loss.correction import CAPS, Correction, Kind
 from steersman.model.adapter_files import saved_lora
 from steersman.model.quantise import Quantise
+from steersman.ops.distributions import LEAST_TEMPERATURE
 
 if TYPE_CHECKING:
     from steersman.distributed.parallel import ParallelConfig
@@ -282,7 +283,7 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(default=64, ge=1, description="longest response, in tokens")
     min_new_tokens: int = Field(default=0, ge=0, description="the end token is not sampled before this many")
     temperature: float = Field(
-        default=1.0, ge=0.01, description="logits are divided by it, while sampling and in the loss"
+        default=1.0, ge=LEAST_TEMPERATURE, description="logits are divided by it, while sampling and in the loss"
     )
     top_k: int = Field(default=0, ge=0, description="sample among the k likeliest tokens; 0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="sample from the smallest set of this mass; 1 is off")

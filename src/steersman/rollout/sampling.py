@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from steersman.native import decode as native
-from steersman.ops.distributions import min_p_mask, top_k_mask, top_p_mask
+from steersman.ops.distributions import LEAST_TEMPERATURE, min_p_mask, top_k_mask, top_p_mask
 from steersman.types import SteersmanError
 
-LEAST_TEMPERATURE = 0.01
-"""Below it logits overflow sooner or later, and vLLM takes this one instead; 0 is greedy."""
 BLOCK = 256
 """Vocabularies above four blocks are searched in two levels, so that only one block is summed up token by token."""
 

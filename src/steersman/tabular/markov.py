@@ -164,22 +164,20 @@ class MarkovChain:
 
     def reached(self, start: Bool[Tensor, " S"]) -> Bool[Tensor, " S"]:
         """The states that the chain can come to from those of `start`, themselves among them."""
-        reach = start.clone()
-        for _ in range(len(self)):
-            wider = reach | (self.P[reach] > 0).any(0)
-            if torch.equal(wider, reach):
-                break
-            reach = wider
-        return reach
+        return _leading_to(start, (self.P > 0).T)
 
     def _reaching(self, target: Bool[Tensor, " S"], through: Bool[Tensor, " S"] | None = None) -> Bool[Tensor, " S"]:
         """The states from which `target` can be reached, stepping only on states where `through` is True."""
-        reach, edge = target.clone(), self.P > 0
-        if through is not None:
-            edge = edge & through[:, None]
-        for _ in range(len(self)):
-            wider = reach | (edge & reach).any(-1)
-            if bool((wider == reach).all()):
-                break
-            reach = wider
-        return reach
+        edge = self.P > 0
+        return _leading_to(target, edge if through is None else edge & through[:, None])
+
+
+def _leading_to(target: Bool[Tensor, " S"], edge: Bool[Tensor, "S S"]) -> Bool[Tensor, " S"]:
+    """The states from which `target` can be reached along edges [from, to]."""
+    reach = target.clone()
+    for _ in range(len(reach)):
+        wider = reach | (edge & reach).any(-1)
+        if torch.equal(wider, reach):
+            break
+        reach = wider
+    return reach

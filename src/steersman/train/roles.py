@@ -202,6 +202,12 @@ def _reference(recipe: OnPolicyRecipe, policy: Policy, apart: torch.device | Non
     return reference_from(recipe.reference, recipe.model, recipe.run, policy, apart=apart)
 
 
+def serves_as_critic(attributes: int, *, same_tokens: bool, on_the_base: bool) -> bool:
+    """Whether `critic.init: auto` begins a critic from a reward model: one that gives one number, as a critic does,
+    reads the policy's token ids, and stands `on_the_base` where models share one."""
+    return attributes < 2 and same_tokens and on_the_base
+
+
 def _critic(
     recipe: OnPolicyRecipe, policy: Policy, base: SharedBase | None, reward: WeightedSum, device: torch.device
 ) -> Critic:
@@ -215,10 +221,11 @@ def _critic(
             recipe.reward.parts[name].model
             for name, (_, part) in reward.parts.items()
             if part.model is not None
-            and len(part.model.meaning.attributes) < 2  # one number, as a critic has
-            and part.reads_ids
-            and (base is None or part.model.has_adapters)
-        )
+            and serves_as_critic(
+                len(part.model.meaning.attributes), same_tokens=part.reads_ids,
+                on_the_base=base is None or part.model.has_adapters,
+            )
+        )  # fmt: skip
         init = next((path for path in judges if path is not None), "policy")
     if base is not None:
         return shared_from(recipe.model, recipe.run, base, None if init == "policy" else init)

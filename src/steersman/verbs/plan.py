@@ -22,6 +22,7 @@ from steersman.recipe.sections import ModelConfig
 from steersman.run.console import new_console
 from steersman.run.run_config import ON_ACCELERATOR
 from steersman.setup.models import lora_of
+from steersman.train.roles import serves_as_critic
 from steersman.types import SteersmanError
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
@@ -157,11 +158,10 @@ def critic_source(recipe: OnPolicyRecipe[Any]) -> str:
 
 
 def can_be_critic(path: str, recipe: OnPolicyRecipe[Any]) -> bool:
-    """Whether a critic can begin from a reward model: it gives one number, reads the policy's token ids, and stands
-    on the shared base where there is one."""
+    """`serves_as_critic`, by the reward model's folder."""
     own, theirs = (load_tokenizer(one).get_vocab() for one in (recipe.model.path, path))
     placed = recipe.share != "base" or saved_lora(path) is not None
-    return placed and own == theirs and len(attributes_of(path)) < 2
+    return serves_as_critic(len(attributes_of(path)), same_tokens=own == theirs, on_the_base=placed)
 
 
 def work_of(recipe: Any, prompt_tokens: int) -> Work:

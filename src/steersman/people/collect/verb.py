@@ -17,7 +17,7 @@ from steersman.people.addresses import in_url, is_loopback
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.store import Store, open_store
 from steersman.people.store.conversations import TurnText
-from steersman.people.store.imported import pieces
+from steersman.people.store.database import pieces
 from steersman.people.store.imports import check_names, import_file
 from steersman.people.store.items import CHAT, NewItem, add_items, check_item, check_queue, make_queue
 from steersman.people.store.raters import add_person, forget, people

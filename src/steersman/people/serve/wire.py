@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from steersman.data import Layout
+from steersman.ops.distributions import LEAST_TEMPERATURE
 from steersman.rollout import Sampling
-from steersman.rollout.sampling import LEAST_TEMPERATURE
 
 MOST_LIKELIEST = 20
 """Tokens that are listed beside each token at most."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -33,7 +34,10 @@ BUSY_SECONDS = 30
 """How long a writer waits for another one before it gives up."""
 MIGRATING, IMPORTING = 7205759403, 7205759404
 """Numbers of the locks that processes take turns by on PostgreSQL."""
+PIECE = 500
+"""Rows that are stored in one transaction: whoever else writes waits for these, not for a whole file."""
 Found = TypeVar("Found")
+One = TypeVar("One")
 
 
 class StoreAwayError(SteersmanError):
@@ -148,6 +152,13 @@ def found_or_made(
             raise
         return found, False
     return made, True
+
+
+def pieces(things: Iterable[One], size: int = PIECE) -> Iterator[list[One]]:
+    """The things in lists of at most so many."""
+    rest = iter(things)
+    while piece := list(islice(rest, size)):
+        yield piece
 
 
 def take_turns(connection: Connection, number: int) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText
-from steersman.people.store.database import IMPORTING, Store, new_id, take_turns
+from steersman.people.store.database import IMPORTING, Store, new_id, pieces, take_turns
 from steersman.people.store.items import NewItem, add_items, check_item, make_queue
 from steersman.people.store.judgements import UNDO, live
 from steersman.people.store.raters import imported_rater
@@ -28,9 +27,6 @@ from steersman.types import SteersmanError
 SPACE = uuid.UUID("5e4b1c5e-7a0f-4d1b-9a55-1b7e0d4f3c21")
 STARS = 5
 """Steps of a scale whose export does not say how long it is."""
-PIECE = 500
-"""Rows that are stored in one transaction: whoever else writes waits for these, not for a whole file."""
-One = TypeVar("One")
 
 
 @dataclass(slots=True)
@@ -91,13 +87,6 @@ def told_of_item(
     check_item(queue.name, task, item, settings)
     said = checked(task, verdict, texts, settings)
     return Told(verdict=said, task=task, item=item, queue=queue, **more)
-
-
-def pieces(things: Iterable[One], size: int = PIECE) -> Iterator[list[One]]:
-    """The things in lists of at most so many."""
-    rest = iter(things)
-    while piece := list(islice(rest, size)):
-        yield piece
 
 
 def store_told(store: Store, told: list[Told], done: ImportCounts) -> None:

@@ -9,8 +9,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText, model_id
-from steersman.people.store.database import IMPORTING, Store, now, take_turns
-from steersman.people.store.imported import ImportCounts, Told, pieces, source_id, told_of_item
+from steersman.people.store.database import IMPORTING, Store, now, pieces, take_turns
+from steersman.people.store.imported import ImportCounts, Told, source_id, told_of_item
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Conversation, Turn
 from steersman.people.store.verdicts import checked, storable
