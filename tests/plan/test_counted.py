@@ -24,6 +24,7 @@ from steersman.model import LoraConfig, adapted, load_policy, load_scalar, save,
 from steersman.plan.devices import cluster
 from steersman.plan.layouts import Layout, Role, Work, seconds
 from steersman.setup.models import policy_from, scalar_from
+from steersman.train.roles import serves_as_critic
 from steersman.types import SteersmanError
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
 from steersman.verbs.plan import KINDS, roles_of
@@ -209,3 +210,12 @@ def test_a_model_without_a_config_is_refused_by_name(tmp_path):
     with pytest.raises(SteersmanError, match=r"model\.scratch"):
         roles_of(asked, "")
     assert roles_of(asked, "135m")[0].trained == shape_of("135m").parameters
+
+
+@pytest.mark.parametrize(
+    ("attributes", "same_tokens", "on_the_base", "serves"),
+    [(0, True, True, True), (1, True, True, True), (2, True, True, False), (0, False, True, False),
+     (0, True, False, False)],
+)  # fmt: skip
+def test_a_critic_begins_from_a_reward_model_of_one_number_alone(attributes, same_tokens, on_the_base, serves):
+    assert serves_as_critic(attributes, same_tokens=same_tokens, on_the_base=on_the_base) == serves
