@@ -45,6 +45,17 @@ def shapes_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
     shape_checks.update("jaxtyping_disable", False)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_left_as_they_were() -> Iterator[None]:
+    """A handler that a test leaves behind makes tests after it in the same process fail, for no reason of theirs."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a process that takes one of them last would be waited for by the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

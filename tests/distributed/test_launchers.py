@@ -17,6 +17,7 @@ from steersman.distributed.launched import from_slurm
 from steersman.distributed.waiting import MissingRankError, Waits
 from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
+from steersman.verbs.preference import PreferenceRecipe
 
 TASK = {
     "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711",
@@ -93,6 +94,29 @@ def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
     with pytest.raises(RuntimeError, match="shapes") as caught, three[0].layers():
         raise RuntimeError("shapes can not be multiplied")
     assert not isinstance(caught.value, MissingRankError)
+
+
+def test_signals_do_what_they_did_while_ranks_run_and_after_them(monkeypatch):
+    """Torch's launcher puts its own handlers there for good: `nohup` was in vain, Ctrl-C afterwards a traceback."""
+    ended, during = launch._first_ends, []
+
+    def watched(running):
+        during.append(signal.getsignal(signal.SIGHUP))
+        return ended(running)
+
+    monkeypatch.setattr(launch, "_first_ends", watched)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    terminal = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        before = [signal.getsignal(number) for number in numbers]
+        values = {"model": {"path": "no/such/folder"}, "data": {"path": "none.jsonl"}}
+        recipe = PreferenceRecipe.model_validate(values)
+        with pytest.raises(SteersmanError, match=r"none\.jsonl|no/such/folder"):
+            launch.start("dpo", recipe, 2, resume=False)
+        assert during == [signal.SIG_IGN]
+        assert [signal.getsignal(number) for number in numbers] == before
+    finally:
+        signal.signal(signal.SIGHUP, terminal)
 
 
 @pytest.fixture
