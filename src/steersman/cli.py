@@ -132,6 +132,8 @@ VERBS = {
         "gfpo": "GRPO on the short or efficient responses of each group",
         "clip-cov": "GRPO that leaves out the steps that cost most entropy",
         "kl-cov": "GRPO that holds the steps that cost most entropy to the sampler",
+        "luspo": "GSPO whose responses weigh as much as they are long",
+        "vespo": "GRPO with a smooth weight on whole responses in the place of the clip",
         "pass-at-k": "the exact gradient of the best of k responses",
         "vc-ppo": "PPO whose critic learns from whole returns",
         "vapo": "PPO with a lambda by length and imitation of correct answers",

@@ -95,7 +95,7 @@ EXPECTED = {
     # 1 - 1 / (0.05 l) is below 0 for answers this short, so VAPO's lambda is 0
     "vapo": lambda: whitened([estimated(b, 0.0) for b in range(4)]),
     **dict.fromkeys(
-        ("grpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "dppo", "gfpo", "clip-cov", "kl-cov"),
+        ("grpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "dppo", "gfpo", "clip-cov", "kl-cov", "luspo", "vespo"),
         lambda: per_response(group_relative),
     ),
     **dict.fromkeys(("dr-grpo", "gpg"), lambda: per_response(lead)),

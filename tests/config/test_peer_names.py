@@ -10,7 +10,7 @@ from steersman.config.peer_names import FREE, PEERS, peer_hint
 from steersman.config.sections import walk_keys
 from steersman.types import SteersmanError
 
-LEARNING = ("sft", "reward", "ppo", "grpo", "dpo", "kto", "best-of-n", "online-dpo", "generate")
+LEARNING = ("sft", "reward", "ppo", "grpo", "sapo", "vespo", "dpo", "kto", "best-of-n", "online-dpo", "generate")
 
 
 def keys_of(verb: str) -> set[str]:
@@ -47,6 +47,9 @@ CASES = [
     ("ppo", "cliprange_value", "critic.value_clip"),
     ("ppo", "whiten_rewards", "reward.whiten"),
     ("grpo", "num_epochs", "iterations"),
+    ("grpo", "top_entropy_quantile", "algorithm.top_entropy"),
+    ("ppo", "off_policy_mask_threshold", "algorithm.off_policy_threshold"),
+    ("vespo", "vespo_lambda_neg", "algorithm.lambda_negative"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from steersman.control.evaluate import evaluate
 from steersman.control.learner import Learner, flatten
 from steersman.control.recipe import RECIPES, ControlRecipe, recipe_class, refusal
 from steersman.control.run import build
+from steersman.loss.masks import top_entropy
 from steersman.loss.reduce import token_weight
 from steersman.run.seed import seed_everything
 from steersman.train.session import Session
@@ -309,6 +311,29 @@ def test_a_learned_policy_that_never_ends_is_a_result_without_a_value(tmp_path, 
     assert "no finite value" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
+def test_only_the_steps_of_most_entropy_teach(name, monkeypatch):
+    """They are chosen by the policy's own entropies, and where none is chosen it stays as it is."""
+    state, asked = fresh(small(name, "--settings.top_entropy", "0.25")), []
+
+    def chosen(entropy, mask, share):
+        asked.append((entropy[mask], int(mask.sum()), share))
+        return top_entropy(entropy, mask, share) if len(asked) == 1 else torch.zeros_like(mask)
+
+    monkeypatch.setattr("steersman.control.learner.top_entropy", chosen)
+    start = weights(state).clone()
+    state.iteration()
+    (entropy, count, share), after = asked[0], weights(state).clone()
+    assert (len(entropy), share) == (count, 0.25)
+    assert len(entropy.unique()) > count / 2
+    assert 0.6 < float(entropy.min()) < float(entropy.max()) <= math.log(2) + 1e-6, "two actions, near even at first"
+    assert not torch.equal(after, start)
+    for group in state.learner.actor.adamw.param_groups:
+        group["betas"] = (0.0, 0.999)  # what moved it before does not move it on
+    state.iteration()
+    assert torch.equal(weights(state), after)
+
+
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
     if name in RECIPES:
@@ -337,6 +362,10 @@ def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
         (["--algorithm", "ppo", "--settings.gamma", "-0.1"], "settings.gamma"),
         (["--algorithm", "ppo", "--settings.double", "true"], "settings.double"),
         (["--algorithm", "ppo", "--settings.kl_in", "loss"], "settings.kl_in: this verb does not read it"),
+        (
+            ["--algorithm", "ppo", "--settings.off_policy_threshold", "0.5"],
+            "settings.off_policy_threshold: this verb does not read it",
+        ),
         (["--algorithm", "trpo", "--optimizer.lr", "1"], "optimizer.lr: this verb does not read it"),
         (["--algorithm", "sarsa", "--video", "x.gif"], "only runs with networks record one"),
         (

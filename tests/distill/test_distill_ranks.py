@@ -15,6 +15,16 @@ CASES: dict[str, dict[str, Any]] = {
     "own answers": {},
     "given answers": {"train.on_policy": 0, "loss.name": "forward_kl", "loss.nll": 0.2, "data.held_out": 2},
     "minillm, LoRA": {"loss.name": "minillm", "model.lora": {"r": 2}, "run.micro_tokens": 24},
+    "its own average": {
+        "teacher": {"path": "ema", "decay": 0.8, "prompt": "{hint} {prompt}"},
+        "loss.skip_first": 1,
+        "train.epochs": 4,
+    },
+    "its own average, LoRA": {
+        "teacher": {"path": "ema", "decay": 0.8, "prompt": "{hint} {prompt}"},
+        "model.lora": {"r": 2},
+        "train.epochs": 4,
+    },
     "itself with a hint": {"teacher": {"path": "start", "prompt": "{hint} {prompt}"}, "loss.name": "jsd"},
 }
 

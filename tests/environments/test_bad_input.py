@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import decimal
+import enum
 import json
 import time
+import typing
+import uuid
 
 import pytest
 import torch
@@ -159,6 +165,51 @@ def test_calls_are_checked_and_two_at_once_are_made(adder):
     assert told[6] == "error: the call is no JSON object"
 
 
+class Unit(enum.Enum):
+    C = "celsius"
+
+
+@dataclasses.dataclass
+class Place:
+    x: int
+    y: int
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "got"),
+    [
+        (Unit, "celsius", Unit.C),
+        (tuple[int, int], [1, 2], (1, 2)),
+        (set[int], [1, 2], {1, 2}),
+        (datetime.date, "2024-01-02", datetime.date(2024, 1, 2)),
+        (datetime.datetime, "2024-01-02T03:04:05", datetime.datetime(2024, 1, 2, 3, 4, 5)),
+        (datetime.timedelta, "PT5S", datetime.timedelta(seconds=5)),
+        (uuid.UUID, "12345678-1234-5678-1234-567812345678", uuid.UUID("12345678-1234-5678-1234-567812345678")),
+        (decimal.Decimal, "1.5", decimal.Decimal("1.5")),
+        (bytes, "abc", b"abc"),
+        (dict[int, str], {"1": "a"}, {1: "a"}),
+        (Place, {"x": 1, "y": 2}, Place(1, 2)),
+        (float, 1, 1.0),
+    ],
+)
+def test_a_call_that_keeps_to_the_schema_is_made_with_the_parameters_type(kind, sent, got):
+    def f(a):
+        return a
+
+    f.__annotations__ = {"a": kind}
+    assert tool_of(f, "t.py:f").check(Call("f", {"a": sent})) == {"a": got}
+
+
+@pytest.mark.parametrize(("kind", "sent"), [(int, "1"), (int, 1.5), (str, 1), (bool, 1), (Unit, "kelvin")])
+def test_a_call_of_another_type_is_refused(kind, sent):
+    def f(a):
+        return a
+
+    f.__annotations__ = {"a": kind}
+    with pytest.raises(ValueError, match="f: a: Input should be"):
+        tool_of(f, "t.py:f").check(Call("f", {"a": sent}))
+
+
 def test_a_tool_that_raises_is_told_or_ends_the_episode(worlds):
     call = Call("buy", {"item": "hat", "count": 9})
     shop = from_class(f"{worlds}:Shop", {}, "tell", 4000)
@@ -200,6 +251,9 @@ def test_functions_that_are_no_tools_are_refused_and_doubtful_ones_named():
         tool_of(untyped, "t.py:untyped")
     with pytest.raises(SteersmanError, match=r"\*a has no schema"):
         tool_of(star, "t.py:star")
+    untyped.__annotations__ = {"a": typing.Iterable[typing.Callable]}
+    with pytest.raises(SteersmanError, match="a parameter's type has no schema"):
+        tool_of(untyped, "t.py:untyped")
     findings = " ".join(tool_of(print, "t.py:print").findings)
     assert "no docstring" in findings
     assert "Python builtin" in findings

@@ -171,7 +171,8 @@ def calling(folder, environment, name, **arguments):
     """A model to which a call is one token more, as likely as any letter, and what is told of the tools another."""
     call = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
     tokenizer = letters()
-    told = with_tool_descriptions([], open_environment(EnvironmentConfig(**environment)).tools)[0]["content"]
+    tools = open_environment(EnvironmentConfig(**environment)).tools
+    told = with_tool_descriptions([], tools, system_turns=True)[0]["content"]
     tokenizer.add_tokens([call, told])
     tiny_model("llama", vocab=len(tokenizer), scale=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

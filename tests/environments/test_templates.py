@@ -175,6 +175,25 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
     assert "user\n<tool<unk>response>" in tokenizer.decode(game.talk.ids)  # these letters have no _
 
 
+@pytest.mark.parametrize(
+    ("template", "first"),
+    [(CHATML, ["system", "user"]), (GEMMA, ["user"]), (CHATML.replace("messages", "messages if m.role != 'system'"),
+                                                       ["user"])],
+)  # fmt: skip
+def test_tools_are_told_in_the_users_turn_where_the_template_has_no_system_turn(template, first, worlds):
+    tokenizer = tokenizer_of(template)
+    engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=end_ids(tokenizer))
+    config = EnvironmentConfig(tools=["x"], tell_tools=True)
+    tools = ToolEnvironment([f"{worlds}:add"])
+    play = Episodes(engine, tools, Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer), config, 4096)
+    game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
+    play.lay_out_opening(game, ASK, 4)
+    assert [m["role"] for m in game.messages] == first
+    assert game.messages[-1]["content"].endswith("hello")
+    assert '"name": "add"' in game.talk.prompt.text
+    assert ASK == [{"role": "user", "content": "hello"}]
+
+
 @pytest.mark.parametrize(("template", "rewrites"), [*zip(FIVE, (False, False, False, True, True), strict=True)])
 def test_which_templates_rewrite(template, rewrites):
     assert (laid(FIVE[template]).rewriting(ASK, USER) is not None) == rewrites

@@ -211,6 +211,17 @@ def test_a_model_reads_the_turns_and_writes_what_should_have_been_said(tmp_path)
     assert len(rows_of(tmp_path / "run/kto.jsonl")) == 3
 
 
+def test_a_revised_answer_that_its_limit_cut_is_not_taught_and_a_reading_stands(tmp_path):
+    from judge_server import cut, serving
+
+    with serving(lambda n, text: cut(reads(n, text))) as server:
+        reader = {"endpoint": {"url": server.url, "model": "m", "retries": 0}}
+        told = run(recipe(tmp_path, ROWS, reader=reader, revise=True))
+    assert [r["category"] for r in rows_of(tmp_path / "run/reactions.jsonl")][:2] == ["praise", "correction"]
+    assert told["data/revised"] == 0
+    assert told["writer/cut"] == told["writer/replies"] == 5
+
+
 def test_readers_that_can_not_read_and_recipes_that_ask_two_are_refused(tmp_path):
     from judge_server import serving
 

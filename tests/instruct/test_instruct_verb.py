@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from judge_server import serving
+from judge_server import cut, serving
 from letter_models import WORDS, rows_of, write_jsonl
 
+from steersman.api import load_recipe
 from steersman.flywheel.instruct.constraints import Constraint, again
 from steersman.flywheel.instruct.correct import Draft, correct
 from steersman.flywheel.instruct.run import InstructRecipe, run
@@ -196,6 +197,39 @@ def test_spent_budgets_and_silent_writers_leave_answers_as_they_are(tmp_path, mi
 def test_refused(tmp_path, mini, extra, said):
     with pytest.raises(ValueError, match=said):
         settings(tmp_path, mini, **extra)
+
+
+def test_a_rewrite_that_its_limit_cut_is_a_failed_try_and_is_told(tmp_path, mini, capsys):
+    able = mender([])
+    with serving(lambda n, text: cut(able(n, text))) as server:
+        told = run(settings(tmp_path, mini, corrector=endpoint(server)))
+        again_told = run(settings(tmp_path, mini, corrector=endpoint(server)), resume=True)
+    assert told["data/dpo"] == 0
+    assert not any(row["corrected"] for row in rows_of(tmp_path / "run/sft.jsonl"))
+    assert told["writer/cut"] == again_told["writer/cut"] == told["writer/replies"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "were cut by its limit of 512 tokens, and none of these is taught; raise its max_tokens" in said
+
+
+def test_an_instruction_said_anew_by_a_reply_that_was_cut_stays_as_it_was(tmp_path, mini):
+    def behave(_: int, text: str):
+        return cut(text.split("\n\n", 1)[1]) if text.startswith("Rewrite the instruction") else "no"
+
+    with serving(behave) as server:
+        told = run(settings(tmp_path, mini, corrector=endpoint(server), rephrase=True, tries=1))
+    assert told["rephrased"] == 0
+
+
+def test_a_corrector_may_write_as_much_as_the_model_whose_answers_it_mends(tmp_path, mini):
+    def limit(kind: str, corrector: dict, **more: int) -> int:
+        given = {"model.path": str(mini), "data.path": "tasks.jsonl", "corrector": {kind: corrector}, **more}
+        return getattr(load_recipe("instruct", settings=given).corrector, kind).max_tokens
+
+    local, remote = {"path": "m"}, {"url": "http://x/v1", "model": "m"}
+    longer = {"rollout.max_new_tokens": 1000}
+    assert (limit("local", local), limit("local", local, **longer)) == (256, 1000)
+    assert (limit("endpoint", remote), limit("endpoint", remote, **longer)) == (512, 1000)
+    assert limit("local", local | {"max_tokens": 9}) == 9
 
 
 def test_unknown_kinds_are_refused_before_anything_is_asked(tmp_path, mini):

@@ -83,6 +83,12 @@ def serving(behave: Callable[[int, str], Any]) -> Iterator[ChatServer]:
         thread.join()
 
 
+def cut(text: str) -> tuple[int, dict[str, str], str]:
+    """A reply that its limit ended."""
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+    return 200, {}, json.dumps({"choices": [choice], "usage": {"total_tokens": 50}})
+
+
 def between(text: str, start: str, end: str) -> str:
     return text.split(start, 1)[1].split(end, 1)[0].strip()
 

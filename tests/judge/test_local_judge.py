@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from steersman.assets import story_model
 from steersman.judge import Judge, JudgeConfig
 from steersman.judge.local import expected, likeliest
+from steersman.judge.writer import Writer, WriterConfig
 from steersman.types import SteersmanError
 
 SHORT = {"compare": "{prompt} A: {first} B: {second} Best:", "grade": "{prompt} {answer} Grade:", "scale": [1, 3]}
@@ -43,6 +44,17 @@ def test_the_weighed_verdicts_are_the_models_own_log_probabilities(tmp_path):
         by_hand = [logp_by_hand(f"{prompt} A: {a} B: {b} Best:", f" {v}") for v in "ABC"]
         assert any(all(math.isclose(x, y, abs_tol=1e-4) for x, y in zip(r, by_hand, strict=True)) for r in replies)
     assert all(o is not None for o in outcomes)
+
+
+def test_a_model_here_says_whether_the_limit_ended_what_it_wrote(tmp_path):
+    """The story model ends a story by itself, given the room."""
+    opening = "Once upon a time, there was a little girl named Lily."
+    for limit in (5, 400):
+        config = WriterConfig.model_validate({"local": {"path": str(story_model()), "max_tokens": limit}})
+        writer = Writer(config, tmp_path / str(limit))
+        (whole,), (any_,) = writer.write([opening]), writer.write([opening], cut=True)
+        assert any_
+        assert (whole is None) == (limit == 5) == bool(writer.warning())
 
 
 def test_a_grade_is_the_expected_one(tmp_path):

@@ -17,7 +17,10 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from steersman.loss import feedback, preference
+from steersman.loss.reduce import denominator, reduce, token_weight
+from steersman.loss.supervised import dft
 from steersman.model import Policy
+from steersman.objectives.preference_config import PairLossConfig
 from steersman.types import Tokens
 
 trl = pytest.importorskip("trl", reason="TRL is not installed here; the comparison with it is left out")
@@ -89,26 +92,23 @@ def our_tokens(ids: Tensor, completion: Tensor) -> Tokens:
     return Tokens.from_ids(prompts, responses)
 
 
-def our_logp(model: torch.nn.Module, tokens: Tokens) -> Tensor:
+def token_logp(model: torch.nn.Module, tokens: Tokens) -> Tensor:
     policy = Policy(model, None)
-    return torch.where(tokens.mask, policy.logp_from(tokens, policy.hidden(tokens)).logp, 0.0).sum(-1)
+    return torch.where(tokens.mask, policy.logp_from(tokens, policy.hidden(tokens)).logp, 0.0)
+
+
+def our_logp(model: torch.nn.Module, tokens: Tokens) -> Tensor:
+    return token_logp(model, tokens).sum(-1)
 
 
 def our_pair(trainer, batch) -> preference.PairLogp:
     tokens = our_tokens(batch["input_ids"], batch["completion_mask"])
-    length = tokens.response_length.float()
-    own = our_logp(trainer.model, tokens)
     with torch.no_grad():
-        ref = our_logp(trainer.ref_model, tokens)
-    return preference.PairLogp(*own.chunk(2), *length.chunk(2), *ref.chunk(2))
-
-
-def bco_pair(pair: preference.PairLogp) -> tuple[Tensor, None]:
-    """Both answers of a pair against a shift of 0."""
-    logp, ref = torch.cat([pair.chosen, pair.rejected]), torch.cat([pair.ref_chosen, pair.ref_rejected])
-    label = torch.arange(len(logp)) < len(logp) // 2
-    loss, _ = feedback.bco(logp, ref, label, torch.tensor(0.0), beta=BETA)
-    return loss.view(2, -1).sum(0), None
+        ref_chosen, ref_rejected = token_logp(trainer.ref_model, tokens).chunk(2)
+    (chosen, rejected), (mask_w, mask_l) = token_logp(trainer.model, tokens).chunk(2), tokens.mask.chunk(2)
+    return preference.pair_logp(
+        chosen, mask_w, rejected, mask_l, ref_chosen=ref_chosen, ref_rejected=ref_rejected, tails=True
+    )
 
 
 def sft(pair: preference.PairLogp) -> tuple[Tensor, None]:
@@ -121,7 +121,7 @@ DPO_TYPES = {
     "robust": (lambda pair: preference.robust_dpo(pair, beta=BETA, flip=0.2), {"label_smoothing": 0.2}),
     "ipo": (lambda pair: preference.ipo(pair, beta=BETA, length_normalised=True), {}),
     "hinge": (lambda pair: preference.rso(pair, beta=BETA), {}),
-    "bco_pair": (bco_pair, {}),
+    "bco_pair": (lambda pair: preference.bco_pair(pair, beta=BETA), {}),
     "sft": (sft, {}),
 }
 
@@ -135,6 +135,57 @@ def test_pair_losses_with_a_reference(name, dpo_trainer, monkeypatch):
     same(
         dpo_trainer.compute_loss(dpo_trainer.model, batch), ours(our_pair(dpo_trainer, batch))[0].mean(), dpo_trainer
     )
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "robust", "hinge", "bco_pair"])
+def test_ld_dpo(name, dpo_trainer, monkeypatch):
+    ours, more = DPO_TYPES[name]
+    for key, value in {"loss_types": [name], "loss_weights": [1.0], "ld_alpha": 0.4, **more}.items():
+        monkeypatch.setattr(dpo_trainer, key, value)
+    batch = next(iter(dpo_trainer.get_train_dataloader()))
+    pair = preference.desensitised(our_pair(dpo_trainer, batch), 0.4)
+    same(dpo_trainer.compute_loss(dpo_trainer.model, batch), ours(pair)[0].mean(), dpo_trainer)
+
+
+def test_mixed_preference_optimisation(dpo_trainer, monkeypatch):
+    """But for the likelihood, which is a mean over the tokens of a batch there."""
+    monkeypatch.setattr(dpo_trainer, "loss_types", ["sigmoid", "bco_pair", "sft"])
+    monkeypatch.setattr(dpo_trainer, "loss_weights", [0.8, 0.2, 1.0])
+    batch = next(iter(dpo_trainer.get_train_dataloader()))
+    pair = our_pair(dpo_trainer, batch)
+    config = PairLossConfig(name="dpo", settings={"beta": BETA}, weight=0.8, also={"bco_pair": 0.2})
+    ours = config.of_pair(pair)[0] + sft(pair)[0]
+    same(dpo_trainer.compute_loss(dpo_trainer.model, batch), ours.mean(), dpo_trainer)
+
+
+def test_dynamic_fine_tuning(tmp_path):
+    from datasets import Dataset
+
+    asked = {key: value for key, value in settings(tmp_path, len(PAIRS)).items() if key != "beta"}
+    trainer = trl.SFTTrainer(
+        model=models()[0], processing_class=tokenizer(), args=trl.SFTConfig(**asked, loss_type="dft"),
+        train_dataset=Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in PAIRS]),
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"]
+    tokens = our_tokens(batch["input_ids"], labels != -100)
+    loss = dft(token_logp(trainer.model, tokens))
+    ours = reduce(loss, token_weight(tokens.mask, "token"), denominator(tokens.mask, "token"))
+    same(trainer.compute_loss(trainer.model, batch), ours, trainer)
+
+
+def test_unpaired_apo_zero(kto_trainer, monkeypatch):
+    monkeypatch.setattr(kto_trainer, "loss_type", "apo_zero_unpaired")
+    monkeypatch.setattr(kto_trainer, "calculate_KL", False)
+    batch = next(iter(kto_trainer.get_train_dataloader()))
+    tokens = our_tokens(batch["input_ids"], batch["completion_mask"])
+    with torch.no_grad():
+        ref = our_logp(kto_trainer.ref_model, tokens)
+    loss, _ = feedback.apo_zero_unpaired(
+        our_logp(kto_trainer.model, tokens), ref, batch["label"].bool(), beta=BETA, desirable_weight=1.5,
+        undesirable_weight=0.8,
+    )  # fmt: skip
+    same(kto_trainer.compute_loss(kto_trainer.model, batch), loss.mean(), kto_trainer)
 
 
 def test_kto(kto_trainer):

@@ -153,6 +153,10 @@ def paper_apo_zero(y, z, yr, zr, ky, kz, beta):  # 2408.06266 (7)
     return -sig(beta * (y.sum() - yr.sum())) + sig(beta * (z.sum() - zr.sum())) + 1
 
 
+def paper_bco_pair(y, z, yr, zr, ky, kz, beta):  # 2411.10442's quality loss, delta = 0
+    return -sig(beta * (y.sum() - yr.sum())).log() - sig(-beta * (z.sum() - zr.sum())).log()
+
+
 def paper_apo_down(y, z, yr, zr, ky, kz, beta):  # 2408.06266 (8)
     up, down = y.sum() - yr.sum(), z.sum() - zr.sum()
     return sig(beta * up) - sig(beta * (up - down)) + 1
@@ -191,9 +195,13 @@ CASES = {
     "fdpo reverse": (paper_fdpo(torch.log), (0.3,), preference.fdpo_alpha, {"beta": 0.3, "alpha": 0.0}),
     "fdpo js": (paper_fdpo(lambda u: torch.log(2 * u / (1 + u))), (0.3,), preference.fdpo_js, {"beta": 0.3}),
     "nca": (paper_nca, (0.3,), preference.nca, {"beta": 0.3}),
+    "bco pair": (paper_bco_pair, (0.3,), preference.bco_pair, {"beta": 0.3}),
     "apo zero": (paper_apo_zero, (0.3,), preference.apo_zero, {"beta": 0.3}),
     "apo down": (paper_apo_down, (0.3,), preference.apo_down, {"beta": 0.3}),
 }
+
+
+LOSSES_OF = {entry.function: entry for entry in LOSSES.values()}
 
 
 def batch(seed: int = 0):
@@ -216,10 +224,12 @@ def batch(seed: int = 0):
     return named, chosen_mask, rejected_mask
 
 
-def pair_of(named, chosen_mask, rejected_mask):
+def pair_of(named, chosen_mask, rejected_mask, *, tails=False):
     rest = {k: v for k, v in named.items() if k not in ("chosen", "rejected")}
     own = {f"{side}_log_weight": named[side] + named[f"{side}_kl"] for side in ("chosen", "rejected")}
-    return preference.pair_logp(named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest, **own)
+    return preference.pair_logp(
+        named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest, **own, tails=tails
+    )
 
 
 def ours(function, options, named, chosen_mask, rejected_mask):
@@ -245,6 +255,43 @@ def test_value_and_gradient_agree_with_the_paper(name):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert all(x.shape == (B,) and not x.requires_grad for x in explain.values())
     torch.testing.assert_close(explain["margin"], explain["reward_chosen"] - explain["reward_rejected"])
+
+
+def weighed(y, z, alpha):
+    """2409.06411: the tokens up to the length that both answers have, and alpha times the rest; each one number."""
+    n = min(len(y), len(z))
+    return tuple((x[:n].sum() + alpha * sum(x[n:], x.new_zeros(()))).reshape(1) for x in (y, z))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    "name", [n for n, case in CASES.items() if LOSSES_OF[case[2]].takes_ld_alpha and n != "ipo mean"]
+)
+def test_ld_dpo_of_every_loss_of_sums_agrees_with_the_paper(name, alpha):
+    paper, arguments, function, options = CASES[name]
+    named, cm, rm = batch()
+    pair = pair_of(named, cm, rm, tails=True)
+    found, _ = function(preference.desensitised(pair, alpha), **options)
+    rows = []
+    for b in range(B):
+        y, z, yr, zr, ky, kz = (named[k][b][m[b]] for k, m in zip(named, [cm, rm] * 3, strict=True))
+        if function is preference.wpo:  # how much answers are like the policy's own is of whole answers
+            weight = torch.exp((y + ky).mean() + (z + kz).mean()).clamp(max=1).item()
+            dpo = paper_dpo(*weighed(y, z, alpha), *weighed(yr, zr, alpha), ky, kz, *arguments)
+            rows.append(weight * dpo)
+        else:
+            rows.append(paper(*weighed(y, z, alpha), *weighed(yr, zr, alpha), ky, kz, *arguments))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    leaves = [named["chosen"], named["rejected"]]
+    for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    swapped = pair.swapped()
+    torch.testing.assert_close(
+        preference.desensitised(swapped, alpha).chosen, preference.desensitised(pair, alpha).rejected, rtol=0, atol=0
+    )
+    with pytest.raises(TypeError, match="beyond the length"):
+        preference.desensitised(pair_of(named, cm, rm), alpha)
 
 
 def test_both_sides_of_the_kinks_are_met():
@@ -424,6 +471,21 @@ def test_kto_reference_point_is_clamped_and_detached():
     assert not feedback.kto_reference_point(logp, torch.zeros(2)).requires_grad
 
 
+def test_unpaired_apo_zero_is_the_papers_two_terms_apart():
+    logp, ref, good = answers()
+    loss, explain = feedback.apo_zero_unpaired(
+        logp, ref, good, beta=0.4, desirable_weight=1.2, undesirable_weight=0.9
+    )
+    rows = []
+    for a, r, g in zip(logp, ref, good, strict=True):  # 2408.06266 (7): 1 - sigma(r(w)) and sigma(r(l))
+        above = sig(0.4 * torch.log(torch.exp(a) / torch.exp(r)))
+        rows.append(1.2 * (1 - above) if g else 0.9 * above)
+    expected = torch.stack(rows)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logp)[0] for x in (loss, expected)))
+    torch.testing.assert_close(explain["reward"], 0.4 * (logp - ref).detach())
+
+
 def test_bco_agrees_with_the_paper():
     logp, ref, good = answers()
     beta = 0.4
@@ -445,6 +507,7 @@ def test_feedback_losses_stay_finite_at_extremes():
     ref, good = torch.tensor([0.0, -5000.0, -1.0, -1.0]), torch.tensor([True, True, False, False])
     for loss, _ in (
         feedback.kto(logp, ref, good, torch.tensor(0.0)),
+        feedback.apo_zero_unpaired(logp, ref, good),
         feedback.bco(logp, ref, good, torch.tensor(0.0)),
     ):
         assert loss.isfinite().all()

@@ -60,6 +60,32 @@ def test_a_wrong_loss_does_not_pass(monkeypatch):
     assert not check.check_dpo(MDP).holds
 
 
+def test_ld_dpo_goes_from_the_optimum_towards_the_lengths_of_the_reference():
+    def at(alpha: float) -> torch.Tensor:
+        return descend(
+            WORLD.expected(lambda pair: pref.dpo(pref.desensitised(pair, alpha), beta=BETA)[0]), MDP.logp_ref
+        )
+
+    def length(logits: torch.Tensor) -> float:
+        return (MDP.sequence_prob(logits) * MDP.length).sum().item()
+
+    rests = [at(alpha) for alpha in (1.0, 0.5, 0.0)]
+    assert WORLD.distance(rests[0], MDP.closed_form()[0]) < 1e-4
+    assert length(MDP.logp_ref) < length(rests[2]) < length(rests[1]) < length(rests[0])
+    assert MDP.kl(rests[2]) < MDP.kl(rests[1]) < MDP.kl(rests[0])
+
+
+def test_ld_dpo_with_a_whole_reference_rests_elsewhere(monkeypatch):
+    """As LLaMA-Factory has it."""
+
+    def policy_alone(pair, alpha):
+        weighed = pref.desensitised(pair, alpha)
+        return weighed._replace(ref_chosen=pair.ref_chosen, ref_rejected=pair.ref_rejected)
+
+    monkeypatch.setattr(check, "desensitised", policy_alone)
+    assert not check.check_ld_dpo(MDP).holds
+
+
 def test_pairs_add_up_and_flips_keep_them():
     for flip in (0.0, 0.2):
         world = Population(MDP, flip)

@@ -19,6 +19,7 @@ from steersman.data import DataConfig, layout
 from steersman.model import load_policy
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.collect.app import make_app
+from steersman.people.collect.verb import CollectRecipe, run
 from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
 from steersman.people.store.conversations import TurnText
@@ -47,6 +48,12 @@ def test_answers_asked_for_at_once_are_each_as_if_alone(folder):
         alone = Engine(policy.model, policy.tokenizer).generate([Prompt(ids, "")], how, seed=said.sampling["seed"])
         assert said.content == alone[0].text.strip()
     assert {said.model[0] for said in told} == {folder.name}
+
+
+def test_two_models_of_one_name_are_refused_before_either_is_loaded(tmp_path):
+    models = {"model": AnsweringModel(path="runs/dpo/model"), "second": AnsweringModel(path="runs/kto/model/")}
+    with pytest.raises(SteersmanError, match=r"both are called 'model'.*second\.name"):
+        run(CollectRecipe(store=str(tmp_path / "f.db"), **models))
 
 
 def test_a_conversation_longer_than_the_model_reads_is_refused(folder):

@@ -265,6 +265,57 @@ def test_a_chat_and_a_thumb_by_keyboard(page, store):
     assert verdicts(store) == [{"up": True}]
 
 
+def test_enter_on_a_reason_says_nothing_of_the_answer(page, store):
+    page.goto("/chat")
+    settled(page).keyboard.press("n")
+    page.get_by_label("Your message").fill("hello")
+    settled(page).keyboard.press("Control+Enter")
+    page.get_by_text("You said: hello").wait_for()
+    settled(page).locator("form.thumb summary").click()
+    page.get_by_label("not correct").focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name="Bad answer").press("Enter")
+    assert wait_for(store, 1) == [{"up": False, "reasons": ["r_wrong"]}]
+
+
+def test_marks_are_made_by_keyboard(page, store):
+    of = queue(store, "mark", [NewItem("q", [TurnText("one 😀\r\ntwo three\r\nfour")])], labels=["error", "tone"])
+    page.goto(f"/judge/{of}")
+    assert "\ufffd" not in settled(page).locator(".markable").inner_text()
+    marks = page.locator("#marks")
+    page.locator(".markable").focus()
+    for keys, label, span in (
+        (["Shift+End"], "1", (0, 5)),
+        (["ArrowDown", "Home", *["ArrowRight"] * 4, *["Shift+ArrowRight"] * 4], "2", (11, 16)),
+        (["Control+a"], "1", (0, 22)),
+    ):
+        for key in keys:
+            page.keyboard.press(key)
+        page.keyboard.press(label)
+        assert f'"start":{span[0]},"end":{span[1]}' in page.locator("input[name=spans]").input_value()
+    assert marks.inner_text().startswith("error: “one 😀”; tone: “three”; error:")
+    page.get_by_role("button", name="Save").press("Enter")
+    (verdict,) = wait_for(store, 1)
+    assert {(s["start"], s["end"]) for s in verdict["spans"]} == {(0, 5), (11, 16), (0, 22)}
+
+
+def test_tables_and_long_names_fit_a_phone(chromium, address, store):
+    cells = " | ".join(["a rather long cell of a table"] * 8)
+    table = f"| {' | '.join('abcdefgh')} |\n|{'---|' * 8}\n| {cells} |\n"
+    of = queue(store, "compare", [NewItem("q", [TurnText(table), TurnText("b")])], name="a_name_without_spaces" * 4)
+    context = chromium.new_context(base_url=address, viewport={"width": 375, "height": 740}, is_mobile=True)
+    page = context.new_page()
+    for path in ("/", f"/judge/{of}"):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375, path
+    width = page.evaluate("document.querySelector('.text td').getBoundingClientRect().width")
+    assert width > 60  # words and not letters
+    assert not Axe().run(page)["violations"]
+    context.close()
+
+
 def test_two_raters_at_once_share_a_queue(chromium, address, store):
     of = queue(store, "compare", [pair(i) for i in range(6)])
     contexts = [chromium.new_context(base_url=address) for _ in range(2)]

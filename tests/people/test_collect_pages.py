@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 
 import pytest
 from people_kit import SQLITE, judge, pair, queue, rater
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 pytest.importorskip("starlette", reason="needs the extra people")
 
 from starlette.testclient import TestClient
 
 from steersman.cli import main
-from steersman.people.collect import security
+from steersman.people.collect import looking, security
 from steersman.people.collect.app import make_app
 from steersman.people.collect.looking import agreement
 from steersman.people.collect.markdown import plain, rendered
 from steersman.people.collect.verb import CollectRecipe, fill
 from steersman.people.collect.visit import Site
-from steersman.people.store import open_store
+from steersman.people.store import open_store, opinions
 from steersman.people.store.conversations import TurnText, add_turn, start
 from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import judge_turn, live
@@ -427,6 +427,75 @@ def test_hostile_text_is_shown_and_does_nothing(text, must, must_not):
 def test_text_to_be_marked_keeps_its_length():
     text = "a<b>\r\n\u202e好&x"
     assert len(html.unescape(str(plain(text)))) == len(text)
+    assert (
+        html.unescape(str(plain("one\r\ntwo\rthree"))) == "one\r\ntwo\rthree"
+    )  # as numbers, which no parser takes away
+    assert "\r" not in str(plain("one\r\ntwo"))
+
+
+def test_a_wide_table_is_scrolled_and_a_tag_in_a_text_is_text():
+    page = str(rendered("| a | b |\n|---|---|\n| `<table>` | d |"))
+    assert page.count('<div class="wide" tabindex="0"><table>') == page.count("</table></div>") == 1
+    assert "&lt;table&gt;" in page
+
+
+def test_an_account_of_the_name_local_is_logged_into_and_locks_nobody_out(store):
+    rater(store, "local", password=security.hashed("correct horse battery"), role="admin")
+    client = browser(store)
+    page = client.get("/")
+    assert (page.url.path, page.status_code) == ("/login", 200)
+    page = send(client, page, "/login", name="local", password="correct horse battery")
+    assert page.url.path == "/"
+    assert client.get("/admin").status_code == 200
+
+
+def test_while_the_database_is_away_a_page_says_so_and_the_log_has_one_line(tmp_path, caplog):
+    (tmp_path / "here").mkdir()
+    store = open_store(tmp_path / "here/f.db")
+    of = queue(store, "compare", [pair(1)])
+    client = browser(store)
+    page = client.get(f"/judge/{of}")
+    store.close()
+    (tmp_path / "here").rename(tmp_path / "away")
+    for answer in (client.get("/"), send(client, page, item_of(page), choice="tie")):
+        assert answer.status_code == 503
+        assert "The database does not answer at the moment, so nothing was saved." in answer.text
+    said = [record.getMessage() for record in caplog.records if record.name == "steersman.people.collect.app"]
+    assert [line.partition(",")[0] for line in said] == ["GET /: 503", f"POST {item_of(page)}: 503"]
+    assert not any("\n" in line or "Traceback" in line for line in said)
+    (tmp_path / "away").rename(tmp_path / "here")
+    assert send(client, page, item_of(page), choice="tie").status_code == 200
+    assert verdicts(store) == [{"choice": "tie"}]
+    store.close()
+
+
+def test_look_and_admin_read_no_more_than_they_show(store, monkeypatch):
+    monkeypatch.setattr(looking, "SHOWN", 4)
+    monkeypatch.setattr(opinions, "AT_ONCE", 4)
+    of = queue(store, "compare", [pair(i) for i in range(30)])
+    who = rater(store, "Ada")
+    for _ in range(30):
+        judge(store, of, who, {"choice": "tie"})
+    client, read = browser(store), list[str]()
+    client.get("/")
+    note = lambda answer, _: read.append(answer.content)  # noqa: E731
+    event.listen(Answer, "load", note)
+    try:
+        page = client.get("/look")
+        assert "Judgements: 30" in page.text
+        assert page.text.count("<article") == 4
+        assert len(read) <= 2 * 8
+        read.clear()
+        page = client.get("/look?q=question")
+        assert "Judgements: 4+" in page.text
+        assert len(read) <= 2 * 8
+        assert "Judgements: 1<" in client.get("/look?q=question+29").text
+        assert "Judgements: 0<" in client.get("/look?task=rank").text
+        read.clear()
+        assert "<td>30</td>" in client.get("/admin").text
+        assert read == []
+    finally:
+        event.remove(Answer, "load", note)
 
 
 def test_chinese_and_a_search_with_filters(store):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 
 import pytest
+from people_kit import SQLITE
+from sqlalchemy import select
 
 from steersman.data import DataConfig, demonstrations, feedback, preferences, rankings, ratings
 from steersman.people.collect.verb import CollectRecipe, fill
+from steersman.people.sources import open_judgements
 from steersman.people.store.imported import ImportCounts
 from steersman.people.store.imports import import_file
 from steersman.people.store.open_webui import read_record
+from steersman.people.store.raters import forget
+from steersman.people.store.schema import Forgotten, Person, Turn
 from steersman.types import SteersmanError
 
 MESSAGES = {
@@ -179,6 +185,76 @@ def test_a_thumb_and_a_choice_that_changed_at_the_source_are_taken_over(address,
     assert {one if isinstance(one, str) else one[0]["content"] for one in chosen} == {"A spoon.", "What?"}
 
 
+def raters(address) -> Counter[str]:
+    """How many judgements each rater has."""
+    return Counter(one.user for one in open_judgements(address))
+
+
+def test_who_was_forgotten_is_known_without_a_name_at_the_next_import(address, store, tmp_path):
+    names = ("ada@example.org (label-studio)", "u1 (open-webui)", "pairs.jsonl (file)")
+    recipe = CollectRecipe(
+        imports=[
+            write(tmp_path, "ls.json", [LABELLED]),
+            write(tmp_path, "chats.json", [CHAT]),
+            str(lines(tmp_path / "pairs.jsonl", PAIRS, 1e9)),
+        ]
+    )
+    fill(store, recipe)
+    before = raters(address)
+    assert sorted(before.values()) == [1, 2, 5]
+    for name in names:
+        forget(store, name)
+    # A chat more, which says nothing of anybody's, and a task more by the one who was forgotten
+    write(tmp_path, "chats.json", [CHAT, {**CHAT, "id": "c2"}])
+    other = {**LABELLED, "data": {**LABELLED["data"], "prompt": "Say goodbye."}}
+    write(tmp_path, "ls.json", [LABELLED, other])
+    fill(store, recipe)
+    with store.read() as session:
+        assert session.scalars(select(Person.name)).all() == []
+        assert len({r.salt for r in session.scalars(select(Forgotten))}) == 1
+        assert not any(name in row.digest for row in session.scalars(select(Forgotten)) for name in names)
+    after = raters(address)
+    assert after.keys() == before.keys()
+    assert sorted((after - before).values()) == [1, 2]
+
+
+def test_votes_come_back_as_they_were_exported(address, store, tmp_path):
+    votes = [[1, 1, 0], [1, 0, 0], [0.5, 1], [1]]
+    rows = [{"prompt": f"q{i}", "chosen": "x", "rejected": "y", "votes": v} for i, v in enumerate(votes)]
+    file = lines(tmp_path / "pairs.jsonl", rows, 1e9)
+    assert import_file(store, file).stored == {"compare": 9}
+    assert import_file(store, file).left_out == {"there already": 9}
+    told = {pair.prompt: (pair.chosen, pair.agreement) for pair in preferences(DataConfig(path=address)).train}
+    assert told == {
+        "q0": ("x", pytest.approx(2 / 3)), "q1": ("y", pytest.approx(2 / 3)), "q2": ("x", 0.75), "q3": ("x", 1.0),
+    }  # fmt: skip
+    assert sorted(raters(address).values()) == [2, 3, 4]
+
+
+def test_what_a_file_says_more_finely_than_a_verdict_is_told(address, store, tmp_path, capsys):
+    rows = [{"prompt": "q", "chosen": "x", "rejected": "y", "agreement": a} for a in (0.8,)]
+    rows += [{"prompt": "r", "chosen": "x", "rejected": "y", "agreement": 0.2}]
+    fill(store, CollectRecipe(imports=[str(lines(tmp_path / "pairs.jsonl", rows, 1e9))]))
+    assert "{'an agreement without votes': 2} taken as one whole vote" in capsys.readouterr().out
+    assert [pair.chosen for pair in preferences(DataConfig(path=address)).train] == ["x", "y"]
+    mean = [{"prompt": "q", "completion": "a", "scores": {"kind": 2.5}}]
+    with pytest.raises(SteersmanError, match=r"line 1: ratings .*2\.5.*combine each"):
+        import_file(store, lines(tmp_path / "ratings.jsonl", mean, 1e9))
+
+
+@pytest.mark.parametrize("unit", [1, 1e3, 1e6, 1e9])
+@SQLITE
+def test_a_time_is_in_seconds_whatever_a_program_counts_in(address, store, tmp_path, unit):
+    record = json.loads(json.dumps(FEEDBACK))
+    record["updated_at"] = 1760000100 * unit
+    for message in record["snapshot"]["chat"]["chat"]["history"]["messages"].values():
+        message["timestamp"] *= unit
+    import_file(store, write(tmp_path, "feedback.json", [record]))
+    assert {one.time for one in open_judgements(address)} == {1760000100}
+    with store.read() as session:
+        assert max(session.scalars(select(Turn.created))) == 1760000003
+
+
 def test_two_imports_of_one_name_are_refused(store, tmp_path):
     files = [str(lines(tmp_path / week / "pairs.jsonl", PAIRS, 1e9)) for week in ("week1", "week2")]
     with pytest.raises(SteersmanError, match=r"2 files are called pairs\.jsonl"):
@@ -226,6 +302,13 @@ def test_files_of_the_data_room(address, store, tmp_path):
         ("b.json", [{"id": 1, "data": {"x": "y"}, "annotations": []}], "task 1: no prompt"),
         ("c.json", [{"what": "else"}], "columns 'what' are no shape"),
         ("d.json", "[" * 5000, "d.json"),
+        ("e.json", [{**CHAT, "updated_at": -1}], "record 1: not as .* no seconds since 1970"),
+        ("f.json", [{**CHAT, "user_id": "line\nbreak"}], r"record 1: 'line\\nbreak \(open-webui\)': a name has"),
+        (
+            "g.json",
+            [LABELLED, {**LABELLED, "data": {"prompt": "q", "answer1": "x", "answer2": "x"}}],
+            "task 2: .*same",
+        ),
     ],
 )
 def test_what_is_no_export_is_refused_and_leaves_nothing(address, store, tmp_path, name, value, message):

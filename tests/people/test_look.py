@@ -7,19 +7,22 @@ from html import unescape
 from urllib.parse import urljoin
 
 import pytest
-from people_kit import SQLITE, key, rater
+from people_kit import SQLITE, judge, key, queue, rater
 from runs_kit import some_runs
 
 pytest.importorskip("starlette", reason="needs the extra people")
 
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from steersman.people.collect.app import make_app
-from steersman.people.collect.runs import find_runs
+from steersman.people.collect.runs import Run, find_runs
 from steersman.people.collect.verb import CollectRecipe, run
 from steersman.people.collect.visit import Site
 from steersman.people.store.conversations import TurnText, add_turn, branch, start
+from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import judge_turn
+from steersman.people.store.schema import JudgementRow
 from steersman.types import SteersmanError
 
 
@@ -117,6 +120,37 @@ def test_conversations_are_searched_with_their_branches_and_thumbs(client, store
     assert "tuned@2" in shown
     assert "another branch" in shown
     assert "&#39;up&#39;: False" in shown
+
+
+@SQLITE
+def test_a_time_that_no_calendar_has_is_shown_as_a_number(client, store):
+    """As an import of milliseconds left it there, which can not be taken out."""
+    judge(store, queue(store, "review", [NewItem("q", [TurnText("a")])]), rater(store, "ada"), {"accept": True})
+    with store.begin() as session:
+        row = session.scalars(select(JudgementRow)).one()
+        session.add(
+            JudgementRow(
+                key=key(), rater_id=row.rater_id, task="review", item_id=row.item_id, verdict={"accept": False},
+                created=1.7e12, source="open-webui",
+            )
+        )  # fmt: skip
+    page = client.get("/look")
+    assert page.status_code == 200
+    assert "1.7e+12" in page.text
+
+
+def test_the_list_of_runs_reads_the_end_of_their_numbers_alone(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "metrics", lambda run: pytest.fail("read whole"))
+    long = tmp_path / "runs/long"
+    long.mkdir()
+    rows = "".join(f'{{"step": {step}, "loss": {"1" * 90}}}\n' for step in range(2000))
+    (long / "metrics.jsonl").write_text(rows + '{"step": 2000, "lo')  # as a kill leaves it
+    empty = tmp_path / "runs/empty"
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text("")
+    page = client.get("/look/runs").text
+    assert "<td>1999</td>" in page
+    assert "runs/empty" in page
 
 
 def test_raters_see_none_of_it(store, tmp_path):

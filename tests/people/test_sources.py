@@ -5,10 +5,14 @@ from __future__ import annotations
 from people_kit import judge, key, pair, queue, rater
 
 from steersman.cli import main
+from steersman.data import Row
 from steersman.people.filters import FilterConfig, sift
+from steersman.people.judgements import judgement, plain
 from steersman.people.sources import open_judgements
 from steersman.people.store.conversations import TurnText, add_turn, start
+from steersman.people.store.items import NewItem
 from steersman.people.store.judgements import judge_turn
+from steersman.people.store.schema import Rater
 from steersman.people.wheel.lessons import lessons
 
 
@@ -43,6 +47,48 @@ def test_an_experiment_reads_the_store(store, address, capsys):
     assert "tuned against base" in said
     assert "take tuned" in said
     assert main(["leaderboard", address, "--draws", "20"]) == 0
+
+
+def test_a_rater_is_one_sided_who_presses_one_side_and_not_who_finds_one_answer_better(store, address):
+    name = queue(store, "compare", [pair(i) for i in range(24)], overlap=2)
+    left, honest = rater(store, "left"), rater(store, "honest")
+    for _ in range(24):
+        judge(store, name, left, lambda got: {"choice": got.assignment.sides[0]}, seconds=3.0)
+        judge(store, name, honest, {"choice": 0}, seconds=3.0)
+    with store.read() as session:
+        names = {session.get_one(Rater, one).pseudonym: word for one, word in ((left, "left"), (honest, "honest"))}
+    found = list(open_judgements(address))
+    kept, left_out = sift(found, FilterConfig())
+    assert [names[one.user] for one in kept] == ["honest"] * 24
+    assert {(names[one.user], why) for one, why in left_out} == {("left", "rater always says the same")}
+    assert [judgement(Row(plain(one), "kept", 1)) for one in found] == found
+
+
+def test_models_of_one_name_are_told_apart_by_their_versions(store, address, capsys):
+    """As two runs' folders `model` are; the others go by their names, an @ in them or not."""
+    pairs = (
+        [("model", "aaa"), ("model", "bbb")],
+        [("@cf/meta/llama-3", ""), ("org/m@v1", "")],
+        [("x", "1"), ("y", "1")],
+    )
+    items = [
+        NewItem(f"q{i} {models}", [TurnText("good", models[0]), TurnText("bad", models[1])])
+        for models in pairs
+        for i in range(2)
+    ]
+    name = queue(store, "compare", items, overlap=20)
+    for i in range(4):
+        who = rater(store, f"r{i}")
+        while judge(store, name, who, {"choice": 0}):
+            pass
+    met = {one.models for one in open_judgements(address)}
+    assert met == {("model@aaa", "model@bbb"), ("@cf/meta/llama-3", "org/m@v1"), ("x", "y")}
+    arms = ["--experiment.control", "model@bbb", "--experiment.treatment"]
+    assert main(["ab", address, *arms, "model@aaa"]) == 0
+    assert "model@aaa against model@bbb" in " ".join(capsys.readouterr().out.split())
+    assert main(["ab", address, *arms, "model"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "models found: @cf/meta/llama-3, model@aaa, model@bbb, org/m@v1, x, y" in said
 
 
 def test_a_thumb_that_its_rater_replaced_counts_for_no_arm(store, address, capsys):

@@ -11,11 +11,12 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from people_kit import judge, key, pair, queue, rater
+from people_kit import SQLITE, judge, key, pair, queue, queue_named, rater
+from pydantic import ValidationError
 from sqlalchemy import func, select
 
 from steersman.people.collect.verb import CollectRecipe, QueueConfig, fill
-from steersman.people.store import open_store
+from steersman.people.store import database, open_store
 from steersman.people.store.conversations import (
     TurnText,
     add_turn,
@@ -32,6 +33,7 @@ from steersman.people.store.items import (
     NewItem,
     add_item,
     add_items,
+    answers_of,
     make_queue,
     next_item,
     own_assignment,
@@ -39,8 +41,9 @@ from steersman.people.store.items import (
     shown_item,
 )
 from steersman.people.store.judgements import judge_item, judge_turn, last_item, live, thumbs, undo
-from steersman.people.store.raters import forget, known_person, log_in, log_out, visitor
-from steersman.people.store.schema import Assignment, Base, Item, JudgementRow, Login, Person, Queue
+from steersman.people.store.opinions import model_names
+from steersman.people.store.raters import find_person, forget, known_person, log_in, log_out, visitor
+from steersman.people.store.schema import Assignment, Base, Forgotten, Item, JudgementRow, Login, Model, Person, Queue
 from steersman.types import SteersmanError
 
 
@@ -241,6 +244,84 @@ def test_a_queue_of_many_items_is_stored_in_pieces(store, tmp_path):
         assert session.scalars(select(Item.position).order_by(Item.position)).all() == list(range(len(rows)))
 
 
+def pairs_file(path, *rows):
+    path.write_text("".join(json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"} | row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_queue_follows_the_gold_and_the_models_of_its_file(store, tmp_path, capsys):
+    """A verdict that was held to be right was not: whoever gave the other one passes, and nobody is taught by it."""
+
+    def start_with(*rows) -> list[tuple[str, object, list[str]]]:
+        queue = QueueConfig(task="compare", file=pairs_file(tmp_path / "q.jsonl", *rows), overlap=2)
+        fill(store, CollectRecipe(queues={"q": queue}))
+        with store.read() as session:
+            names, made = model_names(session), session.scalars(select(Item).order_by(Item.position)).all()
+            return [
+                (i.prompt, i.gold, [str(names.get(a.model_id, "")) for a in answers_of(session, i.id)]) for i in made
+            ]
+
+    named = {"prompt": "r", "models": ["a", "b"]}
+    assert start_with({"gold": {"choice": 1}}, named, named | {"models": ["c", "d"]}) == [
+        ("q", {"choice": 1}, ["", ""]), ("r", None, ["a", "b"]),
+    ]  # fmt: skip
+    ada = rater(store, "Ada")
+    judge(store, queue_named(store, "q").id, ada, {"choice": 0})
+    assert "another gold" not in capsys.readouterr().out
+    now = start_with({"gold": {"choice": 0}}, named | {"models": ["b", "a"], "gold": {"choice": "tie"}})
+    assert now == [("q", {"choice": 0}, ["", ""]), ("r", {"choice": "tie"}, ["b", "a"])]
+    assert "queue q: 2 items that were there have another gold verdict or other models" in capsys.readouterr().out
+    assert start_with({}, named)[0] == ("q", None, ["", ""])
+    start_with({}, named)
+    assert capsys.readouterr().out.count("another gold") == 1
+    with pytest.raises(SteersmanError, match=r"line 2, field 'gold': .*line 1 has the same prompt and answers"):
+        start_with({}, {"gold": {"choice": 0}})
+
+
+def test_a_csv_gives_gold_and_models_as_json(store, tmp_path):
+    file, head = tmp_path / "c.csv", "prompt,chosen,rejected,gold,models\n"
+    file.write_text(head + 'q,x,y,,\nr,x,y,"{""choice"": 0}","[""a"", ""b""]"\n')
+    fill(store, CollectRecipe(queues={"q": QueueConfig(task="compare", file=str(file))}))
+    with store.read() as session:
+        assert [i.gold for i in session.scalars(select(Item).order_by(Item.position))] == [None, {"choice": 0}]
+        assert sorted(m.name for m in session.scalars(select(Model))) == ["a", "b"]
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.csv", "prompt,chosen,rejected,gold\nq,x,y,left\n", r"c\.csv, line 2, field 'gold': .*must be JSON"),
+        (
+            "c.jsonl",
+            '{"prompt": "q", "chosen": "x", "rejected": "y", "gold": 1}',
+            r"c\.jsonl, line 1, gold: compare:",
+        ),
+        ("c.jsonl", '{"prompt": "q", "chosen": "x", "rejected": "y", "models": ["a"]}', "one model for each answer"),
+        ("c.jsonl", '{"prompt": "q", "chosen": "x", "rejected": "y", "gold": {"skip": "?"}}', "gold: a skip is no"),
+    ],
+)
+def test_a_row_that_is_no_item_is_named(store, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SteersmanError, match=message):
+        fill(store, CollectRecipe(queues={"q": QueueConfig(task="compare", file=str(tmp_path / name))}))
+
+
+def test_both_databases_take_and_refuse_the_same_names(store, tmp_path):
+    """PostgreSQL has no NUL and no half of a surrogate pair in its texts, and holds to the lengths of its columns."""
+    file = pairs_file(tmp_path / "q.jsonl", {"models": ["m\0", "n" * 400]})
+    for name in ("", "x" * 101, "q\0", "q\ud800"):
+        with pytest.raises(SteersmanError, match=r"queue .*a queue's name has 1 to 100 characters"):
+            fill(store, CollectRecipe(queues={name: QueueConfig(task="compare", file=file)}))
+    with pytest.raises(ValidationError, match="less than or equal to 1000000"):
+        QueueConfig(task="compare", file=file, overlap=1 << 31)
+    fill(store, CollectRecipe(queues={"x" * 100: QueueConfig(task="compare", file=file)}))
+    with store.read() as session:
+        assert sorted(m.name for m in session.scalars(select(Model))) == ["m", "n" * 300]
+        assert find_person(session, "no\0body") is None  # as the form of a login may say it
+        assert session.get(Assignment, "\0") is None  # or an address
+
+
 def test_what_was_left_open_comes_first(store):
     of, ada = queue(store, "compare", [pair(i) for i in range(3)]), rater(store, "Ada")
     with store.begin() as session:
@@ -407,28 +488,54 @@ def test_who_is_forgotten_leaves_judgements_without_a_name(store):
         assert seen is not None
         assert (seen.name, seen.role) == ("Ada", "rater")
         assert session.scalars(select(Login.token)).one() != token
-    with store.begin() as session:
-        pseudonym = forget(session, "Ada")
+    pseudonym, gone = forget(store, "Ada")
+    assert gone
+    assert pseudonym.startswith("r-")
+    with store.read() as session:
         assert visitor(session, token) is None
         assert session.scalar(select(func.count()).select_from(Person)) == 0
         assert session.scalar(select(func.count()).select_from(JudgementRow)) == 1
-        assert pseudonym.startswith("r-")
-        with pytest.raises(SteersmanError, match="knows nobody"):
-            forget(session, "Ada")
+        assert session.scalar(select(func.count()).select_from(Forgotten)) == 0  # nothing names this one again
+    with pytest.raises(SteersmanError, match="knows nobody"):
+        forget(store, "Ada")
 
 
-def test_a_name_that_is_forgotten_is_not_in_the_file(tmp_path):
-    made = open_store(tmp_path / "f.db")
-    ada = rater(made, "Adelheid-Quendolyne")
+def test_a_name_that_is_forgotten_is_in_no_file_while_the_store_is_open(tmp_path, monkeypatch):
+    """Nor in the write-ahead log; where a reader needs that one, it is said, and the log goes with the last one."""
+    monkeypatch.setattr(database, "LOG_SECONDS", 0)
+    name = b"Adelheid-Quendolyne"
+
+    def holders() -> list[str]:
+        return [p.name for p in tmp_path.iterdir() if name in p.read_bytes()]
+
+    made, beside = open_store(tmp_path / "f.db"), open_store(tmp_path / "f.db")
+    rater(made, name.decode())
     queue(made, "compare", [pair(1)])
-    assert ada
-    with made.begin() as session:
-        forget(session, "Adelheid-Quendolyne")
-    with made.engine.connect() as connection:
-        connection.exec_driver_sql("ROLLBACK")
-        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert holders() == ["f.db-wal"]
+    assert forget(made, name.decode())[1]
+    assert holders() == []
+    rater(made, name.decode())
+    with beside.read() as session:
+        session.scalars(select(Person.name)).all()
+        assert forget(made, name.decode())[1] is False
+        with made.begin() as writing:  # writers wait for no reader afterwards
+            assert writing.scalar(sa.text("PRAGMA busy_timeout")) == 1000 * database.BUSY_SECONDS
     made.close()
-    assert b"Adelheid-Quendolyne" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    beside.close()
+    assert holders() == []
+
+
+def test_a_store_of_the_first_tables_is_brought_up_to_date(address, store):
+    judge(store, queue(store, "compare", [pair(1)]), rater(store, "Ada"), {"choice": 0})
+    with store.engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE forgotten"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    new = open_store(address)
+    with new.engine.connect() as connection:
+        assert not compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    with new.read() as session:
+        assert session.scalars(select(JudgementRow.verdict)).all() == [{"choice": 0}]
+    new.close()
 
 
 def test_a_login_ends(store):

@@ -9,6 +9,7 @@ import pytest
 from steersman.config.sections import Section
 from steersman.run.files.folder import RunFolder
 from steersman.run.files.inputs import BLOCK, WHOLE, fingerprints
+from steersman.run.run_config import RunConfig
 from steersman.types import SteersmanError
 
 
@@ -16,6 +17,10 @@ class Asked(Section):
     path: str
     folder: str = ""
     cache: str = ""
+
+
+class Logged(Section):
+    run: RunConfig
 
 
 def test_the_runs_own_folder_within_the_data_does_not_count(tmp_path):
@@ -29,6 +34,13 @@ def test_the_runs_own_folder_within_the_data_does_not_count(tmp_path):
     assert list(before) == ["path"]
     (tmp_path / "rows.jsonl").write_text("{ }")
     assert fingerprints(asked, run) != before
+
+
+def test_a_folder_named_like_a_tracker_is_no_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "numbers.db").write_text("1")
+    assert fingerprints(Logged(run=RunConfig(sinks=["wandb"])), tmp_path / "runs" / "one") == {}
 
 
 def test_hidden_files_do_not_count(tmp_path):

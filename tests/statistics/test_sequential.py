@@ -10,15 +10,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from steersman.statistics import sample_size
+from steersman.statistics import sample_size, sequential
 from steersman.statistics.sample_size import fixed_size, outcomes, plan, plan_arms
 from steersman.statistics.sequential import (
     BETS,
+    PRECISION,
     Running,
     arm_difference,
     confidence_sequence,
     first_crossing,
     log_wealth,
+    refuted,
 )
 from steersman.types import SteersmanError
 
@@ -176,6 +178,20 @@ def test_sizes():
         plan_arms(0.95, 0.2)
     with pytest.raises(ValueError, match="does not fit"):
         plan(0.4, ties=0.5)
+
+
+@pytest.mark.parametrize("m", [-0.1, 0.0, 0.3, 0.5, 0.6, 1.0, 1.1])
+def test_a_mean_is_refuted_where_the_bounds_first_leave_it_behind(m, monkeypatch):
+    """And once: the same places for every number of values that comes after."""
+    monkeypatch.setattr(sequential, "PIECE", 64)
+    x = (np.random.default_rng(5).random(400) < 0.58).astype(float)
+    looks = confidence_sequence(x)
+    above = next((look.n for look in looks if look.low > m + 2 * PRECISION), 0)
+    below = next((look.n for look in looks if look.high < m - 2 * PRECISION), 0)
+    found = [refuted(x[:n], m) for n in range(401)]
+    assert found[-1] == (above, below)
+    for n, told in enumerate(found):
+        assert told == tuple(place if place <= n else 0 for place in (above, below))
 
 
 def test_a_crossing_is_found_piece_by_piece():

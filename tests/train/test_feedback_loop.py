@@ -108,7 +108,26 @@ def test_bco_shift_follows_both_labels():
         assert made.threshold == pytest.approx(sum(means.values()) / 2, rel=1e-9)
 
 
-@pytest.mark.parametrize("config", [KTOConfig(), BCOConfig()])
+def test_apo_of_single_answers_reads_no_others(monkeypatch):
+    """The paper on plain forward passes; nothing of other prompts is read, so a batch may be of one row."""
+    made = objective(KTOConfig(name="apo_zero_unpaired", beta=0.05, desirable_weight=1.5, undesirable_weight=0.5))
+    monkeypatch.setattr("steersman.objectives.feedback.answer_logp", lambda *a: pytest.fail("read other answers"))
+    made.look([0, 1, 4])
+    total = 0.0
+    for i in (0, 1, 4):
+        e = made.train.groups[i][0]
+        own, ref = (float(plain_logp(m, e.prompt, e.response).detach()) for m in (made.module, made.reference))
+        above = 1 / (1 + math.exp(-0.05 * (own - ref)))
+        total += (1 + i) * (1.5 * (1 - above) if made.train.examples[i].label else 0.5 * above)
+    found = made.loss([0, 1, 4], made.denominator([0, 1, 4]), Tally())
+    assert float(found.detach()) == pytest.approx(total / (1 + 2 + 5), rel=1e-9)
+    made.update_threshold({"reward/liked": 3.0})
+    assert made.threshold == 0.0
+    recipe = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"batch_size": 1}}
+    RECIPES["kto"].model_validate(merge(recipe, {"loss.name": "apo_zero_unpaired"}))
+
+
+@pytest.mark.parametrize("config", [KTOConfig(), KTOConfig(name="apo_zero_unpaired"), BCOConfig()])
 def test_micro_batches_add_up(config):
     made = objective(config)
     made.look([0, 1, 2, 3, 4])
@@ -350,9 +369,9 @@ def test_a_short_run_asks_the_reference_about_its_own_rows_only(verb, asked, tmp
     """A trial of a few steps on a large set must not wait for a pass over all of it."""
     real, read = reference.answer_logp, []
 
-    def counted(model, answers, micro_tokens, progress):
+    def counted(model, answers, micro_tokens, progress, **how):
         read.append(len(answers))
-        return real(model, answers, micro_tokens, progress)
+        return real(model, answers, micro_tokens, progress, **how)
 
     monkeypatch.setattr(reference, "answer_logp", counted)
     each, losses = 2 if verb == "dpo" else 1, []
@@ -368,7 +387,7 @@ def test_a_short_run_asks_the_reference_about_its_own_rows_only(verb, asked, tmp
 
 @pytest.mark.parametrize("verb", ["dpo", "kto"])
 def test_what_does_not_fit_is_told_before_the_pass_over_the_data(verb, asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "answer_logp", lambda *a: pytest.fail("the reference was read first"))
+    monkeypatch.setattr(reference, "answer_logp", lambda *a, **how: pytest.fail("the reference was read first"))
 
     def refuse(*a, **k):
         raise SteersmanError("it does not fit")
@@ -386,11 +405,11 @@ def test_a_run_that_goes_on_takes_up_what_the_reference_said(verb, asked, tmp_pa
     begun(verb, asked, tmp_path, same)
     real, read, stop_at = reference.answer_logp, [], [2]
 
-    def counted(model, answers, micro_tokens, progress):
+    def counted(model, answers, micro_tokens, progress, **how):
         if len(read) == stop_at[0]:
             raise KeyboardInterrupt
         read.append(len(answers))
-        return real(model, answers, micro_tokens, progress)
+        return real(model, answers, micro_tokens, progress, **how)
 
     monkeypatch.setattr(reference, "answer_logp", counted)
     cut = same | {"run.dir": str(tmp_path / "cut")}
@@ -420,9 +439,9 @@ def test_what_the_reference_said_of_other_answers_or_in_another_precision_is_not
     same = {"samples.prompts": 0, "train.max_steps": 2}
     real, read = reference.answer_logp, []
 
-    def counted(model, answers, micro_tokens, progress):
+    def counted(model, answers, micro_tokens, progress, **how):
         read.append(len(answers))
-        return real(model, answers, micro_tokens, progress)
+        return real(model, answers, micro_tokens, progress, **how)
 
     monkeypatch.setattr(reference, "answer_logp", counted)
     with monkeypatch.context() as patch:

@@ -169,7 +169,7 @@ def test_values_of_samples_that_are_used_again_are_only_read(tmp_path):
         assert all(p.grad is None for p in who.critic.parameters())
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "ppo-kl", "nlpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "ppo-kl", "nlpo", "rloo", "luspo", "vespo"])
 def test_micro_batches_change_no_gradient_of_other_losses(name, tmp_path):
     given = experience(seed=4)
     whole = gradients(learner(name, tmp_path=tmp_path), *given)
@@ -255,13 +255,13 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_is_updated(tmp_path):
 ANSWERS = ["yes it is.", "no", "a cat, a dog, and two more of them", "ok", "look there", "e", "so she said", "hm"]
 
 
-def sft_state(tmp_path, micro: int, pack: int | None = None) -> Offline:
+def sft_state(tmp_path, micro: int, pack: int | None = None, loss: str = "nll") -> Offline:
     rows = [{"prompt": "ask " * (1 + i % 3), "completion": text} for i, text in enumerate(ANSWERS)]
     data = DataConfig(path=str(write_jsonl(tmp_path / "sft.jsonl", rows)))
     policy = Policy(tiny_model("llama", vocab=len(LETTERS), scale=2.0), letters(), pack=pack)
     encoded = encode(demonstrations(data).train, layout(policy.tokenizer, data), data, 128)
     run = RunConfig(micro_tokens=micro)
-    return Offline(SFT(policy, encoded, None, micro), SFTConfig(), OptimizerConfig(), run)
+    return Offline(SFT(policy, encoded, encoded, micro, loss=loss), SFTConfig(), OptimizerConfig(), run)
 
 
 def offline_gradients(state: Offline) -> dict[str, torch.Tensor]:
@@ -276,10 +276,32 @@ def offline_gradients(state: Offline) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_micro_batches_and_packing_change_no_gradient_of_sft(tmp_path):
-    whole = offline_gradients(sft_state(tmp_path, 10**6))
-    for other in (sft_state(tmp_path, 1), sft_state(tmp_path, 60), sft_state(tmp_path, 10**6, pack=64)):
-        same(whole, offline_gradients(other))
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_micro_batches_and_packing_change_no_gradient_of_sft(loss, tmp_path):
+    whole = offline_gradients(sft_state(tmp_path, 10**6, loss=loss))
+    for micro, pack in ((1, None), (60, None), (10**6, 64)):
+        same(whole, offline_gradients(sft_state(tmp_path, micro, pack, loss)))
+
+
+def test_dynamic_fine_tuning_raises_the_mean_probability_and_tells_the_usual_loss(tmp_path):
+    state, usual = sft_state(tmp_path, 50, loss="dft"), sft_state(tmp_path, 50).objective
+    got, examples = offline_gradients(state), state.objective.train.first
+    policy = sft_state(tmp_path, 50).objective.module
+    probability, count = torch.zeros(()), sum(sum(e.mask) for e in examples)
+    for e in examples:
+        p = policy.model(torch.tensor([e.prompt + e.response])).logits[0].softmax(-1)
+        for t, (token, counts) in enumerate(zip(e.response, e.mask, strict=True)):
+            probability = probability + counts * p[len(e.prompt) + t - 1, token]
+    (-probability / count).backward()
+    same(got, {n: p.grad for n, p in policy.named_parameters()})
+    told, stats = state.objective.evaluate(), usual.evaluate()
+    mean = told.pop("held_out/probability")
+    assert mean == pytest.approx(float(probability.detach()) / count, rel=1e-5)
+    assert told == pytest.approx(stats, rel=1e-6)
+    tally, plain, rows = Tally(), Tally(), list(range(len(examples)))
+    state.objective.loss(rows, float(count), tally)
+    usual.loss(rows, float(count), plain)
+    assert tally.means() == pytest.approx({**plain.means(), "probability": mean}, rel=1e-5)
 
 
 def test_the_sft_gradient_is_that_of_the_mean_over_tokens_that_count(tmp_path):

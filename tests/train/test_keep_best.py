@@ -55,6 +55,16 @@ def test_where_no_look_is_better_the_start_is_saved_and_that_is_said(asked, tmp_
     assert "weights that training began with: no later look was better" in " ".join(capsys.readouterr().out.split())
 
 
+def test_of_dynamic_fine_tuning_the_best_weights_are_those_of_the_highest_probability(asked, tmp_path, monkeypatch):
+    """Its loss in nats may rise while it sharpens."""
+    left = [(1.0, 0.3), (1.1, 0.5), (1.2, 0.7), (0.9, 0.4)]
+    monkeypatch.setattr(SFT, "evaluate", lambda self: dict(
+        zip(("held_out/loss", "held_out/probability"), left.pop(0) if len(left) > 1 else left[0], strict=True)
+    ))  # fmt: skip
+    sft.run(sft.SFTRecipe.model_validate(merge(asked, {"train.keep": "best", "train.loss": "dft"})))
+    assert kept(tmp_path) == ["step-00000002", "step-00000003"]
+
+
 def test_a_start_that_is_surpassed_goes(asked, tmp_path, mini, monkeypatch, capsys):
     looks(monkeypatch, SFT, "held_out/loss", 1.0, 1.5, 0.9, 1.4)
     sft.run(sft.SFTRecipe.model_validate(merge(asked, {"train.keep": "best"})))

@@ -13,7 +13,8 @@ from steersman.data.rows import Row
 from steersman.loss.offline import LOSSES
 from steersman.model import Policy
 from steersman.objectives.batch import right, rounding
-from steersman.objectives.preference import PairLossConfig, PairObjective
+from steersman.objectives.preference import PairObjective
+from steersman.objectives.preference_config import PairLossConfig
 from steersman.setup.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
@@ -80,6 +81,92 @@ def test_micro_batches_add_up_for_every_loss(name):
             torch.testing.assert_close(sum(p[k] for p in parts), g, rtol=1e-6, atol=1e-9)
 
 
+def weighed_sums(made: PairObjective, group: list[Encoded], alpha: float) -> list[torch.Tensor]:
+    """log pi of both answers, then the reference's: up to the shorter one's length, and alpha times the rest."""
+    shared, found = min(len(e.response) for e in group), []
+    for model in (made.module, made.reference):
+        for e in group:
+            each = plain_logp(model, e)[torch.arange(len(e.response)), torch.tensor(e.response)]
+            found.append(sum(x if t < shared else alpha * x for t, x in enumerate(each)))
+    return found
+
+
+def test_ld_dpo_weighs_both_models_and_no_other_term():
+    """From plain forward passes: the likelihood and what is told are of whole answers, soft labels go both ways."""
+    made = objective(PairLossConfig(name="dpo", settings={"beta": 0.3}, nll=0.5, ld_alpha=0.25))
+    agreement = (0.75, 1.0, 0.5)
+    for example, share in zip(made.train.examples, agreement, strict=True):
+        example.weight, example.agreement = 1.0, share
+    expected, drift = torch.zeros(()), 0.0
+    for group, share in zip(made.train.groups, agreement, strict=True):
+        w, r, w_ref, r_ref = weighed_sums(made, group, 0.25)
+        whole_w, whole_r, whole_w_ref, _ = weighed_sums(made, group, 1.0)
+        z = 0.3 * ((w - w_ref) - (r - r_ref))
+        nll = [-x / len(e.response) for x, e in zip((whole_w, whole_r), group, strict=True)]
+        for part, sign, likelihood in ((share, 1, nll[0]), (1 - share, -1, nll[1])):
+            expected = expected + part * (0.5 * likelihood - torch.nn.functional.logsigmoid(sign * z)) / 3
+        drift += float(whole_w.detach() - whole_w_ref.detach()) / 3
+    tally = Tally()
+    found = made.loss([0, 1, 2], 3.0, tally)
+    torch.testing.assert_close(found, expected.to(found), rtol=1e-9, atol=0)
+    parameters = list(made.module.parameters())
+    for a, b in zip(*(torch.autograd.grad(x, parameters) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert tally.means()["drift/chosen"] == pytest.approx(drift, rel=1e-9)
+    assert float(found.detach()) != pytest.approx(
+        float(objective(PairLossConfig(name="dpo", settings={"beta": 0.3}, nll=0.5)).loss([0, 1, 2], 3.0, Tally()))
+    )
+
+
+@pytest.mark.parametrize("name", ["dpo", "hinge", "wpo", "apo_zero"])
+def test_ld_alpha_is_the_same_in_micro_batches_and_of_streams(name, monkeypatch):
+    made = objective(PairLossConfig(name=name, nll=0.1, ld_alpha=0.5))
+    parameters = list(made.module.parameters())
+    whole = torch.autograd.grad(made.loss([0, 1, 2], 3.0, Tally()), parameters)
+    parts = [torch.autograd.grad(made.loss([i], 3.0, Tally()), parameters) for i in range(3)]
+    monkeypatch.setattr(type(made.train), "in_memory", False)
+    streamed = torch.autograd.grad(made.loss([0, 1, 2], 3.0, Tally()), parameters)
+    for k, g in enumerate(whole):
+        torch.testing.assert_close(sum(p[k] for p in parts), g, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(streamed[k], g, rtol=1e-6, atol=1e-9)
+
+
+def test_a_mixture_is_the_weighed_sum_of_its_losses():
+    """MPO: each loss with those of the settings that it has, the likelihood beside them, and all that any reads."""
+    settings = {"beta": 0.3, "alpha": 0.7, "flip": 0.2}
+    weights = {"dpo": 0.8, "bco_pair": 0.2, "robust_dpo": 0.3, "simpo": 0.1, "wpo": 0.4, "tdpo2": 0.6}
+    own = {name: {key: settings[key] for key in keys} for name, keys in {
+        "dpo": ["beta"], "bco_pair": ["beta"], "robust_dpo": ["beta", "flip"], "simpo": ["beta"], "wpo": ["beta"],
+        "tdpo2": ["beta", "alpha"]}.items()}  # fmt: skip
+    expected = sum(
+        weight
+        * float(objective(PairLossConfig(name=name, settings=own[name])).loss([0, 1, 2], 3.0, Tally()).detach())
+        for name, weight in weights.items()
+    )
+    nll = objective(PairLossConfig(name="dpo", nll=1.0)).loss([0, 1, 2], 3.0, Tally()).detach()
+    plain = objective(PairLossConfig(name="dpo")).loss([0, 1, 2], 3.0, Tally()).detach()
+    config = PairLossConfig(
+        name="dpo", settings=settings, weight=0.8, also={k: v for k, v in weights.items() if k != "dpo"}, nll=0.5
+    )
+    assert config.needs_full_kl
+    assert config.needs_log_weight
+    tally = Tally()
+    found = objective(config).loss([0, 1, 2], 3.0, tally)
+    assert float(found.detach()) == pytest.approx(expected + 0.5 * float(nll - plain), rel=1e-6)
+    alone = Tally()
+    objective(PairLossConfig(name="dpo", settings={"beta": 0.3})).loss([0, 1, 2], 3.0, alone)
+    assert tally.means()["margin"] == pytest.approx(alone.means()["margin"], rel=1e-6)
+
+
+def test_a_loss_without_a_reference_gets_one_where_another_reads_it():
+    assert not PairLossConfig(name="simpo").needs_reference
+    assert PairLossConfig(name="simpo", also={"dpo": 0.5}).needs_reference
+    mixed = objective(PairLossConfig(name="simpo", also={"dpo": 0.5})).loss([0, 1, 2], 3.0, Tally())
+    apart = [objective(PairLossConfig(name=name)).loss([0, 1, 2], 3.0, Tally()) for name in ("simpo", "dpo")]
+    # beta of each is its own where settings give none
+    torch.testing.assert_close(mixed, apart[0] + 0.5 * apart[1])
+
+
 def test_divergence_is_the_exact_sum_with_gradient_to_the_policy():
     made = objective(PairLossConfig(name="tdpo1"))
     e = made.train.groups[0][0]
@@ -123,6 +210,18 @@ def test_an_unknown_setting_is_named_with_the_nearest():
         ({"name": "discopop", "settings": {"tau": 1.0}}, "above 0 and below 1"),
         ({"name": "fdpo_alpha", "settings": {"alpha": 1.5}}, "at least 0 and at most 1"),
         ({"name": "ipo", "margin_weight": 1.0}, "goes with dpo, hinge, rso, simpo"),
+        ({"name": "simpo", "ld_alpha": 0.5}, r"loss\.ld_alpha .* simpo takes means .* goes with dpo, robust_dpo"),
+        ({"name": "tdpo1", "ld_alpha": 0.5}, r"loss\.ld_alpha .* tdpo1"),
+        ({"name": "cpo", "ld_alpha": 0.5}, r"loss\.ld_alpha .* cpo .* likelihood"),
+        ({"name": "ipo", "settings": {"length_normalised": 1}, "ld_alpha": 0.5}, r"ipo without length_normalised"),
+        ({"name": "dpo", "also": {"simpo": 1.0}, "ld_alpha": 0.5}, r"loss\.ld_alpha .* simpo takes"),
+        ({"name": "dpo", "ld_alpha": 1.5}, "ld_alpha"),
+        ({"name": "dpo", "also": {"dpo": 1.0}}, r"loss\.also: dpo is loss\.name itself"),
+        ({"name": "dpo", "also": {"bco_pair": 0.0}}, r"loss\.also: the weight of bco_pair is 0"),
+        ({"name": "dpo", "weight": 0.5}, r"loss\.weight .* nothing is"),
+        ({"name": "dpo", "also": {"ipo": 0.5}, "margin_weight": 1.0}, "ipo has no place for margins"),
+        ({"name": "dpo", "also": {"exo": 0.5}, "settings": {"epsilon": 0.7}}, "exo: epsilon is 0.7"),
+        ({"name": "dpo", "also": {"exo": 0.5}, "settings": {"tau": 0.7}}, "dpo and exo has no setting `tau`"),
     ],
 )
 def test_settings_without_meaning_are_refused(config, words):

@@ -30,6 +30,15 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "dapo-ahead": ("dapo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 2}),
     "grpo-curriculum": ("grpo", {"curriculum": {"right_from": 0.25}, "iterations": 4}),
     "rloo-stop": ("rloo", {"stop": {"judge": "score"}, "iterations": 12, "optimizer.lr": 0.03, "run.eval_every": 1}),
+    "dapo-masks": (
+        "dapo",
+        {
+            "algorithm.top_entropy": 0.4,
+            "algorithm.off_policy_threshold": 1e-4,
+            "algorithm.minibatches": 2,
+            "algorithm.epochs": 2,
+        },
+    ),
     "grpo-checkpointing": ("grpo", {"model.gradient_checkpointing": True}),
     "dpo-tdpo": ("dpo", {"loss.name": "tdpo2"}),
     "sft-cache": ("sft", {"data.cache": "its folder"}),

@@ -58,5 +58,8 @@ def test_a_loss_that_takes_no_anchor_is_not_offered_to_those_who_give_one():
     averaged = {"loss.name": "ipo", "loss.settings": {"length_normalised": 1}, "anchor": "folder"}
     with pytest.raises(ValueError, match="with length_normalised"):
         PreferenceRecipe.model_validate(merge(OFFLINE, averaged))
+    for more in ({"loss.ld_alpha": 0.5}, {"loss.also": {"bco_pair": 1.0}}):
+        with pytest.raises(ValueError, match="anchor: the mixture of two references is known"):
+            PreferenceRecipe.model_validate(merge(OFFLINE, {"anchor": "folder", **more}))
     for name in offered:
         PreferenceRecipe.model_validate(merge(OFFLINE, {"loss.name": name, "anchor": "folder"}))

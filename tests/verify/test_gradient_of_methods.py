@@ -16,7 +16,7 @@ from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
 from steersman.verify import gradient
 
-GROUPS = ("dr-grpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "dppo", "gpg", "clip-cov", "kl-cov")
+GROUPS = ("dr-grpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "dppo", "gpg", "clip-cov", "kl-cov", "luspo", "vespo")
 SIZE_OF_BIAS = {
     # name: (largest relative deviation, cosine with the exact gradient) on `gradient.example()`
     "reinforce++": (0.7322, 0.9687),
@@ -33,6 +33,8 @@ SIZE_OF_BIAS = {
     "gmpo": (0.6215, 0.7593),
     "sapo": (0.6215, 0.7593),
     "dppo": (0.6733, 0.7968),
+    "luspo": (0.5228, 0.7729),
+    "vespo": (0.6733, 0.7968),
     "gpg": (0.7767, 0.9933),
     "gdpo": (0.8269, 0.8246),
     "gfpo": (0.6733, 0.7968),
@@ -225,7 +227,7 @@ def transcription(name: str, a: Algorithm, ratio: list[float], logp: list[float]
         sign = 1 if adv > 0 else -1
         if name in CLIPPED:
             out.append(-min(rho * adv, min(max(rho, 1 - a.clip_low), 1 + a.clip_high) * adv))
-        elif name == "gspo":
+        elif name in ("gspo", "luspo"):
             out.append(-min(mean * adv, min(max(mean, 1 - a.clip_low), 1 + a.clip_high) * adv))
         elif name == "cispo":
             out.append(-min(rho, 5.0) * adv * lp)
@@ -241,6 +243,9 @@ def transcription(name: str, a: Algorithm, ratio: list[float], logp: list[float]
         elif name == "dppo":
             outside = abs(math.exp(lp) - math.exp(lp) / rho) > 0.15 and (rho > 1) == (adv > 0)
             out.append(0.0 if outside else -min(rho, 10.0) * adv * lp)
+        elif name == "vespo":
+            whole, (k, lam) = math.prod(ratio), (2.0, 3.0) if adv > 0 else (3.0, 2.0)
+            out.append(-(whole**k) * math.exp(lam * (1 - whole)) * adv * lp)
         elif name == "ppo-kl":
             out.append(-rho * adv + 1.0 * (rho - 1 - torch.tensor(rho).log().item()))
         else:

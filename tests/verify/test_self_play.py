@@ -36,3 +36,19 @@ def test_without_the_anchor_there_is_no_such_rest():
     logits = play(mdp, lambda pair: self_play.ipo(pair, beta=2.0)[0], beats, share=0.0, rounds=20)
     found = mdp.sequence_logp(logits).sum(-1).exp()
     assert float((found - equilibrium(mdp, beats, 0.5).exp()).abs().sum() / 2) > 0.02
+
+
+def test_the_bonus_leads_beyond_the_optimum_away_from_the_start():
+    """Without it pairs with the first policy rest at pi*; with it at more KL, the more the larger it is; a check
+    without the bonus in its condition would not hold."""
+    found = [self_play.check_xpo(example(), explore=alpha) for alpha in (0.0, 0.02, 0.05)]
+    assert all(row.holds for row in found)
+    assert found[0].gap + 0.02 < found[1].gap < found[2].gap - 0.02
+    mdp, _ = example()
+    reward, first = mdp.total_reward, mdp.sequence_logp_ref.sum(-1)
+    best = torch.log_softmax(first + reward / 0.5, 0)
+    assert float((best.exp() * (best - first)).sum()) == pytest.approx(found[0].gap, abs=1e-6)
+
+
+def test_a_bonus_too_large_has_no_rest():
+    assert not self_play.check_xpo(example(), explore=0.3, rounds=8).holds

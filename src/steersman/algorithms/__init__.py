@@ -14,6 +14,7 @@ from steersman.algorithms.gpg import GPG
 from steersman.algorithms.grpo import GRPO
 from steersman.algorithms.gspo import GSPO
 from steersman.algorithms.kl_cov import KLCov
+from steersman.algorithms.luspo import LUSPO
 from steersman.algorithms.nlpo import NLPO
 from steersman.algorithms.pass_at_k import PassAtK
 from steersman.algorithms.ppo import PPO
@@ -28,13 +29,14 @@ from steersman.algorithms.sapo import SAPO
 from steersman.algorithms.trpo import TRPO
 from steersman.algorithms.vapo import VAPO
 from steersman.algorithms.vc_ppo import VCPPO
+from steersman.algorithms.vespo import VESPO
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     algorithm.name: algorithm
     for algorithm in (
         REINFORCE, REINFORCEBaseline, REINFORCEPlusPlus, RLOO, ReMax, A2C, TRPO, PPO, PPOKL, NLPO,
         VCPPO, VAPO, GRPO, DrGRPO, DAPO, GSPO, CISPO, REINFORCEPlusPlusBaseline, GMPO, SAPO, DPPO, GPG, GDPO, GFPO,
-        ClipCov, KLCov, PassAtK,
+        ClipCov, KLCov, PassAtK, LUSPO, VESPO,
     )
 }  # fmt: skip
 

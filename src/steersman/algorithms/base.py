@@ -85,6 +85,15 @@ class Algorithm(Section):
     kl_horizon: float = Field(default=10_000, gt=0, description="samples over which the controller of beta acts")
     entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
     average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    top_entropy: float = Field(
+        default=1.0, gt=0, le=1, description="part of the steps that the policy learns from, those of most entropy"
+    )
+    off_policy_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="steps with a negative advantage teach nothing where the policy finds their response less likely "
+        "than it was sampled by more than this, nats per token on average; null keeps all",
+    )
     epochs: int = Field(default=1, ge=1, description="passes over the samples of one iteration")
     minibatches: int = Field(default=1, ge=1, description="optimizer updates per epoch")
     stop_kl: float | None = Field(

@@ -18,6 +18,7 @@ class GMPO(GroupRelative):
     title = "GMPO"
     whole_response = True
     paper = "arXiv 2507.20673"
+    unread = ("top_entropy",)
 
     clip_low: float = Field(default=0.4, gt=0, description="a token's log ratio is clipped below minus this, nats")
     clip_high: float = Field(default=0.4, gt=0, description="a token's log ratio is clipped above this, nats")

@@ -16,6 +16,7 @@ class GSPO(GroupRelative):
     title = "GSPO"
     whole_response = True
     paper = "arXiv 2507.18071"
+    unread = ("top_entropy",)
 
     clip_low: float = Field(default=3e-4, gt=0, lt=1, description="sequence ratio is clipped below 1 minus this")
     clip_high: float = Field(default=4e-4, gt=0, description="sequence ratio is clipped above 1 plus this")

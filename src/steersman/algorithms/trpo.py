@@ -19,7 +19,7 @@ class TRPO(PPO):
     title = "TRPO"
     paper = "arXiv 1502.05477"
     update = "trust_region"
-    unread = ("clip_low", "clip_high", "dual_clip")
+    unread = ("clip_low", "clip_high", "dual_clip", "off_policy_threshold")
 
     max_kl: float = Field(default=0.01, gt=0, description="trust region: mean KL(old || new) in nats per token")
     cg_steps: int = Field(default=10, ge=1, description="conjugate-gradient iterations")

@@ -15,6 +15,7 @@ from torch.distributions import kl_divergence
 from steersman.advantage.gae import Advantage
 from steersman.algorithms import Algorithm, Coefficients
 from steersman.control.policies import MLPPolicy, Value
+from steersman.loss.masks import top_entropy
 from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
@@ -91,12 +92,21 @@ class Learner:
         generator: torch.Generator,
     ) -> Stats:
         """All epochs over one iteration's steps; returns losses, norms and how far the policy moved."""
-        average = self.algorithm.average
-        weight = token_weight(traj.mask, average, self.length_limit) / denominator(traj.mask, average)
+        average, taught = self.algorithm.average, self._taught(obs, traj)
+        weight = token_weight(taught, average, self.length_limit) / denominator(taught, average)
         steps = flatten(obs, action, traj, advantage, weight * traj.mask.sum())
         batch = StepBatch(self, steps, coef)
         stats = learn(self.algorithm, batch, generator)
         return batch.tally.means() | stats
+
+    @torch.no_grad()
+    def _taught(self, obs: Tensor, traj: Trajectory) -> Tensor:
+        """The steps `[B, T]` that the policy learns from."""
+        if self.algorithm.top_entropy == 1:
+            return traj.mask
+        entropy = torch.zeros_like(traj.reward)
+        entropy[traj.mask] = self.policy.distribution(obs[:, :-1][traj.mask]).entropy().to(entropy)
+        return top_entropy(entropy, traj.mask, self.algorithm.top_entropy)
 
     def policy_loss(self, steps: Transitions, coef: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the steps, reduced; their log-probabilities [M, 1] and entropies [M, 1]."""

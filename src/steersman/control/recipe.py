@@ -116,8 +116,8 @@ class ControlRecipe(Section):
             }  # fmt: skip
             keys |= {"run.eval_every"}
         elif isinstance(settings, type) and issubclass(settings, Algorithm):
-            # there is no reference that a KL could be measured to
-            idle = (*settings.unread, "kl_in", "kl_estimator", "kl_horizon")
+            # there is no reference that a KL could be measured to, and steps are learned from one by one
+            idle = (*settings.unread, "kl_in", "kl_estimator", "kl_horizon", "off_policy_threshold")
             keys |= {f"settings.{key}" for key in idle} | (set() if settings.critic else {"rollout.steps"})
             sections = {"optimizer": OptimizerConfig} if settings.update == "trust_region" else {}
         return frozenset(

@@ -50,7 +50,8 @@ class Preference:
 
     `margin` is how much better it is, in the data's own units. `agreement` is the share of raters who chose
     it (a tie counts half): the soft label of the pair, 1 for a single rater. `weight` scales its loss. `votes`
-    are the raters one by one where they are known: 1 for `chosen`, 0 for `rejected`, 1/2 for a tie.
+    are the raters one by one where they are known: 1 for `chosen`, 0 for `rejected`, 1/2 for a tie. Where one of the
+    two is the reference model's answer, `chosen_from_reference` says which.
     """
 
     prompt: Content
@@ -61,6 +62,7 @@ class Preference:
     agreement: float = 1.0
     weight: float = 1.0
     votes: tuple[float, ...] = ()
+    chosen_from_reference: bool | None = None
 
 
 @dataclass(slots=True)
@@ -162,6 +164,7 @@ def preference(
     agreement: float = 1.0,
     weight: float = 1.0,
     votes: tuple[float, ...] = (),
+    chosen_from_reference: bool | None = None,
 ) -> Preference:
     """A checked pair: nothing empty, the answers not equal."""
     prompt, (chosen, rejected) = same_form(prompt, chosen, rejected)
@@ -172,7 +175,7 @@ def preference(
             raise row.fault("empty completion", "the answer is empty", column)
     if _bare(chosen) == _bare(rejected):
         raise row.fault("chosen equals rejected", "the chosen answer equals the rejected one", "chosen")
-    return Preference(prompt, chosen, rejected, row, margin, agreement, weight, votes)
+    return Preference(prompt, chosen, rejected, row, margin, agreement, weight, votes, chosen_from_reference)
 
 
 def checked_answer(

@@ -64,8 +64,9 @@ def _alpaca_row(row: Row) -> Demonstration:
     return Demonstration(f.instruction(row), assistant(output), row)
 
 
-def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...]]:
-    """margin, agreement, weight and votes, where the row has them; the votes' mean is the agreement."""
+def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...], bool | None]:
+    """margin, agreement, weight, votes and chosen_from_reference, where the row has them; the votes' mean is the
+    agreement."""
     margin = f.optional_number(row, "margin")
     agreement = f.optional_number(row, "agreement")
     votes = ()
@@ -74,7 +75,8 @@ def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...
         if votes and agreement is None:
             agreement = sum(votes) / len(votes)
     agreement = 1.0 if agreement is None else _share(row, "agreement", agreement)
-    return margin, agreement, _weight(row), votes
+    known = row.data.get("chosen_from_reference") is not None
+    return margin, agreement, _weight(row), votes, f.label(row, "chosen_from_reference") if known else None
 
 
 def _weight(row: Row) -> float:

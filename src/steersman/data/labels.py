@@ -17,7 +17,13 @@ def schema(kind: Kind) -> dict[str, Any]:
     number, numbers = pa.float64(), pa.list_(pa.float64())
     fields: dict[Kind, dict[str, Any]] = {
         "demonstration": {},
-        "preference": {"margin": number, "agreement": number, "weight": number, "votes": numbers},
+        "preference": {
+            "margin": number,
+            "agreement": number,
+            "weight": number,
+            "votes": numbers,
+            "chosen_from_reference": pa.bool_(),
+        },
         "feedback": {"label": pa.bool_(), "weight": number},
         "ranking": {"ranks": numbers},
         "rating": {"scores": pa.map_(pa.string(), number)},

@@ -40,6 +40,11 @@ class PromptTemplate:
                 )
         return cls(key, pieces)
 
+    @property
+    def columns(self) -> set[str]:
+        """The names in braces."""
+        return {column for _, column, _, _ in self.pieces if column is not None}
+
     def fill(self, row: Row) -> str:
         """Raises SteersmanError for braces that hold no column's name, and RowError for a column that the row lacks,
         that is null, or that can not be written so."""

@@ -37,7 +37,7 @@ from steersman.types import SteersmanError
 T = TypeVar("T")
 CHUNK = 1024
 """Rows that are tokenised and written together."""
-LAYOUT = 3
+LAYOUT = 4
 """Counts up where the same rows and settings come out otherwise than before."""
 MARK = {name: 1 << place for place, name in enumerate(COUNTED)}
 """The bit of `marks.npy` for each of what is counted."""

@@ -74,9 +74,10 @@ class Distill:
             stats["time/rollout"] = time.monotonic() - started
         else:
             answers, samples, stats = self.data.answers(rows, self.objective.teacher.text), [], {}
-        stats |= self.update(answers)
+        stats |= self.update([a.after(self.recipe.loss.skip_first) for a in answers])
         self.done += 1
         self.engine.update_weights(self.done)
+        self.objective.teacher.follow(self.done)
         if samples:
             self.objective.teacher.forget(answers)
         return stats | {"time/step": time.monotonic() - started, "on_policy": float(bool(samples))}, samples
@@ -142,6 +143,7 @@ class Distill:
             "done": self.done,
             "model": kept_state(trainable(self.objective.policy)),
             "optimizer": self.optimizer.state_dict(),
+            "teacher": self.objective.teacher.state_dict(),
             "batches": self.batches.state_dict(),
             "shaping": None if self.shaping is None else self.shaping.norm.state_dict(),
         }
@@ -150,6 +152,7 @@ class Distill:
         self.done = state["done"]
         load_trainable(self.objective.policy, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.teacher.load_state_dict(state["teacher"])
         self.batches.load_state_dict(state["batches"])
         if self.shaping is not None:
             self.shaping.norm.load_state_dict(state["shaping"])

@@ -31,6 +31,10 @@ SOURCES = {
 """Each loss's paper."""
 
 
+OWN = ("start", "live", "ema")
+"""Paths of teachers that are the student itself."""
+
+
 class TeacherEndpoint(AddressConfig):
     """A teacher behind an OpenAI-compatible /completions that tells the log-probabilities of a given text."""
 
@@ -49,8 +53,16 @@ class TeacherConfig(Section):
     path: str | None = Field(
         default=None,
         description="folder or hub name of a model; start: the student before training; live: the student as it is "
-        "at each step (the last two with `prompt`)",
+        "at each step; ema: a moving average of it (the last three with `prompt`)",
     )
+    decay: float = Field(
+        default=0.99,
+        ge=0,
+        lt=1,
+        description="ema: the share of itself that the average keeps at a refresh; with 0 "
+        "it is a snapshot of the student",
+    )
+    every: int = Field(default=1, ge=1, description="ema: updates from one refresh to the next")
     endpoint: TeacherEndpoint | None = Field(
         default=None, description="a model behind a server, of the same tokenizer"
     )
@@ -68,11 +80,23 @@ class TeacherConfig(Section):
     def _one(self) -> TeacherConfig:
         if (self.path is None) == (self.endpoint is None):
             raise ValueError("give exactly one of path and endpoint")
-        if self.path in ("start", "live") and self.prompt is None:
+        if self.path in OWN and self.prompt is None:
             raise ValueError(
                 f"path {self.path}: the student has nothing to learn from itself unless the teacher knows more; give "
                 "prompt, such as '{prompt} (the answer is {answer})'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _read_by_its_kind(self) -> TeacherConfig:
+        fields = type(self).model_fields
+        given = {key for key in ("decay", "every", "dtype", "device") if getattr(self, key) != fields[key].default}
+        if self.path != "ema" and (idle := given & {"decay", "every"}):
+            raise ValueError(f"{min(idle)} is about the moving average of `path: ema`; give that, or remove it")
+        shared = {"device"} if self.path == "start" else {"dtype", "device"} if self.path in (None, *OWN) else set()
+        if idle := given & shared:
+            who = "behind an endpoint" if self.path is None else f"of `path: {self.path}`"
+            raise ValueError(f"{min(idle)}: a teacher {who} has none of its own; remove it")
         return self
 
 
@@ -95,6 +119,12 @@ class DistillLoss(Section):
     average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
     normalised: bool = Field(
         default=True, description="minillm: divide what is to come by its steps, as its paper does; off is exact"
+    )
+    skip_first: int = Field(
+        default=0,
+        ge=0,
+        description="tokens at the beginning of each answer that the loss leaves out: a teacher that "
+        "has read more may open as nobody would without it",
     )
     nll: float = Field(default=0.0, ge=0, description="weight of the likelihood of given answers, added to the loss")
     reward_weight: float = Field(
@@ -151,6 +181,9 @@ class DistillRecipe(TrainingRecipe):
             raise ValueError(f"loss.mix is for jsd and the skew divergences; {loss.name} mixes nothing")
         if loss.normalised != plain.normalised and loss.name != "minillm":
             raise ValueError(f"loss.normalised is for minillm; {loss.name} divides nothing by the steps to come")
+        whole = "minillm" if loss.name == "minillm" else "a reward" if self.reward is not None else "loss.nll"
+        if loss.skip_first and (self.gradient_through_samples or loss.nll):
+            raise ValueError(f"loss.skip_first leaves tokens out, and {whole} is about whole answers; remove one")
         return self
 
     @model_validator(mode="after")
@@ -195,9 +228,9 @@ class DistillRecipe(TrainingRecipe):
                 raise ValueError("loss.temperature: an endpoint tells its log-probabilities at temperature 1 only")
             if loss.name == "uld":
                 raise ValueError("loss.name uld sorts whole distributions, and an endpoint lists only top_k of them")
-        if loss.name == "uld" and self.teacher.path in ("start", "live"):
+        if loss.name == "uld" and self.teacher.path in OWN:
             raise ValueError("loss.name uld is for a teacher with another tokenizer; the student's own is the same")
-        if self.model.scratch is not None and (share > 0 or self.teacher.path in ("start", "live")):
+        if self.model.scratch is not None and (share > 0 or self.teacher.path in OWN):
             raise ValueError(
                 "model.scratch: a model with fresh weights has nothing to say yet; distil it with train.on_policy 0 "
                 "from another model first"

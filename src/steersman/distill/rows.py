@@ -118,21 +118,33 @@ class Reader:
 
 def teacher_text(example: Query | Demonstration, template: PromptTemplate) -> Content:
     """The prompt that the template makes of the row's columns; {prompt} is the text asked, of a conversation its
-    last user's turn, in whose place it stands then. Raises SteersmanError as `PromptTemplate.fill` does, and for a
-    conversation without a user's turn."""
+    last user's turn, in whose place it stands then, and {completion} the given answer's text, of a conversation its
+    first reply. Raises SteersmanError as `PromptTemplate.fill` does, and for a conversation without a user's turn."""
     prompt, row = example.prompt, example.row
+    data = dict(row.data)
+    if isinstance(example, Demonstration):
+        given = example.completion
+        data["completion"] = given if isinstance(given, str) else given[0]["content"]
     if isinstance(prompt, str):
-        return template.fill(replace(row, data={**row.data, "prompt": prompt}))
+        return template.fill(replace(row, data={**data, "prompt": prompt}))
     last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
     if last is None:
         raise row.fault("no user's turn", f"{template.key} has no user's turn to stand for", "prompt")
-    text = template.fill(replace(row, data={**row.data, "prompt": prompt[last]["content"]}))
+    text = template.fill(replace(row, data={**data, "prompt": prompt[last]["content"]}))
     return [{**m, "content": text} if i == last else m for i, m in enumerate(prompt)]
 
 
 def load(recipe: DistillRecipe) -> LoadedExamples[Any]:
-    """Prompts where every update is on the student's own answers, else prompts with given answers."""
-    return prompts(recipe.data) if recipe.train.on_policy == 1 else demonstrations(recipe.data)
+    """Prompts where every update is on the student's own answers, else prompts with given answers; with these too
+    where the teacher reads them in its prompt."""
+    template = _template(recipe)
+    shown = template is not None and "completion" in template.columns
+    return demonstrations(recipe.data) if shown or recipe.train.on_policy < 1 else prompts(recipe.data)
+
+
+def _template(recipe: DistillRecipe) -> PromptTemplate | None:
+    written = recipe.teacher.prompt
+    return None if written is None else PromptTemplate.parse(written, "teacher.prompt")
 
 
 def reader(recipe: DistillRecipe, student: Policy, teacher: Policy | None) -> Reader:
@@ -141,6 +153,4 @@ def reader(recipe: DistillRecipe, student: Policy, teacher: Policy | None) -> Re
     if teacher is not None and recipe.loss.name == "uld":
         other = layout(teacher, recipe.data)
     limit = None if teacher is None else context_length(teacher.model)
-    written = recipe.teacher.prompt
-    template = None if written is None else PromptTemplate.parse(written, "teacher.prompt")
-    return Reader(recipe, own, other, template, context_length(student.model), limit)
+    return Reader(recipe, own, other, _template(recipe), context_length(student.model), limit)

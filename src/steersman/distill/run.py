@@ -7,12 +7,13 @@ from typing import Any
 
 from steersman.data import LoadedExamples
 from steersman.distill.alignment import OtherTokenizer
+from steersman.distill.average import MovingAverage
 from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.loop import Distill
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import SOURCES, DistillRecipe
 from steersman.distill.rows import DistillSet, load, reader
-from steersman.distill.teacher import LocalTeacher, Teacher, check_tokens, local_model
+from steersman.distill.teacher import AveragedTeacher, LocalTeacher, Teacher, check_tokens, local_model
 from steersman.distill.watch import Watch
 from steersman.evaluation import Evaluation
 from steersman.model import Policy
@@ -74,7 +75,10 @@ def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, ro
         width = student.head().weight.shape[0]
         return EndpointTeacher(recipe.teacher.endpoint, width, student.device)
     assert model is not None
-    name = recipe.teacher.path or ""
+    name, section = recipe.teacher.path or "", recipe.teacher
+    if name == "ema":
+        assert model.separate is not None
+        return AveragedTeacher(MovingAverage(model.separate, student, decay=section.decay, every=section.every))
     if recipe.loss.name == "uld" and model.separate is not None:
         return OtherTokenizer(model.separate, rows.student.codec, name)
     check_tokens(recipe, model, student)
@@ -106,6 +110,7 @@ def _preflight(
     separate = None if model is None else model.separate
     if separate is not None and separate is not student:
         models.append(Model("teacher", separate.model, recipe.teacher.path or ""))
+    models += [Model("teacher's average", kept, "float32") for kept in state.objective.teacher.beside()]
     prompt = max(state.data.longest, max(map(len, state.data.teacher_prompts)))
     longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given_answers)])
     answers = train.batch_size * rollout.samples

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from steersman.distill.average import MovingAverage, frozen_student
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
 from steersman.model.layout import masked_indices, response_slots
@@ -40,6 +41,10 @@ class Answer:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    def after(self, count: int) -> Answer:
+        """The same answer, of which the first `count` tokens do not count."""
+        return replace(self, mask=[m and t >= count for t, m in enumerate(self.mask)])
 
 
 @dataclass(slots=True)
@@ -84,6 +89,20 @@ class Teacher:
 
     def forget(self, answers: Sequence[Answer]) -> None:
         """Drops what it keeps of answers that will not come again."""
+
+    def follow(self, done: int) -> None:
+        """Called after each update of the student, with how many there were."""
+
+    def beside(self) -> list[nn.Module]:
+        """Weights that it holds beside its model's."""
+        return []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run that goes on must have of it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes a `state_dict` up again."""
 
     def text(self, ids: list[int]) -> str:
         """The text of a given answer, for a teacher that reads text."""
@@ -137,12 +156,34 @@ class LocalTeacher(TokenTeacher):
         return self.name
 
 
+class AveragedTeacher(LocalTeacher):
+    """A moving average of the student."""
+
+    def __init__(self, average: MovingAverage) -> None:
+        super().__init__(average.copy, f"the student's moving average (decay {average.decay:g})")
+        self.average = average
+
+    def follow(self, done: int) -> None:
+        self.average.follow(done)
+
+    def beside(self) -> list[nn.Module]:
+        return [self.average.wide] if len(self.average.wide) else []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.average.load_state_dict(state)
+
+
 def local_model(recipe: DistillRecipe, student: Policy) -> Reference:
     """The model that `teacher.path` names, in the precision and on the device that the section asks for."""
     section = recipe.teacher
     assert section.path is not None
     if section.path == "live":
         return student
+    if section.path == "ema":
+        return frozen_student(recipe, student)
     config = recipe.model.model_copy(update={} if section.dtype == "same" else {"dtype": section.dtype})
     if section.path == "start":
         return reference_from("start", config, recipe.run, student)

@@ -33,7 +33,8 @@ class TurnLayout:
 
     `joined` says that a model reads all turns as one sequence; an encoder-decoder reads everything before a turn with
     its encoder, each time anew. `ends` are the ids that end a
-    reply. `tail` is what the template writes behind a reply, its end token first.
+    reply. `tail` is what the template writes behind a reply, its end token first. `system_turns` tells whether a
+    system turn is shown.
     """
 
     def __init__(self, layout: Layout, ends: Sequence[int]) -> None:
@@ -44,6 +45,15 @@ class TurnLayout:
         if self.chat:
             talk: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _STAND_IN}]
             self.tail = unfenced(self.template.render(talk)).rpartition(_STAND_IN)[2]
+        self.system_turns = not self.chat or self._shows_system_turns()
+
+    def _shows_system_turns(self) -> bool:
+        try:
+            return _STAND_IN in self.template.render(
+                [{"role": "system", "content": _STAND_IN}, {"role": "user", "content": "a"}]
+            )
+        except SteersmanError:
+            return False
 
     def first(self, messages: Sequence[Message]) -> tuple[list[int], str]:
         """Ids and text of what the model is asked first."""

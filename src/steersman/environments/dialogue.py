@@ -130,7 +130,7 @@ class ModelPartner:
         ids, text = self.layout.prompt(play(_person(row, "character"), _person(row, "goal"), turns))
         with self.lock:
             sample = self.engine.generate([Prompt(ids, text)], self.sampling, seed=(seed, len(turns)))[0]
-        return first_paragraph(sample.text)
+        return first_paragraph(sample.text, cut=sample.finish == "length")
 
 
 class EndpointPartner:
@@ -140,10 +140,10 @@ class EndpointPartner:
         self.endpoint = Endpoint(config, "environment.args.user")
 
     def reply(self, row: dict[str, Any], turns: Sequence[Message], seed: int) -> str:
-        said: list[str] = []
+        said: list[dict[str, Any]] = []
         asked = play(_person(row, "character"), _person(row, "goal"), turns)
-        self.endpoint.ask([asked], lambda _, reply: said.append(str(reply["text"])), lambda: True)
-        return first_paragraph(said[0])
+        self.endpoint.ask([asked], lambda _, reply: said.append(reply), lambda: True)
+        return first_paragraph(str(said[0]["text"]), cut=said[0]["cut"])
 
 
 class Grades:

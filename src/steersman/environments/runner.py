@@ -121,7 +121,7 @@ class Episodes:
         tools = self.environment.tools or first[0].get("tools", [])
         if tools and self.tools_in_prompt:
             first[0] = {key: value for key, value in first[0].items() if key != "tools"}  # type: ignore[assignment]
-            first = with_tool_descriptions(first, tools)
+            first = with_tool_descriptions(first, tools, system_turns=self.layout.system_turns)
         elif tools and self.layout.chat:
             first[0] = {**first[0], "tools": tools}
         replies, fits = game.turns, self._shown_anew(game, first, room)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
 from steersman.environments.port import Call
 from steersman.types import SteersmanError
@@ -30,9 +30,12 @@ class Tool:
     findings: tuple[str, ...] = ()
 
     def check(self, call: Call) -> dict[str, Any]:
-        """The call's arguments by name. Raises ValueError, in words for the model, where they don't fit."""
+        """The call's arguments by name, as the types that JSON stands for: a date, a tuple, a member of an Enum.
+
+        Raises ValueError, in words for the model, where they don't fit.
+        """
         try:
-            made = self.arguments.model_validate(call.arguments)
+            made = self.arguments.model_validate_json(json.dumps(call.arguments))
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors())
             raise ValueError(f"{self.name}: {faults}") from None
@@ -73,7 +76,7 @@ def tool_of(function: Callable[..., Any], where: str) -> Tool:
     try:
         model = create_model(name, __config__=ConfigDict(extra="forbid", strict=True), **fields)
         parameters = model.model_json_schema()
-    except (PydanticSchemaGenerationError, TypeError, NameError, ValueError) as error:
+    except (PydanticUserError, TypeError, NameError, ValueError) as error:
         raise SteersmanError(f"{where}: a parameter's type has no schema: {str(error).splitlines()[0]}") from error
     parameters = {"type": "object", **_without_titles(parameters)}
     schema = {"type": "function", "function": {"name": name, "description": summary, "parameters": parameters}}

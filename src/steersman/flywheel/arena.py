@@ -24,7 +24,7 @@ from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe, refuse_idle_stages
 from steersman.flywheel.stages import PLACE, WORDS, stage_data, stage_model, trained_by
-from steersman.objectives.preference import PairLossConfig
+from steersman.objectives.preference_config import PairLossConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
 from steersman.recipe.sections import RolloutConfig

@@ -156,6 +156,9 @@ def run(recipe: FeedbackRecipe, *, resume: bool = False) -> dict[str, Any]:
             if recipe.revise:
                 revised = ledger.table("revised", lambda: _revised(labelled, writer), by=writer.describe())
                 stats["data/revised"] = len(revised)
+            stats |= writer.stats()
+            if writer.warning():
+                ledger.log.note(writer.warning(), style="yellow")
         ledger.finish_round(0, stats, [_shown(i, r) for i, r in enumerate(labelled[:40])])
         told: dict[str, Any] = {
             "data": {"kto": str(ledger.path / "kto.jsonl"), "sft": str(ledger.path / "sft.jsonl")}

@@ -17,10 +17,15 @@ Self-play, where answers are compared and no reward need exist:
   regularised by beta * anchor_share nats to the first model: Nash-MD's mixture (arXiv 2312.00886) with the regression
   of arXiv 2407.00617 in the place of its policy gradient, opponents drawn from the last policy.
 - `pairs.by: given`, `reference: last`, `loss.name: dpo`: SPIN (arXiv 2401.01335): the data's answers are chosen.
+
+Exploration: `pairs.against: start` with `explore` is XPO (arXiv 2405.21046, algorithm 1): pairs of one answer of the
+policy and one of the first model, and alpha times the log-probability of the latter added to the loss. Departures:
+pairs that the judge finds equal are left out, with their bonus; alpha is of the mean over the pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any, Literal
@@ -32,13 +37,13 @@ from steersman.flywheel.flywheel import Flywheel, left_out_text
 from steersman.flywheel.players import usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
 from steersman.flywheel.stages import PLACE, stage_data, stage_model
-from steersman.objectives.preference import PairLossConfig
+from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.files.ledger import Rows
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
 from steersman.verbs import preference
-from steersman.verbs.preference import ANCHOR_SHARE, PreferenceRecipe, has_reference
+from steersman.verbs.preference import ANCHOR_SHARE, PreferenceRecipe
 
 
 class PairsConfig(Section):
@@ -48,6 +53,10 @@ class PairsConfig(Section):
         default="grade",
         description="the judge grades each answer, or compares them two by two in both orders; given: the data's own "
         "answer, in `column`, is preferred to each of them (SPIN)",
+    )
+    against: Literal["own", "start"] = Field(
+        default="own",
+        description="what answers are paired with: the policy's others, or the first model's, one for each (XPO)",
     )
     column: str = Field(default="completion", description="with given: the column of the data's answer")
     length_penalty: float = Field(
@@ -69,35 +78,65 @@ class OnlineDPORecipe(RoundsRecipe):
         "mixture of both",
     )
     anchor_share: float = Field(default=ANCHOR_SHARE, ge=0, le=1, description="with mixed: the first model's share")
+    explore: float | list[float] = Field(
+        default=0.0,
+        description="with pairs.against start: times the log-probability of the first model's answers, added to the "
+        "loss (XPO's alpha); a list has one for each round, whose last one stays",
+    )
     loss: PairLossConfig = PairLossConfig()
     train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
 
     @model_validator(mode="after")
     def _two_at_least(self) -> OnlineDPORecipe:
-        if self.rollout.samples < 2 and self.pairs.by != "given":
+        if self.rollout.samples < 2 and self.pairs.by != "given" and self.pairs.against == "own":
             raise ValueError(f"rollout.samples is {self.rollout.samples}, but a pair needs 2 answers to a prompt")
         return self
+
+    @model_validator(mode="after")
+    def _explores(self) -> OnlineDPORecipe:
+        values = self.explore if isinstance(self.explore, list) else [self.explore]
+        if not values or not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"explore is {self.explore}; it must be a number of at least 0, or a list of such")
+        if any(values) and self.pairs.against != "start":
+            raise ValueError(
+                "explore is about the first model's answers, and no pair has one; set pairs.against: start"
+            )
+        if self.loss.explore:
+            raise ValueError("loss.explore: a loop has `explore`, which may differ from round to round; give that")
+        if self.pairs.against == "start" and self.pairs.by == "given":
+            raise ValueError(
+                "pairs.against start: with `by: given` each answer is paired with the data's own; remove it"
+            )
+        if self.pairs.against == "start" and self.pairs.form == "all":
+            raise ValueError("pairs.form all: with `against: start` each answer is in one pair; remove it")
+        return self
+
+    def explored(self, number: int) -> float:
+        """`explore` in round `number`, from 1."""
+        values = self.explore if isinstance(self.explore, list) else [self.explore]
+        return values[min(number, len(values)) - 1]
 
     @model_validator(mode="after")
     def _stage_fits(self) -> OnlineDPORecipe:
         if self.reference != "mixed" and self.anchor_share != ANCHOR_SHARE:
             raise ValueError("anchor_share is the first model's share of `reference: mixed`; give that, or remove it")
-        if self.reference == "last" and not has_reference(self.loss.name):
+        if self.reference == "last" and not self.loss.needs_reference:
             raise ValueError(f"reference last: {self.loss.name} has no reference; remove it")
         start = self.model.path
         self.require_stage(
-            "dpo", PreferenceRecipe, self.stage(start, start, [PLACE]), {"anchor:": "reference mixed:"}
+            "dpo", PreferenceRecipe, self.stage(start, start, [PLACE], 1), {"anchor:": "reference mixed:"}
         )
         return self
 
-    def stage(self, path: str, last: str, files: list[str]) -> dict[str, Any]:
-        """What a round hands to `dpo`: the model that it trains, the last round's model, and files of pairs."""
+    def stage(self, path: str, last: str, files: list[str], number: int) -> dict[str, Any]:
+        """What round `number` hands to `dpo`: the model to train, the last round's model, and files of pairs."""
+        loss = self.loss.model_copy(update={"explore": self.explored(number)})
         values: dict[str, Any] = {
-            "model": stage_model(self, path), "data": stage_data(self, files), "loss": self.loss,
+            "model": stage_model(self, path), "data": stage_data(self, files), "loss": loss,
             "train": self.train, "optimizer": self.optimizer,
         }  # fmt: skip
-        if has_reference(self.loss.name):
+        if self.loss.needs_reference:
             values["reference"] = self.model.path if self.reference == "start" else last
         if self.reference == "mixed":
             values |= {"anchor": self.model.path, "anchor_share": self.anchor_share}
@@ -112,24 +151,43 @@ def run(recipe: OnlineDPORecipe, *, resume: bool = False) -> dict[str, Any]:
 def _learn(flywheel: Flywheel, recipe: OnlineDPORecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:
     """One round's model: the answers, paired by the judge, are preferences."""
     name = folder(number)
-    pairs = _pairs(flywheel, recipe, name, sampled)
-    values = recipe.stage(first_model(recipe, path), path, tables(flywheel, recipe, number, "pairs"))
+    answers = f"{name}/samples"
+    if recipe.pairs.against == "start":
+        answers, sampled = _against_start(flywheel, recipe, number, sampled)
+    pairs = _pairs(flywheel, recipe, name, answers, sampled)
+    values = recipe.stage(first_model(recipe, path), path, tables(flywheel, recipe, number, "pairs"), number)
     path = flywheel.ledger.stage(f"{name}/dpo", preference.run, PreferenceRecipe.model_validate, values)["model"]
     leads = [p["lead"] for p in pairs]
     return path, {"data/sampled": len(sampled), "data/pairs": len(pairs), "lead": sum(leads) / len(leads)}
 
 
-def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows) -> Rows:
-    """Table: prompt, chosen, rejected and by how much (`lead`: of grades, or of shares won)."""
+def _against_start(flywheel: Flywheel, recipe: OnlineDPORecipe, number: int, sampled: Rows) -> tuple[str, Rows]:
+    """Table, with its name: the policy's answers and as many of the first model's to the same prompts; the k-th of
+    both to a prompt are one `duel`."""
+    ledger, name, n = flywheel.ledger, folder(number), recipe.rollout.samples
+    theirs = flywheel.answers(f"{name}/start-samples", flywheel.start, number - 1, n, seat=1)
+    flywheel.start.release()
+
+    def make() -> Rows:
+        both = [(row, False) for row in sampled] + [(row, True) for row in theirs]
+        return [{**row, "duel": row["sample"], "from_start": start} for row, start in both]
+
+    made_from = ledger.sources(f"{name}/samples", f"{name}/start-samples")
+    return f"{name}/duels", ledger.table(f"{name}/duels", make, made_from=made_from)
+
+
+def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, source: str, sampled: Rows) -> Rows:
+    """Table: prompt, chosen, rejected and by how much (`lead`: of grades, or of shares won), of the answers `sampled`
+    in the table `source`."""
     ledger, config = flywheel.ledger, recipe.pairs
     if config.by == "given":
         answers, left_out = usable(sampled, recipe.unfinished)
-        about = {"made_from": ledger.sources(f"{name}/samples"), "left_out": left_out}
+        about = {"made_from": ledger.sources(source), "left_out": left_out}
 
         def make() -> Rows:
             return list(given_pairs(answers, flywheel.columns(answers), config.column))
     elif config.by == "grade":
-        graded = flywheel.grade_rows(f"{name}/graded", f"{name}/samples", sampled)
+        graded = flywheel.grade_rows(f"{name}/graded", source, sampled)
         about = {"made_from": ledger.sources(f"{name}/graded")}
 
         def make() -> Rows:
@@ -137,7 +195,7 @@ def _pairs(flywheel: Flywheel, recipe: OnlineDPORecipe, name: str, sampled: Rows
     else:
         answers, left_out = usable(sampled, recipe.unfinished)
         about = {
-            "made_from": ledger.sources(f"{name}/samples"),
+            "made_from": ledger.sources(source),
             "left_out": left_out,
             "judge": flywheel.about_judge(),
         }
@@ -179,7 +237,7 @@ def given_pairs(answers: Rows, columns: list[dict[str, Any]], column: str) -> It
 def grades_by_comparison(flywheel: Flywheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
     """Grades from comparisons, the share that an answer won of those with its siblings; or, for all pairs, each
     decided comparison as a pair of rows with grades 1 and 0."""
-    duels = [(a, b) for a, b in combinations(answers, 2) if a["index"] == b["index"]]
+    duels = [(a, b) for a, b in combinations(answers, 2) if _group(a) == _group(b)]
     asked = [(a["prompt"], a["completion"], b["completion"]) for a, b in duels]
     outcomes = flywheel.judge.compare(asked, flywheel.columns([a for a, _ in duels]))
     told = [(a, b, o.share) for (a, b), o in zip(duels, outcomes, strict=True) if o is not None]
@@ -199,12 +257,17 @@ def grades_by_comparison(flywheel: Flywheel, answers: Rows, config: PairsConfig)
     return rows, config.model_copy(update={"min_lead": 0.0})
 
 
+def _group(row: dict[str, Any]) -> tuple[int, int]:
+    """Which answers are paired with each other: those to one prompt, or of one duel."""
+    return row["index"], row.get("duel", -1)
+
+
 def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
     """Pairs of graded answers to the same prompt whose grades lie more than `min_lead` apart. Answers that differ in
     white space alone make none."""
     groups: dict[tuple[int, int], Rows] = {}
     for row in rows:
-        groups.setdefault((row["index"], row.get("duel", -1)), []).append(row)
+        groups.setdefault(_group(row), []).append(row)
     for group in groups.values():
         if config.length_penalty:
             group = [{**r, "grade": r["grade"] - config.length_penalty * r["tokens"]} for r in group]
@@ -216,4 +279,5 @@ def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
                 yield {
                     "prompt": better["prompt"], "chosen": better["completion"], "rejected": worse["completion"],
                     "lead": lead, "index": better["index"],
+                    **({"chosen_from_reference": better["from_start"]} if "from_start" in better else {}),
                 }  # fmt: skip

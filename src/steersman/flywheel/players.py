@@ -129,11 +129,12 @@ def load_queries(data: DataConfig, held: int, *, wrap: bool) -> tuple[list[Query
 def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
     """The rows that may teach, trimmed where asked for, and how many were left out, by reason.
 
-    An answer counts as finished when it ended by itself: the length limit's cut is no end to be learned.
+    An answer counts as finished when it ended by itself: the length limit's cut is no end to be learned. Of answers
+    in duels only the two of one duel are told to repeat each other.
     """
     kept: Rows = []
     left_out = {"empty": 0, "unfinished": 0, "repeated": 0}
-    seen: set[tuple[int, str]] = set()
+    seen: set[tuple[int, int, str]] = set()
     for row in rows:
         text, cut = row["completion"], row["finish"] == "length"
         if cut and unfinished == "trim":
@@ -142,10 +143,10 @@ def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
             left_out["empty"] += 1
         elif cut and unfinished == "drop":
             left_out["unfinished"] += 1
-        elif (row["index"], text.strip()) in seen:
+        elif (key := (row["index"], row.get("duel", -1), text.strip())) in seen:
             left_out["repeated"] += 1
         else:
-            seen.add((row["index"], text.strip()))
+            seen.add(key)
             kept.append({**row, "completion": text})
     return kept, left_out
 

@@ -71,14 +71,14 @@ class Reading:
 
 def read(found: Sequence[Exchange], writer: Writer) -> list[Reading | None]:
     """What each user's turn says; None where the reply names no kind, or words that the turn does not have."""
-    replies = writer.write([fill(ASK, _holes(e)) for e in found])
+    replies = writer.write([fill(ASK, _holes(e)) for e in found], cut=True)  # what is read is held against the turn
     return [
         None if reply is None else parse_reading(reply, e.reaction) for reply, e in zip(replies, found, strict=True)
     ]
 
 
 def revise(found: Sequence[Exchange], writer: Writer) -> list[str | None]:
-    """The answer that each user should have got; None where nothing new was written."""
+    """The answer that each user should have got; None where nothing new was written, or a limit cut it."""
     replies = writer.write([fill(REVISE, _holes(e)) for e in found])
     return [
         None if reply is None or reply.strip() in ("", e.answer.strip()) else reply.strip()

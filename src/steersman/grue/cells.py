@@ -186,18 +186,34 @@ def start_model(recipe: GrueRecipe, task: Task, seed: int) -> str:
 
 
 def check_stamp(cell: Cell) -> None:
-    """Raises SteersmanError where the cell's folder holds a cell that was made with other settings."""
+    """Raises SteersmanError where the cell's folder holds a cell that was made with other settings: with another
+    value, with one that the recipe has no more, or without one that it has now."""
     path = cell.folder / "cell.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(cell.stamp))
-    changes = [k for k, v in _flat(now).items() if _flat(before).get(k) != v and not k.startswith(_FREE)]
-    if changes:
-        key = changes[0]
-        raise SteersmanError(
-            f"cell {cell.name}: {cell.folder} was made with {key} {_flat(before).get(key)!r}, and the recipe now "
-            f"asks for {_flat(now)[key]!r}; take it back, choose another --run.dir, or delete that folder"
-        )
+    stamp = json.loads(path.read_text(encoding="utf-8"))
+    before = _flat(stamp | {"recipe": _of_today(stamp["recipe"], cell)})
+    now = _flat(json.loads(json.dumps(cell.stamp)))
+    for key in dict.fromkeys([*now, *before]):
+        was, asked = before.get(key), now.get(key)
+        if was != asked and not key.startswith(_FREE):
+            made = f"without {key}" if was is None else f"with {key} {was!r}"
+            told = "has none" if asked is None else f"asks for {asked!r}"
+            raise SteersmanError(
+                f"cell {cell.name}: {cell.folder} was made {made}, and the recipe now {told}; take it back, choose "
+                "another --run.dir, or delete that folder"
+            )
+
+
+def _of_today(stamped: dict[str, Any] | None, cell: Cell) -> dict[str, Any] | None:
+    """The recipe of a stamp with the defaults of keys that there are since then; as it stands where it is no recipe
+    of today's."""
+    if stamped is None or cell.recipe is None:
+        return stamped
+    try:
+        return type(cell.recipe).model_validate(stamped).model_dump(mode="json")
+    except ValidationError:
+        return stamped
 
 
 _FREE = (

@@ -11,7 +11,8 @@ from steersman.atomic import saving
 from steersman.jsonl import append_jsonl, read_jsonl
 
 Reply = dict[str, Any]
-"""What a judge answered, as JSON: {"text", "tokens"} of one that writes, {"logp", "tokens"} of one that weighs."""
+"""What a judge answered, as JSON: {"text", "tokens", "cut"} of one that writes, {"logp", "tokens"} of one that
+weighs. `cut` says that the text was ended by a limit and not by its writer."""
 MOST_TOKENS = 10_000_000
 """Tokens that one request and its reply can cost; who says more is not believed."""
 

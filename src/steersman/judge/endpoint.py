@@ -24,6 +24,8 @@ from steersman.types import SteersmanError
 Q = TypeVar("Q")
 R = TypeVar("R")
 
+CUT = ("length", "content_filter")
+"""Values of finish_reason that say that a reply was ended for its writer."""
 LARGEST_REPLY = 8 << 20
 """Bytes of one reply, unpacked; what is longer is no reply."""
 
@@ -186,17 +188,18 @@ class Endpoint(Caller[Content, Reply]):
         }
 
     def read(self, raw: bytes, question: Content) -> Reply | None:
-        """Text and tokens of a chat completion; None where it is none."""
+        """Text and tokens of a chat completion, and whether it was cut; None where it is none."""
         try:
             body = json.loads(raw)
-            said = body["choices"][0]["message"]["content"]
+            choice = body["choices"][0]
+            said, ended = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, RecursionError):
             return None
         if not isinstance(said, str | None):
             return None
         said = self._without_key(without_half_pairs(said or ""))
         asked = question if isinstance(question, str) else " ".join(m["content"] for m in question)
-        return {"text": said, "tokens": _tokens(body.get("usage"), asked, said)}
+        return {"text": said, "tokens": _tokens(body.get("usage"), asked, said), "cut": ended in CUT}
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

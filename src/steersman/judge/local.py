@@ -57,7 +57,7 @@ class Local:
                 keep(start + row, reply | {"tokens": len(ids[row]) + 1})
 
     def write(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
-        """Gives `keep` what the model writes after each text: {"text": ...}."""
+        """Gives `keep` what the model writes after each text: {"text": ..., "cut": whether the limit ended it}."""
         sampling = Sampling(max_new_tokens=self.config.max_tokens, temperature=0.0)
         for start in range(0, len(texts), self.config.batch):
             if not may_ask():
@@ -65,7 +65,8 @@ class Local:
             part = texts[start : start + self.config.batch]
             prompts = [Prompt(self._ids(t, self.config.max_tokens), t, index=i) for i, t in enumerate(part)]
             for row, sample in enumerate(self.engine.generate(prompts, sampling)):
-                keep(start + row, {"text": sample.text, "tokens": len(sample.prompt.ids) + len(sample.ids)})
+                tokens = len(sample.prompt.ids) + len(sample.ids)
+                keep(start + row, {"text": sample.text, "tokens": tokens, "cut": sample.finish == "length"})
 
     def _ids(self, text: str, room: int) -> list[int]:
         ids, _ = self.layout.prompt(text)

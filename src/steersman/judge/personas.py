@@ -30,7 +30,12 @@ def play(character: str, goal: str, turns: Sequence[Message]) -> str:
     return PLAY.format(character=character, goal=goal, so_far=so_far, end=END)
 
 
-def first_paragraph(text: str) -> str:
-    """The first paragraph of what the model wrote for the person, without the name of the role in front."""
-    first = text.strip().split("\n\n")[0].strip()
+def first_paragraph(text: str, *, cut: bool = False) -> str:
+    """The first paragraph of what the model wrote for the person, without the name of the role in front.
+
+    Where a limit `cut` the text within that paragraph, what follows the last whole sentence is left out.
+    """
+    first, more = (part.strip() for part in text.strip().partition("\n\n")[::2])
+    if cut and not more:
+        first = first[: max(first.rfind(mark) for mark in ".!?") + 1] or first
     return first.partition(":")[2].strip() if first.lower().startswith(("you:", "user:", "me:")) else first

@@ -14,6 +14,7 @@ from steersman.judge.config import EndpointConfig, LocalConfig
 from steersman.judge.endpoint import Endpoint, without_password
 from steersman.judge.judge import InterruptedJudgeError
 from steersman.judge.local import Local
+from steersman.types import Stats
 
 
 class WriterConfig(Section):
@@ -33,7 +34,8 @@ class WriterConfig(Section):
 class Writer:
     """Writes replies to texts; equal texts are asked once, and what a cache in `folder` has is not asked again.
 
-    `stopping` is asked between questions. Once `max_calls` replies are there, further texts get None.
+    `stopping` is asked between questions. Once `max_calls` replies are there, further texts get None. So does a text
+    whose reply a limit cut, since such an end is none to be learned.
     """
 
     def __init__(self, config: WriterConfig, folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -42,8 +44,9 @@ class Writer:
         self.local = Local(config.local) if config.local is not None else None
         self.cache = ReplyCache(folder / "replies.jsonl")
 
-    def write(self, texts: Sequence[str]) -> list[str | None]:
-        """What the model writes to each text; None where the budget was spent.
+    def write(self, texts: Sequence[str], *, cut: bool = False) -> list[str | None]:
+        """What the model writes to each text; None where the budget was spent, or a limit cut the reply, unless `cut`
+        asks for these as well.
 
         Raises SteersmanError where the model fails for good; what was written is kept.
         """
@@ -58,7 +61,21 @@ class Writer:
             ask(new, keep, self._may_ask)
         if self.stopping():
             raise InterruptedJudgeError("stopped while a model was writing; what was written is kept")
-        return [str(self.cache[keys[t]]["text"]) if keys[t] in self.cache else None for t in texts]
+        replies = [self.cache.replies.get(keys[text]) for text in texts]
+        return [None if r is None or (r.get("cut") and not cut) else str(r["text"]) for r in replies]
+
+    def stats(self) -> Stats:
+        """How many replies there are, and how many of them a limit cut; the same for a resumed run."""
+        return {"writer/replies": len(self.cache.replies), "writer/cut": self._cut()}
+
+    def warning(self) -> str:
+        """What to do about replies that were cut; empty where none was."""
+        if not self._cut():
+            return ""
+        return (
+            f"{self._cut():,} of {len(self.cache.replies):,} replies of {self.describe()} were cut by its limit of "
+            f"{self._limit():,} tokens, and none of these is taught; raise its max_tokens"
+        )
 
     def describe(self) -> str:
         """One line: which model, where."""
@@ -66,6 +83,14 @@ class Writer:
             return f"{self.config.endpoint.model} at {without_password(self.config.endpoint.url)}"
         assert self.config.local is not None
         return f"model {self.config.local.path}"
+
+    def _cut(self) -> int:
+        return sum(bool(reply.get("cut")) for reply in self.cache.replies.values())
+
+    def _limit(self) -> int:
+        config = self.config.endpoint or self.config.local
+        assert config is not None
+        return config.max_tokens
 
     @property
     def _local(self) -> Local:

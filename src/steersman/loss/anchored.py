@@ -57,6 +57,20 @@ def nca(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Expl
     return loss, implicit_rewards(reward_w, reward_l)
 
 
+def bco_pair(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
+    """Binary classifier optimisation of pairs: each answer's implicit reward is the logit of "chosen", by itself.
+
+        L = -log sigma(beta rho(w)) - log sigma(-beta rho(l))
+
+    The "quality loss" of mixed preference optimisation (MPO, arXiv 2411.10442), which adds it to DPO.
+
+    Source: arXiv 2404.04656. Departure, as in TRL 1.16: no reward shift is taken off beta rho. Both papers take off a
+    moving mean of the rewards; `feedback.bco` does.
+    """
+    reward_w, reward_l = (beta * ratio for ratio in log_ratios(pair))
+    return -logsigmoid(reward_w) - logsigmoid(-reward_l), implicit_rewards(reward_w, reward_l)
+
+
 def apo_zero(pair: PairLogp, *, beta: float = 0.1) -> tuple[Float[Tensor, " B"], Explain]:
     """Anchored preference optimisation for chosen answers that are better than the model's own: up with these, down
     with the rejected.

@@ -1,4 +1,4 @@
-"""Losses over single answers that somebody liked or disliked: KTO and BCO.
+"""Losses over single answers that somebody liked or disliked: KTO, APO-zero and BCO.
 
 `logp` and `ref_logp` are log-probabilities of whole answers (nats, `[B]`), `desirable` [B] is True for a thumbs
 up. Every loss returns `(loss [B], explain)` with the implicit reward detached; the mean is the caller's.
@@ -63,6 +63,30 @@ def kto(
     weight = torch.where(desirable, desirable_weight, undesirable_weight).to(gain.dtype)
     # 1 - sigma(x) = sigma(-x), without the cancellation
     return weight * torch.sigmoid(-sign * gain), {"reward": beta * ratio.detach()}
+
+
+def apo_zero_unpaired(
+    logp: Float[Tensor, " B"],
+    ref_logp: Float[Tensor, " B"],
+    desirable: Bool[Tensor, " B"],
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Float[Tensor, " B"], Explain]:
+    """Anchored preference optimisation of single answers: KTO with the reference itself as its reference point.
+
+        L = lambda_D (1 - sigma(beta rho))   for a desirable answer
+        L = lambda_U sigma(beta rho)         for an undesirable one,   rho = log pi(y) - log pi_ref(y)
+
+    For desirable answers that are better than the model's own. No answers to other prompts are read.
+
+    Source: arXiv 2408.06266, eq. 7, whose two terms it takes apart, as TRL does; the weights are KTO's.
+    """
+    return kto(
+        logp, ref_logp, desirable, logp.new_zeros(()), beta=beta, desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )  # fmt: skip
 
 
 def bco(

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from steersman.loss.feedback import bco, kto
+from steersman.loss.feedback import apo_zero_unpaired, bco, kto
 from steersman.loss.preference import (
     alphapo,
     apo_down,
     apo_zero,
+    bco_pair,
     cal_dpo,
     cpo,
     discopop,
@@ -45,7 +46,8 @@ class Objective(NamedTuple):
     `has_closed_form_optimum` is about the default options, `fixed_point` says which optimum, or what holds there.
     `takes_offset` says whether the margins of the data can be asked for, `needs_log_weight` whether it weighs
     answers by how much they are like the policy's own. `only_differences` says that of the log-ratios to the
-    reference it takes their difference alone, so that a number which all answers to a prompt share drops out.
+    reference it takes their difference alone, so that a number which all answers to a prompt share drops out,
+    `has_likelihood_term` that it has such a term of its own beside what compares the answers.
     """
 
     function: Callable[..., Any]
@@ -59,6 +61,14 @@ class Objective(NamedTuple):
     takes_offset: bool = False
     needs_log_weight: bool = False
     only_differences: bool = False
+    has_likelihood_term: bool = False
+
+    @property
+    def takes_ld_alpha(self) -> bool:
+        """Whether an answer's tokens beyond the other one's length can weigh less: all that it takes of an answer are
+        sums over its tokens, to compare answers."""
+        per_token = self.length_normalised or self.needs_full_kl
+        return self.data == "pair" and not (per_token or self.has_likelihood_term)
 
 
 LOSSES: dict[str, Objective] = {
@@ -164,6 +174,11 @@ LOSSES: dict[str, Objective] = {
         nca, "pair", "arXiv 2402.05369", True, False, False, False,
         "what an answer is pulled up by as chosen, less what it is held back by, is in proportion to pi",
     ),
+    "bco_pair": Objective(
+        bco_pair, "pair", "arXiv 2404.04656", True, False, False, False,
+        "what an answer is pulled up by as chosen, less what it is pushed down by as rejected, is in proportion to "
+        "pi: nearly pi_ref (wins / losses)^(1 / beta), less its normaliser, which nothing takes off",
+    ),
     "apo_zero": Objective(
         apo_zero, "pair", "arXiv 2408.06266", True, False, False, False,
         "no mass on answers that are rejected more often than chosen; the others share it",
@@ -175,15 +190,20 @@ LOSSES: dict[str, Objective] = {
     "orpo": Objective(
         orpo, "pair", "arXiv 2403.07691", False, False, True, False,
         "a compromise between the chosen answers' distribution (per token) and the odds term's own optimum, "
-        "pi(y) = sigma(r(y) + c)^|y|",
+        "pi(y) = sigma(r(y) + c)^|y|", has_likelihood_term=True,
     ),
     "cpo": Objective(
         cpo, "pair", "arXiv 2401.08417", False, False, False, False,
         "a compromise between pi proportional to exp(r / beta) and the chosen answers' distribution q; "
-        "whatever pi_ref was",
+        "whatever pi_ref was", has_likelihood_term=True,
     ),
     "kto": Objective(
         kto, "feedback", "arXiv 2402.01306", True, False, False, False,
+        "no mass on answers whose weighted dislikes outnumber their weighted likes; the others share it, less those "
+        "that fell too low on the way for the saturated sigmoid to recover",
+    ),
+    "apo_zero_unpaired": Objective(
+        apo_zero_unpaired, "feedback", "arXiv 2408.06266", True, False, False, False,
         "no mass on answers whose weighted dislikes outnumber their weighted likes; the others share it, less those "
         "that fell too low on the way for the saturated sigmoid to recover",
     ),

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steersman.ops.masked import masked_sum
+from steersman.ops.masked import beyond, masked_sum
 from steersman.types import send
 
 Explain = dict[str, Tensor]
@@ -22,7 +22,8 @@ class PairLogp(NamedTuple):
     the number of tokens that counted, `*_kl` the sequential divergence sum_t KL(pi_ref(. | s_t) || pi(. | s_t))
     over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
     losses with `takes_offset` read it). `log_weight` is how much both answers are like the policy's own: over
-    the two, the sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient.
+    the two, the sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient. `*_tail` is the part of
+    a log-probability that an answer's tokens beyond the other one's length have, 0 for the shorter answer.
     What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks is a TypeError.
     """
 
@@ -36,12 +37,17 @@ class PairLogp(NamedTuple):
     rejected_kl: Float[Tensor, " B"] | None = None
     offset: Float[Tensor, " B"] | None = None
     log_weight: Float[Tensor, " B"] | None = None
+    chosen_tail: Float[Tensor, " B"] | None = None
+    rejected_tail: Float[Tensor, " B"] | None = None
+    ref_chosen_tail: Float[Tensor, " B"] | None = None
+    ref_rejected_tail: Float[Tensor, " B"] | None = None
 
     def swapped(self) -> PairLogp:
         """The same answers under the opposite label."""
         return PairLogp(
             self.rejected, self.chosen, self.rejected_length, self.chosen_length, self.ref_rejected, self.ref_chosen,
             self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset, self.log_weight,
+            self.rejected_tail, self.chosen_tail, self.ref_rejected_tail, self.ref_chosen_tail,
         )  # fmt: skip
 
 
@@ -57,8 +63,12 @@ def pair_logp(
     rejected_kl: Float[Tensor, "B S"] | None = None,
     chosen_log_weight: Float[Tensor, "B T"] | None = None,
     rejected_log_weight: Float[Tensor, "B S"] | None = None,
+    tails: bool = False,
 ) -> PairLogp:
-    """Sum per-token log-probabilities (and divergences) over the tokens that count: the one place for masks."""
+    """Sum per-token log-probabilities (and divergences) over the tokens that count: the one place for masks.
+
+    `tails` asks for the sums beyond the length that both answers share too.
+    """
 
     def total(x: Tensor | None, mask: Tensor) -> Tensor | None:
         return None if x is None else masked_sum(x, mask, -1)
@@ -74,6 +84,14 @@ def pair_logp(
             (masked_sum(x, mask, -1) / length.clamp(min=1) for x, mask, length in sides), start=chosen.new_zeros(())
         )
         log_weight = log_weight.detach()
+    tail: dict[str, Tensor | None] = {}
+    if tails:
+        shared = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))
+        tail_w, tail_l = beyond(chosen_mask, shared), beyond(rejected_mask, shared)
+        tail = {
+            "chosen_tail": total(chosen, tail_w), "rejected_tail": total(rejected, tail_l),
+            "ref_chosen_tail": total(ref_chosen, tail_w), "ref_rejected_tail": total(ref_rejected, tail_l),
+        }  # fmt: skip
     return PairLogp(
         masked_sum(chosen, chosen_mask, -1),
         masked_sum(rejected, rejected_mask, -1),
@@ -84,6 +102,35 @@ def pair_logp(
         total(chosen_kl, chosen_mask),
         total(rejected_kl, rejected_mask),
         log_weight=log_weight,
+        **tail,
+    )
+
+
+def desensitised(pair: PairLogp, alpha: float) -> PairLogp:
+    """LD-DPO: the pair with its tokens beyond the length that both answers share weighed by `alpha` in [0, 1].
+
+        log pi^(y) = sum_{t <= l} log pi(y_t | s_t) + alpha sum_{t > l} log pi(y_t | s_t),     l = min(|w|, |l|)
+
+    The reference's log-probabilities likewise. alpha = 1 changes nothing; at 0 nothing beyond the shared length
+    counts. A loss of whole answers' log-probabilities (or of their ratios to the reference) takes it in the place of
+    the pair, and is the less sensitive to how long answers are the smaller alpha is. Lengths stay as they are.
+
+    Source: arXiv 2409.06411. As in TRL 1.16; LLaMA-Factory leaves the reference's log-probabilities whole.
+    """
+
+    def less(whole: Tensor, tail: Tensor | None) -> Tensor:
+        if tail is None:
+            raise TypeError("this needs the log-probabilities beyond the length that both answers share: *_tail")
+        return whole - (1 - alpha) * tail
+
+    weighed = pair._replace(
+        chosen=less(pair.chosen, pair.chosen_tail), rejected=less(pair.rejected, pair.rejected_tail)
+    )
+    if pair.ref_chosen is None or pair.ref_rejected is None:
+        return weighed
+    return weighed._replace(
+        ref_chosen=less(pair.ref_chosen, pair.ref_chosen_tail),
+        ref_rejected=less(pair.ref_rejected, pair.ref_rejected_tail),
     )
 
 
@@ -130,6 +177,22 @@ def chosen_nll(pair: PairLogp, length_normalised: bool = True) -> Float[Tensor, 
     Source: arXiv 2404.19733, eq. 1 (per token); arXiv 2401.08417, section 3 (whole answer).
     """
     return -pair.chosen / pair.chosen_length.clamp(min=1) if length_normalised else -pair.chosen
+
+
+def reference_answer(
+    pair: PairLogp, chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """log pi(y'), y' the answer of the pair that the reference gave: `chosen` or `rejected` is 1 there, and the other
+    0; 0 where both are.
+
+    alpha > 0 times it, added to DPO's loss, is XPO: the policy is optimistic about what the reference does not say.
+    It stays bounded below only while alpha is smaller than beta times the share of pairs that a reference's answer
+    wins.
+
+    Source: arXiv 2405.21046, algorithm 1, line 6. Departure: a mean over the pairs and not their sum, so that alpha
+    does not depend on how many there are; so does TRL's XPO.
+    """
+    return chosen * pair.chosen + rejected * pair.rejected
 
 
 def soft_labelled(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steersman.ops.masked import masked_mean
+from steersman.ops.masked import masked_mean, masked_sum
 
 
 def reinforce(logp: Float[Tensor, "B T"], adv: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -113,6 +113,27 @@ def soft_gated(
     """
     tau = torch.where(adv > 0, tau_positive, tau_negative).to(logp.dtype)
     return -4 / tau * torch.sigmoid(tau * ((logp - logp_old).exp() - 1)) * adv
+
+
+def gamma_weighted(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    adv: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    positive: tuple[float, float],
+    negative: tuple[float, float],
+) -> Float[Tensor, "B T"]:
+    """-stop(phi(W)) A log pi, phi(W) = W^k exp(lambda (1 - W)), W = prod_t rho_t over the whole response.
+
+    `positive` are k and lambda, both above 0, where A >= 0; `negative` where A < 0. phi(1) = 1, and it is bounded,
+    largest at W = k / lambda. Source: VESPO, arXiv 2602.10693, eq. 20 (c_1 is k, c_2 is lambda).
+    """
+    log_weight = masked_sum(logp - logp_old, mask, dim=-1)[:, None].detach()
+
+    def log_phi(k: float, lam: float) -> Tensor:
+        return k * log_weight + lam * (1 - log_weight.exp())
+
+    return -torch.where(adv >= 0, log_phi(*positive), log_phi(*negative)).exp() * adv * logp
 
 
 Divergence = Literal["tv", "kl"]

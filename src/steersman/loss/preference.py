@@ -15,18 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from steersman.loss.anchored import apo_down, apo_zero, cal_dpo, nca, sppo
+from steersman.loss.anchored import apo_down, apo_zero, bco_pair, cal_dpo, nca, sppo
 from steersman.loss.f_divergence import fdpo_alpha, fdpo_js
 from steersman.loss.pairs import (
     Explain,
     PairLogp,
     chosen_nll,
+    desensitised,
     divergences,
     implicit_rewards,
     less_offset,
     log_ratios,
     mean_log_ratios,
     pair_logp,
+    reference_answer,
     soft_labelled,
 )
 from steersman.loss.reference_free import alphapo, cpo, hinge, log_odds, orpo, simpo
@@ -37,9 +39,11 @@ __all__ = [
     "alphapo",
     "apo_down",
     "apo_zero",
+    "bco_pair",
     "cal_dpo",
     "chosen_nll",
     "cpo",
+    "desensitised",
     "discopop",
     "dpo",
     "dpo_norm",
@@ -54,6 +58,7 @@ __all__ = [
     "nca",
     "orpo",
     "pair_logp",
+    "reference_answer",
     "robust_dpo",
     "rso",
     "simpo",

@@ -37,18 +37,19 @@ def token_weight(
 
 
 def denominator(mask: Bool[Tensor, "B T"], average: Average) -> int:
-    """What the weighted sum over the whole optimisation batch is divided by: steps, or sequences; at least 1.
+    """What the weighted sum over the whole optimisation batch is divided by: `counted`, at least 1."""
+    return max(counted(mask, average), 1)
+
+
+def counted(mask: Bool[Tensor, "B T"], average: Average) -> int:
+    """Steps, or sequences; those of parts of a batch add up to the whole's.
 
     A sequence with no step that counts (an empty response) is still a sequence of "episode": its return was
     sampled. For "sequence" it is not, having no mean.
     """
     if average == "token":
-        count = int(mask.sum())
-    elif average == "sequence":
-        count = int(mask.any(-1).sum())
-    else:
-        count = len(mask)
-    return max(count, 1)
+        return int(mask.sum())
+    return int(mask.any(-1).sum()) if average == "sequence" else len(mask)
 
 
 def reduce(loss: Float[Tensor, "B T"], weight: Float[Tensor, "B T"], denominator: int | float) -> Float[Tensor, ""]:

@@ -1,6 +1,7 @@
-"""What KTO and BCO train on: single answers with a thumb up or down, their loss, and what they are compared with.
+"""What KTO, APO and BCO train on: single answers with a thumb up or down, their loss, and what they are compared
+with.
 
-What both methods measure over a whole batch before its update (KTO's reference point, BCO's reward shift) does not
+What a method measures over a whole batch before its update (KTO's reference point, BCO's reward shift) does not
 depend on its micro-batches.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from steersman.config.sections import Section
 from steersman.data import Encoded, EncodedSet, Feedback, TrainingSet, collate
 from steersman.distributed.micro import in_order, my_micro_batches
-from steersman.loss.feedback import auto_weights, bco, kto, kto_reference_point
+from steersman.loss.feedback import apo_zero_unpaired, auto_weights, bco, kto, kto_reference_point
 from steersman.model import Policy, context_length
 from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding, weight_of
@@ -29,12 +30,13 @@ from steersman.types import Stats, send
 
 
 class KTOConfig(Section):
-    """Kahneman-Tversky optimisation's own numbers."""
+    """The numbers of Kahneman-Tversky optimisation, and of APO-zero, which differs in its reference point."""
 
-    mismatches: ClassVar[bool] = True
-    """Compares with what the policy says to other prompts of the batch."""
-
-    name: Literal["kto"] = Field(default="kto", description="the loss, fixed by the verb")
+    name: Literal["kto", "apo_zero_unpaired"] = Field(
+        default="kto",
+        description="kto: gains and losses are relative to an estimate of how far the policy is from the reference; "
+        "apo_zero_unpaired: relative to the reference itself",
+    )
     beta: float = Field(default=0.1, gt=0, description="how fast a gain or loss saturates; the KL penalty's strength")
     desirable_weight: float | Literal["auto"] = Field(
         default="auto", description="lambda_D; auto: 1, or what makes the rarer label count as much as the other"
@@ -55,6 +57,11 @@ class KTOConfig(Section):
         return self
 
     @property
+    def mismatches(self) -> bool:
+        """Whether it compares with what the policy says to other prompts of the batch."""
+        return self.name == "kto"
+
+    @property
     def counts_labels(self) -> bool:
         """Whether its weights follow from how many answers there are of each label."""
         return "auto" in (self.desirable_weight, self.undesirable_weight)
@@ -68,14 +75,15 @@ class KTOConfig(Section):
         self, logp: Tensor, ref: Tensor, label: Tensor, threshold: Tensor, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, implicit rewards, and their leads over the reference point, all `[B]`."""
-        up, down = weights
-        loss, explain = kto(
-            logp, ref, label, threshold, beta=self.beta, desirable_weight=up, undesirable_weight=down
-        )  # fmt: skip
+        numbers = {"beta": self.beta, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
+        if self.name == "kto":
+            loss, explain = kto(logp, ref, label, threshold, **numbers)
+        else:
+            loss, explain = apo_zero_unpaired(logp, ref, label, **numbers)
         return loss, explain["reward"], explain["reward"] - self.beta * threshold
 
     def next_shift(self, means: dict[bool, float], stats: Stats) -> float | None:
-        """None: its threshold is each batch's own reference point."""
+        """None: its threshold is each batch's own reference point, or 0."""
         return None
 
 

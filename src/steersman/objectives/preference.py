@@ -7,91 +7,24 @@ computed batch by batch, as the token-level methods do everywhere, which need wh
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from steersman.config.sections import Section
-from steersman.data import (
-    EncodedSet,
-    Preference,
-    TrainingSet,
-    collate_pairs,
-)
+from steersman.data import EncodedSet, Preference, TrainingSet, collate_pairs
 from steersman.distributed.micro import my_micro_batches
-from steersman.loss.offline import LOSSES
-from steersman.loss.preference import Explain, PairLogp, chosen_nll, pair_logp, soft_labelled
+from steersman.loss.preference import Explain, PairLogp, pair_logp, reference_answer, soft_labelled
 from steersman.model import Policy
 from steersman.model.layout import response_slots, spread
 from steersman.objectives.batch import right, rounding, weight_of
+from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.progress import with_progress
-from steersman.setup.reference import Readings, Reference, answer_logp_now, collision, divergence
+from steersman.setup.reference import Readings, Reference, answer_logp_now, collision, divergence, shared_lengths
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, send
-
-PairLossName = Literal[
-    "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo",
-    "alphapo", "dpo_shift", "wpo", "cal_dpo", "sppo", "dpo_norm", "exo", "discopop", "fdpo_alpha", "fdpo_js", "nca",
-    "apo_zero", "apo_down",
-]  # fmt: skip
-
-
-RANGES = {  # of the settings that leave a loss without meaning outside of them
-    "beta": (lambda x: x > 0, "above 0"),
-    "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
-    "flip": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
-    "penalty": (lambda x: x >= 0, "at least 0"),
-    "shift": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "epsilon": (lambda x: 0 < x < 0.5, "above 0 and below 0.5"),
-    "tau": (lambda x: 0 < x < 1, "above 0 and below 1"),
-    "fdpo_alpha.alpha": (lambda x: 0 <= x <= 1, "at least 0 and at most 1"),
-}
-"""By setting, or by loss and setting."""
-
-
-class PairLossConfig(Section):
-    """Which loss, with which of its own settings."""
-
-    name: PairLossName = Field(default="dpo", description="the loss; see docs/algorithms.md for where each leads")
-    settings: dict[str, float] = Field(
-        default_factory=dict, description="the loss's own numbers, such as {beta: 0.1, label_smoothing: 0.1}"
-    )
-    nll: float = Field(
-        default=0.0, ge=0, description="weight of the chosen answers' mean negative log-likelihood, added to any loss"
-    )
-    soft_labels: bool = Field(
-        default=True, description="count a pair on which raters disagree both ways, each in proportion to its votes"
-    )
-    margin_weight: float = Field(
-        default=0.0, ge=0, description="times the data's margin: by how much the implicit reward should lead"
-    )
-
-    @model_validator(mode="after")
-    def _of_reference(self) -> PairLossConfig:
-        known = [
-            p.name
-            for p in inspect.signature(LOSSES[self.name].function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        ]
-        if self.margin_weight and not LOSSES[self.name].takes_offset:
-            able = ", ".join(name for name, entry in LOSSES.items() if entry.takes_offset)
-            raise ValueError(f"{self.name} has no place for margins; loss.margin_weight goes with {able}")
-        for key, value in self.settings.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else "."
-                raise ValueError(f"{self.name} has no setting `{key}`{hint} It has: {', '.join(known)}")
-            fits, said = RANGES.get(f"{self.name}.{key}") or RANGES.get(key, (lambda _: True, ""))
-            if not fits(value):
-                raise ValueError(f"{self.name}: {key} is {value}; it must be {said}")
-        return self
 
 
 class PairObjective:
@@ -114,13 +47,14 @@ class PairObjective:
         anchor: tuple[Reference, float] | None = None,
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
-        self.config, self.entry, self.micro_tokens, self.watch = config, LOSSES[config.name], micro_tokens, watch
+        self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
+        self.tails = config.ld_alpha != 1
         references: list[tuple[Reference, float]] = []
-        if self.entry.needs_reference and not self.entry.needs_full_kl:
+        if config.needs_reference and not config.needs_full_kl:
             assert reference is not None
             share = 0.0 if anchor is None else anchor[1]
             references = [(reference, 1 - share), *([] if anchor is None else [anchor])]
-        self.readings = Readings(references, micro_tokens)
+        self.readings = Readings(references, micro_tokens, tails=self.tails)
         self.reference_logp: dict[int, Tensor] = {}
 
     @property
@@ -166,18 +100,20 @@ class PairObjective:
         hidden = self.module.hidden(tokens)
         logp = self.module.logp_from(tokens, hidden).logp
         ref = kl = None
-        if self.entry.needs_full_kl:
+        if self.config.needs_full_kl:
             ref, kl = self._divergence(tokens, hidden)
-        own = self._own(tokens, hidden, logp) if self.entry.needs_log_weight else None
+        own = self._own(tokens, hidden, logp) if self.config.needs_log_weight else None
         pair = pair_logp(
             logp[:n], mask[:n], logp[n:], mask[n:],
             chosen_log_weight=None if own is None else own[:n], rejected_log_weight=None if own is None else own[n:],
             ref_chosen=None if ref is None else ref[:n], ref_rejected=None if ref is None else ref[n:],
-            chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:],
+            chosen_kl=None if kl is None else kl[:n], rejected_kl=None if kl is None else kl[n:], tails=self.tails,
         )  # fmt: skip
         if sums is not None:
-            sums = send(sums, logp.device)
-            pair = pair._replace(ref_chosen=sums[:, 0], ref_rejected=sums[:, 1])
+            whole, *tail = send(sums, logp.device).view(n, 2, -1).unbind(-1)
+            pair = pair._replace(ref_chosen=whole[:, 0], ref_rejected=whole[:, 1])
+            if tail:
+                pair = pair._replace(ref_chosen_tail=tail[0][:, 0], ref_rejected_tail=tail[0][:, 1])
         examples = [data.examples[i] for i in rows]
         if self.config.margin_weight:
             lead = torch.tensor([e.margin or 0.0 for e in examples], dtype=logp.dtype)
@@ -185,20 +121,26 @@ class PairObjective:
         agreement = torch.tensor(
             [e.agreement if self.config.soft_labels else 1.0 for e in examples], dtype=logp.dtype
         )
-        return pair, *soft_labelled(self._one_way, pair, agreement)
+        loss, explain = soft_labelled(self.config.of_pair, pair, agreement)
+        if self.config.explore:
+            told = torch.tensor([_of_reference(e) for e in examples], dtype=logp.dtype)
+            chosen, rejected = send(told, logp.device).unbind(1)
+            loss = loss + self.config.explore * reference_answer(pair, chosen, rejected)
+        return pair, loss, explain
 
     def _reference(self, data: TrainingSet[Preference], rows: Sequence[int], tokens: Tokens) -> Tensor | None:
-        """The reference's log-probabilities of both answers, `[B, 2]`; None for a loss that takes none of whole
-        answers."""
+        """The reference's log-probabilities of both answers, `[B, 2]`, with tails `[B, 2, 2]`; None for a loss that
+        takes none of whole answers."""
         if not self.readings.models:
             return None
         if data.in_memory:
             return self.reference_logp[id(data)][list(rows)]
-        return answer_logp_now(self.readings.models, tokens).view(2, -1).T
-
-    def _one_way(self, pair: PairLogp) -> tuple[Tensor, Explain]:
-        loss, explain = self.entry.function(pair, **self.config.settings)
-        return loss + self.config.nll * chosen_nll(pair) if self.config.nll else loss, explain
+        after = None
+        if self.tails:  # all chosen answers stand in front of all rejected ones
+            shared = shared_lengths([data.groups[i] for i in rows])
+            after = shared[::2] + shared[1::2]
+        found = answer_logp_now(self.readings.models, tokens, after=after)
+        return torch.stack(found.chunk(2), 1)
 
     @torch.no_grad()
     def _own(self, tokens: Tokens, hidden: Tensor, logp: Tensor) -> Tensor:
@@ -213,6 +155,12 @@ class PairObjective:
             ref = self.reference.logp_from(tokens, hidden_ref).logp
         per_token = divergence(hidden_ref, self.reference.head(), hidden, self.module.head())
         return ref, spread(per_token.to(ref), response_slots(tokens))
+
+
+def _of_reference(example: Preference) -> tuple[float, float]:
+    """1 for the reference's answer, chosen or rejected, and 0 for the other; 0 for both where none is said to be."""
+    chosen = example.chosen_from_reference
+    return (0.0, 0.0) if chosen is None else (float(chosen), float(not chosen))
 
 
 def _told(pair: PairLogp, explain: Explain) -> dict[str, Tensor]:

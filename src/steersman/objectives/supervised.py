@@ -1,4 +1,4 @@
-"""The mean negative log-likelihood of completions, as an objective."""
+"""Losses of the tokens of completions, as an objective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from steersman.data import Demonstration, EncodedSet, TrainingSet, collate
 from steersman.distributed.micro import my_micro_batches
 from steersman.loss.reduce import reduce, token_weight
-from steersman.loss.supervised import nll
+from steersman.loss.supervised import TOKEN_LOSSES, nll
 from steersman.model import Policy
 from steersman.ops.masked import masked_sum
 from steersman.run.progress import with_progress
@@ -21,7 +21,11 @@ from steersman.types import Stats, send
 
 
 class SFT:
-    """The objective: mean negative log-likelihood per token that counts, in nats."""
+    """The objective: the mean of a loss over the tokens that count.
+
+    `loss` names it in `TOKEN_LOSSES`. Whatever it is, what is told is the negative log-likelihood per token, in nats;
+    for another loss also the mean probability of a token.
+    """
 
     def __init__(
         self,
@@ -29,8 +33,11 @@ class SFT:
         train: TrainingSet[Demonstration],
         held_out: EncodedSet[Demonstration] | None,
         micro_tokens: int,
+        *,
+        loss: str = "nll",
     ) -> None:
         self.module, self.train, self.held_out, self.micro_tokens = policy, train, held_out, micro_tokens
+        self.token_loss, self.tells_probability = TOKEN_LOSSES[loss], loss != "nll"
 
     @property
     def cost(self) -> np.ndarray:
@@ -42,11 +49,15 @@ class SFT:
 
     def loss(self, rows: Sequence[int], denominator: float, tally: Tally) -> Tensor:
         tokens = collate([self.train.groups[i][0] for i in rows])
-        per_token = nll(self.module.logp(tokens).logp)
-        mask = send(tokens.mask, per_token.device)
-        loss = reduce(per_token, token_weight(mask, "token", dtype=per_token.dtype), denominator)
-        tally.add("loss", loss * denominator, int(tokens.mask.sum()))
-        return loss
+        logp = self.module.logp(tokens).logp
+        mask = send(tokens.mask, logp.device)
+        self._tell(tally, "", logp.detach(), mask, int(tokens.mask.sum()))
+        return reduce(self.token_loss(logp), token_weight(mask, "token", dtype=logp.dtype), denominator)
+
+    def _tell(self, tally: Tally, prefix: str, logp: Tensor, mask: Tensor, count: int) -> None:
+        tally.add(f"{prefix}loss", masked_sum(nll(logp), mask), count)
+        if self.tells_probability:
+            tally.add(f"{prefix}probability", masked_sum(logp.exp(), mask), count)
 
     @torch.no_grad()
     def evaluate(self) -> Stats:
@@ -56,10 +67,10 @@ class SFT:
         tally, held, lengths = Tally(), self.held_out.groups, torch.tensor(self.held_out.lengths)
         for part in with_progress(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
             tokens = collate([held[i][0] for i in part.rows.tolist()])
-            loss = nll(self.module.logp(tokens).logp).cpu()
+            logp = self.module.logp(tokens).logp.cpu()
             last = (tokens.response_length - 1).clamp(min=0)
             if part.counts:
-                tally.add("held_out/loss", masked_sum(loss, tokens.mask), int(tokens.mask.sum()))
-                tally.add("held_out/loss_last_token", loss.gather(1, last[:, None]).sum(), len(part.rows))
+                self._tell(tally, "held_out/", logp, tokens.mask, int(tokens.mask.sum()))
+                tally.add("held_out/loss_last_token", nll(logp).gather(1, last[:, None]).sum(), len(part.rows))
         stats = tally.means()
         return stats | {"held_out/perplexity": math.exp(min(stats["held_out/loss"], 50))}

@@ -22,6 +22,11 @@ def masked_mean(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], dim: int | Non
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
+def beyond(mask: Bool[Tensor, "B T"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B T"]:
+    """The steps that count after each row's first `count` of them."""
+    return mask & (mask.cumsum(-1) > count[:, None])
+
+
 def last_step(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
     """Index of each row's last step that counts; -1 where none does."""
     steps = torch.arange(mask.shape[-1], device=mask.device)

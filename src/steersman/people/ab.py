@@ -54,12 +54,16 @@ def run(recipe: ABRecipe) -> dict[str, Any]:
     check_places(recipe.out, recipe.log)
     bad, experiment = BadRows(recipe.on_bad_row, "on_bad_row"), recipe.experiment
     names = (experiment.control, experiment.treatment)
+    models = set[str]()
     if "://" in recipe.file:
-        rows = list(outcomes_of(open_judgements(recipe.file), *names))
+        judged = list(open_judgements(recipe.file))
+        models = {model for one in judged for model in one.models}
+        rows = list(outcomes_of(judged, *names))
     else:
         rows = read_outcomes(recipe.file, *names, bad)
     if not any(row.metric == experiment.metric for row in rows):
         have = ", ".join(sorted({row.metric for row in rows})) or "none"
+        have += f"; models found: {', '.join(sorted(models))}" if models else ""
         raise SteersmanError(
             f"{recipe.file}: no outcome of the metric {experiment.metric!r} for {experiment.control} and "
             f"{experiment.treatment} (metrics found: {have}; {bad.sentence}). Set experiment.control, "

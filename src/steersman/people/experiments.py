@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
 from steersman.people.outcomes import WIN, Outcome
-from steersman.statistics.sequential import Look, Running, arm_difference, user_scores
+from steersman.statistics.sequential import Look, Running, arm_difference, refuted, user_scores
 
-LOOKS = 200
-"""Looks at which a report narrows its bounds; the e-value is followed at every value."""
+LOOK_EVERY = 20
+"""Bounds are narrowed each time that a 20th more values are there; what is decided is followed at every value."""
 SPLIT = 0.001
 """How unlikely a split of users has to be before the assignment is doubted."""
 State = Literal["better", "worse", "no gain", "undecided", "open", "hurt", "safe"]
@@ -168,58 +168,60 @@ def _crossed(rows: Iterable[Outcome]) -> set[str]:
     return {user for user, seen in arms.items() if len(seen) > 1}
 
 
-def _followed(experiment: Experiment, name: str, values: _Values, state: Callable[[Look, float], State]) -> Verdict:
-    """Looks again and again as the values come; what was first decided stays, later looks may only make it worse."""
-    running, n = Running(experiment.alpha), len(values.x)
-    null = values.factor / 2 + values.shift
-    said: State = "open"
-    taken = 0
-    for upto in sorted({round(n * (i + 1) / min(n, LOOKS)) for i in range(min(n, LOOKS))}):
+def _gains(experiment: Experiment, values: _Values, gain: float, better: str) -> tuple[int, int]:
+    """After how many values the treatment's gain is first known to be above `gain`, and below it; 0: it is not."""
+    sign = 1 if better == "higher" else -1
+    above, below = refuted(values.x, 0.5 + sign * gain / values.factor, experiment.alpha)
+    return (above, below) if better == "higher" else (below, above)
+
+
+def _verdict(experiment: Experiment, name: str, values: _Values, places: Sequence[tuple[State, int]]) -> Verdict:
+    """The state that is reached first, the earlier of `places` where two are reached at once, and the bounds now.
+
+    A state is reached at a value and not at a look, so that it stays whatever comes after it.
+    """
+    reached: list[tuple[int, State]] = [(place, state) for state, place in places if place] or [(0, "open")]
+    decided, said = min(reached, key=lambda one: one[0])
+    running, taken, n = Running(experiment.alpha), 0, len(values.x)
+    for upto in sorted({*_looks(n), *((decided,) if decided else ()), n}):
         running.add(values.x[taken:upto])
         taken = upto
-        said = state(running.look().scaled(values.factor, values.shift), null)
-        if said != "open":
-            break
-    decided = taken if said != "open" else 0
-    running.add(values.x[taken:])
-    last = running.look().scaled(values.factor, values.shift)
-    if said == "no gain" and state(last, null) == "worse":
-        said = "worse"
-    return Verdict(name, said, last, null, decided, values.unused)
+        running.look()
+    null = values.factor / 2 + values.shift
+    return Verdict(name, said, running.look().scaled(values.factor, values.shift), null, decided, values.unused)
+
+
+def _looks(n: int) -> Iterator[int]:
+    """Places up to n at which bounds are narrowed: the same ones whatever n is."""
+    upto = 1
+    while upto <= n:
+        yield upto
+        upto += max(1, upto // LOOK_EVERY)
 
 
 def _primary(experiment: Experiment, rows: Sequence[Outcome]) -> Verdict:
-    def state(look: Look, null: float) -> State:
-        low, high = _gain(look, null, experiment.better)
-        if low > 0:
-            return "better"
-        if high < 0:
-            return "worse"
-        if high < experiment.margin:
-            return "no gain"
-        used_up = experiment.most_units is not None and look.n >= experiment.most_units
-        return "undecided" if used_up else "open"
-
-    return _followed(experiment, experiment.metric, _values(experiment, rows, experiment.most), state)
+    values = _values(experiment, rows, experiment.most)
+    better, worse = _gains(experiment, values, 0.0, experiment.better)
+    _, no_gain = _gains(experiment, values, experiment.margin, experiment.better)
+    most = experiment.most_units or 0
+    used_up = most if most <= len(values.x) else 0
+    places: list[tuple[State, int]] = [
+        ("better", better), ("worse", worse), ("no gain", no_gain), ("undecided", used_up)
+    ]  # fmt: skip
+    told = _verdict(experiment, experiment.metric, values, places)
+    return replace(told, state="worse") if told.state == "no gain" and worse else told
 
 
 def _guard(experiment: Experiment, name: str, guard: Guard, rows: Sequence[Outcome]) -> Verdict:
-    def state(look: Look, null: float) -> State:
-        low, high = _gain(look, null, guard.better)
-        return "hurt" if high < -guard.allowed else "safe" if low > -guard.allowed else "open"
-
-    return _followed(experiment, name, _values(experiment, rows, guard.most), state)
+    values = _values(experiment, rows, guard.most)
+    safe, hurt = _gains(experiment, values, -guard.allowed, guard.better)
+    return _verdict(experiment, name, values, [("hurt", hurt), ("safe", safe)])
 
 
 def _other(experiment: Experiment, name: str, rows: Sequence[Outcome]) -> Verdict:
     """A metric that is only watched; its unit is the largest value seen, so its bounds are a description."""
     most = max([1.0, *(r.value for r in rows)])
-    return _followed(experiment, name, _values(experiment, rows, most), lambda look, null: "open")
-
-
-def _gain(look: Look, null: float, better: str) -> tuple[float, float]:
-    low, high = look.low - null, look.high - null
-    return (low, high) if better == "higher" else (-high, -low)
+    return _verdict(experiment, name, _values(experiment, rows, most), [])
 
 
 def _bounded(experiment: Experiment, by_metric: dict[str, list[Outcome]]) -> list[str]:

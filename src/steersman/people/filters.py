@@ -21,7 +21,7 @@ class FilterConfig(Section):
     )
     gold_least: int = Field(default=3, ge=1, description="gold items that a rater is measured by at least")
     one_sided: float = Field(
-        default=0.95, gt=0.5, le=1, description="a rater who chose the same side (or tie) more often is left out"
+        default=0.95, gt=0.5, le=1, description="a rater who pressed the same side (or tie) more often is left out"
     )
     one_sided_least: int = Field(default=20, ge=2, description="choices that this is measured by at least")
     agreement: float = Field(
@@ -57,15 +57,15 @@ def sift(rows: Sequence[Judgement], config: FilterConfig) -> tuple[list[Judgemen
 
 
 def _raters(rows: Iterable[Judgement], config: FilterConfig) -> Iterable[tuple[str, str]]:
-    gold, choices = defaultdict[str, list[bool]](list), defaultdict[str, Counter[str]](Counter)
+    gold, pressed = defaultdict[str, list[bool]](list), defaultdict[str, Counter[str | None]](Counter)
     for one in rows:
         if one.expected is not None:
             gold[one.user].append(not one.gold_failed)
         elif one.choice is not None:
-            choices[one.user][one.choice] += 1
-    for user, said in choices.items():
-        n = said.total()
-        if n >= config.one_sided_least and said.most_common(1)[0][1] / n > config.one_sided:
+            pressed[one.user][one.side] += 1
+    for user, said in pressed.items():
+        n, most = said.total(), max((count for side, count in said.items() if side is not None), default=0)
+        if n >= config.one_sided_least and most / n > config.one_sided:
             yield user, "rater always says the same"
     for user, right in gold.items():
         if len(right) >= config.gold_least and sum(right) / len(right) < config.gold_share:

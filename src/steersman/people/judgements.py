@@ -28,7 +28,8 @@ class Judgement:
     """One judgement: a choice between two answers (`choice`), or a thumb on one (`label`).
 
     `time` counts seconds since 1970, `seconds` those that the judgement took. `correction` is what the person would
-    have answered. `expected` is set on gold items: what whoever reads the answers says. `models` may be empty.
+    have answered. `expected` is set on gold items: what whoever reads the answers says. `models` may be empty, and so
+    may `sides`: the numbers of the answers in the order in which they stood on the screen.
     """
 
     id: str
@@ -43,6 +44,16 @@ class Judgement:
     correction: str = ""
     seconds: float | None = None
     expected: Choice | bool | None = None
+    sides: tuple[int, ...] = ()
+
+    @property
+    def side(self) -> Choice | None:
+        """What was pressed: the first or second answer on the screen, tie or both_bad; None where nobody knows."""
+        if self.choice in ("tie", "both_bad") or self.choice is None:
+            return self.choice
+        if not self.sides:
+            return None
+        return self.choice if self.sides[0] == 0 else "second" if self.choice == "first" else "first"
 
     @property
     def share(self) -> float:
@@ -68,7 +79,7 @@ class JudgementFiles:
 
     A row has `user`, `prompt` (text or turns), and `answers` (two) with `choice` (first, second, tie, both_bad), or
     `completion` with `label` (a thumb); and it may have `id`, `time` (ISO 8601 or seconds), `models` (or `model`),
-    `reasons`, `correction`, `seconds` and `expected`. The same id twice is one judgement.
+    `reasons`, `correction`, `seconds`, `expected` and `sides`. The same id twice is one judgement.
 
     Raises SteersmanError (file, row, field) at a row that is none of these, or skips and counts it if `bad` says so.
     """
@@ -133,6 +144,7 @@ def judgement(row: Row) -> Judgement:
         correction=f.optional_text(row, "correction"),
         seconds=f.optional_number(row, "seconds"),
         expected=expected,
+        sides=_sides(row) if pair else (),
     )
 
 
@@ -145,7 +157,7 @@ def plain(one: Judgement) -> dict[str, Any]:
         told |= {"completion": one.answers[0], "label": one.label}
     more = {
         "models": list(one.models), "reasons": list(one.reasons), "correction": one.correction,
-        "seconds": one.seconds, "expected": one.expected,
+        "seconds": one.seconds, "expected": one.expected, "sides": list(one.sides),
     }  # fmt: skip
     return told | {k: v for k, v in more.items() if v not in ([], "", None)}
 
@@ -180,6 +192,15 @@ def when(row: Row) -> float:
             raise row.fault("wrong time", f"must be ISO 8601 or seconds, not {got[:40]!r}", "time") from None
         return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
     return f.number(row, "time")
+
+
+def _sides(row: Row) -> tuple[int, ...]:
+    got = row.data.get("sides")
+    if got is not None and got not in ([0, 1], [1, 0]):
+        raise row.fault(
+            "wrong sides", f"must be [0, 1] or [1, 0], the answers as they stood, not {str(got)[:40]}", "sides"
+        )
+    return tuple(got or ())
 
 
 def _said(row: Row, item: Any) -> str:

@@ -4,11 +4,13 @@
     the judge compares the candidates' conversations, persona by persona  ->  battles.jsonl
     the same judge compares what people have judged  ->  agreement.jsonl, shown beside every verdict
 
+A candidate that says nothing where another one answers has lost that comparison; the judge is not asked.
 Without enough judgements of people the verdict says that it is unchecked.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -24,7 +26,7 @@ from steersman.judge.personas import END, first_paragraph, play
 from steersman.judge.scored import as_text
 from steersman.people.agreement import ENOUGH, Agreement, agreement
 from steersman.people.sources import open_judgements
-from steersman.people.talkers import Talker, TalkerConfig, Turns, open_talker
+from steersman.people.talkers import Said, Talker, TalkerConfig, Turns, open_talker
 from steersman.run.console import new_console
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
@@ -73,6 +75,24 @@ class SimulateRecipe(Section):
         return self
 
 
+@dataclass(slots=True)
+class Talk:
+    """A conversation; `cut` counts, by role, the messages that a limit ended."""
+
+    messages: Turns = field(default_factory=list)
+    cut: dict[str, int] = field(default_factory=lambda: {"user": 0, "assistant": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The conversations of candidates `a` and `b` with the same persona."""
+
+    a: str
+    b: str
+    one: dict[str, Any]
+    other: dict[str, Any]
+
+
 def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Lets them talk, judges, and prints the table with how far the judge agrees with people."""
     people = [] if recipe.human.folder is None else list(open_judgements(recipe.human.folder))
@@ -82,15 +102,18 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
         talkers = {who: open_talker(who, config, recipe.run, ledger.device) for who, config in opened.items()}
         talks = {name: _conversations(ledger, recipe, name, talkers) for name in recipe.candidates}
         talkers["user"].release()
-        battles = ledger.table("battles", lambda: _battles(recipe, judge, talks), made_from=_sources(ledger, recipe))
+        met = _met(talks)
+        battles = ledger.table("battles", lambda: _battles(recipe, judge, met), made_from=_sources(ledger, recipe))
         agrees = agreement(judge, people, needed=recipe.human.needed)
         ledger.table("agreement", lambda: [{"said": str(agrees), "items": agrees.items}])
         if not battles:
-            raise SteersmanError(f"the judge decided none of the comparisons: {judge.describe()}")
+            raise SteersmanError(f"no comparison is decided. {' '.join(_doubts(recipe, talks, met, battles))}")
         wins = win_rates(recipe, battles)
         stats: Stats = {f"win_rate/{name}": found.value for name, found in wins.items()} | judge.stats()
         ledger.finish_round(0, stats, _shown(talks))
         _show(recipe, battles, wins, agrees)
+        for doubt in _doubts(recipe, talks, met, battles):
+            ledger.log.note(doubt, style="yellow")
         told = {name: found.plain() for name, found in wins.items()}
         return ledger.summary({"win_rates": told, "agreement": str(agrees), "checked": agrees.accuracy is not None})
     return ledger.summary({})
@@ -98,28 +121,31 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 def converse(
     persona: Persona, candidate: Talker, speaker: Talker, *, turns: int, count: int, seed: int
-) -> list[Turns]:
+) -> list[Talk]:
     """`count` conversations of a persona with a candidate, up to `turns` messages of the user each.
 
     A conversation ends when the user leaves, says nothing, or no longer fits into a model's context.
     """
-    talks: list[Turns] = [[] for _ in range(count)]
-    going = list(range(count))
+    talks = [Talk() for _ in range(count)]
+    going = talks
     for turn in range(turns):
-        said = [persona.opening] * len(going)
+        said = [Said(persona.opening)] * len(going)
         if turn or not persona.opening:
-            asked = [user(play(persona.character, persona.goal, talks[i])) for i in going]
-            said = [first_paragraph(text) for text in speaker.reply(asked, (seed, turn, 0))]
-        going = [i for i, text in zip(going, said, strict=True) if text and END not in text]
-        texts = [text for text in said if text and END not in text]
-        for i, text in zip(going, texts, strict=True):
-            talks[i].append({"role": "user", "content": text})
-        replies = candidate.reply([talks[i] for i in going], (seed, turn, 1))
-        for i, reply in zip(going, replies, strict=True):
-            if reply:
-                talks[i].append({"role": "assistant", "content": reply})
-        going = [i for i, reply in zip(going, replies, strict=True) if reply]
+            asked = [user(play(persona.character, persona.goal, talk.messages)) for talk in going]
+            told = speaker.reply(asked, (seed, turn, 0))
+            said = [Said(first_paragraph(one.text, cut=one.cut), one.cut) for one in told]
+        going = _heard(going, [Said() if END in one.text else one for one in said], "user")
+        going = _heard(going, candidate.reply([talk.messages for talk in going], (seed, turn, 1)), "assistant")
     return talks
+
+
+def _heard(talks: list[Talk], said: list[Said], role: str) -> list[Talk]:
+    """The conversations in which something was said, which then goes on there."""
+    for talk, one in zip(talks, said, strict=True):
+        if one.text:
+            talk.messages.append({"role": role, "content": one.text})
+            talk.cut[role] += one.cut
+    return [talk for talk, one in zip(talks, said, strict=True) if one.text]
 
 
 def win_rates(recipe: SimulateRecipe, battles: Rows) -> dict[str, Estimate]:
@@ -149,7 +175,10 @@ def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str, talkers: d
             recipe.personas[persona], candidate, talkers["user"], turns=recipe.turns, count=recipe.conversations,
             seed=seed,
         )  # fmt: skip
-        return [{"persona": persona, "number": i, "messages": turns} for i, turns in enumerate(talks)]
+        return [
+            {"persona": persona, "number": i, "messages": talk.messages, "cut": talk.cut}
+            for i, talk in enumerate(talks)
+        ]
 
     about = {
         "candidate": name, "user": recipe.user.path or "an endpoint", "turns": recipe.turns,
@@ -164,21 +193,58 @@ def _sources(ledger: Ledger, recipe: SimulateRecipe) -> dict[str, str]:
     return ledger.sources(*(f"conversations-{name}" for name in recipe.candidates))
 
 
-def _battles(recipe: SimulateRecipe, judge: Judge, talks: dict[str, Rows]) -> Rows:
-    """Every two candidates, conversation by conversation: 1 the first one served its persona better."""
-    met = [
-        (a, b, one, other)
+def _met(talks: dict[str, Rows]) -> list[Meeting]:
+    """Every two candidates, conversation by conversation, where the persona spoke to both."""
+    return [
+        Meeting(a, b, one, other)
         for a, b in combinations(talks, 2)
         for one, other in zip(talks[a], talks[b], strict=True)
-        if _answered(one) and _answered(other)
+        if one["messages"] and other["messages"]
     ]
-    asked = [(_goal(recipe.personas[one["persona"]]), _told(one), _told(other)) for _, _, one, other in met]
-    outcomes = judge.compare(asked)
+
+
+def _battles(recipe: SimulateRecipe, judge: Judge, met: list[Meeting]) -> Rows:
+    """What became of each meeting: 1 the first one served its persona better; two that said nothing tie."""
+    heard = [m for m in met if _answered(m.one) and _answered(m.other)]
+    outcomes = judge.compare(
+        [(_goal(recipe.personas[m.one["persona"]]), _told(m.one), _told(m.other)) for m in heard]
+    )
+    judged = {id(m): None if o is None else o.share for m, o in zip(heard, outcomes, strict=True)}
+    shares = [judged.get(id(m), (1 + _answered(m.one) - _answered(m.other)) / 2) for m in met]
     return [
-        {"persona": one["persona"], "number": one["number"], "first": a, "second": b, "share": o.share}
-        for (a, b, one, _), o in zip(met, outcomes, strict=True)
-        if o is not None
-    ]
+        {"persona": m.one["persona"], "number": m.one["number"], "first": m.a, "second": m.b, "share": share,
+         "by": "judge" if id(m) in judged else "silence"}
+        for m, share in zip(met, shares, strict=True)
+        if share is not None
+    ]  # fmt: skip
+
+
+def _doubts(recipe: SimulateRecipe, talks: dict[str, Rows], met: list[Meeting], battles: Rows) -> list[str]:
+    """What a reader of the table has to know of conversations that are none, or not whole."""
+    out: list[str] = []
+    for name, rows in talks.items():
+        spoken = [row for row in rows if row["messages"]]
+        silent = sum(not _answered(row) for row in spoken)
+        if silent:
+            out.append(
+                f"candidates.{name} said nothing in {silent:,} of {len(spoken):,} conversations; against a candidate "
+                "that answered these count as lost."
+            )
+        if len(spoken) < len(rows):
+            out.append(
+                f"user said nothing to candidates.{name} in {len(rows) - len(spoken):,} of {len(rows):,} "
+                "conversations, which count for nothing."
+            )
+    undecided = len(met) - len(battles)
+    if undecided:
+        out.append(f"judge gave no verdict on {undecided:,} of {len(met):,} comparisons; these are left out.")
+    every = [row for rows in talks.values() for row in rows]
+    speakers = {f"candidates.{name}": ("assistant", rows) for name, rows in talks.items()} | {"user": ("user", every)}
+    for who, (role, rows) in speakers.items():
+        cut, count = sum(row["cut"][role] for row in rows), sum(_said(row, role) for row in rows)
+        if cut:
+            out.append(f"{who}: the limit cut {cut:,} of {count:,} messages; a higher one lets them end.")
+    return out
 
 
 def _goal(persona: Persona) -> str:
@@ -194,7 +260,11 @@ def _told(row: dict[str, Any]) -> str:
 
 
 def _answered(row: dict[str, Any]) -> bool:
-    return any(m["role"] == "assistant" for m in row["messages"])
+    return _said(row, "assistant") > 0
+
+
+def _said(row: dict[str, Any], role: str) -> int:
+    return sum(m["role"] == role for m in row["messages"])
 
 
 def _show(recipe: SimulateRecipe, battles: Rows, wins: dict[str, Estimate], agrees: Agreement) -> None:

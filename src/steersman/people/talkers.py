@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,13 @@ from steersman.recipe.sections import ModelConfig, RolloutConfig
 from steersman.run.run_config import RunConfig
 
 Turns = list[Message]
+
+
+class Said(NamedTuple):
+    """A message, and whether a limit ended it and not its speaker; empty where there is none."""
+
+    text: str = ""
+    cut: bool = False
 
 
 class TalkerConfig(Section):
@@ -38,7 +45,7 @@ class TalkerConfig(Section):
 class Talker(Protocol):
     """Says the next thing in many conversations at once."""
 
-    def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[str]:
+    def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[Said]:
         """The next message in each; empty where the conversation no longer fits into the model's context."""
         ...
 
@@ -62,13 +69,13 @@ class LocalTalker:
         self.player = Player(ModelConfig(path=config.path), run, device)
         self.data = DataConfig(path="conversations", on_too_long="drop")
 
-    def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[str]:
+    def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[Said]:
         if not conversations:
             return []
         queries = [Query(turns, Row({"prompt": turns}, "conversations", i)) for i, turns in enumerate(conversations)]
         rows, _ = self.player.answer(queries, range(len(queries)), self.data, self.rollout, n=1, seed=seed)
-        said = {row["index"]: row["completion"].strip() for row in rows}
-        return [said.get(i, "") for i in range(len(conversations))]
+        said = {row["index"]: Said(row["completion"].strip(), row["finish"] == "length") for row in rows}
+        return [said.get(i, Said()) for i in range(len(conversations))]
 
     def release(self) -> None:
         self.player.release()
@@ -80,11 +87,11 @@ class RemoteTalker:
     def __init__(self, who: str, config: EndpointConfig) -> None:
         self.endpoint = Endpoint(config, who)
 
-    def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[str]:
-        said = [""] * len(conversations)
+    def reply(self, conversations: Sequence[Turns], seed: Sequence[int]) -> list[Said]:
+        said = [Said()] * len(conversations)
 
         def keep(index: int, reply: dict[str, Any]) -> None:
-            said[index] = str(reply["text"]).strip()
+            said[index] = Said(str(reply["text"]).strip(), reply["cut"])
 
         self.endpoint.ask(conversations, keep, lambda: True)
         return said

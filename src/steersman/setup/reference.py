@@ -19,7 +19,7 @@ from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.distributed.ranks import ranks
 from steersman.model import Logp, Policy, ScalarModel, at_hand, frozen_copy
 from steersman.ops.logprob import Head
-from steersman.ops.masked import masked_sum
+from steersman.ops.masked import beyond, masked_sum
 from steersman.recipe.sections import ModelConfig
 from steersman.run.files.pieces import Pieces
 from steersman.run.progress import ProgressLine
@@ -102,21 +102,41 @@ def _say_nothing(_done: int, _total: int, _tokens: int) -> None:
 
 @torch.no_grad()
 def answer_logp(
-    model: Reference, rows: Sequence[Encoded], micro_tokens: int, progress: Progress = _say_nothing
-) -> Float[Tensor, " N"]:
-    """log pi of whole answers, over the tokens that count (nats), on the CPU. A model that waits elsewhere comes for
-    as long as that takes. `progress` is told how many micro-batches are done, of how many."""
+    model: Reference,
+    rows: Sequence[Encoded],
+    micro_tokens: int,
+    progress: Progress = _say_nothing,
+    *,
+    after: Sequence[int] | None = None,
+) -> Float[Tensor, "N ..."]:
+    """log pi of whole answers, over the tokens that count (nats), on the CPU. With `after`, `[N, 2]`: beside it that
+    of each answer's tokens after so many that count. A model that waits elsewhere comes for as long as that takes.
+    `progress` is told how many micro-batches are done, of how many."""
     found = []
     parts = my_micro_batches(torch.tensor([len(e) for e in rows]), micro_tokens)
     with at_hand(model.separate):
         for i, part in enumerate(parts):
             tokens = collate([rows[i] for i in part.rows.tolist()])
             logp = model.logp(tokens).logp.cpu()
-            sums = torch.where(tokens.mask, logp, torch.zeros_like(logp)).sum(-1)
+            sums = _sums(logp, tokens.mask, None if after is None else [after[i] for i in part.rows.tolist()])
             if part.counts:
                 found.append((part.rows, sums))
             progress(i + 1, len(parts), 0)
     return in_order(found)
+
+
+def _sums(logp: Tensor, mask: Tensor, after: Sequence[int] | None) -> Float[Tensor, "B ..."]:
+    """The sum of each row where it counts; with `after`, `[B, 2]`, also where it counts after so many tokens."""
+    whole = masked_sum(logp, mask, -1)
+    if after is None:
+        return whole
+    tail = beyond(mask, send(torch.tensor(after), mask.device))
+    return torch.stack([whole, masked_sum(logp, tail, -1)], -1)
+
+
+def shared_lengths(groups: Sequence[Sequence[Encoded]]) -> list[int]:
+    """Of each answer of each group how many tokens count in all answers of the group."""
+    return [min(sum(e.mask) for e in group) for group in groups for _ in group]
 
 
 ROWS = 1024
@@ -126,12 +146,13 @@ ROWS = 1024
 @dataclass(slots=True)
 class Readings:
     """What frozen models say of given answers, read once: the weighted sum of their log pi, in nats, over the tokens
-    that count."""
+    that count; with `tails` beside it the part of it beyond the length that all answers of a group share."""
 
     models: Sequence[tuple[Reference, float]]
     micro_tokens: int
     folder: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    tails: bool = False
 
     def keep_in(self, folder: Path, **about: Any) -> None:
         """Has what is read kept in a folder as it comes, from which a run that goes on takes it, where the answers
@@ -149,21 +170,28 @@ class Readings:
                 found[id(data)] = self.of(name, data.groups, rows if data is train else range(len(data.groups)))
         return found
 
-    def of(self, name: str, groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> Float[Tensor, "N K"]:
-        """Of the groups `rows`, which all have K answers; NaN for the other groups. `name` tells sets of groups
-        apart."""
-        told = torch.full((len(groups), len(groups[0])), torch.nan, dtype=self._dtype())
+    def of(self, name: str, groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> Float[Tensor, "N K ..."]:
+        """Of the groups `rows`, which all have K answers, `[N, K]`, with tails `[N, K, 2]`; NaN for the other groups.
+        `name` tells sets of groups apart."""
+        shape = (len(groups[0]), *((2,) if self.tails else ()))
+        told = torch.full((len(groups), *shape), torch.nan, dtype=self._dtype())
 
         def read(span: range, progress: Progress) -> list[dict[str, Any]]:
-            answers = [e for i in rows[span.start : span.stop] for e in groups[i]]
-            found = [share * answer_logp(model, answers, self.micro_tokens, progress) for model, share in self.models]
-            return [{"logp": row} for row in torch.stack(found).sum(0).view(len(span), -1).tolist()]
+            asked = [groups[i] for i in rows[span.start : span.stop]]
+            answers = [e for group in asked for e in group]
+            after = shared_lengths(asked) if self.tails else None
+            found = [
+                share * answer_logp(model, answers, self.micro_tokens, progress, after=after)
+                for model, share in self.models
+            ]
+            return [{"logp": row} for row in torch.stack(found).sum(0).view(len(span), *shape).tolist()]
 
         line = ProgressLine("log-probabilities of the data")
         if self.folder is None:
             kept = read(range(len(rows)), line) if rows else []
         else:
-            pieces = Pieces(self.folder / name, len(rows), {**self.about, "answers": _digest(groups, rows)})
+            about = {**self.about, "answers": _digest(groups, rows), **({"tails": True} if self.tails else {})}
+            pieces = Pieces(self.folder / name, len(rows), about)
             pieces.begin()
             kept = pieces.fill(ROWS * ranks().world, read, line)
         if rows:
@@ -187,10 +215,13 @@ def _digest(groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def answer_logp_now(models: Sequence[tuple[Reference, float]], tokens: Tokens) -> Float[Tensor, " B"]:
-    """The weighted sum of several models' log pi of a batch's answers, over the tokens that count (nats)."""
+def answer_logp_now(
+    models: Sequence[tuple[Reference, float]], tokens: Tokens, *, after: Sequence[int] | None = None
+) -> Float[Tensor, "B ..."]:
+    """The weighted sum of several models' log pi of a batch's answers, over the tokens that count (nats); `after` as
+    in `answer_logp`."""
     found = [share * model.logp(tokens).logp for model, share in models]
-    return masked_sum(torch.stack(found).sum(0), send(tokens.mask, found[0].device), dim=-1)
+    return _sums(torch.stack(found).sum(0), send(tokens.mask, found[0].device), after)
 
 
 def divergence(hidden_p: Tensor, head_p: Head, hidden: Tensor, head: Head, rows: int = 256) -> Float[Tensor, " N"]:

@@ -148,6 +148,22 @@ def first_crossing(x: Array, alpha: float = 0.05, *, null: float = 0.5) -> NDArr
     return found.reshape(x.shape[:-1])
 
 
+def refuted(x: Array, m: float, alpha: float = 0.05) -> tuple[int, int]:
+    """After how many values of x [N] it is first known that their mean is above m, and that it is below m; 0 where
+    it is not. What further values say takes neither back."""
+    if not 0 <= m <= 1 or not len(x):
+        return int(m < 0 and len(x) > 0), int(m > 1 and len(x) > 0)
+    means = np.cumsum(x) / np.arange(1, len(x) + 1)
+    over, before = np.zeros(len(x), bool), np.zeros(2 * len(BETS))
+    for start in range(0, len(x), PIECE):
+        logs = _log_products(x[start : start + PIECE], min(max(m, EDGE), 1 - EDGE), BETS, before)
+        over[start : start + PIECE], before = _log_mean(logs) >= -math.log(alpha), logs[:, -1]
+    above, below = (
+        int(there.argmax()) + 1 if there.any() else 0 for there in (over & (means > m), over & (means < m))
+    )
+    return above, below
+
+
 def arm_difference(
     x: Array, treated: NDArray[np.bool_], share: float, *, centre: float | None = None
 ) -> tuple[Array, float]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.loss.anchored import apo_down, apo_zero, cal_dpo, nca, sppo
+from steersman.loss.anchored import apo_down, apo_zero, bco_pair, cal_dpo, nca, sppo
 from steersman.tabular.fixed_point import FixedPoint, imbalance, row_of
 from steersman.tabular.population import Population, descend
 from steersman.tabular.token_mdp import TokenMDP
@@ -45,6 +45,15 @@ def check_nca(mdp: TokenMDP) -> FixedPoint:
     slope = (c + d) / 2 * over - c * (1 - over)
     statement = "shown(y) sigma(beta rho) / 2 - chosen(y) sigma(-beta rho) is in proportion to pi(y)"
     return _balanced("nca", statement, world, logits, slope)
+
+
+def check_bco_pair(mdp: TokenMDP) -> FixedPoint:
+    world = Population(mdp)
+    logits = descend(world.expected(lambda pair: bco_pair(pair, beta=mdp.beta)[0]), mdp.logp_ref)
+    over = 1 / (1 + (-mdp.beta * world.log_ratio(logits)).exp())
+    slope = world.marginal(world.rejected) * over - world.marginal(world.chosen) * (1 - over)
+    statement = "rejected(y) sigma(beta rho) - chosen(y) sigma(-beta rho) is in proportion to pi(y)"
+    return _balanced("bco_pair", statement, world, logits, slope)
 
 
 def check_apo_zero(mdp: TokenMDP) -> FixedPoint:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.loss.feedback import bco, kto
+from steersman.loss.feedback import apo_zero_unpaired, bco, kto
 from steersman.tabular.fixed_point import FixedPoint, row_of
-from steersman.tabular.population import Population, descend_frozen
+from steersman.tabular.population import Population, descend, descend_frozen
 from steersman.tabular.token_mdp import TokenMDP
 
 
@@ -36,6 +36,29 @@ def check_kto(mdp: TokenMDP, desirable_weight: float = 1.0, undesirable_weight: 
     mass = mdp.sequence_prob(logits)[disliked].sum()
     statement = "no mass where lambda_U dislikes outnumber lambda_D likes"
     return row_of("kto", statement, world, logits, float(mass))
+
+
+def check_apo_zero_unpaired(
+    mdp: TokenMDP, desirable_weight: float = 1.0, undesirable_weight: float = 1.33
+) -> FixedPoint:
+    """KTO's, of a reference point that stays 0."""
+    world = Population(mdp)
+    liked = torch.sigmoid(mdp.total_reward)
+    desirable = torch.cat([torch.ones(len(mdp)), torch.zeros(len(mdp))]).bool()
+    prob = torch.cat([world.shown_prob * liked, world.shown_prob * (1 - liked)])
+
+    def loss(logits: Tensor) -> Tensor:
+        logp, ref = mdp.sequence_logp(logits).sum(-1).repeat(2), mdp.sequence_logp_ref.sum(-1).repeat(2)
+        each, _ = apo_zero_unpaired(
+            logp, ref, desirable, beta=mdp.beta, desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+        )  # fmt: skip
+        return (prob * each).sum()
+
+    logits = descend(loss, mdp.logp_ref)
+    mass = mdp.sequence_prob(logits)[desirable_weight * liked < undesirable_weight * (1 - liked)].sum()
+    statement = "no mass where lambda_U dislikes outnumber lambda_D likes"
+    return row_of("apo_zero_unpaired", statement, world, logits, float(mass))
 
 
 def check_bco(mdp: TokenMDP) -> FixedPoint:

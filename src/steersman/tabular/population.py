@@ -39,7 +39,7 @@ class Population:
         return pair_logp(
             logp[w], mdp.mask[w], logp[l], mdp.mask[l],
             ref_chosen=ref[w], ref_rejected=ref[l], chosen_kl=kl[w], rejected_kl=kl[l],
-            chosen_log_weight=own[w], rejected_log_weight=own[l],
+            chosen_log_weight=own[w], rejected_log_weight=own[l], tails=True,
         )  # fmt: skip
 
     def answer_pair(self, logp: Float[Tensor, " N"]) -> PairLogp:

@@ -1,4 +1,4 @@
-"""Where every offline preference loss leads: population descent on the token MDP beside the stated fixed point."""
+"""Where every offline loss leads: population descent on the token MDP beside the stated fixed point."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steersman.loss.f_divergence import fdpo_alpha, fdpo_js
 from steersman.loss.preference import (
+    desensitised,
     discopop,
     dpo,
     dpo_norm,
@@ -24,11 +25,19 @@ from steersman.loss.preference import (
     tdpo2,
     wpo,
 )
-from steersman.tabular.anchored_check import check_apo_down, check_apo_zero, check_cal_dpo, check_nca, check_sppo
-from steersman.tabular.feedback_check import check_bco, check_kto
+from steersman.tabular.anchored_check import (
+    check_apo_down,
+    check_apo_zero,
+    check_bco_pair,
+    check_cal_dpo,
+    check_nca,
+    check_sppo,
+)
+from steersman.tabular.feedback_check import check_apo_zero_unpaired, check_bco, check_kto
 from steersman.tabular.fixed_point import FixedPoint, example, imbalance, normalised, off_vertex, row_of
 from steersman.tabular.population import Population, descend, descend_frozen, descend_kinked
 from steersman.tabular.reference_free_check import check_alphapo, check_cpo, check_hinge, check_orpo, check_simpo
+from steersman.tabular.supervised_check import check_dft, check_nll
 from steersman.tabular.token_mdp import TokenMDP
 
 __all__ = ["CHECKS", "FixedPoint", "example"]
@@ -51,6 +60,33 @@ def check_conservative(mdp: TokenMDP, label_smoothing: float = 0.1) -> FixedPoin
     statement = "each answer's implied win rate is its smoothed one, (1 - eps) p + eps (1 - p)"
     row = row_of("dpo", statement, world, logits, float(deviation))
     row.name, row.source = "conservative dpo", "Mitchell 2023"
+    return row
+
+
+def check_ld_dpo(mdp: TokenMDP, alpha: float = 0.5) -> FixedPoint:
+    """With m the lead as LD-DPO weighs it, p the true preference and c 1 within the shared length and alpha beyond, a
+    token's slope is the sum of c (sigma(m) - p) over the pairs whose answers have it, which must be in proportion to
+    its probability. An answer has no implicit reward of its own: it depends on the length of the other one."""
+    world, beta = Population(mdp), mdp.beta
+    loss = world.expected(lambda pair: dpo(desensitised(pair, alpha), beta=beta)[0])
+    logits = descend(loss, mdp.logp_ref)
+    ratio, step = mdp.sequence_logp(logits) - mdp.sequence_logp_ref, torch.arange(mdp.horizon)
+
+    def counts(own: Tensor, other: Tensor) -> Tensor:
+        shared = torch.minimum(mdp.length[own], mdp.length[other])[:, None]
+        return torch.where(step < shared, 1.0, torch.where(step < mdp.length[own][:, None], alpha, 0.0)).double()
+
+    w, l = world.chosen, world.rejected  # noqa: E741
+    count = counts(w, l)
+    m = beta * ((count * ratio[w]).sum(-1) - (counts(l, w) * ratio[l]).sum(-1))
+    surplus = world.weight * (1 / (1 + (-m).exp()) - world.prefer)
+    edge = (mdp.path[:, :-1] * mdp.vocab + mdp.sequences)[w]  # behind the last one in the padding
+    slope = surplus.new_zeros(mdp.logp_ref.numel() + 1)
+    slope = slope.index_add(0, edge.flatten(), (count * surplus[:, None]).flatten())[:-1].view_as(mdp.logp_ref)
+    residual = slope - torch.softmax(logits, -1) * slope.sum(-1, keepdim=True)
+    statement = "each token's surplus of implied wins, alpha beyond the shared length, is in proportion to pi(a|s)"
+    row = row_of("dpo", statement, world, logits, float(residual.abs().max()), tolerance=1e-6)
+    row.name, row.source = "ld-dpo", "arXiv 2409.06411"
     return row
 
 
@@ -228,6 +264,7 @@ def _implied(world: Population, logits: Tensor) -> Float[Tensor, " M"]:
 CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "dpo": check_dpo,
     "conservative dpo": check_conservative,
+    "ld-dpo": check_ld_dpo,
     "robust_dpo": check_robust,
     "ipo": check_ipo,
     "hinge": check_hinge,
@@ -247,10 +284,14 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "fdpo_alpha": check_fdpo_alpha,
     "fdpo_js": check_fdpo_js,
     "nca": check_nca,
+    "bco_pair": check_bco_pair,
     "apo_zero": check_apo_zero,
     "apo_down": check_apo_down,
     "orpo": check_orpo,
     "cpo": check_cpo,
     "kto": check_kto,
+    "apo_zero_unpaired": check_apo_zero_unpaired,
     "bco": check_bco,
+    "nll": check_nll,
+    "dft": check_dft,
 }

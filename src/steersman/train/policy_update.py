@@ -15,8 +15,9 @@ from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.distributed.micro import my_micro_batches, over_rows
 from steersman.distributed.ranks import ranks
 from steersman.loss.correction import Correction
+from steersman.loss.masks import top_entropy
 from steersman.loss.policy import clip_fraction
-from steersman.loss.reduce import denominator, reduce, token_weight
+from steersman.loss.reduce import counted, denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.model import Policy, ScalarModel, SharedCritic
 from steersman.model.fast.plain import plain_layers
@@ -25,7 +26,7 @@ from steersman.ops.kl import kl_estimate
 from steersman.ops.masked import masked_sum
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory, send
-from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both
+from steersman.update.on_policy import Problem, dropped, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
 
 Critic = ScalarModel | SharedCritic
@@ -79,7 +80,7 @@ class Learner:
             part.value = read.detach()[:, : part.mask.shape[1] + 1].cpu()
             if micro.counts:
                 values[micro.rows, : part.value.shape[1]] = part.value.to(values.dtype)
-            count = denominator(part.mask, "token")
+            count = counted(part.mask, "token")
             part, advantage = _zeroed(part, self.algorithm.advantage(part))
             part, advantage = part.to(read.device), advantage.to(read.device)
             value = unmasked(read[:, :-1], part.mask)
@@ -96,6 +97,17 @@ class Learner:
         """The critic's values `[B, T+1]` of any rows."""
         assert self.critic is not None
         return over_rows(tokens, self.micro_tokens, self.critic.value, tokens.response.shape[1] + 1, group)
+
+    @torch.no_grad()
+    def read_entropy(self, tokens: Tokens, group: Tensor | None = None) -> Tensor:
+        """The policy's entropies `[B, T]` in nats, where the responses' tokens were sampled."""
+
+        def entropy(rows: Tokens) -> Tensor:
+            found = self.policy.logp(rows, temperature=self.temperature, entropy=True).entropy
+            assert found is not None
+            return found
+
+        return over_rows(tokens, self.micro_tokens, entropy, tokens.response.shape[1], group)
 
     def update(
         self,
@@ -117,9 +129,13 @@ class Learner:
 
         `ratio_gap` is the largest |logp - logp_old| before the first update: rounding, unless the rollout was
         made by something else than this policy. Raises NotFiniteError naming the loss that is not a number.
+        With the method's `top_entropy` each update of the policy learns from the steps of its minibatch at which the
+        policy was least sure before the first one.
         """
         traj, advantage = _zeroed(traj, advantage)
         batch = LanguageBatch(self, tokens, traj, advantage, coef, critic_loss)
+        if self.algorithm.top_entropy < 1 and not only_critic:
+            batch.entropy = self.read_entropy(tokens, traj.group)
         first = Stats()
         if critic_loss is not None and self.algorithm.stop_kl is None:
             first = batch.step(actor=False)
@@ -154,6 +170,7 @@ class LanguageBatch:
         self.tokens, self.traj, self.advantage, self.coef = tokens, traj, advantage, coef
         self.critic_is_due, self.critic = critic_loss is None, learner.critic_optimizer
         self.tally = Tally() if critic_loss is None else critic_loss
+        self.entropy: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -162,7 +179,8 @@ class LanguageBatch:
         """Gradients of one minibatch, micro-batch by micro-batch."""
         learner, tokens, traj, advantage = self.learner, self.tokens, self.traj, self.advantage
         mask = traj.mask[rows]
-        steps, policy_count = denominator(mask, "token"), denominator(mask, self.algorithm.average)
+        taught = self._taught(rows)
+        steps, policy_count = denominator(mask, "token"), denominator(taught, self.algorithm.average)
         device = learner.policy.device
         moved, gap = torch.zeros((), device=device), torch.zeros((), device=device)
         group = None if traj.group is None else traj.group[rows]
@@ -171,13 +189,16 @@ class LanguageBatch:
             index = rows[micro.rows]
             tally = self.tally if micro.counts else Tally()
             batch, own = tokens.rows(index), traj.rows(index)
-            count, share = denominator(own.mask, "token"), denominator(own.mask, self.algorithm.average)
             part, T = own.to(device), own.mask.shape[1]
+            own_taught = taught[micro.rows, :T]
+            count, share = counted(own.mask, "token"), counted(own_taught, self.algorithm.average)
             losses: dict[str, Tensor] = {}
             logp, entropy, value = (unmasked(x, part.mask) for x in self._forward(batch, actor))
             if logp is not None:
-                per_step = self._policy_loss(logp, entropy, part, send(advantage.adv[index, :T], device))
-                weight = token_weight(part.mask, self.algorithm.average, learner.length_limit, per_step.dtype)
+                adv = send(advantage.adv[index, :T], device)
+                per_step = self._policy_loss(logp, entropy, part, adv)
+                own_taught = send(own_taught, device)
+                weight = token_weight(own_taught, self.algorithm.average, learner.length_limit, per_step.dtype)
                 losses["policy"] = reduce(per_step, weight, policy_count)
                 tally.add("loss/policy", losses["policy"] * policy_count, share)
                 distance = kl_estimate(part.logp_old, logp.detach(), "k3")
@@ -185,7 +206,7 @@ class LanguageBatch:
                 if first:
                     difference = torch.where(part.mask, (logp.detach() - part.logp_old).abs(), 0.0)
                     gap = torch.maximum(gap, difference.max())
-                self._note_clipping(logp.detach(), part, count, tally)
+                self._note_left_out(logp.detach(), part, adv, count, tally)
             critic = learner.critic
             if critic is not None and not critic.shares_trunk and self.critic_is_due:
                 _backward(losses, micro.weight, seen_losses)  # the actor's activations go before the critic's come
@@ -226,13 +247,15 @@ class LanguageBatch:
     def problem(self) -> Problem:
         """Surrogate and exact KL over whole distributions, in micro-batches."""
         learner, traj, average = self.learner, self.traj, self.algorithm.average
-        policy_count, steps = denominator(traj.mask, average), denominator(traj.mask, "token")
+        taught = self._taught(torch.arange(len(self)))
+        policy_count, steps = denominator(taught, average), denominator(traj.mask, "token")
         surrogates, distances = [], []
         for micro in my_micro_batches(self.tokens.length, learner.micro_tokens):
             rows = micro.rows
             batch, part = self.tokens.rows(rows), traj.rows(rows).to(learner.policy.device)
             part_adv = send(self.advantage.adv[rows, : part.mask.shape[1]], part.mask.device)
-            weight = token_weight(part.mask, average, learner.length_limit)
+            part_taught = send(taught[rows, : part.mask.shape[1]], part.mask.device)
+            weight = token_weight(part_taught, average, learner.length_limit)
 
             def surrogate(batch=batch, part=part, part_adv=part_adv, weight=weight) -> Tensor:
                 logp, entropy, _ = (unmasked(x, part.mask) for x in self._forward(batch, True))
@@ -251,6 +274,11 @@ class LanguageBatch:
             distances.append(distance)
         return Problem(learner.actor.parameters, surrogates, distances)
 
+    def _taught(self, rows: Tensor) -> Tensor:
+        """The steps `[b, T]` of these rows, one update's, that the policy learns from."""
+        mask = self.traj.mask[rows]
+        return mask if self.entropy is None else top_entropy(self.entropy[rows], mask, self.algorithm.top_entropy)
+
     def _forward(self, batch: Tokens, actor: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """log-probabilities, entropies and a shared critic's values of the response tokens, each only if needed."""
         learner, want_entropy = self.learner, self.algorithm.entropy_coef > 0
@@ -267,10 +295,13 @@ class LanguageBatch:
         correction = self.learner.correction
         return policy_loss(self.algorithm, logp, part, adv, self.coef, entropy=entropy, correction=correction)
 
-    def _note_clipping(self, logp: Tensor, part: Trajectory, count: int, tally: Tally) -> None:
-        clipped = self.algorithm.clip_range()
+    def _note_left_out(self, logp: Tensor, part: Trajectory, adv: Tensor, count: int, tally: Tally) -> None:
+        """The shares of the steps that count whose ratio is clipped, and that are too far from the sampler."""
+        clipped, away = self.algorithm.clip_range(), dropped(self.algorithm, logp, part, adv)
         if clipped is not None:
             tally.add("clip_fraction", clip_fraction(logp, part.logp_old, part.mask, *clipped) * count, count)
+        if away is not None:
+            tally.add("off_policy_fraction", (away & part.mask).sum(), count)
 
     def _distribution(self, batch: Tokens) -> Tensor:
         """log pi(. | s) at every response token that counts, `[N, V]`, twice differentiable."""

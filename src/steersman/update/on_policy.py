@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.distributed.micro import split_evenly
 from steersman.loss.correction import Correction
+from steersman.loss.masks import off_policy
 from steersman.ops.kl import kl_loss
 from steersman.types import Stats, Trajectory
 from steersman.update.natural import Scalar, trust_region_step
@@ -124,8 +125,12 @@ def policy_loss(
 
     What is an average over sampled actions is weighted by `correction` where another policy sampled them
     (`logp_rollout`), and by `traj.weight` where prompts were drawn unequally; the entropy needs no action.
+    loss_t is 0 for bad responses that the policy has moved away from, with `off_policy_threshold`.
     """
     loss = algorithm.loss(logp, traj, adv, coef)
+    left_out = dropped(algorithm, logp, traj, adv)
+    if left_out is not None:
+        loss = torch.where(left_out, 0.0, loss)
     if algorithm.kl_in == "loss" and traj.logp_ref is not None:
         loss = loss + coef.beta * kl_loss(logp, traj.logp_ref, traj.mask, algorithm.kl_estimator)
     if correction is not None and traj.logp_rollout is not None:
@@ -135,3 +140,13 @@ def policy_loss(
     if entropy is not None:
         loss = loss - algorithm.entropy_coef * entropy
     return loss
+
+
+def dropped(
+    algorithm: Algorithm, logp: Float[Tensor, "B T"], traj: Trajectory, adv: Float[Tensor, "B T"]
+) -> Bool[Tensor, "B T"] | None:
+    """The steps that `off_policy_threshold` leaves out, by what the sampler itself recorded; None without one."""
+    if algorithm.off_policy_threshold is None:
+        return None
+    sampled = traj.logp_old if traj.logp_rollout is None else traj.logp_rollout
+    return off_policy(logp, sampled, adv, traj.mask, algorithm.off_policy_threshold)

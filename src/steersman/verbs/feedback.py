@@ -1,6 +1,7 @@
 """`steersman kto` and `steersman bco`: offline optimisation on single answers with a thumb up or down.
 
-Pairs serve as well: the chosen answer is a thumb up, the rejected one a thumb down.
+`loss.name` of `kto` may also be `apo_zero_unpaired`. Pairs serve as well: the chosen answer is a thumb up, the
+rejected one a thumb down.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FeedbackRecipe(OfflineRecipe[L], Generic[L]):
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe[L]:
-        if self.loss.name == "kto" and self.train.batch_size < 2:
+        if self.loss.mismatches and self.train.batch_size < 2:
             raise ValueError(
                 "train.batch_size is 1, but KTO estimates its reference point from the answers to the other prompts "
                 "of a batch; give at least 2, better 16 or more"

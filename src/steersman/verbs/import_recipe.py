@@ -24,7 +24,8 @@ from steersman.types import SteersmanError
 from steersman.verbs.peers import together
 from steersman.verbs.peers.batch import batch
 from steersman.verbs.peers.rules import RULES, SAME, UNLIKE
-from steersman.verbs.peers.settings import VERBS, guess_verb, read_settings
+from steersman.verbs.peers.self_distillation import self_distillation
+from steersman.verbs.peers.settings import ABOVE, VERBS, guess_verb, read_settings, recipe_of
 from steersman.verbs.peers.translation import LeftOutError, Translation, short
 
 PRIORITY = (
@@ -63,13 +64,15 @@ def run(recipe: ImportRecipe) -> dict[str, Any]:
         raise SteersmanError(f"out: {recipe.out} is there already; name a file that is not")
     settings = read_settings(Path(recipe.file))
     verb = guess_verb(settings) if recipe.verb == "auto" else recipe.verb
-    if verb not in VERBS:
-        raise SteersmanError(f"verb: {verb!r} is not one of {', '.join(VERBS)}")
+    if verb not in (*VERBS, *ABOVE):
+        raise SteersmanError(f"verb: {verb!r} is not one of {', '.join((*VERBS, *ABOVE))}")
     keys, left = translate_settings(settings, verb)
     comments = [f"steersman {verb}, from {Path(recipe.file).name}"]
     comments += [f"{name if name.isidentifier() else repr(name)}: {reason}" for name, reason in left.items()]
-    known = {key for key, _ in walk_keys(VERBS[verb])}
-    needed = [key for key in ("model.path", "data.path", "reward.parts") if key in known and key not in keys]
+    known = {key for key, _ in walk_keys(recipe_of(verb))}
+    needed = [
+        key for key in ("model.path", "data.path", "teacher.path", "reward.parts") if key in known and key not in keys
+    ]
     comments += [f"{key}: not in the file; give it here, or as --{key} VALUE" for key in needed]
     if recipe.out is None:
         text = recipe_text(comments, keys)
@@ -102,6 +105,7 @@ def translate_settings(settings: dict[str, Any], verb: str) -> tuple[dict[str, A
         for name, value in t.settings.items():
             if _VARIABLE.search(str(value)):
                 t.leave(name, "is a variable of the shell, whose value is not in the file")
+    self_distillation(t)
     batch(t)
     together.adapters(t)
     together.rewards(t)
@@ -173,7 +177,9 @@ def _drop_refused(t: Translation) -> None:
 
 def _refusal(recipe: type[Section], keys: dict[str, Any]) -> str | None:
     """Why the recipe class refuses these keys; None where it takes them. What must be given has a stand-in."""
-    settings = {"model.path": "MODEL", "data.path": "DATA", **keys}
+    known = {key for key, _ in walk_keys(recipe)}
+    stand_ins = {key: "STAND-IN" for key in ("model.path", "data.path", "teacher.path") if key in known}
+    settings = {**stand_ins, **keys}
     words = [f"--{key}={json.dumps(settings[key], ensure_ascii=False, default=str)}"
              for key in sorted(settings, key=lambda key: key.count("."))]  # fmt: skip
     try:

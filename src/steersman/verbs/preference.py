@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from steersman.data import Order, Preference, TrainingSet, keys_of_other_kinds, layout, training
 from steersman.loss.offline import LOSSES
 from steersman.model import context_length
-from steersman.objectives.preference import PairLossConfig, PairObjective
+from steersman.objectives.preference import PairObjective
+from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.preflight import Preflight
 from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
@@ -24,16 +25,6 @@ from steersman.verbs.preflight import describe_run
 
 ANCHOR_SHARE = 0.1
 """An anchor's share of the mixture where a recipe gives none."""
-
-
-def has_reference(loss: str) -> bool:
-    """Whether a loss measures how far answers move from a reference."""
-    return LOSSES[loss].needs_reference
-
-
-def takes_anchor(loss: str) -> bool:
-    """Whether two references can be mixed for a loss: their mixture is known up to a number per prompt."""
-    return LOSSES[loss].only_differences
 
 
 class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
@@ -55,19 +46,20 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
     @property
     def reads_reference(self) -> bool:
         """Whether the loss has a reference, or the held prompts of `samples` measure their KL to it."""
-        needed = has_reference(self.loss.name)
+        needed = self.loss.needs_reference
         return needed or self.samples.count(needed) > 0
 
     @property
     def reads_reference_in_updates(self) -> bool:
-        return super().reads_reference_in_updates or LOSSES[self.loss.name].needs_full_kl
+        return super().reads_reference_in_updates or self.loss.needs_full_kl
 
     @model_validator(mode="after")
     def _references_fit(self) -> PreferenceRecipe:
-        if self.anchor is not None and not takes_anchor(self.loss.name):
-            able = ", ".join(filter(takes_anchor, LOSSES))
+        more = [name for name, entry in self.loss.entries.items() if not entry.only_differences]
+        if self.anchor is not None and more:
+            able = ", ".join(name for name, entry in LOSSES.items() if entry.only_differences)
             raise ValueError(
-                f"anchor: the mixture of two references is known up to a number per prompt, and {self.loss.name} "
+                f"anchor: the mixture of two references is known up to a number per prompt, and {' and '.join(more)} "
                 f"takes more of a reference than differences between whole answers; use one of {able}"
             )
         if self.anchor is not None and self.loss.settings.get("length_normalised"):
@@ -75,12 +67,17 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
                 "anchor: the mixture of two references is known up to a number per prompt, which does not drop out "
                 "with length_normalised; remove one of the two"
             )
+        if self.anchor is not None and self.loss.ld_alpha != 1:
+            raise ValueError(
+                "anchor: the mixture of two references is known of whole answers alone, and loss.ld_alpha takes "
+                "parts of them; remove one of the two"
+            )
         if self.anchor is None and self.anchor_share != ANCHOR_SHARE:
             raise ValueError("anchor_share is the share of an anchor, and none is given; give anchor, or remove it")
         if self.reference != "start" and not self.reads_reference:
             raise ValueError(
-                f"reference: {self.loss.name} has none, so the model in {self.reference} is never read; remove it, "
-                "or give samples.prompts, whose KL is measured to it"
+                f"reference: {' and '.join(self.loss.entries)} has none, so the model in {self.reference} is never "
+                "read; remove it, or give samples.prompts, whose KL is measured to it"
             )
         return self
 
@@ -93,15 +90,15 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         health=recipe.health,
     )  # fmt: skip
     with session:
-        entry = LOSSES[recipe.loss.name]
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
         order = Order(recipe.train.batch_size, recipe.run.seed)
         data = training(recipe.data, "preference", laid, context=context_length(policy.model), order=order)
         _check_margins(recipe.loss, data.train)
-        watched = recipe.samples.count(entry.needs_reference) > 0
+        _check_explored(recipe.loss, data.train)
+        watched = recipe.samples.count(recipe.loss.needs_reference) > 0
         reference = watch = anchor = None
-        if entry.needs_reference or watched:
+        if recipe.loss.needs_reference or watched:
             reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
         if recipe.anchor is not None:
             second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
@@ -121,9 +118,10 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
             model=recipe.model.model_dump(mode="json"),
         )  # fmt: skip
         state.prepare = objective.read_reference
-        pre = Preflight(f"steersman {recipe.loss.name} ({entry.source})")
+        sources = dict.fromkeys(entry.source for entry in recipe.loss.entries.values())
+        pre = Preflight(f"steersman {' + '.join(recipe.loss.entries)} ({', '.join(sources)})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
-        pre.fact("leads to", entry.fixed_point)
+        pre.fact("leads to", recipe.loss.leads_to)
         sampled = None if watch is None else watch.sampled()
         return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)
 
@@ -133,4 +131,12 @@ def _check_margins(config: PairLossConfig, data: TrainingSet[Preference]) -> Non
         raise SteersmanError(
             f"loss.margin_weight is {config.margin_weight:g}, but no pair has a margin; give the data a column "
             "`margin` (data.columns can name yours) or leave loss.margin_weight out"
+        )
+
+
+def _check_explored(config: PairLossConfig, data: TrainingSet[Preference]) -> None:
+    if config.explore and np.isnan(data.values("chosen_from_reference")).all():
+        raise SteersmanError(
+            f"loss.explore is {config.explore:g}, but no pair says which answer is the reference's; give the data a "
+            "column `chosen_from_reference` (data.columns can name yours), or leave loss.explore out"
         )

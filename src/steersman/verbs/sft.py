@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,14 @@ from steersman.verbs.preflight import describe_run
 
 
 class SFTConfig(PackedOfflineConfig):
-    """How long and in what batches to train on demonstrations."""
+    """How long and in what batches to train on demonstrations, and on what loss."""
+
+    loss: Literal["nll", "dft"] = Field(
+        default="nll",
+        description="nll: negative log-likelihood; dft: each token's weighed by its own probability (dynamic "
+        "fine-tuning), which learns little from tokens that the model finds unlikely, and sharpens; the best weights "
+        "are then those of the highest mean probability of held-out tokens",
+    )
 
 
 class SFTRecipe(TrainingRecipe):
@@ -54,9 +61,12 @@ class SFTRecipe(TrainingRecipe):
 
 def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the model in `<run folder>/model`; returns the summary that the run folder holds."""
+    likelihood = recipe.train.loss == "nll"
     session = Session(
-        "sft", recipe, resume=resume, metric="held_out/loss", mode="min",
-        headline=("loss", "held_out/loss", "throughput"), health=recipe.health,
+        "sft", recipe, resume=resume,
+        metric="held_out/loss" if likelihood else "held_out/probability", mode="min" if likelihood else "max",
+        headline=("loss", *(() if likelihood else ("probability",)), "held_out/loss", "throughput"),
+        health=recipe.health,
     )  # fmt: skip
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
@@ -64,7 +74,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
         order = Order(recipe.train.batch_size, recipe.run.seed)
         data = training(recipe.data, "demonstration", laid, context=context_length(policy.model), order=order)
         state = Offline(
-            SFT(policy, data.train, data.held_out, recipe.run.micro_tokens),
+            SFT(policy, data.train, data.held_out, recipe.run.micro_tokens, loss=recipe.train.loss),
             recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data,
         )  # fmt: skip
         pre = Preflight("steersman sft")

@@ -82,6 +82,31 @@ def _reaches(kind: Divergence, mix: float, source: str) -> Callable[[TokenMDP], 
     return check
 
 
+def _own_with_demonstrations(
+    kind: Divergence, source: str, mean: str, pooled: Callable[[Tensor], Tensor]
+) -> Callable[[TokenMDP], FixedPoint]:
+    """The teacher is the model before training with one of two demonstrations in its prompt, each as often; here they
+    are two tables, of which the student, who sees neither, is to make one."""
+
+    def check(mdp: TokenMDP) -> FixedPoint:
+        generator = torch.Generator().manual_seed(5)
+        noise = torch.randn(2, *mdp.logp_ref.shape, generator=generator, dtype=torch.float64)
+        shown, states = torch.log_softmax(mdp.logp_ref + noise, -1), mdp.state_prob(mdp.logp_ref)
+        table = Head(torch.eye(mdp.vocab, dtype=torch.float64))
+
+        def loss(x: Tensor) -> Tensor:
+            each = [linear_divergence(x, table, TeacherStates(logp, table), kind) for logp in shown]
+            return states @ torch.stack(each).mean(0)
+
+        logits = descend(loss, mdp.logp_ref)
+        statement = f"own model shown demonstrations: the {mean} mean of what it says with each, in every state"
+        return _row(
+            mdp, f"{kind}, shown", source, statement, logits, _gap(logits.softmax(-1), pooled(shown).softmax(-1))
+        )
+
+    return check
+
+
 def check_minillm(mdp: TokenMDP) -> FixedPoint:
     logits = _some(mdp)
     found = expected_gradient(mdp, logits, _loss(mdp, whole=True), kl=False)
@@ -191,6 +216,12 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "jsd": _reaches("jsd", 0.3, "2306.13649"),
     "skew_kl": _reaches("skew_kl", 0.1, "2402.03898"),
     "skew_reverse_kl": _reaches("skew_reverse_kl", 0.1, "2402.03898"),
+    "reverse_kl, shown": _own_with_demonstrations(
+        "reverse_kl", "2601.19897", "normalised geometric", lambda logp: logp.mean(0)
+    ),
+    "forward_kl, shown": _own_with_demonstrations(
+        "forward_kl", "2601.19897", "arithmetic", lambda logp: logp.exp().mean(0).log()
+    ),
     "minillm": check_minillm,
     "minillm + reward": check_minillm_reward,
     "reverse_kl + reward": check_reverse_reward,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.loss.preference import PairLogp, dpo, ipo, sppo
+from steersman.loss.preference import PairLogp, dpo, ipo, reference_answer, sppo
 from steersman.tabular.population import descend
 from steersman.tabular.preference_check import FixedPoint
 from steersman.tabular.token_mdp import TokenMDP
@@ -45,11 +45,13 @@ def play(
     *,
     share: float = 0.0,
     given: Float[Tensor, " N"] | None = None,
+    explore: float | None = None,
     rounds: int = ROUNDS,
 ) -> Float[Tensor, "S V"]:
     """The policy after some rounds. Each draws pairs of its own answers, labelled by `chosen[i, j]`, how often i
-    beats j; or pairs of an answer of the data (`given`, its distribution) and one of its own. The reference is the
-    last policy, mixed with the first one by `share`."""
+    beats j; or pairs of an answer of the data (`given`, its distribution) and one of its own; or, with `explore`,
+    pairs of one of its own and one of the first policy, whose log-probability times `explore` is added to the loss.
+    The reference is the last policy, mixed with the first one by `share`."""
     first = mdp.sequence_logp_ref.sum(-1)
     logits, N = mdp.logp_ref, len(mdp)
     w, l = (x.flatten() for x in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))  # noqa: E741
@@ -57,16 +59,25 @@ def play(
     for _ in range(rounds):
         last = mdp.sequence_logp(logits).sum(-1).detach()
         own, reference = last.exp(), (1 - share) * last + share * first
+        from_first = torch.zeros_like(own[w])  # how often the chosen answer of such a pair is the first policy's
         if given is not None:
             prob = given[w] * own[l]
+        elif explore is not None:
+            assert chosen is not None
+            both = own[w] * first.exp()[l], first.exp()[w] * own[l]
+            prob = (both[0] + both[1]) * chosen[w, l]
+            from_first = both[1] / (both[0] + both[1])
         else:
             assert chosen is not None
             prob = 2 * own[w] * own[l] * chosen[w, l]  # both orders are listed
 
-        def expected(x: Tensor, prob: Tensor = prob, reference: Tensor = reference) -> Tensor:
+        def expected(
+            x: Tensor, prob: Tensor = prob, reference: Tensor = reference, from_first: Tensor = from_first
+        ) -> Tensor:
             logp = mdp.sequence_logp(x).sum(-1)
             pair = PairLogp(logp[w], logp[l], length[w], length[l], reference[w], reference[l])
-            return (prob * loss(pair)).sum()
+            bonus = (explore or 0.0) * reference_answer(pair, from_first, 1 - from_first)
+            return (prob * (loss(pair) + bonus)).sum()
 
         logits = descend(expected, logits, steps=200)
     return logits
@@ -108,6 +119,26 @@ def check_spin(world: tuple[TokenMDP, Tensor]) -> FixedPoint:
     return _row(mdp, "spin", "2401.01335", statement, logits, _distance(mdp, logits, given.log()))
 
 
+def check_xpo(
+    world: tuple[TokenMDP, Tensor], beta: float = 0.5, explore: float = 0.05, rounds: int = ROUNDS
+) -> FixedPoint:
+    """The judge has a reward here. Where the rounds rest, pairs are of one answer of pi and one of pi_0; the logit of
+    answer i moves DPO's mean loss by beta (implied - true wins of i), and the bonus by alpha (pi_0(i) - pi(i)):
+
+        beta sum_j (pi(i) pi_0(j) + pi_0(i) pi(j)) (sigma(m_ij) - P(i beats j)) = alpha (pi(i) - pi_0(i))
+    """
+    mdp, _ = world
+    first, reward = mdp.sequence_logp_ref.sum(-1), mdp.total_reward
+    beats = torch.sigmoid(reward[:, None] - reward[None])
+    logits = play(mdp, lambda pair: dpo(pair, beta=beta)[0], beats, share=1.0, explore=explore, rounds=rounds)
+    logp = mdp.sequence_logp(logits).sum(-1)
+    implicit, pi, start = beta * (logp - first), logp.exp(), first.exp()
+    met = pi[:, None] * start[None] + start[:, None] * pi[None]
+    excess = beta * (met * (torch.sigmoid(implicit[:, None] - implicit[None]) - beats)).sum(1)
+    statement = "rounds of dpo with explore: the excess of implied over true wins, times beta, is alpha (pi - pi_0)"
+    return _row(mdp, "xpo", "2405.21046", statement, logits, float((excess - explore * (pi - start)).abs().max()))
+
+
 def _distance(mdp: TokenMDP, logits: Tensor, logp: Tensor) -> float:
     """Total variation between the policy and a distribution over answers."""
     return float((mdp.sequence_logp(logits).sum(-1).exp() - logp.exp()).abs().sum() / 2)
@@ -122,4 +153,5 @@ CHECKS: dict[str, Callable[[tuple[TokenMDP, Tensor]], FixedPoint]] = {
     "nash": check_nash,
     "sppo rounds": check_sppo_rounds,
     "spin": check_spin,
+    "xpo": check_xpo,
 }

@@ -65,9 +65,7 @@ def method_table(methods: list[Method], seeds: int, iterations: int) -> Renderab
     return Group("", table, Padding(legend, (0, 2)), Padding(Text(reading, style="dim"), (1, 2)))
 
 
-def offline_table(
-    rows: list[FixedPoint], title: str = "Offline preference losses", gap_name: str = "J* - J"
-) -> RenderableType:
+def offline_table(rows: list[FixedPoint], title: str = "Offline losses", gap_name: str = "J* - J") -> RenderableType:
     """One row per loss, descended on infinite data."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
     for name in ("loss", "rests where", "off by", gap_name):

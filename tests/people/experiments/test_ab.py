@@ -63,6 +63,19 @@ def test_a_better_model_is_found_and_stays_found():
     assert report(Experiment(), rows[:20]).decision == "wait"
 
 
+def test_what_was_decided_is_never_taken_back():
+    """Wherever further values end, what was said after so many values stays said, and its place too."""
+    rows = wins(0.58, 700, seed=3)
+    first = report(Experiment(), rows).primary
+    assert first.state == "better"
+    assert 200 < first.decided_at < 600
+    assert report(Experiment(), rows[: first.decided_at - 1]).decision == "wait"
+    for n in (*range(first.decided_at, first.decided_at + 20), *range(first.decided_at + 20, 700, 31)):
+        told = report(Experiment(), rows[:n])
+        assert (told.decision, told.primary.decided_at) == ("treatment", first.decided_at)
+        assert told.primary.look.low > 0.5 - 1e-6
+
+
 def test_worse_futile_and_used_up():
     assert report(Experiment(), wins(0.3, 300)).primary.state == "worse"
     futile = report(Experiment(margin=0.1), wins(0.5, 1500))

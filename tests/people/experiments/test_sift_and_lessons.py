@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from letter_models import write_jsonl
 
-from steersman.data import DataConfig
+from steersman.data import DataConfig, Row
 from steersman.data.load import demonstrations, feedback, preferences
 from steersman.people.agreement import kappa
 from steersman.people.filters import FilterConfig, sift
-from steersman.people.judgements import Judgement
+from steersman.people.judgements import Judgement, judgement
 from steersman.people.wheel.evaluation import guard_metrics, human_metrics
 from steersman.people.wheel.gates import Gate, check
 from steersman.people.wheel.lessons import MixConfig, is_held_out, lessons, mix_rows
 from steersman.statistics.estimates import Estimate
+from steersman.types import SteersmanError
 
 
 def pair(i: int, user: str = "a", choice: str = "first", answers=("x", "y"), prompt: str = "p", **more) -> Judgement:
@@ -33,7 +34,7 @@ def reasons(rows, config=None) -> dict[str, str]:
 
 
 def test_spam_gold_and_disagreement_are_left_out():
-    lazy = [pair(i, "lazy", "second", prompt=f"q{i}") for i in range(20)]
+    lazy = [pair(i, "lazy", "second", prompt=f"q{i}", sides=(0, 1)) for i in range(20)]
     blind = [thumb(i, True, user="blind", expected=False) for i in range(3)] + [thumb(9, True, user="blind")]
     fine = [thumb(i, i > 0, user="fine", expected=True) for i in range(4)] + [thumb(8, True, user="fine")]
     hasty = [pair(50, "hasty", seconds=0.1, prompt="h")]
@@ -49,6 +50,21 @@ def test_spam_gold_and_disagreement_are_left_out():
     assert told["hasty-50"] == "too fast to have been read"
     assert told["b-60"] == told["c-61"] == "raters disagree"
     assert "lazy-3" not in reasons(lazy, FilterConfig(one_sided=1.0))
+
+
+def test_a_rater_is_one_sided_by_the_screen_alone():
+    """Files whose answers stand in one order, the better one first, say nothing of sides."""
+    assert reasons([pair(i, prompt=f"q{i}") for i in range(40)]) == {}
+    turned = [pair(i, prompt=f"q{i}", sides=(0, 1) if i % 2 else (1, 0)) for i in range(40)]
+    assert reasons(turned) == {}
+    left = [pair(i, choice="first" if i % 2 else "second", prompt=f"q{i}", sides=(0, 1) if i % 2 else (1, 0))
+            for i in range(40)]  # fmt: skip
+    assert set(reasons(left).values()) == {"rater always says the same"}
+    ties = [pair(i, choice="tie", prompt=f"q{i}") for i in range(40)]
+    assert set(reasons(ties).values()) == {"rater always says the same"}
+    assert reasons(ties[:20] + [pair(i, prompt=f"q{i}") for i in range(40, 60)]) == {}
+    with pytest.raises(SteersmanError, match=r"field 'sides': must be \[0, 1\] or \[1, 0\]"):
+        judgement(Row({"user": "a", "prompt": "p", "answers": ["x", "y"], "choice": 0, "sides": ["left"]}, "f", 1))
 
 
 def test_the_last_word_of_a_rater_counts():

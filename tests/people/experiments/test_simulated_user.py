@@ -11,7 +11,7 @@ from judging_kit import append
 from letter_models import letters, rows_of, save_mini
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "judge"))
-from judge_server import serving  # type: ignore
+from judge_server import cut, serving  # type: ignore
 
 from steersman.people.simulated_user import END, SimulateRecipe, run
 from steersman.types import SteersmanError
@@ -117,12 +117,58 @@ def test_a_judge_who_says_the_opposite_of_people_is_seen(tmp_path):
         assert float(kappa[1]) < 0.05
 
 
-def test_a_user_who_leaves_and_a_candidate_without_words(tmp_path):
+def test_a_user_who_leaves_and_a_candidate_without_words(tmp_path, capsys):
     with serving(lambda n, text: END) as server, serving(lambda n, text: "") as silent:
-        with pytest.raises(SteersmanError, match="decided none of the comparisons"):
-            run(recipe(tmp_path, server.url, silent.url))
+        told = run(recipe(tmp_path, server.url, silent.url))
         talks = rows_of(tmp_path / "run/conversations-calm.jsonl")
         assert [len(t["messages"]) for t in talks[:4]] == [0, 0, 2, 2]  # two openings were answered
+        assert (told["win_rates"]["calm"]["value"], told["win_rates"]["calm"]["n"]) == (1.0, 6)
+        assert {row["by"] for row in rows_of(tmp_path / "run/battles.jsonl")} == {"silence"}
+        assert not any("<answer A>" in text for text in server.seen)  # silence needs no judge
+    said = " ".join(capsys.readouterr().out.split())
+    assert "candidates.loud said nothing in 6 of 6 conversations" in said
+    assert "user said nothing to candidates.calm in 6 of 12 conversations" in said
+
+
+def test_a_candidate_that_is_now_and_then_silent_loses_these_conversations(tmp_path):
+    def now_and_then(n, text):
+        return "" if "tired" in text else CALM
+
+    def answering(n, text):
+        return "[[C]]" if "<answer A>" in text else play(n, text)
+
+    with serving(answering) as server, serving(now_and_then) as mute:
+        told = run(recipe(tmp_path, server.url, mute.url, turns=1))
+    # of 12 conversations 6 begin with "I am tired", to which it says nothing, and 6 are a tie by the judge
+    assert (told["win_rates"]["calm"]["value"], told["win_rates"]["calm"]["n"]) == (0.75, 12)
+
+
+def test_without_a_decided_comparison_the_reasons_are_told(tmp_path):
+    def unsure(n, text):
+        return "hm" if "<answer A>" in text else play(n, text)
+
+    with (
+        serving(unsure) as server,
+        serving(lambda n, text: LOUD) as loud,
+        pytest.raises(SteersmanError, match="judge gave no verdict on 12 of 12"),
+    ):
+        run(recipe(tmp_path, server.url, loud.url, turns=1))
+
+
+def test_messages_that_a_limit_cut_are_counted_and_the_user_s_end_with_a_whole_sentence(tmp_path, capsys):
+    def cut_short(n, text):
+        if "<answer A>" in text:
+            return "[[C]]"
+        return cut("I am tired. What should I d" if "next message" in text else "Rest a litt")
+
+    with serving(cut_short) as server, serving(lambda n, text: LOUD) as loud:
+        run(recipe(tmp_path, server.url, loud.url, turns=1))
+    talks = rows_of(tmp_path / "run/conversations-calm.jsonl")
+    assert [m["content"] for m in talks[0]["messages"]] == ["I am tired.", "Rest a litt"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "candidates.calm: the limit cut 12 of 12 messages" in said
+    assert "user: the limit cut 12 of 24 messages" in said
+    assert "candidates.loud: the limit" not in said
 
 
 def test_a_model_on_this_machine_talks(tmp_path):

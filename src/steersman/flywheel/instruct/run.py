@@ -28,6 +28,7 @@ from steersman.flywheel.instruct.compose import REWRITE, compose, instruction_te
 from steersman.flywheel.instruct.constraints import KINDS, again
 from steersman.flywheel.instruct.correct import Draft, correct
 from steersman.flywheel.players import Player, load_queries
+from steersman.judge.config import EndpointConfig, LocalConfig
 from steersman.judge.prompts import fill
 from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
@@ -91,6 +92,23 @@ class InstructRecipe(Section):
             data=("cut", "max_length", "mix", "on_too_long", "shuffle"),
         )
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A corrector may write as much as the model whose answers it writes anew."""
+        corrector, rollout = given.get("corrector"), given.get("rollout")
+        own = rollout.get("max_new_tokens") if isinstance(rollout, dict) else None
+        length = cls.model_fields["rollout"].default.max_new_tokens if own is None else own
+        if not isinstance(corrector, dict) or not isinstance(length, int):
+            return {}
+        kinds = {"endpoint": EndpointConfig, "local": LocalConfig}
+        return {
+            "corrector": {
+                name: {"max_tokens": max(length, kind.model_fields["max_tokens"].default)}
+                for name, kind in kinds.items()
+                if isinstance(corrector.get(name), dict)
+            }
+        }
+
     @model_validator(mode="after")
     def _fits(self) -> InstructRecipe:
         if self.rephrase and self.corrector is None:
@@ -121,6 +139,10 @@ def run(recipe: InstructRecipe, *, resume: bool = False) -> dict[str, Any]:
         by = "nobody" if writer is None else writer.describe()
         mended = ledger.table("mended", lambda: _mended(recipe, asked, answers, writer), by=by)
         stats |= _write(ledger, recipe, asked, mended, wrap)
+        if writer is not None:
+            stats |= writer.stats()
+            if writer.warning():
+                ledger.log.note(writer.warning(), style="yellow")
         if held and recipe.rollout.held_out:
             count = recipe.rollout.held_out
             rows = ledger.table(
@@ -247,7 +269,7 @@ def _taught(
     A mended answer kept more rules than the one that it was made of, so it is the better one of the pair here too.
     """
     if row["finish"] == "length" and not row["mended"]:
-        return None  # the limit's cut is no end to be learned; what was written anew has one of its own
+        return None  # the limit's cut is no end to be learned; of what was written anew only whole texts were taken
     rules = [c for c in asked["rules"] if c["name"] not in row["broken_after"]]
     if len(rules) == len(asked["rules"]):
         return asked["prompt"], len(rules), row

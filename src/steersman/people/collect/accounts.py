@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from steersman.people.collect.security import checked_password, hashed
 from steersman.people.collect.visit import Visit, go
-from steersman.people.store.raters import add_person, forget, set_password
+from steersman.people.store.raters import NOT_GONE_YET, add_person, forget, set_password
 from steersman.types import SteersmanError
 
 
@@ -34,10 +34,8 @@ def disable(visit: Visit) -> Response:
 
 
 def forget_person(visit: Visit) -> Response:
-    name = _other(visit)
-    with visit.store.begin() as session:
-        forget(session, name)
-    return go("/admin")
+    _, gone = forget(visit.store, _other(visit))
+    return go("/admin") if gone else visit.error_page(NOT_GONE_YET)
 
 
 def _other(visit: Visit) -> str:

@@ -47,7 +47,9 @@ class AnsweringModel(Section):
 
     path: str | None = Field(default=None, description="folder or hub name of a model that runs in this process")
     url: str | None = Field(default=None, description="OpenAI-compatible address up to the version (.../v1)")
-    name: str = Field(default="", description="the model's name at that address, and in the store")
+    name: str = Field(
+        default="", description="its name in the store, and at its address; of a path by default the last part"
+    )
     key_env: str = Field(default="OPENAI_API_KEY", description="environment variable with the address's key")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
 
@@ -58,6 +60,11 @@ class AnsweringModel(Section):
         if self.url is not None and not self.name:
             raise ValueError("an address needs the model's name, as it is known there")
         return self
+
+    @property
+    def stored_name(self) -> str:
+        """What the model is called in the store: `name`, or the last part of its path."""
+        return self.name or str(self.path).rstrip("/").rsplit("/", 1)[-1]
 
 
 class AnsweringSampling(Section):
@@ -94,7 +101,7 @@ class LocalModel:
         self.live = Live(engine, rows=ROWS, longest=longest, new_tokens=sampling.max_new_tokens, queue=QUEUE)
         digests = fingerprints(config, Path("/nowhere"))
         version = next((d[:12] for paths in digests.values() for d in paths.values()), "")
-        self.model = (model.name or path.rstrip("/").rsplit("/", 1)[-1], version)
+        self.model = (model.stored_name, version)
         self.settings = sampling.model_dump()
 
     def answer(self, messages: Messages, user: str) -> TurnText:

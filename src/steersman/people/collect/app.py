@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -16,10 +19,12 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from steersman.guards.terminal import printable
 from steersman.people.addresses import host_names
 from steersman.people.collect import accounts, chat, judging, looking, people, run_pages, security
 from steersman.people.collect.texts import LANGUAGES, language
 from steersman.people.collect.visit import Site, Visit, go
+from steersman.people.store.database import is_away, reason
 from steersman.people.store.raters import visitor
 from steersman.types import SteersmanError
 
@@ -30,6 +35,7 @@ FOREIGN_FORM = (
 PAGES_AT_ONCE, ANSWERS_AT_ONCE = 8, 512
 """Pages that are made at the same time, and requests that may wait for a model meanwhile without holding up pages."""
 Handler = Callable[[Visit], Response]
+logger = logging.getLogger(__name__)
 
 
 def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
@@ -93,9 +99,22 @@ def _endpoint(
                 return stranger.error_page(LANGUAGES[lang]["busy"], 429)
             form = await request.form(max_files=0, max_fields=200)
         visit = Visit(site, request, None, lang, form)
-        return await run_sync(_answer, visit, handler, public, admin, limiter=limiter)
+        return await run_sync(_served, visit, handler, public, admin, limiter=limiter)
 
     return endpoint
+
+
+def _served(visit: Visit, handler: Handler, public: bool, admin: bool) -> Response:
+    """What is answered; where the database is away, a page that says so, and a line in the log."""
+    try:
+        return _answer(visit, handler, public, admin)
+    except (DBAPIError, PoolTimeout) as error:
+        if not is_away(error):
+            raise
+        asked = f"{visit.request.method} {visit.request.url.path}"
+        logger.warning("%s: 503, the store %s does not answer (%s)", printable(asked), visit.store.url, reason(error))
+        visit.who = None  # the page would offer what can not be had now
+        return visit.error_page(LANGUAGES[visit.lang]["away"], 503)
 
 
 def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Response:
@@ -103,11 +122,11 @@ def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Respon
     with visit.store.read() as session:
         visit.who = visitor(session, token) if token else None
     if visit.who is None and visit.site.open and visit.request.method == "GET":
-        visit.who, fresh = people.enter(visit.store, people.LOCAL_NAME)
+        visit.who, fresh = people.enter_here(visit.store)
     if visit.who is None and not public:
         if visit.form is not None:  # what was written stays on the page that sends it
             return visit.error_page(LANGUAGES[visit.lang]["logged_out"], 401)
-        return go("/" if visit.site.open else "/login")
+        return go("/login")
     if admin and visit.rater.role != "admin":
         return visit.error_page("404", 404)
     if visit.form is not None and visit.who is not None:

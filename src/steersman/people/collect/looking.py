@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import UTC, datetime
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,15 @@ from starlette.responses import Response
 from steersman.people.collect.visit import Visit
 from steersman.people.store.conversations import all_turns, path_to
 from steersman.people.store.judgements import live
-from steersman.people.store.opinions import Opinion, everything, gold_results, model_names, newest_thumbs
+from steersman.people.store.opinions import (
+    Opinion,
+    count,
+    everything,
+    gold_results,
+    model_names,
+    newest,
+    newest_thumbs,
+)
 from steersman.people.store.schema import Conversation, JudgementRow, Person, Rater, Turn
 from steersman.statistics.agreement import Metric, Rated, alpha
 from steersman.statistics.estimates import Estimate
@@ -26,14 +35,19 @@ KEYS = {"compare": "choice", "thumb": "up", "review": "accept"}
 
 
 def judgements(visit: Visit) -> Response:
-    """The newest judgements that hold the words that are looked for, of one task or rater where asked."""
+    """The newest judgements that hold the words that are looked for, of one task or rater where asked.
+
+    No more than is shown is read; so of those with the words it is told that there are more, and not how many.
+    """
     asked = visit.request.query_params
     words, task, rater = (asked.get(name, "").strip() for name in ("q", "task", "rater"))
     with visit.store.read() as session:
-        found = list(everything(session))
-    found = [o for o in found if _holds(o, words) and task in ("", o.task) and rater in ("", o.rater)]
-    rows = [(o, _when(o.created)) for o in reversed(found[-SHOWN:])]
-    return visit.page("look.html", rows=rows, count=len(found), q=words, task=task, rater=rater)
+        told = newest(session, task=task, rater=rater)
+        found = list(islice((one for one in told if _holds(one, words)), SHOWN + 1))
+        many = f"{SHOWN}+" if len(found) > SHOWN else str(len(found))
+        many = many if words else str(count(session, task=task, rater=rater))
+    rows = [(one, _when(one.created)) for one in found[:SHOWN]]
+    return visit.page("look.html", rows=rows, count=many, q=words, task=task, rater=rater)
 
 
 def conversations(visit: Visit) -> Response:
@@ -73,7 +87,7 @@ def conversation(visit: Visit) -> Response:
             said[str(row.turn_id)].append(f"{row.task}: {row.verdict}")
         rows = [
             {
-                "role": turn.role, "content": turn.content, "model": models.get(turn.model_id, ""),
+                "role": turn.role, "content": turn.content, "model": str(models[turn.model_id]),
                 "shown": turn.id in shown, "said": said[turn.id],
             }
             for turn in turns.values()
@@ -85,7 +99,7 @@ def overview(visit: Visit) -> Response:
     """Raters: how many judgements, seconds, gold items, and whether their pace drifts."""
     with visit.store.read() as session:
         by_rater: dict[str, list[Opinion]] = defaultdict(list)
-        for one in everything(session):
+        for one in everything(session, texts=False):
             by_rater[one.rater].append(one)
         agreed = agreement([one for rated in by_rater.values() for one in rated])
         gold = gold_results(session)
@@ -131,4 +145,8 @@ def _holds(one: Opinion, words: str) -> bool:
 
 
 def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+    """The time in words; as a number where no calendar has it."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g}"

@@ -12,6 +12,8 @@ from markupsafe import Markup
 
 LONGEST = 20_000
 """Characters of one text that are shown; the rest is counted."""
+WIDE = '<div class="wide" tabindex="0"><table>'
+"""How a table begins: one that is wider than its column is scrolled, by keyboard too."""
 TAGS = {
     "p", "br", "hr", "em", "strong", "code", "pre", "blockquote", "ul", "ol", "li", "a",
     "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "s",
@@ -33,12 +35,17 @@ def rendered(text: str) -> Markup:
         _markdown.render(shown), tags=TAGS, attributes={"a": {"href"}, "ol": {"start"}},
         url_schemes={"http", "https", "mailto"}, link_rel="noopener noreferrer nofollow",
     )  # fmt: skip
-    return Markup(clean + _rest(text))
+    scrolled = clean.replace("<table>", WIDE).replace("</table>", "</table></div>")  # as text these are escaped
+    return Markup(scrolled + _rest(text))
 
 
 def plain(text: str) -> Markup:
-    """The text as it is, character for character (but for controls), so that a span can be marked in it."""
-    return Markup(html.escape(_CONTROLS.sub("\ufffd", text[:LONGEST])) + _rest(text))
+    """The text as it is, character for character (but for controls), so that a span can be marked in it.
+
+    A browser would make one line end of a CR and a LF; of a CR that is written as its number it makes a space.
+    """
+    shown = _CONTROLS.sub(lambda m: m[0] if m[0] == "\r" else "\ufffd", text[:LONGEST])
+    return Markup(html.escape(shown).replace("\r", "&#13;") + _rest(text))
 
 
 def visible(text: str) -> str:

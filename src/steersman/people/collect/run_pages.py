@@ -21,7 +21,7 @@ MOST_COLUMNS = 6
 def runs(visit: Visit) -> Response:
     """Every run with what it holds."""
     found = _runs(visit)
-    rows = [(run, run.metrics()[-1:]) for run in found.values()]
+    rows = [(run, run.last_step()) for run in found.values()]
     return visit.page("look_runs.html", tab="runs", rows=rows, root=str(visit.site.runs or ""))
 
 

@@ -22,6 +22,8 @@ from steersman.types import SteersmanError
 
 Row = dict[str, Any]
 DEPTH, MOST_RUNS, MOST_ROWS, LONGEST_LINE = 6, 1000, 200_000, 1 << 20
+TAIL = 1 << 16
+"""Bytes at the end of a file in which its last row is looked for."""
 SAMPLES, DATA = "samples", "data"
 """The tables of held-out answers, and of the rows that a run was trained on."""
 ABOUT_ROUND = {
@@ -53,6 +55,16 @@ class Run:
         """The rows of metrics.jsonl, one a step."""
         return read_jsonl(self.folder / "metrics.jsonl")
 
+    def last_step(self) -> Any:
+        """The step of the last whole row of metrics.jsonl, of whose end alone is read; None where there is none."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read(TAIL).split(b"\n")
+        return next((row["step"] for row in map(_row, reversed(lines)) if row is not None and "step" in row), None)
+
     def rows(self, table: str) -> Iterator[Row]:
         """The rows of a table, at most MOST_ROWS."""
         path = self.tables[table]
@@ -65,11 +77,8 @@ class Run:
                 line = file.readline(LONGEST_LINE)
                 if not line:
                     return
-                try:
-                    row = parse_json(line.decode(errors="replace"), path.name)
-                except (UntrustedError, ValueError):
-                    continue
-                if isinstance(row, dict):
+                row = _row(line)
+                if row is not None:
                     yield row
 
     def sampled_steps(self) -> list[int]:
@@ -103,6 +112,15 @@ def find_runs(root: Path) -> dict[str, Run]:
             name = here.relative_to(root.parent).as_posix()
             found[name] = Run(name, here, _tables(here))
     return dict(sorted(found.items()))
+
+
+def _row(line: bytes) -> Row | None:
+    """The row that a line is, if it is one."""
+    try:
+        row = parse_json(line.decode(errors="replace"), "line")
+    except (UntrustedError, ValueError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _tables(folder: Path) -> dict[str, Path]:

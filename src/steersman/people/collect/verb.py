@@ -13,18 +13,21 @@ from pydantic import Field
 from steersman.config.sections import Section
 from steersman.data import read_rows
 from steersman.data.rows import Row
+from steersman.guards.untrusted import parse_json
 from steersman.people.addresses import in_url, is_loopback
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.store import Store, open_store
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import pieces
 from steersman.people.store.imports import check_names, import_file
-from steersman.people.store.items import CHAT, NewItem, add_items, check_item, check_queue, make_queue
-from steersman.people.store.raters import add_person, forget, people
+from steersman.people.store.items import CHAT, NewItem, add_items, check_item, check_queue, make_queue, revise_items
+from steersman.people.store.raters import NOT_GONE_YET, add_person, forget, people
 from steersman.run.device import set_threads
 from steersman.types import SteersmanError
 
 PASSWORD_ENV = "STEERSMAN_PASSWORD"
+MOST = 1_000_000
+"""Of what a queue counts: databases have a largest number, and nobody needs more."""
 
 
 class QueueConfig(Section):
@@ -34,8 +37,10 @@ class QueueConfig(Section):
     file: str = Field(
         description="rows with prompt and responses (or chosen and rejected), or completion; gold: a known verdict"
     )
-    overlap: int = Field(default=1, ge=1, description="raters per item")
-    gold_every: int = Field(default=0, ge=0, description="every so many items of a rater is a gold one; 0: none")
+    overlap: int = Field(default=1, ge=1, le=MOST, description="raters per item")
+    gold_every: int = Field(
+        default=0, ge=0, le=MOST, description="every so many items of a rater is a gold one; 0: none"
+    )
     attributes: dict[str, list[str]] = Field(
         default_factory=dict, description="rate: the anchors of each attribute, lowest first"
     )
@@ -78,9 +83,10 @@ def run(recipe: CollectRecipe) -> dict[str, Any]:
         if recipe.add_account is not None:
             return _add_account(store, recipe.add_account, recipe.role)
         if recipe.forget is not None:
-            with store.begin() as session:
-                pseudonym = forget(session, recipe.forget)
+            pseudonym, gone = forget(store, recipe.forget)
             print(f"{recipe.forget} is forgotten; the judgements stay under {pseudonym}")
+            if not gone:
+                print(f"{store.url}: {NOT_GONE_YET}")
             return {"forgotten": pseudonym}
         return _serve(store, recipe)
     finally:
@@ -94,8 +100,7 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     from steersman.people.collect.runs import open_root
     from steersman.people.collect.visit import Site
 
-    if recipe.second is not None and recipe.model is None:
-        raise SteersmanError("second: a second model needs a first one under `model`")
+    models = _answering(recipe)
     is_open, runs = is_loopback(recipe.host), open_root(recipe.runs)
     with store.read() as session:
         if not is_open and not people(session):
@@ -105,7 +110,6 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
             )
     fill(store, recipe)
     set_threads(max(1, min(set_threads(None), (os.cpu_count() or 1) - 1)))  # a core is left to the pages
-    models = [m for m in (recipe.model, recipe.second) if m is not None]
     site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open, runs)
     app = make_app(site, host=recipe.host)
     print(f"http://{in_url(recipe.host)}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
@@ -113,11 +117,23 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     return {"store": store.url}
 
 
-def fill(store: Store, recipe: CollectRecipe) -> None:
-    """Takes over the imports and the queues' files; what is there already is not stored again.
+def _answering(recipe: CollectRecipe) -> list[AnsweringModel]:
+    """The models that answer. Raises SteersmanError for a second one alone, and for two that the store would not tell
+    apart."""
+    models = [m for m in (recipe.model, recipe.second) if m is not None]
+    if recipe.second is not None and recipe.model is None:
+        raise SteersmanError("second: a second model needs a first one under `model`")
+    if len({m.stored_name for m in models}) < len(models):
+        raise SteersmanError(
+            f"model, second: both are called {models[0].stored_name!r}, so judgements of the two could not be told "
+            "apart; give them different names with `model.name` and `second.name` (a model behind an address goes by "
+            "the name that it is served under)"
+        )
+    return models
 
-    A queue's file is read twice: what is wrong with a row is told before any is stored.
-    """
+
+def fill(store: Store, recipe: CollectRecipe) -> None:
+    """Takes over the imports and the queues' files; what is there already is not stored again."""
     check_names(recipe.imports)
     if CHAT in recipe.queues:
         raise SteersmanError(f"queues.{CHAT}: this name is taken by comparisons in chats; choose another")
@@ -125,25 +141,41 @@ def fill(store: Store, recipe: CollectRecipe) -> None:
         done = import_file(store, path)
         changed = f" ({dict(done.changed)} in the place of other verdicts)" if done.changed else ""
         stored, left_out = dict(done.stored) or "nothing new", dict(done.left_out) or "nothing"
-        print(f"{path}: {stored} stored{changed}, {left_out} left out")
+        rounded = f", {dict(done.rounded)} taken as one whole vote" if done.rounded else ""
+        print(f"{path}: {stored} stored{changed}, {left_out} left out{rounded}")
     for name, config in recipe.queues.items():
-        settings = {"attributes": config.attributes, "labels": config.labels, "instructions": config.instructions}
-        check_queue(name, config.task, settings)
-        for row in read_rows(config.file):
-            check_item(name, config.task, _item(row), settings)
-        for piece in pieces(_item(row) for row in read_rows(config.file)):
-            with store.begin() as session:
-                queue = make_queue(
-                    session, name, config.task, overlap=config.overlap, gold_every=config.gold_every, **settings
-                )
-                add_items(session, queue, piece)
+        _fill_queue(store, name, config)
+
+
+def _fill_queue(store: Store, name: str, config: QueueConfig) -> None:
+    """Takes over a queue's file, which is read twice: what is wrong with a row is told before any is stored. An item
+    that is there already gets the gold verdict and the models that the file names now."""
+    settings = {"attributes": config.attributes, "labels": config.labels, "instructions": config.instructions}
+    check_queue(name, config.task, settings)
+    told: dict[str, tuple[str, Any]] = {}
+    for row in read_rows(config.file):
+        item = _item(row)
+        gold = check_item(name, config.task, item, settings)
+        first, same = told.setdefault(item.digest, (row.where(), gold))
+        if same != gold:
+            raise row.fault("two golds", f"{first} has the same prompt and answers, and another gold verdict", "gold")
+    places, revised = {first for first, _ in told.values()}, 0
+    for piece in pieces(_item(row) for row in read_rows(config.file) if row.where() in places):
+        with store.begin() as session:
+            queue = make_queue(
+                session, name, config.task, overlap=config.overlap, gold_every=config.gold_every, **settings
+            )
+            revised += revise_items(session, queue, piece)
+            add_items(session, queue, piece)
+    if revised:
+        print(f"queue {name}: {revised} items that were there have another gold verdict or other models now")
 
 
 def _item(row: Row) -> NewItem:
     """A row as an item: `responses`, `chosen` and `rejected`, or `completion`; `models` names who answered."""
     data = row.data
     prompt = data.get("prompt", data.get("messages"))
-    answers = data.get("responses") or [data[k] for k in ("chosen", "rejected", "completion") if data.get(k)]
+    answers = _cell(row, "responses") or [data[k] for k in ("chosen", "rejected", "completion") if data.get(k)]
     if not isinstance(prompt, str | list) or not prompt:
         raise row.fault("missing field", "an item needs a prompt (text, or a list of messages)", "prompt")
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
@@ -152,10 +184,23 @@ def _item(row: Row) -> NewItem:
         isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in prompt
     ):
         raise row.fault("wrong type", "a prompt of turns is a list of {role, content}", "prompt")
-    named = data.get("models")
-    models = named if isinstance(named, list) else []
-    said = [TurnText(a, (str(models[i]), "") if i < len(models) else None) for i, a in enumerate(answers)]
-    return NewItem(prompt, said, data.get("gold"), f"{Path(row.file).name}, {row.unit} {row.number}")
+    named = _cell(row, "models") or []
+    if not isinstance(named, list) or len(named) not in (0, len(answers)):
+        raise row.fault("wrong number of models", "name one model for each answer, or none", "models")
+    models = [(str(name), "") if name else None for name in named] or [None] * len(answers)
+    said = [TurnText(answer, model) for answer, model in zip(answers, models, strict=True)]
+    return NewItem(prompt, said, _cell(row, "gold"), f"{Path(row.file).name}, {row.unit} {row.number}")
+
+
+def _cell(row: Row, column: str) -> Any:
+    """What a column holds that is no text: a cell of CSV has it as JSON, or is empty."""
+    got = row.data.get(column)
+    if not isinstance(got, str):
+        return got
+    try:
+        return parse_json(got, row.where(column)) if got.strip() else None
+    except ValueError as error:
+        raise row.fault("no JSON", f"a text here must be JSON, not {got[:40]!r} ({error})", column) from None
 
 
 def _add_account(store: Store, name: str, role: str) -> dict[str, Any]:

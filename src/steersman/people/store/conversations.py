@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from steersman.people.store.database import found_or_made, new_id, now
-from steersman.people.store.schema import Conversation, Model, Turn
+from steersman.people.store.schema import HERE, Conversation, Model, Turn
 from steersman.people.store.verdicts import storable
 
 
@@ -24,7 +24,7 @@ class TurnText:
     seconds: float | None = None
 
 
-def start(session: Session, rater_id: int, *, source: str = "collect", system: str = "") -> Conversation:
+def start(session: Session, rater_id: int, *, source: str = HERE, system: str = "") -> Conversation:
     """A new conversation, with a system turn where there is a prompt for one."""
     made = Conversation(id=new_id(), rater_id=rater_id, created=now(), title="", source=source, leaf_id=None)
     session.add(made)

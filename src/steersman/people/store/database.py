@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -22,6 +22,7 @@ try:
     from alembic.util import CommandError
     from sqlalchemy import Connection, Engine, event, make_url
     from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
+    from sqlalchemy.exc import TimeoutError as PoolTimeout
     from sqlalchemy.orm import Session
 except ImportError as error:
     raise SteersmanError(
@@ -32,6 +33,8 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
 BUSY_SECONDS = 30
 """How long a writer waits for another one before it gives up."""
+LOG_SECONDS = 3
+"""How long the write-ahead log waits for readers until it is emptied."""
 MIGRATING, IMPORTING = 7205759403, 7205759404
 """Numbers of the locks that processes take turns by on PostgreSQL."""
 PIECE = 500
@@ -72,6 +75,19 @@ class Store:
         with Session(self._reader, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def empty_log(self) -> bool:
+        """Takes what was deleted out of SQLite's write-ahead log, too; False where a reader needs the log for longer
+        than a moment. Then it goes with the log itself, once everybody has closed the store."""
+        if self.engine.dialect.name != "sqlite":
+            return True
+        with self._turn, closing(self.engine.raw_connection()) as connection:  # outside of any transaction
+            cursor = connection.cursor()
+            cursor.execute(f"PRAGMA busy_timeout={LOG_SECONDS * 1000}")
+            held_up, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+            cursor.close()
+        return not held_up
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -102,7 +118,7 @@ def open_store(place: str | Path, *, create: bool = True) -> Store:
         _migrate(engine, create)
     except DBAPIError as error:
         engine.dispose()
-        raise _failure(error)(f"store {name}: it can not be opened ({_reason(error)})") from error
+        raise _failure(error)(f"store {name}: it can not be opened ({reason(error)})") from error
     return Store(engine, name)
 
 
@@ -117,18 +133,24 @@ def read_store(place: str | Path) -> Iterator[Session]:
         with store.read() as session:
             yield session
     except DBAPIError as error:
-        raise _failure(error)(f"store {store.url}: it can not be read ({_reason(error)})") from error
+        raise _failure(error)(f"store {store.url}: it can not be read ({reason(error)})") from error
     finally:
         store.close()
 
 
+def is_away(error: DBAPIError | PoolTimeout) -> bool:
+    """Whether the database itself is away or has no time, and not what was asked of it wrong."""
+    return not isinstance(error, DBAPIError) or isinstance(error, OperationalError) or error.connection_invalidated
+
+
+def reason(error: DBAPIError | PoolTimeout) -> str:
+    """What the database said, on one line."""
+    said = str(error.orig if isinstance(error, DBAPIError) else error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def _failure(error: DBAPIError) -> type[SteersmanError]:
-    away = isinstance(error, OperationalError) or error.connection_invalidated
-    return StoreAwayError if away else SteersmanError
-
-
-def _reason(error: DBAPIError) -> str:
-    return str(error.orig).strip().splitlines()[0]
+    return StoreAwayError if is_away(error) else SteersmanError
 
 
 def found_or_made(

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import IMPORTING, Store, new_id, pieces, take_turns
-from steersman.people.store.items import NewItem, add_items, check_item, make_queue
+from steersman.people.store.items import LONGEST_NAME, NewItem, add_items, check_item, make_queue
 from steersman.people.store.judgements import UNDO, live
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Item, JudgementRow
@@ -27,16 +27,19 @@ from steersman.types import SteersmanError
 SPACE = uuid.UUID("5e4b1c5e-7a0f-4d1b-9a55-1b7e0d4f3c21")
 STARS = 5
 """Steps of a scale whose export does not say how long it is."""
+LATEST = 1e11
+"""A time in seconds (the year 5138) that nothing was said after: a larger one counts something smaller."""
 
 
 @dataclass(slots=True)
 class ImportCounts:
-    """What an import did: rows stored by task, those of them that took the place of another verdict, and rows left
-    out by reason."""
+    """What an import did: rows stored by task, those of them that took the place of another verdict, rows left out by
+    reason, and rows that say more than one verdict can (it is the one of their majority)."""
 
     stored: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    rounded: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,11 @@ class ToldQueue:
 class Told:
     """What somebody said in another program: of an item, or of a turn of a chat.
 
-    `who` is the program with its name for the rater, `when` the time of the judgement, and `as_of` that of the state
+    `who` is the rater (`raters.imported_name`), `when` the time of the judgement, and `as_of` that of the state
     of things that the file shows: of two files with different opinions, the one with the later state counts.
     """
 
-    who: tuple[str, str]
+    who: str
     verdict: dict[str, Any]
     source: str
     when: float
@@ -72,6 +75,15 @@ class Told:
         return str(self.turn_id) if self.item is None else self.item.id
 
 
+def told_time(got: float) -> float:
+    """A time of another program in seconds since 1970; where it can only be milli-, micro- or nanoseconds, these are
+    turned into seconds. Raises ValueError for what is no such time."""
+    for unit in (1, 1e3, 1e6, 1e9):
+        if 0 <= got / unit < LATEST:
+            return got / unit
+    raise ValueError(f"the time {got!r} is no seconds since 1970")
+
+
 def source_id(*parts: Any) -> str:
     """The id of what these parts name in the other program: the same at every import."""
     return str(uuid.uuid5(SPACE, "\0".join(map(str, parts))))
@@ -81,7 +93,7 @@ def told_of_item(
     name: str, task: str, prompt: Any, answers: list[TurnText], verdict: Any, *, settings: dict[str, Any], **more: Any
 ) -> Told:
     """A verdict on an item of the queue of an import. Raises SteersmanError for an item or a verdict that is none."""
-    queue = ToldQueue(f"{name} ({task})"[:100], task, settings)
+    queue = ToldQueue(f"{name[: LONGEST_NAME - len(task) - 3]} ({task})", task, settings)
     texts = [a.content for a in answers]
     item = NewItem(prompt, answers, source=name, id=source_id(queue.name, repr(prompt), *texts))
     check_item(queue.name, task, item, settings)
@@ -94,7 +106,7 @@ def store_told(store: Store, told: list[Told], done: ImportCounts) -> None:
 
     Where a rater's opinion of a subject is another one now, the old row is taken back by a new one, as by /undo.
     """
-    groups: dict[tuple[tuple[str, str], str], list[Told]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Told]] = defaultdict(list)
     for one in told:
         groups[one.who, one.subject].append(one)
     queues = _queues(told)
@@ -121,7 +133,7 @@ def _queues(told: list[Told]) -> dict[str, ToldQueue]:
 def _store_piece(
     session: Session, groups: list[list[Told]], queues: dict[str, ToldQueue], done: ImportCounts
 ) -> None:
-    raters = {who: imported_rater(session, *who) for who in dict.fromkeys(group[0].who for group in groups)}
+    raters = {who: imported_rater(session, who) for who in dict.fromkeys(group[0].who for group in groups)}
     _store_items(session, [group[0] for group in groups], queues)
     there: dict[tuple[int, str], list[JudgementRow]] = defaultdict(list)
     subjects = [group[0].subject for group in groups]

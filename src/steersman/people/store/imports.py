@@ -18,7 +18,11 @@ from steersman.people.store.database import Store, now
 from steersman.people.store.imported import STARS, ImportCounts, Told, store_told, told_of_item
 from steersman.people.store.label_studio import read_task
 from steersman.people.store.open_webui import is_open_webui, read_record, store_chats
+from steersman.people.store.raters import imported_name
 from steersman.types import SteersmanError
+
+CHOICES: dict[float, int | str] = {1.0: 0, 0.5: "tie", 0.0: 1}
+"""A vote for the chosen one of two answers as a choice."""
 
 
 def import_file(store: Store, path: str | Path) -> ImportCounts:
@@ -41,11 +45,10 @@ def import_file(store: Store, path: str | Path) -> ImportCounts:
         store_chats(store, chats)
     elif records and isinstance(records[0].get("annotations"), list) and isinstance(records[0].get("data"), dict):
         for number, record in enumerate(records, 1):
-            where = f"{path}, task {number}"
-            with _guarded(where):
-                told += read_task(record, where, done, stem=path.stem, as_of=as_of)
+            with _guarded(f"{path}, task {number}"):
+                told += read_task(record, done, stem=path.stem, as_of=as_of)
     else:
-        told = _data_file(path, as_of)
+        told = _data_file(path, as_of, done)
     store_told(store, told, done)
     return done
 
@@ -82,48 +85,64 @@ def _json_records(path: Path) -> list[dict[str, Any]]:
 def _guarded(where: str) -> Iterator[None]:
     try:
         yield
+    except SteersmanError as error:
+        raise SteersmanError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise SteersmanError(f"{where}: not as this program writes it ({type(error).__name__}: {error})") from error
 
 
-def _data_file(path: Path, as_of: float) -> list[Told]:
+def _data_file(path: Path, as_of: float, done: ImportCounts) -> list[Told]:
+    """What a data file says: of a pair with `votes` each vote, as that of the file's first, second, ... rater."""
     config = DataConfig(path=str(path), ties="keep")
     kind = recognise_kind(config, ("preference", "ranking", "rating", "feedback", "demonstration"))
     examples: list[Example] = load(config, kind).train
-    about = {"who": ("file", path.name), "source": path.name, "when": as_of, "as_of": as_of}
     told = []
     for one in examples:
         try:
-            task, answers, verdict, settings = _example(one)
+            task, answers, verdicts, settings = _example(one, done)
         except ValueError as error:
             raise RowError("no judgement", f"{one.row.where()}: {error}") from None
         said = [TurnText(a) for a in answers]
-        told.append(told_of_item(path.stem, task, one.prompt, said, verdict, settings=settings, **about))
+        with _guarded(one.row.where()):
+            for number, verdict in enumerate(verdicts, 1):
+                who = imported_name("file" if number == 1 else f"file, vote {number}", path.name)
+                told.append(
+                    told_of_item(
+                        path.stem, task, one.prompt, said, verdict, settings=settings,
+                        who=who, source=path.name, when=as_of, as_of=as_of,
+                    )
+                )  # fmt: skip
     return told
 
 
-def _example(one: Example) -> tuple[str, list[str], Any, dict[str, Any]]:
-    """(task, answers, verdict, settings of the queue) of a typed example."""
+def _example(one: Example, done: ImportCounts) -> tuple[str, list[str], list[Any], dict[str, Any]]:
+    """(task, answers, verdicts, settings of the queue) of a typed example."""
     if not one.prompt:
         raise ValueError("a text without a prompt is no answer that was judged")
     match one:
         case Preference():
-            choice = "tie" if one.agreement == 0.5 else 0
-            return "compare", [_text(one.chosen), _text(one.rejected)], {"choice": choice}, {}
+            shares = one.votes or (one.agreement,)
+            if not set(shares) <= set(CHOICES):
+                done.rounded["an agreement without votes"] += 1
+            said = [{"choice": CHOICES.get(share, int(share < 0.5))} for share in shares]
+            return "compare", [_text(one.chosen), _text(one.rejected)], said, {}
         case Ranking():
             order = sorted(set(one.ranks))
             ranks = [order.index(r) for r in one.ranks]
-            return "rank", [_text(c) for c in one.completions], {"ranks": ranks}, {}
+            return "rank", [_text(c) for c in one.completions], [{"ranks": ranks}], {}
         case Rating():
             if any(s != int(s) or s < 1 for s in one.scores.values()):
-                raise ValueError("ratings must be whole numbers from 1 on")
+                raise ValueError(
+                    f"ratings must be whole numbers from 1 on, not {dict(one.scores)}; means of several raters are "
+                    "none: `export-feedback --judgements.combine each` writes each rater's own"
+                )
             scores = {name: int(s) for name, s in one.scores.items()}
             steps = {name: [str(i + 1) for i in range(max(STARS, s))] for name, s in scores.items()}
-            return "rate", [_text(one.completion)], {"scores": scores}, {"attributes": steps}
+            return "rate", [_text(one.completion)], [{"scores": scores}], {"attributes": steps}
         case Feedback():
-            return "review", [_text(one.completion)], {"accept": one.label}, {}
+            return "review", [_text(one.completion)], [{"accept": one.label}], {}
         case Demonstration():
-            return "review", [_text(one.completion)], {"accept": True}, {}
+            return "review", [_text(one.completion)], [{"accept": True}], {}
     raise ValueError("rows with neither answers nor verdicts hold no judgement")
 
 

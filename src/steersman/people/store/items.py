@@ -18,6 +18,8 @@ from steersman.people.store.schema import Answer, Assignment, Item, Queue
 from steersman.people.store.verdicts import TASKS, checked, storable
 from steersman.types import SteersmanError
 
+LONGEST_NAME = 100
+"""Characters of a queue's name."""
 CHAT = "chat"
 """The queue of comparisons that come up in chats; its items are their rater's alone."""
 HELD_SECONDS = 3600.0
@@ -36,6 +38,12 @@ class NewItem:
     gold: dict[str, Any] | None = None
     source: str = ""
     id: str = ""
+
+    @property
+    def digest(self) -> str:
+        """What an item and its double have in common; the last field is that of a conversation."""
+        texts = [storable(a.content) for a in self.answers]
+        return hashlib.sha256(json.dumps([self.prompt, texts, ""], ensure_ascii=True).encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -79,7 +87,12 @@ def make_queue(
 
 
 def check_queue(name: str, task: str, settings: dict[str, Any]) -> None:
-    """Raises SteersmanError for an unknown task, and for one without the settings that it needs."""
+    """Raises SteersmanError for a name that no store takes, an unknown task, and one without the settings that it
+    needs."""
+    if not 0 < len(name) <= LONGEST_NAME or storable(name) != name:
+        raise SteersmanError(
+            f"queue {name[:120]!r}: a queue's name has 1 to {LONGEST_NAME} characters that a database takes"
+        )
     if task not in TASKS:
         raise SteersmanError(f"queue {name}: the task {task!r} is none of {', '.join(TASKS)}")
     for needs, key in (("rate", "attributes"), ("mark", "labels")):
@@ -105,7 +118,7 @@ def add_items(
     in_chat = conversation_id is not None
     golds = [check_item(queue.name, queue.task, one, queue.settings, in_chat=in_chat) for one in new]
     session.get_one(Queue, queue.id, with_for_update=True)
-    digests = [new_id().replace("-", "") if in_chat else _digest(one) for one in new]
+    digests = [new_id().replace("-", "") if in_chat else one.digest for one in new]
     known = set(session.scalars(select(Item.digest).where(Item.queue_id == queue.id, Item.digest.in_(digests))))
     fresh: dict[str, tuple[NewItem, dict[str, Any] | None]] = {}
     for one, gold, digest in zip(new, golds, digests, strict=True):
@@ -123,18 +136,45 @@ def add_items(
     ]  # fmt: skip
     session.add_all(items)
     session.flush()
-    said = [one.answers for one, _ in fresh.values()]
-    models = {model: model_id(session, model) for model in dict.fromkeys(a.model for of in said for a in of)}
+    models = _model_ids(session, [one for one, _ in fresh.values()])
     rows = [
         {
             "item_id": item.id, "number": number, "content": storable(one.content), "model_id": models[one.model],
             "sampling": one.sampling, "seconds": one.seconds,
         }
-        for item, answers in zip(items, said, strict=True)
-        for number, one in enumerate(answers)
+        for item, (new_item, _) in zip(items, fresh.values(), strict=True)
+        for number, one in enumerate(new_item.answers)
     ]  # fmt: skip
     session.execute(insert(Answer), rows)
     return items
+
+
+def revise_items(session: Session, queue: Queue, told: Sequence[NewItem]) -> int:
+    """Gives those of the items that the queue has already the gold verdict and the models that are told of them now;
+    returns of how many something is another one. Raises SteersmanError as `check_item`."""
+    session.get_one(Queue, queue.id, with_for_update=True)
+    new = {one.digest: one for one in reversed(told)}  # of two of one digest the first counts, as in `add_items`
+    known = session.scalars(select(Item).where(Item.queue_id == queue.id, Item.digest.in_(new))).all()
+    by_id = {item.id: item for item in known}
+    models = _model_ids(session, [new[item.digest] for item in known])
+    revised = set[str]()
+    for item in known:
+        gold = check_item(queue.name, queue.task, new[item.digest], queue.settings)
+        if gold != item.gold:
+            item.gold = gold
+            revised.add(item.id)
+    for answer in session.scalars(select(Answer).where(Answer.item_id.in_(by_id))):
+        model = models[new[by_id[answer.item_id].digest].answers[answer.number].model]
+        if model != answer.model_id:
+            answer.model_id = model
+            revised.add(answer.item_id)
+    session.flush()
+    return len(revised)
+
+
+def _model_ids(session: Session, items: Sequence[NewItem]) -> dict[tuple[str, str] | None, int | None]:
+    """The number of each model that answered."""
+    return {model: model_id(session, model) for model in dict.fromkeys(a.model for one in items for a in one.answers)}
 
 
 def check_item(
@@ -155,13 +195,13 @@ def check_item(
         raise SteersmanError(f"{where}: an answer is empty")
     if len(set(texts)) < len(texts) and not in_chat:
         raise SteersmanError(f"{where}: two answers are the same text, so there is nothing to compare")
-    return None if new.gold is None else checked(task, new.gold, texts, settings)
-
-
-def _digest(new: NewItem) -> str:
-    """What an item and its double have in common; the last field is that of a conversation."""
-    texts = [storable(a.content) for a in new.answers]
-    return hashlib.sha256(json.dumps([new.prompt, texts, ""], ensure_ascii=True).encode()).hexdigest()
+    try:
+        gold = None if new.gold is None else checked(task, new.gold, texts, settings)
+    except SteersmanError as error:
+        raise SteersmanError(f"{where}, gold: {error}") from error
+    if gold is not None and "skip" in gold:
+        raise SteersmanError(f"{where}, gold: a skip is no verdict that a rater can be measured by")
+    return gold
 
 
 def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | None:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, aliased
 
 from steersman.people.store.database import found_or_made, now
 from steersman.people.store.items import ShownItem
-from steersman.people.store.schema import Assignment, Item, JudgementRow, Rater, Turn
+from steersman.people.store.schema import HERE, Assignment, Item, JudgementRow, Rater, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
 
@@ -130,7 +130,7 @@ def _row(task: str, rater_id: int, verdict: dict[str, Any], *, key: str, **more:
         seconds = min(max(float(seconds), 0.0), LONGEST_SECONDS) if seconds == seconds else None
     return JudgementRow(
         key=checked_key(key), rater_id=rater_id, task=task, verdict=verdict, seconds=seconds, created=now(),
-        source="collect", **more,
+        source=HERE, **more,
     )  # fmt: skip
 
 

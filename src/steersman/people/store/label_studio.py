@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from steersman.people.store.conversations import TurnText
-from steersman.people.store.imported import STARS, ImportCounts, Told, told_of_item
+from steersman.people.store.imported import STARS, ImportCounts, Told, told_of_item, told_time
+from steersman.people.store.raters import imported_name
 from steersman.types import SteersmanError
 
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "messages")
@@ -17,10 +18,11 @@ ANSWERS = {"pairwise": 2, "rating": 1}
 """How many answers a result of each type is about."""
 
 
-def read_task(task: dict[str, Any], where: str, done: ImportCounts, *, stem: str, as_of: float) -> list[Told]:
+def read_task(task: dict[str, Any], done: ImportCounts, *, stem: str, as_of: float) -> list[Told]:
     """What annotators said of a task; a result that is no judgement of answers is counted and left out.
 
-    `as_of` is when the file was written; an annotation that says when it was changed last goes by that.
+    `as_of` is when the file was written; an annotation that says when it was changed last goes by that. Raises
+    SteersmanError, which the caller gives a place.
     """
     data = task["data"]
     prompt_key = next((k for k in PROMPTS if data.get(k)), None)
@@ -28,7 +30,7 @@ def read_task(task: dict[str, Any], where: str, done: ImportCounts, *, stem: str
     answer_keys = [k for k in texts if ANSWER.search(k)]
     if prompt_key is None or not answer_keys:
         raise SteersmanError(
-            f"{where}: no prompt ({', '.join(PROMPTS)}) beside answers (answer1, response_a, text2, ...) among its "
+            f"no prompt ({', '.join(PROMPTS)}) beside answers (answer1, response_a, text2, ...) among its "
             f"fields {', '.join(data)}; rename them in the file"
         )
     told = []
@@ -39,7 +41,8 @@ def read_task(task: dict[str, Any], where: str, done: ImportCounts, *, stem: str
         who = annotation.get("completed_by")
         who = who.get("email") or who.get("id") if isinstance(who, dict) else who
         changed = annotation.get("updated_at") or annotation.get("created_at")
-        when = as_of if changed is None else datetime.fromisoformat(changed).timestamp()
+        when = as_of if changed is None else told_time(datetime.fromisoformat(changed).timestamp())
+        lead_time = annotation.get("lead_time")
         for result in annotation["result"]:
             verdict, answers, settings, kind = _verdict(result, [data[k] for k in answer_keys])
             if kind is None:
@@ -50,8 +53,8 @@ def read_task(task: dict[str, Any], where: str, done: ImportCounts, *, stem: str
             told.append(
                 told_of_item(
                     stem, kind, data[prompt_key], said, verdict, settings=settings,
-                    who=("label-studio", str(who)), source="label-studio", when=when, as_of=when,
-                    seconds=annotation.get("lead_time"),
+                    who=imported_name("label-studio", str(who)), source="label-studio", when=when, as_of=when,
+                    seconds=None if lead_time is None else float(lead_time),
                 )
             )  # fmt: skip
     return told

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText, model_id
 from steersman.people.store.database import IMPORTING, Store, now, pieces, take_turns
-from steersman.people.store.imported import ImportCounts, Told, source_id, told_of_item
-from steersman.people.store.raters import imported_rater
+from steersman.people.store.imported import ImportCounts, Told, source_id, told_of_item, told_time
+from steersman.people.store.raters import imported_name, imported_rater
 from steersman.people.store.schema import Conversation, Turn
 from steersman.people.store.verdicts import checked, storable
 
@@ -40,7 +40,7 @@ class ToldChat:
     """
 
     id: str
-    who: tuple[str, str]
+    who: str
     messages: dict[str, Any]
     answering: dict[str | None, list[str]]
     turns: dict[str, ToldTurn]
@@ -71,14 +71,14 @@ def read_record(record: dict[str, Any], as_of: float, done: ImportCounts) -> Tol
         return None
     is_feedback = "snapshot" in record
     chat_id = str((record.get("meta") or {}).get("chat_id") or record["id"]) if is_feedback else str(record["id"])
-    as_of = float(record.get("updated_at") or as_of)
+    as_of = _time(record.get("updated_at"), as_of)
     chat = _chat(source_id("webui", chat_id), str(record.get("user_id") or "unknown"), messages)
     if is_feedback:
         _read_thumb(chat, str(record["meta"]["message_id"]), record["data"], done, when=as_of, as_of=as_of)
         return chat
     for message_id, message in messages.items():
         if isinstance(message.get("annotation"), dict):
-            when = float(message.get("timestamp") or as_of)
+            when = _time(message.get("timestamp"), as_of)
             _read_thumb(chat, message_id, message["annotation"], done, when=when, as_of=as_of)
     return chat
 
@@ -95,7 +95,7 @@ def _chat(chat_id: str, user: str, messages: dict[str, Any]) -> ToldChat:
         for message_id in level:
             turns[message_id] = _turn(chat_id, message_id, messages[message_id], turns)
         level = sorted((i for above in level for i in answering.get(above, ())), key=place.__getitem__)
-    return ToldChat(chat_id, ("open-webui", user), messages, answering, turns)
+    return ToldChat(chat_id, imported_name("open-webui", user), messages, answering, turns)
 
 
 def _turn(chat_id: str, message_id: str, m: dict[str, Any], turns: dict[str, ToldTurn]) -> ToldTurn:
@@ -104,8 +104,12 @@ def _turn(chat_id: str, message_id: str, m: dict[str, Any], turns: dict[str, Tol
         raise ValueError(f"a message has the role {role[:20]!r}")
     return ToldTurn(
         source_id("webui", chat_id, message_id), None if parent is None else turns[parent].id, role,
-        storable(str(m.get("content") or "")), _model(m), float(m.get("timestamp") or now()),
+        storable(str(m.get("content") or "")), _model(m), _time(m.get("timestamp"), now()),
     )  # fmt: skip
+
+
+def _time(got: Any, otherwise: float) -> float:
+    return told_time(float(got)) if got else otherwise
 
 
 def store_chats(store: Store, chats: list[ToldChat]) -> None:
@@ -121,7 +125,7 @@ def _store_chat(session: Session, chat: ToldChat) -> None:
     of = session.get(Conversation, chat.id)
     if of is None:
         of = Conversation(
-            id=chat.id, rater_id=imported_rater(session, *chat.who), created=now(), title="", source="open-webui",
+            id=chat.id, rater_id=imported_rater(session, chat.who), created=now(), title="", source="open-webui",
             leaf_id=None,
         )  # fmt: skip
         session.add(of)

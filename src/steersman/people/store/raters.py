@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from steersman.people.store.database import found_or_made, now
-from steersman.people.store.schema import Login, Person, Rater
+from steersman.people.store.database import Store, found_or_made, now
+from steersman.people.store.schema import HERE, Conversation, Forgotten, JudgementRow, Login, Person, Rater
 from steersman.types import SteersmanError
 
 ROLES = ("rater", "admin")
 LOGIN_SECONDS = 14 * 24 * 3600
+NOT_GONE_YET = (
+    "somebody reads in this store, so the name is still in the file beside it that ends in -wal; it goes with that "
+    "file once every program has closed the store (a restart of `steersman collect` is enough)"
+)
+"""What is said where `forget` could not take the name off the disk yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +48,7 @@ def known_person(session: Session, name: str, *, role: str = "rater") -> Person:
 
 
 def _person(session: Session, name: str, role: str, password: str | None) -> tuple[Person, bool]:
-    name = name.strip()
-    if not name or len(name) > 100 or not name.isprintable():
-        raise SteersmanError("a name has 1 to 100 printable characters")
+    name = _checked_name(name)
     if role not in ROLES:
         raise SteersmanError(f"role {role!r}: known are {', '.join(ROLES)}")
 
@@ -65,12 +69,32 @@ def new_rater(session: Session) -> Rater:
     return rater
 
 
-def imported_rater(session: Session, source: str, who: str) -> int:
-    """The number of the rater that `who` of another program's export becomes: the same one at every import.
+def imported_name(source: str, who: str) -> str:
+    """What `who` of another program is called here. Raises SteersmanError for what is no name."""
+    return _checked_name(f"{who[:60]} ({source})")
 
-    The name stands with the other personal data, and can be forgotten as any.
+
+def imported_rater(session: Session, name: str) -> int:
+    """The number of the rater of this `imported_name`: the same one at every import.
+
+    The name stands with the other personal data, and can be forgotten as any; then the rater is known without it.
     """
-    return known_person(session, f"{who[:60]} ({source})").rater_id
+    forgotten = None if find_person(session, name) else next(_forgotten(session, name), None)
+    return known_person(session, name).rater_id if forgotten is None else forgotten.rater_id
+
+
+def _forgotten(session: Session, name: str) -> Iterator[Forgotten]:
+    for salt in session.scalars(select(Forgotten.salt).distinct()).all():
+        yield from session.scalars(
+            select(Forgotten).where(Forgotten.salt == salt, Forgotten.digest == _slow_digest(name, salt))
+        )
+
+
+def _checked_name(name: str) -> str:
+    name = name.strip()
+    if not name or len(name) > 100 or not name.isprintable():
+        raise SteersmanError(f"{name[:120]!r}: a name has 1 to 100 printable characters")
+    return name
 
 
 def find_person(session: Session, name: str) -> Person | None:
@@ -82,15 +106,30 @@ def people(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(Person).where(Person.password.is_not(None))) or 0
 
 
-def forget(session: Session, name: str) -> str:
-    """Deletes a person's name, password and logins; the judgements stay under the pseudonym, which is returned."""
-    person = find_person(session, name)
-    if person is None:
-        raise SteersmanError(f"{name}: the store knows nobody of this name")
-    rater = session.get_one(Rater, person.rater_id)
-    session.execute(delete(Login).where(Login.rater_id == rater.id))
-    session.delete(person)
-    return rater.pseudonym
+def forget(store: Store, name: str) -> tuple[str, bool]:
+    """Deletes a person's name, password and logins; the judgements stay under the pseudonym.
+
+    Returns the pseudonym, and whether the name is gone from the disk, too: not before everybody has closed the store
+    where somebody reads in it for long (`Store.empty_log`). Raises SteersmanError for a name that nobody has.
+    """
+    with store.begin() as session:
+        person = find_person(session, name)
+        if person is None:
+            raise SteersmanError(f"{name}: the store knows nobody of this name")
+        rater = session.get_one(Rater, person.rater_id)
+        if _is_imported(session, rater.id):
+            salt = session.scalar(select(Forgotten.salt).limit(1)) or secrets.token_hex(16)
+            session.add(Forgotten(rater_id=rater.id, salt=salt, digest=_slow_digest(person.name, salt)))
+        session.execute(delete(Login).where(Login.rater_id == rater.id))
+        session.delete(person)
+    return rater.pseudonym, store.empty_log()
+
+
+def _is_imported(session: Session, rater_id: int) -> bool:
+    """Whether another program's export names this rater, and so may name them again."""
+    said = exists().where(JudgementRow.rater_id == rater_id, JudgementRow.source != HERE)
+    chatted = exists().where(Conversation.rater_id == rater_id, Conversation.source != HERE)
+    return bool(session.scalar(select(or_(said, chatted))))
 
 
 def set_password(session: Session, name: str, password: str | None) -> None:
@@ -131,6 +170,11 @@ def visitor(session: Session, token: str) -> Visitor | None:
         return None
     login, person, rater = row
     return Visitor(rater.id, rater.pseudonym, person.name, person.role, login.csrf)
+
+
+def _slow_digest(name: str, salt: str) -> str:
+    """A digest of a name that takes so long that lists of names are not tried against it in passing."""
+    return hashlib.scrypt(name.encode(), salt=salt.encode(), n=1 << 14, r=8, p=1, dklen=32).hex()
 
 
 def _hash(token: str) -> str:

@@ -140,7 +140,7 @@ def _pairs(found: list[Opinion], each: bool) -> Made:
 def _pair(group: list[Opinion], better: int, worse: int) -> Data:
     one = group[0]
     data = _about(group) | {"chosen": one.answers[better], "rejected": one.answers[worse]}
-    return data | {"models": [one.models[better], one.models[worse]]}
+    return data | {"models": [_models(group)[i] for i in (better, worse)]}
 
 
 def _thumbs(found: list[Opinion], each: bool) -> Made:
@@ -148,7 +148,7 @@ def _thumbs(found: list[Opinion], each: bool) -> Made:
         yield group[0].number, _answer(group) | {"label": up}
     for group in _groups(found, "compare", each):
         if _mean(group, lambda o: float(o.verdict["choice"] == "both_bad")) > 0.5:
-            for answer, model in zip(group[0].answers, group[0].models, strict=True):
+            for answer, model in zip(group[0].answers, _models(group), strict=True):
                 if answer.strip():
                     yield group[0].number, _about(group) | {"completion": answer, "label": False, "models": [model]}
 
@@ -156,7 +156,7 @@ def _thumbs(found: list[Opinion], each: bool) -> Made:
 def _rankings(found: list[Opinion], each: bool) -> Made:
     for group in _groups(found, "rank", each):
         yield group[0].number, _about(group) | {
-            "responses": group[0].answers, "ranks": _ranks(group), "models": group[0].models,
+            "responses": group[0].answers, "ranks": _ranks(group), "models": _models(group),
         }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def _ratings(found: list[Opinion], each: bool) -> Made:
         for name in names:
             rated = [o for o in group if name in o.verdict["scores"]]
             scores[name] = _mean(rated, lambda o, name=name: float(o.verdict["scores"][name]))
-        data = _about(group) | {"completion": group[0].answers[0], "scores": scores, "models": group[0].models}
+        data = _about(group) | {"completion": group[0].answers[0], "scores": scores, "models": _models(group)}
         yield group[0].number, data
 
 
@@ -194,13 +194,17 @@ def _is_up(one: Opinion) -> bool:
 
 
 def _answer(group: list[Opinion]) -> Data:
-    return _about(group) | {"completion": group[0].answers[0], "models": group[0].models}
+    return _about(group) | {"completion": group[0].answers[0], "models": _models(group)}
 
 
 MADE: dict[Kind, Callable[[list[Opinion], bool], Made]] = {
     "preference": _pairs, "feedback": _thumbs, "ranking": _rankings, "rating": _ratings,
     "demonstration": _demonstrations,
 }  # fmt: skip
+
+
+def _models(group: list[Opinion]) -> list[str]:
+    return [str(model) for model in group[0].models]
 
 
 def _about(group: list[Opinion]) -> Data:

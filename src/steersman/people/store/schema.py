@@ -9,11 +9,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Double, ForeignKey, Index, String, Text, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, Index, UniqueConstraint
+from sqlalchemy import String as AnyString
+from sqlalchemy import Text as AnyText
+from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from steersman.people.store.verdicts import storable
+
+
+class String(TypeDecorator[str]):
+    """Text of at most so many characters, as every database takes it: stored and looked for as `storable`."""
+
+    impl = AnyString
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else storable(value)
+
+
+class Text(String):
+    """The same of any length."""
+
+    impl = AnyText
+    cache_ok = True
+
 
 UUID = String(36)
 JSON_OR_NULL = JSON(none_as_null=True)
+HERE = "collect"
+"""The `source` of what was said on our own pages."""
 
 
 class Base(DeclarativeBase):
@@ -38,6 +64,15 @@ class Person(Base):
     password: Mapped[str | None] = mapped_column(String(200))
     role: Mapped[str] = mapped_column(String(10))
     created: Mapped[float]
+
+
+class Forgotten(Base):
+    """How the next import knows a rater again whose name is gone: by a slow digest of it, under the store's salt."""
+
+    __tablename__ = "forgotten"
+    rater_id: Mapped[int] = mapped_column(ForeignKey("rater.id"), primary_key=True)
+    salt: Mapped[str] = mapped_column(String(32))
+    digest: Mapped[str] = mapped_column(String(64))
 
 
 class Login(Base):

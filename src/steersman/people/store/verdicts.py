@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+from steersman.guards.untrusted import LONE_SURROGATE
 from steersman.types import SteersmanError
 
 TASKS = ("compare", "rank", "rate", "mark", "review")
@@ -135,11 +136,8 @@ def _text(got: Any, key: str) -> str:
 
 def storable(text: str) -> str:
     """The text without what a database does not take: NUL, and halves of surrogate pairs (as U+FFFD)."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8") if _odd(text) else text
-
-
-def _odd(text: str) -> bool:
-    return "\0" in text or any("\ud800" <= c <= "\udfff" for c in text)
+    odd = "\0" in text or LONE_SURROGATE.search(text)
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8") if odd else text
 
 
 _CHECKS: dict[str, Callable[[Verdict, list[str], dict[str, Any]], Verdict]] = {

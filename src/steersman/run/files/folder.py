@@ -5,6 +5,7 @@
     inputs.json    digests of data and models   (inputs.py)
     checkpoints/   (checkpoint.py)              summary.json, report.html                    (run/report/page.py)
     reference/     what a frozen reference says of the data (setup/reference.py)
+    tracker-id     what stands for the run in trackers of numbers (sinks.py)
 
 Every file is whole or not there (`steersman/atomic.py`).
 """
@@ -28,7 +29,10 @@ from steersman.types import SteersmanError
 held: list[Path] = []
 """Folders that this process has held, newest last: the command line says where a failed run has its files."""
 
-BEGINNINGS = ("config.yaml", "inputs.json", "metrics.jsonl", "report.html")
+IDENTITY = "tracker-id"
+"""What stands for the run in trackers of numbers (sinks.py)."""
+
+BEGINNINGS = ("config.yaml", "inputs.json", "metrics.jsonl", "report.html", IDENTITY)
 """What a run writes before its first step or round."""
 
 

@@ -22,8 +22,9 @@ def fingerprints(recipe: Section, run_folder: Path) -> dict[str, dict[str, str]]
     """The SHA-256 of each file or folder that a setting of the recipe names: {dotted key: {path: digest}}.
 
     A folder with a config.json is a model: the files directly in it count. Of any other folder all files count. What
-    lies in the run folder is the run's own and is left out, and so are a `folder` of many sets (GRUE's), whose rows
-    are compared one by one, and a `cache`, to which other runs add. A file above 64 MiB counts by its size and 64
+    lies in the run folder is the run's own and is left out, and so is what the section `run` names (a tracker's name
+    may be its folder's too), a `folder` of many sets (GRUE's), whose rows are compared one by one, and a `cache`, to
+    which other runs add. A file above 64 MiB counts by its size and 64
     blocks of 1 MiB, so that a start reads at most that much of each: a change in between is not seen.
     """
     found: dict[str, dict[str, str]] = {}
@@ -79,7 +80,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner, key)
-    elif isinstance(value, str) and key != "run.dir" and not key.endswith(("folder", "cache")):
+    elif isinstance(value, str) and not key.startswith("run.") and not key.endswith(("folder", "cache")):
         yield key, value
 
 

@@ -25,7 +25,7 @@ from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.run.files.folder import open_folder
 from steersman.run.files.log import Log, NoLog
 from steersman.run.files.pieces import Pieces, Rows
-from steersman.run.files.sinks import require_sinks
+from steersman.run.files.sinks import for_stages, require_sinks
 from steersman.run.progress import ProgressLine
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
@@ -144,7 +144,8 @@ class Ledger:
     def stage(self, name: str, run: Callable[..., dict[str, Any]], recipe: Callable[[Any], Any], values: Any) -> dict:
         """Runs a verb in the folder `name`, on from its newest checkpoint, or gives the summary of its finished run.
 
-        Its checkpoints go once it is finished: its model and summary are what the next stage needs.
+        It logs where the loop does, into runs of its own (`for_stages`). Its checkpoints go once it is finished: its
+        model and summary are what the next stage needs.
 
         Raises SteersmanError where the verb's recipe refuses the values.
         """
@@ -152,11 +153,8 @@ class Ledger:
         folder = self.path / name
         summary = ranks().from_main(lambda: _finished(folder), "a stage's summary")
         if summary is None:
-            values = {
-                **values,
-                **self.shared,
-                "run": {**self.config.model_dump(), **values.get("run", {}), "dir": str(folder)},
-            }
+            settings = self.config.model_dump() | {"sinks": for_stages(self.config.sinks)}
+            values = {**values, **self.shared, "run": {**settings, **values.get("run", {}), "dir": str(folder)}}
             try:
                 made = recipe(values)
             except ValidationError as error:

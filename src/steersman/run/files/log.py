@@ -62,7 +62,7 @@ class Log:
         self._start = self._last_line = time.monotonic()
         self._first_step = max(resumed_step, 0)
         self._files = {name: (self.folder / name).open("ab", buffering=0) for name in FILES}
-        self._sinks = Sinks(sinks, self.folder, max(resumed_step, 0), lambda text: self.note(text, style="yellow"))
+        self._sinks = Sinks(sinks, self.folder, resumed_step, lambda text: self.note(text, style="yellow"))
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
             self._bar.start()

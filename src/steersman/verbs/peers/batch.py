@@ -16,7 +16,9 @@ def batch(t: Translation) -> None:
     world, processes = _world(t)
     names = [n for n in BATCH if n in t.settings and n not in t.left]
     try:
-        if "rollout.prompts" in t.known:
+        if t.verb == "distill":
+            _prompts_of_update(t, world, names)
+        elif "rollout.prompts" in t.known:
             _iteration(t, world, names)
         elif names:
             _rows_of_update(t, world, names)
@@ -63,6 +65,21 @@ def _rows_of_update(t: Translation, world: int, names: list[str]) -> None:
     if per_device:
         rows = t.whole(BATCH[1], 8) * t.whole(BATCH[2], 1) * world  # 8 is transformers' default
         t.put("train.batch_size", rows, *per_device)
+
+
+def _prompts_of_update(t: Translation, world: int, names: list[str]) -> None:
+    """Prompts of an update whose answers are sampled for it: the answers of all devices, by those to a prompt."""
+    sampled, _ = t.given(*SAMPLES)
+    samples = t.whole(sampled, 1) if sampled else 8  # TRL's default
+    t.put("rollout.samples", samples, *([sampled] if sampled else []))
+    for name in (n for n in names if n not in BATCH[1:3]):
+        t.leave(name, "each answer is learned from once here, in the update that it was sampled for")
+    own = [n for n in names if n in BATCH[1:3]]
+    if own:
+        rows = t.whole(BATCH[1], 8) * t.whole(BATCH[2], 1) * world  # 8 is transformers' default
+        if rows % samples:
+            raise LeftOutError(f"{rows} answers are no whole number of prompts with {samples} answers each")
+        t.put("train.batch_size", rows // samples, *own)
 
 
 def _iteration(t: Translation, world: int, names: list[str]) -> None:

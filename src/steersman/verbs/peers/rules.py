@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from steersman.verbs.peers.settings import ESTIMATORS, VERBS
+from steersman.verbs.peers.settings import ESTIMATORS, VERBS, is_luspo
 from steersman.verbs.peers.translation import (
     OFF,
     LeftOutError,
@@ -26,6 +26,8 @@ OPTIMIZERS = {
     "muon": "muon",
 }  # fmt: skip
 SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
+WHOLE_RATIO = ("gspo", "luspo")
+"""Verbs that TRL has as `importance_sampling_level` sequence."""
 AVERAGES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "episode"}
 UNLIKE = {
     "vf_coef": "weighs the value loss in one optimizer with the policy's; here the critic has its own optimizer, and "
@@ -226,6 +228,14 @@ def _max_samples(t: Translation, value: Any) -> dict[str, Any]:
 
 def _average(t: Translation, value: Any) -> dict[str, Any]:
     """`loss_type` of trainers other than those of pairs."""
+    if t.verb == "sft":
+        return _choice("train.loss", {"nll": None, "chunked_nll": None, "dft": "dft"})(t, value)
+    if t.verb == "kto" and value == "apo_zero_unpaired":
+        return {"loss.name": value}
+    if value == "luspo" and not is_luspo(t.settings):
+        if t.verb in WHOLE_RATIO:
+            raise LeftOutError(f"{t.verb} has one ratio per response, and there importance_sampling_level says token")
+        return {"algorithm.average": "episode"}  # sums of what each token's own ratio gives
     if str(value) == t.verb or ("algorithm.average" not in t.known and str(value) in ("kto", "bco", "nll")):
         return {} if str(value) != "dapo" else {"algorithm.average": "token"}
     if "algorithm.average" in t.known and str(value) in AVERAGES:
@@ -233,6 +243,24 @@ def _average(t: Translation, value: Any) -> dict[str, Any]:
     if value == "bnpo":
         raise LeftOutError("averages over the tokens of each device there; algorithm.average token is over all")
     raise LeftOutError(_own_method(value))
+
+
+def _dft(t: Translation, value: Any) -> dict[str, Any]:
+    if is_on(value) and t.verb != "sft":
+        raise LeftOutError(f"{t.verb} has no counterpart")
+    return {"train.loss": "dft"} if is_on(value) else {}
+
+
+def _ld_alpha(t: Translation, value: Any) -> dict[str, Any]:
+    if t.toolkit == "llamafactory":
+        raise LeftOutError("leaves the reference's log-probabilities whole there; loss.ld_alpha weighs them likewise")
+    return {"loss.ld_alpha": value}
+
+
+def _pref_bco_weight(_: Translation, value: Any) -> dict[str, Any]:
+    if value != 0:
+        raise LeftOutError("takes a running mean off the rewards there, and loss.also {bco_pair: WEIGHT} does not")
+    return {}
 
 
 def _own_method(value: Any) -> str:
@@ -243,8 +271,10 @@ def _own_method(value: Any) -> str:
 
 
 def _ratio_level(t: Translation, value: Any) -> dict[str, Any]:
-    if (value == "sequence") is not (t.verb == "gspo"):
-        raise LeftOutError(f"{short(value)}: one ratio per response is --verb gspo, one per token the others")
+    if (value == "sequence") is not (t.verb in WHOLE_RATIO):
+        raise LeftOutError(
+            f"{short(value)}: one ratio per response is --verb gspo or luspo, one per token the others"
+        )
     return {}
 
 
@@ -374,7 +404,8 @@ RULES: dict[str, Callable[[Translation, Any], dict[str, Any]]] = {
     "prompt_data": _dataset, "max_samples": _max_samples, "mask_history": _switch("data.assistant_turns", "last"),
     "streaming": _switch("data.stream", True), "dataset_streaming": _switch("data.stream", True),
     "assistant_only_loss": _only(True, _ANYWAY), "completion_only_loss": _only(True, _ANYWAY),
-    "train_on_prompt": _only(False, _ANYWAY), "loss_type": _average, "importance_sampling_level": _ratio_level,
+    "train_on_prompt": _only(False, _ANYWAY), "use_dft_loss": _dft, "ld_alpha": _ld_alpha,
+    "pref_bco_weight": _pref_bco_weight, "loss_type": _average, "importance_sampling_level": _ratio_level,
     "advantage_estimator": _estimator, "epsilon": _clip_low, "cliprange": _clip_low, "eps_clip": _clip_low,
     "epsilon_high": _clip_high, "eps_clip_low_high": _clip_both, "reward_clip_range": _reward_clip,
     "overlong_buffer_len": _overlong, "freezing_actor_steps": _actor_waits, "top_k": _top_k,

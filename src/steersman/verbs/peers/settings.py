@@ -5,6 +5,7 @@ Read are YAML and JSON files, and command lines in shell scripts (`--key value`)
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -25,8 +26,17 @@ from steersman.verbs.sft import SFTRecipe
 VERBS: dict[str, type[Section]] = {
     "sft": SFTRecipe, "reward": RewardModelRecipe, "dpo": PreferenceRecipe, **FEEDBACK, **ON_POLICY,
 }  # fmt: skip
+ABOVE = {"distill": "steersman.distill.recipe:DistillRecipe"}
+"""Verbs of rooms above this one, and their recipes, which are imported when a file is theirs."""
 STAGES = {"sft": "sft", "pt": "sft", "rm": "reward", "ppo": "ppo", "dpo": "dpo", "kto": "kto"}
-SCRIPTS = {"rm": "reward", "reward": "reward", "orpo": "dpo", "cpo": "dpo", **{name: name for name in VERBS}}
+SCRIPTS = {
+    "rm": "reward",
+    "reward": "reward",
+    "orpo": "dpo",
+    "cpo": "dpo",
+    "sdft": "distill",
+    **{name: name for name in VERBS},
+}
 """Words in the name of a program, and the verb for each."""
 OTHER_SCRIPTS = {"online", "xpo", "nash", "gkd", "kd", "opd", "prm", "minillm"}
 """Words in the names of programs that train what no verb here reads from these files."""
@@ -35,10 +45,14 @@ ESTIMATORS = {
     "group_norm": "grpo", "dr_grpo": "dr-grpo",
 }  # fmt: skip
 """OpenRLHF's `advantage_estimator`, which says the method."""
+OWN_LOSSES = ("cispo", "sapo", "vespo")
+"""Of TRL's GRPO, the `loss_type`s that are verbs here; the others say how steps are averaged."""
 TELLING = {
+    "teacher_prompt_template": "distill",
     "rloo_k": "rloo", "num_generations": "grpo", "num_ppo_epochs": "ppo", "cliprange": "ppo",
     "rollout_batch_size": "ppo", "desirable_weight": "kto", "pref_loss": "dpo", "rpo_alpha": "dpo",
-    "simpo_gamma": "dpo", "center_rewards_coefficient": "reward", "packing": "sft",
+    "simpo_gamma": "dpo", "ld_alpha": "dpo", "loss_weights": "dpo", "use_dft_loss": "sft",
+    "center_rewards_coefficient": "reward", "packing": "sft",
 }  # fmt: skip
 """Keys that tell the verb where nothing else does: those that one trainer alone has. `beta` is not among them."""
 OF_TOOLKIT = {
@@ -49,7 +63,8 @@ OF_TOOLKIT = {
     },
     "llamafactory": {
         "stage", "finetuning_type", "cutoff_len", "pref_beta", "pref_loss", "template", "lora_target", "dataset_dir",
-        "val_size", "quantization_bit", "mask_history", "train_on_prompt", "ppo_buffer_size",
+        "val_size", "quantization_bit", "use_dft_loss", "pref_bco_weight", "mask_history", "train_on_prompt",
+        "ppo_buffer_size",
     },
 }  # fmt: skip
 """Names that one toolkit alone has; a file with none of them is TRL's."""
@@ -57,6 +72,14 @@ PROCESSES = ("num_processes", "nproc_per_node", "num_gpus", "nnodes", "num_machi
 ONE_WORD = {*PROCESSES, "config_file", "include", "hostfile", "master_port", "main_process_port", "address"}
 """Options of launchers, after which one word is the value and the next may be the program."""
 LARGEST = 1 << 20
+
+
+def recipe_of(verb: str) -> type[Section]:
+    """The recipe of a verb of VERBS or ABOVE."""
+    if verb in VERBS:
+        return VERBS[verb]
+    module, _, name = ABOVE[verb].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -99,9 +122,16 @@ def guess_verb(settings: dict[str, Any]) -> str:
         if verb == "ppo":
             verb = ESTIMATORS.get(str(settings.get("advantage_estimator")), verb)
             return "gspo" if settings.get("policy_loss_type") == "gspo" else verb
+        if verb == "grpo" and (settings.get("loss_type") in OWN_LOSSES or is_luspo(settings)):
+            return settings["loss_type"]
         if verb is not None:
             return verb
     raise SteersmanError("verb: nothing in the file tells what it trains; say it with --verb sft, dpo, grpo, ...")
+
+
+def is_luspo(settings: dict[str, Any]) -> bool:
+    """Whether TRL's `loss_type` luspo is LUSPO: unless the file says so, a response has no ratio of its own there."""
+    return settings.get("loss_type") == "luspo" and settings.get("importance_sampling_level") == "sequence"
 
 
 def toolkit_of(settings: dict[str, Any]) -> Literal["openrlhf", "llamafactory", "trl"]:

@@ -21,7 +21,7 @@ from steersman.verbs.preference import PreferenceRecipe
 PAIR_LOSSES = {
     "dpo": {"sigmoid": "dpo", "hinge": "rso", "ipo": "ipo", "robust": "robust_dpo", "sppo_hard": "sppo",
             "orpo": "orpo", "simpo": "simpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca",
-            "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop"},
+            "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "bco_pair": "bco_pair"},
     "cpo": {"sigmoid": "cpo", "hinge": "hinge", "simpo": "simpo"},
     "orpo": {"sigmoid": "orpo"},
 }  # fmt: skip
@@ -189,8 +189,10 @@ def warmup(t: Translation) -> None:
 
 
 def pair_loss(t: Translation) -> None:
-    """Which loss of pairs, with its own numbers."""
+    """Which loss of pairs, or which several with their weights, and their own numbers."""
     if t.recipe is not PreferenceRecipe:
+        if t.settings.get("loss_weights"):
+            t.leave("loss_weights", "weighs losses of pairs")
         return
     trainer = next((word for word in t.words if word in ("cpo", "orpo")), "dpo")
     source, theirs = t.given("loss_type", "pref_loss")
@@ -200,28 +202,39 @@ def pair_loss(t: Translation) -> None:
         t.taken.add("ipo")
         if is_on(t.settings["ipo"]):
             source, theirs = "ipo", "ipo"
-    name = PAIR_LOSSES[trainer].get(str(theirs if source else "sigmoid"))
+    weights = _weights(t, theirs if source else "sigmoid", trainer)
+    nll = weights.pop("nll", 0)
     numbers = [n for n in PAIR_NUMBERS if n in t.settings and n not in t.left]
-    if name is None:
+    if None in weights or not weights:
         t.leave(source, f"{short(theirs)} has no counterpart for loss.name")
+        if t.settings.get("loss_weights"):
+            numbers.append("loss_weights")
         for number in numbers:
             t.leave(number, f"belongs to {source} {short(theirs)}, which has no counterpart")
         return
-    name, settings, divergence = _of_divergence(t, name)
+    name, settings, divergence = _of_divergence(t, [str(each) for each in weights])
     said = [n for n in (source, *divergence) if n]
     if said or name != "dpo":
         t.put("loss.name", name, *said)
-    settings |= PAIR_DEFAULTS.get(name, {})
-    if name == "ipo" and t.toolkit != "openrlhf":
-        settings["length_normalised"] = 1.0  # means of the answers' log-probabilities, not sums
+    first, *more = weights.items()
+    also = {str(each): weight for each, weight in more}
+    for key, value, plain in (("weight", first[1], 1), ("also", also, {}), ("nll", nll, 0)):
+        if value != plain:
+            t.put(f"loss.{key}", value, *(n for n in (source, "loss_weights") if n in t.settings))
+    for each in (name, *also):
+        settings |= PAIR_DEFAULTS.get(each, {})
+        if each == "ipo" and t.toolkit != "openrlhf":
+            settings["length_normalised"] = 1.0  # means of the answers' log-probabilities, not sums
     from_names = dict.fromkeys(settings, said)
     for number in numbers:
-        key, value = _pair_number(t, number, name, trainer), t.settings[number]
-        if key == "loss.nll":
-            t.put(key, value, number)
-        elif key:
-            settings[key], from_names[key] = value, [number]
-        elif value not in (0, None, False):
+        value = t.settings[number]
+        keys = {key for each in (name, *also) if (key := _pair_number(t, number, each, trainer))}
+        for key in keys:
+            if key == "loss.nll":
+                t.put(key, value, number)
+            else:
+                settings[key], from_names[key] = value, [number]
+        if not keys and value not in (0, None, False):
             t.leave(number, f"loss.name {name} does not read it")
         t.taken.add(number)
     if trainer == "cpo" and name != "cpo" and "cpo_alpha" not in numbers:
@@ -230,8 +243,25 @@ def pair_loss(t: Translation) -> None:
         t.put(f"loss.settings.{key}", value, *from_names[key])
 
 
-def _of_divergence(t: Translation, name: str) -> tuple[str, dict[str, Any], list[str]]:
-    """The loss with TRL's `f_divergence_type`, its own settings, and the file's keys that say so."""
+def _weights(t: Translation, theirs: Any, trainer: str) -> dict[str | None, float]:
+    """Each loss asked for, by our name and "nll" for the likelihood, with its weight; None in the place of one that
+    has no counterpart, and nothing at all where the weights are not those of different losses. A weight of 0 asks for
+    nothing."""
+    given = t.settings.get("loss_weights")
+    if not isinstance(theirs, list):
+        if given:
+            t.leave("loss_weights", "weighs several losses, and the file has one")
+        return {PAIR_LOSSES[trainer].get(str(theirs)): 1}
+    names = ["nll" if word == "sft" else PAIR_LOSSES[trainer].get(str(word)) for word in theirs]
+    weights = listed(given) if given else [1] * len(names)
+    if not len(weights) == len(names) == len(set(names)) or not all(is_number(w) and w >= 0 for w in weights):
+        return {}
+    return {name: weight for name, weight in zip(names, weights, strict=True) if weight}
+
+
+def _of_divergence(t: Translation, names: list[str]) -> tuple[str, dict[str, Any], list[str]]:
+    """The first of the losses with TRL's `f_divergence_type`, its own settings, and the file's keys that say so."""
+    name = names[0]
     kind, coefficient = (t.settings.get(key) for key in DIVERGENCE_KEYS)
     found = [key for key in DIVERGENCE_KEYS if key in t.settings and key not in t.left]
     if kind in (None, "reverse_kl"):
@@ -240,9 +270,9 @@ def _of_divergence(t: Translation, name: str) -> tuple[str, dict[str, Any], list
     alpha = {"forward_kl": 1.0, "alpha_divergence": 0.5}.get(str(kind))
     if kind == "alpha_divergence" and is_number(coefficient):
         alpha = 1 - float(coefficient)
-    if name != "dpo" or (kind != "js_divergence" and (alpha is None or not 0 <= alpha <= 1)):
+    if names != ["dpo"] or (kind != "js_divergence" and (alpha is None or not 0 <= alpha <= 1)):
         for key in found:
-            t.leave(key, f"{short(t.settings[key])} has no counterpart for loss.name {name}")
+            t.leave(key, f"{short(t.settings[key])} has no counterpart for {' and '.join(names)}")
         return name, {}, []
     t.taken.update(found)
     return ("fdpo_js", {}, found) if kind == "js_divergence" else ("fdpo_alpha", {"alpha": alpha}, found)
@@ -279,10 +309,8 @@ def strategies(t: Translation) -> None:
                       ("save_strategy", "run.save_every")):  # fmt: skip
         if name in t.settings and t.settings[name] != "steps":
             t.leave(name, f"{short(t.settings[name])} has no counterpart; {key} counts steps")
-    for name in ("loss_weights", "lr_scheduler_kwargs"):
-        goes_with = {"loss_weights": "loss_type", "lr_scheduler_kwargs": "lr_scheduler_type"}[name]
-        if t.settings.get(name) and (name == "loss_weights" or goes_with not in t.settings):
-            t.leave(name, f"goes with {goes_with}, of which one alone has a counterpart")
+    if t.settings.get("lr_scheduler_kwargs") and "lr_scheduler_type" not in t.settings:
+        t.leave("lr_scheduler_kwargs", "goes with lr_scheduler_type, of which one alone has a counterpart")
 
 
 def critic_too(t: Translation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 from steersman.config.sections import walk_keys
-from steersman.verbs.peers.settings import VERBS, script_words, toolkit_of
+from steersman.verbs.peers.settings import recipe_of, script_words, toolkit_of
 
 OFF = ("false", "no", "off", "none", "0", "")
 NULLS = ("max_grad_norm", "save_total_limit")
@@ -22,7 +22,7 @@ class Translation:
 
     def __init__(self, settings: dict[str, Any], verb: str) -> None:
         self.settings = {name: value for name, value in settings.items() if value is not None or name in NULLS}
-        self.verb, self.recipe = verb, VERBS[verb]
+        self.verb, self.recipe = verb, recipe_of(verb)
         self.known = {key for key, _ in walk_keys(self.recipe)} - self.recipe.unread_keys()
         self.words = script_words(settings)
         self.toolkit = toolkit_of(settings)

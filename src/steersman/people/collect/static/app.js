@@ -17,6 +17,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Enter") event.preventDefault();
     return;
   }
+  if (event.key === "Enter" && event.target.matches("input") && saysWhat(event.target.form)) event.preventDefault();
   if (event.key === "Enter" && event.ctrlKey) {
     const form = event.target.form || document.querySelector("form.verdict");
     const button = form && form.querySelector("button.primary, button:not([name])");
@@ -31,6 +32,13 @@ document.addEventListener("keydown", (event) => {
     found.click();
   }
 });
+
+// Enter in a field presses the first button of its form. Where that button is one verdict of several, as "Good answer"
+// beside "Bad answer", nobody has said it.
+function saysWhat(form) {
+  const first = form && form.querySelector("button:not([type=button])");
+  return first && first.name !== "";
+}
 
 // The number answers the first place or attribute that is still open, if there is one.
 function answersOpen(number) {
@@ -106,6 +114,11 @@ async function token() {
   return home.querySelector('input[name="csrf"]').value;
 }
 
+const MOVES = {
+  ArrowLeft: ["left", "character"], ArrowRight: ["right", "character"], ArrowUp: ["backward", "line"],
+  ArrowDown: ["forward", "line"], Home: ["backward", "lineboundary"], End: ["forward", "lineboundary"],
+};
+
 // Marks: offsets count characters (not UTF-16 units) of the answer's text.
 const markable = document.querySelector(".markable");
 if (markable) {
@@ -140,6 +153,30 @@ if (markable) {
       spans.push({ start, end, label: button.dataset.label });
       draw();
     });
+  });
+  // Text that can not be edited has no caret: the arrows move a selection of one letter, which Shift makes longer.
+  markable.addEventListener("keydown", (event) => {
+    const picked = getSelection();
+    if (event.key === "a" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      picked.selectAllChildren(markable);
+      return;
+    }
+    if (!(event.key in MOVES) || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    const fresh = !picked.rangeCount || !markable.contains(picked.anchorNode) || !markable.contains(picked.focusNode);
+    if (fresh) picked.collapse(markable, 0);
+    const { anchorNode, anchorOffset, focusNode, focusOffset } = picked;
+    const [way, unit] = MOVES[event.key];
+    const by = event.ctrlKey && unit === "character" ? "word" : unit;
+    if (event.shiftKey) {
+      picked.modify("extend", way, by);
+    } else {
+      if (!picked.isCollapsed) picked.collapseToStart();
+      if (!fresh) picked.modify("move", way, by);
+      picked.modify("extend", "forward", "character");
+    }
+    if (!markable.contains(picked.focusNode)) picked.setBaseAndExtent(anchorNode, anchorOffset, focusNode, focusOffset);
   });
   document.querySelector("button.clear").addEventListener("click", () => { spans = []; draw(); });
 }
