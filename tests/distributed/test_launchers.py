@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from steersman.distributed import launch, on_ray, waiting
+from steersman.distributed.handlers import signals_kept
 from steersman.distributed.launched import from_slurm
-from steersman.distributed.waiting import MissingRankError, Waits
+from steersman.distributed.waiting import MissingRankError, WaitedInVainError, Waits
 from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
 from steersman.verbs.preference import PreferenceRecipe
@@ -81,19 +87,74 @@ def three(monkeypatch) -> list[Waits]:
     return found
 
 
+LOST = "[pair.cc:547] gloo: Timed out waiting 5000ms for recv operation to complete"
+
+
 def test_a_rank_that_does_not_wait_as_the_others_do_is_the_missing_one(three):
-    three[1].missing()  # it waited in vain too
+    three[1].others()  # it waited in vain too
     with pytest.raises(MissingRankError) as caught, three[0].layers():
-        raise RuntimeError("[pair.cc:547] gloo: Timed out waiting 5000ms for recv operation to complete")
+        raise RuntimeError(LOST)
     text = str(caught.value)
     assert "rank 1 was last in call 2 (call 2);" in text
     assert "rank 2 was last in call 1 (call 1), behind, and is not waiting" in text
 
 
 def test_errors_that_no_other_rank_is_to_blame_for_pass(three):
-    with pytest.raises(RuntimeError, match="shapes") as caught, three[0].layers():
-        raise RuntimeError("shapes can not be multiplied")
-    assert not isinstance(caught.value, MissingRankError)
+    """DeepSpeed's own were told as a missing rank, and the cause was hidden."""
+    for around in (three[0].layers(), three[0].call("the start of DeepSpeed")):
+        with pytest.raises(RuntimeError, match="shapes") as caught, around:
+            raise RuntimeError("shapes can not be multiplied")
+        assert type(caught.value) is RuntimeError
+
+
+def test_where_every_rank_waits_in_vain_in_the_same_call_none_is_missing_and_the_cause_is_told(monkeypatch):
+    monkeypatch.setattr(waiting, "PATIENCE", 30.0)  # none needs it
+    store = dist.HashStore()
+
+    def rank(number: int) -> Exception | None:
+        try:
+            with Waits(number, 2, store).call("a sum"):
+                raise RuntimeError(LOST)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(rank, range(2)))
+    for number, error in enumerate(found):
+        assert type(error) is WaitedInVainError
+        assert str(error) == f"rank {number} of 2: a sum failed on every rank, so none is missing; the cause: {LOST}"
+
+
+def test_a_rank_whose_store_is_gone_with_rank_0_says_so():
+    """It was a traceback of torch's store, found before the call had begun."""
+    found = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    there = TCPStore("127.0.0.1", found.port, is_master=False, timeout=timedelta(seconds=2))
+    del found
+    waits = Waits(1, 2, there)
+
+    def calls() -> None:
+        for _ in range(1000):  # the first is sent before anyone could know that nobody reads it
+            with waits.call("a sum"):
+                time.sleep(0.01)
+
+    with pytest.raises(MissingRankError, match=r"a sum failed.* rank 0 can no longer be asked"):
+        calls()
+
+
+def test_handlers_that_another_package_puts_in_the_place_of_ours_are_put_back():
+    """Ray's for SIGTERM ended a run in the middle of its step: one in Python, and one that Python can not see."""
+    came, c = [], ctypes.CDLL(None)
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        with signals_kept():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+            c.signal(int(signal.SIGTERM), ctypes.c_void_p(1))  # SIG_IGN, past Python
+        assert signal.getsignal(signal.SIGTERM) is own
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_signals_do_what_they_did_while_ranks_run_and_after_them(monkeypatch):

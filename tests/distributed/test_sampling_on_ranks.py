@@ -17,7 +17,8 @@ class Waiting:
     """Asks the other ranks for something while it samples, as what samples on rank 0 alone does."""
 
     def generate(self, *_: Any, **__: Any) -> list[Any]:
-        return ranks().gather(None, "the weights' receipt")
+        with ranks().call("the weights' receipt"):
+            raise RuntimeError("[pair.cc:534] gloo: Connection closed by peer [127.0.0.1]:4711")
 
 
 def test_a_rank_that_is_missed_while_sampling_is_missed_in_that_call():

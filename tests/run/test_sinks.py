@@ -212,7 +212,7 @@ def test_trackers_that_are_installed_take_numbers_offline(name, loop):
 
 @pytest.mark.parametrize("name", SINKS)
 def test_a_stages_tracker_leaves_the_loops_open_and_apart(name, loop):
-    pytest.importorskip(name)
+    pytest.importorskip(name, reason=f"needs the tracker {name}")
     stage = loop / "round-01" / "sft"
     of_loop = open_sink(name, loop, -1)
     of_loop.log(0, {"win_rate": 0.5})
@@ -229,7 +229,7 @@ def test_a_stages_tracker_leaves_the_loops_open_and_apart(name, loop):
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "trackio"])
 def test_steps_that_a_resumed_run_does_again_stand_once(name, loop):
-    pytest.importorskip(name)
+    pytest.importorskip(name, reason=f"needs the tracker {name}")
     for resumed, steps in ((-1, (0, 1, 2, 3)), (1, (2, 3, 4))):
         sink = open_sink(name, loop, resumed)
         for step in steps:

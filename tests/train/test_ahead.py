@@ -23,6 +23,7 @@ from steersman.train.ahead import Ahead
 from steersman.train.roles import build_roles
 from steersman.types import SteersmanError
 from steersman.verbs import rl
+from steersman.verbs.generate import GenerateRecipe
 
 ELSEWHERE = {
     "rollout.engine": "process",
@@ -256,6 +257,12 @@ def test_a_lower_limit_is_kept_after_a_resume(base, elsewhere, tmp_path):
 def test_what_can_not_work_is_refused_before_anything_starts(name, extra, said, base):
     with pytest.raises(ValueError, match=said):
         recipe(name, merge(base, extra))
+
+
+def test_generate_has_no_loss_that_would_need_a_top_k():
+    asked = {"engine": "vllm", "top_p": 0.9, "min_p": 0.01}
+    made = GenerateRecipe.model_validate({"model": {"path": "m"}, "prompts": ["a"], "rollout": asked})
+    assert made.rollout.sampling().truncates
 
 
 def test_a_vllm_that_is_not_there_is_named_before_the_run(base):

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from forked import steersman
 from train_kit import merge, plain, recipe, rows, save_tiny, settings, weights
 
 from steersman.cli import VERBS
@@ -139,6 +141,33 @@ def test_ranks_and_server_that_die_are_started_again(cluster, tmp_path, capfd):
     a, b = weights(tmp_path / "alone" / "model"), weights(tmp_path / "placed" / "model")
     assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-9) for k in a)
     assert [plain(r)["step"] for r in rows(tmp_path / "placed")] == list(range(6))
+    assert not processes("remote.serve", "--threads")
+
+
+@pytest.mark.slow
+@needs_ray
+def test_ctrl_c_ends_the_step_and_saves_where_a_rank_has_a_server(cluster, tmp_path):
+    """The rank connects to Ray to place its server, and Ray's own handler ended it in the middle of a step."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    asked = merge(
+        settings(tmp_path, save_tiny(tmp_path / "model")),
+        {
+            "iterations": 400, "run.save_every": 400, "run.threads": 1, "run.launcher": "ray",
+            "rollout.engine": "process", "rollout.timeout": 200,
+        },
+    )  # fmt: skip
+    asked["reward"]["parts"]["score"]["function"] = f"{tmp_path / 'slow.py'}:count_a"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    process, run = steersman("grpo", str(tmp_path / "recipe.yaml")), tmp_path / "run"
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) <= 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 130, error
+    saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
+    assert max(saved) == rows(run)[-1]["step"]
+    assert saved != [2]  # which is kept as the best one
     assert not processes("remote.serve", "--threads")
 
 

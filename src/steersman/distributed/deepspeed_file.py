@@ -5,6 +5,7 @@ Source: https://www.deepspeed.ai/docs/config-json, version 0.19.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,19 @@ SAID = {
 LARGEST = 1 << 20
 
 
-def read_deepspeed(path: Path, stage: int, max_grad_norm: float) -> dict[str, Any]:
+def read_deepspeed(path: Path, stage: int, clips: Mapping[str, float]) -> dict[str, Any]:
     """The file's settings that `deepspeed.initialize` takes beside the recipe's.
 
     What is "auto", false or not enabled asks for nothing and is left out. The stage and the clip may be said again
-    where they are the recipe's. Raises ValueError for what can not be read, for another stage or clip, and for keys
-    that the recipe answers, or nothing here does.
+    where they are the recipe's; `clips` are its clips by key, one for each optimizer. Raises ValueError for what can
+    not be read, for another stage or clip, and for keys that the recipe answers, or nothing here does.
     """
     asked = _wanted(_read(path))
-    clip = asked.pop("gradient_clipping", max_grad_norm)
-    if clip != max_grad_norm:
-        raise _refused(path, "gradient_clipping", f"is {clip}, and optimizer.max_grad_norm is {max_grad_norm}")
+    clip = asked.pop("gradient_clipping", None)
+    for key, own in clips.items():
+        if clip not in (None, own):
+            why = f"gradient_clipping is {clip}, and {key} is {own}"
+            raise ValueError(f"deepspeed {path}: {why}; set {key} to {clip}, or take it out of the file")
     zero = asked.pop("zero_optimization", {})
     for key in asked.keys() - TAKEN:
         raise _refused(path, key, f"is said by {SAID[key]} here" if key in SAID else "is not for steersman")

@@ -20,7 +20,7 @@ def join_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
     """Joins the ranks that torch's launcher started, for as long as the block lasts; alone where none did.
 
     Collectives over CPU tensors go through gloo, those over CUDA tensors through NCCL. Raises SteersmanError where
-    the other ranks do not come within `parallel.timeout` seconds, MissingRankError where one is lost later.
+    the other ranks do not come within `parallel.timeout` seconds, WaitedInVainError where they lose each other later.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield ranks()

@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 
 from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
+from steersman.distributed.handlers import signals_kept
 from steersman.distributed.join import join_ranks
 from steersman.distributed.launched import ranks_launched
 from steersman.distributed.parallel import ParallelConfig
@@ -63,8 +63,19 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
         place = Path(folder)
         (place / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         words = ("-m", "steersman.cli", verb, str(place / "recipe.yaml"), *(["--resume"] if resume else []))
-        running = _started(words, {rank: _environment(rank, devices, port, place) for port in [_free_port()]
-                                   for rank in range(devices)}, place)  # fmt: skip
+        with signals_kept():
+            running = start_processes(
+                "steersman",
+                sys.executable,
+                dict.fromkeys(range(devices), words),
+                {
+                    rank: _environment(rank, devices, port, place)
+                    for port in [_free_port()]
+                    for rank in range(devices)
+                },
+                DefaultLogsSpecs(log_dir=folder),
+            )
+        logging.getLogger(f"{start_processes.__module__}.api").setLevel(logging.CRITICAL)  # told here, and once
         with _signals_to(list(running.pids().values())) as seen:
             codes = _first_ends(running)
             while running.wait(0.2) is None:  # which ends the others where one failed
@@ -72,24 +83,6 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
         if any(codes.values()):
             raise error_of(place, codes, seen)
         return json.loads((place / "summary.json").read_text(encoding="utf-8"))
-
-
-def _started(words: tuple[str, ...], environments: dict[int, dict[str, str]], folder: Path) -> Any:
-    """The processes, one for each environment, in torch's hands.
-
-    Torch starts them in another thread because in the main one it puts handlers of its own in the place of this
-    process's for good: after a cell of a matrix on ranks, Ctrl-C would be an error of torch's, and `nohup` in vain.
-    """
-    logging.getLogger(f"{start_processes.__module__}.api").setLevel(logging.CRITICAL)  # told here, and once
-    with ThreadPoolExecutor(1) as apart:
-        return apart.submit(
-            start_processes,
-            "steersman",
-            sys.executable,
-            dict.fromkeys(environments, words),
-            environments,
-            DefaultLogsSpecs(log_dir=str(folder)),
-        ).result()
 
 
 def _first_ends(running: Any) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,12 +62,13 @@ class ParallelConfig(Section):
         """Whether weights lie in pieces over the devices."""
         return self.mode in ("fsdp", "zero3")
 
-    def deepspeed_settings(self, max_grad_norm: float) -> dict[str, Any]:
-        """What `deepspeed` names, as DeepSpeed takes it; empty where no file is named.
+    def deepspeed_settings(self, clips: Mapping[str, float]) -> dict[str, Any]:
+        """What `deepspeed` names, as DeepSpeed takes it, without a clip; empty where no file is named.
 
-        Raises ValueError for what the recipe says in another way, a clip other than `max_grad_norm` among it.
+        Raises ValueError for what the recipe says in another way, a clip that is not each of `clips` among it, which
+        stand by their keys in the recipe.
         """
-        return {} if self.deepspeed is None else read_deepspeed(Path(self.deepspeed), self.stage, max_grad_norm)
+        return {} if self.deepspeed is None else read_deepspeed(Path(self.deepspeed), self.stage, clips)
 
     def require_engine(self) -> None:
         """Raises SteersmanError where what lays the weights is not installed, with the extra to install."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from steersman.distributed.handlers import signals_kept
 from steersman.extras import require
 from steersman.types import SteersmanError
 
@@ -34,7 +35,8 @@ def connected() -> Any:
     if not ray.is_initialized():
         handed = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
         try:
-            ray.init("auto", runtime_env={"env_vars": handed}, logging_level="ERROR")
+            with signals_kept():
+                ray.init("auto", runtime_env={"env_vars": handed}, logging_level="ERROR")
         except ConnectionError as error:
             raise SteersmanError(
                 "run.launcher ray: no Ray cluster is found; start one (`ray start --head`), or name it in RAY_ADDRESS"

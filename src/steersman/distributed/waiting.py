@@ -19,8 +19,12 @@ PATIENCE = 5.0
 """Seconds that a rank which waited in vain gives the others to say that they did too."""
 
 
-class MissingRankError(SteersmanError):
-    """Another rank did not come to a collective: it has died, or hangs."""
+class WaitedInVainError(SteersmanError):
+    """A collective did not come about, so the ranks no longer reach each other: there is nobody to agree with."""
+
+
+class MissingRankError(WaitedInVainError):
+    """Another rank did not come to it: that has died, or hangs."""
 
 
 class NoStore:
@@ -28,6 +32,24 @@ class NoStore:
 
     def set(self, key: str, value: str) -> None:
         return None
+
+
+@dataclass(slots=True, frozen=True)
+class Other:
+    """Where another rank was last: in its call `calls`, which it named `where`; None where it can not be asked."""
+
+    rank: int
+    calls: int | None = None
+    where: str = ""
+    waits: bool = False
+
+    def told(self, here: int) -> str:
+        """In words, beside a rank that is in call `here`."""
+        if self.calls is None:
+            return f"rank {self.rank} can no longer be asked"
+        how = ", behind" if self.calls < here else ""
+        how += "" if self.waits else ", and is not waiting"
+        return f"rank {self.rank} was last in call {self.calls} ({self.where}){how}"
 
 
 @dataclass(slots=True)
@@ -45,31 +67,42 @@ class Waits:
 
     @contextmanager
     def call(self, what: str) -> Iterator[None]:
-        """Around one collective: noted where the others can read it, so that a time-out can name who is missing."""
+        """Around one collective: noted where the others can read it, so that a time-out can name who is missing.
+        Errors that no other rank is to blame for pass."""
         self.calls += 1
-        self.store.set(self._place(self.rank), f"{self.calls} {what}")
-        try:
+        with self._blamed(f"{what} failed"):
+            self.store.set(self._place(self.rank), f"{self.calls} {what}")
             yield
-        except (RuntimeError, ValueError) as error:
-            raise MissingRankError(f"rank {self.rank} of {self.world}: {what} failed. {self.missing()}") from error
 
     @contextmanager
     def layers(self) -> Iterator[None]:
         """Around calls that torch makes by itself: names the missing rank where the weights or gradients of a layer
         in pieces, which it gathers and adds up, did not come in time. Other errors pass."""
+        with self._blamed("pieces of a layer did not come"):
+            yield
+
+    @contextmanager
+    def _blamed(self, said: str) -> Iterator[None]:
+        """Raises MissingRankError where ranks no longer reach each other and one of them is missing,
+        WaitedInVainError with the cause where all wait in vain in the same call."""
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
                 raise
+            head = f"rank {self.rank} of {self.world}: {said}"
+            others = self.others()
+            if all(other.calls == self.calls and other.waits for other in others):
+                raise WaitedInVainError(f"{head} on every rank, so none is missing; the cause: {error}") from error
+            told = "; ".join(other.told(self.calls) for other in others)
             raise MissingRankError(
-                f"rank {self.rank} of {self.world}: pieces of a layer did not come. {self.missing()}"
+                f"{head}. This is call {self.calls}; {told}. A rank that is not waiting has died or hangs"
             ) from error
 
-    def missing(self) -> str:
+    def others(self) -> list[Other]:
         """Where every other rank was last, and whether it waits in vain as this one did, as far as the store can
         still be asked."""
-        told = []
+        found = []
         with suppress(Exception):
             self.store.set(f"{self._place(self.rank)}/waits", "")
         for rank in range(self.world):
@@ -79,15 +112,15 @@ class Waits:
                 self.store.set_timeout(timedelta(seconds=2))
                 number, _, where = self.store.get(self._place(rank)).decode().partition(" ")
             except Exception:
-                told.append(f"rank {rank} can no longer be asked")
+                found.append(Other(rank))
                 continue
-            how = ", behind" if int(number) < self.calls else ""
             try:
                 self.store.wait([f"{self._place(rank)}/waits"], timedelta(seconds=PATIENCE))
+                waits = True
             except Exception:
-                how += ", and is not waiting"
-            told.append(f"rank {rank} was last in call {number} ({where}){how}")
-        return f"This is call {self.calls}; {'; '.join(told)}. A rank that is not waiting has died or hangs"
+                waits = False
+            found.append(Other(rank, int(number), where, waits))
+        return found
 
     def _place(self, rank: int) -> str:
         return f"steersman/{self.where}/{rank}"

@@ -105,8 +105,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
 
     @property
     def optimizers(self) -> dict[str, OptimizerConfig]:
-        critic = {} if self.critic is None else {"critic.optimizer": self.critic.optimizer}
-        return {"optimizer": self.optimizer, **critic}
+        critic = self.critic or CriticConfig()
+        own = self.algorithm.critic and critic.init != "shared"
+        return {"optimizer": self.optimizer, **({"critic.optimizer": critic.optimizer} if own else {})}
 
     @model_validator(mode="after")
     def _fits(self) -> OnPolicyRecipe[A]:
@@ -313,6 +314,11 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "rollout.ahead: episodes of an environment are not played ahead yet; use rollout.ahead: 0"
             )
         truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+        if truncated and rollout.engine == "vllm" and not rollout.top_k:
+            raise ValueError(
+                "rollout: vLLM tells which tokens top_p and min_p left only beside a top_k, and the loss needs them; "
+                "set rollout.top_k too, such as 100"
+            )
         if truncated and algorithm.update == "trust_region":
             raise ValueError(
                 f"{algorithm.title} measures KL over whole distributions; sample without top_k, top_p and min_p"

@@ -230,7 +230,8 @@ class TrainingRecipe(Section):
                     f"{key}.kind {optimizer.kind}: parallel.mode {mode} cuts all weights into equal pieces, which "
                     "plain adamw alone can update; use adamw, or mode: replicas"
                 )
-            self.parallel.deepspeed_settings(optimizer.max_grad_norm)
+        clips = {f"{key}.max_grad_norm": optimizer.max_grad_norm for key, optimizer in self.optimizers.items()}
+        self.parallel.deepspeed_settings(clips)
 
 
 LEARNED_ONLY = ("recompute_logp", "correction", "ahead", "in_flight")
@@ -384,11 +385,6 @@ class RolloutConfig(Section):
         if self.url and self.servers > 1:
             raise ValueError(
                 "url names servers that run already, and servers says how many to start; give one of both"
-            )
-        if self.engine == "vllm" and (self.top_p < 1 or self.min_p > 0) and not self.top_k:
-            raise ValueError(
-                "vLLM tells which tokens top_p and min_p left only beside a top_k, and the loss needs them; set "
-                "top_k too, such as 100"
             )
         return self
 

@@ -11,7 +11,7 @@ from steersman.data import DataConfig, layout
 from steersman.data import end_ids as template_ends
 from steersman.distributed.micro import share_out
 from steersman.distributed.ranks import ranks
-from steersman.distributed.waiting import MissingRankError
+from steersman.distributed.waiting import WaitedInVainError
 from steersman.environments.config import EnvironmentConfig
 from steersman.environments.port import Environment
 from steersman.environments.runner import Episodes
@@ -177,7 +177,7 @@ def sample_on_all_ranks(
     error: Exception | None = None
     try:
         made = generator.generate(mine, sampling, n=n, **how)
-    except MissingRankError:  # names the call; there is nobody left to agree with
+    except WaitedInVainError:  # names the call; there is nobody left to agree with
         raise
     except SteersmanError as raised:
         error = raised

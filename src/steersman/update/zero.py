@@ -57,7 +57,8 @@ class Zero:
     """DeepSpeed around the AdamW `adamw`, which has the parameters `parameters`; a subclass for each way in which it
     lays what it updates.
 
-    Raises SteersmanError for weights that are trained in another precision than float32.
+    Raises SteersmanError for weights that are trained in another precision than float32, and where weights are
+    whole, for single numbers.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: float) -> None:
@@ -70,6 +71,11 @@ class Zero:
                 "adamw, or parallel.mode: fsdp or replicas"
             )
         self.parameters, self.stage = parameters, here.parallel.stage
+        if self.stage < 3 and any(not p.ndim for p in parameters):
+            raise SteersmanError(
+                f"parallel.mode {here.parallel.mode}: the model trains a parameter that is a single number, which "
+                "DeepSpeed does not send to the other ranks; use parallel.mode: replicas"
+            )
         self.groups: list[dict[str, Any]] = adamw.state_dict()["param_groups"]
         order = (p for group in adamw.param_groups for p in group["params"])
         self.places = {parameter: place for place, parameter in enumerate(order)}
@@ -207,7 +213,7 @@ def _started(parameters: Sequence[nn.Parameter], adamw: Any, max_grad_norm: floa
     """DeepSpeed's engine over the bare parameters; its groups have this run's time limit, not half an hour."""
     deepspeed = deepspeed_on(parameters[0].device)
     here = ranks()
-    asked = here.parallel.deepspeed_settings(max_grad_norm)
+    asked = here.parallel.deepspeed_settings({})  # the recipe has held its clip to every optimizer's
     zero = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, **asked.pop("zero_optimization", {})}
     if here.parallel.stage == 3:  # `zero_layers` says what is whole when, and `ZeroCutWeights` what is added up
         zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}

@@ -59,10 +59,10 @@ class RewardModelRecipe(TrainingRecipe):
             raise ValueError(
                 f"train.heads: parallel.mode {self.parallel.mode} is not for ensembles; use replicas or fsdp"
             )
-        if self.stage == "gating" and self.parallel.mode == "zero3":
+        if self.stage == "gating" and self.parallel.stage:
             raise ValueError(
-                "parallel.mode zero3: stage gating trains a small network beside a frozen model, which it does not "
-                "cut; use fsdp or replicas"
+                f"parallel.mode {self.parallel.mode}: stage gating trains a small network beside a frozen model, "
+                "which DeepSpeed does not serve; use fsdp or replicas"
             )
         if self.train.debias and (several or self.stage != "train"):
             raise ValueError("train.debias is for a reward model of one number, at the end of stage train")

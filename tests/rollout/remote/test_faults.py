@@ -222,6 +222,58 @@ def test_a_server_whose_engine_is_gone_is_as_good_as_dead(health, is_gone):
     assert isinstance(caught.value, ServerGoneError) is is_gone
 
 
+def test_health_is_asked_over_a_connection_of_its_own():
+    """uvicorn closes the connection of a request that raised, with whatever was sent over it by then."""
+
+    class Closing(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        failed = False
+
+        def do_POST(self):
+            if self.failed:
+                self.close_connection = True
+                return
+            status = 200 if self.path == "/health" else 500
+            self.failed = status == 500
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Closing)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    server = Server(f"http://127.0.0.1:{http.server_port}", 5.0)
+    with pytest.raises(SteersmanError, match="status 500 of /start_weight_update") as caught:
+        server.post_once("/start_weight_update")
+    assert not isinstance(caught.value, ServerGoneError)
+    server.close()
+    http.shutdown()
+
+
+def test_an_update_that_a_killed_run_left_is_finished_before_the_next():
+    active, done = [True], []
+
+    def start():
+        if active:
+            return 500, {"error": {"message": "start_weight_update called while a weight update is already active."}}
+        active.append(True)
+        return {}
+
+    stub = Stub(
+        start_weight_update=start, update_weights=lambda: done.append(list(active)) or {}, health={},
+        finish_weight_update=lambda: active.clear() or {}, reset_prefix_cache={},
+    )  # fmt: skip
+    server = Server(stub.url, 5.0)
+    server.load("/dev/shm/x", "ab12:3")
+    assert done == [[True]]
+    assert not active
+    server.close()
+
+
 class NoMemory:
     """An engine whose allocation fails, as torch reports it."""
 

@@ -18,6 +18,7 @@ from remote_kit import asked, move
 from steersman.model import Policy
 from steersman.rollout import Sampling
 from steersman.rollout.remote import ReceiptError, ServerSettings, open_vllm, snapshot
+from steersman.rollout.remote.wire import ServerGoneError
 from steersman.types import SteersmanError, Tokens
 
 PYTHON = Path(
@@ -97,6 +98,33 @@ def test_truncated_sampling_has_its_support(served):
     assert gap(policy, samples) < 1e-4
     with pytest.raises(SteersmanError, match="only beside a top_k"):
         generator.generate(asked(), Sampling(8, top_p=0.8), record_support=True)
+
+
+def test_tokens_as_likely_as_the_last_of_top_k_are_in_the_support(served):
+    """vLLM keeps all that are as likely as the k-th."""
+    policy, generator = served
+    table = policy.model.get_output_embeddings().weight.data
+    before = table.clone()
+    table[[7, 9]] = before[5]
+    generator.update_weights(8)
+    samples = generator.generate(asked(), Sampling(16, top_k=2), n=4, seed=1, record_support=True)
+    assert max(len(ids) for s in samples for ids in s.support) > 2
+    assert gap(policy, samples) < 1e-4
+    table.copy_(before)
+
+
+def test_an_update_that_nobody_finished_does_not_hold_the_next(served):
+    _, generator = served
+    server = generator.stations[0].server
+    server.post_once("/start_weight_update")
+    assert generator.update_weights(9)["sync/gap"] < 1e-4
+    for _ in range(8):
+        server.post_once("/start_weight_update")
+        with pytest.raises(SteersmanError, match="already active") as caught:
+            server.post_once("/start_weight_update")
+        assert not isinstance(caught.value, ServerGoneError)  # a 500 of a server that is well
+        server.post_once("/finish_weight_update", {"weight_version": ""})
+    generator.update_weights(10)
 
 
 def test_stop_strings_and_shortest_lengths(served):

@@ -18,6 +18,8 @@ Answers = dict[int, list[Reply]]
 """Answers by the numbers of their requests."""
 TOGETHER = 64
 """Requests to one server at the same time."""
+TIES = 8
+"""Tokens behind the top_k-th that are looked at for any as likely. In bfloat16 ties are common."""
 TRIED = "0.32.0"
 """The version of vLLM that this was tried with; older ones lack routes."""
 
@@ -143,10 +145,15 @@ def _params(call: Call, asked: Sequence[SampleRequest]) -> dict[str, Any]:
         "stop": list(sampling.stop),
         "stop_token_ids": list(call.ends),
         "ignore_eos": True,
-        "logprobs": sampling.top_k if call.support else 0,
+        "logprobs": min(likeliest(sampling.top_k), call.vocabulary) if call.support else 0,
         "detokenize": bool(sampling.stop),
         "skip_special_tokens": call.skip,
     }
+
+
+def likeliest(top_k: int) -> int:
+    """Of how many tokens a call asks the log-probabilities: any as likely as the `top_k`-th can be sampled too."""
+    return top_k + TIES
 
 
 def seed_of(seed: Sequence[int], key: Sequence[int]) -> int:

@@ -25,6 +25,7 @@ from steersman.rollout.remote.snapshot import (
     Snapshot,
     canaries,
     known_ids,
+    table_rows,
     weights_of,
     write_adapter,
     write_weights,
@@ -66,7 +67,8 @@ class RemoteGenerator:
     ) -> None:  # fmt: skip
         self.policy, self.stations = policy, list(stations)
         self.ends, self.context, self.max_batch = tuple(ends), context, max_batch
-        self.returns_support, self.vocabulary, self.adapter = returns_support, known_ids(policy), adapter
+        self.returns_support, self.adapter = returns_support, adapter
+        self.vocabulary, self._rows = known_ids(policy), table_rows(policy)
         self.receipts: list[Receipt] = []
         self._folder = folder
         self._loaded: Snapshot | None = None
@@ -259,7 +261,7 @@ class RemoteGenerator:
 
     def _support(self, one: PendingResponse, sampling: Sampling) -> list[Tensor] | None:
         """What could be sampled at each token, where that was not the whole vocabulary of the policy."""
-        padding = torch.arange(self.vocabulary, self.policy.model.get_output_embeddings().weight.shape[0])
+        padding = torch.arange(self.vocabulary, self._rows)
         if sampling.truncates:  # where a server lists what it forbids, it does not know of the padding
             return [ids if len(ids) and ids[0] >= 0 else torch.cat([ids, ~padding]) for ids in one.support]
         if not len(padding) and not sampling.min_new_tokens:

@@ -20,7 +20,13 @@ from steersman.types import SteersmanError
 KEEPER = Path(__file__).with_name("keeper.py")
 PORT_TRIES = 3
 """Another program may take a free port between our look and the server's."""
-_ROOT = re.compile(r"^.*\b(?:[A-Z]\w*(?:Error|Exception)|MemoryError|Killed)\b.*$", re.MULTILINE)
+_ROOT = re.compile(
+    r"^(?!.*\b(?:WARNING|INFO)\b).*\b(?:[A-Z]\w*(?:Error|Exception)(?=:|$)|Killed\b).*$(?:\n[ \t]+\S.*){0,2}",
+    re.MULTILINE,
+)
+"""An error as Python ends a traceback with it, and the indented lines below it that say what was wrong."""
+LONGEST_ROOT = 600
+"""Characters of it that a message has."""
 
 
 class ServerProcess:
@@ -114,12 +120,14 @@ class ServerProcess:
             return ""
 
     def trouble(self) -> str:
-        """The root of a failure: the first error that its output names, and where the rest stands."""
+        """The root of a failure: the first error that its output since its last start names, or else its last line.
+        The log itself goes with the run's shared folder, so a message has to hold what matters of it."""
         said = self.output()
         found = _ROOT.search(said)
         lines = said.strip().splitlines()
-        root = found[0].strip() if found else lines[-1].strip() if lines else "it wrote nothing"
-        return f"Its first error: {printable(root)[:400]} (all of it: {self.log})"
+        root = found[0] if found else lines[-1] if lines else ""
+        told = printable(" ".join(root.split()))[:LONGEST_ROOT]
+        return f"Its first error: {told}" if told else "It wrote nothing"
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ import torch
 
 from steersman.distributed import ray_cluster
 from steersman.model import Policy, context_length
-from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, numbers
+from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, likeliest, numbers
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
@@ -24,6 +24,7 @@ from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
     known_ids,
     require_plain_adapters,
+    table_rows,
     tolerance_of,
     write_model,
 )
@@ -93,7 +94,7 @@ def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
     on_cpu = policy.device.type == "cpu"
 
     def command(model: Path) -> Callable[[int], Sequence[str]]:
-        fixed = vllm_command(python, str(model), _dtype(policy), max(wanted.top_k, 1), on_cpu, _host(wanted))
+        fixed = vllm_command(python, str(model), _dtype(policy), likeliest(wanted.top_k), on_cpu, _host(wanted))
         if wanted.adapter:
             fixed = [word if word != "dummy" else "auto" for word in fixed] + lora_words(policy)
         return lambda port: [*fixed, "--port", str(port), *wanted.arguments]
@@ -163,7 +164,7 @@ def _open(
     context = context_length(policy.model)
     shared: dict[str, Any] = {
         "owner": uuid4().hex[:8], "tolerance": tolerance_of(policy, wanted.tolerance),
-        "vocabulary": known_ids(policy),
+        "vocabulary": known_ids(policy), "padded": known_ids(policy) < table_rows(policy),
     }  # fmt: skip
     stations = [Station(Server(url, wanted.timeout), None, dialect, **shared) for url in wanted.urls]
     if not wanted.urls:

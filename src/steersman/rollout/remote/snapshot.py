@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steersman.atomic import saving
+from steersman.distributed.pieces import whole_shape
 from steersman.model import Policy, whole_state
 from steersman.model.lora import adapter_state
 from steersman.model.merge import merged_state
@@ -83,8 +84,12 @@ class Receipt:
 
 def known_ids(policy: Policy) -> int:
     """Ids that can be sampled: the tokenizer's, without the rows that pad the model's vocabulary."""
-    rows = policy.model.get_output_embeddings().weight.shape[0]
-    return min(rows, max(policy.tokenizer.get_vocab().values()) + 1)
+    return min(table_rows(policy), max(policy.tokenizer.get_vocab().values()) + 1)
+
+
+def table_rows(policy: Policy) -> int:
+    """Rows of the output layer, those that pad the vocabulary too, though it may lie in pieces."""
+    return whole_shape(policy.model.get_output_embeddings().weight)[0]
 
 
 def weights_of(policy: Policy, *, with_adapters: bool = True) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from steersman.guards.terminal import say
 from steersman.rollout.remote.dialects import Call, Dialect
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
@@ -24,54 +25,47 @@ CANARY_SAMPLES = 8
 
 class Station:
     """A server: of a `process` that was started here, or of an address. `owner` names the run in the name of the
-    weights, so that another run's are told apart; `tolerance` is the largest gap of a receipt, in nats. `gone` says
-    that the server of an address did not answer when it was last asked."""
+    weights, so that another run's are told apart; `tolerance` is the largest gap of a receipt, in nats. The policy
+    has `vocabulary` ids, and where it is `padded` more rows than these. `gone` says that the server of an address did
+    not answer when it was last asked."""
 
     def __init__(
         self, server: Server | None, process: ServerProcess | PlacedByRay | None, dialect: Dialect, *, owner: str,
-        tolerance: float, vocabulary: int,
+        tolerance: float, vocabulary: int, padded: bool,
     ) -> None:  # fmt: skip
         self._server, self.process, self.dialect = server, process, dialect
-        self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
+        self.owner, self.tolerance, self.vocabulary, self.padded = owner, tolerance, vocabulary, padded
         self.snapshot: Snapshot | None = None
         self.restarts, self.gone = 0, False
         self._adapter = ""
-        self._ready = self._closed = False
+        self._ready = self._answered = self._closed = False
         self._repair = threading.Lock()
 
     @property
     def server(self) -> Server:
-        """The server; its first use waits until it answers and looks at what it is. One that ends while it starts is
-        started once more: it may have been killed."""
+        """The server; its first use waits until it answers and looks at what it is."""
         if not self._ready:
-            server = self._server if self.process is None else self._started(self.process)
+            server = self._server if self.process is None else self.process.wait()
             assert server is not None
-            self._server = server
+            self._server, self._answered = server, True
             self.dialect.check(server, self.vocabulary)
             self._ready = True
         assert self._server is not None
         return self._server
 
-    def _started(self, process: ServerProcess | PlacedByRay) -> Server:
-        try:
-            return process.wait()
-        except ServerGoneError:
-            if self._closed:
-                raise
-            self.restarts += 1
-            process.start()
-            return process.wait()
-
     def complete(self, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
         done: dict[int, list[Reply]] = {}
-        for _ in range(RESTARTS + 1):
+        deaths = 0
+        while True:
             with self._repair:  # a server that another thread's call starts again has no weights yet
                 server, restarts, named = self.server, self.restarts, replace(call, adapter=self._adapter)
             left = {i: one for i, one in enumerate(asked) if i not in done}
             try:
                 self.dialect.complete(server, left, named, done)
             except ServerGoneError as error:
+                if (deaths := deaths + 1) > RESTARTS:
+                    raise self._died(f"{deaths} times over the same prompts", error) from error
                 self._mend(error, restarts)
                 continue
             if not self._still_ours():
@@ -79,7 +73,6 @@ class Station:
                     server.message("it was started anew, and has lost the run's weights; --resume loads them again")
                 )
             return [done[i] for i in range(len(asked))]
-        raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over the same prompts. {self._trouble()}")
 
     def load(self, snapshot: Snapshot) -> Receipt:
         """Sends the weights and returns the receipt; tries once more where it fails, and starts a dead server again.
@@ -88,15 +81,17 @@ class Station:
         """
         if not self._still_ours():
             self._adapter = ""
-        for _ in range(RESTARTS + 1):
+        deaths = 0
+        while True:
             try:
                 receipt = self._send_twice(snapshot)
             except ServerGoneError as error:
+                if (deaths := deaths + 1) > RESTARTS:
+                    raise self._died(f"{deaths} times over weights", error) from error
                 self._restart(error)
                 continue
             self.snapshot = snapshot
             return receipt
-        raise SteersmanError(f"{self._name()} died {RESTARTS + 1} times over weights. {self._trouble()}")
 
     def close(self) -> None:
         self._closed = True
@@ -117,7 +112,7 @@ class Station:
         if snapshot.adapter:
             self._send_adapter(snapshot, name)
         else:
-            server.load(str(snapshot.path), name)
+            server.load(str(snapshot.path), name, self._table_hint())
         confirmed = server.models() if snapshot.adapter else [server.weights()]
         if name not in confirmed:
             raise ReceiptError(server.message(f"it says that its weights are {confirmed}, and was sent {name!r}"))
@@ -136,6 +131,17 @@ class Station:
             )
         return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)
 
+    def _table_hint(self) -> str:
+        """What to do about a server of an address that takes no weights, where its tables may be longer than those
+        that are sent."""
+        if self.process is not None or not self.padded:
+            return ""
+        return (
+            f". The policy has {self.vocabulary} token ids and tables with more rows; those that only pad them are "
+            """not sent. Start the server with --hf-overrides '{"tie_word_embeddings": false, "vocab_size": """
+            f"{self.vocabulary}}}'; docs/how-to/vllm.md has the whole command"
+        )
+
     def _send_adapter(self, snapshot: Snapshot, name: str) -> None:
         """The new adapters beside the base, in the place of those before."""
         server, before = self.server, self._adapter
@@ -146,14 +152,24 @@ class Station:
         self._adapter = name
 
     def _gap(self, snapshot: Snapshot) -> float:
-        """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries."""
-        asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(snapshot.canaries)]
+        """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries that the server has room for."""
+        window = self.server.window()
+        canaries = [one for one in snapshot.canaries if window is None or len(one.ids) < window]
+        if not canaries:
+            shortest = min(len(one.ids) for one in snapshot.canaries)
+            raise SteersmanError(
+                self.server.message(
+                    f"its window (--max-model-len) is {window} tokens, and a receipt for weights asks it for the "
+                    f"token behind a prompt of {shortest}; give it {shortest + 1} at least"
+                )
+            )
+        asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(canaries)]
         call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter)
         found: dict[int, list[Reply]] = {}
         self.dialect.complete(self.server, dict(enumerate(asked)), call, found)
         return max(
             abs(reply.logp[0] - float(canary.logp[reply.ids[0]]))
-            for i, canary in enumerate(snapshot.canaries)
+            for i, canary in enumerate(canaries)
             for reply in found[i]
         )
 
@@ -185,29 +201,38 @@ class Station:
         with self._repair:
             if self.restarts > restarts:
                 return
-            for attempt in range(RESTARTS + 1):
+            deaths = 0
+            while True:
                 self._restart(error)
                 try:
                     if self.snapshot is not None:
                         self._send_twice(self.snapshot)
                     return
                 except ServerGoneError as again:
-                    if attempt == RESTARTS:
-                        raise
+                    if (deaths := deaths + 1) > RESTARTS:
+                        raise self._died(f"{deaths} times when it was to get its weights again", again) from again
                     error = again
 
     def _restart(self, error: ServerGoneError) -> None:
-        """Starts a process of steersman's again; raises the error of a server that is none."""
+        """Starts a process of steersman's again, one that never answered a single time: it may have been killed
+        while it started. Raises the error of a server that is none of steersman's."""
         if self.process is None or self._closed:
             raise ServerGoneError(f"{error}; steersman did not start it: see that it runs, then --resume") from error
         self.restarts += 1
         self._ready, self._adapter = False, ""
+        if not self._answered:
+            if self.restarts > 1:
+                raise SteersmanError(
+                    f"{self.process.name}: ended twice before it ever answered. {self.process.trouble()}"
+                ) from error
+            say(f"steersman: {error}. It is started once more")
         if self.restarts > RESTARTS * 4:
-            raise SteersmanError(f"{self._name()} died {self.restarts} times in this run. {self._trouble()}")
+            raise self._died(f"{self.restarts} times in this run", error) from error
         self.process.start()
 
-    def _name(self) -> str:
-        return self.process.name if self.process is not None else self.server.message("it")
-
-    def _trouble(self) -> str:
-        return self.process.trouble() if self.process is not None else ""
+    def _died(self, when: str, error: ServerGoneError) -> SteersmanError:
+        """The error of a process that is not started again: what was noticed of its last end, and its own words,
+        which a further start would lose."""
+        assert self.process is not None  # any other is given up at its first
+        root, told = self.process.trouble(), str(error)
+        return SteersmanError(f"{self.process.name} died {when}. {told}{'' if root in told else f'. {root}'}")

@@ -27,6 +27,8 @@ TRIES = 5
 """How often a request is sent before a server is given up that can not be reached or is busy."""
 LONGEST_PAUSE = 60.0
 """Seconds between two tries at most, whatever Retry-After says."""
+ACTIVE = "update is already active"
+"""What vLLM says where an update is begun and another was never finished."""
 KEPT_OPEN = 2.0
 """Seconds for which an idle connection is used again: vLLM closes its own after 5, and what is sent just then is
 lost."""
@@ -68,9 +70,13 @@ class Server:
         # silent. A proxy of the environment's would stand between two processes of one machine.
         limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEPT_OPEN)
         self._client = httpx2.Client(timeout=timeout, trust_env=False, limits=limits)
+        # For /health: a server may close the connection of a request that failed, and what is sent over it just then
+        # is lost, however well the server is.
+        self._fresh = httpx2.Client(timeout=2.0, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0))
 
     def close(self) -> None:
         self._client.close()
+        self._fresh.close()
 
     def get(self, path: str) -> Any:
         """What the route answers, read as JSON."""
@@ -85,9 +91,9 @@ class Server:
         self._ask("POST", path, body, False)
 
     def healthy(self) -> bool:
-        """Whether it says within two seconds that it can work."""
+        """Whether it says within two seconds, over a connection of its own, that it can work."""
         try:
-            return self._client.get(f"{self.url}/health", timeout=2.0).status_code == 200
+            return self._fresh.get(f"{self.url}/health").status_code == 200
         except (httpx2.HTTPError, RuntimeError):  # RuntimeError: closed, see `_send`
             return False
 
@@ -96,12 +102,29 @@ class Server:
         found = self.get("/weight_info")
         return str(found.get("weight_version", "")) if isinstance(found, dict) else ""
 
-    def load(self, path: str, name: str) -> None:
-        """Has the server read its weights from a file that it can see, and calls them `name`."""
-        self.post_once("/start_weight_update")
-        self.post_once("/update_weights", {"update_info": {"path": path}})
+    def load(self, path: str, name: str, hint: str = "") -> None:
+        """Has the server read its weights from a file that it can see, and calls them `name`; `hint` is added to the
+        error of a server that does not take them."""
+        self._begin_update()
+        try:
+            self.post_once("/update_weights", {"update_info": {"path": path}})
+        except ServerGoneError:
+            raise
+        except SteersmanError as error:
+            raise SteersmanError(f"{error}{hint}") from error
         self.post_once("/finish_weight_update", {"weight_version": name})
         self.post("/reset_prefix_cache")
+
+    def _begin_update(self) -> None:
+        """Begins an update. One that nobody finished, as a run that is killed leaves it, is finished before, with
+        weights of no name; until then the server would refuse any other."""
+        try:
+            self.post_once("/start_weight_update")
+        except SteersmanError as error:
+            if ACTIVE not in str(error):
+                raise
+            self.post_once("/finish_weight_update", {"weight_version": ""})
+            self.post_once("/start_weight_update")
 
     def load_adapter(self, folder: str, name: str) -> None:
         """Has the server read adapters from a folder that it can see, to be added to its weights for requests that
@@ -119,11 +142,19 @@ class Server:
 
     def models(self) -> list[str]:
         """The names that requests can ask for: the model's own and those of adapters."""
+        return [str(one.get("id")) for one in self._served()]
+
+    def window(self) -> int | None:
+        """How many tokens a prompt and its answer may have together, where the server says."""
+        told = [one.get("max_model_len") for one in self._served()]
+        return min((length for length in told if type(length) is int), default=None)
+
+    def _served(self) -> list[dict[str, Any]]:
         found = self.get("/v1/models")
         served = found.get("data") if isinstance(found, dict) else None
         if not isinstance(served, list):
             raise BadReplyError(self.message(f"no list of the models that it serves: {shortened(found)}"))
-        return [str(one.get("id")) for one in served if isinstance(one, dict)]
+        return [one for one in served if isinstance(one, dict)]
 
     def digests(self, path: str) -> dict[str, dict[str, str]]:
         """What the server holds: {"file": {name: digest}, "live": {name: digest}}."""
