@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distill_kit import distil, stopped_and_resumed
 from letter_models import LETTERS, letters, save_mini
 from tiny_models import tiny_model
 from train_kit import merge, rewards_file, rows, weights
 
 from steersman.distill import run as verb
-from steersman.distill.loop import Distill
 from steersman.distill.recipe import SOURCES, DistillRecipe
 from steersman.ops.divergence import DIVERGENCES
 from steersman.types import SteersmanError
-
-
-def distil(settings, **extra):
-    values = merge(settings, {k.replace("__", "."): v for k, v in extra.items()})
-    return verb.run(DistillRecipe.model_validate(values))
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "minillm"])
@@ -100,20 +95,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch):
     extra = {"train.on_policy": 0.5, "rollout.samples": 2}
     whole = merge(settings, {**extra, "run.dir": str(tmp_path / "whole")})
     verb.run(DistillRecipe.model_validate(whole))
-    cut = DistillRecipe.model_validate(merge(settings, {**extra, "run.dir": str(tmp_path / "cut")}))
-    step, done = Distill.step, []
-
-    def dies(self):
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Distill, "step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            verb.run(cut)
-    verb.run(cut, resume=True)
+    cut = merge(settings, {**extra, "run.dir": str(tmp_path / "cut")})
+    stopped_and_resumed(cut, 5, monkeypatch)
     first, second = (weights(tmp_path / name / "model") for name in ("whole", "cut"))
     assert all(torch.equal(first[k], second[k]) for k in first)
 

@@ -8,12 +8,12 @@ import json
 
 import pytest
 import torch
+from distill_kit import distil, stopped_and_resumed
 from letter_models import save_chat_mini, save_mini, write_jsonl
 from train_kit import merge, rows, weights
 
 from steersman.distill import run as verb
 from steersman.distill.average import MovingAverage
-from steersman.distill.loop import Distill
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillLoss, DistillRecipe
 from steersman.distill.rows import load, reader
@@ -129,11 +129,6 @@ def test_half_precision_loses_no_small_step(tmp_path):
         torch.testing.assert_close(p.float(), wanted, rtol=2**-7, atol=1e-6)
 
 
-def distil(settings, **extra):
-    values = merge(settings, {k.replace("__", "."): v for k, v in extra.items()})
-    return verb.run(DistillRecipe.model_validate(values))
-
-
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 def test_a_student_nears_its_average_that_knows_more(settings, tmp_path, lora):
     told = {}
@@ -158,20 +153,8 @@ def test_a_stopped_run_goes_on_with_its_average_bit_for_bit(settings, tmp_path, 
     extra = {"model.dtype": "bfloat16", "loss.skip_first": 1, "loss.average": "sequence", "train.epochs": 4}
     whole = merge({**settings, "teacher": {**EMA, "every": 2}}, extra)
     verb.run(DistillRecipe.model_validate(merge(whole, {"run.dir": str(tmp_path / "whole")})))
-    cut = DistillRecipe.model_validate(merge(whole, {"run.dir": str(tmp_path / "cut")}))
-    step, done = Distill.step, []
-
-    def dies(self):
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Distill, "step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            verb.run(cut)
-    verb.run(cut, resume=True)
+    cut = merge(whole, {"run.dir": str(tmp_path / "cut")})
+    stopped_and_resumed(cut, 5, monkeypatch)
     first, second = (weights(tmp_path / name / "model") for name in ("whole", "cut"))
     assert all(torch.equal(first[k], second[k]) for k in first)
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from steersman.distributed import launch, on_ray, waiting
-from steersman.distributed.handlers import signals_kept
 from steersman.distributed.launched import from_slurm
 from steersman.distributed.waiting import MissingRankError, WaitedInVainError, Waits
+from steersman.guards.handlers import signals_kept
 from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
 from steersman.verbs.preference import PreferenceRecipe

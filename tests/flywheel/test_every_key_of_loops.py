@@ -131,7 +131,10 @@ LEAST = {
     [
         ("best-of-n", "rollout.recompute_logp", "true"),
         ("online-dpo", "rollout.correction.low", "0.2"),
+        ("online-dpo", "loss.margin_weight", "0.5"),
         ("arena", "rollout.samples", "4"),
+        ("arena", "dpo.loss.margin_weight", "0.5"),
+        ("arena", "dpo.loss.explore", "0.1"),
         ("step-labels", "data.shuffle", "false"),
         ("instruct", "data.on_too_long", "truncate"),
         ("feedback", "data.wrap_in_chat", "false"),

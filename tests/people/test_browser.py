@@ -179,12 +179,17 @@ def test_what_was_typed_stays_where_a_form_is_refused(page, store):
     assert verdicts(store) == [{"accept": False, "correction": "a long better answer"}]
 
 
-def test_a_message_stays_where_the_model_fails(page, address, store, monkeypatch):
+def say_hello(page):
+    """A new chat, with the keyboard, and the model's answer."""
     page.goto("/chat")
     settled(page).keyboard.press("n")
     page.get_by_label("Your message").fill("hello")
     settled(page).keyboard.press("Control+Enter")
     page.get_by_text("You said: hello").wait_for()
+
+
+def test_a_message_stays_where_the_model_fails(page, address, store, monkeypatch):
+    say_hello(page)
 
     def fails(self, messages, user):
         raise SteersmanError("the model's address answers with status 500")
@@ -255,22 +260,14 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
 
 
 def test_a_chat_and_a_thumb_by_keyboard(page, store):
-    page.goto("/chat")
-    settled(page).keyboard.press("n")
-    page.get_by_label("Your message").fill("hello")
-    settled(page).keyboard.press("Control+Enter")
-    page.get_by_text("You said: hello").wait_for()
+    say_hello(page)
     settled(page).keyboard.press("1")
     page.locator('button[aria-pressed="true"]').wait_for()
     assert verdicts(store) == [{"up": True}]
 
 
 def test_enter_on_a_reason_says_nothing_of_the_answer(page, store):
-    page.goto("/chat")
-    settled(page).keyboard.press("n")
-    page.get_by_label("Your message").fill("hello")
-    settled(page).keyboard.press("Control+Enter")
-    page.get_by_text("You said: hello").wait_for()
+    say_hello(page)
     settled(page).locator("form.thumb summary").click()
     page.get_by_label("not correct").focus()
     page.keyboard.press("Space")

@@ -25,11 +25,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 
 from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
-from steersman.distributed.handlers import signals_kept
 from steersman.distributed.join import join_ranks
 from steersman.distributed.launched import ranks_launched
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.waiting import MissingRankError
+from steersman.guards.handlers import signals_kept
 from steersman.guards.terminal import say
 from steersman.guards.user_code import CtrlCError, leave_now
 from steersman.types import SteersmanError

@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from steersman.distributed.handlers import signals_kept
 from steersman.extras import require
+from steersman.guards.handlers import signals_kept
 from steersman.types import SteersmanError
 
 HERE = "STEERSMAN_ON_RAY"

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def pairs(rows: Iterable[Row]) -> list[Row]:
         by_beginning.setdefault(json.dumps(row["asked"], sort_keys=True), []).append(row)
     made = []
     for some in by_beginning.values():
-        best, worst = max(some, key=_total), min(some, key=_total)
+        best, worst = max(some, key=itemgetter("total")), min(some, key=itemgetter("total"))
         margin = best["total"] - worst["total"]
         if margin > 0 and best["talk"] != worst["talk"]:
             made.append(
@@ -77,10 +78,6 @@ def pairs(rows: Iterable[Row]) -> list[Row]:
 def labels(rows: Iterable[Row], above: float) -> list[Row]:
     """Every episode with a thumb: up where its reward is above `above`."""
     return [{"prompt": r["asked"], "completion": r["talk"], "label": r["total"] > above} for r in rows]
-
-
-def _total(row: Row) -> float:
-    return row["total"]
 
 
 def main(words: Sequence[str]) -> int:

@@ -18,12 +18,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steersman.algorithms.ppo import PPO
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.flywheel.flywheel import Flywheel
 from steersman.flywheel.league import League
 from steersman.flywheel.players import usable
 from steersman.flywheel.sections import LoopRecipe, refuse_idle_stages
-from steersman.flywheel.stages import PLACE, WORDS, stage_data, stage_model, trained_by
+from steersman.flywheel.stages import NOT_IN_PAIRS, PLACE, WORDS, stage_data, stage_model, trained_by
 from steersman.objectives.preference_config import PairLossConfig
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.recipe.on_policy import CriticConfig
@@ -113,7 +113,7 @@ class ArenaRecipe(LoopRecipe):
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
-        return super().unread_keys() | {"rollout.samples"}
+        return super().unread_keys() | {"rollout.samples"} | key_names(**{"dpo.loss": NOT_IN_PAIRS})
 
     @model_validator(mode="after")
     def _has_opponents(self) -> ArenaRecipe:

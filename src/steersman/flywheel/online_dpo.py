@@ -32,11 +32,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from steersman.config.sections import Section
+from steersman.config.sections import Section, key_names
 from steersman.flywheel.flywheel import Flywheel, left_out_text
-from steersman.flywheel.players import usable
+from steersman.flywheel.players import met_in, usable
 from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
-from steersman.flywheel.stages import PLACE, stage_data, stage_model
+from steersman.flywheel.stages import NOT_IN_PAIRS, PLACE, stage_data, stage_model
 from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.files.ledger import Rows
 from steersman.train.offline import PackedOfflineConfig
@@ -87,6 +87,10 @@ class OnlineDPORecipe(RoundsRecipe):
     train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
 
+    @classmethod
+    def unread_keys(cls) -> frozenset[str]:
+        return super().unread_keys() | key_names(loss=NOT_IN_PAIRS)
+
     @model_validator(mode="after")
     def _two_at_least(self) -> OnlineDPORecipe:
         if self.rollout.samples < 2 and self.pairs.by != "given" and self.pairs.against == "own":
@@ -95,7 +99,7 @@ class OnlineDPORecipe(RoundsRecipe):
 
     @model_validator(mode="after")
     def _explores(self) -> OnlineDPORecipe:
-        values = self.explore if isinstance(self.explore, list) else [self.explore]
+        values = self._explore_by_round
         if not values or not all(0 <= value < math.inf for value in values):
             raise ValueError(f"explore is {self.explore}; it must be a number of at least 0, or a list of such")
         if any(values) and self.pairs.against != "start":
@@ -114,8 +118,11 @@ class OnlineDPORecipe(RoundsRecipe):
 
     def explored(self, number: int) -> float:
         """`explore` in round `number`, from 1."""
-        values = self.explore if isinstance(self.explore, list) else [self.explore]
-        return values[min(number, len(values)) - 1]
+        return self._explore_by_round[min(number, len(self._explore_by_round)) - 1]
+
+    @property
+    def _explore_by_round(self) -> list[float]:
+        return self.explore if isinstance(self.explore, list) else [self.explore]
 
     @model_validator(mode="after")
     def _stage_fits(self) -> OnlineDPORecipe:
@@ -237,7 +244,7 @@ def given_pairs(answers: Rows, columns: list[dict[str, Any]], column: str) -> It
 def grades_by_comparison(flywheel: Flywheel, answers: Rows, config: PairsConfig) -> tuple[Rows, PairsConfig]:
     """Grades from comparisons, the share that an answer won of those with its siblings; or, for all pairs, each
     decided comparison as a pair of rows with grades 1 and 0."""
-    duels = [(a, b) for a, b in combinations(answers, 2) if _group(a) == _group(b)]
+    duels = [(a, b) for a, b in combinations(answers, 2) if met_in(a) == met_in(b)]
     asked = [(a["prompt"], a["completion"], b["completion"]) for a, b in duels]
     outcomes = flywheel.judge.compare(asked, flywheel.columns([a for a, _ in duels]))
     told = [(a, b, o.share) for (a, b), o in zip(duels, outcomes, strict=True) if o is not None]
@@ -257,17 +264,12 @@ def grades_by_comparison(flywheel: Flywheel, answers: Rows, config: PairsConfig)
     return rows, config.model_copy(update={"min_lead": 0.0})
 
 
-def _group(row: dict[str, Any]) -> tuple[int, int]:
-    """Which answers are paired with each other: those to one prompt, or of one duel."""
-    return row["index"], row.get("duel", -1)
-
-
 def pairs_of(rows: Rows, config: PairsConfig) -> Iterator[dict[str, Any]]:
     """Pairs of graded answers to the same prompt whose grades lie more than `min_lead` apart. Answers that differ in
     white space alone make none."""
     groups: dict[tuple[int, int], Rows] = {}
     for row in rows:
-        groups.setdefault(_group(row), []).append(row)
+        groups.setdefault(met_in(row), []).append(row)
     for group in groups.values():
         if config.length_penalty:
             group = [{**r, "grade": r["grade"] - config.length_penalty * r["tokens"]} for r in group]

@@ -126,6 +126,11 @@ def load_queries(data: DataConfig, held: int, *, wrap: bool) -> tuple[list[Query
     return loaded.train[:-held], loaded.train[-held:]
 
 
+def met_in(row: dict[str, Any]) -> tuple[int, int]:
+    """Which answers are compared with each other: those to one prompt, or of one duel."""
+    return row["index"], row.get("duel", -1)
+
+
 def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
     """The rows that may teach, trimmed where asked for, and how many were left out, by reason.
 
@@ -143,7 +148,7 @@ def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
             left_out["empty"] += 1
         elif cut and unfinished == "drop":
             left_out["unfinished"] += 1
-        elif (key := (row["index"], row.get("duel", -1), text.strip())) in seen:
+        elif (key := (*met_in(row), text.strip())) in seen:
             left_out["repeated"] += 1
         else:
             seen.add(key)

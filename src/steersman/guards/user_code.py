@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from steersman.guards.handlers import signals_kept
 from steersman.types import SteersmanError
 
 
@@ -26,8 +27,6 @@ class CtrlCError(KeyboardInterrupt):
     """Ctrl-C, as the project raises it from its handlers of SIGINT; a plain KeyboardInterrupt may be the user's."""
 
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that end a run, which saves first."""
 leave_now = os._exit
 """Ends the process at once, whatever stands in the place of `os._exit`: for the project's own use."""
 
@@ -145,15 +144,14 @@ def _time_limit(limit: float | None) -> Iterator[None]:
 @contextmanager
 def settings_kept() -> Iterator[None]:
     """Puts back what belongs to the process and not to the block: the working folder, torch's gradient mode, default
-    type and number of threads, and in the main thread what the signals that end a run do."""
+    type and number of threads, and what the signals that end a process do."""
     import torch
 
     folder, gradients = _working_folder(), torch.is_grad_enabled()
     kind, threads = torch.get_default_dtype(), torch.get_num_threads()
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in ENDING} if main else {}
     try:
-        yield
+        with signals_kept():
+            yield
     finally:
         if folder is not None and _working_folder() != folder:
             os.chdir(folder)
@@ -163,9 +161,6 @@ def settings_kept() -> Iterator[None]:
             torch.set_default_dtype(kind)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != handler and handler is not None:
-                signal.signal(number, handler)
 
 
 def _working_folder() -> str | None:

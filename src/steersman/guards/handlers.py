@@ -1,4 +1,4 @@
-"""What signals do in this process stays its own, whatever a library puts there while it starts something."""
+"""What signals do in this process stays its own, whatever code that is not ours puts there."""
 
 from __future__ import annotations
 
