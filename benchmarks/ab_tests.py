@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from steersman.statistics.sample_size import fixed_size, outcomes, plan
+from steersman.statistics.estimates import wilson
+from steersman.statistics.sample_size import fixed_size, outcomes
 from steersman.statistics.sequential import BETS, arm_difference, first_crossing, user_scores
 
 ALPHA = 0.05
@@ -74,21 +75,43 @@ def no_difference(experiments: int, length: int) -> list[dict]:
     return [{"data": name, **{k: v / count for k, v in row.items()}} for name, row in told.items()]
 
 
-def power(experiments: int) -> list[dict]:
-    """What a sequential test needs, beside one of a size chosen beforehand, for 80% power."""
+SIZES = ((0.02, 0.2), (0.05, 0.0), (0.05, 0.2), (0.1, 0.2), (0.2, 0.2))
+"""Effects on the win rate, and shares of ties."""
+
+
+def power(runs: int, sizes: Sequence[tuple[float, float]] = SIZES) -> list[dict]:
+    """What a sequential test needs, beside one of a size chosen beforehand for 80% power, over `runs` experiments."""
     rows = []
-    for effect, ties in ((0.02, 0.2), (0.05, 0.0), (0.05, 0.2), (0.1, 0.2), (0.2, 0.2)):
-        told = plan(effect, ties=ties, runs=max(200, experiments // 10))
-        rng, length = np.random.default_rng(1), told.fixed
-        x = np.concatenate([outcomes(effect, ties, (CHUNK, length), rng) for _ in range(max(4, experiments // 2000))])
-        at_fixed = float((first_crossing(x, ALPHA) > 0).mean())
+    for effect, ties in sizes:
         win = (1 - ties) / 2 + effect
-        sd = math.sqrt(win + ties / 4 - (0.5 + effect) ** 2)
-        rows.append(
-            {"win_rate": 0.5 + effect, "ties": ties, "fixed": fixed_size(effect, sd), "median": told.median,
-             "needed": told.needed, "power_at_fixed": at_fixed}
-        )  # fmt: skip
+        fixed = fixed_size(effect, math.sqrt(win + ties / 4 - (0.5 + effect) ** 2))
+        rng, length = np.random.default_rng(1), 3 * fixed
+        found = [first_crossing(outcomes(effect, ties, (CHUNK, length), rng), ALPHA) for _ in range(runs // CHUNK)]
+        ended = np.sort(np.concatenate([np.where(n == 0, length + 1, n) for n in found]))
+        row = {"win_rate": 0.5 + effect, "ties": ties, "fixed": fixed}
+        row |= {"median": quantile(ended, 0.5), "needed": quantile(ended, 0.8)}
+        rows.append(row | {"power_at_fixed": wilson(int((ended <= fixed).sum()), len(ended)).plain()})
     return rows
+
+
+def quantile(ended: np.ndarray, share: float) -> list[int]:
+    """After how many values this share of experiments has ended (rising), with the 95% bounds of order statistics."""
+    spread = 1.96 * math.sqrt(share * (1 - share) * len(ended))
+    return [int(ended[math.ceil(share * len(ended) + shift) - 1]) for shift in (0, -spread, spread)]
+
+
+def size_row(row: dict) -> str:
+    """A row of the second table."""
+    reached = [100 * row["power_at_fixed"][key] for key in ("value", "low", "high")]
+    cells = [with_margin(row[key], ",") for key in ("median", "needed")]
+    cells.append(with_margin(reached, ".1f").replace(" ±", "% ±"))
+    return f"| {row['win_rate']:.2f} | {row['ties']:.0%} | {row['fixed']:,} | {' | '.join(cells)} |"
+
+
+def with_margin(estimate: Sequence[float], form: str) -> str:
+    """A value with its bounds as the value and the larger half of its interval."""
+    value, low, high = estimate
+    return f"{value:{form}} ± {max(value - low, high - value):{form}}"
 
 
 def main() -> None:
@@ -96,25 +119,21 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=10_000)
     parser.add_argument("--length", type=int, default=1000, help="judgements of one experiment, each looked at")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--runs", type=int, default=20_000, help="experiments with a difference, of each size")
     args = parser.parse_args()
-    start = time.perf_counter()
-    errors, sizes = no_difference(args.experiments, args.length), power(args.experiments)
+    errors, sizes = no_difference(args.experiments, args.length), power(args.runs)
     print(f"{args.experiments:,} experiments of {args.length:,} judgements, alpha {ALPHA}, {len(BETS)} bets\n")
     print("| without a difference | ours, looked at after each | z-test, looked at after each | z-test, once |")
     print("| --- | ---: | ---: | ---: |")
     for row in errors:
         print(f"| {row['data']} | {row['ours']:.2%} | {row['z_peeked']:.1%} | {row['z_once']:.1%} |")
-    print(
-        "\n| win rate | ties | size of a fixed test | ours: half have ended at | 80% at | power at the fixed size |"
-    )
+    print(f"\n{args.runs:,} experiments a row; ± is half of a 95% interval\n")
+    print("| win rate | ties | size of a fixed test | ours: half have ended at | 80% at | power at the fixed size |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in sizes:
-        print(
-            f"| {row['win_rate']:.2f} | {row['ties']:.0%} | {row['fixed']:,} | {row['median']:,} | "
-            f"{row['needed']:,} | {row['power_at_fixed']:.0%} |"
-        )
-    told = {"experiments": args.experiments, "length": args.length, "alpha": ALPHA, "errors": errors, "power": sizes}
-    told |= {"seconds": round(time.perf_counter() - start)}
+        print(size_row(row))
+    told = {"experiments": args.experiments, "length": args.length, "alpha": ALPHA, "errors": errors}
+    told |= {"runs": args.runs, "power": sizes}
     if args.out:
         args.out.write_text(json.dumps(told, indent=1) + "\n")
 

@@ -41,7 +41,10 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "sft": ("sft", "135M", "sft", OFFLINE),
     "sft, checkpointing": ("sft", "135M", "sft", {**OFFLINE, "model": {"gradient_checkpointing": True}}),
     "sft, LoRA": ("sft", "135M", "sft", {**OFFLINE, "model": {"lora": {}}}),
+    "sft, short rows": ("sft", "135M", "short_sft", OFFLINE),
+    "sft, LoRA, short rows": ("sft", "135M", "short_sft", {**OFFLINE, "model": {"lora": {}}}),
     "dpo": ("dpo", "135M", "pairs", OFFLINE),
+    "dpo, LoRA, short rows": ("dpo", "135M", "short_pairs", {**OFFLINE, "model": {"lora": {}}}),
     "grpo": ("grpo", "135M", "prompts", {**SAMPLED, "reward": "function"}),
     "grpo, LoRA": ("grpo", "135M", "prompts", {**SAMPLED, "model": {"lora": {}}, "reward": "function"}),
     "kto": ("kto", "36M", "pairs", OFFLINE),
@@ -65,6 +68,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 """Verb, model, data and settings of each recipe."""
 TOKENS = {"135M": 1024, "36M": 2048}
+SHORT, DEFAULT = 128, 2048
+"""Words of a short row's texts, and the tokens of the micro-batches that these are read in, the default on a CPU."""
 
 
 def inputs(folder: Path, name: str) -> None:
@@ -80,6 +85,9 @@ def inputs(folder: Path, name: str) -> None:
         tokenizer.save_pretrained(folder / kind)
     SHAPES[name] = {"vocab": MODELS[name]["vocab_size"]}
     write_inputs(folder, name, 64, models=False)
+    for file in ("sft", "pairs"):
+        rows = [row for row in (folder / f"{file}.jsonl").read_text().splitlines() if len(row.split()) <= SHORT]
+        (folder / f"short_{file}.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def settings(case: str, folder: Path) -> dict[str, Any]:
@@ -90,7 +98,8 @@ def settings(case: str, folder: Path) -> dict[str, Any]:
     found["model"] = {"path": str(folder / ("scalar" if verb == "reward" else "policy")), **given.get("model", {})}
     if "reward" in given:
         found["reward"] = {"parts": {"r": rewards[given["reward"]]}}
-    run = {"dir": str(folder / "run"), "device": "cpu", "threads": 1, "micro_tokens": TOKENS[size]}
+    tokens = DEFAULT if data.startswith("short") else TOKENS[size]
+    run = {"dir": str(folder / "run"), "device": "cpu", "threads": 1, "micro_tokens": tokens}
     return {**found, "data": {"path": str(folder / f"{data}.jsonl")}, "run": {**run, "eval_every": 1000}}
 
 

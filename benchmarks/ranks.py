@@ -58,7 +58,7 @@ def run(verb: str, settings: dict[str, Any], recipe: str | None = None) -> tuple
     words += [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "steersman.cli", verb, *words],
+        [sys.executable, "-m", "steersman", verb, *words],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     if done.returncode:
@@ -145,8 +145,8 @@ def memory(model: str) -> None:
 def scale() -> None:
     """Runs each recipe of recipes/scale with the small model, that of four nodes as two nodes of two ranks each."""
     nodes = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29511"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "steersman.cli"]
-    alone = [sys.executable, "-m", "steersman.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "steersman"]
+    alone = [sys.executable, "-m", "steersman"]
     commands = {
         "1-gpu": (1, [*alone, "ppo"], []),
         "8-gpus": (1, [*alone, "ppo"], ["--run.devices", "2"]),

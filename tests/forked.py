@@ -1,6 +1,6 @@
 """Python in processes of its own that need not import everything first: a server that has done so forks them.
 
-A cold `python -m steersman.cli` spends 4 to 5 s of CPU on imports, more than what most tests start it for.
+A cold `python -m steersman` spends 4 to 5 s of CPU on imports, more than what most tests start it for.
 multiprocessing's fork server is a fresh process too, started once by every process of pytest. What such a process
 starts with this Python itself (ranks, engines) is forked from it too, where a test asks for that.
 """
@@ -122,7 +122,7 @@ ENGINES = SimpleNamespace(Popen=Keeper, PIPE=subprocess.PIPE)
 
 def steersman(*words: str, env: dict[str, str] | None = None, out: Path | None = None, forks: bool = False) -> Python:
     """`steersman WORDS`."""
-    return Python("-m", "steersman.cli", *words, env=env, out=out, forks=forks)
+    return Python("-m", "steersman", *words, env=env, out=out, forks=forks)
 
 
 def _run(

@@ -15,7 +15,7 @@ MAY = {
     "types": set(),
     "assets": set(),
     "ops": {"types"},
-    "native": MATHS,
+    "native": MATHS | {"atomic"},
     "atomic": {"types"},
     "extras": {"types"},
     "guards": {"types"},
@@ -64,7 +64,7 @@ MAY = {
 }  # fmt: skip
 """What each room may import of the others; `GROUND` is what every run stands on."""
 
-PUBLIC = {"cli", "api", "__init__"}
+PUBLIC = {"cli", "api", "__init__", "__main__"}
 """What stands above all rooms and may import any; no room may import these."""
 
 HOMES = {

@@ -41,7 +41,7 @@ def scan(schema: str, url: str, examples: int, *more: str) -> int:
 
 def scan_serve(examples: int) -> int:
     port = free_port()
-    command = [sys.executable, "-m", "steersman.cli", "serve", str(story_model()), "--serve.port", str(port)]
+    command = [sys.executable, "-m", "steersman", "serve", str(story_model()), "--serve.port", str(port)]
     server = subprocess.Popen([*command, "--serve.max_new_tokens", "16"], stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -11,17 +11,21 @@ The names below are the public ones; each is imported when it is first used, so 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steersman.algorithms import ALGORITHMS as ALGORITHMS
     from steersman.api import load_recipe as load_recipe
     from steersman.api import run_verb as run_verb
+    from steersman.metrics import METRICS as METRICS
     from steersman.metrics import metric as metric
+    from steersman.model import LoraConfig as LoraConfig
     from steersman.model import Policy as Policy
     from steersman.model import ScalarModel as ScalarModel
     from steersman.model import load_policy as load_policy
     from steersman.model import load_reward as load_reward
+    from steersman.model import load_scalar as load_scalar
     from steersman.rollout import Engine as Engine
     from steersman.rollout import Sampling as Sampling
     from steersman.types import Prompt as Prompt
@@ -37,10 +41,13 @@ _HOMES = {
     "ScalarModel": "model",
     "load_policy": "model",
     "load_reward": "model",
+    "load_scalar": "model",
+    "LoraConfig": "model",
     "Engine": "rollout",
     "Sampling": "rollout",
     "ALGORITHMS": "algorithms",
     "metric": "metrics",
+    "METRICS": "metrics",
     "Prompt": "types",
     "Sample": "types",
     "Tokens": "types",
@@ -53,6 +60,8 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("steersman")
     if name not in _HOMES:
         raise AttributeError(f"module 'steersman' has no attribute {name!r}")
     return getattr(importlib.import_module(f"steersman.{_HOMES[name]}"), name)

@@ -36,7 +36,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(tmp, path)
-            _fsync(path.parent)
+            flush_to_disk(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -103,15 +103,15 @@ def replace_dir(tmp: Path, final: Path) -> None:
     """
     for file in tmp.rglob("*"):
         if file.is_file():
-            _fsync(file)
+            flush_to_disk(file)
     for folder in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
-        _fsync(folder)
+        flush_to_disk(folder)
     old = final.with_name(f"{_OLD}{final.name}")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(tmp, final)
-    _fsync(final.parent)
+    flush_to_disk(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -211,7 +211,8 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -494,7 +494,3 @@ def _held() -> list[Path]:
     """The run folders that this command line has held; none where nothing that holds one was imported."""
     folder = sys.modules.get("steersman.run.files.folder")
     return [] if folder is None else folder.held
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -55,7 +55,8 @@ class Turn:
 
 @dataclass(slots=True, frozen=True)
 class Segment:
-    """`ids[begin:end]` of a Sample as they were said: behind the ids `prompt`, not behind what stands before them."""
+    """`ids[begin:end]` of a Sample were sampled with the ids `prompt` as context, not with `ids[:begin]`: the chat
+    template rewrote the history before them."""
 
     prompt: list[int]
     begin: int
@@ -74,11 +75,11 @@ class Sample:
     or stop string. `mask` marks the tokens that count (None: all); what an environment wrote does not. `version` is
     that of the weights that each token was sampled from (None where nobody counts them). An episode of several turns
     lists them in `turns`; its `text` is the last thing that the policy said, and `outcome` says why it ended. An
-    episode whose history was shown anew lists its `segments`: a model reads each by itself (None: `ids` were said
-    behind the prompt, all in one). `opening` and `talk` are an episode as messages, for records: what it began with,
-    and all that was said since. `onward` are all the ids that the next turn of an episode would have been said
-    behind, had a limit not ended it (None: it ended, its environment gave no answer, or they leave no room in the
-    context).
+    episode whose history the chat template rewrote lists its `segments`: a model reads each by itself (None: all of
+    `ids` follow the prompt). `opening` and `talk` are an episode as messages, for records: what it began with, and
+    all that was said since. `onward` is the context of the turn that a limit cut off, all ids before it, where the
+    critic's bootstrap value is taken (None: the episode ended, its environment gave no answer, or no reply fits into
+    the context).
     """
 
     prompt: Prompt
@@ -209,7 +210,8 @@ class Trajectory:
     `logp_old` is the behaviour log-probability, `logp_ref` the reference's. `group` numbers the prompt that a
     row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
     prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
-    `score` is what a row earned without any KL penalty; `parts` are the rewards that it was added up from, each with
+    `score` is what a row earned without any KL penalty, and `paid` the same step by step, where `turn` is there;
+    `judged` is what the rewards gave before any shaping. `parts` are the rewards that it was added up from, each with
     its weight. `penalty_mask` are steps on which a method's loss adds its penalty (KL-Cov). `turn` numbers the
     turns of episodes whose baselines are to be taken turn by turn (`advantage/by_turn.py`). `weight` is what
     a row's loss counts, where its prompt was not drawn like all others.
@@ -229,6 +231,8 @@ class Trajectory:
     penalty_mask: Bool[Tensor, "B T"] | None = None
     turn: Int[Tensor, "B T"] | None = None
     weight: Float[Tensor, " B"] | None = None
+    paid: Float[Tensor, "B T"] | None = None
+    judged: Float[Tensor, " B"] | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from steersman.advantage.gae import gae, vtrace
-from steersman.advantage.group import group_mean, leave_one_out, no_signal
-from steersman.advantage.returns import episode_return, n_step_return, return_to_go, td_error
+from steersman.advantage.group import first_success, group_mean, leave_one_out, no_signal
+from steersman.advantage.returns import episode_return, return_to_go, td_error
 from steersman.types import Trajectory
 
 
@@ -64,17 +64,6 @@ def test_limits_of_gae_are_td_and_monte_carlo(holes):
     value = torch.where(traj.mask, traj.value[:, :-1], 0.0)
     assert torch.equal(gae(traj, 0.0).adv, td_error(traj))
     torch.testing.assert_close(gae(traj, 1.0).adv, return_to_go(traj) - value, rtol=1e-12, atol=1e-12)
-
-
-def test_n_step_return_goes_from_td_to_monte_carlo():
-    traj, _ = episodes(3, holes=True)
-    value = torch.where(traj.mask, traj.value[:, :-1], 0.0)
-    torch.testing.assert_close(n_step_return(traj, 1) - value, td_error(traj))
-    torch.testing.assert_close(n_step_return(traj, 7), return_to_go(traj))
-    at, r, d, v = steps(traj, 0)
-    if len(at) > 2:
-        two = r[0] + d[0] * (r[1] + d[1] * v[2])
-        assert n_step_return(traj, 2)[0, at[0]].item() == pytest.approx(two)
 
 
 def test_terminated_forgets_what_follows_and_truncated_bootstraps():
@@ -142,3 +131,14 @@ def test_episode_return_sums_counting_steps_only():
     traj, _ = episodes(5, holes=True)
     expected = [sum(steps(traj, b)[1]) for b in range(len(traj))]
     assert episode_return(traj).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_first_success_of_a_group_is_looked_for_row_by_row(own):
+    generator = torch.Generator().manual_seed(3)
+    group, score = torch.randint(5, (40,), generator=generator), torch.rand(40, generator=generator)
+    found = first_success(score, group, 0.7, own=own).tolist()
+    for i in range(40):
+        others = [j for j in range(40) if group[j] == group[i] and score[j] >= 0.7 and (own or j != i)]
+        assert found[i] == (others[0] if others else -1)
+    assert first_success(torch.tensor([1.0]), torch.tensor([7]), 1.0).tolist() == [-1]

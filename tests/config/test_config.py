@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
 from steersman.config.dump import dump_recipe
-from steersman.config.help import help_table
+from steersman.config.help import default_text, help_table
 from steersman.config.load import load_recipe
 from steersman.config.sections import Section
 from steersman.types import SteersmanError
@@ -283,3 +283,8 @@ def test_help_shows_every_key_with_the_recipes_defaults():
     assert "number > 0" in rows["--train.lr"]
     assert "learning rate" in rows["--critic.lr"]
     assert "0.001" in rows["--critic.lr"]
+
+
+def test_a_default_of_several_lines_is_told_on_one():
+    told = {"\n\nso {answer}\n": '"\\n\\nso {answer}\\n"', "": '""', "a b": "a b", "é": "é"}
+    assert {text: default_text(text) for text in told} == told

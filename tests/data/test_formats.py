@@ -38,6 +38,9 @@ def only(tmp_path, fn, row, **given):
         ({"instruction": "q", "input": "", "output": "a"}, [USER], [BOT], "Alpaca"),
         ({"instruction": "q", "input": "i", "output": "a"},
          [{"role": "user", "content": "q\n\ni"}], [BOT], "Alpaca"),
+        ({"instruction": "r", "output": "a", "history": [["q", "x"]]}, [USER], [*TURNS[1:], BOT], "Alpaca"),
+        ({"instruction": "q", "output": "a", "history": []}, [USER], [BOT], "Alpaca"),
+        ({"instruction": "q", "output": "a", "history": None}, [USER], [BOT], "Alpaca"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", "a", "the chosen answers"),
         ({"prompt": "q", "completion": "a", "label": True}, "q", "a", "the rows with thumbs up"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, BOT]}, [USER], [BOT], "role"),
@@ -60,6 +63,7 @@ def test_demonstrations(tmp_path, row, prompt, completion, said):
         ({"chosen": HH + " a", "rejected": HH + " b"}, (TURNS, [BOT], [BOT2])),
         ({"instruction": "q", "input": "", "output": "z", "chosen": "a", "rejected": "b"}, ([USER], [BOT], [BOT2])),
         ({"instruction": "q", "chosen": "a", "rejected": "b"}, ([USER], [BOT], [BOT2])),
+        ({"instruction": "r", "chosen": "a", "rejected": "b", "history": [["q", "x"]]}, (TURNS, [BOT], [BOT2])),
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "b"}},
          ([USER], [BOT], [BOT2])),
         ({"#id": "1", "label": "a2", "a1": "b", "a2": "a<br/>c"}, ("rows: ", "a\nc", "b")),
@@ -71,6 +75,27 @@ def test_preferences(tmp_path, row, expected):
     e = only(tmp_path, preferences, row)
     assert (e.prompt, e.chosen, e.rejected) == expected
     assert (e.margin, e.agreement, e.weight) == (None, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("answered", [{}, {"output": "a"}])
+def test_alpaca_rows_ask_behind_their_history(tmp_path, answered):
+    row = {"instruction": "r", "history": [["q", "x"]], "system": "s"} | answered
+    assert only(tmp_path, prompts, row).prompt == [SYSTEM, *TURNS]
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        ("we spoke before", "field 'history': must be a list, not str"),
+        ([["q"]], "field 'history': item 1 must be a list of two texts"),
+        ([["q", "x"], ["q", 3]], "field 'history': item 2 must be a list of two texts"),
+        ([["q", " "]], "field 'history': the answer of item 1 is empty"),
+    ],
+)
+def test_a_history_that_is_no_pairs_of_texts_is_a_bad_row(tmp_path, history, said):
+    for fn, row in ((demonstrations, {"output": "a"}), (preferences, {"chosen": "a", "rejected": "b"})):
+        with pytest.raises(SteersmanError, match=said):
+            load(tmp_path, fn, [{"instruction": "r", "history": history} | row])
 
 
 SYSTEM, OTHER = {"role": "system", "content": "s"}, {"role": "system", "content": "t"}
@@ -160,6 +185,11 @@ def test_votes_become_a_soft_label(tmp_path):
         load(tmp_path, preferences, [votes(1, 3, 0)])
 
 
+def test_demonstrations_of_pairs_are_what_most_raters_preferred(tmp_path):
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b", "agreement": share} for share in (1, 0.6, 0.5, 0.4, 0)]
+    assert [e.completion for e in load(tmp_path, demonstrations, pairs).train] == ["a", "a", "b", "b"]
+
+
 def test_feedback(tmp_path):
     up, down = {"messages": [*TURNS, BOT], "label": True}, {"messages": [*TURNS, BOT2], "label": False}
     loaded = load(tmp_path, feedback, [up, down])
@@ -168,6 +198,9 @@ def test_feedback(tmp_path):
     assert [e.label for e in load(tmp_path, feedback, rows).train] == [True, False, False, True, True, False]
     pair = load(tmp_path, feedback, [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     assert [(e.completion, e.label) for e in pair.train] == [("a", True), ("b", False)]
+    weighed = {"prompt": "q", "chosen": "a", "rejected": "b", "votes": [0, 0, 1], "weight": 0.25}
+    pair = load(tmp_path, feedback, [weighed])
+    assert [(e.completion, e.label, e.weight) for e in pair.train] == [("b", True, 0.25), ("a", False, 0.25)]
     with pytest.raises(SteersmanError, match="evenly split, so neither answer has a thumb up"):
         load(tmp_path, feedback, [{"prompt": "q", "chosen": "a", "rejected": "b", "agreement": 0.5}])
 

@@ -1,4 +1,4 @@
-"""Batches, packing, collating and the held-out split: what decides which row meets the model when."""
+"""Batches, collating and the held-out split: what decides which row meets the model when."""
 
 import json
 
@@ -18,7 +18,6 @@ from steersman.data import (
     collate_pairs,
     demonstrations,
     episode_rows,
-    pack,
     prompts,
 )
 from steersman.data.split import split
@@ -94,47 +93,6 @@ def test_batches_refuse_what_can_not_be():
     assert [len(b) for b in Batches(10, 4, drop_last=True)] == [4, 4]
     with pytest.raises(SteersmanError, match="size 10 -> 11"):
         Batches(11, 4).load_state_dict(Batches(10, 4).state_dict())
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 20), max_size=60))
-def test_packing_puts_every_row_in_one_block(lengths):
-    blocks = pack(lengths, 20)
-    assert sorted(i for b in blocks for i in b) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in b) <= 20 for b in blocks)
-    assert blocks == pack(lengths, 20)
-
-
-def fewest(lengths: list[int], capacity: int) -> int:
-    """The fewest blocks possible, by trying every placement."""
-    best = len(lengths)
-
-    def place(i: int, room: list[int]) -> None:
-        nonlocal best
-        if len(room) >= best:
-            return
-        if i == len(lengths):
-            best = len(room)
-            return
-        for k in range(len(room)):
-            if room[k] >= lengths[i]:
-                place(i + 1, [*room[:k], room[k] - lengths[i], *room[k + 1 :]])
-        place(i + 1, [*room, capacity - lengths[i]])
-
-    place(0, [])
-    return best
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=8))
-def test_packing_keeps_its_bound(lengths):
-    assert len(pack(lengths, 20)) <= 11 / 9 * fewest(lengths, 20) + 1
-
-
-def test_packing_fills_exactly_and_refuses_what_is_too_long():
-    assert sorted(map(sorted, pack([5, 3, 2, 7, 3], 10))) == [[0, 2, 4], [1, 3]]
-    with pytest.raises(SteersmanError, match="row 1 has 11 tokens"):
-        pack([3, 11], 10)
 
 
 A, B, C = Encoded([1, 2], [3], [True]), Encoded([4], [5, 6, 7], [True, False, True]), Encoded([8], [9], [True])

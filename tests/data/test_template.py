@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from steersman.data import DataConfig, Layout, Preference, Row, encode, end_ids
+from steersman.data import DataConfig, Layout, Preference, Row, encode, template_ends
 from steersman.data.template import chat_template
 from steersman.types import SteersmanError
 
@@ -206,11 +206,11 @@ def test_what_the_template_refuses_is_said(chatml):
 
 
 def test_end_ids_are_eos_and_the_end_of_a_turn(chatml, gpt2like):
-    assert end_ids(chatml) == [chatml.eos_token_id]
+    assert template_ends(chatml) == [chatml.eos_token_id]
     other = copy.deepcopy(chatml)
     other.eos_token = "<|endoftext|>"
-    assert end_ids(other) == other.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert end_ids(gpt2like) == [gpt2like.eos_token_id]
+    assert template_ends(other) == other.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert template_ends(gpt2like) == [gpt2like.eos_token_id]
 
 
 def test_several_templates_without_a_default(chatml):

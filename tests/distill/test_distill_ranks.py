@@ -25,6 +25,15 @@ CASES: dict[str, dict[str, Any]] = {
         "model.lora": {"r": 2},
         "train.epochs": 4,
     },
+    "what another answer achieved": {
+        "teacher": {
+            "path": "ema",
+            "decay": 0.8,
+            "prompt": "{solution} {prompt}",
+            "feedback": {"success": 0.25, "solution": "so {answer}"},
+        },
+        "loss": {"name": "jsd", "top_k": 6, "average": "sequence", "reward_weight": 0.0},
+    },
     "itself with a hint": {"teacher": {"path": "start", "prompt": "{hint} {prompt}"}, "loss.name": "jsd"},
 }
 
@@ -35,7 +44,7 @@ def case(settings: dict[str, Any], name: str, folder: Path, world: int, parallel
         "train.epochs": 2, "rollout.held_out": 3, "run.eval_every": 2, "run.save_every": 9, "parallel": parallel,
     }  # fmt: skip
     reward = {"reward": {"parts": {"a": {"function": f"{rewards_file(folder.parent)}:count_a"}}}}
-    more = reward | {"rollout.samples": 2} if "minillm" in name else {}
+    more = reward | {"rollout.samples": 3} if name in ("minillm, LoRA", "what another answer achieved") else {}
     return {"verb": "distill", "recipe": merge(settings, own | more | CASES[name])}
 
 

@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 import steersman
 from steersman.cli import VERBS
-from steersman.config.sections import section_of, walk_keys
+from steersman.config.sections import Section, section_of, walk_keys
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,3 +82,48 @@ def test_every_recipe_key_says_what_it_means():
         if section_of(info.annotation) is None and not (info.description or "").strip()
     }
     assert not silent
+
+
+def test_every_value_of_a_choice_stands_in_its_description():
+    """As a whole word; or between backticks on the page of docs/ that the description names."""
+    unnamed = {}
+    for section in sections():
+        for name, info in section.model_fields.items():
+            text = info.description or ""
+            pages = "".join((ROOT / page).read_text() for page in re.findall(r"docs/[\w/-]+\.md", text))
+            absent = [
+                value
+                for value in choices(info.annotation)
+                if not re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text) and f"`{value}`" not in pages
+            ]
+            if absent:
+                unnamed[f"{section.__name__}.{name}"] = (absent, text)
+    assert not unnamed
+
+
+def sections() -> set[type[Section]]:
+    """All section classes of all recipes, those in lists and mappings too."""
+    found: set[type[Section]] = set()
+    to_see = [verb.recipe_class(None, []) for verb in VERBS.values()]
+    while to_see:
+        section = to_see.pop()
+        if section not in found:
+            found.add(section)
+            to_see += [part for info in section.model_fields.values() for part in parts(info.annotation)]
+    return found
+
+
+def parts(annotation: Any) -> Iterator[type[Section]]:
+    """The section classes in an annotation, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from parts(inner)
+
+
+def choices(annotation: Any) -> list[str]:
+    """The words that a value may be one of, at any depth; empty where there is no choice."""
+    given = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [value for value in given if isinstance(value, str)] if len(given) > 1 else []
+    return [value for inner in given for value in choices(inner)]

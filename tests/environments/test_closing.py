@@ -67,7 +67,7 @@ def played(values, what=None, **extra):
         values = merge(values, {"environment.args": {"what": what}})
     made = recipe("rloo", values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train, _, _ = _prompts(made, roles.policy)
+    train = _prompts(made, roles.policy)[0]
     return roles, lambda: roles.generate(train[:2], seed=0, n=2)
 
 

@@ -27,7 +27,7 @@ def played(base, name="rloo", **extra):
     """The parts of a run, and the episodes of its first iteration."""
     made = recipe(name, base, **extra)
     roles = build_roles(made, CPU)
-    train, _, _ = _prompts(made, roles.policy)
+    train = _prompts(made, roles.policy)[0]
     samples = roles.generate(train[:4], seed=(0, 0), n=2)
     return made, roles, train, samples
 
@@ -127,6 +127,8 @@ def test_a_text_environment_trains(base, tmp_path, name):
     assert seen[-1]["ratio_gap"] < 1e-4
     assert seen[-1]["episode/done"] == 1
     assert seen[-1]["episode/turns"] == 3
+    assert seen[-1]["length/mean"] == seen[-1]["episode/said"] <= 3 * 6  # not what the environment wrote
+    assert 0 < seen[0]["held_out/length"] <= 3 * 6
     kept = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [set(t) for t in kept[-1]["turns"]] == [{"said", "heard", "reward"}] * 3
     assert weights(tmp_path / "run" / "model")
@@ -257,7 +259,11 @@ def test_baselines_per_turn(base, tmp_path):
     assert rows(tmp_path / "run")[-1]["ratio_gap"] < 1e-4
 
 
-@pytest.mark.parametrize(("name", "why"), [("gspo", "one ratio for a whole episode"), ("ppo", "compares no samples")])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("gspo", "one ratio for a whole episode"), ("ppo", "compares no samples"), ("pass-at-k", "best of k whole"),
+     ("gfpo", "keeps whole episodes"), ("gdpo", "compares each part of the reward")],
+)  # fmt: skip
 def test_baselines_per_turn_are_refused_where_there_are_none(base, name, why):
     with pytest.raises(ValidationError, match=why):
         recipe(name, base, environment__baseline_per="turn")

@@ -112,7 +112,7 @@ def cuts(base, tmp_path):
 def played(values, name="ppo"):
     made = recipe(name, values)
     roles = build_roles(made, torch.device("cpu"))
-    train, _, _ = _prompts(made, roles.policy)
+    train = _prompts(made, roles.policy)[0]
     return made, roles, train, roles.generate(train[:3], seed=(0, 0), n=2)
 
 

@@ -10,7 +10,7 @@ from imitations import CHATML, FIVE, GEMMA, HERMES, LLAMA3, MISTRAL, QWEN3, toke
 from tiny_models import PAIR_FAMILIES, tiny_model
 
 from steersman.algorithms import ALGORITHMS
-from steersman.data import Layout, end_ids
+from steersman.data import Layout, template_ends
 from steersman.data.encoder_decoder import PairLayout
 from steersman.environments.agent import AgentEnvironment
 from steersman.environments.calls import form_of
@@ -29,7 +29,7 @@ from steersman.types import Prompt, Sample, Segment, SteersmanError, Trajectory
 
 def laid(template: str) -> TurnLayout:
     tokenizer = tokenizer_of(template)
-    return TurnLayout(Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer))
+    return TurnLayout(Layout(tokenizer, wrap_in_chat=True), template_ends(tokenizer))
 
 
 USER = [{"role": "user", "content": "go on"}]
@@ -83,7 +83,7 @@ def test_forms_of_calls():
 def test_ids_mask_and_what_each_turn_is_said_behind(family, template, worlds):
     """Every turn stands behind what the template shows before it, and its log-probabilities are those of training."""
     tokenizer, pair = tokenizer_of(FIVE[template]), family in PAIR_FAMILIES
-    model, ends = tiny_model(family, vocab=len(tokenizer), scale=1.0 if pair else 3.0), end_ids(tokenizer)
+    model, ends = tiny_model(family, vocab=len(tokenizer), scale=1.0 if pair else 3.0), template_ends(tokenizer)
     layout = PairLayout(tokenizer, start=1, wrap_in_chat=True) if pair else Layout(tokenizer, wrap_in_chat=True)
     samples = echoed(model, layout, ends, worlds, history="segments")
     read_as_sampled(model, tokenizer, samples)
@@ -108,7 +108,7 @@ def test_ids_mask_and_what_each_turn_is_said_behind(family, template, worlds):
 def test_encoder_decoders_read_plain_text_anew(family, worlds):
     tokenizer = tokenizer_of(CHATML)
     model, layout = tiny_model(family, vocab=len(tokenizer), scale=1.0), PairLayout(tokenizer, start=1)
-    samples = echoed(model, layout, end_ids(tokenizer), worlds)
+    samples = echoed(model, layout, template_ends(tokenizer), worlds)
     read_as_sampled(model, tokenizer, samples)
     for s in samples:
         said = s.prompt.turns[0]["content"]
@@ -148,7 +148,7 @@ def read_as_sampled(model, tokenizer, samples):
 
 def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
     tokenizer = tokenizer_of(CHATML)
-    layout, ends = Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer)
+    layout, ends = Layout(tokenizer, wrap_in_chat=True), template_ends(tokenizer)
     engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=ends)
     tools = ToolEnvironment([f"{worlds}:add"])
     with pytest.raises(SteersmanError, match="shows no tool calls; set "):
@@ -182,10 +182,10 @@ def test_tools_without_a_template_for_them_are_refused_or_told(worlds):
 )  # fmt: skip
 def test_tools_are_told_in_the_users_turn_where_the_template_has_no_system_turn(template, first, worlds):
     tokenizer = tokenizer_of(template)
-    engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=end_ids(tokenizer))
+    engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=template_ends(tokenizer))
     config = EnvironmentConfig(tools=["x"], tell_tools=True)
     tools = ToolEnvironment([f"{worlds}:add"])
-    play = Episodes(engine, tools, Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer), config, 4096)
+    play = Episodes(engine, tools, Layout(tokenizer, wrap_in_chat=True), template_ends(tokenizer), config, 4096)
     game = EpisodeInPlay(Prompt([3], "", {}, 0, ASK), 0, 0, 0, 0)
     play.lay_out_opening(game, ASK, 4)
     assert [m["role"] for m in game.messages] == first
@@ -202,7 +202,7 @@ def test_which_templates_rewrite(template, rewrites):
 @pytest.mark.parametrize(("template", "apart"), [(QWEN3, True), (LLAMA3, False)])
 def test_a_dropped_thought_begins_a_segment(template, apart, worlds):
     tokenizer = tokenizer_of(template)
-    layout, ends = Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer)
+    layout, ends = Layout(tokenizer, wrap_in_chat=True), template_ends(tokenizer)
     engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=ends)
     config = EnvironmentConfig(path=f"{worlds}:Echo", history="segments")
     play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 1024)
@@ -222,7 +222,7 @@ def test_a_conversation_that_the_template_refuses_leaves_the_episode_as_it_was(k
     """It counted what had been said twice."""
     tokenizer, pair = tokenizer_of(GEMMA), kind == "encoder-decoder"
     layout = PairLayout(tokenizer, start=1, wrap_in_chat=True) if pair else Layout(tokenizer, wrap_in_chat=True)
-    model, ends = tiny_model("t5" if pair else "llama", vocab=len(tokenizer)), end_ids(tokenizer)
+    model, ends = tiny_model("t5" if pair else "llama", vocab=len(tokenizer)), template_ends(tokenizer)
     config = EnvironmentConfig(path=f"{worlds}:Echo")
     play = Episodes(
         Engine(model, tokenizer, eos_token_id=ends),
@@ -252,7 +252,7 @@ def test_a_conversation_that_the_template_refuses_leaves_the_episode_as_it_was(k
 def test_replies_of_earlier_conversations_are_counted_once(worlds):
     """A last reply without an answer was left out of what is kept for DPO and KTO."""
     tokenizer = tokenizer_of(CHATML)
-    layout, ends = Layout(tokenizer, wrap_in_chat=True), end_ids(tokenizer)
+    layout, ends = Layout(tokenizer, wrap_in_chat=True), template_ends(tokenizer)
     engine = Engine(tiny_model("llama", vocab=len(tokenizer)), tokenizer, eos_token_id=ends)
     config = EnvironmentConfig(path=f"{worlds}:Echo")
     play = Episodes(engine, from_class(config.path, {}, "tell", 99), layout, ends, config, 512)
@@ -281,8 +281,12 @@ def test_segments_split_and_join_and_leave_advantages_the_episodes_own():
     reward = torch.tensor([[0.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
     traj = Trajectory(whole.mask, reward, whole.mask.float(), steps, group=torch.tensor([0, 0]))
     advantage = ALGORITHMS["rloo"]().advantage(traj)
-    split, apart = parts.experience(traj, advantage)
-    assert apart.adv[0, 0] == advantage.adv[0, 0] == 1.0  # said before the reward, in another segment
-    assert apart.adv[1, 1] == advantage.adv[0, 2] == 1.0
-    assert split.group.tolist() == [0, 0, 0]
-    assert split.mask.sum() == whole.mask.sum()
+    apart = parts.split(advantage.adv)
+    assert apart[0, 0] == advantage.adv[0, 0] == 1.0  # said before the reward, in another segment
+    assert apart[1, 1] == advantage.adv[0, 2] == 1.0
+    assert parts.owner.tolist() == [0, 0, 1]
+    assert parts.leads.tolist() == [True, False, True]
+    assert parts.rows_of(torch.tensor([1, 0])).tolist() == [0, 1, 2]
+    some = torch.tensor([1, 2])  # what stands elsewhere stays
+    put = parts.put(-apart[some], read.mask[some], some, steps)
+    assert put.tolist() == [[0.0, 1.0, -1.0], [1.0, 1.0, 5.0]]

@@ -13,7 +13,8 @@ from steersman.data import DataConfig
 from steersman.data.load import demonstrations, feedback
 from steersman.flywheel.feedback import FeedbackRecipe, run
 from steersman.flywheel.reactions import category, overlap
-from steersman.flywheel.reading import Reading, kappa, parse_reading
+from steersman.flywheel.reading import Reading, parse_reading
+from steersman.statistics.agreement import cohen_kappa
 from steersman.types import SteersmanError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "judge"))
@@ -166,15 +167,6 @@ def test_a_reading_counts_only_with_words_that_the_turn_has(reply, turn, wanted)
     assert parse_reading(reply, turn) == wanted
 
 
-def test_kappa_is_agreement_beyond_chance():
-    assert kappa("aabb", "aabb") == 1
-    assert kappa("aabb", "abab") == 0
-    assert kappa("aaaa", "aaaa") == 1
-    # 50 pairs, the textbook's 20, 5, 10, 15
-    first, second = "a" * 25 + "b" * 25, "a" * 20 + "b" * 5 + "a" * 10 + "b" * 15
-    assert kappa(first, second) == pytest.approx(0.4)
-
-
 ROWS = [{"messages": chat} for chat in CHATS]
 
 
@@ -211,6 +203,16 @@ def test_a_model_reads_the_turns_and_writes_what_should_have_been_said(tmp_path)
     assert len(rows_of(tmp_path / "run/kto.jsonl")) == 3
 
 
+def test_reader_and_rules_that_say_one_thing_throughout_have_no_kappa(tmp_path):
+    from judge_server import serving
+
+    with serving(reads) as server:
+        reader = {"endpoint": {"url": server.url, "model": "m", "retries": 0}}
+        told = run(recipe(tmp_path, ROWS[:1], reader=reader))
+    assert told["agreement/kinds"] == 1
+    assert not [name for name in told if name.startswith("kappa/")]
+
+
 def test_a_revised_answer_that_its_limit_cut_is_not_taught_and_a_reading_stands(tmp_path):
     from judge_server import cut, serving
 
@@ -244,4 +246,4 @@ def test_rules_agree_with_the_labelled_sample(shared):
     found = reactions.labelled(shared, root / "recipes" / "data" / "reactions-labelled.jsonl")
     assert len(found) == 200
     told = [category(e.reaction, e.last_question) for e, _ in found]
-    assert 0.6 < kappa(told, [kind for _, kind in found]) < 0.8
+    assert 0.6 < cohen_kappa(told, [kind for _, kind in found]) < 0.8

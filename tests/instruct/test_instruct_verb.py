@@ -126,6 +126,31 @@ def test_the_rows_for_grpo_are_what_the_metric_reads(tmp_path, mini):
     assert scores == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("row", "before", "task"),
+    [
+        ({"prompt": "the cat"}, [], "the cat"),
+        ({"instruction": "the cat", "input": "", "output": "x"}, [], "the cat"),
+        (
+            {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the cat"}]},
+            [{"role": "system", "content": "be kind"}],
+            "the cat",
+        ),
+    ],
+)
+def test_a_task_in_turns_keeps_them_and_its_own_words(tmp_path, mini, row, before, task):
+    tasks = write_jsonl(tmp_path / "turns.jsonl", [row])
+    run(settings(tmp_path, mini, data={"path": str(tasks)}))
+    asked = rows_of(tmp_path / "run/instructions.jsonl")
+    assert {r["task"] for r in asked} == {task}
+    for name in ("grpo", "held_out"):
+        for made in rows_of(tmp_path / f"run/{name}.jsonl"):
+            turns = made["prompt"] if isinstance(made["prompt"], list) else [{"content": made["prompt"]}]
+            assert [(m["role"], m["content"]) for m in turns[:-1]] == [(m["role"], m["content"]) for m in before]
+            assert task in turns[-1]["content"]
+            assert "User:" not in turns[-1]["content"]
+
+
 def test_without_a_corrector_only_what_passes_is_kept(tmp_path, mini):
     told = run(settings(tmp_path, mini))
     assert told["data/dpo"] == 0

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from judge_server import between, longer_wins, serving, slow
+from judge_server import between, cut, longer_wins, serving, slow
 from pydantic import ValidationError
 
 from steersman.judge import Judge, JudgeConfig
@@ -104,9 +104,11 @@ def test_a_reply_without_verdict_is_counted_and_dropped_or_a_tie(tmp_path, what,
 def test_a_reply_without_verdict_stops_where_the_recipe_says_so_and_the_rest_is_kept(tmp_path):
     with serving(lambda n, text: "Hm." if "p3" in text else longer_wins(n, text)) as server:
         judge = Judge(config(server, on_unparsable="stop"), tmp_path / "judge.jsonl")
-        with pytest.raises(SteersmanError, match=r"'Hm\.' holds no verdict .*'p3'.*on_unparsable"):
+        with pytest.raises(SteersmanError, match=r"'Hm\.' holds no verdict .*'p3'.*judge\.compare.*on_unparsable"):
             judge.compare(MANY)
-    assert len(ReplyCache(tmp_path / "judge.jsonl").replies) == 24
+        assert len(ReplyCache(tmp_path / "judge.jsonl").replies) == 24
+        with pytest.raises(SteersmanError, match=r"'Hm\.' holds no grade .*'p3'.*judge\.grade.*on_unparsable"):
+            judge.grade([("p3", "an answer")])
 
 
 def test_a_limited_judge_is_asked_again_after_the_time_that_it_names(tmp_path):
@@ -121,8 +123,7 @@ def test_a_limited_judge_is_asked_again_after_the_time_that_it_names(tmp_path):
         judge = Judge(settings, tmp_path / "judge.jsonl")
         assert shares(judge.compare(ITEMS[:1])) == [1.0]
     assert times[1] - times[0] >= 0.79
-    assert judge.endpoint is not None
-    assert judge.endpoint.tries_again == 1
+    assert judge.stats()["judge/retries"] == 1 / 2
 
 
 def test_a_retry_after_date_is_understood_and_capped(tmp_path):
@@ -285,3 +286,21 @@ def test_answers_that_differ_in_white_space_tie_whatever_a_reward_says(tmp_path)
     assert [c.share for c in judge.compare(asked, columns) if c is not None] == [0.5, 1.0, 0.5, 0.0]
     assert [c.share for c in judge.compare(asked[:1]) if c is not None] == [0.5]
     assert judge.counts["ties"] == 3
+
+
+@pytest.mark.parametrize("what", ["drop", "tie", "stop"])
+def test_a_reply_that_the_limit_cut_has_no_verdict(tmp_path, what):
+    """It may have come no further than to say which verdicts there are."""
+
+    def behave(n, text):
+        return cut("I must end with one of [[A]], [[B]], or [[C]], or [[4]]. First I look at what was asked, then at")
+
+    with serving(behave) as server:
+        judge = Judge(config(server, on_unparsable=what), tmp_path / "judge.jsonl")
+        if what == "stop":
+            with pytest.raises(SteersmanError, match=r"was cut by the limit.*Raise max_tokens of judge\.endpoint"):
+                judge.compare(ITEMS[:1])
+            return
+        assert shares(judge.compare(ITEMS[:1])) == [None if what == "drop" else 0.5]
+        assert judge.grade([("p", "a")], None) == [None if what == "drop" else 5.5]
+    assert judge.stats()["judge/cut"] == judge.stats()["judge/unparsable"] == 1.0

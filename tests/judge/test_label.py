@@ -63,7 +63,7 @@ def test_several_answers_become_a_ranking_and_single_ones_get_a_grade(tmp_path):
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"prompt": "p", "chosen": "a", "rejected": " a"}, "line 2, field 'chosen': the answer equals"),
+        ({"prompt": "p", "chosen": "a", "rejected": " a"}, "line 2, field 'chosen': the chosen answer equals"),
         ({"prompt": " ", "completion": "a"}, "line 2, field 'prompt': the prompt is empty"),
         ({"prompt": "p", "first": "a", "second": ""}, "line 2, field 'second': the answer is empty"),
         ({"prompt": "p", "responses": ["a"]}, "line 2, field 'responses': a ranking needs two"),
@@ -112,3 +112,41 @@ def test_a_judge_that_labels_nothing_says_why_and_where_its_replies_are(tmp_path
         judge = {"endpoint": {"url": server.url, "model": "m"}, "reward": {}, "on_unparsable": "drop"}
         with pytest.raises(SteersmanError, match=rf"none of 2 rows: {why}; its replies are in .*judge\.jsonl"):
             label(tmp_path, rows, judge=judge)
+
+
+TALK = "\n\nHuman: Hi\n\nAssistant: "
+HELLO = {"role": "assistant", "content": "Hello there!"}
+NO = {"role": "assistant", "content": "No."}
+HI = {"role": "user", "content": "Hi"}
+WANTED = {"prompt": [HI], "chosen": [HELLO], "rejected": [NO]}
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"prompt": [HI], "chosen": [NO], "rejected": [HELLO]}, WANTED),
+        ({"prompt": "Hi", "first": [HELLO], "second": [NO]}, WANTED),
+        ({"chosen": [HI, NO], "rejected": [HI, HELLO]}, WANTED),
+        ({"prompt": "Hi", "chosen": [HI, HELLO], "rejected": [HI, NO]}, WANTED),
+        ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "No."},
+          "rejected": {"from": "gpt", "value": "Hello there!"}}, WANTED),
+        ({"chosen": f"{TALK}Hello there!", "rejected": f"{TALK}No."}, WANTED),
+        ({"instruction": "Hi", "chosen": "No.", "rejected": "Hello there!"}, WANTED),
+        ({"prompt": "Hi", "responses": [[HELLO], [NO]]},
+         {"prompt": [HI], "responses": [[HELLO], [NO]], "ranks": [0, 1]}),
+        ({"prompt": "Hi", "completion": [HELLO]}, {"prompt": [HI], "completion": [HELLO], "grade": 2}),
+    ],
+)  # fmt: skip
+def test_answers_in_turns_stay_turns_and_are_judged_by_their_words(tmp_path, row, wanted):
+    _, (out,) = label(tmp_path, [row])
+    kept = {name: turns_of(out[name]) for name in wanted}
+    assert kept == {name: turns_of(value) for name, value in wanted.items()}
+
+
+def turns_of(value):
+    """Texts as they are, turns by role and content alone."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return [turns_of(x) for x in value]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [{"role": m["role"], "content": m["content"]} for m in value]
+    return value

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from steersman.assets import story_model
 from steersman.judge import Judge, JudgeConfig
-from steersman.judge.local import expected, likeliest
+from steersman.judge.config import LocalConfig
+from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.types import SteersmanError
 
@@ -126,3 +127,13 @@ def test_reading_of_log_probabilities():
     assert likeliest({"A": -1.0, "B": -1.5, "C": -9.0}, 0.6) == 0.5
     assert likeliest({"A": -2.0, "B": -1.5, "C": -1.0}, 0.0) == 0.5
     assert expected({"1": math.log(0.25), "3": math.log(0.75)}) == pytest.approx(2.5)
+
+
+def test_a_judge_stops_at_every_end_that_its_model_names(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(story_model())
+    tokenizer = AutoTokenizer.from_pretrained(story_model())
+    ends = [tokenizer.eos_token_id, tokenizer.encode(".", add_special_tokens=False)[-1]]
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert list(Local(LocalConfig(path=str(tmp_path / "model"))).engine.end_ids) == ends

@@ -106,9 +106,14 @@ def our_pair(trainer, batch) -> preference.PairLogp:
     with torch.no_grad():
         ref_chosen, ref_rejected = token_logp(trainer.ref_model, tokens).chunk(2)
     (chosen, rejected), (mask_w, mask_l) = token_logp(trainer.model, tokens).chunk(2), tokens.mask.chunk(2)
-    return preference.pair_logp(
+    pair = preference.pair_logp(
         chosen, mask_w, rejected, mask_l, ref_chosen=ref_chosen, ref_rejected=ref_rejected, tails=True
     )
+    return with_batch(pair)
+
+
+def with_batch(pair: preference.PairLogp) -> preference.PairLogp:
+    return pair._replace(batch=preference.as_batch(pair, torch.ones_like(pair.chosen_length)))
 
 
 def sft(pair: preference.PairLogp) -> tuple[Tensor, None]:
@@ -122,6 +127,8 @@ DPO_TYPES = {
     "ipo": (lambda pair: preference.ipo(pair, beta=BETA, length_normalised=True), {}),
     "hinge": (lambda pair: preference.rso(pair, beta=BETA), {}),
     "bco_pair": (lambda pair: preference.bco_pair(pair, beta=BETA), {}),
+    "aot": (lambda pair: preference.aot(pair, beta=BETA, label_smoothing=0.2), {"label_smoothing": 0.2}),
+    "aot_unpaired": (lambda pair: preference.aot_unpaired(pair, beta=BETA), {}),
     "sft": (sft, {}),
 }
 
@@ -137,13 +144,13 @@ def test_pair_losses_with_a_reference(name, dpo_trainer, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "robust", "hinge", "bco_pair"])
+@pytest.mark.parametrize("name", ["sigmoid", "robust", "hinge", "bco_pair", "aot", "aot_unpaired"])
 def test_ld_dpo(name, dpo_trainer, monkeypatch):
     ours, more = DPO_TYPES[name]
     for key, value in {"loss_types": [name], "loss_weights": [1.0], "ld_alpha": 0.4, **more}.items():
         monkeypatch.setattr(dpo_trainer, key, value)
     batch = next(iter(dpo_trainer.get_train_dataloader()))
-    pair = preference.desensitised(our_pair(dpo_trainer, batch), 0.4)
+    pair = with_batch(preference.desensitised(our_pair(dpo_trainer, batch), 0.4))
     same(dpo_trainer.compute_loss(dpo_trainer.model, batch), ours(pair)[0].mean(), dpo_trainer)
 
 
@@ -156,6 +163,34 @@ def test_mixed_preference_optimisation(dpo_trainer, monkeypatch):
     config = PairLossConfig(name="dpo", settings={"beta": BETA}, weight=0.8, also={"bco_pair": 0.2})
     ours = config.of_pair(pair)[0] + sft(pair)[0]
     same(dpo_trainer.compute_loss(dpo_trainer.model, batch), ours.mean(), dpo_trainer)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "tpo-l"])
+def test_triple_preference_optimisation(kind, tmp_path):
+    """But for the likelihood of the gold answers, which is a mean over the tokens of a batch there."""
+    from datasets import Dataset
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    gold = [" looks at you.", " ate", " were there, too."]
+    rows = [
+        {"prompt": p, "chosen": c, "rejected": r, "reference": g} for (p, c, r), g in zip(PAIRS, gold, strict=True)
+    ]
+    trainer = TPOTrainer(
+        model=models()[0], train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
+        args=TPOConfig(**settings(tmp_path, len(rows)), loss_type=kind, tpo_alpha=0.7, tpo_l_gamma=0.4),
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens = our_tokens(batch["input_ids"], batch["completion_mask"])
+    (w, l, g), masks = token_logp(trainer.model, tokens).chunk(3), tokens.mask.chunk(3)  # noqa: E741
+    pair = preference.pair_logp(w, masks[0], l, masks[1])
+    compared = {
+        "sigmoid": lambda: preference.cpo(pair, beta=BETA, nll_weight=0.0),
+        "hinge": lambda: preference.hinge(pair, beta=BETA),
+        "tpo-l": lambda: preference.simpo(pair, beta=BETA, margin=0.4),
+    }[kind]()[0]
+    length = masks[2].sum(-1)
+    likelihood = preference.gold_nll(g, masks[2]) * length / length.float().mean()
+    same(trainer.compute_loss(trainer.model, batch), (compared + 0.7 * likelihood).mean(), trainer)
 
 
 def test_dynamic_fine_tuning(tmp_path):

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from steersman.algorithms.grpo import GRPO
+from steersman.algorithms.gspo import GSPO
+from steersman.algorithms.vespo import VESPO
 from steersman.loss.policy import (
-    clip_fraction,
     clipped,
     clipped_weight,
     reinforce,
@@ -14,6 +16,8 @@ from steersman.loss.policy import (
     surrogate,
 )
 from steersman.loss.value import explained_variance, value_loss
+from steersman.types import Trajectory
+from steersman.update.on_policy import clipped_steps
 
 g = torch.Generator().manual_seed(0)
 B, T = 5, 6
@@ -87,11 +91,17 @@ def test_clipped_weight_keeps_every_gradient():
     torch.testing.assert_close(grad, each(lambda p, q, a: -a * min(math.exp(p - q), 1.2)).double())
 
 
-def test_clip_fraction_counts_steps_outside():
+def test_clipped_steps_are_those_whose_ratio_is_outside_as_the_method_reads_it():
     ratio = (LOGP - OLD).exp()
-    inside = [0.9 <= ratio[b, t].item() <= 1.2 for b in range(B) for t in range(T) if MASK[b, t]]
-    expected = 1 - sum(inside) / len(inside)
-    assert clip_fraction(LOGP, OLD, MASK, 0.1, 0.2).item() == pytest.approx(expected)
+    of_row = [math.exp(sum(d[m].tolist()) / int(m.sum())) for d, m in zip(LOGP - OLD, MASK, strict=True)]
+    traj = Trajectory(MASK, OLD, OLD, OLD)
+    for method, read in ((GRPO, ratio.tolist()), (GSPO, [[r] * T for r in of_row])):
+        found = clipped_steps(method(clip_low=0.1, clip_high=0.2), LOGP, traj)
+        assert found is not None
+        outside = [[not 0.9 <= r <= 1.2 for r in row] for row in read]
+        assert found[MASK].tolist() == torch.tensor(outside)[MASK].tolist()
+        assert 0 < int(found[MASK].sum()) < int(MASK.sum())
+    assert clipped_steps(VESPO(), LOGP, traj) is None
 
 
 def test_value_loss_is_pessimistic_when_clipped():

@@ -227,9 +227,10 @@ def batch(seed: int = 0):
 def pair_of(named, chosen_mask, rejected_mask, *, tails=False):
     rest = {k: v for k, v in named.items() if k not in ("chosen", "rejected")}
     own = {f"{side}_log_weight": named[side] + named[f"{side}_kl"] for side in ("chosen", "rejected")}
-    return preference.pair_logp(
+    pair = preference.pair_logp(
         named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest, **own, tails=tails
     )
+    return pair._replace(batch=preference.as_batch(pair, torch.ones_like(pair.chosen_length)))
 
 
 def ours(function, options, named, chosen_mask, rejected_mask):
@@ -344,7 +345,9 @@ def test_which_losses_take_differences_alone(name):
     """A reference that is known up to a number per prompt serves these, and no other."""
     named, cm, rm = batch()
     pair = pair_of(named, cm, rm)
-    moved = pair._replace(ref_chosen=pair.ref_chosen + 0.7, ref_rejected=pair.ref_rejected + 0.7)
+    shift = torch.linspace(0.7, 2.0, B, dtype=torch.float64)
+    moved = pair._replace(ref_chosen=pair.ref_chosen + shift, ref_rejected=pair.ref_rejected + shift)
+    moved = moved._replace(batch=preference.as_batch(moved, torch.ones_like(shift)))
     before, after = (LOSSES[name].function(p)[0] for p in (pair, moved))
     assert LOSSES[name].only_differences == torch.allclose(before, after, rtol=1e-9, atol=0) or name.startswith(
         "tdpo"
@@ -537,6 +540,11 @@ def test_table_says_what_each_loss_needs(name):
             spec.function(pair._replace(log_weight=None))
     else:
         assert torch.equal(spec.function(pair._replace(log_weight=None))[0], spec.function(pair)[0])
+    if spec.of_batch:
+        with pytest.raises(TypeError, match="whole batch"):
+            spec.function(pair._replace(batch=None))
+    else:
+        assert torch.equal(spec.function(pair._replace(batch=None))[0], spec.function(pair)[0])
     bare = pair._replace(ref_chosen=None, ref_rejected=None)
     if spec.needs_reference:
         with pytest.raises(TypeError, match="reference"):

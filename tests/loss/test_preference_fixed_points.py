@@ -14,6 +14,7 @@ from steersman.loss import preference as pref
 from steersman.loss.feedback import kto
 from steersman.loss.offline import LOSSES
 from steersman.tabular import preference_check as check
+from steersman.tabular import reference_free_check, transport_check
 from steersman.tabular.population import Population, descend, descend_frozen, descend_kinked
 from steersman.tabular.token_mdp import TokenMDP
 
@@ -58,6 +59,18 @@ def test_a_wrong_loss_does_not_pass(monkeypatch):
 
     monkeypatch.setattr(check, "dpo", lopsided)
     assert not check.check_dpo(MDP).holds
+
+
+def test_tpo_with_the_chosen_answers_likelihood_rests_elsewhere(monkeypatch):
+    """That is CPO."""
+    monkeypatch.setattr(reference_free_check, "cpo", lambda pair, beta, nll_weight: pref.cpo(pair, beta=beta))
+    assert not reference_free_check.check_tpo(MDP).holds
+
+
+def test_another_losses_rest_is_not_that_of_aot(monkeypatch):
+    """With each pair beside its own reference's lead it is DPO, which balances other pulls."""
+    monkeypatch.setattr(transport_check, "aot", pref.dpo)
+    assert not transport_check.check_aot(MDP).holds
 
 
 def test_ld_dpo_goes_from_the_optimum_towards_the_lengths_of_the_reference():

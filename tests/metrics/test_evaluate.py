@@ -160,3 +160,19 @@ def test_a_missing_reference_is_named():
         made.score(samples("a", gold="b"))
     with pytest.raises(SteersmanError, match="row 0: the reference is missing"):
         made.score(samples("a", references=None))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "counted"),
+    [
+        ([{"completion": "a"}], "the data have no column 'references'", False),
+        ([{"completion": "a", "references": ["a"]}, {"completion": "b", "references": []}], "row 1: the ref", True),
+    ],
+)
+def test_how_rows_are_counted_is_said_where_one_is_named(rows, said, counted, tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", "--file", str(file), "--metrics", "[rougeL]"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert ("(rows count from 0)" in told) == counted

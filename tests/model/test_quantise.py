@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,26 @@ def stirred(policy, seed: int = 0) -> None:
         for p in policy.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+
+
+NOTHING_QUANTISED = """
+import sys
+from steersman.model import LoraConfig, load_policy, load_scalar, save
+model, place = sys.argv[1:]
+policy, scalar = load_policy(model, lora=LoraConfig(r=2)), load_scalar(model)
+scalar.adapt(LoraConfig(r=2))
+save(policy, policy.tokenizer, place + "/policy", merged=False)
+save(scalar, scalar.tokenizer, place + "/scalar", merged=False)
+load_policy(place + "/policy"), load_scalar(place + "/scalar")
+assert "peft" in sys.modules and "bitsandbytes" not in sys.modules
+quantised = load_policy(model, quantise="nf4", lora=LoraConfig(r=2))
+assert "peft.tuners.lora.bnb" in {type(module).__module__ for module in quantised.model.modules()}
+"""
+
+
+@BNB
+def test_bitsandbytes_is_imported_where_something_is_quantised_and_only_there(folder, tmp_path):
+    subprocess.run([sys.executable, "-c", NOTHING_QUANTISED, str(folder), str(tmp_path)], check=True)
 
 
 @BNB

@@ -45,6 +45,13 @@ def test_top_p_keeps_the_crossing_token_and_the_least_number():
     assert top_p_mask(logits, 0.4).tolist() == [True, False, False, False]
     assert top_p_mask(logits, 0.4, min_tokens_to_keep=3).tolist() == [True, True, True, False]
     assert top_p_mask(logits, 1.0).all()
+    halves = torch.tensor([0.5, 0.25, 0.25]).double().log()
+    assert top_p_mask(halves, 0.5).tolist() == [True, False, False]  # that reaches 0.5 and no more is needed
+
+
+def test_the_largest_min_p_keeps_the_likeliest_tokens():
+    logits = torch.tensor([0.4, 0.4, 0.2]).double().log()
+    assert min_p_mask(logits, 1.0).tolist() == [True, True, False]
 
 
 def test_top_p_of_a_row_does_not_depend_on_the_batch(monkeypatch):

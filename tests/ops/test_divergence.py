@@ -91,6 +91,31 @@ def test_a_listed_teacher_is_compared_over_the_list_and_the_rest(kind):
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("form", [{}, {"softcap": 3.0, "scale": 0.5, "temperature": 1.5}])
+def test_the_student_s_likeliest_tokens_alone_are_compared_with_or_without_the_rest(kind, tail, form):
+    temperature = form.get("temperature", 1.0)
+    hidden, head = student(softcap=form.get("softcap"), scale=form.get("scale", 1.0))
+    taught = teacher()
+    found = linear_divergence(
+        hidden, head, taught, kind, mix=0.3, temperature=temperature, top_k=6, tail=tail, chunk=3
+    )
+    p, q = probabilities(taught.hidden, taught.head, temperature), probabilities(hidden, head, temperature)
+    ids = q.topk(6).indices
+
+    def over(x):
+        inside = x.gather(1, ids)
+        return bucketed(x, ids) if tail else inside / inside.sum(-1, keepdim=True)
+
+    same(found, paper(kind, over(p), over(q), 0.3), [hidden, head.weight, head.bias])
+    whole = linear_divergence(hidden, head, taught, kind, mix=0.3, temperature=temperature)
+    everything = linear_divergence(
+        hidden, head, taught, kind, mix=0.3, temperature=temperature, top_k=V + 5, tail=tail
+    )
+    same(everything, whole, [hidden, head.weight, head.bias])
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_what_the_list_leaves_out_only_lowers_a_divergence_and_by_how_much(kind):
     hidden, head = student()
     taught = teacher()
@@ -212,5 +237,9 @@ def test_refusals():
     hidden, head = student()
     with pytest.raises(ValueError, match="mix"):
         linear_divergence(hidden, head, teacher(), "jsd", mix=1.5)
+    with pytest.raises(ValueError, match="top_k 0"):
+        linear_divergence(hidden, head, teacher(), "jsd", top_k=0)
+    with pytest.raises(ValueError, match="logits of all tokens"):
+        linear_divergence(hidden, head, listed(teacher())[2], "jsd", top_k=3)
     with pytest.raises(ValueError, match="7"):
         linear_divergence(hidden, head, TeacherTopK(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1)), "jsd")

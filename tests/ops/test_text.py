@@ -35,3 +35,19 @@ def test_repetition_by_hand():
 def test_scripts_without_spaces_are_read_by_character():
     assert text.words("猫が 好きcats") == ["猫", "が", "好", "き", "cats"]
     assert text.distinct_n(["猫猫猫"], 1) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ("It rained. It costs 3.14 euros and the", "It rained."),
+        ("It costs 3.14 euros and the", ""),
+        ("Done! See https://example.com/a for", "Done!"),
+        ('She said "Go." Then he', 'She said "Go."'),
+        ("第一句话。第二句话没有写", "第一句话。"),
+        ("First: yes.\n2. The", "First: yes."),
+        ("All of it.", "All of it."),
+    ],
+)
+def test_whole_sentences_end_where_a_reader_would_say_so(said, whole):
+    assert text.whole_sentences(said) == whole

@@ -246,7 +246,7 @@ def test_rank_rate_mark_and_review_by_keyboard(page, store):
     )
     settled(page).keyboard.press("1")
     assert "wrong" in page.locator("#marks").inner_text()
-    settled(page).get_by_role("button", name="Save").press("Enter")
+    settled(page).keyboard.press("Control+Enter")
     page.get_by_text("Nothing left").wait_for()
     page.goto(f"/judge/{review}")
     page.get_by_label("A better answer").fill("更好")

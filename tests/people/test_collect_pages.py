@@ -549,6 +549,71 @@ def test_the_verb_refuses_an_open_door_and_makes_and_forgets_accounts(tmp_path, 
     assert "stay under r-" in capsys.readouterr().out
 
 
+@SQLITE
+def test_the_pages_do_not_tell_a_gold_item_from_others(store):
+    """What is shown to a rater moves by one with each verdict, on whatever it is."""
+    items = [pair(i) for i in range(12)] + [pair(100 + i, gold={"choice": 0}) for i in range(4)]
+    of, client = queue(store, "compare", items, gold_every=4), browser(store)
+    gold = 0
+    for given in range(1, 13):
+        page = client.get(f"/judge/{of}")
+        assert f"<small>{given} of at most 16</small>" in page.text
+        gold += "question 10" in page.text and "question 10<" not in page.text
+        send(client, page, item_of(page), choice="tie")
+        home = client.get("/").text
+        assert f'<progress max="16" value="{given}"' in home
+        assert f"<p>{given} of at most 16 by you</p>" in home
+    assert gold == 3
+    assert "compare: 9 of 12" in client.get("/admin").text
+
+
+@SQLITE
+def test_an_address_with_a_number_that_no_database_has_is_no_page(store):
+    queue(store, "compare", [pair(1)])
+    client = browser(store)
+    for number in ("0", "2147483648", "9223372036854775808", "9" * 5000, "-1", "1.5", "\u0661", "one"):
+        page = client.get(f"/judge/{number}")
+        assert (page.status_code, "There is no such page" in page.text) == (404, True), number
+
+
+@SQLITE
+def test_a_second_verdict_on_an_item_is_said_to_count_for_nothing(store):
+    of, client, other = queue(store, "compare", [pair(1), pair(2)]), browser(store), browser(store)
+    pages = [c.get(f"/judge/{of}") for c in (client, other)]
+    assert item_of(pages[0]) == item_of(pages[1])
+    following = send(client, pages[0], item_of(pages[0]), choice="tie")
+    assert "was judged under your name already" not in following.text
+    following = send(other, pages[1], item_of(pages[1]), choice="both_bad")
+    assert "was judged under your name already" in following.text
+    assert "question 2" in following.text
+    assert verdicts(store) == [{"choice": "tie"}]
+    action, key = item_of(following), str(uuid.uuid4())
+    for _ in range(2):  # sent again, since the connection was lost
+        again = send(client, following, action, choice="tie", key=key)
+        assert "was judged under your name already" not in again.text
+
+
+@SQLITE
+@pytest.mark.parametrize("length", [10, 1000, 1001, 60_000])
+def test_whoever_has_an_account_can_log_in(store, length):
+    password = "x" * length
+    rater(store, "ada", password=security.hashed(password))
+    client = browser(store, open=False)
+    page = client.get("/login")
+    assert send(client, page, "/login", name="ada", password=password[:-1]).status_code == 401
+    assert send(client, page, "/login", name="ada", password=password).url.path == "/"
+
+
+@SQLITE
+def test_what_can_be_marked_is_text_of_the_answer_alone(store):
+    answer = "0123456789" * 2500
+    of = queue(store, "mark", [NewItem("q", [TurnText(answer)])], labels=["error"])
+    page = browser(store).get(f"/judge/{of}").text
+    shown = re.findall(r'<div class="text markable"[^>]*>(.*?)</div>', page, re.DOTALL)
+    assert shown == [answer[:20_000]]
+    assert page.count("[+5,000]") == 1
+
+
 def test_queues_are_filled_from_files_once(store, tmp_path):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text('{"prompt": "p", "chosen": "c", "rejected": "r", "gold": {"choice": 0}, "models": ["x", "y"]}\n')

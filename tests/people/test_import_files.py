@@ -185,6 +185,26 @@ def test_a_thumb_and_a_choice_that_changed_at_the_source_are_taken_over(address,
     assert {one if isinstance(one, str) else one[0]["content"] for one in chosen} == {"A spoon.", "What?"}
 
 
+@SQLITE
+@pytest.mark.parametrize("length", [40, 63, 99, 200])
+def test_files_whose_long_names_begin_alike_are_of_different_raters(address, store, tmp_path, length):
+    for who, vote in (("ada", 1), ("bob", 0)):
+        file = tmp_path / f"{'n' * length}{who}.jsonl"
+        for done in (Counter(compare=1), Counter()):  # known again at the next start
+            row = {"prompt": "p", "chosen": "x", "rejected": "y", "votes": [vote]}
+            assert import_file(store, lines(file, [row], 1e9)).stored == done
+    assert sorted(raters(address).values()) == [1, 1]
+    assert sorted(str(one.choice) for one in open_judgements(address)) == ["first", "second"]
+
+
+@SQLITE
+def test_annotators_with_long_addresses_that_begin_alike_are_two(address, store, tmp_path):
+    one = LABELLED["annotations"][0]
+    asked = [{**one, "id": i, "completed_by": {"email": f"{'a' * 90}.{i}@example.org"}} for i in range(2)]
+    import_file(store, write(tmp_path, "ls.json", [{**LABELLED, "annotations": asked}]))
+    assert len(raters(address)) == 2
+
+
 def raters(address) -> Counter[str]:
     """How many judgements each rater has."""
     return Counter(one.user for one in open_judgements(address))

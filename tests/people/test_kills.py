@@ -1,16 +1,21 @@
-"""The server is killed while raters judge: what it acknowledged is there, once."""
+"""The server is killed while raters judge: what it acknowledged is there, once. One that is asked to end leaves the
+whole store in its file."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import socket
+import sqlite3
 import threading
 import time
 import uuid
+from contextlib import closing
 
 import pytest
-from forked import Python
+from forked import Python, steersman
 from people_kit import pair, queue
 from sqlalchemy import select
 
@@ -27,6 +32,12 @@ from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
 uvicorn.run(make_app(Site(open_store(sys.argv[1]))), port=int(sys.argv[2]), log_config=None)
 """
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def judge_until(stop: threading.Event, base: str, name: str, told: dict[str, int]) -> None:
@@ -50,14 +61,39 @@ def judge_until(stop: threading.Event, base: str, name: str, told: dict[str, int
             time.sleep(0.05)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whoever_ends_it_finds_the_whole_store_in_one_file(tmp_path, number):
+    """Copied alone, as by a backup after the stop."""
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queues = {"week": {"task": "compare", "file": str(tmp_path / "pairs.jsonl")}}
+    place, port = tmp_path / "f.db", free_port()
+    recipe = tmp_path / "collect.yaml"
+    recipe.write_text(json.dumps({"store": str(place), "port": port, "queues": queues}))
+    server = steersman("collect", str(recipe))
+    until = time.monotonic() + 180
+    while time.monotonic() < until:
+        try:
+            page = httpx2.get(f"http://127.0.0.1:{port}/", timeout=10)
+            break
+        except httpx2.HTTPError:
+            assert server.poll() is None
+            time.sleep(0.1)
+    assert "week" in page.text
+    server.send_signal(number)
+    assert server.wait(60) == 0
+    assert sorted(p.name for p in tmp_path.glob("f.db*")) == ["f.db"]
+    with closing(sqlite3.connect(shutil.copy(place, tmp_path / "copy.db"))) as copy:
+        assert copy.execute("SELECT count(*) FROM item").fetchone() == (3,)
+        assert copy.execute("SELECT count(*) FROM login").fetchone() == (1,)
+
+
 @pytest.mark.slow
 def test_every_acknowledged_judgement_outlives_a_kill(tmp_path):
     place = str(tmp_path / "f.db")
     store = open_store(place)
     queue(store, "compare", [pair(i) for i in range(2000)], overlap=9)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     stop, told = threading.Event(), {}
     raters = [
         threading.Thread(target=judge_until, args=(stop, f"http://127.0.0.1:{port}", f"rater {i}", told))

@@ -68,6 +68,15 @@ def test_raters_are_weighted_as_the_recipe_says(address, store):
     assert (got.chosen, got.agreement, got.votes, got.weight) == ("good 0", 0.75, (1.0, 0.0), 2.0)
 
 
+def test_thumbs_of_pairs_have_their_raters_weights(address, store):
+    raters, _ = voted(store, [[0], [1]])
+    weights = {pseudonym(store, raters[0]): 2.0, pseudonym(store, raters[1]): 0.5}
+    thumbs = feedback(config(address, judgements={"combine": "each", "weights": weights})).train
+    assert [(e.completion, e.label, e.weight) for e in thumbs] == [
+        ("good 0", True, 2.0), ("bad 0", False, 2.0), ("bad 0", True, 0.5), ("good 0", False, 0.5),
+    ]  # fmt: skip
+
+
 def test_each_judgement_may_be_a_row(address, store):
     raters, _ = voted(store, [[0], [1]])
     weights = {pseudonym(store, raters[1]): 0.5}
@@ -83,7 +92,8 @@ def test_ties_obey_the_data_section(address, store):
     assert [e.agreement for e in preferences(config(address, ties="keep")).train] == [0.5, 1.0]
 
 
-def test_what_was_undone_skipped_or_gold_teaches_nothing(address, store):
+def test_what_was_undone_skipped_or_gold_teaches_nothing(address, store, monkeypatch):
+    monkeypatch.setattr("secrets.randbelow", lambda places: 1)  # the gold item comes last of each three
     of = queue(store, "compare", [pair(0), pair(1), pair(2, gold={"choice": 0})], gold_every=3)
     ada = rater(store, "Ada")
     judge(store, of, ada, {"choice": 1})

@@ -30,10 +30,13 @@ from steersman.people.store.conversations import (
 )
 from steersman.people.store.database import PIECE, StoreAwayError, read_store, store_url
 from steersman.people.store.items import (
+    Coverage,
     NewItem,
+    Progress,
     add_item,
     add_items,
     answers_of,
+    coverage,
     make_queue,
     next_item,
     own_assignment,
@@ -270,7 +273,10 @@ def test_a_queue_follows_the_gold_and_the_models_of_its_file(store, tmp_path, ca
     assert "another gold" not in capsys.readouterr().out
     now = start_with({"gold": {"choice": 0}}, named | {"models": ["b", "a"], "gold": {"choice": "tie"}})
     assert now == [("q", {"choice": 0}, ["", ""]), ("r", {"choice": "tie"}, ["b", "a"])]
-    assert "queue q: 2 items that were there have another gold verdict or other models" in capsys.readouterr().out
+    assert (
+        "queue q: 2 items that were there have another gold verdict, other models or other ends now"
+        in capsys.readouterr().out
+    )
     assert start_with({}, named)[0] == ("q", None, ["", ""])
     start_with({}, named)
     assert capsys.readouterr().out.count("another gold") == 1
@@ -352,14 +358,18 @@ def test_a_skip_is_written_down_and_leaves_the_item_to_others(store):
         assert said == [{"skip": "I know too little"}, {"choice": 0}]
 
 
-def test_gold_items_come_at_their_turn(store):
-    items = [pair(i) for i in range(4)] + [pair(100 + i, gold={"choice": 0}) for i in range(2)]
-    of, ada = queue(store, "compare", items, gold_every=3), rater(store, "Ada")
-    order = []
-    while item := judge(store, of, ada, {"choice": 0}):
-        with store.read() as session:
-            order.append(session.get_one(Item, item).gold is not None)
-    assert order == [False, False, True, False, False, True]
+def test_one_of_so_many_items_is_gold_at_a_place_that_nobody_foresees(store):
+    items = [pair(i) for i in range(4)] + [pair(100 + i, gold={"choice": 0}) for i in range(3)]
+    of = queue(store, "compare", items, gold_every=3, overlap=30)
+    places = []
+    for number in range(30):
+        who, order = rater(store, f"rater {number}"), list[bool]()
+        while item := judge(store, of, who, {"choice": 0}):
+            with store.read() as session:
+                order.append(session.get_one(Item, item).gold is not None)
+        assert (len(order), sum(order[:3]), sum(order[3:])) == (6, 1, 1)
+        places += [order[:3].index(True), order[3:].index(True)]
+    assert set(places) == {0, 1, 2}  # 60 draws: without one of three once in 10^10 times
 
 
 def test_undo_is_a_new_row_and_opens_the_item_again(store):
@@ -390,12 +400,18 @@ def test_an_assignment_is_its_raters_alone(store):
 
 
 def test_progress(store):
-    items = [pair(i) for i in range(3)] + [pair(9, gold={"choice": 0})]
-    of, ada = queue(store, "compare", items, overlap=2), rater(store, "Ada")
-    judge(store, of, ada, {"choice": 0})
+    items = [pair(i) for i in range(3)] + [pair(7 + i, gold={"choice": 0}) for i in range(5)]
+    of, ada, bob = queue(store, "compare", items, gold_every=2, overlap=2), rater(store, "Ada"), rater(store, "Bob")
+    for given in range(1, 7):
+        assert judge(store, of, ada, {"choice": 0})
+        with store.read() as session:
+            got = progress(session, session.get_one(Queue, of), ada)
+        assert (got.given, got.most) == (given, 6)  # three items, and a gold one to each
+    assert judge(store, of, ada, {"choice": 0}) is None
+    judge(store, of, bob, {"skip": ""})
     with store.read() as session:
-        got = progress(session, session.get_one(Queue, of), ada)
-    assert (got.items, got.wanted, got.verdicts, got.own, got.open_to_me) == (3, 6, 1, 1, True)
+        assert progress(session, session.get_one(Queue, of), bob) == Progress(0, 6, True)
+        assert coverage(session) == [Coverage("compare", 3, 6)]
 
 
 def test_an_item_is_stored_once_and_a_bad_one_is_refused(store):
@@ -529,6 +545,7 @@ def test_a_store_of_the_first_tables_is_brought_up_to_date(address, store):
     judge(store, queue(store, "compare", [pair(1)]), rater(store, "Ada"), {"choice": 0})
     with store.engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE forgotten"))
+        connection.execute(sa.text("ALTER TABLE answer DROP COLUMN finish"))
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
     new = open_store(address)
     with new.engine.connect() as connection:

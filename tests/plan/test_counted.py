@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from steersman.setup.models import policy_from, scalar_from
 from steersman.train.roles import serves_as_critic
 from steersman.types import SteersmanError
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
-from steersman.verbs.plan import KINDS, roles_of
+from steersman.verbs.plan import KINDS, PlanRecipe, roles_of
+from steersman.verbs.plan import run as plan
 
 STORY = str(story_model())
 SPARSE = {
@@ -164,6 +166,41 @@ def test_adapters_of_a_reward_model_stand_on_the_shared_base(recipe, tmp_path):
     for file in tmp_path.glob("judge/*token*"):
         file.unlink()
     assert of(asked) == found
+
+
+@pytest.fixture
+def adapters_as_judge(tmp_path) -> str:
+    """A folder of adapters of rank 16, with a head, on the story model."""
+    scalar = load_scalar(STORY)
+    scalar.adapt(LoraConfig(r=16))
+    save(scalar, scalar.tokenizer, tmp_path / "judge", merged=False)
+    return str(tmp_path / "judge")
+
+
+def test_saved_adapters_are_counted_at_another_size(recipe, adapters_as_judge):
+    parts = {"parts": {"people": {"model": adapters_as_judge}}}
+    found = of(recipe(model={"lora": {"r": 4}}, share="base", reward=parts), "7b")
+    inside, width, layers = 4096, 11008, 32  # of Llama 2 7B: q, k, v and o are square; gate, up and down
+    linear = 4 * (inside + inside) + 3 * (inside + width)
+    assert found["reward people"].adapter_parameters == 16 * linear * layers
+    assert found["actor"].adapter_parameters == 4 * linear * layers
+    assert not found["reward people"].owns_base
+
+
+def test_the_page_about_a_large_chat_model_says_what_its_command_plans(adapters_as_judge, tmp_path):
+    page = Path("docs/how-to/chat-model.md").read_text().split("## 7B on 24 GB")[1].split("\n## ")[0]
+    written = "\n".join(re.findall(r"^    ((?:model|data|reward|rollout): .*)", page, re.MULTILINE))
+    written = written.replace("/models/chat", STORY).replace("runs/rm/model", adapters_as_judge)
+    (words,) = re.findall(r"^    steersman plan ppo-7b.yaml (.*)", page, re.MULTILINE)
+    file, in_all = tmp_path / "ppo-7b.yaml", r"in all \| ([\d.]+) GB \| ([\d.]+) GB"
+    apart, (shared, narrow) = re.findall(r"comes to ([\d.]+) GB, what", page)[0], re.findall(in_all, page)[0]
+    for wanted, more in ((apart, []), (shared, ["base"]), (narrow, ["base", "nf4"])):
+        told = yaml.safe_load(written)
+        told |= {"share": more[0]} if more else {}
+        told["model"] |= {"quantise": more[1]} if len(more) > 1 else {}
+        file.write_text(yaml.safe_dump(told))
+        planned = plan(load_recipe(PlanRecipe, None, ["--recipe", str(file), *words.split()]))["layouts"]
+        assert f"{next(one['peak_bytes'] for one in planned if one['name'] == 'replicas') / 1e9:.1f}" == wanted
 
 
 @pytest.mark.parametrize("init", ["folder", "auto", "policy"])

@@ -20,6 +20,15 @@ def test_every_public_name_can_be_imported():
     assert set(steersman.__all__) <= set(dir(steersman))
 
 
+def test_the_package_and_its_module_say_the_version_of_the_command():
+    said = [
+        subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=True).stdout
+        for words in (["steersman", "--version"], ["steersman", "--help"])
+    ]
+    assert said[0].strip() == f"steersman {steersman.__version__}"
+    assert "usage" in said[1].lower()
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'load_recipes'"):
         steersman.load_recipes  # noqa: B018

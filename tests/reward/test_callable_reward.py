@@ -166,3 +166,31 @@ def test_a_sum_needs_parts_and_finite_weights():
         WeightedSum({})
     with pytest.raises(SteersmanError, match="'a': the weight is nan"):
         WeightedSum({"a": (math.nan, CallableReward(word_count))})
+
+
+def test_a_function_may_say_in_words_what_it_found():
+    def checked(prompts, completions):
+        said = [{"score": 0.0, "feedback": "too short"}, 1.0, {"score": 2, "feedback": None}]
+        return said[: len(completions)]
+
+    def counted(prompts, completions, samples):
+        return [{"score": [1.0] * len(s.ids), "feedback": f"{len(s.ids)} ids"} for s in samples]
+
+    samples = make_samples(["x", "y z", "w"])
+    scores = CallableReward(checked).score(samples)
+    assert scores.total.tolist() == [0, 1, 2]
+    assert scores.feedback == ["too short", "", ""]
+    assert scores.of([2, 0]).feedback == ["", "too short"]
+    per_token = CallableReward(counted).score(samples)
+    assert per_token.total.tolist() == [2, 3, 2]
+    parts = {"a": (1.0, checked), "b": (2.0, counted), "c": (1.0, word_count)}
+    both = WeightedSum({name: (w, CallableReward(f)) for name, (w, f) in parts.items()}).score(samples)
+    assert both.feedback == ["too short\n2 ids", "3 ids", "2 ids"]
+    assert both.total.tolist() == [5, 9, 7]
+    assert CallableReward(word_count).score(samples).feedback is None
+
+
+@pytest.mark.parametrize("value", [{"score": 1.0}, {"score": 1, "feedback": 3}, {"score": 1, "feedback": "", "x": 2}])
+def test_feedback_in_another_form_is_refused(value):
+    with pytest.raises(SteersmanError, match=r"'checked': gave .* for sample 1; return a number, or exactly"):
+        CallableReward(lambda prompts, completions: [1.0, value], "checked").score(make_samples(["x", "y"]))

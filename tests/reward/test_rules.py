@@ -42,6 +42,20 @@ def test_exact_match_contains_and_regex():
         rule("contains", "", strings="red")
 
 
+@pytest.mark.parametrize("name", ["exact_match", "math_answer"])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"style": "rule", "ground_truth": "72"}, "of type dict with the fields style, ground_truth"),
+        (["72"], "of type list"),
+        (None, "missing"),
+    ],
+)
+def test_an_answer_that_is_no_text_or_number_is_refused(name, answer, said):
+    with pytest.raises(SteersmanError, match=f"reward {name}, sample 1: its answer is {said}"):
+        BUILTINS[name](EMPTY * 2, ["72", "72"], answer=["72", answer])
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "right"),
     [

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
 from steersman.rollout.decoder import Decoder
+from steersman.rollout.engine import end_ids
 from steersman.rollout.sampling import ActionLimit
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError
@@ -48,6 +49,13 @@ def test_end_ids_override_and_lists(model):
         assert s.finish == "eos"
         assert s.ids == other.ids[: first + 1]
         assert s.text == tokenizer.decode(other.ids[:first], skip_special_tokens=True)
+
+
+def test_a_templates_ends_stand_beside_the_models_own(model):
+    tokenizer = character_tokenizer()
+    assert end_ids(model, tokenizer) == (2,)
+    assert end_ids(model, tokenizer, also=[7, 2]) == (2, 7)
+    assert end_ids(model, tokenizer, [5], also=[7]) == (5,)
 
 
 def test_one_token_responses(model):

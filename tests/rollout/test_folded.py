@@ -13,7 +13,6 @@ from steersman.model import LoraConfig
 from steersman.model.fast.folded import folded, folded_bytes
 from steersman.model.lora import add_lora
 from steersman.rollout import Engine, Sampling
-from steersman.rollout import decoder as decoder_room
 from steersman.rollout.fast import compiled_step, packed
 
 
@@ -115,7 +114,7 @@ def test_a_short_call_is_not_worth_it(monkeypatch):
     monkeypatch.setattr(packed, "STEPS", 32)
     model, opened = tiny_model("llama"), []
     with_adapters(model)
-    monkeypatch.setattr(decoder_room, "folded", lambda m: opened.append(m) or folded(m))
+    monkeypatch.setattr(packed, "folded", lambda m: opened.append(m) or folded(m))
     engine = Engine(model, eos_token_id=ENDS)
     engine.generate(ragged(3), Sampling(31), seed=1)
     assert not opened

@@ -234,7 +234,7 @@ def test_report_verb(steersman, tmp_path):
 
 
 def test_an_error_reaches_the_shell_as_exit_code_2():
-    command = [sys.executable, "-m", "steersman.cli", "report", "/no/such/folder"]
+    command = [sys.executable, "-m", "steersman", "report", "/no/such/folder"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "run folder /no/such/folder: there is no such folder\n"

@@ -357,3 +357,11 @@ def test_what_was_seen_comes_back_from_a_checkpoint():
     for step in range(100, 500):
         assert one.update(step, numbers(step)) == two.update(step, numbers(step))
     assert {f.code for f in one.findings} >= {"reward_hacking"}
+
+
+def test_each_limit_names_the_findings_that_it_decides():
+    limits = {name: (info.description or "") for name, info in HealthConfig.model_fields.items()}
+    limits.pop("repeat_every")  # which holds for all of them
+    for name, text in limits.items():
+        codes = text.partition(":")[0].split(", ")
+        assert set(codes) <= set(CHECKS), f"{name}: {text}"

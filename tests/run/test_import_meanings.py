@@ -43,7 +43,14 @@ MEANINGS = [
      {"rollout.prompts": 128, "rollout.samples": 8, "algorithm.minibatches": 1}, set()),
     ("ppo", {"rollout_batch_size": 100, "train_batch_size": 64}, {"rollout.prompts": 100}, {"train_batch_size"}),
     ("ppo", {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "num_mini_batches": 4},
-     {"rollout.prompts": 256, "algorithm.minibatches": 4}, {"world_size"}),
+     {"rollout.prompts": 64, "algorithm.minibatches": 4}, {"world_size"}),
+    ("ppo", {"num_processes": 2, "per_device_train_batch_size": 64, "num_mini_batches": 2, "total_episodes": 10000},
+     {"run.devices": 2, "rollout.prompts": 128, "algorithm.minibatches": 2, "iterations": 79}, set()),
+    ("ppo", {"per_device_train_batch_size": 8, "num_mini_batches": 3}, {},
+     {"per_device_train_batch_size", "num_mini_batches"}),
+    ("ppo", {"stage": "ppo", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4,
+             "ppo_buffer_size": 4},
+     {"model.lora": {}, "rollout.prompts": 256, "algorithm.minibatches": 4}, {"world_size"}),
     ("dpo", {"nproc_per_node": 8, **DEVICES}, {"run.devices": 8, "train.batch_size": 64}, set()),
     ("dpo", {"nproc_per_node": 8, "nnodes": 2, **DEVICES}, {"run.devices": 16, "train.batch_size": 128}, {"nnodes"}),
     ("dpo", {"gradient_accumulation_steps": 2}, {"train.batch_size": 16}, {"world_size"}),
@@ -71,6 +78,12 @@ MEANINGS = [
     ("sft", {"packing": True}, {}, {"packing"}),
     ("sft", {"packing": True, "max_length": 512, **DEVICES}, {"train.pack": 512, "data.max_length": 512},
      set(DEVICES)),
+    ("sft", {"stage": "sft", "neat_packing": True, "packing": True, "cutoff_len": 512, **DEVICES},
+     {"model.lora": {}, "train.pack": 512, "data.max_length": 512}, set(DEVICES)),
+    ("sft", {"neat_packing": True, "cutoff_len": 512, **DEVICES},
+     {"model.lora": {}, "train.pack": 512, "data.max_length": 512}, set(DEVICES)),
+    ("sft", {"stage": "sft", "packing": True, "cutoff_len": 512}, {"model.lora": {}, "data.max_length": 512},
+     {"packing"}),
     ("sft", {"packing": False, "disable_gradient_checkpointing": True}, {"model.gradient_checkpointing": False},
      set()),
     ("sft", {"use_peft": True, "lora_r": 4},
@@ -131,7 +144,24 @@ MEANINGS = [
     ("dpo", {"f_divergence_type": "reverse_kl"}, {}, set()),
     ("dpo", {"loss_type": "apo_zero", "f_divergence_type": "forward_kl"}, {"loss.name": "apo_zero"},
      {"f_divergence_type"}),
-    ("dpo", {"loss_type": "aot"}, {}, {"loss_type"}),
+    ("dpo", {"loss_type": "aot", "label_smoothing": 0.1},
+     {"loss.name": "aot", "loss.settings.label_smoothing": 0.1}, set()),
+    ("dpo", {"loss_type": "aot_unpaired", "beta": 0.2}, {"loss.name": "aot_unpaired", "loss.settings.beta": 0.2},
+     set()),
+    ("dpo", {"loss_type": "aot_pair"}, {"loss.name": "aot_unpaired"}, set()),
+    ("dpo", {"loss_type": "newest"}, {}, {"loss_type"}),
+    ("dpo", {"tpo_alpha": 0.5, "beta": 0.02},
+     {"loss.name": "cpo", "loss.settings.beta": 0.02, "loss.settings.nll_weight": 0.0, "loss.gold_nll": 0.5,
+      "data.columns": {"gold": "reference"}}, set()),
+    ("dpo", {"loss_type": "tpo-l", "tpo_l_gamma": 1.6},
+     {"loss.name": "simpo", "loss.settings.beta": 0.01, "loss.settings.margin": 1.6, "loss.gold_nll": 1.0,
+      "data.columns": {"gold": "reference"}}, set()),
+    ("dpo", {"loss_type": "hinge", "tpo_alpha": 0.0, "tpo_l_gamma": 0.5},
+     {"loss.name": "hinge", "loss.settings.beta": 0.01, "loss.gold_nll": 0.0}, {"tpo_l_gamma"}),
+    ("dpo", {"loss_type": "ipo", "tpo_alpha": 1.0}, {}, {"loss_type", "tpo_alpha"}),
+    ("dpo", {"command": "tpo.py", "label_smoothing": 0.1},
+     {"loss.name": "cpo", "loss.settings.beta": 0.01, "loss.settings.nll_weight": 0.0, "loss.gold_nll": 1.0,
+      "data.columns": {"gold": "reference"}}, {"label_smoothing"}),
     ("sft", {"loss_type": "dft"}, {"train.loss": "dft"}, set()),
     ("sft", {"loss_type": "chunked_nll"}, {}, set()),
     ("sft", {"loss_type": "asft"}, {}, {"loss_type"}),
@@ -154,7 +184,7 @@ MEANINGS = [
      {"f_divergence_type"}),
     ("dpo", {"loss_type": ["sigmoid", "sft"], "f_divergence_type": "js_divergence"},
      {"loss.name": "fdpo_js", "loss.nll": 1}, set()),
-    ("dpo", {"loss_type": ["sigmoid", "aot"], "loss_weights": [1, 2], "beta": 0.2}, {},
+    ("dpo", {"loss_type": ["sigmoid", "newest"], "loss_weights": [1, 2], "beta": 0.2}, {},
      {"loss_type", "loss_weights", "beta"}),
     ("dpo", {"loss_type": ["sigmoid"], "loss_weights": [0.5]}, {"loss.name": "dpo"}, {"loss_weights"}),
     ("dpo", {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.5, -1]}, {}, {"loss_type", "loss_weights"}),
@@ -198,6 +228,12 @@ def test_what_is_written_means_the_same_and_what_is_not_is_named(verb, settings,
     load_recipe(VERBS[verb], out, ["--model.path", "m", "--data.path", "d"])
 
 
+@pytest.mark.parametrize(("verb", "settings", "keys", "left"), MEANINGS)
+def test_the_order_of_the_settings_decides_nothing(verb, settings, keys, left):
+    found, why = translate_settings(dict(reversed(settings.items())), verb)
+    assert (found, set(why)) == (keys, left)
+
+
 ODD = [-1, 0, 1e9, True, "", "auto", [], {"a": 1}, float("nan")]
 
 
@@ -227,6 +263,11 @@ COMMANDS = {
     "trl grpo --loss_type dr_grpo": ("grpo", {"loss_type": "dr_grpo"}),
     "deepspeed --module openrlhf.cli.train_kto --beta 0.1": ("kto", {"beta": 0.1}),
     "torchrun --nproc_per_node 8 dpo/train_rm.py --bf16 > log 2>&1": ("reward", {"nproc_per_node": 8, "bf16": True}),
+    "trl sft --eos_token '<|im_end|>' --bos_token \"> a\" --pad_token \\<pad\\> --use_peft --lora_r 32":
+        ("sft", {"eos_token": "<|im_end|>", "bos_token": "> a", "pad_token": "<pad>", "use_peft": True,
+                 "lora_r": 32}),
+    "trl sft --lora_r 4 2>> 'a log' </dev/null --use_peft &> \"all 1\" --seed 2 > >(tee a.log) 2>&1 | tee --append b":
+        ("sft", {"lora_r": 4, "use_peft": True, "seed": 2}),
     "torchrun --nproc-per-node=8 -m openrlhf.cli.train_sft --l2 0.1": ("sft", {"nproc_per_node": 8, "l2": 0.1}),
     "ray job submit --address=x -- python3 -m openrlhf.cli.train_ppo_ray --advantage_estimator group_norm":
         ("grpo", {"address": "x", "advantage_estimator": "group_norm"}),
@@ -277,6 +318,14 @@ def test_several_command_lines_and_none_are_refused(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["trl sft --output_dir <path> --lora_r 4", "trl sft --lora_r 4 --output_dir <path>"])
+def test_a_placeholder_that_the_shell_would_redirect_is_refused(line, tmp_path, capsys):
+    file = tmp_path / "run.sh"
+    file.write_text(line)
+    assert cli.main(["import-recipe", str(file)]) == 2
+    assert "put quotation marks around a value that has < or >" in " ".join(capsys.readouterr().err.split())
+
+
 def test_one_import_leaves_nothing_to_the_next(tmp_path, capsys):
     file = tmp_path / "theirs.yaml"
     for rank in ("lora_r: 4", ""):
@@ -290,7 +339,7 @@ def test_one_import_leaves_nothing_to_the_next(tmp_path, capsys):
 def test_settings_beyond_the_encoding_of_the_output_are_escaped(tmp_path):
     file, out = tmp_path / "réglages.yaml", tmp_path / "ours.yaml"
     file.write_text("model_name_or_path: café\ndataset_name: '\u202e1e-5'\nclé: 1\nlr: 1.0\n", encoding="utf-8")
-    command = [sys.executable, "-m", "steersman.cli", "import-recipe", str(file), "--verb", "sft"]
+    command = [sys.executable, "-m", "steersman", "import-recipe", str(file), "--verb", "sft"]
     told = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=120)
     assert told.returncode == 0, told.stderr
     assert told.stdout.isascii()

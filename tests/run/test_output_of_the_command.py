@@ -45,7 +45,7 @@ def test_little_output_that_nobody_reads_ends_quietly_too():
     reader, writer = os.pipe()
     os.close(reader)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "steersman.cli", "--version"]
+    command = [sys.executable, "-m", "steersman", "--version"]
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, env=buffered)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, b"")
@@ -71,7 +71,7 @@ def test_what_the_encoding_lacks_is_written_out(monkeypatch):
 
 def test_a_recipe_is_not_printed_otherwise_than_it_reads(tmp_path):
     words = ["sft", "--model.path", "café", "--data.path", "x.jsonl", "--print-config"]
-    ended = subprocess.run([sys.executable, "-m", "steersman.cli", *words], timeout=120, capture_output=True,
+    ended = subprocess.run([sys.executable, "-m", "steersman", *words], timeout=120, capture_output=True,
                            env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert ended.returncode == 2
     assert ended.stdout == b""

@@ -1,4 +1,4 @@
-"""Krippendorff's alpha against his own worked example and against the definition, pair by pair."""
+"""Krippendorff's alpha and Cohen's kappa against worked examples and their definitions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from steersman.statistics.agreement import alpha
+from steersman.statistics.agreement import alpha, cohen_kappa
 
 # Krippendorff 2011, section C: four observers, twelve units, 0 for missing.
 OBSERVERS = [
@@ -52,3 +52,16 @@ def test_where_nothing_can_be_said():
     assert math.isnan(alpha([("a", 1.0), ("b", 2.0)]).value)
     assert math.isnan(alpha([("a", 1.0), ("a", 1.0)]).value)
     assert alpha([("a", 1.0), ("a", 1.0), ("b", 2.0), ("b", 2.0)]).value == 1.0
+
+
+def test_kappa_by_the_textbook():
+    """50 units: both yes 20, both no 15, 5 and 10 apart; p_o 0.7, p_e 0.5, kappa 0.4."""
+    first = np.array([1.0] * 20 + [1.0] * 5 + [0.0] * 10 + [0.0] * 15)
+    second = np.array([1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15)
+    assert cohen_kappa(first, second) == pytest.approx(0.4, abs=1e-12)
+    words = [["no", "yes"][int(x)] for x in first], [["no", "yes"][int(x)] for x in second]
+    assert cohen_kappa(*words) == pytest.approx(0.4, abs=1e-12)
+    assert cohen_kappa(list("aabb"), list("aabb")) == 1
+    assert cohen_kappa(list("aabb"), list("abab")) == 0
+    assert math.isnan(cohen_kappa(list("aaa"), list("aaa")))  # chance alone would agree as well
+    assert math.isnan(cohen_kappa([], []))

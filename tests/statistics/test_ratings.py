@@ -66,3 +66,16 @@ def test_the_intervals_narrow_with_prompts_and_repeat_with_the_seed():
     width = [next(r.high - r.low for r in t if r.player == "a") for t in (few, many)]
     assert width[1] < width[0] / 2
     assert many == ratings([Battle("a", "b", s, i) for i, s in enumerate(shares)], anchor="b", seed=3)
+
+
+def test_a_single_group_says_nothing_of_how_far_off_its_rating_is():
+    shares = [1.0] * 6 + [0.0] * 2
+    one, many = (
+        {r.player: r for r in ratings([Battle("a", "b", s, i * apart) for i, s in enumerate(shares)], anchor="b")}
+        for apart in (0, 1)
+    )
+    assert one["a"].rating == many["a"].rating
+    assert (one["a"].low, one["a"].high, one["a"].interval) == (-math.inf, math.inf, "–")
+    assert one["a"].plain() == {"player": "a", "rating": one["a"].rating, "low": None, "high": None, "battles": 8}
+    assert -math.inf < many["a"].low < many["a"].rating < many["a"].high < math.inf
+    assert one["b"].low == one["b"].high == 1000  # the yardstick, wherever it was measured

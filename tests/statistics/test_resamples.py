@@ -22,8 +22,11 @@ def test_draws_are_whole_clusters_with_replacement(clusters):
 
 def test_nothing_can_be_drawn_of_nothing_and_one_cluster_has_no_interval():
     assert list(resamples(np.array([]), 5)) == []
+    assert list(resamples(np.array(["b", "b"]), 5)) == []
     x = np.array([1.0, 2.0, 6.0])
     assert bootstrap(mean, [x], clusters=np.array([1, 1, 1])).low == -np.inf
+    assert str(bootstrap(mean, [x[:1]])) == "1.000 (no interval)"
+    assert bootstrap(mean, [x[:1]]).plain() == {"value": 1.0, "low": None, "high": None, "n": 1}
     assert bootstrap(mean, [x[:0]]).n == 0
     found = bootstrap(mean, [x])
     assert found.low < found.value == 3.0 < found.high

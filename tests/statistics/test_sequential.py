@@ -95,6 +95,19 @@ def test_the_interval_is_what_is_not_refuted():
     assert math.isclose(math.log(look.e_value), log_wealth(x, 0.5)[-1], rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_are_rounded_outwards(seed):
+    """The means at the bounds are refuted already: rounding leaves no mean out that the values do not refute."""
+    rng = np.random.default_rng(seed)
+    x = rng.choice(VALUES, 60, p=[0.3, 0.2, 0.5])
+    running = Running(0.05)
+    running.add(x)
+    look = running.look()
+    assert 0 < look.low < look.high < 1
+    assert wealth_by_hand(x, look.low) >= 20
+    assert wealth_by_hand(x, look.high) >= 20
+
+
 def test_an_interval_excludes_the_null_exactly_when_the_e_value_says_so():
     x = outcomes(0.1, 0.2, (1, 600), np.random.default_rng(2))[0]
     looks = confidence_sequence(x)

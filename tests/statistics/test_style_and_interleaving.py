@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_the_fit_is_the_maximum_of_the_likelihood():
     battles[3] = StyledBattle("a", "b", 0.5, (0.3,), 3)
     told = controlled_ratings(battles, anchor="b", features=("length",), draws=0)
     x = np.array([b.style[0] for b in battles])
-    spread = x.std()
+    spread = np.sqrt((x**2).mean())
 
     def negative(v):
         theta, total = dict(zip("abc", v[:3], strict=True)), v[3] ** 2 / 18
@@ -46,6 +47,42 @@ def test_the_fit_is_the_maximum_of_the_likelihood():
     for name, theta in zip("abc", found[:3], strict=True):
         assert math.isclose(mine[name], 1000 + SCALE * (theta - found[1]), abs_tol=0.01)
     assert math.isclose(told.effects["length"].value, SCALE * found[3], abs_tol=0.01)
+
+
+def test_the_battles_of_one_user_have_no_interval():
+    told = controlled_ratings(
+        [replace(b, group=0) for b in world(60, 1.0)], anchor="b", features=("length",), draws=20
+    )
+    assert {r.interval for r in told.ratings if r.player != "b"} == {"–"}
+    assert told.effects["length"].plain()["low"] is None
+
+
+def turned(b: StyledBattle) -> StyledBattle:
+    """The same battle with its answers the other way round."""
+    return StyledBattle(b.second, b.first, 1 - b.share, tuple(-x for x in b.style), b.group)
+
+
+@pytest.mark.parametrize("difference", ["varies", "constant"])
+def test_it_does_not_matter_which_answer_stands_first(difference):
+    """Also where one model always writes longer by the same amount; then length can not take more than its prior lets
+    it, and what the lead loses it has gained."""
+    battles = [b for b in world(400, 1.0) if {b.first, b.second} == {"b", "c"}]
+    if difference == "constant":
+        battles = [replace(b, style=(0.3 if b.first == "c" else -0.3,)) for b in battles]
+    mixed = [b if i % 2 else turned(b) for i, b in enumerate(battles)]
+    sorted_ = [b if b.first == "c" else turned(b) for b in battles]
+    told = [
+        controlled_ratings(rows, anchor="b", features=("length",), draws=20) for rows in (battles, mixed, sorted_)
+    ]
+    leads = [next(r.rating for r in one.ratings if r.player == "c") - 1000 for one in told]
+    lengths = [one.effects["length"].value for one in told]
+    assert leads == pytest.approx([leads[0]] * 3, abs=1e-6)
+    assert lengths == pytest.approx([lengths[0]] * 3, abs=1e-6)
+    if difference == "constant":
+        plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], anchor="b", draws=0)
+        lead = next(r.rating for r in plain if r.player == "c") - 1000
+        assert lead > 50
+        assert leads[0] + lengths[0] == pytest.approx(lead, rel=0.1)
 
 
 def test_without_features_it_is_bradley_terry():
@@ -67,7 +104,7 @@ def test_a_lead_that_is_length_alone_goes_away():
     assert fair["a"].low < 1000 < fair["a"].high
     assert fair["c"].low < 1000 + SCALE < fair["c"].high
     assert told.effects["length"].low > 0
-    spread = np.std([b.style[0] for b in battles])
+    spread = np.sqrt(np.mean([b.style[0] ** 2 for b in battles]))
     assert told.effects["length"].low < 2.0 * SCALE * spread < told.effects["length"].high
 
 

@@ -11,7 +11,7 @@ import yaml
 from letter_models import save_mini, write_jsonl
 
 from steersman import cli
-from steersman.rollout.remote.launch import free_port
+from steersman.distributed.join import free_port
 from steersman.run.report.card import write_card
 
 

@@ -35,7 +35,7 @@ class Terminal:
         if self.pid == 0:  # the child becomes the program
             os.environ["OMP_NUM_THREADS"] = "1"
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job begins by ignoring it
-            os.execv(sys.executable, [sys.executable, "-m", "steersman.cli", "chat", *args])
+            os.execv(sys.executable, [sys.executable, "-m", "steersman", "chat", *args])
         self.read = ""
 
     def until(self, text: str, seconds: float = 60) -> str:

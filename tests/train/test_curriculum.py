@@ -11,15 +11,12 @@ from steersman.recipe.curriculum import CurriculumConfig
 from steersman.train.curriculum import Curriculum
 from steersman.types import Prompt
 from steersman.verbs import rl
-from steersman.verify.curriculum import CHANCES, check_curriculum
+from steersman.verify.curriculum import check_curriculum
 
 
 @pytest.mark.parametrize("name", ["rloo", "reinforce", "dr-grpo", "a2c", "gpg"])
-def test_the_weight_makes_the_expected_gradient_exact_and_its_absence_does_not(name):
-    found = check_curriculum(ALGORITHMS[name]())
-    assert found.corrected < 1e-12
-    # Each prompt has logits of its own, so an uncorrected part is N q times as long as it should be.
-    assert 0.5 < found.uncorrected < max(abs(len(CHANCES) * q - 1) for q in CHANCES) + 1e-9
+def test_the_weight_makes_the_expected_gradient_exact(name):
+    assert check_curriculum(ALGORITHMS[name]()) < 1e-12
 
 
 def asked(count, **settings):

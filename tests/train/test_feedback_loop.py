@@ -19,7 +19,7 @@ from steersman.data import Encoded, EncodedSet, Feedback
 from steersman.data.rows import Row
 from steersman.loss.feedback import auto_weights
 from steersman.model import LoraConfig, Policy, load_policy
-from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig, mismatched, outranks
+from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig, mismatched
 from steersman.setup import reference
 from steersman.setup.reference import AdaptersOff, answer_logp, divergence
 from steersman.train.held_prompts import HeldPrompts, SamplesConfig
@@ -156,8 +156,18 @@ def test_weights_balance_the_counts():
     assert made.weights == (1.0, 1.5)
 
 
-def test_outranks_counts_all_pairs():
-    assert outranks(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])) == (1 + 1 + 0 + 0.5) / 4
+def test_the_held_out_auc_counts_all_pairs():
+    made = objective(KTOConfig())
+    assert made.held_out is not None
+    label = [e.label for e in made.held_out.examples]
+    rewards = torch.cat([made._run(made.held_out, [row])[1]["reward"] for row in range(len(label))])
+    wins = [
+        (up > down) + 0.5 * (up == down)
+        for up, liked in zip(rewards.tolist(), label, strict=True)
+        for down, other in zip(rewards.tolist(), label, strict=True)
+        if liked and not other
+    ]
+    assert made.evaluate()["held_out/auc"] == pytest.approx(sum(wins) / len(wins))
 
 
 # Whole runs -------------------------------------------------------------------------------------------------

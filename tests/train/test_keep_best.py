@@ -70,7 +70,7 @@ def test_a_start_that_is_surpassed_goes(asked, tmp_path, mini, monkeypatch, caps
     sft.run(sft.SFTRecipe.model_validate(merge(asked, {"train.keep": "best"})))
     assert kept(tmp_path) == ["step-00000002", "step-00000003"]
     assert not same(weights(tmp_path / "run" / "model"), weights(mini))
-    assert "the weights of step 2, the best on held-out data" in " ".join(capsys.readouterr().out.split())
+    assert "the weights of step 2, the best by held_out/loss" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_start_that_is_in_no_checkpoint_is_no_rival(asked, tmp_path, monkeypatch):

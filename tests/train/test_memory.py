@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from steersman.model import Policy, load_policy
 from steersman.model.lora import LoraConfig, add_lora
 from steersman.model.modes import checkpoint_activations
 from steersman.native.products import rearrange
+from steersman.ops import products
 from steersman.plan import memory
 from steersman.plan.memory import (
     Load,
@@ -25,10 +27,11 @@ from steersman.plan.memory import (
     announce,
     foresee,
     forward,
-    largest_micro_batch,
+    largest_load,
     rollout,
 )
 from steersman.rollout import Engine, Sampling, kv_cache_bytes
+from steersman.rollout.fast import packed
 from steersman.rollout.fast.packed import packed_bytes
 from steersman.run.device import Room
 from steersman.run.preflight import Phase, Preflight
@@ -191,15 +194,16 @@ def test_weights_laid_out_anew_are_counted():
 def test_the_largest_micro_batch_of_any_batch(seed):
     draw = random.Random(seed)
     costs = [draw.randint(1, 60) for _ in range(40)]
-    bound = largest_micro_batch(costs, 100, 8)
+    bound = largest_load(costs, 60, 100, 8).tokens
     seen = 0
     for _ in range(300):
         lengths = torch.tensor(draw.sample(costs, 8))
         seen = max(seen, *(len(rows) * int(lengths[rows].max()) for rows in micro_batches(lengths, 100)))
     assert 0.9 * bound <= seen <= bound
-    assert largest_micro_batch([30], 100, 8) == 30
-    assert largest_micro_batch([300, 5], 100, 8) == 300
-    assert largest_micro_batch([50] * 9, 100, 8) == 100
+    assert largest_load([30], 30, 100, 8) == Load(30, 30, alone=True)
+    assert largest_load([300, 5], 300, 100, 8) == Load(300, 300, alone=False)
+    assert largest_load([50] * 9, 50, 100, 8) == Load(100, 50, alone=False)
+    assert largest_load([12] * 9, 12, 100, 8) == Load(96, 12, alone=True)
 
 
 def test_a_run_that_can_not_fit_is_refused_and_a_tight_one_is_told(monkeypatch):
@@ -215,3 +219,42 @@ def test_a_run_that_can_not_fit_is_refused_and_a_tight_one_is_told(monkeypatch):
         else:
             pre.check()
             assert said in dict(pre.facts)["memory"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the C library of Linux")
+def test_a_long_call_of_a_large_model_begins_with_the_heap_cleared(monkeypatch):
+    """What an update leaves in the heap is no part of the rollout, and is not there when it begins."""
+    policy, calls = policy_of(), []
+    sampled = SamplingLoad(policy, 4, 9, 64, Engine(policy.model).limits(4))
+    monkeypatch.setattr(packed, "give_back", lambda: calls.append(len(calls)))
+    for large, times in ((1 << 40, 0), (1, 1)):
+        monkeypatch.setattr(packed, "LARGE", large)
+        shares = next(p for p in foresee(CPU, [model_of(policy)], LOAD, sampled) if p.name == "rollout").shares
+        assert (shares["logits"] == rollout(sampled)["logits"]) == (times == 1)
+        Engine(policy.model, None).generate([Prompt([5, 6], "")], Sampling(max_new_tokens=64))
+        assert len(calls) == times
+    Engine(policy.model, None).generate([Prompt([5, 6], "")], Sampling(max_new_tokens=8))
+    assert len(calls) == 1
+
+
+def test_gradients_stand_beside_activations_only_where_a_second_micro_batch_follows():
+    policy = policy_of()
+    alone, others = (
+        foresee(CPU, [model_of(policy)], Load(120, 40, alone=alone))[0].shares for alone in (True, False)
+    )
+    assert others["gradients"] == sum(4 * p.numel() for p in policy.model.parameters())
+    assert alone["gradients"] == max(others["gradients"] - others["activations"], 0)
+    critic = policy_of()
+    both = [model_of(policy), Model("critic", critic.model, "here", critic, OptimizerConfig())]
+    shares = foresee(CPU, both, Load(120, 40, alone=True))[0].shares
+    assert shares["gradients"] == 2 * others["gradients"]  # the actor's wait while the critic is read
+
+
+def test_layers_are_measured_on_products_as_large_as_the_load_s(monkeypatch):
+    """Of large inputs a product with adapters keeps less: sixty-four tokens alone would not show it."""
+    policy = policy_of()
+    add_lora(policy.model, LoraConfig(r=2))
+    for module in (products, memory):
+        monkeypatch.setattr(module, "WORTH", policy.model.config.hidden_size * 128)
+    few, many = (forward(model_of(policy), Load(tokens, 32))[0] / tokens for tokens in (64, 512))
+    assert many < 0.95 * few

@@ -94,7 +94,7 @@ def test_a_rank_that_is_killed_is_started_again(cluster, tmp_path, capfd):
     def kill() -> None:
         while not (run / "metrics.jsonl").exists() or len(rows(run)) <= 2:
             time.sleep(0.02)
-        killed.extend(processes("steersman.cli", "grpo", "steersman-ray-"))
+        killed.extend(processes("steersman", "grpo", "steersman-ray-"))
         os.kill(killed[-1], signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
@@ -124,7 +124,7 @@ def test_ranks_and_server_that_die_are_started_again(cluster, tmp_path, capfd):
     killed = []
 
     def kill() -> None:
-        for words, step in ((("remote.serve", "--threads"), 1), (("steersman.cli", "grpo", "steersman-ray-"), 3)):
+        for words, step in ((("remote.serve", "--threads"), 1), (("steersman", "grpo", "steersman-ray-"), 3)):
             while not (tmp_path / "placed" / "metrics.jsonl").exists() or len(rows(tmp_path / "placed")) <= step:
                 time.sleep(0.02)
             victims = processes(*words)

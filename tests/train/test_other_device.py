@@ -38,7 +38,7 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NOT_HERE = {"grpo-process", "grpo-ahead", "dapo-ahead"}
 """Another process would have to be given the device too."""
-UNTIED = {"ppo-t5", "grpo-bart", "dpo-t5"}
+UNTIED = {"ppo-t5", "grpo-bart", "dpo-t5", "gspo-segments"}
 """Moving a module to a device of this kind gives every name of a tied weight a tensor of its own."""
 TRAINED = [
     name

@@ -18,11 +18,12 @@ from steersman.objectives.preference_config import PairLossConfig
 from steersman.setup.reference import divergence
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
+from steersman.verbs.preference import PreferenceRecipe
 
 PAIRS = [name for name, entry in LOSSES.items() if entry.data == "pair"]
 
 
-def encoded() -> EncodedSet[Preference]:
+def encoded(*, gold: bool = False) -> EncodedSet[Preference]:
     random = torch.Generator().manual_seed(3)
 
     def ids(n: int) -> list[int]:
@@ -33,12 +34,15 @@ def encoded() -> EncodedSet[Preference]:
         prompt = ids(p)
         data.groups.append([Encoded(prompt, ids(n), [True] * n) for n in (w, r)])
         data.examples.append(Preference("x", "a", "b", Row({}, "f", number), weight=1.0 + number))
+    for number, group in enumerate(data.groups if gold else ()):
+        group.append(Encoded(group[0].prompt, ids(3 + number), [True] * (3 + number)))
     return data
 
 
 def objective(config: PairLossConfig, seed: int = 1) -> PairObjective:
     policy, reference = (Policy(tiny_model("llama", seed=s, scale=2.0).double(), None) for s in (seed, 2))
-    made = PairObjective(policy, reference.requires_grad_(False), encoded(), encoded(), config, 10_000)
+    train, held = (encoded(gold=config.gold_nll > 0) for _ in range(2))
+    made = PairObjective(policy, reference.requires_grad_(False), train, held, config, 10_000)
     made.read_reference(range(3))
     return made
 
@@ -70,6 +74,7 @@ def test_dpo_equals_the_paper_on_plain_forward_passes():
 @pytest.mark.parametrize("name", PAIRS)
 def test_micro_batches_add_up_for_every_loss(name):
     made = objective(PairLossConfig(name=name, nll=0.1))
+    made.look([0, 1, 2])
     parameters = list(made.module.parameters())
     denominator = made.denominator([0, 1, 2])
     whole = torch.autograd.grad(made.loss([0, 1, 2], denominator, Tally()), parameters, allow_unused=True)
@@ -118,17 +123,103 @@ def test_ld_dpo_weighs_both_models_and_no_other_term():
     )
 
 
-@pytest.mark.parametrize("name", ["dpo", "hinge", "wpo", "apo_zero"])
+@pytest.mark.parametrize("name", ["dpo", "hinge", "wpo", "apo_zero", "aot", "aot_unpaired"])
 def test_ld_alpha_is_the_same_in_micro_batches_and_of_streams(name, monkeypatch):
     made = objective(PairLossConfig(name=name, nll=0.1, ld_alpha=0.5))
+    made.look([0, 1, 2])
     parameters = list(made.module.parameters())
     whole = torch.autograd.grad(made.loss([0, 1, 2], 3.0, Tally()), parameters)
     parts = [torch.autograd.grad(made.loss([i], 3.0, Tally()), parameters) for i in range(3)]
     monkeypatch.setattr(type(made.train), "in_memory", False)
+    made.look([0, 1, 2])
     streamed = torch.autograd.grad(made.loss([0, 1, 2], 3.0, Tally()), parameters)
     for k, g in enumerate(whole):
         torch.testing.assert_close(sum(p[k] for p in parts), g, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(streamed[k], g, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cpo", "simpo", "dpo", "tdpo1", "wpo", "aot"])
+def test_gold_answers_add_their_likelihood_to_any_loss(name):
+    """From plain forward passes; the losses of the pairs, their numbers and the reference's readings stay as they
+    are."""
+    own = {"nll_weight": 0.0} if name == "cpo" else {}
+    ld_alpha = 0.5 if LOSSES[name].takes_ld_alpha else 1.0
+    made, plain = (
+        objective(PairLossConfig(name=name, settings=own, gold_nll=weight, ld_alpha=ld_alpha))
+        for weight in (0.4, 0.0)
+    )
+    if plain.readings.models:
+        torch.testing.assert_close(*(x.reference_logp[id(x.train)] for x in (made, plain)))
+    assert made.cost.tolist() == [3 * max(map(len, group)) for group in made.train.groups]
+    likelihood = torch.zeros(())
+    tallies = Tally(), Tally()
+    for each in (made, plain):
+        each.look([0, 1, 2])
+    for group, example in zip(made.train.groups, made.train.examples, strict=True):
+        gold = group[2]
+        logp = plain_logp(made.module, gold)[torch.arange(len(gold.response)), torch.tensor(gold.response)].sum()
+        likelihood = likelihood - example.weight * logp / len(gold.response) / 6
+    found, pairs = (x.loss([0, 1, 2], 6.0, tally) for x, tally in zip((made, plain), tallies, strict=True))
+    expected = pairs + 0.4 * likelihood
+    torch.testing.assert_close(found, expected.to(found), rtol=1e-6, atol=1e-9)
+    told, without = (tally.means() for tally in tallies)
+    assert told.keys() - without.keys() == {"logp/gold"}
+    assert {key: told[key] for key in without if key != "loss"} == pytest.approx(
+        {key: value for key, value in without.items() if key != "loss"}, rel=1e-6
+    )
+    grads = [
+        torch.autograd.grad(x, list(y.module.parameters()), allow_unused=True, materialize_grads=True)
+        for x, y in ((found, made), (pairs, plain), (0.4 * likelihood, made))
+    ]
+    for a, b, c in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b + c, rtol=1e-4, atol=1e-7)
+    parts = [made.loss([i], 6.0, Tally()) for i in range(3)]
+    torch.testing.assert_close(sum(parts), found, rtol=1e-9, atol=0)
+
+
+def sorted_batch(made: PairObjective, rows: list[int], alpha: float = 1.0) -> torch.Tensor:
+    """Unpaired AOT plus half the paired one, from plain forward passes over rows that may stand there several times,
+    by sorting with gradients in one piece."""
+    sums = [torch.stack(weighed_sums(made, made.train.groups[i], alpha)) for i in rows]
+    w, r, w_ref, r_ref = torch.stack(sums, 1).unbind()
+    value = torch.zeros(())
+    for share, upper, lower in ((1.0, w - w_ref, r - r_ref), (0.5, w - r, w_ref - r_ref)):
+        lead = upper.sort().values - lower.sort().values
+        value = value + share * torch.log(1 + torch.exp(-0.3 * lead)).mean()
+    return value
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 2, 1]], ids=["once", "a row twice"])
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+def test_aot_equals_the_sorted_batch_on_plain_forward_passes(rows, alpha):
+    """Rows of weights 1, 2 and 3 count as so many copies, whatever the micro-batches."""
+    config = PairLossConfig(name="aot_unpaired", also={"aot": 0.5}, settings={"beta": 0.3}, ld_alpha=alpha)
+    made = objective(config)
+    made.look(rows)
+    denominator, tally = made.denominator(rows), Tally()
+    found = made.loss(rows[:1], denominator, tally) + made.loss(rows[1:], denominator, tally)
+    expected = sorted_batch(made, [row for row in rows for _ in range(1 + row)], alpha)
+    torch.testing.assert_close(found, expected.to(found), rtol=1e-9, atol=0)
+    assert tally.means()["loss"] == pytest.approx(float(expected.detach()), rel=1e-9)
+    parameters = list(made.module.parameters())
+    for a, b in zip(*(torch.autograd.grad(x, parameters) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_aot_beside_a_loss_of_whole_distributions_has_its_reference():
+    mixed = objective(PairLossConfig(name="aot", also={"tdpo1": 0.5}))
+    apart = [objective(PairLossConfig(name=name)) for name in ("aot", "tdpo1")]
+    for made in (mixed, *apart):
+        made.look([0, 1, 2])
+    found, one, other = (made.loss([0, 1, 2], 6.0, Tally()) for made in (mixed, *apart))
+    torch.testing.assert_close(found, one + 0.5 * other)
+
+
+def test_a_batch_of_one_pair_is_refused_for_a_loss_of_the_batch():
+    asked = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"batch_size": 1}}
+    with pytest.raises(ValidationError, match=r"train\.batch_size is 1, but aot compares the distributions"):
+        PreferenceRecipe.model_validate({**asked, "loss": {"name": "dpo", "also": {"aot": 1.0}}})
+    assert PreferenceRecipe.model_validate(asked).train.batch_size == 1
 
 
 def test_a_mixture_is_the_weighed_sum_of_its_losses():
@@ -185,11 +276,14 @@ def test_divergence_is_the_exact_sum_with_gradient_to_the_policy():
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_held_out_numbers_are_those_of_the_same_pairs():
-    made = objective(PairLossConfig(name="simpo", nll=0.2))
+@pytest.mark.parametrize("name", ["simpo", "aot", "aot_unpaired"])
+def test_held_out_numbers_are_those_of_the_same_pairs(name):
+    made = objective(PairLossConfig(name=name, nll=0.2))
+    made.micro_tokens = 20
     for example in (*made.train.examples, *made.held_out.examples):
         example.weight = 1.0
     tally = Tally()
+    made.look([0, 1, 2])
     made.loss([0, 1, 2], 3.0, tally)
     held = made.evaluate()
     for name, value in tally.means().items():
@@ -216,6 +310,7 @@ def test_an_unknown_setting_is_named_with_the_nearest():
         ({"name": "ipo", "settings": {"length_normalised": 1}, "ld_alpha": 0.5}, r"ipo without length_normalised"),
         ({"name": "dpo", "also": {"simpo": 1.0}, "ld_alpha": 0.5}, r"loss\.ld_alpha .* simpo takes"),
         ({"name": "dpo", "ld_alpha": 1.5}, "ld_alpha"),
+        ({"name": "aot", "margin_weight": 1.0}, "aot has no place for margins"),
         ({"name": "dpo", "also": {"dpo": 1.0}}, r"loss\.also: dpo is loss\.name itself"),
         ({"name": "dpo", "also": {"bco_pair": 0.0}}, r"loss\.also: the weight of bco_pair is 0"),
         ({"name": "dpo", "weight": 0.5}, r"loss\.weight .* nothing is"),
@@ -247,12 +342,13 @@ def test_soft_labels_and_margins_of_the_data_count():
             expected -= share * float(torch.nn.functional.logsigmoid(sign * z).detach()) / 3
     assert float(made.loss([0, 1, 2], 3.0, Tally()).detach()) == pytest.approx(expected, rel=1e-5)
     made.config = made.config.model_copy(update={"soft_labels": False, "margin_weight": 0.0})
-    for example in made.train.examples:
-        example.agreement = 0.1
-    hard = float(made.loss([0, 1, 2], 3.0, Tally()).detach())
-    for example in made.train.examples:
-        example.agreement = 1.0
-    assert hard == float(made.loss([0, 1, 2], 3.0, Tally()).detach())
+    losses = []
+    for shares in ((0.6, 0.1, 0.5), (1.0, 0.0, 0.5)):
+        for example, share in zip(made.train.examples, shares, strict=True):
+            example.agreement = share
+        losses.append(float(made.loss([0, 1, 2], 3.0, Tally()).detach()))
+    made.config = made.config.model_copy(update={"soft_labels": True})
+    assert losses == [float(made.loss([0, 1, 2], 3.0, Tally()).detach())] * 2
 
 
 def test_pairs_that_the_length_limit_made_equal_are_named_or_left_out():
@@ -277,12 +373,9 @@ def test_a_lead_that_is_rounding_is_half_right():
     raters = torch.tensor([0.9, 0.2, 0.2, 0.5, 0.9])
     assert right(torch.tensor([1.0, 1.0, -1.0, 3.0, 0.0]), raters).tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
     made = objective(PairLossConfig(name="dpo"))
-    made.reference_logp = {
-        key: made._run(data, [0, 1, 2])[0] for key, data in ((id(d), d) for d in (made.train, made.held_out))
-    }
-    made.reference_logp = {
-        key: torch.stack([p.chosen, p.rejected], 1).detach() for key, p in made.reference_logp.items()
-    }
+    for data in (made.train, made.held_out):
+        told = made._run(data, [0, 1, 2])[1]
+        made.reference_logp[id(data)] = torch.stack([told["logp/chosen"], told["logp/rejected"]], 1)
     assert made.evaluate()["held_out/accuracy"] == 0.5
 
 

@@ -8,7 +8,7 @@ from math import ceil, log
 import pytest
 import torch
 from test_every_algorithm import on_policy
-from test_gradients import experience, gradients, learner, same
+from test_gradients import LENGTHS, experience, gradients, learner, same
 from train_kit import merge, recipe, rows, weights
 
 from steersman.algorithms import Coefficients
@@ -137,3 +137,20 @@ def test_what_a_method_does_not_read_is_refused(name, key, value, base):
     words = [f"--algorithm.{key}", str(value), "--model.path", "m", "--data.path", "d"]
     with pytest.raises(SteersmanError, match=rf"algorithm\.{key}: this verb does not read it"):
         load_recipe(VERBS[name].recipe_class(None, []), None, words)
+
+
+@pytest.mark.parametrize("name", ["gspo", "luspo"])
+def test_the_logged_clip_fraction_is_of_the_ratio_that_is_clipped(name, tmp_path):
+    """Every token's ratio is out of bounds; of the responses' ratios, their means, those of two rows of six."""
+    tokens, traj, advantage = experience(holes=False)
+    who = learner(name, tmp_path=tmp_path, beta=0.0, kl_in="reward", entropy_coef=0.0)
+    with torch.no_grad():
+        logp = who.policy.logp(tokens, temperature=who.temperature).logp
+    by_token = torch.where(torch.arange(9) % 2 == 0, 0.05, -0.05)  # the mean of an odd number of them is 0.05 / n
+    away = torch.tensor([0.0, 0.2, 0.0, 0.0, -0.2, 0.0])
+    length = traj.mask.sum(-1, keepdim=True)
+    even = torch.where(length % 2 == 1, by_token - 0.05 / length.clamp(min=1), by_token)
+    moved = torch.where(traj.mask, even + away[:, None], 0.0)
+    old = replace(traj, logp_old=logp.float() - moved, logp_ref=None, value=None)
+    stats = who.update(tokens, old, advantage, Coefficients(), torch.Generator().manual_seed(0))
+    assert stats["clip_fraction"] == pytest.approx((LENGTHS[1] + LENGTHS[4]) / sum(LENGTHS))

@@ -41,6 +41,8 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "grpo-checkpointing": ("grpo", {"model.gradient_checkpointing": True}),
     "dpo-tdpo": ("dpo", {"loss.name": "tdpo2"}),
+    "dpo-tpo": ("dpo", {"loss.name": "simpo", "loss.gold_nll": 0.5, "run.micro_tokens": 40}),
+    "dpo-aot": ("dpo", {"loss.name": "aot_unpaired", "loss.also": {"aot": 1.0}, "run.micro_tokens": 40}),
     "sft-cache": ("sft", {"data.cache": "its folder"}),
     "reward-cache": ("reward", {"data.cache": "its folder", "run.micro_tokens": 40}),
     "sft-packed": ("sft", {"train.pack": 48}),
@@ -48,11 +50,37 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-t5": ("ppo", {"model.path": "t5"}),
     "grpo-bart": ("grpo", {"model.path": "bart"}),
     "dpo-t5": ("dpo", {"model.path": "t5"}),
+    "gspo-segments": (  # each turn is one; most episodes are in several micro-batches, some on both ranks
+        "gspo",
+        {
+            "model.path": "bart",
+            "environment": {"max_turns": 3},
+            "reward.parts": {"play": {"environment": "turn"}},
+            "run.micro_tokens": 24,
+            "algorithm.minibatches": 2,
+            "algorithm.epochs": 2,
+            "algorithm.clip_low": 0.2,
+            "algorithm.clip_high": 0.2,
+            "algorithm.beta": 0.1,
+            "algorithm.kl_in": "loss",
+            "algorithm.kl_estimator": "k1_to_go",
+            "rollout.max_new_tokens": 4,
+            "rollout.held_out": 0,
+        },
+    ),
     "ppo-judge": ("ppo", {"reward.parts": {"judge": {"function": "steersman.judge.reward:grade"}}}),
     "sft-adafactor": ("sft", {"optimizer.kind": "adafactor"}),
     "sft-muon": ("sft", {"optimizer.kind": "muon"}),
     "dpo-evaluated": ("dpo", {"evaluation": {}}),
 }
+ECHO = """
+class Echo:
+    def begin(self, row):
+        return None
+
+    def step(self, text):
+        return "go on,", text.count("a") / 4, False
+"""
 CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
 are near zero, AdamW makes rounding as large as the rest."""
@@ -70,8 +98,8 @@ def offline_rows(verb: str) -> list[dict[str, Any]]:
         {"prompt": "ask" + "?" * (i % 4) + "abcdef"[i % 6], "completion": words[i % 9]} for i in range(22)
     ]
     if verb in ("dpo", "reward"):
-        return [{"prompt": r["prompt"], "chosen": r["completion"] + " a", "rejected": words[i % 5]}
-                for i, r in enumerate(rows)]  # fmt: skip
+        return [{"prompt": r["prompt"], "chosen": r["completion"] + " a", "rejected": words[i % 5],
+                 "gold": r["completion"] + " it is"} for i, r in enumerate(rows)]  # fmt: skip
     return [{**row, "label": i % 3 != 0} for i, row in enumerate(rows)] if verb in ("kto", "bco") else rows
 
 
@@ -95,7 +123,10 @@ def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parall
         "run": {"dir": str(folder / run / name), "threads": 1, "eval_every": 2, "save_every": 9, "devices": world},
         "parallel": parallel,
     }
-    if "reward.parts" in extra:
+    if "environment" in extra:
+        (folder / "echo.py").write_text(ECHO)
+        extra = extra | {"environment": {"path": f"{folder / 'echo.py'}:Echo", **extra["environment"]}}
+    elif "reward.parts" in extra:
         judge = {"model": str(judge_on(model, folder / "judge"))}
         asked = extra["reward.parts"]["judge"]
         if "function" in asked:  # the same model behind a judge, which rank 0 asks
@@ -106,7 +137,7 @@ def recipe_of(name: str, folder: Path, model: Path, run: str, world: int, parall
     if "evaluation" in extra:
         extra = {"evaluation": evaluation(folder)}
     if "model.path" in extra:
-        extra = {"model.path": str(pair_on(folder, extra["model.path"]))}
+        extra = extra | {"model.path": str(pair_on(folder, extra["model.path"]))}
     return {"verb": verb, "recipe": merge(merge(base, own), extra)}
 
 

@@ -111,6 +111,8 @@ def test_centring_of_a_ranking(tmp_path, mini):
         pairs = list(itertools.combinations(r, 2))
         total += sum((a + b) ** 2 for a, b in pairs) / len(pairs)
     assert float(loss(centred, rows) - loss(plain, rows)) == pytest.approx(0.5 * total / 2, rel=1e-4)
+    centred.held_out = plain.held_out = plain.train  # what is held out is told without it, as of pairs
+    assert centred.evaluate()["held_out/loss"] == pytest.approx(plain.evaluate()["held_out/loss"], rel=1e-6)
 
 
 def test_soft_labels_of_pairs(tmp_path, mini):

@@ -60,6 +60,8 @@ def test_correlations_are_scipys_and_say_nan_where_nothing_varies():
     pairs = [(a > b) + 0.5 * (a == b) for a in x[label == 1] for b in x[label == 0]]
     assert auc(x, label) == pytest.approx(np.mean(pairs))
     assert math.isnan(auc(x, np.ones(30)))
+    assert auc(np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.5, 1.0])) == 1.0  # an undecided label is no positive
+    assert auc(np.array([3.0, 1.0, 2.0]), np.array([0.5, 0.0, 1.0])) == 0.5
 
 
 def test_a_pair_report_by_hand():

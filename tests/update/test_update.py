@@ -94,8 +94,10 @@ def test_controllers():
     assert proportional.coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     proportional.update(1000.0)
     assert proportional.coef == pytest.approx(0.1 * 1.01 * 1.02)
+    proportional.update(0.0)
+    assert proportional.coef == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
     doubling = DoublingKL(1.0, target=0.01)
-    for kl, expected in ((0.02, 2.0), (0.012, 2.0), (0.001, 1.0)):
+    for kl, expected in ((0.02, 2.0), (0.012, 2.0), (0.008, 2.0), (0.001, 1.0)):
         doubling.update(kl)
         assert doubling.coef == expected
     again = DoublingKL(5.0, target=0.01)

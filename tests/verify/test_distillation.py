@@ -29,3 +29,9 @@ def test_the_papers_division_by_length_is_not_that_gradient(monkeypatch):
     own = distillation.still_to_come
     monkeypatch.setattr(distillation, "still_to_come", lambda gap, mask, normalised: own(gap, mask, normalised=True))
     assert CHECKS["minillm"](example()).deviation > 0.05
+
+
+def test_a_success_shown_to_itself_teaches_at_another_pace(monkeypatch):
+    own = distillation.first_success
+    monkeypatch.setattr(distillation, "first_success", lambda score, group, least: own(score, group, least, own=True))
+    assert CHECKS["reverse_kl, success"](example()).deviation > 0.01

@@ -8,7 +8,7 @@ import torch
 from gymnasium.wrappers import TimeLimit
 
 from steersman.advantage.gae import gae, vtrace
-from steersman.advantage.returns import n_step_return, return_to_go
+from steersman.advantage.returns import return_to_go
 from steersman.algorithms import ALGORITHMS
 from steersman.control.envs import Worlds
 from steersman.control.experience import collect_episodes
@@ -115,7 +115,6 @@ def test_the_trajectories_are_the_same(cut, per_step):
     assert (tokens.discount[cut_short, -1] == GAMMA).any() == (cut == "bootstrap")
     estimates = (
         return_to_go,
-        lambda t: n_step_return(t, 2),
         lambda t: gae(t, 0.95).adv,
         lambda t: gae(t, 0.95).ret,
         lambda t: vtrace(t, t.logp_old - 0.1).adv,

@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 
 from steersman import cli
 from steersman.distributed import launch
+from steersman.distributed.join import free_port
 from steersman.train import session
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -79,7 +80,7 @@ def starter(case: str, layout: str, flags: list[str], folder: Path, pids: Path) 
     if pid:
         return pid
     world = LAYOUTS[layout][0]
-    place, port = Path(tempfile.mkdtemp(dir=folder)), launch._free_port()
+    place, port = Path(tempfile.mkdtemp(dir=folder)), free_port()
     own = {r: launch._environment(r, world, port, place) if world > 1 else {} for r in range(world)}
     ranks = [rank(case, layout, flags, own[r], folder) for r in range(world)]
     pids.write_text(json.dumps(ranks))

@@ -27,7 +27,7 @@ def collecting(*arguments: str) -> Iterator[tuple[str, Server]]:
 
 def started(port: int, *arguments: str) -> Server:
     """A server that answers already."""
-    command = [sys.executable, "-m", "steersman.cli", "collect", *arguments, "--port", str(port)]
+    command = [sys.executable, "-m", "steersman", "collect", *arguments, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url, until = f"http://127.0.0.1:{port}/login", time.monotonic() + 180
     while time.monotonic() < until and server.poll() is None:

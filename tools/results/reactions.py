@@ -20,9 +20,10 @@ from pathlib import Path
 from steersman.data import BadRows, DataConfig, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import category
-from steersman.flywheel.reading import kappa, read
+from steersman.flywheel.reading import read
 from steersman.jsonl import read_jsonl
 from steersman.judge.writer import Writer, WriterConfig
+from steersman.statistics.agreement import cohen_kappa
 
 LABELS = Path("recipes/data/reactions-labelled.jsonl")
 THUMBS = {"praise": "up", "mixed": "neither", "none": "neither", "unread": "neither"}
@@ -50,10 +51,10 @@ def agreement(told: Sequence[str], labels: Sequence[str]) -> str:
         rng, drawn = random.Random(0), []
         for _ in range(1000):
             rows = [rng.randrange(len(a)) for _ in a]
-            drawn.append(kappa([a[i] for i in rows], [b[i] for i in rows]))
+            drawn.append(cohen_kappa([a[i] for i in rows], [b[i] for i in rows]))
         low, high = sorted(drawn)[25], sorted(drawn)[974]
         same = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
-        out.append(f"{name}: {same:.2f} the same, kappa {kappa(a, b):.2f} ({low:.2f} to {high:.2f})")
+        out.append(f"{name}: {same:.2f} the same, kappa {cohen_kappa(a, b):.2f} ({low:.2f} to {high:.2f})")
     return "; ".join(out)
 
 

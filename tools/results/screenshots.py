@@ -141,7 +141,7 @@ def in_chinese(camera: Camera) -> None:
 def short_run(folder: Path) -> None:
     """Four iterations of GRPO with the shipped recipe, in `folder`."""
     keys = [text for key, value in RUN.items() for text in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "steersman.cli", "grpo", "recipes/grpo.yaml", *keys, "--run.dir", str(folder)]
+    command = [sys.executable, "-m", "steersman", "grpo", "recipes/grpo.yaml", *keys, "--run.dir", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

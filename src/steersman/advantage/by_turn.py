@@ -11,6 +11,7 @@ on; one of them stands in where no other sibling has a k-th turn, so that no tur
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from steersman.types import Trajectory
 def by_turn(advantage: Callable[[Trajectory], Advantage], traj: Trajectory) -> Advantage:
     """The method's `advantage`, taken turn by turn where `traj.turn` numbers the turns, else over whole episodes.
 
-    The method's `penalty_mask` is put into `traj`. A deviation that it divides by is that of returns, KL included.
+    The method's `penalty_mask` is put into `traj`. A turn's `score` is what the episode was paid from it on, without
+    any KL penalty, where `traj.paid` is there: of that deviations are measured, and by it groups without signal are
+    told. A turn has no `parts`, `judged` or `weight`.
     """
     if traj.turn is None:
         return advantage(traj)
@@ -50,14 +53,20 @@ def _rows(traj: Trajectory) -> tuple[Tensor, Trajectory]:
         torch.arange(len(episode) + len(stand_ins[0]), device=turn.device) < len(episode),
     )  # fmt: skip
     mask = (number[episode] == turn[:, None]) & real[:, None]
-    earned = torch.where(mask, return_to_go(traj)[episode], 0.0)
     first, last = mask.long().argmax(1), last_step(mask).clamp(min=0)
-    reward, each = torch.zeros_like(earned), torch.arange(len(episode), device=turn.device)
-    reward[each, last] = earned[each, first]
+    each = torch.arange(len(episode), device=turn.device)
+
+    def from_its_turn_on(reward: Tensor) -> Tensor:
+        to_go = return_to_go(replace(traj, reward=reward))[episode, first]
+        return torch.where(real, to_go, torch.zeros_like(to_go))
+
+    reward = torch.zeros_like(traj.reward[episode])
+    reward[each, last] = from_its_turn_on(traj.reward)
     ref, baseline = traj.logp_ref, traj.baseline
     return episode, Trajectory(
         mask, reward, traj.discount[episode], traj.logp_old[episode], None if ref is None else ref[episode],
         group=group[episode] + turn, baseline=None if baseline is None else baseline[episode],
+        score=None if traj.paid is None else from_its_turn_on(traj.paid),
     )  # fmt: skip
 
 

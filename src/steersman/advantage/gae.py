@@ -31,7 +31,7 @@ def gae(traj: Trajectory, lam: float | Float[Tensor, "B 1"]) -> Advantage:
     delta = td_error(traj)
     adv = scan_back(delta, traj.discount * lam, traj.mask, delta.new_zeros(len(traj)))
     value, _, _ = values(traj)
-    return Advantage(adv, torch.where(traj.mask, adv + value, torch.zeros_like(adv)))
+    return Advantage(adv, adv + value)
 
 
 def length_adaptive(mask: Bool[Tensor, "B T"], alpha: float) -> Float[Tensor, "B 1"]:

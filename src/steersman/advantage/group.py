@@ -13,7 +13,8 @@ from steersman.types import Trajectory
 
 GroupScale = Literal["none", "group", "batch", "batch_scores"]
 DIVIDES_BY = (
-    "deviation to divide by: none, group, batch (of what group means leave), batch_scores (of scores as they are)"
+    "standard deviation that advantages are divided by: none; group (of the group's scores); batch (of all scores "
+    "less their group's mean); batch_scores (of all raw scores, as TRL's scale_rewards: batch)"
 )
 
 
@@ -75,6 +76,27 @@ def group_mean(
     return torch.where(no_signal(deviation_of, group), torch.zeros_like(score), centred / (deviation + eps))
 
 
+def first_success(
+    score: Float[Tensor, " B"], group: Int[Tensor, " B"], least: float, *, own: bool = False
+) -> Int[Tensor, " B"]:
+    """The row of the first sample in each one's group whose score is at least `least`; -1 where there is none.
+
+    Without `own` it is another one than the sample itself. Samples of a group are drawn apart, so that what stands
+    beside a sample then says nothing of the sample. Source: arXiv 2601.20802, whose program takes the first one too.
+    """
+    none, (_, which) = len(score), group.unique(return_inverse=True)
+    row = torch.arange(none, device=score.device)
+
+    def earliest(rows: Bool[Tensor, " B"]) -> Int[Tensor, " B"]:
+        return torch.full_like(row, none).scatter_reduce(0, which, torch.where(rows, row, none), "amin")[which]
+
+    good = score >= least
+    found = earliest(good)
+    if not own:
+        found = torch.where(found == row, earliest(good & (row != found)), found)
+    return torch.where(found < none, found, -1)
+
+
 def no_signal(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
     """True for every sample of a group in which all scores are exactly equal: it can teach nothing."""
     member, total, _ = _group_sums(score, group)
@@ -102,21 +124,25 @@ def decoupled(traj: Trajectory, scale: GroupScale) -> Float[Tensor, " B"]:
 def signal_weight(traj: Trajectory) -> float:
     """alpha = B / (B - M): all responses over those in groups whose scores differ; 1 where none do.
 
-    Source: GPG, arXiv 2504.02546.
+    A row of which no step counts is no response: it only stands beside others. Source: GPG, arXiv 2504.02546.
     """
     if traj.score is None or traj.group is None:
         return 1.0
-    silent = int(no_signal(traj.score, traj.group).sum())
-    return len(traj) / max(len(traj) - silent, 1) if silent < len(traj) else 1.0
+    responses = traj.mask.any(-1)
+    heard = int((responses & ~no_signal(traj.score, traj.group)).sum())
+    return int(responses.sum()) / heard if heard else 1.0
 
 
 def efficient_rows(traj: Trajectory, share: float, by: Literal["length", "efficiency"]) -> Bool[Tensor, " B"]:
     """True for the part `share` of each group that is shortest, or has the most score per token.
 
-    Source: GFPO, arXiv 2508.09726.
+    The score is what the rewards said, before any shaping: one that is normalised is negative for half of the
+    responses, and less so per token the longer they are. Source: GFPO, arXiv 2508.09726.
     """
     length = traj.mask.sum(-1)
-    score = episode_return(traj) if traj.score is None else traj.score
+    score = traj.judged
+    if score is None:
+        score = episode_return(traj) if traj.score is None else traj.score
     group = torch.zeros_like(length) if traj.group is None else traj.group
     return best_rows(-length.to(score.dtype) if by == "length" else score / length.clamp(min=1), group, share)
 

@@ -60,19 +60,14 @@ def episode_return(traj: Trajectory) -> Float[Tensor, " B"]:
     return masked_sum(traj.reward, traj.mask, dim=-1)
 
 
+def judged_above(traj: Trajectory, threshold: float) -> Bool[Tensor, " B"]:
+    """True for rows whose score is above the threshold as the rewards gave it, before any shaping of scores; for none
+    where rows have no score."""
+    score = traj.score if traj.judged is None else traj.judged
+    return torch.zeros_like(traj.mask[:, 0]) if score is None else score > threshold
+
+
 def td_error(traj: Trajectory) -> Float[Tensor, "B T"]:
     """delta_t = r_t + discount_t V(s_{t+1}) - V(s_t)."""
     value, value_next, _ = values(traj)
     return torch.where(traj.mask, traj.reward + traj.discount * value_next - value, torch.zeros_like(value))
-
-
-def n_step_return(traj: Trajectory, n: int) -> Float[Tensor, "B T"]:
-    """r_t + ... + discount^{n-1} r_{t+n-1} + discount^n V(s_{t+n}); shorter where the episode ends first.
-
-    n = 1 is the TD target; n >= the episode's length is the Monte-Carlo return.
-    """
-    value, _, end = values(traj)
-    ret = value
-    for _ in range(n):
-        ret = traj.reward + traj.discount * next_step(ret, traj.mask, end)
-    return torch.where(traj.mask, ret, torch.zeros_like(ret))

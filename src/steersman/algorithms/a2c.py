@@ -6,7 +6,7 @@ from torch import Tensor
 from steersman.advantage.gae import Advantage, gae
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import reinforce
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -19,7 +19,7 @@ class A2C(Algorithm):
     critic = True
 
     lam: float = Field(default=1.0, ge=0, le=1, description="GAE's lambda: 1 is Monte-Carlo minus V, 0 one-step")
-    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description=AVERAGED_BY)
 
     def advantage(self, traj: Trajectory) -> Advantage:
         return gae(traj, self.lam)

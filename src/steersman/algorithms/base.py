@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steersman.advantage.gae import Advantage
 from steersman.config.sections import Section
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.ops.kl import KLEstimator
 from steersman.types import Trajectory
 
@@ -64,8 +64,8 @@ class Algorithm(Section):
     """Limits the actions by a mask over a vocabulary."""
     own_in_baseline: ClassVar[bool] = False
     """The baseline of a sample contains the sample, so the gradient is (G - 1) / G times what it would be without."""
-    whole_response: ClassVar[bool] = False
-    """The loss has one ratio for a whole response, so that all its steps need one advantage."""
+    whole_episode: ClassVar[str] = ""
+    """Why all steps of an episode need one advantage; empty where a turn may have its own (`turns_refused`)."""
     parts: ClassVar[bool] = False
     """Reads the rewards that a score is added up from, before any shaping of their sum."""
     unread: ClassVar[tuple[str, ...]] = ()
@@ -82,17 +82,24 @@ class Algorithm(Section):
     kl_target: float | None = Field(
         default=None, gt=0, description="KL in nats per response that beta is steered to; null keeps beta fixed"
     )
-    kl_horizon: float = Field(default=10_000, gt=0, description="samples over which the controller of beta acts")
+    kl_horizon: float = Field(
+        default=10_000,
+        gt=0,
+        description="with kl_target: samples over which beta changes by about 20% at most; larger is slower",
+    )
     entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
     top_entropy: float = Field(
-        default=1.0, gt=0, le=1, description="part of the steps that the policy learns from, those of most entropy"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="train on this share of the tokens only, those of highest entropy; 1: all",
     )
     off_policy_threshold: float | None = Field(
         default=None,
         gt=0,
-        description="steps with a negative advantage teach nothing where the policy finds their response less likely "
-        "than it was sampled by more than this, nats per token on average; null keeps all",
+        description="leave out tokens with negative advantage of responses that the policy now finds less likely "
+        "than when they were sampled by more than this (mean nats per token); null: none",
     )
     epochs: int = Field(default=1, ge=1, description="passes over the samples of one iteration")
     minibatches: int = Field(default=1, ge=1, description="optimizer updates per epoch")
@@ -105,6 +112,10 @@ class Algorithm(Section):
     def clip_range(self) -> tuple[float, float] | None:
         """How far below and above 1 the ratio may be before it is clipped; None where it is not."""
         return None
+
+    def log_ratio(self, logp: Float[Tensor, "B T"], traj: Trajectory) -> Float[Tensor, "B T"]:
+        """The logarithm of the ratio that `clip_range` bounds, at each step."""
+        return logp - traj.logp_old
 
     def resampling(self) -> int:
         """How many further rounds may be sampled to replace groups that teach nothing."""
@@ -125,6 +136,15 @@ class Algorithm(Section):
     def refusal(self, samples: int) -> str | None:
         """Why it can not learn from so many samples per prompt; None where it can."""
         return None
+
+    def turns_refused(self) -> str:
+        """Why it can not compare each turn with the same turn of other episodes (`environment.baseline_per` turn);
+        empty where it can."""
+        if not self.group:
+            return "compares no samples of one prompt"
+        if self.parts:
+            return "compares each part of the reward, and parts are told of whole episodes alone"
+        return self.whole_episode
 
     def advantage(self, traj: Trajectory) -> Advantage:
         """Advantages `[B, T]`, and the critic's targets where there is one."""

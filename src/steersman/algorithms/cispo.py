@@ -6,7 +6,7 @@ from torch import Tensor
 from steersman.algorithms.base import Coefficients
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import clipped_weight
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -20,7 +20,7 @@ class CISPO(GroupRelative):
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
     clip_high: float = Field(default=4.0, gt=0, description="importance weights are cut above 1 plus this")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
 
     def clip_range(self) -> tuple[float, float]:
         return 1.0, self.clip_high

@@ -6,7 +6,7 @@ from pydantic import Field
 from steersman.advantage.covariance import covariance, largest
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.group_relative import GroupRelative
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -19,7 +19,7 @@ class ClipCov(GroupRelative):
     bias = "scores are divided by their group's deviation, tokens by a random length; steps are left out"
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
     cov_share: float = Field(default=2e-4, ge=0, le=1, description="largest part of all steps that is left out")
     cov_low: float = Field(default=1.0, description="covariance above which a step may be left out")
     cov_high: float = Field(default=5.0, description="covariance below which a step may be left out")

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from steersman.algorithms.group_relative import GroupRelative
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 
 
 class DAPO(GroupRelative):
@@ -16,7 +16,7 @@ class DAPO(GroupRelative):
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
     clip_high: float = Field(default=0.28, gt=0, description="ratio is clipped above 1 plus this")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
     dynamic_sampling: int = Field(
         default=3,
         ge=0,

@@ -6,7 +6,7 @@ from torch import Tensor
 from steersman.algorithms.base import Coefficients
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import Divergence, divergence_masked
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -19,10 +19,14 @@ class DPPO(GroupRelative):
     unread = ("clip_low", "clip_high")
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
-    divergence: Divergence = Field(default="tv", description="tv, of the sampled token's probability, or binary kl")
+    average: Average = Field(default="token", description=AVERAGED_BY)
+    divergence: Divergence = Field(
+        default="tv",
+        description="divergence from the sampler, of the sampled token against all others. tv: total variation; "
+        "kl: KL",
+    )
     limit: float = Field(
-        default=0.15, gt=0, description="largest divergence from the sampler: a share, or nats for kl"
+        default=0.15, gt=0, description="largest such divergence: a difference of probabilities for tv, nats for kl"
     )
     weight_high: float = Field(default=10.0, gt=1, description="importance weights are cut above this")
 

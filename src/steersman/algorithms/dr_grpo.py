@@ -4,7 +4,7 @@ from pydantic import Field
 
 from steersman.advantage.group import DIVIDES_BY, GroupScale
 from steersman.algorithms.group_relative import GroupRelative
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 
 
 class DrGRPO(GroupRelative):
@@ -17,4 +17,4 @@ class DrGRPO(GroupRelative):
 
     scale: GroupScale = Field(default="none", description=DIVIDES_BY)
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="episode", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="episode", description=AVERAGED_BY)

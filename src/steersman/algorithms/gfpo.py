@@ -8,7 +8,7 @@ from pydantic import Field
 from steersman.advantage.gae import Advantage
 from steersman.advantage.group import efficient_rows
 from steersman.algorithms.group_relative import GroupRelative
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -18,16 +18,19 @@ class GFPO(GroupRelative):
     name = "gfpo"
     title = "GFPO"
     paper = "arXiv 2508.09726"
+    whole_episode = "keeps whole episodes, those that are short or efficient"
     bias = (
         "scores are divided by their group's deviation, tokens by a random length; responses are selected by length"
     )
     fixed_point = "among the short answers: a long one is compared only where its siblings are long too"
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
     keep: float = Field(default=0.5, gt=0, le=1, description="part of each group that is learned from, at least two")
     by: Literal["length", "efficiency"] = Field(
-        default="length", description="which are kept: the shortest, or those of most score per token"
+        default="length",
+        description="which samples of a group are kept. length: the shortest; efficiency: those of highest score "
+        "per token",
     )
 
     def advantage(self, traj: Trajectory) -> Advantage:

@@ -16,7 +16,7 @@ class GMPO(GroupRelative):
 
     name = "gmpo"
     title = "GMPO"
-    whole_response = True
+    whole_episode = "has one ratio for a whole episode"
     paper = "arXiv 2507.20673"
     unread = ("top_entropy",)
 

@@ -8,7 +8,7 @@ from steersman.advantage.group import DIVIDES_BY, GroupScale, signal_weight
 from steersman.algorithms.base import Coefficients
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import reinforce
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -23,8 +23,10 @@ class GPG(GroupRelative):
 
     scale: GroupScale = Field(default="none", description=DIVIDES_BY)
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
-    reweigh: bool = Field(default=True, description="advantages times responses / responses in groups with a signal")
+    average: Average = Field(default="token", description=AVERAGED_BY)
+    reweigh: bool = Field(
+        default=True, description="multiply advantages by (all responses) / (responses in groups whose scores differ)"
+    )
 
     def clip_range(self) -> None:
         return None

@@ -9,7 +9,7 @@ from steersman.advantage.group import DIVIDES_BY, GroupScale, group_mean, spread
 from steersman.advantage.returns import episode_return
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import clipped
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -29,7 +29,7 @@ class GroupRelative(Algorithm):
     scale: GroupScale = Field(default="group", description=DIVIDES_BY)
     clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped below 1 minus this")
     clip_high: float = Field(default=0.2, gt=0, description="ratio is clipped above 1 plus this")
-    average: Average = Field(default="sequence", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="sequence", description=AVERAGED_BY)
 
     def clip_range(self) -> tuple[float, float] | None:
         return self.clip_low, self.clip_high

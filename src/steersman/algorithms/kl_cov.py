@@ -9,7 +9,7 @@ from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Coefficients
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import surrogate
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -22,9 +22,14 @@ class KLCov(GroupRelative):
     unread = ("clip_low", "clip_high")
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
-    cov_share: float = Field(default=2e-3, ge=0, le=1, description="part of all steps that is held to the sampler")
-    cov_coef: float = Field(default=1.0, ge=0, description="weight of |log pi - log pi_old| there")
+    average: Average = Field(default="token", description=AVERAGED_BY)
+    cov_share: float = Field(
+        default=2e-3,
+        ge=0,
+        le=1,
+        description="share of all tokens, those of highest covariance of log pi and advantage, that get the penalty",
+    )
+    cov_coef: float = Field(default=1.0, ge=0, description="weight of the penalty |log pi - log pi_old|")
 
     def clip_range(self) -> None:
         return None

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from steersman.algorithms.gspo import GSPO
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 
 
 class LUSPO(GSPO):
@@ -16,4 +16,4 @@ class LUSPO(GSPO):
 
     clip_low: float = Field(default=2e-3, gt=0, lt=1, description="sequence ratio is clipped below 1 minus this")
     clip_high: float = Field(default=2.5e-3, gt=0, description="sequence ratio is clipped above 1 plus this")
-    average: Average = Field(default="episode", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="episode", description=AVERAGED_BY)

@@ -10,7 +10,7 @@ from steersman.advantage.group import leave_one_out, spread
 from steersman.advantage.returns import episode_return
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import reinforce
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -21,10 +21,11 @@ class PassAtK(Algorithm):
     title = "Pass@k"
     paper = "arXiv 2505.15201"
     group = True
+    whole_episode = "counts the best of k whole episodes"
     bias = "maximises the expected best of k scores, not their mean"
     fixed_point = "the best policy for E[max of k scores] - beta KL"
 
-    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description=AVERAGED_BY)
     k: int = Field(default=2, ge=1, description="answers among which the best counts; 1 is RLOO")
 
     def refusal(self, samples: int) -> str | None:

@@ -12,7 +12,7 @@ from steersman.advantage.group import spread
 from steersman.advantage.returns import return_to_go
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import reinforce
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -24,7 +24,7 @@ class REINFORCE(Algorithm):
     paper = "Williams 1992"
     baseline = "moving"
 
-    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description=AVERAGED_BY)
 
     def advantage(self, traj: Trajectory) -> Advantage:
         adv = return_to_go(traj)

@@ -7,7 +7,7 @@ from pydantic import Field
 from steersman.advantage.gae import Advantage
 from steersman.advantage.group import DIVIDES_BY, GroupScale
 from steersman.algorithms.group_relative import GroupRelative
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.ops.kl import KLEstimator
 from steersman.ops.masked import whiten
 from steersman.types import Trajectory
@@ -31,7 +31,7 @@ class REINFORCEPlusPlusBaseline(GroupRelative):
         default="loss", description="where the KL term goes: into every token's reward, or into the loss"
     )
     kl_estimator: KLEstimator = Field(default="k2", description="k1, k2, k3 or k1_to_go; see steersman.ops.kl")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
     whiten: bool = Field(default=True, description="advantages to mean 0, variance 1 over the steps of an iteration")
 
     def advantage(self, traj: Trajectory) -> Advantage:

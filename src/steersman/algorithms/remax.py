@@ -8,7 +8,7 @@ from steersman.advantage.group import spread
 from steersman.advantage.returns import return_to_go
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import reinforce
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import SteersmanError, Trajectory
 
 
@@ -20,7 +20,7 @@ class ReMax(Algorithm):
     paper = "arXiv 2310.10505"
     baseline = "greedy"
 
-    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description=AVERAGED_BY)
 
     def advantage(self, traj: Trajectory) -> Advantage:
         if traj.baseline is None:

@@ -9,7 +9,7 @@ from steersman.advantage.group import leave_one_out, spread
 from steersman.advantage.returns import episode_return
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.loss.policy import reinforce
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -21,7 +21,7 @@ class RLOO(Algorithm):
     paper = "arXiv 2402.14740"
     group = True
 
-    average: Average = Field(default="episode", description="how steps are averaged; only `episode` is unbiased")
+    average: Average = Field(default="episode", description=AVERAGED_BY)
 
     def advantage(self, traj: Trajectory) -> Advantage:
         total = episode_return(traj)

@@ -19,9 +19,12 @@ class SAPO(GroupRelative):
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
     tau_positive: float = Field(
-        default=1.0, gt=0, description="how fast the gate closes where the advantage is above 0"
+        default=1.0,
+        gt=0,
+        description="temperature of the sigmoid gate on the ratio where the advantage is above 0; larger closes it "
+        "faster",
     )
-    tau_negative: float = Field(default=1.05, gt=0, description="how fast it closes where the advantage is below 0")
+    tau_negative: float = Field(default=1.05, gt=0, description="the same where the advantage is below 0")
 
     def clip_range(self) -> None:
         return None

@@ -1,10 +1,10 @@
 """VAPO, arXiv 2504.05118: VC-PPO with a lambda by length, clip-higher, and imitation of its correct answers."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from steersman.advantage.gae import Advantage, gae, length_adaptive
+from steersman.advantage.returns import judged_above
 from steersman.algorithms.base import Coefficients
 from steersman.algorithms.vc_ppo import VCPPO
 from steersman.ops.masked import whiten
@@ -27,7 +27,7 @@ class VAPO(VCPPO):
         default=0.05, gt=0, description="alpha of lambda = 1 - 1 / (alpha l), not below 0; null takes `lam` for all"
     )
     imitate: float = Field(default=0.1, ge=0, description="weight of -log pi of answers above `correct_above`")
-    correct_above: float = Field(default=0.5, description="score above which an answer counts as correct")
+    correct_above: float = Field(default=0.5, description="score before shaping above which an answer is correct")
 
     def advantage(self, traj: Trajectory) -> Advantage:
         if self.length_alpha is None:
@@ -37,6 +37,4 @@ class VAPO(VCPPO):
 
     def loss(self, logp: Tensor, traj: Trajectory, adv: Tensor, coef: Coefficients) -> Tensor:
         loss = super().loss(logp, traj, adv, coef)
-        if traj.score is None:
-            return loss
-        return loss - self.imitate * torch.where(traj.score > self.correct_above, 1.0, 0.0)[:, None] * logp
+        return loss - self.imitate * judged_above(traj, self.correct_above)[:, None] * logp

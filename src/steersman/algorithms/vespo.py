@@ -6,7 +6,7 @@ from torch import Tensor
 from steersman.algorithms.base import Coefficients
 from steersman.algorithms.group_relative import GroupRelative
 from steersman.loss.policy import gamma_weighted
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.types import Trajectory
 
 
@@ -15,12 +15,12 @@ class VESPO(GroupRelative):
 
     name = "vespo"
     title = "VESPO"
-    whole_response = True
+    whole_episode = "has one ratio for a whole episode"
     paper = "arXiv 2602.10693"
     unread = ("clip_low", "clip_high")
 
     beta: float = Field(default=0.0, ge=0, description="coefficient of KL(policy || reference)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    average: Average = Field(default="token", description=AVERAGED_BY)
     k_positive: float = Field(
         default=2.0, gt=0, description="power of W in the weight W^k exp(lambda (1 - W)), advantage 0 or above"
     )

@@ -17,15 +17,17 @@ def dump_recipe(section: Section) -> str:
 
 def changed_keys(before: Any, after: Any) -> list[str]:
     """Where two recipes (or parts of them) as plain data differ, such as "train.lr: 0.001 -> 0.0003"."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat_keys(before), flat_keys(after)
     keys = [k for k in [*new, *(k for k in old if k not in new)] if old.get(k) != new.get(k)]
     return [f"{k}: {old.get(k, 'not there')} -> {new.get(k, 'not there')}" for k in keys]
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+def flat_keys(data: Any, between: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"train": {"lr": 0.1}} is {"train.lr": 0.1}. `prefix` stands before every key."""
     if not isinstance(data, dict):
-        return {prefix.rstrip("."): data}
-    return {k: v for name, inner in data.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+        return {prefix.removesuffix(between): data}
+    below = (flat_keys(inner, between, f"{prefix}{name}{between}") for name, inner in data.items())
+    return {k: v for inner in below for k, v in inner.items()}
 
 
 def _dump_lines(section: Section, indent: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, get_args, get_origin
 
 from rich.table import Table
@@ -56,4 +57,5 @@ def default_text(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if value != "" else '""'
+    text = str(value)
+    return text if text and text.isprintable() else json.dumps(text, ensure_ascii=False)

@@ -6,6 +6,7 @@ the overrides over it and reports everything that is wrong at once, each by its 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,10 +42,9 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
     data = _read_yaml(path, model) if path is not None else {}
     problems, from_command = apply_overrides(model, data, overrides or [])
     problems += drop_unknown(model, model, data, "", from_command)
-    settings = merged(merged(defaults_of(model), model.dependent_defaults(data), model), data, model)
     recipe = None
     try:
-        recipe = model.model_validate(settings)
+        recipe = model.model_validate(_complete(model, data))
     except ValidationError as error:
         # A default that is worked out of a faulty value is no fault of its own.
         told = [e for e in error.errors() if e["input"] is not PydanticUndefined]
@@ -61,6 +61,23 @@ def load_recipe(model: type[R], path: Path | None = None, overrides: list[str] |
         listed = "".join(f"\n  - {p}" for p in problems)
         raise SteersmanError(f"{source}: {len(problems)} problems{listed}")
     return recipe
+
+
+def with_new_defaults(model: type[Section], data: dict[str, Any]) -> dict[str, Any]:
+    """An earlier recipe, as plain data, with the defaults of keys that were added since; unchanged where it is no
+    valid recipe of `model` any more."""
+    known = copy.deepcopy(data)
+    if drop_unknown(model, model, known, "", set()):
+        return data
+    try:
+        return model.model_validate(_complete(model, known)).model_dump(mode="json")
+    except ValidationError:
+        return data
+
+
+def _complete(model: type[Section], data: dict[str, Any]) -> dict[str, Any]:
+    """What is given, and the recipe class's own defaults for the rest."""
+    return merged(merged(defaults_of(model), model.dependent_defaults(data), model), data, model)
 
 
 def _read_yaml(path: Path, model: type[Section]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "max_seq_length": (("data.max_length",), "prompt and response, in tokens"),
     "cutoff_len": (("data.max_length",), "prompt and response, in tokens"),
     "packing": (("train.pack",), "tokens of a packed row"),
+    "neat_packing": (("train.pack",), "tokens of a packed row"),
     "temperature": (("rollout.temperature",), ""),
     "top_p": (("rollout.top_p",), ""),
     "top_k": (("rollout.top_k",), ""),

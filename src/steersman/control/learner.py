@@ -16,13 +16,12 @@ from steersman.advantage.gae import Advantage
 from steersman.algorithms import Algorithm, Coefficients
 from steersman.control.policies import MLPPolicy, Value
 from steersman.loss.masks import top_entropy
-from steersman.loss.policy import clip_fraction
 from steersman.loss.reduce import denominator, reduce, token_weight
 from steersman.loss.value import value_loss
 from steersman.ops.kl import kl_estimate
 from steersman.train.tally import Tally
 from steersman.types import Stats, Trajectory, send
-from steersman.update.on_policy import Problem, learn, policy_loss, step_both, zero_both
+from steersman.update.on_policy import Problem, clipped_steps, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
 
 
@@ -177,7 +176,7 @@ class StepBatch:
         tally.add("kl/old", moved * count, count)
         if first:
             tally.add("ratio_gap", (logp - old).abs().max(), 1)
-        clipped = self.learner.algorithm.clip_range()
+        clipped = clipped_steps(self.learner.algorithm, logp, part.traj)
         if clipped is not None:
-            tally.add("clip_fraction", clip_fraction(logp, old, part.traj.mask, *clipped) * count, count)
+            tally.add("clip_fraction", (clipped & part.traj.mask).sum(), count)
         return loss, moved

@@ -1,10 +1,10 @@
 """Files -> rows -> recognised shape -> typed examples -> token ids -> `Tokens`."""
 
 from steersman.data.batches import Batches
-from steersman.data.collate import collate, collate_groups, collate_pairs, pack
+from steersman.data.collate import collate, collate_groups, collate_pairs
 from steersman.data.config import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, DataConfig, keys_of_other_kinds
 from steersman.data.describe import Summary, describe
-from steersman.data.encode import Encoded, EncodedSet, TrainingSet, encode, encode_prompts, layout, wraps
+from steersman.data.encode import Encoded, EncodedSet, TrainingSet, encode, encode_prompts, layout, wrapped, wraps
 from steersman.data.examples import Demonstration, Feedback, Preference, Query, Ranking, Rating, Steps
 from steersman.data.large import LargeDataConfig, Training, training
 from steersman.data.load import (
@@ -26,7 +26,7 @@ from steersman.data.mixing import Mixture, mixture
 from steersman.data.read import read_rows
 from steersman.data.rows import BadRows, Row, RowError
 from steersman.data.streamed import Order, Streamed
-from steersman.data.template import end_ids
+from steersman.data.template import template_ends
 from steersman.data.tokenize import Codec, Layout
 
 __all__ = [
@@ -65,13 +65,11 @@ __all__ = [
     "describe",
     "encode",
     "encode_prompts",
-    "end_ids",
     "episode_rows",
     "feedback",
     "keys_of_other_kinds",
     "layout",
     "mixture",
-    "pack",
     "preferences",
     "prompts",
     "rankings",
@@ -80,6 +78,8 @@ __all__ = [
     "recognise_kind",
     "section_rows",
     "steps",
+    "template_ends",
     "training",
+    "wrapped",
     "wraps",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ OF_KINDS = {
     "opening_words": {"query"},
     "score_range": {"rating"},
     "step_separator": {"steps"},
-    "ties": {"preference", "ranking"},
+    "ties": {"preference", "ranking", "triple"},
 }
 """Keys of `data` that only some kinds of examples have (`shapes.Kind`)."""
 
@@ -38,7 +38,8 @@ class CountingConfig(Section):
 
     combine: Literal["raters", "each"] = Field(
         default="raters",
-        description="one row per item, with the share of the raters' votes as soft label, or one row per judgement",
+        description="raters: one row per item, with the share of the raters' votes as soft label; each: one row "
+        "per judgement",
     )
     weights: dict[str, float] = Field(
         default_factory=dict, description="weight of a rater by pseudonym; 1 if not given, 0 leaves the rater out"
@@ -47,7 +48,7 @@ class CountingConfig(Section):
         default=0.0, ge=0, le=1, description="leave out raters who got less than this share of gold items right"
     )
     queues: list[str] = Field(
-        default_factory=list, description="only these queues (chat: what was said in chats); empty: all"
+        default_factory=list, description="only judgements of these queues (chat: those made in chats); empty: all"
     )
 
     @field_validator("weights")
@@ -100,27 +101,30 @@ class DataConfig(Section):
         default=None, description="ratings outside [low, high] are bad rows"
     )
     opening_words: int | None = Field(
-        default=None, ge=1, description="where text rows serve as prompts: this many first words of each"
+        default=None, ge=1, description="for rows of text alone, used as prompts: the first so many words of each"
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] = Field(
         default=0, description="held-out rows, split by a hash of the prompt: a share below 1 or a count"
     )
     held_out_files: list[str] = Field(
-        default_factory=list, description="files or globs whose rows are held out; taken away from path if there"
+        default_factory=list,
+        description="files or globs of held-out rows; if `path` has these files too, they are not trained on",
     )
     limit: int | None = Field(
         default=None, ge=1, description="use only the first so many examples (of each path, with mix)"
     )
     shuffle: bool = Field(default=True, description="a new order every epoch; off: the order of the file")
     on_bad_row: Literal["stop", "skip"] = Field(
-        default="stop", description="stop at a bad row, or leave it out and count it"
+        default="stop", description="stop: end with an error at a bad row; skip: leave it out and count it"
     )
     ties: Literal["stop", "keep", "drop"] = Field(
         default="stop",
-        description="a tied pair or a ranking with repeated ranks: a bad row, kept as a tie, or left out",
+        description="a tied pair, or a ranking with repeated ranks. stop: it is a bad row; keep: it is used as a "
+        "tie; drop: it is left out",
     )
     on_too_long: Literal["error", "drop", "truncate"] = Field(
-        default="error", description="rows longer than the limits: stop, leave out, or cut"
+        default="error",
+        description="rows longer than the limits. error: stop; drop: leave the row out; truncate: cut it",
     )
     cut: Literal["auto", "left", "right"] = Field(
         default="auto",
@@ -137,7 +141,7 @@ class DataConfig(Section):
         "assistant's; null: where the model has a template of its own",
     )
     assistant_turns: Literal["all", "last"] = Field(
-        default="all", description="which assistant turns of a conversation count in the loss"
+        default="all", description="assistant turns of a conversation that count in the loss: all, or only the last"
     )
     append_eos: bool = Field(
         default=True, description="end every answer with the end token, so that the end is learned"

@@ -9,7 +9,7 @@ import numpy as np
 
 from steersman.data.encode import COUNTED, Encoded, EncodedSet
 from steersman.data.load import LoadedExamples
-from steersman.data.template import end_ids
+from steersman.data.template import template_ends
 from steersman.data.tokenize import Layout
 
 
@@ -26,7 +26,6 @@ class Summary:
     held_out: int
     dropped: int
     lengths: dict[str, int]
-    truncated_share: float
     end_share: float
     loss_share: float
     lines: list[str] = field(default_factory=list)
@@ -37,7 +36,7 @@ def describe(loaded: LoadedExamples, encoded: EncodedSet, laid: Layout, samples:
     """The summary of a set that is ready to be trained on."""
     sequences = _all(encoded)
     lengths = np.array([len(e) for e in sequences])
-    ends = set(end_ids(laid.codec.tokenizer))
+    ends = set(template_ends(laid.codec.tokenizer))
     ended = sum(any(m and i in ends for i, m in zip(e.response, e.mask, strict=True)) for e in sequences)
     summary = Summary(
         rows=len(encoded.examples),
@@ -48,7 +47,6 @@ def describe(loaded: LoadedExamples, encoded: EncodedSet, laid: Layout, samples:
             "p95": int(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
         },
-        truncated_share=encoded.cut / len(encoded.groups),
         end_share=ended / len(sequences),
         loss_share=sum(sum(e.mask) for e in sequences) / int(lengths.sum()),
     )

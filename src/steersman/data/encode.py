@@ -121,6 +121,11 @@ def wraps(tokenizer: Any, config: DataConfig) -> bool:
     return bool(tokenizer.chat_template) if config.wrap_in_chat is None else config.wrap_in_chat
 
 
+def wrapped(queries: Sequence[Query], laid: Layout) -> bool:
+    """Whether any of the prompts is plain text that becomes a user's turn in the chat template."""
+    return laid.wrap_in_chat and any(isinstance(query.prompt, str) for query in queries)
+
+
 def layout(reader: Any, config: DataConfig) -> Layout:
     """The layout that a data section asks for, for a policy or scalar model; a bare tokenizer is a causal model's."""
     tokenizer, start = getattr(reader, "tokenizer", reader), getattr(reader, "decoder_start", ())

@@ -48,10 +48,11 @@ class Demonstration:
 class Preference:
     """`chosen` was preferred to `rejected` for the same prompt.
 
-    `margin` is how much better it is, in the data's own units. `agreement` is the share of raters who chose
-    it (a tie counts half): the soft label of the pair, 1 for a single rater. `weight` scales its loss. `votes`
-    are the raters one by one where they are known: 1 for `chosen`, 0 for `rejected`, 1/2 for a tie. Where one of the
-    two is the reference model's answer, `chosen_from_reference` says which.
+    `margin` is how much better it is, in the data's own units. `agreement` is the share of raters who chose it (a tie
+    counts half): the soft label of the pair, 1 for a single rater. `weight` scales its loss. `votes` are the raters
+    one by one where they are known: 1 for `chosen`, 0 for `rejected`, 1/2 for a tie. Where one of the two is the
+    reference model's answer, `chosen_from_reference` says which. `gold` is an answer that is better than both, where
+    it was asked for.
     """
 
     prompt: Content
@@ -63,6 +64,7 @@ class Preference:
     weight: float = 1.0
     votes: tuple[float, ...] = ()
     chosen_from_reference: bool | None = None
+    gold: Content | None = None
 
 
 @dataclass(slots=True)
@@ -215,7 +217,7 @@ def answers(example: Example) -> list[Content]:
     """The answers of an example, in order."""
     match example:
         case Preference():
-            return [example.chosen, example.rejected]
+            return [example.chosen, example.rejected, *([] if example.gold is None else [example.gold])]
         case Ranking():
             return example.completions
         case Demonstration() | Feedback() | Rating() | Steps():

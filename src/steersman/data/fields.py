@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from steersman.data.examples import Content, Message, is_empty, user
+from steersman.data.examples import Content, Message, assistant, is_empty, user
 from steersman.data.rows import Row, nearest
 from steersman.data.tools import template_fields
 from steersman.guards.untrusted import UntrustedError, parse_json
@@ -185,7 +185,11 @@ def conversation(row: Row, column: str) -> tuple[list[Message], list[Message]]:
 
     Turns after the last assistant turn teach nothing and are cut off.
     """
-    messages = with_system(row, turns(row, column, listing(row, column)))
+    return from_first_reply(row, with_system(row, turns(row, column, listing(row, column))), column)
+
+
+def from_first_reply(row: Row, messages: list[Message], column: str) -> tuple[list[Message], list[Message]]:
+    """Turns as `conversation` parts them; `column` is what errors name."""
     speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not speaks:
         raise row.fault("no assistant turn", "no turn of the conversation is the assistant's", column)
@@ -249,12 +253,32 @@ def _bare(message: Message) -> tuple[str, str]:
 
 
 def instruction(row: Row) -> list[Message]:
-    """Alpaca's instruction and optional input as turns."""
+    """Alpaca's instruction and optional input as a user's turn, behind the earlier turns of the column `history`."""
     asked = text(row, "instruction")
     if not asked.strip():
         raise row.fault("empty prompt", "the instruction is empty", "instruction")
     extra = optional_text(row, "input")
-    return with_system(row, user(f"{asked}\n\n{extra}" if extra.strip() else asked))
+    return with_system(row, [*_history(row), *user(f"{asked}\n\n{extra}" if extra.strip() else asked)])
+
+
+def _history(row: Row) -> list[Message]:
+    """LLaMA-Factory's column of earlier turns: a list of pairs, what the user said and what was answered."""
+    if row.data.get("history") in (None, ""):
+        return []
+    found: list[Message] = []
+    for i, pair in enumerate(listing(row, "history")):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise row.fault(
+                "wrong type",
+                f"item {i + 1} must be a list of two texts, a question and its answer; rename the column where it "
+                "holds no earlier turns",
+                "history",
+            )
+        question, answer = pair
+        if not answer.strip():
+            raise row.fault("empty completion", f"the answer of item {i + 1} is empty", "history")
+        found += [*user(question), *assistant(answer)]
+    return found
 
 
 def json_text(row: Row, column: str) -> Any:

@@ -6,7 +6,7 @@ Formats of single data sets, which need more than one row or a parse, are in `so
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from steersman.data import fields as f
 from steersman.data.examples import (
@@ -25,6 +25,7 @@ from steersman.data.examples import (
     is_empty,
     preference,
     ranking,
+    same_form,
 )
 from steersman.data.rows import Row
 from steersman.data.shapes import Format, Probe
@@ -61,7 +62,11 @@ def _alpaca_row(row: Row) -> Demonstration:
     output = f.text(row, "output")
     if not output.strip():
         raise row.fault("empty completion", "the output is empty", "output")
-    return Demonstration(f.instruction(row), assistant(output), row)
+    return Demonstration(*f.from_first_reply(row, [*f.instruction(row), *assistant(output)], "output"), row)
+
+
+def _instruction_query(row: Row) -> Query:
+    return Query(f.instruction(row), row, row.data)
 
 
 def _scored_pair(row: Row) -> tuple[float | None, float, float, tuple[float, ...], bool | None]:
@@ -116,6 +121,25 @@ def _sharegpt_pair_row(row: Row) -> Preference:
     column = "conversations" if "conversations" in row.data else "messages"
     prompt = f.with_system(row, f.turns(row, column, f.listing(row, column)))
     return preference(row, prompt, f.content(row, "chosen"), f.content(row, "rejected"), *_scored_pair(row))
+
+
+def _with_gold(pairs: Format) -> Format:
+    """The same rows with an answer that is better than both, in the column `gold`."""
+
+    def convert(row: Row) -> Example:
+        pair, gold = cast(Preference, pairs.convert(row)), f.content(row, "gold")
+        if is_empty(gold):
+            raise row.fault("empty completion", "the answer is empty", "gold")
+        if _whole(gold):
+            raise row.fault("prompt in an answer", "give the reply alone, without the turns before it", "gold")
+        prompt, (chosen, rejected, gold) = same_form(pair.prompt, pair.chosen, pair.rejected, gold)
+        pair.prompt, pair.chosen, pair.rejected, pair.gold = prompt, chosen, rejected, gold
+        return pair
+
+    return Format(
+        f"{pairs.name} with gold", "triple", f"{pairs.sentence}; with a gold answer",
+        lambda seen: "gold" in seen and pairs.matches(seen), convert,
+    )  # fmt: skip
 
 
 def _label_row(row: Row) -> Feedback:
@@ -221,7 +245,8 @@ CONVENTIONAL = [
     Format("sharegpt messages", "demonstration", "ShareGPT conversations: from and value",
            lambda s: _has_turns(s, "conversations"), _messages_row("conversations"), as_query=_open_query),
     Format("alpaca", "demonstration", "Alpaca rows: instruction, input, output",
-           lambda s: _has("instruction", "output")(s) and "prompt" not in s, _alpaca_row),
+           lambda s: _has("instruction", "output")(s) and "prompt" not in s, _alpaca_row,
+           as_query=_instruction_query),
     Format("alpaca pairs and outputs", "preference", "Alpaca rows with pairs: instruction, input, chosen, rejected",
            lambda s: _has("instruction", "chosen", "rejected")(s) and "prompt" not in s, _alpaca_pair_row),
     Format("prompt and completion", "demonstration", "prompt and completion",
@@ -229,6 +254,7 @@ CONVENTIONAL = [
     Format("prompts", "query", "prompts, the other columns kept for rewards", _has("prompt"), _query_row),
     Format("instructions", "query", "instructions to answer",
            lambda s: "instruction" in s and "prompt" not in s,
-           lambda row: Query(f.instruction(row), row, row.data)),
+           _instruction_query),
     Format("text", "demonstration", "plain text", _has("text"), _text_row),
 ]  # fmt: skip
+CONVENTIONAL += [_with_gold(pairs) for pairs in CONVENTIONAL if pairs.kind == "preference"]

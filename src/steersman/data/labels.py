@@ -1,4 +1,4 @@
-"""What examples say beside their texts, as columns of a table, and examples made of such columns again."""
+"""The fields of examples that are not text (labels, weights, ranks): to Arrow columns, and back to examples."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ def schema(kind: Kind) -> dict[str, Any]:
     import pyarrow as pa
 
     number, numbers = pa.float64(), pa.list_(pa.float64())
+    pair = {
+        "margin": number,
+        "agreement": number,
+        "weight": number,
+        "votes": numbers,
+        "chosen_from_reference": pa.bool_(),
+    }
     fields: dict[Kind, dict[str, Any]] = {
         "demonstration": {},
-        "preference": {
-            "margin": number,
-            "agreement": number,
-            "weight": number,
-            "votes": numbers,
-            "chosen_from_reference": pa.bool_(),
-        },
+        "preference": pair,
+        "triple": pair,
         "feedback": {"label": pa.bool_(), "weight": number},
         "ranking": {"ranks": numbers},
         "rating": {"scores": pa.map_(pa.string(), number)},
@@ -41,7 +43,7 @@ def column(examples: Sequence[Example], name: str) -> list[Any]:
 def example(kind: Kind, prompt: str, row: Row, told: dict[str, Any]) -> Example:
     """An example without its texts; what stands for its prompt differs where the prompts differ."""
     match kind:
-        case "preference":
+        case "preference" | "triple":
             return Preference(prompt, "", "", row, **{**told, "votes": tuple(told["votes"])})
         case "feedback":
             return Feedback(prompt, "", row=row, **told)

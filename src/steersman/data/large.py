@@ -29,10 +29,13 @@ class LargeDataConfig(DataConfig):
 
     cache: str | None = Field(
         default=None,
-        description="folder where tokenised rows are kept by their content and read from disk; null: in memory",
+        description="folder in which tokenised rows are stored, by their content, and read from disk; null: in "
+        "memory",
     )
     cache_gb: float = Field(
-        default=50.0, gt=0, description="sets in the cache that were not used for longest go above this size"
+        default=50.0,
+        gt=0,
+        description="largest size of the cache; above it, sets that were not used for longest are deleted",
     )
     stream: bool = Field(
         default=False, description="read and tokenise while training, without a pass over all rows before"

@@ -54,6 +54,11 @@ def preferences(config: DataConfig) -> LoadedExamples[Preference]:
     return cast(LoadedExamples[Preference], load(config, "preference"))
 
 
+def triples(config: DataConfig) -> LoadedExamples[Preference]:
+    """Preference pairs with a gold answer."""
+    return cast(LoadedExamples[Preference], load(config, "triple"))
+
+
 def feedback(config: DataConfig) -> LoadedExamples[Feedback]:
     """Thumbs up and down. Raises SteersmanError where all are the same: nothing can be learned from that."""
     loaded = cast(LoadedExamples[Feedback], load(config, "feedback"))
@@ -148,6 +153,7 @@ def _read(config: DataConfig, bad: BadRows, path: str) -> Iterator[Row]:
 LOADERS: dict[Kind, Callable[[DataConfig], LoadedExamples[Any]]] = {
     "demonstration": demonstrations,
     "preference": preferences,
+    "triple": triples,
     "feedback": feedback,
     "ranking": rankings,
     "rating": ratings,

@@ -115,6 +115,7 @@ def _prefix(example: Example, prefix: str) -> None:
 
     if isinstance(example, Preference):
         example.chosen, example.rejected = put(example.chosen), put(example.rejected)
+        example.gold = None if example.gold is None else put(example.gold)
     elif isinstance(example, Ranking):
         example.completions = [put(c) for c in example.completions]
     elif isinstance(example, Demonstration | Feedback | Rating) and example.prompt:

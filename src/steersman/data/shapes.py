@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steersman.data.examples import (
+    Content,
     Demonstration,
     Example,
     Feedback,
@@ -24,7 +25,7 @@ from steersman.data.rows import BadRows, Row, nearest
 from steersman.data.tools import with_tools
 from steersman.types import SteersmanError
 
-Kind = Literal["demonstration", "preference", "feedback", "ranking", "rating", "steps", "query"]
+Kind = Literal["demonstration", "preference", "triple", "feedback", "ranking", "rating", "steps", "query"]
 Probe = dict[str, Any]
 """Column -> the first value of it that is not None, over the first rows."""
 
@@ -156,6 +157,7 @@ def _unknown(row: Row, seen: Probe, want: Kind, fitting: list[Format]) -> str:
 NOUNS: dict[Kind, str] = {
     "demonstration": "demonstrations",
     "preference": "preference pairs",
+    "triple": "preference pairs with a gold answer",
     "feedback": "thumbs up and down",
     "ranking": "rankings",
     "rating": "ratings",
@@ -165,6 +167,7 @@ NOUNS: dict[Kind, str] = {
 NEEDS: dict[Kind, str] = {
     "demonstration": "text, prompt and completion, messages, or instruction and output",
     "preference": "prompt, chosen and rejected (or responses and ranks)",
+    "triple": "prompt, chosen, rejected and gold",
     "feedback": "prompt, completion and label",
     "ranking": "prompt, responses and ranks (or scores)",
     "rating": "prompt, completion and a score (data.scores names the rating columns)",
@@ -177,12 +180,26 @@ def _positive(example: Feedback) -> list[Example]:
     return [Demonstration(example.prompt, example.completion, example.row)] if example.label else []
 
 
+def _by_raters(example: Preference) -> tuple[Content, Content]:
+    """The answer that most raters preferred, and the other one."""
+    if example.agreement < 0.5:
+        return example.rejected, example.chosen
+    return example.chosen, example.rejected
+
+
+def _preferred(example: Preference) -> list[Example]:
+    if has_ties(example):
+        return []
+    return [Demonstration(example.prompt, _by_raters(example)[0], example.row)]
+
+
 def _both(example: Preference) -> list[Example]:
     if has_ties(example):
         raise example.row.fault("tie", "the raters are evenly split, so neither answer has a thumb up")
+    better, worse = _by_raters(example)
     return [
-        Feedback(example.prompt, example.chosen, True, example.row),
-        Feedback(example.prompt, example.rejected, False, example.row),
+        Feedback(example.prompt, better, True, example.row, example.weight),
+        Feedback(example.prompt, worse, False, example.row, example.weight),
     ]
 
 
@@ -196,8 +213,7 @@ def _text_query(example: Demonstration) -> list[Example]:
 
 
 DERIVED: dict[tuple[Kind, Kind], tuple[Callable[[Any], Sequence[Example]], str]] = {
-    ("preference", "demonstration"): (
-        lambda e: [Demonstration(e.prompt, e.chosen, e.row)], "the chosen answers"),
+    ("preference", "demonstration"): (_preferred, "the chosen answers"),
     ("preference", "feedback"): (_both, "chosen is up, rejected is down"),
     ("feedback", "demonstration"): (_positive, "the rows with thumbs up"),
     ("ranking", "preference"): (pairs, "all pairs of unequal rank"),

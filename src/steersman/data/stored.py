@@ -37,7 +37,7 @@ from steersman.types import SteersmanError
 T = TypeVar("T")
 CHUNK = 1024
 """Rows that are tokenised and written together."""
-LAYOUT = 4
+LAYOUT = 5
 """Counts up where the same rows and settings come out otherwise than before."""
 MARK = {name: 1 << place for place, name in enumerate(COUNTED)}
 """The bit of `marks.npy` for each of what is counted."""
@@ -326,7 +326,7 @@ class Stored:
         ]
         first = self.about[0]
         return Summary(
-            len(self.places), held, counts["dropped"], lengths, counts["cut"] / len(self.places), first["end_share"],
+            len(self.places), held, counts["dropped"], lengths, first["end_share"],
             first["loss_share"], lines,
             [[(text, bool(counted)) for text, counted in sample] for sample in first["samples"]],
         )  # fmt: skip

@@ -32,6 +32,8 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+UNTAUGHT_STOP = "\nUser:"
+"""Ends an answer of a model whose layout is `PLAIN`: untaught, it would go on with the user's next turn."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Special tokens written in a message are fenced before rendering, so that the tokenizer can tell them from the
@@ -258,7 +260,7 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return added | set(tokenizer.all_special_tokens)
 
 
-def end_ids(tokenizer: Any) -> list[int]:
+def template_ends(tokenizer: Any) -> list[int]:
     """The tokens that end a reply: the tokenizer's eos, and what its chat template writes after a reply."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if not tokenizer.chat_template:

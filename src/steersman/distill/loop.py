@@ -11,6 +11,7 @@ import torch
 
 from steersman.advantage.group import leave_one_out
 from steersman.data import Batches, mixture
+from steersman.distill.feedback import FeedbackPrompts
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillRecipe
 from steersman.distill.rows import DistillSet
@@ -18,7 +19,7 @@ from steersman.distill.teacher import Answer
 from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.ranks import ranks
 from steersman.model import tables_and_adapters, whole_weights
-from steersman.reward import ScoreShaping, WeightedSum
+from steersman.reward import Scores, ScoreShaping, WeightedSum
 from steersman.rollout import Generator
 from steersman.run.seed import stream
 from steersman.setup.generators import sample_on_all_ranks
@@ -48,8 +49,11 @@ class Distill:
         data: DistillSet,
         engine: Generator,
         reward: WeightedSum | None,
+        *,
+        feedback: FeedbackPrompts | None = None,
     ) -> None:
         self.recipe, self.objective, self.data, self.engine, self.reward = recipe, objective, data, engine, reward
+        self.feedback = feedback
         self.shaping = None if recipe.reward is None else ScoreShaping(recipe.reward)
         train = recipe.train
         lengths = [len(e) for e in data.given_answers] or [len(p.ids) for p in data.prompts]
@@ -90,8 +94,8 @@ class Distill:
     def student_answers(
         self, prompts: Sequence[Prompt], n: int, seed: Any, taught: Sequence[list[int]] | None = None
     ) -> StudentAnswers:
-        """The student's answers to prompts, with what their rewards say of them. `taught` are the prompts as the
-        teacher reads them, for prompts that are not those of the training data."""
+        """The student's answers to prompts, with what their rewards say of them, and what the teacher reads of that.
+        `taught` are the prompts as the teacher reads them, for prompts that are not those of the training data."""
         with whole_weights(self.objective.policy):
             samples = sample_on_all_ranks(self.engine, prompts, self.recipe.rollout.sampling(), n=n, seed=seed)
         train = taught is None
@@ -102,15 +106,18 @@ class Distill:
         ]
         stats: Stats = {"length/mean": sum(len(s.ids) for s in samples) / len(samples)}
         stats["finish/length"] = sum(not s.terminated for s in samples) / len(samples)
-        if self.reward is not None:
-            stats |= self._worth(answers, samples, self.reward, training=train)
+        scores = None if self.reward is None else self.reward.score(samples)
+        if scores is not None:
+            stats |= self._worth(answers, scores, training=train)
+        if self.feedback is not None and train:
+            stats |= self.feedback.show(answers, scores)
         return StudentAnswers(answers, samples, stats)
 
-    def _worth(self, answers: list[Answer], samples: list[Sample], reward: WeightedSum, *, training: bool) -> Stats:
+    def _worth(self, answers: list[Answer], scores: Scores, *, training: bool) -> Stats:
         """Sets each answer's advantage: its shaped score beside the others' to the same prompt, or beside all others'
         where each prompt has one."""
         assert self.shaping is not None
-        scores, limit = reward.score(samples), self.recipe.rollout.max_new_tokens
+        limit = self.recipe.rollout.max_new_tokens
         terminated, length = (
             torch.tensor([a.ended for a in answers]),
             torch.tensor([len(a.response) for a in answers]),
@@ -125,8 +132,9 @@ class Distill:
     def update(self, answers: Sequence[Answer]) -> Stats:
         """One optimizer update. Raises NotFiniteError where the loss is no finite number."""
         objective, tally = self.objective, Tally()
-        objective.teacher.prepare(answers)
         denominator = objective.denominator(answers)
+        answers = objective.learned_from(answers)
+        objective.teacher.prepare(answers)
         cost = torch.tensor([max(len(a.prompt), len(a.teacher_prompt)) + len(a.response) for a in answers])
         losses, total = [], torch.zeros((), dtype=torch.float64)
         for part in my_micro_batches(cost, self.recipe.run.micro_tokens):

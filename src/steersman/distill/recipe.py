@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, keys_of_other_kinds
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.judge.config import AddressConfig
-from steersman.loss.reduce import Average
+from steersman.loss.reduce import AVERAGED_BY, Average
 from steersman.ops.divergence import Divergence
 from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import LEARNED_ONLY, ModelConfig, RolloutConfig, TrainingRecipe
@@ -33,6 +33,53 @@ SOURCES = {
 
 OWN = ("start", "live", "ema")
 """Paths of teachers that are the student itself."""
+SHOWN: tuple[str, ...] = ("solution", "feedback")
+"""Names in `teacher.prompt` that stand for what `teacher.feedback` shows."""
+REPROMPT = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+"""`teacher.prompt` with `teacher.feedback`, where none is given."""
+
+
+class TeacherFeedback(Section):
+    """What the teacher reads of how an update's answers fared (SDPO): in `teacher.prompt`, {solution} is another
+    answer to the same prompt that succeeded, {feedback} what is said of the answer itself; each is empty where there
+    is none."""
+
+    success: float | None = Field(
+        default=1.0, description="the score from which an answer is a solution; null shows none"
+    )
+    own: bool = Field(
+        default=False, description="show an answer that succeeded to the teacher of that very answer too"
+    )
+    solution: str = Field(
+        default="\nCorrect solution:\n\n{answer}\n\n", description="what {solution} is, made of {answer} and columns"
+    )
+    thinking: bool = Field(default=True, description="show a solution with what it has between think tags")
+    text: str = Field(
+        default="\nThe following is feedback from your unsuccessful earlier attempt:\n\n{text}\n\n",
+        description="what {feedback} is, made of {text}, which the rewards say of the answer, and columns",
+    )
+    column: str | None = Field(
+        default=None, description="column of the data whose text is feedback on every answer to its row"
+    )
+    beside_solution: bool = Field(default=True, description="show feedback also where there is a solution")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest prompt of the teacher; an answer whose teacher's would be longer is not taught. null is "
+        "what fits the teacher's context",
+    )
+
+    @model_validator(mode="after")
+    def _shows_something(self) -> TeacherFeedback:
+        for key, name in (("solution", "answer"), ("text", "text")):
+            if f"{{{name}}}" not in getattr(self, key):
+                raise ValueError(f"{key} must hold {{{name}}}, which it is there to show")
+        plain = type(self).model_fields
+        if self.success is None:
+            about = ("own", "solution", "thinking", "beside_solution")
+            if idle := {key for key in about if getattr(self, key) != plain[key].default}:
+                raise ValueError(f"{min(idle)} is about solutions, and success is null; give one of the two")
+        return self
 
 
 class TeacherEndpoint(AddressConfig):
@@ -43,7 +90,8 @@ class TeacherEndpoint(AddressConfig):
     )
     form: Literal["prompt_logprobs", "echo"] = Field(
         default="prompt_logprobs",
-        description="how it tells them: vLLM's field, or the older echo with logprobs, tokens named token_id:N",
+        description="how the server tells log-probabilities of a given text. prompt_logprobs: vLLM's field; echo: "
+        "the older completions API with echo and logprobs, tokens named token_id:N",
     )
 
 
@@ -71,8 +119,11 @@ class TeacherConfig(Section):
         description="the prompt that the teacher reads, made of the row's columns and {prompt}: what it may know and "
         'the student may not, such as "{prompt}\\n\\nThe answer is {answer}."',
     )
+    feedback: TeacherFeedback | None = Field(
+        default=None, description="show it how the update's answers fared, by {solution} and {feedback} in `prompt`"
+    )
     dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        default="same", description="precision of its weights; same: the student's"
+        default="same", description="precision of its weights: float32, bfloat16, float16, or same (the student's)"
     )
     device: str = Field(default="same", description="same, cpu, cuda or cuda:N")
 
@@ -85,6 +136,8 @@ class TeacherConfig(Section):
                 f"path {self.path}: the student has nothing to learn from itself unless the teacher knows more; give "
                 "prompt, such as '{prompt} (the answer is {answer})'"
             )
+        if self.feedback is not None and not any(f"{{{name}}}" in (self.prompt or "") for name in SHOWN):
+            raise ValueError("feedback is shown where prompt has {solution} or {feedback}, and it has neither")
         return self
 
     @model_validator(mode="after")
@@ -105,20 +158,32 @@ class DistillLoss(Section):
 
     name: Literal[Divergence, "minillm", "uld"] = Field(  # type: ignore[valid-type]
         default="reverse_kl",
-        description="a divergence at each token; minillm, the KL of whole answers by policy gradient; uld, for a "
-        "teacher with another tokenizer",
+        description="forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl: a divergence at each token "
+        "(docs/how-to/distill.md); minillm: reverse KL of whole answers, by policy gradient; uld: distance of "
+        "sorted probabilities, for a teacher with another tokenizer",
     )
     mix: float = Field(
         default_factory=lambda known: 0.1 if str(known.get("name")).startswith("skew") else 0.5,
         ge=0,
         le=1,
-        description="jsd: the teacher's share of the mixture; skew_*: how much of the compared one is mixed in; "
-        "0.5 for jsd and 0.1 for skew_* if not given",
+        description="jsd: the teacher's share of the mixture; skew_kl: the teacher's share in the student's "
+        "distribution that it is compared with; skew_reverse_kl: the student's share in the teacher's. If not "
+        "given 0.5 for jsd, 0.1 for skew_*",
     )
     temperature: float = Field(default=1.0, gt=0, description="both distributions are softmax(logits / temperature)")
-    average: Average = Field(default="token", description="how steps are averaged: token, sequence or episode")
+    top_k: int | None = Field(
+        default=None, ge=1, description="compare the student's k likeliest tokens at each place; null compares all"
+    )
+    tail: bool = Field(
+        default=True,
+        description="with top_k: count all other tokens together as one more; off: renormalise both distributions "
+        "over the k",
+    )
+    average: Average = Field(default="token", description=AVERAGED_BY)
     normalised: bool = Field(
-        default=True, description="minillm: divide what is to come by its steps, as its paper does; off is exact"
+        default=True,
+        description="minillm: divide the return by the number of its steps, as the paper does; off: the exact "
+        "gradient",
     )
     skip_first: int = Field(
         default=0,
@@ -128,7 +193,10 @@ class DistillLoss(Section):
     )
     nll: float = Field(default=0.0, ge=0, description="weight of the likelihood of given answers, added to the loss")
     reward_weight: float = Field(
-        default=1.0, ge=0, description="with a reward section: its advantage's weight in nats per unit of reward"
+        default=1.0,
+        ge=0,
+        description="with a reward section: weight of the advantage in the policy gradient, in nats per unit of "
+        "reward; with teacher.feedback 0 unless given",
     )
 
 
@@ -157,7 +225,7 @@ class DistillRecipe(TrainingRecipe):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig | None = Field(default=None, description="rewards added to the student's own answers")
     evaluation: EvaluationSection | None = Field(
-        default=None, description="what is measured of the student at every look, beside its divergence"
+        default=None, description="what else is measured of the student at every evaluation, beside its divergence"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     run: ManyRunConfig = ManyRunConfig()
@@ -169,10 +237,22 @@ class DistillRecipe(TrainingRecipe):
         own = key_names(rollout=("prompts", *LEARNED_ONLY), reward=("whiten",))
         return keys_of_other_kinds("query", "demonstration") | own
 
+    @classmethod
+    def dependent_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        defaults, teacher = super().dependent_defaults(given), given.get("teacher")
+        if not isinstance(teacher, dict) or not isinstance(teacher.get("feedback"), dict):
+            return defaults
+        return {**defaults, "teacher": {"prompt": REPROMPT}, "loss": {"reward_weight": 0.0}}
+
+    @property
+    def reward_weight(self) -> float:
+        """The weight of the rewards' policy gradient in the loss, 0 where there is none."""
+        return 0.0 if self.reward is None else self.loss.reward_weight
+
     @property
     def gradient_through_samples(self) -> bool:
         """Whether a policy gradient is part of the loss, which must know how tokens were drawn."""
-        return self.loss.name == "minillm" or self.reward is not None
+        return self.loss.name == "minillm" or self.reward_weight > 0
 
     @model_validator(mode="after")
     def _reads_its_loss(self) -> DistillRecipe:
@@ -181,9 +261,36 @@ class DistillRecipe(TrainingRecipe):
             raise ValueError(f"loss.mix is for jsd and the skew divergences; {loss.name} mixes nothing")
         if loss.normalised != plain.normalised and loss.name != "minillm":
             raise ValueError(f"loss.normalised is for minillm; {loss.name} divides nothing by the steps to come")
-        whole = "minillm" if loss.name == "minillm" else "a reward" if self.reward is not None else "loss.nll"
+        if loss.tail != plain.tail and loss.top_k is None:
+            raise ValueError("loss.tail is about the tokens that loss.top_k leaves out; give top_k, or remove tail")
+        if loss.top_k is not None and loss.name in ("minillm", "uld"):
+            raise ValueError(f"loss.top_k is for divergences at each token; {loss.name} is another loss")
+        if loss.top_k is not None and self.teacher.endpoint is not None:
+            raise ValueError("loss.top_k: a teacher behind an endpoint lists its own likeliest tokens; remove top_k")
+        whole = "minillm" if loss.name == "minillm" else "a reward" if self.reward_weight > 0 else "loss.nll"
         if loss.skip_first and (self.gradient_through_samples or loss.nll):
             raise ValueError(f"loss.skip_first leaves tokens out, and {whole} is about whole answers; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _has_feedback(self) -> DistillRecipe:
+        shown = self.teacher.feedback
+        if shown is None:
+            return self
+        if self.reward is None and (shown.success is not None or shown.column is None):
+            raise ValueError(
+                "teacher.feedback: a reward says which answers succeed and what is wrong with the others; give a "
+                "section `reward`, or success: null with a column of the data"
+            )
+        if self.train.on_policy < 1:
+            raise ValueError(
+                "teacher.feedback is about the student's own answers, in every update: train.on_policy 1"
+            )
+        if shown.success is not None and not shown.own and self.rollout.samples < 2:
+            raise ValueError(
+                "teacher.feedback shows an answer what another one to its prompt achieved; raise rollout.samples, or "
+                "give success: null for feedback in words alone"
+            )
         return self
 
     @model_validator(mode="after")
@@ -212,7 +319,7 @@ class DistillRecipe(TrainingRecipe):
                     f"{what} takes a policy gradient of answers as the student draws them: rollout.temperature "
                     f"({rollout.temperature:g}) must be loss.temperature ({loss.temperature:g})"
                 )
-        if self.reward is not None and self.train.batch_size * rollout.samples < 2:
+        if self.reward_weight > 0 and self.train.batch_size * rollout.samples < 2:
             raise ValueError(
                 "reward: an answer is worth what it earns beyond the other answers of its update; train.batch_size 1 "
                 "with rollout.samples 1 has no other, so the reward would teach nothing. Raise one of the two"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from steersman.data import (
 )
 from steersman.data.examples import Content
 from steersman.data.prompt_template import PromptTemplate
-from steersman.distill.recipe import DistillRecipe
+from steersman.distill.recipe import SHOWN, DistillRecipe
 from steersman.distill.teacher import Answer
 from steersman.model import Policy, context_length
 from steersman.types import Prompt
@@ -28,11 +28,13 @@ from steersman.types import Prompt
 
 @dataclass(slots=True)
 class DistillSet:
-    """Rows by place: `prompts` to answer, the same prompts as the teacher reads them, and given answers if any."""
+    """Rows by place: `prompts` to answer, the same prompts as the teacher reads them, given answers if any, and the
+    `examples` that all of it was read from."""
 
     prompts: list[Prompt] = field(default_factory=list)
     teacher_prompts: list[list[int]] = field(default_factory=list)
     given_answers: list[Encoded] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -84,9 +86,12 @@ class Reader:
                 for i, (e, example) in enumerate(zip(given.first, given.examples, strict=True))
             ]
         out.prompts = [Prompt(p.ids, p.text, p.row, i) for i, p in enumerate(out.prompts)]
-        out.parts = [e.row.part for e in kept]
+        out.parts, out.examples = [e.row.part for e in kept], list(kept)
         own = self.template is None and self.teacher is self.student
-        out.teacher_prompts = [p.ids if own else self._taught(e) for p, e in zip(out.prompts, kept, strict=True)]
+        blank = {} if self.recipe.teacher.feedback is None else dict.fromkeys(SHOWN, "")
+        out.teacher_prompts = [
+            p.ids if own else self.teacher_prompt(e, blank) for p, e in zip(out.prompts, kept, strict=True)
+        ]
         for i, example in enumerate(kept):
             self._check(example, out.teacher_prompts[i], out.given_answers[i] if out.given_answers else None)
         return out
@@ -109,19 +114,21 @@ class Reader:
                 "several turns", "a teacher with another tokenizer reads answers of one turn; give single answers"
             )
 
-    def _taught(self, example: Query | Demonstration) -> list[int]:
-        content = example.prompt if self.template is None else teacher_text(example, self.template)
+    def teacher_prompt(self, example: Query | Demonstration, shown: Mapping[str, str]) -> list[int]:
+        """The prompt as the teacher reads it, with what it is `shown` beside the row's columns."""
+        content = example.prompt if self.template is None else teacher_text(example, self.template, shown)
         if isinstance(example, Query):
             return self.teacher.prompt(content)[0]
         return self.teacher.answer(content, example.completion)[0]
 
 
-def teacher_text(example: Query | Demonstration, template: PromptTemplate) -> Content:
-    """The prompt that the template makes of the row's columns; {prompt} is the text asked, of a conversation its
-    last user's turn, in whose place it stands then, and {completion} the given answer's text, of a conversation its
-    first reply. Raises SteersmanError as `PromptTemplate.fill` does, and for a conversation without a user's turn."""
+def teacher_text(example: Query | Demonstration, template: PromptTemplate, shown: Mapping[str, str]) -> Content:
+    """The prompt that the template makes of the row's columns and of what is `shown` by name; {prompt} is the text
+    asked, of a conversation its last user's turn, in whose place it stands then, and {completion} the given answer's
+    text, of a conversation its first reply. Raises SteersmanError as `PromptTemplate.fill` does, and for a
+    conversation without a user's turn."""
     prompt, row = example.prompt, example.row
-    data = dict(row.data)
+    data = {**row.data, **shown}
     if isinstance(example, Demonstration):
         given = example.completion
         data["completion"] = given if isinstance(given, str) else given[0]["content"]
@@ -148,9 +155,10 @@ def _template(recipe: DistillRecipe) -> PromptTemplate | None:
 
 
 def reader(recipe: DistillRecipe, student: Policy, teacher: Policy | None) -> Reader:
-    """`teacher` is the model that teaches, where it is in this process; with loss uld it reads tokens of its own."""
+    """`teacher` is the model that teaches, where it is in this process and has weights of its own; with loss uld it
+    reads tokens of its own."""
     own = other = layout(student, recipe.data)
     if teacher is not None and recipe.loss.name == "uld":
         other = layout(teacher, recipe.data)
-    limit = None if teacher is None else context_length(teacher.model)
+    limit = None if recipe.teacher.path is None else context_length((teacher or student).model)
     return Reader(recipe, own, other, _template(recipe), context_length(student.model), limit)

@@ -9,6 +9,7 @@ from steersman.data import LoadedExamples
 from steersman.distill.alignment import OtherTokenizer
 from steersman.distill.average import MovingAverage
 from steersman.distill.endpoint import EndpointTeacher
+from steersman.distill.feedback import FeedbackPrompts
 from steersman.distill.loop import Distill
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import SOURCES, DistillRecipe
@@ -17,9 +18,10 @@ from steersman.distill.teacher import AveragedTeacher, LocalTeacher, Teacher, ch
 from steersman.distill.watch import Watch
 from steersman.evaluation import Evaluation
 from steersman.model import Policy
-from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
+from steersman.plan.memory import Model, SamplingLoad, announce, largest_load
 from steersman.reward import build_reward
 from steersman.run.device import device_text
+from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
 from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from, rate_text, save_model
@@ -30,10 +32,10 @@ from steersman.train.session import Session
 
 def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains, and leaves the student in `<run folder>/model`; returns the summary that the run folder holds."""
-    watched = "held_out/uld" if recipe.loss.name == "uld" else "held_out/teacher_kl"
+    watched, mode = _watched(recipe)
     session = Session(
-        "distill", recipe, resume=resume, metric=watched, mode="min",
-        headline=("divergence", watched, "held_out/loss", "reward/total", "length/mean"), health=recipe.health,
+        "distill", recipe, resume=resume, metric=watched, mode=mode, health=recipe.health,
+        headline=("divergence", watched, "held_out/loss", "reward/total", "feedback/taught", "length/mean"),
     )  # fmt: skip
     with session, ExitStack() as stack:
         student = policy_from(recipe.model, recipe.run, session.device)
@@ -44,13 +46,15 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         train = rows.read(loaded.train)
         held = rows.read(loaded.held_out) if loaded.held_out else _last(train, recipe.rollout.held_out)
         limit = float(recipe.rollout.max_new_tokens)
-        objective = Distillation(student, teacher, recipe.loss, limit=limit, rewarded=recipe.reward is not None)
+        objective = Distillation(student, teacher, recipe.loss, limit=limit, reward_weight=recipe.reward_weight)
         reward = None
         if recipe.reward is not None:
             reward = build_reward(recipe.reward, student.tokenizer, session.device)
         engine = open_generator(recipe.rollout, student)
         stack.callback(engine.close)
-        state = Distill(recipe, objective, train, engine, reward)
+        shown = recipe.teacher.feedback
+        feedback = None if shown is None else FeedbackPrompts(shown, rows, train)
+        state = Distill(recipe, objective, train, engine, reward, feedback=feedback)
         watch = Watch(state, held)
         evaluation = Evaluation(student, recipe.evaluation, session)
         _preflight(session, state, loaded, held, model=model, evaluation=evaluation)
@@ -66,8 +70,17 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
             return session.summary({})
         save_model(student, recipe.model, session.path / "model")
         looks = before_and_after(*first_and_last(session))
+        if looks and not holds_out(dict(recipe.data)):
+            session.log.note(NONE_HELD_OUT, style="yellow")
         measured = evaluation.of_saved(again=False)
         return session.summary({"model": str(session.path / "model"), **looks, **measured})
+
+
+def _watched(recipe: DistillRecipe) -> tuple[str, str]:
+    """The number of the looks that ranks checkpoints, and whether the least or the most of it is best."""
+    if recipe.teacher.feedback is not None:
+        return ("held_out/loss", "min") if recipe.reward is None else ("held_out/reward/total", "max")
+    return "held_out/uld" if recipe.loss.name == "uld" else "held_out/teacher_kl", "min"
 
 
 def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, rows: Any) -> Teacher:
@@ -100,7 +113,11 @@ def _preflight(
     pre.fact("run folder", str(session.path))
     pre.fact("device", device_text(session.device, next(student.parameters()).dtype))
     pre.fact("teacher", state.objective.teacher.describe())
-    pre.fact("data", f"{len(state.data):,} prompts, {len(held)} looked at; {loaded.left_out.sentence}")
+    if state.feedback is not None:
+        pre.fact("teacher is shown", state.feedback.describe())
+    pre.fact("data", f"{len(state.data):,} prompts, {len(loaded.held_out)} held out; {loaded.left_out.sentence}")
+    if held.prompts and not loaded.held_out:
+        pre.fact("looks", f"at the last {len(held)} training prompts: {NONE_HELD_OUT}")
     pre.fact("answers", f"{train.on_policy:.0%} of updates on the student's own, the others on the data's")
     pre.fact("optimizer updates", f"{state.total} of {train.batch_size} prompts x {rollout.samples}")
     pre.fact("optimizer.lr", rate_text(student, recipe.optimizer.lr))
@@ -111,12 +128,13 @@ def _preflight(
     if separate is not None and separate is not student:
         models.append(Model("teacher", separate.model, recipe.teacher.path or ""))
     models += [Model("teacher's average", kept, "float32") for kept in state.objective.teacher.beside()]
-    prompt = max(state.data.longest, max(map(len, state.data.teacher_prompts)))
+    shown = 0 if state.feedback is None else rollout.max_new_tokens
+    prompt = max(state.data.longest, shown + max(map(len, state.data.teacher_prompts)))
     longest = max([prompt + rollout.max_new_tokens, *(len(e) for e in state.data.given_answers)])
     answers = train.batch_size * rollout.samples
-    tokens = largest_micro_batch([longest] * answers, recipe.run.micro_tokens, answers)
+    load = largest_load([longest] * answers, longest, recipe.run.micro_tokens, answers)
     sampled = SamplingLoad(student, answers, state.data.longest, rollout.max_new_tokens, state.engine.limits(answers))
-    announce(pre, session.device, models, Load(tokens, longest), evaluation.larger(sampled))
+    announce(pre, session.device, models, load, evaluation.larger(sampled))
     for i in range(0, len(state.data), max(1, len(state.data) // 3)):
         pre.sample([(state.data.prompts[i].text, False)])
         if i and i >= 2 * max(1, len(state.data) // 3):

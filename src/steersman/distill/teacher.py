@@ -25,9 +25,10 @@ from steersman.types import SteersmanError, Tokens
 class Answer:
     """One answer to learn from, in the student's tokens.
 
-    `teacher_prompt` is the prompt as the teacher reads it, and `text` the answer's text where a teacher reads it in
-    tokens of its own. `mask[t]` says whether token t counts. `ended` is False where the length limit cut it, `row`
-    its place in the data, `advantage` what the reward found it worth beside others.
+    `teacher_prompt` is the prompt as the teacher reads it, and `text` the answer's text, of a given one only where a
+    teacher reads it in tokens of its own. `mask[t]` says whether token t counts. `ended` is False where the length
+    limit cut it, `row` its place in the data, `advantage` what the reward found it worth beside others. `taught` is
+    False where the teacher knows no more than the student, so that its distance to it counts as 0.
     """
 
     prompt: list[int]
@@ -38,6 +39,7 @@ class Answer:
     text: str = ""
     ended: bool = True
     advantage: float = 0.0
+    taught: bool = True
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -70,11 +72,14 @@ class TokenDivergence:
 @dataclass(frozen=True, slots=True)
 class Measure:
     """What student and teacher are compared by: the divergence, the share `mix` of the teacher in what a mixed one
-    compares both with, the softmax temperature, and whether the teacher's `logp` of the answers' tokens is wanted."""
+    compares both with, the softmax temperature, the student's `top_k` tokens with or without their `tail`
+    (`linear_divergence`), and whether the teacher's `logp` of the answers' tokens is wanted."""
 
     kind: Divergence
     mix: float = 0.5
     temperature: float = 1.0
+    top_k: int | None = None
+    tail: bool = True
     logp: bool = False
 
 
@@ -131,8 +136,9 @@ class TokenTeacher(Teacher):
     ) -> TokenDivergence:
         reading = self.read(answers, logp=measure.logp, temperature=measure.temperature)
         divergence = linear_divergence(
-            hidden, head, reading.teacher, measure.kind, mix=measure.mix, temperature=measure.temperature
-        )
+            hidden, head, reading.teacher, measure.kind,
+            mix=measure.mix, temperature=measure.temperature, top_k=measure.top_k, tail=measure.tail,
+        )  # fmt: skip
         return TokenDivergence(divergence, reading.logp, reading.teacher.rest)
 
 

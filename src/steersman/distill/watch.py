@@ -19,8 +19,9 @@ from steersman.types import Stats
 class Watch:
     """`held_out/teacher_kl` is KL(student || teacher) in nats per answer, of the student's own answers: the mean over
     sampled answers of the sum over their tokens of the whole distributions' divergence; `held_out/teacher_kl_se` is
-    its standard error over prompts. With another tokenizer it is `held_out/uld`, the sorted distance per token. Where
-    the data have answers, `held_out/loss` is the student's loss on them, in nats per token.
+    its standard error over prompts. With another tokenizer it is `held_out/uld`, the sorted distance per token.
+    Neither is measured where the teacher reads of other answers to a prompt, of which there is one here. Where the
+    data have answers, `held_out/loss` is the student's loss on them, in nats per token.
     """
 
     def __init__(self, run: Distill, held: DistillSet) -> None:
@@ -40,7 +41,7 @@ class Watch:
             return stats
         own = self.run.student_answers(self.prompts, 1, (self.run.recipe.run.seed, STREAM), self.teacher_prompts)
         stats |= {f"held_out/{name.replace('length/mean', 'length')}": x for name, x in own.stats.items()}
-        stats |= self._distance(own.answers)
+        stats |= {} if self.run.feedback is not None else self._distance(own.answers)
         session.log.samples(step, [answer_row(s) for s in own.samples])
         return stats
 

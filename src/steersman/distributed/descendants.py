@@ -1,4 +1,4 @@
-"""Which processes end with which, as Linux lets it be said; on other systems nothing happens here."""
+"""On Linux: a child that dies with its parent, and orphans that become our children; nothing on other systems."""
 
 from __future__ import annotations
 

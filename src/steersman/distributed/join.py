@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,13 @@ import torch.distributed as dist
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.ranks import Ranks, as_one_of, ranks
 from steersman.types import SteersmanError
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

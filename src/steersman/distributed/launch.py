@@ -10,12 +10,11 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 
 from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
-from steersman.distributed.join import join_ranks
+from steersman.distributed.join import free_port, join_ranks
 from steersman.distributed.launched import ranks_launched
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.waiting import MissingRankError
@@ -62,17 +61,13 @@ def start(verb: str, recipe: Section, devices: int, *, resume: bool) -> dict[str
     with TemporaryDirectory(prefix="steersman-ranks-") as folder:
         place = Path(folder)
         (place / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        words = ("-m", "steersman.cli", verb, str(place / "recipe.yaml"), *(["--resume"] if resume else []))
+        words = ("-m", "steersman", verb, str(place / "recipe.yaml"), *(["--resume"] if resume else []))
         with signals_kept():
             running = start_processes(
                 "steersman",
                 sys.executable,
                 dict.fromkeys(range(devices), words),
-                {
-                    rank: _environment(rank, devices, port, place)
-                    for port in [_free_port()]
-                    for rank in range(devices)
-                },
+                {rank: _environment(rank, devices, port, place) for port in [free_port()] for rank in range(devices)},
                 DefaultLogsSpecs(log_dir=folder),
             )
         logging.getLogger(f"{start_processes.__module__}.api").setLevel(logging.CRITICAL)  # told here, and once
@@ -104,12 +99,6 @@ def _environment(rank: int, devices: int, port: int, folder: Path) -> dict[str, 
     }  # fmt: skip
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def passed_on() -> list[signal.Signals]:
     """The signals that a starter passes on to its ranks: those that this process was not started to ignore."""
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -117,19 +106,17 @@ def passed_on() -> list[signal.Signals]:
 
 
 @contextmanager
-def _signals_to(pids: list[int]) -> Iterator[list[int]]:
-    """The first signal goes to every rank, which ends its step and saves; a second Ctrl-C ends them at once. Gives
-    the signals that have come."""
+def forwarding(send: Callable[[int], None], impatient: Collection[int]) -> Iterator[list[int]]:
+    """The first signal is handed to `send`; a later one raises CtrlCError where it is one of `impatient`. Gives the
+    signals that have come, in order; outside the main thread none come."""
     seen: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
-        if seen and number == signal.SIGINT:
+        if seen and number in impatient:
             raise CtrlCError
-        if not seen:
-            for pid in pids:
-                with suppress(ProcessLookupError):  # some ranks end before others
-                    os.kill(pid, number)
         seen.append(number)
+        if len(seen) == 1:
+            send(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -137,14 +124,29 @@ def _signals_to(pids: list[int]) -> Iterator[list[int]]:
     before = {number: signal.signal(number, forward) for number in passed_on()}
     try:
         yield seen
-    except KeyboardInterrupt:
-        for pid in pids:
-            with suppress(ProcessLookupError, PermissionError):  # macOS refuses a group of which nobody runs
-                os.killpg(pid, signal.SIGKILL)
-        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_to(pids: list[int]) -> Iterator[list[int]]:
+    """The first signal goes to every rank, which ends its step and saves; a second Ctrl-C ends them at once. Gives
+    the signals that have come."""
+
+    def send(number: int) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # some ranks end before others
+                os.kill(pid, number)
+
+    with forwarding(send, [signal.SIGINT]) as seen:
+        try:
+            yield seen
+        except KeyboardInterrupt:
+            for pid in pids:
+                with suppress(ProcessLookupError, PermissionError):  # macOS refuses a group of which nobody runs
+                    os.killpg(pid, signal.SIGKILL)
+            raise
 
 
 ENDED_AT_ONCE = (130, -signal.SIGINT, -signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What another launcher than steersman's says of the ranks that it started, of which this process is one."""
+"""Rank and world size of this process, as torchrun, SLURM or another launcher sets them in the environment."""
 
 from __future__ import annotations
 

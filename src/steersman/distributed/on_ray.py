@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +23,9 @@ from steersman.config.dump import dump_recipe
 from steersman.config.sections import Section
 from steersman.distributed import launch
 from steersman.distributed.descendants import die_with_parent
+from steersman.distributed.join import free_port
 from steersman.distributed.ray_cluster import HERE, PLACED_IN, connected
 from steersman.guards.terminal import say
-from steersman.guards.user_code import CtrlCError
 from steersman.types import SteersmanError
 
 RESTARTS = 3
@@ -44,7 +43,7 @@ class Rank:
         """This machine's address, and a port of it that nobody listens on."""
         import ray
 
-        return ray.util.get_node_ip_address(), launch._free_port()
+        return ray.util.get_node_ip_address(), free_port()
 
     def run(self, words: Sequence[str], recipe: str, cwd: str, env: Mapping[str, str]) -> tuple[int, dict[str, str]]:
         """Runs the rank to its end; its exit code, and the files in which it left word."""
@@ -52,7 +51,7 @@ class Rank:
             file = Path(folder) / "recipe.yaml"
             file.write_text(recipe, encoding="utf-8")
             own = {launch.FOLDER: folder, launch.STARTER: str(os.getpid()), **env}
-            command = [sys.executable, "-m", "steersman.cli", words[0], str(file), *words[1:]]
+            command = [sys.executable, "-m", "steersman", words[0], str(file), *words[1:]]
             self.process = subprocess.Popen(command, cwd=cwd, env={**os.environ, **own}, preexec_fn=die_with_parent)
             if self.asked is not None:
                 self.process.send_signal(self.asked)
@@ -166,23 +165,12 @@ def _watched(ray: Any, running: dict[Any, int], folder: Path) -> dict[int, int]:
 
 @contextmanager
 def _signals_to(ranks: Sequence[Any]) -> Iterator[list[int]]:
-    """The first signal goes to every rank, which ends its step and saves; another one ends the wait. Gives the
-    signals that have come."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
+    """The first signal ends every rank's step, and the rank saves; another one ends the wait. Gives the signals that
+    have come."""
 
-    def forward(number: int, _frame: Any) -> None:
-        if seen:
-            raise CtrlCError
-        seen.append(number)
+    def send(_number: int) -> None:
         for one in ranks:
             one.signal.remote(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in launch.passed_on()}
-    try:
+    with launch.forwarding(send, launch.passed_on()) as seen:
         yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -21,9 +21,9 @@ class ParallelConfig(Section):
 
     mode: Literal["replicas", "fsdp", "zero1", "zero2", "zero3"] = Field(
         default="replicas",
-        description="replicas: every device holds the whole models and gradients are added up; fsdp: weights, "
-        "gradients and optimizer state lie in pieces over the devices (PyTorch's FSDP2); zero1: whole models, and "
-        "optimizer state in pieces (DeepSpeed); zero2: gradients in pieces too; zero3: weights too",
+        description="replicas: every device holds the whole models, and gradients are summed; fsdp: weights, "
+        "gradients and optimizer state are sharded over the devices (PyTorch's FSDP2); zero1: whole models, "
+        "sharded optimizer state (DeepSpeed); zero2: gradients sharded too; zero3: weights too",
     )
     deepspeed: str | None = Field(
         default=None,
@@ -36,16 +36,21 @@ class ParallelConfig(Section):
         description="with fsdp: copies of the sharded model, such as one a node; devices / replicas hold one copy",
     )
     reduce_dtype: Literal["same", "float32", "bfloat16"] = Field(
-        default="same", description="with fsdp: precision in which gradients are added up"
+        default="same",
+        description="with fsdp: precision in which gradients are summed over devices: float32, bfloat16, or same "
+        "(as they were computed)",
     )
     compute_dtype: Literal["same", "float32", "bfloat16"] = Field(
-        default="same", description="with fsdp: precision of forward and backward; the pieces keep their own"
+        default="same",
+        description="with fsdp: precision of forward and backward passes: float32, bfloat16, or same (that of the "
+        "weights). The stored shards keep their own precision",
     )
     reshard: bool = Field(
         default=True,
-        description="with fsdp: give a layer's whole weights back after its forward; false is faster and takes more",
+        description="with fsdp: free a layer's gathered weights after its forward pass; false is faster and takes "
+        "more memory",
     )
-    offload: bool = Field(default=False, description="with fsdp: keep the pieces in the CPU's memory between uses")
+    offload: bool = Field(default=False, description="with fsdp: keep the shards in the CPU's memory between uses")
     timeout: float = Field(
         default=1800.0, gt=0, description="seconds that a rank waits for the others in one call before it gives up"
     )

@@ -169,7 +169,7 @@ class Ranks:
         """The gradients of the parameters for which any rank has one; where this rank has none it gets zeros."""
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         with self.call("the sum of gradients"):
-            dist.all_reduce(has)
+            dist.all_reduce(has, group=self.group)
         found = []
         for parameter, count in zip(parameters, has.tolist(), strict=True):
             if count and parameter.grad is None:
@@ -183,7 +183,7 @@ class Ranks:
             same = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.reshape(-1) for g in same])
             with self.call("the sum of gradients"):
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.group)
             for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 

@@ -218,7 +218,7 @@ class TextEpisode:
 
 
 def environment_class(spec: str) -> type:
-    """The class that "file.py:Class" or "module:Class" names. Raises SteersmanError for what is none."""
+    """The class that "file.py:Class" or "module:Class" names. Raises SteersmanError if that is not a class."""
     kind: Any = load_function(spec)
     if not isinstance(kind, type):
         raise SteersmanError(f"environment '{spec}': it is no class; functions go into environment.tools")
@@ -293,7 +293,7 @@ def _message(turn: Any, longest: int) -> Message:
 def _accepted(function: Callable[..., Any], columns: dict[str, Any]) -> dict[str, Any]:
     """The columns that a function has parameters for, all where it takes `**`.
 
-    Raises FaultError for a column that it needs and the row lacks.
+    Raises SteersmanError for a column that it needs and the row lacks.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -22,7 +22,10 @@ _KINDS = ("tools", "path", "gym", "agent")
 class EnvironmentConfig(Section):
     """What the model plays in: exactly one of tools, path, gym and agent."""
 
-    tools: list[str] = Field(default_factory=list, description="typed functions, as my_tools.py:add")
+    tools: list[str] = Field(
+        default_factory=list,
+        description="Python functions with type hints that the model may call, such as my_tools.py:add",
+    )
     path: str | None = Field(
         default=None, description="my_env.py:Env, a class with tools (reset, get_reward) or with begin and step"
     )
@@ -32,7 +35,8 @@ class EnvironmentConfig(Section):
         "OPENAI_BASE_URL and OPENAI_API_KEY, and reads the row as JSON from its standard input",
     )
     agent_pays: bool = Field(
-        default=False, description='agent: its last line of output is {"reward": NUMBER}, what the episode earns'
+        default=False,
+        description='agent: the last line of its output is {"reward": NUMBER}, the reward of the episode',
     )
     gym: str | None = Field(default=None, description="name of a Gymnasium environment, such as FrozenLake-v1")
     args: dict[str, Any] = Field(default_factory=dict, description="settings of the class, or of gymnasium.make")
@@ -50,52 +54,58 @@ class EnvironmentConfig(Section):
     workers: int = Field(default=64, ge=1, description="threads that run environments side by side")
     run_in: Literal["threads", "processes"] = Field(
         default="threads",
-        description="processes: every episode under way has one of its own, so that a tool that crashes, hangs or "
-        "holds the interpreter takes nothing else along; for tools that compute in Python it is faster too",
+        description="threads: environments run inside steersman's process; processes: every episode under way has "
+        "a process of its own, so that a tool that crashes, hangs or blocks the interpreter harms no other (also "
+        "faster for tools that compute in Python)",
     )
-    record: str | None = Field(default=None, description="file that everything an environment says is recorded in")
+    record: str | None = Field(
+        default=None, description="file in which everything that an environment says is recorded"
+    )
     replay: bool = Field(
         default=False, description="episodes are played from `record` and no environment is asked anything"
     )
     overlap: bool = Field(
         default=False,
-        description="turns join the batch that is being decoded, half of the episodes at a time, while the others "
-        "wait for their tools; faster with slow tools. Repeatable bit for bit with the engine inside; with servers, "
-        "what is sampled together depends on time",
+        description="let an episode's next turn join the batch under way as soon as a row is free, while other "
+        "episodes wait for their tools; faster with slow tools. Bit-for-bit repeatable with rollout.engine inside "
+        "only: with servers the batches depend on timing",
     )
     overlap_steps: int = Field(
         default=0,
         ge=0,
-        description="overlap with the engine inside: steps of decoding (a token of every row) before an episode may "
-        "speak again; about what tools take at most, so that nobody is waited for while rows stand idle",
+        description="with overlap and rollout.engine inside: decoding steps (a token of every row) before an "
+        "episode may speak again. Choose as many as the slowest tools take, so that decoding does not wait for "
+        "them",
     )
-    retries: int = Field(default=0, ge=0, description="how often a beginning that failed is tried anew")
+    retries: int = Field(default=0, ge=0, description="how often an episode that could not begin is begun again")
     on_error: Literal["tell", "end"] = Field(
-        default="tell", description="a tool that raises: its error is shown to the model, or ends the episode"
+        default="tell", description="when a tool raises. tell: the model is shown the error; end: the episode ends"
     )
     on_fault: Literal["end", "truncate", "stop"] = Field(
         default="end",
-        description="an environment that hangs, raises or gives nonsense: the episode ends with fault_reward, is "
-        "truncated with what it has, or the run stops",
+        description="when an environment hangs, raises or returns nonsense. end: the episode ends with "
+        "fault_reward; truncate: it is truncated and keeps the rewards that it has; stop: the run stops",
     )
     fault_reward: float = Field(default=0.0, description="reward of the turn at which an environment failed")
-    max_characters: int = Field(default=4000, ge=1, description="of one message of the environment; the rest is cut")
+    max_characters: int = Field(
+        default=4000, ge=1, description="longest message of the environment, in characters; the rest is cut off"
+    )
     history: Literal["refuse", "keep", "segments"] = Field(
         default="refuse",
-        description="a chat template that shows earlier turns otherwise than they were said (without thoughts, say): "
-        "refused; or the model sees its turns as it said them; or it sees what the template shows, and every turn "
-        "whose history was shown anew is a segment that is trained behind that",
+        description="what to do when the chat template rewrites earlier turns (for example drops their thoughts). "
+        "refuse: stop before training; keep: show the model its turns as it wrote them; segments: show what the "
+        "template shows, and train each turn on the history that it was given",
     )
     tell_tools: bool = Field(
-        default=False, description="tell the tools in the prompt, where the chat template shows none"
+        default=False, description="describe the tools in the prompt's text, for chat templates that show none"
     )
     discount_per: DiscountPer = Field(
         default="token", description="what algorithm.gamma counts by: every token, or once a turn"
     )
     baseline_per: BaselinePer = Field(
         default="episode",
-        description="what methods that compare the samples of a prompt compare: whole episodes, or what they earn "
-        "from the same turn on",
+        description="what methods that compare the samples of a prompt compare. episode: the rewards of whole "
+        "episodes; turn: the rewards from the same turn on",
     )
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pydantic import Field, ValidationError, model_validator
 
 from steersman.config.sections import Section
-from steersman.data import Layout, end_ids
+from steersman.data import Layout, template_ends
 from steersman.data.examples import Message
 from steersman.environments.calls import without_thoughts
 from steersman.judge.config import EndpointConfig, JudgeConfig
@@ -28,6 +28,7 @@ from steersman.judge.judge import Judge
 from steersman.judge.personas import END, as_talk, first_paragraph, play
 from steersman.model import load_policy
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.engine import end_ids
 from steersman.run.device import resolve_device
 from steersman.types import Prompt, SteersmanError
 
@@ -122,7 +123,8 @@ class ModelPartner:
         policy = load_policy(config.path, device=resolve_device(config.device), trainable=False)
         tokenizer = policy.tokenizer
         self.layout = Layout(tokenizer, wrap_in_chat=True)
-        self.engine = Engine(policy.model, tokenizer, eos_token_id=end_ids(tokenizer) or None)
+        ends = end_ids(policy.model, tokenizer, also=template_ends(tokenizer))
+        self.engine = Engine(policy.model, tokenizer, eos_token_id=ends)
         self.sampling = Sampling(config.max_new_tokens, config.temperature)
         self.lock = threading.Lock()
 

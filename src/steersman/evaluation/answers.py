@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from steersman.data import encode_prompts, layout
@@ -79,4 +80,5 @@ def judge(one: Metric, name: str, samples: list[Sample], columns: dict[str, str]
     try:
         return one.corpus([s.text for s in samples], **inputs(one, name, samples, columns))
     except SteersmanError as error:
-        raise SteersmanError(f"{section}.{name}: {error} (rows count from 0)") from error
+        counted = " (rows count from 0)" if re.search(r"\brow \d", str(error)) else ""
+        raise SteersmanError(f"{section}.{name}: {error}{counted}") from error

@@ -101,7 +101,8 @@ class ArenaRecipe(LoopRecipe):
     opponents: dict[str, str] = Field(description="name: folder or hub name of a model to battle")
     stages: list[Literal["sft", "dpo", "ppo"]] = Field(
         default=["sft", "dpo", "ppo"],
-        description="what each round does, in order, each on a batch of prompts of its own",
+        description="what each round does, in this order, each on prompts of its own. sft: train on answers that "
+        "beat the model; dpo: on decided battles as pairs; ppo: by a reward model of decided battles",
     )
     rollout: RolloutConfig = Field(
         default=RolloutConfig(prompts=64), description="prompts of a stage; every player gives one answer to each"
@@ -164,7 +165,7 @@ class ArenaRecipe(LoopRecipe):
 
 
 def run(recipe: ArenaRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Turns the wheel; leaves each round's battles, data and model, and the ratings; returns the summary."""
+    """Runs all rounds; leaves each round's battles, data and model, and the ratings; returns the summary."""
     headline = ("rating/model", "reward/judge", "kl")
     path = recipe.model.path
     with Ledger("arena", recipe, resume=resume, rounds=recipe.rounds, headline=headline) as ledger:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
 from steersman.flywheel.flywheel import Flywheel
-from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
+from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, run_rounds, tables
 from steersman.flywheel.stages import PLACE, stage_data, stage_model
 from steersman.run.files.ledger import Rows
 from steersman.types import Stats, SteersmanError
@@ -27,7 +27,9 @@ class KeepConfig(Section):
     """Which answers become demonstrations."""
 
     rule: Literal["best", "top", "threshold"] = Field(
-        default="best", description="the best of each prompt, the best share of the round, or all above a grade"
+        default="best",
+        description="answers that are kept. best: the best one to each prompt; top: the best `share` of the "
+        "round's; threshold: all whose grade is at least `threshold`",
     )
     share: float = Field(default=0.25, gt=0, le=1, description="with top: this share of the round's answers")
     threshold: float = Field(default=0.0, description="with threshold: grades from this on")
@@ -54,8 +56,8 @@ class BestOfNRecipe(RoundsRecipe):
 
 
 def run(recipe: BestOfNRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
-    return turn("best-of-n", recipe, resume=resume, learn=_learn)
+    """Runs all rounds; leaves each round's data and model, and returns the summary that the run folder holds."""
+    return run_rounds("best-of-n", recipe, resume=resume, learn=_learn)
 
 
 def _learn(flywheel: Flywheel, recipe: BestOfNRecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:

@@ -6,6 +6,7 @@ demonstration (SFT); a complaint, correction, request for clarification or repea
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.flywheel.conversations import Exchange, exchanges
 from steersman.flywheel.reactions import DOWN, Down, category
-from steersman.flywheel.reading import Reading, kappa, read, revise
+from steersman.flywheel.reading import Reading, read, revise
 from steersman.flywheel.sections import refuse_idle_stages
 from steersman.flywheel.stages import PLACE, WORDS, require_stage, trained_by
 from steersman.judge import JudgeConfig, open_judge
@@ -27,6 +28,7 @@ from steersman.objectives.feedback import KTOConfig
 from steersman.recipe.sections import ModelConfig, adapter_defaults
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import RunConfig
+from steersman.statistics.agreement import cohen_kappa
 from steersman.train.offline import PackedOfflineConfig
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import OptimizerConfig
@@ -74,24 +76,33 @@ class FeedbackRecipe(Section):
 
     data: DataConfig
     judge: JudgeConfig | None = Field(
-        default=None, description="who reads the users' turns (on a scale of 1 to 5); null: rules that can be read"
+        default=None,
+        description="judge that grades each user turn by how pleased the user is, from 1 to 5; null: built-in "
+        "patterns of words",
     )
     reader: WriterConfig | None = Field(
         default=None,
-        description="in the place of judge: a model that tells each turn's kind, and the words that say so",
+        description="instead of judge: a model that names the kind of each turn's reaction, and the words that "
+        "show it",
     )
     revise: bool = Field(
         default=False,
         description="let the reader write the answer that a user who complained should have got: revised.jsonl",
     )
     no_prompt: Literal["count", "stop"] = Field(
-        default="count", description="feedback on an answer to no user's turn: leave it out and count it, or stop"
+        default="count",
+        description="feedback on an answer that follows no user's turn. count: leave it out and count it; stop: "
+        "end with an error",
     )
     down: list[Down] = Field(
-        default=list(DOWN), description="with rules or a reader: which reactions are a thumb down"
+        default=list(DOWN),
+        description="with rules or a reader: reactions that count as a thumb down (complaint, correction, "
+        "clarification, rephrase)",
     )
     model: ModelConfig | None = Field(default=None, description="the model to train; null: only make the data")
-    then: list[Literal["sft", "kto"]] = Field(default=[], description="what to train, in order, each on the last")
+    then: list[Literal["sft", "kto"]] = Field(
+        default=[], description="training stages, in order: sft, kto. Each starts from the model of the one before"
+    )
     sft: SFTStage = SFTStage()
     kto: KTOStage = KTOStage()
     run: RunConfig = RunConfig()
@@ -210,7 +221,8 @@ def _reactions(ledger: Ledger, recipe: FeedbackRecipe, writer: Writer | None) ->
 
 
 def _agreement(reactions: Rows) -> Stats:
-    """How often the reader and the rules say the same: of kinds, and of thumbs (up, down, neither)."""
+    """How often the reader and the rules say the same: of kinds, and of thumbs (up, down, neither). No kappa where
+    both say one and the same throughout."""
     read = [r for r in reactions if r["category"] != "unread"]
     if not read:
         raise SteersmanError(
@@ -222,7 +234,9 @@ def _agreement(reactions: Rows) -> Stats:
     out: Stats = {"reader/unread": 1 - len(read) / len(reactions)}
     for name, pairs in (("kinds", kinds), ("thumbs", thumbs)):
         out[f"agreement/{name}"] = sum(a == b for a, b in pairs) / len(pairs)
-        out[f"kappa/{name}"] = kappa(*zip(*pairs, strict=True))
+        kappa = cohen_kappa(*zip(*pairs, strict=True))
+        if math.isfinite(kappa):
+            out[f"kappa/{name}"] = kappa
     return out
 
 

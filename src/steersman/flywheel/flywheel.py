@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any
 
 from steersman.data import Batches, mixture, wraps
-from steersman.flywheel.players import Player, load_queries, perplexity, text_of, usable
+from steersman.flywheel.players import Player, load_queries, text_of, usable
 from steersman.flywheel.refresh import refresh_judge
 from steersman.flywheel.sections import LoopRecipe
 from steersman.judge.config import JudgeConfig
 from steersman.judge.judge import SharedJudge
 from steersman.judge.scored import Scorer
 from steersman.model import load_tokenizer
-from steersman.ops.text import distinct_n
+from steersman.ops.text import distinct_n, perplexity
 from steersman.recipe.sections import ModelConfig
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.train.stopping import Stopping
@@ -117,7 +117,7 @@ class Flywheel:
         stats: Stats = {
             "reward/judge": _mean([r["grade"] for r in rows if r["grade"] is not None]),
             "kl": _mean([r["logp"] - r["logp_start"] for r in rows]),
-            "perplexity": perplexity([r["logp_plain"] for r in rows], [r["tokens"] for r in rows]),
+            "perplexity": perplexity(-sum(r["logp_plain"] for r in rows) / max(sum(r["tokens"] for r in rows), 1)),
             "text/distinct2": distinct_n([r["completion"] for r in rows], 2),
             "length": _mean([r["tokens"] for r in rows]),
             "finish/ended": _mean([float(r["finish"] != "length") for r in rows]),

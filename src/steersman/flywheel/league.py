@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -23,7 +22,8 @@ class League:
         self.flywheel, self.opponents, self.draws = flywheel, opponents, draws
 
     def rate(self, number: int) -> Stats:
-        """`rating/...` of this round's model with its interval, and of the opponents."""
+        """`rating/...` of this round's model with its interval (where there is more than one prompt), and of the
+        opponents."""
         fought = [row for r in range(number + 1) for row in self._battles(r)]
         stats: Stats = {}
         for kind, column in (("rating", "share"), ("gold_rating", "gold_share")):
@@ -31,7 +31,8 @@ class League:
             if known:
                 told = {r["player"]: r for r in self._rated(known, column)}
                 mine = told[_name(number)]
-                stats |= {f"{kind}/model": mine["rating"], f"{kind}/low": mine["low"], f"{kind}/high": mine["high"]}
+                stats[f"{kind}/model"] = mine["rating"]
+                stats |= {f"{kind}/{end}": mine[end] for end in ("low", "high") if mine[end] is not None}
                 stats |= {f"{kind}/{name}": told[name]["rating"] for name in self.opponents}
         return stats
 
@@ -42,7 +43,7 @@ class League:
     def _rated(self, rows: Rows, column: str) -> list[dict[str, Any]]:
         battles = [Battle(r["first"], r["second"], r[column], r["index"]) for r in rows]
         seed = self.flywheel.recipe.run.seed
-        return [asdict(r) for r in ratings(battles, anchor=_name(0), draws=self.draws, seed=seed)]
+        return [r.plain() for r in ratings(battles, anchor=_name(0), draws=self.draws, seed=seed)]
 
     def _battles(self, number: int) -> Rows:
         """Table: the round's model against all opponents and its earlier selves; in round 0 opponents among

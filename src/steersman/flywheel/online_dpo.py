@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from steersman.config.sections import Section, key_names
 from steersman.flywheel.flywheel import Flywheel, left_out_text
 from steersman.flywheel.players import met_in, usable
-from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, tables, turn
+from steersman.flywheel.rounds import RoundsRecipe, first_model, folder, run_rounds, tables
 from steersman.flywheel.stages import NOT_IN_PAIRS, PLACE, stage_data, stage_model
 from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.files.ledger import Rows
@@ -51,21 +51,27 @@ class PairsConfig(Section):
 
     by: Literal["grade", "compare", "given"] = Field(
         default="grade",
-        description="the judge grades each answer, or compares them two by two in both orders; given: the data's own "
-        "answer, in `column`, is preferred to each of them (SPIN)",
+        description="how the better answer of a pair is found. grade: the judge grades each answer; compare: it "
+        "compares them two by two, in both orders; given: the data's own answer (`column`) is preferred to each of "
+        "the policy's (SPIN)",
     )
     against: Literal["own", "start"] = Field(
         default="own",
-        description="what answers are paired with: the policy's others, or the first model's, one for each (XPO)",
+        description="what an answer of the policy is paired with. own: its other answers to the prompt; start: an "
+        "answer of the first model (XPO)",
     )
     column: str = Field(default="completion", description="with given: the column of the data's answer")
     length_penalty: float = Field(
         default=0.0, ge=0, description="taken off an answer's grade for each of its tokens, before answers are paired"
     )
     form: Literal["best_worst", "all"] = Field(
-        default="best_worst", description="one pair a prompt, the best against the worst, or every decided pair"
+        default="best_worst",
+        description="best_worst: one pair per prompt, the best answer against the worst; all: every pair in which "
+        "one answer is better",
     )
-    min_lead: float = Field(default=0.0, ge=0, description="with grade: pairs need more than this between them")
+    min_lead: float = Field(
+        default=0.0, ge=0, description="with grade: answers make a pair if their grades differ by more than this"
+    )
 
 
 class OnlineDPORecipe(RoundsRecipe):
@@ -74,14 +80,14 @@ class OnlineDPORecipe(RoundsRecipe):
     pairs: PairsConfig = PairsConfig()
     reference: Literal["start", "last", "mixed"] = Field(
         default="start",
-        description="KL is measured to the first model, to the one that the round begins with, or to a geometric "
-        "mixture of both",
+        description="what KL is measured to. start: the first model; last: the model of the last round; mixed: a "
+        "geometric mixture of both (anchor_share)",
     )
     anchor_share: float = Field(default=ANCHOR_SHARE, ge=0, le=1, description="with mixed: the first model's share")
     explore: float | list[float] = Field(
         default=0.0,
-        description="with pairs.against start: times the log-probability of the first model's answers, added to the "
-        "loss (XPO's alpha); a list has one for each round, whose last one stays",
+        description="with pairs.against start: weight of the log-probability of the first model's answers, added "
+        "to the loss (XPO's alpha); a list has one for each round, the last for all further ones",
     )
     loss: PairLossConfig = PairLossConfig()
     train: PackedOfflineConfig = PackedOfflineConfig()
@@ -151,8 +157,8 @@ class OnlineDPORecipe(RoundsRecipe):
 
 
 def run(recipe: OnlineDPORecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Turns the wheel; leaves each round's data and model, and returns the summary that the run folder holds."""
-    return turn("online-dpo", recipe, resume=resume, learn=_learn)
+    """Runs all rounds; leaves each round's data and model, and returns the summary that the run folder holds."""
+    return run_rounds("online-dpo", recipe, resume=resume, learn=_learn)
 
 
 def _learn(flywheel: Flywheel, recipe: OnlineDPORecipe, number: int, path: str, sampled: Rows) -> tuple[str, Stats]:

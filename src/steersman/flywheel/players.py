@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from steersman.distributed.micro import over_rows
 from steersman.flywheel.sections import Unfinished
 from steersman.model import Policy, context_length, whole_weights
 from steersman.ops.masked import masked_sum
+from steersman.ops.text import whole_sentences
 from steersman.recipe.sections import PLACE_ONLY, ModelConfig, RolloutConfig
 from steersman.rollout import Generator
 from steersman.run.files.ledger import Ledger
@@ -135,7 +135,8 @@ def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
     """The rows that may teach, trimmed where asked for, and how many were left out, by reason.
 
     An answer counts as finished when it ended by itself: the length limit's cut is no end to be learned. Of answers
-    in duels only the two of one duel are told to repeat each other.
+    in duels only the two of one duel are told to repeat each other. The tokens of a trimmed one are counted by its
+    share of the characters.
     """
     kept: Rows = []
     left_out = {"empty": 0, "unfinished": 0, "repeated": 0}
@@ -144,6 +145,7 @@ def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
         text, cut = row["completion"], row["finish"] == "length"
         if cut and unfinished == "trim":
             text, cut = sentences_of(text), False
+            row = {**row, "tokens": round(row["tokens"] * len(text) / len(row["completion"]))}
         if not text.strip():
             left_out["empty"] += 1
         elif cut and unfinished == "drop":
@@ -158,14 +160,8 @@ def usable(rows: Rows, unfinished: Unfinished) -> tuple[Rows, dict[str, int]]:
 
 def sentences_of(text: str) -> str:
     """The text up to the end of its last whole sentence, with a closing quotation mark that belongs to it."""
-    end = max(text.rfind(mark) for mark in ".!?")
-    whole = text[: end + 1]
+    whole = whole_sentences(text)
     return whole + '"' if whole.count('"') % 2 else whole
-
-
-def perplexity(logp: Sequence[float], tokens: Sequence[int]) -> float:
-    """exp(-sum logp / sum tokens)."""
-    return math.exp(min(-sum(logp) / max(sum(tokens), 1), 50))
 
 
 def text_of(content: Content) -> str:

@@ -103,16 +103,6 @@ def parse_reading(reply: str, turn: str) -> Reading | None:
     return Reading(kind, span) if plain and plain in _plain(turn) else None
 
 
-def kappa(first: Sequence[object], second: Sequence[object]) -> float:
-    """Cohen's kappa of two labellings: agreement beyond what their own frequencies give by chance; 1 where both give
-    one and the same label throughout."""
-    n = len(first)
-    same = sum(a == b for a, b in zip(first, second, strict=True)) / n
-    labels = {*first, *second}
-    chance = sum((list(first).count(x) / n) * (list(second).count(x) / n) for x in labels)
-    return 1.0 if chance == 1 else (same - chance) / (1 - chance)
-
-
 def _holes(e: Exchange) -> dict[str, str]:
     return {"asked": e.last_question[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
 

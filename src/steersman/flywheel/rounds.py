@@ -19,10 +19,12 @@ class RoundsRecipe(LoopRecipe):
     """A loop that samples, makes data of the answers, and trains on it."""
 
     begin: Literal["last", "start"] = Field(
-        default="last", description="each round trains the last round's model, or the first one anew"
+        default="last",
+        description="model that a round's training begins with. last: that of the round before; start: the first "
+        "model",
     )
     history: Literal["round", "all"] = Field(
-        default="round", description="train on this round's data, or on all so far"
+        default="round", description="data that a round trains on. round: its own; all: that of all rounds so far"
     )
 
     @classmethod
@@ -37,7 +39,7 @@ class RoundsRecipe(LoopRecipe):
 R = TypeVar("R", bound=RoundsRecipe)
 
 
-def turn(
+def run_rounds(
     verb: str, recipe: R, *, resume: bool, learn: Callable[[Flywheel, R, int, str, Rows], tuple[str, Stats]]
 ) -> dict[str, Any]:
     """Runs the rounds: the model answers, `learn` (flywheel, recipe, round, model, answers) gives the next model and

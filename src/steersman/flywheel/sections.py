@@ -28,8 +28,13 @@ Unfinished = Literal["drop", "trim", "keep"]
 class RefreshConfig(Section):
     """Trains the judge's reward model again after each round, on the model's newest answers."""
 
-    by: str = Field(description="who compares the answers: a name under `watch`, dearer and better than the judge")
-    first: list[str] = Field(default_factory=list, description="files of the pairs that the judge was trained on")
+    by: str = Field(
+        description="name under `watch` of a stronger (more expensive) judge; it compares the newest answers, and "
+        "the judge's reward model is trained on what it prefers"
+    )
+    first: list[str] = Field(
+        default_factory=list, description="files of the pairs that the judge's reward model was first trained on"
+    )
     train: RewardModelConfig = RewardModelConfig(keep="last")
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
 
@@ -41,17 +46,22 @@ class LoopRecipe(Section):
     data: DataConfig
     judge: JudgeConfig
     watch: dict[str, RewardPart] = Field(
-        default_factory=dict, description="name: reward that only watches held-out answers, apart from the judge"
+        default_factory=dict,
+        description="name: a reward that is measured on held-out answers, independent of the judge",
     )
     rollout: RolloutConfig = Field(
         default=RolloutConfig(prompts=64, samples=4), description="prompts per round and answers per prompt"
     )
     unfinished: Unfinished = Field(
-        default="drop", description="answers cut by the length limit: leave out, trim to their last sentence, or keep"
+        default="drop",
+        description="answers cut off by the length limit. drop: leave out; trim: cut back to the last whole "
+        "sentence; keep: use as they are",
     )
-    rounds: int = Field(default=3, ge=1, description="times around")
+    rounds: int = Field(default=3, ge=1, description="number of rounds")
     stop: StopConfig | None = Field(
-        default=None, description="end before that when a watched reward finds no better round, or KL is spent"
+        default=None,
+        description="stop early: when a watched reward no longer improves from round to round, or KL exceeds its "
+        "budget",
     )
     refresh: RefreshConfig | None = Field(
         default=None, description="train the judge's reward model again after each round, on the newest answers"

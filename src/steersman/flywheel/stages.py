@@ -36,8 +36,9 @@ WORDS = {
 """What a verb's keys are called in a loop with a section for each stage; `reward` trains PPO's reward model."""
 
 
-NOT_IN_PAIRS = ("margin_weight", "explore")
-"""Keys of a pair loss that read columns (`margin`, `chosen_from_reference`) which the pairs of a loop do not have."""
+NOT_IN_PAIRS = ("margin_weight", "explore", "gold_nll")
+"""Keys of a pair loss that read columns (`margin`, `chosen_from_reference`, `gold`) which the pairs of a loop do not
+have."""
 
 
 OPTIMIZERS = {

@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from steersman.algorithms import ALGORITHMS
+from steersman.config.dump import flat_keys
+from steersman.config.load import with_new_defaults
 from steersman.config.sections import Section
 from steersman.grue.recipe import SUPERVISED, ZERO, Generation, GrueRecipe
 from steersman.grue.task import Task
@@ -192,8 +194,10 @@ def check_stamp(cell: Cell) -> None:
     if not path.exists():
         return
     stamp = json.loads(path.read_text(encoding="utf-8"))
-    before = _flat(stamp | {"recipe": _of_today(stamp["recipe"], cell)})
-    now = _flat(json.loads(json.dumps(cell.stamp)))
+    recipe = stamp["recipe"]
+    if recipe is not None and cell.recipe is not None:
+        recipe = with_new_defaults(type(cell.recipe), recipe)
+    before, now = flat_keys(stamp | {"recipe": recipe}), flat_keys(json.loads(json.dumps(cell.stamp)))
     for key in dict.fromkeys([*now, *before]):
         was, asked = before.get(key), now.get(key)
         if was != asked and not key.startswith(_FREE):
@@ -203,17 +207,6 @@ def check_stamp(cell: Cell) -> None:
                 f"cell {cell.name}: {cell.folder} was made {made}, and the recipe now {told}; take it back, choose "
                 "another --run.dir, or delete that folder"
             )
-
-
-def _of_today(stamped: dict[str, Any] | None, cell: Cell) -> dict[str, Any] | None:
-    """The recipe of a stamp with the defaults of keys that there are since then; as it stands where it is no recipe
-    of today's."""
-    if stamped is None or cell.recipe is None:
-        return stamped
-    try:
-        return type(cell.recipe).model_validate(stamped).model_dump(mode="json")
-    except ValidationError:
-        return stamped
 
 
 _FREE = (
@@ -237,9 +230,3 @@ def _run(recipe: GrueRecipe, task: Task, method: str, seed: int) -> dict[str, An
         "devices": run.devices,
         "save_every": run.save_every, "keep_last": 1, "keep_best": int(method == SUPERVISED),
     }  # fmt: skip
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix.rstrip("."): data}
-    return {k: v for name, inner in data.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}

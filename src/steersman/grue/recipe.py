@@ -32,7 +32,8 @@ class DataSource(Section):
 
     source: Literal["hub", "files"] = Field(
         default="hub",
-        description="the original sets, or each task's own reader of local files (for the seven: stand-ins)",
+        description="hub: the original data sets; files: local files in `folder`, by each task's own reader (the "
+        "seven built-in tasks have stand-ins for the originals)",
     )
     folder: str | None = Field(
         default=None,
@@ -50,7 +51,7 @@ class Supervised(Section):
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: int | None = Field(
-        default=None, ge=1, description="its steps between looks at the held-out data; null takes run.eval_every"
+        default=None, ge=1, description="its steps between evaluations on held-out data; null takes run.eval_every"
     )
 
 
@@ -62,7 +63,10 @@ class OnPolicySettings(Section):
     samples: int = Field(default=4, ge=1, description="responses per prompt, for methods without groups too")
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: OptimizerConfig = OptimizerConfig()
-    normalise: bool = Field(default=True, description="rewards minus their running mean, over their deviation")
+    normalise: bool = Field(
+        default=True,
+        description="normalise rewards: subtract their running mean, divide by their running standard deviation",
+    )
     looks: int = Field(default=32, ge=1, description="held-out prompts of the learning curves")
     watch: bool = Field(default=True, description="draw learning curves of the metrics that are no reward too")
 
@@ -71,7 +75,9 @@ class Generation(Section):
     """Settings of sampling that take the place of the task's own; null keeps those."""
 
     max_new_tokens: int | None = Field(default=None, ge=1, description="longest response, in tokens")
-    min_new_tokens: int | None = Field(default=None, ge=0, description="no end token before so many")
+    min_new_tokens: int | None = Field(
+        default=None, ge=0, description="shortest response: no end token before so many tokens"
+    )
     temperature: float | None = Field(default=None, ge=LEAST_TEMPERATURE, description="logits are divided by it")
     top_k: int | None = Field(default=None, ge=0, description="sample among the k likeliest tokens; 0 is off")
     top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the smallest set of this mass")
@@ -110,7 +116,7 @@ class MatrixRun(Section):
         description="padded tokens that go through a model at once, 2,048 on a CPU and 16,384 on an accelerator if "
         "not given",
     )
-    eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
+    eval_every: int = Field(default=10, ge=1, description="steps between evaluations on held-out data")
     devices: int = Field(
         default=1, ge=1, description="processes that share the training of each cell; cells are judged by one"
     )
@@ -129,7 +135,9 @@ class GrueRecipe(Section):
         default=SHOWN, min_length=1,
         description="zero-shot, supervised, any on-policy verb, and supervised+VERB",
     )  # fmt: skip
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="each cell is run once with each")
+    seeds: list[int] = Field(
+        default=[0, 1, 2], min_length=1, description="seeds; every task and method is run once with each"
+    )
     model: ModelConfig
     data: DataSource = DataSource()
     supervised: Supervised = Supervised()
@@ -138,7 +146,9 @@ class GrueRecipe(Section):
         default_factory=dict, description="verb: settings of its algorithm, such as {ppo: {beta: 0.1}}"
     )
     generation: Generation = Generation()
-    per_task: dict[str, TaskSettings] = Field(default_factory=dict, description="task: what it has otherwise")
+    per_task: dict[str, TaskSettings] = Field(
+        default_factory=dict, description="settings of single tasks, by the task's name"
+    )
     evaluation: Evaluation = Evaluation()
     run: MatrixRun = MatrixRun()
     parallel: WithoutZeroConfig = WithoutZeroConfig()

@@ -27,8 +27,6 @@ from steersman.run.files.folder import RunFolder
 from steersman.run.stop_request import StopRequest
 from steersman.types import SteersmanError
 
-console = new_console()
-
 
 def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Fills the cells that are not done, and writes the pages; returns what summary.json holds.
@@ -36,7 +34,7 @@ def run(recipe: GrueRecipe, *, resume: bool = False) -> dict[str, Any]:
     The whole matrix is checked first. A cell that fails is told and left, the others go on; with `resume` it is
     tried again. Raises SteersmanError where a cell failed, after the pages are written.
     """
-    started = time.monotonic()
+    started, console = time.monotonic(), new_console()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SteersmanError(
             "grue starts the ranks of each cell itself, as many as run.devices says; start it without a launcher"
@@ -185,6 +183,7 @@ def _descriptors(file: Any):
 
 
 def _tell(summary: dict[str, Any]) -> None:
+    console = new_console()
     state = "done" if summary["finished"] else "stopped; go on with --resume"
     console.print(f"{summary['cells']} of {summary['planned']} cells; {state}")
     for name in ("table", "goodhart", "page", "leaderboard"):

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 DEPTH = 200
 """Brackets inside each other. What works on a parsed value by recursion has room for as many."""
@@ -51,6 +51,11 @@ class Parsed:
 
     value: Any
     suspect: bool
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a parsed value is a number; true and false are none."""
+    return type(value) in (int, float)
 
 
 def without_half_pairs(text: str) -> str:

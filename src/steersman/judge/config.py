@@ -18,7 +18,7 @@ class AddressConfig(Section):
     """A server that speaks the OpenAI protocol, and how patiently it is asked."""
 
     url: str = Field(description="address up to the version, such as http://localhost:8000/v1")
-    model: str = Field(description="name of the model, as the endpoint knows it; a cache goes by it")
+    model: str = Field(description="name of the model, as the endpoint knows it; replies are cached under it")
     key_env: str = Field(
         default="OPENAI_API_KEY", description="environment variable with the key; unset: none is sent"
     )
@@ -26,7 +26,9 @@ class AddressConfig(Section):
         default_factory=dict, description="further fields of the request, such as {seed: 0}"
     )
     timeout: float = Field(default=60.0, gt=0, description="seconds that a request and its whole reply may take")
-    retries: int = Field(default=5, ge=0, description="further tries after a time-out, a 429, a 5xx or a lost line")
+    retries: int = Field(
+        default=5, ge=0, description="further tries after a time-out, status 429 or 5xx, or a lost connection"
+    )
     max_wait: float = Field(default=60.0, gt=0, description="longest pause between tries, in seconds")
     concurrency: int = Field(default=8, ge=1, description="requests under way at once")
 
@@ -34,7 +36,7 @@ class AddressConfig(Section):
 class EndpointConfig(AddressConfig):
     """A judge behind an OpenAI-compatible chat endpoint."""
 
-    temperature: float = Field(default=0.0, ge=0, description="of the judge's own sampling")
+    temperature: float = Field(default=0.0, ge=0, description="sampling temperature of the judge; 0: greedy")
     max_tokens: int = Field(default=512, ge=1, description="longest reply, in tokens")
 
 
@@ -43,7 +45,9 @@ class LocalConfig(Section):
 
     path: str = Field(description="folder or hub name of the model")
     read: Literal["logp", "text"] = Field(
-        default="logp", description="weigh the verdicts' log-probabilities, or let it write and read its reply"
+        default="logp",
+        description="logp: compare the log-probabilities of the possible verdicts; text: let the model write a "
+        "reply, and read the verdict in it",
     )
     max_tokens: int = Field(default=128, ge=1, description="longest reply, in tokens, where it writes one")
     batch: int = Field(default=32, ge=1, description="questions that it reads at once")
@@ -71,15 +75,27 @@ class JudgeConfig(Section):
     )
     scale: tuple[int, int] = Field(default=(1, 10), description="lowest and highest grade")
     tie_margin: float = Field(
-        default=0.0, ge=0, description="a lead of a reward (or of log-probability, local) up to this is a tie"
+        default=0.0,
+        ge=0,
+        description="a lead up to this is a tie: in reward, or with local and read: logp in log-probability",
     )
     on_unparsable: Literal["drop", "tie", "stop"] = Field(
-        default="drop", description="a reply without verdict: leave the question out, call it a tie, or stop"
+        default="drop",
+        description="a reply without a verdict. drop: leave the question out; tie: count it as a tie, or as the "
+        "middle of the scale; stop: end with an error",
     )
-    max_calls: int | None = Field(default=None, ge=1, description="budget: replies paid for, those of the cache too")
-    max_tokens: int | None = Field(default=None, ge=1, description="budget: tokens of requests and replies")
+    max_calls: int | None = Field(
+        default=None,
+        ge=1,
+        description="budget: largest number of replies, counting those that the cache already holds",
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="budget: largest number of tokens of requests and replies, counted alike"
+    )
     on_budget: Literal["stop", "drop"] = Field(
-        default="stop", description="budget spent: stop (what was judged is kept), or leave the rest unjudged"
+        default="stop",
+        description="when the budget is spent. stop: end the run (what was judged is kept); drop: leave the rest "
+        "unjudged",
     )
     cache: str | None = Field(
         default=None, description="file of replies, shared between runs; null: judge.jsonl in the run folder"

@@ -47,7 +47,7 @@ class Caller(ABC, Generic[Q, R]):
     def __init__(self, config: AddressConfig) -> None:
         self.config = config
         self.url = config.url.rstrip("/").removesuffix(self.path) + self.path
-        self.tries_again = 0
+        self.retried = 0
 
     @abstractmethod
     def body(self, question: Q) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Caller(ABC, Generic[Q, R]):
                 else:
                     raise SteersmanError(self._message(self._refused(response.status_code, raw)))
             if attempt < self.config.retries:
-                self.tries_again += 1
+                self.retried += 1
                 try:
                     await asyncio.wait_for(given_up.wait(), retry.pause(attempt, self.config.max_wait, response))
                     break

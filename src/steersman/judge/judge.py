@@ -114,13 +114,16 @@ class Judge:
         return f"model {self.config.local.path}" if self.config.local else f"reward: {self._scorer.describe()}"
 
     def stats(self) -> Stats:
-        """`judge/...` shares since the judge was opened; the same for a resumed run as for a whole one."""
+        """`judge/...` shares since the judge was opened, the same for a resumed run as for a whole one; but
+        `judge/retries`, the requests sent to an endpoint again, for each question, are those of this process."""
         n, out = self.counts["comparisons"], {}
         if n:
             out = {f"judge/{k}": self.counts[k] / n for k in ("ties", "contradictions")}
         questions = self.counts["questions"]
         if questions:
-            out |= {f"judge/{k}": self.counts[k] / questions for k in ("unparsable", "unjudged")}
+            out |= {f"judge/{k}": self.counts[k] / questions for k in ("unparsable", "cut", "unjudged")}
+            if self.endpoint is not None:
+                out["judge/retries"] = self.endpoint.retried / questions
         return out
 
     @property
@@ -160,21 +163,29 @@ class Judge:
         if reply is None:
             self.counts["unjudged"] += 1
             return None
+        compares = asked.second is not None
         if "logp" in reply:
-            compares = asked.second is not None
             return likeliest(reply["logp"], self.config.tie_margin) if compares else expected(reply["logp"])
-        text = str(reply.get("text", ""))
-        found = prompts.verdict(text) if asked.second is not None else prompts.grade(text, *self.config.scale)
+        text, cut = str(reply.get("text", "")), bool(reply.get("cut"))
+        self.counts["cut"] += cut
+        found = None if cut else self._said(text, asked)
         if found is None:
             self.counts["unparsable"] += 1
             if self.config.on_unparsable == "stop":
-                wanted = "verdict" if asked.second is not None else f"grade within {list(self.config.scale)}"
+                wanted = "verdict" if compares else f"grade within {list(self.config.scale)}"
+                template = "judge.compare" if compares else "judge.grade"
+                how = "was cut by the limit, and what it says before that is no" if cut else "holds no"
+                mend = "Raise max_tokens of judge.endpoint or judge.local" if cut else f"Change {template}"
                 raise SteersmanError(
-                    f"judge {self.describe()}: the reply {text[-160:]!r} holds no {wanted} (question on the prompt "
-                    f"{asked.prompt[:80]!r}). Mend the judge's template, or set judge.on_unparsable to drop or tie"
+                    f"judge {self.describe()}: the reply {text[-160:]!r} {how} {wanted} (question on the prompt "
+                    f"{asked.prompt[:80]!r}). {mend}, or set judge.on_unparsable to drop or tie"
                 )
             return middle if self.config.on_unparsable == "tie" else None
         return found
+
+    def _said(self, text: str, asked: Question) -> float | None:
+        """The verdict or grade in a whole reply."""
+        return prompts.verdict(text) if asked.second is not None else prompts.grade(text, *self.config.scale)
 
     def _replies(self, questions: Sequence[Question]) -> dict[Question, Reply]:
         """Replies from the cache, and from the judge where the cache has none."""

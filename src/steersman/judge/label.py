@@ -7,16 +7,18 @@ prompt with completion         -> prompt, completion, grade                 (gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
 from steersman.config.sections import Section, key_names
 from steersman.data import ROWS_TO_EXAMPLES, ROWS_TO_TOKENS, BadRows, DataConfig, Row, RowError, section_rows
 from steersman.data import fields as f
-from steersman.data.examples import Content
+from steersman.data.examples import Content, Preference, is_empty, same_form
+from steersman.data.shapes import examples, recognise
+from steersman.data.sources import FORMATS
 from steersman.judge import Judge, JudgeConfig, open_judge
 from steersman.judge.scored import as_text
 from steersman.run.files.ledger import Ledger, Rows
@@ -33,7 +35,7 @@ class LabelRecipe(Section):
     data: DataConfig
     judge: JudgeConfig
     ties: Literal["drop", "keep"] = Field(
-        default="drop", description="tied pairs: leave out, or keep with agreement 0.5"
+        default="drop", description="tied pairs. drop: leave out; keep: with agreement 0.5"
     )
     run: RunConfig = RunConfig()
 
@@ -47,9 +49,16 @@ class LabelItem:
     """A row to be judged; `pair` says that its two answers are compared, else all are graded."""
 
     prompt: Content
-    answers: list[str]
+    answers: list[Content]
     pair: bool
     row: Row
+
+    def texts(self) -> list[str]:
+        """The answers as the judge reads them: one reply by its words, several turns by who said them."""
+        return [
+            str(answer[0]["content"]) if not isinstance(answer, str) and len(answer) == 1 else as_text(answer)
+            for answer in self.answers
+        ]
 
 
 def run(recipe: LabelRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -90,29 +99,40 @@ def _asked(config: DataConfig, left_out: BadRows) -> Iterator[LabelItem]:
 
 
 def _one(row: Row) -> LabelItem:
-    prompt = f.instruction(row) if "instruction" in row.data else f.prompt(row)
     columns = next((p for p in PAIRS if p[0] in row.data and p[1] in row.data), None)
     if columns is not None:
-        answers = [as_text(f.content(row, c)) for c in columns]
-    elif "responses" in row.data:
-        columns, answers = ("responses",), [str(x) for x in f.listing(row, "responses")]
+        return _pair(row, columns)
+    prompt = f.instruction(row) if "instruction" in row.data else f.prompt(row)
+    several = "responses" in row.data
+    if several:
+        given = [x if isinstance(x, str) else f.turns(row, "responses", x) for x in f.listing(row, "responses")]
     else:
-        columns, answers = ("completion",), [as_text(f.content(row, "completion"))]
-    for i, answer in enumerate(answers):
-        if not answer.strip():
-            raise row.fault("empty completion", "the answer is empty", columns[min(i, len(columns) - 1)])
-    pair = len(columns) == 2
-    if pair and answers[0].strip() == answers[1].strip():
-        raise row.fault("equal answers", f"the answer equals that in {columns[1]!r}", columns[0])
-    if columns == ("responses",) and len(answers) < 2:
+        given = [f.content(row, "completion")]
+    prompt, answers = same_form(prompt, *given)
+    if any(is_empty(answer) for answer in answers):
+        raise row.fault("empty completion", "an answer is empty", "responses" if several else "completion")
+    if several and len(answers) < 2:
         raise row.fault("single-item ranking", "a ranking needs two responses at least", "responses")
-    return LabelItem(prompt, answers, pair, row)
+    return LabelItem(prompt, answers, False, row)
+
+
+def _pair(row: Row, columns: tuple[str, str]) -> LabelItem:
+    """Two answers, in any shape that pairs to train on may have."""
+    named = dict(zip(PAIRS[0], columns, strict=True))
+    read = replace(
+        row,
+        data={c: x for c, x in row.data.items() if c not in columns} | {c: row.data[own] for c, own in named.items()},
+        names=row.names | {c: row.names.get(own, own) for c, own in named.items()},
+    )
+    shape = recognise([read], "preference", [form for form in FORMATS if form.regroup is None])
+    (example,) = cast(Sequence[Preference], examples(shape, read))
+    return LabelItem(example.prompt, [example.chosen, example.rejected], True, row)
 
 
 def _labelled(recipe: LabelRecipe, judge: Judge, asked: list[LabelItem]) -> Rows:
     pairs = [a for a in asked if a.pair]
-    compared = judge.compare([(a.prompt, *a.answers) for a in pairs], [a.row.data for a in pairs])  # type: ignore
-    singles = [(a, answer) for a in asked if not a.pair for answer in a.answers]
+    compared = judge.compare([(a.prompt, *a.texts()) for a in pairs], [a.row.data for a in pairs])  # type: ignore
+    singles = [(a, answer) for a in asked if not a.pair for answer in a.texts()]
     graded = iter(judge.grade([(a.prompt, x) for a, x in singles], [a.row.data for a, _ in singles]))
     told: dict[int, dict[str, Any]] = {}
     for a, outcome in zip(pairs, compared, strict=True):

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from steersman.data import Layout, end_ids
+from steersman.data import Layout, template_ends
 from steersman.judge.cache import Reply
 from steersman.judge.config import LocalConfig
 from steersman.model import context_length, load_policy
 from steersman.rollout import Engine, Sampling
+from steersman.rollout.engine import end_ids
 from steersman.run.device import resolve_device
 from steersman.types import Prompt, SteersmanError, Tokens
 
@@ -30,10 +31,11 @@ class Local:
         self.config = config
         self.policy = load_policy(config.path, device=resolve_device(config.device), trainable=False)
         tokenizer = self.policy.tokenizer
-        self.chats = getattr(tokenizer, "chat_template", None) is not None
+        self.chats = bool(tokenizer.chat_template)
         self.layout = Layout(tokenizer, wrap_in_chat=self.chats)
         self.context = context_length(self.policy.model)
-        self.engine = Engine(self.policy.model, tokenizer, eos_token_id=end_ids(tokenizer) or None)
+        ends = end_ids(self.policy.model, tokenizer, also=template_ends(tokenizer))
+        self.engine = Engine(self.policy.model, tokenizer, eos_token_id=ends)
 
     def weigh(
         self,

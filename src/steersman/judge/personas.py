@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steersman.data.examples import Message
+from steersman.ops.text import whole_sentences
 
 END = "[[END]]"
 """What a simulated user writes to leave."""
@@ -37,5 +38,5 @@ def first_paragraph(text: str, *, cut: bool = False) -> str:
     """
     first, more = (part.strip() for part in text.strip().partition("\n\n")[::2])
     if cut and not more:
-        first = first[: max(first.rfind(mark) for mark in ".!?") + 1] or first
+        first = whole_sentences(first) or first
     return first.partition(":")[2].strip() if first.lower().startswith(("you:", "user:", "me:")) else first

@@ -22,7 +22,11 @@ class WriterConfig(Section):
 
     endpoint: EndpointConfig | None = Field(default=None, description="a model behind an OpenAI-compatible endpoint")
     local: LocalConfig | None = Field(default=None, description="a model on this machine")
-    max_calls: int | None = Field(default=None, ge=1, description="budget: replies paid for, those of the cache too")
+    max_calls: int | None = Field(
+        default=None,
+        ge=1,
+        description="budget: largest number of replies, counting those that the cache already holds",
+    )
 
     @model_validator(mode="after")
     def _one(self) -> WriterConfig:

@@ -1,4 +1,4 @@
-"""Which of the steps that count teach the policy, and which do not: `[B, T]`, without gradient."""
+"""Masks that leave tokens out of the policy loss: `[B, T]`, without gradient."""
 
 from __future__ import annotations
 

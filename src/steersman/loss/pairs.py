@@ -6,13 +6,35 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steersman.ops.masked import beyond, masked_sum
 from steersman.types import send
 
 Explain = dict[str, Tensor]
+
+
+class BatchLogp(NamedTuple):
+    """Every pair of a batch as a loss of the whole batch sees it, `[N]` each, without gradient, on the CPU.
+
+    `chosen` and `rejected` are log-probabilities of whole answers (nats), `ref_*` the reference's; `weight` is how
+    much a pair counts in its given order, `opposite` how much in the other one. `places` [B] says which of the N
+    pairs a micro-batch has, each at most once."""
+
+    chosen: Float[Tensor, " N"]
+    rejected: Float[Tensor, " N"]
+    ref_chosen: Float[Tensor, " N"]
+    ref_rejected: Float[Tensor, " N"]
+    weight: Float[Tensor, " N"]
+    opposite: Float[Tensor, " N"]
+    places: Int[Tensor, " B"]
+
+    def swapped(self) -> BatchLogp:
+        """The same answers under the opposite labels."""
+        return BatchLogp(
+            self.rejected, self.chosen, self.ref_rejected, self.ref_chosen, self.opposite, self.weight, self.places
+        )
 
 
 class PairLogp(NamedTuple):
@@ -23,7 +45,8 @@ class PairLogp(NamedTuple):
     over the vocabulary. `offset` is by how much the chosen answer's implicit reward should lead (reward units; only
     losses with `takes_offset` read it). `log_weight` is how much both answers are like the policy's own: over
     the two, the sum of 1/|y| sum_t (log pi(y_t) - log sum_v pi(v | s_t)^2), without gradient. `*_tail` is the part of
-    a log-probability that an answer's tokens beyond the other one's length have, 0 for the shorter answer.
+    a log-probability that an answer's tokens beyond the other one's length have, 0 for the shorter answer. `batch` is
+    the whole batch that the pairs are of.
     What a loss does not need may be None (`offline.LOSSES` says); what it needs and lacks is a TypeError.
     """
 
@@ -41,6 +64,7 @@ class PairLogp(NamedTuple):
     rejected_tail: Float[Tensor, " B"] | None = None
     ref_chosen_tail: Float[Tensor, " B"] | None = None
     ref_rejected_tail: Float[Tensor, " B"] | None = None
+    batch: BatchLogp | None = None
 
     def swapped(self) -> PairLogp:
         """The same answers under the opposite label."""
@@ -48,6 +72,7 @@ class PairLogp(NamedTuple):
             self.rejected, self.chosen, self.rejected_length, self.chosen_length, self.ref_rejected, self.ref_chosen,
             self.rejected_kl, self.chosen_kl, None if self.offset is None else -self.offset, self.log_weight,
             self.rejected_tail, self.chosen_tail, self.ref_rejected_tail, self.ref_chosen_tail,
+            None if self.batch is None else self.batch.swapped(),
         )  # fmt: skip
 
 
@@ -92,7 +117,7 @@ def pair_logp(
             "chosen_tail": total(chosen, tail_w), "rejected_tail": total(rejected, tail_l),
             "ref_chosen_tail": total(ref_chosen, tail_w), "ref_rejected_tail": total(ref_rejected, tail_l),
         }  # fmt: skip
-    return PairLogp(
+    pair = PairLogp(
         masked_sum(chosen, chosen_mask, -1),
         masked_sum(rejected, rejected_mask, -1),
         chosen_length,
@@ -102,8 +127,20 @@ def pair_logp(
         total(chosen_kl, chosen_mask),
         total(rejected_kl, rejected_mask),
         log_weight=log_weight,
-        **tail,
     )
+    return pair._replace(**tail)
+
+
+def as_batch(pair: PairLogp, weight: Float[Tensor, " N"], agreement: Float[Tensor, " N"] | None = None) -> BatchLogp:
+    """The pairs as a whole batch, each with its weight, of which `agreement` (all, without it) counts in the given
+    order and the rest in the opposite one. Every pair has its place."""
+    if pair.ref_chosen is None or pair.ref_rejected is None:
+        raise TypeError("a batch's distributions need the log-probabilities of a reference: ref_chosen, ref_rejected")
+    chosen, rejected = pair.chosen.detach().cpu(), pair.rejected.detach().cpu()
+    ref_chosen, ref_rejected = pair.ref_chosen.cpu(), pair.ref_rejected.cpu()
+    agreed = torch.ones_like(weight) if agreement is None else agreement
+    counted, opposite = weight * agreed, weight * (1 - agreed)
+    return BatchLogp(chosen, rejected, ref_chosen, ref_rejected, counted, opposite, torch.arange(len(weight)))
 
 
 def desensitised(pair: PairLogp, alpha: float) -> PairLogp:
@@ -177,6 +214,21 @@ def chosen_nll(pair: PairLogp, length_normalised: bool = True) -> Float[Tensor, 
     Source: arXiv 2404.19733, eq. 1 (per token); arXiv 2401.08417, section 3 (whole answer).
     """
     return -pair.chosen / pair.chosen_length.clamp(min=1) if length_normalised else -pair.chosen
+
+
+def gold_nll(logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """-log pi(g) / |g|, g a gold answer that is better than both of the pair.
+
+    alpha times it, added to a preference term without a reference, is TPO: with `cpo` at beta 0.01 and nll_weight 0,
+
+        L = -log sigma(beta log pi(w) - beta log pi(l)) - alpha log pi(g) / |g|
+
+    and TPO-L with `simpo`, whose margin is TPO-L's gamma.
+
+    Source: arXiv 2405.16681, eq. 3 (as the authors' program numbers it); the formula as in that program and TRL 1.16.
+    Departure: one mean per answer; theirs is one mean over the tokens of a batch's gold answers, which weighs an
+    answer by its length."""
+    return -masked_sum(logp, mask, -1) / mask.sum(-1).clamp(min=1)
 
 
 def reference_answer(

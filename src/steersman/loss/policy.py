@@ -50,6 +50,16 @@ def clipped(
     return torch.where(adv < 0, torch.minimum(loss, -dual_clip * adv), loss)
 
 
+def sequence_log_ratio(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """mean_t (logp - logp_old) over the steps of a response that count, put on every step.
+
+    Source: GSPO, arXiv 2507.18071, eq. 7.
+    """
+    return masked_mean(logp - logp_old, mask, dim=-1)[:, None].expand_as(logp)
+
+
 def sequence_clipped(
     logp: Float[Tensor, "B T"],
     logp_old: Float[Tensor, "B T"],
@@ -58,12 +68,11 @@ def sequence_clipped(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, "B T"]:
-    """The clipped loss under one ratio per sequence, s = exp(mean_t (logp - logp_old)), put on every token.
+    """The clipped loss under one ratio per sequence, s = exp(`sequence_log_ratio`), put on every token.
 
     Source: GSPO, arXiv 2507.18071, eq. 5 to 7. With the "sequence" average its gradient is the paper's.
     """
-    mean_difference = masked_mean(logp - logp_old, mask, dim=-1)[:, None]
-    return clipped(mean_difference.expand_as(logp), torch.zeros_like(logp), adv, clip_low, clip_high)
+    return clipped(sequence_log_ratio(logp, logp_old, mask), torch.zeros_like(logp), adv, clip_low, clip_high)
 
 
 def clipped_weight(
@@ -170,16 +179,3 @@ def divergence_masked(
     away = (logp > logp_old) == (adv > 0)
     outside = away & (binary_divergence(logp, logp_old, kind) > limit)
     return torch.where(outside.detach(), 0.0, clipped_weight(logp, logp_old, adv, weight_high))
-
-
-def clip_fraction(
-    logp: Float[Tensor, "B T"],
-    logp_old: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    clip_low: float,
-    clip_high: float,
-) -> Float[Tensor, ""]:
-    """Share of the steps that count whose ratio lies outside the clip range."""
-    ratio = (logp - logp_old).exp()
-    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-    return masked_mean(outside.to(logp.dtype), mask)

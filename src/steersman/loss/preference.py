@@ -20,9 +20,11 @@ from steersman.loss.f_divergence import fdpo_alpha, fdpo_js
 from steersman.loss.pairs import (
     Explain,
     PairLogp,
+    as_batch,
     chosen_nll,
     desensitised,
     divergences,
+    gold_nll,
     implicit_rewards,
     less_offset,
     log_ratios,
@@ -32,13 +34,17 @@ from steersman.loss.pairs import (
     soft_labelled,
 )
 from steersman.loss.reference_free import alphapo, cpo, hinge, log_odds, orpo, simpo
+from steersman.loss.transport import aot, aot_unpaired
 
 __all__ = [
     "Explain",
     "PairLogp",
     "alphapo",
+    "aot",
+    "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "as_batch",
     "bco_pair",
     "cal_dpo",
     "chosen_nll",
@@ -52,6 +58,7 @@ __all__ = [
     "exo",
     "fdpo_alpha",
     "fdpo_js",
+    "gold_nll",
     "hinge",
     "ipo",
     "log_odds",

@@ -21,7 +21,14 @@ Average = Literal["token", "sequence", "episode"]
 - "episode": sum within each sequence, divided by one fixed number that is the same for all (Dr.GRPO, arXiv
   2503.20783), then the mean over sequences. Only this one leaves the gradient of an expected return unbiased:
   the other two divide by a random length.
+
+A sequence is a row: a response, or an episode of all its turns.
 """
+AVERAGED_BY = (
+    "how the loss averages steps (tokens). token: all of the batch alike; sequence: mean of each response, then over "
+    "responses; episode: sum of each response over one fixed number, then the mean (the only one without bias)"
+)
+"""The choice as recipes describe it."""
 
 
 def token_weight(

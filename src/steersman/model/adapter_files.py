@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.model.quantise import unquantised
 from steersman.types import SteersmanError
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -84,6 +85,7 @@ def saved_lora(path: str) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+@unquantised()
 def adapter_settings(source: str, *, trainable: bool) -> Any:
     """The folder's settings as peft has them, without dropout.
 
@@ -111,6 +113,7 @@ def adapter_settings(source: str, *, trainable: bool) -> Any:
     return found
 
 
+@unquantised()
 def adapter_tensors(source: str) -> dict[str, Tensor]:
     """The folder's tensors by peft's names. Raises SteersmanError where there are none, or a file is broken."""
     from peft.utils.save_and_load import load_peft_weights

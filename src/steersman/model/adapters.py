@@ -26,6 +26,7 @@ from steersman.model.adapter_files import (
 from steersman.model.lora import fitting, settle
 from steersman.model.meaning import Meaning
 from steersman.model.merge import adapters_left_out
+from steersman.model.quantise import unquantised
 from steersman.types import SteersmanError
 
 MEANING = "meaning.json"
@@ -63,6 +64,7 @@ def adapted_folder(source: str) -> AdaptedFolder:
     return AdaptedFolder(notes.base, meaning)
 
 
+@unquantised()
 def put_adapters(scalar: Any, source: str) -> None:
     """Puts the folder's adapters on the scalar model's trunk, with what is trained whole there, and its head in
     place; all of them trainable, without dropout.

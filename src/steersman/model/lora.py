@@ -25,6 +25,7 @@ from steersman.model.adapter_files import (
 )
 from steersman.model.in_place import add_in_place
 from steersman.model.merge import adapters_left_out
+from steersman.model.quantise import unquantised
 from steersman.types import SteersmanError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     return adapters  # type: ignore[return-value]
 
 
+@unquantised()
 def with_adapters(model: Any, settings: Any) -> PeftModel:
     """The model with adapters of peft's `settings` in it, without peft's warning that it asks transformers for a
     property by its former name, which is no user's business."""
@@ -77,6 +79,7 @@ def with_adapters(model: Any, settings: Any) -> PeftModel:
         return peft.get_peft_model(model, settings)  # type: ignore[return-value]
 
 
+@unquantised()
 def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
     """Puts adapters on a trunk in place and freezes its weights; the head that reads it stays as it is.
 
@@ -89,6 +92,7 @@ def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
     settle(trunk)
 
 
+@unquantised()
 def _settings(model: Any, config: LoraConfig, task: str) -> Any:
     import peft
     from transformers.pytorch_utils import Conv1D
@@ -191,6 +195,7 @@ def _naming_targets(model: Any, config: LoraConfig) -> Iterator[None]:
         ) from error
 
 
+@unquantised()
 def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
     """Puts the adapters saved in a folder on the model in place, without dropout.
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -62,6 +65,29 @@ def as_stored_quantised(
     if keep is not None:
         told["llm_int8_skip_modules"] = [*(told.get("llm_int8_skip_modules") or ["lm_head"]), *keep]
     return told | {"llm_int8_threshold": 0.0}
+
+
+@contextmanager
+def unquantised() -> Iterator[None]:
+    """Keeps peft from importing bitsandbytes, unless a quantised model has imported it before: with it every run with
+    adapters would start later, and warn on a CPU of kernels that nothing asks for."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # what Python takes for a missing package
+    _let_peft_look_again()
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        _let_peft_look_again()
+
+
+def _let_peft_look_again() -> None:
+    """Lets peft forget whether bitsandbytes is installed, of which it keeps its first answer."""
+    utils: Any = sys.modules.get("peft.import_utils")
+    for answer in () if utils is None else (utils.is_bnb_available, utils.is_bnb_4bit_available):
+        answer.cache_clear()
 
 
 def _require_bitsandbytes(what: str) -> None:

@@ -9,6 +9,7 @@ Source: `fully_shard`, PyTorch 2.6 and newer; for DeepSpeed see `zero_layers`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -45,6 +46,8 @@ def place(model: Any) -> None:
 def _shard(model: Any) -> None:
     from torch.distributed import fsdp
 
+    # Of the states that a run gives, which are views: nothing here changes them in place.
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
     settings, cut = _settings(model.device), layers(model.model)
     settings["ignored_params"] = {p for p in model.parameters() if not p.ndim}  # a single number is whole on all
     _require_trainable(model, cut)

@@ -25,7 +25,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def bytes_of(size: str) -> int:
-    """The number that a size such as 5GB names. Raises SteersmanError for what is none."""
+    """The number of bytes in a size such as 5GB. Raises SteersmanError if the text is not a size, or is 0."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", size.strip().upper())
     if found is None or float(found[1]) == 0:
         raise SteersmanError(f"max_shard_size is {size!r}; give a size such as 5GB or 500MB")

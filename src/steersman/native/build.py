@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from steersman.atomic import flush_to_disk
+
 FLAGS = (
     "-O3",
     "-march=native",
@@ -155,10 +157,10 @@ def _build(command: str, flags: Sequence[str], sources: dict[str, bytes], target
         _run([[command, *flags, "-shared", *map(str, objects), "-o", str(library)]], end)
         digest.write_text(hashlib.sha256(library.read_bytes()).hexdigest())
         for file in (library, digest):
-            _fsync(file)
+            flush_to_disk(file)
         library.replace(target)
         digest.replace(_digest_file(target))
-        _fsync(target.parent)
+        flush_to_disk(target.parent)
 
 
 def _run(commands: Sequence[Sequence[str]], end: float) -> None:
@@ -194,14 +196,6 @@ def _processor() -> bytes:
         return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
     except (OSError, StopIteration):
         return platform.processor().encode()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _say(text: str) -> None:

@@ -42,10 +42,16 @@ def weight_of(examples: Sequence[Preference] | Sequence[Feedback], rows: Sequenc
     return sum(examples[i].weight for i in rows) or 1.0
 
 
+def majority(agreement: Tensor) -> Tensor:
+    """Which answer of each pair most raters preferred: 1 the first one, -1 the second one, 0 where they are evenly
+    split."""
+    return (agreement - 0.5).sign()
+
+
 def right(lead: Tensor, target: Tensor | None = None, tie: Tensor | float = 0.0) -> Tensor:
     """1 where the lead is on the side that most raters are on (`target` above or below 1/2; the first side without
     it), 1/2 for a lead of at most `tie`, 0 where raters are split or the lead is on the other side."""
-    side = torch.ones_like(lead) if target is None else (target - 0.5).sign()
+    side = torch.ones_like(lead) if target is None else majority(target)
     even = lead.abs() <= tie
     return torch.where(even, 0.5, (lead * side > 0).float()) * (side != 0)
 

@@ -1,5 +1,4 @@
-"""What KTO, APO and BCO train on: single answers with a thumb up or down, their loss, and what they are compared
-with.
+"""The objectives of KTO, APO and BCO: the loss of single answers with a thumb up or down.
 
 What a method measures over a whole batch before its update (KTO's reference point, BCO's reward shift) does not
 depend on its micro-batches.
@@ -24,6 +23,7 @@ from steersman.model.layout import masked_indices
 from steersman.objectives.batch import right, rounding, weight_of
 from steersman.run.progress import with_progress
 from steersman.setup.reference import Readings, Reference, answer_logp, answer_logp_now
+from steersman.statistics.estimates import auc
 from steersman.train.held_prompts import HeldPrompts
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
@@ -39,10 +39,14 @@ class KTOConfig(Section):
     )
     beta: float = Field(default=0.1, gt=0, description="how fast a gain or loss saturates; the KL penalty's strength")
     desirable_weight: float | Literal["auto"] = Field(
-        default="auto", description="lambda_D; auto: 1, or what makes the rarer label count as much as the other"
+        default="auto",
+        description="weight of liked answers (lambda_D). auto: 1, and more for the rarer label, so that liked and "
+        "disliked answers count alike in all",
     )
     undesirable_weight: float | Literal["auto"] = Field(
-        default="auto", description="lambda_U; auto as above. The paper wants lambda_D n_D / lambda_U n_U in [1, 1.5]"
+        default="auto",
+        description="weight of disliked answers (lambda_U); auto as above. The paper advises lambda_D n_D / "
+        "(lambda_U n_U) in [1, 1.5], n answers of each",
     )
     nll: float = Field(
         default=0.0, ge=0, description="weight of the liked answers' mean negative log-likelihood, added to the loss"
@@ -96,7 +100,10 @@ class BCOConfig(Section):
     name: Literal["bco"] = Field(default="bco", description="the loss, fixed by the verb")
     beta: float = Field(default=0.1, gt=0, description="scale of the implicit reward; the KL penalty's strength")
     shift_decay: float = Field(
-        default=0.9, ge=0, lt=1, description="the reward shift's moving average keeps this share of itself per batch"
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="decay of the reward shift's moving average: the share of itself that it keeps per batch",
     )
     nll: float = Field(
         default=0.0, ge=0, description="weight of the liked answers' mean negative log-likelihood, added to the loss"
@@ -201,7 +208,7 @@ class FeedbackObjective:
         rewards = in_order(found)
         label = torch.tensor([e.label for e in self.held_out.examples])
         if label.any() and not label.all():
-            stats["held_out/auc"] = outranks(rewards[label], rewards[~label])
+            stats["held_out/auc"] = auc(rewards.numpy(), label.numpy())
         return stats | tally.means()
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,9 +265,3 @@ def mismatched(data: TrainingSet[Feedback], rows: Sequence[int], context: int | 
             room = None if context is None else context - len(own.prompt)
             found.append(Encoded(own.prompt, other.response[:room], other.mask[:room]))
     return [e for e in found if any(e.mask)]
-
-
-def outranks(liked: Tensor, disliked: Tensor) -> float:
-    """How often a liked answer has more implicit reward than a disliked one, over all such pairs; a tie is half."""
-    lead = liked[:, None] - disliked[None, :]
-    return float(((lead > 0).float() + 0.5 * (lead == 0).float()).mean())

@@ -16,7 +16,7 @@ from steersman.loss.preference import Explain, PairLogp, chosen_nll, desensitise
 PairLossName = Literal[
     "dpo", "robust_dpo", "ipo", "hinge", "rso", "dpop", "tdpo1", "tdpo2", "simpo", "orpo", "cpo",
     "alphapo", "dpo_shift", "wpo", "cal_dpo", "sppo", "dpo_norm", "exo", "discopop", "fdpo_alpha", "fdpo_js", "nca",
-    "bco_pair", "apo_zero", "apo_down",
+    "bco_pair", "apo_zero", "apo_down", "aot", "aot_unpaired",
 ]  # fmt: skip
 
 
@@ -36,7 +36,9 @@ RANGES = {  # of the settings that leave a loss without meaning outside of them
 class PairLossConfig(Section):
     """Which loss, with which of its own settings, and what is added to it."""
 
-    name: PairLossName = Field(default="dpo", description="the loss; see docs/algorithms.md for where each leads")
+    name: PairLossName = Field(
+        default="dpo", description="the loss; docs/algorithms.md lists all, and where each leads"
+    )
     settings: dict[str, float] = Field(
         default_factory=dict, description="the loss's own numbers, such as {beta: 0.1, label_smoothing: 0.1}"
     )
@@ -45,30 +47,41 @@ class PairLossConfig(Section):
     )
     also: dict[PairLossName, float] = Field(
         default_factory=dict,
-        description="losses that are added, each with its weight, such as {bco_pair: 0.25}; each takes those of "
-        "settings that it has",
+        description="further losses (those of docs/algorithms.md), added with these weights, such as {bco_pair: "
+        "0.25}; each takes those of `settings` that it has",
     )
     nll: float = Field(
         default=0.0, ge=0, description="weight of the chosen answers' mean negative log-likelihood, added to any loss"
     )
+    gold_nll: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the mean negative log-likelihood of gold answers, the data's column gold, added to "
+        "any loss (TPO: with cpo at settings {beta: 0.01, nll_weight: 0}, or simpo)",
+    )
     explore: float = Field(
         default=0.0,
         ge=0,
-        description="times the log-probability of the reference's answer of a pair, added to the loss, so that the "
-        "policy goes where the reference does not (XPO); the data's chosen_from_reference says which answer that is",
+        description="weight of the log-probability of the reference's answer of a pair, added to the loss, so that "
+        "the policy goes where the reference does not (XPO's alpha); the data's chosen_from_reference says which "
+        "answer that is",
     )
     soft_labels: bool = Field(
-        default=True, description="count a pair on which raters disagree both ways, each in proportion to its votes"
+        default=True,
+        description="train on a pair on which raters disagree in both directions, each weighted by its share of "
+        "the votes",
     )
     margin_weight: float = Field(
-        default=0.0, ge=0, description="times the data's margin: by how much the implicit reward should lead"
+        default=0.0,
+        ge=0,
+        description="the implicit reward of the chosen answer should lead by this times the data's margin",
     )
     ld_alpha: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="weight of an answer's tokens beyond the length of the other answer (LD-DPO); below 1 the loss "
-        "feels less how long answers are, 1 counts all tokens alike",
+        description="weight of an answer's tokens beyond the length of the other answer (LD-DPO); below 1 length "
+        "counts for less, 1: all tokens alike",
     )
 
     @model_validator(mode="after")
@@ -94,10 +107,10 @@ class PairLossConfig(Section):
         for name, weight in self.also.items():
             if weight <= 0:
                 raise ValueError(f"loss.also: the weight of {name} is {weight}; it must be above 0")
-        if self.weight != 1 and not (self.also or self.nll or self.explore):
+        if self.weight != 1 and not (self.also or self.nll or self.gold_nll or self.explore):
             raise ValueError(
                 "loss.weight weighs the loss beside what is added to it, and nothing is; remove it, or give "
-                "loss.also, loss.nll or loss.explore"
+                "loss.also, loss.nll, loss.gold_nll or loss.explore"
             )
 
     def _settings_fit(self) -> None:
@@ -134,15 +147,24 @@ class PairLossConfig(Section):
         return any(entry.needs_log_weight for entry in self.entries.values())
 
     @property
+    def of_batch(self) -> bool:
+        """Whether any of them is a loss of the whole batch's distributions."""
+        return any(entry.of_batch for entry in self.entries.values())
+
+    @property
     def leads_to(self) -> str:
         """Where the loss leads, or what a mixture lies between."""
         if not self.also:
             return LOSSES[self.name].fixed_point
         return f"between where {' and '.join(self.entries)} lead, by their weights; see docs/algorithms.md"
 
+    def compared(self, pair: PairLogp) -> PairLogp:
+        """The pair as the losses that compare its answers see it."""
+        return pair if self.ld_alpha == 1 else desensitised(pair, self.ld_alpha)
+
     def of_pair(self, pair: PairLogp) -> tuple[Tensor, Explain]:
         """The weighed sum of the losses and the likelihood, `[B]`, and what `loss.name` has to tell."""
-        compared = pair if self.ld_alpha == 1 else desensitised(pair, self.ld_alpha)
+        compared = self.compared(pair)
         loss, explain = LOSSES[self.name].function(compared, **self._own_settings(self.name))
         loss = self.weight * loss
         for name, weight in self.also.items():

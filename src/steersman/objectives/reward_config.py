@@ -23,25 +23,28 @@ class RewardModelConfig(OfflineConfig):
     heads: int = Field(
         default=1,
         ge=1,
-        description="pairs: heads on one trunk, each on draws of its own; their deviation says how little is known",
+        description="pairs: score heads on one trunk, each trained on its own bootstrap sample of the pairs; their "
+        "standard deviation measures uncertainty (see reward.parts.NAME.pessimism)",
     )
     bottleneck: int = Field(
         default=0,
         ge=0,
-        description="pairs: noisy latents through which answers are read (InfoRM); 0 reads them directly",
+        description="pairs: latents of a variational information bottleneck between trunk and score (InfoRM); 0: "
+        "none",
     )
     bottleneck_weight: float = Field(
-        default=0.02, ge=0, description="with bottleneck: price of a nat that an answer's latents tell"
+        default=0.02, ge=0, description="with bottleneck: weight of KL(latents || N(0, I)) in the loss, per nat"
     )
     planes: int = Field(
         default=0,
         ge=0,
-        description="pairs: planes of a model of preferences that may run in circles, without scores (general "
-        "preference model); 0 is Bradley-Terry",
+        description="pairs: planes (two coordinates each) of a general preference model, which can learn A > B > C "
+        "> A and gives no score to a single answer; 0: Bradley-Terry",
     )
     debias: list[Literal["length", "headers", "lists", "bold"]] = Field(
         default_factory=list,
-        description="pairs: what the score is freed of after training, as far as a straight line goes",
+        description="pairs: features whose linear effect on the score is removed after training: length, headers, "
+        "lists, bold",
     )
     centre: float = Field(
         default=0.0,
@@ -64,7 +67,8 @@ class GatingConfig(Section):
         default="length", description="what is taken out of every attribute: length, an attribute's name, or none"
     )
     correlation: Literal["spearman", "pearson"] = Field(
-        default="spearman", description="which correlation with it becomes 0 over the training answers"
+        default="spearman",
+        description="the correlation with `verbosity` that is made 0 over the training answers: spearman or pearson",
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from steersman.data import EncodedSet, Preference, TrainingSet, collate_pairs
 from steersman.loss.reward import centring, pairwise
 from steersman.model import EnsembleModel
-from steersman.objectives.batch import over_answers, right
+from steersman.objectives.batch import majority, over_answers, right
 from steersman.objectives.reward_config import RewardModelConfig
 from steersman.objectives.reward_pairs import PairwiseReward
 from steersman.train.tally import Tally
@@ -48,17 +48,16 @@ class EnsembleReward(PairwiseReward[EnsembleModel]):
         tokens = collate_pairs([self.train.groups[i] for i in rows])
         chosen, rejected = self.module.outputs(tokens).chunk(2)
         examples, heads = [self.train.examples[i] for i in rows], chosen.shape[1]
-        margin = [e.margin or 0.0 if self.config.use_margin else 0.0 for e in examples]
-        agreement, weights = [e.agreement for e in examples], self._weights(rows)
-        target, lead = send(torch.tensor([agreement, margin], dtype=chosen.dtype), chosen.device)
-        wide = [x[:, None].expand(-1, heads).flatten() for x in (target, lead)]
+        (target, margin), weights = self.labels(examples, chosen), self._weights(rows)
+        wide = [x[:, None].expand(-1, heads).flatten() for x in (target, margin)]
         per_pair = pairwise(chosen.flatten(), rejected.flatten(), target=wide[0], margin=wide[1])
         per_pair = per_pair + self.config.centre * centring(chosen.flatten(), rejected.flatten())
         weight = send(weights.to(per_pair.dtype), per_pair.device).flatten() / heads
         lead = (chosen - rejected).mean(1)
         tally.add("loss", (weight * per_pair).sum(), float(weights.mean(1).sum()))
-        tally.add("accuracy", right(lead, target).sum(), sum(share != 0.5 for share in agreement))
-        tally.add("margin", lead.sum(), len(rows))
+        decided = sum(e.agreement != 0.5 for e in examples)
+        tally.add("accuracy", right(lead, target).sum(), decided)
+        tally.add("margin", (lead * majority(target)).sum(), decided)
         return (weight * per_pair).sum() / denominator
 
     def evaluate(self) -> Stats:

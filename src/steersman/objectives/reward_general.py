@@ -11,9 +11,9 @@ from torch import Tensor
 from steersman.data import EncodedSet, Preference
 from steersman.loss.reward import pairwise
 from steersman.model import GeneralPreferenceModel
-from steersman.objectives.batch import over_answers, right
+from steersman.objectives.batch import over_answers
 from steersman.objectives.reward_config import EvaluationConfig
-from steersman.objectives.reward_pairs import PairwiseReward, longer_lead, share
+from steersman.objectives.reward_pairs import PairwiseReward, longer_lead, told_of_leads
 from steersman.statistics.reward_report import Report, keys, pair_report, subsets
 from steersman.types import Stats, Tokens
 
@@ -34,14 +34,9 @@ class GeneralPreferenceReward(PairwiseReward[GeneralPreferenceModel]):
         if held is None:
             return {}
         lead = self._leads(held)
-        target = torch.tensor([e.agreement for e in held.examples])
-        decided = target != 0.5
-        return {
-            "held_out/loss": float(pairwise(lead, torch.zeros_like(lead), target=target).mean()),
-            "held_out/accuracy": share(right(lead, target)[decided]),
-            "held_out/accuracy_longer_wins": share(right(longer_lead(held.groups), target)[decided]),
-            "held_out/margin": float(lead.mean()),
-        }
+        target, margin = self.labels(held.examples, lead)
+        loss = pairwise(lead, torch.zeros_like(lead), target=target, margin=margin)
+        return {"held_out/loss": float(loss.mean()), **told_of_leads(lead, longer_lead(held.groups), target)}
 
     def report(self, config: EvaluationConfig) -> Report | None:
         held = self.held_out

@@ -14,7 +14,7 @@ from torch import Tensor
 from steersman.data import Encoded, EncodedSet, Preference, Ranking, TrainingSet, collate_groups, collate_pairs
 from steersman.loss.reward import centring, pairwise, plackett_luce, ranking, ranking_centring
 from steersman.model import AttributeModel, ScalarModel
-from steersman.objectives.batch import over_answers, right, scores_of, weight_of
+from steersman.objectives.batch import majority, over_answers, right, scores_of, weight_of
 from steersman.objectives.reward_config import EvaluationConfig, RewardModelConfig
 from steersman.ops.style import FEATURES
 from steersman.statistics.reward_report import Report, keys, pair_report, ranking_report, subsets
@@ -53,8 +53,9 @@ class PairwiseReward(Generic[M]):
         target, weights = [e.agreement for e in examples], [e.weight for e in examples]
         target_there, weight = send(torch.tensor([target, weights], dtype=lead.dtype), lead.device)
         tally.add("loss", (weight * per_pair).sum(), sum(weights))
-        tally.add("accuracy", right(lead, target_there).sum(), sum(share != 0.5 for share in target))
-        tally.add("margin", lead.sum(), len(rows))
+        decided = sum(share != 0.5 for share in target)
+        tally.add("accuracy", right(lead, target_there).sum(), decided)
+        tally.add("margin", (lead * majority(target_there)).sum(), decided)
         return (weight * per_pair).sum() / denominator
 
     def per_pair(self, tokens: Tokens, examples: Sequence[Preference]) -> tuple[Tensor, Tensor]:
@@ -92,19 +93,17 @@ class PairwiseReward(Generic[M]):
         return worth
 
     def evaluate(self) -> Stats:
-        """Held-out loss and accuracy, and how well the trivial rule "the longer answer wins" does beside it."""
+        """Held-out loss, with the data's margins but without centring, and accuracy, with that of the trivial rule
+        "the longer answer wins" beside it."""
         held = self.held_out
         if held is None:
             return {}
         scores = self._scores(held)
-        target = torch.tensor([e.agreement for e in held.examples])
-        decided = target != 0.5
-        lead, longer = scores[:, 0] - scores[:, 1], longer_lead(held.groups)
+        first, second = scores.unbind(1)
+        target, margin = self.labels(held.examples, scores)
         return {
-            "held_out/loss": float(pairwise(scores[:, 0], scores[:, 1], target=target).mean()),
-            "held_out/accuracy": share(right(lead, target)[decided]),
-            "held_out/accuracy_longer_wins": share(right(longer, target)[decided]),
-            "held_out/margin": float(lead.mean()),
+            "held_out/loss": float(pairwise(first, second, target=target, margin=margin).mean()),
+            **told_of_leads(first - second, longer_lead(held.groups), target),
             "held_out/score_mean": float(scores.mean()),
             "held_out/score_std": float(scores.std()),
         }
@@ -158,6 +157,8 @@ class RankingReward:
         score, mask = side_by_side(self.module.score(tokens), owner)
         rank = dense_ranks([self.train.examples[i].ranks for i in rows]).to(score.device)
         per_prompt = self.per_prompt(score, rank, mask)
+        if self.config.centre:
+            per_prompt = per_prompt + self.config.centre * ranking_centring(score, mask)
         tally.add("loss", per_prompt.sum(), len(rows))
         ordered = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]
         leads = (score[:, :, None] - score[:, None, :])[ordered]
@@ -165,9 +166,8 @@ class RankingReward:
         return per_prompt.sum() / denominator
 
     def per_prompt(self, score: Tensor, rank: Tensor, mask: Tensor) -> Tensor:
-        """The loss of each ranking, `[B]`."""
-        loss = plackett_luce(score, rank, mask) if self.listwise else ranking(score, rank, mask)
-        return loss + self.config.centre * ranking_centring(score, mask) if self.config.centre else loss
+        """The loss of each ranking without its centring, `[B]`."""
+        return plackett_luce(score, rank, mask) if self.listwise else ranking(score, rank, mask)
 
     def evaluate(self) -> Stats:
         """Held-out loss per prompt, and pairs of unequal rank that are put right, of all prompts together."""
@@ -232,6 +232,17 @@ def dense_ranks(ranks: Sequence[Sequence[float]]) -> Tensor:
 
 def share(x: Tensor) -> float:
     return float(x.mean()) if x.numel() else float("nan")
+
+
+def told_of_leads(lead: Tensor, longer: Tensor, target: Tensor) -> Stats:
+    """How often and by how much the answers lead that most raters preferred (`target` above 1/2: the first one), and
+    how often the longer ones are those; of the pairs on which raters are not evenly split."""
+    decided = target != 0.5
+    return {
+        "held_out/accuracy": share(right(lead, target)[decided]),
+        "held_out/accuracy_longer_wins": share(right(longer, target)[decided]),
+        "held_out/margin": share((lead * majority(target))[decided]),
+    }
 
 
 def longer_lead(groups: Sequence[Sequence[Encoded]]) -> Tensor:

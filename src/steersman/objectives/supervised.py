@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,8 @@ from steersman.distributed.micro import my_micro_batches
 from steersman.loss.reduce import reduce, token_weight
 from steersman.loss.supervised import TOKEN_LOSSES, nll
 from steersman.model import Policy
-from steersman.ops.masked import masked_sum
+from steersman.ops.masked import last_step, masked_sum
+from steersman.ops.text import perplexity
 from steersman.run.progress import with_progress
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
@@ -61,16 +61,18 @@ class SFT:
 
     @torch.no_grad()
     def evaluate(self) -> Stats:
-        """Held-out loss in nats per token, its exponential, and the loss of the end tokens alone."""
+        """Held-out loss in nats per token, its exponential, and the loss of each row's last token that counts."""
         if self.held_out is None:
             return {}
         tally, held, lengths = Tally(), self.held_out.groups, torch.tensor(self.held_out.lengths)
         for part in with_progress(my_micro_batches(lengths, self.micro_tokens), "look at held-out rows"):
             tokens = collate([held[i][0] for i in part.rows.tolist()])
             logp = self.module.logp(tokens).logp.cpu()
-            last = (tokens.response_length - 1).clamp(min=0)
+            mask = tokens.mask
             if part.counts:
-                self._tell(tally, "held_out/", logp, tokens.mask, int(tokens.mask.sum()))
-                tally.add("held_out/loss_last_token", nll(logp).gather(1, last[:, None]).sum(), len(part.rows))
+                self._tell(tally, "held_out/", logp, mask, int(mask.sum()))
+                some, last = mask.any(-1), last_step(mask).clamp(min=0)
+                ends = nll(logp).gather(1, last[:, None])[:, 0]
+                tally.add("held_out/loss_last_token", masked_sum(ends, some), int(some.sum()))
         stats = tally.means()
-        return stats | {"held_out/perplexity": math.exp(min(stats["held_out/loss"], 50))}
+        return stats | {"held_out/perplexity": perplexity(stats["held_out/loss"])}

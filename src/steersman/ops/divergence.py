@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -100,6 +100,8 @@ def linear_divergence(
     *,
     mix: float = 0.5,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    tail: bool = True,
     chunk: int | None = None,
 ) -> Float[Tensor, " N"]:
     """D(teacher, student) in nats at every position, differentiable once in the student's states and output layer.
@@ -108,15 +110,24 @@ def linear_divergence(
     vocabulary), both are taken over the ids that both have. `chunk` is how many rows' logits live at once, by
     default what fits TILE. Nothing flows to the teacher.
 
-    Raises ValueError for a `mix` outside [0, 1], a temperature that is not above 0, or a teacher of another length.
+    With `top_k`, for a teacher that has logits, the student's k likeliest tokens are compared: with `tail` all others
+    are one outcome more on both sides, a lower bound of the whole divergence; without, both distributions are taken
+    given one of the k, and what either gives to the others teaches nothing. Which tokens are the k carries no
+    gradient. Source: arXiv 2601.20802, whose program has both (k 100, with the tail).
+
+    Raises ValueError for a `mix` outside [0, 1], a temperature that is not above 0, a `top_k` below 1 or beside a
+    teacher that lists tokens itself, or a teacher of another length.
     """
     if not 0 <= mix <= 1 or not temperature > 0:
         raise ValueError(f"mix {mix} must lie in [0, 1] and temperature {temperature} above 0")
     if len(teacher) != len(hidden):
         raise ValueError(f"the teacher has distributions for {len(teacher)} positions and there are {len(hidden)}")
+    if top_k is not None and (top_k < 1 or teacher.width is None):
+        raise ValueError(f"top_k {top_k} must be at least 1, and the teacher have logits of all tokens")
     own = head.weight.shape[0]
     head = _narrowed(head, min(own, teacher.width or own))
-    form = (head, teacher, kind, mix, temperature, chunk)
+    top_k = None if top_k is None else min(top_k, head.weight.shape[0])
+    form = (head, teacher, kind, mix, temperature, chunk, top_k, tail)
     return _LinearDivergence.apply(hidden, head.weight, head.bias, form)  # type: ignore[return-value]
 
 
@@ -184,11 +195,22 @@ def sorted_distance(
     return torch.cat([checkpoint(part, a, b, use_reentrant=False) for a, b in pieces])
 
 
+class _Outcomes(NamedTuple):
+    """log p and log q of what is compared at some rows, log q of all tokens, which tokens the outcomes are (None: all
+    of them; with a tail, the last outcome is all the others), and d cap(x) / dx where the layer caps."""
+
+    log_p: Tensor
+    log_q: Tensor
+    log_all: Tensor
+    ids: Tensor | None
+    slope: Tensor | None
+
+
 class _Rows:
     """Both distributions over the outcomes that are compared, for rows [a, b)."""
 
     def __init__(self, hidden: Tensor, form: tuple, dtype: torch.dtype | None = None) -> None:
-        head, self.teacher, self.kind, self.mix, temperature, chunk = form
+        head, self.teacher, self.kind, self.mix, temperature, chunk, self.top_k, self.tail = form
         width = head.weight.shape[0]
         exact = 8 if torch.float64 in (dtype, hidden.dtype) else 4
         size = TILE["cpu" if hidden.device.type == "cpu" else "accelerator"]
@@ -197,24 +219,40 @@ class _Rows:
         self.student = Tiles(hidden, head, temperature, chunk=chunk, block=width, dtype=dtype)
         self.taught = self.teacher.tiles(width, temperature, chunk)
 
-    def outcomes(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """log p and log q of the outcomes, log q of all tokens, and d cap(x) / dx where the layer caps."""
+    def outcomes(self, a: int, b: int) -> _Outcomes:
         logits, slope = self.student.logits(a, b, 0, self.width)
         log_q = torch.log_softmax(logits, -1)
-        if self.taught is not None:
-            log_p = torch.log_softmax(self.taught.logits(a, b, 0, self.width)[0], -1)
-            return log_p.to(log_q), log_q, log_q, slope
-        listed = self.teacher.rows(slice(a, b))
-        rest = log_q.scatter(1, listed.ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=FAINT)
-        log_p = torch.cat([listed.logp, listed.rest.log()[:, None]], -1).to(log_q.dtype)
-        return log_p, torch.cat([log_q.gather(1, listed.ids), rest], -1), log_q, slope
+        if self.taught is None:
+            listed = self.teacher.rows(slice(a, b))
+            log_p = torch.cat([listed.logp, listed.rest.log()[:, None]], -1).to(log_q.dtype)
+            return _Outcomes(log_p, _with_tail(log_q, listed.ids), log_q, listed.ids, slope)
+        log_p = torch.log_softmax(self.taught.logits(a, b, 0, self.width)[0], -1).to(log_q)
+        if self.top_k is None:
+            return _Outcomes(log_p, log_q, log_q, None, slope)
+        ids = log_q.topk(self.top_k, sorted=False).indices
+        if self.tail:
+            return _Outcomes(_with_tail(log_p, ids), _with_tail(log_q, ids), log_q, ids, slope)
+        given_p, given_q = (torch.log_softmax(x.gather(1, ids), -1) for x in (log_p, log_q))
+        return _Outcomes(given_p, given_q, log_q, ids, slope)
 
-    def per_token(self, pull: Tensor, log_q: Tensor, log_all: Tensor, a: int, b: int) -> Tensor:
-        """q dD/dq of every token from that of its outcome: the rest's is shared out by what q gives each token."""
-        if self.taught is not None:
-            return pull
-        spread = (log_all - log_q[:, -1:]).exp() * pull[:, -1:]
-        return spread.scatter_(1, self.teacher.ids[a:b], pull[:, :-1])
+    def per_token(self, found: _Outcomes) -> Tensor:
+        """dD/dz of every token's logit z, from q dD/dq of its outcome: with a tail, the last outcome's is shared out
+        by what q gives each token."""
+        pull = terms(self.kind, found.log_p, found.log_q, self.mix)[1]
+        total = pull.sum(-1, keepdim=True)
+        if found.ids is None:
+            return pull - found.log_all.exp() * total
+        if not self.tail:
+            own = pull - found.log_q.exp() * total
+            return torch.zeros_like(found.log_all).scatter_(1, found.ids, own)
+        shared = (found.log_all - found.log_q[:, -1:]).exp() * pull[:, -1:]
+        return shared.scatter_(1, found.ids, pull[:, :-1]) - found.log_all.exp() * total
+
+
+def _with_tail(logp: Tensor, ids: Tensor) -> Tensor:
+    """log-probabilities of the listed tokens, and of all others together."""
+    others = logp.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=FAINT)
+    return torch.cat([logp.gather(1, ids), others], -1)
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -224,8 +262,8 @@ class _LinearDivergence(torch.autograd.Function):
         rows = _Rows(hidden, form)
         value = hidden.new_empty(len(hidden), dtype=rows.student.exact)
         for a, b in rows.student.rows():
-            log_p, log_q, _, _ = rows.outcomes(a, b)
-            value[a:b] = terms(rows.kind, log_p, log_q, rows.mix)[0].sum(-1)
+            found = rows.outcomes(a, b)
+            value[a:b] = terms(rows.kind, found.log_p, found.log_q, rows.mix)[0].sum(-1)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.form, ctx.dtype = form, rows.student.dtype  # the dtype as under the forward pass's autocast
         return value
@@ -237,9 +275,8 @@ class _LinearDivergence(torch.autograd.Function):
         rows = _Rows(hidden, ctx.form, ctx.dtype)
         gradient = Gradient(rows.student, ctx.needs_input_grad)
         for a, b in rows.student.rows():
-            log_p, log_q, log_all, slope = rows.outcomes(a, b)
-            pull = rows.per_token(terms(rows.kind, log_p, log_q, rows.mix)[1], log_q, log_all, a, b)
-            du = (pull - log_all.exp() * pull.sum(-1, keepdim=True)) * upstream[a:b, None]
-            gradient.add(torch.nn.functional.hardshrink(du, NOTHING), slope, a, b, 0, rows.width)
+            found = rows.outcomes(a, b)
+            du = rows.per_token(found) * upstream[a:b, None]
+            gradient.add(torch.nn.functional.hardshrink(du, NOTHING), found.slope, a, b, 0, rows.width)
             gradient.finish_rows(a, b)
         return *gradient.result(), None

@@ -7,6 +7,7 @@ their endings. Vowel signs and accents belong to their letter.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -27,9 +28,28 @@ _PIECE = re.compile(rf"[^\W{_BY_CHARACTER}]+(?:[{_MARK}]+[^\W{_BY_CHARACTER}]*)*
 # The same of ASCII text alone, several times as fast as the classes of all scripts.
 _ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
 _ASCII_PIECE = re.compile(r"\w+|[^\w\s]")
+_WHOLE = re.compile(r"[.!?…][\"'”’»)\]]*(?=\s|$)|[。！？।؟][”’」』）]*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
 
 T = TypeVar("T", bound=Hashable)
+
+LARGEST_LOSS = 50.0
+"""Nats above which a perplexity grows no more: a diverged model's would be infinite, which JSON can not hold."""
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean negative log-likelihood per token (nats), which is taken as at most `LARGEST_LOSS`."""
+    return math.exp(min(loss, LARGEST_LOSS))
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; "" where none ends. A point within a number or an address
+    ends none, nor does that behind the number of an item."""
+    for mark in reversed([*_WHOLE.finditer(text)]):
+        before = text[: mark.start()].rpartition("\n")[2].strip()
+        if before and not before.isdecimal():
+            return text[: mark.end()]
+    return ""
 
 
 def words(text: str) -> list[str]:

@@ -30,11 +30,11 @@ class ABRecipe(Section):
     file: str = Field(description="outcomes or judgements: jsonl, json, csv, tsv, parquet, or a folder of these")
     experiment: Experiment = Experiment()
     effect: float = Field(
-        default=0.05, gt=0, lt=0.5, description="gain (in a win rate, or a share) that the plan is made for"
+        default=0.05, gt=0, lt=0.5, description="gain in a win rate (or share) that the sample-size plan is to detect"
     )
-    power: float = Field(default=0.8, gt=0, lt=1, description="chance to see it that the plan is made for")
+    power: float = Field(default=0.8, gt=0, lt=1, description="probability of detecting it that the plan is made for")
     on_bad_row: Literal["stop", "skip"] = Field(
-        default="stop", description="stop at a bad row, or leave it out and count it"
+        default="stop", description="stop: end with an error at a bad row; skip: leave it out and count it"
     )
     out: str | None = Field(default=None, description="JSON file to write")
     log: str | None = Field(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from steersman.judge import Judge
-from steersman.people.filters import item_key, shares
+from steersman.people.filters import item_key, prompt_key, shares
 from steersman.people.judgements import Judgement
-from steersman.statistics.estimates import Array, Estimate, bootstrap
+from steersman.statistics.agreement import cohen_kappa
+from steersman.statistics.estimates import Estimate, bootstrap, share
 
 ENOUGH = 50
 """Decided items below which no agreement is stated."""
@@ -42,41 +43,25 @@ class Agreement:
 
 
 def agreement(judge: Judge, rows: Sequence[Judgement], *, needed: int = ENOUGH) -> Agreement:
-    """Asks the judge about each pair that people decided; intervals resample prompts."""
+    """Asks the judge about each pair that people decided: what is said of one prompt hangs together."""
     items: dict[str, Judgement] = {}
     for one in rows:
         if one.choice is not None and one.expected is None:
             items.setdefault(item_key(one), one)
-    share = shares(rows)
-    decided = [(key, one) for key, one in items.items() if share[key] != 0.5]
+    won = shares(rows)
+    decided = [(key, one) for key, one in items.items() if won[key] != 0.5]
     if len(decided) < needed:
         return Agreement(len(decided), needed, None, None)
     asked = [(one.prompt, *sorted(one.answers)) for _, one in decided]
     told = judge.compare([(p, a, b) for p, a, b in asked])
     both = [
-        (float(share[key] > 0.5), t.share, str(one.prompt)) for (key, one), t in zip(decided, told, strict=True) if t
+        (float(won[key] > 0.5), t.share, prompt_key(one.prompt))
+        for (key, one), t in zip(decided, told, strict=True)
+        if t
     ]
     if len(both) < needed:
         return Agreement(len(both), needed, None, None)
     people, judged = (np.array([row[i] for row in both], float) for i in (0, 1))
     _, prompts = np.unique([row[2] for row in both], return_inverse=True)
-    arrays = [people, judged]
-    return Agreement(
-        len(both), needed, bootstrap(_accuracy, arrays, clusters=prompts), bootstrap(kappa, arrays, clusters=prompts)
-    )
-
-
-def _accuracy(people: Array, judged: Array) -> float:
-    return float(1 - np.abs(people - judged).mean())
-
-
-def kappa(first: Array, second: Array) -> float:
-    """Cohen's kappa of two raters who say 0, 0.5 or 1: (p_o - p_e) / (1 - p_e), p_e from each one's own shares of the
-    categories. NaN where both always say the same one.
-
-    Source: Cohen 1960, eq. 1.
-    """
-    said = np.union1d(first, second)
-    observed = float((first == second).mean())
-    expected = float(sum((first == c).mean() * (second == c).mean() for c in said))
-    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")
+    kappa = bootstrap(cohen_kappa, [people, judged], clusters=prompts)
+    return Agreement(len(both), needed, share(1 - np.abs(people - judged), prompts), kappa)

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,34 +25,57 @@ State = Literal["better", "worse", "no gain", "undecided", "open", "hurt", "safe
 Of a guard: hurt, safe, open."""
 
 
-class Guard(Section):
+class Measured(Section):
+    """The range of a metric and which end of it is good."""
+
+    better: Literal["higher", "lower"] = Field(
+        default="higher", description="values of the metric that are good: higher or lower ones"
+    )
+    least: float = Field(
+        default=0.0, description="smallest possible value of the metric; smaller ones are clipped to it"
+    )
+    most: float = Field(
+        default=1.0, description="largest possible value of the metric; larger ones are clipped to it"
+    )
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.least >= self.most:
+            raise ValueError(f"least ({self.least:g}) must be below most ({self.most:g})")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.least, self.most
+
+
+class Guard(Measured):
     """A metric that the treatment may not worsen by more than `allowed`."""
 
-    better: Literal["higher", "lower"] = Field(default="higher", description="which way is good")
-    most: float = Field(default=1.0, gt=0, description="the metric's largest value; what is above counts as this")
     allowed: float = Field(default=0.0, ge=0, description="by how much it may be worse, in its own unit")
 
 
-class Experiment(Section):
+class Experiment(Measured):
     """One model against another: how users are split, what is measured, and when it ends."""
 
     control: str = Field(default="control", description="name of the model that stands")
     treatment: str = Field(default="treatment", description="name of the model that may take its place")
     share: float = Field(default=0.5, gt=0, lt=1, description="share of users who see the treatment")
     salt: str = Field(
-        default="", description="makes the assignment of this experiment its own; kept secret from users"
+        default="",
+        description="secret text that makes this experiment's assignment of users its own; keep it from users",
     )
     metric: str = Field(default=WIN, description="what decides: win, thumb, retained, or a metric of the rows")
-    most: float = Field(default=1.0, gt=0, description="that metric's largest value; what is above counts as this")
-    better: Literal["higher", "lower"] = Field(default="higher", description="which way is good")
     alpha: float = Field(
-        default=0.05, gt=0, lt=0.5, description="chance that a difference is said where there is none"
+        default=0.05, gt=0, lt=0.5, description="probability of reporting a difference where there is none"
     )
-    margin: float = Field(default=0.02, ge=0, description="smallest gain that matters; what can't reach it is futile")
+    margin: float = Field(
+        default=0.02, ge=0, description="smallest gain that matters; the test ends once it is out of reach"
+    )
     unit: Literal["user", "judgement"] = Field(
         default="user",
-        description="what is independent: users, or (blind pairs with random sides, on whether there is any "
-        "difference) each judgement",
+        description="what is independent of each other. user: users; judgement: every judgement (only for blind "
+        "pairs with random sides, and the question whether there is any difference)",
     )
     per_user: int = Field(default=1, ge=1, description="judgements that make one user's score; choose it beforehand")
     most_units: int | None = Field(default=None, ge=1, description="end undecided after so many users or judgements")
@@ -82,7 +105,8 @@ class Verdict:
     """What may be said of one metric; `look` is of the share won, or of treatment minus control in its own unit.
 
     `null` is where there is no difference, `decided_at` the number of values at which the state was first reached (0
-    where it is open), `unused` counts outcomes that belong to no score.
+    where it is open). A treatment with no gain may be known to be worse later: then the state is `worse`, from there
+    on. `unused` counts outcomes that belong to no score.
     """
 
     metric: str
@@ -94,7 +118,8 @@ class Verdict:
 
     def __str__(self) -> str:
         what = "share won" if self.metric == WIN else f"{self.metric}, treatment minus control,"
-        return f"{what} {self.look} after {self.look.n:,}: {self.state}"
+        told = f"{self.look} after {self.look.n:,}" if self.look.n else "has no value yet"
+        return f"{what} {told}: {self.state}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +170,8 @@ class _Values:
     unused: int
 
 
-def _values(experiment: Experiment, rows: Sequence[Outcome], most: float) -> _Values:
+def _values(experiment: Experiment, rows: Sequence[Outcome], bounds: tuple[float, float]) -> _Values:
+    """The values of a metric whose own ones lie within `bounds`, or count as the nearer of these."""
     if rows and rows[0].treated is None:
         if experiment.unit == "judgement":
             return _Values(np.array([r.value for r in rows]), 1.0, 0.0, 0)
@@ -153,10 +179,11 @@ def _values(experiment: Experiment, rows: Sequence[Outcome], most: float) -> _Va
         return _Values(scores, 1.0, 0.0, len(rows) - experiment.per_user * len(scores))
     crossed = _crossed(rows)
     kept = [r for r in rows if r.user not in crossed]
-    scaled = [min(max(r.value / most, 0.0), 1.0) for r in kept]
+    least, most = bounds
+    scaled = [min(max((r.value - least) / (most - least), 0.0), 1.0) for r in kept]
     places, scores = user_scores([r.user for r in kept], scaled, experiment.per_user)
     z, r = arm_difference(scores, np.array([kept[i].treated for i in places], bool), experiment.share)
-    return _Values(z, 2 * r * most, -r * most, len(rows) - experiment.per_user * len(scores))
+    return _Values(z, 2 * r * (most - least), -r * (most - least), len(rows) - experiment.per_user * len(scores))
 
 
 def _crossed(rows: Iterable[Outcome]) -> set[str]:
@@ -200,7 +227,7 @@ def _looks(n: int) -> Iterator[int]:
 
 
 def _primary(experiment: Experiment, rows: Sequence[Outcome]) -> Verdict:
-    values = _values(experiment, rows, experiment.most)
+    values = _values(experiment, rows, experiment.bounds)
     better, worse = _gains(experiment, values, 0.0, experiment.better)
     _, no_gain = _gains(experiment, values, experiment.margin, experiment.better)
     most = experiment.most_units or 0
@@ -209,32 +236,31 @@ def _primary(experiment: Experiment, rows: Sequence[Outcome]) -> Verdict:
         ("better", better), ("worse", worse), ("no gain", no_gain), ("undecided", used_up)
     ]  # fmt: skip
     told = _verdict(experiment, experiment.metric, values, places)
-    return replace(told, state="worse") if told.state == "no gain" and worse else told
+    return replace(told, state="worse", decided_at=worse) if told.state == "no gain" and worse else told
 
 
 def _guard(experiment: Experiment, name: str, guard: Guard, rows: Sequence[Outcome]) -> Verdict:
-    values = _values(experiment, rows, guard.most)
+    values = _values(experiment, rows, guard.bounds)
     safe, hurt = _gains(experiment, values, -guard.allowed, guard.better)
     return _verdict(experiment, name, values, [("hurt", hurt), ("safe", safe)])
 
 
 def _other(experiment: Experiment, name: str, rows: Sequence[Outcome]) -> Verdict:
-    """A metric that is only watched; its unit is the largest value seen, so its bounds are a description."""
-    most = max([1.0, *(r.value for r in rows)])
-    return _verdict(experiment, name, _values(experiment, rows, most), [])
+    """A metric that is only watched; its range is that of the values seen, so its bounds are a description."""
+    seen = [r.value for r in rows]
+    return _verdict(experiment, name, _values(experiment, rows, (min([0.0, *seen]), max([1.0, *seen]))), [])
 
 
 def _bounded(experiment: Experiment, by_metric: dict[str, list[Outcome]]) -> list[str]:
     """What was cut to the bounds of its metric, and guards that nobody measured."""
-    bounds = {experiment.metric: experiment.most} | {name: guard.most for name, guard in experiment.guards.items()}
     warnings = []
-    for name, most in bounds.items():
+    for name, one in {experiment.metric: experiment, **experiment.guards}.items():
         rows = by_metric.get(name, [])
-        out = sum(not 0 <= row.value <= most for row in rows)
+        out = sum(not one.least <= row.value <= one.most for row in rows)
         if out:
             warnings.append(
-                f"{name}: {out:,} of {len(rows):,} values are outside 0 to {most:g} and count as the nearer of "
-                "these; set its `most` to the largest value that it can have"
+                f"{name}: {out:,} of {len(rows):,} values are outside {one.least:g} to {one.most:g} and count as the "
+                "nearer of these; set its `least` and `most` to the smallest and largest value that it can have"
             )
         if not rows and name in experiment.guards:
             warnings.append(f"{name}: this guard was never measured, so it guards nothing")

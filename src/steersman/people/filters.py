@@ -9,21 +9,30 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field
 
 from steersman.config.sections import Section
+from steersman.data.examples import Content
 from steersman.people.judgements import Judgement
 
 
 class FilterConfig(Section):
     """When a judgement is left out, and when a rater is."""
 
-    fastest: float = Field(default=0.5, ge=0, description="seconds below which nobody has read; 0 is off")
+    fastest: float = Field(
+        default=0.5,
+        ge=0,
+        description="leave out judgements made in fewer seconds than this, too fast to have been read; 0: none",
+    )
     gold_share: float = Field(
         default=0.7, ge=0, le=1, description="a rater with a smaller share of gold items right is left out"
     )
-    gold_least: int = Field(default=3, ge=1, description="gold items that a rater is measured by at least")
+    gold_least: int = Field(
+        default=3, ge=1, description="`gold_share` applies to raters of at least this many gold items"
+    )
     one_sided: float = Field(
         default=0.95, gt=0.5, le=1, description="a rater who pressed the same side (or tie) more often is left out"
     )
-    one_sided_least: int = Field(default=20, ge=2, description="choices that this is measured by at least")
+    one_sided_least: int = Field(
+        default=20, ge=2, description="`one_sided` applies to raters of at least this many choices"
+    )
     agreement: float = Field(
         default=0.6, ge=0.5, le=1, description="items of several raters with a smaller majority are left out"
     )
@@ -32,7 +41,8 @@ class FilterConfig(Section):
 def sift(rows: Sequence[Judgement], config: FilterConfig) -> tuple[list[Judgement], list[tuple[Judgement, str]]]:
     """The judgements that may teach, and the others each with its reason; order is kept.
 
-    Gold items measure raters and teach nothing. Of one rater's judgements of one item the last counts.
+    Gold items measure raters and teach nothing. Of one rater's judgements of one item the last counts. The end of an
+    answer that the length limit cut is none to be learned: only a thumb down for it counts, with its correction.
     """
     bad = dict(_raters(rows, config))
     last = {(one.user, item_key(one)): one.id for one in rows}
@@ -45,6 +55,8 @@ def sift(rows: Sequence[Judgement], config: FilterConfig) -> tuple[list[Judgemen
             reason = "judged again later"
         elif reason is None and one.seconds is not None and one.seconds < config.fastest:
             reason = "too fast to have been read"
+        elif reason is None and one.cut and (one.choice is not None or one.label):
+            reason = "answer cut by the length limit"
         if reason is None:
             kept.append(one)
         else:
@@ -74,7 +86,14 @@ def _raters(rows: Iterable[Judgement], config: FilterConfig) -> Iterable[tuple[s
 
 def item_key(one: Judgement) -> str:
     """The same for the same prompt with the same answers, whichever stood first."""
-    return json.dumps([one.prompt, sorted(one.answers)], ensure_ascii=False)
+    return json.dumps([prompt_key(one.prompt), sorted(one.answers)], ensure_ascii=False)
+
+
+def prompt_key(prompt: Content) -> str:
+    """The same for the same prompt, as a text or as a chat of this one turn of the user's."""
+    text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+    is_text = prompt in (text, [{"role": "user", "content": text}])
+    return json.dumps(text if is_text else prompt, ensure_ascii=False)
 
 
 def shares(rows: Iterable[Judgement]) -> dict[str, float]:

@@ -29,7 +29,8 @@ class Judgement:
 
     `time` counts seconds since 1970, `seconds` those that the judgement took. `correction` is what the person would
     have answered. `expected` is set on gold items: what whoever reads the answers says. `models` may be empty, and so
-    may `sides`: the numbers of the answers in the order in which they stood on the screen.
+    may `sides`: the numbers of the answers in the order in which they stood on the screen. `cut` says that the limit
+    on its length cut an answer.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Judgement:
     seconds: float | None = None
     expected: Choice | bool | None = None
     sides: tuple[int, ...] = ()
+    cut: bool = False
 
     @property
     def side(self) -> Choice | None:
@@ -79,7 +81,8 @@ class JudgementFiles:
 
     A row has `user`, `prompt` (text or turns), and `answers` (two) with `choice` (first, second, tie, both_bad), or
     `completion` with `label` (a thumb); and it may have `id`, `time` (ISO 8601 or seconds), `models` (or `model`),
-    `reasons`, `correction`, `seconds`, `expected` and `sides`. The same id twice is one judgement.
+    `reasons`, `correction`, `seconds`, `expected`, `sides` and `cut`. A row without `time` is as late as the row
+    before it (files go by their names). The same id twice is one judgement.
 
     Raises SteersmanError (file, row, field) at a row that is none of these, or skips and counts it if `bad` says so.
     """
@@ -91,12 +94,14 @@ class JudgementFiles:
         if local_files(self.path) is None:
             raise SteersmanError(f"{self.path}: there is no file or folder of judgements")
         found: dict[str, Judgement] = {}
+        before = 0.0
         for row in read_rows(self.path, self.bad):
             try:
-                one = judgement(row)
+                one = judgement(row, before)
             except RowError as error:
                 self.bad.add(error)
                 continue
+            before = one.time
             found.setdefault(one.id, one)
         yield from in_order(found.values())
 
@@ -116,8 +121,8 @@ def newest(rows: Iterable[Judgement]) -> list[Judgement]:
     return list(last.values())
 
 
-def judgement(row: Row) -> Judgement:
-    """The judgement of a row; raises RowError where it holds none."""
+def judgement(row: Row, before: float = 0.0) -> Judgement:
+    """The judgement of a row, at the time `before` where it names none; raises RowError where it holds none."""
     prompt = f.content(row, "prompt")
     if is_empty(prompt):
         raise row.fault("empty prompt", "the prompt is empty", "prompt")
@@ -134,7 +139,7 @@ def judgement(row: Row) -> Judgement:
     return Judgement(
         id=str(row.data.get("id", f"{row.file}:{row.number}")),
         user=name(row, "user"),
-        time=when(row),
+        time=when(row, before),
         prompt=prompt,
         answers=answers,
         models=tuple(str(m) for m in models),
@@ -145,6 +150,7 @@ def judgement(row: Row) -> Judgement:
         seconds=f.optional_number(row, "seconds"),
         expected=expected,
         sides=_sides(row) if pair else (),
+        cut=f.label(row, "cut") if row.data.get("cut") is not None else False,
     )
 
 
@@ -158,6 +164,7 @@ def plain(one: Judgement) -> dict[str, Any]:
     more = {
         "models": list(one.models), "reasons": list(one.reasons), "correction": one.correction,
         "seconds": one.seconds, "expected": one.expected, "sides": list(one.sides),
+        "cut": one.cut or None,
     }  # fmt: skip
     return told | {k: v for k, v in more.items() if v not in ([], "", None)}
 
@@ -180,11 +187,11 @@ def name(row: Row, column: str) -> str:
     return str(got)
 
 
-def when(row: Row) -> float:
-    """`time` as seconds since 1970; a row without it gets its number, so that the file's order counts."""
+def when(row: Row, before: float) -> float:
+    """`time` as seconds since 1970; `before`, the time of the row before it, where a row has none."""
     got = row.data.get("time")
     if got is None:
-        return float(row.number)
+        return before
     if isinstance(got, str) and not got.replace(".", "", 1).isdigit():
         try:
             told = datetime.fromisoformat(got)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,15 +29,18 @@ class LeaderboardRecipe(Section):
     file: str = Field(description="judgements with answers, models and choice: a file or a folder")
     anchor: str | None = Field(default=None, description="the model at 1000 points; null: the one judged most often")
     features: list[Literal["length", "headers", "lists", "bold"]] = Field(
-        default=list(FEATURES), description="what is held equal between two answers"
+        default=list(FEATURES),
+        description="features of style held equal between two answers: length, headers, lists, bold",
     )
     cluster: Literal["user", "prompt"] = Field(
-        default="user", description="whose judgements hang together: the intervals resample these"
+        default="user",
+        description="unit of the bootstrap behind the intervals, as its judgements are not independent: user or "
+        "prompt",
     )
-    draws: int = Field(default=200, ge=20, description="fits behind the intervals")
-    seed: int = Field(default=0, ge=0, description="of the draws")
+    draws: int = Field(default=200, ge=20, description="bootstrap draws behind the intervals, each a fit")
+    seed: int = Field(default=0, ge=0, description="seed of the bootstrap")
     on_bad_row: Literal["stop", "skip"] = Field(
-        default="stop", description="stop at a bad row, or leave it out and count it"
+        default="stop", description="stop: end with an error at a bad row; skip: leave it out and count it"
     )
     out: str | None = Field(default=None, description="JSON file to write")
 
@@ -62,8 +65,8 @@ def run(recipe: LeaderboardRecipe) -> dict[str, Any]:
     plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], **settings)
     fair = controlled_ratings(chosen, features=features, **settings)
     summary = {
-        "verb": "leaderboard", "finished": True, "battles": len(battles), "ratings": [asdict(r) for r in plain],
-        "style_controlled": [asdict(r) for r in fair.ratings],
+        "verb": "leaderboard", "finished": True, "battles": len(battles), "ratings": [r.plain() for r in plain],
+        "style_controlled": [r.plain() for r in fair.ratings],
         "effects": {name: found.plain() for name, found in fair.effects.items()}, "left_out": dict(bad.counts),
     }  # fmt: skip
     if recipe.out is not None:
@@ -91,14 +94,18 @@ def _show(plain: list[Rating], fair: ControlledRatings, anchor: str, cluster: st
         table.add_row(printable(one.player), *_cells(one), *_cells(other), f"{one.battles:,}")
     console.print(table)
     console.print(f"{printable(anchor)} is the yardstick, at 1000; intervals resample {cluster}s")
-    for name, found in fair.effects.items():
+    if not all(math.isfinite(one.low) for one in plain):
+        other = "prompt" if cluster == "user" else "user"
         console.print(
-            f"{name}: {found.value:+.0f} points ({found.low:+.0f} to {found.high:+.0f}) for one standard deviation "
-            "more of it"
+            f"all choices are of one {cluster}, so there is no interval; --cluster {other} resamples {other}s",
+            style="yellow",
         )
+    for name, found in fair.effects.items():
+        bounds = f"{found.low:+.0f} to {found.high:+.0f}" if math.isfinite(found.low) else "no interval"
+        console.print(f"{name}: {found.value:+.0f} points ({bounds}) for one standard deviation more of it")
     if bad.counts:
         console.print(printable(bad.sentence), style="yellow")
 
 
 def _cells(one: Rating) -> tuple[str, str]:
-    return f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}"
+    return f"{one.rating:.0f}", one.interval

@@ -29,51 +29,63 @@ class Outcome:
     treated: bool | None = None
 
 
-def outcome_rows(rows: Iterable[Row], control: str, treatment: str, bad: BadRows | None = None) -> Iterator[Outcome]:
-    """The outcomes of rows, those of judgements last; judgements of other models are passed over.
+def read_outcomes(path: str, control: str, treatment: str, bad: BadRows | None = None) -> list[Outcome]:
+    """The outcomes of a file or folder, by time; those of one time in the order of their rows.
 
-    A row is a judgement (`judgements.JudgementFiles` says which columns), or has `user` and
-    `winner` (an arm's name, tie, both_bad), or `arm` with any of `thumb` (up, down), `retained` (true, false),
-    `length` (tokens), `latency` (seconds), or `metric` with `value`; and it may have `time`.
+    A row is a judgement (`judgements.JudgementFiles` says which columns; one of other models is passed over), or has
+    `user` and `winner` (an arm's name, tie, both_bad), or `arm` with any of `thumb` (up, down), `retained` (true,
+    false), `length` (tokens), `latency` (seconds), or `metric` with `value`; and it may have `time`, without which it
+    is as late as the row before it.
 
     Raises RowError (file, row, field) at what is none of these, or skips and counts it if `bad` says so.
     """
-    bad, judged = bad or BadRows(key=None), list[Judgement]()
-    for row in rows:
+    bad, before = bad or BadRows(key=None), 0.0
+    found, judged = list[tuple[int, Outcome]](), dict[int, Judgement]()
+    for place, row in enumerate(read_rows(path, bad)):
         row.data = {k: v for k, v in row.data.items() if v not in (None, "")}  # cells of CSV are empty, not missing
-        found: list[Outcome] = []
         try:
             if "choice" in row.data or "label" in row.data:
-                judged.append(judgement(row))
+                judged[place] = judgement(row, before)
+                before = judged[place].time
             else:
-                found = list(_outcomes(row, control, treatment))
+                found += [(place, one) for one in _outcomes(row, control, treatment, before)]
+                before = found[-1][1].time
         except RowError as error:
             bad.add(error)
-        yield from found
-    yield from outcomes_of(judged, control, treatment)
-
-
-def read_outcomes(path: str, control: str, treatment: str, bad: BadRows | None = None) -> list[Outcome]:
-    """The outcomes of a file or folder, by time."""
-    return sorted(outcome_rows(read_rows(path, bad), control, treatment, bad), key=lambda o: o.time)
+    places = {id(one): place for place, one in judged.items()}
+    for one in counting(judged.values()):
+        found += [(places[id(one)], outcome) for outcome in _told(one, control, treatment)]
+    return [one for _, one in sorted(found, key=lambda at: (at[1].time, at[0]))]
 
 
 def outcomes_of(rows: Iterable[Judgement], control: str, treatment: str) -> Iterator[Outcome]:
-    """Wins and thumbs of judgements about these two models, by time; gold items tell of raters, not of models.
+    """Wins and thumbs of judgements about these two models, by time.
 
-    Where a user judged the same answers again, the last judgement counts and the earlier ones do not.
+    Gold items tell of raters, not of models. Where a user judged the same answers again, the last judgement counts
+    and the earlier ones do not.
     """
-    for one in newest(one for one in rows if one.expected is None):
-        if one.choice is not None and set(one.models) == {control, treatment}:
-            first = one.models[0] == treatment
-            yield Outcome(one.user, one.time, WIN, one.share if first else 1 - one.share)
-        elif one.label is not None and one.models and one.models[0] in (control, treatment):
-            yield Outcome(one.user, one.time, "thumb", one.share, one.models[0] == treatment)
+    for one in counting(rows):
+        yield from _told(one, control, treatment)
 
 
-def _outcomes(row: Row, control: str, treatment: str) -> Iterator[Outcome]:
+def counting(rows: Iterable[Judgement]) -> list[Judgement]:
+    """The judgements that tell of models, by time: no gold items, and of a user's judgements of the same answers the
+    last."""
+    return newest(one for one in rows if one.expected is None)
+
+
+def _told(one: Judgement, control: str, treatment: str) -> Iterator[Outcome]:
+    """The outcome of a judgement; none where it is about other models."""
+    if one.choice is not None and set(one.models) == {control, treatment}:
+        first = one.models[0] == treatment
+        yield Outcome(one.user, one.time, WIN, one.share if first else 1 - one.share)
+    elif one.label is not None and one.models and one.models[0] in (control, treatment):
+        yield Outcome(one.user, one.time, "thumb", one.share, one.models[0] == treatment)
+
+
+def _outcomes(row: Row, control: str, treatment: str, before: float) -> Iterator[Outcome]:
     data = row.data
-    user, time = name(row, "user"), when(row)
+    user, time = name(row, "user"), when(row, before)
     if "winner" in data:
         shares = {treatment: 1.0, control: 0.0, "tie": 0.5, "both_bad": 0.5}
         winner = name(row, "winner")

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from steersman.atomic import write_atomic
@@ -23,6 +23,10 @@ class ServedModel:
     name: str
     path: str
     share: float = 1.0
+
+    def absolute(self) -> ServedModel:
+        """The same with a folder's absolute path, which a server finds from wherever it was started."""
+        return replace(self, path=str(Path(self.path).resolve())) if Path(self.path).exists() else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,13 @@ class Serving:
             return self.candidate
         return self.current
 
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
     def write(self, path: Path) -> None:
-        write_atomic(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_atomic(path, self.text)
 
 
 def read_serving(path: Path) -> Serving:

@@ -30,7 +30,7 @@ from steersman.people.talkers import Said, Talker, TalkerConfig, Turns, open_tal
 from steersman.run.console import new_console
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
-from steersman.statistics.estimates import Estimate, bootstrap, mean
+from steersman.statistics.estimates import Estimate, share
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Progress, Stats, SteersmanError
 
@@ -157,7 +157,7 @@ def win_rates(recipe: SimulateRecipe, battles: Rows) -> dict[str, Estimate]:
         won = np.array([row["share"] if row["first"] == name else 1 - row["share"] for row in met])
         _, personas = np.unique([row["persona"] for row in met], return_inverse=True)
         if len(met):
-            out[name] = bootstrap(mean, [won], clusters=personas)
+            out[name] = share(won, personas)
     return out
 
 
@@ -275,7 +275,7 @@ def _show(recipe: SimulateRecipe, battles: Rows, wins: dict[str, Estimate], agre
     for one in ratings(fought, anchor=anchor, seed=recipe.run.seed):
         won = str(wins[one.player]) if one.player in wins else "–"
         table.add_row(
-            printable(one.player), f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}", won,
+            printable(one.player), f"{one.rating:.0f}", one.interval, won,
             f"{one.battles:,}",
         )  # fmt: skip
     console.print(table)

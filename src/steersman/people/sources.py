@@ -62,7 +62,7 @@ def _judgement(one: Opinion, names: dict[ModelName, str], gold: Verdict | None) 
         reasons=tuple(one.verdict.get("reasons", ())), correction=str(one.verdict.get("correction", "")),
         seconds=one.seconds,
         expected=None if gold is None else _choice(gold) if pair else bool(gold[LABEL[one.task]]),
-        sides=tuple(one.sides) if pair else (),
+        sides=tuple(one.sides) if pair else (), cut=any(one.cut),
     )  # fmt: skip
 
 

@@ -32,7 +32,9 @@ class TalkerConfig(Section):
 
     path: str | None = Field(default=None, description="folder or hub name of a chat model")
     endpoint: EndpointConfig | None = Field(default=None, description="a chat model behind an endpoint")
-    temperature: float = Field(default=0.7, gt=0, description="of a model at `path`; an endpoint has its own")
+    temperature: float = Field(
+        default=0.7, gt=0, description="sampling temperature of a model at `path`; an endpoint has its own"
+    )
     max_new_tokens: int = Field(default=200, ge=1, description="longest message of a model at `path`, in tokens")
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ layers, adapters, precision, attention and gradient checkpointing count as they 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,24 +20,25 @@ from torch import Tensor, nn
 from steersman.data import Encoded, collate
 from steersman.distributed.pieces import local_shard, whole_shape
 from steersman.distributed.ranks import ranks
-from steersman.model import Policy, context_length, tables_and_adapters, whole_weights
+from steersman.model import Policy, tables_and_adapters, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.modes import evaluation_mode
 from steersman.model.quantise import is_quantised
 from steersman.ops.logprob import TILE
+from steersman.ops.products import WORTH
 from steersman.plan.made import NewStorageBytes
 from steersman.rollout.batch import Limits, live_cache_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.decoder import bytes_of_states
-from steersman.rollout.fast.packed import lasts, packed_bytes
+from steersman.rollout.fast.packed import clears, lasts, packed_bytes
 from steersman.run.device import resident_memory, room
 from steersman.run.preflight import Phase, Preflight, Role, size
 from steersman.update.kinds import state_bytes
 from steersman.update.optimizer import OptimizerConfig
 
 PROBE = 64
-"""Tokens of the longer of the two sequences on which activations are measured, where the model has so many
-positions; the other has half of them."""
+"""Tokens of each of the longer sequences on which activations are measured, where the load's have so many; the
+shorter ones have half of them."""
 CONTEXT = 512 << 20
 """What an accelerator's driver and libraries take of its memory."""
 WIDE = 4
@@ -65,10 +67,12 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The largest micro-batch: `tokens` in all, in rows of `length`."""
+    """The largest micro-batch: `tokens` in all, in rows of `length`; `alone` where an update reads no second one, so
+    that it goes forward without gradients beside it."""
 
     tokens: int
     length: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,8 @@ def foresee(
     """The phases of a run, each with the bytes that it holds; what is held all the time is part of each.
 
     On a CPU the C library keeps freed blocks below 32 MiB for the next ones, so the activations' room stays with the
-    process after an update; sampling uses it again for what is small, and adds to it what is large. It aligns blocks
+    process after an update, unless sampling begins by giving it back (`rollout.fast.packed.clears`); else sampling
+    uses it again for what is small, and adds to it what is large. The library aligns blocks
     by asking for more than it hands out, so a freed place is too small for the next tensor of the same size: what a
     forward pass makes and frees between activations leaves "gaps" as large as itself, of which about half is given
     back in time (`ops.heap`; docs/results/preflight.md). Half-precision models leave few: what they free (float32
@@ -129,11 +134,12 @@ def foresee(
     if learners:
         kept, gaps = max((forward(model, load) for model in learners), key=sum)  # one backward pass after the other
         gaps = round(gaps * min(_gaps(model.module) for model in learners)) if device.type == "cpu" else 0
-        gradients = sum(role.gradients for role in roles)
         beside = max(backward(model.module, load) for model in learners)
-        found.append(
-            Phase("update", {**held, "gradients": gradients, "activations": kept, "gaps": gaps, "backward": beside})
-        )
+        gradients = sum(role.gradients for role in roles)
+        if load.alone and len(learners) == 1 and not ranks().deepspeed:  # they come as activations go
+            gradients = max(gradients - kept, 0)
+        shares = {"gradients": gradients, "activations": kept, "gaps": gaps, "backward": beside}
+        found.append(Phase("update", {**held, **shares}))
     else:
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
         found.append(Phase("forward", {**held, "activations": passing}))
@@ -143,8 +149,9 @@ def foresee(
         coming = max(model.coming for model in waiting)
         found.append(Phase("score", {**held, "one model that waited": coming, "activations": passing}))
     if sampled is not None:
+        stays = device.type == "cpu" and not clears(sampled.policy.model, sampled.new_tokens)
         with whole_weights(sampled.policy):  # as it samples
-            shares = rollout(sampled, kept + gaps if device.type == "cpu" else 0)
+            shares = rollout(sampled, kept + gaps if stays else 0)
         found.append(Phase("rollout", {**held, **shares}))
     return found
 
@@ -171,7 +178,8 @@ def rollout(sampled: SamplingLoad, kept: int = 0) -> dict[str, int]:
 def forward(model: Model, load: Load) -> tuple[int, int]:
     """Bytes that a forward pass over the largest micro-batch keeps for its backward pass, and those it frees at once.
 
-    Linear in the tokens, and for attention that keeps its scores in tokens x length: two short sequences tell both.
+    Linear in the tokens, and for attention that keeps its scores in tokens x length: short sequences of two lengths
+    tell both.
     A model in training mode that keeps less than it does in evaluation mode checkpoints: one layer's activations are
     then made again beside what was kept, and what is freed is freed while they are.
     """
@@ -186,40 +194,51 @@ def forward(model: Model, load: Load) -> tuple[int, int]:
     return kept + whole // module.config.get_text_config().num_hidden_layers, freed_once
 
 
-def largest_micro_batch(costs: Sequence[int] | np.ndarray, micro_tokens: int, batch: int) -> int:
-    """Tokens of the largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens.
+def largest_load(costs: Sequence[int] | np.ndarray, longest: int, micro_tokens: int, batch: int) -> Load:
+    """The largest micro-batch that batches of `batch` examples can give, an example having `costs` tokens and the
+    longest sequence of all `longest`.
 
     A row of c tokens stands first among at most micro_tokens / c rows that are no longer, or alone
     (`distributed/micro.py`).
     """
     ordered = np.sort(np.asarray(costs))
     largest = max(min(batch, max(1, micro_tokens // c)) * c for c in np.unique(ordered).tolist())
-    return min(int(ordered[-batch:].sum()), largest)
+    tokens = min(int(ordered[-batch:].sum()), largest)
+    return Load(tokens, longest, alone=min(batch, len(ordered)) * int(ordered[-1]) <= micro_tokens)
 
 
 def _measured(model: Model, load: Load) -> tuple[int, int]:
     module: Any = model.module
-    positions = context_length(module) or PROBE
-    probe = max(min(positions, PROBE) // 4 * 4, 4)
+    length = max(min(load.length, PROBE) // 4 * 4, 4)
+    rows = _rows_of_a_probe(module, load, length)
     with whole_weights(model.trained):
-        measured = [forward_bytes(model, n) for n in (probe // 2, probe)]
-    kept, made = (_scaled(a, b, load, probe) for a, b in zip(*measured, strict=True))
+        measured = [forward_bytes(model, *shape) for shape in ((2 * rows, length // 2), (rows, length))]
+    kept, made = (
+        _scaled(a / (rows * length), b / (rows * length), load, length) for a, b in zip(*measured, strict=True)
+    )
     return kept, max(made - kept, 0)
 
 
-def _scaled(few: int, more: int, load: Load, long: int) -> int:
-    """Bytes of the load, out of those of a sequence of `long` tokens and one of half of them."""
-    short = long // 2
-    a, b = few / short, more / long
-    slope = (b - a) / (long - short)
+def _rows_of_a_probe(module: Any, load: Load, length: int) -> int:
+    """One sequence, or on a CPU so many that layers treat them as they do the load: of large inputs a product keeps
+    less (`ops.products`)."""
+    if next(module.parameters()).device.type != "cpu":
+        return 1
+    large = math.ceil(WORTH / module.config.get_text_config().hidden_size / length)
+    return max(min(large, load.tokens // length), 1)
+
+
+def _scaled(a: float, b: float, load: Load, long: int) -> int:
+    """Bytes of the load, out of those of a token in sequences of half of `long` tokens, and of `long`."""
+    slope = (b - a) / (long - long // 2)
     if slope * long < 0.01 * b:  # what every sequence has once, not scores
         slope = 0.0
     return round((b + slope * (load.length - long)) * load.tokens)
 
 
-def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
-    """Bytes that a forward pass over one sequence of so many tokens keeps for its backward pass, weights left out,
-    and that it makes in all."""
+def forward_bytes(model: Model, rows: int, length: int) -> tuple[int, int]:
+    """Bytes that a forward pass over so many sequences of so many tokens keeps for its backward pass, weights left
+    out, and that it makes in all."""
     module: Any = model.module
     own = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
     seen: dict[int, Tensor] = {}
@@ -230,20 +249,20 @@ def forward_bytes(model: Model, tokens: int) -> tuple[int, int]:
             seen[x.untyped_storage().data_ptr()] = kept
         return kept
 
-    half = tokens // 2
-    sequence = collate([Encoded([1] * half, [1] * half, [True] * half)])
+    half, ids = length // 2, module.config.get_text_config().vocab_size - 1  # different prompts: none is read for two
+    sequences = collate([Encoded([1 + row % ids] * half, [1] * half, [True] * half) for row in range(rows)])
     made = NewStorageBytes()
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), made:
-        model.trained.reader.hidden(sequence)
+        model.trained.reader.hidden(sequences)
         return sum(x.untyped_storage().nbytes() for x in seen.values()), made.total
 
 
 def backward(model: nn.Module, load: Load) -> int:
     """Bytes of a backward pass beside gradients and activations: a layer's intermediate gradients, the output layer's
-    tiles, a quantised layer's weight as its product takes it, and the gradients of vocabulary x hidden that are made
-    anew and then added to what is there already (the output layer's at the start; the embedding's at the end)."""
+    tiles, a quantised layer's weight as its product takes it, and a gradient of vocabulary x hidden that is made anew
+    and then added to what is there already: the output layer's at the start, the embedding's after all others."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    tables = sum(_bytes(p) for p in _tables(model) if p.requires_grad)
+    tables = max((_bytes(p) for p in _tables(model) if p.requires_grad), default=0)
     tile = TILE["cpu" if trained[0].is_cpu else "accelerator"][1]
     widened = max(
         (m.out_features * m.in_features * _wide(model) for m in _layers(model) if is_quantised(m)), default=0

@@ -15,8 +15,13 @@ class CurriculumConfig(Section):
         default=0.25, gt=0, le=1, description="share of the prompts drawn without regard to difficulty"
     )
     forget: float = Field(
-        default=0.5, ge=0, lt=1, description="what earlier tries count beside a prompt's newest ones"
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="weight of a prompt's earlier answers beside its newest ones; 0: the newest alone count",
     )
     corrected: bool = Field(
-        default=True, description="weigh a prompt by 1 / (N q), so that the expected gradient is that of all alike"
+        default=True,
+        description="importance weights 1 / (N q) for prompts drawn with probability q, so that the expected "
+        "gradient is that of uniform draws",
     )

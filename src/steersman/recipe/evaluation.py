@@ -17,7 +17,8 @@ class MetricSection(Section):
     metric: str | None = Field(default=None, description="the metric's name, if the entry's own name is another")
     args: dict[str, Any] = Field(default_factory=dict, description="the metric's settings")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="what the metric needs: the column that fills it"
+        default_factory=dict,
+        description="input of the metric: the column that fills it, such as {references: summary}",
     )
 
 
@@ -31,7 +32,7 @@ def named_metrics(value: Any) -> Any:
 class HarnessSection(Section):
     """Tasks of lm-evaluation-harness (EleutherAI), from files that are here."""
 
-    tasks: list[str] = Field(min_length=1, description="names of tasks, of groups or tags of tasks")
+    tasks: list[str] = Field(min_length=1, description="names of tasks, groups or tags")
     include: str | None = Field(default=None, description="folder with task files (YAML) of your own")
     limit: int | None = Field(default=None, ge=1, description="only the first so many rows of each task")
     shots: int | None = Field(
@@ -43,7 +44,7 @@ class HarnessSection(Section):
 class EvaluationSection(Section):
     """What is measured of the policy at every look: metrics of its answers, tasks of lm-evaluation-harness."""
 
-    data: DataConfig | None = Field(default=None, description="rows whose prompts are answered at every look")
+    data: DataConfig | None = Field(default=None, description="rows whose prompts are answered at every evaluation")
     metrics: dict[str, MetricSection] = Field(
         default_factory=dict, description="name: {metric, args, columns}; or a list of metrics' names"
     )

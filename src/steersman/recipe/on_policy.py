@@ -40,9 +40,10 @@ class CriticConfig(Section):
     warmup: int = Field(default=0, ge=0, description="first iterations in which only the critic learns")
     cut: Cut = Field(
         default="end",
-        description="a response cut by the length limit: `end`, judged as it stands; `bootstrap`, its score is "
-        "withheld and the critic's value stands for what would have followed. An episode of several turns keeps what "
-        "it earned, and the value is that of what its next turn would have seen",
+        description="how a response counts that the length limit cut off. end: by its score, as any other; "
+        "bootstrap: its score is dropped, and the critic's value of the state that follows takes its place (an "
+        "episode of several turns keeps the rewards of its turns, and the state is what its next turn would have "
+        "seen)",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -61,7 +62,7 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig | None = None
     evaluation: EvaluationSection | None = Field(
-        default=None, description="what is measured of the policy at every look, beside the reward"
+        default=None, description="what else is measured of the policy at every evaluation, beside the reward"
     )
     reference: str = Field(
         default="start", description="what KL is measured to: start (the policy before training), none, or a folder"
@@ -73,21 +74,23 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
     )
     offload: bool = Field(
         default=False,
-        description="reference and reward models wait in the CPU's memory and are on the device only while they are "
-        "read; an iteration takes the time to copy each of them once. What a file has in half precision waits in "
-        "that, so float32 models take half the memory on a CPU too",
+        description="reference and reward models wait in the CPU's memory and are on the device only while they "
+        "are read; an iteration takes the time to copy each of them once. Weights whose file is in half precision "
+        "stay so while they wait: on a CPU, too, they then take half the memory of float32",
     )
     frozen_apart: bool = Field(
         default=False,
-        description="reference and reward models lie whole on devices of their own: with run.devices N on a machine, "
-        "rank i trains on device i and has them on device N + i",
+        description="put reference and reward models, whole, on devices of their own: with run.devices N on a "
+        "machine, rank i trains on device i and its frozen models are on device N + i",
     )
     iterations: int = Field(default=100, ge=1, description="passes through the loop: rollout, reward, update")
     curriculum: CurriculumConfig | None = Field(
         default=None, description="draw prompts by how often they are solved; null: all alike, each once an epoch"
     )
     stop: StopConfig | None = Field(
-        default=None, description="end before that when a held-out judge finds nothing better, or KL is spent"
+        default=None,
+        description="stop early: when a reward on held-out prompts no longer improves, or KL to the reference "
+        "exceeds its budget",
     )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -296,8 +299,7 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         if self.environment is not None and self.reward.overlong_buffer:
             raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
         by_turn = self.environment is not None and self.environment.baseline_per == "turn"
-        if by_turn and (not algorithm.group or algorithm.whole_response):
-            why = "has one ratio for a whole episode" if algorithm.group else "compares no samples of one prompt"
+        if by_turn and (why := algorithm.turns_refused()):
             raise ValueError(f"environment.baseline_per turn: {algorithm.title} {why}; use rloo or grpo, or episode")
         if rollout.ahead and algorithm.baseline == "greedy":
             raise ValueError(

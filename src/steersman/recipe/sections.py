@@ -33,9 +33,11 @@ class LoraSection(Section):
         description="names of linear layers, a regular expression over whole names, or all-linear",
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the adapters' inputs that a training pass leaves out"
+        default=0.0, ge=0, lt=1, description="dropout on the adapters' inputs, in training passes only"
     )
-    dora: bool = Field(default=False, description="DoRA: learn the length of each row of W beside its direction")
+    dora: bool = Field(
+        default=False, description="DoRA: learn the length of each row of a weight apart from its direction"
+    )
     rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(r), for high ranks")
     train_whole: list[str] = Field(
         default_factory=list, description="modules that are trained whole beside the adapters, such as norm"
@@ -51,27 +53,32 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         default="float32",
-        description="precision of weights and arithmetic; auto is bfloat16 where CUDA has it; float64 is for checks",
+        description="precision of weights and arithmetic: float32, bfloat16, float16, float64 (for checks), or "
+        "auto (bfloat16 where CUDA has it, else float32)",
     )
     attention: str | None = Field(
         default=None, description="transformers' attention implementation; null is its choice"
     )
     quantise: Quantise = Field(
         default="none",
-        description="keep the frozen base's linear layers in 4 bits (nf4, fp4) or 8 (int8); training then needs lora",
+        description="how the linear layers of a frozen base are stored: nf4 or fp4 (4 bits), int8, or none (as "
+        "`dtype`); quantised ones need lora",
     )
     lora: LoraSection | None = Field(
         default=None,
-        description="train low-rank adapters only; reward models and critics train their heads beside them. Where "
-        "`path` holds saved adapters and nothing is given here, it is what they are",
+        description="train low-rank adapters only; reward models and critics train their heads beside them. If "
+        "`path` is a folder of saved adapters, those are trained, with their own rank and layers, also without "
+        "this section",
     )
     merge: bool = Field(
-        default=True, description="with lora: save the model with the adapters added in, else only what was trained"
+        default=True,
+        description="with lora: save the whole model with the adapters merged in; false: save only what was trained",
     )
     save_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         default="same",
-        description="precision of the weights on disk; same: that of the model that `path` names. Where it is "
-        "coarser than in training, weights are rounded up or down at random, and small updates are kept on average",
+        description="precision of the saved weights: float32, bfloat16, float16, or same (that of the model that "
+        "`path` names). If it is coarser than in training, weights are rounded up or down at random, so that small "
+        "updates are kept on average",
     )
     max_shard_size: str = Field(
         default="5GB",
@@ -83,8 +90,8 @@ class ModelConfig(Section):
     )
     offload_activations: bool = Field(
         default=False,
-        description="with gradient_checkpointing: what layers keep waits in the CPU's memory, which costs two "
-        "copies; on a CPU it is there anyway",
+        description="with gradient_checkpointing: keep the inputs of checkpointed layers in the CPU's memory until "
+        "the backward pass, which costs two copies; on a CPU they are there anyway",
     )
     scratch: dict[str, Any] | None = Field(
         default=None, description="config fields of a model with fresh weights, model_type among them"
@@ -269,6 +276,10 @@ class CorrectionConfig(Section):
         return Correction(self.kind, self.cap, self.low)
 
 
+VLLM_TEMPERATURE = 2.0
+"""vLLM refuses a request of a higher temperature."""
+
+
 def not_zero(temperature: Any) -> Any:
     """A temperature as it is given. Raises ValueError for 0, with what stands for it."""
     if temperature == 0:
@@ -298,33 +309,39 @@ class RolloutConfig(Section):
     max_batch: int = Field(default=128, ge=1, description="sequences decoded side by side")
     recompute_logp: bool = Field(
         default=False,
-        description="where the sampler computes otherwise than training does (another engine or precision): old "
-        "log-probabilities from training's own forward, each step weighted as `correction` says",
+        description="compute the old log-probabilities by training's own forward pass instead of taking the "
+        "sampler's, and weigh each step as `correction` says; for samplers with another engine or precision",
     )
     correction: CorrectionConfig = CorrectionConfig()
-    held_out: int = Field(default=16, ge=0, description="held-out prompts that are answered again and again")
+    held_out: int = Field(
+        default=16,
+        ge=0,
+        description="prompts that are answered at every evaluation: held-out ones, or, where data.held_out and "
+        "data.held_out_files hold none out, the last training prompts. On-policy verbs and distill train on those "
+        "too, so that held_out/... do not tell of new prompts; the loops leave them out of training. 0: none",
+    )
     engine: Literal["inside", "process", "vllm"] = Field(
         default="inside",
-        description="what samples: steersman's engine inside this process, the same in a process of its own, or vLLM "
-        "servers, which get the weights after each update",
+        description="what samples. inside: steersman's engine in this process; process: the same engine in a "
+        "process of its own; vllm: vLLM servers. Other processes get the weights after each update",
     )
     servers: int = Field(default=1, ge=1, description="how many processes or vLLM servers are started and watched")
     url: list[str] = Field(
         default_factory=list, description="addresses of servers that run already; none is started then"
     )
     python: str | None = Field(
-        default=None, description="the Python that has vLLM, where it is another environment's than steersman's"
+        default=None, description="path of another environment's Python that has vLLM, where steersman's own has not"
     )
     arguments: list[str] = Field(
-        default_factory=list, description="words for vLLM's command line, such as --tensor-parallel-size 2"
+        default_factory=list, description="further arguments of vLLM's command line, such as --tensor-parallel-size 2"
     )
     timeout: float = Field(
         default=600.0, gt=0, description="seconds that a server may take to start or to answer one request"
     )
     sync: Literal["weights", "adapter"] = Field(
         default="weights",
-        description="what travels to other processes after each update: all weights, adapters added in; or with "
-        "model.lora the adapter alone, under a name of its version (servers then have the base)",
+        description="what is sent to other processes after each update. weights: all weights, with adapters merged "
+        "in; adapter: with model.lora the adapter alone, under a name with its version (the servers hold the base)",
     )
     folder: str | None = Field(
         default=None,
@@ -334,19 +351,21 @@ class RolloutConfig(Section):
     tolerance: float | None = Field(
         default=None,
         gt=0,
-        description="largest difference of a server's log-probabilities after weights were sent, in nats; null is "
-        "1e-4 in float32, 0.15 in bfloat16",
+        description="largest difference, in nats, of a server's log-probabilities from the policy's after weights "
+        "were sent; null: 1e-4 in float32, 0.15 in bfloat16",
     )
     ahead: int = Field(
         default=0,
         ge=0,
-        description="batches that may be sampled and rewarded while the policy learns from earlier ones; no token is "
-        "learned from that is sampled by weights of more versions ago",
+        description="how many batches may be sampled and rewarded in advance, while the policy learns from earlier "
+        "ones. No token is trained on that was sampled by weights more than this many versions old. 0: none, "
+        "on-policy",
     )
     in_flight: Literal["finish", "cut"] = Field(
         default="finish",
-        description="with ahead, answers under way when new weights are ready: finished by the weights that began "
-        "them (the schedule is then the same every time), or cut and continued under the new ones",
+        description="with ahead: answers under way when new weights are ready. finish: the weights that began them "
+        "finish them (the schedule is then the same every time); cut: they are cut, and go on under the new "
+        "weights",
     )
 
     _greedy = field_validator("temperature", mode="before")(not_zero)
@@ -381,6 +400,11 @@ class RolloutConfig(Section):
         if self.engine == "inside" and self.ahead:
             raise ValueError(
                 "ahead samples while the policy learns, which needs weights of its own: set engine to process or vllm"
+            )
+        if self.engine == "vllm" and self.temperature > VLLM_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, and vLLM takes none above {VLLM_TEMPERATURE:g}; lower it, or "
+                "set engine to inside or process"
             )
         if self.url and self.servers > 1:
             raise ValueError(

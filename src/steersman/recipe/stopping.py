@@ -11,13 +11,13 @@ class StopConfig(Section):
     """Ends a run early, and takes up the weights of its best look at held-out prompts."""
 
     judge: str = Field(
-        description="whose held-out mean decides: a part of the reward, one of weight 0 that is not trained on; "
-        "in loops a name under `watch`"
+        description="reward whose mean on held-out prompts decides. On-policy: a part of the reward, best of "
+        "weight 0, so that it is not trained on; in loops: a name under `watch`"
     )
-    patience: int = Field(default=2, ge=1, description="looks without a new best after which the run ends")
+    patience: int = Field(default=2, ge=1, description="the run ends after this many evaluations without a new best")
     max_kl: float | None = Field(
         default=None,
         gt=0,
-        description="budget of KL to the reference on held-out prompts, nats per response: a look beyond it ends the "
-        "run and is never the best",
+        description="budget of KL to the reference on held-out prompts, in nats per response: an evaluation beyond "
+        "it ends the run and is never the best",
     )

@@ -38,7 +38,9 @@ class RewardPart(Section):
         default=None, description="name of a metric (docs/metrics.md), module:Class or path/to/file.py:Class"
     )
     environment: Literal["turn", "episode"] | None = Field(
-        default=None, description="what the recipe's environment pays: each turn's at its end, or all at the last"
+        default=None,
+        description="rewards that the recipe's environment pays. turn: each at the end of its turn; episode: their "
+        "sum at the end of the last turn",
     )
     weight: float = Field(default=1.0, description="factor in the sum; negative to punish")
     args: dict[str, Any] = Field(
@@ -46,7 +48,7 @@ class RewardPart(Section):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="the function's parameter, or what the metric needs: the data's column that fills it",
+        description="parameter of the function, or input of the metric: the data's column that fills it",
     )
     empty: float | None = Field(
         default=None, description="a metric's score of an empty response; null leaves it to the metric"
@@ -60,13 +62,16 @@ class RewardPart(Section):
         default=None, description="the attribute that counts, of a reward model that has several"
     )
     steps: Literal["mean", "sum", "min"] = Field(
-        default="mean", description="what a reward model of steps pays: p/K at each step, p at each, or the least p"
+        default="mean",
+        description="how a reward model of steps, which gives each of K steps a probability p of being right, "
+        "pays. mean: p / K at the end of each step; sum: p at the end of each; min: the smallest p alone, at its "
+        "own step",
     )
     pessimism: float = Field(
         default=0.0,
         ge=0,
-        description="a reward model of several heads: deviations taken off their mean; one with a bottleneck: score "
-        "per nat that its latents tell",
+        description="reward models of several heads: score = mean - pessimism x standard deviation of the heads; "
+        "with a bottleneck: score - pessimism x KL of its latents from N(0, I), in nats",
     )
 
     @model_validator(mode="after")

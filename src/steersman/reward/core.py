@@ -31,18 +31,21 @@ class Scores:
     """Rewards of a batch of samples, on the CPU in float32.
 
     `total` [B] is what is optimised; `parts` holds each reward's own value [B] before its weight; `per_token`
-    [B, T], where a reward judges tokens, sums over T to `total` and is 0 past a row's end.
+    [B, T], where a reward judges tokens, sums over T to `total` and is 0 past a row's end. `feedback` is what the
+    rewards say of each sample in words, "" where nothing; None where none says anything.
     """
 
     total: Float[Tensor, " B"]
     parts: dict[str, Float[Tensor, " B"]]
     per_token: Float[Tensor, "B T"] | None = None
+    feedback: list[str] | None = None
 
     def of(self, rows: Sequence[int]) -> Scores:
         """The scores of some of the samples."""
         kept = list(rows)
         per_token = None if self.per_token is None else self.per_token[kept]
-        return Scores(self.total[kept], {name: part[kept] for name, part in self.parts.items()}, per_token)
+        feedback = None if self.feedback is None else [self.feedback[i] for i in kept]
+        return Scores(self.total[kept], {name: part[kept] for name, part in self.parts.items()}, per_token, feedback)
 
     def with_weights(self, weights: Mapping[str, float]) -> Float[Tensor, "B K 2"]:
         """Each part's value beside its weight, as `Trajectory.parts` holds them."""
@@ -70,7 +73,8 @@ class Reward(Protocol):
 
 
 class WeightedSum:
-    """total = sum_k weight_k * score_k, every score_k logged under its name before its weight.
+    """total = sum_k weight_k * score_k, every score_k logged under its name before its weight; what the parts say in
+    words stands one below the other.
 
     When a part judges tokens, the parts that judge whole responses stand at the last token of `per_token`.
     Raises SteersmanError when there is no part, or when a weight is not a finite number.
@@ -98,7 +102,9 @@ class WeightedSum:
         per_token = None
         if any(scores.per_token is not None for _, scores in scored.values()):
             per_token = sum((w * _per_token(s, samples) for w, s in scored.values()), torch.zeros(()))
-        return Scores(total, {name: scores.total for name, (_, scores) in scored.items()}, per_token)
+        said = [scores.feedback for _, scores in scored.values() if scores.feedback is not None]
+        feedback = ["\n".join(filter(None, texts)) for texts in zip(*said, strict=True)] if said else None
+        return Scores(total, {name: scores.total for name, (_, scores) in scored.items()}, per_token, feedback)
 
     def describe(self) -> str:
         return "; ".join(f"{weight:g} x {name} ({r.describe()})" for name, (weight, r) in self.parts.items())
@@ -122,8 +128,9 @@ class CallableReward:
     takes `**`. A parameter `samples` receives the Samples. `columns` renames: {"answer": "solution"} fills the
     parameter `answer` from the data's column `solution`. `args` are fixed keyword arguments.
 
-    It returns one number per completion, or for each completion one number per response token. It may be
-    `async`: such functions share one event loop.
+    It returns one number per completion, or for each completion one number per response token; in the place of
+    either `{"score": NUMBER, "feedback": TEXT}` where it also says in words what it found. It may be `async`: such
+    functions share one event loop.
 
     Raises SteersmanError naming the reward when the function can't be imported, lacks a column, raises (the
     original exception is chained), asks the process to end, takes longer than `time_limit` seconds (None: no limit),
@@ -230,11 +237,14 @@ def _scores(name: str, values: Any, samples: Sequence[Sample]) -> Scores:
         raise SteersmanError(
             f"reward '{name}': returned {len(values)} values for {len(samples)} completions; return one each"
         )
+    feedback = None
+    if any(isinstance(value, dict) for value in values):
+        values, feedback = map(list, zip(*(_said(name, v, i) for i, v in enumerate(values)), strict=True))
     rows = [_plain(value) for value in values]
     if not any(isinstance(row, list) for row in rows):
         total = [_number(name, row, i, None, samples[i]) for i, row in enumerate(rows)]
         scores = torch.tensor(total, dtype=torch.float32)
-        return Scores(scores, {name: scores})
+        return Scores(scores, {name: scores}, None, feedback)
     per_token = torch.zeros(len(samples), max(len(s.ids) for s in samples))
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         if not isinstance(row, list) or len(row) != len(sample.ids):
@@ -246,7 +256,19 @@ def _scores(name: str, values: Any, samples: Sequence[Sample]) -> Scores:
         numbers = [_number(name, value, i, t, sample) for t, value in enumerate(row)]
         per_token[i, : len(row)] = torch.tensor(numbers, dtype=torch.float32)
     total = per_token.sum(1)
-    return Scores(total, {name: total}, per_token)
+    return Scores(total, {name: total}, per_token, feedback)
+
+
+def _said(name: str, value: Any, row: int) -> tuple[Any, str]:
+    """A score, and the feedback beside it; "" where the function gave the score alone."""
+    if not isinstance(value, dict):
+        return value, ""
+    if set(value) != {"score", "feedback"} or not isinstance(value["feedback"], str | None):
+        raise SteersmanError(
+            f"reward '{name}': gave {_shorten(str(value))} for sample {row}; return a number, or exactly "
+            '{"score": NUMBER, "feedback": TEXT}'
+        )
+    return value["score"], value["feedback"] or ""
 
 
 def _plain(value: Any) -> Any:

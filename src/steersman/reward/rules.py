@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Number
 
 from steersman.metrics.answers import concept_coverage, math_equal, normalise_spaces
 from steersman.metrics.sentiment import compound
@@ -62,12 +63,12 @@ def exact_match(
 ) -> list[float]:
     """1 where the completion is the answer, but for outer and repeated white space (and case), else 0."""
 
-    def same(given: str, wanted: object) -> bool:
+    def same(given: str, wanted: str) -> bool:
         if ignore_case:
-            return normalise_spaces(given) == normalise_spaces(str(wanted))
-        return given.split() == str(wanted).split()
+            return normalise_spaces(given) == normalise_spaces(wanted)
+        return given.split() == wanted.split()
 
-    return [float(same(c, a)) for c, a in zip(completions, answer, strict=True)]
+    return [float(same(c, a)) for c, a in zip(completions, _written("exact_match", answer), strict=True)]
 
 
 def contains(
@@ -98,7 +99,20 @@ def math_answer(prompts: Sequence[str], completions: Sequence[str], *, answer: S
     The final answer is what stands after the last "####" (as in GSM8K, in data and completions alike);
     without it math-verify looks for one, and where it finds none the last number counts.
     """
-    return [float(math_equal(c, str(a))) for c, a in zip(completions, answer, strict=True)]
+    return [float(math_equal(c, a)) for c, a in zip(completions, _written("math_answer", answer), strict=True)]
+
+
+def _written(rule: str, answer: Sequence[object]) -> list[str]:
+    """The right answers as text. Raises SteersmanError where one is neither a text nor a number."""
+    for row, one in enumerate(answer):
+        if not isinstance(one, str | Number):
+            fields = f" with the fields {', '.join(map(str, one))}" if isinstance(one, dict) else ""
+            kind = "missing" if one is None else f"of type {type(one).__name__}{fields}"
+            raise SteersmanError(
+                f"reward {rule}, sample {row}: its answer is {kind}; it must be a text or a number, in a column of "
+                f"its own, which `columns: {{answer: NAME}}` names"
+            )
+    return [str(one) for one in answer]
 
 
 def word_coverage(

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from steersman.model.context import context_length
-from steersman.model.fast.folded import folded
 from steersman.model.fast.fused import quick
 from steersman.model.modes import evaluation_mode
 from steersman.model.probe import cache_argument
 from steersman.rollout.cache import LiveCache, PromptCache, layer_keeps
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
-from steersman.rollout.fast.packed import lasts, packed, pays
+from steersman.rollout.fast.packed import for_call, packed, pays
 from steersman.rollout.recurrent import state_bytes
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError, send
@@ -39,7 +38,7 @@ class Decoder:
     def prepared(self, rows: int, steps: int) -> Iterator[None]:
         """For one call: adapters added into their layers, weights laid out for `steps` steps of up to `rows` rows,
         where that pays."""
-        with folded(self.model) if lasts(steps) else nullcontext():
+        with for_call(self.model, steps):
             if not pays(self.model, steps):
                 yield
                 return

@@ -42,7 +42,7 @@ class Engine:
         self.max_batch = max_batch or (64 if on_cpu else 256)
         self.prefill_tokens = prefill_tokens or (2048 if on_cpu else 16384)
         if self.max_batch < 1 or self.prefill_tokens < 1:
-            raise SteersmanError("rollout.max_batch and rollout.prefill_tokens must be at least 1")
+            raise SteersmanError("Engine: max_batch and prefill_tokens must be at least 1")
         self.end_ids = end_ids(model, tokenizer, eos_token_id)
         self.decoder = decoder_for(model, tokenizer)
         self.vocabulary = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
@@ -195,8 +195,15 @@ def decoder_for(model: Any, tokenizer: Any) -> Stepper:
     return PairDecoder(model, tokenizer) if model.config.is_encoder_decoder else Decoder(model)
 
 
-def end_ids(model: Any, tokenizer: Any, override: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The ids that end a response: the override, else the generation config's, else the tokenizer's; may be none."""
+def end_ids(
+    model: Any, tokenizer: Any, override: int | Sequence[int] | None = None, also: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The ids that end a response: the override, else the generation config's, else the tokenizer's; may be none.
+
+    `also` are those of a chat template, which end it as well where nothing is overridden.
+    """
+    if override is None and also:
+        return tuple(dict.fromkeys((*end_ids(model, tokenizer), *also)))
     settings = getattr(model, "generation_config", None)
     for found in (override, getattr(settings, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         if found is not None:

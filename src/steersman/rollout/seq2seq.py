@@ -20,11 +20,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from steersman.model.context import context_length
 from steersman.model.encoder_decoder import decoder_context, decoder_start
-from steersman.model.fast.folded import folded
 from steersman.model.probe import cache_argument, close, model_name, quiet
 from steersman.model.prompt_layer import PromptLayer
 from steersman.rollout.cache import Keeps, LiveCache, PromptCache, layer_keeps
-from steersman.rollout.fast.packed import lasts, packed, pays
+from steersman.rollout.fast.packed import for_call, packed, pays
 from steersman.rollout.text import Texts
 from steersman.types import Prompt, SteersmanError, send
 
@@ -157,7 +156,7 @@ class PairDecoder:
         """For one call: adapters added into their layers, weights laid out for products of few rows, where that
         pays."""
         with (
-            folded(self.model) if lasts(steps) else nullcontext(),
+            for_call(self.model, steps),
             packed(self.model) if pays(self.model, steps) else nullcontext(),
         ):
             yield

@@ -1,4 +1,4 @@
-"""The terminal as every verb writes to it."""
+"""The terminal as every verb writes to it, and how long things took."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def new_console(**how: Any) -> Console:
     lines break where it has a line break alone. Control characters are for `guards.terminal.printable`.
     """
     return Console(markup=False, emoji=False, highlight=False, **how)
+
+
+def duration_text(seconds: float) -> str:
+    """A finite time as "2 h 05 min", "3 min 07 s" or "12 s"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"

@@ -40,7 +40,7 @@ class RunConfig(Section):
         description="padded tokens that go through a model at once, 2,048 on a CPU and 16,384 on an accelerator if "
         "not given; lower it to save memory",
     )
-    eval_every: int = Field(default=10, ge=1, description="steps between looks at the held-out data")
+    eval_every: int = Field(default=10, ge=1, description="steps between evaluations on held-out data")
     save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     save_async: bool = Field(
         default=False,
@@ -63,8 +63,9 @@ class ManyRunConfig(RunConfig):
     )
     launcher: Literal["torch", "ray"] = Field(
         default="torch",
-        description="what starts these processes: torch's launcher on this machine, or a Ray cluster that is there "
-        "already, which places them (and servers that sample) on its machines and starts them again where they die",
+        description="what starts these processes. torch: torch's launcher, on this machine; ray: a Ray cluster "
+        "that is running already, which places them (and servers that sample) on its machines and restarts them "
+        "when they die",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The one place that makes what samples from a policy, as a recipe's `rollout` section asks for it."""
+"""Opens the generator (what samples from a policy) that a recipe's `rollout` section asks for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from steersman.data import DataConfig, layout
-from steersman.data import end_ids as template_ends
+from steersman.data import DataConfig, layout, template_ends
 from steersman.distributed.micro import share_out
 from steersman.distributed.ranks import ranks
 from steersman.distributed.waiting import WaitedInVainError
@@ -135,7 +134,7 @@ def piece_size(rollout: RolloutConfig, n: int) -> int:
 
 def ends_of(rollout: RolloutConfig, policy: Policy) -> list[int]:
     """The ids that end a response: the recipe's, or else the model's own and the chat template's end of turn."""
-    own = {*end_ids(policy.model, policy.tokenizer, None), *template_ends(policy.tokenizer)}
+    own = end_ids(policy.model, policy.tokenizer, also=template_ends(policy.tokenizer))
     return rollout.eos_token_id or sorted(own)
 
 

@@ -48,7 +48,8 @@ class AdaptersOff:
         return None
 
     def head(self) -> Head:
-        return self.policy.head()
+        with self.policy.reference() as frozen:
+            return frozen.head()
 
     def hidden(self, tokens: Tokens) -> Float[Tensor, "N H"]:
         with self.policy.reference() as frozen:
@@ -146,13 +147,15 @@ ROWS = 1024
 @dataclass(slots=True)
 class Readings:
     """What frozen models say of given answers, read once: the weighted sum of their log pi, in nats, over the tokens
-    that count; with `tails` beside it the part of it beyond the length that all answers of a group share."""
+    that count; with `tails` beside it the part of it beyond the length that all answers of a group share. `first` is
+    how many answers of a group are read; None is all."""
 
     models: Sequence[tuple[Reference, float]]
     micro_tokens: int
     folder: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)
     tails: bool = False
+    first: int | None = None
 
     def keep_in(self, folder: Path, **about: Any) -> None:
         """Has what is read kept in a folder as it comes, from which a run that goes on takes it, where the answers
@@ -171,8 +174,9 @@ class Readings:
         return found
 
     def of(self, name: str, groups: Sequence[Sequence[Encoded]], rows: Sequence[int]) -> Float[Tensor, "N K ..."]:
-        """Of the groups `rows`, which all have K answers, `[N, K]`, with tails `[N, K, 2]`; NaN for the other groups.
-        `name` tells sets of groups apart."""
+        """Of the groups `rows`, of which K answers are read, `[N, K]`, with tails `[N, K, 2]`; NaN for the other
+        groups. `name` tells sets of groups apart."""
+        groups = [group[: self.first] for group in groups]
         shape = (len(groups[0]), *((2,) if self.tails else ()))
         told = torch.full((len(groups), *shape), torch.nan, dtype=self._dtype())
 

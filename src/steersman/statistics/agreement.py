@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
-from steersman.statistics.estimates import Estimate
+from steersman.statistics.estimates import Array, Estimate
 
 Metric = Literal["nominal", "ordinal", "interval"]
 Rated = tuple[str, float]
 """(unit, value): what one rater said of one unit."""
+Labels = Sequence[str] | Array
 
 
 def alpha(ratings: Iterable[Rated], metric: Metric = "nominal", *, draws: int = 1000) -> Estimate:
@@ -43,6 +44,21 @@ def alpha(ratings: Iterable[Rated], metric: Metric = "nominal", *, draws: int = 
     kept = [x for x in seen if math.isfinite(x)]
     low, high = np.percentile(kept, [2.5, 97.5]) if kept else (-math.inf, math.inf)
     return Estimate(value, float(low), float(high), len(tables))
+
+
+def cohen_kappa(first: Labels, second: Labels) -> float:
+    """Cohen's kappa of two labellings of the same N units: (p_o - p_e) / (1 - p_e), p_o the share of units with equal
+    labels and p_e what it would be by chance, from each rater's own shares of the labels.
+
+    NaN where both give one and the same label throughout (p_e = 1), and of no units.
+
+    Source: Cohen 1960, eq. 1.
+    """
+    a, b = np.array(list(first)), np.array(list(second))
+    if not len(a):
+        return math.nan
+    expected = float(sum((a == label).mean() * (b == label).mean() for label in np.union1d(a, b)))
+    return (float((a == b).mean()) - expected) / (1 - expected) if expected < 1 else math.nan
 
 
 def _coincidences(got: list[int], size: int) -> np.ndarray:

@@ -12,6 +12,10 @@ from scipy import stats
 
 Array = np.ndarray
 Z = 1.959964
+TAIL = 0.025
+"""What a 95% interval leaves out on each side."""
+TINY = 1e-12
+"""A variance that is rounding and no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +28,17 @@ class Estimate:
     n: int
 
     def plain(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON holds it: what is not known is null."""
+        return known(asdict(self))
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        bounds = f"{self.low:.3f} to {self.high:.3f}" if math.isfinite(self.low) else "no interval"
+        return f"{self.value:.3f} ({bounds})"
+
+
+def known(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The same with None in the place of infinite bounds and NaN, for which JSON has no word."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
 
 
 def wilson(right: float, n: int) -> Estimate:
@@ -43,6 +54,72 @@ def wilson(right: float, n: int) -> Estimate:
     return Estimate(p, centre - half, centre + half, n)
 
 
+def share(values: Array, clusters: Array) -> Estimate:
+    """The mean of N values in [0, 1], such as trials won (a tie is half of one), with an interval that holds for few
+    values as well; (NaN, 0, 1) of none.
+
+    Values of one prompt hang together: `clusters` [N] names it. The interval is Clopper and Pearson's for as many
+    trials as the values are worth: N / max(deff, 1) times (t_{N-1} / t_{K-1})^2 for K clusters, where deff is the
+    mean's variance between clusters over that of N independent values. Where all clusters agree, they tell no
+    variance: then the values of a cluster count as one and the same, which is worth (sum m)^2 / sum m^2 trials for
+    clusters of m values.
+
+    Source: Korn and Graubard 1998, Confidence intervals for proportions with small expected number of positive counts
+    estimated from survey data; Kish 1965 for clusters that agree. Departure: the latter, and deff is at least 1.
+    """
+    n, (names, place) = len(values), np.unique(clusters, return_inverse=True)
+    if not n:
+        return Estimate(math.nan, 0.0, 1.0, 0)
+    p, k = float(values.mean()), len(names)
+    variance = float((np.bincount(place, values - p) ** 2).sum()) / n**2 * k / max(k - 1, 1)
+    if k < 2 or variance < TINY:
+        trials = _alike(clusters)
+    else:
+        trials = n / max(variance * (n - 1) / (p * (1 - p)), 1) * (_t(n - 1) / _t(k - 1)) ** 2
+    return _binomial(p, trials, n)
+
+
+def ranked_share(score: Array, label: Array, clusters: Array, *, draws: int = 1000) -> Estimate:
+    """`auc` with an interval that holds for few values as well; (NaN, 0, 1) of a single label.
+
+    As `share`, for A (1 - A) / v times (z / t_{K-1})^2 trials, where v is the variance of A over resampled clusters
+    and K counts the clusters with the rarer label. Where v is 0 it is the least that N values can be worth, as many
+    trials as the rarer label has, of a cluster one. The random stream is fixed.
+
+    Source: Birnbaum and Klose 1957, Bounds for the variance of the Mann-Whitney statistic (at most A (1 - A) over the
+    count of the rarer label).
+    """
+    value, sides = auc(score, label), [clusters[label > 0.5], clusters[~(label > 0.5)]]
+    if math.isnan(value):
+        return Estimate(math.nan, 0.0, 1.0, len(score))
+    drawn = [auc(score[rows], label[rows]) for rows in resamples(clusters, draws)]
+    k, variance = min(len(np.unique(side)) for side in sides), float(np.nanvar(drawn)) if drawn else 0.0
+    if k < 2 or variance < TINY:
+        trials = min(_alike(side) for side in sides)
+    else:
+        trials = value * (1 - value) / variance * (Z / _t(k - 1)) ** 2
+    return _binomial(value, trials, len(score))
+
+
+def _alike(clusters: Array) -> float:
+    """How many trials rows are worth of which those of a cluster say one and the same."""
+    sizes = np.unique(clusters, return_counts=True)[1]
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def _t(freedom: int) -> float:
+    """The bound of Student's t that 2.5% exceed."""
+    return float(stats.t.ppf(1 - TAIL, freedom))
+
+
+def _binomial(p: float, trials: float, n: int) -> Estimate:
+    """Clopper and Pearson's interval of a share p of trials, whose number need not be whole."""
+    won, lost = p * trials, (1 - p) * trials
+    low = float(stats.beta.ppf(TAIL, won, lost + 1)) if won > 0 else 0.0
+    high = float(stats.beta.ppf(1 - TAIL, won + 1, lost)) if lost > 0 else 1.0
+    return Estimate(p, low, high, n)
+
+
 def bootstrap(
     statistic: Callable[..., float], arrays: Sequence[Array], *, clusters: Array | None = None, draws: int = 1000
 ) -> Estimate:
@@ -53,8 +130,6 @@ def bootstrap(
     """
     n = len(arrays[0])
     value = float(statistic(*arrays)) if n else math.nan
-    if (n if clusters is None else len(np.unique(clusters))) < 2:
-        return Estimate(value, -math.inf, math.inf, n)
     drawn = resamples(np.arange(n) if clusters is None else clusters, draws)
     seen = [float(statistic(*(a[rows] for a in arrays))) for rows in drawn]
     kept = [x for x in seen if math.isfinite(x)]
@@ -63,11 +138,14 @@ def bootstrap(
 
 
 def resamples(clusters: Array, draws: int, seed: int = 0) -> Iterator[Array]:
-    """The row numbers of each draw: as many clusters as there are, with replacement, each with all its rows."""
+    """The row numbers of each draw: as many clusters as there are, with replacement, each with all its rows.
+
+    Of fewer than two clusters there are none: all would be the same rows, and say nothing of how far off these are.
+    """
     order = np.argsort(clusters, kind="stable")
     _, starts = np.unique(clusters[order], return_index=True)
     members, rng = np.split(order, starts[1:]), np.random.default_rng(seed)
-    for _ in range(draws if len(order) else 0):
+    for _ in range(draws if len(members) > 1 else 0):
         picked = rng.integers(len(members), size=len(members))
         yield order[picked] if len(members) == len(order) else np.concatenate([members[i] for i in picked])
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steersman.statistics.estimates import resamples
+from steersman.statistics.estimates import known, resamples
 
 SCALE = 400 / np.log(10)
 """Elo points per nat: 400 points are odds of 10 to 1."""
@@ -16,7 +18,7 @@ SCALE = 400 / np.log(10)
 
 @dataclass(frozen=True, slots=True)
 class Battle:
-    """`share` of the first player: 1 won, 0 lost, 0.5 tied; `group` is the prompt, resampled as one."""
+    """`share` of the first player: 1 won, 0 lost, 0.5 tied; `group` (a prompt, a user) is resampled as one."""
 
     first: str
     second: str
@@ -26,13 +28,21 @@ class Battle:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """Elo points with the bounds of the interval, and battles fought."""
+    """Elo points with the bounds of the interval (-inf and inf where there is none), and battles fought."""
 
     player: str
     rating: float
     low: float
     high: float
     battles: int
+
+    @property
+    def interval(self) -> str:
+        return f"{self.low:.0f} to {self.high:.0f}" if math.isfinite(self.low) else "–"
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it: bounds that are not known are null."""
+        return known(asdict(self))
 
 
 def ratings(
@@ -43,7 +53,8 @@ def ratings(
 
     A tie is half a battle won and half a battle lost. Every player has `prior` battles won and as many lost
     against the mean of all, which keeps one who won (or lost) everything finite. Intervals are the quantiles of
-    `draws` fits to prompts drawn with replacement; the anchor has none, being the yardstick.
+    `draws` fits to groups drawn with replacement; of a single group there is none, and of the anchor, the yardstick,
+    it is `at` to `at`.
 
     Source: arXiv 2403.04132, section 3 (Bradley-Terry with bootstrap). Departure: the prior.
     """
@@ -59,13 +70,18 @@ def ratings(
         return at + SCALE * (theta - theta[zero])
 
     drawn = [fit(fought[rows]) for rows in resamples(np.array([b.group for b in battles]), draws, seed)]
-    point, tail = fit(fought), (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0) if drawn else (point, point)
-    told = [
-        Rating(name, float(point[i]), float(low[i]), float(high[i]), int((fought[:, :2] == i).sum()))
-        for name, i in place.items()
-    ]
+    point, bounds = fit(fought), intervals(drawn, len(players), level)
+    bounds[zero] = at, at
+    told = [Rating(name, float(point[i]), *bounds[i], int((fought[:, :2] == i).sum())) for name, i in place.items()]
     return sorted(told, key=lambda r: -r.rating)
+
+
+def intervals(drawn: Sequence[NDArray[np.float64]], count: int, level: float = 0.95) -> list[tuple[float, float]]:
+    """Of each of `count` numbers the quantiles between which `level` of the draws lie; (-inf, inf) without draws."""
+    if not drawn:
+        return [(-math.inf, math.inf)] * count
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def wins_of(rows: NDArray[np.float64], count: int) -> NDArray[np.float64]:

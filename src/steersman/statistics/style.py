@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from steersman.ops.style import FEATURES, style_counts
 from steersman.statistics.estimates import Estimate, resamples
-from steersman.statistics.ratings import SCALE, Rating
+from steersman.statistics.ratings import SCALE, Rating, intervals
 
 Array = NDArray[np.float64]
 
@@ -38,8 +38,8 @@ def style(first: str, second: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ControlledRatings:
-    """Ratings as if all answers had the same style, and what each feature is worth, in Elo points per standard
-    deviation of its difference."""
+    """Ratings as if all answers had the same style, and what each feature is worth, in Elo points per root mean
+    square of its difference."""
 
     ratings: list[Rating]
     effects: dict[str, Estimate]
@@ -52,8 +52,8 @@ def controlled_ratings(
     """P(i beats j) = 1 / (1 + exp(-(theta_i - theta_j + beta . (x_i - x_j)))), fitted by maximum likelihood.
 
     Best first, `anchor` fixed at `at` points. A tie is half a battle won; `prior` as in `ratings`, and beta has a
-    normal prior of standard deviation 3 nats. Features that never differ have no effect. 95% intervals are quantiles
-    of fits to groups drawn with replacement. With no features it is `ratings`.
+    normal prior of standard deviation 3 nats. Features that never differ have no effect. Intervals are as in
+    `ratings`. With no features it is `ratings`.
 
     Source: arXiv 2403.04132, section 3 (Bradley-Terry with bootstrap), with style as further columns of the logistic
     regression.
@@ -65,8 +65,8 @@ def controlled_ratings(
         design[row, place[b.first]] += 1
         design[row, place[b.second]] -= 1
         design[row, len(players) :] = b.style[: len(features)]
-    spread = design[:, len(players) :].std(0)
-    design[:, len(players) :] /= np.where(spread > 0, spread, 1)
+    size = np.sqrt((design[:, len(players) :] ** 2).mean(0))  # the same whichever answer stands first
+    design[:, len(players) :] /= np.where(size > 0, size, 1)
     share, groups = np.array([b.share for b in battles]), np.array([b.group for b in battles])
 
     def fit(rows: NDArray[np.int64]) -> Array:
@@ -76,14 +76,11 @@ def controlled_ratings(
 
     drawn = [fit(rows) for rows in resamples(groups, draws, seed)]
     point = fit(np.arange(len(battles)))
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if drawn else (point, point)
-    told = [
-        Rating(name, float(point[i]), float(low[i]), float(high[i]), int((design[:, i] != 0).sum()))
-        for name, i in place.items()
-    ]
+    bounds = intervals(drawn, len(point))
+    bounds[place[anchor]] = at, at
+    told = [Rating(name, float(point[i]), *bounds[i], int((design[:, i] != 0).sum())) for name, i in place.items()]
     effects = {
-        name: Estimate(float(point[i]), float(low[i]), float(high[i]), len(battles))
-        for i, name in enumerate(features, len(players))
+        name: Estimate(float(point[i]), *bounds[i], len(battles)) for i, name in enumerate(features, len(players))
     }
     return ControlledRatings(sorted(told, key=lambda r: -r.rating), effects)
 

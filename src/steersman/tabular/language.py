@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -184,20 +184,20 @@ class Language:
         return Tokens(prompts[prompt], lengths[prompt], self.sequences[rows], self.length[rows], self.mask[rows])
 
     def logits_of(self, model: Any) -> Float[Tensor, "S V"]:
-        """The logits, in float64, that a causal model gives after every prefix, with gradients to its parameters.
-
-        `model` is a Hugging Face causal model, a `Policy`, or any callable from ids [S, L] to logits [S, L, V].
-        Cast the model to float64 for answers that are exact to rounding.
+        """The logits, in float64, that a Hugging Face causal model (of a `Policy`: its `model`) gives after every
+        prefix, with gradients to its parameters. Cast the model to float64 for answers that are exact to rounding.
 
         Raises SteersmanError when the model's vocabulary is not this language's.
         """
-        module = model.model if hasattr(model, "logp") else model
-        self._same_vocabulary(getattr(getattr(module, "config", None), "vocab_size", self.vocab))
+        self._same_vocabulary(model.config.vocab_size)
+        return self.logits_from(lambda ids: model(ids).logits)
+
+    def logits_from(self, read: Callable[[Int[Tensor, "S L"]], Float[Tensor, "S L V"]]) -> Float[Tensor, "S V"]:
+        """As `logits_of`, for any function from token ids to the logits after each of them."""
         texts = [(*self.prompts[k], *tokens) for k, tokens in self.states]
         width = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
-        out = module(ids)
-        logits = getattr(out, "logits", out)
+        logits = read(ids)
         self._same_vocabulary(logits.shape[-1])
         last = torch.tensor([len(text) - 1 for text in texts])
         return logits[torch.arange(len(texts)), last].double()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.loss.preference import PairLogp, pair_logp
+from steersman.loss.preference import PairLogp, as_batch, pair_logp
 from steersman.tabular.token_mdp import TokenMDP
 
 PairLoss = Callable[[PairLogp], Tensor]
@@ -32,21 +32,22 @@ class Population:
         self.of_prompt = mdp.prompt == torch.arange(len(mdp.prompts))[:, None]
 
     def pair(self, logits: Float[Tensor, "S V"]) -> PairLogp:
-        """Every pair as the losses read it, divergences included."""
+        """Every pair as the losses read it, divergences and the whole population included."""
         mdp, w, l = self.mdp, self.chosen, self.rejected  # noqa: E741
         logp, ref, kl = mdp.sequence_logp(logits), mdp.sequence_logp_ref, self.step_kl(logits)
         own = logp - self.step_collision(logits)
-        return pair_logp(
+        pair = pair_logp(
             logp[w], mdp.mask[w], logp[l], mdp.mask[l],
             ref_chosen=ref[w], ref_rejected=ref[l], chosen_kl=kl[w], rejected_kl=kl[l],
             chosen_log_weight=own[w], rejected_log_weight=own[l], tails=True,
         )  # fmt: skip
+        return pair._replace(batch=as_batch(pair, self.prob))
 
     def answer_pair(self, logp: Float[Tensor, " N"]) -> PairLogp:
         """The same from log-probabilities of whole answers; without divergences."""
         length, ref = self.mdp.length.double(), self.mdp.sequence_logp_ref.sum(-1)
-        each = [x[side] for x in (logp, length, ref) for side in (self.chosen, self.rejected)]
-        return PairLogp(*each)
+        w, l = self.chosen, self.rejected  # noqa: E741
+        return PairLogp(logp[w], logp[l], length[w], length[l], ref[w], ref[l])
 
     def step_kl(self, logits: Float[Tensor, "S V"]) -> Float[Tensor, "N T"]:
         """KL(pi_ref || pi) at every step that a sequence walks through."""

@@ -36,9 +36,17 @@ from steersman.tabular.anchored_check import (
 from steersman.tabular.feedback_check import check_apo_zero_unpaired, check_bco, check_kto
 from steersman.tabular.fixed_point import FixedPoint, example, imbalance, normalised, off_vertex, row_of
 from steersman.tabular.population import Population, descend, descend_frozen, descend_kinked
-from steersman.tabular.reference_free_check import check_alphapo, check_cpo, check_hinge, check_orpo, check_simpo
+from steersman.tabular.reference_free_check import (
+    check_alphapo,
+    check_cpo,
+    check_hinge,
+    check_orpo,
+    check_simpo,
+    check_tpo,
+)
 from steersman.tabular.supervised_check import check_dft, check_nll
 from steersman.tabular.token_mdp import TokenMDP
+from steersman.tabular.transport_check import check_aot, check_aot_unpaired
 
 __all__ = ["CHECKS", "FixedPoint", "example"]
 
@@ -287,8 +295,11 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "bco_pair": check_bco_pair,
     "apo_zero": check_apo_zero,
     "apo_down": check_apo_down,
+    "aot": check_aot,
+    "aot_unpaired": check_aot_unpaired,
     "orpo": check_orpo,
     "cpo": check_cpo,
+    "tpo": check_tpo,
     "kto": check_kto,
     "apo_zero_unpaired": check_apo_zero_unpaired,
     "bco": check_bco,

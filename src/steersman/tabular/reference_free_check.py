@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steersman.loss.pairs import gold_nll
 from steersman.loss.reference_free import alphapo, cpo, hinge, orpo, simpo
 from steersman.tabular.fixed_point import FixedPoint, imbalance, normalised, off_vertex, row_of
 from steersman.tabular.population import Population, descend, descend_kinked
@@ -66,3 +67,25 @@ def check_cpo(mdp: TokenMDP, nll_weight: float = 1.0) -> FixedPoint:
     residual = surplus - nll_weight * (world.marginal(world.chosen) - pi)
     statement = "the excess of implied over true wins pays for lambda (q - pi), q the chosen answers' distribution"
     return row_of("cpo", statement, world, logits, float(residual.abs().max()), tolerance=1e-6)
+
+
+def check_tpo(mdp: TokenMDP, weight: float = 1.0) -> FixedPoint:
+    """Gold answers are drawn from a distribution g that is better than the policy's optimum: pi* with doubled
+    odds."""
+    world, beta, length = Population(mdp), mdp.beta, mdp.length.double()
+    gold = mdp.prompt_prob[mdp.prompt] * world.normal(2 * mdp.closed_form()[0]).exp()
+    compared = world.expected(lambda pair: cpo(pair, beta=beta, nll_weight=0.0)[0])
+
+    def loss(logits: Tensor) -> Tensor:
+        return compared(logits) + weight * (gold * gold_nll(mdp.sequence_logp(logits), mdp.mask)).sum()
+
+    logits = descend(loss, mdp.logp_ref)
+    pi, reward = mdp.sequence_prob(logits) / mdp.prompt_prob[mdp.prompt], beta * mdp.sequence_logp(logits).sum(-1)
+    implied = 1 / (1 + (reward[world.rejected] - reward[world.chosen]).exp())
+    seen = pi.new_zeros(len(mdp)).index_add(0, world.chosen, 2 * world.weight)
+    surplus = beta * seen * (world.win_rate(implied) - world.win_rate(world.prefer))
+    statement = "the excess of implied over true wins, less alpha g(y) / |y|, is in proportion to pi(y)"
+    deviation = imbalance(world, surplus - weight * gold / length, pi)
+    row = row_of("cpo", statement, world, logits, deviation, tolerance=1e-6)
+    row.name, row.source = "tpo", "arXiv 2405.16681"
+    return row

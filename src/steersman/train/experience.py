@@ -46,6 +46,7 @@ def trajectory(
     logp_old: Float[Tensor, "B T"] | None = None,
     logp_ref: Float[Tensor, "B T"] | None = None,
     baseline: Float[Tensor, " B"] | None = None,
+    judged: Float[Tensor, " B"] | None = None,
     per_token: Float[Tensor, "B T"] | None = None,
     whiten_reward: bool = False,
     cut: Cut = "end",
@@ -54,17 +55,19 @@ def trajectory(
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
-    `score` is the shaped score of each response. The discount is gamma, and 0 after the last token that counts,
-    whatever stands behind it under the mask. `cut` says what the length limit's cut is: "end", the response is judged
-    as it stands and nothing follows; "bootstrap", it would have gone on, so its score is withheld, the discount stays
-    gamma, and the critic's value after the last token stands for what is missing. (Paying the score and bootstrapping
-    too counts it twice, and the critic, which learns from its own value there, runs away: see docs/log.md.)
+    `score` is the shaped score of each response, `judged` what the rewards gave before shaping. The discount is
+    gamma, and 0 after the last token that counts, whatever stands behind it under the mask. `cut` says what the
+    length limit's cut is: "end", the response is judged as it stands and nothing follows; "bootstrap", it would have
+    gone on, so its score is withheld, the discount stays gamma, and the critic's value after the last token stands
+    for what is missing. (Paying the score and bootstrapping too counts it twice, and the critic, which learns from
+    its own value there, runs away: see docs/log.md.)
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
     What an episode of several turns has earned by its turns is its own, cut or not: with "bootstrap" it is kept, and
     the value is that of what its next turn would have seen (`SegmentRows.values`). With
     `discount_per` "turn" gamma counts once a turn, after its last token. With
-    `baseline_per` "turn" turns are numbered, for baselines that compare turn with turn.
+    `baseline_per` "turn" turns are numbered, and what each step was paid without the KL penalty is kept apart, for
+    baselines that compare turn with turn.
     All numbers have the precision and device of `score`.
     `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
@@ -73,6 +76,7 @@ def trajectory(
     if cut == "bootstrap":
         kept = terminated | torch.tensor([s.turns is not None for s in samples], device=mask.device)
         score = torch.where(kept, score, torch.zeros_like(score))
+        judged = None if judged is None else torch.where(kept, judged, torch.zeros_like(judged))
         per_token = None if per_token is None else torch.where(kept[:, None], per_token, 0.0)
     else:
         terminated = torch.ones_like(terminated)
@@ -98,13 +102,14 @@ def trajectory(
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = algorithm.gamma * (~terminated).to(discount.dtype)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
-    turn = None
+    turn = paid = None
     if baseline_per == "turn":
         ends = _turn_ends(samples, mask).long()
-        turn = ends.cumsum(1) - ends
+        turn, paid = ends.cumsum(1) - ends, kl_shaped(score, logp_old, logp_old, mask, 0.0, per_token=per_token)
     return Trajectory(
-        mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score, turn=turn
-    )
+        mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score, turn=turn, paid=paid,
+        judged=judged,
+    )  # fmt: skip
 
 
 def _turn_ends(samples: Sequence[Sample], mask: Tensor) -> Tensor:
@@ -115,6 +120,11 @@ def _turn_ends(samples: Sequence[Sample], mask: Tensor) -> Tensor:
     return ends
 
 
+def length_said(samples: Sequence[Sample]) -> float:
+    """Mean number of tokens that the policy said: all of an answer, and of an episode its turns alone."""
+    return sum(len(s.ids) if s.turns is None else sum(s.mask or []) for s in samples) / len(samples)
+
+
 def episode_stats(samples: Sequence[Sample]) -> Stats:
     """Turns per episode, tokens that the policy said, and how episodes ended (shares that add up to 1); nothing where
     there are no episodes of several turns."""
@@ -122,8 +132,8 @@ def episode_stats(samples: Sequence[Sample]) -> Stats:
     if not samples:
         return {}
     kinds = [s.outcome.split(" at ")[0] for s in samples]
-    said = sum(sum(s.mask or []) for s in samples) / len(samples)
-    stats = {"episode/turns": sum(len(s.turns or []) for s in samples) / len(samples), "episode/said": said}
+    turns = sum(len(s.turns or []) for s in samples) / len(samples)
+    stats = {"episode/turns": turns, "episode/said": length_said(samples)}
     return stats | {
         f"episode/{kind.replace(' ', '_')}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))
     }

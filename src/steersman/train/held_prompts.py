@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from steersman.data import TrainingSet
 from steersman.distributed.micro import my_micro_batches
 from steersman.model import Policy, at_hand, context_length, whole_weights
 from steersman.ops.masked import masked_sum
-from steersman.ops.text import text_stats
+from steersman.ops.text import perplexity, text_stats
 from steersman.plan.memory import SamplingLoad
 from steersman.recipe.sections import RolloutConfig
 from steersman.run.progress import ProgressLine
@@ -97,7 +96,7 @@ class HeldPrompts:
                 tally.add("kl", kl, len(part.rows))
                 tally.add("logp_ref", logp_ref, int(tokens.mask.sum()))
         means = tally.means()
-        return {"held_out/kl": means["kl"], "held_out/perplexity": math.exp(min(-means["logp_ref"], 50))}
+        return {"held_out/kl": means["kl"], "held_out/perplexity": perplexity(-means["logp_ref"])}
 
     def _write(self, samples: list[Sample]) -> None:
         self.session.log.samples(self.session.step, [answer_row(s) for s in samples])

@@ -20,7 +20,7 @@ from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.pieces import put_into
 from steersman.distributed.ranks import ranks
 from steersman.model import as_local_shards, tables_and_adapters
-from steersman.plan.memory import Load, largest_micro_batch
+from steersman.plan.memory import Load, largest_load
 from steersman.run.run_config import RunConfig
 from steersman.train.session import Session, kept_state
 from steersman.train.tally import Tally
@@ -121,7 +121,7 @@ class Offline:
 
     def load(self, longest: int) -> Load:
         """The largest micro-batch; `longest` is the longest sequence in tokens."""
-        return Load(largest_micro_batch(self.objective.cost, self.micro_tokens, self.batch_size), longest)
+        return largest_load(self.objective.cost, longest, self.micro_tokens, self.batch_size)
 
     def run(self, session: Session) -> None:
         """Trains to the end; the held-out data is looked at before the first step, now and then, and at the end."""
@@ -172,6 +172,22 @@ class Offline:
         self.load_learned(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
+
+
+class WholeBatches(Offline):
+    """The offline loop of an objective that must know something of each whole batch before its update, which its
+    `look(rows)` reads.
+
+    Batches are not made of rows of like length, as elsewhere: what is measured of a batch would depend on how long
+    its rows are.
+    """
+
+    objective: Any
+    by_length = False
+
+    def step(self, rows: Sequence[int]) -> Stats:
+        self.objective.look(rows)
+        return super().step(rows)
 
 
 def _nothing(_rows: Sequence[int]) -> None:

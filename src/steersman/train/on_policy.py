@@ -22,7 +22,7 @@ from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
 from steersman.run.seed import stream
 from steersman.train.curriculum import Curriculum
-from steersman.train.experience import episode_stats, tokens_of, trajectory
+from steersman.train.experience import episode_stats, length_said, tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.train.segments import SegmentRows
 from steersman.types import Prompt, Sample, Stats, SteersmanError, Tokens, Trajectory
@@ -65,8 +65,8 @@ class OnPolicy:
         advantage = by_turn(self.algorithm.advantage, traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
-            rows.tokens(tokens), *rows.experience(traj, advantage), self.coefficients.current(), order,
-            only_critic=self.warming_up, critic_loss=critic_loss,
+            rows.tokens(tokens), traj, advantage, self.coefficients.current(), order,
+            segments=rows, only_critic=self.warming_up, critic_loss=critic_loss,
         )  # fmt: skip
         clock.lap("update")
         stats |= (
@@ -150,7 +150,7 @@ class OnPolicy:
                 logp_ref = rows.join(self._logp(roles.reference, read.untruncated()), T)
         traj = trajectory(
             samples, tokens, score.to(like), self.algorithm, self.coefficients.beta.coef,
-            logp_old=logp_old, logp_ref=logp_ref, whiten_reward=recipe.reward.whiten,
+            logp_old=logp_old, logp_ref=logp_ref, judged=scores.total.to(like), whiten_reward=recipe.reward.whiten,
             per_token=None if scores.per_token is None else scores.per_token.to(like),
             cut="end" if recipe.critic is None else recipe.critic.cut,
             discount_per="token" if recipe.environment is None else recipe.environment.discount_per,
@@ -211,7 +211,7 @@ class OnPolicy:
         stats: Stats = {"reward/total": float(scores.total.mean())}
         stats |= {f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
         stats |= {f"finish/{end}": ends.count(end) / len(ends) for end in ("eos", "stop", "length")}
-        stats["length/mean"] = sum(len(s.ids) for s in samples) / len(samples)
+        stats["length/mean"] = length_said(samples)
         # -log pi of a sampled token is an unbiased estimate of the entropy, and costs nothing
         stats["entropy"] = -float(masked_mean(traj.logp_old, traj.mask))
         if traj.logp_ref is not None:

@@ -1,28 +1,26 @@
-"""Episodes whose history was shown anew: one row of experience, several rows that a model reads.
+"""Episodes in segments, where the template rewrote the history: one row of experience, several rows for a model.
 
-An episode's steps stand one behind the other in its `Trajectory`, whichever prompt each was said behind, so returns,
-advantages and baselines are those of the episode. A model reads every segment behind its own prompt.
+An episode's steps stand one behind the other in its `Trajectory`, whichever prompt each follows, so returns,
+advantages, baselines and losses are those of the episode. A model reads every segment after its own prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from steersman.advantage.gae import Advantage
 from steersman.ops.masked import last_step
 from steersman.train.policy_update import Learner, Values
-from steersman.types import Sample, Segment, Tokens, Trajectory
+from steersman.types import Sample, Segment, Tokens, Trajectory, send
 
 
 class SegmentRows:
     """Which part of which episode each row holds that a model reads; nothing changes where no sample has several.
 
     `split` and `join` take steps from one order to the other; with `after` 1 there is one column more than steps, the
-    state behind the last one.
+    state behind the last one. `owner` [rows] is the episode of each row, `leads` says which are an episode's first.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -30,6 +28,9 @@ class SegmentRows:
         self.parts: list[tuple[int, Segment]] = []
         for b, s in enumerate(samples):
             self.parts += [(b, part) for part in s.segments or [Segment(s.prompt.ids, 0, len(s.ids))]]
+        self.owner = torch.tensor([b for b, _ in self.parts])
+        self.begin = torch.tensor([part.begin for _, part in self.parts])
+        self.leads = self.owner.diff(prepend=self.owner.new_tensor([-1])) > 0
         self.onward = [s.onward for s in samples]
 
     def tokens(self, whole: Tokens) -> Tokens:
@@ -54,20 +55,33 @@ class SegmentRows:
             out[b, part.begin : part.end + after] = x[row, : part.end - part.begin + after]
         return out
 
-    def split(self, x: Tensor, after: int = 0) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """`[episodes, T]` -> `[rows, T of the longest]`."""
         if not self.apart:
             return x
-        out = x.new_zeros(len(self.parts), max(part.end - part.begin for _, part in self.parts) + after)
+        out = x.new_zeros(len(self.parts), max(part.end - part.begin for _, part in self.parts))
         for row, (b, part) in enumerate(self.parts):
-            out[row, : part.end - part.begin + after] = x[b, part.begin : part.end + after]
+            out[row, : part.end - part.begin] = x[b, part.begin : part.end]
         return out
+
+    def rows_of(self, episodes: Tensor) -> Tensor:
+        """The numbers of all rows of these episodes."""
+        return torch.isin(self.owner, episodes).nonzero().flatten()
+
+    def put(self, x: Tensor, mask: Tensor, rows: Tensor, into: Tensor) -> Tensor:
+        """`into` `[episodes, T]` with what a model read of some of their rows, `x` `[rows, T]`, at the steps that
+        count, which `mask` marks. The episodes are those of the rows, in order. Gradients reach `x`."""
+        _, place = self.owner[rows].unique(return_inverse=True)
+        row, column = (send(at, x.device) for at in mask.nonzero().unbind(1))
+        place, begin = send(place, x.device), send(self.begin[rows], x.device)
+        return into.index_put((place[row], begin[row] + column), x[row, column])
 
     def values(self, learner: Learner, tokens: Tokens, traj: Trajectory) -> Values:
         """The critic's values `[episodes, T + 1]`.
 
-        Behind an episode that bootstraps stands V of what its next turn would have been said behind, `Sample.onward`:
-        there turns begin, and of such states a critic learns. Right behind a reply nobody ever speaks.
+        After the last step of an episode that bootstraps stands the value of the context of its next turn,
+        `Sample.onward`: that is a state in which a turn begins, and on such states a critic is trained. In the state
+        right after a reply no turn begins.
         """
         last = last_step(traj.mask)
         goes_on = traj.discount.gather(1, last.clamp(min=0)[:, None])[:, 0] != 0
@@ -81,19 +95,3 @@ class SegmentRows:
             rows = torch.tensor([*onward], device=value.device)
             value[rows, last[rows] + 1] = learner.read_values(read)[:, 0].to(value)
         return Values(value, loss)
-
-    def experience(self, traj: Trajectory, advantage: Advantage) -> tuple[Trajectory, Advantage]:
-        """The same steps in the rows that a model reads."""
-        if not self.apart:
-            return traj, advantage
-        owner = torch.tensor([b for b, _ in self.parts], device=traj.mask.device)
-        by_step = {"mask", "reward", "discount", "logp_old", "logp_ref", "logp_rollout", "penalty_mask", "turn"}
-        parts = {}
-        for field in fields(traj):
-            x = getattr(traj, field.name)
-            if x is not None and field.name == "value":
-                parts["value"] = self.split(x, after=1)
-            elif x is not None:
-                parts[field.name] = self.split(x) if field.name in by_step else x[owner]
-        ret = None if advantage.ret is None else self.split(advantage.ret)
-        return replace(traj, **parts), Advantage(self.split(advantage.adv), ret)

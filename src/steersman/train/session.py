@@ -219,7 +219,7 @@ class Session:
             self.save(0)
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint that was best on held-out data, which a note tells; None where none was measured there."""
+        """The checkpoint whose look was best, which a note tells; None where no look measured what ranks them."""
         path = self.checkpoints.best()
         found = None if path is None else self.checkpoints.load(path)
         if found is None:
@@ -227,7 +227,7 @@ class Session:
         elif found.step == 0:
             self.log.note("the saved model has the weights that training began with: no later look was better")
         else:
-            self.log.note(f"the saved model has the weights of step {found.step}, the best on held-out data")
+            self.log.note(f"the saved model has the weights of step {found.step}, the best by {self.metric}")
         return found
 
     def _rank(self, value: float) -> None:

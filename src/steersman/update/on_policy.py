@@ -142,6 +142,15 @@ def policy_loss(
     return loss
 
 
+def clipped_steps(algorithm: Algorithm, logp: Float[Tensor, "B T"], traj: Trajectory) -> Bool[Tensor, "B T"] | None:
+    """The steps whose ratio, as the method's clip reads it, lies outside `clip_range`; None without a clip."""
+    bounds = algorithm.clip_range()
+    if bounds is None:
+        return None
+    ratio = algorithm.log_ratio(logp, traj).exp()
+    return (ratio < 1 - bounds[0]) | (ratio > 1 + bounds[1])
+
+
 def dropped(
     algorithm: Algorithm, logp: Float[Tensor, "B T"], traj: Trajectory, adv: Float[Tensor, "B T"]
 ) -> Bool[Tensor, "B T"] | None:

@@ -24,9 +24,9 @@ class OptimizerConfig(Section):
 
     kind: Kind = Field(
         default="adamw",
-        description="adamw; adamw-8bit (2 bytes of moments, not 8; paged: in memory that spills to the host); "
-        "adafactor (rows and columns); lion, lion-8bit (one moment; a third of AdamW's rate); muon (matrices; "
-        "embeddings, output layer, adapters and vectors by AdamW)",
+        description="adamw; adamw-8bit (2 bytes of moments per weight, not 8); adamw-8bit-paged (the same, in "
+        "memory that spills to the host); adafactor (moments of rows and columns); lion, lion-8bit (one moment; at "
+        "a third of AdamW's rate); muon (matrices; embeddings, output layer, adapters and vectors by AdamW)",
     )
     rounding: Rounding = Field(
         default="master",
@@ -38,7 +38,8 @@ class OptimizerConfig(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
-        description="how the rate falls after warm-up: not, or to min_lr linearly or by a half cosine",
+        description="the rate after warm-up. constant: lr; linear: falls in a straight line to min_lr; cosine: "
+        "falls to min_lr by a half cosine",
     )
     warmup: float = Field(
         default=0.0,

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 
 from steersman.config.sections import Section, key_names
-from steersman.data import DataConfig, Layout, layout
-from steersman.data import end_ids as template_ends
+from steersman.data import DataConfig, Layout, layout, template_ends
+from steersman.data.template import UNTAUGHT_STOP
 from steersman.guards.terminal import printable
 from steersman.guards.untrusted import without_half_pairs
 from steersman.jsonl import append_jsonl
@@ -32,8 +32,6 @@ COMMANDS = """/reset          forget the conversation (the system prompt stays)
 /save FILE      add the conversation to a JSONL file, as a row that sft reads
 /help           this list
 Ctrl-C stops an answer, Ctrl-D or /quit leaves."""
-UNTAUGHT_STOP = "\nUser:"
-"""Ends an answer of a model without a template of its own, which would go on with the user's next turn."""
 
 
 class ChatSampling(Section):
@@ -95,7 +93,7 @@ class Chat:
         self.policy, self.seed, self.system = policy, recipe.run.seed, recipe.system
         self.sampling = recipe.sampling
         self.layout: Layout = layout(policy, DataConfig(path="chat"))
-        self.ends = {*end_ids(policy.model, policy.tokenizer, None), *template_ends(policy.tokenizer)}
+        self.ends = end_ids(policy.model, policy.tokenizer, also=template_ends(policy.tokenizer))
         self.turns: list[Any] = []
         self.answers = 0
 

@@ -24,7 +24,9 @@ class ExportRecipe(Section):
         default="merged", description="merged: a plain model, with adapters added in; adapters: these alone"
     )
     dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        default="same", description="precision on disk; same: that of the model, or of the base of the adapters"
+        default="same",
+        description="precision on disk: float32, bfloat16, float16, or same (that of the model, or of the base of "
+        "the adapters)",
     )
     max_shard_size: str = Field(
         default="5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB)$", description="largest file of weights, such as 500MB"

@@ -19,7 +19,7 @@ from steersman.run.preflight import Preflight
 from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
 from steersman.train.held_prompts import held_prompts
-from steersman.train.offline import Offline
+from steersman.train.offline import WholeBatches
 from steersman.train.session import Session
 from steersman.types import Stats
 from steersman.verbs.offline_recipe import OfflineRecipe
@@ -54,19 +54,18 @@ class FeedbackRecipe(OfflineRecipe[L], Generic[L]):
 RECIPES = {"kto": FeedbackRecipe[KTOConfig], "bco": FeedbackRecipe[BCOConfig]}
 
 
-class FeedbackRun(Offline):
+class FeedbackRun(WholeBatches):
     """The offline loop with what a method measures over whole batches, which belongs to its state.
 
-    Batches are not made of rows of like length, as elsewhere: where liked and disliked answers differ in length,
-    such a batch would have one label only, and KTO's reference point would swing between the two.
+    Where liked and disliked answers differ in length, a batch of rows of like length would have one label only, and
+    KTO's reference point would swing between the two.
     """
 
     objective: FeedbackObjective
-    by_length = False
 
     def step(self, rows: Sequence[int]) -> Stats:
-        self.objective.look(rows)
-        stats = {"threshold": self.objective.threshold} | super().step(rows)
+        stats = super().step(rows)
+        stats["threshold"] = self.objective.threshold
         self.objective.update_threshold(stats)
         return stats
 

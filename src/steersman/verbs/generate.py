@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section, key_names
-from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other_kinds, layout, prompts, wraps
+from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other_kinds, layout, prompts, wrapped
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
@@ -98,15 +98,15 @@ def responses(recipe: GenerateRecipe, out: str | None) -> list[Response]:
     device, rollout = device_of(recipe.run), recipe.rollout
     policy = policy_from(recipe.model, recipe.run, device, trainable=False)
     config = recipe.data or DataConfig(path="--prompts", wrap_in_chat=recipe.wrap_in_chat)
-    if config.wrap_in_chat is None and wraps(policy.tokenizer, config):
-        off = "data.wrap_in_chat" if recipe.data else "wrap_in_chat"
-        say(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)")
     rows = (
         prompts(config).train
         if recipe.data
         else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
     )
     laid = layout(policy, config)
+    if config.wrap_in_chat is None and wrapped(rows, laid):
+        off = "data.wrap_in_chat" if recipe.data else "wrap_in_chat"
+        say(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)")
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
     pieces = None if out is None else _begun(recipe, out, len(asked))

@@ -70,6 +70,8 @@ def run(recipe: ImportRecipe) -> dict[str, Any]:
     comments = [f"steersman {verb}, from {Path(recipe.file).name}"]
     comments += [f"{name if name.isidentifier() else repr(name)}: {reason}" for name, reason in left.items()]
     known = {key for key, _ in walk_keys(recipe_of(verb))}
+    if verb == "distill" and not _shows_feedback(keys):
+        known -= {"reward.parts"}
     needed = [
         key for key in ("model.path", "data.path", "teacher.path", "reward.parts") if key in known and key not in keys
     ]
@@ -178,7 +180,11 @@ def _drop_refused(t: Translation) -> None:
 def _refusal(recipe: type[Section], keys: dict[str, Any]) -> str | None:
     """Why the recipe class refuses these keys; None where it takes them. What must be given has a stand-in."""
     known = {key for key, _ in walk_keys(recipe)}
-    stand_ins = {key: "STAND-IN" for key in ("model.path", "data.path", "teacher.path") if key in known}
+    stand_ins: dict[str, Any] = {
+        key: "STAND-IN" for key in ("model.path", "data.path", "teacher.path") if key in known
+    }
+    if _shows_feedback(keys):
+        stand_ins["reward.parts"] = {"STAND-IN": {"builtin": "length"}}
     settings = {**stand_ins, **keys}
     words = [f"--{key}={json.dumps(settings[key], ensure_ascii=False, default=str)}"
              for key in sorted(settings, key=lambda key: key.count("."))]  # fmt: skip
@@ -187,6 +193,11 @@ def _refusal(recipe: type[Section], keys: dict[str, Any]) -> str | None:
     except SteersmanError as error:
         return str(error).removeprefix("settings: ").removeprefix("the recipe: ").replace("--", "")
     return None
+
+
+def _shows_feedback(keys: dict[str, Any]) -> bool:
+    """Whether the recipe needs a reward for what its teacher is shown."""
+    return any(key.startswith("teacher.feedback.") for key in keys)
 
 
 def _nested(keys: dict[str, Any]) -> dict[str, Any]:

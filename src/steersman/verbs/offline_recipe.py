@@ -31,13 +31,13 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     reference: str = Field(default="start", description="start (the policy before training) or a folder")
     offload: bool = Field(
         default=False,
-        description="the reference waits in the CPU's memory and is on the device only while it is read: once before "
-        "the first update and at every look at held-out data (kto: once an update too). What its file has in half "
-        "precision waits in that",
+        description="the reference waits in the CPU's memory and is on the device only while it is read: once "
+        "before the first update and at every evaluation (kto: once an update too). Weights whose file is in half "
+        "precision stay so while they wait",
     )
     samples: SamplesConfig = SamplesConfig()
     evaluation: EvaluationSection | None = Field(
-        default=None, description="what is measured of the policy at every look, beside the loss"
+        default=None, description="what else is measured of the policy at every evaluation, beside the loss"
     )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()

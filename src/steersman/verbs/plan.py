@@ -12,7 +12,7 @@ from rich.table import Table
 
 from steersman.config.load import load_recipe
 from steersman.config.sections import Section
-from steersman.model import LoraConfig, adapted, attributes_of, load_tokenizer, saved_lora, shape_of
+from steersman.model import Adapted, LoraConfig, adapted, attributes_of, load_tokenizer, saved_lora, shape_of
 from steersman.plan.devices import Cluster, cluster
 from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
 from steersman.plan.routes import routes
@@ -97,10 +97,9 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
             "model.scratch: a plan counts a model by the config in its folder, and this one has none yet; give "
             "--size, a name or a folder with such a config"
         )
-    at = size or model.path
     if isinstance(recipe, RewardModelRecipe):
-        return [learner("model", at, model, scalar=True)]
-    own = learner("actor" if isinstance(recipe, OnPolicyRecipe) else "model", at, model)
+        return [learner("model", model.path, model, size, scalar=True)]
+    own = learner("actor" if isinstance(recipe, OnPolicyRecipe) else "model", model.path, model, size)
     if isinstance(recipe, FeedbackRecipe):
         return [own, reference(recipe.reference, own, recipe, size)]
     if isinstance(recipe, PreferenceRecipe):
@@ -110,8 +109,8 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
         return [own]
     found = [own]
     if recipe.algorithm.critic and (recipe.critic or CriticConfig()).init != "shared":
-        source = size or critic_source(recipe)
-        found.append(learner("critic", source, model, scalar=True, owns_base=recipe.share != "base"))
+        source, apart = size or critic_source(recipe), recipe.share != "base"
+        found.append(learner("critic", source, model, size, scalar=True, owns_base=apart))
     if recipe.reference != "none":
         found.append(reference(recipe.reference, own, recipe, size))
     if recipe.algorithm.sampling_mask() is not None:
@@ -120,15 +119,34 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     return found + [judge(f"reward {name}", path, recipe, size) for name, path in judges.items()]
 
 
-def learner(name: str, path: str, model: ModelConfig, *, scalar: bool = False, owns_base: bool = True) -> Role:
+def learner(
+    name: str, path: str, model: ModelConfig, size: str, *, scalar: bool = False, owns_base: bool = True
+) -> Role:
     """A model that learns as the section says, whole or by its adapters."""
-    lora, shape = lora_of(model), shape_of(path)
+    shape, added = shape_of(size or path), adapters(path, lora_of(model), size, scalar=scalar)
     if scalar:
         shape = shape.scalar()
-    if lora is None and saved_lora(path) is None:
+    if added is None:
         return Role(name, shape, shape.parameters, owns_base, matrices=MATRICES[model.quantise])
-    added = adapted(path, lora or LoraConfig(), scalar=scalar)
     return Role(name, shape, added.trained, owns_base, added.adapters, MATRICES[model.quantise])
+
+
+def adapters(path: str, lora: LoraConfig | None, size: str, *, scalar: bool) -> Adapted | None:
+    """What learns under the adapters that the folder holds, or else under `lora`; None without either.
+
+    On a model of another `size` saved adapters are on the layers of the same names, or on all linear ones where it
+    has none of that name.
+    """
+    saved = saved_lora(path)
+    if saved is None or not size:
+        return None if saved is None and lora is None else adapted(size or path, lora or LoraConfig(), scalar=scalar)
+    targets, whole = saved["targets"], tuple(saved["train_whole"])
+    names = targets if isinstance(targets, str) else sorted({name.rsplit(".", 1)[-1] for name in targets})
+    asked = LoraConfig(**{**saved, "targets": names, "train_whole": whole})
+    try:
+        return adapted(size, asked, scalar=scalar)
+    except SteersmanError:
+        return adapted(size, replace(asked, targets="all-linear"), scalar=scalar)
 
 
 def reference(folder: str, own: Role, recipe: Any, size: str) -> Role:
@@ -141,11 +159,10 @@ def reference(folder: str, own: Role, recipe: Any, size: str) -> Role:
 
 def judge(name: str, path: str, recipe: OnPolicyRecipe[Any], size: str) -> Role:
     """A reward model; saved adapters stand on the shared base where there is one."""
-    shape = shape_of(size or path).scalar()
-    if saved_lora(path) is None:
+    shape, added = shape_of(size or path).scalar(), adapters(path, None, size, scalar=True)
+    if added is None:
         return Role(name, shape, offloaded=recipe.offload)
-    adapters = 0 if size else adapted(path, LoraConfig(), scalar=True).adapters
-    return Role(name, shape, 0, recipe.share != "base", adapters, offloaded=recipe.offload)
+    return Role(name, shape, 0, recipe.share != "base", added.adapters, offloaded=recipe.offload)
 
 
 def critic_source(recipe: OnPolicyRecipe[Any]) -> str:

@@ -16,7 +16,7 @@ from steersman.run.preflight import Preflight
 from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
 from steersman.train.held_prompts import held_prompts
-from steersman.train.offline import Offline
+from steersman.train.offline import Offline, WholeBatches
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe
@@ -72,6 +72,12 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
                 "anchor: the mixture of two references is known of whole answers alone, and loss.ld_alpha takes "
                 "parts of them; remove one of the two"
             )
+        if self.loss.of_batch and self.train.batch_size < 2:
+            named = " and ".join(name for name, entry in self.loss.entries.items() if entry.of_batch)
+            raise ValueError(
+                f"train.batch_size is 1, but {named} compares the distributions of a batch's answers; give at least "
+                "2, better 16 or more"
+            )
         if self.anchor is None and self.anchor_share != ANCHOR_SHARE:
             raise ValueError("anchor_share is the share of an anchor, and none is given; give anchor, or remove it")
         if self.reference != "start" and not self.reads_reference:
@@ -92,8 +98,10 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session:
         policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
         laid = layout(policy, recipe.data)
-        order = Order(recipe.train.batch_size, recipe.run.seed)
-        data = training(recipe.data, "preference", laid, context=context_length(policy.model), order=order)
+        loop = WholeBatches if recipe.loss.of_batch else Offline
+        order = Order(recipe.train.batch_size, recipe.run.seed, by_length=loop.by_length)
+        kind = "triple" if recipe.loss.gold_nll else "preference"
+        data = training(recipe.data, kind, laid, context=context_length(policy.model), order=order)
         _check_margins(recipe.loss, data.train)
         _check_explored(recipe.loss, data.train)
         watched = recipe.samples.count(recipe.loss.needs_reference) > 0
@@ -109,7 +117,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         objective = PairObjective(
             policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
         )
-        state = Offline(
+        state = loop(
             objective, recipe.train, recipe.optimizer, recipe.run,
             shuffle=recipe.data.shuffle, data=data,
         )  # fmt: skip

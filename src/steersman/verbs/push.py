@@ -32,8 +32,8 @@ def run(recipe: PushRecipe) -> dict[str, Any]:
     """Shows the files, and pushes them unless it is a dry run; returns their names. A run's model without a card gets
     one.
 
-    Raises SteersmanError where there is no model, the name is none, adapters are on a base that only this machine
-    has, a file could run code, or the hub refuses or is not reached.
+    Raises SteersmanError where there is no model, the name is not that of a repository, adapters are on a base that
+    only this machine has, a file could run code, or the hub refuses or is not reached.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

@@ -35,8 +35,6 @@ from steersman.types import Prompt, Sample, SteersmanError
 from steersman.verbs import reward_model, rl, sft
 from steersman.verbs.on_policy_recipes import RECIPES
 
-console = new_console()
-
 TEMPERATURE = 0.8
 """All stages sample at it: a model this small is readable below 1, and the ratio is 1 at any temperature."""
 
@@ -250,6 +248,7 @@ def show_outcome(summary: dict[str, Any], stories: Sequence[tuple[str, str, str]
     for label, key, form in rows:
         table.add_row(label, f"{summary[f'{key}_before']:{form}}", f"{summary[f'{key}_after']:{form}}")
     table.add_row("KL to the starting model, nats per story", "0", f"{summary['kl']:.2f}")
+    console = new_console()
     console.print(table)
     console.print(
         f"reward model: {summary['reward_model_accuracy']:.1%} of held-out pairs right. "
@@ -268,7 +267,7 @@ def _in_line(text: str) -> str:
 
 
 def _say(step: str, what: str) -> None:
-    console.rule(Text.assemble((step, "bold"), f"  {what}"), align="left")
+    new_console().rule(Text.assemble((step, "bold"), f"  {what}"), align="left")
 
 
 def gold_scores(texts: Sequence[str]) -> list[float]:

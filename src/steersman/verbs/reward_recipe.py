@@ -21,11 +21,14 @@ class RewardModelRecipe(TrainingRecipe):
     model: ModelConfig
     data: LargeDataConfig
     kind: Literal["auto", "preference", "ranking", "rating", "feedback", "steps"] = Field(
-        default="auto", description="what the data is used as; auto goes by its shape, and says so"
+        default="auto",
+        description="what the data is used as: preference (pairs), ranking, rating (scores), feedback (thumbs), "
+        "steps (labels of steps), or auto (what its columns show; a line says which)",
     )
     stage: Literal["train", "gating", "evaluate"] = Field(
         default="train",
-        description="train; or mix a trained model's attributes by preferences (gating); or only evaluate a model",
+        description="train: train a reward model; gating: learn from preferences how to mix a trained model's "
+        "attributes; evaluate: only evaluate a model",
     )
     train: RewardModelConfig = RewardModelConfig()
     gating: GatingConfig = GatingConfig()

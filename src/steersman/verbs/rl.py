@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from steersman import native
-from steersman.data import Batches, Mixture, encode_prompts, episode_rows, layout, mixture, prompts, wraps
+from steersman.data import Batches, Mixture, encode_prompts, episode_rows, layout, mixture, prompts, wrapped
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
 from steersman.evaluation import Evaluation
 from steersman.guards.user_code import user_code
 from steersman.model import Policy, at_hand, bytes_to_come, context_length
 from steersman.ops.masked import masked_sum
-from steersman.ops.text import distinct_n
-from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_micro_batch
+from steersman.ops.text import distinct_n, perplexity
+from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_load
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
+from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
 from steersman.setup.models import rate_text, save_model
 from steersman.setup.reference import Reference
 from steersman.train.ahead import Ahead
-from steersman.train.experience import behaviour_logp, tokens_of
+from steersman.train.experience import behaviour_logp, length_said, tokens_of
 from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
 from steersman.train.on_policy import OnPolicy, begun
 from steersman.train.roles import Roles, build_roles
@@ -45,7 +47,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session, ExitStack() as stack:
         roles = build_roles(recipe, session.device)
         stack.callback(roles.engine.close)
-        train, held_out, mix = _prompts(recipe, roles.policy)
+        train, held_out, mix, in_turns = _prompts(recipe, roles.policy)
         _require_one_batch(recipe, len(train))
         lengths = [len(p.ids) for p in train]
         batches = Batches(
@@ -54,7 +56,10 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         watch = HeldOut(roles, held_out, recipe)
         evaluation = Evaluation(roles.policy, recipe.evaluation, session)
-        _preflight(session, recipe, roles, evaluation, train=train, held=held_out, longest=max(lengths))
+        _preflight(
+            session, recipe, roles, evaluation,
+            train=train, held=held_out, longest=max(lengths), in_turns=in_turns,
+        )  # fmt: skip
         session.begin(state, recipe.iterations)
         if not session.metrics():
             session.observe(0, {**watch.look(session, 0), **evaluation.look()})
@@ -78,7 +83,11 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         save_model(roles.policy, recipe.model, session.path / "model")
         measured = evaluation.of_saved(again=recipe.stop is not None)
         if before and after:
-            session.log.note(f"held-out reward, with its 95% interval: {_interval(before)} -> {_interval(after)}")
+            held = holds_out(dict(recipe.data))
+            what = "held-out reward" if held else "reward at the prompts of the looks, which were trained on"
+            session.log.note(f"{what}, with its 95% interval: {_interval(before)} -> {_interval(after)}")
+            if not held:
+                session.log.note(NONE_HELD_OUT, style="yellow")
         return session.summary(
             {
                 "model": str(session.path / "model"),
@@ -98,7 +107,7 @@ class EarlyEnd:
             self.look(row)
 
     def look(self, stats: Stats) -> None:
-        """Counts an iteration in if held-out prompts were looked at in it."""
+        """Counts an iteration in if there was a look in it."""
         if self.stopping.config is None or "held_out/reward/total" not in stats:
             return
         kl = stats.get("held_out/kl", 0.0)
@@ -139,7 +148,7 @@ class HeldOut:
         stats |= {f"held_out/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
         stats |= standard_error("held_out/reward_se", scores.total)
         stats["held_out/distinct2"] = distinct_n([s.text for s in samples], 2)
-        stats["held_out/length"] = sum(len(s.ids) for s in samples) / len(samples)
+        stats["held_out/length"] = length_said(samples)
         if roles.reference is not None:
             with at_hand(roles.reference.separate):
                 stats |= self._distance(roles.reference, samples)
@@ -168,7 +177,7 @@ class HeldOut:
         mean = float(masked_sum(plain, tokens.mask)) / max(int(tokens.mask.sum()), 1)
         return {
             "held_out/kl": float(masked_sum(logp - ref, tokens.mask)) / len(samples),
-            "held_out/perplexity": math.exp(min(-mean, 50)),
+            "held_out/perplexity": perplexity(-mean),
         }
 
 
@@ -187,9 +196,10 @@ def _interval(look: Stats) -> str:
     return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {1.96 * error:.2g}"
 
 
-def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None]:
-    """Training and held prompts, and how sets of them are mixed; without held-out rows the last few training prompts
-    are looked at too."""
+def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None, bool]:
+    """Training prompts, those of the looks, how sets of the former are mixed, and whether plain texts among them
+    became a user's turn. Without held-out rows the looks are at the last few training prompts, which stay in training
+    too."""
     loaded = prompts(recipe.data) if recipe.environment is None else episode_rows(recipe.data)
     laid = layout(policy, recipe.data)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
@@ -199,7 +209,7 @@ def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list
     else:
         held_out = train[-recipe.rollout.held_out :] if recipe.rollout.held_out else []
     mix = mixture(recipe.data, [loaded.train[p.index].row.part for p in train])
-    return train, held_out[: recipe.rollout.held_out], mix
+    return train, held_out[: recipe.rollout.held_out], mix, wrapped(loaded.train, laid)
 
 
 def _require_one_batch(recipe: OnPolicyRecipe, size: int) -> None:
@@ -217,7 +227,7 @@ def _require_one_batch(recipe: OnPolicyRecipe, size: int) -> None:
 
 def _preflight(
     session: Session, recipe: OnPolicyRecipe, roles: Roles, evaluation: Evaluation,
-    *, train: list[Prompt], held: list[Prompt], longest: int,
+    *, train: list[Prompt], held: list[Prompt], longest: int, in_turns: bool,
 ) -> None:  # fmt: skip
     algorithm, rollout, run = recipe.algorithm, recipe.rollout, recipe.run
     pre = Preflight(f"steersman {algorithm.name}: {algorithm.title} ({algorithm.paper})")
@@ -233,8 +243,11 @@ def _preflight(
     pre.fact("device", device_text(session.device, next(roles.policy.parameters()).dtype))
     if recipe.frozen_apart:
         pre.fact("frozen models", f"on {next(roles.frozen()[0].parameters()).device}")
-    pre.fact("data", f"{len(train):,} prompts, {len(held)} held out; the longest has {longest} tokens")
-    if wraps(roles.policy.tokenizer, recipe.data):
+    apart = len(held) if holds_out(dict(recipe.data)) else 0
+    pre.fact("data", f"{len(train):,} prompts, {apart} held out; the longest has {longest} tokens")
+    if held and not apart:
+        pre.fact("looks", f"at the last {len(held)} training prompts: {NONE_HELD_OUT}")
+    if in_turns:
         pre.fact("plain-text prompts", "become a user's turn in the chat template (data.wrap_in_chat)")
     pre.fact("reward", roles.reward.describe())
     if session.device.type == "cpu" and native.why_not() is not None:
@@ -249,7 +262,7 @@ def _preflight(
     if algorithm.update == "gradient":
         pre.fact("optimizer.lr", rate_text(roles.policy, recipe.optimizer.lr))
     sampled = evaluation.larger(_sampled(recipe, roles, length))
-    announce(pre, session.device, _models(recipe, roles), _load(recipe, length), sampled)
+    announce(pre, session.device, _models(recipe, roles), _load(recipe, roles, length), sampled)
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
         pre.sample([(prompt.text, False)])
@@ -279,12 +292,11 @@ def _models(recipe: OnPolicyRecipe, roles: Roles) -> list[Model]:
     return found
 
 
-def _load(recipe: OnPolicyRecipe, length: int) -> Load:
-    """The largest micro-batch."""
-    algorithm, rollout = recipe.algorithm, recipe.rollout
-    minibatch = rollout.prompts * rollout.samples // algorithm.minibatches
-    tokens = largest_micro_batch([length] * minibatch, recipe.run.micro_tokens, minibatch)
-    return Load(tokens, length)
+def _load(recipe: OnPolicyRecipe, roles: Roles, length: int) -> Load:
+    """The largest micro-batch. A critic is read beside the actor's gradients."""
+    minibatch = recipe.rollout.prompts * recipe.rollout.samples // recipe.algorithm.minibatches
+    load = largest_load([length] * minibatch, length, recipe.run.micro_tokens, minibatch)
+    return load if roles.learner.critic is None else replace(load, alone=False)
 
 
 def _sampled(recipe: OnPolicyRecipe, roles: Roles, length: int) -> SamplingLoad:

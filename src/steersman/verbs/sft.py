@@ -28,9 +28,9 @@ class SFTConfig(PackedOfflineConfig):
 
     loss: Literal["nll", "dft"] = Field(
         default="nll",
-        description="nll: negative log-likelihood; dft: each token's weighed by its own probability (dynamic "
-        "fine-tuning), which learns little from tokens that the model finds unlikely, and sharpens; the best weights "
-        "are then those of the highest mean probability of held-out tokens",
+        description="nll: negative log-likelihood; dft: dynamic fine-tuning, the same with each token weighted by "
+        "its probability, so that tokens that the model finds unlikely teach little and the model grows sharper "
+        "(the best weights are then those with the highest mean probability of held-out tokens)",
     )
 
 
@@ -42,7 +42,7 @@ class SFTRecipe(TrainingRecipe):
     train: SFTConfig = SFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationSection | None = Field(
-        default=None, description="what is measured of the policy at every look, beside the loss"
+        default=None, description="what else is measured of the policy at every evaluation, beside the loss"
     )
     run: ManyRunConfig = ManyRunConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -1,8 +1,6 @@
-"""Prompts drawn by difficulty: the expected gradient over every batch, weighted and not, beside the exact one."""
+"""Prompts drawn by difficulty: the expected gradient over every batch, weighted, beside the exact one."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,14 +14,6 @@ CHANCES = (0.6, 0.3, 0.1)
 """How often each of three prompts is drawn; all count alike in J."""
 
 
-@dataclass(frozen=True, slots=True)
-class CurriculumDeviation:
-    """Relative deviations from the exact gradient of J, in which all prompts count alike."""
-
-    corrected: float
-    uncorrected: float
-
-
 def example() -> tuple[TokenMDP, Tensor]:
     """Three prompts with seven answers each, and the logits of some policy."""
     mdp = TokenMDP.random(3, 2, 0.0, seed=4, prompts=len(CHANCES))
@@ -31,8 +21,9 @@ def example() -> tuple[TokenMDP, Tensor]:
     return mdp, torch.randn(mdp.next_state.shape, generator=generator, dtype=torch.float64)
 
 
-def check_curriculum(algorithm: Algorithm) -> CurriculumDeviation:
-    """A method without its named biases on prompts drawn by `CHANCES`, with the weight 1 / (N q) and without it."""
+def check_curriculum(algorithm: Algorithm) -> float:
+    """The relative deviation of a method's expected gradient from the exact one of J, in which all prompts count
+    alike: without its named biases, on prompts drawn by `CHANCES` with the weight 1 / (N q)."""
     mdp, policy = example()
     algorithm = unbiased(algorithm).model_copy(update={"beta": mdp.beta})
     exact, size = -exact_gradient(mdp, policy), 2
@@ -40,20 +31,15 @@ def check_curriculum(algorithm: Algorithm) -> CurriculumDeviation:
     weight = 1 / (len(CHANCES) * mdp.prompt_prob)
     rescale = size / (size - 1) if algorithm.own_in_baseline else 1.0
 
-    def expectation(corrected: bool) -> Tensor:
-        plain = batch_loss(algorithm, mdp, policy)
+    plain = batch_loss(algorithm, mdp, policy)
 
-        def loss(batch: OracleBatch) -> Tensor:
-            if corrected:
-                batch.trajectory.weight = weight[mdp.prompt[batch.rows]]
-            return plain(batch)
+    def loss(batch: OracleBatch) -> Tensor:
+        batch.trajectory.weight = weight[mdp.prompt[batch.rows]]
+        return plain(batch)
 
-        leaf = policy.detach().requires_grad_()
-        return rescale * expected_gradient(
-            mdp, leaf, loss, [leaf], size=size if algorithm.group else 1, count=1 if algorithm.group else size,
-            kl=algorithm.kl_in == "reward", value=arbitrary_critic(mdp), stacked=False,
-        )  # fmt: skip
-
-    return CurriculumDeviation(
-        relative_deviation(expectation(True), exact), relative_deviation(expectation(False), exact)
-    )
+    leaf = policy.detach().requires_grad_()
+    found = expected_gradient(
+        mdp, leaf, loss, [leaf], size=size if algorithm.group else 1, count=1 if algorithm.group else size,
+        kl=algorithm.kl_in == "reward", value=arbitrary_critic(mdp), stacked=False,
+    )  # fmt: skip
+    return relative_deviation(rescale * found, exact)

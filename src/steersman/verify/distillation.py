@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.advantage.group import leave_one_out
+from steersman.advantage.group import first_success, leave_one_out
 from steersman.loss.distillation import distillation, still_to_come
 from steersman.ops.divergence import Divergence, TeacherStates, TeacherTopK, linear_divergence, sorted_distance
 from steersman.ops.logprob import Head
@@ -20,6 +20,7 @@ from steersman.tabular.oracle import OracleBatch, exact_gradient, expected_gradi
 from steersman.tabular.population import descend, descend_frozen
 from steersman.tabular.preference_check import FixedPoint
 from steersman.tabular.token_mdp import TokenMDP
+from steersman.verify.gradient import gap
 
 
 def example() -> TokenMDP:
@@ -51,9 +52,7 @@ def check_forward(mdp: TokenMDP) -> FixedPoint:
     theta = descend(lambda x: states @ step_divergence(mdp, x.expand(spread, -1), "forward_kl"), _tied(mdp))
     mean = (states[:, None] * mdp.logp_ref.exp()).sum(0) / states.sum()
     statement = "tied: the mean of the teacher's distributions over the states of the teacher's answers"
-    return _row(
-        mdp, "forward_kl", "1503.02531", statement, theta.expand(spread, -1), _gap(theta.softmax(-1)[0], mean)
-    )
+    return _row(mdp, "forward_kl", "1503.02531", statement, theta.expand(spread, -1), gap(theta.softmax(-1)[0], mean))
 
 
 def check_reverse(mdp: TokenMDP) -> FixedPoint:
@@ -68,7 +67,7 @@ def check_reverse(mdp: TokenMDP) -> FixedPoint:
     states = mdp.state_prob(logits)
     mean = torch.softmax((states[:, None] * mdp.logp_ref).sum(0) / states.sum(), -1)
     statement = "tied: the normalised geometric mean of the teacher's, over the states of the student's own answers"
-    return _row(mdp, "reverse_kl", "2306.13649", statement, logits, _gap(theta.softmax(-1)[0], mean))
+    return _row(mdp, "reverse_kl", "2306.13649", statement, logits, gap(theta.softmax(-1)[0], mean))
 
 
 def _reaches(kind: Divergence, mix: float, source: str) -> Callable[[TokenMDP], FixedPoint]:
@@ -76,7 +75,7 @@ def _reaches(kind: Divergence, mix: float, source: str) -> Callable[[TokenMDP], 
         states = mdp.state_prob(mdp.logp_ref)
         start = torch.zeros_like(mdp.logp_ref)
         logits = descend(lambda x: states @ step_divergence(mdp, x, kind, mix), start)
-        deviation = _gap(logits.softmax(-1), mdp.logp_ref.exp())
+        deviation = gap(logits.softmax(-1), mdp.logp_ref.exp())
         return _row(mdp, kind, source, f"the teacher, in every state (mix {mix:g})", logits, deviation)
 
     return check
@@ -101,10 +100,48 @@ def _own_with_demonstrations(
         logits = descend(loss, mdp.logp_ref)
         statement = f"own model shown demonstrations: the {mean} mean of what it says with each, in every state"
         return _row(
-            mdp, f"{kind}, shown", source, statement, logits, _gap(logits.softmax(-1), pooled(shown).softmax(-1))
+            mdp, f"{kind}, shown", source, statement, logits, gap(logits.softmax(-1), pooled(shown).softmax(-1))
         )
 
     return check
+
+
+def check_shown_success(mdp: TokenMDP) -> FixedPoint:
+    """SDPO: a judge is right `trust` of the time, and whom it is told to have been content says what the model would
+    say then: p(y|x) ~ start(y|x) P(content|y). A sample learns from it where another one of its group succeeded.
+
+    The gradient over groups of two is that of the divergence in every state, times how often another answer succeeds;
+    at p there is none.
+    """
+    trust, good = 0.95, mdp.total_reward >= 0
+    told = torch.where(good, trust, 1 - trust).log()
+    shown = TokenMDP(mdp.vocab, mdp.horizon, told, mdp.logp_ref, 1.0, prompts=2).pi_star()
+    table = Head(torch.eye(mdp.vocab, dtype=torch.float64))
+
+    def divergence(logits: Tensor) -> Tensor:
+        return linear_divergence(logits, table, TeacherStates(shown, table), "reverse_kl")
+
+    def loss(batch: OracleBatch) -> Tensor:
+        rows, group = batch.rows, batch.trajectory.group
+        assert group is not None
+        taught = first_success(good[rows].double(), group, 1.0) >= 0
+        mask = batch.trajectory.mask & taught[:, None]
+        along = mdp.along(divergence(batch.logits), rows)[:, :-1]
+        return distillation(along, batch.logp, mask) / (len(rows) // batch.batches)
+
+    def exact(logits: Tensor) -> Tensor:
+        free, own = logits.clone().requires_grad_(), mdp.sequence_prob(logits)
+        prompts = torch.arange(len(mdp.prompts))[:, None]
+        share = (own * good * (mdp.prompt == prompts)).sum(-1) / (own * (mdp.prompt == prompts)).sum(-1)
+        steps = mdp.along(divergence(free), torch.arange(len(mdp)))[:, :-1] * mdp.mask
+        (gradient,) = torch.autograd.grad((own * share[mdp.prompt] * steps.sum(-1)).sum(), free)
+        return gradient.flatten()
+
+    some, deviation = _some(mdp), 0.0
+    for at, wanted in ((some, exact(some)), (shown, 0.0)):
+        deviation = max(deviation, float((expected_gradient(mdp, at, loss, size=2, kl=False) - wanted).abs().max()))
+    statement = "own model shown a success: p(y|x) ~ start(y|x) P(success|y), as fast as another answer succeeds"
+    return _row(mdp, "reverse_kl, success", "2601.20802", statement, shown, deviation, 1e-8)
 
 
 def check_minillm(mdp: TokenMDP) -> FixedPoint:
@@ -146,7 +183,7 @@ def check_listed(mdp: TokenMDP, k: int = 2) -> FixedPoint:
     few = TeacherTopK(ids, mdp.logp_ref.gather(1, ids))
     states = mdp.state_prob(mdp.logp_ref)
     logits = descend(lambda x: states @ step_divergence(mdp, x, "reverse_kl", teacher=few), _some(mdp))
-    deviation = _gap(logits.softmax(-1).gather(1, ids), few.logp.exp())
+    deviation = gap(logits.softmax(-1).gather(1, ids), few.logp.exp())
     statement = f"the teacher on the {k} tokens that it lists; how the others share the rest is left open"
     return _row(mdp, "top_k", "2306.13649", statement, logits, deviation)
 
@@ -165,7 +202,7 @@ def check_sorted(mdp: TokenMDP) -> FixedPoint:
     logits = logits.detach()
     ranked = [x.sort(-1).values for x in (logits.softmax(-1), mdp.logp_ref.exp())]
     statement = "the teacher's probabilities in order, on whichever tokens the student gives them"
-    return _row(mdp, "uld", "2402.12030", statement, logits, _gap(*ranked))
+    return _row(mdp, "uld", "2402.12030", statement, logits, gap(*ranked))
 
 
 def _loss(mdp: TokenMDP, *, whole: bool = False, reward: bool = False) -> Callable[[OracleBatch], Tensor]:
@@ -193,10 +230,6 @@ def _some(mdp: TokenMDP) -> Float[Tensor, "S V"]:
     return torch.randn(mdp.next_state.shape, generator=generator, dtype=torch.float64)
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
-
-
 def _row(
     mdp: TokenMDP,
     name: str,
@@ -222,6 +255,7 @@ CHECKS: dict[str, Callable[[TokenMDP], FixedPoint]] = {
     "forward_kl, shown": _own_with_demonstrations(
         "forward_kl", "2601.19897", "arithmetic", lambda logp: logp.exp().mean(0).log()
     ),
+    "reverse_kl, success": check_shown_success,
     "minillm": check_minillm,
     "minillm + reward": check_minillm_reward,
     "reverse_kl + reward": check_reverse_reward,

@@ -153,3 +153,8 @@ def loss_given(algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory
     per_step = policy_loss(algorithm, logp, traj, adv, coef)
     weight = token_weight(traj.mask, algorithm.average, dtype=logp.dtype)
     return reduce(per_step, weight, denominator(traj.mask, algorithm.average))
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference between two tensors of one shape."""
+    return float((a - b).abs().max())

@@ -17,7 +17,7 @@ from steersman.ops.kl import KLEstimator, kl_estimate, kl_loss
 from steersman.tabular.oracle import exact_gradient
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.verify.curriculum import check_curriculum
-from steersman.verify.gradient import arbitrary_critic, example
+from steersman.verify.gradient import arbitrary_critic, example, gap
 from steersman.verify.two_turns import cut_turns_bootstrap, discount_counts_turns
 
 
@@ -38,21 +38,21 @@ def identities() -> list[Identity]:
 
 def gae_is_td(mdp: TokenMDP, logits: Tensor) -> float:
     traj = mdp.trajectory(logits, gamma=0.9, value=arbitrary_critic(mdp))
-    return _gap(gae(traj, 0.0).adv, td_error(traj))
+    return gap(gae(traj, 0.0).adv, td_error(traj))
 
 
 def gae_is_monte_carlo(mdp: TokenMDP, logits: Tensor) -> float:
     traj = mdp.trajectory(logits, gamma=0.9, value=arbitrary_critic(mdp))
     assert traj.value is not None
     difference = torch.where(traj.mask, return_to_go(traj) - traj.value[:, :-1], 0.0)
-    return _gap(gae(traj, 1.0).adv, difference)
+    return gap(gae(traj, 1.0).adv, difference)
 
 
 def vtrace_is_monte_carlo(mdp: TokenMDP, logits: Tensor) -> float:
     traj = mdp.trajectory(logits, gamma=0.9, value=arbitrary_critic(mdp))
     ret = vtrace(traj, traj.logp_old).ret
     assert ret is not None
-    return _gap(ret, return_to_go(traj))
+    return gap(ret, return_to_go(traj))
 
 
 def exact_critic_has_no_surprise(mdp: TokenMDP, logits: Tensor) -> float:
@@ -67,19 +67,19 @@ def exact_critic_has_no_surprise(mdp: TokenMDP, logits: Tensor) -> float:
 def leave_one_out_is_scaled(mdp: TokenMDP, logits: Tensor) -> float:
     score = mdp.total_reward[:12]
     group = torch.arange(12) // 4
-    return _gap(leave_one_out(score, group), 4 / 3 * group_mean(score, group, "none"))
+    return gap(leave_one_out(score, group), 4 / 3 * group_mean(score, group, "none"))
 
 
 def optimum_has_one_return(mdp: TokenMDP, logits: Tensor) -> float:
     returns = mdp.trajectory(mdp.pi_star()).reward.sum(-1)
-    return _gap(returns, mdp.closed_form()[1][mdp.prompt])
+    return gap(returns, mdp.closed_form()[1][mdp.prompt])
 
 
 def kl_estimates(mdp: TokenMDP, logits: Tensor) -> float:
     logp, exact = mdp.sequence_logp(logits), mdp.kl(logits)
     estimators: tuple[KLEstimator, ...] = ("k1", "k3")
     found = [mdp.expectation(logits, kl_estimate(logp, mdp.sequence_logp_ref, e).sum(-1)) for e in estimators]
-    return max(_gap(x, exact) for x in found)
+    return max(gap(x, exact) for x in found)
 
 
 def k2_gradient(mdp: TokenMDP, logits: Tensor) -> float:
@@ -93,7 +93,7 @@ def k1_to_go_gradient(mdp: TokenMDP, logits: Tensor) -> float:
     per_step = kl_loss(mdp.sequence_logp(free), mdp.sequence_logp_ref, mask, "k1_to_go")
     (found,) = torch.autograd.grad((drawn[:, None] * per_step).sum(), free)
     (exact,) = torch.autograd.grad(mdp.kl(free), free)
-    return _gap(found, exact)
+    return gap(found, exact)
 
 
 def k3_gradient(mdp: TokenMDP, logits: Tensor) -> float:
@@ -108,12 +108,12 @@ def importance_weights(mdp: TokenMDP, logits: Tensor) -> float:
     weight = Correction("decoupled").weight(logp, one.sequence_logp_ref, one.mask)
     loss = (drawn[:, None] * weight * one.total_reward[:, None] * logp).sum()
     (found,) = torch.autograd.grad(loss, policy)
-    return _gap(found.flatten(), exact_gradient(one, policy))
+    return gap(found.flatten(), exact_gradient(one, policy))
 
 
 def difficulty(mdp: TokenMDP, logits: Tensor) -> float:
     """RLOO on prompts of which one is drawn six times as often as another."""
-    return check_curriculum(RLOO()).corrected
+    return check_curriculum(RLOO())
 
 
 def _kl_gradient(estimator: KLEstimator, divergence: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -122,11 +122,7 @@ def _kl_gradient(estimator: KLEstimator, divergence: Callable[[Tensor, Tensor], 
     estimate = kl_estimate(one.sequence_logp(logits), one.sequence_logp_ref, estimator)
     (found,) = torch.autograd.grad((one.sequence_prob(logits).detach()[:, None] * estimate).sum(), logits)
     (exact,) = torch.autograd.grad(divergence(torch.log_softmax(logits, -1), one.logp_ref), logits)
-    return _gap(found, exact)
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return gap(found, exact)
 
 
 IDENTITIES: tuple[tuple[str, str, Callable[[TokenMDP, Tensor], float]], ...] = (

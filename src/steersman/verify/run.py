@@ -49,7 +49,9 @@ with warnings.catch_warnings():
             default=0, ge=0, description="processes that share the work; 0 is one per core, at most 8"
         )
         devices: int = Field(
-            default=1, ge=1, description="hold the exact gradients on so many ranks too, against one process's"
+            default=1,
+            ge=1,
+            description="also compute the exact gradients on so many ranks, and compare them with one process's",
         )
 
 

@@ -36,7 +36,7 @@ CORRECTIONS = {
 @dataclass(frozen=True, slots=True)
 class StalenessRow:
     """One correction at one lag and rate: lengths of the bias and of the standard deviation, over that of the exact
-    gradient; `sample_size` is the effective one as a share."""
+    gradient."""
 
     correction: str
     lag: int
@@ -44,7 +44,6 @@ class StalenessRow:
     mixed: bool
     bias: float
     deviation: float
-    sample_size: float
 
 
 def example() -> TokenMDP:
@@ -81,8 +80,8 @@ def mixture(mdp: TokenMDP, old: Tensor, new: Tensor) -> Tensor:
     return made
 
 
-def measure(mdp: TokenMDP, policy: Tensor, behaviour: Tensor, correction: Correction) -> tuple[float, float, float]:
-    """(bias, standard deviation, effective sample size) of one answer's gradient, drawn from `behaviour`."""
+def measure(mdp: TokenMDP, policy: Tensor, behaviour: Tensor, correction: Correction) -> tuple[float, float]:
+    """(bias, standard deviation) of one answer's gradient, drawn from `behaviour`."""
     logits = policy.clone().requires_grad_()
     logp, drawn = mdp.sequence_logp(logits), mdp.sequence_prob(behaviour)
     weight = correction.weight(logp, mdp.sequence_logp(behaviour), mdp.mask)
@@ -91,9 +90,7 @@ def measure(mdp: TokenMDP, policy: Tensor, behaviour: Tensor, correction: Correc
     each = torch.stack([torch.autograd.grad(x, logits, retain_graph=True)[0].flatten() for x in per_answer])
     mean, exact = drawn @ each, -exact_gradient(mdp, policy)
     spread = (drawn * (each - mean).square().sum(-1)).sum().sqrt()
-    often = drawn[:, None].expand_as(weight) * mdp.mask
-    share = (often * weight).sum() ** 2 / (often.sum() * (often * weight.square()).sum()).clamp(min=1e-300)
-    return float((mean - exact).norm() / exact.norm()), float(spread / exact.norm()), float(share)
+    return float((mean - exact).norm() / exact.norm()), float(spread / exact.norm())
 
 
 def claims(rows: list[StalenessRow]) -> Iterator[tuple[str, bool]]:

@@ -19,7 +19,7 @@ def check_turns(algorithm: Algorithm, seed: int = 5) -> GradientCheck:
     The policy's own logits alone are differentiated; the world's are fixed. A method that compares the samples of a
     prompt is tried both ways, episode with episode and turn with turn; the worse of the two is told.
     """
-    ways = (False, True) if algorithm.group and not algorithm.whole_response else (False,)
+    ways = (False,) if algorithm.turns_refused() else (False, True)
     found = [_checked(algorithm, TwoTurns(seed=seed, by_turn=way), seed) for way in ways]
     return GradientCheck(max(x.shipped for x in found), max(x.core for x in found), min(x.cosine for x in found))
 

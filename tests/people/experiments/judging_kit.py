@@ -23,7 +23,8 @@ def choices(count: int, *, seed: int = 0, flipped: bool = False, models: tuple[s
         first = swapped if not flipped else not swapped
         rows.append(
             {
-                "id": f"{seed}-{i}", "user": f"r{i % 10}", "time": 1000 * seed + i, "prompt": rng.choice(WORDS),
+                "id": f"{seed}-{i}", "user": f"r{i % 10}", "time": 1000 * seed + i,
+                "prompt": f"{rng.choice(WORDS)} {word}",
                 "answers": [bad, good] if swapped else [good, bad], "choice": "second" if first else "first",
                 "seconds": 4.0, **({"models": list(models)} if models else {}), **more,
             }

@@ -146,6 +146,48 @@ def test_values_beyond_the_bound_and_guards_without_values_are_said():
     assert report(Experiment(metric="latency", most=4.0), slow).warnings == []
 
 
+def moods(gap: float, users: int) -> list[Outcome]:
+    """A metric around -2, which treated users have `gap` more of."""
+    rng = np.random.default_rng(5)
+    treated = [is_assigned(f"u{u}", "s", 0.5) for u in range(users)]
+    return [Outcome(f"u{u}", float(u), "mood", -2 + gap * t + rng.normal(0, 0.3), t) for u, t in enumerate(treated)]
+
+
+def test_a_metric_below_zero_is_measured_as_it_is():
+    rows = moods(-0.6, 1500)
+    watched = report(Experiment(), [*wins(0.5, 50), *rows]).others[0]
+    assert watched.metric == "mood"
+    assert abs(watched.look.mean + 0.6) < 0.1
+    assert watched.look.low < -0.6 < watched.look.high < 0
+    decides = Experiment(metric="mood", least=-4.0, most=0.0, better="lower")
+    told = report(decides, rows)
+    assert (told.primary.state, told.warnings) == ("better", [])
+    assert told.primary.look.low < -0.6 < told.primary.look.high
+    guards = {"mood": Guard(least=-4.0, most=0.0, allowed=0.1)}
+    assert report(Experiment(guards=guards), [*wins(0.5, 50), *rows]).guards[0].state == "hurt"
+    clipped = report(Experiment(metric="mood"), rows)
+    assert "1,500 of 1,500 values are outside 0 to 1" in clipped.warnings[0]
+    assert "`least` and `most`" in clipped.warnings[0]
+    with pytest.raises(ValueError, match=r"least \(1\) must be below most \(1\)"):
+        Guard(least=1.0)
+
+
+def test_no_gain_is_known_before_worse_and_each_has_its_own_place():
+    rows = wins(0.46, 4000, seed=3)
+    experiment = Experiment(margin=0.1)
+    told = report(experiment, rows).primary
+    assert told.state == "worse"
+    before = report(experiment, rows[: told.decided_at - 1]).primary
+    assert before.state == "no gain"
+    assert before.decided_at < told.decided_at / 2
+    assert before.look.high > 0.5
+    at = report(experiment, rows[: told.decided_at]).primary
+    assert (at.state, at.decided_at) == ("worse", told.decided_at)
+    assert at.look.high < 0.5
+    for n in (before.decided_at, told.decided_at - 1, told.decided_at, 4000):
+        assert report(experiment, rows[:n]).decision == "control"
+
+
 def test_rows_of_every_form(tmp_path):
     rows = [
         {"user": "a", "winner": "new", "time": 3},
@@ -182,6 +224,42 @@ def test_a_later_judgement_of_the_same_answers_replaces_the_earlier_one(tmp_path
     found = read_outcomes(write(tmp_path / "o.jsonl", rows), *NAMES)
     told = [(o.time, o.user, o.metric, o.value) for o in found]
     assert told == [(2, "a", "win", 0.0), (4, "b", "thumb", 1.0), (4, "a", "thumb", 1.0), (5, "a", "thumb", 1.0)]
+
+
+def judged(user: str, prompt: str, choice: str, **more) -> dict:
+    return {"user": user, "prompt": prompt, "answers": ["x", "y"], "models": ["old", "new"], "choice": choice, **more}
+
+
+def test_rows_without_a_time_are_in_the_order_of_a_folder(tmp_path):
+    """What stands in the second file was said after all of the first one, in whichever row."""
+    weeks = [*(judged(f"u{i}", f"q{i}", "tie") for i in range(4)), judged("bob", "q", "second")], [
+        {"user": "eve", "winner": "new"}, judged("bob", "q", "first"), judged("bob", "r", "second"),
+        {"user": "ann", "winner": "new"},
+    ]  # fmt: skip
+    for number, rows in enumerate(weeks, 1):
+        write(tmp_path / f"week{number}.jsonl", rows)
+    found = read_outcomes(str(tmp_path), *NAMES)
+    assert [(o.user, o.value) for o in found] == [
+        ("u0", 0.5), ("u1", 0.5), ("u2", 0.5), ("u3", 0.5), ("eve", 1.0), ("bob", 0.0), ("bob", 1.0), ("ann", 1.0)
+    ]  # fmt: skip
+    (tmp_path / "week2.jsonl").unlink()
+    write(tmp_path / "week2.jsonl", [row for row in weeks[1] if "choice" in row])
+    folder = [(j.user, j.choice) for j in JudgementFiles(tmp_path)]
+    assert folder[-3:] == [("bob", "second"), ("bob", "first"), ("bob", "second")]
+
+
+def test_a_row_without_a_time_is_as_late_as_the_row_before_it(tmp_path):
+    rows = [
+        {"user": "bob", "winner": "old", "time": "2026-03-01T09:00:00Z"},
+        {"user": "ann", "winner": "tie", "time": "2026-03-01T09:02:00Z"},
+        {"user": "bob", "winner": "new"},
+        {"user": "eve", "winner": "tie", "time": "2026-03-01T09:01:00Z"},
+    ]
+    found = read_outcomes(write(tmp_path / "mixed.jsonl", rows), *NAMES)
+    assert [(o.user, o.value) for o in found] == [("bob", 0.0), ("eve", 0.5), ("ann", 0.5), ("bob", 1.0)]
+    assert report(Experiment(control="old", treatment="new"), found).primary.look.mean == pytest.approx(1 / 3)
+    path = write(tmp_path / "judged.jsonl", [judged("bob", "q", "second", time=50), judged("bob", "r", "first")])
+    assert [j.time for j in JudgementFiles(path)] == [50, 50]
 
 
 def test_csv_through_the_verb(tmp_path, capsys):

@@ -6,6 +6,8 @@ import json
 import math
 import random
 
+import pytest
+
 from steersman.cli import main
 from steersman.people.judgements import JudgementFiles
 from steersman.people.leaderboard import LeaderboardRecipe, run, style_battles
@@ -49,6 +51,21 @@ def test_length_alone_is_no_lead_where_it_is_held_equal(tmp_path, capsys):
     assert len(by_prompt) == 40
     only = run(LeaderboardRecipe(file=str(path), features=["bold"], draws=20))
     assert list(only["effects"]) == ["bold"]
+
+
+def test_one_rater_has_no_interval_and_it_is_said(tmp_path, capsys):
+    path, out = tmp_path / "j.jsonl", tmp_path / "out.json"
+    path.write_text("".join(json.dumps({**row, "user": "local"}) + "\n" for row in rows(60)))
+    assert main(["leaderboard", str(path), "--anchor", "plain", "--draws", "20", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "all choices are of one user, so there is no interval; --cluster prompt resamples prompts" in said
+    assert "length: +" in said
+    assert "(no interval)" in said
+    told = json.loads(out.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    bounds = {r["player"]: (r["low"], r["high"]) for r in told["ratings"]}
+    assert bounds == {"plain": (1000, 1000), "good": (None, None), "long": (None, None)}
+    assert main(["leaderboard", str(path), "--cluster", "prompt", "--draws", "20"]) == 0
+    assert "no interval" not in capsys.readouterr().out
 
 
 def test_refusals(tmp_path, capsys):

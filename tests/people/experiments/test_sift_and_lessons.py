@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from letter_models import write_jsonl
 
 from steersman.data import DataConfig, Row
 from steersman.data.load import demonstrations, feedback, preferences
-from steersman.people.agreement import kappa
 from steersman.people.filters import FilterConfig, sift
 from steersman.people.judgements import Judgement, judgement
 from steersman.people.wheel.evaluation import guard_metrics, human_metrics
@@ -167,11 +165,3 @@ def test_guards_by_hand():
     assert math.isclose(found["distinct"].value, (2 / 6) / (6 / 6))
     assert math.isclose(found["perplexity"].value, math.exp(2.0 - 1.0))
     assert math.isclose(found["ended"].value, 2 / 3)
-
-
-def test_kappa_by_the_textbook():
-    """50 items: both yes 20, both no 15, 5 and 10 apart; p_o 0.7, p_e 0.5, kappa 0.4."""
-    first = np.array([1.0] * 20 + [1.0] * 5 + [0.0] * 10 + [0.0] * 15)
-    second = np.array([1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15)
-    assert math.isclose(kappa(first, second), 0.4)
-    assert math.isnan(kappa(np.ones(3), np.ones(3)))

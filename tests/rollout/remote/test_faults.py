@@ -17,11 +17,12 @@ import pytest
 import torch
 from remote_kit import asked, make_policy
 
+from steersman.distributed.join import free_port
 from steersman.guards import retry
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.remote import ServerSettings, open_process, open_vllm
 from steersman.rollout.remote.dialects import Batchwise, Call, Promptwise
-from steersman.rollout.remote.launch import ServerProcess, free_port
+from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.replies import SampleRequest, replies
 from steersman.rollout.remote.serve import EngineRoutes, Handler, routes
 from steersman.rollout.remote.wire import BadReplyError, Server, ServerGoneError

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from remote_kit import make_policy
-from test_faults import ASKED, CALL, Elsewhere, Stub, opened, refused_with
+from test_faults import ASKED, CALL, Elsewhere, Stub, opened
 
 from steersman.rollout.remote import ServerSettings, open_process, open_vllm
 from steersman.rollout.remote.dialects import Batchwise
@@ -26,7 +26,7 @@ DIES = """
 import http.server, os
 class H(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body = b'{"steersman": true}'
+        body = b'{"steersman": true, "data": []}'
         self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
         self.wfile.write(body)
     def do_POST(self):
@@ -50,7 +50,7 @@ def station(tmp_path):
             timeout=20.0,
         )
         process.start()
-        made.append(Station(None, process, Batchwise(), owner="a", tolerance=1e-4, vocabulary=35, padded=False))
+        made.append(Station(None, process, Batchwise(), owner="a", tolerance=1e-4, vocabulary=35, model={}))
         return made[-1]
 
     yield make
@@ -103,17 +103,47 @@ def test_a_receipt_asks_only_for_what_the_server_has_room_for(window):
     server.close()
 
 
-@pytest.mark.parametrize(("rows", "hinted"), [(48, True), (35, False)])
-def test_a_server_whose_tables_are_longer_than_those_sent_is_told_of_them(rows, hinted, monkeypatch):
+def test_what_a_server_says_of_itself_is_asked_once():
+    server = Elsewhere()
+    real, asked_for = server.desk.models, []
+    server.desk.models = lambda _: asked_for.append("models") or real(None)
+    generator = open_process(make_policy(), ServerSettings((2,), 8, urls=(server.url,), timeout=20.0))
+    for version in range(4):
+        generator.update_weights(version)
+    assert asked_for == ["models"]
+    generator.close()
+    server.close()
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 48}, "vocab_size is 48 there, and must be 35"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True there, and must be False"),
+        ({"hidden_size": 33, "num_hidden_layers": 9}, "hidden_size is 33 .*; num_hidden_layers is 9"),
+    ],
+)
+@pytest.mark.parametrize("rows", [35, 48])
+def test_a_server_of_another_model_is_named_before_weights_are_sent(rows, change, said, monkeypatch):
+    """35 ids, alone or padded to 48 rows: padding is not sent."""
+    policy = make_policy(vocab=rows)
+    own = policy.model.config.to_dict()
+    held = {name: own[name] for name in SIZES} | {"tie_word_embeddings": False, "vocab_size": 35} | change
+    began = []
     stub = Stub(
         version={"version": "0.32.0"}, v1__models={"data": [{"id": "policy"}]}, weight_info={"weight_version": ""},
-        health={}, start_weight_update={}, update_weights=(500, refused_with("Worker failed with error ''")[1]),
+        collective_rpc={"results": [{"max_num_seqs": 4, "model": held}]},
+        start_weight_update=lambda: began.append(1) or {},
     )  # fmt: skip
-    monkeypatch.setattr("test_faults.make_policy", lambda: make_policy(vocab=rows))
+    monkeypatch.setattr("test_faults.make_policy", lambda: policy)
     generator = opened(open_vllm, stub, timeout=5.0)
-    with pytest.raises(SteersmanError, match="Worker failed") as caught:
+    with pytest.raises(SteersmanError, match=f"its model is not the policy's: {said}") as caught:
         generator.update_weights(1)
-    assert ("""--hf-overrides '{"tie_word_embeddings": false, "vocab_size": 35}'""" in str(caught.value)) == hinted
+    assert """--hf-overrides '{"tie_word_embeddings": false, "vocab_size": 35}'""" in str(caught.value)
+    assert not began
     generator.close()
 
 

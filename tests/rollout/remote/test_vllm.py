@@ -30,13 +30,13 @@ pytestmark = [
 ]
 
 
-def save_llama(folder: Path, *, tied: bool = True, padding: int = 13) -> Path:
+def save_llama(folder: Path, *, tied: bool = True, padding: int = 13, hidden: int = 128) -> Path:
     """Head size 64, which vLLM's CPU build takes; embedding and output layer are one, the vocabulary is padded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(LETTERS) + padding, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=len(LETTERS) + padding, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=512, bos_token_id=1,
         eos_token_id=2, pad_token_id=None, initializer_range=0.2, tie_word_embeddings=tied,
     )  # fmt: skip
@@ -139,6 +139,72 @@ def test_stop_strings_and_shortest_lengths(served):
         assert policy.tokenizer.decode(s.ids)[-1] in "ab"
         assert len(s.ids) >= 3
     assert gap(policy, samples) < 1e-4
+
+
+def test_ends_other_than_the_tokenizer_s_are_accounted_for(served):
+    """vLLM withholds the tokenizer's own end too until there are min_new_tokens; it is likely here."""
+    policy, owner = served
+    assert policy.tokenizer.eos_token_id == 2
+    table = policy.model.get_output_embeddings().weight.data
+    before = table.clone()
+    table[2] = 4 * before[2]
+    generator = open_vllm(policy, ServerSettings((5,), 16, timeout=600.0, urls=(owner.stations[0].server.url,)))
+    samples = generator.generate(asked(12), Sampling(16, min_new_tokens=6), n=4, seed=1, record_support=True)
+    assert not any(i in (2, 5) for s in samples for i in s.ids[:6])
+    assert any(2 in s.ids[6:] for s in samples)
+    assert gap(policy, samples) < 1e-4
+    generator.close()
+    table.copy_(before)
+
+
+def test_many_samples_of_a_prompt_and_greedy_ones(served):
+    policy, generator = served
+    generator.update_weights(11)
+    most = generator.stations[0].limits.most
+    assert most >= 64
+    samples = generator.generate(asked(2), Sampling(8), n=2 * most + 3, seed=1, record_support=True)
+    assert len(samples) == 2 * (2 * most + 3)
+    assert gap(policy, samples) < 1e-4
+    few = generator.generate(asked(2), Sampling(8), n=most, seed=1)
+    assert [s.ids for s in few] == [s.ids for s in samples if s.index < most]
+    greedy = generator.generate(asked(2), Sampling(8).as_greedy(), n=3)
+    alone = generator.generate(asked(2), Sampling(8).as_greedy())
+    assert [s.ids for s in greedy] == [s.ids for s in alone for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "name", ["embed_tokens", "0.self_attn.k_proj", "1.mlp.up_proj", "0.mlp.down_proj", "lm_head"]
+)
+def test_an_update_that_is_refused_is_told_and_does_not_hold_the_next(served, monkeypatch, name):
+    policy, generator = served
+    real = snapshot.save_file
+
+    def cut(state, path):
+        half = {k: v[:, : v.shape[1] // 2].contiguous() for k, v in state.items() if f"{name}.weight" in k}
+        assert len(half) == 1
+        real(state | half, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "save_file", cut)
+        for version in (12, 13):
+            with pytest.raises(SteersmanError, match=rf"does not take \S*{name}.weight \[\d+, \d+\]"):
+                generator.update_weights(version)
+    move(policy, 0.02)
+    assert generator.update_weights(14)["sync/gap"] < 1e-4
+    samples = generator.generate(asked(), Sampling(8), n=2, seed=1, record_support=True)
+    assert gap(policy, samples) < 1e-4
+
+
+def test_a_server_of_another_model_is_named(served, tmp_path):
+    from steersman.model import load_policy
+
+    _, owner = served
+    other = load_policy(save_llama(tmp_path, hidden=64), device="cpu", dtype="float32")
+    generator = open_vllm(other, ServerSettings((2,), 16, timeout=600.0, urls=(owner.stations[0].server.url,)))
+    with pytest.raises(SteersmanError, match="not the policy's: hidden_size is 128 there, and must be 64"):
+        generator.update_weights(0)
+    generator.close()
+    assert owner.update_weights(15)["sync/gap"] < 1e-4
 
 
 @pytest.mark.parametrize("which", [0, 5, -1])

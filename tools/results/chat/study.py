@@ -101,7 +101,7 @@ def ours(task: str, method: str, seed: int, args: argparse.Namespace, folder: Pa
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     resume = ["--resume"] if (folder / "run").exists() else []
-    used = train([sys.executable, "-m", "steersman.cli", verb, str(file), *resume], folder, {})
+    used = train([sys.executable, "-m", "steersman", verb, str(file), *resume], folder, {})
     return used, Path((finished(folder / "run") or {})["model"])
 
 
@@ -199,7 +199,7 @@ def judge(args: argparse.Namespace) -> Path:
         }  # fmt: skip
         (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
         resume = ["--resume"] if (folder / "run").exists() else []
-        train([sys.executable, "-m", "steersman.cli", "reward", str(folder / "recipe.yaml"), *resume], folder, {})
+        train([sys.executable, "-m", "steersman", "reward", str(folder / "recipe.yaml"), *resume], folder, {})
         summary = finished(folder / "run")
     return Path((summary or {})["model"])
 

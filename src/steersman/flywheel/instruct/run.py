@@ -23,14 +23,13 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Query, Row, keys_of_other_kinds, wraps
-from steersman.data.examples import user
+from steersman.data.examples import Content, Message, user
 from steersman.flywheel.instruct.compose import REWRITE, compose, instruction_text, keeps_the_rules, split_kinds
 from steersman.flywheel.instruct.constraints import KINDS, again
 from steersman.flywheel.instruct.correct import Draft, correct
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.config import EndpointConfig, LocalConfig
 from steersman.judge.prompts import fill
-from steersman.judge.scored import as_text
 from steersman.judge.writer import Writer, WriterConfig
 from steersman.model import load_tokenizer
 from steersman.recipe.sections import LEARNED_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
@@ -169,14 +168,27 @@ def _instructions(
     places: list[int] = []
     for i in range(count):
         places = places or order.sample(range(len(tasks)), len(tasks))
-        task = as_text(tasks[places.pop()].prompt)
+        before, task = _task(tasks[places.pop()].prompt)
         rng = random.Random(sub_seed(recipe.run.seed, "rules", what, i))
         most = min(rules.most, len(kinds))
         made = compose(kinds, rng.randint(min(rules.least, most), most), rng)
-        out.append(
-            {"index": i, "task": task, "prompt": instruction_text(task, made, rng), "rules": [c.row() for c in made]}
-        )
+        row = {"index": i, "task": task, "prompt": instruction_text(task, made, rng)}
+        out.append(row | {"before": before, "rules": [c.row() for c in made]})
     return out
+
+
+def _task(prompt: Content) -> tuple[list[Message], str]:
+    """The turns before what the user asks last, and that."""
+    if isinstance(prompt, str):
+        return [], prompt
+    *before, last = prompt
+    return before, str(last["content"])
+
+
+def _conversation(row: dict[str, Any], text: str, wrap: bool) -> Content:
+    """What a model gets to read for an instruction of the row that is worded so."""
+    before = row.get("before") or []
+    return [*before, *user(text)] if wrap or before else text
 
 
 def _rephrased(asked: Rows, writer: Writer) -> Rows:
@@ -194,7 +206,7 @@ def _answers(ledger: Ledger, recipe: InstructRecipe, asked: Rows, wrap: bool) ->
     player = Player(recipe.model, recipe.run, ledger.device)
     ledger.at_end(player.release)
     queries = [
-        Query(user(r["prompt"]) if wrap else r["prompt"], Row(r, "instructions.jsonl", r["index"] + 1)) for r in asked
+        Query(_conversation(r, r["prompt"], wrap), Row(r, "instructions.jsonl", r["index"] + 1)) for r in asked
     ]
     made_from = ledger.sources("rephrased" if recipe.rephrase else "instructions")
     rows = player.answers(
@@ -232,8 +244,8 @@ def _write(ledger: Ledger, recipe: InstructRecipe, asked: Rows, mended: Rows, wr
     sft = ledger.table(
         "sft",
         lambda: [
-            {"prompt": user(text) if wrap else text, "completion": r["answer"], "corrected": bool(r["mended"]),
-             "rules": rules}
+            {"prompt": _conversation(asked[r["index"]], text, wrap), "completion": r["answer"],
+             "corrected": bool(r["mended"]), "rules": rules}
             for text, rules, r in taught
         ],
         made_from=made_from,
@@ -241,7 +253,7 @@ def _write(ledger: Ledger, recipe: InstructRecipe, asked: Rows, mended: Rows, wr
     dpo = ledger.table(
         "dpo",
         lambda: [
-            {"prompt": user(text) if wrap else text, "chosen": r["answer"], "rejected": r["original"]}
+            {"prompt": _conversation(asked[r["index"]], text, wrap), "chosen": r["answer"], "rejected": r["original"]}
             for text, _, r in taught
             if r["mended"] and r["original"].strip()
         ],
@@ -282,7 +294,7 @@ def _taught(
 def _rewarded(row: dict[str, Any], wrap: bool) -> dict[str, Any]:
     """A row for the reward {metric: ifeval}; keyword settings as IFEval's own data have them."""
     names, kwargs = [c["name"] for c in row["rules"]], [c["kwargs"] for c in row["rules"]]
-    prompt = user(row["prompt"]) if wrap else row["prompt"]
+    prompt = _conversation(row, row["prompt"], wrap)
     return {"prompt": prompt, "instruction_id_list": names, "kwargs": kwargs}
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section
 from steersman.data import DataConfig, layout
+from steersman.data.template import UNTAUGHT_STOP
 from steersman.guards.reply import read_body, without_key
 from steersman.guards.untrusted import without_half_pairs
 from steersman.model import context_length
@@ -30,8 +31,6 @@ from steersman.setup.models import policy_from
 from steersman.types import Prompt, SteersmanError
 
 Messages = list[dict[str, str]]
-UNTAUGHT_STOP = "\nUser:"
-"""Ends an answer of a model without a template of its own, which would go on with the user's next turn."""
 ROWS, QUEUE = 8, 256
 """Answers of one model that are decoded side by side, and those that may wait."""
 LONGEST_CHAT = 4096

@@ -55,7 +55,7 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
             route("/logout", people.logout, "POST"),
             route("/name", people.name, "POST"),
             route("/language", people.language, "POST"),
-            route("/judge/{queue:int}", judging.next_page),
+            route("/judge/{queue}", judging.next_page),
             route("/item/{assignment}", judging.item_page),
             route("/item/{assignment}", judging.judge, "POST"),
             route("/undo", judging.take_back, "POST"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sqlalchemy import select
@@ -11,14 +12,26 @@ from starlette.responses import Response
 from steersman.people.collect.forms import seconds_of, verdict_of
 from steersman.people.collect.visit import Visit, go, own_path
 from steersman.people.store.conversations import TurnText, add_turn, messages, path
-from steersman.people.store.items import CHAT, ShownItem, next_item, own_assignment, place_of, progress, shown_item
-from steersman.people.store.judgements import judge_item, undo
+from steersman.people.store.items import (
+    CHAT,
+    ShownItem,
+    asking_queues,
+    next_item,
+    own_assignment,
+    place_of,
+    progress,
+    shown_item,
+)
+from steersman.people.store.judgements import checked_key, judge_item, undo
 from steersman.people.store.schema import Assignment, Conversation, Model, Queue, Turn
+
+NUMBER = re.compile("[0-9]{1,9}")
+"""Of a queue, in an address: what is longer is larger than the largest number of a database."""
 
 
 def home(visit: Visit) -> Response:
     with visit.store.read() as session:
-        queues = session.scalars(select(Queue).where(Queue.name != CHAT, Queue.overlap > 0).order_by(Queue.id)).all()
+        queues = session.scalars(asking_queues()).all()
         rows = [(queue, progress(session, queue, visit.rater.rater_id)) for queue in queues]
     return visit.page("home.html", rows=rows, chats=bool(visit.site.answerers))
 
@@ -27,7 +40,8 @@ def next_page(visit: Visit) -> Response:
     with visit.store.begin(
         flushed=False
     ) as session:  # who sees what is lost with the judgement after it, or not at all
-        queue = session.get(Queue, int(visit.arg("queue")))
+        number = visit.arg("queue")
+        queue = session.get(Queue, int(number)) if NUMBER.fullmatch(number) else None
         if queue is None or queue.name == CHAT:
             return visit.error_page("404", 404)
         got = next_item(session, queue.id, visit.rater.rater_id)
@@ -54,12 +68,11 @@ def judge(visit: Visit) -> Response:
             return visit.error_page("404", 404)
         got = shown_item(session, assignment)
         was_open = assignment.state == "open"
-        row = judge_item(
-            session, got, verdict_of(visit.form, got), key=str(visit.form.get("key")), seconds=seconds_of(visit.form)
-        )
+        key = visit.field("key")
+        row = judge_item(session, got, verdict_of(visit.form, got), key=key, seconds=seconds_of(visit.form))
         if got.item.conversation_id and was_open:
             _go_on(session, got, row.verdict.get("choice"))
-    return go(_after(got))
+    return go(_after(got) if row.key == checked_key(key) else f"{_after(got)}?note=stands")
 
 
 def take_back(visit: Visit) -> Response:
@@ -93,7 +106,7 @@ def _go_on(session: Session, got: ShownItem, choice: Any) -> None:
         return
     answer = got.answers[choice if choice in (0, 1) else got.assignment.sides[0]]
     model = session.get_one(Model, answer.model_id) if answer.model_id else None
-    said = TurnText(answer.content, (model.name, model.version) if model else None, answer.sampling)
+    said = TurnText(answer.content, (model.name, model.version) if model else None, answer.sampling, answer.finish)
     add_turn(session, chat, "assistant", said, asked[-1].id)
 
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from steersman.people.collect.visit import Visit
 from steersman.people.store.conversations import all_turns, path_to
+from steersman.people.store.items import coverage
 from steersman.people.store.judgements import live
 from steersman.people.store.opinions import (
     Opinion,
@@ -96,13 +97,13 @@ def conversation(visit: Visit) -> Response:
 
 
 def overview(visit: Visit) -> Response:
-    """Raters: how many judgements, seconds, gold items, and whether their pace drifts."""
+    """Raters: how many judgements, seconds, gold items, and whether their pace drifts; how far the queues are."""
     with visit.store.read() as session:
         by_rater: dict[str, list[Opinion]] = defaultdict(list)
         for one in everything(session, texts=False):
             by_rater[one.rater].append(one)
         agreed = agreement([one for rated in by_rater.values() for one in rated])
-        gold = gold_results(session)
+        gold, queues = gold_results(session), coverage(session)
         names = {
             rater: (name, role)
             for rater, name, role in session.execute(
@@ -121,7 +122,7 @@ def overview(visit: Visit) -> Response:
                 "gold": f"{sum(right)} / {len(right)}" if right else "", "drift": halves,
             }
         )  # fmt: skip
-    return visit.page("admin.html", rows=rows, agreed=agreed)
+    return visit.page("admin.html", rows=rows, agreed=agreed, queues=queues)
 
 
 def agreement(told: list[Opinion]) -> list[tuple[str, Estimate]]:

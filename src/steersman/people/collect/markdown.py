@@ -36,16 +36,17 @@ def rendered(text: str) -> Markup:
         url_schemes={"http", "https", "mailto"}, link_rel="noopener noreferrer nofollow",
     )  # fmt: skip
     scrolled = clean.replace("<table>", WIDE).replace("</table>", "</table></div>")  # as text these are escaped
-    return Markup(scrolled + _rest(text))
+    return Markup(scrolled) + rest(text)
 
 
 def plain(text: str) -> Markup:
-    """The text as it is, character for character (but for controls), so that a span can be marked in it.
+    """The text as it is, character for character (but for controls), and nothing else, so that a span can be marked
+    in it; what is said of the `rest` stands outside.
 
     A browser would make one line end of a CR and a LF; of a CR that is written as its number it makes a space.
     """
     shown = _CONTROLS.sub(lambda m: m[0] if m[0] == "\r" else "\ufffd", text[:LONGEST])
-    return Markup(html.escape(shown).replace("\r", "&#13;") + _rest(text))
+    return Markup(html.escape(shown).replace("\r", "&#13;"))
 
 
 def visible(text: str) -> str:
@@ -58,6 +59,7 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else visible(str(value)[:40])
 
 
-def _rest(text: str) -> str:
+def rest(text: str) -> Markup:
+    """How many characters of the text are not shown, where there are any."""
     more = len(text) - LONGEST
-    return f'<p class="rest">[+{more:,}]</p>' if more > 0 else ""
+    return Markup(f'<p class="rest">[+{more:,}]</p>' if more > 0 else "")

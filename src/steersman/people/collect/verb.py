@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from steersman.data.rows import Row
 from steersman.guards.untrusted import parse_json
 from steersman.people.addresses import in_url, is_loopback
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
+from steersman.people.collect.ending import closed_before_end
 from steersman.people.store import Store, open_store
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import pieces
@@ -33,18 +35,21 @@ MOST = 1_000_000
 class QueueConfig(Section):
     """A file of answers that are to be judged."""
 
-    task: Literal["compare", "rank", "rate", "mark", "review"] = Field(description="what raters are asked")
+    task: Literal["compare", "rank", "rate", "mark", "review"] = Field(
+        description="what raters do. compare: choose between two answers; rank: order several; rate: choose a step "
+        "of each attribute; mark: label pieces of the text; review: accept or reject"
+    )
     file: str = Field(
         description="rows with prompt and responses (or chosen and rejected), or completion; gold: a known verdict"
     )
     overlap: int = Field(default=1, ge=1, le=MOST, description="raters per item")
     gold_every: int = Field(
-        default=0, ge=0, le=MOST, description="every so many items of a rater is a gold one; 0: none"
+        default=0, ge=0, le=MOST, description="one of so many items of a rater is gold, at a random place; 0: none"
     )
     attributes: dict[str, list[str]] = Field(
-        default_factory=dict, description="rate: the anchors of each attribute, lowest first"
+        default_factory=dict, description="rate: each attribute with the names of its steps, lowest first"
     )
-    labels: list[str] = Field(default_factory=list, description="mark: what a span may be")
+    labels: list[str] = Field(default_factory=list, description="mark: the labels that a piece of text may get")
     instructions: str = Field(default="", description="shown above every item")
 
 
@@ -63,23 +68,25 @@ class CollectRecipe(Section):
         default_factory=list, description="exports of Open WebUI or Label Studio, or data files, to take over first"
     )
     host: str = Field(
-        default="127.0.0.1", description="address to listen on; another than this machine's own wants accounts"
+        default="127.0.0.1",
+        description="address to listen on; unless it is this machine's own (127.0.0.1), accounts are required",
     )
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on")
     runs: str | None = Field(default=None, description="folder with run folders, which admins see under Look")
     add_account: str | None = Field(
-        default=None, description=f"make an account of this name and end; its password is asked, or in {PASSWORD_ENV}"
+        default=None,
+        description=f"make an account of this name and exit; its password is asked for, or in {PASSWORD_ENV}",
     )
-    role: Literal["rater", "admin"] = Field(default="rater", description="of the account that is made")
+    role: Literal["rater", "admin"] = Field(default="rater", description="with add_account: rater, or admin")
     forget: str | None = Field(
-        default=None, description="delete this person's name and logins and end; judgements stay under a pseudonym"
+        default=None, description="delete this person's name and logins and exit; judgements stay under a pseudonym"
     )
 
 
 def run(recipe: CollectRecipe) -> dict[str, Any]:
-    """Serves until it is interrupted. Raises SteersmanError before that for whatever can not work."""
-    store = open_store(recipe.store)
-    try:
+    """Serves until Ctrl-C, SIGTERM or SIGHUP, then closes the store. Raises SteersmanError before that for whatever
+    can not work."""
+    with closed_before_end(), closing(open_store(recipe.store)) as store:
         if recipe.add_account is not None:
             return _add_account(store, recipe.add_account, recipe.role)
         if recipe.forget is not None:
@@ -89,8 +96,6 @@ def run(recipe: CollectRecipe) -> dict[str, Any]:
                 print(f"{store.url}: {NOT_GONE_YET}")
             return {"forgotten": pseudonym}
         return _serve(store, recipe)
-    finally:
-        store.close()
 
 
 def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
@@ -168,11 +173,14 @@ def _fill_queue(store: Store, name: str, config: QueueConfig) -> None:
             revised += revise_items(session, queue, piece)
             add_items(session, queue, piece)
     if revised:
-        print(f"queue {name}: {revised} items that were there have another gold verdict or other models now")
+        print(
+            f"queue {name}: {revised} items that were there have another gold verdict, other models or other ends now"
+        )
 
 
 def _item(row: Row) -> NewItem:
-    """A row as an item: `responses`, `chosen` and `rejected`, or `completion`; `models` names who answered."""
+    """A row as an item: `responses`, `chosen` and `rejected`, or `completion`; `models` names who answered,
+    `finish` how each answer ended."""
     data = row.data
     prompt = data.get("prompt", data.get("messages"))
     answers = _cell(row, "responses") or [data[k] for k in ("chosen", "rejected", "completion") if data.get(k)]
@@ -188,8 +196,22 @@ def _item(row: Row) -> NewItem:
     if not isinstance(named, list) or len(named) not in (0, len(answers)):
         raise row.fault("wrong number of models", "name one model for each answer, or none", "models")
     models = [(str(name), "") if name else None for name in named] or [None] * len(answers)
-    said = [TurnText(answer, model) for answer, model in zip(answers, models, strict=True)]
+    said = [
+        TurnText(answer, model, finish=finish)
+        for answer, model, finish in zip(answers, models, _finishes(row, len(answers)), strict=True)
+    ]
     return NewItem(prompt, said, _cell(row, "gold"), f"{Path(row.file).name}, {row.unit} {row.number}")
+
+
+def _finishes(row: Row, count: int) -> list[str | None]:
+    """Why each of the answers ended, as `finish` says: a text for a single one, or a list."""
+    told = row.data.get("finish")
+    ends = [told] if count == 1 and isinstance(told, str) else _cell(row, "finish") or [None] * count
+    if not isinstance(ends, list) or len(ends) != count or not all(e is None or isinstance(e, str) for e in ends):
+        raise row.fault(
+            "wrong finish", f"must say of each of the {count} answers how it ended (eos, length)", "finish"
+        )
+    return [e and e[:20] for e in ends]
 
 
 def _cell(row: Row, column: str) -> Any:

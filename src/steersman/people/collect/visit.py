@@ -13,13 +13,13 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from steersman.people.collect import security
 from steersman.people.collect.answering import Answerer
-from steersman.people.collect.markdown import plain, rendered, short, visible
+from steersman.people.collect.markdown import plain, rendered, rest, short, visible
 from steersman.people.collect.texts import LANGUAGES
 from steersman.people.rates import Rates
 from steersman.people.store import Store
 from steersman.people.store.raters import Visitor
 
-NOTES = ("undone", "thumb_undone", "undo_nothing")
+NOTES = ("undone", "thumb_undone", "undo_nothing", "stands")
 
 
 @dataclass(slots=True)
@@ -93,4 +93,4 @@ def own_path(path: str) -> str:
 
 
 _templates = Environment(loader=PackageLoader("steersman.people.collect"), autoescape=select_autoescape())
-_templates.filters |= {"md": rendered, "plain": plain, "visible": visible, "short": short}
+_templates.filters |= {"md": rendered, "plain": plain, "rest": rest, "visible": visible, "short": short}

@@ -46,7 +46,10 @@ class ServeSection(Section):
 class ServeRecipe(Section):
     """Models behind an OpenAI-compatible server."""
 
-    model: ModelConfig | None = Field(default=None, description="the model that answers; null: see serving, backend")
+    model: ModelConfig | None = Field(
+        default=None,
+        description="the model that answers; null where `models`, `serving` or `backend.url` says what does",
+    )
     models: dict[str, str] = Field(default_factory=dict, description="more models or adapter folders, by name")
     name: str | None = Field(default=None, description="what model.path is called; null: its folder's name")
     serving: str | None = Field(

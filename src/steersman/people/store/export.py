@@ -26,16 +26,21 @@ class Export(Section):
 
     store: str = Field(default="feedback.db", description="file or address of the store")
     shape: Literal["auto", "pairs", "rankings", "ratings", "thumbs"] = Field(
-        default="auto", description="for reward: what it is to learn from; auto is what there is most of"
+        default="auto",
+        description="for reward: what it learns from: pairs, rankings, ratings, thumbs, or auto (what the store "
+        "has most of)",
     )
     ties: Literal["keep", "drop"] = Field(
-        default="drop", description="pairs and rankings with ties: leave them out, or keep them for data.ties"
+        default="drop",
+        description="pairs and rankings with ties. drop: leave out; keep: data.ties of the verb decides",
     )
     judgements: CountingConfig = Field(default=CountingConfig(), description="which judgements count, and how much")
     out: str = Field(description="JSONL file to write")
 
 
-_For = Annotated[Literal["reward", "dpo", "kto", "sft"], Field(description="which verb is to read the rows")]
+_For = Annotated[
+    Literal["reward", "dpo", "kto", "sft"], Field(description="verb that will read the rows: reward, dpo, kto or sft")
+]
 _fields: dict[str, Any] = {"for": (_For, ...)}
 ExportRecipe = create_model("ExportRecipe", __base__=Export, __doc__=Export.__doc__, **_fields)
 """`Export` with the key `for`, which no Python class can spell."""

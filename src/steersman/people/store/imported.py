@@ -19,6 +19,7 @@ from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import IMPORTING, Store, new_id, pieces, take_turns
 from steersman.people.store.items import LONGEST_NAME, NewItem, add_items, check_item, make_queue
 from steersman.people.store.judgements import UNDO, live
+from steersman.people.store.names import fitting
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Item, JudgementRow
 from steersman.people.store.verdicts import checked
@@ -93,7 +94,7 @@ def told_of_item(
     name: str, task: str, prompt: Any, answers: list[TurnText], verdict: Any, *, settings: dict[str, Any], **more: Any
 ) -> Told:
     """A verdict on an item of the queue of an import. Raises SteersmanError for an item or a verdict that is none."""
-    queue = ToldQueue(f"{name[: LONGEST_NAME - len(task) - 3]} ({task})", task, settings)
+    queue = ToldQueue(f"{fitting(name, LONGEST_NAME - len(task) - 3)} ({task})", task, settings)
     texts = [a.content for a in answers]
     item = NewItem(prompt, answers, source=name, id=source_id(queue.name, repr(prompt), *texts))
     check_item(queue.name, task, item, settings)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +142,7 @@ def add_items(
     rows = [
         {
             "item_id": item.id, "number": number, "content": storable(one.content), "model_id": models[one.model],
-            "sampling": one.sampling, "seconds": one.seconds,
+            "sampling": one.sampling, "finish": one.finish, "seconds": one.seconds,
         }
         for item, (new_item, _) in zip(items, fresh.values(), strict=True)
         for number, one in enumerate(new_item.answers)
@@ -150,8 +152,9 @@ def add_items(
 
 
 def revise_items(session: Session, queue: Queue, told: Sequence[NewItem]) -> int:
-    """Gives those of the items that the queue has already the gold verdict and the models that are told of them now;
-    returns of how many something is another one. Raises SteersmanError as `check_item`."""
+    """Gives those of the items that the queue has already the gold verdict, and their answers the models and the
+    `finish`, that are told of them now; returns of how many something is another one. Raises SteersmanError as
+    `check_item`."""
     session.get_one(Queue, queue.id, with_for_update=True)
     new = {one.digest: one for one in reversed(told)}  # of two of one digest the first counts, as in `add_items`
     known = session.scalars(select(Item).where(Item.queue_id == queue.id, Item.digest.in_(new))).all()
@@ -164,9 +167,10 @@ def revise_items(session: Session, queue: Queue, told: Sequence[NewItem]) -> int
             item.gold = gold
             revised.add(item.id)
     for answer in session.scalars(select(Answer).where(Answer.item_id.in_(by_id))):
-        model = models[new[by_id[answer.item_id].digest].answers[answer.number].model]
-        if model != answer.model_id:
-            answer.model_id = model
+        now_told = new[by_id[answer.item_id].digest].answers[answer.number]
+        model, finish = models[now_told.model], now_told.finish
+        if (model, finish) != (answer.model_id, answer.finish):
+            answer.model_id, answer.finish = model, finish
             revised.add(answer.item_id)
     session.flush()
     return len(revised)
@@ -205,8 +209,12 @@ def check_item(
 
 
 def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | None:
-    """What the rater judges next: what they left open, a gold item when it is due, or else the first item of the
-    queue that they have not seen and that too few others have; None where the queue has nothing left for them."""
+    """What the rater judges next: what they left open, a gold item where the draw says so, or else the first item of
+    the queue that they have not seen and that too few others have; None where the queue has nothing left for them.
+
+    Of every `gold_every` items of a rater one is gold, at a place that is drawn on the way, so that nobody foresees
+    it.
+    """
     left_open = session.scalar(
         select(Assignment)
         .join(Item, Item.id == Assignment.item_id)
@@ -218,12 +226,10 @@ def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | Non
         return shown_item(session, left_open)
     # Whoever takes from a queue holds it: on SQLite by writing alone, on PostgreSQL by this lock.
     queue = session.get_one(Queue, queue_id, with_for_update=True)
-    item = None
-    if queue.gold_every and (_seen(session, queue_id, rater_id) + 1) % queue.gold_every == 0:
-        item = session.scalar(_unseen(queue_id, rater_id).where(Item.gold.is_not(None)).limit(1))
-    item = item or session.scalar(
-        _unseen(queue_id, rater_id).where(Item.gold.is_(None), _taken() < queue.overlap).limit(1)
-    )
+    item = session.scalar(_wanted(queue, rater_id))
+    places = _places_for_gold(session, queue, rater_id)
+    if places == 1 or (item is not None and places and not secrets.randbelow(places)):
+        item = session.scalar(_unseen(queue_id, rater_id).where(Item.gold.is_not(None)).limit(1)) or item
     return None if item is None else assign(session, item, rater_id)
 
 
@@ -256,52 +262,96 @@ def answers_of(session: Session, item_id: str) -> list[Answer]:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a queue is: items, verdicts that are wanted and given, and what one rater has given (`own`) and may
-    still give."""
+    """How far a rater is with a queue: verdicts given, how many there can be at most, and whether any are left to
+    give. All count gold items like others, so that no number on a page tells them apart."""
 
-    items: int
-    wanted: int
-    verdicts: int
-    own: int
-    open_to_me: bool
+    given: int
+    most: int
+    is_open: bool
 
 
 def progress(session: Session, queue: Queue, rater_id: int) -> Progress:
-    items = session.scalar(
-        select(func.count()).select_from(Item).where(Item.queue_id == queue.id, Item.gold.is_(None))
-    )
-    judged = (
-        select(func.count())
-        .select_from(Assignment)
-        .join(Item, Item.id == Assignment.item_id)
-        .where(Item.queue_id == queue.id, Assignment.state == "judged")
-    )
-    given = session.scalar(judged.where(Item.gold.is_(None))) or 0
-    mine = session.scalar(judged.where(Assignment.rater_id == rater_id)) or 0
-    unseen = _unseen(queue.id, rater_id).where(Item.gold.is_(None), _taken() < queue.overlap).limit(1)
-    open_to_me = session.scalar(_open(queue.id, rater_id).limit(1)) is not None or session.scalar(unseen) is not None
-    return Progress(items or 0, (items or 0) * queue.overlap, given, mine, open_to_me)
+    given = session.scalar(_seen(queue.id, rater_id).where(Assignment.state == "judged")) or 0
+    left_open = session.scalar(_seen(queue.id, rater_id).where(Assignment.state == "open"))
+    is_open = bool(left_open) or session.scalar(_wanted(queue, rater_id)) is not None
+    return Progress(given, _most(session, queue), is_open)
 
 
 def place_of(session: Session, queue: Queue, rater_id: int) -> tuple[int, int] | None:
-    """Which item of a queue a rater is at, counted from 1, and how many there are; None for comparisons in chats."""
+    """Which item of a queue a rater is at, counted from 1, and how many there can be at most; None for comparisons in
+    chats."""
     if queue.name == CHAT:
         return None
-    items = session.scalar(select(func.count()).select_from(Item).where(Item.queue_id == queue.id)) or 0
-    return max(_seen(session, queue.id, rater_id), 1), items
+    return max(session.scalar(_seen(queue.id, rater_id)) or 0, 1), _most(session, queue)
 
 
-def _open(queue_id: int, rater_id: int) -> Select[Any]:
-    return (
-        select(Assignment.id)
-        .join(Item, Item.id == Assignment.item_id)
-        .where(Item.queue_id == queue_id, Assignment.rater_id == rater_id, Assignment.state == "open")
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many verdicts a queue's items want of all raters together, and have; gold items left out."""
+
+    queue: str
+    given: int
+    wanted: int
+
+
+def coverage(session: Session) -> list[Coverage]:
+    """Of every queue that asks for verdicts."""
+    found = []
+    for queue in session.scalars(asking_queues()).all():
+        judged = (
+            select(func.count())
+            .select_from(Assignment)
+            .join(Item, Item.id == Assignment.item_id)
+            .where(Item.queue_id == queue.id, Item.gold.is_(None), Assignment.state == "judged")
+        )
+        wanted = _items(session, queue, Item.gold.is_(None)) * queue.overlap
+        found.append(Coverage(queue.name, session.scalar(judged) or 0, wanted))
+    return found
+
+
+def asking_queues() -> Select[Any]:
+    """The queues whose items raters are asked to judge, oldest first."""
+    return select(Queue).where(Queue.name != CHAT, Queue.overlap > 0).order_by(Queue.id)
+
+
+def _most(session: Session, queue: Queue) -> int:
+    """How many items of a queue one rater can meet."""
+    plain, gold = (_items(session, queue, kind) for kind in (Item.gold.is_(None), Item.gold.is_not(None)))
+    if queue.gold_every > 1:
+        gold = min(gold, math.ceil(plain / (queue.gold_every - 1)))
+    return plain + (gold if queue.gold_every else 0)
+
+
+def _items(session: Session, queue: Queue, kind: Any) -> int:
+    """How many items of a kind a queue has."""
+    return session.scalar(select(func.count()).select_from(Item).where(Item.queue_id == queue.id, kind)) or 0
+
+
+def _places_for_gold(session: Session, queue: Queue, rater_id: int) -> int:
+    """Among how many places, the next one and those behind it, that of the gold item of the rater's current
+    `gold_every` items is drawn; 0 where it has been there."""
+    if not queue.gold_every:
+        return 0
+    before = (session.scalar(_seen(queue.id, rater_id)) or 0) % queue.gold_every
+    latest = (
+        select(Item.gold.is_not(None))
+        .join(Assignment, Assignment.item_id == Item.id)
+        .where(Item.queue_id == queue.id, Assignment.rater_id == rater_id)
+        .order_by(Assignment.created.desc())
+        .limit(before)
     )
+    return 0 if any(session.scalars(latest)) else queue.gold_every - before
 
 
-def _seen(session: Session, queue_id: int, rater_id: int) -> int:
+def _seen(queue_id: int, rater_id: int) -> Select[Any]:
+    """How many items of a queue a rater was shown."""
     joined = select(func.count()).select_from(Assignment).join(Item, Item.id == Assignment.item_id)
-    return session.scalar(joined.where(Item.queue_id == queue_id, Assignment.rater_id == rater_id)) or 0
+    return joined.where(Item.queue_id == queue_id, Assignment.rater_id == rater_id)
+
+
+def _wanted(queue: Queue, rater_id: int) -> Select[Any]:
+    """The first item without a gold verdict that the rater has not seen and that too few others have."""
+    return _unseen(queue.id, rater_id).where(Item.gold.is_(None), _taken() < queue.overlap).limit(1)
 
 
 def _unseen(queue_id: int, rater_id: int) -> Select[Any]:

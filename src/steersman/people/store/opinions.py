@@ -15,7 +15,7 @@ from steersman.people.store.conversations import all_turns, messages, path_to
 from steersman.people.store.database import pieces
 from steersman.people.store.items import CHAT
 from steersman.people.store.judgements import live
-from steersman.people.store.schema import Answer, Item, JudgementRow, Model, Queue, Rater, Turn
+from steersman.people.store.schema import CUT, Answer, Item, JudgementRow, Model, Queue, Rater, Turn
 from steersman.people.store.verdicts import Verdict, agrees
 
 AT_ONCE = 500
@@ -38,7 +38,8 @@ class Opinion:
     """What one rater said of one item or turn.
 
     `subject` is the id of that item or turn, `prompt` text or messages, `answers` and `models` go by the numbers that
-    the verdict uses; `sides` are these numbers in the order of the screen, none where nobody knows it.
+    the verdict uses; `cut` says which answers are known to be cut by the limit on their length. `sides` are these
+    numbers in the order of the screen, none where nobody knows it.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Opinion:
     prompt: Any
     answers: list[str]
     models: list[ModelName]
+    cut: list[bool]
     created: float
     seconds: float | None
     sides: list[int]
@@ -121,7 +123,7 @@ def _read(session: Session, found: Select[JudgementRow, str, str], texts: bool) 
         if texts:
             about.load([row for row, _, _ in piece])
         for row, rater, queue in piece:
-            what = about.of(row) if texts else ("", [], [])
+            what = about.of(row) if texts else ("", [], [], [])
             yield Opinion(
                 row.id, row.task, rater, 1.0, row.verdict, str(row.item_id or row.turn_id), queue or CHAT, *what,
                 row.created, row.seconds, row.sides or [],
@@ -159,12 +161,16 @@ class _Texts:
         for answer in read(select(Answer).where(Answer.item_id.in_(items)).order_by(Answer.item_id, Answer.number)):
             self.answers[answer.item_id].append(answer)
 
-    def of(self, row: JudgementRow) -> tuple[Any, list[str], list[ModelName]]:
+    def of(self, row: JudgementRow) -> tuple[Any, list[str], list[ModelName], list[bool]]:
+        """Prompt, answers, models, and which answers were cut."""
+        answers: list[Answer] | list[Turn]
         if row.item_id is not None:
-            answers = self.answers[row.item_id]
-            return self.prompts[row.item_id], [a.content for a in answers], [self.models[a.model_id] for a in answers]
-        turn = self.turns[str(row.turn_id)]
-        return self._before(turn), [turn.content], [self.models[turn.model_id]]
+            prompt, answers = self.prompts[row.item_id], self.answers[row.item_id]
+        else:
+            turn = self.turns[str(row.turn_id)]
+            prompt, answers = self._before(turn), [turn]
+        models = [self.models[a.model_id] for a in answers]
+        return prompt, [a.content for a in answers], models, [a.finish == CUT for a in answers]
 
     def _before(self, turn: Turn) -> list[dict[str, str]]:
         if turn.conversation_id not in self.conversations:

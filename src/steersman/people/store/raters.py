@@ -11,10 +11,12 @@ from sqlalchemy import delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from steersman.people.store.database import Store, found_or_made, now
+from steersman.people.store.names import fitting
 from steersman.people.store.schema import HERE, Conversation, Forgotten, JudgementRow, Login, Person, Rater
 from steersman.types import SteersmanError
 
 ROLES = ("rater", "admin")
+LONGEST_NAME = 100
 LOGIN_SECONDS = 14 * 24 * 3600
 NOT_GONE_YET = (
     "somebody reads in this store, so the name is still in the file beside it that ends in -wal; it goes with that "
@@ -71,7 +73,7 @@ def new_rater(session: Session) -> Rater:
 
 def imported_name(source: str, who: str) -> str:
     """What `who` of another program is called here. Raises SteersmanError for what is no name."""
-    return _checked_name(f"{who[:60]} ({source})")
+    return _checked_name(f"{fitting(who, LONGEST_NAME - len(source) - 3)} ({source})")
 
 
 def imported_rater(session: Session, name: str) -> int:
@@ -92,8 +94,8 @@ def _forgotten(session: Session, name: str) -> Iterator[Forgotten]:
 
 def _checked_name(name: str) -> str:
     name = name.strip()
-    if not name or len(name) > 100 or not name.isprintable():
-        raise SteersmanError(f"{name[:120]!r}: a name has 1 to 100 printable characters")
+    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise SteersmanError(f"{name[:120]!r}: a name has 1 to {LONGEST_NAME} printable characters")
     return name
 
 

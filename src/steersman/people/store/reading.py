@@ -12,6 +12,9 @@ What each verdict is worth:
     thumb     a thumb; where the majority is up, and one of it without a correction: a demonstration
     review    as a thumb: accepted is up
     correction (of a thumb or review)   a demonstration, and a pair: better than the answer that it corrects
+
+Where an answer is known to be cut by the limit on its length, its end is none to be learned: it makes no
+demonstration, no thumb up and no pair with another answer, and is left out of rankings.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from sqlalchemy.orm import aliased
 from steersman.data.config import CountingConfig
 from steersman.data.rows import Row
 from steersman.data.shapes import Kind
+from steersman.guards.terminal import say
 from steersman.people.store.conversations import messages
 from steersman.people.store.database import read_store
 from steersman.people.store.opinions import Opinion, opinions
@@ -74,15 +78,23 @@ class StoredRows:
             if want == "feedback" and not any(o.task in TASKS["feedback"] for o in found):
                 pairs = _pairs(found, config.combine == "each")
                 made = ((number, data) for number, data in pairs if data.get("agreement") != 0.5)
-        empty = True
+        empty, cut = True, 0
         for number, data in made:
+            if data.pop("cut", False):
+                cut += 1
+                continue
             empty = False
             yield Row(data, self.url, number, "judgement" if want != "query" else "prompt")
+        told = (
+            f"left out of the {want} rows: {cut} with an answer that the length limit cut, whose end they would teach"
+        )
         if empty:
             raise SteersmanError(
                 f"{self.url}: it holds nothing that gives {want} rows under data.judgements; "
-                f"what it has: {', '.join(self.kinds(config)) or 'no judgement'}"
+                f"what it has: {', '.join(self.kinds(config)) or 'no judgement'}{f'; {told}' if cut else ''}"
             )
+        if cut:
+            say(f"{self.url}: {told}")
 
     def _opinions(self, config: CountingConfig) -> list[Opinion]:
         with read_store(self.url) as session:
@@ -140,12 +152,12 @@ def _pairs(found: list[Opinion], each: bool) -> Made:
 def _pair(group: list[Opinion], better: int, worse: int) -> Data:
     one = group[0]
     data = _about(group) | {"chosen": one.answers[better], "rejected": one.answers[worse]}
-    return data | {"models": [_models(group)[i] for i in (better, worse)]}
+    return data | {"models": [_models(group)[i] for i in (better, worse)], "cut": one.cut[better] or one.cut[worse]}
 
 
 def _thumbs(found: list[Opinion], each: bool) -> Made:
     for group, up in _majorities(found, each):
-        yield group[0].number, _answer(group) | {"label": up}
+        yield group[0].number, _answer(group) | {"label": up, "cut": up and group[0].cut[0]}
     for group in _groups(found, "compare", each):
         if _mean(group, lambda o: float(o.verdict["choice"] == "both_bad")) > 0.5:
             for answer, model in zip(group[0].answers, _models(group), strict=True):
@@ -155,9 +167,10 @@ def _thumbs(found: list[Opinion], each: bool) -> Made:
 
 def _rankings(found: list[Opinion], each: bool) -> Made:
     for group in _groups(found, "rank", each):
-        yield group[0].number, _about(group) | {
-            "responses": group[0].answers, "ranks": _ranks(group), "models": _models(group),
-        }  # fmt: skip
+        whole = [i for i, cut in enumerate(group[0].cut) if not cut]
+        columns = {"responses": group[0].answers, "ranks": _ranks(group), "models": _models(group)}
+        kept = {name: [column[i] for i in whole] for name, column in columns.items()}
+        yield group[0].number, _about(group) | kept | {"cut": len(whole) < 2}
 
 
 def _ratings(found: list[Opinion], each: bool) -> Made:
@@ -177,7 +190,7 @@ def _demonstrations(found: list[Opinion], each: bool) -> Made:
             yield one.number, _about([one]) | {"completion": one.verdict["correction"], "models": [""]}
     for group, up in _majorities(found, each):
         if up and any(_is_up(o) and not o.verdict.get("correction") for o in group):
-            yield group[0].number, _answer(group)
+            yield group[0].number, _answer(group) | {"cut": group[0].cut[0]}
 
 
 def _majorities(found: list[Opinion], each: bool) -> Iterator[tuple[list[Opinion], bool]]:

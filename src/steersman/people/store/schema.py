@@ -38,6 +38,8 @@ class Text(String):
 
 UUID = String(36)
 JSON_OR_NULL = JSON(none_as_null=True)
+CUT = "length"
+"""The `finish` of a text that the limit on its tokens cut; None where nobody knows how it ended."""
 HERE = "collect"
 """The `source` of what was said on our own pages."""
 
@@ -128,8 +130,8 @@ class Turn(Base):
 
 
 class Queue(Base):
-    """Items of one task, to be judged by `overlap` raters each; every `gold_every`-th item of a rater has a known
-    verdict. `settings` holds what the task asks (attributes, labels, instructions)."""
+    """Items of one task, to be judged by `overlap` raters each; one of every `gold_every` items of a rater has a
+    known verdict. `settings` holds what the task asks (attributes, labels, instructions)."""
 
     __tablename__ = "queue"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -167,6 +169,7 @@ class Answer(Base):
     content: Mapped[str] = mapped_column(Text)
     model_id: Mapped[int | None] = mapped_column(ForeignKey("model.id"))
     sampling: Mapped[dict[str, Any] | None]
+    finish: Mapped[str | None] = mapped_column(String(20))
     seconds: Mapped[float | None]
 
 

@@ -13,9 +13,9 @@ from steersman.data.examples import Content
 from steersman.flywheel.players import Player
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import ngrams, words
-from steersman.people.filters import item_key, shares
+from steersman.people.filters import item_key, prompt_key, shares
 from steersman.people.judgements import Judgement
-from steersman.statistics.estimates import Array, Estimate, auc, bootstrap, mean
+from steersman.statistics.estimates import Array, Estimate, bootstrap, ranked_share, share
 from steersman.types import Tokens
 
 Rows = list[dict[str, Any]]
@@ -27,7 +27,7 @@ def queries(rows: Sequence[Judgement], count: int) -> list[Query]:
     """The first `count` different prompts."""
     found: dict[str, Content] = {}
     for one in rows:
-        found.setdefault(str(one.prompt), one.prompt)
+        found.setdefault(prompt_key(one.prompt), one.prompt)
     return [Query(p, Row({"prompt": p}, "judgements", i)) for i, p in enumerate(list(found.values())[:count], 1)]
 
 
@@ -64,10 +64,11 @@ def human_metrics(rows: Sequence[Judgement], readings: Rows) -> dict[str, Estima
     human/thumbs    P(g of an answer with a thumb up > g of one with a thumb down)
     human/accuracy  the first of them that there are judgements for
 
-    Intervals resample prompts. Source of g: arXiv 2305.18290, eq. 5 (the implicit reward, beta = 1).
+    Intervals are those of `share` and `ranked_share`, by prompt. Source of g: arXiv 2305.18290, eq. 5 (the implicit
+    reward, beta = 1).
     """
     gain = {(r["id"], r["answer"]): r["logp"] - r["logp_current"] for r in readings}
-    share, seen, won, clusters = shares(rows), set[str](), list[float](), list[str]()
+    first_won, seen, won, clusters = shares(rows), set[str](), list[float](), list[str]()
     thumbs, liked, asked = list[float](), list[float](), list[str]()
     for one in rows:
         key = item_key(one)
@@ -75,19 +76,19 @@ def human_metrics(rows: Sequence[Judgement], readings: Rows) -> dict[str, Estima
             if (one.id, 0) in gain:
                 thumbs.append(gain[one.id, 0])
                 liked.append(float(bool(one.label)))
-                asked.append(str(one.prompt))
+                asked.append(prompt_key(one.prompt))
             continue
         both = [gain.get((one.id, i)) for i in np.argsort(one.answers, kind="stable")]
-        if key not in seen and share[key] != 0.5 and None not in both:
+        if key not in seen and first_won[key] != 0.5 and None not in both:
             seen.add(key)
-            lead = (both[0] - both[1]) * (1 if share[key] > 0.5 else -1)  # type: ignore
+            lead = (both[0] - both[1]) * (1 if first_won[key] > 0.5 else -1)  # type: ignore
             won.append(0.5 if lead == 0 else float(lead > 0))
-            clusters.append(str(one.prompt))
+            clusters.append(prompt_key(one.prompt))
     found: dict[str, Estimate] = {}
     if won:
-        found["human/pairs"] = bootstrap(mean, [np.array(won)], clusters=_places(clusters))
+        found["human/pairs"] = share(np.array(won), _places(clusters))
     if len(set(liked)) == 2:
-        found["human/thumbs"] = bootstrap(auc, [np.array(thumbs), np.array(liked)], clusters=_places(asked))
+        found["human/thumbs"] = ranked_share(np.array(thumbs), np.array(liked), _places(asked))
     if found:
         found["human/accuracy"] = next(iter(found.values()))
     return found

@@ -18,7 +18,7 @@ class Gate(Section):
     at_least: float | None = Field(default=None, description="lowest value that passes")
     at_most: float | None = Field(default=None, description="highest value that passes")
     sure: bool = Field(
-        default=False, description="the whole 95% interval must lie within the bounds, not the estimate alone"
+        default=False, description="the whole 95% interval must lie inside the bounds, not the estimate alone"
     )
 
     @model_validator(mode="after")
@@ -56,12 +56,10 @@ def check(gates: Mapping[str, Gate], metrics: Mapping[str, Estimate]) -> list[Ga
 def _one(name: str, gate: Gate, found: Estimate | None) -> GateResult:
     if found is None or not math.isfinite(found.value):
         return GateResult(name, False, "it could not be measured")
-    low, high = (found.low, found.high) if gate.sure else (found.value, found.value)
-    said = f"{found}"
-    if gate.at_least is not None and not low >= gate.at_least:
-        what = "its lower bound is" if gate.sure else "it is"
-        return GateResult(name, False, f"{said}: {what} below {gate.at_least:g}")
-    if gate.at_most is not None and not high <= gate.at_most:
-        what = "its upper bound is" if gate.sure else "it is"
-        return GateResult(name, False, f"{said}: {what} above {gate.at_most:g}")
-    return GateResult(name, True, said)
+    if gate.at_least is not None and not (found.low > gate.at_least if gate.sure else found.value >= gate.at_least):
+        what = "its lower bound is not above" if gate.sure else "it is below"
+        return GateResult(name, False, f"{found}: {what} {gate.at_least:g}")
+    if gate.at_most is not None and not (found.high < gate.at_most if gate.sure else found.value <= gate.at_most):
+        what = "its upper bound is not below" if gate.sure else "it is above"
+        return GateResult(name, False, f"{found}: {what} {gate.at_most:g}")
+    return GateResult(name, True, f"{found}")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steersman.config.sections import Section
-from steersman.people.filters import item_key, shares
+from steersman.people.filters import item_key, prompt_key, shares
 from steersman.people.judgements import Judgement
 from steersman.types import SteersmanError
 
@@ -114,7 +114,7 @@ def mix_rows(new: Rows, earlier: Rows, anchor: Rows, config: MixConfig, seed: in
 
 def is_held_out(one: Judgement, share: float) -> bool:
     """Whether a judgement is never learned from: by its prompt alone, so that a prompt stays on its side for ever."""
-    digest = hashlib.sha256(json.dumps(one.prompt, ensure_ascii=False).encode(errors="surrogatepass")).digest()
+    digest = hashlib.sha256(prompt_key(one.prompt).encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

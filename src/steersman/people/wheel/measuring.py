@@ -16,7 +16,7 @@ from steersman.people.judgements import Judgement
 from steersman.people.wheel import evaluation
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.run.files.ledger import Ledger, Rows
-from steersman.statistics.estimates import Estimate, bootstrap, mean
+from steersman.statistics.estimates import Estimate, share
 from steersman.types import SteersmanError
 
 LOOK = 1 << 31
@@ -55,7 +55,7 @@ class Measuring:
         )  # fmt: skip
         found = evaluation.human_metrics(held_out, readings) | evaluation.guard_metrics(mine, theirs)
         found |= self._judged(held_out, mine, theirs)
-        rows = [{"metric": name, **_written(one)} for name, one in found.items()]
+        rows = [{"metric": name, **one.plain()} for name, one in found.items()]
         told = self.ledger.table(f"{self.name}/evaluation", lambda: rows, models=models)
         return {row["metric"]: _estimate(row) for row in told}
 
@@ -81,15 +81,10 @@ class Measuring:
         won = np.array([o.share for o in outcomes if o is not None])
         agrees = agreement(judge, held_out)
         self.ledger.table(f"{self.name}/agreement", lambda: [{**_plain(agrees), "said": str(agrees)}])
-        found = {"judge/win_rate": bootstrap(mean, [won])} if len(won) else {}
+        found = {"judge/win_rate": share(won, np.arange(len(won)))} if len(won) else {}
         if agrees.accuracy is not None and agrees.kappa is not None:
             found |= {"judge/agreement": agrees.accuracy, "judge/kappa": agrees.kappa}
         return found
-
-
-def _written(found: Estimate) -> dict[str, Any]:
-    """An estimate as JSON holds it: what is not known is null."""
-    return {k: v if math.isfinite(v) else None for k, v in found.plain().items()}
 
 
 def _estimate(row: dict[str, Any]) -> Estimate:
@@ -100,4 +95,4 @@ def _estimate(row: dict[str, Any]) -> Estimate:
 
 def _plain(found: Agreement) -> dict[str, Any]:
     both = {"accuracy": found.accuracy, "kappa": found.kappa}
-    return found.plain() | {k: None if v is None else _written(v) for k, v in both.items()}
+    return found.plain() | {k: None if v is None else v.plain() for k, v in both.items()}

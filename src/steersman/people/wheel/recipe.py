@@ -40,10 +40,12 @@ class ArrivalsConfig(Section):
     folder: str = Field(
         description="folder or file of judgements, which grows, or a store: sqlite:///FILE, postgresql://HOST/NAME"
     )
-    at_least: int = Field(default=50, ge=1, description="new judgements that begin a turn")
+    at_least: int = Field(
+        default=50, ge=1, description="a turn of the wheel begins once so many new judgements are in"
+    )
     held_out: float = Field(default=0.2, gt=0, lt=1, description="share of prompts that no turn learns from")
     on_bad_row: Literal["stop", "skip"] = Field(
-        default="stop", description="stop at a bad row, or leave it out and count it"
+        default="stop", description="stop: end with an error at a bad row; skip: leave it out and count it"
     )
 
 
@@ -74,7 +76,10 @@ class WheelRecipe(Section):
     sift: FilterConfig = FilterConfig()
     mix: MixConfig = MixConfig()
     then: list[Stage] = Field(
-        default=["dpo"], min_length=1, description="what trains the candidate, in order, each on the last"
+        default=["dpo"],
+        min_length=1,
+        description="training stages of the candidate, in order: sft, kto, dpo, ppo. Each starts from the model of "
+        "the one before",
     )
     sft: SFTStage = SFTStage()
     kto: KTOStage = KTOStage()
@@ -92,7 +97,7 @@ class WheelRecipe(Section):
     experiment: Experiment | None = Field(
         default=Experiment(share=0.1), description="the A/B test that decides; null: the gates decide alone"
     )
-    turns: int = Field(default=1, ge=1, description="turns of the wheel")
+    turns: int = Field(default=1, ge=1, description="turns of the wheel, each from new judgements to a decision")
     poll: float | None = Field(
         default=None, gt=0, description="seconds after which it looks for judgements again; null: it ends and waits "
         "for the next --resume"

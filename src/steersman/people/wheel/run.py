@@ -7,8 +7,8 @@ turn waits for judgements twice: to begin, and until its A/B test is decided.
 
     judgements.folder      grows; whoever collects appends to it
     serving.json           which models answer now; a server reads it
-    round-01/collected.jsonl, kept.jsonl, left-out.jsonl, pairs.jsonl, 1-dpo/, readings.jsonl, evaluation.jsonl,
-    gates.jsonl, test.jsonl, decision.jsonl, each with its provenance
+    round-01/collected.jsonl, taken-back.jsonl, kept.jsonl, left-out.jsonl, pairs.jsonl, 1-dpo/, readings.jsonl,
+    evaluation.jsonl, gates.jsonl, test.jsonl, decision.jsonl, each with its provenance
 """
 
 from __future__ import annotations
@@ -76,9 +76,14 @@ class Wheel:
         self.reached = False
 
     def turn(self) -> str:
-        """Turns as often as it can, and says what it waits for, or that it is done."""
+        """Turns as often as it can, and says what it waits for, or that it is done.
+
+        While a test runs, `serving.json` stays as it is until the test is decided; turns that are done are only read.
+        """
         for number in range(1, self.recipe.turns + 1):
             one = Turn(self, number)
+            if number > self.ledger.done and not self.rows(number, "test"):
+                self.serve(number, None)
             while True:
                 try:
                     decision = one.go()
@@ -93,7 +98,7 @@ class Wheel:
             self.ledger.log.note(f"turn {number}: {decision['decision']}: {decision['reason']}")
             if decision["decision"] == "promoted":
                 self.current = one.candidate
-            self.serve(number, None)
+        self.serve(self.recipe.turns, None)
         return "done"
 
     def said(self) -> list[Judgement]:
@@ -112,22 +117,31 @@ class Wheel:
         return found
 
     def serve(self, number: int, candidate: ServedModel | None) -> None:
-        """Writes down which models answer people now."""
-        Serving(number, self.current, candidate, self.salt(number)).write(self.ledger.path / "serving.json")
+        """Writes down which models answer people now, where the file says something else."""
+        told = Serving(
+            number, self.current.absolute(), None if candidate is None else candidate.absolute(), self.salt(number)
+        )
+        path = self.ledger.path / "serving.json"
+        if not path.exists() or path.read_text(encoding="utf-8") != told.text:
+            told.write(path)
 
     def salt(self, number: int) -> str:
         own = self.recipe.experiment.salt if self.recipe.experiment else ""
         return f"{own}/{self.recipe.run.seed}/{number}"
 
     def decisions(self) -> dict[str, Any]:
-        """The decisions so far, and the model that serves."""
+        """The decisions so far, with candidates' folders as this process finds them, and the model that serves."""
         decisions = [self.rows(n, "decision") for n in range(1, self.recipe.turns + 1)]
-        made = [rows[0] for rows in decisions if rows]
+        made = [{**row, "path": self.found(row["path"])} for rows in decisions for row in rows]
         return {"model": self.current.path, "serving": self.current.name, "decisions": made}
 
     def rows(self, number: int, name: str) -> Rows:
         """A table that is there, or nothing."""
         return self.ledger.rows(f"round-{number:02d}/{name}")
+
+    def found(self, inside: str) -> str:
+        """The path of a candidate's folder, which tables name within the run folder; empty where there is none."""
+        return str(self.ledger.path / inside) if inside else ""
 
     def judgements(self, number: int, name: str) -> list[Judgement]:
         """The judgements of a table of every turn up to `number`."""
@@ -157,10 +171,11 @@ class Turn:
         """The decision; raises WaitingError where judgements are missing."""
         made = self.wheel.rows(self.number, "decision")
         if made and self.number <= self.ledger.done:
-            self.candidate = self._served(made[0]["path"])
+            self.candidate = self._served(self.wheel.found(made[0]["path"]))
             return made[0]
-        learn, held_out = self.sift(self.collect())
-        path = self.train(learn)
+        self.collect()
+        learn, earlier, held_out = self.sift()
+        path = self.train(learn, earlier)
         if path is None:
             return self.decide("refused", "no judgement of this turn teaches anything", {})
         self.candidate = self._served(path)
@@ -180,44 +195,53 @@ class Turn:
     def _served(self, path: str) -> ServedModel:
         return ServedModel(f"turn-{self.number:02d}", path, self.share)
 
-    def collect(self) -> list[Judgement]:
-        """Table: the judgements that no earlier turn has taken, once there are enough of them."""
-        name = f"{self.name}/collected"
+    def collect(self) -> None:
+        """Tables: the judgements that no earlier turn has taken, once there are enough of them, and which of earlier
+        turns are there no more."""
         if not self.wheel.rows(self.number, "collected"):
             old = {one.id for one in self.wheel.judgements(self.number - 1, "collected")}
             new = [one for one in self.wheel.said() if one.id not in old]
             count, wanted = sum(one.expected is None for one in new), self.recipe.judgements.at_least
             if count < wanted:
                 raise WaitingError(f"turn {self.number} begins with {wanted} new judgements, and {count} are in")
-            self.ledger.table(name, lambda: [plain(one) for one in new], left_out=dict(self.wheel.bad.counts))
-        return self.wheel.judgements(self.number, "collected")
+            left_out = dict(self.wheel.bad.counts)
+            self.ledger.table(f"{self.name}/collected", lambda: [plain(one) for one in new], left_out=left_out)
+        self.ledger.table(f"{self.name}/taken-back", self._taken_back)
 
-    def sift(self, rows: list[Judgement]) -> tuple[list[Judgement], list[Judgement]]:
-        """Tables: what this turn keeps and leaves out; given are the judgements to learn from and those held out.
+    def _taken_back(self) -> Rows:
+        old = self.wheel.judgements(self.number - 1, "collected")
+        here = {one.id for one in self.wheel.said()} if old else set[str]()
+        return [{"id": one.id} for one in old if one.id not in here]
 
-        Raters are measured by all that they ever judged, and candidates by all judgements held out so far.
+    def sift(self) -> tuple[list[Judgement], list[Judgement], list[Judgement]]:
+        """Tables: what this turn keeps and leaves out of its judgements; given are those to learn from, those of
+        earlier turns to learn from, and all that are held out.
+
+        Judgements of earlier turns are sifted again by all that is known now, without those that were taken back: a
+        rater who is found bad later teaches and measures nothing any more.
         """
+        taken_back = {row["id"] for row in self.wheel.rows(self.number, "taken-back")}
+        rows = [one for one in self.wheel.judgements(self.number, "collected") if one.id not in taken_back]
         kept, left_out = sift(rows, self.recipe.sift)
         mine = {row["id"] for row in self.wheel.rows(self.number, "collected")}
-        made_from = self.ledger.sources(f"{self.name}/collected")
+        collected = [f"round-{n:02d}/collected" for n in range(1, self.number + 1)]
+        about = {
+            "made_from": self.ledger.sources(f"{self.name}/taken-back", *collected),
+            "sift": self.recipe.sift.model_dump(),
+        }
         self.ledger.table(
             f"{self.name}/left-out",
             lambda: [{"id": one.id, "user": one.user, "reason": why} for one, why in left_out if one.id in mine],
-            made_from=made_from, sift=self.recipe.sift.model_dump(),
-        )  # fmt: skip
-        fresh = [plain(one) for one in kept if one.id in mine]
-        self.ledger.table(f"{self.name}/kept", lambda: fresh, made_from=made_from)
-        share = self.recipe.judgements.held_out
-        all_kept = self.wheel.judgements(self.number, "kept")
-        return (
-            [one for one in all_kept if one.id in mine and not is_held_out(one, share)],
-            [one for one in all_kept if is_held_out(one, share)],
+            **about,
         )
-
-    def train(self, learn: list[Judgement]) -> str | None:
-        """The candidate's folder; None where nothing of this turn teaches anything."""
+        self.ledger.table(f"{self.name}/kept", lambda: [plain(one) for one in kept if one.id in mine], **about)
         share = self.recipe.judgements.held_out
-        earlier = [one for one in self.wheel.judgements(self.number - 1, "kept") if not is_held_out(one, share)]
+        held_out = [one for one in kept if is_held_out(one, share)]
+        teach = [one for one in kept if not is_held_out(one, share)]
+        return [one for one in teach if one.id in mine], [one for one in teach if one.id not in mine], held_out
+
+    def train(self, learn: list[Judgement], earlier: list[Judgement]) -> str | None:
+        """The candidate's folder; None where nothing of this turn teaches anything."""
         training = Training(self.ledger, self.recipe, self.name, chats=self.wheel.chats)
         tables = training.tables(learn, earlier)
         return training.run(self.wheel.current.path, tables) if any(tables.values()) else None
@@ -246,7 +270,8 @@ class Turn:
         """Table: the decision, which stands; the round is done."""
         row = {
             "turn": self.number, "decision": decision, "reason": reason, "candidate": self.candidate.name,
-            "path": self.candidate.path, "against": self.wheel.current.name, "test": told,
+            "path": self.ledger.model(self.candidate.path)["path"] if self.candidate.path else "",
+            "against": self.wheel.current.name, "test": told,
         }  # fmt: skip
         models = [self.ledger.model(s.path) for s in (self.wheel.current, self.candidate) if s.path]
         made = self.ledger.table(f"{self.name}/decision", lambda: [row], models=models)[0]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from steersman.data import read_rows
+from steersman.people.filters import prompt_key
 from steersman.people.judgements import Judgement
 from steersman.people.wheel.lessons import Kind, lessons, mix_rows
 from steersman.people.wheel.recipe import LEARNS, Stage, WheelRecipe
@@ -78,7 +79,7 @@ class Training:
         ledger, values = self.ledger, self._values("ppo", path)
         reward = ledger.stage(f"{name}-reward", reward_model.run, RewardModelRecipe.model_validate, values)["model"]
         pairs = ledger.rows(f"{self.name}/pairs")
-        prompts = {str(row["prompt"]): row["prompt"] for row in pairs}
+        prompts = {prompt_key(row["prompt"]): row["prompt"] for row in pairs}
         asked = ledger.table(f"{self.name}/prompts", lambda: [{"prompt": p} for p in prompts.values()])
         values = self.recipe.ppo_stage(path, self._file("prompts"), reward, len(asked), chats=self.chats)
         return ledger.stage(name, rl.run, RECIPES["ppo"].model_validate, values)["model"]

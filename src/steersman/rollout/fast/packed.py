@@ -7,7 +7,7 @@ second copy for as long as the call lasts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from steersman import native
-from steersman.model.fast.folded import widened_weights
+from steersman.model.fast.folded import folded, widened_weights
 from steersman.model.fast.linear import LINEAR
 from steersman.native.products import Panels, panel_bytes, product, rearrange
+from steersman.ops.heap import give_back
 
 STEPS, BYTES = 32, 1 << 30
 """Fewer steps than these do not earn the rearranging, nor the adding of adapters; larger models keep one copy of
 their weights."""
+LARGE = 64 << 20
+"""Bytes of weights from which a call begins with the heap cleared: that takes some milliseconds."""
 ROWS = 256
 """Products of more rows, such as a prefill's, are the library's: there it is as fast."""
 
@@ -31,10 +34,27 @@ def lasts(steps: int) -> bool:
     return steps >= STEPS
 
 
+def clears(model: Any, steps: int) -> bool:
+    """Whether a call of so many steps first gives back what lies free in the C library's heap, where little of what
+    it makes would fit."""
+    return lasts(steps) and next(model.parameters()).is_cpu and _size(model) >= LARGE
+
+
 def pays(model: Any, steps: int) -> bool:
     """Whether a second copy of the model's weights is small enough, and used often enough."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return native.library() is not None and lasts(steps) and size <= BYTES
+    return native.library() is not None and lasts(steps) and _size(model) <= BYTES
+
+
+def _size(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def for_call(model: Any, steps: int) -> AbstractContextManager[None]:
+    """While open, adapters are added into their layers where the call earns it. Begins by clearing the heap, if the
+    call `clears` it."""
+    if clears(model, steps):
+        give_back()
+    return folded(model) if lasts(steps) else nullcontext()
 
 
 def packed_bytes(model: Any, steps: int) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from steersman.rollout.remote.replies import Reply, SampleRequest, replies
@@ -20,8 +22,19 @@ TOGETHER = 64
 """Requests to one server at the same time."""
 TIES = 8
 """Tokens behind the top_k-th that are looked at for any as likely. In bfloat16 ties are common."""
+OVERRIDDEN = ("tie_word_embeddings", "vocab_size")
+"""Settings that a server needs otherwise than the model's folder may have them: tables apart, and without padding."""
 TRIED = "0.32.0"
 """The version of vLLM that this was tried with; older ones lack routes."""
+
+
+@dataclass(slots=True, frozen=True)
+class ServerLimits:
+    """What a server can take: `window` tokens of a prompt and its answer together (None: it does not say), and `most`
+    samples of a prompt in one request."""
+
+    window: int | None = None
+    most: int = sys.maxsize
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,7 +42,8 @@ class Call:
     """What all prompts of a call share.
 
     `ends` are the ids that end a response, `skip` whether special tokens are left out where stop strings are looked
-    for, `vocabulary` how many ids there are, `adapter` the name of the adapters that are to be added, if any.
+    for, `vocabulary` how many ids there are, `adapter` the name of the adapters that are to be added, if any, `most`
+    how many samples of a prompt the server takes in one request.
     """
 
     sampling: Sampling
@@ -39,6 +53,7 @@ class Call:
     skip: bool
     support: bool
     adapter: str = ""
+    most: int = sys.maxsize
 
 
 class Dialect(Protocol):
@@ -49,8 +64,9 @@ class Dialect(Protocol):
         there."""
         ...
 
-    def check(self, server: Server, vocabulary: int) -> None:
-        """Raises SteersmanError where the server is of another kind, too old, or has another model."""
+    def check(self, server: Server, model: Mapping[str, Any]) -> ServerLimits:
+        """What the server can take. Raises SteersmanError where it is of another kind or too old, or where its model
+        has other settings than those in `model`."""
         ...
 
 
@@ -77,14 +93,19 @@ class Batchwise:
         )
         return [found[i * one.n : (i + 1) * one.n] for i, one in enumerate(asked)]
 
-    def check(self, server: Server, vocabulary: int) -> None:
+    def check(self, server: Server, model: Mapping[str, Any]) -> ServerLimits:
         told = server.get("/version")
         if not isinstance(told, dict) or "steersman" not in told:
             raise SteersmanError(server.message("it is no engine of steersman; for vLLM set rollout.engine: vllm"))
+        return ServerLimits(server.window())
 
 
 class Promptwise:
     """vLLM: a request for each prompt, with a seed of its own, many at a time; vLLM itself decodes them together.
+
+    A prompt with more samples than the server takes in one request is sent in several. vLLM gives sample i of a
+    request the request's seed plus i, so the samples are those of a single request. It refuses several samples of a
+    greedy request, which would all be the same: one is asked for, and repeated.
 
     `model` is the name that it serves the policy under.
     """
@@ -94,26 +115,35 @@ class Promptwise:
 
     def complete(self, server: Server, asked: Requests, call: Call, done: Answers) -> None:
         model = call.adapter or self.model
+        once = {place: replace(ask, n=1) if call.sampling.greedy else ask for place, ask in asked.items()}
+        parts = [(place, first) for place, ask in once.items() for first in range(0, ask.n, call.most)]
+        gone: list[ServerGoneError] = []
 
-        def one(place: int) -> ServerGoneError | None:
-            ask = asked[place]
-            params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key)}
+        def one(part: tuple[int, int]) -> list[Reply]:
+            place, first = part
+            ask = replace(once[place], n=min(call.most, once[place].n - first))
+            params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key) + first}
             body = {"model": model, "token_ids": ask.ids, "sampling_params": params}
             try:
                 found = server.post("/inference/v1/generate", body)
             except ServerGoneError as error:
-                return error
+                gone.append(error)
+                return []
             except NotServedError as error:
-                return ServerGoneError(f"{error}; it was started anew, and has lost the run's weights")
-            done[place] = replies(server, found, [ask], call.vocabulary, support=call.support)
-            return None
+                gone.append(ServerGoneError(f"{error}; it was started anew, and has lost the run's weights"))
+                return []
+            return replies(server, found, [ask], call.vocabulary, support=call.support)
 
-        with ThreadPoolExecutor(min(TOGETHER, len(asked))) as pool:
-            gone = [error for error in pool.map(one, asked) if error is not None]
+        answers: Answers = {place: [] for place in asked}
+        with ThreadPoolExecutor(min(TOGETHER, len(parts))) as pool:
+            for (place, _), found in zip(parts, pool.map(one, parts), strict=True):
+                answers[place] += found
+        whole = {place: found for place, found in answers.items() if len(found) == once[place].n}
+        done |= {place: found * (asked[place].n // len(found)) for place, found in whole.items()}
         if gone:
             raise gone[0]
 
-    def check(self, server: Server, vocabulary: int) -> None:
+    def check(self, server: Server, model: Mapping[str, Any]) -> ServerLimits:
         told = server.get("/version")
         version = str(told.get("version", "")) if isinstance(told, dict) else ""
         if numbers(version) < numbers(TRIED):
@@ -130,6 +160,22 @@ class Promptwise:
                             f"with --served-model-name {self.model}")
             )  # fmt: skip
         server.weights()
+        most, held = server.settings()
+        others = [
+            f"{key} is {held[key]} there, and must be {value}"
+            for key, value in model.items()
+            if held.get(key, value) != value
+        ]
+        if others:
+            overrides = {key: model[key] for key in OVERRIDDEN if key in model}
+            beside = f" and --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
+            raise SteersmanError(
+                server.message(
+                    f"its model is not the policy's: {'; '.join(others)}. Start it with the policy's own folder "
+                    f"(--model){beside}; docs/how-to/vllm.md has the whole command"
+                )
+            )
+        return ServerLimits(server.window(), most)
 
 
 def _params(call: Call, asked: Sequence[SampleRequest]) -> dict[str, Any]:

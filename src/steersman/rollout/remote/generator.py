@@ -58,15 +58,18 @@ class RemoteGenerator:
 
     `publish` writes the policy's weights as they are now, `load` puts them onto the servers; `update_weights` does
     both. What is under way when weights are loaded is finished before them, or with `cut` it is cut and goes on
-    under the new ones: its tokens then have several versions. `ends` are the ids that end a response.
+    under the new ones: its tokens then have several versions. `ends` are the ids that end a response, and
+    `withheld` those that servers do not sample before `min_new_tokens`: vLLM adds the tokenizer's own end.
     """
 
     def __init__(
         self, policy: Policy, stations: Sequence[Station], folder: SharedFolder, *,
-        ends: Sequence[int], context: int | None, max_batch: int, returns_support: bool, adapter: bool,
+        ends: Sequence[int], withheld: Sequence[int], context: int | None, max_batch: int, returns_support: bool,
+        adapter: bool,
     ) -> None:  # fmt: skip
         self.policy, self.stations = policy, list(stations)
         self.ends, self.context, self.max_batch = tuple(ends), context, max_batch
+        self._withheld = torch.tensor(withheld, dtype=torch.long)
         self.returns_support, self.adapter = returns_support, adapter
         self.vocabulary, self._rows = known_ids(policy), table_rows(policy)
         self.receipts: list[Receipt] = []
@@ -266,7 +269,7 @@ class RemoteGenerator:
             return [ids if len(ids) and ids[0] >= 0 else torch.cat([ids, ~padding]) for ids in one.support]
         if not len(padding) and not sampling.min_new_tokens:
             return None
-        always, short = banned_support(padding, torch.tensor(self.ends, dtype=torch.long))
+        always, short = banned_support(padding, self._withheld)
         return [short if t < sampling.min_new_tokens else always for t in range(len(one.ids))]
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling, record: bool) -> None:

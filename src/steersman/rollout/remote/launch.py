@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from steersman.distributed.join import free_port
 from steersman.guards.terminal import printable
 from steersman.rollout.remote.keeper import KEEP
 from steersman.rollout.remote.wire import Server, ServerGoneError
@@ -128,13 +128,6 @@ class ServerProcess:
         root = found[0] if found else lines[-1] if lines else ""
         told = printable(" ".join(root.split()))[:LONGEST_ROOT]
         return f"Its first error: {told}" if told else "It wrote nothing"
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _zombie(pid: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.guards.untrusted import is_number
 from steersman.rollout.remote.wire import BadReplyError, Server, shortened
 
 UNREACHED = -9000.0
@@ -112,12 +113,13 @@ def _reply(server: Server, choice: dict[str, Any], asked: SampleRequest, vocabul
 
 
 def _logp(content: list[dict[str, Any]], count: int) -> list[float]:
-    """The log-probability of each token. Raises ValueError for another number of them, and for what is none."""
+    """The log-probability of each token. Raises ValueError if there are too few or too many, or one is not a
+    log-probability."""
     logp: list[Any] = [one.get("logprob") for one in content]
-    wrong = [x for x in logp if not _is_number(x) or not UNREACHED < x <= ROUNDING]
+    wrong = [x for x in logp if not is_number(x) or not UNREACHED < x <= ROUNDING]
     if len(logp) != count or wrong:
         raise ValueError(
-            f"{len(logp)} log-probabilities for {count} tokens, or one that is none "
+            f"{len(logp)} log-probabilities for {count} tokens, or one that is not a log-probability "
             f"({shortened(wrong[0] if wrong else len(logp))}): its weights may hold NaN"
         )
     return [float(x) for x in logp]
@@ -149,7 +151,7 @@ def _support(choice: dict[str, Any], content: list[dict[str, Any]], ids: list[in
     kept = []
     for i, one in zip(ids, content, strict=True):
         likeliest = _objects(one.get("top_logprobs"), "top_logprobs")
-        if not likeliest or not all(_is_number(top.get("logprob")) for top in likeliest):
+        if not likeliest or not all(is_number(top.get("logprob")) for top in likeliest):
             raise ValueError(f"neither a sampling_mask nor the log-probabilities of the likeliest: {shortened(one)}")
         reached = [top.get("token_id") for top in likeliest if top["logprob"] > UNREACHED]
         kept.append(torch.tensor(sorted({*_ids(reached, "top_logprobs"), i}), dtype=torch.long))
@@ -170,7 +172,3 @@ def _ids(value: Any, name: str) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int and abs(i) < _LARGEST for i in value):
         raise ValueError(f"{name} that has other numbers than ids: {shortened(value)}")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)

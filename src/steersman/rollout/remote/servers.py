@@ -24,7 +24,7 @@ from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
     known_ids,
     require_plain_adapters,
-    table_rows,
+    server_settings,
     tolerance_of,
     write_model,
 )
@@ -79,7 +79,9 @@ def open_process(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
         ]  # fmt: skip
         return lambda port: [*fixed, "--port", str(port)]
 
-    return _open(policy, wanted, Batchwise(), "engine process", command, {}, returns_support=True)
+    return _open(
+        policy, wanted, Batchwise(), "engine process", command, {}, withheld=wanted.ends, returns_support=True
+    )
 
 
 def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
@@ -102,7 +104,11 @@ def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
     environment = {**vllm_environment(on_cpu), "PYTHONPATH": str(EXTENSION)}
     if wanted.adapter:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    return _open(policy, wanted, Promptwise(SERVED), "vLLM server", command, environment, returns_support=False)
+    own = [] if policy.tokenizer.eos_token_id is None else [policy.tokenizer.eos_token_id]
+    return _open(
+        policy, wanted, Promptwise(SERVED), "vLLM server", command, environment,
+        withheld=[*wanted.ends, *own], returns_support=False,
+    )  # fmt: skip
 
 
 def vllm_command(
@@ -155,7 +161,8 @@ def require_vllm(python: str) -> None:
 
 def _open(
     policy: Policy, wanted: ServerSettings, dialect: Dialect, what: str,
-    command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *, returns_support: bool,
+    command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *,
+    withheld: Sequence[int], returns_support: bool,
 ) -> RemoteGenerator:  # fmt: skip
     if wanted.adapter:
         require_plain_adapters(policy)
@@ -164,29 +171,30 @@ def _open(
     context = context_length(policy.model)
     shared: dict[str, Any] = {
         "owner": uuid4().hex[:8], "tolerance": tolerance_of(policy, wanted.tolerance),
-        "vocabulary": known_ids(policy), "padded": known_ids(policy) < table_rows(policy),
+        "vocabulary": known_ids(policy),
     }  # fmt: skip
-    stations = [Station(Server(url, wanted.timeout), None, dialect, **shared) for url in wanted.urls]
+    model = server_settings(policy, adapter=wanted.adapter)
+    stations = [Station(Server(url, wanted.timeout), None, dialect, model=model, **shared) for url in wanted.urls]
     if not wanted.urls:
-        model = home / "model"
-        write_model(policy, model, base=wanted.adapter)
+        saved = home / "model"
+        write_model(policy, saved, base=wanted.adapter)
         for number in range(1, wanted.servers + 1):
             launched: ServerProcess | PlacedByRay
             if ray_cluster.here():
                 launched = PlacedByRay(
-                    f"{what} {number}", command(model), environment, timeout=wanted.timeout,
+                    f"{what} {number}", command(saved), environment, timeout=wanted.timeout,
                     anywhere=wanted.folder is not None, cores=torch.get_num_threads(),
                     on_gpu=policy.device.type == "cuda",
                 )  # fmt: skip
             else:
                 launched = ServerProcess(
-                    f"{what} {number}", command(model), home / f"server-{number}.log", timeout=wanted.timeout,
+                    f"{what} {number}", command(saved), home / f"server-{number}.log", timeout=wanted.timeout,
                     environment=environment, folders=[home] if number == 1 else [],
                 )  # fmt: skip
             launched.start()
-            stations.append(Station(None, launched, dialect, **shared))
+            stations.append(Station(None, launched, dialect, model={}, **shared))
     return RemoteGenerator(
-        policy, stations, folder, ends=wanted.ends, context=context, max_batch=wanted.max_batch,
+        policy, stations, folder, ends=wanted.ends, withheld=withheld, context=context, max_batch=wanted.max_batch,
         returns_support=returns_support, adapter=wanted.adapter,
     )  # fmt: skip
 

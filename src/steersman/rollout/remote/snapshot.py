@@ -36,6 +36,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of log-probabilities, in nats, that a receipt allows by the precision of the weights."""
 
 
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+"""Settings by which another model is noticed."""
+
+
 class ReceiptError(SteersmanError):
     """Weights were sent, and the server does not have them."""
 
@@ -102,6 +106,16 @@ def weights_of(policy: Policy, *, with_adapters: bool = True) -> dict[str, Tenso
     padded = {f"{name}.{leaf}" for name, m in model.named_modules() if id(m) in tables for leaf in ("weight", "bias")}
     out = {name: tensor[:known] if name in padded else tensor for name, tensor in state.items()}
     return {name: tensor.detach().contiguous() for name, tensor in out.items()}
+
+
+def server_settings(policy: Policy, *, adapter: bool) -> dict[str, Any]:
+    """Settings that the model of a server must have to take the policy's weights as they are sent: its sizes, and
+    unless only an `adapter` is sent a vocabulary without padding, and embedding and output layer apart."""
+    config: Any = policy.model.config.get_text_config()
+    wanted = {name: getattr(config, name, None) for name in SIZES}
+    if not adapter:
+        wanted |= {"tie_word_embeddings": False, "vocab_size": known_ids(policy)}
+    return {name: value for name, value in wanted.items() if isinstance(value, int)}
 
 
 def write_model(policy: Policy, folder: Path, *, base: bool) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from steersman.guards.terminal import say
-from steersman.rollout.remote.dialects import Call, Dialect
+from steersman.rollout.remote.dialects import Call, Dialect, ServerLimits
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.replies import Reply, SampleRequest
@@ -17,62 +18,71 @@ from steersman.rollout.remote.wire import Server, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
+T = TypeVar("T")
 RESTARTS = 3
 """How often one call may start a dead server again."""
 CANARY_SAMPLES = 8
-"""Next tokens drawn after each canary; a token that comes twice is looked at twice."""
+"""Next tokens drawn after each canary (a fixed prompt); a token that comes twice is compared twice."""
 
 
 class Station:
-    """A server: of a `process` that was started here, or of an address. `owner` names the run in the name of the
-    weights, so that another run's are told apart; `tolerance` is the largest gap of a receipt, in nats. The policy
-    has `vocabulary` ids, and where it is `padded` more rows than these. `gone` says that the server of an address did
-    not answer when it was last asked."""
+    """One sampling server: either a `process` that we started, or one that runs at an address already.
+
+    `owner` is the first part of the name under which weights are sent, so that two runs on one server notice each
+    other. `tolerance` is the largest difference of log-probabilities that a receipt allows, in nats. The policy has
+    `vocabulary` ids; `model` are settings that the server's model must have. `gone` says that a server at an address
+    did not answer when it was last asked.
+    """
 
     def __init__(
         self, server: Server | None, process: ServerProcess | PlacedByRay | None, dialect: Dialect, *, owner: str,
-        tolerance: float, vocabulary: int, padded: bool,
+        tolerance: float, vocabulary: int, model: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._server, self.process, self.dialect = server, process, dialect
-        self.owner, self.tolerance, self.vocabulary, self.padded = owner, tolerance, vocabulary, padded
+        self.owner, self.tolerance, self.vocabulary, self.model = owner, tolerance, vocabulary, model
         self.snapshot: Snapshot | None = None
         self.restarts, self.gone = 0, False
         self._adapter = ""
-        self._ready = self._answered = self._closed = False
+        self._limits: ServerLimits | None = None  # of a server that was looked at
+        self._answered = self._closed = False
         self._repair = threading.Lock()
 
     @property
     def server(self) -> Server:
         """The server; its first use waits until it answers and looks at what it is."""
-        if not self._ready:
+        if self._limits is None:
             server = self._server if self.process is None else self.process.wait()
             assert server is not None
             self._server, self._answered = server, True
-            self.dialect.check(server, self.vocabulary)
-            self._ready = True
+            self._limits = self.dialect.check(server, self.model)
         assert self._server is not None
         return self._server
+
+    @property
+    def limits(self) -> ServerLimits:
+        """What the server said of itself when it was first used."""
+        _ = self.server
+        assert self._limits is not None
+        return self._limits
 
     def complete(self, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
         done: dict[int, list[Reply]] = {}
-        deaths = 0
-        while True:
+        restarts = 0
+
+        def ask() -> None:
+            nonlocal restarts
             with self._repair:  # a server that another thread's call starts again has no weights yet
-                server, restarts, named = self.server, self.restarts, replace(call, adapter=self._adapter)
-            left = {i: one for i, one in enumerate(asked) if i not in done}
-            try:
-                self.dialect.complete(server, left, named, done)
-            except ServerGoneError as error:
-                if (deaths := deaths + 1) > RESTARTS:
-                    raise self._died(f"{deaths} times over the same prompts", error) from error
-                self._mend(error, restarts)
-                continue
-            if not self._still_ours():
-                raise ServerGoneError(
-                    server.message("it was started anew, and has lost the run's weights; --resume loads them again")
-                )
-            return [done[i] for i in range(len(asked))]
+                restarts, server = self.restarts, self.server
+                here = replace(call, adapter=self._adapter, most=self.limits.most)
+            self.dialect.complete(server, {i: one for i, one in enumerate(asked) if i not in done}, here, done)
+
+        self._outliving("over the same prompts", ask, lambda error: self._mend(error, restarts))
+        if not self._still_ours():
+            raise ServerGoneError(
+                self.server.message("it was started anew, and has lost the run's weights; --resume loads them again")
+            )
+        return [done[i] for i in range(len(asked))]
 
     def load(self, snapshot: Snapshot) -> Receipt:
         """Sends the weights and returns the receipt; tries once more where it fails, and starts a dead server again.
@@ -80,18 +90,10 @@ class Station:
         Raises ReceiptError naming the first tensor that differs.
         """
         if not self._still_ours():
-            self._adapter = ""
-        deaths = 0
-        while True:
-            try:
-                receipt = self._send_twice(snapshot)
-            except ServerGoneError as error:
-                if (deaths := deaths + 1) > RESTARTS:
-                    raise self._died(f"{deaths} times over weights", error) from error
-                self._restart(error)
-                continue
-            self.snapshot = snapshot
-            return receipt
+            self._adapter, self._limits = "", None
+        receipt = self._outliving("over weights", lambda: self._send_twice(snapshot), self._restart)
+        self.snapshot = snapshot
+        return receipt
 
     def close(self) -> None:
         self._closed = True
@@ -99,6 +101,17 @@ class Station:
             self.process.stop()
         elif self._server is not None:
             self._server.close()
+
+    def _outliving(self, when: str, work: Callable[[], T], revive: Callable[[ServerGoneError], None]) -> T:
+        """What `work` returns, done again after each death of the server, at most RESTARTS times."""
+        deaths = 0
+        while True:
+            try:
+                return work()
+            except ServerGoneError as error:
+                if (deaths := deaths + 1) > RESTARTS:
+                    raise self._died(f"{deaths} times {when}", error) from error
+                revive(error)
 
     def _send_twice(self, snapshot: Snapshot) -> Receipt:
         try:
@@ -112,7 +125,7 @@ class Station:
         if snapshot.adapter:
             self._send_adapter(snapshot, name)
         else:
-            server.load(str(snapshot.path), name, self._table_hint())
+            server.load(str(snapshot.path), name)
         confirmed = server.models() if snapshot.adapter else [server.weights()]
         if name not in confirmed:
             raise ReceiptError(server.message(f"it says that its weights are {confirmed}, and was sent {name!r}"))
@@ -131,17 +144,6 @@ class Station:
             )
         return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)
 
-    def _table_hint(self) -> str:
-        """What to do about a server of an address that takes no weights, where its tables may be longer than those
-        that are sent."""
-        if self.process is not None or not self.padded:
-            return ""
-        return (
-            f". The policy has {self.vocabulary} token ids and tables with more rows; those that only pad them are "
-            """not sent. Start the server with --hf-overrides '{"tie_word_embeddings": false, "vocab_size": """
-            f"{self.vocabulary}}}'; docs/how-to/vllm.md has the whole command"
-        )
-
     def _send_adapter(self, snapshot: Snapshot, name: str) -> None:
         """The new adapters beside the base, in the place of those before."""
         server, before = self.server, self._adapter
@@ -153,7 +155,7 @@ class Station:
 
     def _gap(self, snapshot: Snapshot) -> float:
         """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries that the server has room for."""
-        window = self.server.window()
+        window = self.limits.window
         canaries = [one for one in snapshot.canaries if window is None or len(one.ids) < window]
         if not canaries:
             shortest = min(len(one.ids) for one in snapshot.canaries)
@@ -164,7 +166,9 @@ class Station:
                 )
             )
         asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(canaries)]
-        call = Call(Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter)
+        call = Call(
+            Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter, self.limits.most
+        )
         found: dict[int, list[Reply]] = {}
         self.dialect.complete(self.server, dict(enumerate(asked)), call, found)
         return max(
@@ -201,17 +205,10 @@ class Station:
         with self._repair:
             if self.restarts > restarts:
                 return
-            deaths = 0
-            while True:
-                self._restart(error)
-                try:
-                    if self.snapshot is not None:
-                        self._send_twice(self.snapshot)
-                    return
-                except ServerGoneError as again:
-                    if (deaths := deaths + 1) > RESTARTS:
-                        raise self._died(f"{deaths} times when it was to get its weights again", again) from again
-                    error = again
+            self._restart(error)
+            if (snapshot := self.snapshot) is not None:
+                again = lambda: self._send_twice(snapshot)  # noqa: E731
+                self._outliving("when it was to get its weights again", again, self._restart)
 
     def _restart(self, error: ServerGoneError) -> None:
         """Starts a process of steersman's again, one that never answered a single time: it may have been killed
@@ -219,7 +216,7 @@ class Station:
         if self.process is None or self._closed:
             raise ServerGoneError(f"{error}; steersman did not start it: see that it runs, then --resume") from error
         self.restarts += 1
-        self._ready, self._adapter = False, ""
+        self._limits, self._adapter = None, ""
         if not self._answered:
             if self.restarts > 1:
                 raise SteersmanError(

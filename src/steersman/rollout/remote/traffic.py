@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Traffic:
-    """Calls under way, and a barrier that new weights wait behind and new calls wait before."""
+    """A readers-writer lock that prefers the writer: calls that sample are readers, an update of weights writes."""
 
     def __init__(self) -> None:
         self._changed, self._count, self._barred = threading.Condition(), 0, False

@@ -102,16 +102,10 @@ class Server:
         found = self.get("/weight_info")
         return str(found.get("weight_version", "")) if isinstance(found, dict) else ""
 
-    def load(self, path: str, name: str, hint: str = "") -> None:
-        """Has the server read its weights from a file that it can see, and calls them `name`; `hint` is added to the
-        error of a server that does not take them."""
+    def load(self, path: str, name: str) -> None:
+        """Has the server read its weights from a file that it can see, and calls them `name`."""
         self._begin_update()
-        try:
-            self.post_once("/update_weights", {"update_info": {"path": path}})
-        except ServerGoneError:
-            raise
-        except SteersmanError as error:
-            raise SteersmanError(f"{error}{hint}") from error
+        self.post_once("/update_weights", {"update_info": {"path": path}})
         self.post_once("/finish_weight_update", {"weight_version": name})
         self.post("/reset_prefix_cache")
 
@@ -148,6 +142,23 @@ class Server:
         """How many tokens a prompt and its answer may have together, where the server says."""
         told = [one.get("max_model_len") for one in self._served()]
         return min((length for length in told if type(length) is int), default=None)
+
+    def settings(self) -> tuple[int, dict[str, Any]]:
+        """How many sequences vLLM decodes at a time, and the settings of its model that are numbers."""
+        try:
+            found = self.post("/collective_rpc", {"method": "steersman_settings"})
+        except ServerGoneError:
+            raise
+        except SteersmanError as error:
+            raise SteersmanError(
+                f"{error}; start it with --worker-extension-cls steersman_vllm.Worker, and this steersman's folder "
+                "rollout/remote/extension on its PYTHONPATH"
+            ) from error
+        try:
+            first = found["results"][0]
+            return int(first["max_num_seqs"]), dict(first["model"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise BadReplyError(self.message(f"no settings of its model: {shortened(found)}")) from error
 
     def _served(self) -> list[dict[str, Any]]:
         found = self.get("/v1/models")

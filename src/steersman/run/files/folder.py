@@ -19,7 +19,7 @@ from pathlib import Path
 
 from steersman.atomic import recover, saving, write_atomic, write_now
 from steersman.config.dump import changed_keys, dump_recipe
-from steersman.config.load import load_recipe
+from steersman.config.load import with_new_defaults
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
 from steersman.distributed.ranks import ranks
@@ -137,7 +137,8 @@ class RunFolder:
         file, text = self.path / "config.yaml", dump_recipe(recipe)
         if file.exists():
             before = file.read_text(encoding="utf-8")
-            self.changes = changed_keys(load_yaml(_resolved(type(recipe), file)), load_yaml(text))
+            earlier = load_yaml(before, type(recipe)) or {}
+            self.changes = changed_keys(with_new_defaults(type(recipe), earlier), load_yaml(text))
             if self.changes:
                 taken = len(list(self.path.glob("config.before-resume-*.yaml")))
                 write_atomic(self.path / f"config.before-resume-{taken + 1}.yaml", before)
@@ -170,12 +171,3 @@ def open_folder(path: Path, recipe: Section, *, resume: bool = False) -> RunFold
 
     resumed, changes = ranks().from_main(take, "the run folder")
     return opened[0] if opened else GuestFolder(Path(path), resumed, changes)
-
-
-def _resolved(model: type[Section], file: Path) -> str:
-    """The recipe of the earlier run with the defaults of keys that there are since then; as it stands where it is no
-    recipe of today's."""
-    try:
-        return dump_recipe(load_recipe(model, file))
-    except SteersmanError:
-        return file.read_text(encoding="utf-8")

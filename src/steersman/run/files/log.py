@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from steersman.atomic import saving, write_atomic, write_now
 from steersman.guards.terminal import printable
 from steersman.jsonl import jsonl_text, read_jsonl
-from steersman.run.console import new_console
+from steersman.run.console import duration_text, new_console
 from steersman.run.files.sinks import Sinks
 from steersman.run.health.watch import Finding
 from steersman.types import Stats
@@ -133,7 +133,7 @@ class Log:
         detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in headline if k in stats)
         done = step - self._first_step
         left = (now - self._start) / done * max(self.total - step, 0) if done > 0 else math.nan
-        detail += f"  {_duration(left)} left" if step < self.total and math.isfinite(left) else ""
+        detail += f"  {duration_text(left)} left" if step < self.total and math.isfinite(left) else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, detail=detail)
         elif done <= 1 or step >= self.total or now - self._last_line >= self.every:
@@ -191,9 +191,3 @@ def _finite(value: Any) -> Any:
 def _progress(console: Console) -> Progress:
     title, detail = (TextColumn(part, markup=False) for part in ("{task.description}", "{task.fields[detail]}"))
     return Progress(SpinnerColumn(), title, BarColumn(bar_width=20), MofNCompleteColumn(), detail, console=console)
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"

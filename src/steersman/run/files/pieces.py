@@ -1,9 +1,9 @@
-"""Rows that take long to make, in pieces that are kept as soon as they are there.
+"""A table that takes long to make, made in pieces, each saved as soon as it is complete.
 
     FOLDER/about.json                  how many items there are, and what their rows are made from and how
     FOLDER/00000000-00000512.jsonl     the rows of items 0 to 511
 
-A process that dies loses the piece in hand; whoever comes next makes what is missing.
+A process that dies loses the piece that it was making; the next one makes what is missing.
 """
 
 from __future__ import annotations

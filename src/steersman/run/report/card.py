@@ -13,6 +13,7 @@ from steersman.atomic import write_atomic
 from steersman.config.recipe_text import load_yaml
 from steersman.guards.terminal import printable
 from steersman.jsonl import read_jsonl
+from steersman.run.held_out import NONE_HELD_OUT, looks_are_trained_on
 from steersman.types import SteersmanError
 
 TOLD = ("held_out/", "evaluation/", "reward/total", "kl", "accuracy", "margin", "loss", "entropy", "length/mean")
@@ -38,6 +39,8 @@ def write_card(run: Path) -> Path:
     summary = _json(run / "summary.json")
     base = str(config.get("model", {}).get("path", ""))
     licence = _licence(Path(base))
+    metrics = read_jsonl(run / "metrics.jsonl")
+    caution = f"{NONE_HELD_OUT[0].upper()}{NONE_HELD_OUT[1:]}.\n\n" if looks_are_trained_on(config, metrics) else ""
     head = {"library_name": "transformers", "tags": ["steersman", str(summary.get("verb", ""))]}
     head |= {"license": licence} if licence else {}
     parts = [
@@ -48,7 +51,7 @@ def write_card(run: Path) -> Path:
         f"steersman {version('steersman')}.",
         f"Licence of the base: {licence or 'its folder names none; look before you pass this model on'}.",
         f"## Data\n\n{_data(config)}",
-        f"## How it went\n\n{_course(read_jsonl(run / 'metrics.jsonl'))}",
+        f"## How it went\n\n{caution}{_course(metrics)}",
         f"## What the watch said\n\n{_watch(read_jsonl(run / 'health.jsonl'))}",
         f"## Settings\n\n```yaml\n{_plain(settings).rstrip()}\n```",
     ]

@@ -19,16 +19,19 @@ import yaml
 from markupsafe import Markup
 
 from steersman.atomic import write_atomic
+from steersman.config.dump import flat_keys
 from steersman.config.recipe_text import load_yaml
 from steersman.extras import installed
 from steersman.jsonl import read_jsonl
+from steersman.run.console import duration_text
+from steersman.run.held_out import NONE_HELD_OUT, looks_are_trained_on
 from steersman.run.report.charts import SERIES, Line, line_chart
 from steersman.types import SteersmanError
 
 # First part of a metric's name -> (title, what to look for). The order here is the order on the page.
 GROUPS: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "by part; all parts should rise, or at least none should pay for another"),
-    "reward_se": ("Standard error of the held-out reward", "1.96 of it to each side of the mean are a 95% interval"),
+    "reward_se": ("Standard error of the reward at looks", "1.96 of it to each side of the mean are a 95% interval"),
     "accuracy": ("Accuracy", "share judged right"),
     "evaluation": (
         "Evaluation",
@@ -98,17 +101,19 @@ def write_report(folder: Path) -> Path:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     config = folder / "config.yaml"
+    told = _told(config)
+    on_training_data = looks_are_trained_on(told, metrics)
     page = environment.get_template("report.html.j2").render(
         name=folder.resolve().name,
         verb=str(summary.get("verb", "")),
         written=datetime.now().strftime("%d %B %Y, %H:%M"),
         steps=max((int(row.get("step", 0)) for row in metrics), default=0),
         duration=_duration(metrics, summary),
-        setup=setup(config),
+        setup=[*setup(told), *([("looks", NONE_HELD_OUT)] if on_training_data else [])],
         compared=compared,
         single=single,
         findings=findings(_rows(folder / "health.jsonl")),
-        charts=charts(metrics),
+        charts=charts(metrics, looks="trained on" if on_training_data else "held out"),
         drawn=installed("matplotlib"),
         pairs=[p for name in ("samples", "evaluation") for p in sample_pairs(_rows(folder / f"{name}.jsonl"))],
         config=config.read_text(encoding="utf-8") if config.exists() else "",
@@ -118,13 +123,17 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def setup(config: Path) -> list[tuple[str, str]]:
-    """What was trained, on what and with which versions, as (name, text), from the run's config.yaml."""
+def _told(config: Path) -> dict[str, Any]:
+    """The recipe in a config.yaml; empty where it can not be read."""
     try:
-        told = load_yaml(config.read_text(encoding="utf-8"))
+        return _section(load_yaml(config.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        told = None
-    if not isinstance(told, dict):
+        return {}
+
+
+def setup(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was trained, on what and with which versions, as (name, text), from the run's recipe."""
+    if not told:
         return []
     model, data, run = (_section(told.get(name)) for name in ("model", "data", "run"))
     rows = [("environment", told.get("env")), ("method", told.get("algorithm") if "env" in told else None)]
@@ -141,8 +150,9 @@ def _section(told: Any) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """One chart per group of metrics that has at least one finite point, in the order of GROUPS.
+def charts(metrics: Sequence[Mapping[str, Any]], *, looks: str = "held out") -> list[Chart]:
+    """One chart per group of metrics that has at least one finite point, in the order of GROUPS; `looks` is said of
+    those that were measured at looks.
 
     There is none where matplotlib is not installed.
     """
@@ -154,7 +164,7 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
             value = _number(raw)
             if key in ("step", "seconds") or value is None or not math.isfinite(value):
                 continue
-            line = lines.setdefault(_group(key), {}).setdefault(key, Line(_label(key), [], []))
+            line = lines.setdefault(_group(key), {}).setdefault(key, Line(_label(key, looks), [], []))
             line.steps.append(float(row.get("step", 0)))
             line.values.append(value)
     order = [*(g for g in GROUPS if g in lines), *sorted(g for g in lines if g not in GROUPS)]
@@ -184,15 +194,15 @@ def _group(key: str) -> str:
     return "coefficient" if parts[-1] in ("coefficient", "beta") else parts[0]
 
 
-def _label(key: str) -> str:
+def _label(key: str, looks: str) -> str:
     parts = [p for p in key.split("/") if p != "held_out"]
     name = " ".join(parts[1:] or parts).replace("_", " ")
-    return f"{name} (held out)" if "held_out" in key.split("/") else name
+    return f"{name} ({looks})" if "held_out" in key.split("/") else name
 
 
 def summary_rows(summary: Mapping[str, Any]) -> tuple[list[tuple[str, Any, Any]], list[tuple[str, Any]]]:
     """The summary as (name, before, after) where there are both, and (name, value) for the rest."""
-    flat = _flat(summary)
+    flat = flat_keys(summary, between=" ")
     compared, single = [], []
     for key, value in flat.items():
         stem = key.removesuffix("_before")
@@ -260,16 +270,6 @@ def _summary(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key} ")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
 def _number(value: Any) -> float | None:
     """The value as a float; "nan" and "inf" are numbers that JSON could not hold."""
     if isinstance(value, bool) or value is None:
@@ -305,6 +305,4 @@ def _duration(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) 
     seconds = _number(summary.get("seconds")) or (_number(metrics[-1].get("seconds")) if metrics else None)
     if seconds is None or not math.isfinite(seconds):
         return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return duration_text(seconds)

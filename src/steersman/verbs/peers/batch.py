@@ -60,8 +60,9 @@ def _rows_of_update(t: Translation, world: int, names: list[str]) -> None:
             t.leave(name, "train_batch_size says the batch of all devices")
         return
     per_device = [name for name in names if name not in t.left]
-    if per_device and is_on(t.settings.get("packing")):
-        raise LeftOutError("counts packed rows with packing, and train.batch_size counts examples; give that")
+    packed = next((name for name in ("packing", "neat_packing") if is_on(t.settings.get(name))), "")
+    if per_device and packed:
+        raise LeftOutError(f"counts packed rows with {packed}, and train.batch_size counts examples; give that")
     if per_device:
         rows = t.whole(BATCH[1], 8) * t.whole(BATCH[2], 1) * world  # 8 is transformers' default
         t.put("train.batch_size", rows, *per_device)
@@ -104,7 +105,11 @@ def _iteration(t: Translation, world: int, names: list[str]) -> None:
     minibatches, _ = t.given("num_mini_batches", "ppo_buffer_size")
     if minibatches or t.has_critic():
         parts = t.whole(minibatches, 1)
-        responses, own = update * parts, [n for n in names if n in (*BATCH[1:3], minibatches)]
+        responses, own = update, [n for n in names if n in (*BATCH[1:3], minibatches)]
+        if minibatches == "ppo_buffer_size":  # counts batches; TRL's num_mini_batches cuts the batch
+            responses *= parts
+        elif responses % parts:
+            raise LeftOutError(f"{responses} responses of an iteration can not be cut into {parts} minibatches")
     else:
         name, _ = t.given("generation_batch_size", "steps_per_generation")
         responses = update

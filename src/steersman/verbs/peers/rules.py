@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from steersman.guards.untrusted import is_number
 from steersman.verbs.peers.settings import ESTIMATORS, VERBS, is_luspo
 from steersman.verbs.peers.translation import (
     OFF,
     LeftOutError,
     Translation,
-    is_number,
     is_on,
     is_whole,
     listed,
@@ -204,14 +204,19 @@ def _deepspeed(_: Translation, value: Any) -> dict[str, Any]:
 
 
 def _packing(t: Translation, value: Any) -> dict[str, Any]:
+    if is_on(value) and t.toolkit == "llamafactory" and not is_on(t.settings.get("neat_packing")):
+        raise LeftOutError("lets the sequences of a row see each other there; train.pack keeps them apart")
+    return _packed_apart(t, value)
+
+
+def _packed_apart(t: Translation, value: Any) -> dict[str, Any]:
+    """Sequences of one row that do not see each other: TRL's `packing`, and LLaMA-Factory's `neat_packing`, which
+    needs no `packing` beside it."""
     if not is_on(value):
         return {}
     _, length = t.given("cutoff_len", "max_length", "max_seq_length")
     if length is None:
         raise LeftOutError("how long a packed row is is not in the file; give train.pack in tokens")
-    if t.toolkit == "llamafactory" and not is_on(t.settings.get("neat_packing")):
-        raise LeftOutError("lets the sequences of a row see each other there; train.pack keeps them apart")
-    t.taken.add("neat_packing")
     return {"train.pack": length}
 
 
@@ -400,7 +405,8 @@ RULES: dict[str, Callable[[Translation, Any], dict[str, Any]]] = {
     "flash_attn": _choice("model.attention", {
         "auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3",
         True: "flash_attention_2", False: None}),
-    "zero_stage": _zero_stage, "fsdp": _fsdp, "deepspeed": _deepspeed, "packing": _packing, "dataset": _dataset,
+    "zero_stage": _zero_stage, "fsdp": _fsdp, "deepspeed": _deepspeed, "packing": _packing,
+    "neat_packing": _packed_apart, "dataset": _dataset,
     "prompt_data": _dataset, "max_samples": _max_samples, "mask_history": _switch("data.assistant_turns", "last"),
     "streaming": _switch("data.stream", True), "dataset_streaming": _switch("data.stream", True),
     "assistant_only_loss": _only(True, _ANYWAY), "completion_only_loss": _only(True, _ANYWAY),

@@ -34,7 +34,9 @@ SCRIPTS = {
     "reward": "reward",
     "orpo": "dpo",
     "cpo": "dpo",
+    "tpo": "dpo",
     "sdft": "distill",
+    "sdpo": "distill",
     **{name: name for name in VERBS},
 }
 """Words in the name of a program, and the verb for each."""
@@ -48,10 +50,12 @@ ESTIMATORS = {
 OWN_LOSSES = ("cispo", "sapo", "vespo")
 """Of TRL's GRPO, the `loss_type`s that are verbs here; the others say how steps are averaged."""
 TELLING = {
-    "teacher_prompt_template": "distill",
+    "teacher_prompt_template": "distill", "reprompt_template": "distill", "success_reward_threshold": "distill",
+    "distillation_weight": "distill", "teacher_update_rate": "distill",
     "rloo_k": "rloo", "num_generations": "grpo", "num_ppo_epochs": "ppo", "cliprange": "ppo",
     "rollout_batch_size": "ppo", "desirable_weight": "kto", "pref_loss": "dpo", "rpo_alpha": "dpo",
-    "simpo_gamma": "dpo", "ld_alpha": "dpo", "loss_weights": "dpo", "use_dft_loss": "sft",
+    "simpo_gamma": "dpo", "ld_alpha": "dpo", "loss_weights": "dpo", "tpo_alpha": "dpo",
+    "tpo_l_gamma": "dpo", "use_dft_loss": "sft",
     "center_rewards_coefficient": "reward", "packing": "sft",
 }  # fmt: skip
 """Keys that tell the verb where nothing else does: those that one trainer alone has. `beta` is not among them."""
@@ -64,7 +68,7 @@ OF_TOOLKIT = {
     "llamafactory": {
         "stage", "finetuning_type", "cutoff_len", "pref_beta", "pref_loss", "template", "lora_target", "dataset_dir",
         "val_size", "quantization_bit", "use_dft_loss", "pref_bco_weight", "mask_history", "train_on_prompt",
-        "ppo_buffer_size",
+        "ppo_buffer_size", "neat_packing",
     },
 }  # fmt: skip
 """Names that one toolkit alone has; a file with none of them is TRL's."""
@@ -72,6 +76,12 @@ PROCESSES = ("num_processes", "nproc_per_node", "num_gpus", "nnodes", "num_machi
 ONE_WORD = {*PROCESSES, "config_file", "include", "hostfile", "master_port", "main_process_port", "address"}
 """Options of launchers, after which one word is the value and the next may be the program."""
 LARGEST = 1 << 20
+_REDIRECTED = re.compile(
+    r"""(?P<operator>&>>?|>[>&|]?|<(?:<<|<-?|[>&])?)(?:[ \t]|\\\n)*
+        (?P<target>[<>]\([^)]*\)|(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|[^\s;&|<>"'\\])*)""",
+    re.DOTALL | re.VERBOSE,
+)
+"""A shell's redirection outside of quotation marks, with the file, descriptor or process that it names."""
 
 
 def recipe_of(verb: str) -> type[Section]:
@@ -151,7 +161,10 @@ def script_words(settings: dict[str, Any]) -> list[str]:
 
 def _command_lines(text: str) -> Iterator[str]:
     """The commands of a shell script: ended by ends of lines, `;`, `&` and `|` outside of quotation marks, without
-    their comments. Ends of lines behind a backslash end nothing."""
+    their comments and redirections. Ends of lines behind a backslash end nothing.
+
+    Raises ValueError for a redirection to no file.
+    """
     line, quote, place = "", "", 0
     while place < len(text):
         char = text[place]
@@ -168,6 +181,9 @@ def _command_lines(text: str) -> Iterator[str]:
             end = text.find("\n", place)
             place = len(text) if end < 0 else end
             continue
+        elif (redirected := _REDIRECTED.match(text, place)) is not None:
+            line, place = re.sub(r"(?<!\S)\d+$", "", line), _behind(redirected)
+            continue
         elif char in "\n;&|":
             yield line
             line, place = "", place + 1
@@ -177,11 +193,21 @@ def _command_lines(text: str) -> Iterator[str]:
     yield line
 
 
+def _behind(redirected: re.Match[str]) -> int:
+    """Where a redirection and its file end. Raises ValueError where a setting or nothing stands in its place."""
+    target = redirected["target"]
+    if not target or target.startswith("--"):
+        raise ValueError(
+            f"the shell would redirect with `{redirected['operator']}`, which stands in front of "
+            f"{target or 'no file'}; put quotation marks around a value that has < or >"
+        )
+    return redirected.end()
+
+
 def _command(words: list[str]) -> dict[str, Any]:
     """`--key value` pairs of a command line, several values as a list; a key without a value is true. `command` is
     the program: what launchers are told stands in front of it."""
-    redirected = next((i for i, word in enumerate(words) if re.match(r"\d*[<>]", word)), len(words))
-    words, start = words[:redirected], _program(words[:redirected])
+    start = _program(words)
     found: dict[str, Any] = {} if start is None else {"command": words[start]}
     whole: dict[str, str] = {}
     i = 0

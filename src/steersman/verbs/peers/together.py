@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from steersman.guards.untrusted import is_number
 from steersman.run.files.sinks import SINKS
 from steersman.verbs.peers.translation import (
     OFF,
     LeftOutError,
     Translation,
-    is_number,
     is_on,
     is_whole,
     listed,
@@ -21,13 +21,17 @@ from steersman.verbs.preference import PreferenceRecipe
 PAIR_LOSSES = {
     "dpo": {"sigmoid": "dpo", "hinge": "rso", "ipo": "ipo", "robust": "robust_dpo", "sppo_hard": "sppo",
             "orpo": "orpo", "simpo": "simpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca",
-            "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "bco_pair": "bco_pair"},
+            "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "bco_pair": "bco_pair",
+            "aot": "aot", "aot_unpaired": "aot_unpaired", "aot_pair": "aot_unpaired"},
     "cpo": {"sigmoid": "cpo", "hinge": "hinge", "simpo": "simpo"},
     "orpo": {"sigmoid": "orpo"},
+    "tpo": {"sigmoid": "cpo", "hinge": "hinge", "tpo-l": "simpo"},
 }  # fmt: skip
-"""By trainer, their loss: ours. A hinge with a reference is RSO's."""
+"""By trainer, their loss: ours. A hinge with a reference is RSO's; `aot_pair` is what TRL called `aot_unpaired`
+once."""
 PAIR_NUMBERS = (
     "beta", "pref_beta", "label_smoothing", "dpo_label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau",
+    "tpo_alpha", "tpo_l_gamma",
 )  # fmt: skip
 DIVERGENCE_KEYS = ("f_divergence_type", "f_alpha_divergence_coef")
 PAIR_DEFAULTS = {
@@ -36,6 +40,10 @@ PAIR_DEFAULTS = {
     "cpo": {"nll_weight": 1.0, "length_normalised_nll": 1.0},
 }  # fmt: skip
 """What a loss takes there where the file gives nothing, in the places where ours takes another number."""
+TRIPLE_DEFAULTS = {
+    "cpo": {"beta": 0.01, "nll_weight": 0.0}, "hinge": {"beta": 0.01}, "simpo": {"beta": 0.01, "margin": 0.5},
+}  # fmt: skip
+"""The same of TPO's trainer, whose likelihood is that of gold answers."""
 ADAPTERS = {"trl": {"r": 16, "alpha": 32, "dropout": 0.05}, "openrlhf": {"alpha": 16}, "llamafactory": {}}
 """By toolkit, its defaults of adapters where ours are others; LLaMA-Factory has ours."""
 ADAPTER_KEYS = {
@@ -194,7 +202,9 @@ def pair_loss(t: Translation) -> None:
         if t.settings.get("loss_weights"):
             t.leave("loss_weights", "weighs losses of pairs")
         return
-    trainer = next((word for word in t.words if word in ("cpo", "orpo")), "dpo")
+    trainer = next((word for word in t.words if word in ("cpo", "orpo", "tpo")), "dpo")
+    if "tpo_alpha" in t.settings or "tpo_l_gamma" in t.settings:
+        trainer = "tpo"
     source, theirs = t.given("loss_type", "pref_loss")
     if isinstance(theirs, list) and len(theirs) == 1:
         theirs = theirs[0]
@@ -222,7 +232,7 @@ def pair_loss(t: Translation) -> None:
         if value != plain:
             t.put(f"loss.{key}", value, *(n for n in (source, "loss_weights") if n in t.settings))
     for each in (name, *also):
-        settings |= PAIR_DEFAULTS.get(each, {})
+        settings |= (TRIPLE_DEFAULTS if trainer == "tpo" else PAIR_DEFAULTS).get(each, {})
         if each == "ipo" and t.toolkit != "openrlhf":
             settings["length_normalised"] = 1.0  # means of the answers' log-probabilities, not sums
     from_names = dict.fromkeys(settings, said)
@@ -230,7 +240,7 @@ def pair_loss(t: Translation) -> None:
         value = t.settings[number]
         keys = {key for each in (name, *also) if (key := _pair_number(t, number, each, trainer))}
         for key in keys:
-            if key == "loss.nll":
+            if key in ("loss.nll", "loss.gold_nll"):
                 t.put(key, value, number)
             else:
                 settings[key], from_names[key] = value, [number]
@@ -239,6 +249,11 @@ def pair_loss(t: Translation) -> None:
         t.taken.add(number)
     if trainer == "cpo" and name != "cpo" and "cpo_alpha" not in numbers:
         t.put("loss.nll", 1.0)  # its default there
+    if trainer == "tpo":
+        if "tpo_alpha" not in numbers:
+            t.put("loss.gold_nll", 1.0)  # its default there
+        if t.keys["loss.gold_nll"]:
+            t.put("data.columns", {"gold": "reference"})
     for key, value in settings.items():
         t.put(f"loss.settings.{key}", value, *from_names[key])
 
@@ -284,11 +299,16 @@ def _pair_number(t: Translation, number: str, name: str, trainer: str) -> str:
         return "weight" if name == "orpo" else "beta"
     if number == "cpo_alpha":
         return "" if trainer != "cpo" else "nll_weight" if name == "cpo" else "loss.nll"
+    if number == "tpo_alpha":
+        return "loss.gold_nll" if trainer == "tpo" else ""
+    if number == "tpo_l_gamma":
+        return "margin" if trainer == "tpo" and name == "simpo" else ""
     if number == "simpo_gamma":
         return "margin" if name == "simpo" else ""
     if number == "discopop_tau":
         return "tau" if name == "discopop" else ""
-    return {"dpo": "label_smoothing", "robust_dpo": "flip", "exo": "epsilon"}.get(name, "")
+    smoothed = dict.fromkeys(("dpo", "aot", "aot_unpaired"), "label_smoothing")
+    return {**smoothed, "robust_dpo": "flip", "exo": "epsilon"}.get(name, "")
 
 
 def kl(t: Translation) -> None:

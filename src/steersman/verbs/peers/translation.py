@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 from steersman.config.sections import walk_keys
+from steersman.guards.untrusted import is_number
 from steersman.verbs.peers.settings import recipe_of, script_words, toolkit_of
 
 OFF = ("false", "no", "off", "none", "0", "")
@@ -103,11 +104,6 @@ def is_on(value: Any) -> bool:
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def short(value: Any) -> str:

@@ -20,7 +20,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target.matches("input") && saysWhat(event.target.form)) event.preventDefault();
   if (event.key === "Enter" && event.ctrlKey) {
     const form = event.target.form || document.querySelector("form.verdict");
-    const button = form && form.querySelector("button.primary, button:not([name])");
+    const button = form && form.querySelector('button:not([type="button"], [name])');  // no verdict, and no label
     if (button && !event.repeat) form.requestSubmit(button);
     return;
   }

@@ -20,13 +20,24 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Layers that vLLM stores as one, rows of the first part first."""
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "tie_word_embeddings", "vocab_size",
+)  # fmt: skip
+"""Settings of a model by which another one is noticed before weights are sent."""
 
 
 @dataclass
@@ -53,8 +64,30 @@ class FileTransfer(WeightTransferEngine[Nothing, FileInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileInfo) -> None:
-        with safe_open(update_info.path, framework="pt", device="cpu") as file, torch.no_grad():
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        """Raises ValueError naming the tensor that the model does not take; another update can be begun then."""
+        taken = []
+
+        def tensors(file: Any) -> Any:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                taken.append(f"{name} {list(tensor.shape)}")
+                yield name, tensor
+
+        try:
+            with safe_open(update_info.path, framework="pt", device="cpu") as file, torch.no_grad():
+                self.model.load_weights(tensors(file))
+        except Exception as error:
+            self._forget_update()
+            what = f"the server's model does not take {taken[-1]}" if taken else f"{update_info.path} can not be read"
+            raise ValueError(f"{what} ({type(error).__name__}: {error})") from error
+
+    def _forget_update(self) -> None:
+        """Ends an update that failed. vLLM keeps tensors of layers that are not whole yet and would add the next
+        update's to them; these layers get back the weights that they had."""
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            info.loaded_weights, info.load_numel = [], 0
+        self.finish_weight_update()
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -68,6 +101,15 @@ WeightTransferEngineFactory.register_engine("steersman", FileTransfer)
 
 class Worker:
     """Methods that vLLM's worker gets beside its own."""
+
+    def steersman_settings(self) -> dict[str, Any]:
+        """`max_num_seqs`, the most sequences decoded at a time, and those SIZES of the `model` that it has."""
+        config = self.model_config.hf_text_config  # type: ignore[attr-defined]
+        told = {name: getattr(config, name, None) for name in SIZES}
+        return {
+            "max_num_seqs": self.scheduler_config.max_num_seqs,  # type: ignore[attr-defined]
+            "model": {name: value for name, value in told.items() if isinstance(value, int)},
+        }
 
     def steersman_digests(self, path: str = "") -> dict[str, Any]:
         """SHA-256 of what the worker has: `file`, each tensor of the file at `path`, as it lies there; `live`, each
