@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steersman.loss.anchored import apo_down, apo_zero, bco_pair, cal_dpo, nca, sppo
-from steersman.tabular.fixed_point import FixedPoint, imbalance, row_of
+from steersman.tabular.fixed_point import FixedPoint, imbalance, row_of, row_of_one_answer
 from steersman.tabular.population import Population, descend
 from steersman.tabular.token_mdp import TokenMDP
 
@@ -70,9 +69,7 @@ def check_apo_down(mdp: TokenMDP) -> FixedPoint:
     """It pushes every answer below the reference, which a policy can do with all but one answer of a prompt."""
     world = Population(mdp)
     logits = descend(world.expected(lambda pair: apo_down(pair, beta=mdp.beta)[0]), mdp.logp_ref)
-    pi = mdp.sequence_prob(logits) / mdp.prompt_prob[mdp.prompt]
-    others = 1 - torch.where(world.of_prompt, pi, 0).amax(-1)
-    return row_of("apo_down", "all mass on one answer of each prompt", world, logits, float(others.max()))
+    return row_of_one_answer("apo_down", world, logits)
 
 
 def _balanced(name: str, statement: str, world: Population, logits: Tensor, slope: Float[Tensor, " N"]) -> FixedPoint:

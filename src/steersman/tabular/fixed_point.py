@@ -81,3 +81,10 @@ def off_vertex(world: Population, logits: Tensor, score: Tensor, base: Tensor, m
     zero = reward[rows][mdp.prompt]
     vertex = zero + margin * torch.round((reward - zero) / margin)
     return world.distance(logits, base + vertex / mdp.beta)
+
+
+def row_of_one_answer(name: str, world: Population, logits: Tensor) -> FixedPoint:
+    """The row of a loss that puts all mass on one answer of each prompt."""
+    pi = world.mdp.sequence_prob(logits) / world.mdp.prompt_prob[world.mdp.prompt]
+    others = 1 - torch.where(world.of_prompt, pi, 0).amax(-1)
+    return row_of(name, "all mass on one answer of each prompt", world, logits, float(others.max()))

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steersman.loss.transport import aot, aot_unpaired
-from steersman.tabular.fixed_point import FixedPoint, row_of
+from steersman.tabular.fixed_point import FixedPoint, row_of, row_of_one_answer
 from steersman.tabular.population import Population, descend
 from steersman.tabular.token_mdp import TokenMDP
 
@@ -32,9 +32,7 @@ def check_aot_unpaired(mdp: TokenMDP) -> FixedPoint:
     """Stretching all log-ratios in any order in which chosen answers dominate lowers the loss, without end."""
     world = Population(mdp)
     logits = descend(world.expected(lambda pair: aot_unpaired(pair, beta=mdp.beta)[0]), mdp.logp_ref)
-    pi = mdp.sequence_prob(logits) / mdp.prompt_prob[mdp.prompt]
-    others = 1 - torch.where(world.of_prompt, pi, 0).amax(-1)
-    return row_of("aot_unpaired", "all mass on one answer of each prompt", world, logits, float(others.max()))
+    return row_of_one_answer("aot_unpaired", world, logits)
 
 
 def _quantiles(

@@ -12,7 +12,7 @@ from steersman.data import DataConfig, Query, Row, layout
 from steersman.data.examples import Content
 from steersman.flywheel.players import Player
 from steersman.ops.masked import masked_sum
-from steersman.ops.text import ngrams, words
+from steersman.ops.text import ngrams, perplexity, words
 from steersman.people.filters import item_key, prompt_key, shares
 from steersman.people.judgements import Judgement
 from steersman.statistics.estimates import Array, Estimate, bootstrap, ranked_share, share
@@ -124,15 +124,15 @@ def guard_metrics(candidate: Rows, current: Rows) -> dict[str, Estimate]:
 
         return bootstrap(of, columns)
 
-    def perplexity(a: Array, b: Array) -> float:
+    def perplexities(a: Array, b: Array) -> float:
         nll = [-x[:, 3].sum() / max(x[:, 0].sum(), 1) for x in (a, b)]
-        return float(np.exp(min(nll[0] - nll[1], 50.0)))
+        return perplexity(float(nll[0] - nll[1]))
 
     def ended(a: Array, b: Array) -> float:
         return float((a[:, 4].sum() + 1) / (b[:, 4].sum() + 1))
 
     return {
-        "length": ratio(0, None), "distinct": ratio(1, 2), "perplexity": bootstrap(perplexity, columns),
+        "length": ratio(0, None), "distinct": ratio(1, 2), "perplexity": bootstrap(perplexities, columns),
         "ended": bootstrap(ended, columns),
     }  # fmt: skip
 
